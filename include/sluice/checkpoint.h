@@ -1,0 +1,133 @@
+// checkpoint.h - routed experts of a published INT4 checkpoint, as canonical tensors.
+//
+//   DIR/config.json, model-0000x-of-0000y.safetensors, model.safetensors.index.json, act_scales...
+//        |  open(): headers only, every offset checked before a byte is trusted
+//        v
+//   Checkpoint --load_experts(layer, first, count)--> ExpertWeights: signed int4 + group scales
+//
+// Only the bytes of the experts asked for are read (static scales excepted: they are the maximum
+// over all experts of the layer). Formats: docs/formats.md.
+#pragma once
+
+#include <cstdint>
+#include <filesystem>
+#include <functional>
+#include <memory>
+#include <optional>
+#include <string>
+#include <vector>
+
+#include "sluice/recipe.h"
+#include "sluice/tensor.h"
+
+namespace sluice {
+
+/// Sizes of one MoE layer and what the router does with it.
+struct ModelGeometry {
+  std::string name;  ///< Preset name, or model_type of config.json.
+  int num_experts = 0;
+  int num_topk = 0;
+  int hidden = 0;        ///< Multiple of 128.
+  int intermediate = 0;  ///< Multiple of 128.
+  int group_size = 128;  ///< Weights per scale along K: 128 or 32.
+  float routed_scaling_factor = 1.0f;
+};
+
+/// tiny, r1-slice, r1-layer, kimi-k2, qwen3-235b, qwen3-30b. Throws: kInvalidArgument listing them.
+[[nodiscard]] ModelGeometry preset_geometry(const std::string& name);
+[[nodiscard]] std::vector<std::string> preset_names();
+
+/// One weight matrix of one expert: w[n, k] = codes[n, k] * scales[n, k / group_size].
+struct Int4Matrix {
+  TensorView codes;   ///< [N, K / 2] packed_int4, signed, even k in the low nibble.
+  TensorView scales;  ///< [N, K / group_size] float32 or bfloat16, finite, > 0.
+  int group_size = 128;
+  [[nodiscard]] std::int64_t n() const noexcept { return codes.dim(0); }
+  [[nodiscard]] std::int64_t k() const noexcept { return codes.dim(1) * 2; }
+};
+
+struct Expert {
+  Int4Matrix gate;  ///< [intermediate, hidden]
+  Int4Matrix up;    ///< [intermediate, hidden]
+  Int4Matrix down;  ///< [hidden, intermediate]
+};
+
+/// Experts [first_expert, first_expert + experts.size()) of one layer. Views point into `storage`
+/// (the mapped files), which stays alive as long as this value or a copy of it.
+struct ExpertWeights {
+  int layer = 0;
+  int first_expert = 0;
+  ModelGeometry geometry;
+  std::vector<Expert> experts;
+  std::optional<StaticScales> static_scales;  ///< Of the whole layer, if the checkpoint has them.
+  std::shared_ptr<const void> storage;
+
+  /// Codes and scales, in bytes.
+  [[nodiscard]] std::size_t bytes() const noexcept;
+  /// Tells the system that the mapped bytes of expert `index` are not needed again soon.
+  void release_pages(int index) const noexcept;
+};
+
+/// Something in the checkpoint that loads but deserves a look.
+struct CheckpointWarning {
+  std::string tensor;
+  std::string text;
+};
+
+class Checkpoint {
+ public:
+  /// Reads config and safetensors headers. Throws: kIo, kCorruptFile (file, tensor, value, limit),
+  /// kUnsupported for a quantization method that is not one of ours.
+  [[nodiscard]] static Checkpoint open(const std::filesystem::path& dir);
+
+  Checkpoint(Checkpoint&&) noexcept;
+  Checkpoint& operator=(Checkpoint&&) noexcept;
+  ~Checkpoint();
+
+  [[nodiscard]] const std::filesystem::path& path() const noexcept;
+  [[nodiscard]] const std::string& format() const noexcept;           ///< "w4afp8"
+  [[nodiscard]] const std::string& format_evidence() const noexcept;  ///< Why we think so.
+  [[nodiscard]] const ModelGeometry& geometry() const noexcept;
+  /// Layers that hold routed experts, ascending.
+  [[nodiscard]] const std::vector<int>& moe_layers() const noexcept;
+  /// Stable digest of config and headers: equal on every rank that sees the same checkpoint.
+  [[nodiscard]] std::uint64_t identity() const noexcept;
+
+  /// Maximum over all experts of the layer; empty if the checkpoint has none.
+  /// Throws: kCorruptFile for a scale that is missing for some expert, not finite or not positive.
+  [[nodiscard]] std::optional<StaticScales> static_scales(int layer) const;
+
+  /// Throws: kInvalidArgument (layer or range), kCorruptFile (missing tensor, wrong dtype or shape,
+  ///   bad scale). All or nothing.   Cost: touches only these experts' bytes.
+  [[nodiscard]] ExpertWeights load_experts(int layer, int first_expert, int num_experts) const;
+
+  /// Warnings for one layer: uncalibrated input scales (all exactly 1.0), a value of -8 where the
+  /// quantizer should not make one, scales far from their neighbours...
+  [[nodiscard]] std::vector<CheckpointWarning> warnings(int layer) const;
+
+ private:
+  struct Impl;
+  explicit Checkpoint(std::unique_ptr<Impl> impl) noexcept;
+  std::unique_ptr<Impl> impl_;
+};
+
+/// Writes a synthetic checkpoint in a published layout, with realistic statistics.
+struct SyntheticCheckpoint {
+  ModelGeometry geometry;
+  std::string format = "w4afp8";
+  int first_layer = 3;  ///< DeepSeek's first MoE layer.
+  int num_layers = 1;
+  std::uint64_t seed = 1;
+  DType scale_dtype = DType::kFloat32;  ///< Or kBFloat16.
+  bool with_input_scales = true;
+  std::size_t max_shard_bytes = std::size_t{1} << 30;
+};
+
+/// Fraction done, 0 .. 1.
+using Progress = std::function<void(double)>;
+
+/// Throws: kInvalidArgument, kIo; refuses a directory that already holds a checkpoint.
+void write_synthetic_checkpoint(const SyntheticCheckpoint& spec, const std::filesystem::path& dir,
+                                const Progress& progress = {});
+
+}  // namespace sluice

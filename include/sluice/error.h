@@ -1,0 +1,44 @@
+// error.h - the one way Sluice reports failure: an exception with a code.
+//
+// Everything that can be checked is checked before work is queued; the message names the field, its
+// value and the limit it broke. Library code never prints, aborts or exits.
+#pragma once
+
+#include <source_location>
+#include <stdexcept>
+#include <string>
+
+namespace sluice {
+
+enum class ErrorCode {
+  kInvalidArgument,  ///< A value the caller passed; nothing has been done.
+  kUnsupported,      ///< A legal request that this build, backend or transport cannot serve.
+  kOutOfMemory,
+  kCorruptFile,  ///< A file's bytes contradict its format.
+  kIo,           ///< The operating system refused a file operation.
+  kCuda,
+  kTransport,    ///< Ranks disagree, or the transport below failed.
+  kPeerTimeout,  ///< A peer did not arrive in time; the message names it.
+  kInternal,     ///< A promise inside the library was broken: a bug in Sluice.
+};
+
+/// "invalid argument", "peer timeout", ...
+[[nodiscard]] const char* to_string(ErrorCode code) noexcept;
+
+/// Process exit status that stands for `code`: 2 for bad input, 3 for files, 4 for peers, 5 else.
+[[nodiscard]] int exit_status(ErrorCode code) noexcept;
+
+class Error : public std::runtime_error {
+ public:
+  Error(ErrorCode code, const std::string& message,
+        std::source_location where = std::source_location::current());
+
+  [[nodiscard]] ErrorCode code() const noexcept { return code_; }
+  [[nodiscard]] const std::source_location& where() const noexcept { return where_; }
+
+ private:
+  ErrorCode code_;
+  std::source_location where_;
+};
+
+}  // namespace sluice

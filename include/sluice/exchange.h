@@ -1,0 +1,150 @@
+// exchange.h - carries tokens to the ranks that own their experts, and back.
+//
+// One MoE layer, seen from one rank:
+//
+//   x [num_tokens, hidden]                        y [num_tokens, hidden]
+//       |                                                ^
+//    dispatch: rows out to the experts' ranks         combine: topk-weighted sum
+//       v                                                |
+//   ExpertBatch, grouped by local expert  --grouped GEMMs-->  expert_y
+//
+// An Exchange owns every buffer it will ever need. Routing lives in the Dispatched value, never in
+// the Exchange: up to `num_in_flight` layers may be between dispatch and combine at once.
+//
+// Rank r owns experts [r * num_local_experts, (r + 1) * num_local_experts). A *row* is one token's
+// copy for one expert. Within an expert, rows are ordered by (source rank, token, slot), by prefix
+// sums: the same inputs give the same bytes in the same rows, every time, on every transport.
+#pragma once
+
+#include <chrono>
+#include <cstddef>
+#include <cstdint>
+#include <memory>
+#include <vector>
+
+#include "sluice/recipe.h"
+#include "sluice/stream.h"
+#include "sluice/tensor.h"
+
+namespace sluice {
+
+class Backend;
+class Transport;
+
+/// Limits of an Exchange. The same on every rank; create() checks that they agree.
+struct ExchangeConfig {
+  Mode mode = Mode::kLowLatency;
+  WireFormat wire = WireFormat::kE4m3Group;
+  float static_scale = 0;       ///< s1, for WireFormat::kE4m3Static only.
+  int num_experts = 0;          ///< Over all ranks. Multiple of num_ranks.
+  int num_topk = 0;             ///< Slots per token, 1 .. 32.
+  int hidden = 0;               ///< Elements per token. Multiple of 128.
+  int max_tokens_per_rank = 0;  ///< Largest num_tokens of any dispatch().
+  /// Low-latency: rows reserved per local expert; 0 = num_ranks * max_tokens_per_rank, which no
+  /// routing without repeated experts can exceed. More rows than this are refused on every rank.
+  int max_m = 0;
+  float routed_scaling_factor = 1.0f;              ///< Applied once, by combine().
+  int num_in_flight = 2;                           ///< Dispatched values alive at once, 1 .. 8.
+  std::chrono::milliseconds peer_timeout{10'000};  ///< Longest wait for any one peer.
+};
+
+/// The router's choice for each token. Read during dispatch() and again by combine(): the caller
+/// keeps the memory unchanged until combine() has run.
+struct Routing {
+  TensorView topk_idx;      ///< [num_tokens, num_topk] int32 or int64; -1 leaves a slot empty.
+  TensorView topk_weights;  ///< [num_tokens, num_topk] float32; used as given.
+};
+
+/// Rows received by one rank.
+///
+/// kLowLatency, masked layout: local expert e has rows [e * max_m, e * max_m + num_rows[e]).
+/// kNormal, contiguous layout: local expert e has rows [row_begin[e], row_begin[e] + num_rows[e]).
+/// Rows outside these ranges hold unspecified bytes.
+struct ExpertBatch {
+  Mode layout = Mode::kLowLatency;
+  TensorView x;         ///< [num_local_experts, max_m, hidden] or [max_rows, hidden]; bf16 or e4m3.
+  TensorView x_scale;   ///< x's shape with hidden / 128, float32; empty for bf16 and static wires.
+  TensorView num_rows;  ///< [num_local_experts] int32 (`masked_m`).
+  TensorView row_begin;  ///< [num_local_experts] int64, in rows of x.
+  int expected_m = 0;    ///< Mean rows per expert, from host data. A tuning hint only.
+};
+
+/// What dispatch() returns: the batch, and the way home for its rows. Move-only; its memory belongs
+/// to the Exchange and returns to it when this is consumed by combine() or destroyed.
+class Dispatched {
+ public:
+  Dispatched(Dispatched&&) noexcept;
+  Dispatched& operator=(Dispatched&&) noexcept;
+  ~Dispatched();
+
+  [[nodiscard]] const ExpertBatch& batch() const noexcept;
+
+  struct Route;  ///< Internal.
+
+ private:
+  friend class Exchange;
+  explicit Dispatched(std::unique_ptr<Route> route) noexcept;
+  std::unique_ptr<Route> route_;
+};
+
+/// Monotonic counters since create(); the consumer subtracts.
+struct ExchangeCounters {
+  std::vector<std::uint64_t> dispatch_bytes;  ///< [num_ranks] put to each rank, own included.
+  std::vector<std::uint64_t> combine_bytes;   ///< [num_ranks]
+  std::vector<std::uint64_t> dispatch_rows;   ///< [num_ranks] token copies sent to each rank.
+  std::vector<std::uint64_t> wait_ns;         ///< [num_ranks] spent waiting for each source.
+  std::uint64_t num_dispatches = 0;
+  std::uint64_t saturated_values = 0;  ///< Elements clipped to +-448 while quantizing to send.
+};
+
+/// Dispatch and combine for one expert-parallel group.
+///
+/// Threads: one at a time. Ranks: create(), dispatch() and combine() are collective, and every rank
+/// makes the same calls in the same order.
+class Exchange {
+ public:
+  /// Bytes create() will take on each rank (docs/design.md has the formula).
+  [[nodiscard]] static std::size_t workspace_bytes(const ExchangeConfig& config, int num_ranks);
+
+  /// Borrows `transport` and `backend` for its lifetime.
+  /// Throws: kInvalidArgument (names the field), kTransport naming the ranks and the field on which
+  ///   configurations differ, kOutOfMemory, kUnsupported if this transport cannot reach this
+  ///   backend's memory, kPeerTimeout.
+  [[nodiscard]] static Exchange create(const ExchangeConfig& config, Transport& transport,
+                                       Backend& backend);
+
+  Exchange(Exchange&&) noexcept;
+  Exchange& operator=(Exchange&&) noexcept;
+  ~Exchange();
+
+  [[nodiscard]] const ExchangeConfig& config() const noexcept;
+  [[nodiscard]] int num_local_experts() const noexcept;
+
+  /// Quantizes `x` to the wire format and sends each token to its experts' ranks.
+  ///
+  /// x:       [num_tokens, hidden] bf16, num_tokens <= max_tokens_per_rank; 0 is fine.
+  /// Stream:  asynchronous on CUDA; the batch may be read by later work on `stream`.
+  /// Throws:  kInvalidArgument before anything is sent; the same on *every* rank when an expert
+  /// would
+  ///          receive more than its capacity. kPeerTimeout names operation, epoch and missing
+  ///          ranks.
+  [[nodiscard]] Dispatched dispatch(TensorView x, const Routing& routing, Stream stream);
+
+  /// y[t] = routed_scaling_factor * sum_k topk_weights[t, k] * expert_y(row of t at topk_idx[t,
+  /// k]), added in float32 in order of k, then rounded to bf16 once: the same bits on every run and
+  /// for any number of ranks. A token with no expert gives a row of zeros.
+  ///
+  /// expert_y: [num_local_experts, max_m, hidden] or [max_rows, hidden] bf16, rows as batch().x.
+  /// y:        [num_tokens, hidden] bf16.
+  void combine(Dispatched dispatched, TensorView expert_y, MutableTensorView y, Stream stream);
+
+  [[nodiscard]] ExchangeCounters counters() const;
+
+  struct Impl;  ///< Internal: one implementation per memory kind.
+
+ private:
+  explicit Exchange(std::unique_ptr<Impl> impl) noexcept;
+  std::unique_ptr<Impl> impl_;
+};
+
+}  // namespace sluice

@@ -1,0 +1,84 @@
+// transport.h - moves bytes between the ranks of one expert-parallel group.
+//
+// One-sided: every rank owns a *window* of the same size; peers put bytes into it and then raise
+// one of its flags. A flag carries an epoch, never a mere "ready", so a flag of an earlier
+// operation cannot be mistaken for this one's.
+//
+//   rank 0                       rank 1
+//     put(1, offset, bytes) ---->  window bytes
+//     signal(1, flag, epoch) --->  window flag      wait_flags() ... reads the bytes
+//
+// Threads: a Transport belongs to one rank and is used by one thread at a time.
+#pragma once
+
+#include <chrono>
+#include <cstddef>
+#include <cstdint>
+#include <memory>
+#include <span>
+#include <string>
+#include <vector>
+
+namespace sluice {
+
+/// Monotonic counters; the consumer subtracts. Indexed by peer rank; own rank included.
+struct TransportCounters {
+  std::vector<std::uint64_t> bytes_put;
+  std::vector<std::uint64_t> puts;
+};
+
+/// Symmetric memory: each rank's window is written by its peers and read by itself.
+class Window {
+ public:
+  virtual ~Window() = default;
+
+  /// This rank's bytes, 128-byte aligned, zero at creation. [bytes]
+  [[nodiscard]] virtual std::byte* local() noexcept = 0;
+  [[nodiscard]] virtual std::size_t bytes() const noexcept = 0;
+  [[nodiscard]] virtual int num_flags() const noexcept = 0;
+
+  /// Copies `data` to [offset, offset + data.size()) of `peer`'s window. `data` may be reused at
+  /// return. Throws: kInvalidArgument past the end of the window, kTransport.
+  virtual void put(int peer, std::size_t offset, std::span<const std::byte> data) = 0;
+
+  /// Sets flag `flag` of `peer` to `epoch`; seen only after every earlier put of this rank to
+  /// `peer`.
+  virtual void signal(int peer, int flag, std::uint64_t epoch) = 0;
+
+  /// Value of an own flag. Acquire: bytes put before the signal are visible after this reads it.
+  [[nodiscard]] virtual std::uint64_t flag(int flag) const = 0;
+
+  /// Waits until flag() >= `epoch` for every entry of `flags`, or until `deadline`.
+  /// Returns the entries still below; empty means all arrived. Sleeps rather than spins.
+  [[nodiscard]] virtual std::vector<int> wait_flags(
+      std::span<const int> flags, std::uint64_t epoch,
+      std::chrono::steady_clock::time_point deadline) = 0;
+};
+
+class Transport {
+ public:
+  virtual ~Transport() = default;
+
+  [[nodiscard]] virtual int rank() const noexcept = 0;
+  [[nodiscard]] virtual int num_ranks() const noexcept = 0;
+  [[nodiscard]] virtual std::string name() const = 0;  ///< "inproc", "mpi", ...
+
+  /// Collective: same arguments on every rank (checked). Not destroyed collectively.
+  /// Throws: kTransport if the ranks disagree, kPeerTimeout, kOutOfMemory.
+  [[nodiscard]] virtual std::unique_ptr<Window> make_window(std::size_t bytes, int num_flags,
+                                                            std::chrono::milliseconds timeout) = 0;
+
+  /// Collective, for set-up and reports: gathers `mine` from every rank, ordered by rank. Every
+  /// rank gives the same number of bytes. Throws: kTransport, kPeerTimeout naming the missing
+  /// ranks.
+  [[nodiscard]] virtual std::vector<std::vector<std::byte>> all_gather(
+      std::span<const std::byte> mine, std::chrono::milliseconds timeout) = 0;
+
+  [[nodiscard]] virtual TransportCounters counters() const = 0;
+};
+
+/// Ranks as threads of this process. Element r belongs to rank r; the set may be used from
+/// different threads, one per rank, and outlives none of its windows.
+[[nodiscard]] std::vector<std::unique_ptr<Transport>> make_inproc_transports(int num_ranks);
+
+}  // namespace sluice

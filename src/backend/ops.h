@@ -1,0 +1,93 @@
+// ops.h - what every backend computes: at most eight operations on the rows of an ExpertBatch.
+//
+// Definitions are the scalar functions of sluice/quant.h; docs/design.md#arithmetic has the error
+// bound of the GEMMs. Operations are asynchronous on `stream` where the device has streams. They
+// touch only valid rows: bytes of other rows are neither read nor written.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <memory>
+
+#include "sluice/backend.h"
+#include "sluice/checkpoint.h"
+#include "sluice/recipe.h"
+#include "sluice/stream.h"
+#include "sluice/tensor.h"
+
+namespace sluice {
+
+/// Device memory owned by a backend; freed by its destructor.
+class DeviceBuffer {
+ public:
+  virtual ~DeviceBuffer() = default;
+  [[nodiscard]] virtual std::byte* data() const noexcept = 0;
+  [[nodiscard]] virtual std::size_t bytes() const noexcept = 0;
+};
+
+/// A rank's experts in the backend's own order.
+class PreparedExperts {
+ public:
+  virtual ~PreparedExperts() = default;
+  [[nodiscard]] virtual std::size_t bytes() const noexcept = 0;
+};
+
+/// Which rows of a buffer belong to which local expert: expert e owns rows
+/// [row_begin[e], row_begin[e] + num_rows[e]). Both arrays live on the device.
+struct ExpertRows {
+  int num_local_experts = 0;
+  const std::int64_t* row_begin = nullptr;  ///< [num_local_experts]
+  const std::int32_t* num_rows = nullptr;   ///< [num_local_experts]
+  std::int64_t max_rows = 0;                ///< Rows of the buffers, for bounds.
+  std::int64_t max_rows_per_expert = 0;     ///< max_m, or max_rows.
+  int expected_m = 0;                       ///< Tuning hint.
+};
+
+/// e4m3 rows with their scales. Exactly one of `scale` and `static_scale` is used.
+struct QuantizedRows {
+  std::uint8_t* codes = nullptr;  ///< [max_rows, width] e4m3
+  float* scale = nullptr;         ///< [max_rows, width / 128] float32; null when static.
+  float static_scale = 0;
+  std::int64_t width = 0;  ///< hidden or intermediate. Multiple of 128.
+};
+
+/// Thread time inside one expert_stage(), for reports (CPU; zero on CUDA).
+struct ExpertStageTimes {
+  double gemm1_us = 0, activation_us = 0, gemm2_us = 0;
+};
+
+class BackendOps : public Backend {
+ public:
+  /// Throws: kOutOfMemory. Contents unspecified.
+  [[nodiscard]] virtual std::unique_ptr<DeviceBuffer> allocate(std::size_t bytes) = 0;
+
+  /// Repacks `weights` expert by expert and releases each one's mapped pages, so that no second
+  /// copy of the weights is ever resident.
+  [[nodiscard]] virtual std::unique_ptr<PreparedExperts> prepare(const ExpertWeights& weights) = 0;
+
+  /// codes, scale = quantize(x), x [max_rows, width] bf16, by group (pow2 if `pow2`) or static.
+  virtual void quantize(const std::uint16_t* x, const ExpertRows& rows, bool pow2,
+                        const QuantizedRows& out, Stream stream) = 0;
+
+  /// Moves group-scaled codes to out.static_scale. `out.codes` may not alias `in.codes`.
+  virtual void requantize(const QuantizedRows& in, const ExpertRows& rows, const QuantizedRows& out,
+                          Stream stream) = 0;
+
+  /// h = swiglu(in * w13^T) in float32, quantized into `h` (group or static, by which of its scales
+  /// is set), then out[row] = bf16(h * w2^T). out: [max_rows, hidden] bf16. h is scratch of the
+  /// caller.
+  virtual void expert_stage(const PreparedExperts& experts, const QuantizedRows& in,
+                            const ExpertRows& rows, const QuantizedRows& h, std::uint16_t* out,
+                            Stream stream, ExpertStageTimes* times) = 0;
+
+  /// Copies between this device and host memory, ordered on `stream`; returns when done.
+  virtual void copy_to_host(void* host, const void* device, std::size_t bytes, Stream stream) = 0;
+  virtual void copy_from_host(void* device, const void* host, std::size_t bytes, Stream stream) = 0;
+};
+
+/// Every Backend is a BackendOps: make_backend() is the only factory.
+[[nodiscard]] inline BackendOps& ops(Backend& backend) {
+  return static_cast<BackendOps&>(backend);
+}
+
+}  // namespace sluice
