@@ -1,0 +1,172 @@
+// w4a8.h - host side of the sm_90a W4A8 kernels: sizes, repacking, grouped GEMM, expert stage.
+//
+//   canonical int4 + scales --repack--> packed stream (per expert)       once, at load
+//
+//   x e4m3 --[gate_up: GEMM, SwiGLU, quantize]--> h e4m3 --[down: GEMM]--> y bf16     per step
+//                    launch_experts() is both boxes in one persistent kernel
+//
+// Plain C++: no CUDA header is needed to include this. Every launcher is asynchronous on the given
+// stream, allocates nothing, waits for nothing on the host, and may be captured in a CUDA graph; row
+// counts are read on the device when the kernel runs. Pointers are device memory unless said otherwise.
+//
+// Rows. Expert e owns rows [base(e), base(e) + num_rows[e]) of x, h and y, where base(e) is
+// row_offset[e] (contiguous layout) or e * max_m (masked layout, row_offset == nullptr). Rows of x
+// outside these ranges may be read (their values never matter); rows of h, h_scale and y outside them
+// are never written. Experts without rows cost nothing.
+//
+// Determinism. The bits of one output row depend on that row and its expert's weights alone: not on
+// the other rows, the row counts, the layout, or the KernelConfig. All kernels promote in the same
+// order: a fresh accumulator per weight group, then f32 fma along K.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+namespace sluice::cuda {
+
+/// A cudaStream_t.
+using StreamHandle = void*;
+
+/// Type of the weight scales, in the checkpoint and inside the packed stream.
+enum class ScaleType : std::uint8_t { kBf16, kF32 };
+
+/// How int4 is stored in the packed stream; decides the instructions needed per 8 weights.
+enum class WeightCode : std::uint8_t {
+  kOnesComplement,  ///< 7 instructions, exact for all 16 values. Always valid.
+  kSignMagnitude,   ///< 3 instructions. Requires: no weight is -8 (see launch_find_minus8).
+};
+
+/// One weight matrix shape, the same for every expert. n and k are multiples of 128.
+struct WeightShape {
+  int n = 0;        ///< Output channels (gate_up: 2 * intermediate).
+  int k = 0;        ///< Input channels.
+  int group = 128;  ///< Weights per scale along k: 128 or 32.
+  ScaleType scale_type = ScaleType::kBf16;
+};
+
+/// Bytes of one expert's packed stream; a multiple of 128. Experts follow each other without gaps.
+[[nodiscard]] std::size_t packed_expert_bytes(const WeightShape& shape);
+
+/// Repacking of one expert's gate and up matrices (each [intermediate, hidden]).
+struct RepackGateUp {
+  int hidden = 0;
+  int intermediate = 0;
+  int group = 128;
+  ScaleType scale_type = ScaleType::kBf16;
+  WeightCode code = WeightCode::kOnesComplement;
+  const std::uint8_t* gate = nullptr;  ///< [intermediate, hidden / 2], even k in the low nibble.
+  const std::uint8_t* up = nullptr;    ///< The same.
+  const void* gate_scale = nullptr;    ///< [intermediate, hidden / group] of scale_type.
+  const void* up_scale = nullptr;      ///< The same.
+  void* packed = nullptr;  ///< packed_expert_bytes({2 * intermediate, hidden}), 128 B aligned.
+};
+
+/// Repacking of one expert's plain matrix [n, k] (down, or any single GEMM).
+struct RepackPlain {
+  WeightShape shape;
+  WeightCode code = WeightCode::kOnesComplement;
+  const std::uint8_t* weight = nullptr;  ///< [n, k / 2], even k in the low nibble.
+  const void* scale = nullptr;           ///< [n, k / group] of shape.scale_type.
+  void* packed = nullptr;                ///< packed_expert_bytes(shape), 128 B aligned.
+};
+
+/// Input and output must not overlap. Scales are multiplied by 2^9 on the way (exact).
+void launch_repack_gate_up(const RepackGateUp& args, StreamHandle stream);
+void launch_repack_plain(const RepackPlain& args, StreamHandle stream);
+
+/// Sets *found = 1 if any of the 2 * num_bytes int4 values is -8; otherwise leaves it. Clear it before.
+void launch_find_minus8(const std::uint8_t* codes, std::size_t num_bytes, std::int32_t* found,
+                        StreamHandle stream);
+
+/// Packed weights of all local experts of one matrix.
+struct PackedWeights {
+  const void* data = nullptr;  ///< num_experts * packed_expert_bytes(shape).
+  WeightShape shape;
+  WeightCode code = WeightCode::kOnesComplement;
+};
+
+/// Which rows belong to which expert; see "Rows" above.
+struct ExpertRows {
+  int num_experts = 0;                      ///< Local experts, 1..512.
+  const std::int32_t* num_rows = nullptr;   ///< [num_experts] (masked_m / counts).
+  const std::int32_t* row_offset = nullptr; ///< [num_experts], or nullptr for the masked layout.
+  int max_m = 0;                            ///< Masked layout: rows reserved per expert.
+  std::int64_t total_rows = 0;  ///< Rows of the buffers (masked: num_experts * max_m). < 2^31.
+};
+
+/// An e4m3 GEMM input. Exactly one of `scale` and `static_scale` is used.
+struct Activation {
+  const std::uint8_t* codes = nullptr;  ///< [total_rows, k], 16 B aligned.
+  const float* scale = nullptr;         ///< [total_rows, k / 128], or nullptr: static.
+  float static_scale = 0;               ///< Used if scale is nullptr; finite, > 0.
+};
+
+/// The quantized SwiGLU product: GEMM1's output, GEMM2's input.
+struct HiddenBuffer {
+  std::uint8_t* codes = nullptr;  ///< [total_rows, intermediate], 16 B aligned.
+  float* scale = nullptr;         ///< [total_rows, intermediate / 128], or nullptr: static.
+  float static_scale = 0;         ///< s2; used if scale is nullptr.
+};
+
+/// Kernel size class.
+enum class KernelConfig : std::uint8_t {
+  kDecode,   ///< 4 math warpgroups, token tiles of 8, 16, 32, 64: one pass over weights to 64 rows.
+  kPrefill,  ///< 2 math warpgroups, token tiles up to 128.
+};
+
+struct ConfigProblem {
+  int num_experts = 0;
+  int expected_m = 0;  ///< Expected rows per expert that has rows. A hint only; never below 1.
+  int max_rows = 0;    ///< Most rows any expert can have (max_m), 0 = unknown.
+};
+struct ConfigDevice {
+  int num_sms = 132;
+};
+struct ConfigChoice {
+  KernelConfig config = KernelConfig::kDecode;
+  int num_ctas = 0;          ///< Persistent grid: one CTA per SM.
+  const char* reason = "";   ///< One sentence, static storage.
+};
+/// Pure; needs no GPU.
+[[nodiscard]] ConfigChoice choose_config(const ConfigProblem& problem, const ConfigDevice& device);
+
+/// Bytes of the synchronization words that every GEMM launch needs: zeroed once by the caller when
+/// allocated, left zeroed by every completed launch. Launches that may overlap need one each.
+[[nodiscard]] std::size_t sync_bytes(int num_experts);
+
+/// y = GEMM of rows with plain-packed weights -> bf16.
+struct GroupedGemm {
+  PackedWeights weights;
+  ExpertRows rows;
+  Activation x;
+  std::uint16_t* y = nullptr;  ///< [total_rows, weights.shape.n] bf16, 16 B aligned.
+  void* sync = nullptr;        ///< sync_bytes(rows.num_experts)
+  ConfigChoice config;
+};
+void launch_grouped_gemm(const GroupedGemm& args, StreamHandle stream);
+
+/// h = quantize(silu(gate) * up), everything in f32 from the accumulators on.
+struct GateUpGemm {
+  PackedWeights weights;  ///< shape {2 * intermediate, hidden}
+  ExpertRows rows;
+  Activation x;
+  HiddenBuffer h;
+  void* sync = nullptr;
+  ConfigChoice config;
+};
+void launch_gate_up(const GateUpGemm& args, StreamHandle stream);
+
+/// The whole expert stage in one kernel: gate_up, SwiGLU, quantize, down.
+struct ExpertStage {
+  PackedWeights gate_up;  ///< shape {2 * intermediate, hidden}
+  PackedWeights down;     ///< shape {hidden, intermediate}; scale_type, group, code as gate_up.
+  ExpertRows rows;
+  Activation x;
+  HiddenBuffer h;              ///< Scratch: also read back by the down GEMM.
+  std::uint16_t* y = nullptr;  ///< [total_rows, hidden] bf16, 16 B aligned.
+  void* sync = nullptr;
+  ConfigChoice config;
+};
+void launch_experts(const ExpertStage& args, StreamHandle stream);
+
+}  // namespace sluice::cuda
