@@ -62,7 +62,8 @@ std::string human_bytes(double bytes) {
   const char* const units[] = {"B", "kB", "MB", "GB", "TB"};
   int unit = 0;
   while (bytes >= 1000 && unit < 4) bytes /= 1000, ++unit;
-  return fmt::format(unit == 0 ? "{:.0f} {}" : "{:.2f} {}", bytes, units[unit]);
+  if (unit == 0) return fmt::format("{:.0f} B", bytes);
+  return fmt::format("{:.2f} {}", bytes, units[unit]);
 }
 
 }  // namespace sluice::cli
