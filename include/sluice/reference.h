@@ -22,8 +22,13 @@ namespace sluice {
 
 /// The error a float32 backend may make: |sum - exact| <= constant * sum |a * w| per GEMM output.
 struct ErrorModel {
-  double accumulation = 1.0 / (1 << 16);
+  double accumulation = 0x1p-20;
 };
+
+/// What each device keeps, with room to spare (docs/performance.md has the largest seen): 2^-20
+/// where products are summed in float32 or exactly, 2^-14 on Hopper's tensor cores, whose
+/// accumulator keeps about 14 bits within each group of 128.
+[[nodiscard]] ErrorModel error_model(Device::Kind kind) noexcept;
 
 /// y and its admissible error, one token.
 struct ReferenceRow {
@@ -56,6 +61,7 @@ struct VerifyReport {
   double worst_expected = 0, worst_actual = 0, worst_bound = 0;
   double relative_l2 =
       0;  ///< ||y - ref|| / ||ref|| over the rows compared. For people; not the gate.
+  double sum_squares = 0;  ///< ||ref||^2
   [[nodiscard]] bool passed() const noexcept { return num_rows > 0 && num_wrong == 0; }
 };
 

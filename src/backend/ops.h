@@ -83,6 +83,9 @@ class BackendOps : public Backend {
   /// Copies between this device and host memory, ordered on `stream`; returns when done.
   virtual void copy_to_host(void* host, const void* device, std::size_t bytes, Stream stream) = 0;
   virtual void copy_from_host(void* device, const void* host, std::size_t bytes, Stream stream) = 0;
+
+  /// Waits for everything queued on `stream`. A no-op where operations return when done.
+  virtual void synchronize(Stream stream) { (void)stream; }
 };
 
 /// Every Backend is a BackendOps: make_backend() is the only factory.

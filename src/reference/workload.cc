@@ -1,0 +1,135 @@
+#include "sluice/workload.h"
+
+#include <algorithm>
+#include <cmath>
+#include <numeric>
+
+#include "core/counter_rng.h"
+#include "core/fail.h"
+#include "sluice/quant.h"
+
+namespace sluice {
+namespace {
+
+// Independent streams of one seed.
+enum Stream : std::uint64_t { kGainStream = 1, kOrderStream = 2, kTokenStream = 1000 };
+
+constexpr double kGainSigma = 0.5;           // Log-normal spread of channel gains.
+constexpr double kOutlierChannels = 0.002;   // Share of channels with a large gain...
+constexpr double kOutlierGain = 15.0;        // ...and how large.
+constexpr double kMassiveTokens = 1.0 / 64;  // Share of tokens with massive activations...
+constexpr double kMassiveValue = 300.0;      // ...of about this size, in one or two channels.
+
+std::vector<double> channel_gains(const WorkloadSpec& spec) {
+  const CounterRng rng(spec.seed, kGainStream);
+  std::vector<double> gains(static_cast<std::size_t>(spec.hidden), 1.0);
+  for (std::size_t c = 0; c < gains.size(); ++c) {
+    if (spec.input == InputKind::kOutliers) {
+      if (c % std::max<std::size_t>(1, gains.size() / 8) == 3) gains[c] = 40.0;
+    } else if (spec.input == InputKind::kRealistic) {
+      gains[c] = std::exp(kGainSigma * rng.normal(2 * c));
+      if (rng.uniform(2 * c + 1) < kOutlierChannels) gains[c] *= kOutlierGain;
+    }
+  }
+  return gains;
+}
+
+/// Cumulative popularity of experts under the spec's routing; uniform for kUniform.
+std::vector<double> popularity(const WorkloadSpec& spec) {
+  const CounterRng rng(spec.seed, kOrderStream);
+  std::vector<int> order(static_cast<std::size_t>(spec.num_experts));
+  std::iota(order.begin(), order.end(), 0);
+  for (std::size_t i = order.size(); i > 1; --i) std::swap(order[i - 1], order[rng.bits(i) % i]);
+  std::vector<double> weight(order.size(), 1.0);
+  if (spec.routing == RoutingKind::kZipf) {
+    for (std::size_t i = 0; i < order.size(); ++i) {
+      weight[static_cast<std::size_t>(order[i])] = 1.0 / static_cast<double>(i + 1);
+    }
+  }
+  return weight;
+}
+
+void route_token(const WorkloadSpec& spec, const std::vector<double>& weight, const CounterRng& rng,
+                 std::int32_t* idx, float* topk_weights) {
+  std::fill_n(idx, spec.num_topk, -1);
+  if (spec.routing == RoutingKind::kOneExpert) {
+    idx[0] = 0;
+  } else {
+    // Weighted sampling without replacement: the num_topk smallest exponential arrival times.
+    std::vector<std::pair<double, int>> arrival(weight.size());
+    for (std::size_t e = 0; e < weight.size(); ++e) {
+      arrival[e] = {-std::log1p(-rng.uniform(e)) / weight[e], static_cast<int>(e)};
+    }
+    const auto count =
+        std::min<std::size_t>(weight.size(), static_cast<std::size_t>(spec.num_topk));
+    std::partial_sort(arrival.begin(), arrival.begin() + static_cast<std::ptrdiff_t>(count),
+                      arrival.end());
+    for (std::size_t k = 0; k < count; ++k) idx[k] = arrival[k].second;
+  }
+  double sum = 0;
+  std::vector<double> raw(static_cast<std::size_t>(spec.num_topk));
+  for (std::size_t k = 0; k < raw.size(); ++k) {
+    raw[k] = idx[k] < 0 ? 0.0 : 0.1 + rng.uniform(1'000'000 + k);
+    sum += raw[k];
+  }
+  for (std::size_t k = 0; k < raw.size(); ++k) {
+    topk_weights[k] = sum > 0 ? static_cast<float>(raw[k] / sum) : 0.0f;
+  }
+}
+
+}  // namespace
+
+RoutingKind parse_routing(std::string_view name) {
+  if (name == "uniform") return RoutingKind::kUniform;
+  if (name == "zipf") return RoutingKind::kZipf;
+  if (name == "one-expert") return RoutingKind::kOneExpert;
+  fail(ErrorCode::kInvalidArgument, "routing '{}' is none of: uniform, zipf, one-expert", name);
+}
+
+TensorView Workload::x_view() const {
+  return {x.data(), DType::kBFloat16, Shape{num_tokens, hidden}};
+}
+
+Routing Workload::routing_view() const {
+  const Shape shape{num_tokens, num_topk};
+  return {.topk_idx = {topk_idx.data(), DType::kInt32, shape},
+          .topk_weights = {topk_weights.data(), DType::kFloat32, shape}};
+}
+
+Workload make_workload(const WorkloadSpec& spec, std::int64_t first_token,
+                       std::int64_t num_tokens) {
+  check_argument(spec.num_experts > 0 && spec.num_topk > 0 && spec.hidden > 0,
+                 "a workload of {} experts, top-{}, hidden {}: all must be positive",
+                 spec.num_experts, spec.num_topk, spec.hidden);
+  check_argument(num_tokens >= 0, "a workload of {} tokens", num_tokens);
+  const std::vector<double> gains = channel_gains(spec);
+  const std::vector<double> weight = popularity(spec);
+  const auto tokens = static_cast<std::size_t>(num_tokens);
+  const auto hidden = static_cast<std::size_t>(spec.hidden);
+  const auto topk = static_cast<std::size_t>(spec.num_topk);
+
+  Workload load{.x = std::vector<std::uint16_t>(tokens * hidden),
+                .topk_idx = std::vector<std::int32_t>(tokens * topk),
+                .topk_weights = std::vector<float>(tokens * topk),
+                .num_tokens = num_tokens,
+                .hidden = spec.hidden,
+                .num_topk = spec.num_topk};
+  for (std::size_t t = 0; t < tokens; ++t) {
+    const auto token = static_cast<std::uint64_t>(first_token) + t;
+    const CounterRng rng(spec.seed, kTokenStream + 2 * token);
+    for (std::size_t c = 0; c < hidden; ++c) {
+      load.x[t * hidden + c] = bf16_from_float(static_cast<float>(rng.normal(c) * gains[c]));
+    }
+    const CounterRng extra(spec.seed, kTokenStream + 2 * token + 1);
+    if (spec.input == InputKind::kRealistic && extra.uniform(0) < kMassiveTokens) {
+      const std::uint64_t channel = extra.bits(1) % hidden;
+      load.x[t * hidden + channel] =
+          bf16_from_float(static_cast<float>(kMassiveValue * (1 + 0.2 * extra.normal(2))));
+    }
+    const CounterRng choice(spec.seed ^ 0x5bd1e995u, kTokenStream + token);
+    route_token(spec, weight, choice, &load.topk_idx[t * topk], &load.topk_weights[t * topk]);
+  }
+  return load;
+}
+
+}  // namespace sluice
