@@ -69,7 +69,10 @@ class Engine {
   void forward(Mode mode, TensorView x, const Routing& routing, MutableTensorView y, Stream stream);
 
   [[nodiscard]] const Recipe& recipe(Mode mode) const;
-  /// Of the last forward().
+  /// When on, forward() waits for the device after each stage to time it, and fills stats(). Off at
+  /// creation: forward() then only queues work and may be captured in a CUDA graph.
+  void record_stats(bool on) noexcept;
+  /// Of the last forward() with record_stats(true).
   [[nodiscard]] const ForwardStats& stats() const noexcept;
   [[nodiscard]] ExchangeCounters exchange_counters(Mode mode) const;
   /// Bytes of prepared weights held by this rank's backend.

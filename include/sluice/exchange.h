@@ -119,6 +119,8 @@ class Exchange {
 
   [[nodiscard]] const ExchangeConfig& config() const noexcept;
   [[nodiscard]] int num_local_experts() const noexcept;
+  /// Rows that batch().x holds: num_local_experts * max_m, or the most that normal mode can receive.
+  [[nodiscard]] std::int64_t max_rows() const noexcept;
 
   /// Quantizes `x` to the wire format and sends each token to its experts' ranks.
   ///

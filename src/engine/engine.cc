@@ -1,0 +1,312 @@
+// The layer: exchange, experts, exchange. All buffers are made by create(); forward() only queues
+// work.
+#include "sluice/engine.h"
+
+#include <fmt/core.h>
+
+#include <algorithm>
+#include <array>
+#include <cstring>
+
+#include "backend/ops.h"
+#include "core/counter_rng.h"
+#include "core/fail.h"
+#include "exchange/agreement.h"
+#include "sluice/checkpoint.h"
+#include "sluice/config.h"
+#include "sluice/quant.h"
+#include "sluice/transport.h"
+
+namespace sluice {
+namespace {
+
+using Clock = std::chrono::steady_clock;
+
+double microseconds_since(Clock::time_point& start) {
+  const Clock::time_point now = Clock::now();
+  const double us = std::chrono::duration<double, std::micro>(now - start).count();
+  start = now;
+  return us;
+}
+
+/// One mode of the engine: its recipe and its exchange.
+struct Lane {
+  Recipe recipe;
+  Exchange exchange;
+};
+
+}  // namespace
+
+struct Engine::Impl {
+  BackendOps* backend = nullptr;
+  int rank = 0;
+  ModelGeometry geometry;
+  std::unique_ptr<PreparedExperts> experts;
+  std::array<std::optional<Lane>, 2> lanes;  // By Mode.
+
+  // Scratch, for the larger of the two modes. Rows as in ExpertBatch.
+  std::unique_ptr<DeviceBuffer> x_codes, x_scale;  // [max_rows, hidden], [max_rows, hidden / 128]
+  std::unique_ptr<DeviceBuffer> h_codes, h_scale;  // [max_rows, intermediate], [.., / 128]
+  std::unique_ptr<DeviceBuffer> expert_y;          // [max_rows, hidden] bf16
+
+  bool records_stats = false, records_digest = false;
+  ForwardStats stats;
+  std::uint64_t digest = 0;
+
+  [[nodiscard]] Lane& lane(Mode mode);
+  [[nodiscard]] QuantizedRows gemm1_rows(const Recipe& recipe, const ExpertBatch& batch,
+                                         const ExpertRows& rows, Stream stream);
+  void record_rows(const ExpertBatch& batch, Stream stream);
+  void record_digest(const ExpertRows& rows, const QuantizedRows& in, Stream stream);
+  void allocate_scratch(std::int64_t max_rows);
+  [[nodiscard]] double stage_us(Clock::time_point& start, Stream stream);
+};
+
+namespace {
+
+void check_config(const EngineConfig& config, const Checkpoint& checkpoint, int num_ranks) {
+  const ModelGeometry& geometry = checkpoint.geometry();
+  check_argument(config.low_latency || config.normal,
+                 "the engine has a recipe for neither mode: set low_latency, normal or both");
+  check_argument(std::ranges::binary_search(checkpoint.moe_layers(), config.layer),
+                 "layer {} of {} holds no routed experts", config.layer,
+                 checkpoint.path().string());
+  check_argument(geometry.num_experts % num_ranks == 0, "{} experts are not divisible by {} ranks",
+                 geometry.num_experts, num_ranks);
+  check_argument(config.max_tokens_per_rank > 0, "max_tokens_per_rank {} is not positive",
+                 config.max_tokens_per_rank);
+}
+
+ExchangeConfig exchange_config(const EngineConfig& config, const ModelGeometry& geometry,
+                               const Recipe& recipe) {
+  return {.mode = recipe.mode,
+          .wire = recipe.wire,
+          .static_scale = recipe.wire == WireFormat::kE4m3Static ? recipe.s1 : 0.0f,
+          .num_experts = geometry.num_experts,
+          .num_topk = geometry.num_topk,
+          .hidden = geometry.hidden,
+          .max_tokens_per_rank = config.max_tokens_per_rank,
+          .max_m = recipe.mode == Mode::kLowLatency ? config.max_m : 0,
+          .routed_scaling_factor = config.routed_scaling_factor,
+          .peer_timeout = config.peer_timeout};
+}
+
+/// Everything in which ranks must not differ, as named text. The exchange checks its own part.
+Agreement engine_agreement(const EngineConfig& config, const Checkpoint& checkpoint,
+                           const std::array<std::optional<Recipe>, 2>& recipes) {
+  Agreement fields;
+  fields.emplace_back("version", version());
+  fields.emplace_back("layer", std::to_string(config.layer));
+  fields.emplace_back("checkpoint identity", fmt::format("{:016x}", checkpoint.identity()));
+  for (const Mode mode : {Mode::kLowLatency, Mode::kNormal}) {
+    const auto& recipe = recipes[static_cast<std::size_t>(mode)];
+    fields.emplace_back(
+        fmt::format("{} recipe", to_string(mode)),
+        recipe ? fmt::format("{}, s1 {:a}, s2 {:a}", recipe->describe(), recipe->s1, recipe->s2)
+               : "none");
+  }
+  return fields;
+}
+
+}  // namespace
+
+Engine Engine::create(const EngineConfig& config, const Checkpoint& checkpoint,
+                      Transport& transport, Backend& backend) {
+  check_config(config, checkpoint, transport.num_ranks());
+  auto impl = std::make_unique<Impl>();
+  impl->backend = &ops(backend);
+  impl->rank = transport.rank();
+  impl->geometry = checkpoint.geometry();
+
+  const std::optional<StaticScales> scales = checkpoint.static_scales(config.layer);
+  const std::string layer_name = fmt::format("model.layers.{}.mlp.experts", config.layer);
+  std::array<std::optional<Recipe>, 2> recipes;
+  for (const auto& [mode, name] : {std::pair{Mode::kLowLatency, config.low_latency},
+                                   std::pair{Mode::kNormal, config.normal}}) {
+    if (!name) continue;
+    recipes[static_cast<std::size_t>(mode)] =
+        resolve_recipe(*name, mode, config.dispatch_dtype, scales, layer_name);
+  }
+  require_agreement(transport, engine_agreement(config, checkpoint, recipes), config.peer_timeout);
+
+  std::int64_t max_rows = 0;
+  for (std::size_t i = 0; i < recipes.size(); ++i) {
+    if (!recipes[i]) continue;
+    impl->lanes[i].emplace(
+        *recipes[i],
+        Exchange::create(exchange_config(config, impl->geometry, *recipes[i]), transport, backend));
+    max_rows = std::max(max_rows, impl->lanes[i]->exchange.max_rows());
+  }
+  const int num_local = impl->geometry.num_experts / transport.num_ranks();
+  impl->experts = impl->backend->prepare(
+      checkpoint.load_experts(config.layer, transport.rank() * num_local, num_local));
+  impl->allocate_scratch(max_rows);
+  return Engine(std::move(impl));
+}
+
+void Engine::Impl::allocate_scratch(std::int64_t max_rows) {
+  const auto rows = static_cast<std::size_t>(max_rows);
+  const auto hidden = static_cast<std::size_t>(geometry.hidden);
+  const auto intermediate = static_cast<std::size_t>(geometry.intermediate);
+  x_codes = backend->allocate(rows * hidden);
+  x_scale = backend->allocate(rows * hidden / kActivationGroup * sizeof(float));
+  h_codes = backend->allocate(rows * intermediate);
+  h_scale = backend->allocate(rows * intermediate / kActivationGroup * sizeof(float));
+  expert_y = backend->allocate(rows * hidden * sizeof(std::uint16_t));
+}
+
+Lane& Engine::Impl::lane(Mode mode) {
+  auto& lane = lanes[static_cast<std::size_t>(mode)];
+  check_argument(lane.has_value(), "this engine was made without a recipe for {} mode",
+                 to_string(mode));
+  return *lane;
+}
+
+/// The rows GEMM1 consumes: the received bytes themselves, or what the recipe makes of them here.
+QuantizedRows Engine::Impl::gemm1_rows(const Recipe& recipe, const ExpertBatch& batch,
+                                       const ExpertRows& rows, Stream stream) {
+  // The exchange owns the received rows; nothing below writes through this view.
+  QuantizedRows received{.codes = static_cast<std::uint8_t*>(const_cast<void*>(batch.x.data)),
+                         .scale = static_cast<float*>(const_cast<void*>(batch.x_scale.data)),
+                         .static_scale = recipe.wire == WireFormat::kE4m3Static ? recipe.s1 : 0.0f,
+                         .width = geometry.hidden};
+  if (recipe.gemm1_as_sent) return received;
+
+  const bool grouped = recipe.gemm1 == GemmInput::kGroup;
+  const QuantizedRows out{.codes = reinterpret_cast<std::uint8_t*>(x_codes->data()),
+                          .scale = grouped ? reinterpret_cast<float*>(x_scale->data()) : nullptr,
+                          .static_scale = grouped ? 0.0f : recipe.s1,
+                          .width = geometry.hidden};
+  if (recipe.wire == WireFormat::kBf16) {
+    backend->quantize(batch.x.as<std::uint16_t>(), rows, /*pow2=*/false, out, stream);
+  } else {
+    backend->requantize(received, rows, out, stream);
+  }
+  return out;
+}
+
+double Engine::Impl::stage_us(Clock::time_point& start, Stream stream) {
+  if (!records_stats) return 0;
+  backend->synchronize(stream);
+  return microseconds_since(start);
+}
+
+void Engine::forward(Mode mode, TensorView x, const Routing& routing, MutableTensorView y,
+                     Stream stream) {
+  Impl& self = *impl_;
+  Lane& lane = self.lane(mode);
+  ForwardStats& stats = self.stats = {};
+  const Clock::time_point begin = Clock::now();
+  Clock::time_point mark = begin;
+
+  Dispatched dispatched = lane.exchange.dispatch(x, routing, stream);
+  const ExpertBatch& batch = dispatched.batch();
+  stats.times.dispatch_us = self.stage_us(mark, stream);
+
+  const bool masked = batch.layout == Mode::kLowLatency;
+  const ExpertRows rows{.num_local_experts = lane.exchange.num_local_experts(),
+                        .row_begin = batch.row_begin.as<std::int64_t>(),
+                        .num_rows = batch.num_rows.as<std::int32_t>(),
+                        .max_rows = lane.exchange.max_rows(),
+                        .max_rows_per_expert = masked ? batch.x.dim(1) : lane.exchange.max_rows(),
+                        .expected_m = batch.expected_m};
+  const QuantizedRows in = self.gemm1_rows(lane.recipe, batch, rows, stream);
+  stats.times.quantize_us = self.stage_us(mark, stream);
+  if (self.records_digest) self.record_digest(rows, in, stream);
+
+  const bool grouped = lane.recipe.gemm2 == GemmInput::kGroup;
+  const QuantizedRows h{.codes = reinterpret_cast<std::uint8_t*>(self.h_codes->data()),
+                        .scale = grouped ? reinterpret_cast<float*>(self.h_scale->data()) : nullptr,
+                        .static_scale = grouped ? 0.0f : lane.recipe.s2,
+                        .width = self.geometry.intermediate};
+  auto* expert_y = reinterpret_cast<std::uint16_t*>(self.expert_y->data());
+  ExpertStageTimes split;
+  mark = Clock::now();
+  self.backend->expert_stage(*self.experts, in, rows, h, expert_y, stream, &split);
+  const double stage_us = self.stage_us(mark, stream);
+  const double split_us = split.gemm1_us + split.activation_us + split.gemm2_us;
+  const double share = split_us > 0 ? stage_us / split_us : 0;
+  stats.times.gemm1_us = split_us > 0 ? split.gemm1_us * share : stage_us;
+  stats.times.activation_us = split.activation_us * share;
+  stats.times.gemm2_us = split.gemm2_us * share;
+
+  if (self.records_stats) self.record_rows(batch, stream);
+  mark = Clock::now();
+  const TensorView rows_out(expert_y, DType::kBFloat16, batch.x.shape, self.backend->device());
+  lane.exchange.combine(std::move(dispatched), rows_out, y, stream);
+  stats.times.combine_us = self.stage_us(mark, stream);
+  stats.times.total_us = std::chrono::duration<double, std::micro>(Clock::now() - begin).count();
+}
+
+void Engine::Impl::record_rows(const ExpertBatch& batch, Stream stream) {
+  const auto num_local = static_cast<std::size_t>(batch.num_rows.dim(0));
+  std::vector<std::int32_t> rows(num_local);
+  backend->copy_to_host(rows.data(), batch.num_rows.data, num_local * sizeof(std::int32_t), stream);
+  stats.rows_per_expert.assign(rows.begin(), rows.end());
+  std::int64_t total = 0, active = 0;
+  for (const std::int32_t n : rows) total += n, active += n > 0;
+  stats.weight_bytes_read = experts->bytes() / num_local * static_cast<std::size_t>(active);
+  stats.flops = static_cast<std::uint64_t>(total) * 6u *
+                static_cast<std::uint64_t>(geometry.hidden) *
+                static_cast<std::uint64_t>(geometry.intermediate);
+}
+
+/// Sums one hash per row, so that the total over ranks does not depend on how experts are spread.
+void Engine::Impl::record_digest(const ExpertRows& rows, const QuantizedRows& in, Stream stream) {
+  const auto num_local = static_cast<std::size_t>(rows.num_local_experts);
+  std::vector<std::int64_t> begin(num_local);
+  std::vector<std::int32_t> count(num_local);
+  backend->copy_to_host(begin.data(), rows.row_begin, num_local * sizeof(begin[0]), stream);
+  backend->copy_to_host(count.data(), rows.num_rows, num_local * sizeof(count[0]), stream);
+  const auto width = static_cast<std::size_t>(in.width);
+  const std::size_t scale_bytes = in.scale ? width / kActivationGroup * sizeof(float) : 0;
+  std::vector<std::uint8_t> row(width + scale_bytes);
+  digest = 0;
+  for (std::size_t e = 0; e < num_local; ++e) {
+    const std::uint64_t expert = static_cast<std::uint64_t>(rank) * num_local + e;
+    for (std::int64_t r = 0; r < count[e]; ++r) {
+      const auto source = static_cast<std::size_t>(begin[e] + r);
+      backend->copy_to_host(row.data(), in.codes + source * width, width, stream);
+      if (in.scale) {
+        backend->copy_to_host(row.data() + width, in.scale + source * (width / kActivationGroup),
+                              scale_bytes, stream);
+      }
+      std::uint64_t hash = mix64(expert << 32 | static_cast<std::uint64_t>(r));
+      for (std::size_t i = 0; i < row.size(); i += 8) {
+        std::uint64_t word = 0;
+        std::memcpy(&word, &row[i], std::min<std::size_t>(8, row.size() - i));
+        hash = mix64(hash ^ word);
+      }
+      digest += hash;
+    }
+  }
+}
+
+const Recipe& Engine::recipe(Mode mode) const {
+  return impl_->lane(mode).recipe;
+}
+const ForwardStats& Engine::stats() const noexcept {
+  return impl_->stats;
+}
+ExchangeCounters Engine::exchange_counters(Mode mode) const {
+  return impl_->lane(mode).exchange.counters();
+}
+std::size_t Engine::weight_bytes() const noexcept {
+  return impl_->experts->bytes();
+}
+void Engine::record_stats(bool on) noexcept {
+  impl_->records_stats = on;
+}
+void Engine::record_gemm_input_digest(bool on) noexcept {
+  impl_->records_digest = on;
+}
+std::uint64_t Engine::gemm_input_digest() const noexcept {
+  return impl_->digest;
+}
+
+Engine::Engine(std::unique_ptr<Impl> impl) noexcept : impl_(std::move(impl)) {}
+Engine::Engine(Engine&&) noexcept = default;
+Engine& Engine::operator=(Engine&&) noexcept = default;
+Engine::~Engine() = default;
+
+}  // namespace sluice

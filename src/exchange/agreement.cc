@@ -1,0 +1,71 @@
+#include "exchange/agreement.h"
+
+#include <algorithm>
+#include <cstring>
+
+#include "core/fail.h"
+#include "sluice/transport.h"
+
+namespace sluice {
+namespace {
+
+/// name NUL value NUL name NUL value NUL ...
+std::string encode(const Agreement& fields) {
+  std::string text;
+  for (const auto& [name, value] : fields) {
+    text.append(name).push_back('\0');
+    text.append(value).push_back('\0');
+  }
+  return text;
+}
+
+Agreement decode(const std::string& text) {
+  Agreement fields;
+  for (std::size_t at = 0; at < text.size();) {
+    const std::string name = text.c_str() + at;
+    at += name.size() + 1;
+    const std::string value = at < text.size() ? text.c_str() + at : "";
+    at += value.size() + 1;
+    fields.emplace_back(name, value);
+  }
+  return fields;
+}
+
+/// Every rank's text. Two rounds, because all_gather wants equal sizes and texts may differ in
+/// length.
+std::vector<std::string> gather_texts(Transport& transport, std::string mine,
+                                      std::chrono::milliseconds timeout) {
+  const std::uint64_t size = mine.size();
+  const auto sizes = transport.all_gather(std::as_bytes(std::span(&size, 1)), timeout);
+  std::vector<std::uint64_t> lengths;
+  for (const auto& bytes : sizes) std::memcpy(&lengths.emplace_back(), bytes.data(), sizeof(size));
+  mine.resize(*std::ranges::max_element(lengths));
+  const auto texts = transport.all_gather(std::as_bytes(std::span(mine)), timeout);
+  std::vector<std::string> result;
+  for (std::size_t r = 0; r < texts.size(); ++r) {
+    result.emplace_back(reinterpret_cast<const char*>(texts[r].data()), lengths[r]);
+  }
+  return result;
+}
+
+}  // namespace
+
+void require_agreement(Transport& transport, const Agreement& fields,
+                       std::chrono::milliseconds timeout) {
+  const std::vector<std::string> texts = gather_texts(transport, encode(fields), timeout);
+  const auto differs = std::ranges::find_if(texts, [&](const auto& t) { return t != texts[0]; });
+  if (differs == texts.end()) return;
+
+  const Agreement ours = decode(texts[0]), theirs = decode(*differs);
+  const auto other_rank = differs - texts.begin();
+  for (std::size_t i = 0; i < std::max(ours.size(), theirs.size()); ++i) {
+    const auto none = std::pair<std::string, std::string>{"(no further field)", ""};
+    const auto& [name0, value0] = i < ours.size() ? ours[i] : none;
+    const auto& [name1, value1] = i < theirs.size() ? theirs[i] : none;
+    if (name0 == name1 && value0 == value1) continue;
+    fail(ErrorCode::kTransport, "ranks disagree on {}: rank 0 has '{}', rank {} has '{}'{}", name0,
+         value0, other_rank, value1, name0 == name1 ? "" : " for " + name1);
+  }
+}
+
+}  // namespace sluice

@@ -1,0 +1,21 @@
+// agreement.h - ranks compare what they are about to do, before they do it.
+#pragma once
+
+#include <chrono>
+#include <string>
+#include <utility>
+#include <vector>
+
+namespace sluice {
+
+class Transport;
+
+/// Named values on which all ranks must agree: {"hidden", "7168"}.
+using Agreement = std::vector<std::pair<std::string, std::string>>;
+
+/// Collective. Throws: kTransport naming the first field that differs, its values and their ranks;
+/// kPeerTimeout if a rank does not take part.
+void require_agreement(Transport& transport, const Agreement& fields,
+                       std::chrono::milliseconds timeout);
+
+}  // namespace sluice
