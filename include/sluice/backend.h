@@ -4,9 +4,11 @@
 // value to hand to Exchange and Engine. On the CPU it owns a pool of pinned threads.
 #pragma once
 
+#include <cstddef>
 #include <memory>
 #include <string>
 
+#include "sluice/stream.h"
 #include "sluice/tensor.h"
 
 namespace sluice {
@@ -21,6 +23,14 @@ struct BackendConfig {
   int num_local_ranks = 1;
 };
 
+/// Device memory owned by a backend; freed by its destructor.
+class DeviceBuffer {
+ public:
+  virtual ~DeviceBuffer() = default;
+  [[nodiscard]] virtual std::byte* data() const noexcept = 0;
+  [[nodiscard]] virtual std::size_t bytes() const noexcept = 0;
+};
+
 class Backend {
  public:
   virtual ~Backend() = default;
@@ -29,6 +39,16 @@ class Backend {
   [[nodiscard]] virtual std::string description() const = 0;
   /// Bytes per second this device reads from main memory, measured now (about 0.2 s).
   [[nodiscard]] virtual double measure_read_bandwidth() = 0;
+
+  /// Throws: kOutOfMemory. Contents unspecified.
+  [[nodiscard]] virtual std::unique_ptr<DeviceBuffer> allocate(std::size_t bytes) = 0;
+  /// A queue of this backend's own, for callers that bring none. Lives as long as the backend.
+  [[nodiscard]] virtual Stream stream() { return {}; }
+  /// Copies between this device and host memory, ordered on `stream`; return when done.
+  virtual void copy_to_host(void* host, const void* device, std::size_t bytes, Stream stream) = 0;
+  virtual void copy_from_host(void* device, const void* host, std::size_t bytes, Stream stream) = 0;
+  /// Waits for everything queued on `stream`. A no-op where operations return when done.
+  virtual void synchronize(Stream stream) { (void)stream; }
 };
 
 /// Throws: kInvalidArgument, kUnsupported (a CUDA device in a build or on a machine without one).

@@ -1,4 +1,4 @@
-// ops.h - what every backend computes: at most eight operations on the rows of an ExpertBatch.
+// ops.h - what every backend computes: four operations on the rows of an ExpertBatch.
 //
 // Definitions are the scalar functions of sluice/quant.h; docs/design.md#arithmetic has the error
 // bound of the GEMMs. Operations are asynchronous on `stream` where the device has streams. They
@@ -16,14 +16,6 @@
 #include "sluice/tensor.h"
 
 namespace sluice {
-
-/// Device memory owned by a backend; freed by its destructor.
-class DeviceBuffer {
- public:
-  virtual ~DeviceBuffer() = default;
-  [[nodiscard]] virtual std::byte* data() const noexcept = 0;
-  [[nodiscard]] virtual std::size_t bytes() const noexcept = 0;
-};
 
 /// A rank's experts in the backend's own order.
 class PreparedExperts {
@@ -58,9 +50,6 @@ struct ExpertStageTimes {
 
 class BackendOps : public Backend {
  public:
-  /// Throws: kOutOfMemory. Contents unspecified.
-  [[nodiscard]] virtual std::unique_ptr<DeviceBuffer> allocate(std::size_t bytes) = 0;
-
   /// Repacks `weights` expert by expert and releases each one's mapped pages, so that no second
   /// copy of the weights is ever resident.
   [[nodiscard]] virtual std::unique_ptr<PreparedExperts> prepare(const ExpertWeights& weights) = 0;
@@ -79,13 +68,6 @@ class BackendOps : public Backend {
   virtual void expert_stage(const PreparedExperts& experts, const QuantizedRows& in,
                             const ExpertRows& rows, const QuantizedRows& h, std::uint16_t* out,
                             Stream stream, ExpertStageTimes* times) = 0;
-
-  /// Copies between this device and host memory, ordered on `stream`; returns when done.
-  virtual void copy_to_host(void* host, const void* device, std::size_t bytes, Stream stream) = 0;
-  virtual void copy_from_host(void* device, const void* host, std::size_t bytes, Stream stream) = 0;
-
-  /// Waits for everything queued on `stream`. A no-op where operations return when done.
-  virtual void synchronize(Stream stream) { (void)stream; }
 };
 
 /// Every Backend is a BackendOps: make_backend() is the only factory.
