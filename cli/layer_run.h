@@ -1,0 +1,56 @@
+// layer_run.h - one MoE layer over R ranks of this process: the work behind `sluice run`.
+#pragma once
+
+#include <cstdint>
+#include <string>
+#include <vector>
+
+#include "sluice/checkpoint.h"
+#include "sluice/config.h"
+#include "sluice/engine.h"
+#include "sluice/reference.h"
+#include "sluice/workload.h"
+
+namespace sluice::cli {
+
+struct LayerRunConfig {
+  int layer = 0;
+  int num_ranks = 1;
+  std::vector<std::int64_t> tokens;  ///< [num_ranks]
+  Mode mode = Mode::kLowLatency;
+  RecipeName recipe = RecipeName::kDirect;
+  Device::Kind backend = Device::Kind::kHost;
+  RoutingKind routing = RoutingKind::kUniform;
+  std::uint64_t seed = 1;
+  int repeats = 1;
+  float routed_scaling_factor = 1.0f;
+  bool with_digest = false;  ///< Digest the bytes GEMM1 consumes.
+  Environment environment;
+};
+
+/// What one rank has to tell.
+struct RankResult {
+  ForwardStats stats;         ///< Of the median repeat.
+  ExchangeCounters counters;  ///< Of one forward().
+  std::vector<std::uint16_t> y;
+  Workload load;
+  std::size_t weight_bytes = 0;
+  std::uint64_t digest = 0;
+};
+
+struct LayerRunResult {
+  Recipe recipe;
+  std::string backend;           ///< Backend::description() of rank 0.
+  double read_bytes_per_s = 0;   ///< Of rank 0's device, measured before the run.
+  std::vector<double> total_us;  ///< [repeats] slowest rank of each.
+  std::vector<RankResult> ranks;
+};
+
+/// Runs the layer on every rank. All ranks fail or none; the first cause is thrown.
+[[nodiscard]] LayerRunResult run_layer(const LayerRunConfig& config, const Checkpoint& checkpoint);
+
+/// Compares `num_rows` tokens, spread evenly over all, with the float64 reference.
+[[nodiscard]] VerifyReport verify_run(const LayerRunConfig& config, const Checkpoint& checkpoint,
+                                      const LayerRunResult& result, std::int64_t num_rows);
+
+}  // namespace sluice::cli
