@@ -14,7 +14,7 @@
 namespace sluice {
 
 struct BackendConfig {
-  Device device;
+  Device device{};
   /// CPU only: worker threads, caller included; 0 = this rank's even share of the cores the process
   /// may run on, at least one.
   int num_threads = 0;

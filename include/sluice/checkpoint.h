@@ -68,6 +68,13 @@ struct ExpertWeights {
   void release_pages(int index) const noexcept;
 };
 
+/// Calibrated activation scales of one expert: amax / 448 of what each of its matrices is fed.
+struct InputScales {
+  float w1 = 0;  ///< gate_proj
+  float w2 = 0;  ///< down_proj
+  float w3 = 0;  ///< up_proj
+};
+
 /// Something in the checkpoint that loads but deserves a look.
 struct CheckpointWarning {
   std::string tensor;
@@ -93,8 +100,13 @@ class Checkpoint {
   /// Stable digest of config and headers: equal on every rank that sees the same checkpoint.
   [[nodiscard]] std::uint64_t identity() const noexcept;
 
-  /// Maximum over all experts of the layer; empty if the checkpoint has none.
-  /// Throws: kCorruptFile for a scale that is missing for some expert, not finite or not positive.
+  /// Of every expert of the layer, in order; empty if the checkpoint has none. Throws: kCorruptFile
+  /// for a scale that is missing for some expert, of the wrong dtype or shape, not finite or not
+  /// positive.
+  [[nodiscard]] std::vector<InputScales> input_scales(int layer) const;
+
+  /// s1 = max of w1 and w3, s2 = max of w2, over all experts of the layer; empty if the checkpoint has none.
+  /// Throws: as input_scales().
   [[nodiscard]] std::optional<StaticScales> static_scales(int layer) const;
 
   /// Throws: kInvalidArgument (layer or range), kCorruptFile (missing tensor, wrong dtype or shape,

@@ -60,7 +60,7 @@ struct BasicTensorView {
   Pointer data = nullptr;
   DType dtype = DType::kFloat32;
   Shape shape;
-  Device device;
+  Device device{};
 
   [[nodiscard]] bool empty() const noexcept { return data == nullptr; }
   [[nodiscard]] std::int64_t dim(int i) const noexcept { return shape[i]; }

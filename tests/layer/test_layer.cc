@@ -176,7 +176,9 @@ TEST_F(Layer, RoutedScalingFactorIsAppliedOnce) {
         run_layer(*checkpoint_, {.tokens = {3, 3}, .mode = mode, .routed_scaling_factor = 4.0f});
     const auto a = one.all_y(), b = four.all_y();
     for (std::size_t i = 0; i < a.size(); ++i) {
-      if ((a[i] & 0x7f80) != 0) ASSERT_EQ(b[i], a[i] + (2 << 7)) << i;
+      if ((a[i] & 0x7f80) != 0) {
+        ASSERT_EQ(b[i], a[i] + (2 << 7)) << i;
+      }
     }
   }
 }
