@@ -1,0 +1,36 @@
+// math.cuh - conversions and approximations the kernels are built from. One instruction per function.
+#pragma once
+
+#include <cstdint>
+
+namespace sluice::cuda::ptx {
+
+/// 2^x, relative error below 2^-22; subnormal results kept.
+__device__ __forceinline__ float exp2_approx(float x) {
+  float y;
+  asm("ex2.approx.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+
+/// 1 / x within 1 ulp.
+__device__ __forceinline__ float rcp_approx(float x) {
+  float y;
+  asm("rcp.approx.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+
+/// Two e4m3 codes, `lo` in the low byte: nearest even, saturating; NaN becomes 0x7f.
+__device__ __forceinline__ std::uint16_t e4m3x2_from_float(float hi, float lo) {
+  std::uint16_t codes;
+  asm("cvt.rn.satfinite.e4m3x2.f32 %0, %1, %2;" : "=h"(codes) : "f"(hi), "f"(lo));
+  return codes;
+}
+
+/// Two bf16, `lo` in the low half: nearest even.
+__device__ __forceinline__ std::uint32_t bf16x2_from_float(float hi, float lo) {
+  std::uint32_t bits;
+  asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(bits) : "f"(hi), "f"(lo));
+  return bits;
+}
+
+}  // namespace sluice::cuda::ptx

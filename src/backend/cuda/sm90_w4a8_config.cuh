@@ -1,0 +1,127 @@
+// sm90_w4a8_config.cuh - what the W4A8 expert kernel is made of: sizes, parameters, shared memory.
+#pragma once
+
+#include <cuda.h>
+#include <cuda_runtime.h>
+
+#include <cstdint>
+
+#include "backend/cuda/sm90_w4a8_layout.cuh"
+#include "backend/cuda/w4a8.h"
+
+namespace sluice::cuda {
+
+inline constexpr int kMaxExperts = 512;
+inline constexpr int kNumTokenBoxes = 5;      ///< Tensor maps for boxes of 8 << i tokens.
+inline constexpr int kSharedLimit = 232448;   ///< Dynamic shared memory of one CTA on sm_90.
+inline constexpr int kSyncHeader = 2;         ///< Words before the per-expert counters.
+
+/// One instantiation of the kernel.
+template <KernelConfig Size, WeightCode Code, ScaleType Scale, int Group>
+struct Config {
+  static constexpr bool kIsDecode = Size == KernelConfig::kDecode;
+  static constexpr WeightCode kCode = Code;
+  static constexpr ScaleType kScale = Scale;
+  static constexpr int kGroup = Group;
+  static constexpr int kMathWarpgroups = kIsDecode ? 4 : 2;
+  static constexpr int kSlabsPerWarpgroup = kSlabsPerTile / kMathWarpgroups;
+  // Groups of 32 keep four weight scales alive beside the sums: 128 columns would spill.
+  static constexpr int kMaxTokens = kIsDecode || Group == 32 ? 64 : 128;
+  static constexpr int kMathWarps = 4 * kMathWarpgroups;
+  static constexpr int kMathThreads = 32 * kMathWarps;
+  static constexpr int kThreads = kMathThreads + 128;
+  // 128 x producer + kMathThreads x math <= 65536 registers.
+  static constexpr int kProducerRegisters = kIsDecode ? 56 : 40;
+  static constexpr int kMathRegisters = kIsDecode ? 112 : 232;
+  static constexpr int kSlabBytes = slab_bytes(Scale, Group);
+  static constexpr int kWeightBytes = kSlabsPerTile * kSlabBytes;  // per stage
+  static constexpr int kTokenBytes = kMaxTokens * kStepK;          // per stage
+  static constexpr int kStageBytes = kWeightBytes + kTokenBytes + kMaxTokens * 4;
+  // Codes of one finished tile, padded so that the four tokens of a store hit different banks.
+  static constexpr int kHiddenPitch = 128 + 16;
+  static constexpr int kFixedBytes =
+      kMaxTokens * (kHiddenPitch + 4 * kMathWarps + 4) + 4 * (kMaxExperts + 1) + 1024;
+  static constexpr int kStagesThatFit = (kSharedLimit - kFixedBytes) / kStageBytes;
+  static constexpr int kStages = kStagesThatFit < 8 ? kStagesThatFit : 8;
+  static_assert(128 * kProducerRegisters + kMathThreads * kMathRegisters <= 65536);
+  static_assert(kStages >= 4);
+};
+
+/// A unit of work: 256 weight rows of one expert against up to kMaxTokens of its rows.
+struct TileInfo {
+  int phase;       ///< Index into Params::phase, or -1: no more work.
+  int expert;
+  int row_tile;    ///< Weight rows [256 row_tile, ...).
+  int row0;        ///< First activation row.
+  int num_tokens;  ///< Valid rows, 1..kMaxTokens.
+  int num_slabs;   ///< 4, or 2 in the last tile of an odd n.
+  int ready_count; ///< Finished tiles of the phase before that this expert needs.
+  int unused;
+};
+static_assert(sizeof(TileInfo) == 32);
+
+enum class Epilogue : int { kBf16, kSwiglu };
+
+/// One grouped GEMM.
+struct Phase {
+  const std::uint8_t* weights;  // [expert] packed stream
+  long long expert_bytes;
+  int num_steps;                // K / 128
+  int num_row_tiles;            // ceil(n / 256)
+  int tail_slabs;               // slabs of the last row tile
+  int n;
+  const float* x_scale;         // [rows, K/128] or nullptr
+  float x_static;
+  Epilogue epilogue;
+  float h_inv_static;           // 1 / s2
+  std::uint8_t* h;              // [rows, n/2] e4m3          kSwiglu
+  float* h_scale;               // [rows, n/256] or nullptr  kSwiglu
+  std::uint16_t* y;             // [rows, n] bf16            kBf16
+};
+
+struct Params {
+  CUtensorMap x_map[2][kNumTokenBoxes];  // per phase: boxes of (128 k, 8 << i rows), 128 B swizzle
+  Phase phase[2];
+  int num_phases;
+  int num_experts;
+  const std::int32_t* num_rows;    // [num_experts]
+  const std::int32_t* row_offset;  // [num_experts] or nullptr
+  int max_m;
+  int* sync;  // [0] next ticket, [1] CTAs that have left, [2 + e] finished tiles of phase 0
+};
+
+template <class C>
+struct Shared {
+  static constexpr int kTileSlots = 4;
+  alignas(1024) std::uint8_t x[C::kStages][C::kTokenBytes];   // (token, k) swizzled
+  alignas(128) std::uint8_t w[C::kStages][C::kWeightBytes];   // packed stream, one step
+  alignas(16) float x_scale[C::kStages][C::kMaxTokens];
+  alignas(16) std::uint8_t h[C::kMaxTokens * C::kHiddenPitch];  // (token, channel) e4m3
+  float amax[C::kMathWarps][C::kMaxTokens];
+  float h_inv[C::kMaxTokens];
+  int tile_prefix[kMaxExperts + 1];  // token tiles of the experts before e
+  alignas(16) TileInfo tile[kTileSlots];
+  alignas(8) std::uint64_t full[C::kStages];
+  std::uint64_t empty[C::kStages];
+  std::uint64_t tile_full[kTileSlots];
+  std::uint64_t tile_empty[kTileSlots];
+};
+
+/// Position in a ring of stages: index and the parity its barriers are waited on.
+struct Ring {
+  int stage = 0;
+  std::uint32_t parity = 0;
+  template <int Stages>
+  __device__ __forceinline__ void advance() {
+    if (++stage == Stages) {
+      stage = 0;
+      parity ^= 1;
+    }
+  }
+};
+
+/// Launches one instantiation. Each lives in a .cu file of its own, for build time.
+template <class C>
+void launch_kernel(const Params& params, int num_ctas, cudaStream_t stream);
+
+}  // namespace sluice::cuda

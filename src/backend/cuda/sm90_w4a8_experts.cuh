@@ -1,0 +1,122 @@
+// sm90_w4a8_experts.cuh - int4 weights x fp8 activations: the experts of a layer in one kernel.
+//
+// Maths     per phase (one grouped GEMM), local expert e, row m of e, output channel n:
+//             c[m,n] = sum_g xs[m,g/..] * ws[n,g] * sum_{k in g} x[m,k] * w[n,k]
+//           g: weight groups of 128 (or 32) along K; xs per 128. Inner sum on tensor cores on a fresh
+//           accumulator, outer sum in f32 fma, in order of g. Then, by phase:
+//             kSwiglu  h = silu(c[gate]) * c[up] in f32 -> e4m3 with a scale per (m, 128) or static
+//             kBf16    y = bf16(c)
+//           Two phases: h of the first is x of the second.
+//
+// Operands  x   [rows, K] e4m3, K fastest, 16 B aligned        tensor copy, 128 B swizzle
+//           xs  [rows, K/128] f32, or one static scale         4-byte cp.async
+//           w   packed stream with its scales (sm90_w4a8_layout.cuh)   one bulk copy per stage
+//           h   [rows, n/2] e4m3 and [rows, n/256] f32         16-byte stores
+//           y   [rows, n] bf16                                 32-byte sectors per warp
+//           num_rows, row_offset [E] i32                       read when the CTA starts
+//
+// Tile      w is the left operand, widened to fp8 in registers, so a CTA computes c^T:
+//                                 tokens: N in {8, 16, 32, 64} or {32, 64, 128}
+//                               +---------------------+
+//             256 weight rows   | 4 slabs of 64 rows  |   K in steps of 128
+//                               +---------------------+
+//           decode: 4 math warpgroups, a slab each; prefill: 2, two slabs each.
+//
+// Warps     warpgroup 0   producer: warp 0 claims tiles and streams weights, warp 1 fetches
+//                         activations and scales                        32 / 40 registers
+//           warpgroups 1+ math: widen, wgmma, promote, epilogue        120 / 232 registers
+//           640 or 384 threads, one CTA per SM, set by registers and shared memory.
+//
+// Shared    bf16, group 128, decode:  stage = w 16896 + x 8192 + xs 256 = 25344 B, 8 stages 203 KB
+//                          prefill:  stage = w 16896 + x 16384 + xs 512 = 33792 B, 6 stages 203 KB
+//           + finished tile 9 / 18 KB + amax 4 KB + expert prefix 2 KB: of 227 KB
+//
+// Barriers  full[s]   producer -> math: 1 (weights) + 1 + 32 (activations, scales) arrivals and bytes
+//           empty[s]  math -> producer: one arrival per math warp
+//           tile_full/tile_empty[4]  the claimed tile, warp 0 -> warp 1 and math
+//           sync[2 + e]  finished phase-0 tiles of expert e, release; warp 1 acquires before it
+//                     fetches h. Tickets order all tiles; phase 1 waits only for lower tickets, which
+//                     running CTAs hold, so any number of resident CTAs makes progress.
+//           Between its wait and its arrive a role owns the bytes; no one else touches them.
+//
+// Needs     n, K multiples of 128 (n of 256 for kSwiglu), at most 512 experts; checked on the host.
+// Bound     decode: bytes of w. Prefill: tensor-core rate. Numbers: docs/performance-gpu.md
+#pragma once
+
+#include "backend/cuda/check.h"
+#include "backend/cuda/sm90_w4a8_config.cuh"
+#include "backend/cuda/sm90_w4a8_math.cuh"
+#include "backend/cuda/sm90_w4a8_producer.cuh"
+
+namespace sluice::cuda {
+
+template <class C>
+__device__ __forceinline__ void init_barriers(Shared<C>& s) {
+  for (int i = 0; i < C::kStages; ++i) {
+    ptx::mbarrier_init(&s.full[i], 1 + 1 + 32);
+    ptx::mbarrier_init(&s.empty[i], C::kMathWarps);
+  }
+  for (int i = 0; i < Shared<C>::kTileSlots; ++i) {
+    ptx::mbarrier_init(&s.tile_full[i], 1);
+    ptx::mbarrier_init(&s.tile_empty[i], 1 + C::kMathWarps);
+  }
+  ptx::fence_barrier_init();
+}
+
+/// The last CTA to leave puts the synchronization words back to zero for the next launch.
+__device__ __forceinline__ void leave(const Params& p) {
+  __threadfence();
+  if (atomicAdd(&p.sync[1], 1) != static_cast<int>(gridDim.x) - 1) return;
+  p.sync[0] = 0;
+  p.sync[1] = 0;
+  for (int e = 0; e < p.num_experts; ++e) p.sync[kSyncHeader + e] = 0;
+}
+
+template <class C>
+__global__ void __launch_bounds__(C::kThreads, 1)
+    w4a8_experts_kernel(const __grid_constant__ Params p) {
+  extern __shared__ __align__(1024) std::uint8_t shared_bytes[];
+  Shared<C>& s = *reinterpret_cast<Shared<C>*>(shared_bytes);
+  const int thread = static_cast<int>(threadIdx.x);
+  const int warp = thread / 32;
+  const int lane = thread % 32;
+
+  int ticket = 0;
+  if (thread == 0) {
+    ticket = atomicAdd(&p.sync[0], 1);
+    init_barriers(s);
+  }
+  if (warp == 1) scan_token_tiles(s, p, lane);
+  __syncthreads();
+
+  if (warp < 4) {
+    ptx::set_max_registers_down<C::kProducerRegisters>();
+    if (thread == 0) {
+      stream_weights(s, p, ticket);
+    } else if (warp == 1) {
+      fetch_activations(s, p, lane);
+    }
+  } else {
+    ptx::set_max_registers_up<C::kMathRegisters>();
+    const MathLane math{.warpgroup = warp / 4 - 1,
+                        .thread = thread % 128,
+                        .warp = warp % 4,
+                        .row = lane / 4,
+                        .column = 2 * (lane % 4)};
+    math_role(s, p, math);
+  }
+  __syncthreads();
+  if (thread == 0) leave(p);
+}
+
+template <class C>
+void launch_kernel(const Params& params, int num_ctas, cudaStream_t stream) {
+  static_assert(sizeof(Shared<C>) <= kSharedLimit);
+  constexpr int kBytes = static_cast<int>(sizeof(Shared<C>));
+  SLUICE_CUDA_CHECK(cudaFuncSetAttribute(w4a8_experts_kernel<C>,
+                                         cudaFuncAttributeMaxDynamicSharedMemorySize, kBytes));
+  w4a8_experts_kernel<C><<<num_ctas, C::kThreads, kBytes, stream>>>(params);
+  SLUICE_CUDA_CHECK(cudaGetLastError());
+}
+
+}  // namespace sluice::cuda

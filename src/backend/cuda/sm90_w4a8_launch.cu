@@ -1,0 +1,210 @@
+// sm90_w4a8_launch.cu - host launchers: checks, tensor maps, parameters, choice of instantiation.
+#include <cuda.h>
+#include <cuda_runtime.h>
+
+#include <string>
+
+#include "backend/cuda/check.h"
+#include "backend/cuda/sm90_w4a8_config.cuh"
+#include "backend/cuda/w4a8.h"
+#include "sluice/error.h"
+
+namespace sluice::cuda {
+namespace {
+
+void require(bool ok, const char* what, long long value, const char* limit) {
+  if (ok) return;
+  throw Error(ErrorCode::kInvalidArgument,
+              std::string(what) + " " + std::to_string(value) + ": " + limit);
+}
+
+void require_pointer(const void* p, std::size_t alignment, const char* what) {
+  require(p != nullptr, what, 0, "must not be null");
+  require(reinterpret_cast<std::uintptr_t>(p) % alignment == 0, what,
+          static_cast<long long>(reinterpret_cast<std::uintptr_t>(p) % alignment),
+          "is not aligned");
+}
+
+using EncodeTiled = decltype(&cuTensorMapEncodeTiled);
+
+/// The driver's encoder, looked up at run time so that nothing links against the driver.
+EncodeTiled find_encoder() {
+  void* entry = nullptr;
+  cudaDriverEntryPointQueryResult found{};
+  SLUICE_CUDA_CHECK(cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &entry, 12000,
+                                                     cudaEnableDefault, &found));
+  if (found != cudaDriverEntryPointSuccess || entry == nullptr) {
+    throw Error(ErrorCode::kUnsupported, "the CUDA driver has no cuTensorMapEncodeTiled");
+  }
+  return reinterpret_cast<EncodeTiled>(entry);
+}
+
+/// [rows, k] e4m3 in boxes of (128, tokens), 128 B swizzle.
+CUtensorMap encode_map(const std::uint8_t* codes, std::int64_t rows, int k, int tokens) {
+  static const EncodeTiled encode = find_encoder();
+  CUtensorMap map;
+  const cuuint64_t dims[2] = {static_cast<cuuint64_t>(k), static_cast<cuuint64_t>(rows)};
+  const cuuint64_t strides[1] = {static_cast<cuuint64_t>(k)};
+  const cuuint32_t box[2] = {static_cast<cuuint32_t>(kStepK), static_cast<cuuint32_t>(tokens)};
+  const cuuint32_t element_strides[2] = {1, 1};
+  const CUresult status =
+      encode(&map, CU_TENSOR_MAP_DATA_TYPE_UINT8, 2, const_cast<std::uint8_t*>(codes), dims, strides,
+             box, element_strides, CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B,
+             CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+  if (status != CUDA_SUCCESS) {
+    throw Error(ErrorCode::kCuda, "cuTensorMapEncodeTiled failed: " + std::to_string(status));
+  }
+  return map;
+}
+
+void check_shape(const WeightShape& shape) {
+  require(shape.n > 0 && shape.n % 128 == 0, "n", shape.n, "must be a positive multiple of 128");
+  require(shape.k > 0 && shape.k % 128 == 0, "k", shape.k, "must be a positive multiple of 128");
+  require(shape.group == 128 || shape.group == 32, "group", shape.group, "must be 128 or 32");
+}
+
+void check_scale(float s, const char* what) {
+  if (!(s > 0) || s > 3.4e38f) {
+    throw Error(ErrorCode::kInvalidArgument,
+                std::string(what) + " " + std::to_string(s) + ": must be finite and positive");
+  }
+}
+
+Params make_params(const ExpertRows& rows, void* sync) {
+  require(rows.num_experts >= 1 && rows.num_experts <= kMaxExperts, "num_experts",
+          rows.num_experts, "must be 1..512");
+  require(rows.total_rows >= 0 && rows.total_rows < (1LL << 31), "total_rows", rows.total_rows,
+          "must be below 2^31");
+  require_pointer(rows.num_rows, 4, "num_rows");
+  require_pointer(sync, 4, "sync");
+  if (rows.row_offset == nullptr) {
+    require(static_cast<std::int64_t>(rows.num_experts) * rows.max_m <= rows.total_rows, "max_m",
+            rows.max_m, "num_experts * max_m exceeds total_rows");
+  }
+  Params p{};
+  p.num_experts = rows.num_experts;
+  p.num_rows = rows.num_rows;
+  p.row_offset = rows.row_offset;
+  p.max_m = rows.max_m;
+  p.sync = static_cast<int*>(sync);
+  return p;
+}
+
+/// Appends one grouped GEMM that reads `x`.
+Phase& add_phase(Params& p, const PackedWeights& weights, const ExpertRows& rows,
+                 const Activation& x) {
+  const WeightShape& shape = weights.shape;
+  check_shape(shape);
+  require_pointer(weights.data, 128, "packed weights");
+  require_pointer(x.codes, 16, "activation codes");
+  if (x.scale == nullptr) check_scale(x.static_scale, "static activation scale");
+  for (int i = 0; i < kNumTokenBoxes; ++i) {
+    p.x_map[p.num_phases][i] = encode_map(x.codes, rows.total_rows, shape.k, 8 << i);
+  }
+  Phase& phase = p.phase[p.num_phases++];
+  phase.weights = static_cast<const std::uint8_t*>(weights.data);
+  phase.expert_bytes = static_cast<long long>(packed_expert_bytes(shape));
+  phase.num_steps = shape.k / kStepK;
+  phase.num_row_tiles = (shape.n + kTileRows - 1) / kTileRows;
+  phase.tail_slabs = shape.n % kTileRows == 0 ? kSlabsPerTile : kSlabsPerTile / 2;
+  phase.n = shape.n;
+  phase.x_scale = x.scale;
+  phase.x_static = x.static_scale;
+  return phase;
+}
+
+void add_bf16(Params& p, const PackedWeights& weights, const ExpertRows& rows, const Activation& x,
+              std::uint16_t* y) {
+  require_pointer(y, 16, "y");
+  Phase& phase = add_phase(p, weights, rows, x);
+  phase.epilogue = Epilogue::kBf16;
+  phase.y = y;
+}
+
+void add_swiglu(Params& p, const PackedWeights& weights, const ExpertRows& rows,
+                const Activation& x, const HiddenBuffer& h) {
+  require(weights.shape.n % kTileRows == 0, "gate_up n", weights.shape.n,
+          "must be 2 * intermediate, a multiple of 256");
+  require_pointer(h.codes, 16, "h codes");
+  if (h.scale == nullptr) check_scale(h.static_scale, "static h scale");
+  Phase& phase = add_phase(p, weights, rows, x);
+  phase.epilogue = Epilogue::kSwiglu;
+  phase.h = h.codes;
+  phase.h_scale = h.scale;
+  phase.h_inv_static = h.scale == nullptr ? 1.0f / h.static_scale : 0.0f;
+}
+
+template <KernelConfig Size, WeightCode Code, ScaleType Scale>
+void launch_group(const Params& p, int group, int num_ctas, cudaStream_t stream) {
+  if (group == 128) {
+    launch_kernel<Config<Size, Code, Scale, 128>>(p, num_ctas, stream);
+  } else {
+    launch_kernel<Config<Size, Code, Scale, 32>>(p, num_ctas, stream);
+  }
+}
+
+template <KernelConfig Size, WeightCode Code>
+void launch_scale(const Params& p, const WeightShape& shape, int num_ctas, cudaStream_t stream) {
+  if (shape.scale_type == ScaleType::kBf16) {
+    launch_group<Size, Code, ScaleType::kBf16>(p, shape.group, num_ctas, stream);
+  } else {
+    launch_group<Size, Code, ScaleType::kF32>(p, shape.group, num_ctas, stream);
+  }
+}
+
+template <KernelConfig Size>
+void launch_code(const Params& p, const PackedWeights& w, int num_ctas, cudaStream_t stream) {
+  if (w.code == WeightCode::kOnesComplement) {
+    launch_scale<Size, WeightCode::kOnesComplement>(p, w.shape, num_ctas, stream);
+  } else {
+    launch_scale<Size, WeightCode::kSignMagnitude>(p, w.shape, num_ctas, stream);
+  }
+}
+
+void launch(const Params& p, const PackedWeights& w, const ExpertRows& rows,
+            const ConfigChoice& config, StreamHandle handle) {
+  require(config.num_ctas > 0, "config.num_ctas", config.num_ctas, "take it from choose_config()");
+  if (rows.total_rows == 0) return;
+  const auto stream = static_cast<cudaStream_t>(handle);
+  if (config.config == KernelConfig::kDecode) {
+    launch_code<KernelConfig::kDecode>(p, w, config.num_ctas, stream);
+  } else {
+    launch_code<KernelConfig::kPrefill>(p, w, config.num_ctas, stream);
+  }
+}
+
+}  // namespace
+
+void launch_grouped_gemm(const GroupedGemm& args, StreamHandle stream) {
+  if (args.rows.total_rows == 0) return;
+  Params p = make_params(args.rows, args.sync);
+  add_bf16(p, args.weights, args.rows, args.x, args.y);
+  launch(p, args.weights, args.rows, args.config, stream);
+}
+
+void launch_gate_up(const GateUpGemm& args, StreamHandle stream) {
+  if (args.rows.total_rows == 0) return;
+  Params p = make_params(args.rows, args.sync);
+  add_swiglu(p, args.weights, args.rows, args.x, args.h);
+  launch(p, args.weights, args.rows, args.config, stream);
+}
+
+void launch_experts(const ExpertStage& args, StreamHandle stream) {
+  if (args.rows.total_rows == 0) return;
+  const WeightShape& up = args.gate_up.shape;
+  const WeightShape& down = args.down.shape;
+  require(down.n == up.k, "down n", down.n, "must equal gate_up k (hidden)");
+  require(up.n == 2 * down.k, "gate_up n", up.n, "must equal 2 * down k (intermediate)");
+  require(args.down.code == args.gate_up.code && down.group == up.group &&
+              down.scale_type == up.scale_type,
+          "down group", down.group, "gate_up and down must share code, group and scale type");
+  Params p = make_params(args.rows, args.sync);
+  add_swiglu(p, args.gate_up, args.rows, args.x, args.h);
+  const Activation h{.codes = args.h.codes,
+                     .scale = args.h.scale,
+                     .static_scale = args.h.static_scale};
+  add_bf16(p, args.down, args.rows, h, args.y);
+  launch(p, args.gate_up, args.rows, args.config, stream);
+}
+
+}  // namespace sluice::cuda
