@@ -105,7 +105,8 @@ class Checkpoint {
   /// positive.
   [[nodiscard]] std::vector<InputScales> input_scales(int layer) const;
 
-  /// s1 = max of w1 and w3, s2 = max of w2, over all experts of the layer; empty if the checkpoint has none.
+  /// s1 = max of w1 and w3, s2 = max of w2, over all experts of the layer; empty if the checkpoint
+  /// has none.
   /// Throws: as input_scales().
   [[nodiscard]] std::optional<StaticScales> static_scales(int layer) const;
 
@@ -134,6 +135,21 @@ struct SyntheticCheckpoint {
   bool with_input_scales = true;
   std::size_t max_shard_bytes = std::size_t{1} << 30;
 };
+
+/// Which tokens synthetic_activations() makes.
+struct SyntheticTokens {
+  std::uint64_t seed = 1;        ///< SyntheticCheckpoint::seed: fixes the channels' gains.
+  int layer = 3;                 ///< Gains differ from layer to layer.
+  std::uint64_t token_seed = 1;  ///< The stream of tokens.
+  std::int64_t first_token = 0;  ///< Position in the stream, so that ranks can take their own part.
+};
+
+/// Inputs of a MoE layer as models have them after RMSNorm: normal values times heavy-tailed
+/// channel gains (log-normal, and one channel in 512 at 10 to 50 times that); one token in 128 (the
+/// first among them) has a massive activation in one of three fixed channels. The checkpoint's
+/// input scales are calibrated on such tokens. Depends on nothing but the arguments. x:
+/// [num_tokens, hidden] bf16.   Throws: kInvalidArgument.
+void synthetic_activations(const SyntheticTokens& tokens, MutableTensorView x);
 
 /// Fraction done, 0 .. 1.
 using Progress = std::function<void(double)>;

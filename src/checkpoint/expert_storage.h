@@ -1,0 +1,25 @@
+// expert_storage.h - what keeps the views of an ExpertWeights alive, and which of them are mapped.
+#pragma once
+
+#include <cstddef>
+#include <memory>
+#include <vector>
+
+#include "core/mmap.h"
+
+namespace sluice {
+
+/// Files that the views point into, and copies of scales that lie misaligned in their file.
+struct ExpertStorage {
+  std::vector<std::shared_ptr<const MappedFile>> files;
+  std::vector<std::unique_ptr<std::byte[]>> copies;
+};
+
+/// Deleter of ExpertWeights::storage. Its type tells release_pages() that the weights are mapped:
+/// pages of weights that somebody assembled in memory must never be given back.
+struct ExpertStorageDeleter {
+  const ExpertStorage* storage;
+  void operator()(const void*) const noexcept { delete storage; }
+};
+
+}  // namespace sluice

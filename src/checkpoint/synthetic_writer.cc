@@ -1,0 +1,391 @@
+// Writes a synthetic checkpoint: all sizes are known before the first byte, so files are laid out
+// first and experts are then made in any order, by several threads, and written where they belong.
+#include <fcntl.h>
+#include <sys/statvfs.h>
+#include <unistd.h>
+
+#include <algorithm>
+#include <atomic>
+#include <cerrno>
+#include <cstring>
+#include <exception>
+#include <fstream>
+#include <mutex>
+#include <nlohmann/json.hpp>
+#include <span>
+#include <thread>
+#include <utility>
+
+#include "checkpoint/safetensors.h"
+#include "checkpoint/synthetic.h"
+#include "checkpoint/tensor_index.h"
+#include "core/fail.h"
+#include "sluice/quant.h"
+
+namespace sluice {
+namespace {
+
+namespace fs = std::filesystem;
+
+constexpr int kWeightGroup = 128;
+
+/// One file to be written: its tensors, and where their bytes begin.
+struct Shard {
+  std::string name;
+  std::string header;
+  std::vector<SafetensorsEntry> tensors;
+  [[nodiscard]] std::uint64_t bytes() const {
+    return header.size() + (tensors.empty() ? 0 : tensors.back().end);
+  }
+};
+
+/// Where one tensor goes.
+struct Place {
+  std::size_t shard = 0;
+  std::uint64_t offset = 0;
+};
+
+void check_spec(const SyntheticCheckpoint& spec) {
+  const ModelGeometry& g = spec.geometry;
+  check_argument(spec.format == "w4afp8", "format '{}' is none of: w4afp8", spec.format);
+  check_argument(g.group_size == kWeightGroup, "group_size {}; w4afp8 has {}", g.group_size,
+                 kWeightGroup);
+  check_argument(g.num_experts >= 1 && g.num_experts <= 4096, "num_experts {} is outside [1, 4096]",
+                 g.num_experts);
+  check_argument(g.num_topk >= 1 && g.num_topk <= g.num_experts,
+                 "num_topk {} is outside [1, {} experts]", g.num_topk, g.num_experts);
+  for (const auto& [field, value] :
+       {std::pair{"hidden", g.hidden}, {"intermediate", g.intermediate}}) {
+    check_argument(value >= kWeightGroup && value % kWeightGroup == 0 && value <= 1 << 17,
+                   "{} {} is not a multiple of {} in [{}, {}]", field, value, kWeightGroup,
+                   kWeightGroup, 1 << 17);
+  }
+  check_argument(g.routed_scaling_factor > 0 && g.routed_scaling_factor < 1e6f,
+                 "routed_scaling_factor {} is outside (0, 1e6)", g.routed_scaling_factor);
+  check_argument(spec.first_layer >= 0 && spec.first_layer <= 10'000,
+                 "first_layer {} is outside [0, 10000]", spec.first_layer);
+  check_argument(spec.num_layers >= 1 && spec.num_layers <= 1000,
+                 "num_layers {} is outside [1, 1000]", spec.num_layers);
+  check_argument(spec.scale_dtype == DType::kFloat32 || spec.scale_dtype == DType::kBFloat16,
+                 "scale_dtype {} is neither float32 nor bfloat16", to_string(spec.scale_dtype));
+  check_argument(spec.max_shard_bytes >= 1, "max_shard_bytes is 0");
+}
+
+class SyntheticWriter {
+ public:
+  SyntheticWriter(const SyntheticCheckpoint& spec, fs::path dir, const Progress& progress)
+      : spec_(spec), dir_(std::move(dir)), progress_(progress) {
+    plan_shards();
+    const std::size_t num_experts = num_jobs();
+    input_scales_.resize(spec_.with_input_scales ? num_experts : 0);
+  }
+
+  [[nodiscard]] std::uint64_t total_bytes() const {
+    std::uint64_t sum = 0;
+    for (const Shard& shard : shards_) sum += shard.bytes();
+    return sum;
+  }
+
+  void write() {
+    for (const Shard& shard : shards_) create_file(shard);
+    for (int i = 0; i < spec_.num_layers && spec_.with_input_scales; ++i) {
+      calibrations_.emplace_back(spec_, spec_.first_layer + i);
+    }
+    run_workers();
+    if (spec_.with_input_scales) write_input_scales();
+    write_json();
+  }
+
+ private:
+  [[nodiscard]] std::size_t num_jobs() const {
+    return static_cast<std::size_t>(spec_.num_layers) *
+           static_cast<std::size_t>(spec_.geometry.num_experts);
+  }
+
+  void plan_shards();
+  void create_file(const Shard& shard) const;
+  void run_workers();
+  void work(bool reports);
+  void write_expert(std::size_t job, const SyntheticExpert& expert) const;
+  void write_tensor(const Place& place, std::span<const std::byte> bytes) const;
+  void write_input_scales() const;
+  void write_json() const;
+  void write_text(const std::string& name, const std::string& text) const;
+
+  const SyntheticCheckpoint& spec_;
+  fs::path dir_;
+  const Progress& progress_;
+  std::vector<Shard> shards_;
+  std::vector<std::array<Place, 6>> places_;  // [job][weight parts]
+  std::vector<Calibration> calibrations_;     // [layer]
+  std::vector<InputScales> input_scales_;     // [job]
+  std::atomic<std::size_t> next_job_{0}, done_jobs_{0};
+  std::mutex mutex_;
+  std::exception_ptr problem_;  // guarded by mutex_
+};
+
+void SyntheticWriter::plan_shards() {
+  const ModelGeometry& g = spec_.geometry;
+  const auto hidden = static_cast<std::uint64_t>(g.hidden);
+  const auto intermediate = static_cast<std::uint64_t>(g.intermediate);
+  const bool is_f32 = spec_.scale_dtype == DType::kFloat32;
+  const std::size_t scale_bytes = size_bytes(spec_.scale_dtype);
+  std::vector<std::vector<SafetensorsEntry>> files(1);
+  std::uint64_t used = 0;
+  places_.resize(num_jobs());
+  for (std::size_t job = 0; job < num_jobs(); ++job) {
+    const auto per_layer = static_cast<std::size_t>(g.num_experts);
+    const int layer = spec_.first_layer + static_cast<int>(job / per_layer);
+    for (std::size_t part = 0; part < 6; ++part) {
+      const bool is_down = part >= 4;
+      const bool is_scale = part % 2 == 1;
+      const std::uint64_t n = is_down ? hidden : intermediate, k = is_down ? intermediate : hidden;
+      const std::uint64_t columns = is_scale ? k / kWeightGroup : k / 2;
+      const std::uint64_t size = n * columns * (is_scale ? scale_bytes : 1);
+      if (used > 0 && used + size > spec_.max_shard_bytes) files.emplace_back(), used = 0;
+      used += size;
+      places_[job][part].shard = files.size() - 1;
+      files.back().push_back({.name = tensor_name(layer, static_cast<int>(job % per_layer),
+                                                  static_cast<ExpertPart>(part)),
+                              .dtype = is_scale ? (is_f32 ? "F32" : "BF16") : "I8",
+                              .shape = {n, columns}});
+    }
+  }
+  check_argument(files.size() <= 99'999, "max_shard_bytes {} needs {} shards; at most 99999",
+                 spec_.max_shard_bytes, files.size());
+  std::vector<std::size_t> next(files.size());
+  for (std::size_t i = 0; i < files.size(); ++i) {
+    Shard& shard = shards_.emplace_back();
+    shard.name = fmt::format("model-{:05}-of-{:05}.safetensors", i + 1, files.size());
+    shard.tensors = std::move(files[i]);
+    shard.header = make_safetensors_header(shard.tensors);
+  }
+  for (auto& parts : places_) {
+    for (Place& place : parts) {
+      const Shard& shard = shards_[place.shard];
+      place.offset = shard.header.size() + shard.tensors[next[place.shard]++].begin;
+    }
+  }
+}
+
+[[noreturn]] void fail_io(const fs::path& path, const char* what) {
+  fail(ErrorCode::kIo, "{}: cannot {}: {}", path.string(), what, std::strerror(errno));
+}
+
+/// Writes all of `bytes` at `offset` of a file that exists, or is made.
+void write_at(const fs::path& path, std::uint64_t offset, std::span<const std::byte> bytes) {
+  const int fd = ::open(path.c_str(), O_WRONLY | O_CREAT | O_CLOEXEC, 0644);
+  if (fd < 0) fail_io(path, "open for writing");
+  while (!bytes.empty()) {
+    const ssize_t count = ::pwrite(fd, bytes.data(), bytes.size(), static_cast<off_t>(offset));
+    if (count < 0 && errno == EINTR) continue;
+    if (count <= 0) {
+      const int problem = errno;
+      ::close(fd);
+      errno = problem;
+      fail_io(path, "write");
+    }
+    bytes = bytes.subspan(static_cast<std::size_t>(count));
+    offset += static_cast<std::uint64_t>(count);
+  }
+  if (::close(fd) != 0) fail_io(path, "close");
+}
+
+void SyntheticWriter::create_file(const Shard& shard) const {
+  write_at(dir_ / shard.name, 0, std::as_bytes(std::span(shard.header)));
+}
+
+void SyntheticWriter::run_workers() {
+  const unsigned num_cores = std::max(1U, std::thread::hardware_concurrency());
+  const std::size_t num_threads = std::min<std::size_t>({num_cores, 8, num_jobs()});
+  {
+    std::vector<std::jthread> threads;
+    for (std::size_t i = 1; i < num_threads; ++i) threads.emplace_back([this] { work(false); });
+    work(true);
+  }
+  if (problem_) std::rethrow_exception(problem_);
+}
+
+/// Takes experts until there are none. Only the calling thread `reports`.
+void SyntheticWriter::work(bool reports) {
+  try {
+    SyntheticExpert expert;
+    for (std::size_t job; (job = next_job_.fetch_add(1)) < num_jobs();) {
+      const auto per_layer = static_cast<std::size_t>(spec_.geometry.num_experts);
+      const std::size_t layer = job / per_layer;
+      const int index = static_cast<int>(job % per_layer);
+      fill_expert(spec_, spec_.first_layer + static_cast<int>(layer), index, expert);
+      if (spec_.with_input_scales) {
+        input_scales_[job] = calibrations_[layer].input_scales(index, expert);
+      }
+      write_expert(job, expert);
+      const std::size_t done = done_jobs_.fetch_add(1) + 1;
+      if (reports && progress_) {
+        progress_(static_cast<double>(done) / static_cast<double>(num_jobs()));
+      }
+    }
+  } catch (...) {
+    const std::scoped_lock lock(mutex_);
+    if (!problem_) problem_ = std::current_exception();
+    next_job_ = num_jobs();
+  }
+}
+
+void SyntheticWriter::write_tensor(const Place& place, std::span<const std::byte> bytes) const {
+  write_at(dir_ / shards_[place.shard].name, place.offset, bytes);
+}
+
+void SyntheticWriter::write_expert(std::size_t job, const SyntheticExpert& expert) const {
+  std::vector<std::uint16_t> bf16;
+  for (std::size_t i = 0; i < expert.matrices.size(); ++i) {
+    const SyntheticMatrix& matrix = expert.matrices[i];
+    write_tensor(places_[job][2 * i], std::as_bytes(std::span(matrix.codes)));
+    auto scale_bytes = std::as_bytes(std::span(matrix.scales));
+    if (spec_.scale_dtype == DType::kBFloat16) {
+      bf16.resize(matrix.scales.size());
+      std::ranges::transform(matrix.scales, bf16.begin(), bf16_from_float);
+      scale_bytes = std::as_bytes(std::span(bf16));
+    }
+    write_tensor(places_[job][2 * i + 1], scale_bytes);
+  }
+}
+
+void SyntheticWriter::write_input_scales() const {
+  Shard shard{.name = "act_scales.safetensors", .header = {}, .tensors = {}};
+  std::vector<float> values;
+  for (std::size_t job = 0; job < num_jobs(); ++job) {
+    const auto per_layer = static_cast<std::size_t>(spec_.geometry.num_experts);
+    const int layer = spec_.first_layer + static_cast<int>(job / per_layer);
+    const InputScales& s = input_scales_[job];
+    for (const auto& [part, value] : {std::pair{ExpertPart::kW1InputScale, s.w1},
+                                      {ExpertPart::kW2InputScale, s.w2},
+                                      {ExpertPart::kW3InputScale, s.w3}}) {
+      shard.tensors.push_back({.name = tensor_name(layer, static_cast<int>(job % per_layer), part),
+                               .dtype = "F32",
+                               .shape = {1}});
+      values.push_back(value);
+    }
+  }
+  shard.header = make_safetensors_header(shard.tensors);
+  create_file(shard);
+  write_at(dir_ / shard.name, shard.header.size(), std::as_bytes(std::span(values)));
+}
+
+void SyntheticWriter::write_text(const std::string& name, const std::string& text) const {
+  write_at(dir_ / name, 0, std::as_bytes(std::span(text)));
+}
+
+void SyntheticWriter::write_json() const {
+  const ModelGeometry& g = spec_.geometry;
+  const nlohmann::ordered_json config = {
+      {"model_type", g.name},
+      {"hidden_size", g.hidden},
+      {"moe_intermediate_size", g.intermediate},
+      {"n_routed_experts", g.num_experts},
+      {"num_experts_per_tok", g.num_topk},
+      {"routed_scaling_factor", g.routed_scaling_factor},
+      {"first_k_dense_replace", spec_.first_layer},
+      {"num_hidden_layers", spec_.first_layer + spec_.num_layers},
+      {"quantization_config",
+       {{"quant_method", "w4afp8"},
+        {"group_size", kWeightGroup},
+        {"activation_scheme", spec_.with_input_scales ? "static" : "dynamic"}}},
+      {"sluice_synthetic", {{"seed", spec_.seed}}},
+  };
+  std::uint64_t total = 0;
+  std::string text = "{\n  \"metadata\": {\"total_size\": ";
+  for (const Shard& shard : shards_) total += shard.tensors.back().end;
+  text += std::to_string(total) + "},\n  \"weight_map\": {";
+  const char* separator = "\n";
+  for (const Shard& shard : shards_) {
+    for (const SafetensorsEntry& t : shard.tensors) {
+      text += fmt::format("{}    \"{}\": \"{}\"", separator, t.name, shard.name);
+      separator = ",\n";
+    }
+  }
+  write_text("model.safetensors.index.json", text + "\n  }\n}\n");
+  write_text("config.json", config.dump(2) + "\n");
+}
+
+/// A directory under construction beside its final place; removed unless it is moved there.
+class PartialDirectory {
+ public:
+  explicit PartialDirectory(const fs::path& target)
+      : path_(target.parent_path() /
+              fmt::format(".{}.partial-{}", target.filename().string(), ::getpid())),
+        target_(target) {
+    std::error_code problem;
+    fs::create_directories(target.parent_path(), problem);
+    if (!problem && !fs::create_directory(path_, problem) && !problem) {
+      problem = std::make_error_code(std::errc::file_exists);
+    }
+    if (problem) {
+      fail(ErrorCode::kIo, "{}: cannot create: {}", path_.string(), problem.message());
+    }
+  }
+  ~PartialDirectory() {
+    std::error_code ignored;
+    fs::remove_all(path_, ignored);
+  }
+  PartialDirectory(const PartialDirectory&) = delete;
+  PartialDirectory& operator=(const PartialDirectory&) = delete;
+
+  [[nodiscard]] const fs::path& path() const noexcept { return path_; }
+  /// Replaces `target`, which must be absent or empty.
+  void move_to_target() const {
+    std::error_code problem;
+    fs::rename(path_, target_, problem);
+    if (problem) {
+      fail(ErrorCode::kIo, "{}: cannot rename to {}: {}", path_.string(), target_.string(),
+           problem.message());
+    }
+  }
+
+ private:
+  fs::path path_, target_;
+};
+
+void check_target(const fs::path& target) {
+  std::error_code problem;
+  if (!fs::exists(target, problem)) return;
+  check_argument(fs::is_directory(target, problem), "{}: exists and is not a directory",
+                 target.string());
+  for (const auto& file : fs::directory_iterator(target, problem)) {
+    const std::string name = file.path().filename().string();
+    check_argument(name != "config.json" && file.path().extension() != ".safetensors",
+                   "{}: already holds a checkpoint ({}); nothing was written", target.string(),
+                   name);
+    fail(ErrorCode::kInvalidArgument, "{}: not empty ({}); nothing was written", target.string(),
+         name);
+  }
+  if (problem) fail(ErrorCode::kIo, "{}: cannot list: {}", target.string(), problem.message());
+}
+
+void check_free_space(const fs::path& dir, std::uint64_t needed) {
+  constexpr std::uint64_t kReserve = std::uint64_t{64} << 20;
+  struct statvfs status {};
+  if (::statvfs(dir.c_str(), &status) != 0) fail_io(dir, "ask for the free space of");
+  const std::uint64_t free = static_cast<std::uint64_t>(status.f_bavail) * status.f_frsize;
+  if (free < needed + kReserve) {
+    fail(ErrorCode::kIo, "{}: {} bytes are free, {} are needed and {} are left in reserve",
+         dir.string(), free, needed, kReserve);
+  }
+}
+
+}  // namespace
+
+void write_synthetic_checkpoint(const SyntheticCheckpoint& spec, const fs::path& dir,
+                                const Progress& progress) {
+  check_spec(spec);
+  // "DIR/" and "DIR" are the same place, and its parent must have a name.
+  fs::path target = fs::absolute(dir).lexically_normal();
+  if (!target.has_filename()) target = target.parent_path();
+  check_target(target);
+  const PartialDirectory partial(target);
+  SyntheticWriter writer(spec, partial.path(), progress);
+  check_free_space(partial.path(), writer.total_bytes());
+  writer.write();
+  partial.move_to_target();
+}
+
+}  // namespace sluice

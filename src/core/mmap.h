@@ -1,0 +1,40 @@
+// mmap.h - a file mapped read-only, whose pages come in only when they are asked for.
+//
+// The kernel's guess at what is read next is switched off (it would pull in bytes of experts that
+// belong to other ranks); will_need() says it instead. Threads: const functions from any thread.
+// A file that shrinks while it is mapped raises SIGBUS at the next access, as with any mapping.
+#pragma once
+
+#include <cstddef>
+#include <filesystem>
+#include <memory>
+#include <span>
+
+namespace sluice {
+
+class MappedFile {
+ public:
+  /// Throws: kIo naming the file and what the system said; an empty file maps to an empty span.
+  [[nodiscard]] static std::shared_ptr<const MappedFile> open(const std::filesystem::path& path);
+
+  MappedFile(const MappedFile&) = delete;
+  MappedFile& operator=(const MappedFile&) = delete;
+  ~MappedFile();
+
+  [[nodiscard]] std::span<const std::byte> bytes() const noexcept { return bytes_; }
+  [[nodiscard]] const std::filesystem::path& path() const noexcept { return path_; }
+  /// True if all of [data, data + size) lies in this mapping.
+  [[nodiscard]] bool contains(const void* data, std::size_t size) const noexcept;
+
+  /// Starts reading a part of bytes() in the background. A hint.
+  static void will_need(std::span<const std::byte> part) noexcept;
+  /// Gives back the whole pages inside a part of bytes(); a later access reads them again.
+  static void release(std::span<const std::byte> part) noexcept;
+
+ private:
+  MappedFile(std::filesystem::path path, std::span<const std::byte> bytes) noexcept;
+  std::filesystem::path path_;
+  std::span<const std::byte> bytes_;
+};
+
+}  // namespace sluice
