@@ -1,0 +1,206 @@
+#!/usr/bin/env python3
+"""Checks the shape of the source tree: who includes whom, and a few house rules.
+
+    tools/check_includes.py [ROOT]
+
+Prints one line per violation, `file:line: rule: text`, and exits with 1 if there is any. Long
+files are listed and fail only past the hard limit. docs/design.md explains the layering.
+"""
+import re
+import sys
+from collections import defaultdict
+from pathlib import Path
+
+# --- The layering, as data ------------------------------------------------------------------------
+# A path belongs to the first module whose prefix it starts with. `may` names the modules it may
+# include besides itself; `outside` the third-party headers (by prefix). Every module may include
+# the C++ standard library, and every module but `public` the formatting library.
+MODULES = [
+    # name             path prefix             may include                                outside
+    ("public",         "include/sluice/",      (),                                        ()),
+    ("core",           "src/core/",            ("public",),                               ("posix",)),
+    ("quant",          "src/quant/",           ("public", "core"),                        ()),
+    ("checkpoint",     "src/checkpoint/",      ("public", "core", "quant"),               ("posix", "nlohmann/")),
+    ("device handles", "src/transport/device.cuh", ("public", "core"),                    ("cuda", "nvshmem")),
+    ("transport",      "src/transport/",       ("public", "core", "device handles"),      ("posix",)),
+    ("ops",            "src/backend/ops.h",    ("public", "core", "quant"),               ()),
+    ("cpu backend",    "src/backend/cpu/",     ("public", "core", "quant", "ops"),        ("posix", "hwy/", "simd")),
+    ("ptx",            "src/backend/cuda/ptx/", ("public", "core"),                       ("cuda",)),
+    ("cuda backend",   "src/backend/cuda/",    ("public", "core", "quant", "ops", "ptx", "device handles"),
+                                                                                          ("cuda", "cute/", "cutlass/")),
+    # The factory: the one place that names concrete backends.
+    ("backend",        "src/backend/",         ("public", "core", "ops", "cpu backend", "cuda backend"), ("cuda",)),
+    ("cuda exchange",  "src/exchange/cuda/",   ("public", "core", "quant", "ops", "ptx", "device handles", "exchange"),
+                                                                                          ("cuda",)),
+    ("exchange",       "src/exchange/",        ("public", "core", "quant", "ops"),        ()),
+    ("engine",         "src/engine/",          ("public", "core", "quant", "checkpoint", "ops", "exchange"), ()),
+    ("reference",      "src/reference/",       ("public", "core", "quant"),               ()),
+    ("bench library",  "src/bench/",           ("public", "core", "quant", "ops"),        ("posix",)),
+    ("cli",            "cli/",                 ("public",),                               ("posix", "CLI/", "nlohmann/")),
+    ("python",         "python/",              ("public",),                               ("nanobind/",)),
+    # Kernel benchmarks time what lies under the public surface.
+    ("cuda bench",     "bench/cuda/",          ("public", "core", "cuda backend", "cuda exchange", "ptx"), ("posix", "cuda")),
+    ("bench",          "bench/",               ("public",),                               ("posix", "benchmark/", "nlohmann/")),
+]
+# Tests may include anything but the engine's own files, which nothing may.
+CLOSED = {"engine"}
+# Third-party headers that belong to exactly one file.
+ONLY_IN = {
+    "mpi.h": ("src/transport/mpi.cc",),
+    "nccl.h": ("src/transport/nccl.cc",),
+    "nvshmem": ("src/transport/nvshmem.cc", "src/transport/device.cuh"),
+}
+# Public headers that core may use: those whose functions it implements.
+CORE_PUBLIC = {"tensor.h", "error.h", "config.h", "recipe.h", "quant.h", "stream.h"}
+
+OUTSIDE = {
+    "posix": re.compile(r"(sys/\w+|unistd|fcntl|sched|pthread|dirent|poll|signal|errno|linux/\w+)\.h$"),
+    "cuda": re.compile(r"(cuda|cuda_\w+|cooperative_groups|driver_types|vector_types|nvtx3/.*)(\.h|\.hpp)?$"),
+    "simd": re.compile(r"(immintrin|cpuid|x86intrin|arm_neon)\.h$"),
+}
+STANDARD = re.compile(r"[a-z_0-9]+$")
+
+SOURCE_SUFFIXES = {".h", ".cc", ".cuh", ".cu", ".hpp", ".cpp"}
+TEXT_SUFFIXES = SOURCE_SUFFIXES | {".py", ".sh", ".md", ".txt", ".cmake", ".json", ".yaml"}
+SOURCE_FOLDERS = ("include", "src", "cli", "python", "bench", "tests")
+TEXT_FOLDERS = SOURCE_FOLDERS + ("docs", "tools", "scripts", "cmake")
+HARD_LIMIT, SOFT_LIMIT, SOFT_LIMIT_HEADER = 600, 400, 250
+
+INCLUDE = re.compile(r'^\s*#\s*include\s*([<"])([^>"]+)[>"]')
+ENVIRONMENT = re.compile(r"\b(secure_)?getenv\s*\(")
+# The library throws; it neither prints nor ends the process.
+LOUD = re.compile(
+    r"(std::c(out|err|log)\b|(?<![\w:.>])(std::)?(printf|puts|abort|exit|_Exit|quick_exit|terminate)"
+    r"\s*\(|(?<!\w)(std::)?fprintf\s*\(|fmt::print\s*\()")
+
+
+def module_of(path):
+    for name, prefix, _, _ in MODULES:
+        if path.startswith(prefix):
+            return name
+    return "tests" if path.startswith("tests/") else None
+
+
+RULES = {name: (may, outside) for name, _, may, outside in MODULES}
+
+
+class Scan:
+    def __init__(self, root):
+        self.root = Path(root)
+        self.violations = []
+        self.long_files = []
+
+    def report(self, path, line, rule, text):
+        self.violations.append(f"{path}:{line}: {rule}: {text}")
+
+    def files(self, folders, suffixes):
+        for folder in folders:
+            for path in sorted((self.root / folder).rglob("*")):
+                if path.suffix in suffixes and path.is_file() and "__pycache__" not in path.parts:
+                    yield path.relative_to(self.root).as_posix(), path
+
+    def resolve(self, includer, name):
+        """The file of this repository that `name` means, or None."""
+        for base in ("include", "src", str(Path(includer).parent), "."):
+            candidate = self.root / base / name
+            if candidate.is_file():
+                return candidate.resolve().relative_to(self.root.resolve()).as_posix()
+        return None
+
+    def check_include(self, path, line, name):
+        module = module_of(path)
+        target = self.resolve(path, name)
+        if target is None:
+            self.check_outside(path, line, module, name)
+            return
+        other = module_of(target)
+        if other in CLOSED and module != other:
+            self.report(path, line, "layering", f"nothing may include {other}: {name}")
+        elif module in ("tests", other) or other is None:
+            return
+        elif other not in RULES[module][0]:
+            self.report(path, line, "layering", f"{module} may not include {other}: {name}")
+        elif module == "core" and other == "public" and Path(target).name not in CORE_PUBLIC:
+            self.report(path, line, "layering", f"core may not include {name}")
+
+    def check_outside(self, path, line, module, name):
+        for prefix, owners in ONLY_IN.items():
+            if name.startswith(prefix):
+                if path not in owners and module != "tests":
+                    self.report(path, line, "outside", f"{name} belongs in {' or '.join(owners)}")
+                return
+        if STANDARD.match(name) or module == "tests":
+            return
+        allowed = RULES[module][1] + (() if module == "public" else ("fmt/",))
+        for entry in allowed:
+            pattern = OUTSIDE.get(entry)
+            if pattern.match(name) if pattern else name.startswith(entry):
+                return
+        self.report(path, line, "outside", f"{module} may not include <{name}>")
+
+    def check_source(self, path, text):
+        module = module_of(path)
+        if module is None:
+            self.report(path, 1, "tree", "belongs to no module of tools/check_includes.py")
+            return
+        for number, line in enumerate(text.splitlines(), 1):
+            if match := INCLUDE.match(line):
+                self.check_include(path, number, match.group(2))
+                continue
+            code = re.sub(r'"(\\.|[^"\\])*"', '""', line).split("//")[0]
+            if module == "tests" or path.startswith("bench/"):
+                continue
+            if ENVIRONMENT.search(code) and path != "src/core/config.cc":
+                self.report(path, number, "environment", "only src/core/config.cc reads it")
+            if path.startswith("src/") and Path(path).suffix in (".cc", ".h") and LOUD.search(code):
+                self.report(path, number, "silence", "the library does not print or end the process")
+        if Path(path).suffix in (".h", ".cuh", ".hpp") and "#pragma once" not in text:
+            self.report(path, 1, "header", "no #pragma once")
+
+    def check_sizes(self, path, text):
+        lines = text.count("\n")
+        soft = SOFT_LIMIT_HEADER if path.endswith((".h", ".cuh")) else SOFT_LIMIT
+        if lines > HARD_LIMIT:
+            self.report(path, lines, "size", f"{lines} lines, limit {HARD_LIMIT}")
+        elif lines > soft:
+            self.long_files.append(f"{lines:4} lines (aim: {soft})  {path}")
+
+    def check_names(self):
+        by_name = defaultdict(list)
+        for path, _ in self.files(("include", "src", "cli", "python", "bench"), {".h", ".cuh", ".hpp"}):
+            by_name[Path(path).name].append(path)
+        for name, paths in by_name.items():
+            if len(paths) > 1:
+                self.report(paths[1], 1, "names", f"two headers are called {name}: {', '.join(paths)}")
+
+    def run(self):
+        sources = dict(self.files(SOURCE_FOLDERS, SOURCE_SUFFIXES))
+        texts = dict(self.files(TEXT_FOLDERS, TEXT_SUFFIXES))
+        texts.update({p.name: p for p in self.root.iterdir() if p.suffix in TEXT_SUFFIXES})
+        for path, file in sorted((sources | texts).items()):
+            data = file.read_bytes()
+            for number, line in enumerate(data.split(b"\n"), 1):
+                if not line.isascii():
+                    self.report(path, number, "ascii", repr(line.strip()[:60]))
+            if path in sources:
+                text = data.decode("utf-8", "replace")
+                self.check_source(path, text)
+                self.check_sizes(path, text)
+        self.check_names()
+        return len(sources)
+
+
+def main():
+    root = sys.argv[1] if len(sys.argv) > 1 else Path(__file__).resolve().parent.parent
+    scan = Scan(root)
+    count = scan.run()
+    for line in scan.long_files:
+        print("long:", line)
+    for violation in scan.violations:
+        print(violation)
+    print(f"{count} source files, {len(scan.violations)} violations")
+    return 1 if scan.violations or count == 0 else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
