@@ -1,0 +1,67 @@
+#!/usr/bin/env bash
+# setup.sh - installs what the build needs and this machine lacks. Debian 12 and its relatives.
+#
+#   scripts/setup.sh          everything: building, testing, benchmarks
+#   scripts/setup.sh build    only what the library and the command line need
+#
+# Also sourced by the other scripts for its functions.
+
+sluice_packages_build=(cmake ninja-build g++ git libhwy-dev libcli11-dev libfmt-dev
+  nlohmann-json3-dev)
+sluice_packages_test=(python3 libgtest-dev libgmock-dev librapidcheck-dev libbenchmark-dev)
+
+say() { printf '\n== %s\n' "$*"; }
+die() { printf 'error: %s\n' "$*" >&2; exit 1; }
+
+as_root() {
+  if [ "$(id -u)" -eq 0 ]; then
+    "$@"
+  elif command -v sudo >/dev/null; then
+    sudo "$@"
+  else
+    die "not root and no sudo; as root, run: $*"
+  fi
+}
+
+# Packages of the given list that dpkg does not call installed.
+missing_packages() {
+  local package
+  for package in "$@"; do
+    dpkg-query -W -f '${db:Status-Status}\n' "$package" 2>/dev/null | grep -qx installed ||
+      printf '%s\n' "$package"
+  done
+}
+
+# $1: build or all.
+sluice_setup() {
+  local wanted=("${sluice_packages_build[@]}") missing
+  [ "$1" = build ] || wanted+=("${sluice_packages_test[@]}")
+  if ! command -v dpkg-query >/dev/null || ! command -v apt-get >/dev/null; then
+    die "this is not a Debian-like system; install these, by whatever names they have here,
+and use the CMake presets directly (cmake --preset cpu): ${wanted[*]}"
+  fi
+  mapfile -t missing < <(missing_packages "${wanted[@]}")
+  if [ "${#missing[@]}" -gt 0 ]; then
+    say "installing ${missing[*]}"
+    as_root apt-get update -q
+    as_root env DEBIAN_FRONTEND=noninteractive apt-get install -q -y --no-install-recommends \
+      "${missing[@]}"
+  fi
+  sluice_check_tools
+}
+
+sluice_check_tools() {
+  local version
+  version=$(cmake --version | sed -n 's/^cmake version //p')
+  [ "$(printf '3.25\n%s\n' "$version" | sort -V | head -n 1)" = 3.25 ] ||
+    die "cmake $version is too old: 3.25 is needed ($(command -v cmake))"
+  # A CUDA toolkit is used where there is one, also off the PATH.
+  if ! command -v nvcc >/dev/null && [ -x /usr/local/cuda/bin/nvcc ]; then
+    PATH=$PATH:/usr/local/cuda/bin
+  fi
+}
+
+if [ "${BASH_SOURCE[0]}" = "$0" ]; then
+  set -euo pipefail
+  sluice_setup "${1:-all}"
+fi
