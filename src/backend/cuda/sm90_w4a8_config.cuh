@@ -30,9 +30,11 @@ struct Config {
   static constexpr int kMathWarps = 4 * kMathWarpgroups;
   static constexpr int kMathThreads = 32 * kMathWarps;
   static constexpr int kThreads = kMathThreads + 128;
-  // 128 x producer + kMathThreads x math <= 65536 registers.
-  static constexpr int kProducerRegisters = kIsDecode ? 56 : 40;
-  static constexpr int kMathRegisters = kIsDecode ? 112 : 232;
+  // NOTE: setmaxnreg only moves registers within what the CTA got at launch: the largest multiple of
+  // 8 per thread that fits. Asking for more blocks forever.
+  static constexpr int kLaunchRegisters = 65536 / kThreads / 8 * 8;
+  static constexpr int kProducerRegisters = kIsDecode ? 64 : 40;
+  static constexpr int kMathRegisters = kIsDecode ? 104 : 232;
   static constexpr int kSlabBytes = slab_bytes(Scale, Group);
   static constexpr int kWeightBytes = kSlabsPerTile * kSlabBytes;  // per stage
   static constexpr int kTokenBytes = kMaxTokens * kStepK;          // per stage
@@ -43,7 +45,8 @@ struct Config {
       kMaxTokens * (kHiddenPitch + 4 * kMathWarps + 4) + 4 * (kMaxExperts + 1) + 1024;
   static constexpr int kStagesThatFit = (kSharedLimit - kFixedBytes) / kStageBytes;
   static constexpr int kStages = kStagesThatFit < 8 ? kStagesThatFit : 8;
-  static_assert(128 * kProducerRegisters + kMathThreads * kMathRegisters <= 65536);
+  static_assert(128 * kProducerRegisters + kMathThreads * kMathRegisters <=
+                kThreads * kLaunchRegisters);
   static_assert(kStages >= 4);
 };
 

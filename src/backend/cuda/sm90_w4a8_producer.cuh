@@ -1,6 +1,8 @@
 // sm90_w4a8_producer.cuh - producer roles: claim tiles, stream weights, fetch activations and scales.
 #pragma once
 
+#include <cstdio>
+
 #include "backend/cuda/ptx/copy.cuh"
 #include "backend/cuda/ptx/mbarrier.cuh"
 #include "backend/cuda/ptx/sync.cuh"
@@ -8,9 +10,22 @@
 
 namespace sluice::cuda {
 
+/// Waits for a phase of a barrier. With SLUICE_DEVICE_CHECK a wait of seconds traps instead of hanging.
 __device__ __forceinline__ void wait(std::uint64_t* bar, std::uint32_t parity) {
+#ifdef SLUICE_DEVICE_CHECK
+  for (long long spins = 0; !ptx::mbarrier_try_wait(bar, parity); ++spins) {
+    if (spins > 2'000'000) {
+      if (threadIdx.x % 32 == 0) {
+        printf("stuck: block %d warp %d shared address %u parity %u\n", blockIdx.x,
+               threadIdx.x / 32, ptx::shared_address(bar), parity);
+      }
+      __trap();
+    }
+  }
+#else
   while (!ptx::mbarrier_try_wait(bar, parity)) {
   }
+#endif
 }
 
 /// Token tiles before each expert, by one warp. Counts are read from global memory once per CTA.
@@ -112,7 +127,13 @@ __device__ __forceinline__ void stream_weights(Shared<C>& s, const Params& p, in
 /// Waits until every tile of phase 0 that made this expert's rows is visible to the copy engine.
 __device__ __forceinline__ void wait_for_rows(const Params& p, const TileInfo& t, int lane) {
   if (lane == 0) {
-    while (ptx::load_acquire_gpu(&p.sync[kSyncHeader + t.expert]) < t.ready_count) __nanosleep(64);
+    for (int spins = 0; ptx::load_acquire_gpu(&p.sync[kSyncHeader + t.expert]) < t.ready_count;
+         ++spins) {
+      __nanosleep(64);
+#ifdef SLUICE_DEVICE_CHECK
+      if (spins > 10'000'000) __trap();
+#endif
+    }
     ptx::fence_proxy_async();
   }
   __syncwarp();

@@ -1,0 +1,174 @@
+// layer.cuh - a random expert layer on the device, for the checker and the benchmark.
+#pragma once
+
+#include <cuda_runtime.h>
+
+#include <cstdint>
+#include <cstdio>
+#include <cstdlib>
+#include <vector>
+
+#include "backend/cuda/check.h"
+#include "backend/cuda/ptx/math.cuh"
+#include "backend/cuda/w4a8.h"
+
+namespace sluice::cuda::bench {
+
+/// Device memory that lives as long as the object.
+template <class T>
+struct Buffer {
+  T* data = nullptr;
+  std::size_t size = 0;
+  Buffer() = default;
+  explicit Buffer(std::size_t n) : size(n) {
+    if (n > 0) SLUICE_CUDA_CHECK(cudaMalloc(&data, n * sizeof(T)));
+  }
+  Buffer(Buffer&& o) noexcept : data(o.data), size(o.size) { o.data = nullptr; o.size = 0; }
+  Buffer& operator=(Buffer&& o) noexcept {
+    std::swap(data, o.data);
+    std::swap(size, o.size);
+    return *this;
+  }
+  ~Buffer() { cudaFree(data); }
+  void fill(int byte) { SLUICE_CUDA_CHECK(cudaMemset(data, byte, size * sizeof(T))); }
+  void upload(const std::vector<T>& v) {
+    SLUICE_CUDA_CHECK(cudaMemcpy(data, v.data(), v.size() * sizeof(T), cudaMemcpyHostToDevice));
+  }
+  std::vector<T> download() const {
+    std::vector<T> v(size);
+    SLUICE_CUDA_CHECK(cudaMemcpy(v.data(), data, size * sizeof(T), cudaMemcpyDeviceToHost));
+    return v;
+  }
+};
+
+__host__ __device__ inline std::uint32_t hash(std::uint64_t x) {
+  x = (x + 0x9e3779b97f4a7c15ull) * 0xbf58476d1ce4e5b9ull;
+  x = (x ^ (x >> 31)) * 0x94d049bb133111ebull;
+  return static_cast<std::uint32_t>(x >> 32);
+}
+
+/// Random int4 pairs; without -8 if `symmetric`.
+__global__ void random_codes(std::uint8_t* out, std::size_t n, std::uint64_t seed, bool symmetric) {
+  for (std::size_t i = blockIdx.x * std::size_t{blockDim.x} + threadIdx.x; i < n;
+       i += std::size_t{gridDim.x} * blockDim.x) {
+    std::uint32_t v = hash(seed * 0x100000001ull + i) & 0xff;
+    if (symmetric) {
+      if ((v & 0xf) == 8) v ^= 1;
+      if (v >> 4 == 8) v ^= 0x10;
+    }
+    out[i] = static_cast<std::uint8_t>(v);
+  }
+}
+
+/// Scales lo * 2^(0..octaves), as bf16 or f32.
+__global__ void random_scales(void* out, std::size_t n, std::uint64_t seed, bool bf16, float lo,
+                              float octaves) {
+  for (std::size_t i = blockIdx.x * std::size_t{blockDim.x} + threadIdx.x; i < n;
+       i += std::size_t{gridDim.x} * blockDim.x) {
+    const float u = hash(seed * 0x200000001ull + i) * 0x1p-32f;
+    const float s = lo * exp2f(u * octaves);
+    if (bf16) {
+      static_cast<std::uint16_t*>(out)[i] = static_cast<std::uint16_t>(__float_as_uint(s) >> 16);
+    } else {
+      static_cast<float*>(out)[i] = s;
+    }
+  }
+}
+
+/// e4m3 codes: odd rows normal with a standard deviation of 60, even rows uniform over all finite
+/// codes (heavy tails, subnormals, +-448).
+__global__ void random_activations(std::uint8_t* out, std::size_t n, int k, std::uint64_t seed) {
+  for (std::size_t i = blockIdx.x * std::size_t{blockDim.x} + threadIdx.x; i < n;
+       i += std::size_t{gridDim.x} * blockDim.x) {
+    const std::uint32_t r = hash(seed * 0x300000001ull + i);
+    if (i / k % 2 == 0) {
+      std::uint32_t c = r & 0xff;
+      if ((c & 0x7f) == 0x7f) c ^= 1;
+      out[i] = static_cast<std::uint8_t>(c);
+    } else {
+      const float u = ((r & 0xffff) + 0.5f) * 0x1p-16f, v = (r >> 16) * 0x1p-16f;
+      const float x = 60.0f * sqrtf(-2.0f * logf(u)) * cospif(2.0f * v);
+      out[i] = static_cast<std::uint8_t>(ptx::e4m3x2_from_float(0.0f, x));
+    }
+  }
+}
+
+/// Weights of a layer, canonical (optional) and packed.
+struct Weights {
+  int num_experts, hidden, intermediate, group;
+  ScaleType scale_type;
+  WeightCode code;
+  // Canonical, all experts: gate [E, I, H/2], up, down [E, H, I/2], and their scales (raw bytes).
+  Buffer<std::uint8_t> codes[3], scales[3];
+  Buffer<std::uint8_t> packed_gate_up, packed_down;
+
+  PackedWeights gate_up() const {
+    return {packed_gate_up.data, {2 * intermediate, hidden, group, scale_type}, code};
+  }
+  PackedWeights down() const {
+    return {packed_down.data, {hidden, intermediate, group, scale_type}, code};
+  }
+};
+
+struct WeightSpec {
+  int num_experts, hidden, intermediate;
+  int group = 128;
+  ScaleType scale_type = ScaleType::kBf16;
+  WeightCode code = WeightCode::kOnesComplement;
+  std::uint64_t seed = 1;
+  bool keep_canonical = true;
+};
+
+inline Weights make_weights(const WeightSpec& spec) {
+  Weights w{.num_experts = spec.num_experts,
+            .hidden = spec.hidden,
+            .intermediate = spec.intermediate,
+            .group = spec.group,
+            .scale_type = spec.scale_type,
+            .code = spec.code};
+  const std::size_t experts = spec.num_experts;
+  const std::size_t elements = static_cast<std::size_t>(spec.hidden) * spec.intermediate;
+  const std::size_t sb = spec.scale_type == ScaleType::kBf16 ? 2 : 4;
+  const std::size_t one_scales = elements / spec.group;
+  for (int i = 0; i < 3; ++i) {
+    w.codes[i] = Buffer<std::uint8_t>(experts * elements / 2);
+    w.scales[i] = Buffer<std::uint8_t>(experts * one_scales * sb);
+    random_codes<<<1024, 256>>>(w.codes[i].data, w.codes[i].size, spec.seed * 8 + i,
+                                spec.code == WeightCode::kSignMagnitude);
+    random_scales<<<1024, 256>>>(w.scales[i].data, experts * one_scales, spec.seed * 8 + 4 + i,
+                                 sb == 2, 0x1p-8f, 3.0f);
+  }
+  const std::size_t gu = packed_expert_bytes(w.gate_up().shape);
+  const std::size_t dn = packed_expert_bytes(w.down().shape);
+  w.packed_gate_up = Buffer<std::uint8_t>(experts * gu);
+  w.packed_down = Buffer<std::uint8_t>(experts * dn);
+  for (std::size_t e = 0; e < experts; ++e) {
+    launch_repack_gate_up({.hidden = spec.hidden,
+                           .intermediate = spec.intermediate,
+                           .group = spec.group,
+                           .scale_type = spec.scale_type,
+                           .code = spec.code,
+                           .gate = w.codes[0].data + e * elements / 2,
+                           .up = w.codes[1].data + e * elements / 2,
+                           .gate_scale = w.scales[0].data + e * one_scales * sb,
+                           .up_scale = w.scales[1].data + e * one_scales * sb,
+                           .packed = w.packed_gate_up.data + e * gu},
+                          nullptr);
+    launch_repack_plain({.shape = w.down().shape,
+                         .code = spec.code,
+                         .weight = w.codes[2].data + e * elements / 2,
+                         .scale = w.scales[2].data + e * one_scales * sb,
+                         .packed = w.packed_down.data + e * dn},
+                        nullptr);
+  }
+  SLUICE_CUDA_CHECK(cudaDeviceSynchronize());
+  if (!spec.keep_canonical) {
+    for (int i = 0; i < 3; ++i) {
+      w.codes[i] = Buffer<std::uint8_t>();
+      w.scales[i] = Buffer<std::uint8_t>();
+    }
+  }
+  return w;
+}
+
+}  // namespace sluice::cuda::bench
