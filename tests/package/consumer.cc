@@ -1,0 +1,27 @@
+// Uses every public header, and links the parts that have third-party dependencies of their own.
+#include "sluice/backend.h"
+#include "sluice/bench.h"
+#include "sluice/checkpoint.h"
+#include "sluice/config.h"
+#include "sluice/engine.h"
+#include "sluice/error.h"
+#include "sluice/exchange.h"
+#include "sluice/quant.h"
+#include "sluice/recipe.h"
+#include "sluice/reference.h"
+#include "sluice/stream.h"
+#include "sluice/tensor.h"
+#include "sluice/transport.h"
+#include "sluice/workload.h"
+
+int main() {
+  try {
+    (void)sluice::Checkpoint::open("/nonexistent");
+    return 1;
+  } catch (const sluice::Error& error) {
+    if (error.code() != sluice::ErrorCode::kIo) return 2;
+  }
+  const auto backend = sluice::make_backend({.num_threads = 1});
+  const auto transports = sluice::make_inproc_transports(2);
+  return backend->allocate(64)->bytes() >= 64 && transports.size() == 2 ? 0 : 3;
+}
