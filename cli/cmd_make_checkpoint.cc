@@ -1,7 +1,117 @@
+// sluice make-checkpoint - writes a synthetic checkpoint in a published layout.
+#include <fmt/core.h>
+
+#include <chrono>
+
 #include "command.h"
+#include "sluice/checkpoint.h"
+#include "sluice/error.h"
 
 namespace sluice::cli {
+namespace {
 
-void add_make_checkpoint(CLI::App&, Output&) {}
+struct Options {
+  std::string preset, out, format = "w4afp8", scale_dtype = "f32";
+  std::uint64_t seed = 1, shard_bytes = std::uint64_t{1} << 30;
+  int layers = 1, experts = 0, hidden = 0, intermediate = 0;
+  bool no_input_scales = false;
+};
+
+SyntheticCheckpoint make_spec(const Options& options) {
+  SyntheticCheckpoint spec{
+      .geometry = preset_geometry(options.preset),
+      .format = options.format,
+      .num_layers = options.layers,
+      .seed = options.seed,
+      .scale_dtype = options.scale_dtype == "bf16" ? DType::kBFloat16 : DType::kFloat32,
+      .with_input_scales = !options.no_input_scales,
+      .max_shard_bytes = options.shard_bytes};
+  if (options.experts != 0) spec.geometry.num_experts = options.experts;
+  if (options.hidden != 0) spec.geometry.hidden = options.hidden;
+  if (options.intermediate != 0) spec.geometry.intermediate = options.intermediate;
+  return spec;
+}
+
+/// Bytes and number of the files of `dir`.
+std::pair<std::uintmax_t, int> measure(const std::filesystem::path& dir) {
+  std::pair<std::uintmax_t, int> sum;
+  for (const auto& file : std::filesystem::directory_iterator(dir)) {
+    sum.first += file.file_size();
+    ++sum.second;
+  }
+  return sum;
+}
+
+void make_checkpoint(const Options& options, Output& output) {
+  const SyntheticCheckpoint spec = make_spec(options);
+  const auto begin = std::chrono::steady_clock::now();
+  {
+    ProgressLine line("writing " + options.out);
+    write_synthetic_checkpoint(spec, options.out, [&](double done) { line.update(done); });
+  }
+  const std::chrono::duration<double> seconds = std::chrono::steady_clock::now() - begin;
+
+  // Done is what can be read back.
+  const Checkpoint checkpoint = Checkpoint::open(options.out);
+  const int layer = checkpoint.moe_layers().front();
+  const auto scales = checkpoint.static_scales(layer);
+  const auto [bytes, num_files] = measure(options.out);
+  const ModelGeometry& g = checkpoint.geometry();
+  fmt::print("{}: {} in {} files, {:.1f} s\n", options.out, human_bytes(static_cast<double>(bytes)),
+             num_files, seconds.count());
+  fmt::print("{} {}: layers {}..{}, {} experts, top-{}, hidden {}, intermediate {}, seed {}\n",
+             checkpoint.format(), g.name, layer, checkpoint.moe_layers().back(), g.num_experts,
+             g.num_topk, g.hidden, g.intermediate, spec.seed);
+  if (scales) fmt::print("layer {}: s1 = {:.6g}, s2 = {:.6g}\n", layer, scales->s1, scales->s2);
+  if (options.preset == "kimi-k2") {
+    fmt::print("note: Kimi-K2's own INT4 has groups of 32; {} has 128\n", checkpoint.format());
+  }
+  output.json = {{"command", "make-checkpoint"},
+                 {"directory", options.out},
+                 {"preset", options.preset},
+                 {"format", checkpoint.format()},
+                 {"seed", spec.seed},
+                 {"layers", checkpoint.moe_layers()},
+                 {"num_experts", g.num_experts},
+                 {"num_topk", g.num_topk},
+                 {"hidden", g.hidden},
+                 {"intermediate", g.intermediate},
+                 {"group_size", g.group_size},
+                 {"routed_scaling_factor", g.routed_scaling_factor},
+                 {"scale_dtype", to_string(spec.scale_dtype)},
+                 {"bytes", bytes},
+                 {"num_files", num_files},
+                 {"seconds", seconds.count()}};
+  if (scales) output.json["static_scales"] = {{"s1", scales->s1}, {"s2", scales->s2}};
+}
+
+}  // namespace
+
+void add_make_checkpoint(CLI::App& app, Output& output) {
+  auto options = std::make_shared<Options>();
+  CLI::App* command = app.add_subcommand(
+      "make-checkpoint", "Write a synthetic checkpoint in a published layout, fixed by its seed");
+  command->add_option("--preset", options->preset, "Geometry to write")
+      ->required()
+      ->check(CLI::IsMember(preset_names()));
+  command->add_option("--out", options->out, "Directory to make; must not hold anything yet")
+      ->required();
+  command->add_option("--format", options->format, "Layout")->check(CLI::IsMember({"w4afp8"}));
+  command->add_option("--seed", options->seed, "Same seed, same bytes")->capture_default_str();
+  command->add_option("--layers", options->layers, "MoE layers, numbered from 3")
+      ->capture_default_str();
+  command->add_option("--experts", options->experts, "Experts instead of the preset's");
+  command->add_option("--hidden", options->hidden, "Hidden size instead of the preset's");
+  command->add_option("--intermediate", options->intermediate,
+                      "Intermediate size instead of the preset's");
+  command->add_option("--scale-dtype", options->scale_dtype, "Of weight scales")
+      ->check(CLI::IsMember({"f32", "bf16"}))
+      ->capture_default_str();
+  command->add_flag("--no-input-scales", options->no_input_scales,
+                    "Leave out static activation scales");
+  command->add_option("--shard-bytes", options->shard_bytes, "Largest shard")
+      ->capture_default_str();
+  command->callback([options, &output] { make_checkpoint(*options, output); });
+}
 
 }  // namespace sluice::cli

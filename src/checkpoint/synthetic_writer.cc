@@ -34,9 +34,6 @@ struct Shard {
   std::string name;
   std::string header;
   std::vector<SafetensorsEntry> tensors;
-  [[nodiscard]] std::uint64_t bytes() const {
-    return header.size() + (tensors.empty() ? 0 : tensors.back().end);
-  }
 };
 
 /// Where one tensor goes.
@@ -78,12 +75,6 @@ class SyntheticWriter {
     plan_shards();
     const std::size_t num_experts = num_jobs();
     input_scales_.resize(spec_.with_input_scales ? num_experts : 0);
-  }
-
-  [[nodiscard]] std::uint64_t total_bytes() const {
-    std::uint64_t sum = 0;
-    for (const Shard& shard : shards_) sum += shard.bytes();
-    return sum;
   }
 
   void write() {
@@ -361,6 +352,16 @@ void check_target(const fs::path& target) {
   if (problem) fail(ErrorCode::kIo, "{}: cannot list: {}", target.string(), problem.message());
 }
 
+/// Codes and scales of all experts, and a hundredth for headers, index and input scales.
+std::uint64_t weight_bytes(const SyntheticCheckpoint& spec) {
+  const auto as_u64 = [](int value) { return static_cast<std::uint64_t>(value); };
+  const std::uint64_t weights = 3 * as_u64(spec.geometry.hidden) *
+                                as_u64(spec.geometry.intermediate) *
+                                as_u64(spec.geometry.num_experts) * as_u64(spec.num_layers);
+  const std::uint64_t bytes = weights / 2 + weights / kWeightGroup * size_bytes(spec.scale_dtype);
+  return bytes + bytes / 100;
+}
+
 void check_free_space(const fs::path& dir, std::uint64_t needed) {
   constexpr std::uint64_t kReserve = std::uint64_t{64} << 20;
   struct statvfs status {};
@@ -382,9 +383,8 @@ void write_synthetic_checkpoint(const SyntheticCheckpoint& spec, const fs::path&
   if (!target.has_filename()) target = target.parent_path();
   check_target(target);
   const PartialDirectory partial(target);
-  SyntheticWriter writer(spec, partial.path(), progress);
-  check_free_space(partial.path(), writer.total_bytes());
-  writer.write();
+  check_free_space(partial.path(), weight_bytes(spec));
+  SyntheticWriter(spec, partial.path(), progress).write();
   partial.move_to_target();
 }
 
