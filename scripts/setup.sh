@@ -40,7 +40,8 @@ sluice_setup() {
     die "this is not a Debian-like system; install these, by whatever names they have here,
 and use the CMake presets directly (cmake --preset cpu): ${wanted[*]}"
   fi
-  mapfile -t missing < <(missing_packages "${wanted[@]}")
+  # shellcheck disable=SC2207  # Names of packages have no spaces; works without /proc, too.
+  missing=($(missing_packages "${wanted[@]}"))
   if [ "${#missing[@]}" -gt 0 ]; then
     say "installing ${missing[*]}"
     as_root apt-get update -q
