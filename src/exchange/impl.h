@@ -14,6 +14,9 @@ namespace sluice {
 struct Dispatched::Route {
   virtual ~Route() = default;
   ExpertBatch batch;
+  // Set by Exchange:
+  std::int64_t num_tokens = 0;
+  const void* owner = nullptr;  ///< The Exchange::Impl that made it.
 };
 
 struct Exchange::Impl {
@@ -28,6 +31,8 @@ struct Exchange::Impl {
   ExchangeConfig config;  ///< Checked; max_m resolved.
   int rank = 0;
   int num_ranks = 0;
+  Device device;
+  std::int64_t max_rows = 0;  ///< Rows of batch().x; set by the implementation.
 };
 
 [[nodiscard]] std::unique_ptr<Exchange::Impl> make_host_exchange(const ExchangeConfig& config,

@@ -1,0 +1,169 @@
+// The front of every exchange: arguments are checked here, ranks agree here, and a Dispatched is
+// kept with the exchange that made it.
+#include "sluice/exchange.h"
+
+#include <fmt/core.h>
+
+#include <cmath>
+
+#include "core/fail.h"
+#include "exchange/agreement.h"
+#include "exchange/host_layout.h"
+#include "exchange/impl.h"
+#include "sluice/backend.h"
+#include "sluice/config.h"
+#include "sluice/quant.h"
+#include "sluice/transport.h"
+
+namespace sluice {
+namespace {
+
+void check_config(const ExchangeConfig& c, int num_ranks) {
+  check_argument(c.num_experts > 0 && c.num_experts % num_ranks == 0,
+                 "num_experts {} is not a positive multiple of {} ranks", c.num_experts, num_ranks);
+  check_argument(c.num_topk >= 1 && c.num_topk <= 32, "num_topk {} is not in [1, 32]", c.num_topk);
+  check_argument(c.hidden > 0 && c.hidden % kActivationGroup == 0,
+                 "hidden {} is not a positive multiple of {}", c.hidden, kActivationGroup);
+  check_argument(c.max_tokens_per_rank > 0 && c.max_tokens_per_rank <= (1 << 24),
+                 "max_tokens_per_rank {} is not in [1, 2^24]", c.max_tokens_per_rank);
+  check_argument(c.max_m >= 0, "max_m {} is negative", c.max_m);
+  check_argument(
+      c.max_m == 0 || c.mode == Mode::kLowLatency,
+      "max_m {} is for the low-latency mode; normal mode has no rows per expert to reserve",
+      c.max_m);
+  check_argument(c.num_in_flight >= 1 && c.num_in_flight <= 8, "num_in_flight {} is not in [1, 8]",
+                 c.num_in_flight);
+  check_argument(c.peer_timeout.count() > 0, "peer_timeout {} ms is not positive",
+                 c.peer_timeout.count());
+  check_argument(std::isfinite(c.routed_scaling_factor), "routed_scaling_factor {} is not finite",
+                 c.routed_scaling_factor);
+  if (c.wire == WireFormat::kE4m3Static) {
+    check_argument(std::isnormal(c.static_scale) && c.static_scale > 0,
+                   "static_scale {} is not a positive normal number", c.static_scale);
+  }
+}
+
+Agreement exchange_agreement(const ExchangeConfig& c) {
+  return {{"version", version()},
+          {"mode", to_string(c.mode)},
+          {"wire", to_string(c.wire)},
+          {"static_scale", fmt::format("{:a}", c.static_scale)},
+          {"num_experts", std::to_string(c.num_experts)},
+          {"num_topk", std::to_string(c.num_topk)},
+          {"hidden", std::to_string(c.hidden)},
+          {"max_tokens_per_rank", std::to_string(c.max_tokens_per_rank)},
+          {"max_m", std::to_string(c.max_m)},
+          {"routed_scaling_factor", fmt::format("{:a}", c.routed_scaling_factor)},
+          {"num_in_flight", std::to_string(c.num_in_flight)}};
+}
+
+void check_tensor(const char* name, const TensorView& t, DType dtype, const Shape& shape,
+                  const Device& device) {
+  check_argument(t.dtype == dtype, "{} is {}, expected {}", name, to_string(t.dtype),
+                 to_string(dtype));
+  check_argument(t.shape == shape, "{} has shape {}, expected {}", name, t.shape.to_string(),
+                 shape.to_string());
+  check_argument(t.data != nullptr || shape.num_elements() == 0, "{} has no data", name);
+  check_argument(t.device == device, "{} does not live on the exchange's device", name);
+}
+
+void check_dispatch(const ExchangeConfig& c, const TensorView& x, const Routing& routing,
+                    const Device& device) {
+  check_argument(x.shape.rank() == 2, "x has shape {}, expected [num_tokens, {}]",
+                 x.shape.to_string(), c.hidden);
+  const std::int64_t tokens = x.dim(0);
+  check_argument(tokens <= c.max_tokens_per_rank, "num_tokens {} exceeds max_tokens_per_rank {}",
+                 tokens, c.max_tokens_per_rank);
+  check_tensor("x", x, DType::kBFloat16, Shape{tokens, c.hidden}, device);
+  const Shape slots{tokens, c.num_topk};
+  const DType idx = routing.topk_idx.dtype;
+  check_argument(idx == DType::kInt32 || idx == DType::kInt64,
+                 "topk_idx is {}, expected int32 or int64", to_string(idx));
+  check_tensor("topk_idx", routing.topk_idx, idx, slots, device);
+  check_tensor("topk_weights", routing.topk_weights, DType::kFloat32, slots, device);
+}
+
+ExchangeConfig resolved(ExchangeConfig config, int num_ranks) {
+  check_config(config, num_ranks);
+  if (config.mode == Mode::kLowLatency && config.max_m == 0) {
+    const std::int64_t worst = std::int64_t{num_ranks} * config.max_tokens_per_rank;
+    check_argument(worst <= (1 << 30), "{} ranks x max_tokens_per_rank {}: set max_m", num_ranks,
+                   config.max_tokens_per_rank);
+    config.max_m = static_cast<int>(worst);
+  }
+  return config;
+}
+
+}  // namespace
+
+std::size_t Exchange::workspace_bytes(const ExchangeConfig& config, int num_ranks) {
+  check_argument(num_ranks >= 1, "{} ranks; at least one", num_ranks);
+  return HostLayout(resolved(config, num_ranks), num_ranks).total_bytes();
+}
+
+Exchange Exchange::create(const ExchangeConfig& config, Transport& transport, Backend& backend) {
+  const ExchangeConfig checked = resolved(config, transport.num_ranks());
+  require_agreement(transport, exchange_agreement(checked), checked.peer_timeout);
+  std::unique_ptr<Impl> impl;
+  if (backend.device().kind == Device::Kind::kHost) {
+    impl = make_host_exchange(checked, transport, backend);
+  } else {
+#ifdef SLUICE_HAS_CUDA
+    impl = make_cuda_exchange(checked, transport, backend);
+#else
+    fail(ErrorCode::kUnsupported, "this build has no exchange for CUDA memory");
+#endif
+  }
+  impl->config = checked;
+  impl->rank = transport.rank();
+  impl->num_ranks = transport.num_ranks();
+  impl->device = backend.device();
+  return Exchange(std::move(impl));
+}
+
+Dispatched Exchange::dispatch(TensorView x, const Routing& routing, Stream stream) {
+  check_dispatch(impl_->config, x, routing, impl_->device);
+  auto route = impl_->dispatch(x, routing, stream);
+  route->num_tokens = x.dim(0);
+  route->owner = impl_.get();
+  return Dispatched(std::move(route));
+}
+
+void Exchange::combine(Dispatched dispatched, TensorView expert_y, MutableTensorView y,
+                       Stream stream) {
+  check_argument(dispatched.route_ != nullptr, "combine of a Dispatched that was moved away");
+  Dispatched::Route& route = *dispatched.route_;
+  check_argument(route.owner == impl_.get(), "combine of a Dispatched that another exchange made");
+  const ExchangeConfig& c = impl_->config;
+  check_tensor("expert_y", expert_y, DType::kBFloat16, route.batch.x.shape, impl_->device);
+  check_tensor("y", y, DType::kBFloat16, Shape{route.num_tokens, c.hidden}, impl_->device);
+  impl_->combine(route, expert_y, y, stream);
+}
+
+const ExchangeConfig& Exchange::config() const noexcept {
+  return impl_->config;
+}
+int Exchange::num_local_experts() const noexcept {
+  return impl_->config.num_experts / impl_->num_ranks;
+}
+std::int64_t Exchange::max_rows() const noexcept {
+  return impl_->max_rows;
+}
+ExchangeCounters Exchange::counters() const {
+  return impl_->counters();
+}
+
+Exchange::Exchange(std::unique_ptr<Impl> impl) noexcept : impl_(std::move(impl)) {}
+Exchange::Exchange(Exchange&&) noexcept = default;
+Exchange& Exchange::operator=(Exchange&&) noexcept = default;
+Exchange::~Exchange() = default;
+
+Dispatched::Dispatched(std::unique_ptr<Route> route) noexcept : route_(std::move(route)) {}
+Dispatched::Dispatched(Dispatched&&) noexcept = default;
+Dispatched& Dispatched::operator=(Dispatched&&) noexcept = default;
+Dispatched::~Dispatched() = default;
+const ExpertBatch& Dispatched::batch() const noexcept {
+  return route_->batch;
+}
+
+}  // namespace sluice

@@ -1,0 +1,52 @@
+#include "exchange/host_layout.h"
+
+#include "sluice/quant.h"
+
+namespace sluice {
+namespace {
+
+constexpr std::size_t kAlignment = 128;
+
+}  // namespace
+
+HostLayout::HostLayout(const ExchangeConfig& config, int num_ranks_in)
+    : num_ranks(num_ranks_in),
+      num_local_experts(config.num_experts / num_ranks_in),
+      num_slots(config.num_in_flight) {
+  const auto ranks = static_cast<std::size_t>(num_ranks);
+  const auto tokens = static_cast<std::size_t>(config.max_tokens_per_rank);
+  const auto topk = static_cast<std::size_t>(config.num_topk);
+  const auto hidden = static_cast<std::size_t>(config.hidden);
+  const bool scaled = config.wire == WireFormat::kE4m3Group || config.wire == WireFormat::kE4m3Pow2;
+  payload_bytes = config.wire == WireFormat::kBf16 ? 2 * hidden : hidden;
+  scale_bytes = scaled ? hidden / kActivationGroup * sizeof(float) : 0;
+  home_bytes = 2 * hidden;
+  staging_bytes = tokens * (payload_bytes + scale_bytes);
+
+  std::size_t at = 0;
+  const auto place = [&](std::size_t& offset, std::size_t bytes) {
+    offset = at;
+    at += (bytes + kAlignment - 1) / kAlignment * kAlignment;
+  };
+  const bool masked = config.mode == Mode::kLowLatency;
+  window_rows = masked ? std::int64_t{num_local_experts} * config.max_m
+                       : static_cast<std::int64_t>(ranks * tokens);
+  const auto rows = static_cast<std::size_t>(window_rows);
+  place(counts, ranks * (masked ? static_cast<std::size_t>(config.num_experts) : 1) * 4);
+  place(x, rows * payload_bytes);
+  place(scale, rows * scale_bytes);
+  if (masked) {
+    place(origin, rows * 4);
+  } else {
+    place(experts, rows * topk * 4);
+    place(token, rows * 4);
+    // A token copy becomes at most one row for each of its slots.
+    expanded_rows = window_rows * config.num_topk;
+    rows_x_bytes = static_cast<std::size_t>(expanded_rows) * payload_bytes;
+    rows_scale_bytes = static_cast<std::size_t>(expanded_rows) * scale_bytes;
+  }
+  place(home, tokens * topk * home_bytes);
+  slot_bytes = at;
+}
+
+}  // namespace sluice

@@ -1,0 +1,69 @@
+// host_layout.h - where everything lies in the window of a host exchange.
+//
+// A window holds num_in_flight slots of equal size; a dispatch uses one slot from its beginning
+// until its Dispatched is gone. Offsets depend on the configuration alone, never on a call's token
+// count.
+//
+//   slot, low-latency                          slot, normal
+//     counts  [R, E] i32                         counts   [R] i32        token copies from each
+//     source x       [L, max_m, payload]                x        [R, T, payload] scale   [L, max_m,
+//     hidden/128] f32         scale    [R, T, hidden/128] f32 origin  [L, max_m] i32  token*k +
+//     slot     experts  [R, T, k] i32  local expert of slot, or -1
+//                                                token    [R, T] i32     index at the source
+//     home    [T, k, hidden] bf16                home     [T, k, hidden] bf16
+//
+// Normal mode expands its token copies into rows by expert in memory of its own, behind the window.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+#include "sluice/exchange.h"
+
+namespace sluice {
+
+/// What a flag says; each source rank has one of each in every slot. Values are epochs.
+enum class Flag : int {
+  kCounts,      ///< Low-latency: the source's row counts have arrived.
+  kDispatched,  ///< All rows of the source have arrived.
+  kCombined,    ///< All expert outputs the source owed this rank have arrived.
+  kReleased,    ///< The source is done with its own slot: it may be written for a later epoch.
+};
+inline constexpr int kFlagKinds = 4;
+
+struct HostLayout {
+  HostLayout(const ExchangeConfig& config, int num_ranks);
+
+  // Byte offsets within a slot.
+  std::size_t counts = 0, x = 0, scale = 0, origin = 0, experts = 0, token = 0, home = 0;
+  std::size_t slot_bytes = 0;
+  // Memory outside the window, in bytes for one slot.
+  std::size_t rows_x_bytes = 0, rows_scale_bytes = 0;  ///< Normal mode's expanded rows.
+  std::size_t staging_bytes = 0;                       ///< Own tokens in the wire format.
+
+  std::size_t payload_bytes = 0;  ///< One row without scales.
+  std::size_t scale_bytes = 0;    ///< One row's scales.
+  std::size_t home_bytes = 0;     ///< One row on its way home.
+
+  int num_ranks = 1, num_local_experts = 1, num_slots = 1;
+  std::int64_t window_rows = 0;  ///< Rows of x in the window.
+  std::int64_t expanded_rows = 0;
+
+  [[nodiscard]] std::int64_t max_rows() const noexcept {
+    return expanded_rows ? expanded_rows : window_rows;
+  }
+  [[nodiscard]] std::size_t window_bytes() const noexcept {
+    return slot_bytes * static_cast<std::size_t>(num_slots);
+  }
+  [[nodiscard]] int num_flags() const noexcept { return num_slots * kFlagKinds * num_ranks; }
+  [[nodiscard]] int flag(int slot, Flag kind, int source) const noexcept {
+    return (slot * kFlagKinds + static_cast<int>(kind)) * num_ranks + source;
+  }
+  /// Everything a host exchange reserves on one rank.
+  [[nodiscard]] std::size_t total_bytes() const noexcept {
+    return window_bytes() + staging_bytes +
+           static_cast<std::size_t>(num_slots) * (rows_x_bytes + rows_scale_bytes);
+  }
+};
+
+}  // namespace sluice

@@ -1,0 +1,100 @@
+#include "exchange/host_protocol.h"
+
+#include <numeric>
+
+#include "core/fail.h"
+
+namespace sluice {
+
+HostProtocol::HostProtocol(const ExchangeConfig& config, Transport& transport)
+    : layout_(config, transport.num_ranks()),
+      rank_(transport.rank()),
+      timeout_(config.peer_timeout),
+      window_(transport.make_window(layout_.window_bytes(), layout_.num_flags(), timeout_)),
+      slot_epoch_(static_cast<std::size_t>(layout_.num_slots)),
+      slot_busy_(static_cast<std::size_t>(layout_.num_slots)),
+      wait_ns_(static_cast<std::size_t>(layout_.num_ranks)) {}
+
+HostProtocol::Use HostProtocol::begin() {
+  require_healthy();
+  int slot = 0;
+  while (slot < layout_.num_slots && slot_busy_[static_cast<std::size_t>(slot)]) ++slot;
+  check_argument(slot < layout_.num_slots,
+                 "{} dispatches are in flight, num_in_flight is {}: combine or destroy one first",
+                 slot, layout_.num_slots);
+  const auto s = static_cast<std::size_t>(slot);
+  const Use use{slot, last_epoch_ + 1};
+  await(slot, Flag::kReleased, slot_epoch_[s], use.epoch, "dispatch (waiting for a free slot)");
+  last_epoch_ = use.epoch;
+  slot_epoch_[s] = use.epoch;
+  slot_busy_[s] = true;
+  return use;
+}
+
+void HostProtocol::release(Use use) noexcept {
+  slot_busy_[static_cast<std::size_t>(use.slot)] = false;
+  try {
+    if (!failure_.empty()) return;
+    for (int peer = 0; peer < layout_.num_ranks; ++peer) signal(use, peer, Flag::kReleased);
+  } catch (const std::exception& error) {
+    failure_ = error.what();
+  }
+}
+
+void HostProtocol::put(const Use& use, int peer, std::size_t offset,
+                       std::span<const std::byte> data) {
+  window_->put(peer, static_cast<std::size_t>(use.slot) * layout_.slot_bytes + offset, data);
+}
+
+void HostProtocol::signal(const Use& use, int peer, Flag kind) {
+  window_->signal(peer, layout_.flag(use.slot, kind, rank_), use.epoch);
+}
+
+void HostProtocol::wait_for_all(const Use& use, Flag kind, const char* operation) {
+  await(use.slot, kind, use.epoch, use.epoch, operation);
+  for (int source = 0; source < layout_.num_ranks; ++source) {
+    const std::uint64_t seen = window_->flag(layout_.flag(use.slot, kind, source));
+    if (seen == use.epoch) continue;
+    failure_ = fmt::format(
+        "{} on rank {}: rank {} is at epoch {}, expected {}: ranks made "
+        "different calls",
+        operation, rank_, source, seen, use.epoch);
+    fail(ErrorCode::kTransport, "{}", failure_);
+  }
+}
+
+void HostProtocol::await(int slot, Flag kind, std::uint64_t epoch, std::uint64_t op_epoch,
+                         const char* operation) {
+  const auto start = std::chrono::steady_clock::now();
+  const auto deadline = start + timeout_;
+  std::vector<int> flags(static_cast<std::size_t>(layout_.num_ranks));
+  std::iota(flags.begin(), flags.end(), layout_.flag(slot, kind, 0));
+  // One source after another: the time until each arrived is what it kept us waiting.
+  std::string missing;
+  for (int source = 0; source < layout_.num_ranks; ++source) {
+    const auto before = std::chrono::steady_clock::now();
+    const int flag = flags[static_cast<std::size_t>(source)];
+    const bool late = !window_->wait_flags(std::span(&flag, 1), epoch, deadline).empty();
+    const auto waited = std::chrono::steady_clock::now() - before;
+    wait_ns_[static_cast<std::size_t>(source)] += static_cast<std::uint64_t>(
+        std::chrono::duration_cast<std::chrono::nanoseconds>(waited).count());
+    if (late)
+      missing += fmt::format(" {} (expected {}, seen {})", source, epoch, window_->flag(flag));
+  }
+  if (missing.empty()) return;
+  failure_ = fmt::format("{}, epoch {}, rank {}: after {} ms still missing rank(s){}", operation,
+                         op_epoch, rank_, timeout_.count(), missing);
+  fail(ErrorCode::kPeerTimeout, "{}", failure_);
+}
+
+std::byte* HostProtocol::local(const Use& use) noexcept {
+  return window_->local() + static_cast<std::size_t>(use.slot) * layout_.slot_bytes;
+}
+
+void HostProtocol::require_healthy() const {
+  if (failure_.empty()) return;
+  fail(ErrorCode::kTransport, "this exchange failed earlier and its ranks may be out of step: {}",
+       failure_);
+}
+
+}  // namespace sluice
