@@ -173,6 +173,21 @@ int bench_all(bool quick) {
   const auto k7 = WeightCode::kOnesComplement, k3 = WeightCode::kSignMagnitude;
   Bench b;
   b.measure_read();
+  if (quick) {
+    for (int config : {0, 1}) {
+      for (int m : {1, 16, 32, 64}) b.uniform(Bench::kStage, 32, m, k3, false, config);
+      b.uniform(Bench::kStage, 32, 16, k7, false, config);
+      b.uniform(Bench::kStage, 32, 64, k3, true, config);
+      b.uniform(Bench::kStage, 8, 16, k3, false, config);
+    }
+    b.uniform(Bench::kStage, 32, 128, k3);
+    b.uniform(Bench::kStage, 32, 1024, k3);
+    b.uniform(Bench::kStage, 32, 1024, k3, true);
+    b.uniform(Bench::kStage, 32, 1024, k7);
+    b.uniform(Bench::kGemm1, 32, 1024, k3);
+    b.uniform(Bench::kGemm2, 32, 1024, k3);
+    return 0;
+  }
   for (const WeightCode code : {k3, k7}) {
     for (int m : {1, 8, 16, 32, 64, 128, 1024}) b.uniform(Bench::kStage, 32, m, code);
     b.uniform(Bench::kStage, 8, 1, code);
@@ -182,7 +197,6 @@ int bench_all(bool quick) {
       b.uniform(Bench::kGemm2, 32, m, code);
     }
   }
-  if (quick) return 0;
   for (int e : {8, 16}) {
     for (int m : {1, 8, 16, 32, 64, 128, 256, 1024}) b.uniform(Bench::kStage, e, m, k3);
   }

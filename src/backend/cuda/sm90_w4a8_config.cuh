@@ -44,7 +44,7 @@ struct Config {
   static constexpr int kFixedBytes =
       kMaxTokens * (kHiddenPitch + 4 * kMathWarps + 4) + 4 * (kMaxExperts + 1) + 1024;
   static constexpr int kStagesThatFit = (kSharedLimit - kFixedBytes) / kStageBytes;
-  static constexpr int kStages = kStagesThatFit < 8 ? kStagesThatFit : 8;
+  static constexpr int kStages = kStagesThatFit < 9 ? kStagesThatFit : 9;
   static_assert(128 * kProducerRegisters + kMathThreads * kMathRegisters <=
                 kThreads * kLaunchRegisters);
   static_assert(kStages >= 4);

@@ -53,12 +53,12 @@ namespace sluice::cuda {
 template <class C>
 __device__ __forceinline__ void init_barriers(Shared<C>& s) {
   for (int i = 0; i < C::kStages; ++i) {
-    ptx::mbarrier_init(&s.full[i], 1 + 1 + 32);
+    ptx::mbarrier_init(&s.full[i], 3);  // weights, activations, scales
     ptx::mbarrier_init(&s.empty[i], C::kMathWarps);
   }
   for (int i = 0; i < Shared<C>::kTileSlots; ++i) {
     ptx::mbarrier_init(&s.tile_full[i], 1);
-    ptx::mbarrier_init(&s.tile_empty[i], 1 + C::kMathWarps);
+    ptx::mbarrier_init(&s.tile_empty[i], 2 + C::kMathWarps);
   }
   ptx::fence_barrier_init();
 }
@@ -81,24 +81,30 @@ __global__ void __launch_bounds__(C::kThreads, 1)
   const int warp = thread / 32;
   const int lane = thread % 32;
 
+  constexpr int kWeightWarp = C::kMathWarps, kActivationWarp = C::kMathWarps + 1;
+  constexpr int kScaleWarp = C::kMathWarps + 2;
+  constexpr int kWeightThread = 32 * kWeightWarp;
+
   int ticket = 0;
-  if (thread == 0) {
+  if (thread == kWeightThread) {
     ticket = atomicAdd(&p.sync[0], 1);
     init_barriers(s);
   }
-  if (warp == 1) scan_token_tiles(s, p, lane);
+  if (warp == kActivationWarp) scan_token_tiles(s, p, lane);
   __syncthreads();
 
-  if (warp < 4) {
+  if (warp >= C::kMathWarps) {
     ptx::set_max_registers_down<C::kProducerRegisters>();
-    if (thread == 0) {
+    if (thread == kWeightThread) {
       stream_weights(s, p, ticket);
-    } else if (warp == 1) {
+    } else if (warp == kActivationWarp) {
       fetch_activations(s, p, lane);
+    } else if (warp == kScaleWarp) {
+      fetch_scales(s, p, lane);
     }
   } else {
     ptx::set_max_registers_up<C::kMathRegisters>();
-    const MathLane math{.warpgroup = warp / 4 - 1,
+    const MathLane math{.warpgroup = warp / 4,
                         .thread = thread % 128,
                         .warp = warp % 4,
                         .row = lane / 4,

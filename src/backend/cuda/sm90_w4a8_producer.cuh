@@ -139,58 +139,83 @@ __device__ __forceinline__ void wait_for_rows(const Params& p, const TileInfo& t
   __syncwarp();
 }
 
-/// Scales of one step: lane i fetches tokens i, i + 32, ...; past the last valid token it repeats it.
+/// The next claimed tile, for a producer warp; every lane gets it.
 template <class C>
-__device__ __forceinline__ void fetch_scales(float* dst, const Phase& phase, const TileInfo& t,
-                                             int step, int num_columns, int lane,
-                                             std::uint64_t* bar) {
-  if (phase.x_scale == nullptr) {
-    for (int i = lane; i < num_columns; i += 32) dst[i] = phase.x_static;
-    ptx::mbarrier_arrive(bar);
-    return;
-  }
-  for (int i = lane; i < num_columns; i += 32) {
-    const long long row = t.row0 + min(i, t.num_tokens - 1);
-    ptx::cp_async_4(dst + i, phase.x_scale + row * phase.num_steps + step);
-  }
-  ptx::mbarrier_arrive_after_cp_async(bar);
+__device__ __forceinline__ TileInfo next_tile(Shared<C>& s, Ring& slots, int lane) {
+  wait(&s.tile_full[slots.stage], slots.parity);
+  const TileInfo t = s.tile[slots.stage];
+  __syncwarp();
+  if (lane == 0) ptx::mbarrier_arrive(&s.tile_empty[slots.stage]);
+  slots.advance<Shared<C>::kTileSlots>();
+  return t;
 }
 
-/// Index of the smallest box that holds num_tokens; boxes smaller than `smallest` do not exist.
-__device__ __forceinline__ int token_box(int num_tokens, int smallest) {
-  int box = smallest;
+/// Index of the smallest box that holds num_tokens.
+__device__ __forceinline__ int token_box(int num_tokens) {
+  int box = 0;
   while ((8 << box) < num_tokens) ++box;
   return box;
 }
 
-/// One warp: activation tiles by tensor copy, their scales by 4-byte copies.
+/// One warp, of which one thread works: activation tiles by tensor copy.
 template <class C>
 __device__ __forceinline__ void fetch_activations(Shared<C>& s, const Params& p, int lane) {
   Ring ring, slots;
   const std::uint64_t policy =
       C::kIsDecode ? ptx::policy_evict_last() : ptx::policy_evict_normal();
   for (;;) {
-    wait(&s.tile_full[slots.stage], slots.parity);
-    const TileInfo t = s.tile[slots.stage];
-    __syncwarp();
-    if (lane == 0) ptx::mbarrier_arrive(&s.tile_empty[slots.stage]);
-    slots.advance<Shared<C>::kTileSlots>();
+    const TileInfo t = next_tile(s, slots, lane);
     if (t.phase < 0) return;
-
-    const Phase& phase = p.phase[t.phase];
     if (t.phase == 1) wait_for_rows(p, t, lane);
-    const int box = token_box(t.num_tokens, 0);
-    const int num_columns = 8 << box;
+    if (lane != 0) continue;
+    const int box = token_box(t.num_tokens);
+    const std::uint32_t bytes = (8 << box) * kStepK;
     const CUtensorMap* map = &p.x_map[t.phase][box];
-    for (int k = 0; k < phase.num_steps; ++k) {
+    const int num_steps = p.phase[t.phase].num_steps;
+    for (int k = 0; k < num_steps; ++k) {
       wait(&s.empty[ring.stage], ring.parity ^ 1);
       std::uint64_t* bar = &s.full[ring.stage];
-      if (lane == 0) {
-        ptx::mbarrier_arrive_expect_tx(bar, num_columns * kStepK);
-        ptx::tensor_copy_2d(s.x[ring.stage], map, k * kStepK, t.row0, bar, policy);
-      }
-      fetch_scales<C>(s.x_scale[ring.stage], phase, t, k, num_columns, lane, bar);
+      ptx::mbarrier_arrive_expect_tx(bar, bytes);
+      ptx::tensor_copy_2d(s.x[ring.stage], map, k * kStepK, t.row0, bar, policy);
       ring.advance<C::kStages>();
+    }
+  }
+}
+
+/// One warp: activation scales. Lane i serves tokens i, i + 32, ...: it reads a few steps of its rows at
+/// once (they share a sector) and hands them out step by step. Past the last valid token it repeats it.
+template <class C>
+__device__ __forceinline__ void fetch_scales(Shared<C>& s, const Params& p, int lane) {
+  constexpr int kRows = C::kMaxTokens / 32;
+  constexpr int kChunk = kRows >= 4 ? 2 : 8;  // NOTE: kRows * kChunk registers of 40 or 64
+  Ring ring, slots;
+  for (;;) {
+    const TileInfo t = next_tile(s, slots, lane);
+    if (t.phase < 0) return;
+    if (t.phase == 1) wait_for_rows(p, t, lane);
+    const Phase& phase = p.phase[t.phase];
+    const int num_steps = phase.num_steps;
+    const float* rows = phase.x_scale + static_cast<long long>(t.row0) * num_steps;
+    for (int k0 = 0; k0 < num_steps; k0 += kChunk) {
+      float scale[kRows][kChunk];
+#pragma unroll
+      for (int i = 0; i < kRows; ++i) {
+        const float* row = rows + min(lane + 32 * i, t.num_tokens - 1) * num_steps;
+#pragma unroll
+        for (int j = 0; j < kChunk; ++j) {
+          scale[i][j] = phase.x_scale == nullptr ? phase.x_static : row[min(k0 + j, num_steps - 1)];
+        }
+      }
+#pragma unroll
+      for (int j = 0; j < kChunk; ++j) {
+        if (k0 + j == num_steps) break;
+        wait(&s.empty[ring.stage], ring.parity ^ 1);
+#pragma unroll
+        for (int i = 0; i < kRows; ++i) s.x_scale[ring.stage][lane + 32 * i] = scale[i][j];
+        __syncwarp();
+        if (lane == 0) ptx::mbarrier_arrive(&s.full[ring.stage]);
+        ring.advance<C::kStages>();
+      }
     }
   }
 }
