@@ -35,6 +35,7 @@ MODULES = [
     ("exchange",       "src/exchange/",        ("public", "core", "quant", "ops"),        ()),
     ("engine",         "src/engine/",          ("public", "core", "quant", "checkpoint", "ops", "exchange"), ()),
     ("reference",      "src/reference/",       ("public", "core", "quant"),               ()),
+    ("accuracy",        "src/accuracy/",        ("public", "core", "quant", "checkpoint", "reference"), ()),
     ("bench library",  "src/bench/",           ("public", "core", "quant", "ops"),        ("posix",)),
     ("cli",            "cli/",                 ("public",),                               ("posix", "CLI/", "nlohmann/")),
     ("python",         "python/",              ("public",),                               ("nanobind/",)),

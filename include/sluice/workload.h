@@ -6,6 +6,7 @@
 #pragma once
 
 #include <cstdint>
+#include <limits>
 #include <string_view>
 #include <vector>
 
@@ -15,15 +16,21 @@
 namespace sluice {
 
 enum class RoutingKind {
-  kUniform,    ///< num_topk distinct experts, all equally likely.
-  kZipf,       ///< Distinct experts, popularity ~ 1 / (rank + 1), in a seeded order.
-  kOneExpert,  ///< Slot 0 of every token is expert 0, the other slots are empty.
+  kUniform,     ///< num_topk distinct experts, all equally likely.
+  kZipf,        ///< Distinct experts, popularity ~ 1 / (rank + 1), in a seeded order.
+  kOneExpert,   ///< Slot 0 of every token is expert 0, the other slots are empty.
+  kDeadExpert,  ///< As kUniform, but the last expert is never chosen.
+  kOneHot,      ///< Slot 0 is any expert, equally likely, with weight 1; the other slots are empty.
 };
 
 enum class InputKind {
   kGaussian,   ///< N(0, 1).
   kOutliers,   ///< N(0, 1), eight channels x 40.
   kRealistic,  ///< The statistics above; what `sluice run` uses.
+  kStudentT,   ///< Student's t with 4 degrees of freedom, scaled to variance 1.
+  kMassive,    ///< N(0, 1); every 16th token has two fixed channels of about 1000.
+  /// kOutliers times a log-normal factor per token, e^N(0, 1), at most `max_token_scale`.
+  kTokenSpread,
 };
 
 /// Throws: kInvalidArgument listing the names.
@@ -34,6 +41,8 @@ struct WorkloadSpec {
   RoutingKind routing = RoutingKind::kUniform;
   InputKind input = InputKind::kRealistic;
   std::uint64_t seed = 1;
+  /// kTokenSpread: a calibration set that misses the tail has 1 here and sees the quiet half.
+  double max_token_scale = std::numeric_limits<double>::infinity();
 };
 
 /// Host memory for one rank's tokens.

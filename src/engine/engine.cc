@@ -6,11 +6,10 @@
 
 #include <algorithm>
 #include <array>
-#include <cstring>
 
 #include "backend/ops.h"
-#include "core/counter_rng.h"
 #include "core/fail.h"
+#include "core/row_digest.h"
 #include "exchange/agreement.h"
 #include "sluice/checkpoint.h"
 #include "sluice/config.h"
@@ -39,7 +38,7 @@ struct Lane {
 
 struct Engine::Impl {
   BackendOps* backend = nullptr;
-  int rank = 0;
+  int rank = 0, experts_per_rank = 0;
   ModelGeometry geometry;
   std::unique_ptr<PreparedExperts> experts;
   std::array<std::optional<Lane>, 2> lanes;  // By Mode.
@@ -138,6 +137,7 @@ Engine Engine::create(const EngineConfig& config, const Checkpoint& checkpoint,
     max_rows = std::max(max_rows, impl->lanes[i]->exchange.max_rows());
   }
   const int num_local = impl->geometry.num_experts / transport.num_ranks();
+  impl->experts_per_rank = num_local;
   impl->experts = impl->backend->prepare(
       checkpoint.load_experts(config.layer, transport.rank() * num_local, num_local));
   impl->allocate_scratch(max_rows);
@@ -239,7 +239,7 @@ void Engine::forward(Mode mode, TensorView x, const Routing& routing, MutableTen
 }
 
 void Engine::Impl::record_rows(const ExpertBatch& batch, Stream stream) {
-  const auto num_local = static_cast<std::size_t>(batch.num_rows.dim(0));
+  const auto num_local = static_cast<std::size_t>(experts_per_rank);
   std::vector<std::int32_t> rows(num_local);
   backend->copy_to_host(rows.data(), batch.num_rows.data, num_local * sizeof(std::int32_t), stream);
   stats.rows_per_expert.assign(rows.begin(), rows.end());
@@ -259,25 +259,19 @@ void Engine::Impl::record_digest(const ExpertRows& rows, const QuantizedRows& in
   backend->copy_to_host(begin.data(), rows.row_begin, num_local * sizeof(begin[0]), stream);
   backend->copy_to_host(count.data(), rows.num_rows, num_local * sizeof(count[0]), stream);
   const auto width = static_cast<std::size_t>(in.width);
-  const std::size_t scale_bytes = in.scale ? width / kActivationGroup * sizeof(float) : 0;
-  std::vector<std::uint8_t> row(width + scale_bytes);
+  std::vector<std::uint8_t> codes(width);
+  std::vector<float> scales(in.scale ? width / kActivationGroup : 0);
   digest = 0;
   for (std::size_t e = 0; e < num_local; ++e) {
     const std::uint64_t expert = static_cast<std::uint64_t>(rank) * num_local + e;
     for (std::int64_t r = 0; r < count[e]; ++r) {
       const auto source = static_cast<std::size_t>(begin[e] + r);
-      backend->copy_to_host(row.data(), in.codes + source * width, width, stream);
+      backend->copy_to_host(codes.data(), in.codes + source * width, width, stream);
       if (in.scale) {
-        backend->copy_to_host(row.data() + width, in.scale + source * (width / kActivationGroup),
-                              scale_bytes, stream);
+        backend->copy_to_host(scales.data(), in.scale + source * scales.size(),
+                              scales.size() * sizeof(float), stream);
       }
-      std::uint64_t hash = mix64(expert << 32 | static_cast<std::uint64_t>(r));
-      for (std::size_t i = 0; i < row.size(); i += 8) {
-        std::uint64_t word = 0;
-        std::memcpy(&word, &row[i], std::min<std::size_t>(8, row.size() - i));
-        hash = mix64(hash ^ word);
-      }
-      digest += hash;
+      digest += row_digest(expert, static_cast<std::uint64_t>(r), codes, scales);
     }
   }
 }

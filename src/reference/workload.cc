@@ -19,12 +19,14 @@ constexpr double kOutlierChannels = 0.002;   // Share of channels with a large g
 constexpr double kOutlierGain = 15.0;        // ...and how large.
 constexpr double kMassiveTokens = 1.0 / 64;  // Share of tokens with massive activations...
 constexpr double kMassiveValue = 300.0;      // ...of about this size, in one or two channels.
+constexpr int kMassiveEvery = 16;            // InputKind::kMassive: one token in so many...
+constexpr double kMassiveSuiteValue = 1000;  // ...has two channels of about this size.
 
 std::vector<double> channel_gains(const WorkloadSpec& spec) {
   const CounterRng rng(spec.seed, kGainStream);
   std::vector<double> gains(static_cast<std::size_t>(spec.hidden), 1.0);
   for (std::size_t c = 0; c < gains.size(); ++c) {
-    if (spec.input == InputKind::kOutliers) {
+    if (spec.input == InputKind::kOutliers || spec.input == InputKind::kTokenSpread) {
       if (c % std::max<std::size_t>(1, gains.size() / 8) == 3) gains[c] = 40.0;
     } else if (spec.input == InputKind::kRealistic) {
       gains[c] = std::exp(kGainSigma * rng.normal(2 * c));
@@ -46,7 +48,41 @@ std::vector<double> popularity(const WorkloadSpec& spec) {
       weight[static_cast<std::size_t>(order[i])] = 1.0 / static_cast<double>(i + 1);
     }
   }
+  if (spec.routing == RoutingKind::kDeadExpert) weight.back() = 0;
   return weight;
+}
+
+/// Student's t with 4 degrees of freedom over its deviation sqrt(2): a normal over the root of a
+/// chi-square of 4 = -2 ln(u v).
+double student_t(const CounterRng& rng, std::uint64_t hidden, std::uint64_t c) {
+  const double u = 1 - rng.uniform(hidden + 2 * c), v = 1 - rng.uniform(hidden + 2 * c + 1);
+  return rng.normal(c) * std::sqrt(4 / (-2 * std::log(u * v))) / std::sqrt(2.0);
+}
+
+void fill_token(const WorkloadSpec& spec, const std::vector<double>& gains, std::uint64_t token,
+                std::uint16_t* x) {
+  const std::uint64_t hidden = gains.size();
+  const CounterRng rng(spec.seed, kTokenStream + 2 * token);
+  const CounterRng extra(spec.seed, kTokenStream + 2 * token + 1);
+  double scale = 1;
+  if (spec.input == InputKind::kTokenSpread) {
+    scale = std::min(std::exp(extra.normal(0)), spec.max_token_scale);
+  }
+  for (std::uint64_t c = 0; c < hidden; ++c) {
+    const double base =
+        spec.input == InputKind::kStudentT ? student_t(rng, hidden, c) : rng.normal(c);
+    x[c] = bf16_from_float(static_cast<float>(base * gains[c] * scale));
+  }
+  if (spec.input == InputKind::kRealistic && extra.uniform(0) < kMassiveTokens) {
+    const std::uint64_t channel = extra.bits(1) % hidden;
+    x[channel] = bf16_from_float(static_cast<float>(kMassiveValue * (1 + 0.2 * extra.normal(2))));
+  }
+  if (spec.input == InputKind::kMassive && token % kMassiveEvery == 0) {
+    for (const std::uint64_t channel : {hidden / 3, 2 * hidden / 3}) {
+      x[channel] = bf16_from_float(
+          static_cast<float>(kMassiveSuiteValue * (1 + 0.2 * extra.normal(channel))));
+    }
+  }
 }
 
 void route_token(const WorkloadSpec& spec, const std::vector<double>& weight, const CounterRng& rng,
@@ -54,14 +90,18 @@ void route_token(const WorkloadSpec& spec, const std::vector<double>& weight, co
   std::fill_n(idx, spec.num_topk, -1);
   if (spec.routing == RoutingKind::kOneExpert) {
     idx[0] = 0;
+  } else if (spec.routing == RoutingKind::kOneHot) {
+    idx[0] = static_cast<std::int32_t>(rng.bits(0) % weight.size());
   } else {
     // Weighted sampling without replacement: the num_topk smallest exponential arrival times.
     std::vector<std::pair<double, int>> arrival(weight.size());
     for (std::size_t e = 0; e < weight.size(); ++e) {
-      arrival[e] = {-std::log1p(-rng.uniform(e)) / weight[e], static_cast<int>(e)};
+      const double time = weight[e] > 0 ? -std::log1p(-rng.uniform(e)) / weight[e] : HUGE_VAL;
+      arrival[e] = {time, static_cast<int>(e)};
     }
-    const auto count =
-        std::min<std::size_t>(weight.size(), static_cast<std::size_t>(spec.num_topk));
+    const auto alive =
+        static_cast<std::size_t>(std::ranges::count_if(weight, [](double w) { return w > 0; }));
+    const auto count = std::min<std::size_t>(alive, static_cast<std::size_t>(spec.num_topk));
     std::partial_sort(arrival.begin(), arrival.begin() + static_cast<std::ptrdiff_t>(count),
                       arrival.end());
     for (std::size_t k = 0; k < count; ++k) idx[k] = arrival[k].second;
@@ -83,7 +123,10 @@ RoutingKind parse_routing(std::string_view name) {
   if (name == "uniform") return RoutingKind::kUniform;
   if (name == "zipf") return RoutingKind::kZipf;
   if (name == "one-expert") return RoutingKind::kOneExpert;
-  fail(ErrorCode::kInvalidArgument, "routing '{}' is none of: uniform, zipf, one-expert", name);
+  if (name == "dead-expert") return RoutingKind::kDeadExpert;
+  if (name == "one-hot") return RoutingKind::kOneHot;
+  fail(ErrorCode::kInvalidArgument,
+       "routing '{}' is none of: uniform, zipf, one-expert, dead-expert, one-hot", name);
 }
 
 TensorView Workload::x_view() const {
@@ -116,16 +159,7 @@ Workload make_workload(const WorkloadSpec& spec, std::int64_t first_token,
                 .num_topk = spec.num_topk};
   for (std::size_t t = 0; t < tokens; ++t) {
     const auto token = static_cast<std::uint64_t>(first_token) + t;
-    const CounterRng rng(spec.seed, kTokenStream + 2 * token);
-    for (std::size_t c = 0; c < hidden; ++c) {
-      load.x[t * hidden + c] = bf16_from_float(static_cast<float>(rng.normal(c) * gains[c]));
-    }
-    const CounterRng extra(spec.seed, kTokenStream + 2 * token + 1);
-    if (spec.input == InputKind::kRealistic && extra.uniform(0) < kMassiveTokens) {
-      const std::uint64_t channel = extra.bits(1) % hidden;
-      load.x[t * hidden + channel] =
-          bf16_from_float(static_cast<float>(kMassiveValue * (1 + 0.2 * extra.normal(2))));
-    }
+    fill_token(spec, gains, token, &load.x[t * hidden]);
     const CounterRng choice(spec.seed ^ 0x5bd1e995u, kTokenStream + token);
     route_token(spec, weight, choice, &load.topk_idx[t * topk], &load.topk_weights[t * topk]);
   }

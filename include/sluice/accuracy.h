@@ -1,0 +1,192 @@
+// accuracy.h - what every rounding of a recipe costs, for one layer and a set of tokens.
+//
+//   LayerSource --+
+//                 +--> certify() --> Certificate: each rounding alone, all together, and the budget
+//   TokenSuite  --+
+//
+// One float64 evaluator with a switch for each rounding (docs/accuracy.md has every definition).
+// Errors are relative L2 norms, ||y - reference|| / ||reference||, unless a name says otherwise.
+#pragma once
+
+#include <cstdint>
+#include <filesystem>
+#include <functional>
+#include <memory>
+#include <optional>
+#include <string>
+#include <string_view>
+#include <vector>
+
+#include "sluice/checkpoint.h"
+#include "sluice/recipe.h"
+#include "sluice/workload.h"
+
+namespace sluice {
+
+/// Tokens to judge recipes on, and those that static scales may be calibrated on.
+struct TokenSuite {
+  std::string name;
+  Workload tokens;
+  Workload calibration;  ///< Other tokens; none for a dump.
+};
+
+/// gaussian, student-t, outliers, massive, token-spread, dead-expert, one-hot.
+[[nodiscard]] const std::vector<std::string>& suite_names();
+/// Throws: kInvalidArgument listing the names.
+[[nodiscard]] TokenSuite make_suite(std::string_view name, const ModelGeometry& geometry,
+                                    std::int64_t num_tokens, std::uint64_t seed);
+
+/// Reads a dump: a safetensors file with x [T, hidden] BF16 or F32 (rounded to bf16), topk_idx
+/// [T, k] I32 or I64, topk_weights [T, k] F32.
+/// Throws: kIo, kCorruptFile; kInvalidArgument naming tensor, shape or value that does not fit.
+[[nodiscard]] TokenSuite read_dump(const std::filesystem::path& file,
+                                   const ModelGeometry& geometry);
+/// Writes what read_dump() reads. Throws: kIo.
+void write_dump(const std::filesystem::path& file, const Workload& tokens);
+
+enum class MatrixRole { kGate, kUp, kDown };
+
+/// One matrix of one expert; alive as long as `storage`.
+struct SourceMatrix {
+  Int4Matrix quantized;
+  const float* original = nullptr;  ///< [n, k], or null where nothing is known of it.
+  std::shared_ptr<const void> storage;
+};
+
+/// Weights of one layer, a matrix at a time. Threads: matrix() from one thread at a time.
+class LayerSource {
+ public:
+  virtual ~LayerSource() = default;
+  [[nodiscard]] virtual const ModelGeometry& geometry() const noexcept = 0;
+  [[nodiscard]] virtual SourceMatrix matrix(int expert, MatrixRole role) const = 0;
+  /// What `original` is, for reports.
+  [[nodiscard]] virtual std::string original_kind() const = 0;
+};
+
+/// Normal weights of variance 1 / k, quantized with amax / 7 per group: the originals are known.
+[[nodiscard]] std::unique_ptr<LayerSource> make_synthetic_source(const ModelGeometry& geometry,
+                                                                 std::uint64_t seed);
+/// A checkpoint's experts. It has no originals; in their place stand values drawn uniformly from
+/// each code's rounding cell, [w - scale / 2, w + scale / 2], which quantize to these very codes.
+[[nodiscard]] std::unique_ptr<LayerSource> make_checkpoint_source(const Checkpoint& checkpoint,
+                                                                  int layer, std::uint64_t seed);
+
+/// One approximation of a result against its reference.
+struct ErrorNumbers {
+  double relative_l2 = 0;
+  double sqnr_db = 0;  ///< -20 log10(relative_l2)
+  double worst_token_error = 0, p99_token_error = 0;
+  std::int64_t worst_token = -1;
+  double p99_channel_error = 0;
+};
+
+/// What e4m3 casts did to the values they met.
+struct CastCounts {
+  std::uint64_t values = 0;
+  std::uint64_t saturated = 0;    ///< |x / scale| > 464, where rounding would leave +-448.
+  std::uint64_t underflowed = 0;  ///< Not zero before, zero after.
+};
+
+/// Output errors with one rounding switched on, against exact arithmetic on the INT4 weights; the
+/// weights' own against the original ones.
+struct RoundingErrors {
+  std::optional<double> weights;
+  double activation1 = 0, activation2 = 0, accumulation = 0, combine = 0;
+  double together = 0;    ///< The four above at once.
+  double quadrature = 0;  ///< Root of the sum of their squares.
+};
+
+struct RecipeCertificate {
+  RecipeName name = RecipeName::kDirect;
+  std::string refused;  ///< Why it was not evaluated; empty if it was.
+  Recipe recipe;
+  ErrorNumbers activation1;                ///< Input of GEMM1 against x.
+  ErrorNumbers output;                     ///< Against exact arithmetic on the INT4 weights.
+  std::optional<ErrorNumbers> total;       ///< Against the original weights, exact arithmetic.
+  std::optional<ErrorNumbers> total_bf16;  ///< The same if GEMM1 took x unquantized.
+  /// 100 * (total / total_bf16 - 1): what the FP8 activation adds to the layer's total error.
+  std::optional<double> added_percent;
+  CastCounts cast1, cast2;
+  RoundingErrors roundings;
+  std::vector<double> token_errors;    ///< [num_tokens] of `output`.
+  std::vector<double> channel_errors;  ///< [hidden] of `output`.
+};
+
+/// Static scales against what the suite's tokens really contain.
+struct ScaleSafety {
+  struct PerExpert {
+    std::int64_t rows = 0;
+    double amax1 = 0, amax2 = 0;  ///< Largest input of GEMM1, of GEMM2.
+  };
+  std::string origin;  ///< "checkpoint", "calibration" or "none".
+  StaticScales scales;
+  double amax1 = 0, amax2 = 0;
+  double headroom1 = 0, headroom2 = 0;    ///< 448 * scale / amax; below 1 values are clipped.
+  double clip_rate1 = 0, clip_rate2 = 0;  ///< Share of values beyond 464 * scale.
+  std::vector<PerExpert> experts;
+  std::string recommendation;
+};
+
+struct SuiteCertificate {
+  std::string name;
+  std::int64_t num_tokens = 0, num_rows = 0;
+  std::vector<RecipeCertificate> recipes;
+  ScaleSafety safety;
+  std::uint64_t gemm1_digest = 0;  ///< Of `direct`'s GEMM1 input, by the scalar definition.
+};
+
+/// One row as GEMM1 reads it: value k is e4m3 codes[k] * scales[k / 128], or codes[k] * scales[0].
+struct Gemm1Row {
+  std::vector<std::uint8_t> codes;
+  std::vector<float> scales;
+  CastCounts counts;
+};
+/// How `recipe` turns x [hidden] into GEMM1's input: the scalar definition.
+[[nodiscard]] Gemm1Row gemm1_row(const Recipe& recipe, const std::uint16_t* x, int hidden);
+
+struct AccuracyConfig {
+  std::vector<RecipeName> recipes;            ///< Empty: all.
+  std::optional<StaticScales> static_scales;  ///< Empty: from the suite's calibration tokens.
+  /// Replaces gemm1_row(); a test plants a fault here.
+  std::function<Gemm1Row(const Recipe&, const std::uint16_t* x, int hidden)> gemm1 = gemm1_row;
+  int num_threads = 0;  ///< 0: every core the process may run on.
+  Progress progress;
+};
+
+/// Evaluates every recipe on the tokens of `suite`. Throws: kInvalidArgument for tokens that do not
+/// fit the layer.   Cost: reads every matrix once; O(tokens * num_topk * recipes) layers of work.
+[[nodiscard]] SuiteCertificate certify(const LayerSource& source, const TokenSuite& suite,
+                                       const AccuracyConfig& config);
+
+/// The gate over the suites of a certificate: `added_percent` of `recipe` against a budget.
+struct BudgetVerdict {
+  RecipeName recipe = RecipeName::kDirect;
+  double budget_percent = 0;
+  double worst_percent = 0;
+  std::string worst_suite;
+  bool passed = false;
+};
+/// Throws: kInvalidArgument if no suite has a total error for `recipe`.
+[[nodiscard]] BudgetVerdict judge_budget(const std::vector<SuiteCertificate>& suites,
+                                         RecipeName recipe, double budget_percent);
+
+/// GEMM1's input bytes over all ranks of a real Engine, one digest per recipe.
+struct IdentityProof {
+  int num_ranks = 1;
+  Mode mode = Mode::kLowLatency;
+  std::int64_t num_tokens = 0;
+  std::uint64_t direct = 0;       ///< FP8 on the wire, consumed as sent.
+  std::uint64_t direct_bf16 = 0;  ///< BF16 on the wire, quantized by the receiver.
+  std::uint64_t definition = 0;   ///< The scalar definition's bytes.
+  [[nodiscard]] bool passed() const noexcept {
+    return direct == direct_bf16 && direct == definition && direct != 0;
+  }
+};
+
+/// Runs `direct` and `direct-bf16` over `num_ranks` ranks of this process with `suite`'s tokens
+/// spread evenly. `definition` is SuiteCertificate::gemm1_digest.   Throws: as Engine.
+[[nodiscard]] IdentityProof prove_identity(const Checkpoint& checkpoint, int layer,
+                                           const TokenSuite& suite, std::uint64_t definition,
+                                           int num_ranks, Mode mode);
+
+}  // namespace sluice

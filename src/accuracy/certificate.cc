@@ -1,0 +1,208 @@
+// Which variants each recipe needs, and what their differences say.
+#include <algorithm>
+#include <cmath>
+
+#include "accuracy/evaluator.h"
+#include "accuracy/metrics.h"
+#include "accuracy/safety.h"
+#include "core/fail.h"
+#include "core/row_digest.h"
+#include "core/threads.h"
+#include "sluice/quant.h"
+
+namespace sluice {
+namespace accuracy {
+namespace {
+
+const Variant kExact{};
+const Variant kOriginal{{.original_weights = true}, Gemm2Cast::kNone, false};
+const Variant kAccumulation{{.float32_sums = true}, Gemm2Cast::kNone, false};
+const Variant kCombine{{}, Gemm2Cast::kNone, true};
+
+/// A recipe's roundings as variants of the one evaluator.
+struct RecipeVariants {
+  Variant activation1, activation2, together, bf16_input;
+  explicit RecipeVariants(RecipeName name)
+      : activation1{{.cast1 = gemm1_cast(name)}, Gemm2Cast::kNone, false},
+        activation2{{}, gemm2_cast(name), false},
+        together{{.cast1 = gemm1_cast(name), .float32_sums = true}, gemm2_cast(name), true},
+        bf16_input{{.float32_sums = true}, gemm2_cast(name), true} {}
+};
+
+std::set<Variant> variants_of(const std::vector<RecipeCertificate>& recipes) {
+  std::set<Variant> wanted = {kExact, kOriginal, kAccumulation, kCombine};
+  for (const RecipeCertificate& r : recipes) {
+    if (!r.refused.empty()) continue;
+    const RecipeVariants v(r.name);
+    wanted.insert({v.activation1, v.activation2, v.together, v.bf16_input});
+  }
+  return wanted;
+}
+
+/// Resolves every recipe; one that needs scales there are none of is refused, by name and reason.
+std::vector<RecipeCertificate> resolve(const AccuracyConfig& config,
+                                       const std::optional<StaticScales>& scales) {
+  std::vector<RecipeName> names = config.recipes;
+  if (names.empty()) names.assign(all_recipes().begin(), all_recipes().end());
+  std::vector<RecipeCertificate> recipes;
+  for (const RecipeName name : names) {
+    RecipeCertificate& r = recipes.emplace_back();
+    r.name = name;
+    try {
+      r.recipe = resolve_recipe(name, Mode::kLowLatency, DispatchDtype::kAuto, scales, "the layer");
+    } catch (const Error& error) {
+      if (error.code() != ErrorCode::kUnsupported) throw;
+      r.refused = error.what();
+    }
+  }
+  return recipes;
+}
+
+void cast_inputs(Evaluator& evaluator, const std::vector<RecipeCertificate>& recipes,
+                 const Workload& tokens, const AccuracyConfig& config) {
+  std::set<Gemm1Cast> done;
+  for (const RecipeCertificate& r : recipes) {
+    if (!r.refused.empty() || !done.insert(gemm1_cast(r.name)).second) continue;
+    std::vector<Gemm1Row> rows;
+    for (std::int64_t t = 0; t < tokens.num_tokens; ++t) {
+      rows.push_back(config.gemm1(r.recipe, &tokens.x[static_cast<std::size_t>(t * tokens.hidden)],
+                                  tokens.hidden));
+    }
+    evaluator.set_inputs(gemm1_cast(r.name), std::move(rows));
+  }
+}
+
+/// `direct` and `direct-bf16` share an entry of inputs(), as do the static pair.
+void judge_input(const Evaluator& evaluator, const Workload& tokens, RecipeCertificate& r) {
+  const auto& inputs = evaluator.inputs(gemm1_cast(r.name));
+  const auto hidden = static_cast<std::size_t>(tokens.hidden);
+  std::vector<double> x(tokens.x.size()), a(tokens.x.size());
+  for (std::size_t i = 0; i < x.size(); ++i) x[i] = bf16_to_float(tokens.x[i]);
+  for (std::size_t t = 0; t < inputs.size(); ++t) {
+    dequantize(inputs[t], std::span(a).subspan(t * hidden, hidden));
+    r.cast1 += inputs[t].counts;
+  }
+  r.activation1 = ErrorSums(x, a, tokens.hidden).numbers();
+}
+
+void judge_output(const Evaluator& evaluator, std::int64_t width, RecipeCertificate& r) {
+  const RecipeVariants v(r.name);
+  const auto exact = evaluator.y(kExact), original = evaluator.y(kOriginal);
+  const auto error = [&](const Variant& variant) {
+    return ErrorSums(exact, evaluator.y(variant), width).relative_l2();
+  };
+  RoundingErrors& alone = r.roundings;
+  alone.weights = ErrorSums(original, exact, width).relative_l2();
+  alone.activation1 = error(v.activation1);
+  alone.activation2 = error(v.activation2);
+  alone.accumulation = error(kAccumulation);
+  alone.combine = error(kCombine);
+  alone.quadrature =
+      std::sqrt(alone.activation1 * alone.activation1 + alone.activation2 * alone.activation2 +
+                alone.accumulation * alone.accumulation + alone.combine * alone.combine);
+  const ErrorSums together(exact, evaluator.y(v.together), width);
+  alone.together = together.relative_l2();
+  r.output = together.numbers();
+  r.token_errors = together.token_errors();
+  r.channel_errors = together.channel_errors();
+  r.total = ErrorSums(original, evaluator.y(v.together), width).numbers();
+  r.total_bf16 = ErrorSums(original, evaluator.y(v.bf16_input), width).numbers();
+  if (r.total_bf16->relative_l2 > 0) {
+    r.added_percent = 100 * (r.total->relative_l2 / r.total_bf16->relative_l2 - 1);
+  }
+  r.cast2 = evaluator.cast2_counts(v.together);
+}
+
+/// Hashes GEMM1's rows as Engine::gemm_input_digest() does.
+std::uint64_t digest_inputs(const Evaluator& evaluator, int num_experts) {
+  const RowPlan& plan = evaluator.rows();
+  const auto& inputs = evaluator.inputs(Gemm1Cast::kGroup);
+  std::uint64_t digest = 0;
+  for (int e = 0; e < num_experts; ++e) {
+    const auto i = static_cast<std::size_t>(e);
+    for (int row = plan.expert_begin[i]; row < plan.expert_begin[i + 1]; ++row) {
+      const Gemm1Row& in =
+          inputs[static_cast<std::size_t>(plan.rows[static_cast<std::size_t>(row)].token)];
+      digest +=
+          row_digest(static_cast<std::uint64_t>(e),
+                     static_cast<std::uint64_t>(row - plan.expert_begin[i]), in.codes, in.scales);
+    }
+  }
+  return digest;
+}
+
+void check_tokens(const LayerSource& source, const Workload& tokens) {
+  const ModelGeometry& g = source.geometry();
+  check_argument(tokens.num_tokens > 0, "no tokens to judge recipes on");
+  check_argument(tokens.hidden == g.hidden, "tokens have hidden {}, the layer {}", tokens.hidden,
+                 g.hidden);
+}
+
+}  // namespace
+}  // namespace accuracy
+
+SuiteCertificate certify(const LayerSource& source, const TokenSuite& suite,
+                         const AccuracyConfig& config) {
+  using namespace accuracy;
+  check_tokens(source, suite.tokens);
+  std::vector<int> cores = available_cores();
+  const int num_threads =
+      config.num_threads > 0 ? config.num_threads : static_cast<int>(cores.size());
+  ThreadPool pool(num_threads, std::move(cores));
+
+  SuiteCertificate certificate;
+  certificate.name = suite.name;
+  certificate.num_tokens = suite.tokens.num_tokens;
+  const auto part = [&](double begin, double end) -> Progress {
+    if (!config.progress) return {};
+    return [=, &config](double f) { config.progress(begin + (end - begin) * f); };
+  };
+  std::optional<StaticScales> scales = config.static_scales;
+  std::string origin = scales ? "checkpoint" : "none";
+  if (!scales && suite.calibration.num_tokens > 0) {
+    scales = calibrate(source, suite.calibration, pool, part(0, 0.2));
+    origin = "calibration";
+  }
+  certificate.recipes = resolve(config, scales);
+
+  Evaluator evaluator(source, suite.tokens, pool);
+  certificate.num_rows = static_cast<std::int64_t>(evaluator.rows().rows.size());
+  cast_inputs(evaluator, certificate.recipes, suite.tokens, config);
+  const std::set<Variant> wanted = variants_of(certificate.recipes);
+  evaluator.run_gemm1({wanted.begin(), wanted.end()}, part(0.2, 0.7));
+  evaluator.run_gemm2(wanted, scales ? scales->s2 : 0, part(0.7, 1));
+  for (RecipeCertificate& r : certificate.recipes) {
+    if (!r.refused.empty()) continue;
+    judge_input(evaluator, suite.tokens, r);
+    judge_output(evaluator, source.geometry().hidden, r);
+    if (r.name == RecipeName::kDirect) {
+      certificate.gemm1_digest = digest_inputs(evaluator, source.geometry().num_experts);
+    }
+  }
+  certificate.safety = judge_scales(evaluator.rows(), suite.tokens, evaluator.h(kExact),
+                                    source.geometry(), scales, origin);
+  return certificate;
+}
+
+BudgetVerdict judge_budget(const std::vector<SuiteCertificate>& suites, RecipeName recipe,
+                           double budget_percent) {
+  BudgetVerdict verdict;
+  verdict.recipe = recipe;
+  verdict.budget_percent = budget_percent;
+  for (const SuiteCertificate& suite : suites) {
+    for (const RecipeCertificate& r : suite.recipes) {
+      if (r.name != recipe || !r.added_percent) continue;
+      // Written so that NaN is the worst there is.
+      if (verdict.worst_suite.empty() || !(*r.added_percent <= verdict.worst_percent)) {
+        verdict.worst_percent = *r.added_percent;
+        verdict.worst_suite = suite.name;
+      }
+    }
+  }
+  check_argument(!verdict.worst_suite.empty(), "budget: recipe {} was not evaluated on any suite",
+                 to_string(recipe));
+  verdict.passed = verdict.worst_percent <= budget_percent;
+  return verdict;
+}
+
+}  // namespace sluice

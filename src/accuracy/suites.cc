@@ -1,0 +1,69 @@
+#include <algorithm>
+#include <array>
+
+#include "core/fail.h"
+#include "sluice/accuracy.h"
+
+namespace sluice {
+namespace {
+
+struct Definition {
+  const char* name;
+  InputKind input;
+  RoutingKind routing;
+};
+
+constexpr std::array kDefinitions = {
+    Definition{"gaussian", InputKind::kGaussian, RoutingKind::kUniform},
+    Definition{"student-t", InputKind::kStudentT, RoutingKind::kUniform},
+    Definition{"outliers", InputKind::kOutliers, RoutingKind::kUniform},
+    Definition{"massive", InputKind::kMassive, RoutingKind::kUniform},
+    Definition{"token-spread", InputKind::kTokenSpread, RoutingKind::kUniform},
+    Definition{"dead-expert", InputKind::kGaussian, RoutingKind::kDeadExpert},
+    Definition{"one-hot", InputKind::kGaussian, RoutingKind::kOneHot},
+};
+
+/// Far behind every token that is judged.
+constexpr std::int64_t kFirstCalibrationToken = std::int64_t{1} << 32;
+constexpr std::int64_t kNumCalibrationTokens = 64;
+constexpr std::int64_t kZeroTokenEvery = 16, kFirstZeroToken = 5;
+
+}  // namespace
+
+const std::vector<std::string>& suite_names() {
+  static const std::vector<std::string> names = [] {
+    std::vector<std::string> list;
+    for (const Definition& d : kDefinitions) list.emplace_back(d.name);
+    return list;
+  }();
+  return names;
+}
+
+TokenSuite make_suite(std::string_view name, const ModelGeometry& geometry, std::int64_t num_tokens,
+                      std::uint64_t seed) {
+  std::string known;
+  for (const Definition& d : kDefinitions) {
+    known += std::string(known.empty() ? "" : ", ") + d.name;
+    if (name != d.name) continue;
+    WorkloadSpec spec{.num_experts = geometry.num_experts,
+                      .num_topk = geometry.num_topk,
+                      .hidden = geometry.hidden,
+                      .routing = d.routing,
+                      .input = d.input,
+                      .seed = seed};
+    TokenSuite suite{
+        .name = d.name, .tokens = make_workload(spec, 0, num_tokens), .calibration = {}};
+    if (d.routing == RoutingKind::kDeadExpert) {  // Padding tokens: nothing but zeros.
+      const auto hidden = static_cast<std::int64_t>(geometry.hidden);
+      for (std::int64_t t = kFirstZeroToken; t < num_tokens; t += kZeroTokenEvery) {
+        std::fill_n(suite.tokens.x.begin() + t * hidden, hidden, std::uint16_t{0});
+      }
+    }
+    spec.max_token_scale = 1;  // Only kTokenSpread has one: its calibration misses the tail.
+    suite.calibration = make_workload(spec, kFirstCalibrationToken, kNumCalibrationTokens);
+    return suite;
+  }
+  fail(ErrorCode::kInvalidArgument, "suite '{}' is none of: {}", name, known);
+}
+
+}  // namespace sluice
