@@ -265,7 +265,7 @@ TEST_F(Layer, AScaleOfARanksOwnIsRefusedBeforeAnythingIsSent) {
     ASSERT_TRUE(failure) << rank;
     EXPECT_EQ(failure->code, ErrorCode::kTransport);
     EXPECT_THAT(failure->text, HasSubstr("rank 1"));
-    EXPECT_THAT(failure->text, HasSubstr("recipe"));
+    EXPECT_THAT(failure->text, HasSubstr("checkpoint identity"));
   }
 }
 

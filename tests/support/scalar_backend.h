@@ -1,0 +1,138 @@
+// scalar_backend.h - the operations of a backend in the plainest code: for tests that must not
+// depend on a fast one.
+#pragma once
+
+#include <cstring>
+#include <vector>
+
+#include "backend/ops.h"
+#include "sluice/quant.h"
+
+namespace sluice::testing {
+
+class ScalarBackend final : public BackendOps {
+ public:
+  [[nodiscard]] Device device() const noexcept override { return {}; }
+  [[nodiscard]] std::string description() const override { return "scalar"; }
+  [[nodiscard]] double measure_read_bandwidth() override { return 1e9; }
+  [[nodiscard]] std::unique_ptr<DeviceBuffer> allocate(std::size_t bytes) override {
+    return std::make_unique<Buffer>(bytes);
+  }
+  void copy_to_host(void* host, const void* device, std::size_t bytes, Stream) override {
+    std::memcpy(host, device, bytes);
+  }
+  void copy_from_host(void* device, const void* host, std::size_t bytes, Stream) override {
+    std::memcpy(device, host, bytes);
+  }
+
+  [[nodiscard]] std::unique_ptr<PreparedExperts> prepare(const ExpertWeights& weights) override {
+    return std::make_unique<Experts>(weights);
+  }
+
+  void quantize(const std::uint16_t* x, const ExpertRows& rows, bool pow2, const QuantizedRows& out,
+                Stream) override {
+    std::vector<float> values(static_cast<std::size_t>(out.width));
+    for_each_row(rows, [&](std::int64_t row) {
+      for (std::int64_t i = 0; i < out.width; ++i)
+        values[i] = bf16_to_float(x[row * out.width + i]);
+      quantize_row(values, pow2, row, out);
+    });
+  }
+
+  void requantize_rows(const QuantizedRows& in, std::int64_t row, const QuantizedRows& out) {
+    for (std::int64_t g = 0; g < in.width / kActivationGroup; ++g) {
+      const std::int64_t at = row * in.width + g * kActivationGroup;
+      sluice::requantize({in.codes + at, kActivationGroup},
+                         in.scale[row * (in.width / kActivationGroup) + g], out.static_scale,
+                         {out.codes + at, kActivationGroup});
+    }
+  }
+  void requantize(const QuantizedRows& in, const ExpertRows& rows, const QuantizedRows& out,
+                  Stream) override {
+    for_each_row(rows, [&](std::int64_t row) { requantize_rows(in, row, out); });
+  }
+
+  void expert_stage(const PreparedExperts& experts, const QuantizedRows& in, const ExpertRows& rows,
+                    const QuantizedRows& h, std::uint16_t* out, Stream,
+                    ExpertStageTimes*) override {
+    const ExpertWeights& w = static_cast<const Experts&>(experts).weights;
+    for (int e = 0; e < rows.num_local_experts; ++e) {
+      const Expert& expert = w.experts[static_cast<std::size_t>(e)];
+      for (std::int64_t r = 0; r < rows.num_rows[e]; ++r) {
+        const std::int64_t row = rows.row_begin[e] + r;
+        const std::vector<float> gate = multiply(expert.gate, in, row);
+        const std::vector<float> up = multiply(expert.up, in, row);
+        std::vector<float> product(gate.size());
+        for (std::size_t i = 0; i < product.size(); ++i) product[i] = swiglu(gate[i], up[i]);
+        quantize_row(product, false, row, h);
+        const std::vector<float> y = multiply(expert.down, h, row);
+        for (std::int64_t i = 0; i < in.width; ++i) out[row * in.width + i] = bf16_from_float(y[i]);
+      }
+    }
+  }
+
+ private:
+  struct Buffer final : DeviceBuffer {
+    explicit Buffer(std::size_t bytes) : bytes_(bytes), data_(new std::byte[bytes + 128]) {}
+    [[nodiscard]] std::byte* data() const noexcept override { return data_.get(); }
+    [[nodiscard]] std::size_t bytes() const noexcept override { return bytes_; }
+    std::size_t bytes_;
+    std::unique_ptr<std::byte[]> data_;
+  };
+  struct Experts final : PreparedExperts {
+    explicit Experts(const ExpertWeights& w) : weights(w) {}
+    [[nodiscard]] std::size_t bytes() const noexcept override { return weights.bytes(); }
+    ExpertWeights weights;
+  };
+
+  template <class Body>
+  static void for_each_row(const ExpertRows& rows, const Body& body) {
+    for (int e = 0; e < rows.num_local_experts; ++e) {
+      for (std::int64_t r = 0; r < rows.num_rows[e]; ++r) body(rows.row_begin[e] + r);
+    }
+  }
+
+  static void quantize_row(const std::vector<float>& values, bool pow2, std::int64_t row,
+                           const QuantizedRows& out) {
+    std::uint8_t* codes = out.codes + row * out.width;
+    if (out.scale == nullptr) {
+      quantize_static(values, out.static_scale, {codes, values.size()});
+      return;
+    }
+    const std::int64_t groups = out.width / kActivationGroup;
+    for (std::int64_t g = 0; g < groups; ++g) {
+      const std::span<const float> group{values.data() + g * kActivationGroup, kActivationGroup};
+      const std::span<std::uint8_t> to{codes + g * kActivationGroup, kActivationGroup};
+      out.scale[row * groups + g] =
+          pow2 ? quantize_group_pow2(group, to) : quantize_group(group, to);
+    }
+  }
+
+  static std::vector<float> multiply(const Int4Matrix& m, const QuantizedRows& in,
+                                     std::int64_t row) {
+    const std::int64_t groups = m.k() / m.group_size;
+    std::vector<float> out(static_cast<std::size_t>(m.n()));
+    for (std::int64_t n = 0; n < m.n(); ++n) {
+      float sum = 0;
+      for (std::int64_t g = 0; g < groups; ++g) {
+        float partial = 0;
+        for (std::int64_t k = g * m.group_size; k < (g + 1) * m.group_size; ++k) {
+          partial +=
+              static_cast<float>(unpack_int4(m.codes.as<std::uint8_t>() + n * (m.k() / 2), k)) *
+              e4m3_to_float(in.codes[row * in.width + k]);
+        }
+        const float ws = m.scales.dtype == DType::kFloat32
+                             ? m.scales.as<float>()[n * groups + g]
+                             : bf16_to_float(m.scales.as<std::uint16_t>()[n * groups + g]);
+        const std::int64_t ag = g * m.group_size / kActivationGroup;
+        const float as =
+            in.scale ? in.scale[row * (in.width / kActivationGroup) + ag] : in.static_scale;
+        sum += partial * (ws * as);
+      }
+      out[static_cast<std::size_t>(n)] = sum;
+    }
+    return out;
+  }
+};
+
+}  // namespace sluice::testing
