@@ -7,6 +7,7 @@
 
 #include "command.h"
 #include "sluice/checkpoint.h"
+#include "sluice/error.h"
 #include "sluice/quant.h"
 
 namespace sluice::cli {
@@ -175,16 +176,38 @@ void print_layers(const std::vector<LayerSample>& samples, int num_experts) {
   }
 }
 
+/// Layers whose headers and input scales are in order; what is wrong with the others.
+struct LayerCheck {
+  std::vector<int> good;
+  std::vector<std::string> errors;
+};
+
+LayerCheck check_layers(const Checkpoint& checkpoint) {
+  LayerCheck result;
+  for (const int layer : checkpoint.moe_layers()) {
+    try {
+      checkpoint.check(layer);
+      result.good.push_back(layer);
+    } catch (const Error& error) {
+      // With nothing left to look at, this is the answer.
+      if (layer == checkpoint.moe_layers().back() && result.good.empty()) throw;
+      result.errors.push_back(fmt::format("layer {}: {}", layer, error.what()));
+    }
+  }
+  return result;
+}
+
 void inspect(const Options& options, Output& output) {
   const Checkpoint checkpoint = Checkpoint::open(options.dir);
   const auto& layers = checkpoint.moe_layers();
+  const LayerCheck checked = check_layers(checkpoint);
   std::vector<LayerSample> samples;
   {
     ProgressLine line("reading " + options.dir);
-    const auto picks = spread(static_cast<int>(layers.size()), options.max_layers);
+    const auto picks = spread(static_cast<int>(checked.good.size()), options.max_layers);
     for (const int i : picks) {
       samples.push_back(
-          sample_layer(checkpoint, layers[static_cast<std::size_t>(i)], options.max_experts));
+          sample_layer(checkpoint, checked.good[static_cast<std::size_t>(i)], options.max_experts));
       line.update(static_cast<double>(samples.size()) / static_cast<double>(picks.size()));
     }
   }
@@ -196,8 +219,11 @@ void inspect(const Options& options, Output& output) {
     for (const auto& w : s.warnings) fmt::print("warning: {}: {}\n", w.tensor, w.text);
     num_warnings += s.warnings.size();
   }
-  fmt::print("{} of {} layers looked at, {} warnings\n", samples.size(), layers.size(),
-             num_warnings);
+  for (const std::string& error : checked.errors) fmt::print("error: {}\n", error);
+  fmt::print("{} of {} layers are complete; weights of {} looked at; {} warnings\n",
+             checked.good.size(), layers.size(), samples.size(), num_warnings);
+  // A checkpoint with a layer that cannot be loaded is not in order.
+  if (!checked.errors.empty()) output.exit_status = exit_status(ErrorCode::kCorruptFile);
 
   output.json = {{"command", "inspect"},
                  {"directory", options.dir},
@@ -213,7 +239,8 @@ void inspect(const Options& options, Output& output) {
                  {"routed_scaling_factor", g.routed_scaling_factor},
                  {"moe_layers", layers},
                  {"scale_dtype", to_string(samples.front().scale_dtype)},
-                 {"bytes_per_expert", samples.front().expert_bytes}};
+                 {"bytes_per_expert", samples.front().expert_bytes},
+                 {"errors", checked.errors}};
   for (const LayerSample& s : samples) output.json["layers"].push_back(to_json(s));
 }
 

@@ -110,6 +110,9 @@ class Checkpoint {
   /// Throws: as input_scales().
   [[nodiscard]] std::optional<StaticScales> static_scales(int layer) const;
 
+  /// Checks headers and input scales of a whole layer, and no weights. Throws: as load_experts().
+  void check(int layer) const;
+
   /// Throws: kInvalidArgument (layer or range), kCorruptFile (missing tensor, wrong dtype or shape,
   ///   bad scale). All or nothing.   Cost: touches only these experts' bytes.
   [[nodiscard]] ExpertWeights load_experts(int layer, int first_expert, int num_experts) const;

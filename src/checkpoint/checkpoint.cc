@@ -269,6 +269,11 @@ std::optional<StaticScales> Checkpoint::static_scales(int layer) const {
   return result;
 }
 
+void Checkpoint::check(int layer) const {
+  impl_->check_layer(layer);
+  (void)input_scales(layer);
+}
+
 ExpertWeights Checkpoint::load_experts(int layer, int first_expert, int num_experts) const {
   const LayerTensors& tensors = impl_->layer_tensors(layer);
   const ModelGeometry& g = impl_->config.geometry;

@@ -195,6 +195,8 @@ void SyntheticWriter::run_workers() {
     work(true);
   }
   if (problem_) std::rethrow_exception(problem_);
+  // The other threads may have taken every expert.
+  if (progress_) progress_(1.0);
 }
 
 /// Takes experts until there are none. Only the calling thread `reports`.

@@ -87,6 +87,20 @@ TEST(Refusal, MissingExpert) {
   expect_corrupt({"model.layers.5.mlp.experts.1.gate_proj.weight is missing", "2 experts"}, files);
 }
 
+TEST(Refusal, CheckSeesWhatIsWrongWithoutReadingWeights) {
+  const TempDir dir;
+  ModelFiles files;
+  files.tensor(1, "up_proj.weight_scale_inv").bytes = f32_bytes(std::vector<float>(256, -1.0f));
+  files.write(dir.path());
+  const Checkpoint checkpoint = Checkpoint::open(dir.path());
+  checkpoint.check(kLayer);
+  expect_error(ErrorCode::kInvalidArgument, {"layer 6"}, [&] { checkpoint.check(6); });
+  files.erase(0, "w1.input_scale");
+  files.write(dir.path());
+  expect_error(ErrorCode::kCorruptFile, {"experts.0.w1.input_scale is missing"},
+               [&] { Checkpoint::open(dir.path()).check(kLayer); });
+}
+
 TEST(Refusal, MissingWeight) {
   ModelFiles files;
   files.erase(0, "down_proj.weight");
