@@ -218,6 +218,14 @@ int bench_all(bool quick) {
 
 int main(int argc, char** argv) {
   try {
+    if (argc > 5 && std::strcmp(argv[1], "--one") == 0) {  // experts, rows, config, code: for profilers
+      sluice::cuda::bench::Bench b;
+      b.read_gbs = 1;
+      b.uniform(sluice::cuda::bench::Bench::kStage, std::atoi(argv[2]), std::atoi(argv[3]),
+                static_cast<sluice::cuda::WeightCode>(std::atoi(argv[5])), false,
+                std::atoi(argv[4]));
+      return 0;
+    }
     return sluice::cuda::bench::bench_all(argc > 1 && std::strcmp(argv[1], "--quick") == 0);
   } catch (const std::exception& e) {
     std::printf("error: %s\n", e.what());

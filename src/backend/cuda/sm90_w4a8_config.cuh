@@ -42,7 +42,7 @@ struct Config {
   // Codes of one finished tile, padded so that the four tokens of a store hit different banks.
   static constexpr int kHiddenPitch = 128 + 16;
   static constexpr int kFixedBytes =
-      kMaxTokens * (kHiddenPitch + 4 * kMathWarps + 4) + 4 * (kMaxExperts + 1) + 1024;
+      kMaxTokens * (kHiddenPitch + 4 * kMathWarps + 4) + 8 * kMaxExperts + 1024;
   static constexpr int kStagesThatFit = (kSharedLimit - kFixedBytes) / kStageBytes;
   static constexpr int kStages = kStagesThatFit < 9 ? kStagesThatFit : 9;
   static_assert(128 * kProducerRegisters + kMathThreads * kMathRegisters <=
@@ -103,6 +103,7 @@ struct Shared {
   float amax[C::kMathWarps][C::kMaxTokens];
   float h_inv[C::kMaxTokens];
   int tile_prefix[kMaxExperts + 1];  // token tiles of the experts before e
+  int num_rows[kMaxExperts];
   alignas(16) TileInfo tile[kTileSlots];
   alignas(8) std::uint64_t full[C::kStages];
   std::uint64_t empty[C::kStages];

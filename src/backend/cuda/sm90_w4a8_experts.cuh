@@ -91,6 +91,9 @@ __global__ void __launch_bounds__(C::kThreads, 1)
     init_barriers(s);
   }
   if (warp == kActivationWarp) scan_token_tiles(s, p, lane);
+  if (warp == kScaleWarp && lane < 2 * kNumTokenBoxes) {
+    ptx::prefetch_tensor_map(&p.x_map[lane / kNumTokenBoxes][lane % kNumTokenBoxes]);
+  }
   __syncthreads();
 
   if (warp >= C::kMathWarps) {
@@ -104,12 +107,7 @@ __global__ void __launch_bounds__(C::kThreads, 1)
     }
   } else {
     ptx::set_max_registers_up<C::kMathRegisters>();
-    const MathLane math{.warpgroup = warp / 4,
-                        .thread = thread % 128,
-                        .warp = warp % 4,
-                        .row = lane / 4,
-                        .column = 2 * (lane % 4)};
-    math_role(s, p, math);
+    math_role(s, p, make_math_lane<C>());
   }
   __syncthreads();
   if (thread == 0) leave(p);

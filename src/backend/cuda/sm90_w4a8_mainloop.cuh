@@ -1,11 +1,7 @@
 // sm90_w4a8_mainloop.cuh - math along K: widen int4, multiply, promote to f32.
 //
-// A unit is one slab of one step (or one half of its columns): four wgmma of k = 32 on a fresh
-// accumulator, later added to the running sums with its scales. Two accumulators alternate, so that
-// while the tensor cores work on one unit, the same warps promote the unit before and widen the next.
-// NOTE: without this, all warpgroups fall into step (all widen, all multiply, all promote) and a stage
-// costs the sum of the three: measured 2.0x slower at N = 64 and 1.9x at N = 128.
-// Every loop below adds the units of one (row, column) in order of k: same bits whichever runs.
+// A unit is one slab of one step: four wgmma of k = 32 on a fresh accumulator, then added to the running
+// sums with its scales. Every loop below adds the units of one (row, column) in order of k: same bits whichever runs.
 #pragma once
 
 #include "backend/cuda/ptx/mbarrier.cuh"
@@ -15,14 +11,34 @@
 
 namespace sluice::cuda {
 
-/// Where a math thread sits.
+/// Where a math thread sits, and what that makes it read.
 struct MathLane {
-  int warpgroup;  // 0..kMathWarpgroups-1
-  int thread;     // in the warpgroup
-  int warp;       // in the warpgroup
-  int row;        // l / 4: first fragment row of its warp's 16
-  int column;     // 2 (l % 4): first of its two columns in each group of 8 tokens
+  int warpgroup;     // 0..kMathWarpgroups-1
+  int thread;        // in the warpgroup
+  int warp;          // in the warpgroup
+  int row;           // l / 4: first fragment row of its warp's 16
+  int column;        // 2 (l % 4): first of its two columns in each group of 8 tokens
+  int code_offset;   // of its first codes in a stage's weights
+  int scale_offset;  // of its first scale pair in a stage's weights
 };
+
+template <class C>
+__device__ __forceinline__ MathLane make_math_lane() {
+  const int thread = static_cast<int>(threadIdx.x) % 128, lane = thread % 32;
+  MathLane m{.warpgroup = static_cast<int>(threadIdx.x) / 128,
+             .thread = thread,
+             .warp = thread / 32,
+             .row = lane / 4,
+             .column = 2 * (lane % 4)};
+  const int slab = m.warpgroup * C::kSlabsPerWarpgroup * C::kSlabBytes;
+  constexpr int kPairBytes = C::kScale == ScaleType::kBf16 ? 4 : 8;
+  m.code_offset = slab + thread * 16;
+  m.scale_offset = slab + kSlabCodeBytes + (m.warp * 8 + m.row) * kPairBytes;
+  // NOTE: opaque, or the compiler computes them anew in every step, on the integer pipe that widening
+  // needs. Prefill has no registers to keep them.
+  if constexpr (C::kIsDecode) asm volatile("" : "+r"(m.code_offset), "+r"(m.scale_offset));
+  return m;
+}
 
 /// One word of the stream -> the e4m3 bytes of rows r (`lo`) and r + 8 (`hi`), scaled by 2^-9.
 template <WeightCode Code>
@@ -36,17 +52,14 @@ __device__ __forceinline__ void widen(std::uint32_t word, std::uint32_t& lo, std
   }
 }
 
-/// Scales of rows r and r + 8 for group `g` of the step.
+/// Scales of rows r and r + 8 for group `g` of the step; `scales` is this thread's first pair.
 template <class C>
-__device__ __forceinline__ float2 load_weight_scales(const std::uint8_t* slab, const MathLane& lane,
-                                                     int g) {
-  const int pair = g * 32 + lane.warp * 8 + lane.row;
-  const std::uint8_t* scales = slab + kSlabCodeBytes;
+__device__ __forceinline__ float2 load_weight_scales(const std::uint8_t* scales, int g) {
   if constexpr (C::kScale == ScaleType::kBf16) {
-    const std::uint32_t bits = reinterpret_cast<const std::uint32_t*>(scales)[pair];
+    const std::uint32_t bits = reinterpret_cast<const std::uint32_t*>(scales)[32 * g];
     return {__uint_as_float(bits << 16), __uint_as_float(bits & 0xffff0000u)};
   } else {
-    return reinterpret_cast<const float2*>(scales)[pair];
+    return reinterpret_cast<const float2*>(scales)[32 * g];
   }
 }
 
@@ -60,23 +73,24 @@ struct Codes {
   uint4 lo, hi;
 };
 
-/// What the units of one stage read.
+/// What the units of one stage read. Slab b is b * kSlabBytes further.
 struct StageView {
-  const std::uint8_t* weights;  // first slab of this warpgroup
+  const std::uint8_t* codes;    // this thread's, slab 0
+  const std::uint8_t* scales;   // this thread's first pair, slab 0
   const float* x_scale;         // first column of this thread
   std::uint64_t x;              // descriptor of the activation tile
 };
 
 template <class C>
 __device__ __forceinline__ StageView view_stage(const Shared<C>& s, int stage, const MathLane& lane) {
-  return {.weights = s.w[stage] + lane.warpgroup * C::kSlabsPerWarpgroup * C::kSlabBytes,
+  return {.codes = s.w[stage] + lane.code_offset,
+          .scales = s.w[stage] + lane.scale_offset,
           .x_scale = s.x_scale[stage] + lane.column,
           .x = ptx::smem_descriptor(ptx::shared_address(s.x[stage]))};
 }
 
-__device__ __forceinline__ Codes load_codes(const std::uint8_t* slab, const MathLane& lane) {
-  const uint4* codes = reinterpret_cast<const uint4*>(slab);
-  return {codes[lane.thread], codes[128 + lane.thread]};
+__device__ __forceinline__ Codes load_codes(const std::uint8_t* codes) {
+  return {*reinterpret_cast<const uint4*>(codes), *reinterpret_cast<const uint4*>(codes + 2048)};
 }
 
 template <WeightCode Code>
@@ -112,10 +126,9 @@ __device__ __forceinline__ void await(float (&acc)[R]) {
 
 /// sum[Offset..] += acc * (weight scale * activation scale): the only place where scales meet sums.
 template <class C, int Offset, int R, int Total>
-__device__ __forceinline__ void promote(const float (&acc)[R], const std::uint8_t* slab,
-                                        const float* x_scale, const MathLane& lane, int group,
-                                        float (&sum)[Total]) {
-  const float2 ws = load_weight_scales<C>(slab, lane, group);
+__device__ __forceinline__ void promote(const float (&acc)[R], const std::uint8_t* scales,
+                                        const float* x_scale, int group, float (&sum)[Total]) {
+  const float2 ws = load_weight_scales<C>(scales, group);
 #pragma unroll
   for (int j = 0; j < R / 4; ++j) {
     // NOTE: keeps the scheduler from loading every scale at once, which spills with 128 sums.
@@ -151,25 +164,74 @@ __device__ __forceinline__ int acquire(Shared<C>& s, Ring& ring) {
   return stage;
 }
 
-/// One slab per warpgroup: four warpgroups overlap each other, so a unit runs start to end.
+/// Tensor cores are taken in turns where a unit keeps them busy for long (64 columns or more):
+/// otherwise all warpgroups multiply at once, then all promote and widen at once, and a step costs the
+/// sum of the two. Turns go round the warpgroups; every warpgroup takes the same number per tile.
+struct Turn {
+  static constexpr int kFirstBarrier = 2;
+  template <class C>
+  __device__ __forceinline__ static void take(const MathLane& lane) {
+    ptx::named_barrier(kFirstBarrier + lane.warpgroup, 256);
+  }
+  template <class C>
+  __device__ __forceinline__ static void pass(const MathLane& lane) {
+    const int next = lane.warpgroup + 1 == C::kMathWarpgroups ? 0 : lane.warpgroup + 1;
+    ptx::named_barrier_arrive(kFirstBarrier + next, 256);
+  }
+};
+#ifndef SLUICE_TURN_COLUMNS
+#define SLUICE_TURN_COLUMNS 64
+#endif
+template <int N>
+inline constexpr bool kTakesTurns = N >= SLUICE_TURN_COLUMNS;
+
+/// multiply() and await() in a turn. The turn passes on when three of the four wgmma are done: the last
+/// one covers the time the next warpgroup needs to start.
+template <class C, int R>
+__device__ __forceinline__ void multiply_in_turn(float (&acc)[R], const Fragments& f, std::uint64_t x,
+                                                 const MathLane& lane) {
+  constexpr std::uint64_t kStep32 = 32 >> 4;
+  Turn::take<C>(lane);
+  ptx::wgmma_fence();
+#pragma unroll
+  for (int i = 0; i < 3; ++i) ptx::wgmma_m64k32(acc, f.a[i], x + i * kStep32, i > 0);
+  ptx::wgmma_commit();
+  ptx::wgmma_m64k32(acc, f.a[3], x + 3 * kStep32, true);
+  ptx::wgmma_commit();
+  ptx::wgmma_wait<1>();
+  Turn::pass<C>(lane);
+  await<0>(acc);
+}
+
+/// All slabs of this warpgroup, one unit after the other; other warpgroups fill the gaps.
 template <class C, int N>
-__device__ __forceinline__ void multiply_one_slab(Shared<C>& s, Ring& ring, int num_steps,
-                                                  const MathLane& lane, float (&sum)[1][N / 2]) {
+__device__ __forceinline__ void multiply_slabs(Shared<C>& s, Ring& ring, int num_steps,
+                                               const MathLane& lane,
+                                               float (&sum)[C::kSlabsPerWarpgroup][N / 2]) {
   float acc[N / 2];
-  Fragments f;
   clear(acc);
   for (int k = 0; k < num_steps; ++k) {
     const int stage = acquire(s, ring);
     const StageView v = view_stage(s, stage, lane);
-    widen<C::kCode>(load_codes(v.weights, lane), f);
-    multiply(acc, f, v.x);
-    await<0>(acc);
-    promote<C, 0>(acc, v.weights, v.x_scale, lane, 0, sum[0]);
+#pragma unroll
+    for (int b = 0; b < C::kSlabsPerWarpgroup; ++b) {
+      Fragments f;
+      widen<C::kCode>(load_codes(v.codes + b * C::kSlabBytes), f);
+      if constexpr (kTakesTurns<N>) {
+        multiply_in_turn<C>(acc, f, v.x, lane);
+      } else {
+        multiply(acc, f, v.x);
+        await<0>(acc);
+      }
+      promote<C, 0>(acc, v.scales + b * C::kSlabBytes, v.x_scale, 0, sum[b]);
+    }
     release(s, stage);
   }
 }
 
-/// Two slabs per warpgroup, up to 64 columns: units alternate between the slabs.
+/// Two slabs, up to 64 columns: slab 0 is promoted while slab 1 is multiplied.
+/// NOTE: ptxas serializes a pipeline that is in flight across a spinning wait or a loop's back edge, so
+/// each step drains.
 template <class C, int N>
 __device__ __forceinline__ void multiply_two_slabs(Shared<C>& s, Ring& ring, int num_steps,
                                                    const MathLane& lane, float (&sum)[2][N / 2]) {
@@ -177,46 +239,22 @@ __device__ __forceinline__ void multiply_two_slabs(Shared<C>& s, Ring& ring, int
   Fragments f0, f1;
   clear(acc0);
   clear(acc1);
-  const auto issue = [&](int stage, int slab, Fragments& f, float (&acc)[N / 2]) {
-    const StageView v = view_stage(s, stage, lane);
-    widen<C::kCode>(load_codes(v.weights + slab * C::kSlabBytes, lane), f);
-    multiply(acc, f, v.x);
-  };
-  const auto finish = [&](int stage, int slab, const float (&acc)[N / 2], float (&d)[N / 2]) {
-    const StageView v = view_stage(s, stage, lane);
-    promote<C, 0>(acc, v.weights + slab * C::kSlabBytes, v.x_scale, lane, 0, d);
-  };
-  // NOTE: ptxas serializes a pipeline that is in flight across a spinning wait or a loop's back edge,
-  // so each step drains.
   for (int k = num_steps; k > 0; --k) {
     const int stage = acquire(s, ring);
-    issue(stage, 0, f0, acc0);
-    issue(stage, 1, f1, acc1);
-    await<1>(acc0);
-    finish(stage, 0, acc0, sum[0]);
-    await<0>(acc1);
-    finish(stage, 1, acc1, sum[1]);
-    release(s, stage);
-  }
-}
-
-/// Two slabs, 128 columns: 128 sums and 64 accumulators leave no room for a second unit.
-template <class C>
-__device__ __forceinline__ void multiply_wide(Shared<C>& s, Ring& ring, int num_steps,
-                                              const MathLane& lane, float (&sum)[2][64]) {
-  float acc[64];
-  clear(acc);
-  for (int k = 0; k < num_steps; ++k) {
-    const int stage = acquire(s, ring);
     const StageView v = view_stage(s, stage, lane);
-#pragma unroll
-    for (int b = 0; b < 2; ++b) {
-      Fragments f;
-      widen<C::kCode>(load_codes(v.weights + b * C::kSlabBytes, lane), f);
-      multiply(acc, f, v.x);
-      await<0>(acc);
-      promote<C, 0>(acc, v.weights + b * C::kSlabBytes, v.x_scale, lane, 0, sum[b]);
+    widen<C::kCode>(load_codes(v.codes), f0);
+    if constexpr (kTakesTurns<N>) {
+      widen<C::kCode>(load_codes(v.codes + C::kSlabBytes), f1);
+      Turn::take<C>(lane);
     }
+    multiply(acc0, f0, v.x);
+    if constexpr (!kTakesTurns<N>) widen<C::kCode>(load_codes(v.codes + C::kSlabBytes), f1);
+    multiply(acc1, f1, v.x);
+    await<1>(acc0);
+    if constexpr (kTakesTurns<N>) Turn::pass<C>(lane);
+    promote<C, 0>(acc0, v.scales, v.x_scale, 0, sum[0]);
+    await<0>(acc1);
+    promote<C, 0>(acc1, v.scales + C::kSlabBytes, v.x_scale, 0, sum[1]);
     release(s, stage);
   }
 }
@@ -229,24 +267,39 @@ __device__ __forceinline__ void multiply_group32(Shared<C>& s, Ring& ring, int n
   float acc[N / 2];
   clear(acc);
   for (int k = 0; k < num_steps; ++k) {
-    wait(&s.full[ring.stage], ring.parity);
-    const StageView v = view_stage(s, ring.stage, lane);
+    const int stage = acquire(s, ring);
+    const StageView v = view_stage(s, stage, lane);
 #pragma unroll
     for (int b = 0; b < C::kSlabsPerWarpgroup; ++b) {
-      const std::uint8_t* slab = v.weights + b * C::kSlabBytes;
       Fragments f;
-      widen<C::kCode>(load_codes(slab, lane), f);
+      widen<C::kCode>(load_codes(v.codes + b * C::kSlabBytes), f);
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
         ptx::wgmma_fence();
         ptx::wgmma_m64k32(acc, f.a[i], v.x + i * (32 >> 4), false);
         ptx::wgmma_commit();
         await<0>(acc);
-        promote<C, 0>(acc, slab, v.x_scale, lane, i, sum[b]);
+        promote<C, 0>(acc, v.scales + b * C::kSlabBytes, v.x_scale, i, sum[b]);
       }
     }
-    release(s, ring.stage);
-    ring.advance<C::kStages>();
+    release(s, stage);
+  }
+}
+
+/// A warpgroup without slabs in this tile keeps the ring, and the turns, going round.
+template <class C, int N>
+__device__ __forceinline__ void skip_tile(Shared<C>& s, Ring& ring, int num_steps,
+                                          const MathLane& lane) {
+  constexpr bool kPairs = C::kSlabsPerWarpgroup == 2 && N <= 64;  // multiply_two_slabs: one turn
+  constexpr int kTurns = !kTakesTurns<N> || C::kGroup == 32 ? 0 : kPairs ? 1 : C::kSlabsPerWarpgroup;
+  for (int k = 0; k < num_steps; ++k) {
+    const int stage = acquire(s, ring);
+#pragma unroll
+    for (int i = 0; i < kTurns; ++i) {
+      Turn::take<C>(lane);
+      Turn::pass<C>(lane);
+    }
+    release(s, stage);
   }
 }
 
@@ -258,19 +311,13 @@ __device__ __forceinline__ void multiply_tile(Shared<C>& s, Ring& ring, int num_
 #pragma unroll
   for (int b = 0; b < C::kSlabsPerWarpgroup; ++b) clear(sum[b]);
   if (!has_slabs) {
-    for (int k = 0; k < num_steps; ++k) {
-      wait(&s.full[ring.stage], ring.parity);
-      release(s, ring.stage);
-      ring.advance<C::kStages>();
-    }
+    skip_tile<C, N>(s, ring, num_steps, lane);
   } else if constexpr (C::kGroup == 32) {
     multiply_group32<C, N>(s, ring, num_steps, lane, sum);
-  } else if constexpr (C::kSlabsPerWarpgroup == 1) {
-    multiply_one_slab<C, N>(s, ring, num_steps, lane, sum);
-  } else if constexpr (N <= 64) {
+  } else if constexpr (C::kSlabsPerWarpgroup == 2 && N <= 64) {
     multiply_two_slabs<C, N>(s, ring, num_steps, lane, sum);
   } else {
-    multiply_wide<C>(s, ring, num_steps, lane, sum);
+    multiply_slabs<C, N>(s, ring, num_steps, lane, sum);
   }
 }
 

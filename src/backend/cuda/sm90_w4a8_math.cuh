@@ -133,11 +133,13 @@ __device__ __forceinline__ void compute_tile(Shared<C>& s, const Params& p, cons
 /// The number of columns is chosen here, once per tile, outside every loop over K.
 template <class C>
 __device__ __forceinline__ void math_role(Shared<C>& s, const Params& p, const MathLane& lane) {
-  Ring ring, slots;
-  for (;;) {
-    wait(&s.tile_full[slots.stage], slots.parity);
-    const TileInfo& t = s.tile[slots.stage];  // stays in shared memory: registers are scarce
-    if (t.phase < 0) return;
+  Ring ring;
+  constexpr std::uint32_t kSlots = Shared<C>::kTileSlots;
+  if (lane.warpgroup == C::kMathWarpgroups - 1) Turn::pass<C>(lane);  // the first turn
+  for (std::uint32_t n = 0;; ++n) {  // one counter instead of a Ring: registers are scarce
+    wait(&s.tile_full[n % kSlots], n / kSlots % 2);
+    const TileInfo& t = s.tile[n % kSlots];  // stays in shared memory: registers are scarce
+    if (t.phase < 0) break;
     if (t.num_tokens <= 8) {
       compute_tile<C, 8>(s, p, t, lane, ring);
     } else if (t.num_tokens <= 16) {
@@ -150,9 +152,9 @@ __device__ __forceinline__ void math_role(Shared<C>& s, const Params& p, const M
       compute_tile<C, 128>(s, p, t, lane, ring);
     }
     __syncwarp();
-    if (threadIdx.x % 32 == 0) ptx::mbarrier_arrive(&s.tile_empty[slots.stage]);
-    slots.advance<Shared<C>::kTileSlots>();
+    if (threadIdx.x % 32 == 0) ptx::mbarrier_arrive(&s.tile_empty[n % kSlots]);
   }
+  if (lane.warpgroup == 0) Turn::take<C>(lane);  // nobody else will
 }
 
 }  // namespace sluice::cuda

@@ -40,7 +40,10 @@ __device__ __forceinline__ void scan_token_tiles(Shared<C>& s, const Params& p, 
       const int below = __shfl_up_sync(0xffffffffu, sum, d);
       if (lane >= d) sum += below;
     }
-    if (e < p.num_experts) s.tile_prefix[e + 1] = total + sum;
+    if (e < p.num_experts) {
+      s.tile_prefix[e + 1] = total + sum;
+      s.num_rows[e] = rows;
+    }
     total += __shfl_sync(0xffffffffu, sum, 31);
   }
   if (lane == 0) s.tile_prefix[0] = 0;
@@ -82,7 +85,7 @@ __device__ __forceinline__ TileInfo find_tile(const Shared<C>& s, const Params& 
   t.expert = lo;
   t.row_tile = row_tile;
   t.row0 = base + token0;
-  t.num_tokens = min(p.num_rows[lo] - token0, C::kMaxTokens);
+  t.num_tokens = min(s.num_rows[lo] - token0, C::kMaxTokens);
   t.num_slabs = row_tile == row_tiles - 1 ? p.phase[phase].tail_slabs : kSlabsPerTile;
   t.ready_count = phase == 1 ? p.phase[0].num_row_tiles * token_tiles : 0;
   return t;
@@ -129,7 +132,7 @@ __device__ __forceinline__ void wait_for_rows(const Params& p, const TileInfo& t
   if (lane == 0) {
     for (int spins = 0; ptx::load_acquire_gpu(&p.sync[kSyncHeader + t.expert]) < t.ready_count;
          ++spins) {
-      __nanosleep(64);
+      __nanosleep(20);
 #ifdef SLUICE_DEVICE_CHECK
       if (spins > 10'000'000) __trap();
 #endif

@@ -1,0 +1,162 @@
+// micro_w4a8.cu - what the card can do for the W4A8 kernels: results stand in docs/performance-gpu.md.
+//
+//   ring     GB/s of cp.async.bulk into a ring of stages, one producer thread, consumers that only wait
+//   wgmma    cycles of four m64nNk32 with A in registers (K = 128), commit and wait each time
+//   widen    cycles per 64 weights of a thread, both codes, one warpgroup per scheduler set
+#include <algorithm>
+#include <cstring>
+
+#include "backend/cuda/ptx/copy.cuh"
+#include "backend/cuda/ptx/wgmma.cuh"
+#include "backend/cuda/ptx/sync.cuh"
+#include "backend/cuda/sm90_w4a8_mainloop.cuh"
+#include "bench/cuda/layer.cuh"
+
+namespace sluice::cuda::bench {
+namespace {
+
+constexpr int kMaxStages = 16, kRepeats = 512;
+
+struct RingShared {
+  std::uint64_t full[kMaxStages], empty[kMaxStages];
+  alignas(128) std::uint8_t data[1];
+};
+
+/// Each CTA streams its own contiguous part of `data`.
+__global__ void ring_kernel(const std::uint8_t* data, int stages, int bytes, int chunks) {
+  extern __shared__ __align__(1024) std::uint8_t raw[];
+  RingShared& s = *reinterpret_cast<RingShared*>(raw);
+  if (threadIdx.x == 0) {
+    for (int i = 0; i < stages; ++i) {
+      ptx::mbarrier_init(&s.full[i], 1);
+      ptx::mbarrier_init(&s.empty[i], 1);
+    }
+    ptx::fence_barrier_init();
+  }
+  __syncthreads();
+  const std::uint8_t* src = data + static_cast<long long>(blockIdx.x) * chunks * bytes;
+  if (threadIdx.x == 0) {
+    const std::uint64_t policy = ptx::policy_evict_first();
+    for (int i = 0; i < chunks; ++i) {
+      wait(&s.empty[i % stages], (i / stages & 1) ^ 1);
+      ptx::mbarrier_arrive_expect_tx(&s.full[i % stages], bytes);
+      ptx::bulk_copy(s.data + i % stages * bytes, src + static_cast<long long>(i) * bytes, bytes,
+                     &s.full[i % stages], policy);
+    }
+  } else if (threadIdx.x == 32) {
+    for (int i = 0; i < chunks; ++i) {
+      wait(&s.full[i % stages], i / stages & 1);
+      ptx::mbarrier_arrive(&s.empty[i % stages]);
+    }
+  }
+}
+
+template <int N>
+__global__ void wgmma_kernel(long long* cycles, float* sink) {
+  extern __shared__ __align__(1024) std::uint8_t raw[];
+  for (int i = threadIdx.x; i < 128 * 128; i += blockDim.x) raw[i] = static_cast<std::uint8_t>(i % 0x70);
+  ptx::fence_proxy_async();
+  __syncthreads();
+  float acc[N / 2];
+  clear(acc);
+  Fragments f;
+  for (int i = 0; i < 16; ++i) f.a[i / 4][i % 4] = threadIdx.x * 0x01010101u & 0x87878787u;
+  const std::uint64_t x = ptx::smem_descriptor(ptx::shared_address(raw));
+  const long long begin = clock64();
+  for (int i = 0; i < kRepeats; ++i) {
+    multiply(acc, f, x);
+    await<0>(acc);
+  }
+  if (threadIdx.x == 0 && blockIdx.x == 0) *cycles = clock64() - begin;
+  sink[threadIdx.x] = acc[0];
+}
+
+template <WeightCode Code>
+__global__ void widen_kernel(long long* cycles, std::uint32_t* sink) {
+  Codes c{{threadIdx.x, 2, 3, 4}, {5, 6, 7, threadIdx.x * 77}};
+  std::uint32_t mix = 0;
+  const long long begin = clock64();
+  for (int i = 0; i < kRepeats; ++i) {
+    Fragments f;
+    widen<Code>(c, f);
+#pragma unroll
+    for (int j = 0; j < 16; ++j) asm volatile("" : "+r"(f.a[j / 4][j % 4]));
+    mix = f.a[3][3];
+    asm volatile("" : "+r"(c.lo.x), "+r"(c.lo.y), "+r"(c.lo.z), "+r"(c.lo.w), "+r"(c.hi.x),
+                 "+r"(c.hi.y), "+r"(c.hi.z), "+r"(c.hi.w));
+  }
+  if (threadIdx.x == 0 && blockIdx.x == 0) *cycles = clock64() - begin;
+  sink[threadIdx.x] = mix;
+}
+
+void bench_ring(const Buffer<std::uint8_t>& pool) {
+  cudaEvent_t begin, end;
+  cudaEventCreate(&begin);
+  cudaEventCreate(&end);
+  const int shapes[][2] = {{4, 8448}, {8, 8448}, {16, 8448}, {4, 16896}, {8, 16896}, {12, 16896}};
+  for (const auto& [stages, bytes] : shapes) {
+    const int shared = static_cast<int>(sizeof(RingShared)) + stages * bytes;
+    SLUICE_CUDA_CHECK(cudaFuncSetAttribute(ring_kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared));
+    const int chunks = static_cast<int>(pool.size / 132 / bytes);
+    std::vector<float> ms(9);
+    for (float& t : ms) {
+      cudaEventRecord(begin);
+      ring_kernel<<<132, 64, shared>>>(pool.data, stages, bytes, chunks);
+      cudaEventRecord(end);
+      SLUICE_CUDA_CHECK(cudaEventSynchronize(end));
+      cudaEventElapsedTime(&t, begin, end);
+    }
+    std::sort(ms.begin(), ms.end());
+    std::printf("ring %2d x %5d B: %7.1f us, %5.0f GB/s\n", stages, bytes, ms[4] * 1e3,
+                132.0 * chunks * bytes / ms[4] * 1e-6);
+  }
+}
+
+template <int N>
+void bench_wgmma(long long* cycles, float* sink) {
+  std::printf("wgmma m64n%-3dk32 x 4, 1 / 2 / 4 warpgroups per SM:", N);
+  for (const int groups : {1, 2, 4}) {
+    wgmma_kernel<N><<<132, 128 * groups, 16384>>>(cycles, sink);
+    long long c = 0;
+    SLUICE_CUDA_CHECK(cudaMemcpy(&c, cycles, 8, cudaMemcpyDeviceToHost));
+    std::printf(" %5.0f", static_cast<double>(c) / kRepeats);
+  }
+  std::printf(" cycles\n");
+}
+
+void bench_all() {
+  Buffer<std::uint8_t> pool(std::size_t{480} << 20);
+  random_codes<<<1024, 256>>>(pool.data, pool.size, 9, false);
+  SLUICE_CUDA_CHECK(cudaDeviceSynchronize());
+  bench_ring(pool);
+  Buffer<long long> cycles(1);
+  Buffer<float> sink(1024);
+  Buffer<std::uint32_t> words(1024);
+  bench_wgmma<8>(cycles.data, sink.data);
+  bench_wgmma<16>(cycles.data, sink.data);
+  bench_wgmma<32>(cycles.data, sink.data);
+  bench_wgmma<64>(cycles.data, sink.data);
+  bench_wgmma<128>(cycles.data, sink.data);
+  for (const int threads : {128, 512}) {
+    long long c[2];
+    widen_kernel<WeightCode::kSignMagnitude><<<132, threads>>>(cycles.data, words.data);
+    SLUICE_CUDA_CHECK(cudaMemcpy(&c[0], cycles.data, 8, cudaMemcpyDeviceToHost));
+    widen_kernel<WeightCode::kOnesComplement><<<132, threads>>>(cycles.data, words.data);
+    SLUICE_CUDA_CHECK(cudaMemcpy(&c[1], cycles.data, 8, cudaMemcpyDeviceToHost));
+    std::printf("widen %d threads x 64 weights: sign-magnitude %.0f, one's complement %.0f cycles\n",
+                threads, static_cast<double>(c[0]) / kRepeats, static_cast<double>(c[1]) / kRepeats);
+  }
+}
+
+}  // namespace
+}  // namespace sluice::cuda::bench
+
+int main() {
+  try {
+    sluice::cuda::bench::bench_all();
+  } catch (const std::exception& e) {
+    std::printf("error: %s\n", e.what());
+    return 1;
+  }
+  return 0;
+}
