@@ -116,7 +116,8 @@ struct RecipeCertificate {
 struct ScaleSafety {
   struct PerExpert {
     std::int64_t rows = 0;
-    double amax1 = 0, amax2 = 0;  ///< Largest input of GEMM1, of GEMM2.
+    double amax1 = 0, amax2 = 0;    ///< Largest input of GEMM1, of GEMM2.
+    double scale1 = 0, scale2 = 0;  ///< The checkpoint's for this very expert; 0 if it has none.
   };
   std::string origin;  ///< "checkpoint", "calibration" or "none".
   StaticScales scales;
@@ -132,7 +133,6 @@ struct SuiteCertificate {
   std::int64_t num_tokens = 0, num_rows = 0;
   std::vector<RecipeCertificate> recipes;
   ScaleSafety safety;
-  std::uint64_t gemm1_digest = 0;  ///< Of `direct`'s GEMM1 input, by the scalar definition.
 };
 
 /// One row as GEMM1 reads it: value k is e4m3 codes[k] * scales[k / 128], or codes[k] * scales[0].
@@ -144,12 +144,14 @@ struct Gemm1Row {
 /// How `recipe` turns x [hidden] into GEMM1's input: the scalar definition.
 [[nodiscard]] Gemm1Row gemm1_row(const Recipe& recipe, const std::uint16_t* x, int hidden);
 
+using Gemm1Function = std::function<Gemm1Row(const Recipe&, const std::uint16_t* x, int hidden)>;
+
 struct AccuracyConfig {
   std::vector<RecipeName> recipes;            ///< Empty: all.
   std::optional<StaticScales> static_scales;  ///< Empty: from the suite's calibration tokens.
-  /// Replaces gemm1_row(); a test plants a fault here.
-  std::function<Gemm1Row(const Recipe&, const std::uint16_t* x, int hidden)> gemm1 = gemm1_row;
-  int num_threads = 0;  ///< 0: every core the process may run on.
+  std::vector<InputScales> expert_scales;     ///< Of each expert, for ScaleSafety; may be empty.
+  Gemm1Function gemm1 = gemm1_row;            ///< A test plants a fault here.
+  int num_threads = 0;                        ///< 0: every core the process may run on.
   Progress progress;
 };
 
@@ -183,10 +185,10 @@ struct IdentityProof {
   }
 };
 
-/// Runs `direct` and `direct-bf16` over `num_ranks` ranks of this process with `suite`'s tokens
-/// spread evenly. `definition` is SuiteCertificate::gemm1_digest.   Throws: as Engine.
+/// Runs `direct` and `direct-bf16` over `num_ranks` ranks of this process, the tokens of all suites
+/// spread evenly over them in order.   Throws: as Engine.
 [[nodiscard]] IdentityProof prove_identity(const Checkpoint& checkpoint, int layer,
-                                           const TokenSuite& suite, std::uint64_t definition,
-                                           int num_ranks, Mode mode);
+                                           const std::vector<TokenSuite>& suites, int num_ranks,
+                                           Mode mode, const Gemm1Function& gemm1 = gemm1_row);
 
 }  // namespace sluice

@@ -6,7 +6,6 @@
 #include "accuracy/metrics.h"
 #include "accuracy/safety.h"
 #include "core/fail.h"
-#include "core/row_digest.h"
 #include "core/threads.h"
 #include "sluice/quant.h"
 
@@ -113,24 +112,6 @@ void judge_output(const Evaluator& evaluator, std::int64_t width, RecipeCertific
   r.cast2 = evaluator.cast2_counts(v.together);
 }
 
-/// Hashes GEMM1's rows as Engine::gemm_input_digest() does.
-std::uint64_t digest_inputs(const Evaluator& evaluator, int num_experts) {
-  const RowPlan& plan = evaluator.rows();
-  const auto& inputs = evaluator.inputs(Gemm1Cast::kGroup);
-  std::uint64_t digest = 0;
-  for (int e = 0; e < num_experts; ++e) {
-    const auto i = static_cast<std::size_t>(e);
-    for (int row = plan.expert_begin[i]; row < plan.expert_begin[i + 1]; ++row) {
-      const Gemm1Row& in =
-          inputs[static_cast<std::size_t>(plan.rows[static_cast<std::size_t>(row)].token)];
-      digest +=
-          row_digest(static_cast<std::uint64_t>(e),
-                     static_cast<std::uint64_t>(row - plan.expert_begin[i]), in.codes, in.scales);
-    }
-  }
-  return digest;
-}
-
 void check_tokens(const LayerSource& source, const Workload& tokens) {
   const ModelGeometry& g = source.geometry();
   check_argument(tokens.num_tokens > 0, "no tokens to judge recipes on");
@@ -145,6 +126,11 @@ SuiteCertificate certify(const LayerSource& source, const TokenSuite& suite,
                          const AccuracyConfig& config) {
   using namespace accuracy;
   check_tokens(source, suite.tokens);
+  check_argument(
+      config.expert_scales.empty() ||
+          config.expert_scales.size() == static_cast<std::size_t>(source.geometry().num_experts),
+      "{} expert_scales for {} experts", config.expert_scales.size(),
+      source.geometry().num_experts);
   std::vector<int> cores = available_cores();
   const int num_threads =
       config.num_threads > 0 ? config.num_threads : static_cast<int>(cores.size());
@@ -175,12 +161,14 @@ SuiteCertificate certify(const LayerSource& source, const TokenSuite& suite,
     if (!r.refused.empty()) continue;
     judge_input(evaluator, suite.tokens, r);
     judge_output(evaluator, source.geometry().hidden, r);
-    if (r.name == RecipeName::kDirect) {
-      certificate.gemm1_digest = digest_inputs(evaluator, source.geometry().num_experts);
-    }
   }
   certificate.safety = judge_scales(evaluator.rows(), suite.tokens, evaluator.h(kExact),
                                     source.geometry(), scales, origin);
+  for (std::size_t e = 0; e < config.expert_scales.size(); ++e) {
+    ScaleSafety::PerExpert& expert = certificate.safety.experts.at(e);
+    expert.scale1 = std::max(config.expert_scales[e].w1, config.expert_scales[e].w3);
+    expert.scale2 = config.expert_scales[e].w2;
+  }
   return certificate;
 }
 

@@ -3,7 +3,9 @@
 #include <exception>
 #include <thread>
 
+#include "accuracy/evaluator.h"
 #include "core/fail.h"
+#include "core/row_digest.h"
 #include "sluice/accuracy.h"
 #include "sluice/backend.h"
 #include "sluice/config.h"
@@ -87,17 +89,56 @@ std::uint64_t digest_of(const Run& run) {
   return sum;
 }
 
+/// The tokens of all suites, one after the other.
+Workload concatenate(const std::vector<TokenSuite>& suites) {
+  check_argument(!suites.empty(), "identity: no tokens");
+  Workload all = suites.front().tokens;
+  for (std::size_t i = 1; i < suites.size(); ++i) {
+    const Workload& next = suites[i].tokens;
+    check_argument(next.hidden == all.hidden && next.num_topk == all.num_topk,
+                   "identity: suites {} and {} differ in hidden or num_topk", suites.front().name,
+                   suites[i].name);
+    all.x.insert(all.x.end(), next.x.begin(), next.x.end());
+    all.topk_idx.insert(all.topk_idx.end(), next.topk_idx.begin(), next.topk_idx.end());
+    all.topk_weights.insert(all.topk_weights.end(), next.topk_weights.begin(),
+                            next.topk_weights.end());
+    all.num_tokens += next.num_tokens;
+  }
+  return all;
+}
+
+/// What the digest must be, from the scalar definition alone.
+std::uint64_t digest_of_definition(const Workload& tokens, int num_experts,
+                                   const Gemm1Function& gemm1) {
+  const accuracy::RowPlan plan = accuracy::plan_rows(tokens, num_experts);
+  std::vector<Gemm1Row> inputs;
+  for (std::int64_t t = 0; t < tokens.num_tokens; ++t) {
+    const Recipe direct{.name = RecipeName::kDirect};
+    inputs.push_back(
+        gemm1(direct, &tokens.x[static_cast<std::size_t>(t * tokens.hidden)], tokens.hidden));
+  }
+  std::uint64_t digest = 0;
+  for (std::size_t e = 0; e < static_cast<std::size_t>(num_experts); ++e) {
+    for (int row = plan.expert_begin[e]; row < plan.expert_begin[e + 1]; ++row) {
+      const auto token = static_cast<std::size_t>(plan.rows[static_cast<std::size_t>(row)].token);
+      digest += row_digest(e, static_cast<std::uint64_t>(row - plan.expert_begin[e]),
+                           inputs[token].codes, inputs[token].scales);
+    }
+  }
+  return digest;
+}
+
 }  // namespace
 
-IdentityProof prove_identity(const Checkpoint& checkpoint, int layer, const TokenSuite& suite,
-                             std::uint64_t definition, int num_ranks, Mode mode) {
+IdentityProof prove_identity(const Checkpoint& checkpoint, int layer,
+                             const std::vector<TokenSuite>& suites, int num_ranks, Mode mode,
+                             const Gemm1Function& gemm1) {
   check_argument(num_ranks >= 1, "num_ranks {} is not positive", num_ranks);
-  IdentityProof proof{.num_ranks = num_ranks,
-                      .mode = mode,
-                      .num_tokens = suite.tokens.num_tokens,
-                      .definition = definition};
+  const Workload tokens = concatenate(suites);
+  IdentityProof proof{.num_ranks = num_ranks, .mode = mode, .num_tokens = tokens.num_tokens};
+  proof.definition = digest_of_definition(tokens, checkpoint.geometry().num_experts, gemm1);
   Run run{.checkpoint = &checkpoint,
-          .tokens = &suite.tokens,
+          .tokens = &tokens,
           .layer = layer,
           .num_ranks = num_ranks,
           .mode = mode,
