@@ -1,4 +1,5 @@
-// bench_w4a8.cu - times the expert stage and its two GEMMs; see docs/performance-gpu.md for results.
+// bench_w4a8.cu - times the expert stage and its two GEMMs; see docs/performance-gpu.md for
+// results.
 //
 // Every time is the median over replays of a CUDA graph of several launches that rotate through 32
 // experts' weights (727 MB, 12 x L2). Run check_w4a8 first: this program does not verify results.
@@ -75,12 +76,15 @@ struct Bench {
   Buffer<std::int32_t> num_rows, sync;
   double read_gbs = 0;
 
-  Bench() {
+  explicit Bench(Data data) {
     for (int i = 0; i < 2; ++i) {
-      weights[i] = make_weights({.num_experts = kPool, .hidden = kHidden,
+      weights[i] = make_weights({.num_experts = kPool,
+                                 .hidden = kHidden,
                                  .intermediate = kIntermediate,
-                                 .code = static_cast<WeightCode>(i), .seed = 5,
-                                 .keep_canonical = false});
+                                 .code = static_cast<WeightCode>(i),
+                                 .seed = 5,
+                                 .keep_canonical = false,
+                                 .data = data});
     }
     const std::size_t rows = std::size_t{kPool} * kMaxM;
     x = Buffer<std::uint8_t>(rows * kHidden);
@@ -91,8 +95,8 @@ struct Bench {
     num_rows = Buffer<std::int32_t>(kPool);
     sync = Buffer<std::int32_t>(sync_bytes(kPool) / 4);
     sync.fill(0);
-    random_activations<<<4096, 256>>>(x.data, x.size, kHidden, 3);
-    random_activations<<<4096, 256>>>(h.data, h.size, kIntermediate, 4);
+    random_activations<<<4096, 256>>>(x.data, x.size, kHidden, 3, data);
+    random_activations<<<4096, 256>>>(h.data, h.size, kIntermediate, 4, data);
     random_scales<<<1024, 256>>>(x_scale.data, x_scale.size, 5, false, 1e-3f, 1.0f);
     random_scales<<<1024, 256>>>(h_scale.data, h_scale.size, 6, false, 1e-3f, 1.0f);
     SLUICE_CUDA_CHECK(cudaDeviceSynchronize());
@@ -118,7 +122,9 @@ struct Bench {
     const int sets = kPool / experts;
     const std::size_t gu = packed_expert_bytes(w.gate_up().shape) * experts;
     const std::size_t dn = packed_expert_bytes(w.down().shape) * experts;
-    const ExpertRows rows{.num_experts = experts, .num_rows = num_rows.data, .max_m = kMaxM,
+    const ExpertRows rows{.num_experts = experts,
+                          .num_rows = num_rows.data,
+                          .max_m = kMaxM,
                           .total_rows = std::int64_t{experts} * kMaxM};
     const ConfigChoice choice{.config = config, .num_ctas = 132, .reason = ""};
     const Activation in{x.data, is_static ? nullptr : x_scale.data, 0.002f};
@@ -132,14 +138,27 @@ struct Bench {
       a.data = static_cast<const std::uint8_t*>(a.data) + i % sets * gu;
       b.data = static_cast<const std::uint8_t*>(b.data) + i % sets * dn;
       if (what == kStage) {
-        launch_experts({.gate_up = a, .down = b, .rows = rows, .x = in, .h = hidden, .y = y.data,
-                        .sync = sync.data, .config = choice}, s);
+        launch_experts({.gate_up = a,
+                        .down = b,
+                        .rows = rows,
+                        .x = in,
+                        .h = hidden,
+                        .y = y.data,
+                        .sync = sync.data,
+                        .config = choice},
+                       s);
       } else if (what == kGemm1) {
-        launch_gate_up({.weights = a, .rows = rows, .x = in, .h = hidden, .sync = sync.data,
-                        .config = choice}, s);
+        launch_gate_up(
+            {.weights = a, .rows = rows, .x = in, .h = hidden, .sync = sync.data, .config = choice},
+            s);
       } else {
-        launch_grouped_gemm({.weights = b, .rows = rows, .x = hidden_in, .y = y.data,
-                             .sync = sync.data, .config = choice}, s);
+        launch_grouped_gemm({.weights = b,
+                             .rows = rows,
+                             .x = hidden_in,
+                             .y = y.data,
+                             .sync = sync.data,
+                             .config = choice},
+                            s);
       }
     });
     double bytes = 0, flops = 0;
@@ -151,17 +170,21 @@ struct Bench {
       bytes += 1.0 * dn / experts * active + total * (kIntermediate + 2.0 * kHidden);
       flops += 2.0 * total * kHidden * kIntermediate;
     }
-    std::printf("%-7s E %2d %-10s expected %5d %-7s %-7s %-6s %8.1f us (%.1f..%.1f) %6.0f GB/s %4.0f%% %6.0f TFLOPS\n",
-                what == kStage ? "stage" : what == kGemm1 ? "gate_up" : "down", experts, label,
-                expected, config == KernelConfig::kDecode ? "decode" : "prefill",
-                code == WeightCode::kOnesComplement ? "7-instr" : "3-instr",
-                is_static ? "static" : "group", t.median_us, t.min_us, t.max_us,
-                bytes / t.median_us * 1e-3, bytes / t.median_us * 1e-1 / read_gbs,
-                flops / t.median_us * 1e-6);
+    std::printf(
+        "%-7s E %2d %-10s expected %5d %-7s %-7s %-6s %8.1f us (%.1f..%.1f) %6.0f GB/s %4.0f%% "
+        "%6.0f TFLOPS\n",
+        what == kStage   ? "stage"
+        : what == kGemm1 ? "gate_up"
+                         : "down",
+        experts, label, expected, config == KernelConfig::kDecode ? "decode" : "prefill",
+        code == WeightCode::kOnesComplement ? "7-instr" : "3-instr", is_static ? "static" : "group",
+        t.median_us, t.min_us, t.max_us, bytes / t.median_us * 1e-3,
+        bytes / t.median_us * 1e-1 / read_gbs, flops / t.median_us * 1e-6);
     std::fflush(stdout);
   }
 
-  void uniform(What what, int experts, int m, WeightCode code, bool is_static = false, int force = -1) {
+  void uniform(What what, int experts, int m, WeightCode code, bool is_static = false,
+               int force = -1) {
     const ConfigChoice c = choose_config({.num_experts = experts, .expected_m = m}, {});
     const KernelConfig config = force < 0 ? c.config : static_cast<KernelConfig>(force);
     const std::string label = "m " + std::to_string(m);
@@ -169,46 +192,37 @@ struct Bench {
   }
 };
 
-int bench_all(bool quick) {
+int bench_all(bool quick, Data data) {
   const auto k7 = WeightCode::kOnesComplement, k3 = WeightCode::kSignMagnitude;
-  Bench b;
+  std::printf("data: %s\n", data == Data::kNormal ? "normal" : "uniform codes");
+  Bench b(data);
   b.measure_read();
   if (quick) {
-    for (int config : {0, 1}) {
-      for (int m : {1, 16, 32, 64}) b.uniform(Bench::kStage, 32, m, k3, false, config);
-      b.uniform(Bench::kStage, 32, 16, k7, false, config);
-      b.uniform(Bench::kStage, 32, 64, k3, true, config);
-      b.uniform(Bench::kStage, 8, 16, k3, false, config);
-    }
-    b.uniform(Bench::kStage, 32, 128, k3);
-    b.uniform(Bench::kStage, 32, 1024, k3);
-    b.uniform(Bench::kStage, 32, 1024, k3, true);
-    b.uniform(Bench::kStage, 32, 1024, k7);
+    for (int m : {1, 16, 32, 64}) b.uniform(Bench::kStage, 32, m, k3);
+    b.uniform(Bench::kStage, 32, 64, k3, false, 1);
+    b.uniform(Bench::kStage, 32, 16, k7);
+    for (int m : {128, 1024}) b.uniform(Bench::kStage, 32, m, k3);
     b.uniform(Bench::kGemm1, 32, 1024, k3);
     b.uniform(Bench::kGemm2, 32, 1024, k3);
+    b.uniform(Bench::kStage, 8, 16, k3);
     return 0;
   }
   for (const WeightCode code : {k3, k7}) {
-    for (int m : {1, 8, 16, 32, 64, 128, 1024}) b.uniform(Bench::kStage, 32, m, code);
-    b.uniform(Bench::kStage, 8, 1, code);
-    b.uniform(Bench::kStage, 8, 16, code);
-    for (int m : {16, 128, 1024}) {
+    for (int m : {1, 8, 16, 32, 64, 128, 256, 512, 1024}) b.uniform(Bench::kStage, 32, m, code);
+    for (int m : {1, 16, 128, 1024}) {
       b.uniform(Bench::kGemm1, 32, m, code);
       b.uniform(Bench::kGemm2, 32, m, code);
     }
   }
   for (int e : {8, 16}) {
-    for (int m : {1, 8, 16, 32, 64, 128, 256, 1024}) b.uniform(Bench::kStage, e, m, k3);
+    for (int m : {1, 8, 16, 32, 64, 128, 1024}) b.uniform(Bench::kStage, e, m, k3);
   }
-  for (int m : {256, 512}) b.uniform(Bench::kStage, 32, m, k3);
   for (int m : {16, 128, 1024}) b.uniform(Bench::kStage, 32, m, k3, true);
-  b.uniform(Bench::kStage, 32, 64, k3, false, 1);
-  b.uniform(Bench::kStage, 32, 128, k3, false, 0);
   std::vector<int> zipf(32), one(32, 0);
   for (int e = 0; e < 32; ++e) zipf[e] = static_cast<int>(126.0 / (e + 1));
   one[7] = 512;
-  b.run(Bench::kStage, 32, zipf, 16, k3, false, KernelConfig::kDecode, "zipf");
-  b.run(Bench::kStage, 32, one, 16, k3, false, KernelConfig::kDecode, "one-hot 512");
+  b.run(Bench::kStage, 32, zipf, 16, k3, false, KernelConfig::kDecode, "zipf 126/e");
+  b.run(Bench::kStage, 32, one, 16, k3, false, KernelConfig::kDecode, "one, 512");
   b.measure_read();
   return 0;
 }
@@ -218,15 +232,22 @@ int bench_all(bool quick) {
 
 int main(int argc, char** argv) {
   try {
-    if (argc > 5 && std::strcmp(argv[1], "--one") == 0) {  // experts, rows, config, code: for profilers
-      sluice::cuda::bench::Bench b;
+    if (argc > 5 &&
+        std::strcmp(argv[1], "--one") == 0) {  // experts, rows, config, code: for profilers
+      sluice::cuda::bench::Bench b(sluice::cuda::bench::Data::kNormal);
       b.read_gbs = 1;
       b.uniform(sluice::cuda::bench::Bench::kStage, std::atoi(argv[2]), std::atoi(argv[3]),
                 static_cast<sluice::cuda::WeightCode>(std::atoi(argv[5])), false,
                 std::atoi(argv[4]));
       return 0;
     }
-    return sluice::cuda::bench::bench_all(argc > 1 && std::strcmp(argv[1], "--quick") == 0);
+    bool quick = false;
+    auto data = sluice::cuda::bench::Data::kNormal;
+    for (int i = 1; i < argc; ++i) {
+      if (std::strcmp(argv[i], "--quick") == 0) quick = true;
+      if (std::strcmp(argv[i], "--uniform") == 0) data = sluice::cuda::bench::Data::kUniform;
+    }
+    return sluice::cuda::bench::bench_all(quick, data);
   } catch (const std::exception& e) {
     std::printf("error: %s\n", e.what());
     return 1;

@@ -23,7 +23,10 @@ struct Buffer {
   explicit Buffer(std::size_t n) : size(n) {
     if (n > 0) SLUICE_CUDA_CHECK(cudaMalloc(&data, n * sizeof(T)));
   }
-  Buffer(Buffer&& o) noexcept : data(o.data), size(o.size) { o.data = nullptr; o.size = 0; }
+  Buffer(Buffer&& o) noexcept : data(o.data), size(o.size) {
+    o.data = nullptr;
+    o.size = 0;
+  }
   Buffer& operator=(Buffer&& o) noexcept {
     std::swap(data, o.data);
     std::swap(size, o.size);
@@ -47,11 +50,29 @@ __host__ __device__ inline std::uint32_t hash(std::uint64_t x) {
   return static_cast<std::uint32_t>(x >> 32);
 }
 
+/// kUniform: every code is equally likely. The hardest case for correctness, and for power.
+/// kNormal: what a checkpoint and a quantizer produce: normal values, largest magnitude on the
+/// scale's end.
+enum class Data { kUniform, kNormal };
+
+__device__ inline float normal(std::uint32_t r) {
+  const float u = ((r & 0xffff) + 0.5f) * 0x1p-16f, v = (r >> 16) * 0x1p-16f;
+  return sqrtf(-2.0f * logf(u)) * cospif(2.0f * v);
+}
+
 /// Random int4 pairs; without -8 if `symmetric`.
-__global__ void random_codes(std::uint8_t* out, std::size_t n, std::uint64_t seed, bool symmetric) {
+__global__ void random_codes(std::uint8_t* out, std::size_t n, std::uint64_t seed, bool symmetric,
+                             Data data) {
   for (std::size_t i = blockIdx.x * std::size_t{blockDim.x} + threadIdx.x; i < n;
        i += std::size_t{gridDim.x} * blockDim.x) {
     std::uint32_t v = hash(seed * 0x100000001ull + i) & 0xff;
+    if (data == Data::kNormal) {
+      v = 0;
+      for (int j = 0; j < 2; ++j) {
+        const float x = 2.7f * normal(hash(seed * 0x100000001ull + 2 * i + j));
+        v |= (static_cast<int>(rintf(fminf(fmaxf(x, -8.0f), 7.0f))) & 0xf) << (4 * j);
+      }
+    }
     if (symmetric) {
       if ((v & 0xf) == 8) v ^= 1;
       if (v >> 4 == 8) v ^= 0x10;
@@ -75,19 +96,20 @@ __global__ void random_scales(void* out, std::size_t n, std::uint64_t seed, bool
   }
 }
 
-/// e4m3 codes: odd rows normal with a standard deviation of 60, even rows uniform over all finite
-/// codes (heavy tails, subnormals, +-448).
-__global__ void random_activations(std::uint8_t* out, std::size_t n, int k, std::uint64_t seed) {
+/// e4m3 codes. kUniform: even rows uniform over all finite codes (heavy tails, subnormals, +-448),
+/// odd rows normal with a standard deviation of 60. kNormal: 165, as quantization of normal values
+/// gives.
+__global__ void random_activations(std::uint8_t* out, std::size_t n, int k, std::uint64_t seed,
+                                   Data data) {
   for (std::size_t i = blockIdx.x * std::size_t{blockDim.x} + threadIdx.x; i < n;
        i += std::size_t{gridDim.x} * blockDim.x) {
     const std::uint32_t r = hash(seed * 0x300000001ull + i);
-    if (i / k % 2 == 0) {
+    if (data == Data::kUniform && i / k % 2 == 0) {
       std::uint32_t c = r & 0xff;
       if ((c & 0x7f) == 0x7f) c ^= 1;
       out[i] = static_cast<std::uint8_t>(c);
     } else {
-      const float u = ((r & 0xffff) + 0.5f) * 0x1p-16f, v = (r >> 16) * 0x1p-16f;
-      const float x = 60.0f * sqrtf(-2.0f * logf(u)) * cospif(2.0f * v);
+      const float x = (data == Data::kUniform ? 60.0f : 165.0f) * normal(r);
       out[i] = static_cast<std::uint8_t>(ptx::e4m3x2_from_float(0.0f, x));
     }
   }
@@ -117,6 +139,7 @@ struct WeightSpec {
   WeightCode code = WeightCode::kOnesComplement;
   std::uint64_t seed = 1;
   bool keep_canonical = true;
+  Data data = Data::kUniform;
 };
 
 inline Weights make_weights(const WeightSpec& spec) {
@@ -134,7 +157,7 @@ inline Weights make_weights(const WeightSpec& spec) {
     w.codes[i] = Buffer<std::uint8_t>(experts * elements / 2);
     w.scales[i] = Buffer<std::uint8_t>(experts * one_scales * sb);
     random_codes<<<1024, 256>>>(w.codes[i].data, w.codes[i].size, spec.seed * 8 + i,
-                                spec.code == WeightCode::kSignMagnitude);
+                                spec.code == WeightCode::kSignMagnitude, spec.data);
     random_scales<<<1024, 256>>>(w.scales[i].data, experts * one_scales, spec.seed * 8 + 4 + i,
                                  sb == 2, 0x1p-8f, 3.0f);
   }

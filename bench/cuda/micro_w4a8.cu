@@ -1,14 +1,14 @@
-// micro_w4a8.cu - what the card can do for the W4A8 kernels: results stand in docs/performance-gpu.md.
+// micro_w4a8.cu - what the card can do for the W4A8 kernels: results stand in
+// docs/performance-gpu.md.
 //
-//   ring     GB/s of cp.async.bulk into a ring of stages, one producer thread, consumers that only wait
-//   wgmma    cycles of four m64nNk32 with A in registers (K = 128), commit and wait each time
-//   widen    cycles per 64 weights of a thread, both codes, one warpgroup per scheduler set
+//   ring     GB/s of cp.async.bulk into a ring of stages, one producer thread, consumers that only
+//   wait wgmma    cycles of four m64nNk32 with A in registers (K = 128), commit and wait each time
 #include <algorithm>
 #include <cstring>
 
 #include "backend/cuda/ptx/copy.cuh"
-#include "backend/cuda/ptx/wgmma.cuh"
 #include "backend/cuda/ptx/sync.cuh"
+#include "backend/cuda/ptx/wgmma.cuh"
 #include "backend/cuda/sm90_w4a8_mainloop.cuh"
 #include "bench/cuda/layer.cuh"
 
@@ -54,7 +54,8 @@ __global__ void ring_kernel(const std::uint8_t* data, int stages, int bytes, int
 template <int N>
 __global__ void wgmma_kernel(long long* cycles, float* sink) {
   extern __shared__ __align__(1024) std::uint8_t raw[];
-  for (int i = threadIdx.x; i < 128 * 128; i += blockDim.x) raw[i] = static_cast<std::uint8_t>(i % 0x70);
+  for (int i = threadIdx.x; i < 128 * 128; i += blockDim.x)
+    raw[i] = static_cast<std::uint8_t>(i % 0x70);
   ptx::fence_proxy_async();
   __syncthreads();
   float acc[N / 2];
@@ -63,30 +64,16 @@ __global__ void wgmma_kernel(long long* cycles, float* sink) {
   for (int i = 0; i < 16; ++i) f.a[i / 4][i % 4] = threadIdx.x * 0x01010101u & 0x87878787u;
   const std::uint64_t x = ptx::smem_descriptor(ptx::shared_address(raw));
   const long long begin = clock64();
+#pragma unroll 1
   for (int i = 0; i < kRepeats; ++i) {
-    multiply(acc, f, x);
+    ptx::wgmma_fence();  // accumulates: ptxas drops results that are overwritten unread
+#pragma unroll
+    for (int j = 0; j < 4; ++j) ptx::wgmma_m64k32(acc, f.a[j], x + 2 * j, true);
+    ptx::wgmma_commit();
     await<0>(acc);
   }
   if (threadIdx.x == 0 && blockIdx.x == 0) *cycles = clock64() - begin;
   sink[threadIdx.x] = acc[0];
-}
-
-template <WeightCode Code>
-__global__ void widen_kernel(long long* cycles, std::uint32_t* sink) {
-  Codes c{{threadIdx.x, 2, 3, 4}, {5, 6, 7, threadIdx.x * 77}};
-  std::uint32_t mix = 0;
-  const long long begin = clock64();
-  for (int i = 0; i < kRepeats; ++i) {
-    Fragments f;
-    widen<Code>(c, f);
-#pragma unroll
-    for (int j = 0; j < 16; ++j) asm volatile("" : "+r"(f.a[j / 4][j % 4]));
-    mix = f.a[3][3];
-    asm volatile("" : "+r"(c.lo.x), "+r"(c.lo.y), "+r"(c.lo.z), "+r"(c.lo.w), "+r"(c.hi.x),
-                 "+r"(c.hi.y), "+r"(c.hi.z), "+r"(c.hi.w));
-  }
-  if (threadIdx.x == 0 && blockIdx.x == 0) *cycles = clock64() - begin;
-  sink[threadIdx.x] = mix;
 }
 
 void bench_ring(const Buffer<std::uint8_t>& pool) {
@@ -96,7 +83,8 @@ void bench_ring(const Buffer<std::uint8_t>& pool) {
   const int shapes[][2] = {{4, 8448}, {8, 8448}, {16, 8448}, {4, 16896}, {8, 16896}, {12, 16896}};
   for (const auto& [stages, bytes] : shapes) {
     const int shared = static_cast<int>(sizeof(RingShared)) + stages * bytes;
-    SLUICE_CUDA_CHECK(cudaFuncSetAttribute(ring_kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared));
+    SLUICE_CUDA_CHECK(
+        cudaFuncSetAttribute(ring_kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared));
     const int chunks = static_cast<int>(pool.size / 132 / bytes);
     std::vector<float> ms(9);
     for (float& t : ms) {
@@ -126,26 +114,16 @@ void bench_wgmma(long long* cycles, float* sink) {
 
 void bench_all() {
   Buffer<std::uint8_t> pool(std::size_t{480} << 20);
-  random_codes<<<1024, 256>>>(pool.data, pool.size, 9, false);
+  random_codes<<<1024, 256>>>(pool.data, pool.size, 9, false, Data::kUniform);
   SLUICE_CUDA_CHECK(cudaDeviceSynchronize());
   bench_ring(pool);
   Buffer<long long> cycles(1);
   Buffer<float> sink(1024);
-  Buffer<std::uint32_t> words(1024);
   bench_wgmma<8>(cycles.data, sink.data);
   bench_wgmma<16>(cycles.data, sink.data);
   bench_wgmma<32>(cycles.data, sink.data);
   bench_wgmma<64>(cycles.data, sink.data);
   bench_wgmma<128>(cycles.data, sink.data);
-  for (const int threads : {128, 512}) {
-    long long c[2];
-    widen_kernel<WeightCode::kSignMagnitude><<<132, threads>>>(cycles.data, words.data);
-    SLUICE_CUDA_CHECK(cudaMemcpy(&c[0], cycles.data, 8, cudaMemcpyDeviceToHost));
-    widen_kernel<WeightCode::kOnesComplement><<<132, threads>>>(cycles.data, words.data);
-    SLUICE_CUDA_CHECK(cudaMemcpy(&c[1], cycles.data, 8, cudaMemcpyDeviceToHost));
-    std::printf("widen %d threads x 64 weights: sign-magnitude %.0f, one's complement %.0f cycles\n",
-                threads, static_cast<double>(c[0]) / kRepeats, static_cast<double>(c[1]) / kRepeats);
-  }
 }
 
 }  // namespace

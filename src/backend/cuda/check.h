@@ -8,9 +8,9 @@
 #include "sluice/error.h"
 
 /// Evaluates a call that returns cudaError_t; throws kCuda (kOutOfMemory for allocations).
-#define SLUICE_CUDA_CHECK(call)                                                             \
-  do {                                                                                      \
-    const cudaError_t sluice_status = (call);                                               \
+#define SLUICE_CUDA_CHECK(call)                                                               \
+  do {                                                                                        \
+    const cudaError_t sluice_status = (call);                                                 \
     if (sluice_status != cudaSuccess) ::sluice::cuda::throw_cuda_error(sluice_status, #call); \
   } while (false)
 

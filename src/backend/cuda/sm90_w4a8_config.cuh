@@ -12,9 +12,9 @@
 namespace sluice::cuda {
 
 inline constexpr int kMaxExperts = 512;
-inline constexpr int kNumTokenBoxes = 5;      ///< Tensor maps for boxes of 8 << i tokens.
-inline constexpr int kSharedLimit = 232448;   ///< Dynamic shared memory of one CTA on sm_90.
-inline constexpr int kSyncHeader = 2;         ///< Words before the per-expert counters.
+inline constexpr int kNumTokenBoxes = 5;     ///< Tensor maps for boxes of 8 << i tokens.
+inline constexpr int kSharedLimit = 232448;  ///< Dynamic shared memory of one CTA on sm_90.
+inline constexpr int kSyncHeader = 2;        ///< Words before the per-expert counters.
 
 /// One instantiation of the kernel.
 template <KernelConfig Size, WeightCode Code, ScaleType Scale, int Group>
@@ -30,8 +30,8 @@ struct Config {
   static constexpr int kMathWarps = 4 * kMathWarpgroups;
   static constexpr int kMathThreads = 32 * kMathWarps;
   static constexpr int kThreads = kMathThreads + 128;
-  // NOTE: setmaxnreg only moves registers within what the CTA got at launch: the largest multiple of
-  // 8 per thread that fits. Asking for more blocks forever.
+  // NOTE: setmaxnreg only moves registers within what the CTA got at launch: the largest multiple
+  // of 8 per thread that fits. Asking for more blocks forever.
   static constexpr int kLaunchRegisters = 65536 / kThreads / 8 * 8;
   static constexpr int kProducerRegisters = kIsDecode ? 64 : 40;
   static constexpr int kMathRegisters = kIsDecode ? 104 : 232;
@@ -52,13 +52,13 @@ struct Config {
 
 /// A unit of work: 256 weight rows of one expert against up to kMaxTokens of its rows.
 struct TileInfo {
-  int phase;       ///< Index into Params::phase, or -1: no more work.
+  int phase;  ///< Index into Params::phase, or -1: no more work.
   int expert;
-  int row_tile;    ///< Weight rows [256 row_tile, ...).
-  int row0;        ///< First activation row.
-  int num_tokens;  ///< Valid rows, 1..kMaxTokens.
-  int num_slabs;   ///< 4, or 2 in the last tile of an odd n.
-  int ready_count; ///< Finished tiles of the phase before that this expert needs.
+  int row_tile;     ///< Weight rows [256 row_tile, ...).
+  int row0;         ///< First activation row.
+  int num_tokens;   ///< Valid rows, 1..kMaxTokens.
+  int num_slabs;    ///< 4, or 2 in the last tile of an odd n.
+  int ready_count;  ///< Finished tiles of the phase before that this expert needs.
   int unused;
 };
 static_assert(sizeof(TileInfo) == 32);
@@ -69,17 +69,17 @@ enum class Epilogue : int { kBf16, kSwiglu };
 struct Phase {
   const std::uint8_t* weights;  // [expert] packed stream
   long long expert_bytes;
-  int num_steps;                // K / 128
-  int num_row_tiles;            // ceil(n / 256)
-  int tail_slabs;               // slabs of the last row tile
+  int num_steps;      // K / 128
+  int num_row_tiles;  // ceil(n / 256)
+  int tail_slabs;     // slabs of the last row tile
   int n;
-  const float* x_scale;         // [rows, K/128] or nullptr
+  const float* x_scale;  // [rows, K/128] or nullptr
   float x_static;
   Epilogue epilogue;
-  float h_inv_static;           // 1 / s2
-  std::uint8_t* h;              // [rows, n/2] e4m3          kSwiglu
-  float* h_scale;               // [rows, n/256] or nullptr  kSwiglu
-  std::uint16_t* y;             // [rows, n] bf16            kBf16
+  float h_inv_static;  // 1 / s2
+  std::uint8_t* h;     // [rows, n/2] e4m3          kSwiglu
+  float* h_scale;      // [rows, n/256] or nullptr  kSwiglu
+  std::uint16_t* y;    // [rows, n] bf16            kBf16
 };
 
 struct Params {
@@ -96,8 +96,8 @@ struct Params {
 template <class C>
 struct Shared {
   static constexpr int kTileSlots = 4;
-  alignas(1024) std::uint8_t x[C::kStages][C::kTokenBytes];   // (token, k) swizzled
-  alignas(128) std::uint8_t w[C::kStages][C::kWeightBytes];   // packed stream, one step
+  alignas(1024) std::uint8_t x[C::kStages][C::kTokenBytes];  // (token, k) swizzled
+  alignas(128) std::uint8_t w[C::kStages][C::kWeightBytes];  // packed stream, one step
   alignas(16) float x_scale[C::kStages][C::kMaxTokens];
   alignas(16) std::uint8_t h[C::kMaxTokens * C::kHiddenPitch];  // (token, channel) e4m3
   float amax[C::kMathWarps][C::kMaxTokens];

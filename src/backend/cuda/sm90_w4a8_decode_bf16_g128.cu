@@ -3,11 +3,11 @@
 
 namespace sluice::cuda {
 
-template void launch_kernel<
-    Config<KernelConfig::kDecode, WeightCode::kOnesComplement, ScaleType::kBf16, 128>>(
+template void
+launch_kernel<Config<KernelConfig::kDecode, WeightCode::kOnesComplement, ScaleType::kBf16, 128>>(
     const Params&, int, cudaStream_t);
-template void launch_kernel<
-    Config<KernelConfig::kDecode, WeightCode::kSignMagnitude, ScaleType::kBf16, 128>>(
+template void
+launch_kernel<Config<KernelConfig::kDecode, WeightCode::kSignMagnitude, ScaleType::kBf16, 128>>(
     const Params&, int, cudaStream_t);
 
 }  // namespace sluice::cuda

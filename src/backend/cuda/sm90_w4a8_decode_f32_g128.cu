@@ -3,11 +3,11 @@
 
 namespace sluice::cuda {
 
-template void launch_kernel<
-    Config<KernelConfig::kDecode, WeightCode::kOnesComplement, ScaleType::kF32, 128>>(
+template void
+launch_kernel<Config<KernelConfig::kDecode, WeightCode::kOnesComplement, ScaleType::kF32, 128>>(
     const Params&, int, cudaStream_t);
-template void launch_kernel<
-    Config<KernelConfig::kDecode, WeightCode::kSignMagnitude, ScaleType::kF32, 128>>(
+template void
+launch_kernel<Config<KernelConfig::kDecode, WeightCode::kSignMagnitude, ScaleType::kF32, 128>>(
     const Params&, int, cudaStream_t);
 
 }  // namespace sluice::cuda

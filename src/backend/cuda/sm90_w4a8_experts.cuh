@@ -2,8 +2,8 @@
 //
 // Maths     per phase (one grouped GEMM), local expert e, row m of e, output channel n:
 //             c[m,n] = sum_g xs[m,g/..] * ws[n,g] * sum_{k in g} x[m,k] * w[n,k]
-//           g: weight groups of 128 (or 32) along K; xs per 128. Inner sum on tensor cores on a fresh
-//           accumulator, outer sum in f32 fma, in order of g. Then, by phase:
+//           g: weight groups of 128 (or 32) along K; xs per 128. Inner sum on tensor cores on a
+//           fresh accumulator, outer sum in f32 fma, in order of g. Then, by phase:
 //             kSwiglu  h = silu(c[gate]) * c[up] in f32 -> e4m3 with a scale per (m, 128) or static
 //             kBf16    y = bf16(c)
 //           Two phases: h of the first is x of the second.
@@ -31,12 +31,13 @@
 //                          prefill:  stage = w 16896 + x 16384 + xs 512 = 33792 B, 6 stages 203 KB
 //           + finished tile 9 / 18 KB + amax 4 KB + expert prefix 2 KB: of 227 KB
 //
-// Barriers  full[s]   producer -> math: 1 (weights) + 1 + 32 (activations, scales) arrivals and bytes
+// Barriers  full[s]   producer -> math: 1 (weights) + 1 + 32 (activations, scales) arrivals and
+// bytes
 //           empty[s]  math -> producer: one arrival per math warp
 //           tile_full/tile_empty[4]  the claimed tile, warp 0 -> warp 1 and math
 //           sync[2 + e]  finished phase-0 tiles of expert e, release; warp 1 acquires before it
-//                     fetches h. Tickets order all tiles; phase 1 waits only for lower tickets, which
-//                     running CTAs hold, so any number of resident CTAs makes progress.
+//                     fetches h. Tickets order all tiles; phase 1 waits only for lower tickets,
+//                     which running CTAs hold, so any number of resident CTAs makes progress.
 //           Between its wait and its arrive a role owns the bytes; no one else touches them.
 //
 // Needs     n, K multiples of 128 (n of 256 for kSwiglu), at most 512 experts; checked on the host.

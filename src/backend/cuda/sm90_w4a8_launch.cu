@@ -47,10 +47,10 @@ CUtensorMap encode_map(const std::uint8_t* codes, std::int64_t rows, int k, int 
   const cuuint64_t strides[1] = {static_cast<cuuint64_t>(k)};
   const cuuint32_t box[2] = {static_cast<cuuint32_t>(kStepK), static_cast<cuuint32_t>(tokens)};
   const cuuint32_t element_strides[2] = {1, 1};
-  const CUresult status =
-      encode(&map, CU_TENSOR_MAP_DATA_TYPE_UINT8, 2, const_cast<std::uint8_t*>(codes), dims, strides,
-             box, element_strides, CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B,
-             CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+  const CUresult status = encode(
+      &map, CU_TENSOR_MAP_DATA_TYPE_UINT8, 2, const_cast<std::uint8_t*>(codes), dims, strides, box,
+      element_strides, CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B,
+      CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
   if (status != CUDA_SUCCESS) {
     throw Error(ErrorCode::kCuda, "cuTensorMapEncodeTiled failed: " + std::to_string(status));
   }
@@ -71,8 +71,8 @@ void check_scale(float s, const char* what) {
 }
 
 Params make_params(const ExpertRows& rows, void* sync) {
-  require(rows.num_experts >= 1 && rows.num_experts <= kMaxExperts, "num_experts",
-          rows.num_experts, "must be 1..512");
+  require(rows.num_experts >= 1 && rows.num_experts <= kMaxExperts, "num_experts", rows.num_experts,
+          "must be 1..512");
   require(rows.total_rows >= 0 && rows.total_rows < (1LL << 31), "total_rows", rows.total_rows,
           "must be below 2^31");
   require_pointer(rows.num_rows, 4, "num_rows");
@@ -200,9 +200,8 @@ void launch_experts(const ExpertStage& args, StreamHandle stream) {
           "down group", down.group, "gate_up and down must share code, group and scale type");
   Params p = make_params(args.rows, args.sync);
   add_swiglu(p, args.gate_up, args.rows, args.x, args.h);
-  const Activation h{.codes = args.h.codes,
-                     .scale = args.h.scale,
-                     .static_scale = args.h.static_scale};
+  const Activation h{
+      .codes = args.h.codes, .scale = args.h.scale, .static_scale = args.h.static_scale};
   add_bf16(p, args.down, args.rows, h, args.y);
   launch(p, args.gate_up, args.rows, args.config, stream);
 }

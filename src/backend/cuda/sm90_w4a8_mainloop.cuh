@@ -1,7 +1,8 @@
 // sm90_w4a8_mainloop.cuh - math along K: widen int4, multiply, promote to f32.
 //
-// A unit is one slab of one step: four wgmma of k = 32 on a fresh accumulator, then added to the running
-// sums with its scales. Every loop below adds the units of one (row, column) in order of k: same bits whichever runs.
+// A unit is one slab of one step: four wgmma of k = 32 on a fresh accumulator, then added to the
+// running sums with its scales. Every loop below adds the units of one (row, column) in order of k:
+// same bits whichever runs.
 #pragma once
 
 #include "backend/cuda/ptx/mbarrier.cuh"
@@ -34,8 +35,8 @@ __device__ __forceinline__ MathLane make_math_lane() {
   constexpr int kPairBytes = C::kScale == ScaleType::kBf16 ? 4 : 8;
   m.code_offset = slab + thread * 16;
   m.scale_offset = slab + kSlabCodeBytes + (m.warp * 8 + m.row) * kPairBytes;
-  // NOTE: opaque, or the compiler computes them anew in every step, on the integer pipe that widening
-  // needs. Prefill has no registers to keep them.
+  // NOTE: opaque, or the compiler computes them anew in every step, on the integer pipe that
+  // widening needs. Prefill has no registers to keep them.
   if constexpr (C::kIsDecode) asm volatile("" : "+r"(m.code_offset), "+r"(m.scale_offset));
   return m;
 }
@@ -75,14 +76,15 @@ struct Codes {
 
 /// What the units of one stage read. Slab b is b * kSlabBytes further.
 struct StageView {
-  const std::uint8_t* codes;    // this thread's, slab 0
-  const std::uint8_t* scales;   // this thread's first pair, slab 0
-  const float* x_scale;         // first column of this thread
-  std::uint64_t x;              // descriptor of the activation tile
+  const std::uint8_t* codes;   // this thread's, slab 0
+  const std::uint8_t* scales;  // this thread's first pair, slab 0
+  const float* x_scale;        // first column of this thread
+  std::uint64_t x;             // descriptor of the activation tile
 };
 
 template <class C>
-__device__ __forceinline__ StageView view_stage(const Shared<C>& s, int stage, const MathLane& lane) {
+__device__ __forceinline__ StageView view_stage(const Shared<C>& s, int stage,
+                                                const MathLane& lane) {
   return {.codes = s.w[stage] + lane.code_offset,
           .scales = s.w[stage] + lane.scale_offset,
           .x_scale = s.x_scale[stage] + lane.column,
@@ -115,8 +117,9 @@ __device__ __forceinline__ void multiply(float (&acc)[R], const Fragments& f, st
   ptx::wgmma_commit();
 }
 
-/// Waits until at most `Pending` younger units are in flight; `acc` may be read from here on. The empty
-/// asm ties the registers to this place, or the compiler reads them early and ptxas serializes.
+/// Waits until at most `Pending` younger units are in flight; `acc` may be read from here on. The
+/// empty asm ties the registers to this place, or the compiler reads them early and ptxas
+/// serializes.
 template <int Pending, int R>
 __device__ __forceinline__ void await(float (&acc)[R]) {
   ptx::wgmma_wait<Pending>();
@@ -124,21 +127,20 @@ __device__ __forceinline__ void await(float (&acc)[R]) {
   for (int i = 0; i < R; ++i) asm volatile("" : "+f"(acc[i])::"memory");
 }
 
-/// sum[Offset..] += acc * (weight scale * activation scale): the only place where scales meet sums.
-template <class C, int Offset, int R, int Total>
+/// sum += acc * (weight scale * activation scale): the only place where scales meet sums.
+template <class C, int R>
 __device__ __forceinline__ void promote(const float (&acc)[R], const std::uint8_t* scales,
-                                        const float* x_scale, int group, float (&sum)[Total]) {
+                                        const float* x_scale, int group, float (&sum)[R]) {
   const float2 ws = load_weight_scales<C>(scales, group);
 #pragma unroll
   for (int j = 0; j < R / 4; ++j) {
     // NOTE: keeps the scheduler from loading every scale at once, which spills with 128 sums.
     if (R == 64 && j % 4 == 0) asm volatile("" ::: "memory");
-    const float2 xs = *reinterpret_cast<const float2*>(x_scale + 2 * Offset + 8 * j);
-    float* d = sum + Offset + 4 * j;
-    d[0] = __fmaf_rn(acc[4 * j + 0], __fmul_rn(ws.x, xs.x), d[0]);
-    d[1] = __fmaf_rn(acc[4 * j + 1], __fmul_rn(ws.x, xs.y), d[1]);
-    d[2] = __fmaf_rn(acc[4 * j + 2], __fmul_rn(ws.y, xs.x), d[2]);
-    d[3] = __fmaf_rn(acc[4 * j + 3], __fmul_rn(ws.y, xs.y), d[3]);
+    const float2 xs = *reinterpret_cast<const float2*>(x_scale + 8 * j);
+    sum[4 * j + 0] = __fmaf_rn(acc[4 * j + 0], __fmul_rn(ws.x, xs.x), sum[4 * j + 0]);
+    sum[4 * j + 1] = __fmaf_rn(acc[4 * j + 1], __fmul_rn(ws.x, xs.y), sum[4 * j + 1]);
+    sum[4 * j + 2] = __fmaf_rn(acc[4 * j + 2], __fmul_rn(ws.y, xs.x), sum[4 * j + 2]);
+    sum[4 * j + 3] = __fmaf_rn(acc[4 * j + 3], __fmul_rn(ws.y, xs.y), sum[4 * j + 3]);
   }
 }
 
@@ -164,45 +166,6 @@ __device__ __forceinline__ int acquire(Shared<C>& s, Ring& ring) {
   return stage;
 }
 
-/// Tensor cores are taken in turns where a unit keeps them busy for long (64 columns or more):
-/// otherwise all warpgroups multiply at once, then all promote and widen at once, and a step costs the
-/// sum of the two. Turns go round the warpgroups; every warpgroup takes the same number per tile.
-struct Turn {
-  static constexpr int kFirstBarrier = 2;
-  template <class C>
-  __device__ __forceinline__ static void take(const MathLane& lane) {
-    ptx::named_barrier(kFirstBarrier + lane.warpgroup, 256);
-  }
-  template <class C>
-  __device__ __forceinline__ static void pass(const MathLane& lane) {
-    const int next = lane.warpgroup + 1 == C::kMathWarpgroups ? 0 : lane.warpgroup + 1;
-    ptx::named_barrier_arrive(kFirstBarrier + next, 256);
-  }
-};
-#ifndef SLUICE_TURN_COLUMNS
-#define SLUICE_TURN_COLUMNS 64
-#endif
-template <int N>
-inline constexpr bool kTakesTurns = N >= SLUICE_TURN_COLUMNS;
-
-/// multiply() and await() in a turn. The turn passes on when three of the four wgmma are done: the last
-/// one covers the time the next warpgroup needs to start.
-template <class C, int R>
-__device__ __forceinline__ void multiply_in_turn(float (&acc)[R], const Fragments& f, std::uint64_t x,
-                                                 const MathLane& lane) {
-  constexpr std::uint64_t kStep32 = 32 >> 4;
-  Turn::take<C>(lane);
-  ptx::wgmma_fence();
-#pragma unroll
-  for (int i = 0; i < 3; ++i) ptx::wgmma_m64k32(acc, f.a[i], x + i * kStep32, i > 0);
-  ptx::wgmma_commit();
-  ptx::wgmma_m64k32(acc, f.a[3], x + 3 * kStep32, true);
-  ptx::wgmma_commit();
-  ptx::wgmma_wait<1>();
-  Turn::pass<C>(lane);
-  await<0>(acc);
-}
-
 /// All slabs of this warpgroup, one unit after the other; other warpgroups fill the gaps.
 template <class C, int N>
 __device__ __forceinline__ void multiply_slabs(Shared<C>& s, Ring& ring, int num_steps,
@@ -217,21 +180,17 @@ __device__ __forceinline__ void multiply_slabs(Shared<C>& s, Ring& ring, int num
     for (int b = 0; b < C::kSlabsPerWarpgroup; ++b) {
       Fragments f;
       widen<C::kCode>(load_codes(v.codes + b * C::kSlabBytes), f);
-      if constexpr (kTakesTurns<N>) {
-        multiply_in_turn<C>(acc, f, v.x, lane);
-      } else {
-        multiply(acc, f, v.x);
-        await<0>(acc);
-      }
-      promote<C, 0>(acc, v.scales + b * C::kSlabBytes, v.x_scale, 0, sum[b]);
+      multiply(acc, f, v.x);
+      await<0>(acc);
+      promote<C>(acc, v.scales + b * C::kSlabBytes, v.x_scale, 0, sum[b]);
     }
     release(s, stage);
   }
 }
 
 /// Two slabs, up to 64 columns: slab 0 is promoted while slab 1 is multiplied.
-/// NOTE: ptxas serializes a pipeline that is in flight across a spinning wait or a loop's back edge, so
-/// each step drains.
+/// NOTE: ptxas serializes a pipeline that is in flight across a spinning wait or a loop's back
+/// edge, so each step drains.
 template <class C, int N>
 __device__ __forceinline__ void multiply_two_slabs(Shared<C>& s, Ring& ring, int num_steps,
                                                    const MathLane& lane, float (&sum)[2][N / 2]) {
@@ -243,18 +202,13 @@ __device__ __forceinline__ void multiply_two_slabs(Shared<C>& s, Ring& ring, int
     const int stage = acquire(s, ring);
     const StageView v = view_stage(s, stage, lane);
     widen<C::kCode>(load_codes(v.codes), f0);
-    if constexpr (kTakesTurns<N>) {
-      widen<C::kCode>(load_codes(v.codes + C::kSlabBytes), f1);
-      Turn::take<C>(lane);
-    }
     multiply(acc0, f0, v.x);
-    if constexpr (!kTakesTurns<N>) widen<C::kCode>(load_codes(v.codes + C::kSlabBytes), f1);
+    widen<C::kCode>(load_codes(v.codes + C::kSlabBytes), f1);
     multiply(acc1, f1, v.x);
     await<1>(acc0);
-    if constexpr (kTakesTurns<N>) Turn::pass<C>(lane);
-    promote<C, 0>(acc0, v.scales, v.x_scale, 0, sum[0]);
+    promote<C>(acc0, v.scales, v.x_scale, 0, sum[0]);
     await<0>(acc1);
-    promote<C, 0>(acc1, v.scales + C::kSlabBytes, v.x_scale, 0, sum[1]);
+    promote<C>(acc1, v.scales + C::kSlabBytes, v.x_scale, 0, sum[1]);
     release(s, stage);
   }
 }
@@ -279,25 +233,8 @@ __device__ __forceinline__ void multiply_group32(Shared<C>& s, Ring& ring, int n
         ptx::wgmma_m64k32(acc, f.a[i], v.x + i * (32 >> 4), false);
         ptx::wgmma_commit();
         await<0>(acc);
-        promote<C, 0>(acc, v.scales + b * C::kSlabBytes, v.x_scale, i, sum[b]);
+        promote<C>(acc, v.scales + b * C::kSlabBytes, v.x_scale, i, sum[b]);
       }
-    }
-    release(s, stage);
-  }
-}
-
-/// A warpgroup without slabs in this tile keeps the ring, and the turns, going round.
-template <class C, int N>
-__device__ __forceinline__ void skip_tile(Shared<C>& s, Ring& ring, int num_steps,
-                                          const MathLane& lane) {
-  constexpr bool kPairs = C::kSlabsPerWarpgroup == 2 && N <= 64;  // multiply_two_slabs: one turn
-  constexpr int kTurns = !kTakesTurns<N> || C::kGroup == 32 ? 0 : kPairs ? 1 : C::kSlabsPerWarpgroup;
-  for (int k = 0; k < num_steps; ++k) {
-    const int stage = acquire(s, ring);
-#pragma unroll
-    for (int i = 0; i < kTurns; ++i) {
-      Turn::take<C>(lane);
-      Turn::pass<C>(lane);
     }
     release(s, stage);
   }
@@ -305,13 +242,13 @@ __device__ __forceinline__ void skip_tile(Shared<C>& s, Ring& ring, int num_step
 
 /// All K steps of a tile. A warpgroup without slabs in this tile only keeps the ring turning.
 template <class C, int N>
-__device__ __forceinline__ void multiply_tile(Shared<C>& s, Ring& ring, int num_steps, bool has_slabs,
-                                              const MathLane& lane,
+__device__ __forceinline__ void multiply_tile(Shared<C>& s, Ring& ring, int num_steps,
+                                              bool has_slabs, const MathLane& lane,
                                               float (&sum)[C::kSlabsPerWarpgroup][N / 2]) {
 #pragma unroll
   for (int b = 0; b < C::kSlabsPerWarpgroup; ++b) clear(sum[b]);
   if (!has_slabs) {
-    skip_tile<C, N>(s, ring, num_steps, lane);
+    for (int k = 0; k < num_steps; ++k) release(s, acquire(s, ring));
   } else if constexpr (C::kGroup == 32) {
     multiply_group32<C, N>(s, ring, num_steps, lane, sum);
   } else if constexpr (C::kSlabsPerWarpgroup == 2 && N <= 64) {

@@ -21,8 +21,7 @@ __device__ __forceinline__ void store_bf16(const Phase& phase, const TileInfo& t
   for (int b = 0; b < C::kSlabsPerWarpgroup; ++b) {
     const int slab = lane.warpgroup * C::kSlabsPerWarpgroup + b;
     const int channel = t.row_tile * kTileRows + slab * kSlabRows + lane.warp * 16 + 2 * lane.row;
-    std::uint16_t* out =
-        phase.y + static_cast<long long>(t.row0 + lane.column) * phase.n + channel;
+    std::uint16_t* out = phase.y + static_cast<long long>(t.row0 + lane.column) * phase.n + channel;
     const int num_tokens = t.num_tokens - lane.column;
 #pragma unroll
     for (int j = 0; j < N / 8; ++j) {  // one running pointer: a pointer per token would spill
@@ -38,7 +37,8 @@ __device__ __forceinline__ void store_bf16(const Phase& phase, const TileInfo& t
   }
 }
 
-/// Per token, 448 / amax over the tile's 128 channels, into s.h_inv; the stored scale goes to global.
+/// Per token, 448 / amax over the tile's 128 channels, into s.h_inv; the stored scale goes to
+/// global.
 template <class C, int N>
 __device__ __forceinline__ void scale_hidden(Shared<C>& s, const Phase& phase, const TileInfo& t,
                                              const MathLane& lane,
@@ -105,8 +105,8 @@ __device__ __forceinline__ void store_swiglu(Shared<C>& s, const Params& p, cons
   const int part = thread % 8 * 16;
   for (int token = thread / 8; token < t.num_tokens; token += C::kMathThreads / 8) {
     const uint4 row = *reinterpret_cast<const uint4*>(s.h + token * C::kHiddenPitch + part);
-    std::uint8_t* dst = phase.h + static_cast<long long>(t.row0 + token) * (phase.n / 2) +
-                        t.row_tile * 128 + part;
+    std::uint8_t* dst =
+        phase.h + static_cast<long long>(t.row0 + token) * (phase.n / 2) + t.row_tile * 128 + part;
     *reinterpret_cast<uint4*>(dst) = row;
   }
   ptx::named_barrier(kMathBarrier, C::kMathThreads);
@@ -135,11 +135,11 @@ template <class C>
 __device__ __forceinline__ void math_role(Shared<C>& s, const Params& p, const MathLane& lane) {
   Ring ring;
   constexpr std::uint32_t kSlots = Shared<C>::kTileSlots;
-  if (lane.warpgroup == C::kMathWarpgroups - 1) Turn::pass<C>(lane);  // the first turn
-  for (std::uint32_t n = 0;; ++n) {  // one counter instead of a Ring: registers are scarce
+  // One counter instead of a Ring, and the tile stays in shared memory: registers are scarce.
+  for (std::uint32_t n = 0;; ++n) {
     wait(&s.tile_full[n % kSlots], n / kSlots % 2);
-    const TileInfo& t = s.tile[n % kSlots];  // stays in shared memory: registers are scarce
-    if (t.phase < 0) break;
+    const TileInfo& t = s.tile[n % kSlots];
+    if (t.phase < 0) return;
     if (t.num_tokens <= 8) {
       compute_tile<C, 8>(s, p, t, lane, ring);
     } else if (t.num_tokens <= 16) {
@@ -154,7 +154,6 @@ __device__ __forceinline__ void math_role(Shared<C>& s, const Params& p, const M
     __syncwarp();
     if (threadIdx.x % 32 == 0) ptx::mbarrier_arrive(&s.tile_empty[n % kSlots]);
   }
-  if (lane.warpgroup == 0) Turn::take<C>(lane);  // nobody else will
 }
 
 }  // namespace sluice::cuda

@@ -3,11 +3,11 @@
 
 namespace sluice::cuda {
 
-template void launch_kernel<
-    Config<KernelConfig::kPrefill, WeightCode::kOnesComplement, ScaleType::kF32, 32>>(
+template void
+launch_kernel<Config<KernelConfig::kPrefill, WeightCode::kOnesComplement, ScaleType::kF32, 32>>(
     const Params&, int, cudaStream_t);
-template void launch_kernel<
-    Config<KernelConfig::kPrefill, WeightCode::kSignMagnitude, ScaleType::kF32, 32>>(
+template void
+launch_kernel<Config<KernelConfig::kPrefill, WeightCode::kSignMagnitude, ScaleType::kF32, 32>>(
     const Params&, int, cudaStream_t);
 
 }  // namespace sluice::cuda

@@ -1,4 +1,5 @@
-// sm90_w4a8_producer.cuh - producer roles: claim tiles, stream weights, fetch activations and scales.
+// sm90_w4a8_producer.cuh - producer roles: claim tiles, stream weights, fetch activations and
+// scales.
 #pragma once
 
 #include <cstdio>
@@ -10,7 +11,8 @@
 
 namespace sluice::cuda {
 
-/// Waits for a phase of a barrier. With SLUICE_DEVICE_CHECK a wait of seconds traps instead of hanging.
+/// Waits for a phase of a barrier. With SLUICE_DEVICE_CHECK a wait of seconds traps instead of
+/// hanging.
 __device__ __forceinline__ void wait(std::uint64_t* bar, std::uint32_t parity) {
 #ifdef SLUICE_DEVICE_CHECK
   for (long long spins = 0; !ptx::mbarrier_try_wait(bar, parity); ++spins) {
@@ -49,8 +51,8 @@ __device__ __forceinline__ void scan_token_tiles(Shared<C>& s, const Params& p, 
   if (lane == 0) s.tile_prefix[0] = 0;
 }
 
-/// Tickets run through phase 0, then phase 1; in a phase by expert, row tile, token tile, so that CTAs
-/// which share weights run side by side and a tile only ever waits for smaller tickets.
+/// Tickets run through phase 0, then phase 1; in a phase by expert, row tile, token tile, so that
+/// CTAs which share weights run side by side and a tile only ever waits for smaller tickets.
 template <class C>
 __device__ __forceinline__ TileInfo find_tile(const Shared<C>& s, const Params& p, int ticket) {
   const int num_token_tiles = s.tile_prefix[p.num_experts];
@@ -111,8 +113,7 @@ __device__ __forceinline__ void stream_weights(Shared<C>& s, const Params& p, in
     const std::uint32_t bytes = t.num_slabs * C::kSlabBytes;
     const std::uint8_t* src = phase.weights + t.expert * phase.expert_bytes +
                               static_cast<long long>(t.row_tile) * steps * C::kWeightBytes;
-    const bool read_once =
-        s.tile_prefix[t.expert + 1] - s.tile_prefix[t.expert] == 1;
+    const bool read_once = s.tile_prefix[t.expert + 1] - s.tile_prefix[t.expert] == 1;
     const std::uint64_t policy = read_once ? evict_first : evict_normal;
     // Claiming late keeps CTAs balanced; this early hides the atomic's latency behind the ring.
     const int claim_step = max(0, steps - C::kStages);
@@ -164,8 +165,7 @@ __device__ __forceinline__ int token_box(int num_tokens) {
 template <class C>
 __device__ __forceinline__ void fetch_activations(Shared<C>& s, const Params& p, int lane) {
   Ring ring, slots;
-  const std::uint64_t policy =
-      C::kIsDecode ? ptx::policy_evict_last() : ptx::policy_evict_normal();
+  const std::uint64_t policy = C::kIsDecode ? ptx::policy_evict_last() : ptx::policy_evict_normal();
   for (;;) {
     const TileInfo t = next_tile(s, slots, lane);
     if (t.phase < 0) return;
@@ -185,8 +185,9 @@ __device__ __forceinline__ void fetch_activations(Shared<C>& s, const Params& p,
   }
 }
 
-/// One warp: activation scales. Lane i serves tokens i, i + 32, ...: it reads a few steps of its rows at
-/// once (they share a sector) and hands them out step by step. Past the last valid token it repeats it.
+/// One warp: activation scales. Lane i serves tokens i, i + 32, ...: it reads a few steps of its
+/// rows at once (they share a sector) and hands them out step by step. Past the last valid token it
+/// repeats it.
 template <class C>
 __device__ __forceinline__ void fetch_scales(Shared<C>& s, const Params& p, int lane) {
   constexpr int kRows = C::kMaxTokens / 32;

@@ -1,6 +1,8 @@
-// sm90_w4a8_repack.cu - canonical int4 + scales -> the packed stream (sm90_w4a8_layout.cuh), at load.
+// sm90_w4a8_repack.cu - canonical int4 + scales -> the packed stream (sm90_w4a8_layout.cuh), at
+// load.
 //
-// Maths     none: a permutation, a change of sign code, and scales * 2^9 (exact; undoes the 2^-9 that
+// Maths     none: a permutation, a change of sign code, and scales * 2^9 (exact; undoes the 2^-9
+// that
 //           a magnitude has as an e4m3 code).
 // Operands  weight [n, k/2] u8, k fastest; scale [n, k/group]; packed stream, 128 B aligned.
 // Tile      one block per slab of 64 rows and K step of 128; each thread writes its own 8 words.
@@ -108,10 +110,10 @@ __global__ void find_minus8_kernel(const std::uint8_t* codes, std::size_t num_by
 
 void launch_repack(const RepackParams& p, int n, StreamHandle stream) {
   if (n <= 0 || n % 128 != 0 || p.k <= 0 || p.k % 128 != 0 || (p.group != 128 && p.group != 32)) {
-    throw Error(ErrorCode::kInvalidArgument,
-                "repack: n " + std::to_string(n) + " and k " + std::to_string(p.k) +
-                    " must be positive multiples of 128, group " + std::to_string(p.group) +
-                    " must be 128 or 32");
+    throw Error(ErrorCode::kInvalidArgument, "repack: n " + std::to_string(n) + " and k " +
+                                                 std::to_string(p.k) +
+                                                 " must be positive multiples of 128, group " +
+                                                 std::to_string(p.group) + " must be 128 or 32");
   }
   const dim3 grid(p.k / kStepK, n / kSlabRows);
   repack_kernel<<<grid, 128, 0, static_cast<cudaStream_t>(stream)>>>(p);

@@ -10,8 +10,8 @@ namespace sluice::cuda {
 inline constexpr float kE4m3Limit = 448.0f;
 inline constexpr float kMinAmax = 1e-4f;
 
-/// gate / (1 + exp(-gate)) * up within about 6 f32 ulp. exp(-gate) is 2^hi (1 + lo ln 2) with hi + lo =
-/// -gate log2(e) in twice f32's precision: a single rounded product would cost up to 80 ulp.
+/// gate / (1 + exp(-gate)) * up within about 6 f32 ulp. exp(-gate) is 2^hi (1 + lo ln 2) with hi +
+/// lo = -gate log2(e) in twice f32's precision: a single rounded product would cost up to 80 ulp.
 __device__ __forceinline__ float swiglu(float gate, float up) {
   constexpr float kLog2e = 1.44269502f;
   constexpr float kLog2eLow = 1.92596303e-8f;  // log2(e) - kLog2e

@@ -6,13 +6,14 @@
 //                    launch_experts() is both boxes in one persistent kernel
 //
 // Plain C++: no CUDA header is needed to include this. Every launcher is asynchronous on the given
-// stream, allocates nothing, waits for nothing on the host, and may be captured in a CUDA graph; row
-// counts are read on the device when the kernel runs. Pointers are device memory unless said otherwise.
+// stream, allocates nothing, waits for nothing on the host, and may be captured in a CUDA graph;
+// row counts are read on the device when the kernel runs. Pointers are device memory unless said
+// otherwise.
 //
 // Rows. Expert e owns rows [base(e), base(e) + num_rows[e]) of x, h and y, where base(e) is
 // row_offset[e] (contiguous layout) or e * max_m (masked layout, row_offset == nullptr). Rows of x
-// outside these ranges may be read (their values never matter); rows of h, h_scale and y outside them
-// are never written. Experts without rows cost nothing.
+// outside these ranges may be read (their values never matter); rows of h, h_scale and y outside
+// them are never written. Experts without rows cost nothing.
 //
 // Determinism. The bits of one output row depend on that row and its expert's weights alone: not on
 // the other rows, the row counts, the layout, or the KernelConfig. All kernels promote in the same
@@ -74,7 +75,8 @@ struct RepackPlain {
 void launch_repack_gate_up(const RepackGateUp& args, StreamHandle stream);
 void launch_repack_plain(const RepackPlain& args, StreamHandle stream);
 
-/// Sets *found = 1 if any of the 2 * num_bytes int4 values is -8; otherwise leaves it. Clear it before.
+/// Sets *found = 1 if any of the 2 * num_bytes int4 values is -8; otherwise leaves it. Clear it
+/// before.
 void launch_find_minus8(const std::uint8_t* codes, std::size_t num_bytes, std::int32_t* found,
                         StreamHandle stream);
 
@@ -87,10 +89,10 @@ struct PackedWeights {
 
 /// Which rows belong to which expert; see "Rows" above.
 struct ExpertRows {
-  int num_experts = 0;                      ///< Local experts, 1..512.
-  const std::int32_t* num_rows = nullptr;   ///< [num_experts] (masked_m / counts).
-  const std::int32_t* row_offset = nullptr; ///< [num_experts], or nullptr for the masked layout.
-  int max_m = 0;                            ///< Masked layout: rows reserved per expert.
+  int num_experts = 0;                       ///< Local experts, 1..512.
+  const std::int32_t* num_rows = nullptr;    ///< [num_experts] (masked_m / counts).
+  const std::int32_t* row_offset = nullptr;  ///< [num_experts], or nullptr for the masked layout.
+  int max_m = 0;                             ///< Masked layout: rows reserved per expert.
   std::int64_t total_rows = 0;  ///< Rows of the buffers (masked: num_experts * max_m). < 2^31.
 };
 
@@ -124,8 +126,8 @@ struct ConfigDevice {
 };
 struct ConfigChoice {
   KernelConfig config = KernelConfig::kDecode;
-  int num_ctas = 0;          ///< Persistent grid: one CTA per SM.
-  const char* reason = "";   ///< One sentence, static storage.
+  int num_ctas = 0;         ///< Persistent grid: one CTA per SM.
+  const char* reason = "";  ///< One sentence, static storage.
 };
 /// Pure; needs no GPU.
 [[nodiscard]] ConfigChoice choose_config(const ConfigProblem& problem, const ConfigDevice& device);

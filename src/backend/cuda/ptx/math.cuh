@@ -1,4 +1,5 @@
-// math.cuh - conversions and approximations the kernels are built from. One instruction per function.
+// math.cuh - conversions and approximations the kernels are built from. One instruction per
+// function.
 #pragma once
 
 #include <cstdint>

@@ -1,4 +1,5 @@
-// mbarrier.cuh - shared-memory barriers that count arrivals and bytes. One instruction per function.
+// mbarrier.cuh - shared-memory barriers that count arrivals and bytes. One instruction per
+// function.
 #pragma once
 
 #include <cstdint>

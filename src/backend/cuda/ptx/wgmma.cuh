@@ -1,11 +1,14 @@
-// wgmma.cuh - warpgroup matrix multiply: A (e4m3) in registers, B (e4m3) in shared memory, f32 sums.
+// wgmma.cuh - warpgroup matrix multiply: A (e4m3) in registers, B (e4m3) in shared memory, f32
+// sums.
 //
-// One function per shape, one instruction per function. A is [64, 32], B is [32, N] stored as N rows of
-// K-major bytes (128 B swizzle), D is [64, N]. Thread t of the warpgroup (w = t / 32, l = t % 32) holds
+// One function per shape, one instruction per function. A is [64, 32], B is [32, N] stored as N
+// rows of K-major bytes (128 B swizzle), D is [64, N]. Thread t of the warpgroup (w = t / 32, l = t
+// % 32) holds
 //   a[0] rows 16w + l/4      k 4(l%4)..+3        a[1] the same k, row + 8
 //   a[2] as a[0], k + 16                         a[3] as a[1], k + 16
 //   d[4j + i] row 16w + l/4 + 8(i/2), column 8j + 2(l%4) + i%2
-// `accumulate` false starts from zero. See the PTX manual, "Register Fragments for wgmma.mma_async".
+// `accumulate` false starts from zero. See the PTX manual, "Register Fragments for
+// wgmma.mma_async".
 #pragma once
 
 #include <cstdint>
@@ -27,7 +30,8 @@ __device__ __forceinline__ void wgmma_wait() {
 }
 
 /// Descriptor of a K-major e4m3 tile with 128-byte rows and 128 B swizzle; `address` is a shared
-/// address, 1024 B aligned, plus a multiple of 32 for later k steps. Groups of 8 rows are 1024 B apart.
+/// address, 1024 B aligned, plus a multiple of 32 for later k steps. Groups of 8 rows are 1024 B
+/// apart.
 __device__ __forceinline__ std::uint64_t smem_descriptor(std::uint32_t address) {
   constexpr std::uint64_t kSwizzle128B = std::uint64_t{1} << 62;
   constexpr std::uint64_t kStride = std::uint64_t{1024 >> 4} << 32;
