@@ -29,8 +29,7 @@ inline constexpr float kMinGroupAmax = 1e-4f;
 
 /// Exact. Codes 0x7f and 0xff are NaN.
 [[nodiscard]] float e4m3_to_float(std::uint8_t code) noexcept;
-/// Nearest, ties to even, saturating to +-448 (infinities too); NaN gives 0x7f with the sign of
-/// `x`.
+/// Nearest, ties to even, saturating to +-448 (infinities too); every NaN gives 0x7f.
 [[nodiscard]] std::uint8_t e4m3_from_float(float x) noexcept;
 
 [[nodiscard]] float bf16_to_float(std::uint16_t bits) noexcept;

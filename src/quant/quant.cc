@@ -35,7 +35,7 @@ std::uint8_t e4m3_from_float(float x) noexcept {
   const std::uint32_t bits = std::bit_cast<std::uint32_t>(x);
   const auto sign = static_cast<std::uint8_t>((bits & kF32Sign) >> 24);
   const std::uint32_t magnitude = bits & ~kF32Sign;
-  if (magnitude > kF32Infinity) return sign | 0x7f;
+  if (magnitude > kF32Infinity) return 0x7f;
   if (magnitude >= std::bit_cast<std::uint32_t>(kE4m3Max)) return sign | 0x7e;
   if (magnitude < std::bit_cast<std::uint32_t>(0x1p-6f)) {
     // Subnormal result: adding 2^14 puts the unit 2^-9 at the last mantissa bit, so that the float

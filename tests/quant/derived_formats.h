@@ -22,10 +22,10 @@ inline double e4m3_value(int code) {
   return code & 0x80 ? -magnitude : magnitude;
 }
 
-/// The finite code nearest to x, searched; of two equally near, the even one. NaN keeps its sign.
+/// The finite code nearest to x, searched; of two equally near, the even one. NaN is 0x7f.
 inline std::uint8_t e4m3_nearest(double x) {
   const int sign = std::signbit(x) ? 0x80 : 0;
-  if (std::isnan(x)) return static_cast<std::uint8_t>(sign | 0x7f);
+  if (std::isnan(x)) return 0x7f;
   if (std::isinf(x)) return static_cast<std::uint8_t>(sign | kLargestE4m3);
   int best = 0;
   double best_distance = std::fabs(x);
@@ -47,7 +47,7 @@ inline std::uint8_t e4m3_nearest_quick(double x) {
   }();
   const int sign = std::signbit(x) ? 0x80 : 0;
   const double magnitude = std::fabs(x);
-  if (std::isnan(x)) return static_cast<std::uint8_t>(sign | 0x7f);
+  if (std::isnan(x)) return 0x7f;
   if (magnitude >= values.back()) return static_cast<std::uint8_t>(sign | kLargestE4m3);
   int low = 0, high = kLargestE4m3;  // values[low] <= magnitude < values[high]
   while (high - low > 1) {
