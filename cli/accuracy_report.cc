@@ -19,14 +19,14 @@ constexpr const char* kStyle = R"(
 *{box-sizing:border-box}
 body{margin:0;background:var(--wash);color:var(--ink);
 font:15px/1.5 system-ui,-apple-system,"Segoe UI",Roboto,"Helvetica Neue",Arial,sans-serif}
-main{max-width:1080px;margin:0 auto;padding:32px 20px 60px}
+main{max-width:1140px;margin:0 auto;padding:32px 20px 60px}
 h1{font-size:27px;margin:0 0 4px}h2{font-size:19px;margin:0 0 4px}h3{font-size:14px;margin:14px 0 4px}
 p{margin:4px 0 10px;color:var(--soft);max-width:85ch}
 section{background:var(--paper);border:1px solid var(--line);border-radius:10px;padding:18px 22px;
 margin-top:18px}
 .scroll{overflow-x:auto}
 table{border-collapse:collapse;font-variant-numeric:tabular-nums;font-size:13.5px;margin:8px 0}
-th,td{padding:5px 11px;text-align:right;border-bottom:1px solid var(--line);white-space:nowrap}
+th,td{padding:5px 9px;text-align:right;border-bottom:1px solid var(--line);white-space:nowrap}
 th{color:var(--soft);font-weight:600}th:first-child,td:first-child{text-align:left}
 td.text{text-align:left;white-space:normal}
 .verdicts{display:flex;flex-wrap:wrap;gap:12px;margin-top:16px}
@@ -266,7 +266,7 @@ std::string Report::roundings() const {
 std::string Report::channels() const {
   std::string html =
       "<section><h2>Error by output channel</h2><p>Root mean square over neighbouring channels, in "
-      "order of channel.</p>" +
+      "order of channel. direct and direct-bf16 coincide, as do bf16-static and static.</p>" +
       key() + "<div class='pair'>";
   for (const Json& suite : json_.at("suites")) {
     html += "<div><h3>" + text_of(suite.at("name")) + "</h3>" +

@@ -21,6 +21,7 @@ void add_inspect(CLI::App& app, Output& output);
 void add_run(CLI::App& app, Output& output);
 void add_bench(CLI::App& app, Output& output);
 void add_accuracy(CLI::App& app, Output& output);
+void add_plan(CLI::App& app, Output& output);
 
 /// A table for people: first column left-aligned, the others right-aligned, two spaces between.
 class Table {

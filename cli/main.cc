@@ -21,6 +21,7 @@ int main(int argc, char** argv) {
   sluice::cli::add_run(app, output);
   sluice::cli::add_bench(app, output);
   sluice::cli::add_accuracy(app, output);
+  sluice::cli::add_plan(app, output);
 
   try {
     app.parse(argc, argv);

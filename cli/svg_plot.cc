@@ -4,6 +4,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <ranges>
 
 namespace sluice::cli {
 namespace {
@@ -33,17 +34,17 @@ class LogAxis {
     const double share = std::clamp((level - low_) / (high_ - low_), 0.0, 1.0);
     return bottom() - share * (bottom() - kTop);
   }
-  /// Grid lines at 1, 2, 5 of each decade, labelled.
+  /// Grid lines at 1, 2, 3, 5, 7 of each decade, labelled, where there is room.
   [[nodiscard]] std::string grid() const {
     std::string svg;
     double last = 1e9;
     for (int decade = static_cast<int>(std::floor(low_)); decade <= high_; ++decade) {
-      for (const double step : {1.0, 2.0, 5.0}) {
+      for (const double step : {1.0, 2.0, 3.0, 5.0, 7.0}) {
         const double percent = step * std::pow(10.0, decade);
         const double level = std::log10(percent);
         if (level < low_ - 1e-9 || level > high_ + 1e-9) continue;
         const double at = y(percent / 100);
-        if (last - at < 13) continue;
+        if (last - at < 18) continue;
         last = at;
         svg += fmt::format(
             "<line class='grid' x1='{:.1f}' y1='{:.1f}' x2='{:.1f}' y2='{:.1f}'/>"
@@ -126,7 +127,7 @@ std::string line_plot(const std::string& x_label, const std::vector<PlotSeries>&
                       PlotSize size) {
   const LogAxis axis(series, size);
   std::string svg = open_svg(size) + axis.grid();
-  for (const PlotSeries& s : series) {
+  for (const PlotSeries& s : std::views::reverse(series)) {  // The first lies on top.
     std::string points;
     const double last = static_cast<double>(std::max<std::size_t>(2, s.values.size()) - 1);
     for (std::size_t i = 0; i < s.values.size(); ++i) {

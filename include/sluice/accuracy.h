@@ -104,7 +104,10 @@ struct RecipeCertificate {
   ErrorNumbers output;                     ///< Against exact arithmetic on the INT4 weights.
   std::optional<ErrorNumbers> total;       ///< Against the original weights, exact arithmetic.
   std::optional<ErrorNumbers> total_bf16;  ///< The same if GEMM1 took x unquantized.
-  /// 100 * (total / total_bf16 - 1): what the FP8 activation adds to the layer's total error.
+  /// What the FP8 activation into GEMM1 adds to the layer's total error: 100 * (a / b - 1), where a
+  /// and b are the root sums of squares of the weights' error and of all other roundings, with and
+  /// without that one. The two are independent; taking their measured sum instead (total over
+  /// total_bf16) gives the same number plus the noise of their chance correlation.
   std::optional<double> added_percent;
   CastCounts cast1, cast2;
   RoundingErrors roundings;

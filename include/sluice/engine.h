@@ -20,6 +20,7 @@ namespace sluice {
 
 class Backend;
 class Checkpoint;
+struct ModelGeometry;
 class Transport;
 
 struct EngineConfig {
@@ -50,8 +51,26 @@ struct ForwardStats {
   std::uint64_t flops = 0;                    ///< 2 * rows * 3 * hidden * intermediate.
 };
 
+/// Bytes that an engine holds on one rank.
+struct EngineMemory {
+  std::size_t codes_bytes = 0;     ///< INT4 codes of the rank's experts, as in the checkpoint.
+  std::size_t scales_bytes = 0;    ///< Their group scales.
+  std::size_t prepared_bytes = 0;  ///< Both, in the backend's own order: what stays resident.
+  std::size_t exchange_bytes = 0;  ///< Buffers of the exchanges of all its modes.
+  std::size_t scratch_bytes = 0;   ///< Rows between the stages.
+  [[nodiscard]] std::size_t total_bytes() const noexcept {
+    return prepared_bytes + exchange_bytes + scratch_bytes;
+  }
+};
+
 class Engine {
  public:
+  /// What create() will take on each of `num_ranks` ranks, for experts of `geometry` with scales of
+  /// `scale_dtype`. Needs neither checkpoint nor device.   Throws: as create().
+  [[nodiscard]] static EngineMemory plan_memory(const EngineConfig& config,
+                                                const ModelGeometry& geometry, DType scale_dtype,
+                                                Device::Kind device, int num_ranks);
+
   /// Resolves the recipes, reads this rank's experts, prepares them for `backend` and creates the
   /// exchanges. Borrows `transport` and `backend`; `checkpoint` is not needed afterwards.
   /// Throws: whatever resolve_recipe(), Checkpoint and Exchange throw; kTransport naming ranks and

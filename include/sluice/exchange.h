@@ -106,6 +106,9 @@ class Exchange {
   /// Bytes create() will take on each rank (docs/design.md has the formula).
   [[nodiscard]] static std::size_t workspace_bytes(const ExchangeConfig& config, int num_ranks);
 
+  /// max_rows() of an Exchange made with this configuration.
+  [[nodiscard]] static std::int64_t max_rows(const ExchangeConfig& config, int num_ranks);
+
   /// Borrows `transport` and `backend` for its lifetime.
   /// Throws: kInvalidArgument (names the field), kTransport naming the ranks and the field on which
   ///   configurations differ, kOutOfMemory, kUnsupported if this transport cannot reach this
@@ -119,7 +122,8 @@ class Exchange {
 
   [[nodiscard]] const ExchangeConfig& config() const noexcept;
   [[nodiscard]] int num_local_experts() const noexcept;
-  /// Rows that batch().x holds: num_local_experts * max_m, or the most that normal mode can receive.
+  /// Rows that batch().x holds: num_local_experts * max_m, or the most that normal mode can
+  /// receive.
   [[nodiscard]] std::int64_t max_rows() const noexcept;
 
   /// Quantizes `x` to the wire format and sends each token to its experts' ranks.

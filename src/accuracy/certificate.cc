@@ -91,7 +91,8 @@ void judge_output(const Evaluator& evaluator, std::int64_t width, RecipeCertific
     return ErrorSums(exact, evaluator.y(variant), width).relative_l2();
   };
   RoundingErrors& alone = r.roundings;
-  alone.weights = ErrorSums(original, exact, width).relative_l2();
+  const ErrorSums weights(original, exact, width);
+  alone.weights = weights.relative_l2();
   alone.activation1 = error(v.activation1);
   alone.activation2 = error(v.activation2);
   alone.accumulation = error(kAccumulation);
@@ -106,9 +107,10 @@ void judge_output(const Evaluator& evaluator, std::int64_t width, RecipeCertific
   r.channel_errors = together.channel_errors();
   r.total = ErrorSums(original, evaluator.y(v.together), width).numbers();
   r.total_bf16 = ErrorSums(original, evaluator.y(v.bf16_input), width).numbers();
-  if (r.total_bf16->relative_l2 > 0) {
-    r.added_percent = 100 * (r.total->relative_l2 / r.total_bf16->relative_l2 - 1);
-  }
+  const ErrorSums bf16_input(exact, evaluator.y(v.bf16_input), width);
+  const double with = std::hypot(weights.error_norm(), together.error_norm());
+  const double without = std::hypot(weights.error_norm(), bf16_input.error_norm());
+  if (without > 0) r.added_percent = 100 * (with / without - 1);
   r.cast2 = evaluator.cast2_counts(v.together);
 }
 

@@ -14,7 +14,7 @@ namespace {
 /// Normal up to its fourth cumulant: the sum of four uniform values, its flat tails bent out.
 float cheap_normal(std::uint64_t bits) {
   constexpr float kMean = 131070.0f, kDeviation = 37837.2f;  // 4 * 65535 / 2, 65536 * sqrt(4 / 12)
-  constexpr float kBend = 0.3f / 24;                         // Excess kurtosis -0.3 of the sum.
+  constexpr float kBend = 0.018f;  // Brings the sum's kurtosis of 2.7 to 3.
   const auto sum = static_cast<float>((bits & 0xffff) + ((bits >> 16) & 0xffff) +
                                       ((bits >> 32) & 0xffff) + (bits >> 48));
   const float z = (sum - kMean) / kDeviation;

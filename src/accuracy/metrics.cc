@@ -33,6 +33,14 @@ double ErrorSums::relative_l2() const {
   return all_.ratio();
 }
 
+double ErrorSums::error_norm() const {
+  return std::sqrt(all_.error);
+}
+
+double ErrorSums::reference_norm() const {
+  return std::sqrt(all_.reference);
+}
+
 std::vector<double> ErrorSums::token_errors() const {
   std::vector<double> errors;
   for (const Pair& pair : tokens_) errors.push_back(pair.ratio());

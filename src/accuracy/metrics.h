@@ -17,6 +17,8 @@ class ErrorSums {
   /// ||actual - reference|| / ||reference||; 0 if they are equal, infinite if only the reference
   /// vanishes.
   [[nodiscard]] double relative_l2() const;
+  [[nodiscard]] double error_norm() const;
+  [[nodiscard]] double reference_norm() const;
   [[nodiscard]] std::vector<double> token_errors() const;    ///< The same of each token.
   [[nodiscard]] std::vector<double> channel_errors() const;  ///< The same of each channel.
   [[nodiscard]] ErrorNumbers numbers() const;

@@ -63,17 +63,20 @@ struct Engine::Impl {
 
 namespace {
 
-void check_config(const EngineConfig& config, const Checkpoint& checkpoint, int num_ranks) {
-  const ModelGeometry& geometry = checkpoint.geometry();
+void check_geometry(const EngineConfig& config, const ModelGeometry& geometry, int num_ranks) {
   check_argument(config.low_latency || config.normal,
                  "the engine has a recipe for neither mode: set low_latency, normal or both");
+  check_argument(num_ranks > 0 && geometry.num_experts % num_ranks == 0,
+                 "{} experts are not divisible by {} ranks", geometry.num_experts, num_ranks);
+  check_argument(config.max_tokens_per_rank > 0, "max_tokens_per_rank {} is not positive",
+                 config.max_tokens_per_rank);
+}
+
+void check_config(const EngineConfig& config, const Checkpoint& checkpoint, int num_ranks) {
   check_argument(std::ranges::binary_search(checkpoint.moe_layers(), config.layer),
                  "layer {} of {} holds no routed experts", config.layer,
                  checkpoint.path().string());
-  check_argument(geometry.num_experts % num_ranks == 0, "{} experts are not divisible by {} ranks",
-                 geometry.num_experts, num_ranks);
-  check_argument(config.max_tokens_per_rank > 0, "max_tokens_per_rank {} is not positive",
-                 config.max_tokens_per_rank);
+  check_geometry(config, checkpoint.geometry(), num_ranks);
 }
 
 ExchangeConfig exchange_config(const EngineConfig& config, const ModelGeometry& geometry,
@@ -144,15 +147,66 @@ Engine Engine::create(const EngineConfig& config, const Checkpoint& checkpoint,
   return Engine(std::move(impl));
 }
 
-void Engine::Impl::allocate_scratch(std::int64_t max_rows) {
+namespace {
+
+/// The buffers of allocate_scratch(), in its order.
+std::array<std::size_t, 5> scratch_bytes(const ModelGeometry& geometry, std::int64_t max_rows) {
   const auto rows = static_cast<std::size_t>(max_rows);
   const auto hidden = static_cast<std::size_t>(geometry.hidden);
   const auto intermediate = static_cast<std::size_t>(geometry.intermediate);
-  x_codes = backend->allocate(rows * hidden);
-  x_scale = backend->allocate(rows * hidden / kActivationGroup * sizeof(float));
-  h_codes = backend->allocate(rows * intermediate);
-  h_scale = backend->allocate(rows * intermediate / kActivationGroup * sizeof(float));
-  expert_y = backend->allocate(rows * hidden * sizeof(std::uint16_t));
+  return {rows * hidden, rows * hidden / kActivationGroup * sizeof(float), rows * intermediate,
+          rows * intermediate / kActivationGroup * sizeof(float),
+          rows * hidden * sizeof(std::uint16_t)};
+}
+
+/// PreparedExperts::bytes() of a backend that is not there yet; a test holds it against one. The
+/// CPU's matrices begin on pages of their own.
+std::size_t prepared_bytes(Device::Kind device, const ModelGeometry& geometry, int num_experts,
+                           DType scale_dtype) {
+  const std::size_t page = device == Device::Kind::kHost ? 4096 : 1;
+  const auto aligned = [&](std::size_t bytes) { return (bytes + page - 1) / page * page; };
+  const std::size_t elems =
+      static_cast<std::size_t>(geometry.hidden) * static_cast<std::size_t>(geometry.intermediate);
+  const std::size_t scales = elems / static_cast<std::size_t>(geometry.group_size);
+  return static_cast<std::size_t>(num_experts) * 3u *
+         (aligned(elems / 2) + aligned(scales * size_bytes(scale_dtype)));
+}
+
+}  // namespace
+
+void Engine::Impl::allocate_scratch(std::int64_t max_rows) {
+  const auto bytes = scratch_bytes(geometry, max_rows);
+  std::size_t i = 0;
+  for (auto* buffer : {&x_codes, &x_scale, &h_codes, &h_scale, &expert_y}) {
+    *buffer = backend->allocate(bytes[i++]);
+  }
+}
+
+EngineMemory Engine::plan_memory(const EngineConfig& config, const ModelGeometry& geometry,
+                                 DType scale_dtype, Device::Kind device, int num_ranks) {
+  check_geometry(config, geometry, num_ranks);
+  const int num_local = geometry.num_experts / num_ranks;
+  EngineMemory memory;
+  const std::size_t weights = static_cast<std::size_t>(num_local) * 3u *
+                              static_cast<std::size_t>(geometry.hidden) *
+                              static_cast<std::size_t>(geometry.intermediate);
+  memory.codes_bytes = weights / 2;
+  memory.scales_bytes =
+      weights / static_cast<std::size_t>(geometry.group_size) * size_bytes(scale_dtype);
+  memory.prepared_bytes = prepared_bytes(device, geometry, num_local, scale_dtype);
+  std::int64_t max_rows = 0;
+  for (const auto& [mode, name] : {std::pair{Mode::kLowLatency, config.low_latency},
+                                   std::pair{Mode::kNormal, config.normal}}) {
+    if (!name) continue;
+    // Sizes do not depend on the values of static scales.
+    const Recipe recipe =
+        resolve_recipe(*name, mode, config.dispatch_dtype, StaticScales{1, 1}, "the layer");
+    const ExchangeConfig exchange = exchange_config(config, geometry, recipe);
+    memory.exchange_bytes += Exchange::workspace_bytes(exchange, num_ranks);
+    max_rows = std::max(max_rows, Exchange::max_rows(exchange, num_ranks));
+  }
+  for (const std::size_t bytes : scratch_bytes(geometry, max_rows)) memory.scratch_bytes += bytes;
+  return memory;
 }
 
 Lane& Engine::Impl::lane(Mode mode) {

@@ -101,6 +101,11 @@ std::size_t Exchange::workspace_bytes(const ExchangeConfig& config, int num_rank
   return HostLayout(resolved(config, num_ranks), num_ranks).total_bytes();
 }
 
+std::int64_t Exchange::max_rows(const ExchangeConfig& config, int num_ranks) {
+  check_argument(num_ranks >= 1, "{} ranks; at least one", num_ranks);
+  return HostLayout(resolved(config, num_ranks), num_ranks).max_rows();
+}
+
 Exchange Exchange::create(const ExchangeConfig& config, Transport& transport, Backend& backend) {
   const ExchangeConfig checked = resolved(config, transport.num_ranks());
   require_agreement(transport, exchange_agreement(checked), checked.peer_timeout);

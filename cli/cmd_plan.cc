@@ -1,0 +1,205 @@
+// sluice plan - what a layer takes on each rank, before anything is loaded; and what would fit.
+#include <fmt/core.h>
+
+#include <filesystem>
+#include <fstream>
+
+#include "command.h"
+#include "sluice/checkpoint.h"
+#include "sluice/engine.h"
+#include "sluice/error.h"
+
+namespace sluice::cli {
+namespace {
+
+struct Options {
+  std::string preset, config, recipe = "direct", mode = "low-latency", backend = "cpu",
+                              scale_dtype = "f32", memory;
+  int ranks = 1, tokens = 128, layers = 1;
+};
+
+/// The first of `names` that is there. Throws: naming all of them.
+int field_of(const nlohmann::json& json, const std::vector<const char*>& names,
+             const std::string& file) {
+  std::string tried;
+  for (const char* name : names) {
+    tried += (tried.empty() ? "" : ", ") + std::string(name);
+    const auto found = json.find(name);
+    if (found == json.end() || found->is_null()) continue;
+    if (!found->is_number_integer() || *found < 1 || *found > 1 << 24) {
+      throw Error(ErrorCode::kCorruptFile,
+                  fmt::format("{}: {} = {} is not in [1, 2^24]", file, name, found->dump()));
+    }
+    return found->get<int>();
+  }
+  throw Error(ErrorCode::kCorruptFile, fmt::format("{}: none of {} is there", file, tried));
+}
+
+/// Geometry of any config.json, quantized or not: a plan may come before the checkpoint.
+ModelGeometry read_geometry(const std::string& file) {
+  std::ifstream in(file);
+  nlohmann::json json = nlohmann::json::parse(in, nullptr, /*allow_exceptions=*/false);
+  if (!json.is_object()) {
+    throw Error(ErrorCode::kCorruptFile, file + ": not a JSON object");
+  }
+  if (json.contains("text_config") && json["text_config"].is_object()) json = json["text_config"];
+  ModelGeometry g;
+  g.name = json.value("model_type", std::string("model"));
+  g.num_experts = field_of(json, {"n_routed_experts", "num_experts", "num_local_experts"}, file);
+  g.num_topk = field_of(json, {"num_experts_per_tok", "num_experts_per_token"}, file);
+  g.hidden = field_of(json, {"hidden_size"}, file);
+  g.intermediate = field_of(json, {"moe_intermediate_size", "intermediate_size"}, file);
+  return g;
+}
+
+/// "80GB", "512MB", "1.5e9": decimal units.
+double parse_memory(const std::string& text) {
+  std::size_t used = 0;
+  double value = 0;
+  try {
+    value = std::stod(text, &used);
+  } catch (const std::exception&) {
+    used = 0;
+  }
+  const std::string unit = text.substr(used);
+  const double factor = unit.empty() || unit == "B" ? 1
+                        : unit == "MB"              ? 1e6
+                        : unit == "GB"              ? 1e9
+                        : unit == "MiB"             ? 1048576.0
+                        : unit == "GiB"             ? 1073741824.0
+                                                    : 0;
+  if (used == 0 || factor == 0 || !(value > 0)) {
+    throw Error(ErrorCode::kInvalidArgument,
+                fmt::format("--memory '{}' is not a size such as 80GB, 512MiB or 1e9", text));
+  }
+  return value * factor;
+}
+
+class Planner {
+ public:
+  Planner(const Options& options, ModelGeometry geometry)
+      : geometry_(std::move(geometry)),
+        scale_dtype_(options.scale_dtype == "bf16" ? DType::kBFloat16 : DType::kFloat32),
+        device_(options.backend == "cuda" ? Device::Kind::kCuda : Device::Kind::kHost),
+        num_ranks_(options.ranks) {
+    const RecipeName recipe = parse_recipe(options.recipe);
+    const bool both = options.mode == "both";
+    config_.low_latency.reset(), config_.normal.reset();
+    if (both || parse_mode(options.mode) == Mode::kLowLatency) config_.low_latency = recipe;
+    if (both || parse_mode(options.mode) == Mode::kNormal) config_.normal = recipe;
+  }
+
+  [[nodiscard]] EngineMemory at(int tokens) const {
+    EngineConfig config = config_;
+    config.max_tokens_per_rank = tokens;
+    return Engine::plan_memory(config, geometry_, scale_dtype_, device_, num_ranks_);
+  }
+
+  /// The most tokens per rank of `layers` layers that fit; 0 if none.
+  [[nodiscard]] int most_tokens(double memory, int layers) const {
+    constexpr int kMost = 1 << 20;
+    int fits = 0, too_many = kMost + 1;
+    while (too_many - fits > 1) {
+      const int middle = fits + (too_many - fits) / 2;
+      (total(at(middle), layers) <= memory ? fits : too_many) = middle;
+    }
+    return fits;
+  }
+
+  /// Each layer is an engine of its own, buffers included.
+  [[nodiscard]] static double total(const EngineMemory& m, int layers) {
+    return static_cast<double>(m.total_bytes()) * layers;
+  }
+
+  [[nodiscard]] const ModelGeometry& geometry() const { return geometry_; }
+
+ private:
+  ModelGeometry geometry_;
+  DType scale_dtype_;
+  Device::Kind device_;
+  int num_ranks_;
+  EngineConfig config_;
+};
+
+void plan(const Options& options, Output& output) {
+  if (options.preset.empty() == options.config.empty()) {
+    throw Error(ErrorCode::kInvalidArgument, "give either --preset or --config");
+  }
+  const Planner planner(options, options.preset.empty() ? read_geometry(options.config)
+                                                        : preset_geometry(options.preset));
+  const ModelGeometry& g = planner.geometry();
+  const EngineMemory m = planner.at(options.tokens);
+  const double total = Planner::total(m, options.layers);
+  fmt::print("layer     {}: {} experts, top-{}, hidden {}, intermediate {}, group {}\n", g.name,
+             g.num_experts, g.num_topk, g.hidden, g.intermediate, g.group_size);
+  fmt::print("plan      recipe {}, {} mode, {} ranks of {} experts, up to {} tokens each, {}\n",
+             options.recipe, options.mode, options.ranks, g.num_experts / options.ranks,
+             options.tokens, options.backend);
+  Table table({"each rank", "bytes", ""});
+  const auto add = [&](const char* name, double bytes) {
+    table.add({name, fmt::format("{:.0f}", bytes), human_bytes(bytes)});
+  };
+  add("codes", static_cast<double>(m.codes_bytes));
+  add("scales", static_cast<double>(m.scales_bytes));
+  add("weights, prepared", static_cast<double>(m.prepared_bytes));
+  add("exchange", static_cast<double>(m.exchange_bytes));
+  add("scratch", static_cast<double>(m.scratch_bytes));
+  add("total", static_cast<double>(m.total_bytes()));
+  if (options.layers > 1) add("total, all layers", total);
+  fmt::print("{}", table.to_string());
+  output.json = {{"command", "plan"},
+                 {"model", g.name},
+                 {"recipe", options.recipe},
+                 {"mode", options.mode},
+                 {"ranks", options.ranks},
+                 {"tokens_per_rank", options.tokens},
+                 {"layers", options.layers},
+                 {"codes_bytes", m.codes_bytes},
+                 {"scales_bytes", m.scales_bytes},
+                 {"prepared_bytes", m.prepared_bytes},
+                 {"exchange_bytes", m.exchange_bytes},
+                 {"scratch_bytes", m.scratch_bytes},
+                 {"total_bytes", total}};
+  if (options.memory.empty()) return;
+  const double memory = parse_memory(options.memory);
+  const int most = planner.most_tokens(memory, options.layers);
+  output.json["memory_bytes"] = memory;
+  output.json["most_tokens_per_rank"] = most;
+  output.json["fits"] = total <= memory;
+  fmt::print("memory    {} a rank: at most {} tokens per rank fit; {} {}\n", human_bytes(memory),
+             most, options.tokens, total <= memory ? "fit" : "DO NOT FIT");
+  output.exit_status = total <= memory ? 0 : 1;
+}
+
+}  // namespace
+
+void add_plan(CLI::App& app, Output& output) {
+  CLI::App* command = app.add_subcommand("plan", "Memory of a layer on each rank; what would fit");
+  const auto options = std::make_shared<Options>();
+  command->add_option("--preset", options->preset, "Geometry by name");
+  command->add_option("--config", options->config, "Geometry from a model's config.json")
+      ->check(CLI::ExistingFile);
+  command->add_option("--ranks", options->ranks, "Expert-parallel ranks")
+      ->check(CLI::Range(1, 1024))
+      ->capture_default_str();
+  command->add_option("--tokens", options->tokens, "Largest number of tokens per rank")
+      ->check(CLI::Range(1, 1 << 20))
+      ->capture_default_str();
+  command->add_option("--recipe", options->recipe, "What is rounded where")->capture_default_str();
+  command->add_option("--mode", options->mode, "low-latency | normal | both")
+      ->capture_default_str();
+  command->add_option("--layers", options->layers, "MoE layers, each with buffers of its own")
+      ->check(CLI::Range(1, 1000))
+      ->capture_default_str();
+  command->add_option("--backend", options->backend, "cpu | cuda")
+      ->check(CLI::IsMember({"cpu", "cuda"}))
+      ->capture_default_str();
+  command->add_option("--scale-dtype", options->scale_dtype, "f32 | bf16: the weights' scales")
+      ->check(CLI::IsMember({"f32", "bf16"}))
+      ->capture_default_str();
+  command->add_option("--memory", options->memory,
+                      "Bytes there are on a rank, e.g. 80GB: fail if the plan does not fit");
+  command->callback([options, &output] { plan(*options, output); });
+}
+
+}  // namespace sluice::cli
