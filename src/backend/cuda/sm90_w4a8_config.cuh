@@ -14,7 +14,14 @@ namespace sluice::cuda {
 inline constexpr int kMaxExperts = 512;
 inline constexpr int kNumTokenBoxes = 5;     ///< Tensor maps for boxes of 8 << i tokens.
 inline constexpr int kSharedLimit = 232448;  ///< Dynamic shared memory of one CTA on sm_90.
-inline constexpr int kSyncHeader = 2;        ///< Words before the per-expert counters.
+/// Arrivals of the scale warp per stage. One lane speaks for the warp after __syncwarp(); racecheck
+/// does not follow that, so checked builds let every lane arrive.
+#ifdef SLUICE_DEVICE_CHECK
+inline constexpr int kScaleArrivals = 32;
+#else
+inline constexpr int kScaleArrivals = 1;
+#endif
+inline constexpr int kSyncHeader = 2;  ///< Words before the per-expert counters.
 
 /// One instantiation of the kernel.
 template <KernelConfig Size, WeightCode Code, ScaleType Scale, int Group>

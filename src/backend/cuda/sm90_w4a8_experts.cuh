@@ -16,27 +16,27 @@
 //           num_rows, row_offset [E] i32                       read when the CTA starts
 //
 // Tile      w is the left operand, widened to fp8 in registers, so a CTA computes c^T:
-//                                 tokens: N in {8, 16, 32, 64} or {32, 64, 128}
+//                           tokens: N in {8, 16, 32, 64}, prefill also 128
 //                               +---------------------+
 //             256 weight rows   | 4 slabs of 64 rows  |   K in steps of 128
 //                               +---------------------+
 //           decode: 4 math warpgroups, a slab each; prefill: 2, two slabs each.
 //
-// Warps     warpgroup 0   producer: warp 0 claims tiles and streams weights, warp 1 fetches
-//                         activations and scales                        32 / 40 registers
-//           warpgroups 1+ math: widen, wgmma, promote, epilogue        120 / 232 registers
+// Warps     math warpgroups: widen, wgmma, promote, epilogue           104 / 232 registers
+//           last warpgroup, producers:                                  64 /  40 registers
+//             warp 0 claims tiles and streams weights; warp 1 fetches activations; warp 2 their
+//             scales; warp 3 idles
 //           640 or 384 threads, one CTA per SM, set by registers and shared memory.
 //
 // Shared    bf16, group 128, decode:  stage = w 16896 + x 8192 + xs 256 = 25344 B, 8 stages 203 KB
 //                          prefill:  stage = w 16896 + x 16384 + xs 512 = 33792 B, 6 stages 203 KB
-//           + finished tile 9 / 18 KB + amax 4 KB + expert prefix 2 KB: of 227 KB
+//           + finished tile 9 / 18 KB + amax 4 KB + expert prefix and counts 4 KB: of 227 KB
 //
-// Barriers  full[s]   producer -> math: 1 (weights) + 1 + 32 (activations, scales) arrivals and
-// bytes
-//           empty[s]  math -> producer: one arrival per math warp
-//           tile_full/tile_empty[4]  the claimed tile, warp 0 -> warp 1 and math
-//           sync[2 + e]  finished phase-0 tiles of expert e, release; warp 1 acquires before it
-//                     fetches h. Tickets order all tiles; phase 1 waits only for lower tickets,
+// Barriers  full[s]   producers -> math: weights, activations (both also count bytes), scales
+//           empty[s]  math -> producers: one arrival per math warp
+//           tile_full/tile_empty[4]  the claimed tile, warp 0 -> warps 1, 2 and math
+//           sync[2 + e]  finished phase-0 tiles of expert e, release; warps 1 and 2 acquire before
+//                     they fetch h. Tickets order all tiles; phase 1 waits only for lower tickets,
 //                     which running CTAs hold, so any number of resident CTAs makes progress.
 //           Between its wait and its arrive a role owns the bytes; no one else touches them.
 //
@@ -54,7 +54,7 @@ namespace sluice::cuda {
 template <class C>
 __device__ __forceinline__ void init_barriers(Shared<C>& s) {
   for (int i = 0; i < C::kStages; ++i) {
-    ptx::mbarrier_init(&s.full[i], 3);  // weights, activations, scales
+    ptx::mbarrier_init(&s.full[i], 2 + kScaleArrivals);
     ptx::mbarrier_init(&s.empty[i], C::kMathWarps);
   }
   for (int i = 0; i < Shared<C>::kTileSlots; ++i) {

@@ -217,7 +217,7 @@ __device__ __forceinline__ void fetch_scales(Shared<C>& s, const Params& p, int 
 #pragma unroll
         for (int i = 0; i < kRows; ++i) s.x_scale[ring.stage][lane + 32 * i] = scale[i][j];
         __syncwarp();
-        if (lane == 0) ptx::mbarrier_arrive(&s.full[ring.stage]);
+        if (lane < kScaleArrivals) ptx::mbarrier_arrive(&s.full[ring.stage]);
         ring.advance<C::kStages>();
       }
     }
