@@ -180,6 +180,9 @@ ReferenceRow LayerReference::row(const std::uint16_t* x, const std::int32_t* top
     const std::vector<Interval> c2 =
         multiply(expert.down, gemm2_input(h, recipe_), model_.accumulation);
 
+    experts_.release_pages(
+        topk_idx[k]);  // A layer may be larger than memory; its tokens come one by one.
+
     const double weight = static_cast<double>(topk_weights[k]) * routed_scaling_factor_;
     for (std::size_t i = 0; i < hidden; ++i) {
       const double error = c2[i].error + kBf16HalfUlp * (std::fabs(c2[i].value) + c2[i].error);

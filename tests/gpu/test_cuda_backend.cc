@@ -1,0 +1,319 @@
+// The CUDA backend against the formats' definitions, byte for byte, and whole layers against
+// float64. Skips itself where there is no device.
+#include <gtest/gtest.h>
+
+#include <cmath>
+#include <limits>
+#include <thread>
+
+#include "backend/ops.h"
+#include "core/counter_rng.h"
+#include "layer/layer_fixture.h"
+#include "sluice/quant.h"
+
+namespace sluice::testing {
+namespace {
+
+/// The device, or null with the reason printed.
+std::unique_ptr<Backend> cuda_backend() {
+  try {
+    return make_backend({.device = {Device::Kind::kCuda, 0}});
+  } catch (const Error& error) {
+    if (error.code() != ErrorCode::kUnsupported) throw;
+    std::printf("skipped: %s\n", error.what());
+    return nullptr;
+  }
+}
+
+class CudaBackendTest : public ::testing::Test {
+ protected:
+  void SetUp() override {
+    backend_ = cuda_backend();
+    if (!backend_) GTEST_SKIP() << "no CUDA device on this machine";
+    ops_ = &ops(*backend_);
+    stream_ = backend_->stream();
+  }
+
+  template <class T>
+  std::unique_ptr<DeviceBuffer> upload(const std::vector<T>& host) {
+    auto buffer = backend_->allocate(std::max<std::size_t>(1, host.size() * sizeof(T)));
+    if (!host.empty()) {
+      backend_->copy_from_host(buffer->data(), host.data(), host.size() * sizeof(T), stream_);
+    }
+    return buffer;
+  }
+  template <class T>
+  std::vector<T> download(const DeviceBuffer& buffer, std::size_t count) {
+    std::vector<T> host(count);
+    if (count > 0) backend_->copy_to_host(host.data(), buffer.data(), count * sizeof(T), stream_);
+    return host;
+  }
+  template <class T>
+  static T* as(const std::unique_ptr<DeviceBuffer>& buffer) {
+    return reinterpret_cast<T*>(buffer->data());
+  }
+
+  std::unique_ptr<Backend> backend_;
+  BackendOps* ops_ = nullptr;
+  Stream stream_;
+};
+
+constexpr int kWidth = 640;  // Five groups: the last unit of a row is short.
+
+/// Rows of five experts, uneven, with gaps between them; the rest is padding.
+struct Layout {
+  std::vector<std::int32_t> num_rows = {0, 7, 1, 0, 40};
+  std::vector<std::int64_t> row_begin = {0, 3, 11, 12, 20};
+  std::int64_t max_rows = 61;
+  [[nodiscard]] bool valid(std::int64_t row) const {
+    for (std::size_t e = 0; e < num_rows.size(); ++e) {
+      if (row >= row_begin[e] && row < row_begin[e] + num_rows[e]) return true;
+    }
+    return false;
+  }
+};
+
+/// bf16 rows in which every bit pattern occurs: all classes of numbers, NaN and infinities
+/// included.
+std::vector<std::uint16_t> every_pattern(std::int64_t max_rows, bool with_specials) {
+  std::vector<std::uint16_t> x(static_cast<std::size_t>(max_rows * kWidth));
+  for (std::size_t i = 0; i < x.size(); ++i) {
+    x[i] = static_cast<std::uint16_t>(i * 40503u);
+    if (!with_specials && (x[i] & 0x7f80) == 0x7f80) x[i] = 0x3f80;
+    const std::size_t group = i / 128;
+    if (group % 7 == 3) x[i] = 0;                                          // All zero.
+    if (group % 7 == 5) x[i] = static_cast<std::uint16_t>(x[i] & 0x83ff);  // All tiny.
+    if (group % 7 >= 1 && group % 7 <= 2)
+      x[i] = static_cast<std::uint16_t>((x[i] & 0x87ff) | 0x3c00);
+  }
+  return x;
+}
+
+TEST_F(CudaBackendTest, QuantizeGivesTheDefinedBytesAndTouchesNothingElse) {
+  const Layout layout;
+  for (const bool with_specials : {false, true}) {
+    const auto x = every_pattern(layout.max_rows, with_specials);
+    const auto dx = upload(x), begin = upload(layout.row_begin), count = upload(layout.num_rows);
+    const ExpertRows rows{.num_local_experts = 5,
+                          .row_begin = as<std::int64_t>(begin),
+                          .num_rows = as<std::int32_t>(count),
+                          .max_rows = layout.max_rows,
+                          .max_rows_per_expert = layout.max_rows,
+                          .expected_m = 10};
+    for (const int kind : {0, 1, 2}) {  // Group, power of two, static.
+      const auto codes = upload(std::vector<std::uint8_t>(x.size(), 0xa5));
+      const auto scale = upload(std::vector<float>(x.size() / 128, -7.0f));
+      const QuantizedRows out{.codes = as<std::uint8_t>(codes),
+                              .scale = kind == 2 ? nullptr : as<float>(scale),
+                              .static_scale = kind == 2 ? 0.013f : 0.0f,
+                              .width = kWidth};
+      ops_->quantize(as<std::uint16_t>(dx), rows, kind == 1, out, stream_);
+      const auto got = download<std::uint8_t>(*codes, x.size());
+      const auto got_scale = download<float>(*scale, x.size() / 128);
+      for (std::size_t g = 0; g < x.size() / 128; ++g) {
+        const auto row = static_cast<std::int64_t>(g * 128 / kWidth);
+        std::vector<std::uint8_t> expected(128, 0xa5);
+        float expected_scale = -7.0f;
+        if (layout.valid(row)) {
+          std::vector<float> v(128);
+          for (std::size_t i = 0; i < 128; ++i) v[i] = bf16_to_float(x[g * 128 + i]);
+          if (kind == 0) expected_scale = quantize_group(v, expected);
+          if (kind == 1) expected_scale = quantize_group_pow2(v, expected);
+          if (kind == 2) quantize_static(v, 0.013f, expected);
+        }
+        const std::vector<std::uint8_t> actual(got.begin() + g * 128, got.begin() + (g + 1) * 128);
+        ASSERT_EQ(actual, expected) << "kind " << kind << " row " << row << " group " << g;
+        ASSERT_EQ(got_scale[g], expected_scale) << "kind " << kind << " row " << row;
+      }
+    }
+  }
+}
+
+TEST_F(CudaBackendTest, RequantizeGivesTheDefinedBytesAndTouchesNothingElse) {
+  const Layout layout;
+  std::vector<std::uint8_t> q(static_cast<std::size_t>(layout.max_rows * kWidth));
+  for (std::size_t i = 0; i < q.size(); ++i)
+    q[i] = static_cast<std::uint8_t>(i * 151u);  // All codes.
+  const CounterRng rng(1, 1);
+  std::vector<float> scale(q.size() / 128);
+  for (std::size_t i = 0; i < scale.size(); ++i) {
+    scale[i] = static_cast<float>(std::exp2(-12.0 * rng.uniform(i)));
+    if (i % 3 == 0) scale[i] = std::exp2(static_cast<float>(-static_cast<int>(i % 11)));
+  }
+  const auto dq = upload(q), begin = upload(layout.row_begin), count = upload(layout.num_rows);
+  const auto dscale = upload(scale);
+  const ExpertRows rows{.num_local_experts = 5,
+                        .row_begin = as<std::int64_t>(begin),
+                        .num_rows = as<std::int32_t>(count),
+                        .max_rows = layout.max_rows,
+                        .max_rows_per_expert = layout.max_rows,
+                        .expected_m = 10};
+  for (const float s1 : {0.013f, 0.0078125f}) {
+    const auto codes = upload(std::vector<std::uint8_t>(q.size(), 0xa5));
+    ops_->requantize({.codes = as<std::uint8_t>(dq), .scale = as<float>(dscale), .width = kWidth},
+                     rows, {.codes = as<std::uint8_t>(codes), .static_scale = s1, .width = kWidth},
+                     stream_);
+    const auto got = download<std::uint8_t>(*codes, q.size());
+    for (std::size_t g = 0; g < q.size() / 128; ++g) {
+      std::vector<std::uint8_t> expected(128, 0xa5);
+      if (layout.valid(static_cast<std::int64_t>(g * 128 / kWidth))) {
+        requantize({&q[g * 128], 128}, scale[g], s1, expected);
+      }
+      const std::vector<std::uint8_t> actual(got.begin() + g * 128, got.begin() + (g + 1) * 128);
+      ASSERT_EQ(actual, expected) << "group " << g;
+    }
+  }
+}
+
+/// One rank on the device; the same tokens on the CPU. Returns the device's outputs as an outcome.
+class CudaLayerTest : public CudaBackendTest {
+ protected:
+  LayerOutcome run(const Checkpoint& checkpoint, const LayerCase& c, int repeats = 1) {
+    const ModelGeometry& g = checkpoint.geometry();
+    auto transports = make_inproc_transports(1);
+    const bool low_latency = c.mode == Mode::kLowLatency;
+    const std::optional<RecipeName> recipe = c.recipe;
+    Engine engine = Engine::create(
+        {.layer = checkpoint.moe_layers().front(),
+         .low_latency = low_latency ? recipe : std::nullopt,
+         .normal = low_latency ? std::nullopt : recipe,
+         .max_tokens_per_rank = c.max_tokens_per_rank ? c.max_tokens_per_rank
+                                                      : std::max(1, static_cast<int>(c.tokens[0])),
+         .max_m = c.max_m,
+         .routed_scaling_factor = c.routed_scaling_factor},
+        checkpoint, *transports[0], *backend_);
+    LayerOutcome out;
+    Workload load = make_workload({.num_experts = g.num_experts,
+                                   .num_topk = g.num_topk,
+                                   .hidden = g.hidden,
+                                   .routing = c.routing,
+                                   .seed = 7},
+                                  0, c.tokens[0]);
+    if (c.edit) c.edit(0, load);
+    const auto x = upload(load.x), weights = upload(load.topk_weights);
+    const auto idx = upload(load.topk_idx);
+    const auto y = upload(std::vector<std::uint16_t>(load.x.size(), 0x7fc1));
+    const Device device = backend_->device();
+    const Shape slots{load.num_tokens, load.num_topk};
+    MutableTensorView out_view;
+    out_view.data = y->data(), out_view.dtype = DType::kBFloat16;
+    out_view.shape = load.x_view().shape, out_view.device = device;
+    engine.record_gemm_input_digest(true);
+    engine.record_stats(true);
+    for (int i = 0; i < repeats; ++i) {
+      engine.forward(c.mode, {x->data(), DType::kBFloat16, load.x_view().shape, device},
+                     {.topk_idx = {idx->data(), DType::kInt32, slots, device},
+                      .topk_weights = {weights->data(), DType::kFloat32, slots, device}},
+                     out_view, stream_);
+      const auto bits = download<std::uint16_t>(*y, load.x.size());
+      if (i == 0) {
+        out.y.push_back(bits);
+      } else if (bits != out.y[0]) {
+        ADD_FAILURE() << "repeat " << i << " gave other bits";
+      }
+    }
+    out.recipe = engine.recipe(c.mode);
+    out.digest = engine.gemm_input_digest();
+    out.stats.push_back(engine.stats());
+    out.loads.push_back(std::move(load));
+    return out;
+  }
+
+  static VerifyReport verify(const Checkpoint& checkpoint, const LayerCase& c,
+                             const LayerOutcome& outcome) {
+    const ModelGeometry& g = checkpoint.geometry();
+    const LayerReference reference(
+        checkpoint.load_experts(checkpoint.moe_layers().front(), 0, g.num_experts), outcome.recipe,
+        c.routed_scaling_factor, error_model(Device::Kind::kCuda));
+    VerifyReport report;
+    const Workload& load = outcome.loads[0];
+    const auto hidden = static_cast<std::size_t>(g.hidden),
+               topk = static_cast<std::size_t>(g.num_topk);
+    for (std::size_t t = 0; t < static_cast<std::size_t>(load.num_tokens); ++t) {
+      compare_row(reference.row(&load.x[t * hidden], &load.topk_idx[t * topk],
+                                &load.topk_weights[t * topk], g.num_topk),
+                  &outcome.y[0][t * hidden], static_cast<std::int64_t>(t), report);
+    }
+    return report;
+  }
+};
+
+TEST_F(CudaLayerTest, EveryRecipeInBothModesAgainstFloat64) {
+  double worst = 0;
+  for (const DType scale_dtype : {DType::kFloat32, DType::kBFloat16}) {
+    const TemporaryCheckpoint files({.geometry = small_geometry(), .scale_dtype = scale_dtype});
+    const Checkpoint checkpoint = Checkpoint::open(files.path());
+    for (const RecipeName recipe : all_recipes()) {
+      std::vector<std::uint16_t> first;
+      for (const Mode mode : {Mode::kLowLatency, Mode::kNormal}) {
+        for (const std::int64_t tokens : {1, 17, 130}) {
+          SCOPED_TRACE(::testing::Message()
+                       << to_string(recipe) << ' ' << to_string(mode) << " tokens " << tokens);
+          const LayerCase c{.tokens = {tokens}, .mode = mode, .recipe = recipe};
+          const LayerOutcome outcome = run(checkpoint, c);
+          const VerifyReport report = verify(checkpoint, c, outcome);
+          EXPECT_TRUE(report.passed())
+              << report.num_wrong << " wrong; token " << report.worst_token << " element "
+              << report.worst_element << " is " << report.worst_actual << ", float64 "
+              << report.worst_expected << ", bound " << report.worst_bound;
+          worst = std::max(worst, report.worst_ratio);
+          // A token's bits depend on no other token, and on no mode.
+          if (first.empty()) first = outcome.y[0];
+          EXPECT_TRUE(std::equal(first.begin(), first.end(), outcome.y[0].begin()));
+        }
+      }
+    }
+  }
+  std::printf("worst error: %.3f of its bound\n", worst);
+}
+
+TEST_F(CudaLayerTest, Gemm1ReadsTheSameBytesAsOnTheCpuAndByBothRoads) {
+  const TemporaryCheckpoint files({.geometry = small_geometry()});
+  const Checkpoint checkpoint = Checkpoint::open(files.path());
+  for (const RecipeName recipe : all_recipes()) {
+    const LayerCase c{.tokens = {33}, .recipe = recipe};
+    const LayerOutcome cpu = run_layer(checkpoint, c);
+    EXPECT_EQ(run(checkpoint, c).digest, cpu.digest) << to_string(recipe);
+  }
+  EXPECT_EQ(run(checkpoint, {.tokens = {33}, .recipe = RecipeName::kDirect}).digest,
+            run(checkpoint, {.tokens = {33}, .recipe = RecipeName::kDirectBf16}).digest);
+}
+
+TEST_F(CudaLayerTest, UglyCases) {
+  const TemporaryCheckpoint files({.geometry = small_geometry()});
+  const Checkpoint checkpoint = Checkpoint::open(files.path());
+  for (const Mode mode : {Mode::kLowLatency, Mode::kNormal}) {
+    (void)run(checkpoint, {.tokens = {0}, .mode = mode, .max_tokens_per_rank = 4});
+    const LayerCase one{.tokens = {70}, .mode = mode, .routing = RoutingKind::kOneExpert};
+    EXPECT_TRUE(verify(checkpoint, one, run(checkpoint, one)).passed());
+    const LayerCase empty{.tokens = {5}, .mode = mode, .edit = [](int, Workload& load) {
+                            std::ranges::fill(load.topk_idx, -1);
+                          }};
+    for (const std::uint16_t bits : run(checkpoint, empty).y[0]) ASSERT_EQ(bits, 0);
+    const LayerCase scaled{.tokens = {9}, .mode = mode, .routed_scaling_factor = 2.5f};
+    EXPECT_TRUE(verify(checkpoint, scaled, run(checkpoint, scaled)).passed());
+  }
+  const LayerCase met{.tokens = {9}, .max_m = 9, .routing = RoutingKind::kOneExpert};
+  EXPECT_TRUE(verify(checkpoint, met, run(checkpoint, met)).passed());
+  const LayerCase exceeded{.tokens = {9}, .max_m = 8, .routing = RoutingKind::kOneExpert};
+  EXPECT_THROW((void)run(checkpoint, exceeded, 2), Error);  // Told by the call after.
+}
+
+TEST_F(CudaLayerTest, SameBitsAThousandTimes) {
+  const TemporaryCheckpoint files({.geometry = small_geometry()});
+  const Checkpoint checkpoint = Checkpoint::open(files.path());
+  (void)run(checkpoint, {.tokens = {40}}, 1000);
+}
+
+TEST_F(CudaLayerTest, WideLayer) {
+  const TemporaryCheckpoint files(
+      {.geometry = {
+           .name = "wide", .num_experts = 8, .num_topk = 4, .hidden = 7168, .intermediate = 384}});
+  const Checkpoint checkpoint = Checkpoint::open(files.path());
+  const LayerCase c{.tokens = {24}};
+  const VerifyReport report = verify(checkpoint, c, run(checkpoint, c));
+  EXPECT_TRUE(report.passed()) << report.worst_ratio;
+}
+
+}  // namespace
+}  // namespace sluice::testing
