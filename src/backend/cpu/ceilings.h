@@ -1,0 +1,13 @@
+// ceilings.h - what this machine can do at best, measured: the lines that reports compare with.
+#pragma once
+
+namespace sluice {
+class ThreadPool;
+}
+
+namespace sluice::cpu {
+
+/// All threads stream through a buffer far larger than the last cache; median over passes.
+[[nodiscard]] double read_bytes_per_second(ThreadPool& pool);
+
+}  // namespace sluice::cpu

@@ -1,0 +1,106 @@
+#include "backend/cpu/cpu_backend.h"
+
+#include <fmt/format.h>
+
+#include <cstring>
+
+#include "backend/cpu/ceilings.h"
+#include "backend/cpu/row_kernels.h"
+#include "core/fail.h"
+
+namespace sluice {
+
+std::unique_ptr<Backend> make_cpu_backend(const BackendConfig& config) {
+  check_argument(config.device.index == 0, "host device index {} is not 0", config.device.index);
+  check_argument(config.num_threads >= 0, "num_threads {} is negative", config.num_threads);
+  std::vector<int> cores =
+      core_share(available_cores(), config.local_rank, config.num_local_ranks);
+  const int num_threads =
+      config.num_threads > 0 ? config.num_threads : static_cast<int>(cores.size());
+  return std::make_unique<cpu::CpuBackend>(num_threads, std::move(cores));
+}
+
+namespace cpu {
+
+CpuBackend::CpuBackend(int num_threads, std::vector<int> cores)
+    : pool_(num_threads, std::move(cores)), stage_(pool_) {}
+
+std::string CpuBackend::description() const {
+  return fmt::format("cpu, {} thread{}, {}", pool_.num_threads(),
+                     pool_.num_threads() == 1 ? "" : "s", instruction_set());
+}
+
+double CpuBackend::measure_read_bandwidth() { return read_bytes_per_second(pool_); }
+
+std::unique_ptr<DeviceBuffer> CpuBackend::allocate(std::size_t bytes) {
+  return std::make_unique<PageBuffer>(bytes);
+}
+
+void CpuBackend::copy_to_host(void* host, const void* device, std::size_t bytes, Stream) {
+  if (bytes > 0) std::memcpy(host, device, bytes);
+}
+
+void CpuBackend::copy_from_host(void* device, const void* host, std::size_t bytes, Stream) {
+  if (bytes > 0) std::memcpy(device, host, bytes);
+}
+
+std::unique_ptr<PreparedExperts> CpuBackend::prepare(const ExpertWeights& weights) {
+  return std::make_unique<PreparedCpuExperts>(weights, pool_);
+}
+
+void CpuBackend::for_each_row(const ExpertRows& rows,
+                              const std::function<void(std::int64_t row)>& body) {
+  check_rows(rows);
+  std::int64_t total = 0;
+  for (int e = 0; e < rows.num_local_experts; ++e) total += rows.num_rows[e];
+  const std::int64_t threads = pool_.num_threads();
+  if (total == 0) return;
+  pool_.run([&](int thread) {
+    const std::int64_t first = total * thread / threads, last = total * (thread + 1) / threads;
+    std::int64_t before = 0;  // Rows of the experts before e.
+    for (int e = 0; e < rows.num_local_experts && before < last; ++e) {
+      const std::int64_t count = rows.num_rows[e];
+      const std::int64_t end = std::min(before + count, last);
+      for (std::int64_t i = std::max(before, first); i < end; ++i) {
+        body(rows.row_begin[e] + i - before);
+      }
+      before += count;
+    }
+  });
+}
+
+void CpuBackend::quantize(const std::uint16_t* x, const ExpertRows& rows, bool pow2,
+                          const QuantizedRows& out, Stream) {
+  check_argument(out.width > 0 && out.width % kGroup == 0, "width {} is not a multiple of {}",
+                 out.width, kGroup);
+  const GroupScale kind = pow2 ? GroupScale::kPow2 : GroupScale::kAmax;
+  for_each_row(rows, [&](std::int64_t row) {
+    std::uint8_t* codes = out.codes + row * out.width;
+    const std::uint16_t* in = x + row * out.width;
+    if (out.scale != nullptr) {
+      quantize_row(in, out.width, kind, codes, out.scale + row * (out.width / kGroup));
+    } else {
+      quantize_row_static(in, out.width, out.static_scale, codes);
+    }
+  });
+}
+
+void CpuBackend::requantize(const QuantizedRows& in, const ExpertRows& rows,
+                            const QuantizedRows& out, Stream) {
+  check_argument(in.width == out.width && in.width > 0 && in.width % kGroup == 0,
+                 "widths {} and {} are not one multiple of {}", in.width, out.width, kGroup);
+  check_argument(in.scale != nullptr, "requantize needs group-scaled rows");
+  for_each_row(rows, [&](std::int64_t row) {
+    requantize_row(in.codes + row * in.width, in.scale + row * (in.width / kGroup), in.width,
+                   out.static_scale, out.codes + row * out.width);
+  });
+}
+
+void CpuBackend::expert_stage(const PreparedExperts& experts, const QuantizedRows& in,
+                              const ExpertRows& rows, const QuantizedRows& h, std::uint16_t* out,
+                              Stream, ExpertStageTimes* times) {
+  stage_.run(static_cast<const PreparedCpuExperts&>(experts), in, rows, h, out, times);
+}
+
+}  // namespace cpu
+}  // namespace sluice

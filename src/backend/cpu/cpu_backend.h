@@ -1,0 +1,53 @@
+// cpu_backend.h - the expert layer on host cores. Operations return when the work is done.
+//
+// Threads: one caller at a time. Bits depend neither on the number of threads, nor on the
+// instruction set, nor on which rows are computed together (digits.h, gemm_tile.h).
+#pragma once
+
+#include <functional>
+#include <memory>
+#include <string>
+
+#include "backend/cpu/expert_stage.h"
+#include "backend/ops.h"
+#include "core/threads.h"
+
+namespace sluice {
+
+/// Throws: kInvalidArgument.
+[[nodiscard]] std::unique_ptr<Backend> make_cpu_backend(const BackendConfig& config);
+
+namespace cpu {
+
+class CpuBackend final : public BackendOps {
+ public:
+  CpuBackend(int num_threads, std::vector<int> cores);
+
+  [[nodiscard]] Device device() const noexcept override { return {}; }
+  [[nodiscard]] std::string description() const override;
+  [[nodiscard]] double measure_read_bandwidth() override;
+  [[nodiscard]] std::unique_ptr<DeviceBuffer> allocate(std::size_t bytes) override;
+  void copy_to_host(void* host, const void* device, std::size_t bytes, Stream) override;
+  void copy_from_host(void* device, const void* host, std::size_t bytes, Stream) override;
+
+  [[nodiscard]] std::unique_ptr<PreparedExperts> prepare(const ExpertWeights& weights) override;
+  void quantize(const std::uint16_t* x, const ExpertRows& rows, bool pow2,
+                const QuantizedRows& out, Stream stream) override;
+  void requantize(const QuantizedRows& in, const ExpertRows& rows, const QuantizedRows& out,
+                  Stream stream) override;
+  void expert_stage(const PreparedExperts& experts, const QuantizedRows& in,
+                    const ExpertRows& rows, const QuantizedRows& h, std::uint16_t* out,
+                    Stream stream, ExpertStageTimes* times) override;
+
+  [[nodiscard]] ThreadPool& pool() noexcept { return pool_; }
+
+ private:
+  /// body(row) for every valid row, shared among the threads.
+  void for_each_row(const ExpertRows& rows, const std::function<void(std::int64_t row)>& body);
+
+  ThreadPool pool_;
+  ExpertStage stage_;
+};
+
+}  // namespace cpu
+}  // namespace sluice

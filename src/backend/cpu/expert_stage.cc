@@ -1,0 +1,213 @@
+#include "backend/cpu/expert_stage.h"
+
+#include <algorithm>
+#include <chrono>
+#include <cstring>
+
+#include "backend/cpu/row_kernels.h"
+#include "core/fail.h"
+#include "core/threads.h"
+
+namespace sluice::cpu {
+namespace {
+
+/// Rows whose digits are held at once: about 13 MB at hidden 7168, little beside the weights, and
+/// enough for 32 experts of 16 rows to share three barriers.
+constexpr std::int64_t kWaveRows = 512;
+constexpr int kTaskBlocks = kGroup / kBlockN;  // 128 channels per task.
+
+using Clock = std::chrono::steady_clock;
+
+double us_since(Clock::time_point start) {
+  return std::chrono::duration<double, std::micro>(Clock::now() - start).count();
+}
+
+float scale_of(const QuantizedRows& rows, std::int64_t row, std::int64_t group) {
+  return rows.scale != nullptr ? rows.scale[row * (rows.width / kGroup) + group]
+                               : rows.static_scale;
+}
+
+/// acc [8][rows][16] -> the 128 channels of one row.
+void gather_row(const float* acc, int rows, int row, float* out) {
+  for (int b = 0; b < kTaskBlocks; ++b) {
+    std::memcpy(out + b * kBlockN, acc + (b * rows + row) * kBlockN, kBlockN * sizeof(float));
+  }
+}
+
+}  // namespace
+
+struct ExpertStage::Call {
+  const PreparedCpuExperts& experts;
+  const QuantizedRows& in;
+  const QuantizedRows& h;
+  std::uint16_t* out;
+};
+
+void check_rows(const ExpertRows& rows) {
+  for (int e = 0; e < rows.num_local_experts; ++e) {
+    const std::int64_t first = rows.row_begin[e], count = rows.num_rows[e];
+    check_argument(count >= 0 && first >= 0 && first + count <= rows.max_rows,
+                   "expert {}: rows [{}, {}) are not in [0, max_rows {})", e, first, first + count,
+                   rows.max_rows);
+  }
+}
+
+void ExpertStage::Digits::reserve(std::int64_t rows, std::int64_t width) {
+  num_groups = width / kGroup;
+  const auto count = static_cast<std::size_t>(rows * num_groups);
+  if (groups.bytes() >= count * sizeof(DigitGroup)) return;
+  digits = PageBuffer(count * kMainDigitBytes);
+  low = PageBuffer(count * kLowDigitBytes);
+  groups = PageBuffer(count * sizeof(DigitGroup));
+}
+
+DigitRows ExpertStage::Digits::of(const Item& item) const {
+  const std::int64_t first = item.wave_row * num_groups;
+  return {.digits = reinterpret_cast<std::uint8_t*>(digits.data()) + first * kMainDigitBytes,
+          .low = reinterpret_cast<std::uint8_t*>(low.data()) + first * kLowDigitBytes,
+          .groups = reinterpret_cast<DigitGroup*>(groups.data()) + first,
+          .rows = item.rows};
+}
+
+void ExpertStage::run(const PreparedCpuExperts& experts, const QuantizedRows& in,
+                      const ExpertRows& rows, const QuantizedRows& h, std::uint16_t* out,
+                      ExpertStageTimes* times) {
+  check_argument(rows.num_local_experts == experts.num_experts(),
+                 "rows of {} experts, but {} are prepared", rows.num_local_experts,
+                 experts.num_experts());
+  check_argument(in.width == experts.hidden(), "input width {} is not hidden {}", in.width,
+                 experts.hidden());
+  check_argument(h.width == experts.intermediate(), "h width {} is not intermediate {}", h.width,
+                 experts.intermediate());
+  check_rows(rows);
+  if (threads_.empty()) threads_.resize(static_cast<std::size_t>(pool_.num_threads()));
+  x_.reserve(kWaveRows, experts.hidden());
+  h_.reserve(kWaveRows, experts.intermediate());
+
+  const Call call{experts, in, h, out};
+  ExpertStageTimes sum;
+  wave_.clear();
+  std::int64_t wave_rows = 0;
+  for (int e = 0; e < rows.num_local_experts; ++e) {
+    const std::int64_t count = rows.num_rows[e];
+    const std::int64_t num_items = (count + kMaxTileRows - 1) / kMaxTileRows;
+    for (std::int64_t i = 0; i < num_items; ++i) {
+      const std::int64_t first = count * i / num_items, last = count * (i + 1) / num_items;
+      if (wave_rows + (last - first) > kWaveRows) {
+        run_wave(call, sum);
+        wave_.clear();
+        wave_rows = 0;
+      }
+      wave_.push_back({.expert = e,
+                       .first_row = rows.row_begin[e] + first,
+                       .rows = static_cast<int>(last - first),
+                       .wave_row = wave_rows});
+      wave_rows += last - first;
+    }
+  }
+  if (!wave_.empty()) run_wave(call, sum);
+  if (times != nullptr) *times = sum;
+}
+
+void ExpertStage::run_wave(const Call& call, ExpertStageTimes& times) {
+  const auto num_items = static_cast<std::int64_t>(wave_.size());
+  for (ThreadState& state : threads_) state.gemm1_us = state.activation_us = 0;
+  const auto start = Clock::now();
+  pool_.for_each_task(wave_.back().wave_row + wave_.back().rows,
+                      [&](std::int64_t task, int) { split_input(call, task); });
+  const double split_us = us_since(start);
+
+  const auto gemm1_start = Clock::now();
+  pool_.for_each_task(num_items * (call.experts.intermediate() / kGroup),
+                      [&](std::int64_t task, int thread) {
+                        gemm1_task(call, task, threads_[static_cast<std::size_t>(thread)]);
+                      });
+  const double fused_us = us_since(gemm1_start);
+  double gemm1 = 0, activation = 0;
+  for (const ThreadState& state : threads_) {
+    gemm1 += state.gemm1_us;
+    activation += state.activation_us;
+  }
+  const double share = activation / std::max(gemm1 + activation, 1e-9);
+  times.gemm1_us += split_us + fused_us * (1 - share);
+  times.activation_us += fused_us * share;
+
+  const auto gemm2_start = Clock::now();
+  pool_.for_each_task(num_items * (call.experts.hidden() / kGroup),
+                      [&](std::int64_t task, int thread) {
+                        gemm2_task(call, task, threads_[static_cast<std::size_t>(thread)]);
+                      });
+  times.gemm2_us += us_since(gemm2_start);
+}
+
+void ExpertStage::split_input(const Call& call, std::int64_t wave_row) const {
+  const auto next = std::upper_bound(
+      wave_.begin(), wave_.end(), wave_row,
+      [](std::int64_t row, const Item& item) { return row < item.wave_row; });
+  const Item& item = *(next - 1);
+  const DigitRows digits = x_.of(item);
+  const auto r = static_cast<int>(wave_row - item.wave_row);
+  const std::int64_t row = item.first_row + r;
+  const std::uint8_t* codes = call.in.codes + row * call.in.width;
+  for (std::int64_t g = 0; g < call.in.width / kGroup; ++g) {
+    digits.set(g, r, codes + g * kGroup, scale_of(call.in, row, g));
+  }
+}
+
+void ExpertStage::gemm1_task(const Call& call, std::int64_t task, ThreadState& state) const {
+  constexpr std::size_t kAccBytes = sizeof(float) * kTaskBlocks * kMaxTileRows * kBlockN;
+  if (state.gate.bytes() == 0) state.gate = PageBuffer(kAccBytes), state.up = PageBuffer(kAccBytes);
+  const std::int64_t groups = call.h.width / kGroup;
+  const Item& item = wave_[static_cast<std::size_t>(task / groups)];
+  const std::int64_t group = task % groups;
+  const PreparedExpert& expert = call.experts.expert(item.expert);
+  auto* gate = reinterpret_cast<float*>(state.gate.data());
+  auto* up = reinterpret_cast<float*>(state.up.data());
+
+  const auto start = Clock::now();
+  GemmTile tile{.weights = &expert.gate,
+                .first_block = group * kTaskBlocks,
+                .num_blocks = kTaskBlocks,
+                .x = x_.of(item),
+                .acc = gate};
+  gemm_tile(tile);
+  tile.weights = &expert.up;
+  tile.acc = up;
+  gemm_tile(tile);
+  const auto activation_start = Clock::now();
+  state.gemm1_us += std::chrono::duration<double, std::micro>(activation_start - start).count();
+
+  const DigitRows digits = h_.of(item);
+  alignas(64) float gate_row[kGroup], up_row[kGroup];
+  for (int r = 0; r < item.rows; ++r) {
+    gather_row(gate, item.rows, r, gate_row);
+    gather_row(up, item.rows, r, up_row);
+    const std::int64_t row = item.first_row + r;
+    std::uint8_t* codes = call.h.codes + row * call.h.width + group * kGroup;
+    const bool dynamic = call.h.scale != nullptr;
+    const float scale =
+        swiglu_quantize_group(gate_row, up_row, dynamic ? 0.0f : call.h.static_scale, codes);
+    if (dynamic) call.h.scale[row * groups + group] = scale;
+    digits.set(group, r, codes, scale);
+  }
+  state.activation_us += us_since(activation_start);
+}
+
+void ExpertStage::gemm2_task(const Call& call, std::int64_t task, ThreadState& state) const {
+  const std::int64_t width = call.experts.hidden();
+  const Item& item = wave_[static_cast<std::size_t>(task / (width / kGroup))];
+  const std::int64_t group = task % (width / kGroup);
+  auto* acc = reinterpret_cast<float*>(state.gate.data());
+  gemm_tile({.weights = &call.experts.expert(item.expert).down,
+             .first_block = group * kTaskBlocks,
+             .num_blocks = kTaskBlocks,
+             .x = h_.of(item),
+             .acc = acc});
+  for (int r = 0; r < item.rows; ++r) {
+    alignas(64) float values[kGroup];
+    gather_row(acc, item.rows, r, values);
+    round_to_bf16(values, kGroup, call.out + (item.first_row + r) * width + group * kGroup);
+  }
+}
+
+}  // namespace sluice::cpu

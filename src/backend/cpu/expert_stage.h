@@ -1,0 +1,66 @@
+// expert_stage.h - both GEMMs of all experts, in waves of rows that share one workspace.
+//
+//   wave: rows of one or more experts, at most kWaveRows, in items of up to 64 rows of one expert
+//     1  digits of x            one task per row
+//     2  GEMM1, SwiGLU, quantize, digits of h      one task per (item, 128 channels of h)
+//     3  GEMM2, bf16            one task per (item, 128 channels of the output)
+//
+// Each weight is read once per item, in the order in which it lies in memory.
+#pragma once
+
+#include <cstdint>
+#include <vector>
+
+#include "backend/cpu/gemm_tile.h"
+#include "backend/cpu/page_buffer.h"
+#include "backend/ops.h"
+
+namespace sluice {
+class ThreadPool;
+}
+
+namespace sluice::cpu {
+
+/// Checks that every expert's rows lie in the buffers. Throws: kInvalidArgument naming the expert.
+void check_rows(const ExpertRows& rows);
+
+class ExpertStage {
+ public:
+  explicit ExpertStage(ThreadPool& pool) : pool_(pool) {}
+
+  void run(const PreparedCpuExperts& experts, const QuantizedRows& in, const ExpertRows& rows,
+           const QuantizedRows& h, std::uint16_t* out, ExpertStageTimes* times);
+
+ private:
+  /// Up to kMaxTileRows rows of one expert.
+  struct Item {
+    int expert = 0;
+    std::int64_t first_row = 0;
+    int rows = 0;
+    std::int64_t wave_row = 0;  ///< Rows of the wave before this item.
+  };
+  /// Digits of a wave's rows, one item after the other.
+  struct Digits {
+    PageBuffer digits, low, groups;
+    std::int64_t num_groups = 0;
+    void reserve(std::int64_t rows, std::int64_t width);
+    [[nodiscard]] DigitRows of(const Item& item) const;
+  };
+  struct alignas(64) ThreadState {
+    PageBuffer gate, up;  ///< [8][kMaxTileRows][16] f32
+    double gemm1_us = 0, activation_us = 0;
+  };
+  struct Call;  ///< Arguments of run().
+
+  void run_wave(const Call& call, ExpertStageTimes& times);
+  void split_input(const Call& call, std::int64_t wave_row) const;
+  void gemm1_task(const Call& call, std::int64_t task, ThreadState& state) const;
+  void gemm2_task(const Call& call, std::int64_t task, ThreadState& state) const;
+
+  ThreadPool& pool_;
+  std::vector<Item> wave_;
+  Digits x_, h_;
+  std::vector<ThreadState> threads_;
+};
+
+}  // namespace sluice::cpu

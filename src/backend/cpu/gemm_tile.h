@@ -1,0 +1,59 @@
+// gemm_tile.h - INT4 weights x e4m3 rows for a few blocks of 16 output channels.
+//
+// Maths     acc[r, n] = sum_g f32(S[r, n, g]) * (ws[n, g] * as[r, g])     g ascending, f32, no fma
+//           S[r, n, g] = sum_{k in g} w[n, k] * q[r, k]                   exact int32 (digits.h)
+//           g runs over the weights' scale groups (128 or 32 k).
+//
+// Operands  codes  [blocks][K / 8][64]             PreparedMatrix: streamed once from memory
+//           scales [blocks][K / group_size][16]    bf16 or f32
+//           digits [K / 128][rows][256]            DigitRows: read per block, from L1 or L2
+//           low    [K / 128][rows][128]            only where DigitGroup::has_low
+//           acc    [blocks][rows][16] f32
+//
+// Tile      16 channels x `rows` rows x 128 k; a line of weights is widened to bytes once (in L1
+//           when more than a few rows use it) and meets 1, 2 (AVX2) or up to 8 (AVX-512) rows in
+//           registers.
+//
+// Bits      the same for every instruction set, every number of rows and every position of a row.
+// Bound     few rows: bytes of codes. Many: byte dot products, 2 per weight and row.
+#pragma once
+
+#include <cstdint>
+
+#include "backend/cpu/digits.h"
+#include "backend/cpu/prepared_experts.h"
+
+namespace sluice::cpu {
+
+/// Rows of one GEMM operand, split into digits: group-major, so that the rows of one group are
+/// contiguous.
+struct DigitRows {
+  std::uint8_t* digits = nullptr;  ///< [K / 128][rows][kMainDigitBytes]
+  std::uint8_t* low = nullptr;     ///< [K / 128][rows][kLowDigitBytes]
+  DigitGroup* groups = nullptr;    ///< [K / 128][rows]
+  int rows = 0;
+
+  /// Splits one group of one row into its place.
+  void set(std::int64_t group, int row, const std::uint8_t* codes, float scale) const {
+    const std::int64_t i = group * rows + row;
+    groups[i] = split_digits(codes, scale, digits + i * kMainDigitBytes, low + i * kLowDigitBytes);
+  }
+};
+
+/// Rows per call that keep digits and accumulators in cache.
+inline constexpr int kMaxTileRows = 64;
+
+struct GemmTile {
+  const PreparedMatrix* weights = nullptr;
+  std::int64_t first_block = 0;  ///< Of 16 channels.
+  int num_blocks = 0;
+  DigitRows x;
+  float* acc = nullptr;  ///< [num_blocks][x.rows][16], overwritten.
+};
+
+void gemm_tile(const GemmTile& tile);
+
+/// "AVX2", "AVX-512", "AVX-512 VNNI": what the kernels use on this machine.
+[[nodiscard]] const char* instruction_set();
+
+}  // namespace sluice::cpu

@@ -1,0 +1,28 @@
+// page_buffer.h - page-aligned memory whose untouched pages cost nothing.
+#pragma once
+
+#include <cstddef>
+
+#include "sluice/backend.h"
+
+namespace sluice::cpu {
+
+/// Zero-filled by the system when first touched; huge pages where the system grants them.
+class PageBuffer final : public DeviceBuffer {
+ public:
+  PageBuffer() = default;
+  /// Throws: kOutOfMemory.
+  explicit PageBuffer(std::size_t bytes);
+  PageBuffer(PageBuffer&& other) noexcept;
+  PageBuffer& operator=(PageBuffer&& other) noexcept;
+  ~PageBuffer() override;
+
+  [[nodiscard]] std::byte* data() const noexcept override { return data_; }
+  [[nodiscard]] std::size_t bytes() const noexcept override { return bytes_; }
+
+ private:
+  std::byte* data_ = nullptr;
+  std::size_t bytes_ = 0;
+};
+
+}  // namespace sluice::cpu

@@ -1,0 +1,129 @@
+#include "backend/cpu/prepared_experts.h"
+
+#include <algorithm>
+#include <cstring>
+
+#include "core/fail.h"
+#include "core/threads.h"
+
+namespace sluice::cpu {
+namespace {
+
+constexpr std::size_t kAlignment = 4096;
+/// w + 8 in every nibble: the sign bit of a two's complement nibble flips.
+constexpr std::uint32_t kFlipSigns = 0x88888888u;
+
+std::size_t aligned(std::int64_t bytes) {
+  return (static_cast<std::size_t>(bytes) + kAlignment - 1) / kAlignment * kAlignment;
+}
+
+void check_matrix(const Int4Matrix& m, std::int64_t n, std::int64_t k, int expert,
+                  const char* name) {
+  check_argument(m.codes.dtype == DType::kPackedInt4 && m.codes.shape == Shape({n, k / 2}),
+                 "expert {} {}: codes are {} {}, expected packed_int4 [{}, {}]", expert, name,
+                 to_string(m.codes.dtype), m.codes.shape.to_string(), n, k / 2);
+  check_argument(m.group_size == 128 || m.group_size == 32,
+                 "expert {} {}: group_size {} is neither 128 nor 32", expert, name, m.group_size);
+  check_argument(m.scales.dtype == DType::kFloat32 || m.scales.dtype == DType::kBFloat16,
+                 "expert {} {}: scales are {}, expected float32 or bfloat16", expert, name,
+                 to_string(m.scales.dtype));
+  check_argument(m.scales.shape == Shape({n, k / m.group_size}),
+                 "expert {} {}: scales are {}, expected [{}, {}]", expert, name,
+                 m.scales.shape.to_string(), n, k / m.group_size);
+}
+
+PreparedMatrix describe(const Int4Matrix& m) {
+  PreparedMatrix out;
+  out.scales_are_bf16 = m.scales.dtype == DType::kBFloat16;
+  out.group_size = m.group_size;
+  out.n = m.n();
+  out.k = m.k();
+  return out;
+}
+
+/// Rows [16 * block, 16 * block + 16) of codes, four bytes of a row at a time.
+void repack_codes(const Int4Matrix& m, std::int64_t block, std::uint8_t* out) {
+  const std::int64_t row_bytes = m.k() / 2;
+  const std::uint8_t* in = m.codes.as<std::uint8_t>() + block * kBlockN * row_bytes;
+  for (std::int64_t line = 0; line < m.k() / kLineK; ++line) {
+    for (int lane = 0; lane < kBlockN; ++lane) {
+      std::uint32_t word;
+      std::memcpy(&word, in + lane * row_bytes + line * 4, 4);
+      word ^= kFlipSigns;
+      std::memcpy(out + line * kLineBytes + lane * 4, &word, 4);
+    }
+  }
+}
+
+template <class T>
+void repack_scales(const Int4Matrix& m, std::int64_t block, T* out) {
+  const std::int64_t groups = m.k() / m.group_size;
+  const T* in = m.scales.as<T>() + block * kBlockN * groups;
+  for (std::int64_t g = 0; g < groups; ++g) {
+    for (int lane = 0; lane < kBlockN; ++lane) out[g * kBlockN + lane] = in[lane * groups + g];
+  }
+}
+
+/// Blocks [first, last) of one matrix into the memory its views point at.
+void repack(const Int4Matrix& m, const PreparedMatrix& out, std::int64_t first, std::int64_t last) {
+  const std::int64_t code_stride = kBlockN * m.k() / 2;
+  const std::int64_t scale_stride = kBlockN * (m.k() / m.group_size);
+  auto* codes = const_cast<std::uint8_t*>(out.codes);
+  for (std::int64_t block = first; block < last; ++block) {
+    repack_codes(m, block, codes + block * code_stride);
+    if (out.scales_are_bf16) {
+      auto* scales = static_cast<std::uint16_t*>(const_cast<void*>(out.scales));
+      repack_scales(m, block, scales + block * scale_stride);
+    } else {
+      auto* scales = static_cast<float*>(const_cast<void*>(out.scales));
+      repack_scales(m, block, scales + block * scale_stride);
+    }
+  }
+}
+
+}  // namespace
+
+PreparedCpuExperts::PreparedCpuExperts(const ExpertWeights& weights, ThreadPool& pool)
+    : hidden_(weights.geometry.hidden), intermediate_(weights.geometry.intermediate) {
+  check_argument(hidden_ > 0 && hidden_ % 128 == 0, "hidden {} is not a multiple of 128", hidden_);
+  check_argument(intermediate_ > 0 && intermediate_ % 128 == 0,
+                 "intermediate {} is not a multiple of 128", intermediate_);
+  std::size_t total = 0;
+  for (std::size_t i = 0; i < weights.experts.size(); ++i) {
+    const Expert& e = weights.experts[i];
+    check_matrix(e.gate, intermediate_, hidden_, static_cast<int>(i), "gate");
+    check_matrix(e.up, intermediate_, hidden_, static_cast<int>(i), "up");
+    check_matrix(e.down, hidden_, intermediate_, static_cast<int>(i), "down");
+    experts_.push_back({describe(e.gate), describe(e.up), describe(e.down)});
+    for (const PreparedMatrix* m :
+         {&experts_.back().gate, &experts_.back().up, &experts_.back().down}) {
+      total += aligned(m->code_bytes()) + aligned(m->scale_bytes());
+    }
+  }
+  memory_ = PageBuffer(total);
+  std::size_t offset = 0;
+  for (PreparedExpert& e : experts_) {
+    for (PreparedMatrix* m : {&e.gate, &e.up, &e.down}) {
+      m->codes = reinterpret_cast<const std::uint8_t*>(memory_.data() + offset);
+      offset += aligned(m->code_bytes());
+      m->scales = memory_.data() + offset;
+      offset += aligned(m->scale_bytes());
+    }
+  }
+  constexpr std::int64_t kBlocksPerTask = 8;  // 128 channels, so that every N divides.
+  for (std::size_t i = 0; i < experts_.size(); ++i) {
+    const Expert& in = weights.experts[i];
+    const PreparedExpert& out = experts_[i];
+    const std::int64_t inner = intermediate_ / 128;
+    pool.for_each_task(2 * inner + hidden_ / 128, [&](std::int64_t task, int) {
+      if (task < inner) return repack(in.gate, out.gate, task * 8, task * 8 + kBlocksPerTask);
+      task -= inner;
+      if (task < inner) return repack(in.up, out.up, task * 8, task * 8 + kBlocksPerTask);
+      task -= inner;
+      repack(in.down, out.down, task * 8, task * 8 + kBlocksPerTask);
+    });
+    weights.release_pages(static_cast<int>(i));
+  }
+}
+
+}  // namespace sluice::cpu

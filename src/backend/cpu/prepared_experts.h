@@ -1,0 +1,70 @@
+// prepared_experts.h - INT4 experts in the order in which the CPU kernels read them.
+//
+// A matrix [N, K] is cut into blocks of 16 output channels. Inside a block, 8 consecutive k of all
+// 16 channels are one cache line, lane by lane, as they stand in the checkpoint:
+//
+//   line (block, k / 8):   byte  0..3    channel 0:   k1k0 k3k2 k5k4 k7k6     (low nibble last)
+//                          byte  4..7    channel 1
+//                          ...
+//                          byte 60..63   channel 15
+//
+// so that the low nibbles of a line are k, k+2, k+4, k+6 and the high ones k+1, k+3, k+5, k+7 of 16
+// channels: the operand shape of the byte dot products. Codes are stored as w + 8 (0 .. 15). Scales
+// keep their values and type: [block][k / group_size][16].
+#pragma once
+
+#include <cstdint>
+#include <vector>
+
+#include "backend/cpu/page_buffer.h"
+#include "backend/ops.h"
+
+namespace sluice {
+class ThreadPool;
+}
+
+namespace sluice::cpu {
+
+inline constexpr int kBlockN = 16;       ///< Output channels side by side: one AVX-512 register.
+inline constexpr int kLineK = 8;         ///< k per line.
+inline constexpr int kLineBytes = 64;    ///< kBlockN * kLineK / 2
+inline constexpr int kGroupLines = 16;   ///< Lines of 128 k.
+
+/// One matrix; views into PreparedCpuExperts::memory.
+struct PreparedMatrix {
+  const std::uint8_t* codes = nullptr;  ///< [N / 16][K / 8][64]
+  const void* scales = nullptr;         ///< [N / 16][K / group_size][16] bf16 or f32
+  bool scales_are_bf16 = false;
+  int group_size = 128;
+  std::int64_t n = 0, k = 0;
+
+  [[nodiscard]] std::int64_t code_bytes() const noexcept { return n * k / 2; }
+  [[nodiscard]] std::int64_t scale_bytes() const noexcept {
+    return n * (k / group_size) * (scales_are_bf16 ? 2 : 4);
+  }
+};
+
+struct PreparedExpert {
+  PreparedMatrix gate, up, down;
+};
+
+class PreparedCpuExperts final : public PreparedExperts {
+ public:
+  /// Throws: kInvalidArgument for shapes, dtypes or group sizes that are not ours; kOutOfMemory.
+  PreparedCpuExperts(const ExpertWeights& weights, ThreadPool& pool);
+
+  [[nodiscard]] std::size_t bytes() const noexcept override { return memory_.bytes(); }
+  [[nodiscard]] int num_experts() const noexcept { return static_cast<int>(experts_.size()); }
+  [[nodiscard]] const PreparedExpert& expert(int i) const {
+    return experts_[static_cast<std::size_t>(i)];
+  }
+  [[nodiscard]] std::int64_t hidden() const noexcept { return hidden_; }
+  [[nodiscard]] std::int64_t intermediate() const noexcept { return intermediate_; }
+
+ private:
+  PageBuffer memory_;
+  std::vector<PreparedExpert> experts_;
+  std::int64_t hidden_ = 0, intermediate_ = 0;
+};
+
+}  // namespace sluice::cpu
