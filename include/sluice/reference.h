@@ -26,7 +26,7 @@ struct ErrorModel {
 };
 
 /// What each device keeps, with room to spare (docs/performance.md has the largest seen): 2^-20
-/// where products are summed in float32 or exactly, 2^-14 on Hopper's tensor cores, whose
+/// where products are summed in float32 or exactly, 2^-16 on Hopper's tensor cores, whose
 /// accumulator keeps about 14 bits within each group of 128.
 [[nodiscard]] ErrorModel error_model(Device::Kind kind) noexcept;
 

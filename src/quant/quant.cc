@@ -61,7 +61,11 @@ std::uint16_t bf16_from_float(float x) noexcept {
 
 float group_amax(std::span<const float> x) noexcept {
   float amax = kMinGroupAmax;
-  for (const float v : x) amax = std::fmax(amax, std::fabs(v));
+  for (const float v : x) {
+    // Not std::fmax: it may answer a signalling NaN with a NaN, which the next call would then drop
+    // together with everything before it.
+    if (std::fabs(v) > amax) amax = std::fabs(v);
+  }
   return amax;
 }
 

@@ -289,7 +289,8 @@ TEST_F(CudaLayerTest, UglyCases) {
     const LayerCase empty{.tokens = {5}, .mode = mode, .edit = [](int, Workload& load) {
                             std::ranges::fill(load.topk_idx, -1);
                           }};
-    for (const std::uint16_t bits : run(checkpoint, empty).y[0]) ASSERT_EQ(bits, 0);
+    const LayerOutcome nothing = run(checkpoint, empty);
+    for (const std::uint16_t bits : nothing.y[0]) ASSERT_EQ(bits, 0);
     const LayerCase scaled{.tokens = {9}, .mode = mode, .routed_scaling_factor = 2.5f};
     EXPECT_TRUE(verify(checkpoint, scaled, run(checkpoint, scaled)).passed());
   }

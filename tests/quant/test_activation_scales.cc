@@ -88,6 +88,13 @@ TEST(GroupScale, AmaxHasAFloor) {
   EXPECT_EQ(e4m3_to_float(code), 224.0f);
 }
 
+TEST(GroupScale, ASignallingNanIsSkippedToo) {
+  std::vector<float> x(128, 0.5f);
+  x[3] = 7.0f;
+  x[60] = bf16_to_float(0x7f81);
+  EXPECT_EQ(group_amax(x), 7.0f);
+}
+
 TEST(GroupScale, ANanLeavesItsNeighboursAlone) {
   auto x = gaussian(128, 3);
   Codes clean(128), codes(128);
