@@ -28,7 +28,7 @@ margin-top:18px}
 table{border-collapse:collapse;font-variant-numeric:tabular-nums;font-size:13.5px;margin:8px 0}
 th,td{padding:5px 9px;text-align:right;border-bottom:1px solid var(--line);white-space:nowrap}
 th{color:var(--soft);font-weight:600}th:first-child,td:first-child{text-align:left}
-td.text{text-align:left;white-space:normal}
+th.text,td.text{text-align:left}td.text{white-space:normal}
 .verdicts{display:flex;flex-wrap:wrap;gap:12px;margin-top:16px}
 .verdict{background:var(--paper);border:1px solid var(--line);border-left:5px solid var(--soft);
 border-radius:8px;padding:9px 15px;flex:1 1 300px}
@@ -325,7 +325,8 @@ std::string Report::tokens() const {
 std::string Report::scales() const {
   std::string html =
       "<section><h2>Static scales against what the tokens contain</h2><p>Headroom is 448 * scale / "
-      "largest value; below 1, values are clipped.</p><div class='scroll'><table><tr><th>suite</th>"
+      "largest value; below 0.97 values are clipped (464 still rounds to 448).</p><div "
+      "class='scroll'><table><tr><th>suite</th>"
       "<th>s1</th><th>headroom</th><th>clipped</th><th>s2</th><th>headroom</th><th>clipped</th>"
       "<th class='text'>recommendation</th></tr>";
   for (const Json& suite : json_.at("suites")) {
@@ -334,7 +335,7 @@ std::string Report::scales() const {
     for (const char* n : {"1", "2"}) {
       const std::string i = n;
       html += fmt::format("<td>{:.4g}</td><td class='{}'>{:.2f}x</td><td>{}</td>",
-                          s.at("s" + i).get<double>(), s.at("headroom" + i) < 1 ? "w3" : "",
+                          s.at("s" + i).get<double>(), s.at("clip_rate" + i) > 0 ? "w3" : "",
                           s.at("headroom" + i).get<double>(), percent(s.at("clip_rate" + i)));
     }
     html += "<td class='text'>" + text_of(s.at("recommendation")) + "</td></tr>";

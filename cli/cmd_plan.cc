@@ -63,6 +63,7 @@ double parse_memory(const std::string& text) {
   }
   const std::string unit = text.substr(used);
   const double factor = unit.empty() || unit == "B" ? 1
+                        : unit == "kB"              ? 1e3
                         : unit == "MB"              ? 1e6
                         : unit == "GB"              ? 1e9
                         : unit == "MiB"             ? 1048576.0

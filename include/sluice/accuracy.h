@@ -125,7 +125,7 @@ struct ScaleSafety {
   std::string origin;  ///< "checkpoint", "calibration" or "none".
   StaticScales scales;
   double amax1 = 0, amax2 = 0;
-  double headroom1 = 0, headroom2 = 0;    ///< 448 * scale / amax; below 1 values are clipped.
+  double headroom1 = 0, headroom2 = 0;    ///< 448 * scale / amax; below 448 / 464 values clip.
   double clip_rate1 = 0, clip_rate2 = 0;  ///< Share of values beyond 464 * scale.
   std::vector<PerExpert> experts;
   std::string recommendation;
