@@ -154,9 +154,16 @@ void ExpertStage::split_input(const Call& call, std::int64_t wave_row) const {
   }
 }
 
-void ExpertStage::gemm1_task(const Call& call, std::int64_t task, ThreadState& state) const {
+/// Accumulators of one task, made by the first task a thread runs.
+void ExpertStage::reserve(ThreadState& state) {
   constexpr std::size_t kAccBytes = sizeof(float) * kTaskBlocks * kMaxTileRows * kBlockN;
-  if (state.gate.bytes() == 0) state.gate = PageBuffer(kAccBytes), state.up = PageBuffer(kAccBytes);
+  if (state.gate.bytes() > 0) return;
+  state.gate = PageBuffer(kAccBytes);
+  state.up = PageBuffer(kAccBytes);
+}
+
+void ExpertStage::gemm1_task(const Call& call, std::int64_t task, ThreadState& state) const {
+  reserve(state);
   const std::int64_t groups = call.h.width / kGroup;
   const Item& item = wave_[static_cast<std::size_t>(task / groups)];
   const std::int64_t group = task % groups;
@@ -197,6 +204,7 @@ void ExpertStage::gemm2_task(const Call& call, std::int64_t task, ThreadState& s
   const std::int64_t width = call.experts.hidden();
   const Item& item = wave_[static_cast<std::size_t>(task / (width / kGroup))];
   const std::int64_t group = task % (width / kGroup);
+  reserve(state);  // This thread may have had no task of GEMM1.
   auto* acc = reinterpret_cast<float*>(state.gate.data());
   gemm_tile({.weights = &call.experts.expert(item.expert).down,
              .first_block = group * kTaskBlocks,

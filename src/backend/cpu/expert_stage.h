@@ -54,6 +54,7 @@ class ExpertStage {
 
   void run_wave(const Call& call, ExpertStageTimes& times);
   void split_input(const Call& call, std::int64_t wave_row) const;
+  static void reserve(ThreadState& state);
   void gemm1_task(const Call& call, std::int64_t task, ThreadState& state) const;
   void gemm2_task(const Call& call, std::int64_t task, ThreadState& state) const;
 
