@@ -84,7 +84,9 @@ ThreadPool::ThreadPool(int num_threads, std::vector<int> cores) : cores_(std::mo
   }
 }
 
-ThreadPool::~ThreadPool() { stop(); }
+ThreadPool::~ThreadPool() {
+  stop();
+}
 
 void ThreadPool::stop() noexcept {
   {

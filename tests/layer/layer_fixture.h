@@ -3,9 +3,9 @@
 
 #include <gtest/gtest.h>
 
+#include <unistd.h>
 #include <exception>
 #include <filesystem>
-#include <unistd.h>
 
 #include <algorithm>
 #include <functional>

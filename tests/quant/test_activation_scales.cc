@@ -200,6 +200,7 @@ TEST(Requantize, EqualScalesChangeNothing) {
   for (int trial = 0; trial < 2000; ++trial) {
     const float s = std::exp2(exponent(random));
     requantize(q, s, s, codes);
+    codes[0xff] = codes[0xff] == 0x7f ? 0xff : 0;  // There is one NaN.
     ASSERT_EQ(codes, q) << s;
   }
 }
@@ -213,7 +214,7 @@ TEST(Requantize, PowersOfTwoOnlyMoveTheExponent) {
         std::uint8_t moved;
         requantize({&q, 1}, std::ldexp(1.0f, from), std::ldexp(1.0f, to), {&moved, 1});
         if (std::isnan(exact)) {
-          EXPECT_EQ(moved, code);
+          EXPECT_EQ(moved, 0x7f);
         } else if (std::fabs(exact) <= 448 && std::fabs(exact) >= 0x1p-6) {
           EXPECT_EQ(derived::e4m3_value(moved), exact) << code << ' ' << from << ' ' << to;
         } else {

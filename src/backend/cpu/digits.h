@@ -25,9 +25,9 @@ inline constexpr int kLowDigitBytes = kGroup;
 
 /// What a GEMM needs to know about 128 channels of one row besides their digits.
 struct DigitGroup {
-  float scale = 0;                ///< Activation scale * 2^-9; NaN if the group holds a NaN.
-  std::int32_t has_low = 0;       ///< Any low digit not zero.
-  std::int32_t correction[4]{};   ///< 8 * sum of q over each 32 channels (weights are w + 8).
+  float scale = 0;               ///< Activation scale * 2^-9; NaN if the group holds a NaN.
+  std::int32_t has_low = 0;      ///< Any low digit not zero.
+  std::int32_t correction[4]{};  ///< 8 * sum of q over each 32 channels (weights are w + 8).
 };
 
 /// Splits 128 codes. main: kMainDigitBytes, low: kLowDigitBytes, both written in full.

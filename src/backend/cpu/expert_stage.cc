@@ -141,9 +141,9 @@ void ExpertStage::run_wave(const Call& call, ExpertStageTimes& times) {
 }
 
 void ExpertStage::split_input(const Call& call, std::int64_t wave_row) const {
-  const auto next = std::upper_bound(
-      wave_.begin(), wave_.end(), wave_row,
-      [](std::int64_t row, const Item& item) { return row < item.wave_row; });
+  const auto next =
+      std::upper_bound(wave_.begin(), wave_.end(), wave_row,
+                       [](std::int64_t row, const Item& item) { return row < item.wave_row; });
   const Item& item = *(next - 1);
   const DigitRows digits = x_.of(item);
   const auto r = static_cast<int>(wave_row - item.wave_row);

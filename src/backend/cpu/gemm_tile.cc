@@ -73,7 +73,9 @@ void gemm_tile_impl(const GemmTile& tile) {
   }
 }
 
-const char* instruction_set_impl() { return "no vectors"; }
+const char* instruction_set_impl() {
+  return "no vectors";
+}
 
 #else
 
@@ -113,8 +115,8 @@ void widen_group(const std::uint8_t* codes, std::uint8_t* wide) {
 
 /// sum[t] += mid and high digits of `kLines` lines of T rows. digits[t]: line `first_line`.
 template <class Dot, int T, int kLines, class Lines>
-HWY_INLINE void add_main_digits(const Lines& lines, int first_line, const std::uint8_t* const* digits,
-                                IntRegs* sum) {
+HWY_INLINE void add_main_digits(const Lines& lines, int first_line,
+                                const std::uint8_t* const* digits, IntRegs* sum) {
   typename Dot::Acc mid[T], high[T];
   for (int t = 0; t < T; ++t) Dot::zero(mid[t]), Dot::zero(high[t]);
   for (int line = 0; line < kLines; ++line) {
@@ -227,8 +229,9 @@ void gemm_tile_with(const GemmTile& tile) {
   const int scales_per_group = kGroup / m.group_size;
   alignas(64) std::uint8_t wide[2 * kLineBytes * kGroupLines];
   alignas(64) float scales[4 * kBlockN];
-  std::memset(tile.acc, 0, sizeof(float) * kBlockN * static_cast<std::size_t>(x.rows) *
-                               static_cast<std::size_t>(tile.num_blocks));
+  std::memset(tile.acc, 0,
+              sizeof(float) * kBlockN * static_cast<std::size_t>(x.rows) *
+                  static_cast<std::size_t>(tile.num_blocks));
   constexpr int kBlocksAtOnce = 2;  // Reuses a group's digits while they are in L1.
   for (int b0 = 0; b0 < tile.num_blocks; b0 += kBlocksAtOnce) {
     for (std::int64_t g = 0; g < num_groups; ++g) {
@@ -236,8 +239,8 @@ void gemm_tile_with(const GemmTile& tile) {
         const std::int64_t block = tile.first_block + b;
         const std::uint8_t* codes = m.codes + (block * num_groups + g) * kGroupLines * kLineBytes;
         load_scales(m, (block * num_groups + g) * scales_per_group, scales_per_group, scales);
-        const BlockGroup bg{.group = g, .weight_scales = scales,
-                            .four_scales = scales_per_group == 4};
+        const BlockGroup bg{
+            .group = g, .weight_scales = scales, .four_scales = scales_per_group == 4};
         float* acc = tile.acc + static_cast<std::int64_t>(b) * x.rows * kBlockN;
         if (x.rows <= Dot::kRows) {
           add_group_all_rows<Dot>(PackedLines{codes}, bg, x, acc);
@@ -275,8 +278,12 @@ namespace sluice::cpu {
 HWY_EXPORT(gemm_tile_impl);
 HWY_EXPORT(instruction_set_impl);
 
-void gemm_tile(const GemmTile& tile) { HWY_DYNAMIC_DISPATCH(gemm_tile_impl)(tile); }
-const char* instruction_set() { return HWY_DYNAMIC_DISPATCH(instruction_set_impl)(); }
+void gemm_tile(const GemmTile& tile) {
+  HWY_DYNAMIC_DISPATCH(gemm_tile_impl)(tile);
+}
+const char* instruction_set() {
+  return HWY_DYNAMIC_DISPATCH(instruction_set_impl)();
+}
 
 }  // namespace sluice::cpu
 #endif

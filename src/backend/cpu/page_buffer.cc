@@ -18,8 +18,8 @@ constexpr std::size_t kHugePageBytes = std::size_t{2} << 20;
 
 PageBuffer::PageBuffer(std::size_t bytes) : bytes_(bytes) {
   if (bytes == 0) return;
-  void* p = mmap(nullptr, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE,
-                 -1, 0);
+  void* p = mmap(nullptr, bytes, PROT_READ | PROT_WRITE,
+                 MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
   if (p == MAP_FAILED) {
     fail(ErrorCode::kOutOfMemory, "cannot map {} bytes: {}", bytes, std::strerror(errno));
   }

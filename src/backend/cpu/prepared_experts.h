@@ -25,10 +25,10 @@ class ThreadPool;
 
 namespace sluice::cpu {
 
-inline constexpr int kBlockN = 16;       ///< Output channels side by side: one AVX-512 register.
-inline constexpr int kLineK = 8;         ///< k per line.
-inline constexpr int kLineBytes = 64;    ///< kBlockN * kLineK / 2
-inline constexpr int kGroupLines = 16;   ///< Lines of 128 k.
+inline constexpr int kBlockN = 16;      ///< Output channels side by side: one AVX-512 register.
+inline constexpr int kLineK = 8;        ///< k per line.
+inline constexpr int kLineBytes = 64;   ///< kBlockN * kLineK / 2
+inline constexpr int kGroupLines = 16;  ///< Lines of 128 k.
 
 /// One matrix; views into PreparedCpuExperts::memory.
 struct PreparedMatrix {

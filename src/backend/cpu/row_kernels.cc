@@ -32,8 +32,7 @@ HWY_INLINE VF e4m3_to_f32(const std::uint8_t* codes) {
   const VI code = hn::PromoteTo(di, hn::LoadU(DU8(), codes));
   const VI magnitude = hn::And(code, hn::Set(di, 0x7f));
   const VI sign = hn::ShiftLeft<24>(hn::And(code, hn::Set(di, 0x80)));
-  const VI subnormal =
-      hn::BitCast(di, hn::Mul(hn::ConvertTo(df, magnitude), hn::Set(df, 0x1p-9f)));
+  const VI subnormal = hn::BitCast(di, hn::Mul(hn::ConvertTo(df, magnitude), hn::Set(df, 0x1p-9f)));
   VI bits = hn::Add(hn::ShiftLeft<20>(magnitude), hn::Set(di, (127 - 7) << 23));
   bits = hn::IfThenElse(hn::Lt(magnitude, hn::Set(di, 8)), subnormal, bits);
   bits = hn::IfThenElse(hn::Eq(magnitude, hn::Set(di, 0x7f)), hn::Set(di, 0x7fc00000), bits);
@@ -47,9 +46,9 @@ HWY_INLINE void store_e4m3(VF x, std::uint8_t* codes) {
   const VI bits = hn::BitCast(di, x);
   const VI magnitude = hn::And(bits, hn::Set(di, 0x7fffffff));
   const VI sign = hn::And(hn::ShiftRight<24>(bits), hn::Set(di, 0x80));
-  const VI subnormal = hn::Sub(
-      hn::BitCast(di, hn::Add(hn::BitCast(df, magnitude), hn::Set(df, 0x1p14f))),
-      hn::Set(di, std::bit_cast<std::int32_t>(0x1p14f)));
+  const VI subnormal =
+      hn::Sub(hn::BitCast(di, hn::Add(hn::BitCast(df, magnitude), hn::Set(df, 0x1p14f))),
+              hn::Set(di, std::bit_cast<std::int32_t>(0x1p14f)));
   const VI odd = hn::And(hn::ShiftRight<20>(magnitude), hn::Set(di, 1));
   const VI rounded = hn::Add(magnitude, hn::Add(odd, hn::Set(di, (1 << 19) - 1)));
   VI code = hn::Sub(hn::ShiftRight<20>(rounded), hn::Set(di, (127 - 7) << 3));
@@ -173,11 +172,9 @@ void round_to_bf16_impl(const float* x, std::int64_t n, std::uint16_t* out) {
     const VI top = hn::And(hn::ShiftRight<16>(bits), hn::Set(di, 0xffff));
     const VI sign = hn::And(top, hn::Set(di, 0x8000));
     const VI odd = hn::And(hn::ShiftRight<16>(magnitude), hn::Set(di, 1));
-    const VI rounded =
-        hn::ShiftRight<16>(hn::Add(magnitude, hn::Add(odd, hn::Set(di, 0x7fff))));
+    const VI rounded = hn::ShiftRight<16>(hn::Add(magnitude, hn::Add(odd, hn::Set(di, 0x7fff))));
     const auto is_nan = hn::Gt(magnitude, hn::Set(di, 0x7f800000));
-    const VI result =
-        hn::IfThenElse(is_nan, hn::Or(top, hn::Set(di, 0x40)), hn::Or(rounded, sign));
+    const VI result = hn::IfThenElse(is_nan, hn::Or(top, hn::Set(di, 0x40)), hn::Or(rounded, sign));
     hn::StoreU(hn::DemoteTo(DU16(), result), DU16(), out + i);
   }
 }
@@ -198,8 +195,7 @@ void quantize_row(const std::uint16_t* x, std::int64_t width, GroupScale kind, s
                   float* scale) {
   HWY_DYNAMIC_DISPATCH(quantize_row_impl)(x, width, kind, codes, scale);
 }
-void quantize_row_static(const std::uint16_t* x, std::int64_t width, float s,
-                         std::uint8_t* codes) {
+void quantize_row_static(const std::uint16_t* x, std::int64_t width, float s, std::uint8_t* codes) {
   HWY_DYNAMIC_DISPATCH(quantize_row_static_impl)(x, width, s, codes);
 }
 void requantize_row(const std::uint8_t* codes, const float* scale, std::int64_t width, float s1,

@@ -7,7 +7,7 @@
 #include "backend/cuda/check.h"
 #include "backend/ops.h"
 #include "core/fail.h"
-#include "exchange/cuda_local_kernels.h"
+#include "exchange/cuda/local_kernels.h"
 #include "exchange/impl.h"
 #include "sluice/quant.h"
 #include "sluice/transport.h"

@@ -1,4 +1,4 @@
-// cuda_local_kernels.h - host side of the kernels of the one-rank CUDA exchange.
+// local_kernels.h - host side of the kernels of the one-rank CUDA exchange.
 //
 // Plain C++: asynchronous on the stream, no allocation, no host synchronization, capturable.
 #pragma once

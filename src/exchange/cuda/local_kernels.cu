@@ -1,4 +1,4 @@
-// cuda_local_kernels.cu - dispatch and combine for one rank's own experts, in CUDA memory.
+// local_kernels.cu - dispatch and combine for one rank's own experts, in CUDA memory.
 //
 // Maths     route     row(t, k) = begin(e) + #{(t', k') before (t, k) with the same expert e}
 //           scatter   x[row(t, k)] = quantize(x[t]), each token quantized once
@@ -19,7 +19,7 @@
 
 #include "backend/cuda/check.h"
 #include "backend/cuda/swiglu.cuh"
-#include "exchange/cuda_local_kernels.h"
+#include "exchange/cuda/local_kernels.h"
 
 namespace sluice::cuda {
 namespace {
