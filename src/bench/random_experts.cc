@@ -1,0 +1,103 @@
+#include "bench/random_experts.h"
+
+#include <cstddef>
+#include <cstring>
+#include <memory>
+
+#include "core/counter_rng.h"
+#include "core/fail.h"
+#include "sluice/quant.h"
+
+namespace sluice {
+namespace {
+
+struct Storage {
+  std::unique_ptr<std::byte[]> bytes;
+};
+
+float random_scale(const CounterRng& rng, std::uint64_t index, float base) {
+  return base * static_cast<float>(0.75 + 0.5 * rng.uniform(index));
+}
+
+/// The next unused part of one allocation.
+class Carver {
+ public:
+  explicit Carver(std::byte* at) : at_(at) {}
+  std::byte* take(std::size_t bytes) {
+    std::byte* part = at_;
+    at_ += (bytes + 63) / 64 * 64;
+    return part;
+  }
+
+ private:
+  std::byte* at_;
+};
+
+Int4Matrix random_matrix(std::int64_t n, std::int64_t k, int group_size, DType scale_dtype,
+                         std::uint64_t seed, std::uint64_t stream, Carver& memory) {
+  const CounterRng code_rng(seed, 2 * stream), scale_rng(seed, 2 * stream + 1);
+  const std::int64_t code_bytes = n * k / 2, num_scales = n * (k / group_size);
+  std::byte* codes = memory.take(static_cast<std::size_t>(code_bytes));
+  for (std::int64_t i = 0; i < code_bytes; i += 8) {
+    const std::uint64_t word = code_rng.bits(static_cast<std::uint64_t>(i));
+    std::memcpy(codes + i, &word, 8);
+  }
+  std::byte* scales = memory.take(static_cast<std::size_t>(num_scales) * size_bytes(scale_dtype));
+  for (std::int64_t i = 0; i < num_scales; ++i) {
+    const float scale = random_scale(scale_rng, static_cast<std::uint64_t>(i), 0x1p-8f);
+    if (scale_dtype == DType::kFloat32) {
+      std::memcpy(scales + i * 4, &scale, 4);
+    } else {
+      const std::uint16_t bits = bf16_from_float(scale);
+      std::memcpy(scales + i * 2, &bits, 2);
+    }
+  }
+  return {.codes = {codes, DType::kPackedInt4, {n, k / 2}},
+          .scales = {scales, scale_dtype, {n, k / group_size}},
+          .group_size = group_size};
+}
+
+}  // namespace
+
+ExpertWeights random_experts(const ModelGeometry& geometry, DType scale_dtype, std::uint64_t seed) {
+  check_argument(geometry.hidden > 0 && geometry.hidden % 128 == 0 && geometry.intermediate > 0 &&
+                     geometry.intermediate % 128 == 0,
+                 "hidden {} and intermediate {} are not multiples of 128", geometry.hidden,
+                 geometry.intermediate);
+  check_argument(scale_dtype == DType::kFloat32 || scale_dtype == DType::kBFloat16,
+                 "scale dtype {} is neither float32 nor bfloat16", to_string(scale_dtype));
+  const std::int64_t weights = std::int64_t{geometry.hidden} * geometry.intermediate;
+  const auto scale_bytes = static_cast<std::int64_t>(size_bytes(scale_dtype));
+  const std::int64_t matrix = weights / 2 + weights / geometry.group_size * scale_bytes + 128;
+  auto storage = std::make_shared<Storage>();
+  // No initialization: every byte that is read is written below.
+  storage->bytes.reset(new std::byte[static_cast<std::size_t>(matrix * 3 * geometry.num_experts)]);
+  Carver memory(storage->bytes.get());
+  ExpertWeights out;
+  out.geometry = geometry;
+  for (int e = 0; e < geometry.num_experts; ++e) {
+    const auto stream = static_cast<std::uint64_t>(e) * 3;
+    const auto make = [&](std::int64_t n, std::int64_t k, std::uint64_t which) {
+      return random_matrix(n, k, geometry.group_size, scale_dtype, seed, stream + which, memory);
+    };
+    out.experts.push_back({.gate = make(geometry.intermediate, geometry.hidden, 0),
+                           .up = make(geometry.intermediate, geometry.hidden, 1),
+                           .down = make(geometry.hidden, geometry.intermediate, 2)});
+  }
+  out.storage = std::move(storage);
+  return out;
+}
+
+void random_rows(std::uint64_t seed, std::int64_t rows, std::int64_t width, std::uint8_t* codes,
+                 float* scale) {
+  const CounterRng code_rng(seed, ~std::uint64_t{0}), scale_rng(seed, ~std::uint64_t{1});
+  for (std::int64_t i = 0; i < rows * width; ++i) {
+    const float value = static_cast<float>(code_rng.normal(static_cast<std::uint64_t>(i)));
+    codes[i] = e4m3_from_float(value * 150.0f);
+  }
+  for (std::int64_t i = 0; i < rows * (width / kActivationGroup); ++i) {
+    scale[i] = random_scale(scale_rng, static_cast<std::uint64_t>(i), 0x1p-7f);
+  }
+}
+
+}  // namespace sluice

@@ -1,0 +1,20 @@
+// random_experts.h - expert weights and activation rows from nothing but a seed, in memory.
+#pragma once
+
+#include <cstdint>
+
+#include "sluice/checkpoint.h"
+
+namespace sluice {
+
+/// Uniform int4 codes (-8 among them) and scales within a factor of two of 2^-8, so that the layer
+/// neither grows nor shrinks its input much. `storage` owns everything.
+[[nodiscard]] ExpertWeights random_experts(const ModelGeometry& geometry, DType scale_dtype,
+                                           std::uint64_t seed);
+
+/// Codes of normal values whose groups reach their largest code, and scales near 2^-7. codes:
+/// [rows, width], scale: [rows, width / 128].
+void random_rows(std::uint64_t seed, std::int64_t rows, std::int64_t width, std::uint8_t* codes,
+                 float* scale);
+
+}  // namespace sluice

@@ -1,0 +1,139 @@
+// The expert stage of the CPU backend: bits it promises, bounds it keeps, rows it leaves alone.
+#include <gtest/gtest.h>
+
+#include <cstring>
+#include <string>
+
+#include "backend/cpu/cpu_backend.h"
+#include "expert_fixture.h"
+#include "sluice/backend.h"
+
+namespace sluice::testing {
+namespace {
+
+std::unique_ptr<Backend> backend(int num_threads = 1) {
+  return make_backend({.num_threads = num_threads});
+}
+
+StageBuffers run(const StageCase& c, Backend& device) {
+  const ExpertWeights weights = random_experts(c.geometry, c.scale_dtype, c.seed);
+  StageBuffers b(c);
+  const auto prepared = ops(device).prepare(weights);
+  ops(device).expert_stage(*prepared, b.in(), b.rows(), b.h(), b.out.data(), {}, nullptr);
+  return b;
+}
+
+/// Largest |error| / bound over GEMM1 (through h) and GEMM2, checked element by element.
+struct Worst {
+  double ratio = 0;
+  std::string where;
+  void see(double error, double bound, const std::string& at) {
+    const double r = error / bound;
+    if (!(r <= ratio)) ratio = r, where = at;
+  }
+};
+
+void check_row(const StageCase& c, const Expert& expert, StageBuffers& b, std::int64_t row,
+               Worst& worst) {
+  const std::uint8_t* x = &b.codes[static_cast<std::size_t>(row * b.hidden)];
+  const float* xs = c.s1 != 0 ? nullptr : &b.scale[static_cast<std::size_t>(row * b.hidden / 128)];
+  std::uint8_t* h = &b.h_codes[static_cast<std::size_t>(row * b.inner)];
+  float* hs = c.s2 != 0 ? nullptr : &b.h_scale[static_cast<std::size_t>(row * b.inner / 128)];
+  for (std::int64_t first = 0; first < b.inner; first += 128) {
+    std::vector<float> value(128), low(128), high(128);
+    for (std::int64_t i = 0; i < 128; ++i) {
+      const DotProduct gate = dot(expert.gate, first + i, x, xs, c.s1);
+      const DotProduct up = dot(expert.up, first + i, x, xs, c.s1);
+      ASSERT_LE(std::fabs(gate.promised - gate.exact), 0x1p-20 * gate.magnitude);
+      value[static_cast<std::size_t>(i)] = swiglu(gate.promised, up.promised);
+    }
+    float scale = c.s2;
+    std::vector<std::uint8_t> codes(128);
+    if (c.s2 != 0) {
+      quantize_static(value, c.s2, codes);
+    } else {
+      scale = quantize_group(value, codes);
+      ASSERT_NEAR(hs[first / 128] / scale, 1.0, 1e-6) << "row " << row << " group " << first / 128;
+    }
+    for (std::size_t i = 0; i < 128; ++i) {
+      // exp() may differ in its last bits and tip a rounding: one code away at most.
+      const int a = codes[i] & 0x7f, z = h[first + static_cast<std::int64_t>(i)] & 0x7f;
+      ASSERT_LE(std::abs(a - z), 1) << "row " << row << " h " << first + static_cast<int>(i);
+    }
+  }
+  for (std::int64_t n = 0; n < b.hidden; ++n) {
+    const DotProduct d = dot(expert.down, n, h, hs, c.s2);
+    const std::uint16_t y = b.out[static_cast<std::size_t>(row * b.hidden + n)];
+    ASSERT_EQ(y, bf16_from_float(d.promised)) << "row " << row << " element " << n;
+    const double bound = std::fabs(d.exact) * 0x1p-8 + 0x1p-20 * d.magnitude + 1e-38;
+    worst.see(std::fabs(static_cast<double>(bf16_to_float(y)) - d.exact), bound,
+              "row " + std::to_string(row) + " element " + std::to_string(n));
+  }
+}
+
+void check(const StageCase& c, int num_threads = 1) {
+  const auto device = backend(num_threads);
+  StageBuffers b = run(c, *device);
+  const ExpertWeights weights = random_experts(c.geometry, c.scale_dtype, c.seed);
+  Worst worst;
+  std::vector<bool> valid(static_cast<std::size_t>(b.max_rows));
+  for (std::size_t e = 0; e < c.rows.size(); ++e) {
+    for (std::int32_t r = 0; r < c.rows[e]; ++r) {
+      const std::int64_t row = b.row_begin[e] + r;
+      valid[static_cast<std::size_t>(row)] = true;
+      // First, last and a few rows of each expert keep the float64 work small.
+      if (r > 2 && r + 2 < c.rows[e] && r % 29 != 0) continue;
+      check_row(c, weights.experts[e], b, row, worst);
+      if (::testing::Test::HasFatalFailure()) return;
+    }
+  }
+  EXPECT_LE(worst.ratio, 1.0) << worst.where;
+  for (std::int64_t row = 0; row < b.max_rows; ++row) {
+    if (valid[static_cast<std::size_t>(row)]) continue;
+    for (std::int64_t i = 0; i < b.hidden; ++i) {
+      ASSERT_EQ(b.out[static_cast<std::size_t>(row * b.hidden + i)], 0xa5a5) << "row " << row;
+    }
+    for (std::int64_t i = 0; i < b.inner; ++i) {
+      ASSERT_EQ(b.h_codes[static_cast<std::size_t>(row * b.inner + i)], StageBuffers::kSentinel);
+    }
+  }
+}
+
+TEST(CpuExperts, ShapesAndRowCounts) {
+  for (const int hidden : {128, 384, 640, 1792}) {
+    for (const int inner : {128, 384}) {
+      StageCase c;
+      c.geometry.num_experts = 4;
+      c.geometry.hidden = hidden, c.geometry.intermediate = inner;
+      c.rows = {0, 3, 1, 0};
+      check(c);
+    }
+  }
+  for (const int m : {0, 1, 3, 7, 8, 9, 16, 17, 63, 64, 65}) {
+    StageCase c;
+    c.geometry.num_experts = 2;
+    c.geometry.hidden = 256, c.geometry.intermediate = 128;
+    c.rows = {m, 1};
+    check(c);
+  }
+}
+
+TEST(CpuExperts, GroupsScalesAndLayouts) {
+  for (const int group : {128, 32}) {
+    for (const DType dtype : {DType::kFloat32, DType::kBFloat16}) {
+      for (const bool is_static : {false, true}) {
+        StageCase c;
+        c.geometry.num_experts = 3, c.geometry.group_size = group;
+        c.geometry.hidden = 384, c.geometry.intermediate = 256;
+        c.scale_dtype = dtype;
+        c.rows = {5, 0, 9};
+        c.max_m = 12;
+        if (is_static) c.s1 = 0.0087f, c.s2 = 0.31f;
+        check(c, 2);
+      }
+    }
+  }
+}
+
+}  // namespace
+}  // namespace sluice::testing

@@ -1,0 +1,87 @@
+#!/usr/bin/env python3
+"""The command line as a user meets it: what it prints, what it writes, how it exits."""
+import json
+import os
+import subprocess
+import sys
+import tempfile
+
+SLUICE = sys.argv[1]
+failures = []
+
+
+def run(*arguments, env=None):
+    return subprocess.run([SLUICE, *arguments], capture_output=True, text=True, timeout=100,
+                          env={**os.environ, **(env or {})})
+
+
+def check(name, condition, result):
+    if not condition:
+        failures.append(name)
+        print(f"FAILED {name}: exit {result.returncode}\n{result.stdout}{result.stderr}")
+
+
+with tempfile.TemporaryDirectory() as folder:
+    model = os.path.join(folder, "tiny")
+    report = os.path.join(folder, "run.json")
+
+    r = run("make-checkpoint", "--preset", "tiny", "--out", model)
+    check("make-checkpoint", r.returncode == 0, r)
+    r = run("make-checkpoint", "--preset", "tiny", "--out", model)
+    check("make-checkpoint refuses to overwrite", r.returncode != 0 and model in r.stderr, r)
+    r = run("inspect", model)
+    check("inspect", r.returncode == 0 and "w4afp8" in r.stdout, r)
+
+    for mode in ("low-latency", "normal"):
+        for recipe in ("direct", "direct-bf16", "bf16-static", "requant-static", "static", "pow2-static"):
+            r = run("run", "--checkpoint", model, "--ranks", "4", "--tokens", "5,0,3,1", "--repeat", "2",
+                    "--mode", mode, "--recipe", recipe, "--verify", "9", "--json", report)
+            check(f"run {mode} {recipe}", r.returncode == 0 and "all within bounds" in r.stdout
+                  and recipe in r.stdout, r)
+            with open(report) as file:
+                data = json.load(file)
+            check(f"json {mode} {recipe}",
+                  data["verify"]["passed"] and data["verify"]["rows"] == 9
+                  and data["recipe"]["name"] == recipe and len(data["ranks"]) == 4, r)
+
+    r = run("run", "--checkpoint", model, "--ranks", "2", "--tokens", "4", "--prove")
+    check("prove", r.returncode == 0 and "the same bytes" in r.stdout, r)
+    r = run("run", "--checkpoint", model, "--recipe", "requant-static", "--prove")
+    check("prove refuses two roundings", r.returncode == 2 and "rounds twice" in r.stderr, r)
+
+    refusals = {
+        "unknown recipe": (["--recipe", "dircet"], "dircet"),
+        "unknown mode": (["--mode", "decode"], "decode"),
+        "layer without experts": (["--layer", "77"], "layer 77"),
+        "ranks that do not divide": (["--ranks", "3"], "3 ranks"),
+        "tokens for other ranks": (["--ranks", "2", "--tokens", "1,2,3"], "--tokens"),
+        "no token at all": (["--tokens", "0"], "no rank has a token"),
+        "transport not built": (["--transport", "mpi"], "mpi"),
+    }
+    for name, (arguments, text) in refusals.items():
+        r = run("run", "--checkpoint", model, *arguments)
+        check(name, r.returncode == 2 and text in r.stderr, r)
+    r = run("run", "--checkpoint", os.path.join(folder, "absent"))
+    check("absent checkpoint", r.returncode == 2 and "absent" in r.stderr, r)
+
+    # The environment: honoured where GEMM1 sees the same bytes, refused by name where it would not.
+    r = run("run", "--checkpoint", model, env={"SLUICE_DISPATCH_DTYPE": "bf16"})
+    check("override honoured", r.returncode == 0 and "wire bf16" in r.stdout, r)
+    r = run("run", "--checkpoint", model, env={"SLUICE_DISPATCH_DTYPE": "fp8-static"})
+    check("override refused", r.returncode == 2 and "SLUICE_DISPATCH_DTYPE=fp8-static" in r.stderr
+          and "direct" in r.stderr and "low-latency" in r.stderr, r)
+    r = run("run", "--checkpoint", model, env={"SLUICE_DISPATCH_DTYPE": "int8"})
+    check("override unknown", r.returncode == 2 and "int8" in r.stderr, r)
+
+    # Static scales planted wrong: one shard truncated.
+    shard = next(os.path.join(model, f) for f in sorted(os.listdir(model)) if f.startswith("model")
+                 and f.endswith(".safetensors"))
+    with open(shard, "r+b") as file:
+        file.truncate(os.path.getsize(shard) // 2)
+    r = run("run", "--checkpoint", model)
+    check("shard cut in half", r.returncode == 3 and os.path.basename(shard) in r.stderr, r)
+
+r = run("bench", "experts", "--preset", "tiny", "--rows", "1,3", "--repeat", "1")
+check("bench experts", r.returncode == 0 and "error/bound" in r.stdout, r)
+print(f"{len(failures)} failures")
+sys.exit(1 if failures else 0)
