@@ -1,5 +1,6 @@
 // The CUDA backend against the formats' definitions, byte for byte, and whole layers against
 // float64. Skips itself where there is no device.
+#include <cuda_runtime_api.h>
 #include <gtest/gtest.h>
 
 #include <cmath>
@@ -304,6 +305,69 @@ TEST_F(CudaLayerTest, SameBitsAThousandTimes) {
   const TemporaryCheckpoint files({.geometry = small_geometry()});
   const Checkpoint checkpoint = Checkpoint::open(files.path());
   (void)run(checkpoint, {.tokens = {40}}, 1000);
+}
+
+TEST_F(CudaLayerTest, ACapturedGraphReplaysWithOtherRouting) {
+  const TemporaryCheckpoint files({.geometry = small_geometry()});
+  const Checkpoint checkpoint = Checkpoint::open(files.path());
+  const ModelGeometry& g = checkpoint.geometry();
+  constexpr std::int64_t kTokens = 37;
+  for (const Mode mode : {Mode::kLowLatency, Mode::kNormal}) {
+    auto transports = make_inproc_transports(1);
+    Engine engine =
+        Engine::create({.layer = checkpoint.moe_layers().front(), .max_tokens_per_rank = kTokens},
+                       checkpoint, *transports[0], *backend_);
+    const auto load_of = [&](RoutingKind routing, std::uint64_t seed) {
+      return make_workload({.num_experts = g.num_experts,
+                            .num_topk = g.num_topk,
+                            .hidden = g.hidden,
+                            .routing = routing,
+                            .seed = seed},
+                           0, kTokens);
+    };
+    const Workload first = load_of(RoutingKind::kUniform, 1);
+    const auto x = upload(first.x), weights = upload(first.topk_weights);
+    const auto idx = upload(first.topk_idx);
+    const auto y = backend_->allocate(first.x.size() * 2);
+    const Device device = backend_->device();
+    const Shape slots{kTokens, g.num_topk};
+    MutableTensorView out;
+    out.data = y->data(), out.dtype = DType::kBFloat16, out.shape = Shape{kTokens, g.hidden};
+    out.device = device;
+    const auto forward = [&] {
+      engine.forward(mode, {x->data(), DType::kBFloat16, out.shape, device},
+                     {.topk_idx = {idx->data(), DType::kInt32, slots, device},
+                      .topk_weights = {weights->data(), DType::kFloat32, slots, device}},
+                     out, stream_);
+    };
+    forward();  // Kernels load on their first launch, which may not be captured.
+    backend_->synchronize(stream_);
+    const auto queue = static_cast<cudaStream_t>(stream_.handle);
+    cudaGraph_t graph;
+    cudaGraphExec_t exec;
+    ASSERT_EQ(cudaStreamBeginCapture(queue, cudaStreamCaptureModeThreadLocal), cudaSuccess);
+    forward();
+    ASSERT_EQ(cudaStreamEndCapture(queue, &graph), cudaSuccess);
+    ASSERT_EQ(cudaGraphInstantiate(&exec, graph, 0), cudaSuccess);
+    for (std::uint64_t seed = 1; seed <= 6; ++seed) {
+      const auto routing = seed % 3 == 0   ? RoutingKind::kOneExpert
+                           : seed % 3 == 1 ? RoutingKind::kUniform
+                                           : RoutingKind::kZipf;
+      const Workload load = load_of(routing, seed);
+      const auto put = [&](const auto& buffer, const auto& host) {
+        backend_->copy_from_host(buffer->data(), host.data(), host.size() * sizeof(host[0]),
+                                 stream_);
+      };
+      put(x, load.x), put(idx, load.topk_idx), put(weights, load.topk_weights);
+      ASSERT_EQ(cudaGraphLaunch(exec, queue), cudaSuccess);
+      const auto replayed = download<std::uint16_t>(*y, load.x.size());
+      put(y, std::vector<std::uint16_t>(load.x.size(), 0x7fc1));
+      forward();
+      EXPECT_EQ(download<std::uint16_t>(*y, load.x.size()), replayed) << "seed " << seed;
+    }
+    EXPECT_EQ(cudaGraphExecDestroy(exec), cudaSuccess);
+    EXPECT_EQ(cudaGraphDestroy(graph), cudaSuccess);
+  }
 }
 
 TEST_F(CudaLayerTest, WideLayer) {
