@@ -25,9 +25,9 @@ struct ErrorModel {
   double accumulation = 0x1p-20;
 };
 
-/// What each device keeps, with room to spare (docs/performance.md has the largest seen): 2^-20
-/// where products are summed in float32 or exactly, 2^-16 on Hopper's tensor cores, whose
-/// accumulator keeps about 14 bits within each group of 128.
+/// What each device keeps on the activations of real layers: 2^-20 where products are summed in
+/// float32 or exactly; 2^-14 on Hopper's tensor cores, whose accumulator keeps about 14 bits within
+/// each group of 128 (rows of uniformly random e4m3 codes reach 2^-13.8, docs/performance-gpu.md).
 [[nodiscard]] ErrorModel error_model(Device::Kind kind) noexcept;
 
 /// y and its admissible error, one token.

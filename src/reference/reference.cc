@@ -147,7 +147,7 @@ Interval swiglu_interval(const Interval& gate, const Interval& up) {
 }  // namespace
 
 ErrorModel error_model(Device::Kind kind) noexcept {
-  return {.accumulation = kind == Device::Kind::kCuda ? 0x1p-16 : 0x1p-20};
+  return {.accumulation = kind == Device::Kind::kCuda ? 0x1p-14 : 0x1p-20};
 }
 
 LayerReference::LayerReference(ExpertWeights experts, Recipe recipe, float routed_scaling_factor,
