@@ -162,7 +162,7 @@ void fill_json(Output& output, const LayerRunConfig& config, const LayerRunResul
                     {"s1", result.recipe.s1},
                     {"s2", result.recipe.s2},
                     {"describe", result.recipe.describe()}};
-  json["total_us"] = result.total_us;
+  json["repeats_us"] = result.total_us;
   json["slowest"] = to_json(s.slowest);
   json["experts_gbytes_per_s"] = s.gbytes_per_s;
   json["share_of_read"] = s.share_of_read;

@@ -131,6 +131,7 @@ std::vector<CheckpointWarning> Checkpoint::warnings(int layer) const {
   for (const int e : sampled) {
     const ExpertWeights weights = load_experts(layer, e, 1);
     check_weights(layer, e, weights.experts.front(), result);
+    weights.release_pages(0);  // Looking must not make the layer resident.
   }
   return result;
 }

@@ -18,7 +18,7 @@ using Clock = std::chrono::steady_clock;
 
 /// Far larger than the last cache, but never so large that measuring dominates a run's memory.
 std::size_t buffer_bytes() {
-  constexpr long kMin = 128l << 20, kMax = 1024l << 20;
+  constexpr long kMin = 128l << 20, kMax = 512l << 20;
   return static_cast<std::size_t>(std::clamp(4 * sysconf(_SC_LEVEL3_CACHE_SIZE), kMin, kMax));
 }
 
