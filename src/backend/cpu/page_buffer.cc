@@ -16,14 +16,16 @@ constexpr std::size_t kHugePageBytes = std::size_t{2} << 20;
 
 }  // namespace
 
-PageBuffer::PageBuffer(std::size_t bytes) : bytes_(bytes) {
+PageBuffer::PageBuffer(std::size_t bytes, Pages pages) : bytes_(bytes) {
   if (bytes == 0) return;
   void* p = mmap(nullptr, bytes, PROT_READ | PROT_WRITE,
                  MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
   if (p == MAP_FAILED) {
     fail(ErrorCode::kOutOfMemory, "cannot map {} bytes: {}", bytes, std::strerror(errno));
   }
-  if (bytes >= 2 * kHugePageBytes) madvise(p, bytes, MADV_HUGEPAGE);  // A hint; may be refused.
+  if (pages == Pages::kHuge && bytes >= 2 * kHugePageBytes) {
+    madvise(p, bytes, MADV_HUGEPAGE);  // A hint; may be refused.
+  }
   data_ = static_cast<std::byte*>(p);
 }
 

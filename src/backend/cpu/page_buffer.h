@@ -7,12 +7,15 @@
 
 namespace sluice::cpu {
 
-/// Zero-filled by the system when first touched; huge pages where the system grants them.
+/// Zero-filled by the system when first touched.
 class PageBuffer final : public DeviceBuffer {
  public:
   PageBuffer() = default;
+  /// kHuge asks for huge pages: for what is used as a whole. Rows that are mostly not used would
+  /// become resident with their neighbours.
+  enum class Pages { kNormal, kHuge };
   /// Throws: kOutOfMemory.
-  explicit PageBuffer(std::size_t bytes);
+  explicit PageBuffer(std::size_t bytes, Pages pages = Pages::kNormal);
   PageBuffer(PageBuffer&& other) noexcept;
   PageBuffer& operator=(PageBuffer&& other) noexcept;
   ~PageBuffer() override;

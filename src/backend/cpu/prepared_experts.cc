@@ -100,7 +100,7 @@ PreparedCpuExperts::PreparedCpuExperts(const ExpertWeights& weights, ThreadPool&
       total += aligned(m->code_bytes()) + aligned(m->scale_bytes());
     }
   }
-  memory_ = PageBuffer(total);
+  memory_ = PageBuffer(total, PageBuffer::Pages::kHuge);
   std::size_t offset = 0;
   for (PreparedExpert& e : experts_) {
     for (PreparedMatrix* m : {&e.gate, &e.up, &e.down}) {
