@@ -37,13 +37,14 @@ struct HandMade {
   };
   Matrix gate{kIntermediate, kHidden}, up{kIntermediate, kHidden}, down{kHidden, kIntermediate};
 
+  static std::uint32_t next(std::uint32_t& state) { return state = state * 1103515245u + 12345u; }
+
   HandMade() {
-    int seed = 1;
+    std::uint32_t seed = 1;
     for (Matrix* m : {&gate, &up, &down}) {
       for (auto& v : m->values)
-        v = static_cast<std::int8_t>((seed = seed * 1103515245 + 12345) >> 16 & 15) - 8;
-      for (auto& s : m->scales)
-        s = 0.001f * static_cast<float>(1 + ((seed = seed * 1103515245 + 12345) >> 16 & 15));
+        v = static_cast<std::int8_t>(static_cast<int>(next(seed) >> 16 & 15) - 8);
+      for (auto& s : m->scales) s = 0.001f * static_cast<float>(1 + (next(seed) >> 16 & 15));
     }
   }
   ExpertWeights weights() {
