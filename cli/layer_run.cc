@@ -112,6 +112,7 @@ RankResult run_rank(const LayerRunConfig& config, const Checkpoint& checkpoint, 
     if (i == 0) result.counters = engine.exchange_counters(config.mode);
     repeats.push_back(engine.stats());
   }
+  engine.check();
   // Every rank reports the same repeat: the one whose slowest rank is the median.
   std::vector<double> mine(repeats.size());
   std::ranges::transform(repeats, mine.begin(), [](const auto& s) { return s.times.total_us; });

@@ -1,6 +1,7 @@
 // sluice - runs, measures and inspects expert-parallel W4A8 layers.
 #include <fmt/core.h>
 
+#include <cstdlib>
 #include <fstream>
 
 #include "command.h"
@@ -8,6 +9,10 @@
 #include "sluice/error.h"
 
 int main(int argc, char** argv) {
+  // Ranks that share a GPU wait for each other inside kernels: each needs a hardware queue, and no
+  // launch may stop to load a kernel. The CUDA runtime reads these before its first call.
+  setenv("CUDA_DEVICE_MAX_CONNECTIONS", "32", /*overwrite=*/0);
+  setenv("CUDA_MODULE_LOADING", "EAGER", /*overwrite=*/0);
   CLI::App app{"Mixture-of-experts layers with INT4 weights and FP8 activations, expert-parallel."};
   app.set_version_flag("--version", sluice::version());
   app.require_subcommand(1);

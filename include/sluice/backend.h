@@ -18,7 +18,8 @@ struct BackendConfig {
   /// CPU only: worker threads, caller included; 0 = this rank's even share of the cores the process
   /// may run on, at least one.
   int num_threads = 0;
-  /// CPU only: which share of the cores, when several ranks are threads of this process.
+  /// Which share of the cores, when several ranks are threads of this process. CUDA: how many ranks
+  /// use this device; each gets an even share of its SMs.
   int local_rank = 0;
   int num_local_ranks = 1;
 };

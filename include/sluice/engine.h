@@ -87,6 +87,9 @@ class Engine {
   /// recipe.
   void forward(Mode mode, TensorView x, const Routing& routing, MutableTensorView y, Stream stream);
 
+  /// Throws what earlier calls found on the device: Exchange::check() of every mode.
+  void check();
+
   [[nodiscard]] const Recipe& recipe(Mode mode) const;
   /// When on, forward() waits for the device after each stage to time it, and fills stats(). Off at
   /// creation: forward() then only queues work and may be captured in a CUDA graph.

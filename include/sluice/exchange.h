@@ -46,6 +46,9 @@ struct ExchangeConfig {
   float routed_scaling_factor = 1.0f;              ///< Applied once, by combine().
   int num_in_flight = 2;                           ///< Dispatched values alive at once, 1 .. 8.
   std::chrono::milliseconds peer_timeout{10'000};  ///< Longest wait for any one peer.
+  /// CUDA: the most SMs one operation may use; 0 = this rank's even share of its device, which is
+  /// also the limit, so that the waiting kernels of all ranks on a device can run at once.
+  int num_sms = 0;
 };
 
 /// The router's choice for each token. Read during dispatch() and again by combine(): the caller
@@ -78,6 +81,9 @@ class Dispatched {
   ~Dispatched();
 
   [[nodiscard]] const ExpertBatch& batch() const noexcept;
+  /// Memory of the exchange, shaped like combine()'s expert_y, from which combine() sends without
+  /// copying first: let the experts write here. Empty where a copy costs nothing more (CPU).
+  [[nodiscard]] MutableTensorView expert_y() const noexcept;
 
   struct Route;  ///< Internal.
 
@@ -90,9 +96,10 @@ class Dispatched {
 /// Monotonic counters since create(); the consumer subtracts.
 struct ExchangeCounters {
   std::vector<std::uint64_t> dispatch_bytes;  ///< [num_ranks] put to each rank, own included.
-  std::vector<std::uint64_t> combine_bytes;   ///< [num_ranks]
-  std::vector<std::uint64_t> dispatch_rows;   ///< [num_ranks] token copies sent to each rank.
-  std::vector<std::uint64_t> wait_ns;         ///< [num_ranks] spent waiting for each source.
+  /// [num_ranks] put to each rank (CPU), or read from each rank's expert_y (CUDA).
+  std::vector<std::uint64_t> combine_bytes;
+  std::vector<std::uint64_t> dispatch_rows;  ///< [num_ranks] token copies sent to each rank.
+  std::vector<std::uint64_t> wait_ns;        ///< [num_ranks] spent waiting for each source.
   std::uint64_t num_dispatches = 0;
   std::uint64_t saturated_values = 0;  ///< Elements clipped to +-448 while quantizing to send.
 };
@@ -103,8 +110,9 @@ struct ExchangeCounters {
 /// makes the same calls in the same order.
 class Exchange {
  public:
-  /// Bytes create() will take on each rank (docs/design.md has the formula).
-  [[nodiscard]] static std::size_t workspace_bytes(const ExchangeConfig& config, int num_ranks);
+  /// Bytes create() will take on each rank, in memory of `kind` (docs/design.md has the formula).
+  [[nodiscard]] static std::size_t workspace_bytes(const ExchangeConfig& config, int num_ranks,
+                                                   Device::Kind kind = Device::Kind::kHost);
 
   /// max_rows() of an Exchange made with this configuration.
   [[nodiscard]] static std::int64_t max_rows(const ExchangeConfig& config, int num_ranks);
@@ -129,11 +137,13 @@ class Exchange {
   /// Quantizes `x` to the wire format and sends each token to its experts' ranks.
   ///
   /// x:       [num_tokens, hidden] bf16, num_tokens <= max_tokens_per_rank; 0 is fine.
-  /// Stream:  asynchronous on CUDA; the batch may be read by later work on `stream`.
+  /// Stream:  asynchronous on CUDA; the batch may be read by later work on `stream`. No allocation
+  ///          and no host synchronization: may be captured in a CUDA graph and replayed, also
+  ///          interleaved with other graphs of this exchange, in the same order on every rank.
   /// Throws:  kInvalidArgument before anything is sent; the same on *every* rank when an expert
-  /// would
-  ///          receive more than its capacity. kPeerTimeout names operation, epoch and missing
-  ///          ranks.
+  ///          would receive more than its capacity. kPeerTimeout names operation, epoch and
+  ///          missing ranks. On CUDA what the device finds is thrown by the next call or by
+  ///          check(): a refused dispatch has no rows and its combine gives rows of NaN.
   [[nodiscard]] Dispatched dispatch(TensorView x, const Routing& routing, Stream stream);
 
   /// y[t] = routed_scaling_factor * sum_k topk_weights[t, k] * expert_y(row of t at topk_idx[t,
@@ -143,6 +153,16 @@ class Exchange {
   /// expert_y: [num_local_experts, max_m, hidden] or [max_rows, hidden] bf16, rows as batch().x.
   /// y:        [num_tokens, hidden] bf16.
   void combine(Dispatched dispatched, TensorView expert_y, MutableTensorView y, Stream stream);
+
+  /// The halves of dispatch() and combine(): work queued between the two overlaps the transfer.
+  /// batch() is valid after dispatch_receive(). A Dispatched passes through the four in this order.
+  [[nodiscard]] Dispatched dispatch_send(TensorView x, const Routing& routing, Stream stream);
+  void dispatch_receive(Dispatched& dispatched, Stream stream);
+  void combine_send(Dispatched& dispatched, TensorView expert_y, Stream stream);
+  void combine_receive(Dispatched dispatched, MutableTensorView y, Stream stream);
+
+  /// Throws what earlier asynchronous calls found on the device: call it after synchronizing.
+  void check();
 
   [[nodiscard]] ExchangeCounters counters() const;
 

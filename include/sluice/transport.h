@@ -74,6 +74,13 @@ class Transport {
   [[nodiscard]] virtual std::vector<std::vector<std::byte>> all_gather(
       std::span<const std::byte> mine, std::chrono::milliseconds timeout) = 0;
 
+  /// Collective: gives `mine`, a device allocation of `bytes` bytes, to the other ranks and returns
+  /// every rank's, ordered by rank, at addresses that this rank's device can use. The memory lives
+  /// until the last rank has let go of it.
+  /// Throws: kUnsupported if this transport cannot reach device memory; kTransport, kPeerTimeout.
+  [[nodiscard]] virtual std::vector<std::shared_ptr<std::byte>> share_device_memory(
+      std::shared_ptr<std::byte> mine, std::size_t bytes, std::chrono::milliseconds timeout);
+
   [[nodiscard]] virtual TransportCounters counters() const = 0;
 };
 

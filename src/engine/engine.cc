@@ -79,8 +79,10 @@ void check_config(const EngineConfig& config, const Checkpoint& checkpoint, int 
   check_geometry(config, checkpoint.geometry(), num_ranks);
 }
 
+/// forward() has one dispatch in flight. On the CPU a second slot spares a wait for the slowest
+/// rank's release; on CUDA reuse waits for nothing, and slots are dear.
 ExchangeConfig exchange_config(const EngineConfig& config, const ModelGeometry& geometry,
-                               const Recipe& recipe) {
+                               const Recipe& recipe, Device::Kind device) {
   return {.mode = recipe.mode,
           .wire = recipe.wire,
           .static_scale = recipe.wire == WireFormat::kE4m3Static ? recipe.s1 : 0.0f,
@@ -90,6 +92,7 @@ ExchangeConfig exchange_config(const EngineConfig& config, const ModelGeometry& 
           .max_tokens_per_rank = config.max_tokens_per_rank,
           .max_m = recipe.mode == Mode::kLowLatency ? config.max_m : 0,
           .routed_scaling_factor = config.routed_scaling_factor,
+          .num_in_flight = device == Device::Kind::kHost ? 2 : 1,
           .peer_timeout = config.peer_timeout};
 }
 
@@ -134,9 +137,10 @@ Engine Engine::create(const EngineConfig& config, const Checkpoint& checkpoint,
   std::int64_t max_rows = 0;
   for (std::size_t i = 0; i < recipes.size(); ++i) {
     if (!recipes[i]) continue;
-    impl->lanes[i].emplace(
-        *recipes[i],
-        Exchange::create(exchange_config(config, impl->geometry, *recipes[i]), transport, backend));
+    impl->lanes[i].emplace(*recipes[i],
+                           Exchange::create(exchange_config(config, impl->geometry, *recipes[i],
+                                                            backend.device().kind),
+                                            transport, backend));
     max_rows = std::max(max_rows, impl->lanes[i]->exchange.max_rows());
   }
   const int num_local = impl->geometry.num_experts / transport.num_ranks();
@@ -144,19 +148,22 @@ Engine Engine::create(const EngineConfig& config, const Checkpoint& checkpoint,
   impl->experts = impl->backend->prepare(
       checkpoint.load_experts(config.layer, transport.rank() * num_local, num_local));
   impl->allocate_scratch(max_rows);
+  // No rank's kernels may wait for a rank that still allocates: that would wait for the device.
+  (void)transport.all_gather({}, config.peer_timeout);
   return Engine(std::move(impl));
 }
 
 namespace {
 
-/// The buffers of allocate_scratch(), in its order.
-std::array<std::size_t, 5> scratch_bytes(const ModelGeometry& geometry, std::int64_t max_rows) {
+/// The buffers of allocate_scratch(), in its order. On CUDA the exchange has the rows of expert_y.
+std::array<std::size_t, 5> scratch_bytes(const ModelGeometry& geometry, std::int64_t max_rows,
+                                         Device::Kind device) {
   const auto rows = static_cast<std::size_t>(max_rows);
   const auto hidden = static_cast<std::size_t>(geometry.hidden);
   const auto intermediate = static_cast<std::size_t>(geometry.intermediate);
   return {rows * hidden, rows * hidden / kActivationGroup * sizeof(float), rows * intermediate,
           rows * intermediate / kActivationGroup * sizeof(float),
-          rows * hidden * sizeof(std::uint16_t)};
+          device == Device::Kind::kHost ? rows * hidden * sizeof(std::uint16_t) : 0};
 }
 
 /// PreparedExperts::bytes() of a backend that is not there yet; a test holds it against one. The
@@ -175,7 +182,7 @@ std::size_t prepared_bytes(Device::Kind device, const ModelGeometry& geometry, i
 }  // namespace
 
 void Engine::Impl::allocate_scratch(std::int64_t max_rows) {
-  const auto bytes = scratch_bytes(geometry, max_rows);
+  const auto bytes = scratch_bytes(geometry, max_rows, backend->device().kind);
   std::size_t i = 0;
   for (auto* buffer : {&x_codes, &x_scale, &h_codes, &h_scale, &expert_y}) {
     *buffer = backend->allocate(bytes[i++]);
@@ -201,11 +208,12 @@ EngineMemory Engine::plan_memory(const EngineConfig& config, const ModelGeometry
     // Sizes do not depend on the values of static scales.
     const Recipe recipe =
         resolve_recipe(*name, mode, config.dispatch_dtype, StaticScales{1, 1}, "the layer");
-    const ExchangeConfig exchange = exchange_config(config, geometry, recipe);
-    memory.exchange_bytes += Exchange::workspace_bytes(exchange, num_ranks);
+    const ExchangeConfig exchange = exchange_config(config, geometry, recipe, device);
+    memory.exchange_bytes += Exchange::workspace_bytes(exchange, num_ranks, device);
     max_rows = std::max(max_rows, Exchange::max_rows(exchange, num_ranks));
   }
-  for (const std::size_t bytes : scratch_bytes(geometry, max_rows)) memory.scratch_bytes += bytes;
+  for (const std::size_t bytes : scratch_bytes(geometry, max_rows, device))
+    memory.scratch_bytes += bytes;
   return memory;
 }
 
@@ -273,10 +281,16 @@ void Engine::forward(Mode mode, TensorView x, const Routing& routing, MutableTen
                         .scale = grouped ? reinterpret_cast<float*>(self.h_scale->data()) : nullptr,
                         .static_scale = grouped ? 0.0f : lane.recipe.s2,
                         .width = self.geometry.intermediate};
-  auto* expert_y = reinterpret_cast<std::uint16_t*>(self.expert_y->data());
+  // Where the exchange has memory of its own for the experts' rows, combine need not copy them.
+  MutableTensorView expert_y = dispatched.expert_y();
+  if (expert_y.empty()) {
+    expert_y.data = self.expert_y->data(), expert_y.dtype = DType::kBFloat16;
+    expert_y.shape = batch.x.shape, expert_y.device = self.backend->device();
+  }
   ExpertStageTimes split;
   mark = Clock::now();
-  self.backend->expert_stage(*self.experts, in, rows, h, expert_y, stream, &split);
+  self.backend->expert_stage(*self.experts, in, rows, h, expert_y.as<std::uint16_t>(), stream,
+                             &split);
   const double stage_us = self.stage_us(mark, stream);
   const double split_us = split.gemm1_us + split.activation_us + split.gemm2_us;
   const double share = split_us > 0 ? stage_us / split_us : 0;
@@ -286,8 +300,7 @@ void Engine::forward(Mode mode, TensorView x, const Routing& routing, MutableTen
 
   if (self.records_stats) self.record_rows(batch, stream);
   mark = Clock::now();
-  const TensorView rows_out(expert_y, DType::kBFloat16, batch.x.shape, self.backend->device());
-  lane.exchange.combine(std::move(dispatched), rows_out, y, stream);
+  lane.exchange.combine(std::move(dispatched), expert_y, y, stream);
   stats.times.combine_us = self.stage_us(mark, stream);
   stats.times.total_us = std::chrono::duration<double, std::micro>(Clock::now() - begin).count();
 }
@@ -341,6 +354,11 @@ ExchangeCounters Engine::exchange_counters(Mode mode) const {
 }
 std::size_t Engine::weight_bytes() const noexcept {
   return impl_->experts->bytes();
+}
+void Engine::check() {
+  for (auto& lane : impl_->lanes) {
+    if (lane) lane->exchange.check();
+  }
 }
 void Engine::record_stats(bool on) noexcept {
   impl_->records_stats = on;

@@ -8,6 +8,7 @@
 
 #include "core/fail.h"
 #include "exchange/agreement.h"
+#include "exchange/device_layout.h"
 #include "exchange/host_layout.h"
 #include "exchange/impl.h"
 #include "sluice/backend.h"
@@ -33,6 +34,7 @@ void check_config(const ExchangeConfig& c, int num_ranks) {
       c.max_m);
   check_argument(c.num_in_flight >= 1 && c.num_in_flight <= 8, "num_in_flight {} is not in [1, 8]",
                  c.num_in_flight);
+  check_argument(c.num_sms >= 0, "num_sms {} is negative", c.num_sms);
   check_argument(c.peer_timeout.count() > 0, "peer_timeout {} ms is not positive",
                  c.peer_timeout.count());
   check_argument(std::isfinite(c.routed_scaling_factor), "routed_scaling_factor {} is not finite",
@@ -96,9 +98,12 @@ ExchangeConfig resolved(ExchangeConfig config, int num_ranks) {
 
 }  // namespace
 
-std::size_t Exchange::workspace_bytes(const ExchangeConfig& config, int num_ranks) {
+std::size_t Exchange::workspace_bytes(const ExchangeConfig& config, int num_ranks,
+                                      Device::Kind kind) {
   check_argument(num_ranks >= 1, "{} ranks; at least one", num_ranks);
-  return HostLayout(resolved(config, num_ranks), num_ranks).total_bytes();
+  const ExchangeConfig checked = resolved(config, num_ranks);
+  return kind == Device::Kind::kHost ? HostLayout(checked, num_ranks).total_bytes()
+                                     : DeviceLayout(checked, num_ranks).total_bytes();
 }
 
 std::int64_t Exchange::max_rows(const ExchangeConfig& config, int num_ranks) {
@@ -126,23 +131,80 @@ Exchange Exchange::create(const ExchangeConfig& config, Transport& transport, Ba
   return Exchange(std::move(impl));
 }
 
+namespace {
+
+using Stage = Dispatched::Route::Stage;
+
+/// The route of a value that this exchange made and that is ready for its next step.
+Dispatched::Route& checked_route(const std::unique_ptr<Dispatched::Route>& route,
+                                 const Exchange::Impl* impl, Stage stage, const char* operation) {
+  check_argument(route != nullptr, "{} of a Dispatched that was moved away", operation);
+  check_argument(route->owner == impl, "{} of a Dispatched that another exchange made", operation);
+  static constexpr const char* kNext[] = {"dispatch_receive", "combine or combine_send",
+                                          "combine_receive"};
+  check_argument(route->stage == stage, "{} of a Dispatched whose next step is {}", operation,
+                 kNext[static_cast<int>(route->stage)]);
+  return *route;
+}
+
+void check_expert_y(const Exchange::Impl& impl, const Dispatched::Route& route,
+                    const TensorView& expert_y) {
+  check_tensor("expert_y", expert_y, DType::kBFloat16, route.batch.x.shape, impl.device);
+}
+
+void check_y(const Exchange::Impl& impl, const Dispatched::Route& route,
+             const MutableTensorView& y) {
+  check_tensor("y", y, DType::kBFloat16, Shape{route.num_tokens, impl.config.hidden}, impl.device);
+}
+
+}  // namespace
+
 Dispatched Exchange::dispatch(TensorView x, const Routing& routing, Stream stream) {
   check_dispatch(impl_->config, x, routing, impl_->device);
   auto route = impl_->dispatch(x, routing, stream);
+  route->stage = Stage::kReceived;
   route->num_tokens = x.dim(0);
   route->owner = impl_.get();
   return Dispatched(std::move(route));
 }
 
+Dispatched Exchange::dispatch_send(TensorView x, const Routing& routing, Stream stream) {
+  check_dispatch(impl_->config, x, routing, impl_->device);
+  auto route = impl_->dispatch_send(x, routing, stream);
+  route->num_tokens = x.dim(0);
+  route->owner = impl_.get();
+  return Dispatched(std::move(route));
+}
+
+void Exchange::dispatch_receive(Dispatched& dispatched, Stream stream) {
+  auto& route = checked_route(dispatched.route_, impl_.get(), Stage::kSent, "dispatch_receive");
+  impl_->dispatch_receive(route, stream);
+  route.stage = Stage::kReceived;
+}
+
 void Exchange::combine(Dispatched dispatched, TensorView expert_y, MutableTensorView y,
                        Stream stream) {
-  check_argument(dispatched.route_ != nullptr, "combine of a Dispatched that was moved away");
-  Dispatched::Route& route = *dispatched.route_;
-  check_argument(route.owner == impl_.get(), "combine of a Dispatched that another exchange made");
-  const ExchangeConfig& c = impl_->config;
-  check_tensor("expert_y", expert_y, DType::kBFloat16, route.batch.x.shape, impl_->device);
-  check_tensor("y", y, DType::kBFloat16, Shape{route.num_tokens, c.hidden}, impl_->device);
+  auto& route = checked_route(dispatched.route_, impl_.get(), Stage::kReceived, "combine");
+  check_expert_y(*impl_, route, expert_y);
+  check_y(*impl_, route, y);
   impl_->combine(route, expert_y, y, stream);
+}
+
+void Exchange::combine_send(Dispatched& dispatched, TensorView expert_y, Stream stream) {
+  auto& route = checked_route(dispatched.route_, impl_.get(), Stage::kReceived, "combine_send");
+  check_expert_y(*impl_, route, expert_y);
+  impl_->combine_send(route, expert_y, stream);
+  route.stage = Stage::kReturning;
+}
+
+void Exchange::combine_receive(Dispatched dispatched, MutableTensorView y, Stream stream) {
+  auto& route = checked_route(dispatched.route_, impl_.get(), Stage::kReturning, "combine_receive");
+  check_y(*impl_, route, y);
+  impl_->combine_receive(route, y, stream);
+}
+
+void Exchange::check() {
+  impl_->check();
 }
 
 const ExchangeConfig& Exchange::config() const noexcept {
@@ -169,6 +231,9 @@ Dispatched& Dispatched::operator=(Dispatched&&) noexcept = default;
 Dispatched::~Dispatched() = default;
 const ExpertBatch& Dispatched::batch() const noexcept {
   return route_->batch;
+}
+MutableTensorView Dispatched::expert_y() const noexcept {
+  return route_->expert_y;
 }
 
 }  // namespace sluice

@@ -34,13 +34,13 @@ HostExchange::HostRoute::~HostRoute() {
   exchange.protocol_.release(use);
 }
 
-std::unique_ptr<Dispatched::Route> HostExchange::dispatch(TensorView x, const Routing& routing,
-                                                          Stream stream) {
+std::unique_ptr<Dispatched::Route> HostExchange::dispatch_send(TensorView x, const Routing& routing,
+                                                               Stream stream) {
   const std::vector<std::int32_t> idx = checked_indices(routing.topk_idx);
   auto route = std::make_unique<HostRoute>(*this, protocol_.begin());
   route->routing = routing;
   stage(x, stream);
-  exchange_rows(*route, x.dim(0), idx);
+  send_rows(*route, x.dim(0), idx);
   counters_.wait_ns = protocol_.wait_ns();
   counters_.num_dispatches += 1;
   const auto slots = static_cast<std::int64_t>(x.dim(0)) * config.num_topk * num_ranks;
@@ -48,11 +48,22 @@ std::unique_ptr<Dispatched::Route> HostExchange::dispatch(TensorView x, const Ro
   return route;
 }
 
-void HostExchange::combine(Dispatched::Route& base, TensorView expert_y, MutableTensorView y,
-                           Stream) {
+void HostExchange::dispatch_receive(Dispatched::Route& base, Stream) {
   auto& route = static_cast<HostRoute&>(base);
   protocol_.require_healthy();
-  send_home(route, expert_y);
+  protocol_.wait_for_all(route.use, Flag::kDispatched, "dispatch");
+  receive_rows(route);
+  counters_.wait_ns = protocol_.wait_ns();
+}
+
+void HostExchange::combine_send(Dispatched::Route& base, TensorView expert_y, Stream) {
+  protocol_.require_healthy();
+  send_home(static_cast<HostRoute&>(base), expert_y);
+}
+
+void HostExchange::combine_receive(Dispatched::Route& base, MutableTensorView y, Stream) {
+  auto& route = static_cast<HostRoute&>(base);
+  protocol_.require_healthy();
   protocol_.wait_for_all(route.use, Flag::kCombined, "combine");
   sum_home(route, y);
   counters_.wait_ns = protocol_.wait_ns();

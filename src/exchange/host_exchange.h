@@ -19,10 +19,12 @@ class HostExchange : public Exchange::Impl {
   HostExchange(const ExchangeConfig& config, Transport& transport, Backend& backend);
   ~HostExchange() override;
 
-  [[nodiscard]] std::unique_ptr<Dispatched::Route> dispatch(TensorView x, const Routing& routing,
-                                                            Stream stream) override;
-  void combine(Dispatched::Route& route, TensorView expert_y, MutableTensorView y,
-               Stream stream) override;
+  [[nodiscard]] std::unique_ptr<Dispatched::Route> dispatch_send(TensorView x,
+                                                                 const Routing& routing,
+                                                                 Stream stream) override;
+  void dispatch_receive(Dispatched::Route& route, Stream stream) override;
+  void combine_send(Dispatched::Route& route, TensorView expert_y, Stream stream) override;
+  void combine_receive(Dispatched::Route& route, MutableTensorView y, Stream stream) override;
   [[nodiscard]] ExchangeCounters counters() const override { return counters_; }
 
  protected:
@@ -43,9 +45,11 @@ class HostExchange : public Exchange::Impl {
     std::vector<Origin> origin;           // [rows, expert after expert]
   };
 
-  /// Sends this rank's tokens and fills `route` with what arrived.
-  virtual void exchange_rows(HostRoute& route, std::int64_t num_tokens,
-                             const std::vector<std::int32_t>& idx) = 0;
+  /// Sends this rank's tokens and raises kDispatched at every rank.
+  virtual void send_rows(HostRoute& route, std::int64_t num_tokens,
+                         const std::vector<std::int32_t>& idx) = 0;
+  /// Every rank has raised kDispatched: fills `route` with what arrived.
+  virtual void receive_rows(HostRoute& route) = 0;
 
   [[nodiscard]] std::span<const std::byte> staged_payload(std::int64_t token) const;
   [[nodiscard]] std::span<const std::byte> staged_scales(std::int64_t token) const;

@@ -13,11 +13,10 @@ class HostLowLatency final : public HostExchange {
   using HostExchange::HostExchange;
 
  protected:
-  void exchange_rows(HostRoute& route, std::int64_t num_tokens,
-                     const std::vector<std::int32_t>& idx) override {
+  void send_rows(HostRoute& route, std::int64_t num_tokens,
+                 const std::vector<std::int32_t>& idx) override {
     const auto* counts = exchange_counts(route, idx);
     check_capacity(counts);
-    const HostLayout& layout = protocol_.layout();
 
     // First row of this rank within each expert: the rows of all lower ranks come before it.
     std::vector<std::int64_t> next(static_cast<std::size_t>(config.num_experts));
@@ -34,8 +33,11 @@ class HostLowLatency final : public HostExchange {
     }
     for (int peer = 0; peer < num_ranks; ++peer)
       protocol_.signal(route.use, peer, Flag::kDispatched);
-    protocol_.wait_for_all(route.use, Flag::kDispatched, "dispatch");
-    read_routes(route, counts);
+  }
+
+  void receive_rows(HostRoute& route) override {
+    const HostLayout& layout = protocol_.layout();
+    read_routes(route, received_counts(route));
     std::byte* const slot = protocol_.local(route.use);
     fill_batch(route, slot + layout.x, slot + layout.scale,
                Shape{layout.num_local_experts, config.max_m, config.hidden});
@@ -63,7 +65,12 @@ class HostLowLatency final : public HostExchange {
       protocol_.signal(route.use, peer, Flag::kCounts);
     }
     protocol_.wait_for_all(route.use, Flag::kCounts, "dispatch (row counts)");
-    return reinterpret_cast<const std::int32_t*>(protocol_.local(route.use) + layout.counts);
+    return received_counts(route);
+  }
+
+  [[nodiscard]] const std::int32_t* received_counts(const HostRoute& route) {
+    return reinterpret_cast<const std::int32_t*>(protocol_.local(route.use) +
+                                                 protocol_.layout().counts);
   }
 
   /// Every rank has the same counts, so every rank refuses, or none; no row has been sent yet.

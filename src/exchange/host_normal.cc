@@ -13,13 +13,15 @@ class HostNormal final : public HostExchange {
   using HostExchange::HostExchange;
 
  protected:
-  void exchange_rows(HostRoute& route, std::int64_t num_tokens,
-                     const std::vector<std::int32_t>& idx) override {
+  void send_rows(HostRoute& route, std::int64_t num_tokens,
+                 const std::vector<std::int32_t>& idx) override {
     for (int peer = 0; peer < num_ranks; ++peer) {
       send_tokens(route, peer, num_tokens, idx);
       protocol_.signal(route.use, peer, Flag::kDispatched);
     }
-    protocol_.wait_for_all(route.use, Flag::kDispatched, "dispatch");
+  }
+
+  void receive_rows(HostRoute& route) override {
     count_rows(route);
     expand(route);
   }

@@ -14,18 +14,37 @@ namespace sluice {
 struct Dispatched::Route {
   virtual ~Route() = default;
   ExpertBatch batch;
+  MutableTensorView expert_y;
   // Set by Exchange:
+  enum class Stage : std::uint8_t { kSent, kReceived, kReturning };
+  Stage stage = Stage::kSent;
   std::int64_t num_tokens = 0;
   const void* owner = nullptr;  ///< The Exchange::Impl that made it.
 };
 
 struct Exchange::Impl {
   virtual ~Impl() = default;
+  [[nodiscard]] virtual std::unique_ptr<Dispatched::Route> dispatch_send(TensorView x,
+                                                                         const Routing& routing,
+                                                                         Stream stream) = 0;
+  virtual void dispatch_receive(Dispatched::Route& route, Stream stream) = 0;
+  virtual void combine_send(Dispatched::Route& route, TensorView expert_y, Stream stream) = 0;
+  virtual void combine_receive(Dispatched::Route& route, MutableTensorView y, Stream stream) = 0;
+
+  // Both halves at once, where that is cheaper than one after the other.
   [[nodiscard]] virtual std::unique_ptr<Dispatched::Route> dispatch(TensorView x,
                                                                     const Routing& routing,
-                                                                    Stream stream) = 0;
+                                                                    Stream stream) {
+    auto route = dispatch_send(x, routing, stream);
+    dispatch_receive(*route, stream);
+    return route;
+  }
   virtual void combine(Dispatched::Route& route, TensorView expert_y, MutableTensorView y,
-                       Stream stream) = 0;
+                       Stream stream) {
+    combine_send(route, expert_y, stream);
+    combine_receive(route, y, stream);
+  }
+  virtual void check() {}
   [[nodiscard]] virtual ExchangeCounters counters() const = 0;
 
   ExchangeConfig config;  ///< Checked; max_m resolved.

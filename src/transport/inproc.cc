@@ -201,9 +201,36 @@ class InprocTransport final : public Transport {
     return std::move(meeting.parts);
   }
 
+  /// One address space: the pointers themselves travel. The second meeting keeps every `mine` alive
+  /// until all ranks hold it.
+  [[nodiscard]] std::vector<std::shared_ptr<std::byte>> share_device_memory(
+      std::shared_ptr<std::byte> mine, std::size_t bytes,
+      std::chrono::milliseconds timeout) override {
+    const Offer offer{&mine, bytes};
+    const auto offers = all_gather(std::as_bytes(std::span(&offer, 1)), timeout);
+    std::vector<std::shared_ptr<std::byte>> all;
+    std::uint64_t other_bytes = bytes;
+    for (const auto& raw : offers) {
+      Offer theirs{};
+      std::memcpy(&theirs, raw.data(), sizeof(theirs));
+      if (theirs.bytes != bytes) other_bytes = theirs.bytes;
+      all.push_back(*theirs.memory);
+    }
+    (void)all_gather({}, timeout);
+    if (other_bytes != bytes) {
+      fail(ErrorCode::kTransport, "share_device_memory: rank {} brings {} bytes, another rank {}",
+           rank_, bytes, other_bytes);
+    }
+    return all;
+  }
+
   [[nodiscard]] TransportCounters counters() const override { return *counters_; }
 
  private:
+  struct Offer {
+    const std::shared_ptr<std::byte>* memory;
+    std::uint64_t bytes;
+  };
   [[noreturn]] void refuse_sizes(const Group::Meeting& meeting) const {
     const auto size = [&](std::size_t r) {
       std::uint64_t v[2] = {0, 0};

@@ -65,7 +65,9 @@ cuda::RowRanges row_ranges(const ExpertRows& rows) {
 
 class CudaBackend final : public BackendOps {
  public:
-  explicit CudaBackend(int index) : index_(index) {
+  /// `share`: one of how many ranks on this device. Each gets as many SMs as the others, so that
+  /// their persistent kernels and their waiting ones fit on it together.
+  CudaBackend(int index, int share) : index_(index) {
     use_device();
     SLUICE_CUDA_CHECK(cudaGetDeviceProperties(&properties_, index));
     if (properties_.major != 9 || properties_.minor != 0) {
@@ -73,6 +75,10 @@ class CudaBackend final : public BackendOps {
            "cuda:{} is {} of compute capability {}.{}; the kernels need 9.0", index,
            properties_.name, properties_.major, properties_.minor);
     }
+    check_argument(share >= 1 && share <= properties_.multiProcessorCount,
+                   "{} ranks share cuda:{} and its {} SMs", share, index,
+                   properties_.multiProcessorCount);
+    num_sms_ = properties_.multiProcessorCount / share;
     SLUICE_CUDA_CHECK(cudaStreamCreateWithFlags(&stream_, cudaStreamNonBlocking));
   }
   ~CudaBackend() override {
@@ -81,8 +87,7 @@ class CudaBackend final : public BackendOps {
 
   [[nodiscard]] Device device() const noexcept override { return {Device::Kind::kCuda, index_}; }
   [[nodiscard]] std::string description() const override {
-    return fmt::format("cuda:{}, {}, {} SMs", index_, properties_.name,
-                       properties_.multiProcessorCount);
+    return fmt::format("cuda:{}, {}, {} SMs", index_, properties_.name, num_sms_);
   }
   [[nodiscard]] double measure_read_bandwidth() override {
     use_device();
@@ -131,6 +136,7 @@ class CudaBackend final : public BackendOps {
               std::byte* staging) const;
 
   int index_;
+  int num_sms_ = 1;  // This rank's share.
   cudaDeviceProp properties_{};
   cudaStream_t stream_ = nullptr;
 };
@@ -238,7 +244,7 @@ void CudaBackend::quantize(const std::uint16_t* x, const ExpertRows& rows, bool 
                          .codes = out.codes,
                          .scale = out.scale,
                          .static_scale = out.static_scale},
-                        properties_.multiProcessorCount, stream.handle);
+                        num_sms_, stream.handle);
 }
 
 void CudaBackend::requantize(const QuantizedRows& in, const ExpertRows& rows,
@@ -250,7 +256,7 @@ void CudaBackend::requantize(const QuantizedRows& in, const ExpertRows& rows,
                            .width = static_cast<int>(in.width),
                            .static_scale = out.static_scale,
                            .out = out.codes},
-                          properties_.multiProcessorCount, stream.handle);
+                          num_sms_, stream.handle);
 }
 
 void CudaBackend::expert_stage(const PreparedExperts& prepared, const QuantizedRows& in,
@@ -269,11 +275,10 @@ void CudaBackend::expert_stage(const PreparedExperts& prepared, const QuantizedR
     cuda::launch_narrow_offsets(rows.row_begin, rows.num_local_experts, offsets, stream.handle);
     ranges.row_offset = offsets;
   }
-  const cuda::ConfigChoice config =
-      cuda::choose_config({.num_experts = rows.num_local_experts,
-                           .expected_m = std::max(1, rows.expected_m),
-                           .max_rows = ranges.max_m},
-                          {.num_sms = properties_.multiProcessorCount});
+  const cuda::ConfigChoice config = cuda::choose_config({.num_experts = rows.num_local_experts,
+                                                         .expected_m = std::max(1, rows.expected_m),
+                                                         .max_rows = ranges.max_m},
+                                                        {.num_sms = num_sms_});
   cuda::launch_experts(
       {.gate_up = {.data = experts.gate_up->data(),
                    .shape = experts.gate_up_shape,
@@ -301,7 +306,7 @@ std::unique_ptr<Backend> make_cuda_backend(const BackendConfig& config) {
   }
   check_argument(config.device.index >= 0 && config.device.index < count,
                  "cuda:{}: this machine has {} CUDA device(s)", config.device.index, count);
-  return std::make_unique<CudaBackend>(config.device.index);
+  return std::make_unique<CudaBackend>(config.device.index, std::max(1, config.num_local_ranks));
 }
 
 }  // namespace sluice

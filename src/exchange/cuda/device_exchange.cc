@@ -1,0 +1,542 @@
+// The exchange for CUDA memory: slots, epochs and windows on the host side of the kernels.
+//
+// Ranks are streams: of one process over one GPU or several, or of several processes, as the
+// transport has it. A call only queues kernels; the epoch lives in device memory, so that captured
+// calls may be replayed.
+#include <cuda.h>
+#include <cuda_runtime_api.h>
+
+#include <algorithm>
+#include <cstring>
+#include <random>
+#include <string>
+
+#include "backend/cuda/check.h"
+#include "backend/ops.h"
+#include "core/fail.h"
+#include "exchange/cuda/exchange_kernels.h"
+#include "exchange/device_layout.h"
+#include "exchange/impl.h"
+#include "sluice/quant.h"
+#include "sluice/transport.h"
+
+namespace sluice {
+namespace {
+
+using cuda::DeviceFault;
+using cuda::ExchangeState;
+using cuda::SlotParams;
+using cuda::SlotState;
+
+/// Host-mapped memory that outlives a failed kernel.
+class MappedFault {
+ public:
+  MappedFault() {
+    SLUICE_CUDA_CHECK(cudaHostAlloc(reinterpret_cast<void**>(&fault_), sizeof(DeviceFault),
+                                    cudaHostAllocMapped | cudaHostAllocPortable));
+    *fault_ = {};
+  }
+  ~MappedFault() { (void)cudaFreeHost(fault_); }
+  MappedFault(const MappedFault&) = delete;
+  MappedFault& operator=(const MappedFault&) = delete;
+  [[nodiscard]] DeviceFault* get() const noexcept { return fault_; }
+  [[nodiscard]] bool is_set() const noexcept {
+    return static_cast<volatile DeviceFault*>(fault_)->kind != cuda::kNoFault;
+  }
+
+ private:
+  DeviceFault* fault_ = nullptr;
+};
+
+class Event {
+ public:
+  Event() { SLUICE_CUDA_CHECK(cudaEventCreateWithFlags(&event_, cudaEventDisableTiming)); }
+  ~Event() { (void)cudaEventDestroy(event_); }
+  Event(const Event&) = delete;
+  Event& operator=(const Event&) = delete;
+  [[nodiscard]] cudaEvent_t get() const noexcept { return event_; }
+
+ private:
+  cudaEvent_t event_ = nullptr;
+};
+
+/// One of the dispatches that may be in flight.
+struct Slot {
+  SlotParams params{};
+  bool busy = false;
+  std::unique_ptr<Event> released;  // Recorded after the last use outside a capture,
+  void* stream = nullptr;           // on this stream; null: not yet.
+};
+
+class DeviceExchange final : public Exchange::Impl {
+ public:
+  DeviceExchange(const ExchangeConfig& config_in, Transport& transport, Backend& backend);
+
+  [[nodiscard]] std::unique_ptr<Dispatched::Route> dispatch_send(TensorView x,
+                                                                 const Routing& routing,
+                                                                 Stream stream) override {
+    return send(x, routing, stream, false);
+  }
+  [[nodiscard]] std::unique_ptr<Dispatched::Route> dispatch(TensorView x, const Routing& routing,
+                                                            Stream stream) override;
+  void dispatch_receive(Dispatched::Route& route, Stream stream) override;
+  void combine_send(Dispatched::Route& route, TensorView expert_y, Stream stream) override;
+  void combine_receive(Dispatched::Route& route, MutableTensorView y, Stream stream) override;
+  void combine(Dispatched::Route& route, TensorView expert_y, MutableTensorView y,
+               Stream stream) override;
+  void check() override { throw_fault(); }
+  [[nodiscard]] ExchangeCounters counters() const override;
+
+ private:
+  struct DeviceRoute final : Dispatched::Route {
+    DeviceRoute(DeviceExchange& e, Slot& s, Stream on) : exchange(e), slot(s), stream(on) {
+      slot.busy = true;
+    }
+    ~DeviceRoute() override { exchange.release(*this); }
+    DeviceExchange& exchange;
+    Slot& slot;
+    Stream stream;  // Of the route's latest call.
+    Routing routing;
+    bool returned = false;  // Every rank has been told that expert_y is complete.
+  };
+
+  void check_limits(int ranks) const;
+  void share_window(Transport& transport);
+  [[nodiscard]] int count_ranks_on_device(Transport& transport) const;
+  void make_slots();
+  void meet();
+  [[nodiscard]] Slot& take_slot(Stream stream);
+  void release(DeviceRoute& route) noexcept;
+  [[nodiscard]] std::unique_ptr<DeviceRoute> send(TensorView x, const Routing& routing,
+                                                  Stream stream, bool receive);
+  void prepare_expert_y(const DeviceRoute& route, TensorView expert_y, Stream stream);
+  void sum(DeviceRoute& route, MutableTensorView y, Stream stream, bool also_send);
+  void fill_batch(DeviceRoute& route, std::int64_t num_tokens) const;
+  void check_stream(Stream stream) const;
+  void use_device() const { SLUICE_CUDA_CHECK(cudaSetDevice(device.index)); }
+  [[nodiscard]] int ctas_for(std::int64_t num_tokens) const {
+    return static_cast<int>(std::clamp<std::int64_t>(num_tokens, 1, max_ctas_));
+  }
+  void throw_fault();
+  [[nodiscard]] std::string describe(const DeviceFault& fault) const;
+
+  Backend& backend_;
+  DeviceLayout layout_;
+  std::shared_ptr<DeviceBuffer> memory_;  // The window; peers may hold it longer.
+  std::vector<std::shared_ptr<std::byte>> windows_;
+  std::unique_ptr<DeviceBuffer> private_, state_;
+  MappedFault fault_;
+  std::vector<Slot> slots_;
+  int ranks_on_device_ = 1, max_ctas_ = 1;
+  std::uint64_t num_dispatches_ = 0;
+  std::string failure_;  // What stopped the exchange for good; empty while it works.
+};
+
+DeviceExchange::DeviceExchange(const ExchangeConfig& config_in, Transport& transport,
+                               Backend& backend)
+    : backend_(backend), layout_(config_in, transport.num_ranks()) {
+  config = config_in;
+  rank = transport.rank();
+  num_ranks = transport.num_ranks();
+  device = backend.device();
+  max_rows = layout_.max_rows;
+  use_device();
+  check_limits(num_ranks);
+  cuda::prepare_exchange_kernels();
+  private_ = backend.allocate(layout_.private_bytes());
+  state_ = backend.allocate(sizeof(ExchangeState) +
+                            static_cast<std::size_t>(layout_.num_slots) * sizeof(SlotState));
+  const auto queue = static_cast<cudaStream_t>(backend.stream().handle);
+  SLUICE_CUDA_CHECK(cudaMemsetAsync(state_->data(), 0, state_->bytes(), queue));
+  share_window(transport);
+  ranks_on_device_ = count_ranks_on_device(transport);
+  int num_sms = 0;
+  SLUICE_CUDA_CHECK(cudaDeviceGetAttribute(&num_sms, cudaDevAttrMultiProcessorCount, device.index));
+  const int share = num_sms / ranks_on_device_;
+  check_argument(share >= 1, "{} ranks share cuda:{} and its {} SMs", ranks_on_device_,
+                 device.index, num_sms);
+  check_argument(config.num_sms <= share,
+                 "num_sms {} exceeds {}: {} ranks share the {} SMs of cuda:{}", config.num_sms,
+                 share, ranks_on_device_, num_sms, device.index);
+  max_ctas_ = config.num_sms > 0 ? config.num_sms : share;
+  make_slots();
+  meet();
+}
+
+void DeviceExchange::check_limits(int ranks) const {
+  check_argument(ranks <= kMaxDeviceRanks, "{} ranks over CUDA memory; at most {}", ranks,
+                 int{kMaxDeviceRanks});
+  check_argument(config.num_experts <= cuda::kMaxExperts,
+                 "num_experts {} over CUDA memory; at most {}", config.num_experts,
+                 int{cuda::kMaxExperts});
+  check_argument(layout_.payload_bytes <= cuda::kMaxPayloadBytes,
+                 "hidden {} makes rows of {} bytes; at most {} over CUDA memory", config.hidden,
+                 layout_.payload_bytes, int{cuda::kMaxPayloadBytes});
+  check_argument(max_rows < (std::int64_t{1} << 31), "{} rows on a rank; at most 2^31 - 1",
+                 max_rows);
+}
+
+/// Every rank allocates its window, clears its flags, and only then shows it to the others.
+void DeviceExchange::share_window(Transport& transport) {
+  memory_ = backend_.allocate(layout_.window_bytes());
+  const auto queue = static_cast<cudaStream_t>(backend_.stream().handle);
+  for (int s = 0; s < layout_.num_slots; ++s) {
+    std::byte* const slot = memory_->data() + static_cast<std::size_t>(s) * layout_.slot_bytes;
+    SLUICE_CUDA_CHECK(cudaMemsetAsync(slot, 0, layout_.flags_and_counts_bytes, queue));
+  }
+  SLUICE_CUDA_CHECK(cudaStreamSynchronize(queue));
+  windows_ = transport.share_device_memory(std::shared_ptr<std::byte>(memory_, memory_->data()),
+                                           layout_.window_bytes(), config.peer_timeout);
+  for (const auto& window : windows_) {
+    cudaPointerAttributes attributes{};
+    SLUICE_CUDA_CHECK(cudaPointerGetAttributes(&attributes, window.get()));
+    if (attributes.device == device.index) continue;
+    const cudaError_t status = cudaDeviceEnablePeerAccess(attributes.device, 0);
+    if (status == cudaErrorPeerAccessAlreadyEnabled) {
+      (void)cudaGetLastError();
+    } else if (status != cudaSuccess) {
+      (void)cudaGetLastError();
+      fail(ErrorCode::kUnsupported, "cuda:{} cannot reach the memory of cuda:{}: {}", device.index,
+           attributes.device, cudaGetErrorString(status));
+    }
+  }
+}
+
+/// What tells devices and processes apart.
+struct Place {
+  cudaUUID_t device;
+  std::uint64_t process;
+};
+
+std::uint64_t this_process() {
+  static const std::uint64_t token = [] {
+    std::random_device random;
+    return std::uint64_t{random()} << 32 | random();
+  }();
+  return token;
+}
+
+/// True if a kernel is loaded at its first launch, which may wait for everything on the device.
+bool loads_kernels_lazily() {
+  void* entry = nullptr;
+  cudaDriverEntryPointQueryResult found{};
+  SLUICE_CUDA_CHECK(cudaGetDriverEntryPointByVersion("cuModuleGetLoadingMode", &entry, 12000,
+                                                     cudaEnableDefault, &found));
+  if (found != cudaDriverEntryPointSuccess || entry == nullptr) return false;
+  CUmoduleLoadingMode mode{};
+  const auto query = reinterpret_cast<decltype(&cuModuleGetLoadingMode)>(entry);
+  return query(&mode) == CUDA_SUCCESS && mode == CU_MODULE_LAZY_LOADING;
+}
+
+/// Counts the ranks that share this one's device. Ranks that also share its process wait for each
+/// other inside kernels, so no launch of theirs may wait for the device.
+int DeviceExchange::count_ranks_on_device(Transport& transport) const {
+  cudaDeviceProp properties{};
+  SLUICE_CUDA_CHECK(cudaGetDeviceProperties(&properties, device.index));
+  const Place mine{properties.uuid, this_process()};
+  int on_device = 0, in_process = 0;
+  for (const auto& bytes :
+       transport.all_gather(std::as_bytes(std::span(&mine, 1)), config.peer_timeout)) {
+    Place theirs{};
+    std::memcpy(&theirs, bytes.data(), sizeof(theirs));
+    if (std::memcmp(&theirs.device, &mine.device, sizeof(mine.device)) != 0) continue;
+    on_device += 1;
+    in_process += theirs.process == mine.process;
+  }
+  if (in_process > 1 && loads_kernels_lazily()) {
+    fail(ErrorCode::kUnsupported,
+         "{} ranks of this process share cuda:{} and kernels are loaded lazily, which can wait for "
+         "a rank that waits: set CUDA_MODULE_LOADING=EAGER before the first CUDA call",
+         in_process, device.index);
+  }
+  return on_device;
+}
+
+void DeviceExchange::make_slots() {
+  auto* const state = reinterpret_cast<ExchangeState*>(state_->data());
+  auto* const slot_state = reinterpret_cast<SlotState*>(state + 1);
+  std::byte* at = private_->data();
+  slots_.resize(static_cast<std::size_t>(layout_.num_slots));
+  for (std::size_t s = 0; s < slots_.size(); ++s) {
+    const std::size_t base = s * layout_.slot_bytes;
+    auto* const slot_row = reinterpret_cast<std::int64_t*>(at);
+    auto* const row_begin = reinterpret_cast<std::int64_t*>(at + layout_.slot_row_bytes);
+    at += layout_.slot_row_bytes + layout_.rows_bytes;
+    SlotParams& p = slots_[s].params;
+    p.window.rank = rank, p.window.num_ranks = num_ranks;
+    for (std::size_t r = 0; r < windows_.size(); ++r) p.window.base[r] = windows_[r].get();
+    p.dispatched = base + layout_.dispatched;
+    p.returned = base + layout_.returned;
+    p.counts = base + layout_.counts;
+    p.x = base + layout_.x;
+    p.scale = base + layout_.scale;
+    p.copy_of = base + layout_.copy_of;
+    p.expert_y = base + layout_.expert_y;
+    p.num_experts = config.num_experts;
+    p.num_topk = config.num_topk;
+    p.hidden = config.hidden;
+    p.max_m = config.max_m;
+    p.timeout_ns = static_cast<std::uint64_t>(config.peer_timeout.count()) * 1'000'000u;
+    p.slot = slot_state + s;
+    p.state = state;
+    p.fault = fault_.get();
+    p.slot_row = slot_row;
+    p.row_begin = row_begin;
+    p.num_rows = reinterpret_cast<std::int32_t*>(row_begin + layout_.num_local_experts);
+    slots_[s].released = std::make_unique<Event>();
+  }
+}
+
+/// One empty round over all ranks: proves, before anything depends on it, that the waiting kernels
+/// of all ranks run at once.
+void DeviceExchange::meet() {
+  if (num_ranks == 1) return;
+  const Stream stream = backend_.stream();
+  const SlotParams& p = slots_[0].params;
+  cuda::launch_dispatch(p, {.num_tokens = 0, .receive = true}, config.wire, 1, stream.handle);
+  cuda::launch_combine(p, {.num_tokens = 0, .send = true}, 1, stream.handle);
+  backend_.synchronize(stream);
+  if (!fault_.is_set()) return;
+  std::string hint;
+  if (ranks_on_device_ > 1) {
+    hint = fmt::format(
+        "; {} ranks share cuda:{}: their kernels must run at once, which takes "
+        "CUDA_DEVICE_MAX_CONNECTIONS=32 in the environment before the first CUDA call",
+        ranks_on_device_, device.index);
+  }
+  fail(ErrorCode::kPeerTimeout, "creation of the exchange: {}{}", describe(*fault_.get()), hint);
+}
+
+void DeviceExchange::check_stream(Stream stream) const {
+  check_argument(stream.handle != nullptr || ranks_on_device_ == 1,
+                 "{} ranks share cuda:{}: each needs a stream of its own, not the default stream",
+                 ranks_on_device_, device.index);
+}
+
+/// The lowest free slot. Its last use may have been on another stream.
+Slot& DeviceExchange::take_slot(Stream stream) {
+  const auto found = std::ranges::find(slots_, false, &Slot::busy);
+  check_argument(found != slots_.end(),
+                 "{} dispatches are in flight, num_in_flight is {}: combine or destroy one first",
+                 slots_.size(), config.num_in_flight);
+  const auto queue = static_cast<cudaStream_t>(stream.handle);
+  if (found->stream != nullptr && found->stream != stream.handle) {
+    cudaStreamCaptureStatus capturing{};
+    SLUICE_CUDA_CHECK(cudaStreamIsCapturing(queue, &capturing));
+    // A graph is ordered by whoever launches it.
+    if (capturing == cudaStreamCaptureStatusNone) {
+      SLUICE_CUDA_CHECK(cudaStreamWaitEvent(queue, found->released->get(), 0));
+    }
+  }
+  return *found;
+}
+
+void DeviceExchange::release(DeviceRoute& route) noexcept {
+  Slot& slot = route.slot;
+  slot.busy = false;
+  const auto queue = static_cast<cudaStream_t>(route.stream.handle);
+  if (cudaSetDevice(device.index) != cudaSuccess) return;
+  if (!route.returned) {
+    try {
+      cuda::launch_return(slot.params, true, route.stream.handle);
+    } catch (const Error&) {
+      return;  // Peers find out by their own bounded waits.
+    }
+  }
+  cudaStreamCaptureStatus capturing{};
+  if (cudaStreamIsCapturing(queue, &capturing) == cudaSuccess &&
+      capturing == cudaStreamCaptureStatusNone &&
+      cudaEventRecord(slot.released->get(), queue) == cudaSuccess) {
+    slot.stream = route.stream.handle;
+  }
+}
+
+std::unique_ptr<Dispatched::Route> DeviceExchange::dispatch(TensorView x, const Routing& routing,
+                                                            Stream stream) {
+  const bool fused = config.mode == Mode::kLowLatency;
+  auto route = send(x, routing, stream, fused);
+  if (!fused) dispatch_receive(*route, stream);
+  return route;
+}
+
+std::unique_ptr<DeviceExchange::DeviceRoute> DeviceExchange::send(TensorView x,
+                                                                  const Routing& routing,
+                                                                  Stream stream, bool receive) {
+  throw_fault();
+  check_stream(stream);
+  use_device();
+  Slot& slot = take_slot(stream);
+  const std::int64_t num_tokens = x.dim(0);
+  const bool is_static = config.wire == WireFormat::kE4m3Static;
+  cuda::launch_dispatch(slot.params,
+                        {.x = x.as<std::uint16_t>(),
+                         .topk_idx = routing.topk_idx.data,
+                         .wide_idx = routing.topk_idx.dtype == DType::kInt64,
+                         .num_tokens = static_cast<int>(num_tokens),
+                         .static_inverse = is_static ? 1.0f / config.static_scale : 0.0f,
+                         .receive = receive},
+                        config.wire, ctas_for(num_tokens), stream.handle);
+  auto route = std::make_unique<DeviceRoute>(*this, slot, stream);
+  route->routing = routing;
+  fill_batch(*route, num_tokens);
+  num_dispatches_ += 1;
+  return route;
+}
+
+void DeviceExchange::dispatch_receive(Dispatched::Route& base, Stream stream) {
+  auto& route = static_cast<DeviceRoute&>(base);
+  check_stream(stream);
+  use_device();
+  route.stream = stream;
+  cuda::launch_receive(route.slot.params, config.wire, max_ctas_, stream.handle);
+}
+
+/// Rows that the caller kept in memory of its own are copied to where peers read them.
+void DeviceExchange::prepare_expert_y(const DeviceRoute& route, TensorView expert_y,
+                                      Stream stream) {
+  if (expert_y.data == route.expert_y.data) return;
+  cuda::launch_copy_rows(route.slot.params, expert_y.as<std::uint16_t>(), max_ctas_, stream.handle);
+}
+
+void DeviceExchange::combine_send(Dispatched::Route& base, TensorView expert_y, Stream stream) {
+  auto& route = static_cast<DeviceRoute&>(base);
+  throw_fault();
+  check_stream(stream);
+  use_device();
+  route.stream = stream;
+  prepare_expert_y(route, expert_y, stream);
+  cuda::launch_return(route.slot.params, false, stream.handle);
+  route.returned = true;
+}
+
+void DeviceExchange::combine_receive(Dispatched::Route& base, MutableTensorView y, Stream stream) {
+  sum(static_cast<DeviceRoute&>(base), y, stream, false);
+}
+
+void DeviceExchange::combine(Dispatched::Route& base, TensorView expert_y, MutableTensorView y,
+                             Stream stream) {
+  auto& route = static_cast<DeviceRoute&>(base);
+  throw_fault();
+  use_device();
+  prepare_expert_y(route, expert_y, stream);
+  sum(route, y, stream, true);
+}
+
+void DeviceExchange::sum(DeviceRoute& route, MutableTensorView y, Stream stream, bool also_send) {
+  check_stream(stream);
+  use_device();
+  route.stream = stream;
+  cuda::launch_combine(route.slot.params,
+                       {.weights = route.routing.topk_weights.as<float>(),
+                        .num_tokens = static_cast<int>(y.dim(0)),
+                        .factor = config.routed_scaling_factor,
+                        .y = y.as<std::uint16_t>(),
+                        .send = also_send},
+                       ctas_for(y.dim(0)), stream.handle);
+  route.returned = true;
+}
+
+void DeviceExchange::fill_batch(DeviceRoute& route, std::int64_t num_tokens) const {
+  const SlotParams& p = route.slot.params;
+  std::byte* const window = memory_->data();
+  const bool masked = config.mode == Mode::kLowLatency;
+  const std::int64_t num_local = layout_.num_local_experts;
+  const auto shape = [&](std::int64_t width) {
+    return masked ? Shape{num_local, config.max_m, width} : Shape{max_rows, width};
+  };
+  ExpertBatch& batch = route.batch;
+  batch.layout = config.mode;
+  batch.x = {window + p.x, config.wire == WireFormat::kBf16 ? DType::kBFloat16 : DType::kFloat8E4M3,
+             shape(config.hidden), device};
+  if (layout_.scale_bytes > 0) {
+    batch.x_scale = {window + p.scale, DType::kFloat32, shape(config.hidden / kActivationGroup),
+                     device};
+  }
+  batch.num_rows = {p.num_rows, DType::kInt32, Shape{num_local}, device};
+  batch.row_begin = {p.row_begin, DType::kInt64, Shape{num_local}, device};
+  const std::int64_t slots = num_tokens * config.num_topk * num_ranks;
+  batch.expected_m = static_cast<int>((slots + config.num_experts - 1) / config.num_experts);
+  route.expert_y.data = window + p.expert_y;
+  route.expert_y.dtype = DType::kBFloat16;
+  route.expert_y.shape = shape(config.hidden);
+  route.expert_y.device = device;
+}
+
+std::string DeviceExchange::describe(const DeviceFault& fault) const {
+  static constexpr const char* kOperations[] = {"dispatch (row counts)", "dispatch", "combine",
+                                                "dispatch (reuse of buffers)"};
+  std::string who;
+  for (int r = 0; r < num_ranks; ++r) {
+    if (fault.missing >> r & 1) who += fmt::format(" {}", r);
+  }
+  const char* const what = fault.kind == cuda::kPeerMissing ? "still missing rank(s)"
+                           : fault.kind == cuda::kDropped
+                               ? "dropped their dispatch instead of combining it: rank(s)"
+                               : "out of step: a later epoch from rank(s)";
+  return fmt::format("{} epoch {} on rank {}: waited at most {} ms, {}{} (flag {}, expected {})",
+                     kOperations[fault.operation], fault.epoch, rank, config.peer_timeout.count(),
+                     what, who, fault.seen, fault.expected);
+}
+
+/// Throws what an earlier call found on the device.
+void DeviceExchange::throw_fault() {
+  if (!failure_.empty()) {
+    fail(ErrorCode::kTransport, "this exchange stopped earlier: {}", failure_);
+  }
+  if (!fault_.is_set()) return;
+  const DeviceFault fault = *fault_.get();
+  if (fault.kind == cuda::kBadIndex || fault.kind == cuda::kOverCapacity) {
+    fault_.get()->kind = cuda::kNoFault;
+    auto* const state = reinterpret_cast<ExchangeState*>(state_->data());
+    const auto queue = static_cast<cudaStream_t>(backend_.stream().handle);
+    use_device();
+    SLUICE_CUDA_CHECK(cudaMemsetAsync(&state->claimed, 0, sizeof(state->claimed), queue));
+    SLUICE_CUDA_CHECK(cudaStreamSynchronize(queue));
+  }
+  if (fault.kind == cuda::kBadIndex) {
+    fail(ErrorCode::kInvalidArgument,
+         "an earlier dispatch had topk_idx[{}, {}] = {}, not in [-1, {}): that slot was left empty",
+         fault.where / config.num_topk, fault.where % config.num_topk, fault.value,
+         config.num_experts);
+  }
+  if (fault.kind == cuda::kOverCapacity) {
+    fail(ErrorCode::kInvalidArgument,
+         "an earlier dispatch would have given expert {} {} rows, max_m is {}: every rank refused "
+         "it, its combine gave NaN",
+         fault.where, fault.count, fault.value);
+  }
+  failure_ = describe(fault);
+  fail(fault.kind == cuda::kPeerMissing ? ErrorCode::kPeerTimeout : ErrorCode::kTransport, "{}",
+       failure_);
+}
+
+ExchangeCounters DeviceExchange::counters() const {
+  const auto ranks = static_cast<std::size_t>(num_ranks);
+  cuda::DeviceStats stats{};
+  const auto* const state = reinterpret_cast<const ExchangeState*>(state_->data());
+  backend_.copy_to_host(&stats, &state->stats, sizeof(stats), backend_.stream());
+  ExchangeCounters counters;
+  counters.num_dispatches = num_dispatches_;
+  counters.saturated_values = stats.saturated;
+  const std::uint64_t copy_of = config.mode == Mode::kNormal ? sizeof(std::int32_t) : 0;
+  const std::uint64_t counts = static_cast<std::uint64_t>(config.num_experts) * 8u;
+  for (std::size_t r = 0; r < ranks; ++r) {
+    counters.dispatch_rows.push_back(stats.rows[r]);
+    counters.dispatch_bytes.push_back(stats.rows[r] *
+                                          (layout_.payload_bytes + layout_.scale_bytes + copy_of) +
+                                      stats.repeats[r] * copy_of + num_dispatches_ * counts);
+    counters.combine_bytes.push_back(stats.returned[r] * 2u *
+                                     static_cast<std::uint64_t>(config.hidden));
+    counters.wait_ns.push_back(stats.wait_ns[r]);
+  }
+  return counters;
+}
+
+}  // namespace
+
+std::unique_ptr<Exchange::Impl> make_cuda_exchange(const ExchangeConfig& config,
+                                                   Transport& transport, Backend& backend) {
+  return std::make_unique<DeviceExchange>(config, transport, backend);
+}
+
+}  // namespace sluice

@@ -1,0 +1,115 @@
+// exchange_kernels.h - host side of the kernels of the CUDA exchange: what they are given.
+//
+// Plain C++. Every launcher is asynchronous on the stream, allocates nothing, waits for nothing on
+// the host and may be captured in a CUDA graph: what changes from replay to replay (the epoch)
+// lives in device memory.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+#include "sluice/recipe.h"
+#include "transport/device.cuh"
+
+namespace sluice::cuda {
+
+/// Most experts over all ranks: two counters of each live in shared memory.
+inline constexpr int kMaxExperts = 4096;
+/// Most bytes of one row without scales: two of them must fit in shared memory.
+inline constexpr int kMaxPayloadBytes = 80 * 1024;
+
+enum FaultKind : int {
+  kNoFault = 0,
+  kBadIndex,      // where = slot, value = topk_idx
+  kOverCapacity,  // where = expert, count = rows, value = max_m
+  kPeerMissing,   // missing, expected, seen
+  kOutOfStep,     // missing = the ranks whose flag is of a later epoch, expected, seen
+  kDropped,       // missing = the ranks that dropped the dispatch this combine waits for
+};
+enum Operation : int { kDispatchCounts, kDispatchRows, kCombineRows, kReuse };
+
+/// What went wrong on the device, in host-mapped memory; `kind` is written last.
+struct DeviceFault {
+  int kind, operation;
+  std::uint64_t epoch, missing, expected, seen;
+  int where, count;
+  long long value;
+};
+
+/// Monotonic counters of one rank. wait_ns is the longest of a call's CTAs.
+struct DeviceStats {
+  unsigned long long rows[kMaxDeviceRanks];      // Rows (or token copies) sent to each rank.
+  unsigned long long repeats[kMaxDeviceRanks];   // Rows that a copy sent already stands for.
+  unsigned long long returned[kMaxDeviceRanks];  // Rows read from each rank's expert_y.
+  unsigned long long wait_ns[kMaxDeviceRanks];   // For the flag of each rank.
+  unsigned long long saturated;
+};
+
+/// One rank's state that outlives a kernel, in device memory; zero at creation.
+struct SlotState {
+  std::uint64_t epoch;  // Of the slot's last dispatch.
+  int arrived;          // CTAs of the running kernel that are done.
+  int refused;          // The slot's dispatch exceeded a capacity: no rows, NaN for every token.
+};
+struct ExchangeState {
+  int failed;   // A wait timed out: every later kernel of this exchange returns at once.
+  int claimed;  // Somebody owns the fault record.
+  DeviceStats stats;
+};
+
+/// What every kernel of one slot needs.
+struct SlotParams {
+  DeviceWindow window;
+  std::size_t dispatched, returned, counts, x, scale, copy_of, expert_y;  // Offsets in a window.
+  int num_experts, num_topk, hidden;
+  int max_m;  // Masked layout; 0: contiguous rows, token copies cross once per rank.
+  std::uint64_t timeout_ns;
+  SlotState* slot;
+  ExchangeState* state;
+  DeviceFault* fault;       // Host-mapped.
+  std::int64_t* slot_row;   // [T, k] rank << 32 | row, or -1
+  std::int64_t* row_begin;  // [num_local_experts]
+  std::int32_t* num_rows;   // [num_local_experts]
+};
+
+struct DispatchParams {
+  const std::uint16_t* x = nullptr;  // [num_tokens, hidden] bf16
+  const void* topk_idx = nullptr;    // [num_tokens, num_topk] int32 or int64
+  bool wide_idx = false;
+  int num_tokens = 0;
+  float static_inverse = 0;  // 1 / s1
+  bool receive = false;      // Also wait for every rank's rows.
+};
+
+/// Sends rows; with `receive`, also waits for everybody's. Masked layout, or contiguous without
+/// `receive`.
+void launch_dispatch(const SlotParams& slot, const DispatchParams& dispatch, WireFormat wire,
+                     int num_ctas, void* stream);
+
+/// Waits for every rank's rows; contiguous layout: then repeats rows that crossed once for several
+/// experts.
+void launch_receive(const SlotParams& slot, WireFormat wire, int num_ctas, void* stream);
+
+struct CombineParams {
+  const float* weights = nullptr;  // [num_tokens, num_topk]
+  int num_tokens = 0;
+  float factor = 1;
+  std::uint16_t* y = nullptr;  // [num_tokens, hidden] bf16
+  bool send = false;           // First tell every rank that this one's expert_y is complete.
+};
+
+/// y[t] = factor * sum_k weight[t, k] * expert_y(row of slot k), rows read where they were made.
+void launch_combine(const SlotParams& slot, const CombineParams& combine, int num_ctas,
+                    void* stream);
+
+/// Tells every rank that this one's expert_y is complete, or that it dropped the dispatch.
+void launch_return(const SlotParams& slot, bool dropped, void* stream);
+
+/// Copies the valid rows of the caller's expert_y into the window.
+void launch_copy_rows(const SlotParams& slot, const std::uint16_t* expert_y, int num_ctas,
+                      void* stream);
+
+/// Sets what the kernels' launches rely on; once per process and device.
+void prepare_exchange_kernels();
+
+}  // namespace sluice::cuda

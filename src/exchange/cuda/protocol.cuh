@@ -1,0 +1,107 @@
+// protocol.cuh - flags, epochs, bounded waits and fault records of the CUDA exchange.
+//
+// Every flag has one writer and only grows. A wait is for an exact epoch: an earlier value is not
+// there yet, a later one means that ranks are out of step, which is recorded, never ignored.
+#pragma once
+
+#include <cuda_runtime.h>
+
+#include "backend/cuda/ptx/system.cuh"
+#include "exchange/cuda/exchange_kernels.h"
+
+namespace sluice::cuda {
+
+inline constexpr unsigned kAllLanes = 0xffffffffu;
+
+/// The first fault wins; the host clears `claimed` when it has read the record.
+__device__ inline void record_fault(const SlotParams& p, const DeviceFault& fault) {
+  if (atomicCAS(&p.state->claimed, 0, 1) != 0) return;
+  volatile DeviceFault* to = p.fault;
+  to->operation = fault.operation;
+  to->epoch = fault.epoch;
+  to->missing = fault.missing, to->expected = fault.expected, to->seen = fault.seen;
+  to->where = fault.where, to->count = fault.count, to->value = fault.value;
+  __threadfence_system();
+  to->kind = fault.kind;
+}
+
+__device__ inline bool has_failed(const SlotParams& p) {
+  return *static_cast<volatile int*>(&p.state->failed) != 0;
+}
+
+/// A fault after which ranks may be out of step: the exchange stops for good.
+__device__ inline void fail_exchange(const SlotParams& p, const DeviceFault& fault) {
+  record_fault(p, fault);
+  __threadfence();
+  *static_cast<volatile int*>(&p.state->failed) = 1;
+}
+
+/// What a flag of operation `op` must hold. `returned` flags count in halves of an epoch.
+__device__ inline std::uint64_t wanted(Operation op, std::uint64_t epoch) {
+  if (op == kCombineRows) return 2 * epoch;
+  if (op == kReuse) return 2 * (epoch - 1);
+  return epoch;
+}
+
+/// Waits until the own flag of every rank, at byte `flags` of the window, says `epoch`. All threads
+/// of the CTA call it and get the same answer; false means that the exchange has failed.
+__device__ inline bool wait_for_all(const SlotParams& p, std::size_t flags, Operation op,
+                                    std::uint64_t epoch) {
+  __shared__ std::uint64_t seen[kMaxDeviceRanks];
+  __shared__ unsigned long long missing, later, dropped;
+  const int r = static_cast<int>(threadIdx.x);
+  if (r == 0) missing = later = dropped = 0;
+  __syncthreads();
+  const std::uint64_t want = wanted(op, epoch);
+  if (r < p.window.num_ranks) {
+    const std::uint64_t* const flag = p.window.own<const std::uint64_t>(flags) + r;
+    const std::uint64_t begin = ptx::global_timer();
+    std::uint64_t value = ptx::load_acquire_sys(flag), waited = 0;
+    while (value < want) {
+      waited = ptx::global_timer() - begin;
+      if (waited > p.timeout_ns || has_failed(p)) break;
+      value = ptx::load_acquire_sys(flag);
+    }
+    seen[r] = value;
+    const std::uint64_t newest = op == kReuse ? want + 1 : op == kCombineRows ? want + 1 : want;
+    if (value < want) atomicOr(&missing, 1ull << r);
+    if (value > newest) atomicOr(&later, 1ull << r);
+    if (op == kCombineRows && value == want + 1) atomicOr(&dropped, 1ull << r);
+    if (blockIdx.x == 0 && waited != 0) atomicAdd(&p.state->stats.wait_ns[r], waited);
+  }
+  __syncthreads();
+  const unsigned long long bad = missing | later | dropped;
+  if (bad != 0 && r == 0) {
+    const unsigned long long who = missing != 0 ? missing : later != 0 ? later : dropped;
+    fail_exchange(p, {.kind = missing != 0 ? kPeerMissing
+                              : later != 0 ? kOutOfStep
+                                           : kDropped,
+                      .operation = op,
+                      .epoch = epoch,
+                      .missing = who,
+                      .expected = want,
+                      .seen = seen[__ffsll(static_cast<long long>(who)) - 1]});
+  }
+  __syncthreads();
+  return bad == 0;
+}
+
+/// Threads r < num_ranks set this rank's flag, at byte `flags` of every rank's window, after
+/// everything that this CTA's threads did before their last barrier.
+__device__ inline void signal_all(const SlotParams& p, std::size_t flags, std::uint64_t value) {
+  const int r = static_cast<int>(threadIdx.x);
+  if (r >= p.window.num_ranks) return;
+  __threadfence_system();
+  ptx::store_release_sys(p.window.at<std::uint64_t>(r, flags) + p.window.rank, value);
+}
+
+/// Expert of one top-k slot, or -1 for an empty one. What is out of range is recorded and empty.
+__device__ inline int expert_of(const SlotParams& p, const DispatchParams& d, int slot) {
+  const long long e = d.wide_idx ? static_cast<const std::int64_t*>(d.topk_idx)[slot]
+                                 : static_cast<const std::int32_t*>(d.topk_idx)[slot];
+  if (e >= -1 && e < p.num_experts) return static_cast<int>(e);
+  record_fault(p, {.kind = kBadIndex, .where = slot, .value = e});
+  return -1;
+}
+
+}  // namespace sluice::cuda

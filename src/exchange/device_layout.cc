@@ -1,0 +1,47 @@
+#include "exchange/device_layout.h"
+
+#include "sluice/quant.h"
+
+namespace sluice {
+namespace {
+
+constexpr std::size_t kAlignment = 256;
+
+constexpr std::size_t aligned(std::size_t bytes) {
+  return (bytes + kAlignment - 1) / kAlignment * kAlignment;
+}
+
+}  // namespace
+
+DeviceLayout::DeviceLayout(const ExchangeConfig& config, int num_ranks)
+    : num_slots(config.num_in_flight), num_local_experts(config.num_experts / num_ranks) {
+  const auto ranks = static_cast<std::size_t>(num_ranks);
+  const auto hidden = static_cast<std::size_t>(config.hidden);
+  const bool masked = config.mode == Mode::kLowLatency;
+  const bool scaled = config.wire == WireFormat::kE4m3Group || config.wire == WireFormat::kE4m3Pow2;
+  payload_bytes = config.wire == WireFormat::kBf16 ? 2 * hidden : hidden;
+  scale_bytes = scaled ? hidden / kActivationGroup * sizeof(float) : 0;
+  const std::int64_t tokens_slots = std::int64_t{config.max_tokens_per_rank} * config.num_topk;
+  max_rows = masked ? std::int64_t{num_local_experts} * config.max_m : num_ranks * tokens_slots;
+  slot_row_bytes = aligned(static_cast<std::size_t>(tokens_slots) * sizeof(std::int64_t));
+  rows_bytes = aligned(static_cast<std::size_t>(num_local_experts) *
+                       (sizeof(std::int64_t) + sizeof(std::int32_t)));
+
+  std::size_t at = 0;
+  const auto place = [&](std::size_t& offset, std::size_t bytes) {
+    offset = at;
+    at += aligned(bytes);
+  };
+  const auto rows = static_cast<std::size_t>(max_rows);
+  place(dispatched, ranks * sizeof(std::uint64_t));
+  place(returned, ranks * sizeof(std::uint64_t));
+  place(counts, ranks * static_cast<std::size_t>(config.num_experts) * sizeof(std::uint64_t));
+  flags_and_counts_bytes = at;
+  place(x, rows * payload_bytes);
+  place(scale, rows * scale_bytes);
+  place(copy_of, masked ? 0 : rows * sizeof(std::int32_t));
+  place(expert_y, rows * 2 * hidden);
+  slot_bytes = at;
+}
+
+}  // namespace sluice

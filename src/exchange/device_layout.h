@@ -1,0 +1,56 @@
+// device_layout.h - where everything lies in the window of a CUDA exchange.
+//
+// A window holds num_in_flight slots of equal size; a dispatch uses one slot from its beginning
+// until its Dispatched is gone. Offsets depend on the configuration alone, never on a call's token
+// count.
+//
+//   slot
+//     dispatched [R] u64      flag of each source: epoch of its last dispatch whose rows are here
+//     returned   [R] u64      flag of each rank: 2 * epoch when its expert_y may be read,
+//                             2 * epoch + 1 when it dropped the dispatch instead
+//     counts     [R, E] u64   epoch << 32 | rows that rank r sends to expert e
+//     x          [rows, payload]
+//     scale      [rows, hidden / 128] f32
+//     copy_of    [rows] i32   normal mode: the row whose bytes this one repeats, or -1
+//     expert_y   [rows, hidden] bf16          read by the tokens' home ranks
+//
+// rows = num_local_experts * max_m (low-latency), or R * T * k (normal).
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+#include "sluice/exchange.h"
+
+namespace sluice {
+
+struct DeviceLayout {
+  DeviceLayout(const ExchangeConfig& config, int num_ranks);
+
+  // Byte offsets within a slot.
+  std::size_t dispatched = 0, returned = 0, counts = 0, x = 0, scale = 0, copy_of = 0, expert_y = 0;
+  std::size_t slot_bytes = 0;
+  std::size_t flags_and_counts_bytes = 0;  ///< The slot's first bytes: zero at creation.
+
+  std::size_t payload_bytes = 0;  ///< One row without scales.
+  std::size_t scale_bytes = 0;    ///< One row's scales.
+  // Memory of one slot that only its own rank uses.
+  std::size_t slot_row_bytes = 0;  ///< [T, k] i64: where each slot's row went.
+  std::size_t rows_bytes = 0;      ///< row_begin [L] i64, num_rows [L] i32.
+
+  int num_slots = 1, num_local_experts = 1;
+  std::int64_t max_rows = 0;
+
+  [[nodiscard]] std::size_t window_bytes() const noexcept {
+    return slot_bytes * static_cast<std::size_t>(num_slots);
+  }
+  [[nodiscard]] std::size_t private_bytes() const noexcept {
+    return static_cast<std::size_t>(num_slots) * (slot_row_bytes + rows_bytes);
+  }
+  /// Everything a CUDA exchange reserves on one rank, a few words of state aside.
+  [[nodiscard]] std::size_t total_bytes() const noexcept {
+    return window_bytes() + private_bytes();
+  }
+};
+
+}  // namespace sluice
