@@ -86,6 +86,7 @@ void bench_experts_command(const Options& options, Output& output) {
 void add_bench(CLI::App& app, Output& output) {
   CLI::App* bench = app.add_subcommand("bench", "Measure parts of the layer by themselves");
   bench->require_subcommand(1);
+  add_bench_exchange(*bench, output);
   CLI::App* command = bench->add_subcommand(
       "experts",
       "GEMM1, SwiGLU, quantization and GEMM2 of one rank's experts; checked, then timed");

@@ -20,6 +20,7 @@ void add_make_checkpoint(CLI::App& app, Output& output);
 void add_inspect(CLI::App& app, Output& output);
 void add_run(CLI::App& app, Output& output);
 void add_bench(CLI::App& app, Output& output);
+void add_bench_exchange(CLI::App& bench, Output& output);  ///< Under `bench`.
 void add_accuracy(CLI::App& app, Output& output);
 void add_plan(CLI::App& app, Output& output);
 

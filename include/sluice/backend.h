@@ -48,6 +48,8 @@ class Backend {
   /// Copies between this device and host memory, ordered on `stream`; return when done.
   virtual void copy_to_host(void* host, const void* device, std::size_t bytes, Stream stream) = 0;
   virtual void copy_from_host(void* device, const void* host, std::size_t bytes, Stream stream) = 0;
+  /// Copies within this device, ordered on `stream`; asynchronous where it has streams.
+  virtual void copy_on_device(void* to, const void* from, std::size_t bytes, Stream stream) = 0;
   /// Waits for everything queued on `stream`. A no-op where operations return when done.
   virtual void synchronize(Stream stream) { (void)stream; }
 };

@@ -7,7 +7,9 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <functional>
 #include <memory>
+#include <vector>
 
 #include "sluice/backend.h"
 #include "sluice/checkpoint.h"
@@ -48,11 +50,26 @@ struct ExpertStageTimes {
   double gemm1_us = 0, activation_us = 0, gemm2_us = 0;
 };
 
+/// Work that was recorded once and can be replayed: a graph on a GPU.
+class Recording {
+ public:
+  virtual ~Recording() = default;
+  /// Queues the work again. Asynchronous where the device has streams.
+  virtual void replay() = 0;
+  /// Microseconds between neighbouring marks of the last replay; waits for it.
+  [[nodiscard]] virtual std::vector<double> marks_us() = 0;
+};
+/// Queues work, calling its argument at the points in time that are of interest.
+using MarkedWork = std::function<void(const std::function<void()>& mark)>;
+
 class BackendOps : public Backend {
  public:
   /// Repacks `weights` expert by expert and releases each one's mapped pages, so that no second
   /// copy of the weights is ever resident.
   [[nodiscard]] virtual std::unique_ptr<PreparedExperts> prepare(const ExpertWeights& weights) = 0;
+
+  /// Records what `work` queues on `stream`. A GPU needs every kernel in it to have run before.
+  [[nodiscard]] virtual std::unique_ptr<Recording> record(Stream stream, MarkedWork work);
 
   /// codes, scale = quantize(x), x [max_rows, width] bf16, by group (pow2 if `pow2`) or static.
   virtual void quantize(const std::uint16_t* x, const ExpertRows& rows, bool pow2,

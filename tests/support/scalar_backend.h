@@ -24,6 +24,9 @@ class ScalarBackend final : public BackendOps {
   void copy_from_host(void* device, const void* host, std::size_t bytes, Stream) override {
     std::memcpy(device, host, bytes);
   }
+  void copy_on_device(void* to, const void* from, std::size_t bytes, Stream) override {
+    std::memcpy(to, from, bytes);
+  }
 
   [[nodiscard]] std::unique_ptr<PreparedExperts> prepare(const ExpertWeights& weights) override {
     return std::make_unique<Experts>(weights);

@@ -45,6 +45,10 @@ void CpuBackend::copy_from_host(void* device, const void* host, std::size_t byte
   if (bytes > 0) std::memcpy(device, host, bytes);
 }
 
+void CpuBackend::copy_on_device(void* to, const void* from, std::size_t bytes, Stream) {
+  if (bytes > 0) std::memcpy(to, from, bytes);
+}
+
 std::unique_ptr<PreparedExperts> CpuBackend::prepare(const ExpertWeights& weights) {
   return std::make_unique<PreparedCpuExperts>(weights, pool_);
 }

@@ -29,6 +29,7 @@ class CpuBackend final : public BackendOps {
   [[nodiscard]] std::unique_ptr<DeviceBuffer> allocate(std::size_t bytes) override;
   void copy_to_host(void* host, const void* device, std::size_t bytes, Stream) override;
   void copy_from_host(void* device, const void* host, std::size_t bytes, Stream) override;
+  void copy_on_device(void* to, const void* from, std::size_t bytes, Stream) override;
 
   [[nodiscard]] std::unique_ptr<PreparedExperts> prepare(const ExpertWeights& weights) override;
   void quantize(const std::uint16_t* x, const ExpertRows& rows, bool pow2, const QuantizedRows& out,

@@ -8,6 +8,7 @@
 
 #include "backend/cuda/check.h"
 #include "backend/cuda/elementwise.h"
+#include "backend/cuda/graph_recording.h"
 #include "backend/cuda/read_rate.h"
 #include "backend/cuda/w4a8.h"
 #include "backend/ops.h"
@@ -103,9 +104,19 @@ class CudaBackend final : public BackendOps {
   void copy_from_host(void* device, const void* host, std::size_t bytes, Stream stream) override {
     copy(device, host, bytes, cudaMemcpyHostToDevice, stream);
   }
+  void copy_on_device(void* to, const void* from, std::size_t bytes, Stream stream) override {
+    use_device();
+    SLUICE_CUDA_CHECK(cudaMemcpyAsync(to, from, bytes, cudaMemcpyDeviceToDevice,
+                                      static_cast<cudaStream_t>(stream.handle)));
+  }
   void synchronize(Stream stream) override {
     use_device();
     SLUICE_CUDA_CHECK(cudaStreamSynchronize(static_cast<cudaStream_t>(stream.handle)));
+  }
+
+  [[nodiscard]] std::unique_ptr<Recording> record(Stream stream, MarkedWork work) override {
+    use_device();
+    return cuda::record_graph(stream.handle, work);
   }
 
   [[nodiscard]] std::unique_ptr<PreparedExperts> prepare(const ExpertWeights& weights) override;

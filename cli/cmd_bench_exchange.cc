@@ -1,0 +1,139 @@
+// sluice bench exchange - dispatch and combine by themselves, beside all-gather and reduce-scatter.
+#include <fmt/core.h>
+
+#include <memory>
+
+#include "command.h"
+#include "sluice/exchange_bench.h"
+#include "sluice/recipe.h"
+
+namespace sluice::cli {
+namespace {
+
+struct Options {
+  std::string backend = "cpu", mode = "low-latency", wire = "fp8", routing = "uniform";
+  int ranks = 8, experts = 256, topk = 8, hidden = 7168, pairs = 20, repeats = 10, sms = 0;
+  std::vector<int> tokens = {1, 16, 64, 128};
+  bool without_all_gather = false;
+  std::uint64_t seed = 1;
+};
+
+WireFormat parse_wire(const std::string& name) {
+  if (name == "bf16") return WireFormat::kBf16;
+  if (name == "pow2") return WireFormat::kE4m3Pow2;
+  if (name == "static") return WireFormat::kE4m3Static;
+  return WireFormat::kE4m3Group;
+}
+
+std::string us(double value) {
+  return fmt::format("{:.1f}", value);
+}
+
+nlohmann::ordered_json to_json(const ExchangeBenchTimes& t) {
+  return {{"pair_us", t.pair_us},
+          {"dispatch_us", t.dispatch_us},
+          {"combine_us", t.combine_us},
+          {"dispatch_bytes", t.dispatch_bytes},
+          {"combine_bytes", t.combine_bytes},
+          {"off_rank_share", t.off_rank_share}};
+}
+
+void run(const Options& options, Output& output) {
+  const WireFormat wire = parse_wire(options.wire);
+  const ExchangeBenchConfig config{
+      .device = options.backend == "cuda" ? Device::Kind::kCuda : Device::Kind::kHost,
+      .num_ranks = options.ranks,
+      .exchange = {.mode = parse_mode(options.mode),
+                   .wire = wire,
+                   .static_scale = wire == WireFormat::kE4m3Static ? 0.05f : 0.0f,
+                   .num_experts = options.experts,
+                   .num_topk = options.topk,
+                   .hidden = options.hidden,
+                   .num_in_flight = 1,
+                   .num_sms = options.sms},
+      .tokens_per_rank = options.tokens,
+      .routing = parse_routing(options.routing),
+      .pairs = options.pairs,
+      .repeats = options.repeats,
+      .with_all_gather = !options.without_all_gather,
+      .seed = options.seed};
+  ProgressLine progress("bench exchange");
+  const ExchangeBenchReport report =
+      bench_exchange(config, [&](double fraction) { progress.update(fraction); });
+  fmt::print("exchange  {} ranks, {} mode, {} out, bf16 home; {} experts, top-{}, hidden {}; {}\n",
+             options.ranks, options.mode, to_string(wire), options.experts, options.topk,
+             options.hidden, options.routing);
+  fmt::print("device    {}: copies {:.0f} GB/s (read and written), reads {:.0f} GB/s\n",
+             report.device, report.copy_gbytes_per_s, report.read_gbytes_per_s);
+  fmt::print("times     us, slowest rank, medians; pair: {} free-running pairs, no host between\n",
+             options.pairs);
+  Table table({"tokens/rank", "rows", "dispatch", "combine", "pair", "out MB", "home MB",
+               "pair GB/s", "AG", "RS", "AG+RS", "workspace"});
+  for (const ExchangeBenchCase& c : report.cases) {
+    const ExchangeBenchTimes& t = c.exchange;
+    const bool ag = config.with_all_gather;
+    table.add({fmt::format("{}", c.tokens_per_rank), fmt::format("{}", c.rows), us(t.dispatch_us),
+               us(t.combine_us), us(t.pair_us), fmt::format("{:.2f}", t.dispatch_bytes * 1e-6),
+               fmt::format("{:.2f}", t.combine_bytes * 1e-6),
+               fmt::format("{:.0f}", (t.dispatch_bytes + t.combine_bytes) / t.pair_us * 1e-3),
+               ag ? us(c.all_gather.dispatch_us) : "-", ag ? us(c.all_gather.combine_us) : "-",
+               ag ? us(c.all_gather.pair_us) : "-",
+               human_bytes(static_cast<double>(c.workspace_bytes))});
+    nlohmann::ordered_json row = {{"tokens_per_rank", c.tokens_per_rank},
+                                  {"rows", c.rows},
+                                  {"checked_elements", c.checked_elements},
+                                  {"workspace_bytes", c.workspace_bytes},
+                                  {"exchange", to_json(t)}};
+    if (ag) row["all_gather"] = to_json(c.all_gather);
+    output.json["cases"].push_back(row);
+  }
+  fmt::print("{}", table.to_string());
+  std::int64_t checked = 0;
+  for (const ExchangeBenchCase& c : report.cases) checked += c.checked_elements;
+  fmt::print("checked   {} elements before timing, all equal to the definition\n", checked);
+  output.json["command"] = "bench exchange";
+  output.json["device"] = report.device;
+  output.json["copy_gbytes_per_s"] = report.copy_gbytes_per_s;
+  output.json["read_gbytes_per_s"] = report.read_gbytes_per_s;
+}
+
+}  // namespace
+
+void add_bench_exchange(CLI::App& bench, Output& output) {
+  CLI::App* command = bench.add_subcommand(
+      "exchange", "Dispatch and combine over ranks of this process; checked, then timed");
+  const auto options = std::make_shared<Options>();
+  command->add_option("--backend", options->backend, "cpu | cuda (ranks as streams of device 0)")
+      ->check(CLI::IsMember({"cpu", "cuda"}))
+      ->capture_default_str();
+  command->add_option("--ranks", options->ranks, "Expert-parallel ranks")
+      ->check(CLI::Range(1, 64))
+      ->capture_default_str();
+  command->add_option("--tokens", options->tokens, "Tokens per rank, one case each")
+      ->delimiter(',')
+      ->check(CLI::Range(1, 1 << 20))
+      ->capture_default_str();
+  command->add_option("--mode", options->mode, "low-latency | normal")->capture_default_str();
+  command->add_option("--wire", options->wire, "fp8 | pow2 | static | bf16")
+      ->check(CLI::IsMember({"fp8", "pow2", "static", "bf16"}))
+      ->capture_default_str();
+  command->add_option("--experts", options->experts, "Over all ranks")->capture_default_str();
+  command->add_option("--topk", options->topk, "Experts per token")->capture_default_str();
+  command->add_option("--hidden", options->hidden, "Channels per token")->capture_default_str();
+  command->add_option("--routing", options->routing, "uniform | zipf | one-expert")
+      ->capture_default_str();
+  command->add_option("--pairs", options->pairs, "Dispatch-combine pairs of one recording")
+      ->check(CLI::Range(2, 10000))
+      ->capture_default_str();
+  command->add_option("--repeat", options->repeats, "Replays of each recording")
+      ->check(CLI::Range(1, 10000))
+      ->capture_default_str();
+  command->add_option("--sms", options->sms, "CUDA: SMs of one rank's operation; 0 = even share")
+      ->capture_default_str();
+  command->add_option("--seed", options->seed, "Seed of values and routing")->capture_default_str();
+  command->add_flag("--no-all-gather", options->without_all_gather,
+                    "Leave the all-gather + reduce-scatter baseline out");
+  command->callback([options, &output] { run(*options, output); });
+}
+
+}  // namespace sluice::cli
