@@ -139,6 +139,9 @@ class CudaBackend final : public BackendOps {
     if (bytes == 0) return;
     use_device();
     const auto queue = static_cast<cudaStream_t>(stream.handle);
+    // The driver holds a lock while a copy of pageable memory waits for its turn. If that turn
+    // comes after a kernel that waits for another rank, that rank's copies must not need the lock.
+    SLUICE_CUDA_CHECK(cudaStreamSynchronize(queue));
     SLUICE_CUDA_CHECK(cudaMemcpyAsync(to, from, bytes, kind, queue));
     SLUICE_CUDA_CHECK(cudaStreamSynchronize(queue));
   }

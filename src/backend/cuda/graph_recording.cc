@@ -2,33 +2,28 @@
 
 #include <cuda_runtime_api.h>
 
-#include <deque>
+#include <vector>
 
 #include "backend/cuda/check.h"
+#include "backend/cuda/stamp.h"
 
 namespace sluice::cuda {
 namespace {
 
-class Event {
- public:
-  Event() { SLUICE_CUDA_CHECK(cudaEventCreate(&event_)); }
-  ~Event() { (void)cudaEventDestroy(event_); }
-  Event(const Event&) = delete;
-  Event& operator=(const Event&) = delete;
-  [[nodiscard]] cudaEvent_t get() const noexcept { return event_; }
-
- private:
-  cudaEvent_t event_ = nullptr;
-};
+constexpr std::size_t kMaxMarks = 4096;
 
 class GraphRecording final : public Recording {
  public:
   GraphRecording(cudaStream_t stream, const MarkedWork& work) : stream_(stream) {
+    SLUICE_CUDA_CHECK(
+        cudaHostAlloc(reinterpret_cast<void**>(&stamps_), kMaxMarks * sizeof(*stamps_), 0));
     SLUICE_CUDA_CHECK(cudaStreamBeginCapture(stream, cudaStreamCaptureModeThreadLocal));
     try {
       work([this] {
-        SLUICE_CUDA_CHECK(cudaEventRecordWithFlags(marks_.emplace_back().get(), stream_,
-                                                   cudaEventRecordExternal));
+        if (num_marks_ == kMaxMarks) {
+          throw Error(ErrorCode::kInvalidArgument, "a recording has at most 4096 marks");
+        }
+        launch_stamp(stamps_ + num_marks_++, stream_);
       });
     } catch (...) {
       (void)cudaStreamEndCapture(stream, &graph_);
@@ -42,7 +37,10 @@ class GraphRecording final : public Recording {
     SLUICE_CUDA_CHECK(cudaGraphUpload(exec_, stream));
     SLUICE_CUDA_CHECK(cudaStreamSynchronize(stream));
   }
-  ~GraphRecording() override { (void)cudaGraphExecDestroy(exec_); }
+  ~GraphRecording() override {
+    (void)cudaGraphExecDestroy(exec_);
+    (void)cudaFreeHost(stamps_);
+  }
   GraphRecording(const GraphRecording&) = delete;
   GraphRecording& operator=(const GraphRecording&) = delete;
 
@@ -50,10 +48,8 @@ class GraphRecording final : public Recording {
   [[nodiscard]] std::vector<double> marks_us() override {
     SLUICE_CUDA_CHECK(cudaStreamSynchronize(stream_));
     std::vector<double> us;
-    for (std::size_t i = 1; i < marks_.size(); ++i) {
-      float ms = 0;
-      SLUICE_CUDA_CHECK(cudaEventElapsedTime(&ms, marks_[i - 1].get(), marks_[i].get()));
-      us.push_back(static_cast<double>(ms) * 1e3);
+    for (std::size_t i = 1; i < num_marks_; ++i) {
+      us.push_back(static_cast<double>(stamps_[i] - stamps_[i - 1]) * 1e-3);
     }
     return us;
   }
@@ -62,7 +58,8 @@ class GraphRecording final : public Recording {
   cudaStream_t stream_;
   cudaGraph_t graph_ = nullptr;
   cudaGraphExec_t exec_ = nullptr;
-  std::deque<Event> marks_;
+  std::uint64_t* stamps_ = nullptr;  // Host memory that the device writes.
+  std::size_t num_marks_ = 0;
 };
 
 }  // namespace

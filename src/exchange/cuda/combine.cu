@@ -66,36 +66,47 @@ __device__ uint4 sum_rows(const Rows& rows, int first, int num_topk, int offset,
   return {out[0], out[1], out[2], out[3]};
 }
 
+/// Rows and weights of tokens [first, first + count), into shared memory.
+__device__ void find_rows(const SlotParams& p, const CombineParams& c, int first, int count,
+                          Rows& rows, int* returned) {
+  for (int i = static_cast<int>(threadIdx.x); i < count * p.num_topk; i += kThreads) {
+    const std::int64_t slot = std::int64_t{first} * p.num_topk + i;
+    const std::int64_t at = p.slot_row[slot];
+    rows.weight[i] = c.weights[slot];
+    rows.at[i] = nullptr;
+    if (at >= 0) {
+      const int peer = static_cast<int>(at >> 32);
+      rows.at[i] = p.window.at<std::uint8_t>(peer, p.expert_y) + (at & 0xffffffff) * 2 * p.hidden;
+      atomicAdd(&returned[peer], 1);
+    }
+  }
+}
+
 __global__ void __launch_bounds__(kThreads, 1)
     combine_kernel(const __grid_constant__ SlotParams p, const __grid_constant__ CombineParams c) {
   __shared__ Rows rows;
   __shared__ int returned[kMaxDeviceRanks];
   const int tid = static_cast<int>(threadIdx.x);
-  if (__syncthreads_or(has_failed(p)) != 0) return;
+  const bool failed = has_failed(p);
+  const std::uint64_t epoch = *static_cast<volatile std::uint64_t*>(&p.slot->epoch);
+  const bool refused = *static_cast<volatile int*>(&p.slot->refused) != 0;
   if (tid < kMaxDeviceRanks) returned[tid] = 0;
-  const std::uint64_t epoch = p.slot->epoch;
+  if (__syncthreads_or(failed) != 0) return;
   if (c.send && blockIdx.x == 0) signal_all(p, p.returned, 2 * epoch);
-  if (!wait_for_all(p, p.returned, kCombineRows, epoch)) return;
 
-  const bool refused = p.slot->refused != 0;
   const int begin = static_cast<int>(std::int64_t{c.num_tokens} * blockIdx.x / gridDim.x);
   const int end = static_cast<int>(std::int64_t{c.num_tokens} * (blockIdx.x + 1) / gridDim.x);
-  const int row_bytes = 2 * p.hidden, columns = p.hidden / 8;
+  const int columns = p.hidden / 8;
+  // Where the first tokens' rows are is known before they are there.
+  find_rows(p, c, begin, min(kTokens, end - begin), rows, returned);
+  if (!wait_for_all(p, p.returned, kCombineRows, epoch)) return;  // Ends with a barrier.
   for (int t0 = begin; t0 < end; t0 += kTokens) {
     const int count = min(kTokens, end - t0);
-    __syncthreads();
-    for (int i = tid; i < count * p.num_topk; i += kThreads) {
-      const std::int64_t slot = std::int64_t{t0} * p.num_topk + i;
-      const std::int64_t at = p.slot_row[slot];
-      rows.at[i] = nullptr;
-      if (at >= 0) {
-        const int peer = static_cast<int>(at >> 32);
-        rows.at[i] = p.window.at<std::uint8_t>(peer, p.expert_y) + (at & 0xffffffff) * row_bytes;
-        atomicAdd(&returned[peer], 1);
-      }
-      rows.weight[i] = c.weights[slot];
+    if (t0 != begin) {
+      __syncthreads();
+      find_rows(p, c, t0, count, rows, returned);
+      __syncthreads();
     }
-    __syncthreads();
     uint4* const y = reinterpret_cast<uint4*>(c.y) + std::int64_t{t0} * columns;
     for (int v = tid; v < count * columns; v += kThreads) {
       const int token = v / columns, column = v % columns;
@@ -132,6 +143,12 @@ __global__ void __launch_bounds__(kThreads, 1)
 }
 
 }  // namespace
+
+void prepare_combine_kernels() {
+  prefer_shared_memory(reinterpret_cast<const void*>(combine_kernel));
+  prefer_shared_memory(reinterpret_cast<const void*>(return_kernel));
+  prefer_shared_memory(reinterpret_cast<const void*>(copy_rows_kernel));
+}
 
 void launch_combine(const SlotParams& slot, const CombineParams& combine, int num_ctas,
                     void* stream) {

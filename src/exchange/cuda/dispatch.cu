@@ -27,244 +27,16 @@
 #include "backend/cuda/check.h"
 #include "backend/cuda/ptx/bulk_store.cuh"
 #include "backend/cuda/ptx/sync.cuh"
-#include "backend/cuda/swiglu.cuh"
 #include "exchange/cuda/protocol.cuh"
+#include "exchange/cuda/route.cuh"
+#include "exchange/cuda/stage.cuh"
 
 namespace sluice::cuda {
 namespace {
 
-constexpr int kThreads = 512;
+constexpr int kThreads = kDispatchThreads;
 constexpr int kWarps = kThreads / 32;
 constexpr int kMaxTopk = 32;
-constexpr int kMaxChunk = 8;            // Tokens.
-constexpr int kVectorsInFlight = 7;     // 16 B each, per thread.
-constexpr int kStageBytes = 88 * 1024;  // One chunk, if it is more than one token.
-
-/// Where a chunk lies in shared memory; the same arithmetic on host and device.
-struct Staging {
-  int tokens, payload_bytes, num_groups;
-  __host__ __device__ int scale_bytes() const { return num_groups * 4; }
-  __host__ __device__ int counters_bytes(int num_experts) const {
-    return (num_experts * 8 + 127) / 128 * 128;
-  }
-  __host__ __device__ int buffer_bytes() const {
-    return (tokens * (payload_bytes + scale_bytes()) + 127) / 128 * 128;
-  }
-  __host__ __device__ int total_bytes(int num_experts) const {
-    return counters_bytes(num_experts) + 2 * buffer_bytes();
-  }
-};
-
-template <WireFormat Wire>
-constexpr bool kScaled = Wire == WireFormat::kE4m3Group || Wire == WireFormat::kE4m3Pow2;
-
-template <WireFormat Wire>
-__host__ __device__ Staging staging_of(int hidden) {
-  Staging s{};
-  s.payload_bytes = Wire == WireFormat::kBf16 ? 2 * hidden : hidden;
-  s.num_groups = kScaled<Wire> ? hidden / 128 : 0;
-  const int fit = kStageBytes / (s.payload_bytes + s.scale_bytes());
-  s.tokens = fit < 1 ? 1 : fit > kMaxChunk ? kMaxChunk : fit;
-  return s;
-}
-
-__device__ float ceil_pow2(float s) {
-  const unsigned bits = __float_as_uint(s);
-  const unsigned mantissa = bits & 0x007fffffu;
-  return __uint_as_float(mantissa == 0 ? bits : bits - mantissa + 0x00800000u);
-}
-
-__device__ uint2 quantize8(const float (&v)[8], float factor) {
-  unsigned pairs[4];
-#pragma unroll
-  for (int i = 0; i < 4; ++i) {
-    pairs[i] = ptx::e4m3x2_from_float(__fmul_rn(v[2 * i + 1], factor), __fmul_rn(v[2 * i], factor));
-  }
-  return {pairs[0] | pairs[1] << 16, pairs[2] | pairs[3] << 16};
-}
-
-/// Vector `v` (8 channels) of a chunk into shared memory. Sixteen neighbouring threads hold one
-/// group of 128. Returns how many values were clipped (static wire).
-template <WireFormat Wire>
-__device__ int stage_vector(const uint4& in, int v, float static_inverse, std::uint8_t* payload,
-                            float* scale) {
-  if constexpr (Wire == WireFormat::kBf16) {
-    reinterpret_cast<uint4*>(payload)[v] = in;
-    return 0;
-  }
-  const unsigned words[4] = {in.x, in.y, in.z, in.w};
-  float value[8], amax = 0.0f;
-#pragma unroll
-  for (int i = 0; i < 4; ++i) {
-    value[2 * i] = __uint_as_float(words[i] << 16);
-    value[2 * i + 1] = __uint_as_float(words[i] & 0xffff0000u);
-    amax = fmaxf(amax, fmaxf(fabsf(value[2 * i]), fabsf(value[2 * i + 1])));
-  }
-  float factor = static_inverse;
-  int clipped = 0;
-  if constexpr (kScaled<Wire>) {
-    const unsigned group = 0xffffu << (threadIdx.x & 16);
-#pragma unroll
-    for (int d = 1; d < 16; d *= 2) amax = fmaxf(amax, __shfl_xor_sync(group, amax, d));
-    float s = group_scale(amax);
-    factor = group_inverse(amax);
-    if constexpr (Wire == WireFormat::kE4m3Pow2) {
-      s = ceil_pow2(s);
-      factor = __fdiv_rn(1.0f, s);
-    }
-    if (v % 16 == 0) scale[v / 16] = s;
-  } else {
-#pragma unroll
-    for (int i = 0; i < 8; ++i) clipped += fabsf(__fmul_rn(value[i], factor)) > kE4m3Limit;
-  }
-  reinterpret_cast<uint2*>(payload)[v] = quantize8(value, factor);
-  return clipped;
-}
-
-/// Tokens [first, first + count) in the wire format, into shared memory.
-template <WireFormat Wire>
-__device__ int stage_chunk(const SlotParams& p, const DispatchParams& d, int first, int count,
-                           std::uint8_t* payload, float* scale) {
-  const uint4* const in = reinterpret_cast<const uint4*>(d.x + std::int64_t{first} * p.hidden);
-  const int num_vectors = count * (p.hidden / 8);
-  int clipped = 0;
-  for (int base = static_cast<int>(threadIdx.x); base < num_vectors;
-       base += kThreads * kVectorsInFlight) {
-    uint4 loaded[kVectorsInFlight];
-#pragma unroll
-    for (int i = 0; i < kVectorsInFlight; ++i) {
-      if (base + i * kThreads < num_vectors) loaded[i] = __ldcs(in + base + i * kThreads);
-    }
-#pragma unroll
-    for (int i = 0; i < kVectorsInFlight; ++i) {
-      const int v = base + i * kThreads;
-      if (v < num_vectors) {
-        clipped += stage_vector<Wire>(loaded[i], v, d.static_inverse, payload, scale);
-      }
-    }
-  }
-  return clipped;
-}
-
-/// Waits for every rank's count of every expert: adds those of lower ranks to next[e] and replaces
-/// total[e] by the sum over all. False: a rank's counts did not arrive.
-__device__ bool gather_counts(const SlotParams& p, std::uint64_t epoch, int* total, int* next) {
-  __shared__ unsigned long long missing;
-  constexpr int kBatch = 8;
-  const int tid = static_cast<int>(threadIdx.x), ranks = p.window.num_ranks;
-  const auto tag = static_cast<std::uint32_t>(epoch);
-  if (tid == 0) missing = 0;
-  __syncthreads();
-  const std::uint64_t begin = ptx::global_timer();
-  for (int e = tid; e < p.num_experts; e += kThreads) {
-    int below = 0, all = 0;
-    for (int r0 = 0; r0 < ranks; r0 += kBatch) {
-      std::uint64_t word[kBatch];
-      for (;;) {
-        bool fresh = true;
-#pragma unroll
-        for (int i = 0; i < kBatch; ++i) {
-          if (r0 + i < ranks) {
-            word[i] = ptx::load_relaxed_sys(p.window.own<const std::uint64_t>(p.counts) +
-                                            (r0 + i) * p.num_experts + e);
-          }
-        }
-#pragma unroll
-        for (int i = 0; i < kBatch; ++i) {
-          if (r0 + i < ranks) fresh &= static_cast<std::uint32_t>(word[i] >> 32) == tag;
-        }
-        if (fresh) break;
-        if (ptx::global_timer() - begin > p.timeout_ns || has_failed(p)) {
-          for (int i = 0; i < kBatch && r0 + i < ranks; ++i) {
-            if (static_cast<std::uint32_t>(word[i] >> 32) != tag) {
-              atomicOr(&missing, 1ull << (r0 + i));
-            }
-          }
-          break;
-        }
-      }
-#pragma unroll
-      for (int i = 0; i < kBatch; ++i) {
-        if (r0 + i >= ranks) break;
-        const int count = static_cast<int>(word[i] & 0xffffffffu);
-        all += count;
-        if (r0 + i < p.window.rank) below += count;
-      }
-    }
-    total[e] = all;
-    next[e] += below;
-  }
-  __syncthreads();
-  if (missing != 0 && tid == 0) {
-    fail_exchange(p, {.kind = kPeerMissing,
-                      .operation = kDispatchCounts,
-                      .epoch = epoch,
-                      .missing = missing,
-                      .expected = epoch,
-                      .seen = 0});
-  }
-  return missing == 0;
-}
-
-/// Adds every expert's first row to next[e], and notes those of this rank. True: a capacity is
-/// exceeded.
-__device__ bool place_experts(const SlotParams& p, const int* total, int* next) {
-  const int tid = static_cast<int>(threadIdx.x), lane = tid % 32;
-  const int num_local = p.num_experts / p.window.num_ranks;
-  const bool notes = blockIdx.x == 0;
-  bool over = false;
-  if (p.max_m > 0) {
-    for (int e = tid; e < p.num_experts; e += kThreads) {
-      const int begin = (e % num_local) * p.max_m;
-      next[e] += begin;
-      if (notes && e / num_local == p.window.rank) p.row_begin[e % num_local] = begin;
-      if (total[e] <= p.max_m) continue;
-      over = true;
-      if (notes) {
-        record_fault(p, {.kind = kOverCapacity, .where = e, .count = total[e], .value = p.max_m});
-      }
-    }
-    return __syncthreads_or(over) != 0;
-  }
-  for (int r = tid / 32; r < p.window.num_ranks; r += kWarps) {  // Exclusive scan per rank.
-    int carry = 0;
-    for (int base = 0; base < num_local; base += 32) {
-      const int local = base + lane, e = r * num_local + local;
-      const int mine = local < num_local ? total[e] : 0;
-      int sum = mine;
-      for (int d = 1; d < 32; d *= 2) {
-        const int other = __shfl_up_sync(kAllLanes, sum, d);
-        if (lane >= d) sum += other;
-      }
-      if (local < num_local) {
-        next[e] += carry + sum - mine;
-        if (notes && r == p.window.rank) p.row_begin[local] = carry + sum - mine;
-      }
-      carry += __shfl_sync(kAllLanes, sum, 31);
-    }
-  }
-  __syncthreads();
-  return false;
-}
-
-/// One warp gives the slots [first, first + count) their rows, in order.
-__device__ void assign_rows(const SlotParams& p, const DispatchParams& d, int first, int count,
-                            int* next, std::int64_t* place) {
-  const int lane = static_cast<int>(threadIdx.x) % 32;
-  const int num_local = p.num_experts / p.window.num_ranks;
-  for (int base = 0; base < count; base += 32) {
-    const int i = base + lane;
-    const int e = i < count ? expert_of(p, d, first + i) : -1;
-    const unsigned same = __match_any_sync(kAllLanes, e);
-    const int before = __popc(same & ((1u << lane) - 1));
-    std::int64_t at = -1;
-    if (e >= 0) at = std::int64_t{e / num_local} << 32 | (next[e] + before);
-    __syncwarp();
-    if (e >= 0 && before == 0) next[e] += __popc(same);
-    __syncwarp();
-    if (i < count) place[i] = at;
-  }
-}
 
 /// The warps send the rows of one staged chunk; lane 0 of each owns its bulk copies.
 template <WireFormat Wire>
@@ -310,11 +82,14 @@ __device__ void send_chunk(const SlotParams& p, const Staging& s, int first, int
 __device__ bool arrive_last(const SlotParams& p) {
   __shared__ bool last;
   __syncthreads();
+  if (gridDim.x == 1) return true;
   if (threadIdx.x == 0) {
     __threadfence_system();
     last = atomicAdd(&p.slot->arrived, 1) == static_cast<int>(gridDim.x) - 1;
-    if (last) p.slot->arrived = 0;
-    __threadfence_system();
+    if (last) {
+      p.slot->arrived = 0;
+      __threadfence();
+    }
   }
   __syncthreads();
   return last;
@@ -347,21 +122,28 @@ __global__ void __launch_bounds__(kThreads, 1)
     return reinterpret_cast<float*>(payload_of(buffer) + s.tokens * s.payload_bytes);
   };
 
-  if (__syncthreads_or(has_failed(p)) != 0) {
+  // Three loads in flight together: whether to run, as which epoch, and whether every rank has let
+  // go of the slot's last use (a relaxed load will do: stores do not overtake what they depend on).
+  const bool failed = has_failed(p);
+  const std::uint64_t epoch = *static_cast<volatile std::uint64_t*>(&p.slot->epoch) + 1;
+  bool reusable = true;
+  if (tid < p.window.num_ranks) {
+    reusable = ptx::load_relaxed_sys(p.window.own<const std::uint64_t>(p.returned) + tid) >=
+               wanted(kReuse, epoch);
+  }
+  for (int e = tid; e < 2 * p.num_experts; e += kThreads) total[e] = 0;
+  if (tid < 2 * kMaxDeviceRanks) sent[tid] = 0;
+  if (__syncthreads_or(failed) != 0) {
     forget_rows(p);
     return;
   }
-  const std::uint64_t epoch = p.slot->epoch + 1;
-  for (int e = tid; e < 2 * p.num_experts; e += kThreads) total[e] = 0;
-  if (tid < 2 * kMaxDeviceRanks) sent[tid] = 0;
-  __syncthreads();
   for (int i = tid; i < d.num_tokens * p.num_topk; i += kThreads) {
     const int e = expert_of(p, d, i);
     if (e < 0) continue;
     atomicAdd(&total[e], 1);
     if (i < begin * p.num_topk) atomicAdd(&next[e], 1);
   }
-  bool ok = wait_for_all(p, p.returned, kReuse, epoch);  // Begins and ends with a barrier.
+  bool ok = __syncthreads_and(reusable) != 0 || wait_for_all(p, p.returned, kReuse, epoch);
   if (ok) {
     for (int peer = cta; peer < p.window.num_ranks; peer += num_ctas) {
       std::uint64_t* const to =
@@ -475,19 +257,24 @@ void launch(const SlotParams& slot, const DispatchParams& dispatch, int num_ctas
 }
 
 template <WireFormat Wire>
-void prepare() {
+void prepare_dispatch() {
   constexpr int kMostShared = 220 * 1024;
   SLUICE_CUDA_CHECK(cudaFuncSetAttribute(dispatch_kernel<Wire>,
                                          cudaFuncAttributeMaxDynamicSharedMemorySize, kMostShared));
+  prefer_shared_memory(reinterpret_cast<const void*>(dispatch_kernel<Wire>));
 }
 
 }  // namespace
 
+void prepare_combine_kernels();
+
 void prepare_exchange_kernels() {
-  prepare<WireFormat::kBf16>();
-  prepare<WireFormat::kE4m3Group>();
-  prepare<WireFormat::kE4m3Pow2>();
-  prepare<WireFormat::kE4m3Static>();
+  prepare_dispatch<WireFormat::kBf16>();
+  prepare_dispatch<WireFormat::kE4m3Group>();
+  prepare_dispatch<WireFormat::kE4m3Pow2>();
+  prepare_dispatch<WireFormat::kE4m3Static>();
+  prefer_shared_memory(reinterpret_cast<const void*>(receive_kernel));
+  prepare_combine_kernels();
 }
 
 void launch_dispatch(const SlotParams& slot, const DispatchParams& dispatch, WireFormat wire,

@@ -6,12 +6,14 @@
 
 #include <cuda_runtime.h>
 
+#include "backend/cuda/check.h"
 #include "backend/cuda/ptx/system.cuh"
 #include "exchange/cuda/exchange_kernels.h"
 
 namespace sluice::cuda {
 
 inline constexpr unsigned kAllLanes = 0xffffffffu;
+inline constexpr int kDispatchThreads = 512;
 
 /// The first fault wins; the host clears `claimed` when it has read the record.
 __device__ inline void record_fault(const SlotParams& p, const DeviceFault& fault) {
@@ -91,8 +93,14 @@ __device__ inline bool wait_for_all(const SlotParams& p, std::size_t flags, Oper
 __device__ inline void signal_all(const SlotParams& p, std::size_t flags, std::uint64_t value) {
   const int r = static_cast<int>(threadIdx.x);
   if (r >= p.window.num_ranks) return;
-  __threadfence_system();
   ptx::store_release_sys(p.window.at<std::uint64_t>(r, flags) + p.window.rank, value);
+}
+
+/// The exchange's kernels ask for the same split of an SM's memory as the experts' kernels:
+/// changing it between kernels would drain the SM.
+inline void prefer_shared_memory(const void* kernel) {
+  SLUICE_CUDA_CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributePreferredSharedMemoryCarveout,
+                                         cudaSharedmemCarveoutMaxShared));
 }
 
 /// Expert of one top-k slot, or -1 for an empty one. What is out of range is recorded and empty.

@@ -1,0 +1,133 @@
+// route.cuh - which row each slot gets: counts of all ranks, first rows of all experts, then one
+// slot after another.
+#pragma once
+
+#include <cuda_runtime.h>
+
+#include "exchange/cuda/protocol.cuh"
+
+namespace sluice::cuda {
+
+/// Waits for every rank's count of every expert: adds those of lower ranks to next[e] and replaces
+/// total[e] by the sum over all. False: a rank's counts did not arrive.
+__device__ inline bool gather_counts(const SlotParams& p, std::uint64_t epoch, int* total,
+                                     int* next) {
+  __shared__ unsigned long long missing;
+  constexpr int kBatch = 8;
+  const int tid = static_cast<int>(threadIdx.x), ranks = p.window.num_ranks;
+  const auto tag = static_cast<std::uint32_t>(epoch);
+  if (tid == 0) missing = 0;
+  __syncthreads();
+  const std::uint64_t begin = ptx::global_timer();
+  for (int e = tid; e < p.num_experts; e += kDispatchThreads) {
+    int below = 0, all = 0;
+    for (int r0 = 0; r0 < ranks; r0 += kBatch) {
+      std::uint64_t word[kBatch];
+      for (;;) {
+        bool fresh = true;
+#pragma unroll
+        for (int i = 0; i < kBatch; ++i) {
+          if (r0 + i < ranks) {
+            word[i] = ptx::load_relaxed_sys(p.window.own<const std::uint64_t>(p.counts) +
+                                            (r0 + i) * p.num_experts + e);
+          }
+        }
+#pragma unroll
+        for (int i = 0; i < kBatch; ++i) {
+          if (r0 + i < ranks) fresh &= static_cast<std::uint32_t>(word[i] >> 32) == tag;
+        }
+        if (fresh) break;
+        if (ptx::global_timer() - begin > p.timeout_ns || has_failed(p)) {
+          for (int i = 0; i < kBatch && r0 + i < ranks; ++i) {
+            if (static_cast<std::uint32_t>(word[i] >> 32) != tag) {
+              atomicOr(&missing, 1ull << (r0 + i));
+            }
+          }
+          break;
+        }
+      }
+#pragma unroll
+      for (int i = 0; i < kBatch; ++i) {
+        if (r0 + i >= ranks) break;
+        const int count = static_cast<int>(word[i] & 0xffffffffu);
+        all += count;
+        if (r0 + i < p.window.rank) below += count;
+      }
+    }
+    total[e] = all;
+    next[e] += below;
+  }
+  __syncthreads();
+  if (missing != 0 && tid == 0) {
+    fail_exchange(p, {.kind = kPeerMissing,
+                      .operation = kDispatchCounts,
+                      .epoch = epoch,
+                      .missing = missing,
+                      .expected = epoch,
+                      .seen = 0});
+  }
+  return missing == 0;
+}
+
+/// Adds every expert's first row to next[e], and notes those of this rank. True: a capacity is
+/// exceeded.
+__device__ inline bool place_experts(const SlotParams& p, const int* total, int* next) {
+  const int tid = static_cast<int>(threadIdx.x), lane = tid % 32;
+  const int num_local = p.num_experts / p.window.num_ranks;
+  const bool notes = blockIdx.x == 0;
+  bool over = false;
+  if (p.max_m > 0) {
+    for (int e = tid; e < p.num_experts; e += kDispatchThreads) {
+      const int begin = (e % num_local) * p.max_m;
+      next[e] += begin;
+      if (notes && e / num_local == p.window.rank) p.row_begin[e % num_local] = begin;
+      if (total[e] <= p.max_m) continue;
+      over = true;
+      if (notes) {
+        record_fault(p, {.kind = kOverCapacity, .where = e, .count = total[e], .value = p.max_m});
+      }
+    }
+    return __syncthreads_or(over) != 0;
+  }
+  for (int r = tid / 32; r < p.window.num_ranks;
+       r += (kDispatchThreads / 32)) {  // Exclusive scan per rank.
+    int carry = 0;
+    for (int base = 0; base < num_local; base += 32) {
+      const int local = base + lane, e = r * num_local + local;
+      const int mine = local < num_local ? total[e] : 0;
+      int sum = mine;
+      for (int d = 1; d < 32; d *= 2) {
+        const int other = __shfl_up_sync(kAllLanes, sum, d);
+        if (lane >= d) sum += other;
+      }
+      if (local < num_local) {
+        next[e] += carry + sum - mine;
+        if (notes && r == p.window.rank) p.row_begin[local] = carry + sum - mine;
+      }
+      carry += __shfl_sync(kAllLanes, sum, 31);
+    }
+  }
+  __syncthreads();
+  return false;
+}
+
+/// One warp gives the slots [first, first + count) their rows, in order.
+__device__ inline void assign_rows(const SlotParams& p, const DispatchParams& d, int first,
+                                   int count, int* next, std::int64_t* place) {
+  const int lane = static_cast<int>(threadIdx.x) % 32;
+  const int num_local = p.num_experts / p.window.num_ranks;
+  for (int base = 0; base < count; base += 32) {
+    const int i = base + lane;
+    const int e = i < count ? expert_of(p, d, first + i) : -1;
+    const unsigned same = __match_any_sync(kAllLanes, e);
+    const int before = __popc(same & ((1u << lane) - 1));
+    std::int64_t at = -1;
+    if (e >= 0) at = std::int64_t{e / num_local} << 32 | (next[e] + before);
+    __syncwarp();
+    if (e >= 0 && before == 0) next[e] += __popc(same);
+    __syncwarp();
+    if (i < count) place[i] = at;
+  }
+}
+
+}  // namespace sluice::cuda

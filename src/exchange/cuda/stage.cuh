@@ -1,0 +1,123 @@
+// stage.cuh - tokens brought to the wire format in shared memory, a chunk at a time.
+#pragma once
+
+#include <cuda_runtime.h>
+
+#include "backend/cuda/swiglu.cuh"
+#include "exchange/cuda/exchange_kernels.h"
+#include "exchange/cuda/protocol.cuh"
+
+namespace sluice::cuda {
+
+inline constexpr int kMaxChunk = 8;            // Tokens.
+inline constexpr int kVectorsInFlight = 7;     // 16 B each, per thread.
+inline constexpr int kStageBytes = 88 * 1024;  // One chunk, if it is more than one token.
+
+/// Where a chunk lies in shared memory; the same arithmetic on host and device.
+struct Staging {
+  int tokens, payload_bytes, num_groups;
+  __host__ __device__ int scale_bytes() const { return num_groups * 4; }
+  __host__ __device__ int counters_bytes(int num_experts) const {
+    return (num_experts * 8 + 127) / 128 * 128;
+  }
+  __host__ __device__ int buffer_bytes() const {
+    return (tokens * (payload_bytes + scale_bytes()) + 127) / 128 * 128;
+  }
+  __host__ __device__ int total_bytes(int num_experts) const {
+    return counters_bytes(num_experts) + 2 * buffer_bytes();
+  }
+};
+
+template <WireFormat Wire>
+inline constexpr bool kScaled = Wire == WireFormat::kE4m3Group || Wire == WireFormat::kE4m3Pow2;
+
+template <WireFormat Wire>
+__host__ __device__ Staging staging_of(int hidden) {
+  Staging s{};
+  s.payload_bytes = Wire == WireFormat::kBf16 ? 2 * hidden : hidden;
+  s.num_groups = kScaled<Wire> ? hidden / 128 : 0;
+  const int fit = kStageBytes / (s.payload_bytes + s.scale_bytes());
+  s.tokens = fit < 1 ? 1 : fit > kMaxChunk ? kMaxChunk : fit;
+  return s;
+}
+
+__device__ inline float ceil_pow2(float s) {
+  const unsigned bits = __float_as_uint(s);
+  const unsigned mantissa = bits & 0x007fffffu;
+  return __uint_as_float(mantissa == 0 ? bits : bits - mantissa + 0x00800000u);
+}
+
+__device__ inline uint2 quantize8(const float (&v)[8], float factor) {
+  unsigned pairs[4];
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    pairs[i] = ptx::e4m3x2_from_float(__fmul_rn(v[2 * i + 1], factor), __fmul_rn(v[2 * i], factor));
+  }
+  return {pairs[0] | pairs[1] << 16, pairs[2] | pairs[3] << 16};
+}
+
+/// Vector `v` (8 channels) of a chunk into shared memory. Sixteen neighbouring threads hold one
+/// group of 128. Returns how many values were clipped (static wire).
+template <WireFormat Wire>
+__device__ int stage_vector(const uint4& in, int v, float static_inverse, std::uint8_t* payload,
+                            float* scale) {
+  if constexpr (Wire == WireFormat::kBf16) {
+    reinterpret_cast<uint4*>(payload)[v] = in;
+    return 0;
+  }
+  const unsigned words[4] = {in.x, in.y, in.z, in.w};
+  float value[8], amax = 0.0f;
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    value[2 * i] = __uint_as_float(words[i] << 16);
+    value[2 * i + 1] = __uint_as_float(words[i] & 0xffff0000u);
+    amax = fmaxf(amax, fmaxf(fabsf(value[2 * i]), fabsf(value[2 * i + 1])));
+  }
+  float factor = static_inverse;
+  int clipped = 0;
+  if constexpr (kScaled<Wire>) {
+    const unsigned group = 0xffffu << (threadIdx.x & 16);
+#pragma unroll
+    for (int d = 1; d < 16; d *= 2) amax = fmaxf(amax, __shfl_xor_sync(group, amax, d));
+    float s = group_scale(amax);
+    factor = group_inverse(amax);
+    if constexpr (Wire == WireFormat::kE4m3Pow2) {
+      s = ceil_pow2(s);
+      factor = __fdiv_rn(1.0f, s);
+    }
+    if (v % 16 == 0) scale[v / 16] = s;
+  } else {
+#pragma unroll
+    for (int i = 0; i < 8; ++i) clipped += fabsf(__fmul_rn(value[i], factor)) > kE4m3Limit;
+  }
+  reinterpret_cast<uint2*>(payload)[v] = quantize8(value, factor);
+  return clipped;
+}
+
+/// Tokens [first, first + count) in the wire format, into shared memory.
+template <WireFormat Wire>
+__device__ int stage_chunk(const SlotParams& p, const DispatchParams& d, int first, int count,
+                           std::uint8_t* payload, float* scale) {
+  const uint4* const in = reinterpret_cast<const uint4*>(d.x + std::int64_t{first} * p.hidden);
+  const int num_vectors = count * (p.hidden / 8);
+  int clipped = 0;
+  for (int base = static_cast<int>(threadIdx.x); base < num_vectors;
+       base += kDispatchThreads * kVectorsInFlight) {
+    uint4 loaded[kVectorsInFlight];
+#pragma unroll
+    for (int i = 0; i < kVectorsInFlight; ++i) {
+      if (base + i * kDispatchThreads < num_vectors)
+        loaded[i] = __ldcs(in + base + i * kDispatchThreads);
+    }
+#pragma unroll
+    for (int i = 0; i < kVectorsInFlight; ++i) {
+      const int v = base + i * kDispatchThreads;
+      if (v < num_vectors) {
+        clipped += stage_vector<Wire>(loaded[i], v, d.static_inverse, payload, scale);
+      }
+    }
+  }
+  return clipped;
+}
+
+}  // namespace sluice::cuda
