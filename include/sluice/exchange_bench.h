@@ -30,7 +30,7 @@ struct ExchangeBenchConfig {
 /// Medians over pairs; of each pair the slowest rank.
 struct ExchangeBenchTimes {
   double pair_us = 0;      ///< Free-running pairs, nothing between: the honest figure.
-  double dispatch_us = 0;  ///< Between time stamps, whose cost (about 2 us on CUDA) is included.
+  double dispatch_us = 0;  ///< Between time stamps, less what two stamps with nothing between take.
   double combine_us = 0;
   double dispatch_bytes = 0;  ///< Put by all ranks in one dispatch, own memory included.
   double combine_bytes = 0;

@@ -94,6 +94,13 @@ TEST_F(CudaExchangeTest, AnyNumberOfRanks) {
   }
 }
 
+// All the device code, without ranks that wait for each other: what compute-sanitizer, which lets
+// only one kernel run at a time, can look at.
+TEST_F(CudaExchangeTest, OneRank) {
+  expect_exact_everywhere({.num_tokens = {37}, .num_experts = 12, .num_topk = 4, .hidden = 384});
+  expect_exact_everywhere({.num_tokens = {300}, .num_experts = 64, .num_topk = 8, .hidden = 128});
+}
+
 TEST_F(CudaExchangeTest, AnyNumberOfSlotsAndAnyWidth) {
   for (const int num_topk : {1, 2, 8, 16, 32}) {
     for (const int hidden : {128, 3584, 7168, 8192}) {

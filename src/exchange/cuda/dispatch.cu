@@ -122,8 +122,9 @@ __global__ void __launch_bounds__(kThreads, 1)
     return reinterpret_cast<float*>(payload_of(buffer) + s.tokens * s.payload_bytes);
   };
 
-  // Three loads in flight together: whether to run, as which epoch, and whether every rank has let
-  // go of the slot's last use (a relaxed load will do: stores do not overtake what they depend on).
+  // Loads in flight together: whether to run, as which epoch, the first experts, and whether every
+  // rank has let go of the slot's last use (a relaxed load will do: stores do not overtake what
+  // they depend on).
   const bool failed = has_failed(p);
   const std::uint64_t epoch = *static_cast<volatile std::uint64_t*>(&p.slot->epoch) + 1;
   bool reusable = true;
@@ -131,17 +132,21 @@ __global__ void __launch_bounds__(kThreads, 1)
     reusable = ptx::load_relaxed_sys(p.window.own<const std::uint64_t>(p.returned) + tid) >=
                wanted(kReuse, epoch);
   }
+  const int num_slots = d.num_tokens * p.num_topk;
+  int expert = tid < num_slots ? expert_of(p, d, tid) : -1;
   for (int e = tid; e < 2 * p.num_experts; e += kThreads) total[e] = 0;
   if (tid < 2 * kMaxDeviceRanks) sent[tid] = 0;
   if (__syncthreads_or(failed) != 0) {
     forget_rows(p);
     return;
   }
-  for (int i = tid; i < d.num_tokens * p.num_topk; i += kThreads) {
-    const int e = expert_of(p, d, i);
-    if (e < 0) continue;
-    atomicAdd(&total[e], 1);
-    if (i < begin * p.num_topk) atomicAdd(&next[e], 1);
+  for (int i = tid; i < num_slots;) {
+    if (expert >= 0) {
+      atomicAdd(&total[expert], 1);
+      if (i < begin * p.num_topk) atomicAdd(&next[expert], 1);
+    }
+    i += kThreads;
+    if (i < num_slots) expert = expert_of(p, d, i);
   }
   bool ok = __syncthreads_and(reusable) != 0 || wait_for_all(p, p.returned, kReuse, epoch);
   if (ok) {
