@@ -142,7 +142,7 @@ class Exchange {
   ///          interleaved with other graphs of this exchange, in the same order on every rank.
   /// Throws:  kInvalidArgument before anything is sent; the same on *every* rank when an expert
   ///          would receive more than its capacity. kPeerTimeout names operation, epoch and
-  ///          missing ranks. On CUDA what the device finds is thrown by the next call or by
+  ///          missing ranks. On CUDA what the device finds is thrown by the next dispatch or by
   ///          check(): a refused dispatch has no rows and its combine gives rows of NaN.
   [[nodiscard]] Dispatched dispatch(TensorView x, const Routing& routing, Stream stream);
 

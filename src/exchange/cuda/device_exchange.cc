@@ -8,6 +8,7 @@
 
 #include <algorithm>
 #include <cstring>
+#include <optional>
 #include <random>
 #include <string>
 
@@ -28,24 +29,27 @@ using cuda::ExchangeState;
 using cuda::SlotParams;
 using cuda::SlotState;
 
-/// Host-mapped memory that outlives a failed kernel.
-class MappedFault {
+/// The two fault records, in host-mapped memory: they outlive a failed kernel.
+class MappedFaults {
  public:
-  MappedFault() {
-    SLUICE_CUDA_CHECK(cudaHostAlloc(reinterpret_cast<void**>(&fault_), sizeof(DeviceFault),
+  MappedFaults() {
+    SLUICE_CUDA_CHECK(cudaHostAlloc(reinterpret_cast<void**>(&faults_), 2 * sizeof(DeviceFault),
                                     cudaHostAllocMapped | cudaHostAllocPortable));
-    *fault_ = {};
+    faults_[0] = faults_[1] = {};
   }
-  ~MappedFault() { (void)cudaFreeHost(fault_); }
-  MappedFault(const MappedFault&) = delete;
-  MappedFault& operator=(const MappedFault&) = delete;
-  [[nodiscard]] DeviceFault* get() const noexcept { return fault_; }
-  [[nodiscard]] bool is_set() const noexcept {
-    return static_cast<volatile DeviceFault*>(fault_)->kind != cuda::kNoFault;
+  ~MappedFaults() { (void)cudaFreeHost(faults_); }
+  MappedFaults(const MappedFaults&) = delete;
+  MappedFaults& operator=(const MappedFaults&) = delete;
+  [[nodiscard]] DeviceFault* device() const noexcept { return faults_; }
+  [[nodiscard]] std::optional<DeviceFault> get(cuda::FaultRecord record) const noexcept {
+    const DeviceFault* const fault = faults_ + record;
+    if (static_cast<const volatile DeviceFault*>(fault)->kind == cuda::kNoFault) return {};
+    return *fault;
   }
+  void clear(cuda::FaultRecord record) noexcept { faults_[record].kind = cuda::kNoFault; }
 
  private:
-  DeviceFault* fault_ = nullptr;
+  DeviceFault* faults_ = nullptr;
 };
 
 class Event {
@@ -117,6 +121,7 @@ class DeviceExchange final : public Exchange::Impl {
   [[nodiscard]] int ctas_for(std::int64_t num_tokens) const {
     return static_cast<int>(std::clamp<std::int64_t>(num_tokens, 1, max_ctas_));
   }
+  void throw_failure();
   void throw_fault();
   [[nodiscard]] std::string describe(const DeviceFault& fault) const;
 
@@ -125,7 +130,7 @@ class DeviceExchange final : public Exchange::Impl {
   std::shared_ptr<DeviceBuffer> memory_;  // The window; peers may hold it longer.
   std::vector<std::shared_ptr<std::byte>> windows_;
   std::unique_ptr<DeviceBuffer> private_, state_;
-  MappedFault fault_;
+  MappedFaults faults_;
   std::vector<Slot> slots_;
   int ranks_on_device_ = 1, max_ctas_ = 1;
   std::uint64_t num_dispatches_ = 0;
@@ -279,7 +284,7 @@ void DeviceExchange::make_slots() {
     p.timeout_ns = static_cast<std::uint64_t>(config.peer_timeout.count()) * 1'000'000u;
     p.slot = slot_state + s;
     p.state = state;
-    p.fault = fault_.get();
+    p.faults = faults_.device();
     p.slot_row = slot_row;
     p.row_begin = row_begin;
     p.num_rows = reinterpret_cast<std::int32_t*>(row_begin + layout_.num_local_experts);
@@ -296,7 +301,8 @@ void DeviceExchange::meet() {
   cuda::launch_dispatch(p, {.num_tokens = 0, .receive = true}, config.wire, 1, stream.handle);
   cuda::launch_combine(p, {.num_tokens = 0, .send = true}, 1, stream.handle);
   backend_.synchronize(stream);
-  if (!fault_.is_set()) return;
+  const auto fault = faults_.get(cuda::kFailure);
+  if (!fault) return;
   std::string hint;
   if (ranks_on_device_ > 1) {
     hint = fmt::format(
@@ -304,7 +310,7 @@ void DeviceExchange::meet() {
         "CUDA_DEVICE_MAX_CONNECTIONS=32 in the environment before the first CUDA call",
         ranks_on_device_, device.index);
   }
-  fail(ErrorCode::kPeerTimeout, "creation of the exchange: {}{}", describe(*fault_.get()), hint);
+  fail(ErrorCode::kPeerTimeout, "creation of the exchange: {}{}", describe(*fault), hint);
 }
 
 void DeviceExchange::check_stream(Stream stream) const {
@@ -400,7 +406,7 @@ void DeviceExchange::prepare_expert_y(const DeviceRoute& route, TensorView exper
 
 void DeviceExchange::combine_send(Dispatched::Route& base, TensorView expert_y, Stream stream) {
   auto& route = static_cast<DeviceRoute&>(base);
-  throw_fault();
+  throw_failure();
   check_stream(stream);
   use_device();
   route.stream = stream;
@@ -416,7 +422,7 @@ void DeviceExchange::combine_receive(Dispatched::Route& base, MutableTensorView 
 void DeviceExchange::combine(Dispatched::Route& base, TensorView expert_y, MutableTensorView y,
                              Stream stream) {
   auto& route = static_cast<DeviceRoute&>(base);
-  throw_fault();
+  throw_failure();
   use_device();
   prepare_expert_y(route, expert_y, stream);
   sum(route, y, stream, true);
@@ -478,36 +484,41 @@ std::string DeviceExchange::describe(const DeviceFault& fault) const {
                      what, who, fault.seen, fault.expected);
 }
 
-/// Throws what an earlier call found on the device.
-void DeviceExchange::throw_fault() {
+/// Throws if an earlier wait has stopped the exchange. Combine throws nothing else: whether it saw
+/// a refusal of its own dispatch already would depend on time, and peers wait for it.
+void DeviceExchange::throw_failure() {
   if (!failure_.empty()) {
     fail(ErrorCode::kTransport, "this exchange stopped earlier: {}", failure_);
   }
-  if (!fault_.is_set()) return;
-  const DeviceFault fault = *fault_.get();
-  if (fault.kind == cuda::kBadIndex || fault.kind == cuda::kOverCapacity) {
-    fault_.get()->kind = cuda::kNoFault;
-    auto* const state = reinterpret_cast<ExchangeState*>(state_->data());
-    const auto queue = static_cast<cudaStream_t>(backend_.stream().handle);
-    use_device();
-    SLUICE_CUDA_CHECK(cudaMemsetAsync(&state->claimed, 0, sizeof(state->claimed), queue));
-    SLUICE_CUDA_CHECK(cudaStreamSynchronize(queue));
-  }
-  if (fault.kind == cuda::kBadIndex) {
+  const auto fault = faults_.get(cuda::kFailure);
+  if (!fault) return;
+  failure_ = describe(*fault);
+  fail(fault->kind == cuda::kPeerMissing ? ErrorCode::kPeerTimeout : ErrorCode::kTransport, "{}",
+       failure_);
+}
+
+/// Throws what earlier calls found on the device; after a refused dispatch the exchange works on.
+void DeviceExchange::throw_fault() {
+  throw_failure();
+  const auto fault = faults_.get(cuda::kRefusal);
+  if (!fault) return;
+  faults_.clear(cuda::kRefusal);
+  auto* const state = reinterpret_cast<ExchangeState*>(state_->data());
+  const auto queue = static_cast<cudaStream_t>(backend_.stream().handle);
+  use_device();
+  SLUICE_CUDA_CHECK(cudaMemsetAsync(&state->claimed[cuda::kRefusal], 0, sizeof(int), queue));
+  SLUICE_CUDA_CHECK(cudaStreamSynchronize(queue));
+  if (fault->kind == cuda::kBadIndex) {
     fail(ErrorCode::kInvalidArgument,
          "an earlier dispatch had topk_idx[{}, {}] = {}, not in [-1, {}): that slot was left empty",
-         fault.where / config.num_topk, fault.where % config.num_topk, fault.value,
+         fault->where / config.num_topk, fault->where % config.num_topk, fault->value,
          config.num_experts);
   }
-  if (fault.kind == cuda::kOverCapacity) {
-    fail(ErrorCode::kInvalidArgument,
-         "an earlier dispatch would have given expert {} {} rows, max_m is {}: every rank refused "
-         "it, its combine gave NaN",
-         fault.where, fault.count, fault.value);
-  }
-  failure_ = describe(fault);
-  fail(fault.kind == cuda::kPeerMissing ? ErrorCode::kPeerTimeout : ErrorCode::kTransport, "{}",
-       failure_);
+  fail(
+      ErrorCode::kInvalidArgument,
+      "an earlier dispatch would have given expert {} {} rows, max_m is {}: every rank refused it, "
+      "its combine gave NaN",
+      fault->where, fault->count, fault->value);
 }
 
 ExchangeCounters DeviceExchange::counters() const {

@@ -28,7 +28,10 @@ enum FaultKind : int {
 };
 enum Operation : int { kDispatchCounts, kDispatchRows, kCombineRows, kReuse };
 
-/// What went wrong on the device, in host-mapped memory; `kind` is written last.
+/// What went wrong on the device, in host-mapped memory; `kind` is written last. There is one
+/// record for refusals, after which the exchange works on, and one for failures, which stop it: the
+/// first of each kind is kept, and neither hides the other.
+enum FaultRecord : int { kRefusal = 0, kFailure = 1 };
 struct DeviceFault {
   int kind, operation;
   std::uint64_t epoch, missing, expected, seen;
@@ -52,8 +55,8 @@ struct SlotState {
   int refused;          // The slot's dispatch exceeded a capacity: no rows, NaN for every token.
 };
 struct ExchangeState {
-  int failed;   // A wait timed out: every later kernel of this exchange returns at once.
-  int claimed;  // Somebody owns the fault record.
+  int failed;      // A wait timed out: every later kernel of this exchange returns at once.
+  int claimed[2];  // Somebody owns the record of a refusal, of a failure.
   DeviceStats stats;
 };
 
@@ -66,7 +69,7 @@ struct SlotParams {
   std::uint64_t timeout_ns;
   SlotState* slot;
   ExchangeState* state;
-  DeviceFault* fault;       // Host-mapped.
+  DeviceFault* faults;      // [2] by FaultRecord, host-mapped.
   std::int64_t* slot_row;   // [T, k] rank << 32 | row, or -1
   std::int64_t* row_begin;  // [num_local_experts]
   std::int32_t* num_rows;   // [num_local_experts]

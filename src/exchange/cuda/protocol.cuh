@@ -15,10 +15,11 @@ namespace sluice::cuda {
 inline constexpr unsigned kAllLanes = 0xffffffffu;
 inline constexpr int kDispatchThreads = 512;
 
-/// The first fault wins; the host clears `claimed` when it has read the record.
-__device__ inline void record_fault(const SlotParams& p, const DeviceFault& fault) {
-  if (atomicCAS(&p.state->claimed, 0, 1) != 0) return;
-  volatile DeviceFault* to = p.fault;
+/// The first fault of its record wins; the host clears a refusal's `claimed` when it has read it.
+__device__ inline void record_fault(const SlotParams& p, FaultRecord record,
+                                    const DeviceFault& fault) {
+  if (atomicCAS(&p.state->claimed[record], 0, 1) != 0) return;
+  volatile DeviceFault* to = p.faults + record;
   to->operation = fault.operation;
   to->epoch = fault.epoch;
   to->missing = fault.missing, to->expected = fault.expected, to->seen = fault.seen;
@@ -33,7 +34,7 @@ __device__ inline bool has_failed(const SlotParams& p) {
 
 /// A fault after which ranks may be out of step: the exchange stops for good.
 __device__ inline void fail_exchange(const SlotParams& p, const DeviceFault& fault) {
-  record_fault(p, fault);
+  record_fault(p, kFailure, fault);
   __threadfence();
   *static_cast<volatile int*>(&p.state->failed) = 1;
 }
@@ -108,7 +109,7 @@ __device__ inline int expert_of(const SlotParams& p, const DispatchParams& d, in
   const long long e = d.wide_idx ? static_cast<const std::int64_t*>(d.topk_idx)[slot]
                                  : static_cast<const std::int32_t*>(d.topk_idx)[slot];
   if (e >= -1 && e < p.num_experts) return static_cast<int>(e);
-  record_fault(p, {.kind = kBadIndex, .where = slot, .value = e});
+  record_fault(p, kRefusal, {.kind = kBadIndex, .where = slot, .value = e});
   return -1;
 }
 

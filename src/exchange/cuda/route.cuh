@@ -84,7 +84,8 @@ __device__ inline bool place_experts(const SlotParams& p, const int* total, int*
       if (total[e] <= p.max_m) continue;
       over = true;
       if (notes) {
-        record_fault(p, {.kind = kOverCapacity, .where = e, .count = total[e], .value = p.max_m});
+        record_fault(p, kRefusal,
+                     {.kind = kOverCapacity, .where = e, .count = total[e], .value = p.max_m});
       }
     }
     return __syncthreads_or(over) != 0;
