@@ -50,8 +50,7 @@ struct CudaExperts final : PreparedExperts {
     return gate_up->bytes() + down->bytes();
   }
   std::unique_ptr<CudaBuffer> gate_up, down;
-  std::unique_ptr<CudaBuffer> sync;         // cuda::sync_bytes(): zero between launches.
-  std::unique_ptr<CudaBuffer> row_offsets;  // [num_experts] int32, contiguous layout.
+  std::unique_ptr<CudaBuffer> sync;  // cuda::sync_bytes(): zero between launches.
   cuda::WeightShape gate_up_shape, down_shape;
   cuda::WeightCode code = cuda::WeightCode::kSignMagnitude;
   int num_experts = 0;
@@ -177,7 +176,6 @@ std::unique_ptr<PreparedExperts> CudaBackend::prepare(const ExpertWeights& weigh
   experts->gate_up = make_buffer(count * cuda::packed_expert_bytes(experts->gate_up_shape));
   experts->down = make_buffer(count * cuda::packed_expert_bytes(experts->down_shape));
   experts->sync = make_buffer(cuda::sync_bytes(experts->num_experts));
-  experts->row_offsets = make_buffer(count * sizeof(std::int32_t));
   SLUICE_CUDA_CHECK(cudaMemset(experts->sync->data(), 0, experts->sync->bytes()));
   repack_all(weights, *experts);
   return experts;
@@ -280,15 +278,11 @@ void CudaBackend::expert_stage(const PreparedExperts& prepared, const QuantizedR
   if (times != nullptr) *times = {};
   const auto& experts = static_cast<const CudaExperts&>(prepared);
   const bool masked = rows.max_rows == rows.num_local_experts * rows.max_rows_per_expert;
-  cuda::ExpertRows ranges{.num_experts = rows.num_local_experts,
-                          .num_rows = rows.num_rows,
-                          .max_m = static_cast<int>(masked ? rows.max_rows_per_expert : 0),
-                          .total_rows = rows.max_rows};
-  if (!masked) {
-    auto* offsets = reinterpret_cast<std::int32_t*>(experts.row_offsets->data());
-    cuda::launch_narrow_offsets(rows.row_begin, rows.num_local_experts, offsets, stream.handle);
-    ranges.row_offset = offsets;
-  }
+  const cuda::ExpertRows ranges{.num_experts = rows.num_local_experts,
+                                .num_rows = rows.num_rows,
+                                .row_offset = masked ? nullptr : rows.row_begin,
+                                .max_m = static_cast<int>(masked ? rows.max_rows_per_expert : 0),
+                                .total_rows = rows.max_rows};
   const cuda::ConfigChoice config = cuda::choose_config({.num_experts = rows.num_local_experts,
                                                          .expected_m = std::max(1, rows.expected_m),
                                                          .max_rows = ranges.max_m},
