@@ -24,6 +24,7 @@ class CountingBackend final : public BackendOps {
   [[nodiscard]] Device device() const noexcept override { return real_->device(); }
   [[nodiscard]] std::string description() const override { return real_->description(); }
   [[nodiscard]] double measure_read_bandwidth() override { return 1; }
+  [[nodiscard]] double measure_arithmetic_rate() override { return 1; }
   [[nodiscard]] std::unique_ptr<DeviceBuffer> allocate(std::size_t bytes) override {
     allocated_bytes += bytes;
     return real_->allocate(bytes);

@@ -13,7 +13,7 @@
 //           so neither an empty expert nor a short row costs a block anything.
 // Warps     8 per block, all alike; each thread has four loads in flight before it computes.
 // Shared    prefix of row counts and where each expert's rows begin, 12 KB.
-// Needs     width % 128 == 0, at most 1024 experts.
+// Needs     width % 128 == 0, at most 1024 experts and 2^32 vectors (64 GB).
 // Bound     bytes: 3 per channel (quantize), 2 (requantize). Numbers: docs/performance-gpu.md.
 #include <cuda_runtime.h>
 
@@ -69,51 +69,49 @@ __device__ void sum_rows(Shared& s, const RowRanges& rows) {
 
 /// A thread's place in the valid rows; it only moves forward.
 struct Cursor {
-  int row;     // number of the valid row
-  int vector;  // in the row
-  int expert;  // s.prefix[expert] <= row < s.prefix[expert + 1]
+  int row;          // number of the valid row
+  unsigned vector;  // in the row
+  int expert;       // s.prefix[expert] <= row < s.prefix[expert + 1], once it has moved
 };
 
-/// Expert of the valid row `row`.
+/// Expert of the first valid row at or after which a warp works; all lanes ask for the same row.
 __device__ int find_expert(const Shared& s, int num_experts, int row) {
-  int low = 0, high = num_experts;
-  while (high - low > 1) {
-    const int middle = (low + high) / 2;
-    if (s.prefix[middle] <= row) {
-      low = middle;
-    } else {
-      high = middle;
-    }
+  const int lane = static_cast<int>(threadIdx.x % 32);
+  int before = 0;  // experts that end at or before `row`
+  for (int base = 0; base < num_experts; base += 32) {
+    const bool ends = base + lane < num_experts && s.prefix[base + lane + 1] <= row;
+    before += __popc(__ballot_sync(kAllLanes, ends));
   }
-  return low;
+  return before;
 }
 
 /// For every vector of the valid rows, kDepth of a thread at a time: item = load(row, vector), then
 /// finish(item, row, vector, is_valid) by all lanes of the warp, valid or not. 16 consecutive lanes
 /// are valid together.
 template <class Load, class Finish>
-__device__ void for_each_vector(const RowRanges& rows, int vectors_per_row, const Load& load,
+__device__ void for_each_vector(const RowRanges& rows, unsigned vectors_per_row, const Load& load,
                                 const Finish& finish) {
   __shared__ Shared s;
   sum_rows(s, rows);
-  const long long total = static_cast<long long>(s.prefix[rows.num_experts]) * vectors_per_row;
-  const long long share = ((total + gridDim.x - 1) / gridDim.x + 31) / 32 * 32;
-  const long long begin = share * blockIdx.x;
-  if (begin >= total) return;
-  const int count = static_cast<int>(min(share, total - begin));
+  const unsigned total = static_cast<unsigned>(s.prefix[rows.num_experts]) * vectors_per_row;
+  const unsigned share = ((total - 1) / gridDim.x + 32) / 32 * 32;  // >= total / gridDim.x
+  const unsigned begin = share * blockIdx.x;
+  if (total == 0 || begin >= total) return;
+  const unsigned count = min(share, total - begin);
 
-  const int thread = static_cast<int>(threadIdx.x);
-  const long long first = begin + min(thread, count - 1);
+  const unsigned thread = threadIdx.x;
+  const unsigned warp_first = begin + min(thread / 32 * 32, count - 1);
   Cursor at;
-  at.row = static_cast<int>(first / vectors_per_row);
-  at.vector = static_cast<int>(first - static_cast<long long>(at.row) * vectors_per_row);
+  at.row = static_cast<int>(warp_first / vectors_per_row);
+  at.vector = warp_first - static_cast<unsigned>(at.row) * vectors_per_row + thread % 32;
   at.expert = find_expert(s, rows.num_experts, at.row);
-  const int step_rows = kThreads / vectors_per_row, step_vectors = kThreads % vectors_per_row;
+  while (at.vector >= vectors_per_row) at.vector -= vectors_per_row, ++at.row;
+  const unsigned step_rows = kThreads / vectors_per_row, step = kThreads % vectors_per_row;
 
-  for (int base = 0; base < count; base += kThreads * kDepth) {
-    decltype(load(0LL, 0)) item[kDepth];
+  for (unsigned base = 0; base < count; base += kThreads * kDepth) {
+    decltype(load(0LL, 0u)) item[kDepth];
     long long row[kDepth];
-    int vector[kDepth];
+    unsigned vector[kDepth];
 #pragma unroll
     for (int i = 0; i < kDepth; ++i) {
       item[i] = {};
@@ -123,8 +121,8 @@ __device__ void for_each_vector(const RowRanges& rows, int vectors_per_row, cons
         row[i] = at.row + s.shift[at.expert];
         vector[i] = at.vector;
         item[i] = load(row[i], vector[i]);
-        at.row += step_rows;
-        at.vector += step_vectors;
+        at.row += static_cast<int>(step_rows);
+        at.vector += step;
         if (at.vector >= vectors_per_row) at.vector -= vectors_per_row, ++at.row;
       }
     }
@@ -158,11 +156,11 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerSm)
   follow_predecessor();
   const float static_factor =
       Kind == QuantizeScale::kStatic ? __fdiv_rn(1.0f, p.static_scale) : 0.0f;
-  const auto load = [&](long long row, int vector) {
-    return __ldcg(reinterpret_cast<const uint4*>(p.x + row * p.width) + vector);
+  const auto load = [&](long long row, unsigned vector) {
+    return __ldcs(reinterpret_cast<const uint4*>(p.x + row * p.width) + vector);
   };
   for_each_vector(p.rows, p.width / kChannels, load,
-                  [&](const uint4& x, long long row, int vector, bool is_valid) {
+                  [&](const uint4& x, long long row, unsigned vector, bool is_valid) {
                     const unsigned words[4] = {x.x, x.y, x.z, x.w};
                     float v[kChannels];
                     float amax = 0.0f;
@@ -215,13 +213,13 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerSm)
     requantize_kernel(const __grid_constant__ Requantize p) {
   follow_predecessor();
   const float inverse = __fdiv_rn(1.0f, p.static_scale);
-  const auto load = [&](long long row, int vector) {
+  const auto load = [&](long long row, unsigned vector) {
     return ScaledCodes{
-        .codes = __ldcg(reinterpret_cast<const uint4*>(p.in + row * p.width) + vector),
+        .codes = __ldcs(reinterpret_cast<const uint4*>(p.in + row * p.width) + vector),
         .scale = __ldcg(p.in_scale + row * (p.width / 128) + vector / 8)};
   };
   for_each_vector(p.rows, p.width / 16, load,
-                  [&](const ScaledCodes& in, long long row, int vector, bool is_valid) {
+                  [&](const ScaledCodes& in, long long row, unsigned vector, bool is_valid) {
                     if (!is_valid) return;
                     const uint4 out{requantize4(in.codes.x, in.scale, inverse),
                                     requantize4(in.codes.y, in.scale, inverse),
