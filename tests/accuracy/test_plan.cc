@@ -35,6 +35,9 @@ class CountingBackend final : public BackendOps {
   void copy_from_host(void* device, const void* host, std::size_t bytes, Stream stream) override {
     real_->copy_from_host(device, host, bytes, stream);
   }
+  void copy_on_device(void* to, const void* from, std::size_t bytes, Stream stream) override {
+    real_->copy_on_device(to, from, bytes, stream);
+  }
   [[nodiscard]] std::unique_ptr<PreparedExperts> prepare(const ExpertWeights& weights) override {
     return ops(*real_).prepare(weights);
   }
