@@ -13,70 +13,114 @@ namespace sluice::cli {
 namespace {
 
 struct Options {
-  std::string preset = "r1-slice", backend = "cpu", routing = "uniform", scale_dtype = "bf16";
-  int experts = 0, hidden = 0, intermediate = 0, threads = 0, repeats = 7;
-  std::vector<int> rows = {1, 4, 16, 64};
+  std::string preset = "r1-slice", backend = "cpu", scale_dtype = "bf16";
+  std::vector<std::string> routing = {"uniform"};
+  std::vector<int> experts, rows = {1, 4, 16, 64};
+  int hidden = 0, intermediate = 0, group_size = 0, threads = 0, repeats = 7;
+  double rest_ms = 200;
+  bool has_minus8 = false, sweep = false;
   std::uint64_t seed = 1;
 };
 
-void bench_experts_command(const Options& options, Output& output) {
+ExpertsBenchConfig bench_config(const Options& options) {
   ExpertsBenchConfig config{
       .geometry = preset_geometry(options.preset),
       .scale_dtype = options.scale_dtype == "f32" ? DType::kFloat32 : DType::kBFloat16,
+      .has_minus8 = options.has_minus8,
+      .num_experts = options.experts,
+      .routing = {},
       .rows_per_expert = options.rows,
-      .routing = parse_routing(options.routing),
       .repeats = options.repeats,
+      .rest_ms = options.rest_ms,
       .seed = options.seed};
-  if (options.experts > 0) config.geometry.num_experts = options.experts;
   if (options.hidden > 0) config.geometry.hidden = options.hidden;
   if (options.intermediate > 0) config.geometry.intermediate = options.intermediate;
-  config.num_threads = options.threads > 0
-                           ? options.threads
-                           : static_cast<int>(std::max(1u, std::thread::hardware_concurrency()));
+  if (options.group_size > 0) config.geometry.group_size = options.group_size;
+  std::vector<std::string> routing = options.routing;
+  if (options.sweep) {
+    config.num_experts = {8, 16, 32};
+    config.rows_per_expert = {1, 8, 16, 32, 64, 128, 256, 512, 1024};
+    routing = {"uniform", "zipf", "one-expert"};
+  }
+  for (const std::string& name : routing) config.routing.push_back(parse_routing(name));
+  return config;
+}
+
+const char* name_of(RoutingKind routing) {
+  return routing == RoutingKind::kUniform ? "uniform"
+         : routing == RoutingKind::kZipf  ? "zipf"
+                                          : "one-expert";
+}
+
+void report_case(const ExpertsBenchCase& c, const ExpertsBenchReport& report, double unit_us,
+                 Table& table, Output& output) {
+  const auto time = [&](double us) {
+    return fmt::format("{:.{}f}", us / unit_us, unit_us > 1 ? 3 : 1);
+  };
+  const auto percent = [](double part, double whole) {
+    return part > 0 ? fmt::format("{:.0f}", 100 * part / whole) : "-";
+  };
+  nlohmann::ordered_json kernels;
+  for (const ExpertsBenchKernel& k : c.kernels) {
+    table.add(
+        {fmt::format("{}", c.num_experts), name_of(c.routing), fmt::format("{}", c.rows_per_expert),
+         k.name, time(k.median_us), time(k.min_us), time(k.max_us),
+         k.gbytes_per_s > 0 ? fmt::format("{:.{}f}", k.gbytes_per_s, unit_us > 1 ? 1 : 0) : "-",
+         percent(k.gbytes_per_s, report.read_gbytes_per_s),
+         k.tflops > 0 ? fmt::format("{:.{}f}", k.tflops, unit_us > 1 ? 3 : 0) : "-",
+         percent(k.tflops, report.peak_tflops),
+         &k == c.kernels.data() ? fmt::format("{:.2f}", c.worst_error_ratio) : ""});
+    kernels.push_back({{"name", k.name},
+                       {"median_us", k.median_us},
+                       {"min_us", k.min_us},
+                       {"max_us", k.max_us},
+                       {"gbytes_per_s", k.gbytes_per_s},
+                       {"tflops", k.tflops}});
+  }
+  output.json["cases"].push_back({{"num_experts", c.num_experts},
+                                  {"routing", name_of(c.routing)},
+                                  {"rows_per_expert", c.rows_per_expert},
+                                  {"total_rows", c.total_rows},
+                                  {"worst_error_ratio", c.worst_error_ratio},
+                                  {"kernels", kernels}});
+}
+
+void bench_experts_command(const Options& options, Output& output) {
+  const ExpertsBenchConfig config = bench_config(options);
   const bool cuda = options.backend == "cuda";
+  const int threads = options.threads > 0
+                          ? options.threads
+                          : static_cast<int>(std::max(1u, std::thread::hardware_concurrency()));
   const auto backend =
       make_backend({.device = {cuda ? Device::Kind::kCuda : Device::Kind::kHost, 0},
-                    .num_threads = cuda ? 0 : config.num_threads});
-  const ExpertsBenchReport report = bench_experts(config, *backend);
+                    .num_threads = cuda ? 0 : threads});
+  ProgressLine progress("bench experts");
+  const ExpertsBenchReport report =
+      bench_experts(config, *backend, [&](double fraction) { progress.update(fraction); });
 
   const ModelGeometry& g = config.geometry;
-  fmt::print("experts   {} of hidden {}, intermediate {}, groups of {}; routing {}, median of {}\n",
-             g.num_experts, g.hidden, g.intermediate, g.group_size, options.routing,
-             options.repeats);
-  fmt::print(
-      "device    {}: reads {:.1f} GB/s{}\n", report.device, report.read_gbytes_per_s,
-      cuda ? ""
-           : fmt::format(", {:.0f} GFLOP/s of float32 multiply-adds", report.peak_tflops * 1e3));
-  Table table({"rows/expert", "ms", "min", "max", "GB/s", "% of read", "TFLOPS", "% of f32",
-               "GEMM1", "activation", "GEMM2", "quantize", "requantize", "error/bound"});
-  const auto ms = [](double us) { return fmt::format("{:.3f}", us / 1000); };
-  for (const ExpertsBenchCase& c : report.cases) {
-    const bool has_peak = report.peak_tflops > 0;
-    table.add({fmt::format("{}", c.rows_per_expert), ms(c.median_us), ms(c.min_us), ms(c.max_us),
-               fmt::format("{:.1f}", c.gbytes_per_s),
-               fmt::format("{:.0f}", 100 * c.gbytes_per_s / report.read_gbytes_per_s),
-               fmt::format("{:.3f}", c.tflops),
-               has_peak ? fmt::format("{:.0f}", 100 * c.tflops / report.peak_tflops) : "-",
-               cuda ? "-" : ms(c.gemm1_us), cuda ? "-" : ms(c.activation_us),
-               cuda ? "-" : ms(c.gemm2_us), ms(c.quantize_us), ms(c.requantize_us),
-               fmt::format("{:.2f}", c.worst_error_ratio)});
-    output.json["cases"].push_back({{"rows_per_expert", c.rows_per_expert},
-                                    {"total_rows", c.total_rows},
-                                    {"median_us", c.median_us},
-                                    {"min_us", c.min_us},
-                                    {"max_us", c.max_us},
-                                    {"gbytes_per_s", c.gbytes_per_s},
-                                    {"tflops", c.tflops},
-                                    {"gemm1_us", c.gemm1_us},
-                                    {"activation_us", c.activation_us},
-                                    {"gemm2_us", c.gemm2_us},
-                                    {"quantize_us", c.quantize_us},
-                                    {"requantize_us", c.requantize_us},
-                                    {"worst_error_ratio", c.worst_error_ratio}});
-  }
+  const double unit_us = cuda ? 1 : 1000;
+  fmt::print("experts   hidden {}, intermediate {}, groups of {}, {} scales, int4 values {}..7\n",
+             g.hidden, g.intermediate, g.group_size, options.scale_dtype,
+             config.has_minus8 ? -8 : -7);
+  fmt::print("device    {}: reads {:.1f} GB/s, {:.{}f} TFLOPS of {}\n", report.device,
+             report.read_gbytes_per_s, report.peak_tflops, cuda ? 0 : 3,
+             cuda ? "FP8" : "float32 multiply-adds");
+  fmt::print("times     {}, median, smallest and largest of {}{}\n", cuda ? "us" : "ms",
+             options.repeats,
+             cuda ? fmt::format(" replays of a graph, {:.0f} ms of rest before each GEMM's",
+                                options.rest_ms)
+                  : "; gate_up, activation and down: shares of the threads' time");
+  Table table({"experts", "routing", "rows/expert", "kernel", cuda ? "us" : "ms", "min", "max",
+               "GB/s", "% of read", "TFLOPS", cuda ? "% of FP8" : "% of f32", "error/bound"});
+  for (const ExpertsBenchCase& c : report.cases) report_case(c, report, unit_us, table, output);
   fmt::print("{}", table.to_string());
   output.json["command"] = "bench experts";
   output.json["device"] = report.device;
+  output.json["geometry"] = {{"hidden", g.hidden},
+                             {"intermediate", g.intermediate},
+                             {"group_size", g.group_size},
+                             {"scale_dtype", options.scale_dtype}};
   output.json["read_gbytes_per_s"] = report.read_gbytes_per_s;
   output.json["peak_tflops"] = report.peak_tflops;
 }
@@ -95,15 +139,26 @@ void add_bench(CLI::App& app, Output& output) {
       ->check(CLI::IsMember({"cpu", "cuda"}))
       ->capture_default_str();
   command->add_option("--preset", options->preset, "Geometry")->capture_default_str();
-  command->add_option("--experts", options->experts, "Local experts, instead of the preset's")
-      ->check(CLI::Range(1, 1024));
+  command
+      ->add_option("--experts", options->experts, "Local experts, instead of the preset's; a list")
+      ->delimiter(',')
+      ->check(CLI::Range(1, 512));
   command->add_option("--hidden", options->hidden, "Instead of the preset's");
   command->add_option("--intermediate", options->intermediate, "Instead of the preset's");
   command->add_option("--rows", options->rows, "Mean rows per expert, one case each")
       ->delimiter(',')
       ->check(CLI::Range(1, 1 << 20))
       ->capture_default_str();
-  command->add_option("--routing", options->routing, "uniform | zipf | one-expert")
+  command->add_option("--routing", options->routing, "uniform | zipf | one-expert; a list")
+      ->delimiter(',')
+      ->capture_default_str();
+  command->add_flag("--sweep", options->sweep,
+                    "8, 16 and 32 experts, 1 to 1024 rows, every routing: 81 cases");
+  command->add_option("--group-size", options->group_size, "Weights of one scale: 128 | 32")
+      ->check(CLI::IsMember({128, 32}));
+  command->add_flag("--minus8", options->has_minus8, "Weights that use -8 too, not -7..7 only");
+  command->add_option("--rest", options->rest_ms, "CUDA: ms of rest before each GEMM's timing")
+      ->check(CLI::Range(0.0, 10000.0))
       ->capture_default_str();
   command->add_option("--scale-dtype", options->scale_dtype, "Of the weights: bf16 | f32")
       ->check(CLI::IsMember({"bf16", "f32"}))

@@ -40,6 +40,9 @@ class Backend {
   [[nodiscard]] virtual std::string description() const = 0;
   /// Bytes per second this device reads from main memory, measured now (about 0.2 s).
   [[nodiscard]] virtual double measure_read_bandwidth() = 0;
+  /// Operations per second, two for each multiply-add, of the arithmetic that bounds experts with
+  /// many rows, measured now: FP8 tensor cores on CUDA, float32 of all threads on the CPU.
+  [[nodiscard]] virtual double measure_arithmetic_rate() = 0;
 
   /// Throws: kOutOfMemory. Contents unspecified.
   [[nodiscard]] virtual std::unique_ptr<DeviceBuffer> allocate(std::size_t bytes) = 0;

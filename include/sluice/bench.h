@@ -2,6 +2,7 @@
 #pragma once
 
 #include <cstdint>
+#include <functional>
 #include <string>
 #include <vector>
 
@@ -12,37 +13,51 @@ namespace sluice {
 
 class Backend;
 
+/// One case for every combination of `num_experts`, `routing` and `rows_per_expert`.
 struct ExpertsBenchConfig {
-  ModelGeometry geometry;                ///< num_experts = local experts of this one rank.
+  ModelGeometry geometry;                ///< num_experts: where the list below is empty.
   DType scale_dtype = DType::kBFloat16;  ///< Of the weights.
-  std::vector<int> rows_per_expert = {1, 4, 16, 64};  ///< Mean rows; one case each.
-  RoutingKind routing = RoutingKind::kUniform;        ///< How mean * num_experts rows are spread.
+  bool has_minus8 = false;               ///< Weights use all 16 int4 values, not -7..7 only.
+  std::vector<int> num_experts = {};     ///< Local experts of this one rank.
+  std::vector<RoutingKind> routing = {RoutingKind::kUniform};  ///< kUniform, kZipf or kOneExpert.
+  std::vector<int> rows_per_expert = {1, 4, 16, 64};  ///< Mean; rows * num_experts rows in all.
   int repeats = 7;
-  int num_threads = 1;  ///< Of the arithmetic ceiling; as many as the backend has. CPU only.
+  double rest_ms = 0;  ///< Before each GEMM measurement: GPUs run slower for a while after work.
   std::uint64_t seed = 1;
 };
 
-/// One case: GEMM1 + SwiGLU + quantize + GEMM2 over all local experts, group-scaled e4m3 rows.
+/// One operation of a case. The bytes are the minimum: weights of experts with rows, rows in, rows
+/// out.
+struct ExpertsBenchKernel {
+  std::string name;
+  double median_us = 0, min_us = 0, max_us = 0;
+  double gbytes_per_s = 0;
+  double tflops = 0;  ///< 0 where nothing is multiplied.
+};
+
 struct ExpertsBenchCase {
+  int num_experts = 0;
+  RoutingKind routing = RoutingKind::kUniform;
   int rows_per_expert = 0;
   std::int64_t total_rows = 0;
   double worst_error_ratio = 0;  ///< Against float64, |error| / bound, checked before timing.
-  double median_us = 0, min_us = 0, max_us = 0;
-  double gemm1_us = 0, activation_us = 0, gemm2_us = 0;  ///< Thread shares; zero on CUDA.
-  double quantize_us = 0, requantize_us = 0;  ///< The same rows, bf16 -> group -> static.
-  double gbytes_per_s = 0;  ///< Weights of experts with rows, and rows in and out, over the median.
-  double tflops = 0;
+  /// "stage" (GEMM1, SwiGLU, quantization, GEMM2 on group-scaled e4m3 rows); its parts "gate_up"
+  /// (with SwiGLU and quantization), "down" and, on the CPU, "activation", there as shares of the
+  /// threads' time; "quantize" (bf16 -> group) and "requantize" (group -> static) of its input.
+  std::vector<ExpertsBenchKernel> kernels = {};
 };
 
 /// Ceilings measured in the same run.
 struct ExpertsBenchReport {
   std::string device;
   double read_gbytes_per_s = 0;
-  double peak_tflops = 0;  ///< float32 multiply-adds of all threads; 0 on CUDA: not measured here.
+  double peak_tflops = 0;  ///< Backend::measure_arithmetic_rate().
   std::vector<ExpertsBenchCase> cases = {};
 };
 
+/// `on_progress`, if any, is told the fraction of the cases that is done.
 /// Throws: kInternal naming row and element if a result is wrong; nothing is timed then.
-[[nodiscard]] ExpertsBenchReport bench_experts(const ExpertsBenchConfig& config, Backend& backend);
+[[nodiscard]] ExpertsBenchReport bench_experts(const ExpertsBenchConfig& config, Backend& backend,
+                                               const std::function<void(double)>& on_progress = {});
 
 }  // namespace sluice

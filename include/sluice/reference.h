@@ -28,6 +28,7 @@ struct ErrorModel {
 /// What each device keeps on the activations of real layers: 2^-20 where products are summed in
 /// float32 or exactly; 2^-14 on Hopper's tensor cores, whose accumulator keeps about 14 bits within
 /// each group of 128 (rows of uniformly random e4m3 codes reach 2^-13.8, docs/performance-gpu.md).
+/// Rows of which one channel holds nearly everything may need 2^-10 there, in layers of one group.
 [[nodiscard]] ErrorModel error_model(Device::Kind kind) noexcept;
 
 /// y and its admissible error, one token.

@@ -62,6 +62,9 @@ class Recording {
 /// Queues work, calling its argument at the points in time that are of interest.
 using MarkedWork = std::function<void(const std::function<void()>& mark)>;
 
+/// The GEMMs of expert_stage().
+enum class ExpertHalf : std::uint8_t { kGateUp, kDown };
+
 class BackendOps : public Backend {
  public:
   /// Repacks `weights` expert by expert and releases each one's mapped pages, so that no second
@@ -85,6 +88,14 @@ class BackendOps : public Backend {
   virtual void expert_stage(const PreparedExperts& experts, const QuantizedRows& in,
                             const ExpertRows& rows, const QuantizedRows& h, std::uint16_t* out,
                             Stream stream, ExpertStageTimes* times) = 0;
+
+  /// One half of expert_stage() by itself, for measurements: kGateUp fills `h`, kDown reads it.
+  /// Returns false, having done nothing, where halves do not exist (CPU: see ExpertStageTimes).
+  [[nodiscard]] virtual bool expert_half(ExpertHalf, const PreparedExperts&, const QuantizedRows&,
+                                         const ExpertRows&, const QuantizedRows&, std::uint16_t*,
+                                         Stream) {
+    return false;
+  }
 };
 
 /// Every Backend is a BackendOps: make_backend() is the only factory.

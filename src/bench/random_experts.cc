@@ -19,6 +19,13 @@ float random_scale(const CounterRng& rng, std::uint64_t index, float base) {
   return base * static_cast<float>(0.75 + 0.5 * rng.uniform(index));
 }
 
+/// Sixteen codes with every -8 turned into -7.
+std::uint64_t without_minus8(std::uint64_t word) {
+  const std::uint64_t other = word ^ 0x8888888888888888u;  // A nibble is zero where it was -8.
+  const std::uint64_t any = other | other >> 1 | other >> 2 | other >> 3;
+  return word | (~any & 0x1111111111111111u);
+}
+
 /// The next unused part of one allocation.
 class Carver {
  public:
@@ -34,12 +41,14 @@ class Carver {
 };
 
 Int4Matrix random_matrix(std::int64_t n, std::int64_t k, int group_size, DType scale_dtype,
-                         std::uint64_t seed, std::uint64_t stream, Carver& memory) {
+                         std::uint64_t seed, std::uint64_t stream, CodeRange range,
+                         Carver& memory) {
   const CounterRng code_rng(seed, 2 * stream), scale_rng(seed, 2 * stream + 1);
   const std::int64_t code_bytes = n * k / 2, num_scales = n * (k / group_size);
   std::byte* codes = memory.take(static_cast<std::size_t>(code_bytes));
   for (std::int64_t i = 0; i < code_bytes; i += 8) {
-    const std::uint64_t word = code_rng.bits(static_cast<std::uint64_t>(i));
+    std::uint64_t word = code_rng.bits(static_cast<std::uint64_t>(i));
+    if (range == CodeRange::kSymmetric) word = without_minus8(word);
     std::memcpy(codes + i, &word, 8);
   }
   std::byte* scales = memory.take(static_cast<std::size_t>(num_scales) * size_bytes(scale_dtype));
@@ -59,7 +68,8 @@ Int4Matrix random_matrix(std::int64_t n, std::int64_t k, int group_size, DType s
 
 }  // namespace
 
-ExpertWeights random_experts(const ModelGeometry& geometry, DType scale_dtype, std::uint64_t seed) {
+ExpertWeights random_experts(const ModelGeometry& geometry, DType scale_dtype, std::uint64_t seed,
+                             CodeRange range) {
   check_argument(geometry.hidden > 0 && geometry.hidden % 128 == 0 && geometry.intermediate > 0 &&
                      geometry.intermediate % 128 == 0,
                  "hidden {} and intermediate {} are not multiples of 128", geometry.hidden,
@@ -78,7 +88,8 @@ ExpertWeights random_experts(const ModelGeometry& geometry, DType scale_dtype, s
   for (int e = 0; e < geometry.num_experts; ++e) {
     const auto stream = static_cast<std::uint64_t>(e) * 3;
     const auto make = [&](std::int64_t n, std::int64_t k, std::uint64_t which) {
-      return random_matrix(n, k, geometry.group_size, scale_dtype, seed, stream + which, memory);
+      return random_matrix(n, k, geometry.group_size, scale_dtype, seed, stream + which, range,
+                           memory);
     };
     out.experts.push_back({.gate = make(geometry.intermediate, geometry.hidden, 0),
                            .up = make(geometry.intermediate, geometry.hidden, 1),

@@ -7,10 +7,15 @@
 
 namespace sluice {
 
-/// Uniform int4 codes (-8 among them) and scales within a factor of two of 2^-8, so that the layer
-/// neither grows nor shrinks its input much. `storage` owns everything.
+enum class CodeRange {
+  kAll,        ///< -8..7
+  kSymmetric,  ///< -7..7, as quantizers make them; CUDA has a cheaper form for these.
+};
+
+/// Uniform int4 codes and scales within a factor of two of 2^-8, so that the layer neither grows
+/// nor shrinks its input much. `storage` owns everything.
 [[nodiscard]] ExpertWeights random_experts(const ModelGeometry& geometry, DType scale_dtype,
-                                           std::uint64_t seed);
+                                           std::uint64_t seed, CodeRange range = CodeRange::kAll);
 
 /// Codes of normal values whose groups reach their largest code, and scales near 2^-7. codes:
 /// [rows, width], scale: [rows, width / 128].

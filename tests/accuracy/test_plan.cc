@@ -24,6 +24,7 @@ class CountingBackend final : public BackendOps {
   [[nodiscard]] Device device() const noexcept override { return real_->device(); }
   [[nodiscard]] std::string description() const override { return real_->description(); }
   [[nodiscard]] double measure_read_bandwidth() override { return 1; }
+  [[nodiscard]] double measure_arithmetic_rate() override { return 1; }
   [[nodiscard]] std::unique_ptr<DeviceBuffer> allocate(std::size_t bytes) override {
     allocated_bytes += bytes;
     return real_->allocate(bytes);
@@ -33,6 +34,9 @@ class CountingBackend final : public BackendOps {
   }
   void copy_from_host(void* device, const void* host, std::size_t bytes, Stream stream) override {
     real_->copy_from_host(device, host, bytes, stream);
+  }
+  void copy_on_device(void* to, const void* from, std::size_t bytes, Stream stream) override {
+    real_->copy_on_device(to, from, bytes, stream);
   }
   [[nodiscard]] std::unique_ptr<PreparedExperts> prepare(const ExpertWeights& weights) override {
     return ops(*real_).prepare(weights);

@@ -9,55 +9,12 @@
 
 #include "backend/ops.h"
 #include "core/counter_rng.h"
+#include "gpu/cuda_fixture.h"
 #include "layer/layer_fixture.h"
 #include "sluice/quant.h"
 
 namespace sluice::testing {
 namespace {
-
-/// The device, or null with the reason printed.
-std::unique_ptr<Backend> cuda_backend() {
-  try {
-    return make_backend({.device = {Device::Kind::kCuda, 0}});
-  } catch (const Error& error) {
-    if (error.code() != ErrorCode::kUnsupported) throw;
-    std::printf("skipped: %s\n", error.what());
-    return nullptr;
-  }
-}
-
-class CudaBackendTest : public ::testing::Test {
- protected:
-  void SetUp() override {
-    backend_ = cuda_backend();
-    if (!backend_) GTEST_SKIP() << "no CUDA device on this machine";
-    ops_ = &ops(*backend_);
-    stream_ = backend_->stream();
-  }
-
-  template <class T>
-  std::unique_ptr<DeviceBuffer> upload(const std::vector<T>& host) {
-    auto buffer = backend_->allocate(std::max<std::size_t>(1, host.size() * sizeof(T)));
-    if (!host.empty()) {
-      backend_->copy_from_host(buffer->data(), host.data(), host.size() * sizeof(T), stream_);
-    }
-    return buffer;
-  }
-  template <class T>
-  std::vector<T> download(const DeviceBuffer& buffer, std::size_t count) {
-    std::vector<T> host(count);
-    if (count > 0) backend_->copy_to_host(host.data(), buffer.data(), count * sizeof(T), stream_);
-    return host;
-  }
-  template <class T>
-  static T* as(const std::unique_ptr<DeviceBuffer>& buffer) {
-    return reinterpret_cast<T*>(buffer->data());
-  }
-
-  std::unique_ptr<Backend> backend_;
-  BackendOps* ops_ = nullptr;
-  Stream stream_;
-};
 
 constexpr int kWidth = 640;  // Five groups: the last unit of a row is short.
 
@@ -163,6 +120,68 @@ TEST_F(CudaBackendTest, RequantizeGivesTheDefinedBytesAndTouchesNothingElse) {
       const std::vector<std::uint8_t> actual(got.begin() + g * 128, got.begin() + (g + 1) * 128);
       ASSERT_EQ(actual, expected) << "group " << g;
     }
+  }
+}
+
+/// More rows than expected, narrow and wide ones, few and many experts, two rows of padding
+/// between.
+TEST_F(CudaBackendTest, ElementwiseKernelsFindEveryRowOfEveryExpert) {
+  struct Case {
+    int width, num_experts, expected_m;
+  };
+  for (const Case& c :
+       {Case{128, 70, 1}, Case{7168, 32, 1}, Case{3584, 1024, 4}, Case{384, 1, 64}}) {
+    const CounterRng rng(9, static_cast<std::uint64_t>(c.width));
+    std::vector<std::int32_t> num_rows;
+    std::vector<std::int64_t> row_begin;
+    std::int64_t total = 2;
+    for (int e = 0; e < c.num_experts; ++e) {  // Empty experts at both ends and between.
+      const bool is_empty = c.num_experts > 1 && (e < 2 || e % 5 == 3 || e > c.num_experts - 3);
+      num_rows.push_back(
+          is_empty ? 0 : 1 + static_cast<int>(rng.bits(e) % (c.num_experts > 100 ? 5 : 90)));
+      row_begin.push_back(total);
+      total += num_rows.back() + 2;
+    }
+    const auto width = static_cast<std::size_t>(c.width);
+    std::vector<std::uint16_t> x(static_cast<std::size_t>(total) * width);
+    for (std::size_t i = 0; i < x.size(); ++i) {
+      x[i] = bf16_from_float(
+          static_cast<float>(static_cast<int>(i * 2654435761u >> 16 & 0xfff) - 2048) / 512.0f);
+    }
+    const auto dx = upload(x), begin = upload(row_begin), count = upload(num_rows);
+    const auto codes = upload(std::vector<std::uint8_t>(x.size(), 0xa5));
+    const auto moved = upload(std::vector<std::uint8_t>(x.size(), 0xa5));
+    const auto scale = upload(std::vector<float>(x.size() / 128, -7.0f));
+    const ExpertRows rows{.num_local_experts = c.num_experts,
+                          .row_begin = as<std::int64_t>(begin),
+                          .num_rows = as<std::int32_t>(count),
+                          .max_rows = total,
+                          .max_rows_per_expert = total,
+                          .expected_m = c.expected_m};
+    const QuantizedRows q{
+        .codes = as<std::uint8_t>(codes), .scale = as<float>(scale), .width = c.width};
+    ops_->quantize(as<std::uint16_t>(dx), rows, false, q, stream_);
+    ops_->requantize(q, rows,
+                     {.codes = as<std::uint8_t>(moved), .static_scale = 0.01f, .width = c.width},
+                     stream_);
+    const auto got = download<std::uint8_t>(*codes, x.size());
+    const auto got_moved = download<std::uint8_t>(*moved, x.size());
+    const auto got_scale = download<float>(*scale, x.size() / 128);
+    std::vector<std::uint8_t> expected(x.size(), 0xa5), expected_moved(x.size(), 0xa5);
+    std::vector<float> expected_scale(x.size() / 128, -7.0f), v(128);
+    for (int e = 0; e < c.num_experts; ++e) {
+      const auto first = static_cast<std::size_t>(row_begin[e]) * width;
+      for (std::size_t at = first; at < first + static_cast<std::size_t>(num_rows[e]) * width;
+           at += 128) {
+        for (std::size_t i = 0; i < 128; ++i) v[i] = bf16_to_float(x[at + i]);
+        expected_scale[at / 128] = quantize_group(v, {&expected[at], 128});
+        requantize({&expected[at], 128}, expected_scale[at / 128], 0.01f,
+                   {&expected_moved[at], 128});
+      }
+    }
+    EXPECT_TRUE(got == expected) << c.width << " wide, " << c.num_experts << " experts";
+    EXPECT_TRUE(got_moved == expected_moved) << c.width << " wide, " << c.num_experts << " experts";
+    EXPECT_TRUE(got_scale == expected_scale) << c.width << " wide, " << c.num_experts << " experts";
   }
 }
 

@@ -15,6 +15,7 @@ class ScalarBackend final : public BackendOps {
   [[nodiscard]] Device device() const noexcept override { return {}; }
   [[nodiscard]] std::string description() const override { return "scalar"; }
   [[nodiscard]] double measure_read_bandwidth() override { return 1e9; }
+  [[nodiscard]] double measure_arithmetic_rate() override { return 1e9; }
   [[nodiscard]] std::unique_ptr<DeviceBuffer> allocate(std::size_t bytes) override {
     return std::make_unique<Buffer>(bytes);
   }

@@ -33,6 +33,10 @@ double CpuBackend::measure_read_bandwidth() {
   return read_bytes_per_second(pool_);
 }
 
+double CpuBackend::measure_arithmetic_rate() {
+  return fma_flops_per_second(pool_);
+}
+
 std::unique_ptr<DeviceBuffer> CpuBackend::allocate(std::size_t bytes) {
   return std::make_unique<PageBuffer>(bytes);
 }

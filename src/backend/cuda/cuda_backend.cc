@@ -8,6 +8,7 @@
 
 #include "backend/cuda/check.h"
 #include "backend/cuda/elementwise.h"
+#include "backend/cuda/fp8_rate.h"
 #include "backend/cuda/graph_recording.h"
 #include "backend/cuda/read_rate.h"
 #include "backend/cuda/w4a8.h"
@@ -50,8 +51,7 @@ struct CudaExperts final : PreparedExperts {
     return gate_up->bytes() + down->bytes();
   }
   std::unique_ptr<CudaBuffer> gate_up, down;
-  std::unique_ptr<CudaBuffer> sync;         // cuda::sync_bytes(): zero between launches.
-  std::unique_ptr<CudaBuffer> row_offsets;  // [num_experts] int32, contiguous layout.
+  std::unique_ptr<CudaBuffer> sync;  // cuda::sync_bytes(): zero between launches.
   cuda::WeightShape gate_up_shape, down_shape;
   cuda::WeightCode code = cuda::WeightCode::kSignMagnitude;
   int num_experts = 0;
@@ -94,6 +94,10 @@ class CudaBackend final : public BackendOps {
     use_device();
     return cuda::measure_read_rate(properties_.multiProcessorCount);
   }
+  [[nodiscard]] double measure_arithmetic_rate() override {
+    use_device();
+    return cuda::measure_fp8_rate(properties_.multiProcessorCount);
+  }
   [[nodiscard]] std::unique_ptr<DeviceBuffer> allocate(std::size_t bytes) override {
     return make_buffer(bytes);
   }
@@ -127,6 +131,10 @@ class CudaBackend final : public BackendOps {
   void expert_stage(const PreparedExperts& experts, const QuantizedRows& in, const ExpertRows& rows,
                     const QuantizedRows& h, std::uint16_t* out, Stream stream,
                     ExpertStageTimes* times) override;
+  [[nodiscard]] bool expert_half(ExpertHalf half, const PreparedExperts& prepared,
+                                 const QuantizedRows& in, const ExpertRows& rows,
+                                 const QuantizedRows& h, std::uint16_t* out,
+                                 Stream stream) override;
 
  private:
   void use_device() const { SLUICE_CUDA_CHECK(cudaSetDevice(index_)); }
@@ -145,6 +153,9 @@ class CudaBackend final : public BackendOps {
     SLUICE_CUDA_CHECK(cudaMemcpyAsync(to, from, bytes, kind, queue));
     SLUICE_CUDA_CHECK(cudaStreamSynchronize(queue));
   }
+  [[nodiscard]] cuda::ExpertStage stage_of(const CudaExperts& experts, const QuantizedRows& in,
+                                           const ExpertRows& rows, const QuantizedRows& h,
+                                           std::uint16_t* out) const;
   void repack_all(const ExpertWeights& weights, CudaExperts& experts);
   void repack(const Expert& expert, std::size_t index, const CudaExperts& experts,
               std::byte* staging) const;
@@ -177,7 +188,6 @@ std::unique_ptr<PreparedExperts> CudaBackend::prepare(const ExpertWeights& weigh
   experts->gate_up = make_buffer(count * cuda::packed_expert_bytes(experts->gate_up_shape));
   experts->down = make_buffer(count * cuda::packed_expert_bytes(experts->down_shape));
   experts->sync = make_buffer(cuda::sync_bytes(experts->num_experts));
-  experts->row_offsets = make_buffer(count * sizeof(std::int32_t));
   SLUICE_CUDA_CHECK(cudaMemset(experts->sync->data(), 0, experts->sync->bytes()));
   repack_all(weights, *experts);
   return experts;
@@ -273,38 +283,64 @@ void CudaBackend::requantize(const QuantizedRows& in, const ExpertRows& rows,
                           num_sms_, stream.handle);
 }
 
+cuda::ExpertStage CudaBackend::stage_of(const CudaExperts& experts, const QuantizedRows& in,
+                                        const ExpertRows& rows, const QuantizedRows& h,
+                                        std::uint16_t* out) const {
+  const bool masked = rows.max_rows == rows.num_local_experts * rows.max_rows_per_expert;
+  const int max_m = static_cast<int>(masked ? rows.max_rows_per_expert : 0);
+  return {.gate_up = {.data = experts.gate_up->data(),
+                      .shape = experts.gate_up_shape,
+                      .code = experts.code},
+          .down = {.data = experts.down->data(), .shape = experts.down_shape, .code = experts.code},
+          .rows = {.num_experts = rows.num_local_experts,
+                   .num_rows = rows.num_rows,
+                   .row_offset = masked ? nullptr : rows.row_begin,
+                   .max_m = max_m,
+                   .total_rows = rows.max_rows},
+          .x = {.codes = in.codes, .scale = in.scale, .static_scale = in.static_scale},
+          .h = {.codes = h.codes, .scale = h.scale, .static_scale = h.static_scale},
+          .y = out,
+          .sync = experts.sync->data(),
+          .config = cuda::choose_config({.num_experts = rows.num_local_experts,
+                                         .expected_m = std::max(1, rows.expected_m),
+                                         .max_rows = max_m},
+                                        {.num_sms = num_sms_})};
+}
+
 void CudaBackend::expert_stage(const PreparedExperts& prepared, const QuantizedRows& in,
                                const ExpertRows& rows, const QuantizedRows& h, std::uint16_t* out,
                                Stream stream, ExpertStageTimes* times) {
   use_device();
   if (times != nullptr) *times = {};
   const auto& experts = static_cast<const CudaExperts&>(prepared);
-  const bool masked = rows.max_rows == rows.num_local_experts * rows.max_rows_per_expert;
-  cuda::ExpertRows ranges{.num_experts = rows.num_local_experts,
-                          .num_rows = rows.num_rows,
-                          .max_m = static_cast<int>(masked ? rows.max_rows_per_expert : 0),
-                          .total_rows = rows.max_rows};
-  if (!masked) {
-    auto* offsets = reinterpret_cast<std::int32_t*>(experts.row_offsets->data());
-    cuda::launch_narrow_offsets(rows.row_begin, rows.num_local_experts, offsets, stream.handle);
-    ranges.row_offset = offsets;
+  cuda::launch_experts(stage_of(experts, in, rows, h, out), stream.handle);
+}
+
+bool CudaBackend::expert_half(ExpertHalf half, const PreparedExperts& prepared,
+                              const QuantizedRows& in, const ExpertRows& rows,
+                              const QuantizedRows& h, std::uint16_t* out, Stream stream) {
+  use_device();
+  const cuda::ExpertStage stage =
+      stage_of(static_cast<const CudaExperts&>(prepared), in, rows, h, out);
+  if (half == ExpertHalf::kGateUp) {
+    cuda::launch_gate_up({.weights = stage.gate_up,
+                          .rows = stage.rows,
+                          .x = stage.x,
+                          .h = stage.h,
+                          .sync = stage.sync,
+                          .config = stage.config},
+                         stream.handle);
+  } else {
+    cuda::launch_grouped_gemm(
+        {.weights = stage.down,
+         .rows = stage.rows,
+         .x = {.codes = h.codes, .scale = h.scale, .static_scale = h.static_scale},
+         .y = stage.y,
+         .sync = stage.sync,
+         .config = stage.config},
+        stream.handle);
   }
-  const cuda::ConfigChoice config = cuda::choose_config({.num_experts = rows.num_local_experts,
-                                                         .expected_m = std::max(1, rows.expected_m),
-                                                         .max_rows = ranges.max_m},
-                                                        {.num_sms = num_sms_});
-  cuda::launch_experts(
-      {.gate_up = {.data = experts.gate_up->data(),
-                   .shape = experts.gate_up_shape,
-                   .code = experts.code},
-       .down = {.data = experts.down->data(), .shape = experts.down_shape, .code = experts.code},
-       .rows = ranges,
-       .x = {.codes = in.codes, .scale = in.scale, .static_scale = in.static_scale},
-       .h = {.codes = h.codes, .scale = h.scale, .static_scale = h.static_scale},
-       .y = out,
-       .sync = experts.sync->data(),
-       .config = config},
-      stream.handle);
+  return true;
 }
 
 }  // namespace

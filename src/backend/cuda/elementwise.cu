@@ -6,18 +6,22 @@
 //                       e4m3(x * (1/s))
 //           requantize  code = e4m3((q * scale) * (1 / s1))
 //           All in f32, each operation rounded by itself, as sluice/quant.h defines it.
-// Operands  rows of bf16 or e4m3, channels fastest; loaded 16 B per thread, whole sectors per warp.
-// Tile      A unit is 512 channels of one row (four groups), taken by one warp; the last unit of a
-// row
-//           may be shorter. Units are numbered over valid rows only: a block first sums num_rows.
-// Warps     8 per block, all alike.
-// Shared    prefix of row counts, 4 KiB + 4 B.
-// Needs     width % 128 == 0, at most 1024 experts.
+// Operands  rows of bf16 or e4m3, channels fastest.
+// Tile      A vector is 16 B of one row: 8 channels of bf16, 16 of e4m3. Vectors are numbered over
+//           the valid rows only, and every block takes the same number of consecutive ones:
+//               block b:  | pass 0: 4 x 256 vectors | pass 1 | ...
+//           so neither an empty expert nor a short row costs a block anything.
+// Warps     8 per block, all alike; each thread has four loads in flight before it computes.
+// Shared    prefix of row counts and where each expert's rows begin, 12 KB.
+// Needs     width % 128 == 0, at most 1024 experts and 2^32 vectors (64 GB).
 // Bound     bytes: 3 per channel (quantize), 2 (requantize). Numbers: docs/performance-gpu.md.
 #include <cuda_runtime.h>
 
+#include <algorithm>
+
 #include "backend/cuda/check.h"
 #include "backend/cuda/elementwise.h"
+#include "backend/cuda/launch.cuh"
 #include "backend/cuda/ptx/e4m3.cuh"
 #include "backend/cuda/ptx/math.cuh"
 #include "backend/cuda/swiglu.cuh"
@@ -26,13 +30,14 @@ namespace sluice::cuda {
 namespace {
 
 constexpr int kThreads = 256;
-constexpr int kWarps = kThreads / 32;
-constexpr int kUnitChannels = 512;
-constexpr int kLaneChannels = kUnitChannels / 32;  // 16
+constexpr int kBlocksPerSm = 4;  // Of 64 registers a thread: 64 KB of loads in flight per SM.
+constexpr int kDepth = 4;        // Vectors of one thread in flight.
+constexpr int kVectorBytes = 16;
 constexpr unsigned kAllLanes = 0xffffffffu;
 
 struct Shared {
-  int prefix[kMaxRowExperts + 1];  // rows of the experts before e
+  long long shift[kMaxRowExperts];  // row of the buffers - number of the valid row
+  int prefix[kMaxRowExperts + 1];   // valid rows of the experts before e
 };
 
 /// Inclusive scan of num_rows into s.prefix[1..]; one warp, 32 experts a step.
@@ -43,48 +48,90 @@ __device__ void sum_rows(Shared& s, const RowRanges& rows) {
     if (lane == 0) s.prefix[0] = 0;
     for (int base = 0; base < rows.num_experts; base += 32) {
       const int e = base + lane;
-      int sum = e < rows.num_experts ? rows.num_rows[e] : 0;
+      const bool exists = e < rows.num_experts;
+      const int count = exists ? __ldcg(rows.num_rows + e) : 0;
+      const long long begin = exists ? __ldcg(rows.row_begin + e) : 0;
+      int sum = count;
       for (int d = 1; d < 32; d *= 2) {
         const int other = __shfl_up_sync(kAllLanes, sum, d);
         if (lane >= d) sum += other;
       }
       sum += carry;
-      if (e < rows.num_experts) s.prefix[e + 1] = sum;
+      if (exists) {
+        s.prefix[e + 1] = sum;
+        s.shift[e] = begin - (sum - count);
+      }
       carry = __shfl_sync(kAllLanes, sum, 31);
     }
   }
   __syncthreads();
 }
 
-/// Row of the buffers that the `index`-th valid row is.
-__device__ long long row_of(const Shared& s, const RowRanges& rows, int index) {
-  int low = 0, high = rows.num_experts;  // prefix[low] <= index < prefix[high]
-  while (high - low > 1) {
-    const int middle = (low + high) / 2;
-    if (s.prefix[middle] <= index) {
-      low = middle;
-    } else {
-      high = middle;
-    }
+/// A thread's place in the valid rows; it only moves forward.
+struct Cursor {
+  int row;          // number of the valid row
+  unsigned vector;  // in the row
+  int expert;       // s.prefix[expert] <= row < s.prefix[expert + 1], once it has moved
+};
+
+/// Expert of the first valid row at or after which a warp works; all lanes ask for the same row.
+__device__ int find_expert(const Shared& s, int num_experts, int row) {
+  const int lane = static_cast<int>(threadIdx.x % 32);
+  int before = 0;  // experts that end at or before `row`
+  for (int base = 0; base < num_experts; base += 32) {
+    const bool ends = base + lane < num_experts && s.prefix[base + lane + 1] <= row;
+    before += __popc(__ballot_sync(kAllLanes, ends));
   }
-  return rows.row_begin[low] + (index - s.prefix[low]);
+  return before;
 }
 
-/// Calls body(row, first channel of this lane, whether the lane has channels) for each unit.
-template <class Body>
-__device__ void for_each_unit(const RowRanges& rows, int width, const Body& body) {
+/// For every vector of the valid rows, kDepth of a thread at a time: item = load(row, vector), then
+/// finish(item, row, vector, is_valid) by all lanes of the warp, valid or not. 16 consecutive lanes
+/// are valid together.
+template <class Load, class Finish>
+__device__ void for_each_vector(const RowRanges& rows, unsigned vectors_per_row, const Load& load,
+                                const Finish& finish) {
   __shared__ Shared s;
   sum_rows(s, rows);
-  const int units_per_row = (width + kUnitChannels - 1) / kUnitChannels;
-  const long long num_units = static_cast<long long>(s.prefix[rows.num_experts]) * units_per_row;
-  const int lane = static_cast<int>(threadIdx.x % 32);
-  const long long stride = static_cast<long long>(gridDim.x) * kWarps;
-  for (long long unit = static_cast<long long>(blockIdx.x) * kWarps + threadIdx.x / 32;
-       unit < num_units; unit += stride) {
-    const int index = static_cast<int>(unit / units_per_row);
-    const int channel =
-        static_cast<int>(unit % units_per_row) * kUnitChannels + lane * kLaneChannels;
-    body(row_of(s, rows, index), channel, channel < width);
+  const unsigned total = static_cast<unsigned>(s.prefix[rows.num_experts]) * vectors_per_row;
+  const unsigned share = ((total - 1) / gridDim.x + 32) / 32 * 32;  // >= total / gridDim.x
+  const unsigned begin = share * blockIdx.x;
+  if (total == 0 || begin >= total) return;
+  const unsigned count = min(share, total - begin);
+
+  const unsigned thread = threadIdx.x;
+  const unsigned warp_first = begin + min(thread / 32 * 32, count - 1);
+  Cursor at;
+  at.row = static_cast<int>(warp_first / vectors_per_row);
+  at.vector = warp_first - static_cast<unsigned>(at.row) * vectors_per_row + thread % 32;
+  at.expert = find_expert(s, rows.num_experts, at.row);
+  while (at.vector >= vectors_per_row) at.vector -= vectors_per_row, ++at.row;
+  const unsigned step_rows = kThreads / vectors_per_row, step = kThreads % vectors_per_row;
+
+  for (unsigned base = 0; base < count; base += kThreads * kDepth) {
+    decltype(load(0LL, 0u)) item[kDepth];
+    long long row[kDepth];
+    unsigned vector[kDepth];
+#pragma unroll
+    for (int i = 0; i < kDepth; ++i) {
+      item[i] = {};
+      row[i] = 0, vector[i] = 0;
+      if (base + i * kThreads + thread < count) {
+        while (at.row >= s.prefix[at.expert + 1]) ++at.expert;
+        row[i] = at.row + s.shift[at.expert];
+        vector[i] = at.vector;
+        item[i] = load(row[i], vector[i]);
+        at.row += static_cast<int>(step_rows);
+        at.vector += step;
+        if (at.vector >= vectors_per_row) at.vector -= vectors_per_row, ++at.row;
+      }
+    }
+#pragma unroll
+    for (int i = 0; i < kDepth; ++i) {
+      if (base + i * kThreads < count) {
+        finish(item[i], row[i], vector[i], base + i * kThreads + thread < count);
+      }
+    }
   }
 }
 
@@ -103,40 +150,45 @@ __device__ unsigned quantize4(const float* v, float factor) {
 }
 
 template <QuantizeScale Kind>
-__global__ void __launch_bounds__(kThreads) quantize_kernel(const __grid_constant__ Quantize p) {
-  cudaGridDependencySynchronize();
+__global__ void __launch_bounds__(kThreads, kBlocksPerSm)
+    quantize_kernel(const __grid_constant__ Quantize p) {
+  constexpr int kChannels = 8;  // Of a vector; 16 lanes hold one group.
+  follow_predecessor();
   const float static_factor =
       Kind == QuantizeScale::kStatic ? __fdiv_rn(1.0f, p.static_scale) : 0.0f;
-  for_each_unit(p.rows, p.width, [&](long long row, int channel, bool valid) {
-    float v[kLaneChannels];
-    const uint4* in = reinterpret_cast<const uint4*>(p.x + row * p.width + channel);
-    const uint4 a = valid ? in[0] : uint4{}, b = valid ? in[1] : uint4{};
-    const unsigned words[8] = {a.x, a.y, a.z, a.w, b.x, b.y, b.z, b.w};
-    float amax = 0.0f;
+  const auto load = [&](long long row, unsigned vector) {
+    return __ldcs(reinterpret_cast<const uint4*>(p.x + row * p.width) + vector);
+  };
+  for_each_vector(p.rows, p.width / kChannels, load,
+                  [&](const uint4& x, long long row, unsigned vector, bool is_valid) {
+                    const unsigned words[4] = {x.x, x.y, x.z, x.w};
+                    float v[kChannels];
+                    float amax = 0.0f;
 #pragma unroll
-    for (int i = 0; i < 8; ++i) {
-      v[2 * i] = __uint_as_float(words[i] << 16);
-      v[2 * i + 1] = __uint_as_float(words[i] & 0xffff0000u);
-      amax = fmaxf(amax, fmaxf(fabsf(v[2 * i]), fabsf(v[2 * i + 1])));  // fmaxf skips NaN
-    }
-    float factor = static_factor;
-    if constexpr (Kind != QuantizeScale::kStatic) {
-      // Eight lanes hold one group of 128 channels.
+                    for (int i = 0; i < 4; ++i) {
+                      v[2 * i] = __uint_as_float(words[i] << 16);
+                      v[2 * i + 1] = __uint_as_float(words[i] & 0xffff0000u);
+                      amax = fmaxf(amax,
+                                   fmaxf(fabsf(v[2 * i]), fabsf(v[2 * i + 1])));  // fmaxf skips NaN
+                    }
+                    float factor = static_factor;
+                    if constexpr (Kind != QuantizeScale::kStatic) {
 #pragma unroll
-      for (int d = 1; d < 8; d *= 2) amax = fmaxf(amax, __shfl_xor_sync(kAllLanes, amax, d));
-      float scale = group_scale(amax);
-      factor = group_inverse(amax);
-      if constexpr (Kind == QuantizeScale::kPow2) {
-        scale = ceil_pow2(scale);
-        factor = __fdiv_rn(1.0f, scale);
-      }
-      if (valid && channel % 128 == 0) p.scale[row * (p.width / 128) + channel / 128] = scale;
-    }
-    if (!valid) return;
-    const uint4 codes{quantize4(v, factor), quantize4(v + 4, factor), quantize4(v + 8, factor),
-                      quantize4(v + 12, factor)};
-    *reinterpret_cast<uint4*>(p.codes + row * p.width + channel) = codes;
-  });
+                      for (int d = 1; d < 16; d *= 2)
+                        amax = fmaxf(amax, __shfl_xor_sync(kAllLanes, amax, d));
+                      float scale = group_scale(amax);
+                      factor = group_inverse(amax);
+                      if constexpr (Kind == QuantizeScale::kPow2) {
+                        scale = ceil_pow2(scale);
+                        factor = __fdiv_rn(1.0f, scale);
+                      }
+                      if (is_valid && vector % 16 == 0)
+                        p.scale[row * (p.width / 128) + vector / 16] = scale;
+                    }
+                    if (!is_valid) return;
+                    reinterpret_cast<uint2*>(p.codes + row * p.width)[vector] = {
+                        quantize4(v, factor), quantize4(v + 4, factor)};
+                  });
 }
 
 /// Four codes moved from `scale` to the static scale: two roundings, in the order of the
@@ -151,66 +203,59 @@ __device__ unsigned requantize4(unsigned codes, float scale, float inverse) {
   return quantize4(v, inverse);
 }
 
-__global__ void __launch_bounds__(kThreads)
+/// 16 codes of one group, and the group's scale.
+struct ScaledCodes {
+  uint4 codes;
+  float scale;
+};
+
+__global__ void __launch_bounds__(kThreads, kBlocksPerSm)
     requantize_kernel(const __grid_constant__ Requantize p) {
-  cudaGridDependencySynchronize();
+  follow_predecessor();
   const float inverse = __fdiv_rn(1.0f, p.static_scale);
-  for_each_unit(p.rows, p.width, [&](long long row, int channel, bool valid) {
-    if (!valid) return;
-    const uint4 in = *reinterpret_cast<const uint4*>(p.in + row * p.width + channel);
-    const float scale = p.in_scale[row * (p.width / 128) + channel / 128];
-    const uint4 out{requantize4(in.x, scale, inverse), requantize4(in.y, scale, inverse),
-                    requantize4(in.z, scale, inverse), requantize4(in.w, scale, inverse)};
-    *reinterpret_cast<uint4*>(p.out + row * p.width + channel) = out;
-  });
+  const auto load = [&](long long row, unsigned vector) {
+    return ScaledCodes{
+        .codes = __ldcs(reinterpret_cast<const uint4*>(p.in + row * p.width) + vector),
+        .scale = __ldcg(p.in_scale + row * (p.width / 128) + vector / 8)};
+  };
+  for_each_vector(p.rows, p.width / 16, load,
+                  [&](const ScaledCodes& in, long long row, unsigned vector, bool is_valid) {
+                    if (!is_valid) return;
+                    const uint4 out{requantize4(in.codes.x, in.scale, inverse),
+                                    requantize4(in.codes.y, in.scale, inverse),
+                                    requantize4(in.codes.z, in.scale, inverse),
+                                    requantize4(in.codes.w, in.scale, inverse)};
+                    reinterpret_cast<uint4*>(p.out + row * p.width)[vector] = out;
+                  });
 }
 
-__global__ void narrow_offsets_kernel(const std::int64_t* row_begin, int num_experts,
-                                      std::int32_t* out) {
-  cudaGridDependencySynchronize();
-  const int e = static_cast<int>(threadIdx.x);
-  if (e < num_experts) out[e] = static_cast<std::int32_t>(row_begin[e]);
-}
-
-/// Enough blocks for the expected rows, at most what the device holds at once.
-int num_blocks(const RowRanges& rows, int width, int num_sms) {
-  constexpr int kBlocksPerSm = 8;
-  const std::int64_t units = rows.expected_rows * ((width + kUnitChannels - 1) / kUnitChannels);
-  const std::int64_t blocks = (units + kWarps - 1) / kWarps;
+/// One vector per thread for few rows, for latency; for many, what the device holds at once.
+int num_blocks(const RowRanges& rows, int bytes_per_row, int num_sms) {
+  const std::int64_t vectors = rows.expected_rows * (bytes_per_row / kVectorBytes);
+  const std::int64_t blocks = (vectors + kThreads - 1) / kThreads;
   const std::int64_t most = static_cast<std::int64_t>(num_sms) * kBlocksPerSm;
-  return static_cast<int>(blocks < 1 ? 1 : blocks < most ? blocks : most);
+  return static_cast<int>(std::clamp<std::int64_t>(blocks, std::min(num_sms, 64), most));
 }
 
 }  // namespace
 
 void launch_quantize(const Quantize& args, int num_sms, StreamHandle stream) {
-  const int blocks = num_blocks(args.rows, args.width, num_sms);
+  const LaunchSize size{.blocks = num_blocks(args.rows, 2 * args.width, num_sms),
+                        .threads = kThreads};
   const auto queue = static_cast<cudaStream_t>(stream);
   switch (args.kind) {
     case QuantizeScale::kGroup:
-      quantize_kernel<QuantizeScale::kGroup><<<blocks, kThreads, 0, queue>>>(args);
-      break;
+      return launch_early(quantize_kernel<QuantizeScale::kGroup>, size, args, queue);
     case QuantizeScale::kPow2:
-      quantize_kernel<QuantizeScale::kPow2><<<blocks, kThreads, 0, queue>>>(args);
-      break;
+      return launch_early(quantize_kernel<QuantizeScale::kPow2>, size, args, queue);
     case QuantizeScale::kStatic:
-      quantize_kernel<QuantizeScale::kStatic><<<blocks, kThreads, 0, queue>>>(args);
-      break;
+      return launch_early(quantize_kernel<QuantizeScale::kStatic>, size, args, queue);
   }
-  SLUICE_CUDA_CHECK(cudaGetLastError());
 }
 
 void launch_requantize(const Requantize& args, int num_sms, StreamHandle stream) {
-  const int blocks = num_blocks(args.rows, args.width, num_sms);
-  requantize_kernel<<<blocks, kThreads, 0, static_cast<cudaStream_t>(stream)>>>(args);
-  SLUICE_CUDA_CHECK(cudaGetLastError());
-}
-
-void launch_narrow_offsets(const std::int64_t* row_begin, int num_experts, std::int32_t* out,
-                           StreamHandle stream) {
-  narrow_offsets_kernel<<<1, kMaxRowExperts, 0, static_cast<cudaStream_t>(stream)>>>(
-      row_begin, num_experts, out);
-  SLUICE_CUDA_CHECK(cudaGetLastError());
+  const LaunchSize size{.blocks = num_blocks(args.rows, args.width, num_sms), .threads = kThreads};
+  launch_early(requantize_kernel, size, args, static_cast<cudaStream_t>(stream));
 }
 
 }  // namespace sluice::cuda

@@ -42,8 +42,4 @@ struct Requantize {
 };
 void launch_requantize(const Requantize& args, int num_sms, StreamHandle stream);
 
-/// masked[e] = int32(row_begin[e]): the row offsets in the width the GEMM kernels read.
-void launch_narrow_offsets(const std::int64_t* row_begin, int num_experts, std::int32_t* out,
-                           StreamHandle stream);
-
 }  // namespace sluice::cuda

@@ -95,7 +95,7 @@ struct Params {
   int num_phases;
   int num_experts;
   const std::int32_t* num_rows;    // [num_experts]
-  const std::int32_t* row_offset;  // [num_experts] or nullptr
+  const std::int64_t* row_offset;  // [num_experts] or nullptr
   int max_m;
   int* sync;  // [0] next ticket, [1] CTAs that have left, [2 + e] finished tiles of phase 0
 };

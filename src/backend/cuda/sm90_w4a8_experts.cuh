@@ -13,7 +13,7 @@
 //           w   packed stream with its scales (sm90_w4a8_layout.cuh)   one bulk copy per stage
 //           h   [rows, n/2] e4m3 and [rows, n/256] f32         16-byte stores
 //           y   [rows, n] bf16                                 32-byte sectors per warp
-//           num_rows, row_offset [E] i32                       read when the CTA starts
+//           num_rows i32, row_offset i64 [E]                   read when the CTA starts
 //
 // Tile      w is the left operand, widened to fp8 in registers, so a CTA computes c^T:
 //                           tokens: N in {8, 16, 32, 64}, prefill also 128
@@ -45,6 +45,7 @@
 #pragma once
 
 #include "backend/cuda/check.h"
+#include "backend/cuda/launch.cuh"
 #include "backend/cuda/sm90_w4a8_config.cuh"
 #include "backend/cuda/sm90_w4a8_math.cuh"
 #include "backend/cuda/sm90_w4a8_producer.cuh"
@@ -86,15 +87,15 @@ __global__ void __launch_bounds__(C::kThreads, 1)
   constexpr int kScaleWarp = C::kMathWarps + 2;
   constexpr int kWeightThread = 32 * kWeightWarp;
 
-  int ticket = 0;
-  if (thread == kWeightThread) {
-    ticket = atomicAdd(&p.sync[0], 1);
-    init_barriers(s);
-  }
-  if (warp == kActivationWarp) scan_token_tiles(s, p, lane);
+  if (thread == kWeightThread) init_barriers(s);
   if (warp == kScaleWarp && lane < 2 * kNumTokenBoxes) {
     ptx::prefetch_tensor_map(&p.x_map[lane / kNumTokenBoxes][lane % kNumTokenBoxes]);
   }
+  follow_predecessor();
+
+  int ticket = 0;
+  if (thread == kWeightThread) ticket = atomicAdd(&p.sync[0], 1);
+  if (warp == kActivationWarp) scan_token_tiles(s, p, lane);
   __syncthreads();
 
   if (warp >= C::kMathWarps) {
@@ -120,8 +121,9 @@ void launch_kernel(const Params& params, int num_ctas, cudaStream_t stream) {
   constexpr int kBytes = static_cast<int>(sizeof(Shared<C>));
   SLUICE_CUDA_CHECK(cudaFuncSetAttribute(w4a8_experts_kernel<C>,
                                          cudaFuncAttributeMaxDynamicSharedMemorySize, kBytes));
-  w4a8_experts_kernel<C><<<num_ctas, C::kThreads, kBytes, stream>>>(params);
-  SLUICE_CUDA_CHECK(cudaGetLastError());
+  launch_early(w4a8_experts_kernel<C>,
+               {.blocks = num_ctas, .threads = C::kThreads, .shared_bytes = kBytes}, params,
+               stream);
 }
 
 }  // namespace sluice::cuda

@@ -188,6 +188,32 @@ __device__ __forceinline__ void multiply_slabs(Shared<C>& s, Ring& ring, int num
   }
 }
 
+/// One slab, few columns: the next step's weights are widened while this step is multiplied.
+/// NOTE: the next stage is waited for first, and the fragments pinned after that, because ptxas
+/// serializes products whose operands it prepares before a spinning wait.
+template <class C, int N>
+__device__ __forceinline__ void multiply_slab_ahead(Shared<C>& s, Ring& ring, int num_steps,
+                                                    const MathLane& lane, float (&sum)[1][N / 2]) {
+  float acc[N / 2];
+  clear(acc);
+  int stage = acquire(s, ring);
+  Fragments now, next;
+  widen<C::kCode>(load_codes(view_stage(s, stage, lane).codes), now);
+  for (int k = num_steps; k > 0; --k) {
+    const int next_stage = k == 1 ? stage : acquire(s, ring);
+    const StageView v = view_stage(s, stage, lane);
+#pragma unroll
+    for (int i = 0; i < 16; ++i) asm volatile("" : "+r"(now.a[i / 4][i % 4]));
+    multiply(acc, now, v.x);
+    widen<C::kCode>(load_codes(view_stage(s, next_stage, lane).codes), next);
+    await<0>(acc);
+    promote<C>(acc, v.scales, v.x_scale, 0, sum[0]);
+    release(s, stage);
+    stage = next_stage;
+    now = next;
+  }
+}
+
 /// Two slabs, up to 64 columns: slab 0 is promoted while slab 1 is multiplied.
 /// NOTE: ptxas serializes a pipeline that is in flight across a spinning wait or a loop's back
 /// edge, so each step drains.
@@ -251,6 +277,8 @@ __device__ __forceinline__ void multiply_tile(Shared<C>& s, Ring& ring, int num_
     for (int k = 0; k < num_steps; ++k) release(s, acquire(s, ring));
   } else if constexpr (C::kGroup == 32) {
     multiply_group32<C, N>(s, ring, num_steps, lane, sum);
+  } else if constexpr (C::kSlabsPerWarpgroup == 1 && N <= 16) {
+    multiply_slab_ahead<C, N>(s, ring, num_steps, lane, sum);
   } else if constexpr (C::kSlabsPerWarpgroup == 2 && N <= 64) {
     multiply_two_slabs<C, N>(s, ring, num_steps, lane, sum);
   } else {

@@ -11,23 +11,29 @@
 
 namespace sluice::cuda {
 
-/// Waits for a phase of a barrier. With SLUICE_DEVICE_CHECK a wait of seconds traps instead of
-/// hanging.
-__device__ __forceinline__ void wait(std::uint64_t* bar, std::uint32_t parity) {
+/// A wait inside the kernel lasts microseconds; one that misses this often (seconds at least)
+/// hangs.
+constexpr int kMaxMisses = 20'000'000;
+
+/// Ends the launch with an error instead of hanging.
+__device__ __forceinline__ void count_miss(int& misses) {
+  if (++misses < kMaxMisses) return;
 #ifdef SLUICE_DEVICE_CHECK
-  for (long long spins = 0; !ptx::mbarrier_try_wait(bar, parity); ++spins) {
-    if (spins > 2'000'000) {
-      if (threadIdx.x % 32 == 0) {
-        printf("stuck: block %d warp %d shared address %u parity %u\n", blockIdx.x,
-               threadIdx.x / 32, ptx::shared_address(bar), parity);
-      }
-      __trap();
-    }
-  }
-#else
+  printf("stuck: block %d thread %d\n", blockIdx.x, threadIdx.x);
+#endif
+  __trap();
+}
+
+/// Waits for a phase of a barrier, for a bounded time.
+__device__ __forceinline__ void wait_bounded(std::uint64_t* bar, std::uint32_t parity) {
+  for (int misses = 0; !ptx::mbarrier_try_wait(bar, parity);) count_miss(misses);
+}
+
+/// For math warps, whose registers are full: even a count here spills. The producers they wait for
+/// run into full rings behind a math warp that is stuck, and their waits are bounded.
+__device__ __forceinline__ void wait(std::uint64_t* bar, std::uint32_t parity) {
   while (!ptx::mbarrier_try_wait(bar, parity)) {
   }
-#endif
 }
 
 /// Token tiles before each expert, by one warp. Counts are read from global memory once per CTA.
@@ -82,7 +88,7 @@ __device__ __forceinline__ TileInfo find_tile(const Shared<C>& s, const Params& 
   const int local = ticket - s.tile_prefix[lo] * row_tiles;
   const int row_tile = local / token_tiles;
   const int token0 = (local % token_tiles) * C::kMaxTokens;
-  const int base = p.row_offset != nullptr ? p.row_offset[lo] : lo * p.max_m;
+  const int base = p.row_offset != nullptr ? static_cast<int>(p.row_offset[lo]) : lo * p.max_m;
   t.phase = phase;
   t.expert = lo;
   t.row_tile = row_tile;
@@ -102,7 +108,7 @@ __device__ __forceinline__ void stream_weights(Shared<C>& s, const Params& p, in
   const std::uint64_t evict_normal = ptx::policy_evict_normal();
   for (;;) {
     const TileInfo t = find_tile(s, p, ticket);
-    wait(&s.tile_empty[slots.stage], slots.parity ^ 1);
+    wait_bounded(&s.tile_empty[slots.stage], slots.parity ^ 1);
     s.tile[slots.stage] = t;
     ptx::mbarrier_arrive(&s.tile_full[slots.stage]);
     slots.advance<Shared<C>::kTileSlots>();
@@ -119,7 +125,7 @@ __device__ __forceinline__ void stream_weights(Shared<C>& s, const Params& p, in
     const int claim_step = max(0, steps - C::kStages);
     for (int k = 0; k < steps; ++k) {
       if (k == claim_step) ticket = atomicAdd(&p.sync[0], 1);
-      wait(&s.empty[ring.stage], ring.parity ^ 1);
+      wait_bounded(&s.empty[ring.stage], ring.parity ^ 1);
       ptx::mbarrier_arrive_expect_tx(&s.full[ring.stage], bytes);
       ptx::bulk_copy(s.w[ring.stage], src, bytes, &s.full[ring.stage], policy);
       src += bytes;
@@ -131,12 +137,10 @@ __device__ __forceinline__ void stream_weights(Shared<C>& s, const Params& p, in
 /// Waits until every tile of phase 0 that made this expert's rows is visible to the copy engine.
 __device__ __forceinline__ void wait_for_rows(const Params& p, const TileInfo& t, int lane) {
   if (lane == 0) {
-    for (int spins = 0; ptx::load_acquire_gpu(&p.sync[kSyncHeader + t.expert]) < t.ready_count;
-         ++spins) {
+    const int* const finished = &p.sync[kSyncHeader + t.expert];
+    for (int misses = 0; ptx::load_acquire_gpu(finished) < t.ready_count;) {
       __nanosleep(20);
-#ifdef SLUICE_DEVICE_CHECK
-      if (spins > 10'000'000) __trap();
-#endif
+      count_miss(misses);
     }
     ptx::fence_proxy_async();
   }
@@ -146,7 +150,7 @@ __device__ __forceinline__ void wait_for_rows(const Params& p, const TileInfo& t
 /// The next claimed tile, for a producer warp; every lane gets it.
 template <class C>
 __device__ __forceinline__ TileInfo next_tile(Shared<C>& s, Ring& slots, int lane) {
-  wait(&s.tile_full[slots.stage], slots.parity);
+  wait_bounded(&s.tile_full[slots.stage], slots.parity);
   const TileInfo t = s.tile[slots.stage];
   __syncwarp();
   if (lane == 0) ptx::mbarrier_arrive(&s.tile_empty[slots.stage]);
@@ -176,7 +180,7 @@ __device__ __forceinline__ void fetch_activations(Shared<C>& s, const Params& p,
     const CUtensorMap* map = &p.x_map[t.phase][box];
     const int num_steps = p.phase[t.phase].num_steps;
     for (int k = 0; k < num_steps; ++k) {
-      wait(&s.empty[ring.stage], ring.parity ^ 1);
+      wait_bounded(&s.empty[ring.stage], ring.parity ^ 1);
       std::uint64_t* bar = &s.full[ring.stage];
       ptx::mbarrier_arrive_expect_tx(bar, bytes);
       ptx::tensor_copy_2d(s.x[ring.stage], map, k * kStepK, t.row0, bar, policy);
@@ -213,7 +217,7 @@ __device__ __forceinline__ void fetch_scales(Shared<C>& s, const Params& p, int 
 #pragma unroll
       for (int j = 0; j < kChunk; ++j) {
         if (k0 + j == num_steps) break;
-        wait(&s.empty[ring.stage], ring.parity ^ 1);
+        wait_bounded(&s.empty[ring.stage], ring.parity ^ 1);
 #pragma unroll
         for (int i = 0; i < kRows; ++i) s.x_scale[ring.stage][lane + 32 * i] = scale[i][j];
         __syncwarp();

@@ -91,7 +91,7 @@ struct PackedWeights {
 struct ExpertRows {
   int num_experts = 0;                       ///< Local experts, 1..512.
   const std::int32_t* num_rows = nullptr;    ///< [num_experts] (masked_m / counts).
-  const std::int32_t* row_offset = nullptr;  ///< [num_experts], or nullptr for the masked layout.
+  const std::int64_t* row_offset = nullptr;  ///< [num_experts], or nullptr for the masked layout.
   int max_m = 0;                             ///< Masked layout: rows reserved per expert.
   std::int64_t total_rows = 0;  ///< Rows of the buffers (masked: num_experts * max_m). < 2^31.
 };

@@ -1,13 +1,12 @@
-#include "bench/arithmetic_rate.h"
-
 #include <algorithm>
 #include <atomic>
 #include <chrono>
 #include <cmath>
-#include <thread>
-#include <vector>
 
-namespace sluice {
+#include "backend/cpu/ceilings.h"
+#include "core/threads.h"
+
+namespace sluice::cpu {
 namespace {
 
 constexpr int kChains = 96;  // Floats in flight: enough independent registers for any vector width.
@@ -48,21 +47,17 @@ float (*best_chains())(float) {
 
 }  // namespace
 
-double measure_fma_flops(int num_threads) {
+double fma_flops_per_second(ThreadPool& pool) {
   float (*const run)(float) = best_chains();
   double best = 0;
   for (int pass = 0; pass < 5; ++pass) {
     std::atomic<float> sink{0};
     const auto start = std::chrono::steady_clock::now();
-    std::vector<std::thread> threads;
-    for (int t = 0; t < num_threads; ++t) {
-      threads.emplace_back([&sink, run, t] { sink = run(0.5f + 0.001f * static_cast<float>(t)); });
-    }
-    for (std::thread& thread : threads) thread.join();
+    pool.run([&](int t) { sink = run(0.5f + 0.001f * static_cast<float>(t)); });
     const std::chrono::duration<double> elapsed = std::chrono::steady_clock::now() - start;
-    best = std::max(best, 2.0 * kChains * kSteps * num_threads / elapsed.count());
+    best = std::max(best, 2.0 * kChains * kSteps * pool.num_threads() / elapsed.count());
   }
   return best;
 }
 
-}  // namespace sluice
+}  // namespace sluice::cpu

@@ -1,0 +1,44 @@
+// launch.cuh - kernels that start while the kernel before them on the stream still ends.
+//
+//   kernel n     ...work...............|ends|
+//   kernel n + 1            |set-up|waits...|work...      programmatic dependent launch
+//
+// Both halves of the contract: a kernel started by launch_early() calls follow_predecessor() in
+// every thread before it touches global memory. A kernel that waits for other ranks never lets its
+// successor start early: CTAs parked behind it could keep those ranks' kernels off the device.
+#pragma once
+
+#include <cuda_runtime.h>
+
+#include "backend/cuda/check.h"
+
+namespace sluice::cuda {
+
+/// Waits until all earlier work of the stream is done and visible, then lets the next kernel set
+/// itself up wherever this one leaves room.
+__device__ __forceinline__ void follow_predecessor() {
+  cudaGridDependencySynchronize();
+  cudaTriggerProgrammaticLaunchCompletion();
+}
+
+struct LaunchSize {
+  int blocks = 1, threads = 1, shared_bytes = 0;
+};
+
+template <class Params>
+void launch_early(void (*kernel)(Params), const LaunchSize& size, const Params& params,
+                  cudaStream_t stream) {
+  cudaLaunchAttribute attribute{};
+  attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  attribute.val.programmaticStreamSerializationAllowed = 1;
+  cudaLaunchConfig_t config{};
+  config.gridDim = dim3(static_cast<unsigned>(size.blocks));
+  config.blockDim = dim3(static_cast<unsigned>(size.threads));
+  config.dynamicSmemBytes = static_cast<std::size_t>(size.shared_bytes);
+  config.stream = stream;
+  config.attrs = &attribute;
+  config.numAttrs = 1;
+  SLUICE_CUDA_CHECK(cudaLaunchKernelEx(&config, kernel, params));
+}
+
+}  // namespace sluice::cuda
