@@ -88,4 +88,22 @@ class Transport {
 /// different threads, one per rank, and outlives none of its windows.
 [[nodiscard]] std::vector<std::unique_ptr<Transport>> make_inproc_transports(int num_ranks);
 
+/// Ranks as the first `num_ranks` processes of an MPI job, 0 = all of them; null on the others. The
+/// first call starts MPI if the program has not (which itself waits without bound for processes
+/// that never call it). One thread of the process looks after messages while the rank computes.
+/// Ranks: collective over all processes of the job, which make the same transports in the same
+///   order.
+/// Throws: kPeerTimeout naming the processes that did not come; kTransport naming one of another
+///   version; kInvalidArgument if the job has fewer processes; kUnsupported in a build without MPI,
+///   or if the program started MPI with less than MPI_THREAD_SERIALIZED.
+[[nodiscard]] std::unique_ptr<Transport> make_mpi_transport(std::chrono::milliseconds timeout,
+                                                            int num_ranks = 0);
+
+/// The last call of every process, with no transport left; before the program's own MPI_Finalize,
+/// if it started MPI. Says goodbye to all processes and ends MPI if the first
+/// transport started it. False:
+/// some process did not say goodbye within `timeout`; then MPI is left as it is, since MPI_Finalize
+/// would wait for it without bound, and the program should just exit.
+[[nodiscard]] bool end_mpi(std::chrono::milliseconds timeout);
+
 }  // namespace sluice
