@@ -17,7 +17,7 @@
 namespace sluice::testing {
 
 /// Longest wait for another process between two tests.
-inline constexpr std::chrono::milliseconds kProcessTimeout{60'000};
+inline constexpr std::chrono::milliseconds kProcessTimeout{30'000};
 
 /// Over all processes; null where ranks are threads. Set by ranks_main.cc.
 inline std::unique_ptr<Transport>& control_transport() {
