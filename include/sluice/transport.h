@@ -38,11 +38,12 @@ class Window {
   [[nodiscard]] virtual int num_flags() const noexcept = 0;
 
   /// Copies `data` to [offset, offset + data.size()) of `peer`'s window. `data` may be reused at
-  /// return. Throws: kInvalidArgument past the end of the window, kTransport.
+  /// return. Waits only for a peer that is far behind, and no longer than make_window()'s timeout.
+  /// Throws: kInvalidArgument past the end of the window, kTransport, kPeerTimeout naming the peer.
   virtual void put(int peer, std::size_t offset, std::span<const std::byte> data) = 0;
 
-  /// Sets flag `flag` of `peer` to `epoch`; seen only after every earlier put of this rank to
-  /// `peer`.
+  /// Sets flag `flag` of `peer` to `epoch` if that is more than it was; seen only after every
+  /// earlier put of this rank to `peer`.
   virtual void signal(int peer, int flag, std::uint64_t epoch) = 0;
 
   /// Value of an own flag. Acquire: bytes put before the signal are visible after this reads it.
@@ -50,6 +51,7 @@ class Window {
 
   /// Waits until flag() >= `epoch` for every entry of `flags`, or until `deadline`.
   /// Returns the entries still below; empty means all arrived. Sleeps rather than spins.
+  /// Throws: kTransport if the transport itself failed, naming the rank it failed with.
   [[nodiscard]] virtual std::vector<int> wait_flags(
       std::span<const int> flags, std::uint64_t epoch,
       std::chrono::steady_clock::time_point deadline) = 0;

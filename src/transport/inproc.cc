@@ -107,7 +107,11 @@ class InprocWindow final : public Window {
 
   void signal(int peer, int flag, std::uint64_t epoch) override {
     Region& to = region(peer);
-    to.flags[static_cast<std::size_t>(flag)].store(epoch, std::memory_order_release);
+    // Flags only grow; each has one writer.
+    auto& value = to.flags[static_cast<std::size_t>(flag)];
+    if (epoch > value.load(std::memory_order_relaxed)) {
+      value.store(epoch, std::memory_order_release);
+    }
     { const std::lock_guard lock(to.mutex); }
     to.changed.notify_all();
   }

@@ -315,7 +315,11 @@ void MpiLink::Impl::apply(int source, const Record& record, std::span<const std:
     }
     std::memcpy(window.pages.data() + record.at, payload.data(), payload.size());
   } else if (record.kind == RecordKind::kSignal && record.flag < window.flags.size()) {
-    window.flags[record.flag].store(record.at, std::memory_order_release);
+    // Flags only grow: a signal that comes twice does not take back a later one.
+    auto& flag = window.flags[record.flag];
+    if (record.at > flag.load(std::memory_order_relaxed)) {
+      flag.store(record.at, std::memory_order_release);
+    }
   } else {
     fail(ErrorCode::kTransport, "from rank {}: record of kind {}, flag {} for a window with {}",
          source, static_cast<int>(record.kind), record.flag, window.flags.size());

@@ -86,6 +86,18 @@ TEST(Transport, AWaitEndsAtItsDeadlineAndReturnsWhatIsMissing) {
   });
 }
 
+TEST(Transport, AFlagNeverFalls) {
+  run_ranks(2, [](Transport& transport) {
+    const auto window = transport.make_window(64, 2, kTimeout);
+    const int peer = 1 - transport.rank();
+    for (const std::uint64_t epoch : {5, 3, 0}) window->signal(peer, 0, epoch);
+    window->signal(peer, 1, 1);
+    const int last = 1;
+    ASSERT_TRUE(window->wait_flags({&last, 1}, 1, Clock::now() + kTimeout).empty());
+    EXPECT_EQ(window->flag(0), 5u);
+  });
+}
+
 TEST(Transport, APutPastTheEndIsRefused) {
   run_ranks(2, [](Transport& transport) {
     const auto window = transport.make_window(64, 1, kTimeout);
