@@ -224,6 +224,24 @@ TEST(Faults, EveryFieldOfTheConfigurationIsCompared) {
   disagree("mode", [](auto& c) { c.mode = Mode::kNormal; });
 }
 
+TEST(Faults, EveryRankThatDisagreesIsNamed) {
+  const auto failures = try_ranks(4, [&](Transport& transport) {
+    ScalarBackend backend;
+    ExchangeConfig config = small_config(Mode::kLowLatency);
+    config.num_experts = 8;
+    if (transport.rank() == 1) config.hidden = 256;
+    if (transport.rank() == 3) config.hidden = 384, config.num_topk = 3;
+    (void)Exchange::create(config, transport, backend);
+  });
+  for (const auto& f : failures) {
+    const auto failure = describe(f);
+    ASSERT_TRUE(failure);
+    EXPECT_EQ(failure->code, ErrorCode::kTransport);
+    // num_topk comes before hidden, and only rank 3 differs there.
+    EXPECT_EQ(failure->text, "ranks disagree on num_topk: rank 0 has '2', rank 3 has '3'");
+  }
+}
+
 /// Text of the refusal that `call` meets on a one-rank exchange.
 template <class Call>
 std::string refusal(const Call& call) {

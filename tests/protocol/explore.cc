@@ -76,14 +76,17 @@ struct DigestHash {
   std::size_t operator()(const Digest& d) const { return d.a; }
 };
 
+/// Equal states only, for all that matters: 2^-80 for the millions of states here.
 Digest digest_of(const State& s) {
   Digest d{0x243f6a8885a308d3, 0x13198a2e03707344};
   const auto* p = reinterpret_cast<const u8*>(&s);
   const std::size_t used = offsetof(State, signals) + s.num_signals * sizeof(Signal);
-  for (std::size_t i = 0; i < used; ++i) {
-    d.a = (d.a ^ p[i]) * 0x9e3779b97f4a7c15;
+  for (std::size_t at = 0; at < used; at += sizeof(std::uint64_t)) {
+    std::uint64_t word = 0;
+    std::memcpy(&word, p + at, std::min(sizeof(word), used - at));
+    d.a = (d.a ^ word) * 0x9e3779b97f4a7c15;
     d.a ^= d.a >> 29;
-    d.b = (d.b + p[i] + 1) * 0xd1342543de82ef95;
+    d.b = (d.b + word + at + 1) * 0xd1342543de82ef95;
     d.b ^= d.b >> 31;
   }
   return d;
@@ -95,14 +98,14 @@ struct Violation {
 
 class Explorer {
  public:
-  explicit Explorer(const Model& model) : m_(model) {}
+  explicit Explorer(const Model& model) : m_(model) { seen_.reserve(1 << 22); }
 
   /// Explores everything; throws Violation with path() leading to it.
   void run() {
     State start;
     std::memset(&start, 0, sizeof(start));
     std::fill(std::begin(start.next), std::end(start.next), u8{1});
-    visit(start, "start");
+    visit(start, [] { return std::string("start"); });
   }
   [[nodiscard]] std::size_t num_states() const { return seen_.size(); }
   [[nodiscard]] std::string path() const {
@@ -112,9 +115,11 @@ class Explorer {
   }
 
  private:
-  void visit(const State& s, std::string step) {
+  /// `describe()`: the step that led here.
+  template <class Describe>
+  void visit(const State& s, const Describe& describe) {
     if (!seen_.insert(digest_of(s)).second) return;
-    path_.push_back(std::move(step));
+    path_.push_back(describe());
     bool any = false;
     for (int r = 0; r < m_.ranks; ++r) any |= advance(s, r);
     for (int i = 0; i < s.num_signals; ++i) any |= deliver(s, i);
@@ -196,7 +201,7 @@ class Explorer {
       case kWaitRows:
         if (!all_arrived(s, r, slot, kDispatched)) return false;
         n.step[r][slot] = kPutOutputs;
-        visit(n, fmt::format("rank {} has all rows of {}", r, epoch));
+        visit(n, [&] { return fmt::format("rank {} has all rows of {}", r, epoch); });
         return true;
       case kPutOutputs:  // The experts have read the rows until now.
         for (int source = 0; source < m_.ranks; ++source) {
@@ -227,7 +232,9 @@ class Explorer {
     }
     n.step[r][slot] = then;
     sort(n);
-    visit(n, fmt::format("rank {} sends the {} of {} in slot {}", r, kKindName[kind], epoch, slot));
+    visit(n, [&] {
+      return fmt::format("rank {} sends the {} of {} in slot {}", r, kKindName[kind], epoch, slot);
+    });
     return true;
   }
 
@@ -240,9 +247,11 @@ class Explorer {
 
   bool deliver(const State& s, int i) {
     const Signal& p = s.signals[i];
-    const auto say = [&](const char* what) {
-      return fmt::format("{}: {} of {}, rank {} to {}", what, kKindName[p.kind], p.epoch, p.from,
-                         p.to);
+    const auto say = [&p](const char* what) {
+      return [&p, what] {
+        return fmt::format("{}: {} of {}, rank {} to {}", what, kKindName[p.kind], p.epoch, p.from,
+                           p.to);
+      };
     };
     if (p.parts & 1) {
       State n = s;
