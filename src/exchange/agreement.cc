@@ -52,7 +52,12 @@ std::vector<std::string> gather_texts(Transport& transport, std::string mine,
 
 void require_agreement(Transport& transport, const Agreement& fields,
                        std::chrono::milliseconds timeout) {
-  const std::vector<std::string> texts = gather_texts(transport, encode(fields), timeout);
+  std::vector<std::string> texts;
+  try {
+    texts = gather_texts(transport, encode(fields), timeout);
+  } catch (const Error& error) {
+    fail(error.code(), "creation, comparing configurations: {}", error.what());
+  }
   const auto differs = std::ranges::find_if(texts, [&](const auto& t) { return t != texts[0]; });
   if (differs == texts.end()) return;
 

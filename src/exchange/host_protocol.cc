@@ -5,12 +5,24 @@
 #include "core/fail.h"
 
 namespace sluice {
+namespace {
+
+std::unique_ptr<Window> make_window(Transport& transport, const HostLayout& layout,
+                                    std::chrono::milliseconds timeout) {
+  try {
+    return transport.make_window(layout.window_bytes(), layout.num_flags(), timeout);
+  } catch (const Error& error) {
+    fail(error.code(), "creation: {}", error.what());
+  }
+}
+
+}  // namespace
 
 HostProtocol::HostProtocol(const ExchangeConfig& config, Transport& transport)
     : layout_(config, transport.num_ranks()),
       rank_(transport.rank()),
       timeout_(config.peer_timeout),
-      window_(transport.make_window(layout_.window_bytes(), layout_.num_flags(), timeout_)),
+      window_(make_window(transport, layout_, timeout_)),
       slot_epoch_(static_cast<std::size_t>(layout_.num_slots)),
       slot_busy_(static_cast<std::size_t>(layout_.num_slots)),
       wait_ns_(static_cast<std::size_t>(layout_.num_ranks)) {}

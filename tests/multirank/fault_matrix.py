@@ -24,7 +24,8 @@ LIMIT_MS = TIMEOUT_MS + 1000
 
 # (fault, place, what the message of a survivor must match, who must report; None = the survivors)
 GONE = rf"missing rank\(s\)(?:[^:]*\b){VICTIM}\b"
-PLACES = {"before-creation": r"all_gather number \d+", "creation": r"make_window number \d+",
+PLACES = {"start": r"start of the MPI transport",
+          "before-creation": r"creation, comparing configurations: all_gather number \d+", "creation": r"creation.*make_window number \d+",
           "before-dispatch": r"dispatch.*epoch 4", "dispatch": r"dispatch.*epoch 4",
           "before-combine": r"combine, epoch 4", "combine": r"combine, epoch 4",
           "after-combine": r"dispatch.*epoch 5"}
@@ -41,7 +42,7 @@ for mode in ("low-latency", "normal"):
               ("capacity", "creation", rf"ranks disagree on max_tokens_per_rank: rank 0 has '8', rank {VICTIM} has '9'", mode)]
 if SHORT:
     CASES = [c for i, c in enumerate(CASES) if (c[0] in ("truncate", "corrupt", "lose", "order", "capacity")) and c[3] == "normal"
-             or c[0] in ("kill", "stop") and (c[1], c[3]) in (("creation", "normal"), ("dispatch", "low-latency"), ("combine", "normal"))
+             or c[0] in ("kill", "stop") and (c[1], c[3]) in (("start", "normal"), ("creation", "normal"), ("dispatch", "low-latency"), ("combine", "normal"))
              or c[0] == "slow" and (c[1], c[3]) == ("dispatch", "low-latency")]
 
 

@@ -33,8 +33,8 @@ using sluice::testing::Traffic;
 
 struct Options {
   std::string fault = "none";   // none kill stop slow truncate corrupt lose order capacity
-  std::string at = "dispatch";  // before-creation creation before-dispatch dispatch before-combine
-                                // combine after-combine
+  std::string at = "dispatch";  // start before-creation creation before-dispatch dispatch
+                                // before-combine combine after-combine
   int victim = 2;
   int round = 3;
   int timeout_ms = 2000;
@@ -200,7 +200,13 @@ void rounds(Transport& world) {
 int run() {
   std::string code = "ok", text;
   try {
-    const auto world = make_mpi_transport(10'000ms);
+    if (options.at == "start") {  // The program starts MPI, and the fault strikes before Sluice.
+      int level = 0;
+      MPI_Init_thread(nullptr, nullptr, MPI_THREAD_SERIALIZED, &level);
+      MPI_Comm_rank(MPI_COMM_WORLD, &this_rank);
+      here("start", options.round);
+    }
+    const auto world = make_mpi_transport(std::chrono::milliseconds(options.timeout_ms));
     this_rank = world->rank();
     rounds(*world);
   } catch (const Error& error) {
@@ -214,6 +220,10 @@ int run() {
   const bool ended = end_mpi(500ms);
   std::fflush(stdout);
   if (!ended) std::_Exit(code == "ok" ? 0 : 4);
+  int initialized = 0, finalized = 0;
+  MPI_Initialized(&initialized);
+  MPI_Finalized(&finalized);
+  if (initialized && !finalized && code == "ok") MPI_Finalize();
   return code == "ok" ? 0 : 4;
 }
 
