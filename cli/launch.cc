@@ -83,6 +83,7 @@ Launch::Launch(const std::string& transport, int num_ranks, milliseconds timeout
         fmt::format("transport '{}' is not in this build; there are: inproc, mpi", transport));
   }
   world_ = make_mpi_transport(timeout);
+  has_processes_ = true;
   rank_ = world_->rank();
   num_ranks_ = world_->num_ranks();
   if (rank_ != 0) {

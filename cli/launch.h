@@ -23,7 +23,7 @@ class Launch {
          Output& output);
 
   [[nodiscard]] int num_ranks() const noexcept { return num_ranks_; }
-  [[nodiscard]] bool has_processes() const noexcept { return world_ != nullptr; }
+  [[nodiscard]] bool has_processes() const noexcept { return has_processes_; }
   /// The one that prints, verifies and writes.
   [[nodiscard]] bool is_reporter() const noexcept { return rank_ == 0; }
 
@@ -51,10 +51,11 @@ class Launch {
                                                 std::chrono::milliseconds timeout) const;
   void find_place();
   int rank_ = 0, num_ranks_ = 1;
+  bool has_processes_ = false;
   std::chrono::milliseconds timeout_;
   Output& output_;
   Place place_;                       // Of this process's rank, over MPI.
-  std::unique_ptr<Transport> world_;  // Null where ranks are threads.
+  std::unique_ptr<Transport> world_;  // Null where ranks are threads, and after finish().
 };
 
 /// Runs body(i) on a thread for each of `count` and rethrows the first failure that is a cause

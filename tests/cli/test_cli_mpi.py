@@ -80,7 +80,8 @@ with tempfile.TemporaryDirectory() as folder:
     # What --stats prints, --json holds and --metrics writes.
     r = processes((RANKS, [*common, "--repeat", "2", "--transport", "mpi", "--stats", "--metrics", metrics,
                            "--json", report]))
-    check("stats", r.returncode == 0 and "waited ms" in r.stdout and "values saturated" in r.stdout, r)
+    check("stats", r.returncode == 0 and "waited ms" in r.stdout and "values saturated" in r.stdout
+          and "in 4 processes" in r.stdout, r)
     with open(report) as file:
         data = json.load(file)
     stats = data["stats"]
