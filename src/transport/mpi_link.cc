@@ -84,19 +84,22 @@ void roll_call(int rank, int num_ranks, milliseconds timeout, const char* operat
   }
   std::string missing;
   for (std::size_t r = 0; r < in.size(); ++r) {
-    if (!complete_by(in[r], deadline) || !complete_by(out[r], deadline)) {
-      missing += fmt::format(" {}", r);
-    } else if (static_cast<int>(r) != rank &&
-               std::memcmp((*heard)[r].text, mine->text, sizeof(Hello)) != 0) {
-      fail(ErrorCode::kTransport, "ranks disagree on version: rank {} has '{}', rank {} has '{}'",
-           rank, mine->text, r, std::string((*heard)[r].text, strnlen((*heard)[r].text, 63)));
-    }
+    if (complete_by(in[r], deadline) && complete_by(out[r], deadline)) continue;
+    missing += fmt::format(" {}", r);
   }
-  if (missing.empty()) return;
-  (void)heard.release();
-  (void)mine.release();
-  fail(ErrorCode::kPeerTimeout, "{} on rank {}: after {} ms still missing rank(s){}", operation,
-       rank, timeout.count(), missing);
+  if (!missing.empty()) {
+    (void)heard.release();
+    (void)mine.release();
+    fail(ErrorCode::kPeerTimeout, "{} on rank {}: after {} ms still missing rank(s){}", operation,
+         rank, timeout.count(), missing);
+  }
+  (*heard)[static_cast<std::size_t>(rank)] = *mine;
+  for (std::size_t r = 0; r < heard->size(); ++r) {
+    const Hello& theirs = (*heard)[r];
+    if (std::memcmp(&theirs, mine.get(), sizeof(Hello)) == 0) continue;
+    fail(ErrorCode::kTransport, "ranks disagree on version: rank {} has '{}', rank {} has '{}'",
+         rank, mine->text, r, std::string(theirs.text, strnlen(theirs.text, sizeof(theirs.text))));
+  }
 }
 
 struct Sending {
@@ -340,9 +343,9 @@ void MpiLink::Impl::ship(std::unique_lock<std::mutex>& lock, int to, millisecond
     if (p.sending.size() < kMaxInFlight) break;
     if (Clock::now() >= deadline) {
       fail(ErrorCode::kPeerTimeout,
-           "sending on rank {}: after {} ms rank {} has taken none of {} messages under way; "
-           "missing rank(s) {}",
-           rank, timeout.count(), to, p.sending.size(), to);
+           "sending on rank {}: after {} ms {} messages to rank {} are still under way; missing "
+           "rank(s) {}",
+           rank, timeout.count(), p.sending.size(), to, to);
     }
     lock.unlock();
     backoff.pause();

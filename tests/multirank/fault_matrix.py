@@ -40,8 +40,10 @@ for mode in ("low-latency", "normal"):
                   ("lose", place, rf"epoch 4.*from rank {VICTIM}: message number \d+ where|{place}.*epoch 4.*{GONE}", mode)]
     CASES += [("order", "dispatch", rf"epoch.*(missing rank|different calls)", mode),
               ("capacity", "creation", rf"ranks disagree on max_tokens_per_rank: rank 0 has '8', rank {VICTIM} has '9'", mode)]
+CASES += [("stranger", "start", rf"ranks disagree on version: rank \d has 'sluice [\d.]+', rank {VICTIM} has 'sluice 9.9.9'", "normal"),
+          ("flood", "put", rf"sending on rank \d: after {TIMEOUT_MS} ms \d+ messages to rank {VICTIM} .*{GONE}", "normal")]
 if SHORT:
-    CASES = [c for i, c in enumerate(CASES) if (c[0] in ("truncate", "corrupt", "lose", "order", "capacity")) and c[3] == "normal"
+    CASES = [c for i, c in enumerate(CASES) if (c[0] in ("truncate", "corrupt", "lose", "order", "capacity", "stranger", "flood")) and c[3] == "normal"
              or c[0] in ("kill", "stop") and (c[1], c[3]) in (("start", "normal"), ("creation", "normal"), ("dispatch", "low-latency"), ("combine", "normal"))
              or c[0] == "slow" and (c[1], c[3]) == ("dispatch", "low-latency")]
 
@@ -57,7 +59,7 @@ def run_case(case):
                "--mode", mode, "--timeout-ms", str(TIMEOUT_MS)]
     with tempfile.NamedTemporaryFile("w") as out, tempfile.TemporaryFile("w+") as err:
         job = subprocess.Popen(command, stdout=out, stderr=err, start_new_session=True)
-        hung = wait_for(job, out.name, RANKS - (fault in ("kill", "stop")), fault == "stop")
+        hung = wait_for(job, out.name, RANKS - (fault in ("kill", "stop", "flood")), fault in ("stop", "flood"))
         err.seek(0)
         return judge(case, read(out.name), err.read(), hung, children_of(job.pid))
 

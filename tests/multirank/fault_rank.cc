@@ -32,7 +32,8 @@ using sluice::testing::ScalarBackend;
 using sluice::testing::Traffic;
 
 struct Options {
-  std::string fault = "none";   // none kill stop slow truncate corrupt lose order capacity
+  std::string fault =
+      "none";  // none kill stop slow truncate corrupt lose order capacity stranger flood
   std::string at = "dispatch";  // start before-creation creation before-dispatch dispatch
                                 // before-combine combine after-combine
   int victim = 2;
@@ -62,6 +63,15 @@ std::atomic<bool> spoil_next{false};
 extern "C" int MPI_Isend(const void* bytes, int count, MPI_Datatype type, int to, int tag,
                          MPI_Comm comm, MPI_Request* request) {
   static std::vector<std::vector<char>> kept;
+  int rank = -1;
+  PMPI_Comm_rank(MPI_COMM_WORLD, &rank);
+  if (options.fault == "stranger" && rank == options.victim && count == 64) {
+    // The first words of another program.
+    note_fault();
+    kept.emplace_back(64, 0);
+    std::strcpy(kept.back().data(), "sluice 9.9.9");
+    return PMPI_Isend(kept.back().data(), count, type, to, tag, comm, request);
+  }
   if (to == 0 && count > 300 && spoil_next.exchange(false)) {
     note_fault();
     std::vector<char>& copy = kept.emplace_back(static_cast<std::size_t>(count));
@@ -84,7 +94,7 @@ void here(const char* place, int round) {
   static bool struck = false;
   if (this_rank != options.victim || round != options.round || options.at != place) return;
   if (std::exchange(struck, true)) return;
-  if (options.fault == "kill" || options.fault == "stop") {
+  if (options.fault == "kill" || options.fault == "stop" || options.fault == "flood") {
     note_fault();
     std::this_thread::sleep_for(20ms);  // mpirun still has to carry the line away.
     kill(getpid(), options.fault == "kill" ? SIGKILL : SIGSTOP);
@@ -160,7 +170,17 @@ bool is_exact(const Traffic& t, const ExchangeConfig& config, int r, const Exper
   return failed.size() == 0;
 }
 
+/// Far more than may be under way, to a rank that has stopped taking anything.
+void flood(Transport& world) {
+  const auto timeout = std::chrono::milliseconds(options.timeout_ms);
+  const auto window = world.make_window(1 << 20, 1, timeout);
+  if (this_rank == options.victim) here("put", options.round);
+  const std::vector<std::byte> data(1 << 20);
+  for (int i = 0; i < 64; ++i) window->put(options.victim, 0, data);
+}
+
 void rounds(Transport& world) {
+  if (options.fault == "flood") return flood(world);
   const bool differs = options.fault == "capacity" && this_rank == options.victim;
   if (differs) note_fault();
   const ExchangeConfig config{.mode = options.mode,
