@@ -1,12 +1,14 @@
 // sluice run - one layer of a checkpoint over R ranks: timed, counted and verified.
 #include <fmt/core.h>
-#include <sys/resource.h>
 
 #include <algorithm>
 #include <numeric>
+#include <optional>
 
 #include "command.h"
+#include "launch.h"
 #include "layer_run.h"
+#include "run_stats.h"
 #include "sluice/error.h"
 
 namespace sluice::cli {
@@ -15,23 +17,20 @@ namespace {
 struct Options {
   std::string checkpoint, mode = "low-latency", recipe = "direct", backend = "cpu",
                           transport = "inproc", routing = "uniform";
-  int layer = -1, ranks = 1, repeats = 5;
+  int layer = -1, ranks = 0, repeats = 5;
   std::vector<std::int64_t> tokens = {32};
   std::uint64_t seed = 1;
   std::int64_t verify = 8;
   float routed_scaling_factor = 1.0f;
-  bool prove = false;
+  bool prove = false, stats = false;
+  std::string metrics_path;
 };
 
-LayerRunConfig resolve(const Options& options, const Checkpoint& checkpoint) {
-  if (options.transport != "inproc") {
-    throw Error(
-        ErrorCode::kUnsupported,
-        fmt::format("transport '{}' is not in this build; there is: inproc", options.transport));
-  }
+LayerRunConfig resolve(const Options& options, const Environment& environment, int num_ranks,
+                       const Checkpoint& checkpoint) {
   LayerRunConfig config{
       .layer = options.layer,
-      .num_ranks = options.ranks,
+      .num_ranks = num_ranks,
       .tokens = options.tokens,
       .mode = parse_mode(options.mode),
       .recipe = parse_recipe(options.recipe),
@@ -41,26 +40,20 @@ LayerRunConfig resolve(const Options& options, const Checkpoint& checkpoint) {
       .repeats = options.repeats,
       .routed_scaling_factor = options.routed_scaling_factor,
       .with_digest = options.prove,
-      .environment = read_environment()};
+      .environment = environment};
   if (config.layer < 0) config.layer = checkpoint.moe_layers().front();
   if (config.tokens.size() == 1) {
-    config.tokens.assign(static_cast<std::size_t>(options.ranks), config.tokens[0]);
+    config.tokens.assign(static_cast<std::size_t>(num_ranks), config.tokens[0]);
   }
-  if (config.tokens.size() != static_cast<std::size_t>(options.ranks)) {
+  if (config.tokens.size() != static_cast<std::size_t>(num_ranks)) {
     throw Error(ErrorCode::kInvalidArgument,
                 fmt::format("--tokens has {} values; give one, or one for each of {} ranks",
-                            config.tokens.size(), options.ranks));
+                            config.tokens.size(), num_ranks));
   }
   if (std::accumulate(config.tokens.begin(), config.tokens.end(), std::int64_t{0}) == 0) {
     throw Error(ErrorCode::kInvalidArgument, "--tokens: no rank has a token; nothing to verify");
   }
   return config;
-}
-
-double peak_resident_bytes() {
-  rusage usage{};
-  getrusage(RUSAGE_SELF, &usage);
-  return static_cast<double>(usage.ru_maxrss) * 1024;
 }
 
 /// Sums and maxima over ranks that both the table and the JSON show.
@@ -174,7 +167,9 @@ void fill_json(Output& output, const LayerRunConfig& config, const LayerRunResul
     json["ranks"].push_back({{"tokens", config.tokens[r]},
                              {"rows_per_expert", rank.stats.rows_per_expert},
                              {"dispatch_bytes", rank.counters.dispatch_bytes},
+                             {"dispatch_rows", rank.counters.dispatch_rows},
                              {"combine_bytes", rank.counters.combine_bytes},
+                             {"transport_bytes", rank.transport_bytes},
                              {"wait_ns", rank.counters.wait_ns},
                              {"saturated_values", rank.counters.saturated_values},
                              {"weight_bytes", rank.weight_bytes},
@@ -207,13 +202,17 @@ std::uint64_t digest_of(const LayerRunResult& result) {
   return sum;
 }
 
-bool prove(const LayerRunConfig& config, const Checkpoint& checkpoint, const LayerRunResult& result,
-           Output& output) {
+/// The run with which --prove compares.
+LayerRunConfig twin_of(const LayerRunConfig& config) {
   LayerRunConfig other = config;
   other.recipe = twin(config.recipe);
   other.repeats = 1;
   other.environment.dispatch_dtype = DispatchDtype::kAuto;
-  const std::uint64_t mine = digest_of(result), theirs = digest_of(run_layer(other, checkpoint));
+  return other;
+}
+
+bool print_identity(const LayerRunConfig& config, std::uint64_t mine, const LayerRunConfig& other,
+                    std::uint64_t theirs, Output& output) {
   const bool same = mine == theirs;
   fmt::print("identity  GEMM1 input: {} {:016x}, {} {:016x}: {}\n", to_string(config.recipe), mine,
              to_string(other.recipe), theirs, same ? "the same bytes" : "DIFFERENT");
@@ -246,10 +245,8 @@ void print_verification(const VerifyReport& report, Output& output) {
                            {"passed", report.passed()}};
 }
 
-void run(const Options& options, Output& output) {
-  const Checkpoint checkpoint = Checkpoint::open(options.checkpoint);
-  const LayerRunConfig config = resolve(options, checkpoint);
-  if (options.prove) (void)twin(config.recipe);  // Refuse before working.
+void print_layer(const Options& options, const LayerRunConfig& config,
+                 const Checkpoint& checkpoint) {
   const ModelGeometry& g = checkpoint.geometry();
   fmt::print("layer     {} of {}: {}, {} experts, top-{}, hidden {}, intermediate {}\n",
              config.layer, options.checkpoint, checkpoint.format(), g.num_experts, g.num_topk,
@@ -257,7 +254,11 @@ void run(const Options& options, Output& output) {
   for (const CheckpointWarning& w : checkpoint.warnings(config.layer)) {
     fmt::print("warning   {}: {}\n", w.tensor, w.text);
   }
-  const LayerRunResult result = run_layer(config, checkpoint);
+}
+
+/// Everything after the run itself: only the reporter does this, the other ranks are gone.
+void report(const Options& options, const LayerRunConfig& config, const Checkpoint& checkpoint,
+            const LayerRunResult& result, Output& output) {
   fmt::print("recipe    {}\n", result.recipe.describe());
   fmt::print("ranks     {} over {}, each {}; routing {}, seed {}, median of {}\n", config.num_ranks,
              options.transport, result.backend, options.routing, options.seed, config.repeats);
@@ -271,20 +272,58 @@ void run(const Options& options, Output& output) {
   output.json["routing"] = options.routing;
   output.json["seed"] = options.seed;
   fill_json(output, config, result, summary);
+  const std::string digest = fmt::format("{:016x}", outputs_digest(result));
+  fmt::print("outputs   digest {}\n", digest);
+  output.json["outputs_digest"] = digest;
+  output.json["stats"] = stats_json(result, checkpoint.geometry());
+  if (options.stats) print_stats(result, checkpoint.geometry());
+  if (!options.metrics_path.empty()) {
+    write_metrics(options.metrics_path, config, result, checkpoint.geometry());
+  }
+}
 
-  bool passed = true;
-  if (options.prove) passed = prove(config, checkpoint, result, output);
-  const VerifyReport report = verify_run(config, checkpoint, result, options.verify);
-  print_verification(report, output);
-  double experts_bytes = 0;
+void print_memory(const LayerRunConfig& config, const LayerRunResult& result, bool has_processes,
+                  Output& output) {
+  double experts_bytes = 0, peak = 0;
   for (const RankResult& rank : result.ranks) {
     experts_bytes += static_cast<double>(rank.weight_bytes);
+    peak += rank.peak_resident_bytes;
   }
-  fmt::print("memory    peak resident {}, experts {}\n", human_bytes(peak_resident_bytes()),
+  if (!has_processes) peak = peak_resident_bytes();
+  fmt::print("memory    peak resident {}{}, experts {}\n", human_bytes(peak),
+             has_processes ? fmt::format(" in {} processes", config.num_ranks) : "",
              human_bytes(experts_bytes));
-  output.json["peak_resident_bytes"] = peak_resident_bytes();
+  output.json["peak_resident_bytes"] = peak;
   output.json["experts_bytes"] = experts_bytes;
-  output.exit_status = passed && report.passed() ? 0 : 1;
+}
+
+void run(const Options& options, Output& output) {
+  const Environment environment = read_environment();
+  Launch launch(options.transport, options.ranks, environment.peer_timeout, output);
+  std::optional<Checkpoint> checkpoint;
+  LayerRunConfig config;
+  launch.together([&] {
+    checkpoint = Checkpoint::open(options.checkpoint);
+    config = resolve(options, environment, launch.num_ranks(), *checkpoint);
+    if (options.prove) (void)twin(config.recipe);  // Refuse before working.
+    print_layer(options, config, *checkpoint);
+  });
+  LayerRunResult result = run_layer(config, *checkpoint, launch);
+  std::uint64_t twin_digest = 0;
+  if (options.prove) twin_digest = digest_of(run_layer(twin_of(config), *checkpoint, launch));
+  launch.finish();
+  if (!launch.is_reporter()) return;
+
+  result.read_bytes_per_s = measure_ceiling(config);
+  report(options, config, *checkpoint, result, output);
+  bool passed = true;
+  if (options.prove) {
+    passed = print_identity(config, digest_of(result), twin_of(config), twin_digest, output);
+  }
+  const VerifyReport verified = verify_run(config, *checkpoint, result, options.verify);
+  print_verification(verified, output);
+  print_memory(config, result, launch.has_processes(), output);
+  output.exit_status = passed && verified.passed() ? 0 : 1;
 }
 
 }  // namespace
@@ -297,7 +336,9 @@ void add_run(CLI::App& app, Output& output) {
       ->check(CLI::ExistingDirectory);
   command->add_option("--layer", options->layer, "Layer index; default: the first with experts")
       ->check(CLI::NonNegativeNumber);
-  command->add_option("--ranks", options->ranks, "Expert-parallel ranks")
+  command
+      ->add_option("--ranks", options->ranks,
+                   "Expert-parallel ranks; default: 1, or over MPI one for each process")
       ->check(CLI::Range(1, 1024));
   command->add_option("--tokens", options->tokens, "Tokens per rank: one value, or one per rank")
       ->delimiter(',')
@@ -307,7 +348,9 @@ void add_run(CLI::App& app, Output& output) {
   command->add_option("--backend", options->backend, "cpu | cuda")
       ->check(CLI::IsMember({"cpu", "cuda"}))
       ->capture_default_str();
-  command->add_option("--transport", options->transport, "inproc")
+  command
+      ->add_option("--transport", options->transport,
+                   "inproc (ranks are threads) | mpi (ranks are the processes of mpirun)")
       ->check(CLI::IsMember({"inproc", "mpi", "ipc"}))
       ->capture_default_str();
   command->add_option("--routing", options->routing, "uniform | zipf | one-expert")
@@ -325,6 +368,12 @@ void add_run(CLI::App& app, Output& output) {
       ->capture_default_str();
   command->add_flag("--prove", options->prove,
                     "Also run the recipe's twin and compare the bytes GEMM1 consumes");
+  command->add_flag("--stats", options->stats,
+                    "Also print bytes, rows and waits between each pair of ranks");
+  command
+      ->add_option("--metrics", options->metrics_path,
+                   "Write the counters to FILE in Prometheus text format")
+      ->type_name("FILE");
   command->callback([options, &output] { run(*options, output); });
 }
 

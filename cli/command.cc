@@ -9,6 +9,10 @@
 
 namespace sluice::cli {
 
+void print_error(const Error& error) {
+  fmt::print(stderr, "sluice: {}: {}\n", to_string(error.code()), error.what());
+}
+
 Table::Table(std::vector<std::string> header) {
   rows_.push_back(std::move(header));
 }

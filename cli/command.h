@@ -6,14 +6,20 @@
 #include <string>
 #include <vector>
 
+#include "sluice/error.h"
+
 namespace sluice::cli {
 
 /// Everything a command reports: printed as it goes, and written to --json FILE at the end.
 struct Output {
   std::string json_path;  ///< --json FILE; empty = none.
   nlohmann::ordered_json json;
-  int exit_status = 0;  ///< Set to non-zero by a command whose verification failed.
+  int exit_status = 0;     ///< Set to non-zero by a command whose verification failed.
+  bool is_silent = false;  ///< The error has been printed, if need be by another process.
 };
+
+/// "sluice: peer timeout: ..." on standard error.
+void print_error(const Error& error);
 
 /// Each adds one sub-command to `app`; its callback does the work and fills `output`.
 void add_make_checkpoint(CLI::App& app, Output& output);

@@ -1,50 +1,22 @@
 #include "layer_run.h"
 
-#include <fmt/core.h>
+#include <sys/resource.h>
 
 #include <algorithm>
 #include <atomic>
-#include <exception>
+#include <cstring>
 #include <mutex>
+#include <nlohmann/json.hpp>
 #include <numeric>
 #include <thread>
 
 #include "command.h"
+#include "launch.h"
 #include "sluice/backend.h"
-#include "sluice/error.h"
 #include "sluice/transport.h"
 
 namespace sluice::cli {
 namespace {
-
-/// Runs body(r) on a thread per rank and rethrows the first failure that is a cause rather than a
-/// consequence: ranks waiting for a failed one time out.
-template <class Body>
-void on_every_rank(int num_ranks, const Body& body) {
-  std::vector<std::exception_ptr> failures(static_cast<std::size_t>(num_ranks));
-  std::vector<std::thread> threads;
-  for (int r = 0; r < num_ranks; ++r) {
-    threads.emplace_back([&, r] {
-      try {
-        body(r);
-      } catch (...) {
-        failures[static_cast<std::size_t>(r)] = std::current_exception();
-      }
-    });
-  }
-  for (std::thread& thread : threads) thread.join();
-  std::exception_ptr consequence;
-  for (const std::exception_ptr& failure : failures) {
-    if (!failure) continue;
-    try {
-      std::rethrow_exception(failure);
-    } catch (const Error& error) {
-      if (error.code() != ErrorCode::kPeerTimeout) throw;
-      if (!consequence) consequence = failure;
-    }
-  }
-  if (consequence) std::rethrow_exception(consequence);
-}
 
 /// One rank's tensors on its device.
 struct DeviceTensors {
@@ -64,6 +36,78 @@ struct DeviceTensors {
   }
 };
 
+/// The tokens of one rank: the same on whichever process they are made.
+Workload workload_of(const LayerRunConfig& config, const ModelGeometry& geometry, int rank) {
+  const std::int64_t first =
+      std::accumulate(config.tokens.begin(), config.tokens.begin() + rank, std::int64_t{0});
+  return make_workload({.num_experts = geometry.num_experts,
+                        .num_topk = geometry.num_topk,
+                        .hidden = geometry.hidden,
+                        .routing = config.routing,
+                        .input = InputKind::kRealistic,
+                        .seed = config.seed},
+                       first, config.tokens[static_cast<std::size_t>(rank)]);
+}
+
+using Json = nlohmann::json;
+
+Json to_json(const ExchangeCounters& c) {
+  return {c.dispatch_bytes, c.combine_bytes,  c.dispatch_rows,
+          c.wait_ns,        c.num_dispatches, c.saturated_values};
+}
+
+ExchangeCounters counters_from(const Json& j) {
+  return {.dispatch_bytes = j[0],
+          .combine_bytes = j[1],
+          .dispatch_rows = j[2],
+          .wait_ns = j[3],
+          .num_dispatches = j[4],
+          .saturated_values = j[5]};
+}
+
+/// A result on its way from one process to another; the workload is made again over there.
+std::string encode(const RankResult& r) {
+  const StageTimes& t = r.stats.times;
+  const auto* y = reinterpret_cast<const std::uint8_t*>(r.y.data());
+  const Json json = {{"times",
+                      {t.dispatch_us, t.quantize_us, t.gemm1_us, t.activation_us, t.gemm2_us,
+                       t.combine_us, t.total_us}},
+                     {"rows_per_expert", r.stats.rows_per_expert},
+                     {"weight_bytes_read", r.stats.weight_bytes_read},
+                     {"flops", r.stats.flops},
+                     {"counters", to_json(r.counters)},
+                     {"totals", to_json(r.totals)},
+                     {"transport_bytes", r.transport_bytes},
+                     {"y", Json::binary({y, y + r.y.size() * sizeof(r.y[0])})},
+                     {"weight_bytes", r.weight_bytes},
+                     {"digest", r.digest},
+                     {"peak_resident_bytes", r.peak_resident_bytes}};
+  std::string bytes;
+  Json::to_cbor(json, bytes);
+  return bytes;
+}
+
+RankResult decode(const std::string& bytes) {
+  const Json j = Json::from_cbor(bytes);
+  const Json& t = j["times"];
+  RankResult r{.stats = {.times = {t[0], t[1], t[2], t[3], t[4], t[5], t[6]},
+                         .rows_per_expert = j["rows_per_expert"],
+                         .weight_bytes_read = j["weight_bytes_read"],
+                         .flops = j["flops"]},
+               .counters = counters_from(j["counters"]),
+               .totals = counters_from(j["totals"]),
+               .transport_bytes = j["transport_bytes"],
+               .y = {},
+               .load = {},
+               .weight_bytes = j["weight_bytes"],
+               .digest = j["digest"],
+               .peak_resident_bytes = j["peak_resident_bytes"]};
+  const auto& y = j["y"].get_binary();
+  r.y.resize(y.size() / sizeof(r.y[0]));
+  if (!y.empty()) std::memcpy(r.y.data(), y.data(), y.size());
+  return r;
+}
+
 RankResult run_rank(const LayerRunConfig& config, const Checkpoint& checkpoint, int rank,
                     Transport& transport, Backend& backend, LayerRunResult& shared) {
   const ModelGeometry& geometry = checkpoint.geometry();
@@ -79,18 +123,8 @@ RankResult run_rank(const LayerRunConfig& config, const Checkpoint& checkpoint, 
                                   .peer_timeout = config.environment.peer_timeout},
                                  checkpoint, transport, backend);
 
-  const auto r = static_cast<std::size_t>(rank);
-  const std::int64_t first =
-      std::accumulate(config.tokens.begin(), config.tokens.begin() + rank, std::int64_t{0});
   RankResult result;
-  result.load = make_workload({.num_experts = geometry.num_experts,
-                               .num_topk = geometry.num_topk,
-                               .hidden = geometry.hidden,
-                               .routing = config.routing,
-                               .input = InputKind::kRealistic,
-                               .seed = config.seed},
-                              first, config.tokens[r]);
-  const Workload& load = result.load;
+  const Workload load = workload_of(config, geometry, rank);
   const Stream stream = backend.stream();
   const DeviceTensors tensors(backend, load, stream);
   const Device device = backend.device();
@@ -108,8 +142,15 @@ RankResult run_rank(const LayerRunConfig& config, const Checkpoint& checkpoint, 
     // Ranks start together, so that waiting for a late one is not counted as dispatch.
     (void)transport.all_gather({}, config.environment.peer_timeout);
     engine.record_gemm_input_digest(config.with_digest && i == 0);
+    const TransportCounters before = transport.counters();
     engine.forward(config.mode, x, routing, y, stream);
-    if (i == 0) result.counters = engine.exchange_counters(config.mode);
+    if (i == 0) {
+      result.counters = engine.exchange_counters(config.mode);
+      result.transport_bytes = transport.counters().bytes_put;
+      for (std::size_t p = 0; p < before.bytes_put.size(); ++p) {
+        result.transport_bytes[p] -= before.bytes_put[p];
+      }
+    }
     repeats.push_back(engine.stats());
   }
   engine.check();
@@ -127,12 +168,14 @@ RankResult run_rank(const LayerRunConfig& config, const Checkpoint& checkpoint, 
   std::iota(order.begin(), order.end(), std::size_t{0});
   std::ranges::stable_sort(order, {}, [&](std::size_t i) { return slowest[i]; });
   result.stats = repeats[order[order.size() / 2]];
+  result.totals = engine.exchange_counters(config.mode);
   result.weight_bytes = engine.weight_bytes();
   result.digest = engine.gemm_input_digest();
   result.y.resize(load.x.size());
   if (!result.y.empty()) {
     backend.copy_to_host(result.y.data(), y.data, result.y.size() * sizeof(result.y[0]), stream);
   }
+  result.peak_resident_bytes = peak_resident_bytes();
   if (rank == 0) {
     shared.recipe = engine.recipe(config.mode);
     shared.total_us = slowest;
@@ -142,22 +185,32 @@ RankResult run_rank(const LayerRunConfig& config, const Checkpoint& checkpoint, 
 
 }  // namespace
 
-LayerRunResult run_layer(const LayerRunConfig& config, const Checkpoint& checkpoint) {
+double peak_resident_bytes() {
+  rusage usage{};
+  getrusage(RUSAGE_SELF, &usage);
+  return static_cast<double>(usage.ru_maxrss) * 1024;
+}
+
+double measure_ceiling(const LayerRunConfig& config) {
+  return make_backend({.device = {config.backend, 0}})->measure_read_bandwidth();
+}
+
+LayerRunResult run_layer(const LayerRunConfig& config, const Checkpoint& checkpoint,
+                         Launch& launch) {
   LayerRunResult result;
-  result.ranks.resize(static_cast<std::size_t>(config.num_ranks));
-  {
-    // The ceiling is measured alone, with all of the device, before any rank starts.
-    const auto whole = make_backend({.device = {config.backend, 0}});
-    result.read_bytes_per_s = whole->measure_read_bandwidth();
-  }
-  auto transports = make_inproc_transports(config.num_ranks);
-  on_every_rank(config.num_ranks, [&](int r) {
-    const auto backend = make_backend(
-        {.device = {config.backend, 0}, .local_rank = r, .num_local_ranks = config.num_ranks});
+  const auto parts = launch.run_ranks([&](int r, Transport& transport) {
+    const Launch::Place place = launch.place_of(r);
+    const auto backend = make_backend({.device = {config.backend, 0},
+                                       .local_rank = place.local_rank,
+                                       .num_local_ranks = place.num_local_ranks});
     if (r == 0) result.backend = backend->description();
-    const auto i = static_cast<std::size_t>(r);
-    result.ranks[i] = run_rank(config, checkpoint, r, *transports[i], *backend, result);
+    return encode(run_rank(config, checkpoint, r, transport, *backend, result));
   });
+  if (!launch.is_reporter()) return result;
+  for (int r = 0; r < config.num_ranks; ++r) {
+    result.ranks.push_back(decode(parts[static_cast<std::size_t>(r)]));
+    result.ranks.back().load = workload_of(config, checkpoint.geometry(), r);
+  }
   return result;
 }
 

@@ -1,4 +1,4 @@
-// layer_run.h - one MoE layer over R ranks of this process: the work behind `sluice run`.
+// layer_run.h - one MoE layer over R ranks: the work behind `sluice run`.
 #pragma once
 
 #include <cstdint>
@@ -12,6 +12,8 @@
 #include "sluice/workload.h"
 
 namespace sluice::cli {
+
+class Launch;
 
 struct LayerRunConfig {
   int layer = 0;
@@ -30,24 +32,35 @@ struct LayerRunConfig {
 
 /// What one rank has to tell.
 struct RankResult {
-  ForwardStats stats;         ///< Of the median repeat.
-  ExchangeCounters counters;  ///< Of one forward().
+  ForwardStats stats;                          ///< Of the median repeat.
+  ExchangeCounters counters;                   ///< Of one forward().
+  ExchangeCounters totals;                     ///< Of all repeats.
+  std::vector<std::uint64_t> transport_bytes;  ///< [num_ranks] that the transport put in one.
   std::vector<std::uint16_t> y;
   Workload load;
   std::size_t weight_bytes = 0;
   std::uint64_t digest = 0;
+  double peak_resident_bytes = 0;  ///< Of its process, experts included.
 };
 
 struct LayerRunResult {
   Recipe recipe;
   std::string backend;           ///< Backend::description() of rank 0.
-  double read_bytes_per_s = 0;   ///< Of rank 0's device, measured before the run.
+  double read_bytes_per_s = 0;   ///< Of rank 0's device; see measure_ceiling().
   std::vector<double> total_us;  ///< [repeats] slowest rank of each.
   std::vector<RankResult> ranks;
 };
 
-/// Runs the layer on every rank. All ranks fail or none; the first cause is thrown.
-[[nodiscard]] LayerRunResult run_layer(const LayerRunConfig& config, const Checkpoint& checkpoint);
+/// Runs the layer on every rank. All ranks fail or none; the first cause is thrown. The result is
+/// the reporter's; other processes get an empty one.
+[[nodiscard]] LayerRunResult run_layer(const LayerRunConfig& config, const Checkpoint& checkpoint,
+                                       Launch& launch);
+
+/// What the device of rank 0 can read, measured while no rank runs.
+[[nodiscard]] double measure_ceiling(const LayerRunConfig& config);
+
+/// Of this process so far.
+[[nodiscard]] double peak_resident_bytes();
 
 /// Compares `num_rows` tokens, spread evenly over all, with the float64 reference.
 [[nodiscard]] VerifyReport verify_run(const LayerRunConfig& config, const Checkpoint& checkpoint,

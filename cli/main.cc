@@ -42,7 +42,7 @@ int main(int argc, char** argv) {
     const int status = app.exit(error);
     return status == 0 ? 0 : 2;
   } catch (const sluice::Error& error) {
-    fmt::print(stderr, "sluice: {}: {}\n", to_string(error.code()), error.what());
+    if (!output.is_silent) sluice::cli::print_error(error);
     return exit_status(error.code());
   } catch (const std::exception& error) {
     fmt::print(stderr, "sluice: {}\n", error.what());

@@ -8,7 +8,8 @@
 
 sluice_packages_build=(cmake ninja-build g++ git libhwy-dev libcli11-dev libfmt-dev
   nlohmann-json3-dev)
-sluice_packages_test=(python3 libgtest-dev libgmock-dev librapidcheck-dev libbenchmark-dev)
+sluice_packages_test=(python3 libgtest-dev libgmock-dev librapidcheck-dev libbenchmark-dev
+  openmpi-bin libopenmpi-dev iproute2)
 
 say() { printf '\n== %s\n' "$*"; }
 die() { printf 'error: %s\n' "$*" >&2; exit 1; }

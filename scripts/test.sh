@@ -7,7 +7,8 @@
 #
 # In order: the tests under ASan + UBSan, those with threads under TSan, then all tests of the
 # release build, among them the checks of the tree (layering, format, links). The CUDA parts are
-# built where there is an nvcc; their tests report themselves skipped where there is no GPU.
+# built where there is an nvcc; their tests report themselves skipped where there is no GPU. Tests
+# with MPI run as processes of this machine; one of them makes network namespaces if it may.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 # shellcheck source=scripts/setup.sh

@@ -52,7 +52,7 @@ MODULES = [
 CLOSED = {"engine"}
 # Third-party headers that belong to exactly one file.
 ONLY_IN = {
-    "mpi.h": ("src/transport/mpi.cc",),
+    "mpi.h": ("src/transport/mpi_link.cc",),
     "nccl.h": ("src/transport/nccl.cc",),
     "nvshmem": ("src/transport/nvshmem.cc", "src/transport/device.cuh"),
 }

@@ -15,7 +15,7 @@ CLEAN = {
     "src/core/mmap.cc": "#include <sys/mman.h>\n",
     "src/quant/quant.cc": '#include "core/fail.h"\n',
     "src/transport/device.cuh": HEADER,
-    "src/transport/mpi.cc": "#include <mpi.h>\n",
+    "src/transport/mpi_link.cc": "#include <mpi.h>\n",
     "src/backend/ops.h": HEADER + '#include "sluice/tensor.h"\n',
     "src/backend/backend.cc": '#include "backend/cpu/pool.h"\n#include "backend/cuda/w4a8.h"\n',
     "src/backend/cpu/pool.h": HEADER + '#include <hwy/highway.h>\n#include "backend/ops.h"\n',

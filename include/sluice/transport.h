@@ -38,11 +38,12 @@ class Window {
   [[nodiscard]] virtual int num_flags() const noexcept = 0;
 
   /// Copies `data` to [offset, offset + data.size()) of `peer`'s window. `data` may be reused at
-  /// return. Throws: kInvalidArgument past the end of the window, kTransport.
+  /// return. Waits only for a peer that is far behind, and no longer than make_window()'s timeout.
+  /// Throws: kInvalidArgument past the end of the window, kTransport, kPeerTimeout naming the peer.
   virtual void put(int peer, std::size_t offset, std::span<const std::byte> data) = 0;
 
-  /// Sets flag `flag` of `peer` to `epoch`; seen only after every earlier put of this rank to
-  /// `peer`.
+  /// Sets flag `flag` of `peer` to `epoch` if that is more than it was; seen only after every
+  /// earlier put of this rank to `peer`.
   virtual void signal(int peer, int flag, std::uint64_t epoch) = 0;
 
   /// Value of an own flag. Acquire: bytes put before the signal are visible after this reads it.
@@ -50,6 +51,7 @@ class Window {
 
   /// Waits until flag() >= `epoch` for every entry of `flags`, or until `deadline`.
   /// Returns the entries still below; empty means all arrived. Sleeps rather than spins.
+  /// Throws: kTransport if the transport itself failed, naming the rank it failed with.
   [[nodiscard]] virtual std::vector<int> wait_flags(
       std::span<const int> flags, std::uint64_t epoch,
       std::chrono::steady_clock::time_point deadline) = 0;
@@ -87,5 +89,23 @@ class Transport {
 /// Ranks as threads of this process. Element r belongs to rank r; the set may be used from
 /// different threads, one per rank, and outlives none of its windows.
 [[nodiscard]] std::vector<std::unique_ptr<Transport>> make_inproc_transports(int num_ranks);
+
+/// Ranks as the first `num_ranks` processes of an MPI job, 0 = all of them; null on the others. The
+/// first call starts MPI if the program has not (which itself waits without bound for processes
+/// that never call it). One thread of the process looks after messages while the rank computes.
+/// Ranks: collective over all processes of the job, which make the same transports in the same
+///   order.
+/// Throws: kPeerTimeout naming the processes that did not come; kTransport naming one of another
+///   version; kInvalidArgument if the job has fewer processes; kUnsupported in a build without MPI,
+///   or if the program started MPI with less than MPI_THREAD_SERIALIZED.
+[[nodiscard]] std::unique_ptr<Transport> make_mpi_transport(std::chrono::milliseconds timeout,
+                                                            int num_ranks = 0);
+
+/// The last call of every process, with no transport left; before the program's own MPI_Finalize,
+/// if it started MPI. Says goodbye to all processes and ends MPI if the first
+/// transport started it. False:
+/// some process did not say goodbye within `timeout`; then MPI is left as it is, since MPI_Finalize
+/// would wait for it without bound, and the program should just exit.
+[[nodiscard]] bool end_mpi(std::chrono::milliseconds timeout);
 
 }  // namespace sluice

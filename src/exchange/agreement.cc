@@ -52,19 +52,33 @@ std::vector<std::string> gather_texts(Transport& transport, std::string mine,
 
 void require_agreement(Transport& transport, const Agreement& fields,
                        std::chrono::milliseconds timeout) {
-  const std::vector<std::string> texts = gather_texts(transport, encode(fields), timeout);
+  std::vector<std::string> texts;
+  try {
+    texts = gather_texts(transport, encode(fields), timeout);
+  } catch (const Error& error) {
+    fail(error.code(), "creation, comparing configurations: {}", error.what());
+  }
   const auto differs = std::ranges::find_if(texts, [&](const auto& t) { return t != texts[0]; });
   if (differs == texts.end()) return;
 
-  const Agreement ours = decode(texts[0]), theirs = decode(*differs);
-  const auto other_rank = differs - texts.begin();
-  for (std::size_t i = 0; i < std::max(ours.size(), theirs.size()); ++i) {
+  // The first field, in rank 0's order, on which any rank differs; then every rank that does.
+  std::vector<Agreement> ranks;
+  for (const std::string& text : texts) ranks.push_back(decode(text));
+  std::size_t num_fields = 0;
+  for (const Agreement& rank : ranks) num_fields = std::max(num_fields, rank.size());
+  for (std::size_t i = 0; i < num_fields; ++i) {
     const auto none = std::pair<std::string, std::string>{"(no further field)", ""};
-    const auto& [name0, value0] = i < ours.size() ? ours[i] : none;
-    const auto& [name1, value1] = i < theirs.size() ? theirs[i] : none;
-    if (name0 == name1 && value0 == value1) continue;
-    fail(ErrorCode::kTransport, "ranks disagree on {}: rank 0 has '{}', rank {} has '{}'{}", name0,
-         value0, other_rank, value1, name0 == name1 ? "" : " for " + name1);
+    const auto field = [&](std::size_t r) { return i < ranks[r].size() ? ranks[r][i] : none; };
+    const auto [name, value] = field(0);
+    std::string others;
+    for (std::size_t r = 1; r < ranks.size(); ++r) {
+      const auto [name_r, value_r] = field(r);
+      if (name_r == name && value_r == value) continue;
+      others +=
+          fmt::format(", rank {} has '{}'{}", r, value_r, name_r == name ? "" : " for " + name_r);
+    }
+    if (others.empty()) continue;
+    fail(ErrorCode::kTransport, "ranks disagree on {}: rank 0 has '{}'{}", name, value, others);
   }
 }
 

@@ -57,8 +57,10 @@ void HostExchange::dispatch_receive(Dispatched::Route& base, Stream) {
 }
 
 void HostExchange::combine_send(Dispatched::Route& base, TensorView expert_y, Stream) {
+  auto& route = static_cast<HostRoute&>(base);
   protocol_.require_healthy();
-  send_home(static_cast<HostRoute&>(base), expert_y);
+  route.use.operation = "combine";
+  send_home(route, expert_y);
 }
 
 void HostExchange::combine_receive(Dispatched::Route& base, MutableTensorView y, Stream) {

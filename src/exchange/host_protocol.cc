@@ -5,12 +5,24 @@
 #include "core/fail.h"
 
 namespace sluice {
+namespace {
+
+std::unique_ptr<Window> make_window(Transport& transport, const HostLayout& layout,
+                                    std::chrono::milliseconds timeout) {
+  try {
+    return transport.make_window(layout.window_bytes(), layout.num_flags(), timeout);
+  } catch (const Error& error) {
+    fail(error.code(), "creation: {}", error.what());
+  }
+}
+
+}  // namespace
 
 HostProtocol::HostProtocol(const ExchangeConfig& config, Transport& transport)
     : layout_(config, transport.num_ranks()),
       rank_(transport.rank()),
       timeout_(config.peer_timeout),
-      window_(transport.make_window(layout_.window_bytes(), layout_.num_flags(), timeout_)),
+      window_(make_window(transport, layout_, timeout_)),
       slot_epoch_(static_cast<std::size_t>(layout_.num_slots)),
       slot_busy_(static_cast<std::size_t>(layout_.num_slots)),
       wait_ns_(static_cast<std::size_t>(layout_.num_ranks)) {}
@@ -23,7 +35,7 @@ HostProtocol::Use HostProtocol::begin() {
                  "{} dispatches are in flight, num_in_flight is {}: combine or destroy one first",
                  slot, layout_.num_slots);
   const auto s = static_cast<std::size_t>(slot);
-  const Use use{slot, last_epoch_ + 1};
+  const Use use{.slot = slot, .epoch = last_epoch_ + 1};
   await(slot, Flag::kReleased, slot_epoch_[s], use.epoch, "dispatch (waiting for a free slot)");
   last_epoch_ = use.epoch;
   slot_epoch_[s] = use.epoch;
@@ -41,13 +53,26 @@ void HostProtocol::release(Use use) noexcept {
   }
 }
 
+template <class Step>
+auto HostProtocol::guarded(const char* operation, std::uint64_t epoch, const Step& step) {
+  try {
+    return step();
+  } catch (const Error& error) {
+    failure_ = fmt::format("{}, epoch {}, rank {}: {}", operation, epoch, rank_, error.what());
+    fail(error.code(), "{}", failure_);
+  }
+}
+
 void HostProtocol::put(const Use& use, int peer, std::size_t offset,
                        std::span<const std::byte> data) {
-  window_->put(peer, static_cast<std::size_t>(use.slot) * layout_.slot_bytes + offset, data);
+  guarded(use.operation, use.epoch, [&] {
+    window_->put(peer, static_cast<std::size_t>(use.slot) * layout_.slot_bytes + offset, data);
+  });
 }
 
 void HostProtocol::signal(const Use& use, int peer, Flag kind) {
-  window_->signal(peer, layout_.flag(use.slot, kind, rank_), use.epoch);
+  guarded(use.operation, use.epoch,
+          [&] { window_->signal(peer, layout_.flag(use.slot, kind, rank_), use.epoch); });
 }
 
 void HostProtocol::wait_for_all(const Use& use, Flag kind, const char* operation) {
@@ -74,7 +99,9 @@ void HostProtocol::await(int slot, Flag kind, std::uint64_t epoch, std::uint64_t
   for (int source = 0; source < layout_.num_ranks; ++source) {
     const auto before = std::chrono::steady_clock::now();
     const int flag = flags[static_cast<std::size_t>(source)];
-    const bool late = !window_->wait_flags(std::span(&flag, 1), epoch, deadline).empty();
+    const bool late = guarded(operation, op_epoch, [&] {
+      return !window_->wait_flags(std::span(&flag, 1), epoch, deadline).empty();
+    });
     const auto waited = std::chrono::steady_clock::now() - before;
     wait_ns_[static_cast<std::size_t>(source)] += static_cast<std::uint64_t>(
         std::chrono::duration_cast<std::chrono::nanoseconds>(waited).count());

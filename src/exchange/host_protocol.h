@@ -27,6 +27,7 @@ class HostProtocol {
   struct Use {
     int slot = -1;
     std::uint64_t epoch = 0;
+    const char* operation = "dispatch";  ///< For messages.
   };
 
   /// Takes the lowest free slot for the next epoch and waits until every peer has released its own.
@@ -36,6 +37,7 @@ class HostProtocol {
   /// stays failed, and peers find out by their own bounded waits.
   void release(Use use) noexcept;
 
+  /// Throws: what the transport throws, with operation, epoch and rank.
   void put(const Use& use, int peer, std::size_t offset, std::span<const std::byte> data);
   /// Raises `kind` of this rank at `peer`, after everything put so far.
   void signal(const Use& use, int peer, Flag kind);
@@ -53,6 +55,9 @@ class HostProtocol {
   [[nodiscard]] std::uint64_t last_epoch() const noexcept { return last_epoch_; }
 
  private:
+  /// Runs `step`; what the transport throws becomes this operation's failure, for good.
+  template <class Step>
+  auto guarded(const char* operation, std::uint64_t epoch, const Step& step);
   void await(int slot, Flag kind, std::uint64_t epoch, std::uint64_t op_epoch,
              const char* operation);
 

@@ -1,6 +1,4 @@
 // Ranks as threads of one process: windows are shared memory, flags are atomics, waits sleep.
-#include <sys/mman.h>
-
 #include <algorithm>
 #include <atomic>
 #include <condition_variable>
@@ -10,33 +8,12 @@
 
 #include "core/fail.h"
 #include "sluice/transport.h"
+#include "transport/pages.h"
 
 namespace sluice {
 namespace {
 
 using Deadline = std::chrono::steady_clock::time_point;
-
-/// Anonymous memory: zero, page aligned, and free of cost until it is touched.
-class Pages {
- public:
-  explicit Pages(std::size_t bytes) : bytes_(bytes) {
-    if (bytes == 0) return;
-    void* const p = mmap(nullptr, bytes, PROT_READ | PROT_WRITE,
-                         MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
-    if (p == MAP_FAILED) fail(ErrorCode::kOutOfMemory, "a window of {} bytes", bytes);
-    data_ = static_cast<std::byte*>(p);
-  }
-  ~Pages() {
-    if (data_) munmap(data_, bytes_);
-  }
-  Pages(const Pages&) = delete;
-  Pages& operator=(const Pages&) = delete;
-  [[nodiscard]] std::byte* data() const noexcept { return data_; }
-
- private:
-  std::byte* data_ = nullptr;
-  std::size_t bytes_;
-};
 
 /// One rank's memory in one symmetric window.
 struct Region {
@@ -130,7 +107,11 @@ class InprocWindow final : public Window {
 
   void signal(int peer, int flag, std::uint64_t epoch) override {
     Region& to = region(peer);
-    to.flags[static_cast<std::size_t>(flag)].store(epoch, std::memory_order_release);
+    // Flags only grow; each has one writer.
+    auto& value = to.flags[static_cast<std::size_t>(flag)];
+    if (epoch > value.load(std::memory_order_relaxed)) {
+      value.store(epoch, std::memory_order_release);
+    }
     { const std::lock_guard lock(to.mutex); }
     to.changed.notify_all();
   }

@@ -56,7 +56,7 @@ with tempfile.TemporaryDirectory() as folder:
         "ranks that do not divide": (["--ranks", "3"], "3 ranks"),
         "tokens for other ranks": (["--ranks", "2", "--tokens", "1,2,3"], "--tokens"),
         "no token at all": (["--tokens", "0"], "no rank has a token"),
-        "transport not built": (["--transport", "mpi"], "mpi"),
+        "transport not built": (["--transport", "ipc"], "ipc"),
     }
     for name, (arguments, text) in refusals.items():
         r = run("run", "--checkpoint", model, *arguments)

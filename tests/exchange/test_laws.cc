@@ -43,7 +43,7 @@ struct Outcome {
 
 Outcome run(const Traffic& t, Mode mode, WireFormat wire, const ExpertFunction& expert) {
   Outcome outcome;
-  outcome.num_rows.resize(static_cast<std::size_t>(t.num_experts));
+  std::vector<std::vector<std::int64_t>> num_rows(static_cast<std::size_t>(t.num_ranks()));
   std::vector<std::vector<std::uint16_t>> y(static_cast<std::size_t>(t.num_ranks()));
   const std::size_t row_bytes =
       (wire == WireFormat::kBf16 ? 2u : 1u) * static_cast<unsigned>(t.hidden);
@@ -56,7 +56,7 @@ Outcome run(const Traffic& t, Mode mode, WireFormat wire, const ExpertFunction& 
     std::vector<std::uint16_t> rows(static_cast<std::size_t>(batch.x.shape.num_elements()), 0x7fc1);
     for (int e = 0; e < exchange.num_local_experts(); ++e) {
       const int global = r * exchange.num_local_experts() + e;
-      outcome.num_rows[static_cast<std::size_t>(global)] = batch.num_rows.as<std::int32_t>()[e];
+      num_rows[static_cast<std::size_t>(r)].push_back(batch.num_rows.as<std::int32_t>()[e]);
       for (std::int64_t i = 0; i < batch.num_rows.as<std::int32_t>()[e]; ++i) {
         const auto row = static_cast<std::size_t>(batch.row_begin.as<std::int64_t>()[e] + i);
         for (int c = 0; c < t.hidden; ++c) {
@@ -72,6 +72,11 @@ Outcome run(const Traffic& t, Mode mode, WireFormat wire, const ExpertFunction& 
     const TensorView expert_y(rows.data(), DType::kBFloat16, batch.x.shape);
     exchange.combine(std::move(d), expert_y, out, {});
   });
+  share_between_ranks(y);
+  share_between_ranks(num_rows);
+  for (const auto& part : num_rows) {
+    outcome.num_rows.insert(outcome.num_rows.end(), part.begin(), part.end());
+  }
   for (const auto& part : y) outcome.y.insert(outcome.y.end(), part.begin(), part.end());
   return outcome;
 }

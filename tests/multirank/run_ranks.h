@@ -1,6 +1,8 @@
-// run_ranks.h - runs one body per rank, each with its transport: threads here, processes elsewhere.
+// run_ranks.h - runs one body per rank, each with its transport: ranks are threads of this process,
+// or, under `mpirun -n N test --transport mpi`, processes that all run the same tests.
 #pragma once
 
+#include <cstring>
 #include <exception>
 #include <functional>
 #include <memory>
@@ -14,36 +16,64 @@
 
 namespace sluice::testing {
 
-/// Puts something between a rank and its transport, to inject faults.
-using WrapTransport = std::function<std::unique_ptr<Transport>(int, std::unique_ptr<Transport>)>;
+/// Longest wait for another process between two tests.
+inline constexpr std::chrono::milliseconds kProcessTimeout{30'000};
 
-/// Runs body(transport) on a thread for each rank; returns what each threw, null for nothing.
-template <class Body>
-std::vector<std::exception_ptr> try_ranks(int num_ranks, const Body& body,
-                                          const WrapTransport& wrap = {}) {
-  auto transports = make_inproc_transports(num_ranks);
-  std::vector<std::exception_ptr> failures(transports.size());
-  std::vector<std::thread> threads;
-  for (int rank = 0; rank < num_ranks; ++rank) {
-    threads.emplace_back([&, rank] {
-      const auto r = static_cast<std::size_t>(rank);
-      try {
-        std::unique_ptr<Transport> transport = std::move(transports[r]);
-        if (wrap) transport = wrap(rank, std::move(transport));
-        body(*transport);
-      } catch (...) {
-        failures[r] = std::current_exception();
-      }
-    });
-  }
-  for (std::thread& thread : threads) thread.join();
-  return failures;
+/// Over all processes; null where ranks are threads. Set by ranks_main.cc.
+inline std::unique_ptr<Transport>& control_transport() {
+  static std::unique_ptr<Transport> transport;
+  return transport;
+}
+inline bool ranks_are_processes() {
+  return control_transport() != nullptr;
 }
 
-template <class Body>
-void run_ranks(int num_ranks, const Body& body) {
-  for (const auto& failure : try_ranks(num_ranks, body)) {
-    if (failure) std::rethrow_exception(failure);
+/// Every process's bytes, of any length; just `mine` where ranks are threads.
+inline std::vector<std::string> gather_bytes(std::string mine) {
+  if (!ranks_are_processes()) return {mine};
+  const std::uint64_t size = mine.size();
+  std::vector<std::uint64_t> sizes;
+  for (const auto& part :
+       control_transport()->all_gather(std::as_bytes(std::span(&size, 1)), kProcessTimeout)) {
+    std::memcpy(&sizes.emplace_back(), part.data(), sizeof(size));
+  }
+  std::uint64_t longest = 0;
+  for (const std::uint64_t s : sizes) longest = std::max(longest, s);
+  mine.resize(longest);
+  const auto parts =
+      control_transport()->all_gather(std::as_bytes(std::span(mine)), kProcessTimeout);
+  std::vector<std::string> result;
+  for (std::size_t r = 0; r < parts.size(); ++r) {
+    result.emplace_back(reinterpret_cast<const char*>(parts[r].data()), sizes[r]);
+  }
+  return result;
+}
+
+/// A count that each rank made for itself, over all of them.
+inline int sum_over_ranks(int mine) {
+  int sum = 0;
+  for (const std::string& part :
+       gather_bytes(std::string(reinterpret_cast<const char*>(&mine), sizeof(mine)))) {
+    int value = 0;
+    std::memcpy(&value, part.data(), sizeof(value));
+    sum += value;
+  }
+  return sum;
+}
+
+/// Makes what rank r wrote into values[r] known to all processes.
+template <class T>
+void share_between_ranks(std::vector<std::vector<T>>& values) {
+  if (!ranks_are_processes()) return;
+  const auto mine = static_cast<std::size_t>(control_transport()->rank());
+  const std::string bytes = mine < values.size()
+                                ? std::string(reinterpret_cast<const char*>(values[mine].data()),
+                                              values[mine].size() * sizeof(T))
+                                : std::string();
+  const auto parts = gather_bytes(bytes);
+  for (std::size_t r = 0; r < values.size(); ++r) {
+    values[r].resize(parts[r].size() / sizeof(T));
+    if (!values[r].empty()) std::memcpy(values[r].data(), parts[r].data(), parts[r].size());
   }
 }
 
@@ -60,6 +90,71 @@ inline std::optional<Failure> describe(const std::exception_ptr& failure) {
     return Failure{error.code(), error.what()};
   } catch (const std::exception& error) {
     return Failure{ErrorCode::kInternal, error.what()};
+  }
+}
+
+/// Puts something between a rank and its transport, to inject faults.
+using WrapTransport = std::function<std::unique_ptr<Transport>(int, std::unique_ptr<Transport>)>;
+
+/// Runs body(transport) as rank `rank`; what it threw, null for nothing.
+template <class Body>
+std::exception_ptr try_rank(int rank, std::unique_ptr<Transport> transport, const Body& body,
+                            const WrapTransport& wrap) {
+  try {
+    if (wrap) transport = wrap(rank, std::move(transport));
+    body(*transport);
+  } catch (...) {
+    return std::current_exception();
+  }
+  return nullptr;
+}
+
+/// Runs body(transport) in this process if it is one of the ranks, and learns how the others fared.
+template <class Body>
+std::vector<std::exception_ptr> try_processes(int num_ranks, const Body& body,
+                                              const WrapTransport& wrap) {
+  std::unique_ptr<Transport> transport = make_mpi_transport(kProcessTimeout, num_ranks);
+  std::exception_ptr mine;
+  if (transport) {
+    const int rank = transport->rank();
+    mine = try_rank(rank, std::move(transport), body, wrap);
+  }
+  std::string text;
+  if (const auto failure = describe(mine)) {
+    text = static_cast<char>('A' + static_cast<int>(failure->code)) + failure->text;
+  }
+  const auto texts = gather_bytes(text);
+  std::vector<std::exception_ptr> failures(static_cast<std::size_t>(num_ranks));
+  for (std::size_t r = 0; r < failures.size(); ++r) {
+    if (texts[r].empty()) continue;
+    failures[r] = std::make_exception_ptr(
+        Error(static_cast<ErrorCode>(texts[r][0] - 'A'), texts[r].substr(1)));
+  }
+  return failures;
+}
+
+/// Runs body(transport) once for each rank; returns what each threw, null for nothing.
+template <class Body>
+std::vector<std::exception_ptr> try_ranks(int num_ranks, const Body& body,
+                                          const WrapTransport& wrap = {}) {
+  if (ranks_are_processes()) return try_processes(num_ranks, body, wrap);
+  auto transports = make_inproc_transports(num_ranks);
+  std::vector<std::exception_ptr> failures(transports.size());
+  std::vector<std::thread> threads;
+  for (int rank = 0; rank < num_ranks; ++rank) {
+    threads.emplace_back([&, rank] {
+      const auto r = static_cast<std::size_t>(rank);
+      failures[r] = try_rank(rank, std::move(transports[r]), body, wrap);
+    });
+  }
+  for (std::thread& thread : threads) thread.join();
+  return failures;
+}
+
+template <class Body>
+void run_ranks(int num_ranks, const Body& body) {
+  for (const auto& failure : try_ranks(num_ranks, body)) {
+    if (failure) std::rethrow_exception(failure);
   }
 }
 

@@ -1,0 +1,192 @@
+#include "launch.h"
+
+#include <fmt/core.h>
+#include <unistd.h>
+
+#include <algorithm>
+#include <cstdio>
+#include <cstring>
+#include <exception>
+#include <mutex>
+#include <optional>
+#include <thread>
+
+namespace sluice::cli {
+namespace {
+
+using std::chrono::milliseconds;
+
+/// How long the ranks that failed wait to hear of each other.
+constexpr milliseconds kReportTimeout{600};
+constexpr milliseconds kGoodbyeTimeout{5'000};
+
+struct Cause {
+  ErrorCode code;
+  std::string text;
+};
+
+std::string encode(const std::optional<Cause>& cause) {
+  return cause ? static_cast<char>('A' + static_cast<int>(cause->code)) + cause->text : "";
+}
+
+/// The first cause by rank; timeouts only if there is nothing else.
+Error worst(const std::vector<std::string>& texts) {
+  std::size_t rank = texts.size();
+  for (std::size_t r = texts.size(); r-- > 0;) {
+    if (texts[r].empty()) continue;
+    const bool timeout = texts[r][0] - 'A' == static_cast<int>(ErrorCode::kPeerTimeout);
+    const bool have_cause =
+        rank < texts.size() && texts[rank][0] - 'A' != static_cast<int>(ErrorCode::kPeerTimeout);
+    if (!timeout || !have_cause) rank = r;
+  }
+  const auto same = std::ranges::count(texts, texts[rank]);
+  const std::string who = same == static_cast<std::ptrdiff_t>(texts.size())
+                              ? std::string("every rank: ")
+                              : fmt::format("rank {}: ", rank);
+  return {static_cast<ErrorCode>(texts[rank][0] - 'A'), who + texts[rank].substr(1)};
+}
+
+}  // namespace
+
+void on_every_rank(int count, const std::function<void(int)>& body) {
+  std::vector<std::exception_ptr> failures(static_cast<std::size_t>(count));
+  std::vector<std::thread> threads;
+  for (int r = 0; r < count; ++r) {
+    threads.emplace_back([&, r] {
+      try {
+        body(r);
+      } catch (...) {
+        failures[static_cast<std::size_t>(r)] = std::current_exception();
+      }
+    });
+  }
+  for (std::thread& thread : threads) thread.join();
+  std::exception_ptr consequence;
+  for (const std::exception_ptr& failure : failures) {
+    if (!failure) continue;
+    try {
+      std::rethrow_exception(failure);
+    } catch (const Error& error) {
+      if (error.code() != ErrorCode::kPeerTimeout) throw;
+      if (!consequence) consequence = failure;
+    }
+  }
+  if (consequence) std::rethrow_exception(consequence);
+}
+
+Launch::Launch(const std::string& transport, int num_ranks, milliseconds timeout, Output& output)
+    : num_ranks_(std::max(1, num_ranks)), timeout_(timeout), output_(output) {
+  if (transport == "inproc") return;
+  if (transport != "mpi") {
+    throw Error(
+        ErrorCode::kUnsupported,
+        fmt::format("transport '{}' is not in this build; there are: inproc, mpi", transport));
+  }
+  world_ = make_mpi_transport(timeout);
+  has_processes_ = true;
+  rank_ = world_->rank();
+  num_ranks_ = world_->num_ranks();
+  if (rank_ != 0) {
+    output.json_path.clear();
+    if (std::freopen("/dev/null", "w", stdout) == nullptr) {
+      throw Error(ErrorCode::kIo, "cannot open /dev/null");
+    }
+  }
+  find_place();
+  together([&] {
+    if (num_ranks == 0 || num_ranks == num_ranks_) return;
+    throw Error(ErrorCode::kInvalidArgument,
+                fmt::format("--ranks {} over MPI: the job has {} processes, one for each rank",
+                            num_ranks, num_ranks_));
+  });
+}
+
+void Launch::find_place() {
+  char name[256] = {};
+  (void)gethostname(name, sizeof(name) - 1);
+  const auto hosts = gather(name, timeout_);
+  place_ = {0, 0};
+  for (std::size_t r = 0; r < hosts.size(); ++r) {
+    if (hosts[r] != name) continue;
+    place_.local_rank += static_cast<int>(r) < rank_;
+    ++place_.num_local_ranks;
+  }
+}
+
+Launch::Place Launch::place_of(int rank) const {
+  return world_ ? place_ : Place{rank, num_ranks_};
+}
+
+std::vector<std::string> Launch::gather(std::string mine, milliseconds timeout) const {
+  const std::uint64_t size = mine.size();
+  std::vector<std::uint64_t> sizes;
+  for (const auto& part : world_->all_gather(std::as_bytes(std::span(&size, 1)), timeout)) {
+    std::memcpy(&sizes.emplace_back(), part.data(), sizeof(size));
+  }
+  mine.resize(*std::ranges::max_element(sizes));
+  const auto parts = world_->all_gather(std::as_bytes(std::span(mine)), timeout);
+  std::vector<std::string> result;
+  for (std::size_t r = 0; r < parts.size(); ++r) {
+    result.emplace_back(reinterpret_cast<const char*>(parts[r].data()), sizes[r]);
+  }
+  return result;
+}
+
+void Launch::together(const std::function<void()>& body) {
+  if (!world_) return body();
+  std::optional<Cause> mine;
+  try {
+    body();
+  } catch (const Error& error) {
+    mine = {error.code(), error.what()};
+  } catch (const std::exception& error) {
+    mine = {ErrorCode::kInternal, error.what()};
+  }
+  // Who failed by itself waits for those who will time out because of it; who timed out does not
+  // wait for the missing much longer.
+  const bool is_consequence = mine && mine->code == ErrorCode::kPeerTimeout;
+  std::vector<std::string> texts;
+  try {
+    texts = gather(encode(mine), is_consequence ? kReportTimeout : timeout_ + kReportTimeout);
+  } catch (const Error& error) {
+    // Not everybody answers, so each says what it knows; and MPI cannot be ended.
+    if (!mine) mine = {error.code(), error.what()};
+    throw Error(mine->code, fmt::format("rank {}: {}", rank_, mine->text));
+  }
+  if (std::ranges::all_of(texts, [](const auto& text) { return text.empty(); })) return;
+  // Printed before anybody leaves: mpirun ends all processes as soon as one has failed.
+  const Error error = worst(texts);
+  if (is_reporter()) print_error(error);
+  output_.is_silent = true;
+  finish();
+  throw error;
+}
+
+std::vector<std::string> Launch::run_ranks(
+    const std::function<std::string(int, Transport&)>& body) {
+  std::vector<std::string> results(static_cast<std::size_t>(num_ranks_));
+  if (world_) {
+    std::string mine;
+    together([&] { mine = body(rank_, *world_); });
+    together([&] { results = gather(std::move(mine), timeout_); });
+    return results;
+  }
+  auto transports = make_inproc_transports(num_ranks_);
+  on_every_rank(num_ranks_, [&](int r) {
+    const auto i = static_cast<std::size_t>(r);
+    results[i] = body(r, *transports[i]);
+  });
+  return results;
+}
+
+void Launch::finish() {
+  if (!world_) return;
+  world_.reset();
+  if (!end_mpi(kGoodbyeTimeout)) {
+    throw Error(ErrorCode::kPeerTimeout,
+                fmt::format("rank {}: not every rank reached the end within {} ms", rank_,
+                            kGoodbyeTimeout.count()));
+  }
+}
+
+}  // namespace sluice::cli

@@ -1,0 +1,65 @@
+// launch.h - where the ranks of a run are: threads of this process, or processes of an MPI job.
+#pragma once
+
+#include <chrono>
+#include <functional>
+#include <memory>
+#include <span>
+#include <string>
+#include <vector>
+
+#include "command.h"
+#include "sluice/error.h"
+#include "sluice/transport.h"
+
+namespace sluice::cli {
+
+class Launch {
+ public:
+  /// `transport`: inproc or mpi. `num_ranks` 0 = one, or over MPI one for each process; over MPI
+  /// any other number must be that of the processes. Over MPI all processes but rank 0 lose their
+  /// standard output and write no files.
+  Launch(const std::string& transport, int num_ranks, std::chrono::milliseconds timeout,
+         Output& output);
+
+  [[nodiscard]] int num_ranks() const noexcept { return num_ranks_; }
+  [[nodiscard]] bool has_processes() const noexcept { return has_processes_; }
+  /// The one that prints, verifies and writes.
+  [[nodiscard]] bool is_reporter() const noexcept { return rank_ == 0; }
+
+  /// Where `rank` of this process stands among the ranks of its machine.
+  struct Place {
+    int local_rank = 0, num_local_ranks = 1;
+  };
+  [[nodiscard]] Place place_of(int rank) const;
+
+  /// Runs `body` on every process, none of which goes on if it failed on any: all throw the same
+  /// cause, naming its rank. A rank that does not even say so is named by the timeout.
+  void together(const std::function<void()>& body);
+
+  /// Runs body(rank, transport) for every rank, each on a thread or in its process, and returns
+  /// what each returned; over MPI, on the reporter only. Throws: the first cause; ranks that waited
+  /// for a failed one do not count as causes.
+  [[nodiscard]] std::vector<std::string> run_ranks(
+      const std::function<std::string(int, Transport&)>& body);
+
+  /// The last call. Over MPI the other processes then have nothing left to do.
+  void finish();
+
+ private:
+  [[nodiscard]] std::vector<std::string> gather(std::string mine,
+                                                std::chrono::milliseconds timeout) const;
+  void find_place();
+  int rank_ = 0, num_ranks_ = 1;
+  bool has_processes_ = false;
+  std::chrono::milliseconds timeout_;
+  Output& output_;
+  Place place_;                       // Of this process's rank, over MPI.
+  std::unique_ptr<Transport> world_;  // Null where ranks are threads, and after finish().
+};
+
+/// Runs body(i) on a thread for each of `count` and rethrows the first failure that is a cause
+/// rather than a consequence: ranks waiting for a failed one time out.
+void on_every_rank(int count, const std::function<void(int)>& body);
+
+}  // namespace sluice::cli

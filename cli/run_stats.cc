@@ -1,0 +1,168 @@
+#include "run_stats.h"
+
+#include <fmt/core.h>
+
+#include <algorithm>
+#include <fstream>
+#include <numeric>
+
+#include "command.h"
+#include "sluice/error.h"
+
+namespace sluice::cli {
+namespace {
+
+/// Rows that each rank sent home to each other: every one is `hidden` bf16 values.
+std::vector<std::uint64_t> combine_rows(const ExchangeCounters& c, const ModelGeometry& geometry) {
+  std::vector<std::uint64_t> rows = c.combine_bytes;
+  for (std::uint64_t& n : rows) n /= 2 * static_cast<std::uint64_t>(geometry.hidden);
+  return rows;
+}
+
+struct Balance {
+  std::vector<std::int64_t> rows_per_expert;  // [num_experts]
+  double imbalance_max_over_mean = 0;
+};
+
+Balance balance_of(const LayerRunResult& result) {
+  Balance b;
+  for (const RankResult& rank : result.ranks) {
+    const auto& rows = rank.stats.rows_per_expert;
+    b.rows_per_expert.insert(b.rows_per_expert.end(), rows.begin(), rows.end());
+  }
+  const auto total =
+      std::accumulate(b.rows_per_expert.begin(), b.rows_per_expert.end(), std::int64_t{0});
+  if (total > 0) {
+    b.imbalance_max_over_mean = static_cast<double>(std::ranges::max(b.rows_per_expert)) *
+                                static_cast<double>(b.rows_per_expert.size()) /
+                                static_cast<double>(total);
+  }
+  return b;
+}
+
+/// One family of the Prometheus text format.
+class Family {
+ public:
+  Family(std::string& out, std::string name, const char* type, const char* help)
+      : out_(out), name_(std::move(name)) {
+    out_ += fmt::format("# HELP {} {}\n# TYPE {} {}\n", name_, help, name_, type);
+  }
+  template <class T>
+  void add(const std::string& labels, T value) {
+    out_ += fmt::format("{}{{{}}} {}\n", name_, labels, value);
+  }
+
+ private:
+  std::string& out_;
+  std::string name_;
+};
+
+}  // namespace
+
+std::uint64_t outputs_digest(const LayerRunResult& result) {
+  std::uint64_t hash = 0xcbf29ce484222325;
+  for (const RankResult& rank : result.ranks) {
+    for (const std::uint16_t bits : rank.y) {
+      hash = (hash ^ bits) * 0x9e3779b97f4a7c15;
+      hash ^= hash >> 32;
+    }
+  }
+  return hash;
+}
+
+nlohmann::ordered_json stats_json(const LayerRunResult& result, const ModelGeometry& geometry) {
+  const Balance balance = balance_of(result);
+  nlohmann::ordered_json json = {{"imbalance_max_over_mean", balance.imbalance_max_over_mean},
+                                 {"rows_per_expert", balance.rows_per_expert}};
+  for (const RankResult& rank : result.ranks) {
+    const ExchangeCounters& c = rank.totals;
+    json["ranks"].push_back({{"num_dispatches", c.num_dispatches},
+                             {"dispatch_bytes", c.dispatch_bytes},
+                             {"dispatch_rows", c.dispatch_rows},
+                             {"combine_bytes", c.combine_bytes},
+                             {"combine_rows", combine_rows(c, geometry)},
+                             {"wait_ns", c.wait_ns},
+                             {"saturated_values", c.saturated_values}});
+  }
+  return json;
+}
+
+void print_stats(const LayerRunResult& result, const ModelGeometry& geometry) {
+  fmt::print("stats     of {} dispatches since creation; from a rank to a peer\n",
+             result.ranks[0].totals.num_dispatches);
+  Table table({"rank", "peer", "rows out", "bytes out", "rows home", "bytes home", "waited ms"});
+  for (std::size_t r = 0; r < result.ranks.size(); ++r) {
+    const ExchangeCounters& c = result.ranks[r].totals;
+    const auto home = combine_rows(c, geometry);
+    for (std::size_t p = 0; p < result.ranks.size(); ++p) {
+      table.add({fmt::format("{}", r), fmt::format("{}", p), fmt::format("{}", c.dispatch_rows[p]),
+                 fmt::format("{}", c.dispatch_bytes[p]), fmt::format("{}", home[p]),
+                 fmt::format("{}", c.combine_bytes[p]),
+                 fmt::format("{:.2f}", static_cast<double>(c.wait_ns[p]) * 1e-6)});
+    }
+  }
+  fmt::print("{}", table.to_string());
+  const Balance balance = balance_of(result);
+  std::string rows;
+  for (const std::int64_t n : balance.rows_per_expert) rows += fmt::format(" {}", n);
+  fmt::print("rows      by expert, last forward:{}\n", rows);
+  std::uint64_t saturated = 0;
+  for (const RankResult& rank : result.ranks) saturated += rank.totals.saturated_values;
+  fmt::print("          imbalance_max_over_mean {:.3f}; {} values saturated while sending\n",
+             balance.imbalance_max_over_mean, saturated);
+}
+
+void write_metrics(const std::string& path, const LayerRunConfig& config,
+                   const LayerRunResult& result, const ModelGeometry& geometry) {
+  std::string text;
+  const auto per_pair = [&](const char* name, const char* help, const char* peer_label,
+                            const auto& value) {
+    Family family(text, name, "counter", help);
+    for (std::size_t r = 0; r < result.ranks.size(); ++r) {
+      for (std::size_t p = 0; p < result.ranks.size(); ++p) {
+        family.add(
+            fmt::format("layer=\"{}\",rank=\"{}\",{}=\"{}\"", config.layer, r, peer_label, p),
+            value(result.ranks[r].totals, p));
+      }
+    }
+  };
+  const auto per_rank = [&](const char* name, const char* help, const auto& value) {
+    Family family(text, name, "counter", help);
+    for (std::size_t r = 0; r < result.ranks.size(); ++r) {
+      family.add(fmt::format("layer=\"{}\",rank=\"{}\"", config.layer, r),
+                 value(result.ranks[r].totals));
+    }
+  };
+  using Counters = ExchangeCounters;
+  per_pair("sluice_dispatch_bytes_total", "Bytes put by dispatch.", "peer",
+           [](const Counters& c, std::size_t p) { return c.dispatch_bytes[p]; });
+  per_pair("sluice_dispatch_rows_total", "Token copies sent by dispatch.", "peer",
+           [](const Counters& c, std::size_t p) { return c.dispatch_rows[p]; });
+  per_pair("sluice_combine_bytes_total", "Bytes put by combine.", "peer",
+           [](const Counters& c, std::size_t p) { return c.combine_bytes[p]; });
+  per_pair("sluice_combine_rows_total", "Expert outputs sent home by combine.", "peer",
+           [&](const Counters& c, std::size_t p) { return combine_rows(c, geometry)[p]; });
+  per_pair(
+      "sluice_wait_seconds_total", "Time spent waiting for a source rank.", "source",
+      [](const Counters& c, std::size_t p) { return static_cast<double>(c.wait_ns[p]) * 1e-9; });
+  per_rank("sluice_dispatches_total", "Dispatches since creation.",
+           [](const Counters& c) { return c.num_dispatches; });
+  per_rank("sluice_saturated_values_total", "Values clipped to +-448 while quantizing to send.",
+           [](const Counters& c) { return c.saturated_values; });
+  const Balance balance = balance_of(result);
+  {
+    Family family(text, "sluice_expert_rows", "gauge", "Rows of each expert in the last forward.");
+    for (std::size_t e = 0; e < balance.rows_per_expert.size(); ++e) {
+      family.add(fmt::format("layer=\"{}\",expert=\"{}\"", config.layer, e),
+                 balance.rows_per_expert[e]);
+    }
+  }
+  Family(text, "sluice_imbalance_max_over_mean", "gauge", "Fullest expert over the mean expert.")
+      .add(fmt::format("layer=\"{}\"", config.layer), balance.imbalance_max_over_mean);
+
+  std::ofstream file(path);
+  file << text;
+  if (!file.flush()) throw Error(ErrorCode::kIo, "cannot write --metrics " + path);
+}
+
+}  // namespace sluice::cli

@@ -1,0 +1,172 @@
+#!/usr/bin/env python3
+"""Every fault at every place, over processes: who says what, and how long after the fault.
+
+    fault_matrix.py [--short] FAULT_RANK MPIRUN [FLAGS...]
+
+Prints a table in Markdown. Exits with 1 if a survivor did not report an error that names rank,
+operation and epoch within the timeout plus one second, if anything hung, or if a process or a
+shared-memory file was left behind.
+"""
+import concurrent.futures
+import os
+import re
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+
+SHORT = sys.argv[1] == "--short"
+FAULT_RANK, *MPIRUN = sys.argv[2:] if SHORT else sys.argv[1:]
+RANKS, VICTIM, ROUND = 4, 2, 3
+TIMEOUT_MS = 2000
+LIMIT_MS = TIMEOUT_MS + 1000
+
+# (fault, place, what the message of a survivor must match, who must report; None = the survivors)
+GONE = rf"missing rank\(s\)(?:[^:]*\b){VICTIM}\b"
+PLACES = {"start": r"start of the MPI transport",
+          "before-creation": r"creation, comparing configurations: all_gather number \d+", "creation": r"creation.*make_window number \d+",
+          "before-dispatch": r"dispatch.*epoch 4", "dispatch": r"dispatch.*epoch 4",
+          "before-combine": r"combine, epoch 4", "combine": r"combine, epoch 4",
+          "after-combine": r"dispatch.*epoch 5"}
+CASES = [(fault, place, f"{operation}.*{GONE}", mode)
+         for fault in ("kill", "stop") for place, operation in PLACES.items()
+         for mode in ("low-latency", "normal")]
+CASES += [("slow", place, None, mode) for place in PLACES for mode in ("low-latency", "normal")]
+for mode in ("low-latency", "normal"):
+    for place in ("dispatch", "combine"):
+        CASES += [("truncate", place, rf"{place}.*epoch 4.*from rank {VICTIM}: message number \d+ has", mode),
+                  ("corrupt", place, rf"{place}.*epoch 4.*from rank {VICTIM}: message number \d+: checksum", mode),
+                  ("lose", place, rf"epoch 4.*from rank {VICTIM}: message number \d+ where|{place}.*epoch 4.*{GONE}", mode)]
+    CASES += [("order", "dispatch", rf"epoch.*(missing rank|different calls)", mode),
+              ("capacity", "creation", rf"ranks disagree on max_tokens_per_rank: rank 0 has '8', rank {VICTIM} has '9'", mode)]
+CASES += [("stranger", "start", rf"ranks disagree on version: rank \d has 'sluice [\d.]+', rank {VICTIM} has 'sluice 9.9.9'", "normal"),
+          ("flood", "put", rf"sending on rank \d: after {TIMEOUT_MS} ms \d+ messages to rank {VICTIM} .*{GONE}", "normal")]
+if SHORT:
+    CASES = [c for i, c in enumerate(CASES) if (c[0] in ("truncate", "corrupt", "lose", "order", "capacity", "stranger", "flood")) and c[3] == "normal"
+             or c[0] in ("kill", "stop") and (c[1], c[3]) in (("start", "normal"), ("creation", "normal"), ("dispatch", "low-latency"), ("combine", "normal"))
+             or c[0] == "slow" and (c[1], c[3]) == ("dispatch", "low-latency")]
+
+
+def leftovers():
+    shm = {f for f in os.listdir("/dev/shm")} if os.path.isdir("/dev/shm") else set()
+    return shm
+
+
+def run_case(case):
+    fault, place, pattern, mode = case
+    command = [*MPIRUN, "--enable-recovery", "-n", str(RANKS), FAULT_RANK, "--fault", fault, "--at", place,
+               "--mode", mode, "--timeout-ms", str(TIMEOUT_MS)]
+    with tempfile.NamedTemporaryFile("w") as out, tempfile.TemporaryFile("w+") as err:
+        job = subprocess.Popen(command, stdout=out, stderr=err, start_new_session=True)
+        hung = wait_for(job, out.name, RANKS - (fault in ("kill", "stop", "flood")), fault in ("stop", "flood"))
+        err.seek(0)
+        return judge(case, read(out.name), err.read(), hung, children_of(job.pid))
+
+
+def read(path):
+    with open(path) as file:
+        return file.read()
+
+
+def wait_for(job, out, num_reports, is_stopped):
+    """Ends the job; true if it had to be ended by force where it should have ended by itself."""
+    deadline = time.monotonic() + 45
+    while job.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.02)
+        if is_stopped and read(out).count("fault_rank") > num_reports:
+            break
+    hung = job.poll() is None and not is_stopped
+    if job.poll() is None:
+        # mpirun waits for a stopped rank for ever: ending that one is up to whoever stopped it.
+        time.sleep(0.8)
+        for pid in children_of(job.pid):
+            os.kill(pid, signal.SIGKILL)
+    try:
+        job.wait(timeout=20)
+    except subprocess.TimeoutExpired:
+        hung = True
+        os.killpg(job.pid, signal.SIGKILL)
+        job.wait()
+    return hung
+
+
+def children_of(pid):
+    """Processes of our program that mpirun `pid` started and that are still there."""
+    found = []
+    for entry in os.listdir("/proc"):
+        if not entry.isdigit():
+            continue
+        try:
+            with open(f"/proc/{entry}/stat") as file:
+                parent = int(file.read().rsplit(")", 1)[1].split()[1])
+        except (OSError, IndexError, ValueError):
+            continue
+        if parent == pid:
+            found.append(int(entry))
+    return found
+
+
+def judge(case, out, err, hung, left):
+    fault, place, pattern, mode = case
+    began = [int(m) for m in re.findall(r"fault_rank began at (\d+)", out)]
+    reports = {int(r): (int(at), code, text)
+               for r, at, code, text in re.findall(r"fault_rank (\d+): at (\d+) \[([^\]]*)\] ?(.*)", out)}
+    wrong = []
+    if hung:
+        wrong.append("hung")
+    if left:
+        wrong.append(f"processes left: {left}")
+    if not began:
+        wrong.append("the fault did not strike")
+    survivors = [r for r in range(RANKS) if r != VICTIM]
+    times = []
+    for r in survivors:
+        if r not in reports:
+            wrong.append(f"rank {r} said nothing")
+            continue
+        at, code, text = reports[r]
+        if pattern is None:
+            if code != "ok":
+                wrong.append(f"rank {r}: [{code}] {text}")
+            continue
+        if began:
+            times.append(at - began[0])
+        # A rank that stops because another survivor stopped first must name somebody, too; the
+        # victim is named by at least one.
+        if code not in ("peer timeout", "transport error"):
+            wrong.append(f"rank {r}: [{code}] {text}")
+        if not re.search(r"rank", text):
+            wrong.append(f"rank {r} names nobody: {text}")
+    if pattern and not any(re.search(pattern, reports[r][2]) for r in survivors if r in reports):
+        wrong.append("no survivor says what happened: " + "; ".join(
+            f"{r}: {reports[r][2]}" for r in survivors if r in reports))
+    if times and max(times) > LIMIT_MS:
+        wrong.append(f"{max(times)} ms after the fault, limit {LIMIT_MS}")
+    example = next((reports[r][2] for r in survivors
+                    if r in reports and pattern and re.search(pattern, reports[r][2])), "all finish, all rows right")
+    seen = f"{min(times)}-{max(times)}" if times else "-"
+    return case, seen, example, wrong, err
+
+
+def main():
+    before = leftovers()
+    bad = 0
+    print("| fault | where | mode | ms to error, first-last survivor | what a survivor says |")
+    print("|---|---|---|---|---|")
+    with concurrent.futures.ThreadPoolExecutor(max_workers=2) as pool:
+        for case, seen, example, wrong, err in pool.map(run_case, CASES):
+            fault, place, _, mode = case
+            print(f"| {fault} | {place} | {mode} | {seen} | {example[:150]} |", flush=True)
+            if wrong:
+                bad += 1
+                print(f"FAILED {fault} {place} {mode}: " + "\n    ".join(wrong) + "\n" + err, flush=True)
+    left = leftovers() - before
+    if left:
+        bad += 1
+        print(f"FAILED left in /dev/shm: {sorted(left)}")
+    print(f"\n{len(CASES)} cells, {bad} failed; timeout {TIMEOUT_MS} ms, limit {LIMIT_MS} ms")
+    sys.exit(1 if bad else 0)
+
+
+main()

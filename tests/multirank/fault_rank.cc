@@ -1,0 +1,261 @@
+// One rank of the fault matrix: `mpirun -n 4 --enable-recovery fault_rank --fault kill --at
+// combine`. Ranks run dispatch and combine, checked row by row, until the fault strikes; every rank
+// then prints one line that fault_matrix.py reads:
+//
+//   fault_rank 2: <ms since the fault began> <error code or ok> <message>
+//
+// A rank that is killed prints nothing.
+#include <fmt/core.h>
+#include <gtest/gtest-spi.h>
+#include <mpi.h>
+#include <sys/prctl.h>
+#include <unistd.h>
+
+#include <atomic>
+#include <csignal>
+#include <cstdlib>
+#include <cstring>
+#include <map>
+#include <thread>
+#include <utility>
+
+#include "exchange/exchange_model.h"
+#include "multirank/run_ranks.h"
+#include "support/scalar_backend.h"
+
+namespace {
+
+using namespace std::chrono_literals;
+using namespace sluice;
+using sluice::testing::make_traffic;
+using sluice::testing::ScalarBackend;
+using sluice::testing::Traffic;
+
+struct Options {
+  std::string fault =
+      "none";  // none kill stop slow truncate corrupt lose order capacity stranger flood
+  std::string at = "dispatch";  // start before-creation creation before-dispatch dispatch
+                                // before-combine combine after-combine
+  int victim = 2;
+  int round = 3;
+  int timeout_ms = 2000;
+  Mode mode = Mode::kLowLatency;
+};
+Options options;
+int this_rank = -1;
+
+/// When the fault began, for all processes of this machine alike.
+std::int64_t now_ms() {
+  timespec t{};
+  clock_gettime(CLOCK_MONOTONIC, &t);
+  return std::int64_t{t.tv_sec} * 1000 + t.tv_nsec / 1'000'000;
+}
+void note_fault() {
+  fmt::print("fault_rank began at {}\n", now_ms());
+  std::fflush(stdout);
+}
+
+// --- Faults of messages: MPI's profiling interface lets a program stand between MPI and itself.
+std::atomic<bool> spoil_next{false};
+
+}  // namespace
+
+extern "C" int MPI_Isend(const void* bytes, int count, MPI_Datatype type, int to, int tag,
+                         MPI_Comm comm, MPI_Request* request) {
+  static std::vector<std::vector<char>> kept;
+  int rank = -1;
+  PMPI_Comm_rank(MPI_COMM_WORLD, &rank);
+  if (options.fault == "stranger" && rank == options.victim && count == 64) {
+    // The first words of another program.
+    note_fault();
+    kept.emplace_back(64, 0);
+    std::strcpy(kept.back().data(), "sluice 9.9.9");
+    return PMPI_Isend(kept.back().data(), count, type, to, tag, comm, request);
+  }
+  if (to == 0 && count > 300 && spoil_next.exchange(false)) {
+    note_fault();
+    std::vector<char>& copy = kept.emplace_back(static_cast<std::size_t>(count));
+    std::memcpy(copy.data(), bytes, copy.size());
+    if (options.fault == "corrupt") copy[copy.size() / 2] ^= 0x10;
+    if (options.fault == "truncate") count -= 64;
+    if (options.fault == "lose") {
+      *request = MPI_REQUEST_NULL;
+      return MPI_SUCCESS;
+    }
+    return PMPI_Isend(copy.data(), count, type, to, tag, comm, request);
+  }
+  return PMPI_Isend(bytes, count, type, to, tag, comm, request);
+}
+
+namespace {
+
+/// Called at every place where the fault could strike.
+void here(const char* place, int round) {
+  static bool struck = false;
+  if (this_rank != options.victim || round != options.round || options.at != place) return;
+  if (std::exchange(struck, true)) return;
+  if (options.fault == "kill" || options.fault == "stop" || options.fault == "flood") {
+    note_fault();
+    std::this_thread::sleep_for(20ms);  // mpirun still has to carry the line away.
+    kill(getpid(), options.fault == "kill" ? SIGKILL : SIGSTOP);
+  } else if (options.fault == "slow") {
+    note_fault();
+    std::this_thread::sleep_for(std::chrono::milliseconds(options.timeout_ms / 2));
+  } else if (options.fault == "corrupt" || options.fault == "truncate" || options.fault == "lose") {
+    spoil_next = true;
+  }
+}
+
+/// A transport that tells when a wait begins: the middle of an operation.
+class MiddleWindow final : public Window {
+ public:
+  MiddleWindow(std::unique_ptr<Window> inner, const int& round, const std::string& operation)
+      : inner_(std::move(inner)), round_(round), operation_(operation) {}
+  std::byte* local() noexcept override { return inner_->local(); }
+  [[nodiscard]] std::size_t bytes() const noexcept override { return inner_->bytes(); }
+  [[nodiscard]] int num_flags() const noexcept override { return inner_->num_flags(); }
+  void put(int peer, std::size_t offset, std::span<const std::byte> data) override {
+    // Half-way through what goes to a peer: some rows are there, no flag is.
+    if (data.size() > 64) here(operation_.c_str(), round_);
+    inner_->put(peer, offset, data);
+  }
+  void signal(int peer, int flag, std::uint64_t epoch) override {
+    inner_->signal(peer, flag, epoch);
+  }
+  [[nodiscard]] std::uint64_t flag(int flag) const override { return inner_->flag(flag); }
+  [[nodiscard]] std::vector<int> wait_flags(
+      std::span<const int> flags, std::uint64_t epoch,
+      std::chrono::steady_clock::time_point deadline) override {
+    return inner_->wait_flags(flags, epoch, deadline);
+  }
+
+ private:
+  std::unique_ptr<Window> inner_;
+  const int& round_;
+  const std::string& operation_;
+};
+
+class MiddleTransport final : public Transport {
+ public:
+  explicit MiddleTransport(Transport& inner) : inner_(inner) {}
+  [[nodiscard]] int rank() const noexcept override { return inner_.rank(); }
+  [[nodiscard]] int num_ranks() const noexcept override { return inner_.num_ranks(); }
+  [[nodiscard]] std::string name() const override { return inner_.name(); }
+  [[nodiscard]] std::unique_ptr<Window> make_window(std::size_t bytes, int num_flags,
+                                                    std::chrono::milliseconds timeout) override {
+    here("creation", options.round);
+    return std::make_unique<MiddleWindow>(inner_.make_window(bytes, num_flags, timeout), round,
+                                          operation);
+  }
+  [[nodiscard]] std::vector<std::vector<std::byte>> all_gather(
+      std::span<const std::byte> mine, std::chrono::milliseconds timeout) override {
+    return inner_.all_gather(mine, timeout);
+  }
+  [[nodiscard]] TransportCounters counters() const override { return inner_.counters(); }
+
+  int round = 0;
+  std::string operation;
+
+ private:
+  Transport& inner_;
+};
+
+/// False if any row differs from the definition.
+bool is_exact(const Traffic& t, const ExchangeConfig& config, int r, const ExpertBatch& batch,
+              std::vector<std::uint16_t>& rows) {
+  ::testing::TestPartResultArray failed;
+  ::testing::ScopedFakeTestPartResultReporter reporter(
+      ::testing::ScopedFakeTestPartResultReporter::INTERCEPT_ALL_THREADS, &failed);
+  sluice::testing::check_batch(t, config, r, batch, rows);
+  return failed.size() == 0;
+}
+
+/// Far more than may be under way, to a rank that has stopped taking anything.
+void flood(Transport& world) {
+  const auto timeout = std::chrono::milliseconds(options.timeout_ms);
+  const auto window = world.make_window(1 << 20, 1, timeout);
+  if (this_rank == options.victim) here("put", options.round);
+  const std::vector<std::byte> data(1 << 20);
+  for (int i = 0; i < 64; ++i) window->put(options.victim, 0, data);
+}
+
+void rounds(Transport& world) {
+  if (options.fault == "flood") return flood(world);
+  const bool differs = options.fault == "capacity" && this_rank == options.victim;
+  if (differs) note_fault();
+  const ExchangeConfig config{.mode = options.mode,
+                              .num_experts = 8,
+                              .num_topk = 2,
+                              .hidden = 1024,
+                              .max_tokens_per_rank = differs ? 9 : 8,
+                              .peer_timeout = std::chrono::milliseconds(options.timeout_ms)};
+  const Traffic t = make_traffic({8, 6, 7, 8}, 8, 2, 1024, 4);
+  MiddleTransport transport(world);
+  ScalarBackend backend;
+  here("before-creation", options.round);
+  Exchange exchange = Exchange::create(config, transport, backend);
+  for (int& round = transport.round; round < 2 * options.round; ++round) {
+    here("before-dispatch", round);
+    if (options.fault == "order" && round == options.round && this_rank == options.victim) {
+      // Drops this round's rows and dispatches again where the others combine.
+      note_fault();
+      (void)exchange.dispatch(t.x_view(this_rank), t.routing(this_rank), {});
+    }
+    transport.operation = "dispatch";
+    Dispatched d = exchange.dispatch(t.x_view(this_rank), t.routing(this_rank), {});
+    std::vector<std::uint16_t> rows,
+        y(static_cast<std::size_t>(t.num_tokens[this_rank] * t.hidden));
+    if (!is_exact(t, config, this_rank, d.batch(), rows)) throw std::logic_error("wrong rows");
+    MutableTensorView out;
+    out.data = y.data(), out.dtype = DType::kBFloat16;
+    out.shape = Shape{t.num_tokens[this_rank], t.hidden};
+    const TensorView expert_y(rows.data(), DType::kBFloat16, d.batch().x.shape);
+    here("before-combine", round);
+    transport.operation = "combine";
+    exchange.combine(std::move(d), expert_y, out, {});
+    here("after-combine", round);
+  }
+}
+
+int run() {
+  std::string code = "ok", text;
+  try {
+    if (options.at == "start") {  // The program starts MPI, and the fault strikes before Sluice.
+      int level = 0;
+      MPI_Init_thread(nullptr, nullptr, MPI_THREAD_SERIALIZED, &level);
+      MPI_Comm_rank(MPI_COMM_WORLD, &this_rank);
+      here("start", options.round);
+    }
+    const auto world = make_mpi_transport(std::chrono::milliseconds(options.timeout_ms));
+    this_rank = world->rank();
+    rounds(*world);
+  } catch (const Error& error) {
+    code = to_string(error.code()), text = error.what();
+  } catch (const std::exception& error) {
+    code = "wrong", text = error.what();
+  }
+  fmt::print("fault_rank {}: at {} [{}] {}\n", this_rank, now_ms(), code, text);
+  std::fflush(stdout);
+  // With a rank gone there is no end of MPI to wait for.
+  const bool ended = end_mpi(500ms);
+  std::fflush(stdout);
+  if (!ended) std::_Exit(code == "ok" ? 0 : 4);
+  int initialized = 0, finalized = 0;
+  MPI_Initialized(&initialized);
+  MPI_Finalized(&finalized);
+  if (initialized && !finalized && code == "ok") MPI_Finalize();
+  return code == "ok" ? 0 : 4;
+}
+
+}  // namespace
+
+int main(int argc, char** argv) {
+  prctl(PR_SET_PDEATHSIG, SIGKILL);  // A stopped rank does not outlive its mpirun.
+  std::map<std::string, std::string> given;
+  for (int i = 1; i + 1 < argc; i += 2) given[argv[i]] = argv[i + 1];
+  if (given.count("--fault")) options.fault = given["--fault"];
+  if (given.count("--at")) options.at = given["--at"];
+  if (given.count("--mode")) options.mode = parse_mode(given["--mode"]);
+  if (given.count("--timeout-ms")) options.timeout_ms = std::stoi(given["--timeout-ms"]);
+  return run();
+}

@@ -1,0 +1,61 @@
+// The main of tests with ranks: `test` runs them as threads, `mpirun -n N test --transport mpi` as
+// processes. Then only process 0 reports what passes, and each reports what it saw fail.
+#include <gmock/gmock.h>
+
+#include <cstdio>
+#include <string>
+#include <string_view>
+
+#include "multirank/run_ranks.h"
+
+namespace sluice::testing {
+namespace {
+
+class FailuresOfRank final : public ::testing::EmptyTestEventListener {
+ public:
+  explicit FailuresOfRank(int rank) : rank_(rank) {}
+  void OnTestStart(const ::testing::TestInfo& test) override {
+    test_ = std::string(test.test_suite_name()) + "." + test.name();
+  }
+  // Called under a lock of gtest's: it must not be asked which test is running.
+  void OnTestPartResult(const ::testing::TestPartResult& result) override {
+    if (!result.failed()) return;
+    std::fprintf(stderr, "rank %d: %s: %s:%d: %s\n", rank_, test_.c_str(),
+                 result.file_name() ? result.file_name() : "", result.line_number(),
+                 result.message());
+  }
+
+ private:
+  int rank_;
+  std::string test_;
+};
+
+int run_as_processes() {
+  control_transport() = make_mpi_transport(kProcessTimeout);
+  const int rank = control_transport()->rank();
+  auto& listeners = ::testing::UnitTest::GetInstance()->listeners();
+  if (rank != 0) {
+    delete listeners.Release(listeners.default_result_printer());
+    listeners.Append(new FailuresOfRank(rank));
+  }
+  const int status = RUN_ALL_TESTS();
+  control_transport().reset();
+  if (!end_mpi(kProcessTimeout)) {
+    std::fprintf(stderr, "rank %d: not every process reached the end\n", rank);
+    return 1;
+  }
+  return status;
+}
+
+}  // namespace
+}  // namespace sluice::testing
+
+int main(int argc, char** argv) {
+  ::testing::InitGoogleMock(&argc, argv);
+  for (int i = 1; i + 1 < argc; ++i) {
+    if (std::string_view(argv[i]) == "--transport" && std::string_view(argv[i + 1]) == "mpi") {
+      return sluice::testing::run_as_processes();
+    }
+  }
+  return RUN_ALL_TESTS();
+}

@@ -1,0 +1,342 @@
+// Every order in which the ranks of a host exchange and their signals can run, for few ranks and
+// operations: the slots, flags and epochs of src/exchange without the bytes themselves.
+//
+//   explore --ranks 2 --operations 6 [--mode normal] [--split] [--mutant M]
+//
+// Two slots, two operations in flight, as docs/design.md describes. Signals on their way arrive in
+// any order, also those of one pair of ranks; one signal arrives a second time, arbitrarily late (a
+// stale write). Puts arrive before their signal; with --split at any moment before it, else at the
+// worst one for each check: for overwriting, when they are sent, for reading, with their signal.
+// Checked in every state that can be reached:
+//
+//   - whoever takes a buffer for complete finds there the bytes of this use, from every rank
+//   - no put reaches a buffer that its owner still reads for an earlier use
+//   - no flag of a later use is seen;  some step is possible until all ranks are done
+//
+// Mutants: no-epoch (a flag is a mere "ready"), parity (one bit of the use), flag-before-data,
+// no-release (slots are reused without asking). Exits with 0 if nothing is violated, else with 1
+// after printing the steps that lead there.
+#include <fmt/core.h>
+
+#include <algorithm>
+#include <array>
+#include <cstdint>
+#include <cstring>
+#include <map>
+#include <string>
+#include <string_view>
+#include <unordered_set>
+#include <vector>
+
+namespace {
+
+using u8 = std::uint8_t;
+constexpr int kMaxRanks = 3, kSlots = 2, kMaxSignals = 28;
+
+enum Kind : u8 { kCounts, kDispatched, kCombined, kReleased, kNumKinds };
+constexpr const char* kKindName[] = {"counts", "rows", "outputs", "release"};
+
+/// How far a rank is with one operation. A wait and the put that follows it are one step: nobody
+/// else can see what lies between.
+enum Step : u8 {
+  kIdle,  // The slot is free; waiting for its release by all.
+  kWaitCounts,
+  kWaitRows,
+  kPutOutputs,  // Between dispatch and combine: other operations may begin meanwhile.
+  kWaitOutputs,
+};
+
+struct Model {
+  int ranks = 2, operations = 6;
+  bool low_latency = true, split = false, epochs = true, parity = false;
+  bool flag_before_data = false, asks_for_release = true;
+};
+
+/// A signal on its way, and the bytes put before it.
+struct Signal {
+  u8 from, to, slot, kind, epoch;
+  u8 parts;  // 1: the bytes are on their way, 2: the signal is, 4: it is a second copy
+};
+
+struct State {
+  u8 step[kMaxRanks][kSlots];
+  u8 epoch[kMaxRanks][kSlots];  // Of the slot's last use.
+  u8 next[kMaxRanks];
+  u8 flag[kMaxRanks][kSlots][kNumKinds][kMaxRanks];   // [owner][slot][kind][source]
+  u8 bytes[kMaxRanks][kSlots][kReleased][kMaxRanks];  // The use whose bytes lie there.
+  u8 copied, num_signals;
+  Signal signals[kMaxSignals];
+};
+
+struct Digest {
+  std::uint64_t a, b;
+  bool operator==(const Digest&) const = default;
+};
+struct DigestHash {
+  std::size_t operator()(const Digest& d) const { return d.a; }
+};
+
+/// Equal states only, for all that matters: 2^-80 for the millions of states here.
+Digest digest_of(const State& s) {
+  Digest d{0x243f6a8885a308d3, 0x13198a2e03707344};
+  const auto* p = reinterpret_cast<const u8*>(&s);
+  const std::size_t used = offsetof(State, signals) + s.num_signals * sizeof(Signal);
+  for (std::size_t at = 0; at < used; at += sizeof(std::uint64_t)) {
+    std::uint64_t word = 0;
+    std::memcpy(&word, p + at, std::min(sizeof(word), used - at));
+    d.a = (d.a ^ word) * 0x9e3779b97f4a7c15;
+    d.a ^= d.a >> 29;
+    d.b = (d.b + word + at + 1) * 0xd1342543de82ef95;
+    d.b ^= d.b >> 31;
+  }
+  return d;
+}
+
+struct Violation {
+  std::string text;
+};
+
+class Explorer {
+ public:
+  explicit Explorer(const Model& model) : m_(model) { seen_.reserve(1 << 22); }
+
+  /// Explores everything; throws Violation with path() leading to it.
+  void run() {
+    State start;
+    std::memset(&start, 0, sizeof(start));
+    std::fill(std::begin(start.next), std::end(start.next), u8{1});
+    visit(start, [] { return std::string("start"); });
+  }
+  [[nodiscard]] std::size_t num_states() const { return seen_.size(); }
+  [[nodiscard]] std::string path() const {
+    std::string text;
+    for (const std::string& step : path_) text += "  " + step + "\n";
+    return text;
+  }
+
+ private:
+  /// `describe()`: the step that led here.
+  template <class Describe>
+  void visit(const State& s, const Describe& describe) {
+    if (!seen_.insert(digest_of(s)).second) return;
+    path_.push_back(describe());
+    bool any = false;
+    for (int r = 0; r < m_.ranks; ++r) any |= advance(s, r);
+    for (int i = 0; i < s.num_signals; ++i) any |= deliver(s, i);
+    if (!any && !all_done(s)) throw Violation{"deadlock: no step is possible"};
+    path_.pop_back();
+  }
+
+  [[nodiscard]] bool all_done(const State& s) const {
+    for (int r = 0; r < m_.ranks; ++r) {
+      for (const u8 step : s.step[r]) {
+        if (step != kIdle || s.next[r] <= m_.operations) return false;
+      }
+    }
+    return true;
+  }
+
+  [[nodiscard]] bool arrived(u8 flag, u8 epoch) const {
+    const auto use = [](u8 e) { return (e - 1) / kSlots; };
+    if (m_.parity) return flag != 0 && use(flag) % 2 == use(epoch) % 2;
+    return m_.epochs ? flag >= epoch : flag != 0;
+  }
+
+  /// All ranks have raised `kind`; then what they announced must be there.
+  [[nodiscard]] bool all_arrived(const State& s, int r, int slot, Kind kind) const {
+    const u8 epoch = s.epoch[r][slot];
+    for (int source = 0; source < m_.ranks; ++source) {
+      if (!arrived(s.flag[r][slot][kind][source], epoch)) return false;
+    }
+    for (int source = 0; source < m_.ranks; ++source) {
+      const u8 flag = s.flag[r][slot][kind][source];
+      if (m_.epochs && !m_.parity && flag > epoch) {
+        throw Violation{
+            fmt::format("rank {} sees epoch {} of rank {} during {}", r, flag, source, epoch)};
+      }
+      if (kind != kReleased) expect_bytes(s, r, slot, kind, source);
+    }
+    return true;
+  }
+
+  void expect_bytes(const State& s, int r, int slot, Kind kind, int source) const {
+    const u8 there = s.bytes[r][slot][kind][source];
+    if (there == s.epoch[r][slot]) return;
+    throw Violation{fmt::format("rank {} takes the {} of use {} from rank {} for those of use {}",
+                                r, kKindName[kind], there, source, s.epoch[r][slot])};
+  }
+
+  /// The slot at which the program of rank r is: it finishes a dispatch or combine it is in, then
+  /// begins operations while there is a free slot, then combines the oldest.
+  [[nodiscard]] int current_slot(const State& s, int r) const {
+    int free = -1, oldest = -1;
+    for (int slot = kSlots - 1; slot >= 0; --slot) {
+      const u8 step = s.step[r][slot];
+      if (step == kIdle) {
+        free = slot;
+      } else if (step != kPutOutputs) {
+        return slot;
+      } else if (oldest < 0 || s.epoch[r][slot] < s.epoch[r][oldest]) {
+        oldest = slot;
+      }
+    }
+    return free >= 0 && s.next[r] <= m_.operations ? free : oldest;
+  }
+
+  /// One step of rank r, if its program can go on.
+  bool advance(const State& s, int r) {
+    const int slot = current_slot(s, r);
+    if (slot < 0) return false;
+    State n = s;
+    const u8 epoch = s.epoch[r][slot];
+    switch (s.step[r][slot]) {
+      case kIdle:
+        if (epoch != 0 && m_.asks_for_release && !all_arrived(s, r, slot, kReleased)) return false;
+        n.epoch[r][slot] = n.next[r]++;
+        return m_.low_latency ? put(n, r, slot, kCounts, kWaitCounts)
+                              : put(n, r, slot, kDispatched, kWaitRows);
+      case kWaitCounts:
+        if (!all_arrived(s, r, slot, kCounts)) return false;
+        return put(n, r, slot, kDispatched, kWaitRows);
+      case kWaitRows:
+        if (!all_arrived(s, r, slot, kDispatched)) return false;
+        n.step[r][slot] = kPutOutputs;
+        visit(n, [&] { return fmt::format("rank {} has all rows of {}", r, epoch); });
+        return true;
+      case kPutOutputs:  // The experts have read the rows until now.
+        for (int source = 0; source < m_.ranks; ++source) {
+          expect_bytes(s, r, slot, kDispatched, source);
+        }
+        return put(n, r, slot, kCombined, kWaitOutputs);
+      default:
+        if (!all_arrived(s, r, slot, kCombined)) return false;
+        return put(n, r, slot, kReleased, kIdle);
+    }
+  }
+
+  /// Rank r puts and raises `kind` at every rank; at itself at once.
+  bool put(State& n, int r, int slot, Kind kind, Step then) {
+    const u8 epoch = n.epoch[r][slot];
+    for (int to = 0; to < m_.ranks; ++to) {
+      Signal signal{static_cast<u8>(r), static_cast<u8>(to), static_cast<u8>(slot), kind, epoch, 2};
+      if (kind != kReleased) check_overwrite(n, signal);
+      if (to == r) {
+        if (kind != kReleased) n.bytes[r][slot][kind][r] = epoch;
+        n.flag[r][slot][kind][r] = epoch;
+        continue;
+      }
+      if (kind != kReleased && (m_.split || m_.flag_before_data)) signal.parts |= 1;
+      if (n.num_signals == kMaxSignals)
+        throw Violation{"more signals on their way than the model holds"};
+      n.signals[n.num_signals++] = signal;
+    }
+    n.step[r][slot] = then;
+    sort(n);
+    visit(n, [&] {
+      return fmt::format("rank {} sends the {} of {} in slot {}", r, kKindName[kind], epoch, slot);
+    });
+    return true;
+  }
+
+  void check_overwrite(const State& s, const Signal& p) const {
+    if (s.step[p.to][p.slot] == kIdle || s.epoch[p.to][p.slot] >= p.epoch) return;
+    throw Violation{
+        fmt::format("the {} of use {} from rank {} overwrite use {}, which rank {} still reads",
+                    kKindName[p.kind], p.epoch, p.from, s.epoch[p.to][p.slot], p.to)};
+  }
+
+  bool deliver(const State& s, int i) {
+    const Signal& p = s.signals[i];
+    const auto say = [&p](const char* what) {
+      return [&p, what] {
+        return fmt::format("{}: {} of {}, rank {} to {}", what, kKindName[p.kind], p.epoch, p.from,
+                           p.to);
+      };
+    };
+    if (p.parts & 1) {
+      State n = s;
+      check_overwrite(n, p);
+      n.bytes[p.to][p.slot][p.kind][p.from] = p.epoch;
+      take(n, i, 1);
+      visit(n, say("bytes arrive"));
+      if (!m_.flag_before_data) return true;
+    }
+    if (!(p.parts & 6)) return true;
+    State n = s;
+    if ((p.parts & 2) && p.kind != kReleased && !m_.split && !m_.flag_before_data) {
+      n.bytes[p.to][p.slot][p.kind][p.from] = p.epoch;
+    }
+    u8& flag = n.flag[p.to][p.slot][p.kind][p.from];
+    // Flags only grow; a flag without an epoch is just set again.
+    if (!m_.epochs || m_.parity || p.epoch > flag) flag = p.epoch;
+    if ((p.parts & 2) && !s.copied) {
+      State twice = n;
+      twice.copied = 1;
+      twice.signals[i].parts = static_cast<u8>((p.parts & ~2) | 4);
+      sort(twice);
+      visit(twice, say("signal arrives, and will once more"));
+    }
+    take(n, i, p.parts & 6);
+    visit(n, say(p.parts & 4 ? "stale signal arrives" : "signal arrives"));
+    return true;
+  }
+
+  static void take(State& n, int i, int part) {
+    Signal& p = n.signals[i];
+    p.parts = static_cast<u8>(p.parts & ~part);
+    if (p.parts == 0) p = n.signals[--n.num_signals];
+    sort(n);
+  }
+  /// What is on its way is a set: states that differ in order only are one.
+  static void sort(State& s) {
+    std::sort(s.signals, s.signals + s.num_signals, [](const Signal& a, const Signal& b) {
+      return std::memcmp(&a, &b, sizeof(Signal)) < 0;
+    });
+  }
+
+  Model m_;
+  std::unordered_set<Digest, DigestHash> seen_;
+  std::vector<std::string> path_;
+};
+
+}  // namespace
+
+int main(int argc, char** argv) {
+  Model m;
+  std::string mutant = "none";
+  for (int i = 1; i < argc; ++i) {
+    const std::string_view name = argv[i];
+    const std::string value = i + 1 < argc ? argv[i + 1] : "";
+    if (name == "--split") {
+      m.split = true;
+      continue;
+    }
+    if (name == "--ranks") m.ranks = std::stoi(value);
+    if (name == "--operations") m.operations = std::stoi(value);
+    if (name == "--mode") m.low_latency = value == "low-latency";
+    if (name == "--mutant") mutant = value;
+    ++i;
+  }
+  if (mutant == "no-epoch") m.epochs = false;
+  if (mutant == "parity") m.parity = true;
+  if (mutant == "flag-before-data") m.flag_before_data = true;
+  if (mutant == "no-release") m.asks_for_release = false;
+  if (m.ranks < 1 || m.ranks > kMaxRanks || m.operations < 1 || m.operations > 100) {
+    fmt::print("ranks {} not in [1, {}] or operations {} not in [1, 100]\n", m.ranks, kMaxRanks,
+               m.operations);
+    return 2;
+  }
+  Explorer explorer(m);
+  fmt::print("{} ranks, {} operations, two in flight, {}, mutant {}: ", m.ranks, m.operations,
+             m.low_latency ? "low-latency" : "normal", mutant);
+  std::fflush(stdout);
+  try {
+    explorer.run();
+  } catch (const Violation& violation) {
+    fmt::print("VIOLATION after {} states: {}\n{}", explorer.num_states(), violation.text,
+               explorer.path());
+    return 1;
+  }
+  fmt::print("{} states, nothing violated\n", explorer.num_states());
+  return 0;
+}
