@@ -1,26 +1,23 @@
 // Writes a synthetic checkpoint: all sizes are known before the first byte, so files are laid out
 // first and experts are then made in any order, by several threads, and written where they belong.
-#include <fcntl.h>
-#include <sys/statvfs.h>
 #include <unistd.h>
 
 #include <algorithm>
 #include <atomic>
-#include <cerrno>
-#include <cstring>
 #include <exception>
-#include <fstream>
 #include <mutex>
 #include <nlohmann/json.hpp>
 #include <span>
 #include <thread>
 #include <utility>
 
+#include "checkpoint/output_dir.h"
 #include "checkpoint/safetensors.h"
 #include "checkpoint/synthetic.h"
 #include "checkpoint/synthetic_formats.h"
 #include "checkpoint/tensor_index.h"
 #include "core/fail.h"
+#include "core/file_write.h"
 #include "sluice/quant.h"
 
 namespace sluice {
@@ -110,7 +107,6 @@ class SyntheticWriter {
   void write_tensor(const Place& place, std::span<const std::byte> bytes) const;
   void write_input_scales() const;
   void write_json() const;
-  void write_text(const std::string& name, const std::string& text) const;
 
   const SyntheticCheckpoint& spec_;
   fs::path dir_;
@@ -160,29 +156,6 @@ void SyntheticWriter::plan_shards() {
       place.offset = shard.header.size() + shard.tensors[next[place.shard]++].begin;
     }
   }
-}
-
-[[noreturn]] void fail_io(const fs::path& path, const char* what) {
-  fail(ErrorCode::kIo, "{}: cannot {}: {}", path.string(), what, std::strerror(errno));
-}
-
-/// Writes all of `bytes` at `offset` of a file that exists, or is made.
-void write_at(const fs::path& path, std::uint64_t offset, std::span<const std::byte> bytes) {
-  const int fd = ::open(path.c_str(), O_WRONLY | O_CREAT | O_CLOEXEC, 0644);
-  if (fd < 0) fail_io(path, "open for writing");
-  while (!bytes.empty()) {
-    const ssize_t count = ::pwrite(fd, bytes.data(), bytes.size(), static_cast<off_t>(offset));
-    if (count < 0 && errno == EINTR) continue;
-    if (count <= 0) {
-      const int problem = errno;
-      ::close(fd);
-      errno = problem;
-      fail_io(path, "write");
-    }
-    bytes = bytes.subspan(static_cast<std::size_t>(count));
-    offset += static_cast<std::uint64_t>(count);
-  }
-  if (::close(fd) != 0) fail_io(path, "close");
 }
 
 void SyntheticWriter::create_file(const Shard& shard) const {
@@ -258,10 +231,6 @@ void SyntheticWriter::write_input_scales() const {
   write_at(dir_ / shard.name, shard.header.size(), std::as_bytes(std::span(values)));
 }
 
-void SyntheticWriter::write_text(const std::string& name, const std::string& text) const {
-  write_at(dir_ / name, 0, std::as_bytes(std::span(text)));
-}
-
 void SyntheticWriter::write_json() const {
   const ModelGeometry& g = spec_.geometry;
   nlohmann::ordered_json config = {
@@ -279,7 +248,7 @@ void SyntheticWriter::write_json() const {
   }
   config["sluice_synthetic"] = {{"seed", spec_.seed}};
   if (const auto algo = synthetic_algo_config(spec_); !algo.is_null()) {
-    write_text("hf_quant_config.json", algo.dump(2) + "\n");
+    write_text(dir_ / "hf_quant_config.json", algo.dump(2) + "\n");
   }
   std::uint64_t total = 0;
   std::string text = "{\n  \"metadata\": {\"total_size\": ";
@@ -292,8 +261,8 @@ void SyntheticWriter::write_json() const {
       separator = ",\n";
     }
   }
-  write_text("model.safetensors.index.json", text + "\n  }\n}\n");
-  write_text("config.json", config.dump(2) + "\n");
+  write_text(dir_ / "model.safetensors.index.json", text + "\n  }\n}\n");
+  write_text(dir_ / "config.json", config.dump(2) + "\n");
 }
 
 /// A directory under construction beside its final place; removed unless it is moved there.
@@ -301,8 +270,7 @@ class PartialDirectory {
  public:
   explicit PartialDirectory(const fs::path& target)
       : path_(target.parent_path() /
-              fmt::format(".{}.partial-{}", target.filename().string(), ::getpid())),
-        target_(target) {
+              fmt::format(".{}.partial-{}", target.filename().string(), ::getpid())) {
     std::error_code problem;
     fs::create_directories(target.parent_path(), problem);
     if (!problem && !fs::create_directory(path_, problem) && !problem) {
@@ -320,35 +288,9 @@ class PartialDirectory {
   PartialDirectory& operator=(const PartialDirectory&) = delete;
 
   [[nodiscard]] const fs::path& path() const noexcept { return path_; }
-  /// Replaces `target`, which must be absent or empty.
-  void move_to_target() const {
-    std::error_code problem;
-    fs::rename(path_, target_, problem);
-    if (problem) {
-      fail(ErrorCode::kIo, "{}: cannot rename to {}: {}", path_.string(), target_.string(),
-           problem.message());
-    }
-  }
-
  private:
-  fs::path path_, target_;
+  fs::path path_;
 };
-
-void check_target(const fs::path& target) {
-  std::error_code problem;
-  if (!fs::exists(target, problem)) return;
-  check_argument(fs::is_directory(target, problem), "{}: exists and is not a directory",
-                 target.string());
-  for (const auto& file : fs::directory_iterator(target, problem)) {
-    const std::string name = file.path().filename().string();
-    check_argument(name != "config.json" && file.path().extension() != ".safetensors",
-                   "{}: already holds a checkpoint ({}); nothing was written", target.string(),
-                   name);
-    fail(ErrorCode::kInvalidArgument, "{}: not empty ({}); nothing was written", target.string(),
-         name);
-  }
-  if (problem) fail(ErrorCode::kIo, "{}: cannot list: {}", target.string(), problem.message());
-}
 
 /// Tensors of all experts, and a hundredth for headers, index and input scales.
 std::uint64_t weight_bytes(const SyntheticCheckpoint& spec) {
@@ -359,30 +301,16 @@ std::uint64_t weight_bytes(const SyntheticCheckpoint& spec) {
   return bytes + bytes / 100;
 }
 
-void check_free_space(const fs::path& dir, std::uint64_t needed) {
-  constexpr std::uint64_t kReserve = std::uint64_t{64} << 20;
-  struct statvfs status {};
-  if (::statvfs(dir.c_str(), &status) != 0) fail_io(dir, "ask for the free space of");
-  const std::uint64_t free = static_cast<std::uint64_t>(status.f_bavail) * status.f_frsize;
-  if (free < needed + kReserve) {
-    fail(ErrorCode::kIo, "{}: {} bytes are free, {} are needed and {} are left in reserve",
-         dir.string(), free, needed, kReserve);
-  }
-}
-
 }  // namespace
 
 void write_synthetic_checkpoint(const SyntheticCheckpoint& spec, const fs::path& dir,
                                 const Progress& progress) {
   check_spec(spec);
-  // "DIR/" and "DIR" are the same place, and its parent must have a name.
-  fs::path target = fs::absolute(dir).lexically_normal();
-  if (!target.has_filename()) target = target.parent_path();
-  check_target(target);
+  const fs::path target = checked_target(dir);
   const PartialDirectory partial(target);
   check_free_space(partial.path(), weight_bytes(spec));
   SyntheticWriter(spec, partial.path(), progress).write();
-  partial.move_to_target();
+  move_to_target(partial.path(), target);
 }
 
 }  // namespace sluice
