@@ -40,13 +40,13 @@ struct ConvertOptions {
   std::filesystem::path to;  ///< Must be absent or empty.
   std::string format;        ///< "w4afp8" or "compressed-tensors"
   /// Must be given if the source's experts are floats, and must not be if they are INT4.
-  std::optional<ScaleRule> scale_rule;
+  std::optional<ScaleRule> scale_rule = {};
   /// Of floats: 128 if absent. INT4 experts keep theirs.
-  std::optional<int> group_size;
+  std::optional<int> group_size = {};
   /// float32 or bfloat16. Absent: INT4 experts keep theirs; floats get float32 in w4afp8 and
   /// bfloat16 in compressed-tensors. INT4 scales that bfloat16 does not hold exactly are refused.
-  std::optional<DType> scale_dtype;
-  std::vector<int> layers;  ///< What the result holds; empty = all layers with experts.
+  std::optional<DType> scale_dtype = {};
+  std::vector<int> layers = {};  ///< What the result holds; empty = all layers with experts.
   /// The experts of each layer that this run converts; the result is complete, and takes its place,
   /// when runs have converted all of them. Runs may overlap and work side by side.
   int first_expert = 0;

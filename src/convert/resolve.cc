@@ -104,7 +104,7 @@ ResolvedConversion resolve_conversion(const ConvertOptions& options, const Check
   for (const int layer : out.layers) source.check_layer(layer);
   resolve_numbers(options, source, out);
   resolve_input_scales(options, source, out);
-  target.check(out.spec);
+  target.check(out.spec, source.dir.string());
   check_others(options, source);
   return out;
 }

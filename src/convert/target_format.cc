@@ -44,10 +44,10 @@ class W4afp8Target final : public TargetFormat {
  public:
   [[nodiscard]] std::string_view name() const noexcept override { return "w4afp8"; }
 
-  void check(const TargetSpec& spec) const override {
+  void check(const TargetSpec& spec, const std::string& source) const override {
     if (spec.geometry.group_size == 128) return;
-    fail(ErrorCode::kUnsupported, "w4afp8 has groups of 128, and the weights' are of {}",
-         spec.geometry.group_size);
+    fail(ErrorCode::kUnsupported, "{}: its weights are in groups of {}; w4afp8 has groups of 128",
+         source, spec.geometry.group_size);
   }
 
   [[nodiscard]] std::vector<SafetensorsEntry> tensors(const TargetSpec& spec) const override {
@@ -86,7 +86,7 @@ class CompressedTensorsTarget final : public TargetFormat {
  public:
   [[nodiscard]] std::string_view name() const noexcept override { return "compressed-tensors"; }
 
-  void check(const TargetSpec&) const override {}
+  void check(const TargetSpec&, const std::string&) const override {}
 
   [[nodiscard]] std::vector<SafetensorsEntry> tensors(const TargetSpec& spec) const override {
     const auto group = static_cast<std::uint64_t>(spec.geometry.group_size);

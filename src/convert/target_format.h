@@ -28,8 +28,8 @@ class TargetFormat {
  public:
   virtual ~TargetFormat() = default;
   [[nodiscard]] virtual std::string_view name() const noexcept = 0;
-  /// Throws: kUnsupported for what this layout cannot represent.
-  virtual void check(const TargetSpec& spec) const = 0;
+  /// Throws: kUnsupported for what this layout cannot represent, naming `source`.
+  virtual void check(const TargetSpec& spec, const std::string& source) const = 0;
   /// Tensors of one expert, in the order of their bytes; names without the expert's prefix.
   [[nodiscard]] virtual std::vector<SafetensorsEntry> tensors(const TargetSpec& spec) const = 0;
   /// Bytes of tensors()[index] of one expert. `scales` holds the matrix's in spec.scale_dtype.

@@ -19,7 +19,7 @@ struct Verification {
 };
 
 struct VerifySpec {
-  std::vector<int> layers;
+  std::vector<int> layers = {};
   bool expects_input_scales = false;  ///< They must then be the source's, bit for bit.
 };
 
