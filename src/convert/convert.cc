@@ -88,6 +88,19 @@ class Converter {
         pool_(static_cast<int>(available_cores().size()), available_cores()) {}
 
   ConvertReport run() {
+    const bool is_new = !fs::exists(work_dir_);
+    try {
+      return run_in_work_dir();
+    } catch (const Error& error) {
+      // What these options cannot represent, no later run can: leave nothing in the way of others.
+      std::error_code ignored;
+      if (is_new && error.code() == ErrorCode::kUnsupported) fs::remove_all(work_dir_, ignored);
+      throw;
+    }
+  }
+
+ private:
+  ConvertReport run_in_work_dir() {
     prepare_work_dir();
     const Journal journal(work_dir_, conversion_digest());
     ConvertReport report = describe();
@@ -100,7 +113,6 @@ class Converter {
     return report;
   }
 
- private:
   [[nodiscard]] ConvertReport describe() const;
   [[nodiscard]] std::uint64_t conversion_digest() const;
   void prepare_work_dir() const;

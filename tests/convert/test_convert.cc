@@ -124,6 +124,7 @@ TEST(Convert, Bf16ScalesWhereTheyAreExactAndARefusalWhereNot) {
                                            .scale_dtype = DType::kBFloat16});
                });
   EXPECT_FALSE(fs::exists(dir / "rounded"));
+  EXPECT_FALSE(fs::exists(dir / ".rounded.converting")) << "in the way of other options";
 }
 
 TEST(Convert, CopiesTheOtherTensorsAndFilesOfTheModel) {
