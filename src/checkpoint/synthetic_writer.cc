@@ -288,6 +288,7 @@ class PartialDirectory {
   PartialDirectory& operator=(const PartialDirectory&) = delete;
 
   [[nodiscard]] const fs::path& path() const noexcept { return path_; }
+
  private:
   fs::path path_;
 };
