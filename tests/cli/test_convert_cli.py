@@ -60,6 +60,10 @@ def named_and_run(folder):
     r = run("run", "--checkpoint", kimi, "--recipe", "bf16-static")
     check("static recipe without static scales", r.returncode == 2 and "bf16-static" in r.stderr
           and "model.layers.3.mlp.experts.*.input_scale" in r.stderr, r)
+    for layout, group in (("compressed-tensors", 128), ("kimi-int4", 32)):
+        report = os.path.join(folder, "plan.json")
+        r = run("plan", "--config", os.path.join(folder, layout, "config.json"), "--ranks", "2", "--json", report)
+        check(f"plan {layout}", r.returncode == 0 and f"group {group}" in r.stdout, r)
     r = run("accuracy", "--checkpoint", kimi, "--tokens", "16", "--suite", "gaussian")
     check("accuracy in groups of 32", r.returncode == 0 and "direct" in r.stdout, r)
 
