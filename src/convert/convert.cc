@@ -370,6 +370,9 @@ void Converter::finish(ConvertReport& report) {
   write_text(work_dir_ / "model.safetensors.index.json", plan_.index_text());
   write_text(work_dir_ / "config.json", config_text());
   if (!options_.experts_only) copy_files();
+  // Verification holds an expert of its own.
+  std::vector<float>().swap(weights_);
+  quantized_ = {};
   if (options_.verify) {
     const CheckpointData result = CheckpointData::open(work_dir_);
     const Verification seen =
