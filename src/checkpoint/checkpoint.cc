@@ -78,7 +78,8 @@ void CheckpointData::check_layer(int layer) const {
       if (!tensor && !spec.is_optional) {
         fail(ErrorCode::kCorruptFile,
              "{}: tensor {} is missing; the config has {} experts per layer, and {} needs it",
-             dir.string(), tensor_name(layer, e, spec.name), g.num_experts, format->name());
+             dir.string(), index.prefix + tensor_name(layer, e, spec.name), g.num_experts,
+             format->name());
       }
       if (tensor) check_part(*tensor, spec);
     }
@@ -148,7 +149,7 @@ std::vector<InputScales> CheckpointData::input_scales(int layer) const {
         check_part(*tensor, {.name = part, .dtypes = {"F32", "BF16", "F16"}, .shape = {}});
         ++num_present;
       } else if (missing.empty()) {
-        missing = tensor_name(layer, static_cast<int>(e), part);
+        missing = index.prefix + tensor_name(layer, static_cast<int>(e), part);
       }
     }
   }

@@ -39,10 +39,17 @@ bool is_count(std::string_view key) {
   return false;
 }
 
-Fields read_fields(std::string_view text, const std::string& file) {
+/// What a model with other senses says of its language model.
+void merge(Fields&& text, Fields& out) {
+  for (const auto& [key, value] : text.counts) out.counts[key] = value;
+  if (text.routed_scaling_factor) out.routed_scaling_factor = text.routed_scaling_factor;
+  if (out.model_type.empty()) out.model_type = std::move(text.model_type);
+  if (text.quantization.is_present) out.quantization = std::move(text.quantization);
+}
+
+Fields read_object(JsonReader& json, bool is_text_config) {
   Fields fields;
-  fields.file = file;
-  JsonReader json(text, file);
+  std::optional<Fields> text;
   json.object([&](const std::string& key) {
     if (json.peek() == JsonReader::Kind::kNull) {
       json.skip();
@@ -54,11 +61,21 @@ Fields read_fields(std::string_view text, const std::string& file) {
       fields.model_type = json.string();
     } else if (key == "quantization_config") {
       read_quantization_config(json, fields.quantization);
+    } else if (key == "text_config" && !is_text_config) {
+      text = read_object(json, true);
     } else {
       json.skip();
     }
   });
+  if (text) merge(std::move(*text), fields);
+  return fields;
+}
+
+Fields read_fields(std::string_view text, const std::string& file) {
+  JsonReader json(text, file);
+  Fields fields = read_object(json, false);
   json.finish();
+  fields.file = file;
   return fields;
 }
 

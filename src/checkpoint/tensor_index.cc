@@ -16,6 +16,8 @@ namespace {
 
 constexpr std::string_view kIndexFile = "model.safetensors.index.json";
 constexpr std::string_view kSuffix = ".safetensors";
+/// Kimi-K2.5 and later call their text model this.
+constexpr std::string_view kLanguageModel = "language_model.";
 
 /// Takes a decimal number without leading zeros, and the text after it, off the front of `text`.
 std::optional<int> take_number(std::string_view& text, std::string_view after) {
@@ -30,19 +32,25 @@ std::optional<int> take_number(std::string_view& text, std::string_view after) {
 
 struct ExpertName {
   int layer = 0, expert = 0;
-  std::string_view part;
+  std::string_view part, prefix;
 };
 
 /// Empty if `name` is no tensor of a routed expert.
 std::optional<ExpertName> parse_expert_name(std::string_view name) {
   constexpr std::string_view kPrefix = "model.layers.";
+  ExpertName result;
+  if (name.starts_with(kLanguageModel)) {
+    result.prefix = kLanguageModel;
+    name.remove_prefix(kLanguageModel.size());
+  }
   if (!name.starts_with(kPrefix)) return std::nullopt;
   name.remove_prefix(kPrefix.size());
   const auto layer = take_number(name, ".mlp.experts.");
   if (!layer) return std::nullopt;
   const auto expert = take_number(name, ".");
   if (!expert) return std::nullopt;
-  return ExpertName{*layer, *expert, name};
+  result.layer = *layer, result.expert = *expert, result.part = name;
+  return result;
 }
 
 /// Where the index says a tensor is, and whether it was there.
@@ -150,6 +158,12 @@ class IndexBuilder {
     if (name->expert >= num_experts_) {
       fail(ErrorCode::kCorruptFile, "{}: tensor {}: expert {} of a model with {} experts", path,
            tensor.entry.name, name->expert, num_experts_);
+    }
+    if (index_.layers.empty()) index_.prefix = name->prefix;
+    if (name->prefix != index_.prefix) {
+      fail(ErrorCode::kCorruptFile,
+           "{}: tensor {}: other experts are called '{}model.layers...'; one model has one prefix",
+           path, tensor.entry.name, index_.prefix);
     }
     LayerTensors& layer = index_.layers[name->layer];
     layer.experts.resize(static_cast<std::size_t>(num_experts_));

@@ -55,6 +55,8 @@ struct LayerTensors {
 struct TensorIndex {
   std::map<int, LayerTensors> layers;  ///< Those with at least one routed expert.
   std::vector<TensorRef> others;       ///< What is no part of a routed expert.
+  /// Before "model.layers": "" or, in models with other senses beside language, "language_model.".
+  std::string prefix;
   std::vector<std::string> files;      ///< Names, in the order read.
   std::uint64_t digest = kDigestSeed;  ///< Of the files' names, sizes and headers, and the index.
 };

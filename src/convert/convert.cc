@@ -29,6 +29,7 @@ namespace sluice {
 namespace {
 
 namespace fs = std::filesystem;
+using namespace nlohmann::literals;
 
 constexpr std::array kRules = {std::pair{ScaleRule::kAmax7, "amax7"},
                                std::pair{ScaleRule::kAmax8, "amax8"},
@@ -315,7 +316,11 @@ std::string Converter::config_text() const {
   const auto file = MappedFile::open(source_.dir / "config.json");
   const auto* text = reinterpret_cast<const char*>(file->bytes().data());
   auto config = nlohmann::ordered_json::parse(text, text + file->bytes().size());
-  config["quantization_config"] = target_->quantization_config(resolved_.spec);
+  // Where it stands now, or where one is looked for first.
+  const bool is_nested = config.contains("/text_config/quantization_config"_json_pointer);
+  auto& owner = is_nested ? config["text_config"] : config;
+  if (is_nested) config.erase("quantization_config");
+  owner["quantization_config"] = target_->quantization_config(resolved_.spec);
   return config.dump(2) + "\n";
 }
 

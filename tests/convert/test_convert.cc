@@ -89,6 +89,37 @@ TEST(Convert, KimiStaysWithoutAnActivationScheme) {
   EXPECT_TRUE(config["config_groups"]["group_0"]["input_activations"].is_null());
 }
 
+/// Kimi-K2.5 and later: the language model is a part of the model, in names and in config.json.
+TEST(Convert, KeepsTheNamesOfALanguageModelAmongOthers) {
+  const TempDir dir;
+  write_synthetic_checkpoint(small_spec("kimi-int4", 32), dir / "plain");
+  RawCheckpoint raw(dir / "plain");
+  auto& file = raw.files.begin()->second;
+  testing::RawFile renamed;
+  for (const auto& [name, tensor] : file) renamed["language_model." + name] = tensor;
+  renamed["vision_tower.x"] = {"BF16", {1}, "ab"};
+  file = renamed;
+  raw.config = {{"model_type", "kimi_k25"}, {"hidden_size", 5}, {"text_config", raw.config}};
+  raw.write(dir / "from");
+  expect_same_weights(dir / "plain", dir / "from");
+  (void)convert_checkpoint(
+      {.from = dir / "from", .to = dir / "to", .format = "compressed-tensors"});
+  expect_same_tensors(dir / "from", dir / "to");
+  EXPECT_EQ(Checkpoint::open(dir / "to").geometry().name, "kimi_k25");
+
+  const std::string stray = "model.layers.3.mlp.experts.0.up_proj.bias";
+  raw.add(stray, {"F32", {}, "abcd"});
+  raw.write(dir / "mixed");
+  expect_error(ErrorCode::kCorruptFile, {".safetensors", stray, "one prefix"},
+               [&] { (void)Checkpoint::open(dir / "mixed"); });
+  renamed.erase("language_model.model.layers.3.mlp.experts.1.up_proj.weight_packed");
+  raw.files.begin()->second = renamed;
+  raw.write(dir / "missing");
+  expect_error(ErrorCode::kCorruptFile,
+               {"tensor language_model.model.layers.3.mlp.experts.1.up_proj.weight_packed is"},
+               [&] { (void)Checkpoint::open(dir / "missing"); });
+}
+
 TEST(Convert, DropsInputScalesOnlyWhenAsked) {
   const TempDir dir;
   write_synthetic_checkpoint(small_spec("w4afp8"), dir / "from");
