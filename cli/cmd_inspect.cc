@@ -111,7 +111,21 @@ double share(const LayerSample& sample, int value) {
          static_cast<double>(total);
 }
 
+/// Weights crowd around 0, so a sample read the right way has few codes at the ends. The opposite
+/// is refused when experts are loaded.
+struct NibbleShares {
+  double near_0 = 0;     ///< Codes -1, 0, 1.
+  double near_ends = 0;  ///< Codes 7, -8, -7: what those would be, stored the other way.
+  [[nodiscard]] bool is_borne_out() const { return near_0 > 2 * near_ends; }
+};
+
+NibbleShares nibble_shares(const LayerSample& s) {
+  return {.near_0 = share(s, -1) + share(s, 0) + share(s, 1),
+          .near_ends = share(s, 7) + share(s, -8) + share(s, -7)};
+}
+
 nlohmann::ordered_json to_json(const LayerSample& s) {
+  const NibbleShares nibbles = nibble_shares(s);
   nlohmann::ordered_json json = {
       {"layer", s.layer},
       {"experts_sampled", s.num_sampled},
@@ -120,6 +134,10 @@ nlohmann::ordered_json to_json(const LayerSample& s) {
         {"up", to_json(s.weight_scales[1])},
         {"down", to_json(s.weight_scales[2])}}},
       {"codes", s.codes},
+      {"nibbles",
+       {{"near_0", nibbles.near_0},
+        {"near_ends", nibbles.near_ends},
+        {"borne_out", nibbles.is_borne_out()}}},
   };
   if (s.static_scales) {
     json["input_scales"] = {{"w1", to_json(s.w1)}, {"w2", to_json(s.w2)}, {"w3", to_json(s.w3)}};
@@ -132,16 +150,27 @@ nlohmann::ordered_json to_json(const LayerSample& s) {
   return json;
 }
 
-void print_head(const Checkpoint& checkpoint, const LayerSample& sample) {
+void print_model(const Checkpoint& checkpoint) {
   const ModelGeometry& g = checkpoint.geometry();
   const auto& layers = checkpoint.moe_layers();
-  const double expert_bytes = static_cast<double>(sample.expert_bytes);
   fmt::print("{}\n", checkpoint.path().string());
   fmt::print("format    {} ({})\n", checkpoint.format(), checkpoint.format_evidence());
   fmt::print("model     {}: {} experts, top-{}, hidden {}, intermediate {}, scaling factor {}\n",
              g.name, g.num_experts, g.num_topk, g.hidden, g.intermediate, g.routed_scaling_factor);
   fmt::print("layers    {} with routed experts: {}..{}\n", layers.size(), layers.front(),
              layers.back());
+}
+
+void print_head(const Checkpoint& checkpoint, const LayerSample& sample) {
+  const ModelGeometry& g = checkpoint.geometry();
+  const auto& layers = checkpoint.moe_layers();
+  const double expert_bytes = static_cast<double>(sample.expert_bytes);
+  print_model(checkpoint);
+  const NibbleShares nibbles = nibble_shares(sample);
+  fmt::print("nibbles   codes -1..1 are {:.1f} %, 7, -8 and -7 {:.1f} %: {}\n",
+             100 * nibbles.near_0, 100 * nibbles.near_ends,
+             nibbles.is_borne_out() ? "stored as the format says"
+                                    : "no evidence for or against how the format stores them");
   fmt::print("weights   signed int4, {} scale per {} along K\n", to_string(sample.scale_dtype),
              g.group_size);
   fmt::print("size      {} per expert, {} per layer, {} in all\n\n", human_bytes(expert_bytes),
@@ -197,10 +226,44 @@ LayerCheck check_layers(const Checkpoint& checkpoint) {
   return result;
 }
 
+nlohmann::ordered_json model_json(const Options& options, const Checkpoint& checkpoint,
+                                  const LayerCheck& checked) {
+  const ModelGeometry& g = checkpoint.geometry();
+  return {{"command", "inspect"},
+          {"directory", options.dir},
+          {"format", checkpoint.format()},
+          {"evidence", checkpoint.format_evidence()},
+          {"is_int4", checkpoint.is_int4()},
+          {"identity", fmt::format("{:016x}", checkpoint.identity())},
+          {"model", g.name},
+          {"num_experts", g.num_experts},
+          {"num_topk", g.num_topk},
+          {"hidden", g.hidden},
+          {"intermediate", g.intermediate},
+          {"group_size", g.group_size},
+          {"routed_scaling_factor", g.routed_scaling_factor},
+          {"moe_layers", checkpoint.moe_layers()},
+          {"errors", checked.errors}};
+}
+
+/// FP8 and BF16: headers only, for that is all a run could use.
+void inspect_floats(const Options& options, const Checkpoint& checkpoint, const LayerCheck& checked,
+                    Output& output) {
+  print_model(checkpoint);
+  fmt::print("weights   not INT4: `sluice convert --scale ...` makes INT4 of them\n\n");
+  for (const std::string& error : checked.errors) fmt::print("error: {}\n", error);
+  fmt::print("{} of {} layers are complete; weights were not looked at\n", checked.good.size(),
+             checkpoint.moe_layers().size());
+  output.json = model_json(options, checkpoint, checked);
+}
+
 void inspect(const Options& options, Output& output) {
   const Checkpoint checkpoint = Checkpoint::open(options.dir);
   const auto& layers = checkpoint.moe_layers();
   const LayerCheck checked = check_layers(checkpoint);
+  // A checkpoint with a layer that cannot be loaded is not in order.
+  if (!checked.errors.empty()) output.exit_status = exit_status(ErrorCode::kCorruptFile);
+  if (!checkpoint.is_int4()) return inspect_floats(options, checkpoint, checked, output);
   std::vector<LayerSample> samples;
   {
     ProgressLine line("reading " + options.dir);
@@ -211,9 +274,8 @@ void inspect(const Options& options, Output& output) {
       line.update(static_cast<double>(samples.size()) / static_cast<double>(picks.size()));
     }
   }
-  const ModelGeometry& g = checkpoint.geometry();
   print_head(checkpoint, samples.front());
-  print_layers(samples, g.num_experts);
+  print_layers(samples, checkpoint.geometry().num_experts);
   std::size_t num_warnings = 0;
   for (const LayerSample& s : samples) {
     for (const auto& w : s.warnings) fmt::print("warning: {}: {}\n", w.tensor, w.text);
@@ -222,25 +284,10 @@ void inspect(const Options& options, Output& output) {
   for (const std::string& error : checked.errors) fmt::print("error: {}\n", error);
   fmt::print("{} of {} layers are complete; weights of {} looked at; {} warnings\n",
              checked.good.size(), layers.size(), samples.size(), num_warnings);
-  // A checkpoint with a layer that cannot be loaded is not in order.
-  if (!checked.errors.empty()) output.exit_status = exit_status(ErrorCode::kCorruptFile);
 
-  output.json = {{"command", "inspect"},
-                 {"directory", options.dir},
-                 {"format", checkpoint.format()},
-                 {"evidence", checkpoint.format_evidence()},
-                 {"identity", fmt::format("{:016x}", checkpoint.identity())},
-                 {"model", g.name},
-                 {"num_experts", g.num_experts},
-                 {"num_topk", g.num_topk},
-                 {"hidden", g.hidden},
-                 {"intermediate", g.intermediate},
-                 {"group_size", g.group_size},
-                 {"routed_scaling_factor", g.routed_scaling_factor},
-                 {"moe_layers", layers},
-                 {"scale_dtype", to_string(samples.front().scale_dtype)},
-                 {"bytes_per_expert", samples.front().expert_bytes},
-                 {"errors", checked.errors}};
+  output.json = model_json(options, checkpoint, checked);
+  output.json["scale_dtype"] = to_string(samples.front().scale_dtype);
+  output.json["bytes_per_expert"] = samples.front().expert_bytes;
   for (const LayerSample& s : samples) output.json["layers"].push_back(to_json(s));
 }
 

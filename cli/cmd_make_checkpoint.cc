@@ -13,8 +13,8 @@ namespace {
 struct Options {
   std::string preset, out, format = "w4afp8", scale_dtype = "f32";
   std::uint64_t seed = 1, shard_bytes = std::uint64_t{1} << 30;
-  int layers = 1, experts = 0, hidden = 0, intermediate = 0;
-  bool no_input_scales = false;
+  int layers = 1, experts = 0, hidden = 0, intermediate = 0, group_size = 0;
+  bool no_input_scales = false, static_activations = false;
 };
 
 SyntheticCheckpoint make_spec(const Options& options) {
@@ -25,7 +25,10 @@ SyntheticCheckpoint make_spec(const Options& options) {
       .seed = options.seed,
       .scale_dtype = options.scale_dtype == "bf16" ? DType::kBFloat16 : DType::kFloat32,
       .with_input_scales = !options.no_input_scales,
+      .with_static_activations = options.static_activations,
       .max_shard_bytes = options.shard_bytes};
+  if (options.format == "kimi-int4") spec.geometry.group_size = 32;
+  if (options.group_size != 0) spec.geometry.group_size = options.group_size;
   if (options.experts != 0) spec.geometry.num_experts = options.experts;
   if (options.hidden != 0) spec.geometry.hidden = options.hidden;
   if (options.intermediate != 0) spec.geometry.intermediate = options.intermediate;
@@ -63,8 +66,12 @@ void make_checkpoint(const Options& options, Output& output) {
              checkpoint.format(), g.name, layer, checkpoint.moe_layers().back(), g.num_experts,
              g.num_topk, g.hidden, g.intermediate, spec.seed);
   if (scales) fmt::print("layer {}: s1 = {:.6g}, s2 = {:.6g}\n", layer, scales->s1, scales->s2);
-  if (options.preset == "kimi-k2") {
-    fmt::print("note: Kimi-K2's own INT4 has groups of 32; {} has 128\n", checkpoint.format());
+  if (!checkpoint.is_int4()) {
+    fmt::print("note: {} cannot be run; `sluice convert --scale ...` makes INT4 of it\n",
+               checkpoint.format());
+  } else if (options.preset == "kimi-k2" && g.group_size != 32) {
+    fmt::print("note: Kimi-K2's own INT4 has groups of 32 (--format kimi-int4); this has {}\n",
+               g.group_size);
   }
   output.json = {{"command", "make-checkpoint"},
                  {"directory", options.out},
@@ -96,7 +103,14 @@ void add_make_checkpoint(CLI::App& app, Output& output) {
       ->check(CLI::IsMember(preset_names()));
   command->add_option("--out", options->out, "Directory to make; must not hold anything yet")
       ->required();
-  command->add_option("--format", options->format, "Layout")->check(CLI::IsMember({"w4afp8"}));
+  command->add_option("--format", options->format, "Layout")
+      ->check(CLI::IsMember(synthetic_format_names()))
+      ->capture_default_str();
+  command
+      ->add_option("--group-size", options->group_size,
+                   "Weights per scale: 128, or 32 in compressed-tensors, kimi-int4 (always) and "
+                   "modelopt-w4a8-awq")
+      ->check(CLI::IsMember({32, 128}));
   command->add_option("--seed", options->seed, "Same seed, same bytes")->capture_default_str();
   command->add_option("--layers", options->layers, "MoE layers, numbered from 3")
       ->capture_default_str();
@@ -109,6 +123,8 @@ void add_make_checkpoint(CLI::App& app, Output& output) {
       ->capture_default_str();
   command->add_flag("--no-input-scales", options->no_input_scales,
                     "Leave out static activation scales");
+  command->add_flag("--static-activations", options->static_activations,
+                    "compressed-tensors: static e4m3 input scales instead of dynamic ones");
   command->add_option("--shard-bytes", options->shard_bytes, "Largest shard")
       ->capture_default_str();
   command->callback([options, &output] { make_checkpoint(*options, output); });

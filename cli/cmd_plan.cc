@@ -35,6 +35,25 @@ int field_of(const nlohmann::json& json, const std::vector<const char*>& names,
   throw Error(ErrorCode::kCorruptFile, fmt::format("{}: none of {} is there", file, tried));
 }
 
+/// Weights per scale as quantization_config has it; 128 where nothing is said of groups.
+int group_size_of(const nlohmann::json& model, const std::string& file) {
+  const auto config = model.find("quantization_config");
+  if (config == model.end() || !config->is_object()) return 128;
+  nlohmann::json group =
+      config->value("group_size", config->value("weight_group_size", nlohmann::json()));
+  if (const auto groups = config->find("config_groups");
+      groups != config->end() && groups->is_object() && !groups->empty()) {
+    const nlohmann::json::json_pointer at("/weights/group_size");
+    if (groups->front().contains(at)) group = groups->front().at(at);
+  }
+  if (group.is_null() || group == 128) return 128;
+  if (group == 32) return 32;
+  throw Error(ErrorCode::kUnsupported,
+              fmt::format("{}: quantization_config has a group_size of {}; only 32 and 128 can be "
+                          "run",
+                          file, group.dump()));
+}
+
 /// Geometry of any config.json, quantized or not: a plan may come before the checkpoint.
 ModelGeometry read_geometry(const std::string& file) {
   std::ifstream in(file);
@@ -42,8 +61,12 @@ ModelGeometry read_geometry(const std::string& file) {
   if (!json.is_object()) {
     throw Error(ErrorCode::kCorruptFile, file + ": not a JSON object");
   }
-  if (json.contains("text_config") && json["text_config"].is_object()) json = json["text_config"];
   ModelGeometry g;
+  g.group_size = group_size_of(json, file);
+  if (json.contains("text_config") && json["text_config"].is_object()) {
+    json = json["text_config"];
+    if (json.contains("quantization_config")) g.group_size = group_size_of(json, file);
+  }
   g.name = json.value("model_type", std::string("model"));
   g.num_experts = field_of(json, {"n_routed_experts", "num_experts", "num_local_experts"}, file);
   g.num_topk = field_of(json, {"num_experts_per_tok", "num_experts_per_token"}, file);

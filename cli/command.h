@@ -24,6 +24,7 @@ void print_error(const Error& error);
 /// Each adds one sub-command to `app`; its callback does the work and fills `output`.
 void add_make_checkpoint(CLI::App& app, Output& output);
 void add_inspect(CLI::App& app, Output& output);
+void add_convert(CLI::App& app, Output& output);
 void add_run(CLI::App& app, Output& output);
 void add_bench(CLI::App& app, Output& output);
 void add_bench_exchange(CLI::App& bench, Output& output);  ///< Under `bench`.

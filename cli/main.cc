@@ -23,6 +23,7 @@ int main(int argc, char** argv) {
   app.fallthrough();
   sluice::cli::add_make_checkpoint(app, output);
   sluice::cli::add_inspect(app, output);
+  sluice::cli::add_convert(app, output);
   sluice::cli::add_run(app, output);
   sluice::cli::add_bench(app, output);
   sluice::cli::add_accuracy(app, output);

@@ -8,7 +8,7 @@
 
 sluice_packages_build=(cmake ninja-build g++ git libhwy-dev libcli11-dev libfmt-dev
   nlohmann-json3-dev)
-sluice_packages_test=(python3 libgtest-dev libgmock-dev librapidcheck-dev libbenchmark-dev
+sluice_packages_test=(python3 python3-venv libgtest-dev libgmock-dev librapidcheck-dev libbenchmark-dev
   openmpi-bin libopenmpi-dev iproute2)
 
 say() { printf '\n== %s\n' "$*"; }
@@ -50,6 +50,21 @@ and use the CMake presets directly (cmake --preset cpu): ${wanted[*]}"
       "${missing[@]}"
   fi
   sluice_check_tools
+  [ "$1" = build ] || sluice_test_venv
+}
+
+# Python packages that define file formats, for the tests that read and write through them. They
+# skip themselves, and say so, where this cannot be had. compressed-tensors needs PyTorch and is
+# left to those who have it: cmake -DSLUICE_TEST_PYTHON=...
+sluice_test_venv() {
+  local venv=build/test-venv
+  "$venv/bin/python" -c 'import numpy, safetensors' 2>/dev/null && return
+  say "installing safetensors and numpy into $venv"
+  if ! { python3 -m venv "$venv" &&
+    "$venv/bin/python" -m pip install -q --disable-pip-version-check --retries 1 \
+      'safetensors>=0.4,<1' 'numpy>=1.26,<3'; }; then
+    printf 'note: no Python packages; the tests that need them will be skipped\n'
+  fi
 }
 
 sluice_check_tools() {
@@ -65,5 +80,6 @@ sluice_check_tools() {
 
 if [ "${BASH_SOURCE[0]}" = "$0" ]; then
   set -euo pipefail
+  cd "$(dirname "$0")/.."
   sluice_setup "${1:-all}"
 fi

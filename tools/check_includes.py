@@ -21,6 +21,7 @@ MODULES = [
     ("core",           "src/core/",            ("public",),                               ("posix",)),
     ("quant",          "src/quant/",           ("public", "core"),                        ()),
     ("checkpoint",     "src/checkpoint/",      ("public", "core", "quant"),               ("posix", "nlohmann/")),
+    ("convert",        "src/convert/",         ("public", "core", "quant", "checkpoint"), ("nlohmann/",)),
     ("device handles", "src/transport/device.cuh", ("public", "core"),                    ("cuda", "nvshmem")),
     ("transport",      "src/transport/",       ("public", "core", "device handles"),      ("posix",)),
     ("ops",            "src/backend/ops.h",    ("public", "core", "quant"),               ()),

@@ -92,8 +92,11 @@ class Checkpoint {
   ~Checkpoint();
 
   [[nodiscard]] const std::filesystem::path& path() const noexcept;
-  [[nodiscard]] const std::string& format() const noexcept;           ///< "w4afp8"
+  /// "w4afp8", "compressed-tensors", "angelslim", "modelopt-w4a8-awq", "fp8-block" or "bf16".
+  [[nodiscard]] std::string format() const;
   [[nodiscard]] const std::string& format_evidence() const noexcept;  ///< Why we think so.
+  /// False for fp8-block and bf16: such experts can be converted, but not loaded.
+  [[nodiscard]] bool is_int4() const noexcept;
   [[nodiscard]] const ModelGeometry& geometry() const noexcept;
   /// Layers that hold routed experts, ascending.
   [[nodiscard]] const std::vector<int>& moe_layers() const noexcept;
@@ -114,7 +117,9 @@ class Checkpoint {
   void check(int layer) const;
 
   /// Throws: kInvalidArgument (layer or range), kCorruptFile (missing tensor, wrong dtype or shape,
-  ///   bad scale). All or nothing.   Cost: touches only these experts' bytes.
+  ///   bad scale, nibbles that are not stored as the format says), kUnsupported (floats; scales
+  ///   that cannot be represented). All or nothing.   Cost: touches only these experts' bytes;
+  ///   codes that lie in the file in another order or with an offset are copied.
   [[nodiscard]] ExpertWeights load_experts(int layer, int first_expert, int num_experts) const;
 
   /// Warnings for one layer: uncalibrated input scales (all exactly 1.0), a value of -8 where the
@@ -127,15 +132,21 @@ class Checkpoint {
   std::unique_ptr<Impl> impl_;
 };
 
+/// Names that SyntheticCheckpoint::format may have.
+[[nodiscard]] std::vector<std::string> synthetic_format_names();
+
 /// Writes a synthetic checkpoint in a published layout, with realistic statistics.
 struct SyntheticCheckpoint {
   ModelGeometry geometry;
+  /// "w4afp8", "compressed-tensors", "kimi-int4" (compressed-tensors in groups of 32, without an
+  /// activation scheme), "angelslim", "modelopt-w4a8-awq", "fp8-block" or "bf16".
   std::string format = "w4afp8";
   int first_layer = 3;  ///< DeepSeek's first MoE layer.
   int num_layers = 1;
   std::uint64_t seed = 1;
-  DType scale_dtype = DType::kFloat32;  ///< Or kBFloat16.
-  bool with_input_scales = true;
+  DType scale_dtype = DType::kFloat32;   ///< Or kBFloat16.
+  bool with_input_scales = true;         ///< In formats that are published with them.
+  bool with_static_activations = false;  ///< compressed-tensors: static e4m3 input scales.
   std::size_t max_shard_bytes = std::size_t{1} << 30;
 };
 

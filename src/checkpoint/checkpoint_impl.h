@@ -1,29 +1,50 @@
-// checkpoint_impl.h - what an open Checkpoint holds.
+// checkpoint_impl.h - what an open Checkpoint holds; the converter works with it directly.
 #pragma once
 
 #include <cstdint>
 #include <filesystem>
+#include <memory>
 #include <string>
 #include <vector>
 
+#include "checkpoint/formats/format.h"
+#include "checkpoint/formats/nibbles.h"
 #include "checkpoint/model_config.h"
 #include "checkpoint/tensor_index.h"
 #include "sluice/checkpoint.h"
 
 namespace sluice {
 
-struct Checkpoint::Impl {
+struct CheckpointData {
   std::filesystem::path dir;
   ModelConfig config;
   TensorIndex index;
+  std::unique_ptr<const Format> format;
   std::vector<int> moe_layers;
   std::string evidence;
   std::uint64_t identity = 0;
 
+  /// As Checkpoint::open().
+  [[nodiscard]] static CheckpointData open(const std::filesystem::path& dir);
+
+  [[nodiscard]] const ModelGeometry& geometry() const noexcept { return config.geometry; }
   /// Throws: kInvalidArgument listing the layers there are.
   [[nodiscard]] const LayerTensors& layer_tensors(int layer) const;
   /// Names, dtypes and shapes of all experts of a layer. Throws: kCorruptFile, kUnsupported.
   void check_layer(int layer) const;
+  /// One expert of a layer that check_layer() has seen. Throws: as Checkpoint::load_experts().
+  [[nodiscard]] Expert load_expert(int layer, int expert, ExpertStorage& storage) const;
+  /// As Checkpoint::input_scales().
+  [[nodiscard]] std::vector<InputScales> input_scales(int layer) const;
+  /// Throws: kInvalidArgument unless [first, first + count) are experts.
+  void check_range(int first, int count) const;
+  /// Throws: kUnsupported if the experts are floats.
+  void require_int4() const;
 };
+
+struct Checkpoint::Impl : CheckpointData {};
+
+/// Canonical codes of some matrices, by nibble. Reads a little of each.
+[[nodiscard]] NibbleEvidence canonical_nibbles(const Expert& expert);
 
 }  // namespace sluice

@@ -13,7 +13,8 @@
 namespace sluice {
 namespace {
 
-constexpr int kWeightGroup = 128;
+/// Widths are multiples of this, for the largest group of weights and of activations.
+constexpr int kWidthUnit = 128;
 /// Far above any model there is; small enough that products of two sizes fit 64 bits.
 constexpr int kMaxSize = 1 << 20;
 
@@ -23,8 +24,7 @@ struct Fields {
   std::map<std::string, std::uint64_t> counts;
   std::optional<double> routed_scaling_factor;
   std::string model_type;
-  std::string quant_method;  ///< Lower case as published.
-  std::optional<std::uint64_t> group_size;
+  QuantizationConfig quantization;
 };
 
 constexpr std::string_view kCountNames[] = {
@@ -39,24 +39,17 @@ bool is_count(std::string_view key) {
   return false;
 }
 
-void read_quantization_config(JsonReader& json, Fields& fields) {
-  json.object([&](const std::string& key) {
-    const auto kind = json.peek();
-    if (key == "quant_method" && kind == JsonReader::Kind::kString) {
-      fields.quant_method = json.string();
-    } else if ((key == "group_size" || key == "weight_group_size") &&
-               kind == JsonReader::Kind::kNumber) {
-      fields.group_size = json.unsigned_integer();
-    } else {
-      json.skip();
-    }
-  });
+/// What a model with other senses says of its language model.
+void merge(Fields&& text, Fields& out) {
+  for (const auto& [key, value] : text.counts) out.counts[key] = value;
+  if (text.routed_scaling_factor) out.routed_scaling_factor = text.routed_scaling_factor;
+  if (out.model_type.empty()) out.model_type = std::move(text.model_type);
+  if (text.quantization.is_present) out.quantization = std::move(text.quantization);
 }
 
-Fields read_fields(std::string_view text, const std::string& file) {
+Fields read_object(JsonReader& json, bool is_text_config) {
   Fields fields;
-  fields.file = file;
-  JsonReader json(text, file);
+  std::optional<Fields> text;
   json.object([&](const std::string& key) {
     if (json.peek() == JsonReader::Kind::kNull) {
       json.skip();
@@ -67,31 +60,23 @@ Fields read_fields(std::string_view text, const std::string& file) {
     } else if (key == "model_type") {
       fields.model_type = json.string();
     } else if (key == "quantization_config") {
-      read_quantization_config(json, fields);
+      read_quantization_config(json, fields.quantization);
+    } else if (key == "text_config" && !is_text_config) {
+      text = read_object(json, true);
     } else {
       json.skip();
     }
   });
-  json.finish();
+  if (text) merge(std::move(*text), fields);
   return fields;
 }
 
-/// quantization.quant_algo of hf_quant_config.json.
-std::string read_quant_algo(std::string_view text, const std::string& file) {
-  std::string algo;
+Fields read_fields(std::string_view text, const std::string& file) {
   JsonReader json(text, file);
-  json.object([&](const std::string& key) {
-    if (key != "quantization" || json.peek() != JsonReader::Kind::kObject) return json.skip();
-    json.object([&](const std::string& inner) {
-      if (inner == "quant_algo" && json.peek() == JsonReader::Kind::kString) {
-        algo = json.string();
-      } else {
-        json.skip();
-      }
-    });
-  });
+  Fields fields = read_object(json, false);
   json.finish();
-  return algo;
+  fields.file = file;
+  return fields;
 }
 
 int count_field(const Fields& fields, const std::string& key, int low, std::optional<int> absent) {
@@ -128,10 +113,10 @@ int num_experts_field(const Fields& fields) {
 }
 
 int width_field(const Fields& fields, const std::string& key) {
-  const int width = count_field(fields, key, kWeightGroup, std::nullopt);
-  if (width % kWeightGroup != 0) {
+  const int width = count_field(fields, key, kWidthUnit, std::nullopt);
+  if (width % kWidthUnit != 0) {
     fail(ErrorCode::kCorruptFile, "{}: {} = {} is not a multiple of {}", fields.file, key, width,
-         kWeightGroup);
+         kWidthUnit);
   }
   return width;
 }
@@ -142,7 +127,6 @@ ModelGeometry read_geometry(const Fields& fields) {
                          .num_topk = count_field(fields, "num_experts_per_tok", 1, std::nullopt),
                          .hidden = width_field(fields, "hidden_size"),
                          .intermediate = width_field(fields, "moe_intermediate_size"),
-                         .group_size = kWeightGroup,
                          .routed_scaling_factor = 1.0f};
   if (geometry.num_topk > geometry.num_experts) {
     fail(ErrorCode::kCorruptFile, "{}: num_experts_per_tok = {} is above the {} experts there are",
@@ -165,56 +149,25 @@ std::string read_text(const std::filesystem::path& path) {
   return {reinterpret_cast<const char*>(bytes.data()), bytes.size()};
 }
 
-/// Decides the format, or refuses. `algo` is empty without hf_quant_config.json.
-void recognise(const Fields& fields, const std::string& quant_file, const std::string& algo,
-               ModelConfig& config) {
-  const std::string& method = fields.quant_method;
-  const bool is_ours = method.find("w4afp8") != std::string::npos;
-  if (!method.empty() && !is_ours) {
-    fail(ErrorCode::kUnsupported,
-         "{}: quantization_config.quant_method = '{}'; the only method supported is w4afp8{}",
-         fields.file, method,
-         algo.empty() ? "" : fmt::format(" ({} says quant_algo = '{}')", quant_file, algo));
-  }
-  if (!is_ours && algo.empty()) {
-    fail(ErrorCode::kUnsupported,
-         "{}: no quantization_config.quant_method, and no quantization.quant_algo in "
-         "hf_quant_config.json; the only method supported is w4afp8",
-         fields.file);
-  }
-  if (!is_ours && algo != "MIXED_PRECISION") {
-    fail(ErrorCode::kUnsupported,
-         "{}: quantization.quant_algo = '{}'; only MIXED_PRECISION (w4afp8) is supported",
-         quant_file, algo);
-  }
-  if (fields.group_size && *fields.group_size != kWeightGroup) {
-    fail(ErrorCode::kUnsupported, "{}: quantization_config.group_size = {}; w4afp8 has {}",
-         fields.file, *fields.group_size, kWeightGroup);
-  }
-  config.format = "w4afp8";
-  config.evidence = is_ours ? fmt::format("config.json: quant_method = '{}'", method)
-                            : fmt::format("hf_quant_config.json: quant_algo = '{}'", algo);
-}
-
 }  // namespace
 
 ModelConfig read_model_config(const std::filesystem::path& dir) {
   const auto file = dir / "config.json";
   ModelConfig config;
   config.text = read_text(file);
-  const Fields fields = read_fields(config.text, file.string());
+  Fields fields = read_fields(config.text, file.string());
+  fields.quantization.file = file.string();
 
-  const auto quant_file = dir / "hf_quant_config.json";
-  std::string algo;
-  if (std::filesystem::exists(quant_file)) {
-    const std::string text = read_text(quant_file);
-    algo = read_quant_algo(text, quant_file.string());
+  const auto algo_file = dir / "hf_quant_config.json";
+  if (std::filesystem::exists(algo_file)) {
+    const std::string text = read_text(algo_file);
+    read_algo_config(text, algo_file.string(), fields.quantization);
     config.text += text;
   }
-  recognise(fields, quant_file.string(), algo, config);
   config.geometry = read_geometry(fields);
   config.num_layers = count_field(fields, "num_hidden_layers", 1, 0);
   config.first_k_dense_replace = count_field(fields, "first_k_dense_replace", 0, 0);
+  config.quantization = std::move(fields.quantization);
   return config;
 }
 

@@ -4,6 +4,7 @@
 #include <filesystem>
 #include <string>
 
+#include "checkpoint/formats/quantization_config.h"
 #include "sluice/checkpoint.h"
 
 namespace sluice {
@@ -12,13 +13,12 @@ struct ModelConfig {
   ModelGeometry geometry;
   int num_layers = 0;             ///< 0 if not given.
   int first_k_dense_replace = 0;  ///< Layers below this have no routed experts.
-  std::string format;             ///< "w4afp8"
-  std::string evidence;           ///< The file and field that say so.
-  std::string text;               ///< The bytes of the files read, for Checkpoint::identity().
+  QuantizationConfig quantization;
+  std::string text;  ///< The bytes of the files read, for Checkpoint::identity().
 };
 
 /// Throws: kIo (no config.json), kCorruptFile (not JSON, a field of the wrong kind or out of range,
-/// two fields that contradict each other), kUnsupported (a quantization method that is not ours).
+/// two fields that contradict each other). The geometry's group_size is for the format to say.
 [[nodiscard]] ModelConfig read_model_config(const std::filesystem::path& dir);
 
 }  // namespace sluice

@@ -41,9 +41,10 @@ class RandomStream {
 
 /// One matrix as the checkpoint stores it.
 struct SyntheticMatrix {
-  int n = 0, k = 0;
+  int n = 0, k = 0, group = 128;
+  std::uint64_t key = 0;            ///< Of its random stream.
   std::vector<std::uint8_t> codes;  ///< [n, k / 2]
-  std::vector<float> scales;        ///< [n, k / 128]
+  std::vector<float> scales;        ///< [n, k / group]
   std::vector<float> row_gains;     ///< [n] factor of each row's scales, for finding large rows.
 };
 

@@ -68,13 +68,12 @@ constexpr int kBatch = 16;
 
 /// dot(row of `m`, x[:, t]) for all t; x is [k, kBatch].
 std::array<float, kBatch> multiply_row(const SyntheticMatrix& m, int row, const float* x) {
-  constexpr int kGroup = 128;
   std::array<float, kBatch> sums{};
   const auto offset = static_cast<std::size_t>(row) * static_cast<std::size_t>(m.k);
   const std::uint8_t* codes = m.codes.data() + offset / 2;
-  const float* scales = m.scales.data() + offset / kGroup;
+  const float* scales = m.scales.data() + offset / static_cast<std::size_t>(m.group);
   for (int k = 0; k < m.k; ++k) {
-    const float w = static_cast<float>(unpack_int4(codes, k)) * scales[k / kGroup];
+    const float w = static_cast<float>(unpack_int4(codes, k)) * scales[k / m.group];
     for (int t = 0; t < kBatch; ++t) sums[static_cast<std::size_t>(t)] += w * x[k * kBatch + t];
   }
   return sums;

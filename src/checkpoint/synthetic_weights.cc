@@ -7,9 +7,8 @@
 namespace sluice {
 namespace {
 
-constexpr int kGroup = 128;
-
-/// Deviation of codes when each group of 128 normal weights is scaled so that its largest is 7.
+/// Deviation of codes when each group of 128 normal weights is scaled so that its largest is 7. (In
+/// groups of 32 it would be 3.3; they get the same codes, and more often a forced +-7.)
 constexpr float kCodeDeviation = 2.6f;
 
 /// How many of 256 bytes become the code 0, +-1, .. +-7: a normal distribution of that deviation.
@@ -31,9 +30,9 @@ static_assert([] {
   return sum;
 }() == 256);
 
-/// One group: 64 bytes of codes from 128 random bytes, one of them forced to +-7.
-void fill_group(RandomStream& random, std::uint8_t* codes) noexcept {
-  for (int i = 0; i < kGroup / 2; i += 4) {
+/// One group: a byte of two codes from two random bytes, and one code of all forced to +-7.
+void fill_group(RandomStream& random, int group, std::uint8_t* codes) noexcept {
+  for (int i = 0; i < group / 2; i += 4) {
     std::uint64_t bits = random.next();
     for (int j = 0; j < 4; ++j, bits >>= 16) {
       codes[i + j] =
@@ -41,7 +40,7 @@ void fill_group(RandomStream& random, std::uint8_t* codes) noexcept {
     }
   }
   const std::uint64_t pick = random.next();
-  std::uint8_t& byte = codes[pick & (kGroup / 2 - 1)];
+  std::uint8_t& byte = codes[pick & static_cast<std::uint64_t>(group / 2 - 1)];
   const unsigned extreme = pick & 0x80 ? 0x9U : 0x7U;  // -7 or 7
   byte = static_cast<std::uint8_t>(pick & 0x100 ? (byte & 0x0fU) | extreme << 4
                                                 : (byte & 0xf0U) | extreme);
@@ -60,10 +59,10 @@ void fill_row_gains(RandomStream& random, SyntheticRole role, bool is_super,
   for (int i = 0; i < 2; ++i) gains[random.next() % gains.size()] *= 30.0f;
 }
 
-void fill_matrix(std::uint64_t key, SyntheticRole role, bool is_super, int n, int k,
+void fill_matrix(std::uint64_t key, SyntheticRole role, bool is_super, int n, int k, int group,
                  SyntheticMatrix& out) {
-  const int groups = k / kGroup;
-  out.n = n, out.k = k;
+  const int groups = k / group;
+  out.n = n, out.k = k, out.group = group, out.key = key;
   out.codes.resize(static_cast<std::size_t>(n) * static_cast<std::size_t>(k) / 2);
   out.scales.resize(static_cast<std::size_t>(n) * static_cast<std::size_t>(groups));
   out.row_gains.resize(static_cast<std::size_t>(n));
@@ -77,8 +76,8 @@ void fill_matrix(std::uint64_t key, SyntheticRole role, bool is_super, int n, in
   std::uint8_t* codes = out.codes.data();
   float* scales = out.scales.data();
   for (int row = 0; row < n; ++row) {
-    for (int g = 0; g < groups; ++g, codes += kGroup / 2) {
-      fill_group(random, codes);
+    for (int g = 0; g < groups; ++g, codes += group / 2) {
+      fill_group(random, group, codes);
       *scales++ = base * out.row_gains[static_cast<std::size_t>(row)] *
                   column_gains[static_cast<std::size_t>(g)] * (0.85f + 0.3f * random.uniform());
     }
@@ -117,10 +116,13 @@ void fill_expert(const SyntheticCheckpoint& spec, int layer, int expert, Synthet
     return stream_key(
         {spec.seed, static_cast<std::uint64_t>(layer), static_cast<std::uint64_t>(expert), what});
   };
+  const int group = g.group_size;
   const bool is_super = key(3) % 64 == 0;
-  fill_matrix(key(0), SyntheticRole::kGate, false, g.intermediate, g.hidden, out.matrices[0]);
-  fill_matrix(key(1), SyntheticRole::kUp, false, g.intermediate, g.hidden, out.matrices[1]);
-  fill_matrix(key(2), SyntheticRole::kDown, is_super, g.hidden, g.intermediate, out.matrices[2]);
+  fill_matrix(key(0), SyntheticRole::kGate, false, g.intermediate, g.hidden, group,
+              out.matrices[0]);
+  fill_matrix(key(1), SyntheticRole::kUp, false, g.intermediate, g.hidden, group, out.matrices[1]);
+  fill_matrix(key(2), SyntheticRole::kDown, is_super, g.hidden, g.intermediate, group,
+              out.matrices[2]);
 }
 
 }  // namespace sluice

@@ -1,25 +1,23 @@
 // Writes a synthetic checkpoint: all sizes are known before the first byte, so files are laid out
 // first and experts are then made in any order, by several threads, and written where they belong.
-#include <fcntl.h>
-#include <sys/statvfs.h>
 #include <unistd.h>
 
 #include <algorithm>
 #include <atomic>
-#include <cerrno>
-#include <cstring>
 #include <exception>
-#include <fstream>
 #include <mutex>
 #include <nlohmann/json.hpp>
 #include <span>
 #include <thread>
 #include <utility>
 
+#include "checkpoint/output_dir.h"
 #include "checkpoint/safetensors.h"
 #include "checkpoint/synthetic.h"
+#include "checkpoint/synthetic_formats.h"
 #include "checkpoint/tensor_index.h"
 #include "core/fail.h"
+#include "core/file_write.h"
 #include "sluice/quant.h"
 
 namespace sluice {
@@ -27,7 +25,8 @@ namespace {
 
 namespace fs = std::filesystem;
 
-constexpr int kWeightGroup = 128;
+/// Widths are multiples of this.
+constexpr int kWidthUnit = 128;
 
 /// One file to be written: its tensors, and where their bytes begin.
 struct Shard {
@@ -44,18 +43,16 @@ struct Place {
 
 void check_spec(const SyntheticCheckpoint& spec) {
   const ModelGeometry& g = spec.geometry;
-  check_argument(spec.format == "w4afp8", "format '{}' is none of: w4afp8", spec.format);
-  check_argument(g.group_size == kWeightGroup, "group_size {}; w4afp8 has {}", g.group_size,
-                 kWeightGroup);
+  check_synthetic_format(spec);
   check_argument(g.num_experts >= 1 && g.num_experts <= 4096, "num_experts {} is outside [1, 4096]",
                  g.num_experts);
   check_argument(g.num_topk >= 1 && g.num_topk <= g.num_experts,
                  "num_topk {} is outside [1, {} experts]", g.num_topk, g.num_experts);
   for (const auto& [field, value] :
        {std::pair{"hidden", g.hidden}, {"intermediate", g.intermediate}}) {
-    check_argument(value >= kWeightGroup && value % kWeightGroup == 0 && value <= 1 << 17,
-                   "{} {} is not a multiple of {} in [{}, {}]", field, value, kWeightGroup,
-                   kWeightGroup, 1 << 17);
+    check_argument(value >= kWidthUnit && value % kWidthUnit == 0 && value <= 1 << 17,
+                   "{} {} is not a multiple of {} in [{}, {}]", field, value, kWidthUnit,
+                   kWidthUnit, 1 << 17);
   }
   check_argument(g.routed_scaling_factor > 0 && g.routed_scaling_factor < 1e6f,
                  "routed_scaling_factor {} is outside (0, 1e6)", g.routed_scaling_factor);
@@ -68,22 +65,31 @@ void check_spec(const SyntheticCheckpoint& spec) {
   check_argument(spec.max_shard_bytes >= 1, "max_shard_bytes is 0");
 }
 
+std::uint64_t tensor_bytes(const SyntheticTensor& tensor) {
+  std::uint64_t bits = static_cast<std::uint64_t>(*safetensors_dtype_bits(tensor.dtype));
+  for (const std::uint64_t dim : tensor.shape) bits *= dim;
+  return bits / 8;
+}
+
 class SyntheticWriter {
  public:
   SyntheticWriter(const SyntheticCheckpoint& spec, fs::path dir, const Progress& progress)
-      : spec_(spec), dir_(std::move(dir)), progress_(progress) {
+      : spec_(spec),
+        dir_(std::move(dir)),
+        progress_(progress),
+        tensors_(synthetic_tensors(spec)),
+        has_input_scales_(has_input_scales(spec)),
+        input_scales_(num_jobs()) {
     plan_shards();
-    const std::size_t num_experts = num_jobs();
-    input_scales_.resize(spec_.with_input_scales ? num_experts : 0);
   }
 
   void write() {
     for (const Shard& shard : shards_) create_file(shard);
-    for (int i = 0; i < spec_.num_layers && spec_.with_input_scales; ++i) {
+    for (int i = 0; i < spec_.num_layers && has_input_scales_; ++i) {
       calibrations_.emplace_back(spec_, spec_.first_layer + i);
     }
     run_workers();
-    if (spec_.with_input_scales) write_input_scales();
+    if (has_input_scales_ && spec_.format == "w4afp8") write_input_scales();
     write_json();
   }
 
@@ -101,15 +107,16 @@ class SyntheticWriter {
   void write_tensor(const Place& place, std::span<const std::byte> bytes) const;
   void write_input_scales() const;
   void write_json() const;
-  void write_text(const std::string& name, const std::string& text) const;
 
   const SyntheticCheckpoint& spec_;
   fs::path dir_;
   const Progress& progress_;
+  std::vector<SyntheticTensor> tensors_;  // of one expert
+  bool has_input_scales_;
   std::vector<Shard> shards_;
-  std::vector<std::array<Place, 6>> places_;  // [job][weight parts]
-  std::vector<Calibration> calibrations_;     // [layer]
-  std::vector<InputScales> input_scales_;     // [job]
+  std::vector<std::vector<Place>> places_;  // [job][tensors_]
+  std::vector<Calibration> calibrations_;   // [layer]
+  std::vector<InputScales> input_scales_;   // [job]
   std::atomic<std::size_t> next_job_{0}, done_jobs_{0};
   std::mutex mutex_;
   std::exception_ptr problem_;  // guarded by mutex_
@@ -117,29 +124,21 @@ class SyntheticWriter {
 
 void SyntheticWriter::plan_shards() {
   const ModelGeometry& g = spec_.geometry;
-  const auto hidden = static_cast<std::uint64_t>(g.hidden);
-  const auto intermediate = static_cast<std::uint64_t>(g.intermediate);
-  const bool is_f32 = spec_.scale_dtype == DType::kFloat32;
-  const std::size_t scale_bytes = size_bytes(spec_.scale_dtype);
   std::vector<std::vector<SafetensorsEntry>> files(1);
   std::uint64_t used = 0;
   places_.resize(num_jobs());
   for (std::size_t job = 0; job < num_jobs(); ++job) {
     const auto per_layer = static_cast<std::size_t>(g.num_experts);
     const int layer = spec_.first_layer + static_cast<int>(job / per_layer);
-    for (std::size_t part = 0; part < 6; ++part) {
-      const bool is_down = part >= 4;
-      const bool is_scale = part % 2 == 1;
-      const std::uint64_t n = is_down ? hidden : intermediate, k = is_down ? intermediate : hidden;
-      const std::uint64_t columns = is_scale ? k / kWeightGroup : k / 2;
-      const std::uint64_t size = n * columns * (is_scale ? scale_bytes : 1);
+    for (const SyntheticTensor& tensor : tensors_) {
+      const std::uint64_t size = tensor_bytes(tensor);
       if (used > 0 && used + size > spec_.max_shard_bytes) files.emplace_back(), used = 0;
       used += size;
-      places_[job][part].shard = files.size() - 1;
-      files.back().push_back({.name = tensor_name(layer, static_cast<int>(job % per_layer),
-                                                  static_cast<ExpertPart>(part)),
-                              .dtype = is_scale ? (is_f32 ? "F32" : "BF16") : "I8",
-                              .shape = {n, columns}});
+      places_[job].push_back({.shard = files.size() - 1});
+      files.back().push_back(
+          {.name = tensor_name(layer, static_cast<int>(job % per_layer), tensor.part),
+           .dtype = tensor.dtype,
+           .shape = tensor.shape});
     }
   }
   check_argument(files.size() <= 99'999, "max_shard_bytes {} needs {} shards; at most 99999",
@@ -157,29 +156,6 @@ void SyntheticWriter::plan_shards() {
       place.offset = shard.header.size() + shard.tensors[next[place.shard]++].begin;
     }
   }
-}
-
-[[noreturn]] void fail_io(const fs::path& path, const char* what) {
-  fail(ErrorCode::kIo, "{}: cannot {}: {}", path.string(), what, std::strerror(errno));
-}
-
-/// Writes all of `bytes` at `offset` of a file that exists, or is made.
-void write_at(const fs::path& path, std::uint64_t offset, std::span<const std::byte> bytes) {
-  const int fd = ::open(path.c_str(), O_WRONLY | O_CREAT | O_CLOEXEC, 0644);
-  if (fd < 0) fail_io(path, "open for writing");
-  while (!bytes.empty()) {
-    const ssize_t count = ::pwrite(fd, bytes.data(), bytes.size(), static_cast<off_t>(offset));
-    if (count < 0 && errno == EINTR) continue;
-    if (count <= 0) {
-      const int problem = errno;
-      ::close(fd);
-      errno = problem;
-      fail_io(path, "write");
-    }
-    bytes = bytes.subspan(static_cast<std::size_t>(count));
-    offset += static_cast<std::uint64_t>(count);
-  }
-  if (::close(fd) != 0) fail_io(path, "close");
 }
 
 void SyntheticWriter::create_file(const Shard& shard) const {
@@ -208,7 +184,7 @@ void SyntheticWriter::work(bool reports) {
       const std::size_t layer = job / per_layer;
       const int index = static_cast<int>(job % per_layer);
       fill_expert(spec_, spec_.first_layer + static_cast<int>(layer), index, expert);
-      if (spec_.with_input_scales) {
+      if (has_input_scales_) {
         input_scales_[job] = calibrations_[layer].input_scales(index, expert);
       }
       write_expert(job, expert);
@@ -229,17 +205,9 @@ void SyntheticWriter::write_tensor(const Place& place, std::span<const std::byte
 }
 
 void SyntheticWriter::write_expert(std::size_t job, const SyntheticExpert& expert) const {
-  std::vector<std::uint16_t> bf16;
-  for (std::size_t i = 0; i < expert.matrices.size(); ++i) {
-    const SyntheticMatrix& matrix = expert.matrices[i];
-    write_tensor(places_[job][2 * i], std::as_bytes(std::span(matrix.codes)));
-    auto scale_bytes = std::as_bytes(std::span(matrix.scales));
-    if (spec_.scale_dtype == DType::kBFloat16) {
-      bf16.resize(matrix.scales.size());
-      std::ranges::transform(matrix.scales, bf16.begin(), bf16_from_float);
-      scale_bytes = std::as_bytes(std::span(bf16));
-    }
-    write_tensor(places_[job][2 * i + 1], scale_bytes);
+  for (std::size_t i = 0; i < tensors_.size(); ++i) {
+    const auto bytes = synthetic_bytes(tensors_[i], spec_, expert, input_scales_[job]);
+    write_tensor(places_[job][i], bytes);
   }
 }
 
@@ -250,9 +218,8 @@ void SyntheticWriter::write_input_scales() const {
     const auto per_layer = static_cast<std::size_t>(spec_.geometry.num_experts);
     const int layer = spec_.first_layer + static_cast<int>(job / per_layer);
     const InputScales& s = input_scales_[job];
-    for (const auto& [part, value] : {std::pair{ExpertPart::kW1InputScale, s.w1},
-                                      {ExpertPart::kW2InputScale, s.w2},
-                                      {ExpertPart::kW3InputScale, s.w3}}) {
+    for (const auto& [part, value] :
+         {std::pair{"w1.input_scale", s.w1}, {"w2.input_scale", s.w2}, {"w3.input_scale", s.w3}}) {
       shard.tensors.push_back({.name = tensor_name(layer, static_cast<int>(job % per_layer), part),
                                .dtype = "F32",
                                .shape = {1}});
@@ -264,13 +231,9 @@ void SyntheticWriter::write_input_scales() const {
   write_at(dir_ / shard.name, shard.header.size(), std::as_bytes(std::span(values)));
 }
 
-void SyntheticWriter::write_text(const std::string& name, const std::string& text) const {
-  write_at(dir_ / name, 0, std::as_bytes(std::span(text)));
-}
-
 void SyntheticWriter::write_json() const {
   const ModelGeometry& g = spec_.geometry;
-  const nlohmann::ordered_json config = {
+  nlohmann::ordered_json config = {
       {"model_type", g.name},
       {"hidden_size", g.hidden},
       {"moe_intermediate_size", g.intermediate},
@@ -279,12 +242,14 @@ void SyntheticWriter::write_json() const {
       {"routed_scaling_factor", g.routed_scaling_factor},
       {"first_k_dense_replace", spec_.first_layer},
       {"num_hidden_layers", spec_.first_layer + spec_.num_layers},
-      {"quantization_config",
-       {{"quant_method", "w4afp8"},
-        {"group_size", kWeightGroup},
-        {"activation_scheme", spec_.with_input_scales ? "static" : "dynamic"}}},
-      {"sluice_synthetic", {{"seed", spec_.seed}}},
   };
+  if (auto quantization = synthetic_quantization_config(spec_); !quantization.is_null()) {
+    config["quantization_config"] = std::move(quantization);
+  }
+  config["sluice_synthetic"] = {{"seed", spec_.seed}};
+  if (const auto algo = synthetic_algo_config(spec_); !algo.is_null()) {
+    write_text(dir_ / "hf_quant_config.json", algo.dump(2) + "\n");
+  }
   std::uint64_t total = 0;
   std::string text = "{\n  \"metadata\": {\"total_size\": ";
   for (const Shard& shard : shards_) total += shard.tensors.back().end;
@@ -296,8 +261,8 @@ void SyntheticWriter::write_json() const {
       separator = ",\n";
     }
   }
-  write_text("model.safetensors.index.json", text + "\n  }\n}\n");
-  write_text("config.json", config.dump(2) + "\n");
+  write_text(dir_ / "model.safetensors.index.json", text + "\n  }\n}\n");
+  write_text(dir_ / "config.json", config.dump(2) + "\n");
 }
 
 /// A directory under construction beside its final place; removed unless it is moved there.
@@ -305,8 +270,7 @@ class PartialDirectory {
  public:
   explicit PartialDirectory(const fs::path& target)
       : path_(target.parent_path() /
-              fmt::format(".{}.partial-{}", target.filename().string(), ::getpid())),
-        target_(target) {
+              fmt::format(".{}.partial-{}", target.filename().string(), ::getpid())) {
     std::error_code problem;
     fs::create_directories(target.parent_path(), problem);
     if (!problem && !fs::create_directory(path_, problem) && !problem) {
@@ -324,55 +288,18 @@ class PartialDirectory {
   PartialDirectory& operator=(const PartialDirectory&) = delete;
 
   [[nodiscard]] const fs::path& path() const noexcept { return path_; }
-  /// Replaces `target`, which must be absent or empty.
-  void move_to_target() const {
-    std::error_code problem;
-    fs::rename(path_, target_, problem);
-    if (problem) {
-      fail(ErrorCode::kIo, "{}: cannot rename to {}: {}", path_.string(), target_.string(),
-           problem.message());
-    }
-  }
 
  private:
-  fs::path path_, target_;
+  fs::path path_;
 };
 
-void check_target(const fs::path& target) {
-  std::error_code problem;
-  if (!fs::exists(target, problem)) return;
-  check_argument(fs::is_directory(target, problem), "{}: exists and is not a directory",
-                 target.string());
-  for (const auto& file : fs::directory_iterator(target, problem)) {
-    const std::string name = file.path().filename().string();
-    check_argument(name != "config.json" && file.path().extension() != ".safetensors",
-                   "{}: already holds a checkpoint ({}); nothing was written", target.string(),
-                   name);
-    fail(ErrorCode::kInvalidArgument, "{}: not empty ({}); nothing was written", target.string(),
-         name);
-  }
-  if (problem) fail(ErrorCode::kIo, "{}: cannot list: {}", target.string(), problem.message());
-}
-
-/// Codes and scales of all experts, and a hundredth for headers, index and input scales.
+/// Tensors of all experts, and a hundredth for headers, index and input scales.
 std::uint64_t weight_bytes(const SyntheticCheckpoint& spec) {
-  const auto as_u64 = [](int value) { return static_cast<std::uint64_t>(value); };
-  const std::uint64_t weights = 3 * as_u64(spec.geometry.hidden) *
-                                as_u64(spec.geometry.intermediate) *
-                                as_u64(spec.geometry.num_experts) * as_u64(spec.num_layers);
-  const std::uint64_t bytes = weights / 2 + weights / kWeightGroup * size_bytes(spec.scale_dtype);
+  std::uint64_t bytes = 0;
+  for (const SyntheticTensor& tensor : synthetic_tensors(spec)) bytes += tensor_bytes(tensor);
+  bytes *= static_cast<std::uint64_t>(spec.geometry.num_experts) *
+           static_cast<std::uint64_t>(spec.num_layers);
   return bytes + bytes / 100;
-}
-
-void check_free_space(const fs::path& dir, std::uint64_t needed) {
-  constexpr std::uint64_t kReserve = std::uint64_t{64} << 20;
-  struct statvfs status {};
-  if (::statvfs(dir.c_str(), &status) != 0) fail_io(dir, "ask for the free space of");
-  const std::uint64_t free = static_cast<std::uint64_t>(status.f_bavail) * status.f_frsize;
-  if (free < needed + kReserve) {
-    fail(ErrorCode::kIo, "{}: {} bytes are free, {} are needed and {} are left in reserve",
-         dir.string(), free, needed, kReserve);
-  }
 }
 
 }  // namespace
@@ -380,14 +307,11 @@ void check_free_space(const fs::path& dir, std::uint64_t needed) {
 void write_synthetic_checkpoint(const SyntheticCheckpoint& spec, const fs::path& dir,
                                 const Progress& progress) {
   check_spec(spec);
-  // "DIR/" and "DIR" are the same place, and its parent must have a name.
-  fs::path target = fs::absolute(dir).lexically_normal();
-  if (!target.has_filename()) target = target.parent_path();
-  check_target(target);
+  const fs::path target = checked_target(dir);
   const PartialDirectory partial(target);
   check_free_space(partial.path(), weight_bytes(spec));
   SyntheticWriter(spec, partial.path(), progress).write();
-  partial.move_to_target();
+  move_to_target(partial.path(), target);
 }
 
 }  // namespace sluice

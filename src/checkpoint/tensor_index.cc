@@ -14,13 +14,10 @@
 namespace sluice {
 namespace {
 
-constexpr std::array<const char*, kNumExpertParts> kPartNames = {
-    "gate_proj.weight", "gate_proj.weight_scale_inv", "up_proj.weight", "up_proj.weight_scale_inv",
-    "down_proj.weight", "down_proj.weight_scale_inv", "w1.input_scale", "w2.input_scale",
-    "w3.input_scale",
-};
 constexpr std::string_view kIndexFile = "model.safetensors.index.json";
 constexpr std::string_view kSuffix = ".safetensors";
+/// Kimi-K2.5 and later call their text model this.
+constexpr std::string_view kLanguageModel = "language_model.";
 
 /// Takes a decimal number without leading zeros, and the text after it, off the front of `text`.
 std::optional<int> take_number(std::string_view& text, std::string_view after) {
@@ -35,27 +32,25 @@ std::optional<int> take_number(std::string_view& text, std::string_view after) {
 
 struct ExpertName {
   int layer = 0, expert = 0;
-  std::optional<ExpertPart> part;
+  std::string_view part, prefix;
 };
 
 /// Empty if `name` is no tensor of a routed expert.
 std::optional<ExpertName> parse_expert_name(std::string_view name) {
   constexpr std::string_view kPrefix = "model.layers.";
+  ExpertName result;
+  if (name.starts_with(kLanguageModel)) {
+    result.prefix = kLanguageModel;
+    name.remove_prefix(kLanguageModel.size());
+  }
   if (!name.starts_with(kPrefix)) return std::nullopt;
   name.remove_prefix(kPrefix.size());
   const auto layer = take_number(name, ".mlp.experts.");
   if (!layer) return std::nullopt;
   const auto expert = take_number(name, ".");
   if (!expert) return std::nullopt;
-  ExpertName result{*layer, *expert, std::nullopt};
-  for (std::size_t i = 0; i < kPartNames.size(); ++i) {
-    if (name == kPartNames[i]) result.part = static_cast<ExpertPart>(i);
-  }
+  result.layer = *layer, result.expert = *expert, result.part = name;
   return result;
-}
-
-bool is_input_scale(std::optional<ExpertPart> part) {
-  return part && *part >= ExpertPart::kW1InputScale;
 }
 
 /// Where the index says a tensor is, and whether it was there.
@@ -154,32 +149,36 @@ class IndexBuilder {
 
   void add_tensor(TensorRef tensor, bool is_indexed) {
     const auto name = parse_expert_name(tensor.entry.name);
-    if (!name) return;
+    if (!name) {
+      if (is_indexed) index_.others.push_back(std::move(tensor));
+      return;
+    }
     if (!is_indexed && !is_input_scale(name->part)) return;
     const std::string path = tensor.file->path().string();
     if (name->expert >= num_experts_) {
       fail(ErrorCode::kCorruptFile, "{}: tensor {}: expert {} of a model with {} experts", path,
            tensor.entry.name, name->expert, num_experts_);
     }
+    if (index_.layers.empty()) index_.prefix = name->prefix;
+    if (name->prefix != index_.prefix) {
+      fail(ErrorCode::kCorruptFile,
+           "{}: tensor {}: other experts are called '{}model.layers...'; one model has one prefix",
+           path, tensor.entry.name, index_.prefix);
+    }
     LayerTensors& layer = index_.layers[name->layer];
     layer.experts.resize(static_cast<std::size_t>(num_experts_));
-    if (!name->part) {
-      layer.unknown_parts.push_back(tensor.entry.name);
-      return;
-    }
-    TensorRef& slot =
-        layer
-            .experts[static_cast<std::size_t>(name->expert)][static_cast<std::size_t>(*name->part)];
-    if (!slot.exists()) {
-      slot = std::move(tensor);
+    ExpertTensors& expert = layer.experts[static_cast<std::size_t>(name->expert)];
+    const TensorRef* const other = expert.find(name->part);
+    if (!other) {
+      expert.parts.push_back({.name = std::string(name->part), .tensor = std::move(tensor)});
       return;
     }
     // The same input scale in a shard and again in act_scales.safetensors does no harm.
-    const bool is_same = is_input_scale(name->part) && slot.entry.dtype == tensor.entry.dtype &&
-                         std::ranges::equal(slot.bytes(), tensor.bytes());
+    const bool is_same = is_input_scale(name->part) && other->entry.dtype == tensor.entry.dtype &&
+                         std::ranges::equal(other->bytes(), tensor.bytes());
     if (!is_same) {
       fail(ErrorCode::kCorruptFile, "{}: tensor {} is also in {}", path, tensor.entry.name,
-           slot.file->path().string());
+           other->file->path().string());
     }
   }
 
@@ -191,12 +190,23 @@ class IndexBuilder {
 
 }  // namespace
 
-const char* to_string(ExpertPart part) noexcept {
-  return kPartNames[static_cast<std::size_t>(part)];
+bool is_input_scale(std::string_view part) noexcept {
+  return part.ends_with(".input_scale");
 }
 
-std::string tensor_name(int layer, int expert, ExpertPart part) {
-  return fmt::format("model.layers.{}.mlp.experts.{}.{}", layer, expert, to_string(part));
+const TensorRef* ExpertTensors::find(std::string_view part) const noexcept {
+  for (const Part& p : parts) {
+    if (p.name == part) return &p.tensor;
+  }
+  return nullptr;
+}
+
+std::string tensor_name(int layer, int expert, std::string_view part) {
+  return fmt::format("model.layers.{}.mlp.experts.{}.{}", layer, expert, part);
+}
+
+std::string place(const TensorRef& tensor) {
+  return fmt::format("{}: tensor {}", tensor.file->path().string(), tensor.entry.name);
 }
 
 std::uint64_t digest_bytes(std::span<const std::byte> bytes, std::uint64_t seed) noexcept {
@@ -227,8 +237,8 @@ TensorIndex read_tensor_index(const std::filesystem::path& dir, int num_experts)
   // A layer of input scales alone has no experts to run.
   std::erase_if(index.layers, [](const auto& layer) {
     return std::ranges::none_of(layer.second.experts, [](const ExpertTensors& expert) {
-      return std::any_of(expert.begin(), expert.begin() + 6,
-                         [](const TensorRef& t) { return t.exists(); });
+      return std::ranges::any_of(expert.parts,
+                                 [](const auto& part) { return !is_input_scale(part.name); });
     });
   });
   return index;

@@ -1,13 +1,13 @@
 // tensor_index.h - where every tensor of the routed experts lies, over all files of a checkpoint.
 #pragma once
 
-#include <array>
 #include <cstdint>
 #include <filesystem>
 #include <map>
 #include <memory>
 #include <span>
 #include <string>
+#include <string_view>
 #include <vector>
 
 #include "checkpoint/safetensors.h"
@@ -18,24 +18,8 @@ namespace sluice {
 
 inline constexpr std::uint64_t kDigestSeed = 0xcbf29ce484222325U;
 
-/// The nine tensors of one expert, in the order of their names below.
-enum class ExpertPart {
-  kGateWeight,
-  kGateScale,
-  kUpWeight,
-  kUpScale,
-  kDownWeight,
-  kDownScale,
-  kW1InputScale,
-  kW2InputScale,
-  kW3InputScale,
-};
-inline constexpr int kNumExpertParts = 9;
-
-/// "gate_proj.weight", "gate_proj.weight_scale_inv", ..., "w1.input_scale", ...
-[[nodiscard]] const char* to_string(ExpertPart part) noexcept;
 /// "model.layers.3.mlp.experts.17.gate_proj.weight"
-[[nodiscard]] std::string tensor_name(int layer, int expert, ExpertPart part);
+[[nodiscard]] std::string tensor_name(int layer, int expert, std::string_view part);
 
 /// A tensor in its file. Empty if the checkpoint has none of this name.
 struct TensorRef {
@@ -49,15 +33,30 @@ struct TensorRef {
   }
 };
 
-using ExpertTensors = std::array<TensorRef, kNumExpertParts>;
+/// Says where a tensor is, for messages: "DIR/model-00001-of-00002.safetensors: tensor NAME".
+[[nodiscard]] std::string place(const TensorRef& tensor);
+
+/// What an expert has, by the part of the name after "experts.17.": "gate_proj.weight", ...
+struct ExpertTensors {
+  struct Part {
+    std::string name;
+    TensorRef tensor;
+  };
+  std::vector<Part> parts;  ///< A dozen or so: searched one after the other.
+
+  /// Null if there is none.
+  [[nodiscard]] const TensorRef* find(std::string_view part) const noexcept;
+};
 
 struct LayerTensors {
-  std::vector<ExpertTensors> experts;      ///< [num_experts]
-  std::vector<std::string> unknown_parts;  ///< Tensors of an expert that w4afp8 does not have.
+  std::vector<ExpertTensors> experts;  ///< [num_experts]
 };
 
 struct TensorIndex {
   std::map<int, LayerTensors> layers;  ///< Those with at least one routed expert.
+  std::vector<TensorRef> others;       ///< What is no part of a routed expert.
+  /// Before "model.layers": "" or, in models with other senses beside language, "language_model.".
+  std::string prefix;
   std::vector<std::string> files;      ///< Names, in the order read.
   std::uint64_t digest = kDigestSeed;  ///< Of the files' names, sizes and headers, and the index.
 };
@@ -65,6 +64,9 @@ struct TensorIndex {
 /// 64-bit FNV-1a, continued from `seed`.
 [[nodiscard]] std::uint64_t digest_bytes(std::span<const std::byte> bytes,
                                          std::uint64_t seed = kDigestSeed) noexcept;
+
+/// Input scales may lie in a file that the index does not name, and in two files.
+[[nodiscard]] bool is_input_scale(std::string_view part) noexcept;
 
 /// Reads every header. With model.safetensors.index.json, the shards are those it names; any other
 /// *.safetensors file contributes its input scales only (act_scales.safetensors is published

@@ -29,32 +29,48 @@ float median_of(std::vector<float> values) {
   return *middle;
 }
 
-void check_input_scales(int layer, const std::vector<InputScales>& scales, Warnings& out) {
+/// Names of a layer's tensors in the checkpoint's own format.
+struct Names {
+  const Format& format;
+  std::array<MatrixLayout, 3> layouts;  // gate, up, down
+  int layer;
+
+  [[nodiscard]] std::string input_scale(int expert, std::size_t matrix) const {
+    return tensor_name(layer, expert, format.input_scale_part(layouts[matrix]));
+  }
+  [[nodiscard]] std::string weight(int expert, std::size_t matrix) const {
+    return tensor_name(layer, expert, format.parts(layouts[matrix])[0].name);
+  }
+  [[nodiscard]] std::string scale(int expert, std::size_t matrix) const {
+    return tensor_name(layer, expert, format.parts(layouts[matrix])[1].name);
+  }
+};
+
+void check_input_scales(const Names& names, const std::vector<InputScales>& scales, Warnings& out) {
   if (scales.empty()) return;
   const bool is_uncalibrated = std::ranges::all_of(
       scales, [](const InputScales& s) { return s.w1 == 1 && s.w2 == 1 && s.w3 == 1; });
   if (is_uncalibrated) {
-    out.push_back({.tensor = tensor_name(layer, 0, ExpertPart::kW1InputScale),
+    out.push_back({.tensor = names.input_scale(0, 0),
                    .text = "every input scale of the layer is exactly 1.0: uncalibrated"});
     return;
   }
-  const std::array members = {std::pair{ExpertPart::kW1InputScale, &InputScales::w1},
-                              std::pair{ExpertPart::kW2InputScale, &InputScales::w2},
-                              std::pair{ExpertPart::kW3InputScale, &InputScales::w3}};
-  for (const auto& [part, member] : members) {
+  const std::array members = {&InputScales::w1, &InputScales::w3, &InputScales::w2};
+  for (std::size_t m = 0; m < members.size(); ++m) {
     std::vector<float> values;
-    for (const InputScales& s : scales) values.push_back(s.*member);
+    for (const InputScales& s : scales) values.push_back(s.*members[m]);
     const float median = median_of(values);
     for (std::size_t e = 0; e < values.size(); ++e) {
       if (values[e] <= median * kFarFactor && values[e] >= median / kFarFactor) continue;
       out.push_back(
-          {.tensor = tensor_name(layer, static_cast<int>(e), part),
+          {.tensor = names.input_scale(static_cast<int>(e), m),
            .text = fmt::format("{:.4g} is far from the layer's median {:.4g}", values[e], median)});
     }
   }
 }
 
-void check_codes(const std::string& tensor, const TensorView& codes, Warnings& out) {
+void check_codes(const std::string& tensor, const TensorView& codes, bool expects_minus_eight,
+                 Warnings& out) {
   std::array<std::int64_t, 256> bytes{};
   const std::size_t count = std::min(codes.bytes(), kMaxSampledBytes);
   for (const std::uint8_t byte : std::span(codes.as<std::uint8_t>(), count)) ++bytes[byte];
@@ -72,7 +88,7 @@ void check_codes(const std::string& tensor, const TensorView& codes, Warnings& o
                    .text = fmt::format("-8 occurs {} times and 0 only {} times: codes with an "
                                        "offset of 8 instead of signed ones?",
                                        nibbles[8], nibbles[0])});
-  } else if (nibbles[8] > 0) {
+  } else if (nibbles[8] > 0 && !expects_minus_eight) {
     out.push_back({.tensor = tensor,
                    .text = fmt::format("-8 occurs {} times in {} weights; amax / 7 rounding makes "
                                        "none",
@@ -98,12 +114,11 @@ void check_scales(const std::string& tensor, const TensorView& scales, Warnings&
   }
 }
 
-void check_weights(int layer, int index, const Expert& expert, Warnings& out) {
+void check_weights(const Names& names, int index, const Expert& expert, Warnings& out) {
   const std::array matrices = {&expert.gate, &expert.up, &expert.down};
   for (std::size_t i = 0; i < matrices.size(); ++i) {
-    check_codes(tensor_name(layer, index, static_cast<ExpertPart>(2 * i)), matrices[i]->codes, out);
-    check_scales(tensor_name(layer, index, static_cast<ExpertPart>(2 * i + 1)), matrices[i]->scales,
-                 out);
+    check_codes(names.weight(index, i), matrices[i]->codes, names.format.makes_minus_eight(), out);
+    check_scales(names.scale(index, i), matrices[i]->scales, out);
   }
 }
 
@@ -111,11 +126,13 @@ void check_weights(int layer, int index, const Expert& expert, Warnings& out) {
 
 std::vector<CheckpointWarning> Checkpoint::warnings(int layer) const {
   Warnings result;
-  check_input_scales(layer, input_scales(layer), result);
+  const Names names{
+      .format = *impl_->format, .layouts = matrix_layouts(impl_->config.geometry), .layer = layer};
+  check_input_scales(names, input_scales(layer), result);
   const ModelConfig& config = impl_->config;
   const bool is_dense = layer < config.first_k_dense_replace;
   if (is_dense || (config.num_layers > 0 && layer >= config.num_layers)) {
-    result.push_back({.tensor = tensor_name(layer, 0, ExpertPart::kGateWeight),
+    result.push_back({.tensor = names.weight(0, 0),
                       .text = is_dense ? fmt::format("layer {} has routed experts, though "
                                                      "first_k_dense_replace = {}",
                                                      layer, config.first_k_dense_replace)
@@ -123,6 +140,7 @@ std::vector<CheckpointWarning> Checkpoint::warnings(int layer) const {
                                                      "(a prediction layer?)",
                                                      layer, config.num_layers)});
   }
+  if (!is_int4()) return result;
   const int num_experts = config.geometry.num_experts;
   std::set<int> sampled;
   for (int i = 0; i < kNumSampledExperts; ++i) {
@@ -130,7 +148,7 @@ std::vector<CheckpointWarning> Checkpoint::warnings(int layer) const {
   }
   for (const int e : sampled) {
     const ExpertWeights weights = load_experts(layer, e, 1);
-    check_weights(layer, e, weights.experts.front(), result);
+    check_weights(names, e, weights.experts.front(), result);
     weights.release_pages(0);  // Looking must not make the layer resident.
   }
   return result;

@@ -166,7 +166,8 @@ Recipe resolve_recipe(RecipeName name, Mode mode, DispatchDtype override_dtype,
     if (!scales) {
       fail(ErrorCode::kUnsupported,
            "recipe {} in {} mode needs static activation scales, but the checkpoint has no "
-           "{}.*.w{{1,2,3}}.input_scale; use direct or direct-bf16",
+           "{}.*.input_scale (of w1, w2, w3, or of gate_proj, up_proj, down_proj); use direct or "
+           "direct-bf16",
            d.text, to_string(mode), layer_name);
     }
     for (const auto& [field, value] :

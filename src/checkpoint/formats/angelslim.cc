@@ -1,0 +1,54 @@
+// AngelSlim w4a8_fp8: qweight I8 [N, K / 2] with W4AFP8's nibbles, weight_scale.int4 [N, K / 128],
+// and weight_scale, the scale of an FP8 stage that the INT4 values do not need. Sources:
+// docs/formats.md#angelslim-w4a8_fp8.
+#include "checkpoint/formats/format.h"
+#include "checkpoint/formats/part_readers.h"
+#include "checkpoint/formats/second_scale.h"
+#include "core/fail.h"
+
+namespace sluice {
+namespace {
+
+constexpr int kGroup = 128;
+
+class AngelslimFormat final : public Format {
+ public:
+  [[nodiscard]] std::string_view name() const noexcept override { return "angelslim"; }
+
+  [[nodiscard]] std::vector<PartSpec> parts(const MatrixLayout& matrix) const override {
+    const auto n = static_cast<std::uint64_t>(matrix.n), k = static_cast<std::uint64_t>(matrix.k);
+    return {{.name = matrix.part("qweight"), .dtypes = {"I8"}, .shape = {n, k / 2}},
+            {.name = matrix.part("weight_scale.int4"),
+             .dtypes = {"BF16", "F32"},
+             .shape = {n, k / kGroup}},
+            {.name = matrix.part("weight_scale"), .dtypes = {"BF16", "F32"}, .shape = {}}};
+  }
+
+  [[nodiscard]] Int4Matrix load(const ExpertTensors& expert, const MatrixLayout& matrix,
+                                ExpertStorage& storage) const override {
+    const TensorRef& scale = part_of(expert, matrix.part("weight_scale.int4"));
+    const Int4Matrix result = {
+        .codes = view_codes(part_of(expert, matrix.part("qweight")), matrix, storage),
+        .scales = load_scales(scale, matrix.n, matrix.k / kGroup, storage),
+        .group_size = kGroup};
+    check_second_scale(part_of(expert, matrix.part("weight_scale")), scale, result.scales);
+    return result;
+  }
+};
+
+}  // namespace
+
+std::optional<Recognised> recognise_angelslim(const FormatClues& clues) {
+  const QuantizationConfig& config = clues.config;
+  if (config.quant_method != "w4a8_awq") return std::nullopt;
+  if (config.group_size && *config.group_size != kGroup) {
+    fail(ErrorCode::kUnsupported,
+         "{}: quantization_config.weight_group_size = {}; only {} is "
+         "supported",
+         config.file, *config.group_size, kGroup);
+  }
+  return Recognised{.format = std::make_unique<AngelslimFormat>(),
+                    .evidence = "config.json: quant_method = 'w4a8_awq' (AngelSlim w4a8_fp8)"};
+}
+
+}  // namespace sluice

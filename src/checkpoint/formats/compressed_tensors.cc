@@ -1,0 +1,173 @@
+// compressed-tensors "pack-quantized" INT4: I32 [N, K / 8], q + 8 in nibble i % 8 counted from the
+// lowest bits, along K; scales [N, K / group] for groups of 128 or 32; weight_shape = [N, K].
+// Kimi-K2's own INT4 is this with groups of 32 and no activation scheme. Sources: docs/formats.md.
+#include <cstring>
+
+#include "checkpoint/formats/format.h"
+#include "checkpoint/formats/part_readers.h"
+#include "core/fail.h"
+
+namespace sluice {
+namespace {
+
+class CompressedTensorsFormat final : public Format {
+ public:
+  CompressedTensorsFormat(int group, bool has_static_inputs)
+      : group_(group), has_static_inputs_(has_static_inputs) {}
+
+  [[nodiscard]] std::string_view name() const noexcept override { return "compressed-tensors"; }
+  [[nodiscard]] int group_size() const noexcept override { return group_; }
+
+  [[nodiscard]] std::vector<PartSpec> parts(const MatrixLayout& matrix) const override {
+    const auto n = static_cast<std::uint64_t>(matrix.n), k = static_cast<std::uint64_t>(matrix.k);
+    return {{.name = matrix.part("weight_packed"), .dtypes = {"I32"}, .shape = {n, k / 8}},
+            {.name = matrix.part("weight_scale"),
+             .dtypes = {"BF16", "F16", "F32"},
+             .shape = {n, k / static_cast<std::uint64_t>(group_)}},
+            {.name = matrix.part("weight_shape"), .dtypes = {"I64", "I32"}, .shape = {2}}};
+  }
+
+  [[nodiscard]] std::string input_scale_part(const MatrixLayout& matrix) const override {
+    return has_static_inputs_ ? matrix.part("input_scale") : "";
+  }
+
+  [[nodiscard]] std::string refusal(std::string_view part) const override {
+    if (part.ends_with("weight_zero_point")) {
+      return "holds zero points; only symmetric INT4 is supported";
+    }
+    if (part.ends_with("weight_g_idx")) {
+      return "reorders the groups along K (actorder); only groups in order are supported";
+    }
+    if (part.ends_with("input_scale")) {
+      return "is an input scale, but quantization_config declares no static input_activations";
+    }
+    return Format::refusal(part);
+  }
+
+  void check_values(const ExpertTensors& expert, const MatrixLayout& matrix) const override {
+    const TensorRef& tensor = part_of(expert, matrix.part("weight_shape"));
+    std::int64_t shape[2];
+    if (tensor.entry.dtype == "I64") {
+      std::memcpy(shape, tensor.bytes().data(), sizeof shape);
+    } else {
+      std::int32_t narrow[2];
+      std::memcpy(narrow, tensor.bytes().data(), sizeof narrow);
+      shape[0] = narrow[0], shape[1] = narrow[1];
+    }
+    if (shape[0] == matrix.n && shape[1] == matrix.k) return;
+    fail(ErrorCode::kCorruptFile, "{}: says [{}, {}], but the config's sizes need [{}, {}]",
+         place(tensor), shape[0], shape[1], matrix.n, matrix.k);
+  }
+
+  [[nodiscard]] Int4Matrix load(const ExpertTensors& expert, const MatrixLayout& matrix,
+                                ExpertStorage& storage) const override {
+    // Little-endian words: byte j of a row holds elements 2j and 2j + 1, low nibble first.
+    return {
+        .codes = load_offset_codes(part_of(expert, matrix.part("weight_packed")), matrix, storage),
+        .scales = load_scales(part_of(expert, matrix.part("weight_scale")), matrix.n,
+                              matrix.k / group_, storage),
+        .group_size = group_};
+  }
+
+ private:
+  int group_;
+  bool has_static_inputs_;
+};
+
+/// A refusal that names the field, its value and what is supported.
+[[noreturn]] void refuse(const QuantizationConfig& config, const std::string& field,
+                         const std::string& value, const char* supported) {
+  fail(ErrorCode::kUnsupported, "{}: quantization_config.{} = {}; {}", config.file, field, value,
+       supported);
+}
+
+std::string text_of(const std::optional<std::uint64_t>& value) {
+  return value ? std::to_string(*value) : "null";
+}
+
+void check_weights(const QuantizationConfig& config, const std::string& at,
+                   const QuantizationArgs& weights) {
+  if (!weights.is_present) refuse(config, at, "null", "the experts' weights must be INT4");
+  if (weights.num_bits != 4) {
+    refuse(config, at + ".num_bits", text_of(weights.num_bits), "only 4 is supported");
+  }
+  if (weights.type != "int") {
+    refuse(config, at + ".type", "'" + weights.type + "'", "only 'int' is supported");
+  }
+  if (weights.is_symmetric != true) {
+    refuse(config, at + ".symmetric", weights.is_symmetric ? "false" : "null",
+           "only symmetric INT4, without zero points, is supported");
+  }
+  if (weights.strategy != "group") {
+    refuse(config, at + ".strategy", "'" + weights.strategy + "'", "only 'group' is supported");
+  }
+  if (weights.group_size != 32 && weights.group_size != 128) {
+    refuse(config, at + ".group_size", text_of(weights.group_size),
+           "only 32 and 128 are supported");
+  }
+  // "weight" and its older name "static" change how the quantizer works, not what it writes.
+  if (!weights.actorder.empty() && weights.actorder != "weight" && weights.actorder != "static") {
+    refuse(config, at + ".actorder", "'" + weights.actorder + "'",
+           "groups reordered along K (g_idx) are not supported");
+  }
+}
+
+/// True if the inputs have static scales. What is said of dynamic ones changes nothing here: the
+/// recipe says how activations are quantized.
+bool check_inputs(const QuantizationConfig& config, const std::string& at,
+                  const QuantizationArgs& inputs) {
+  if (!inputs.is_present) return false;
+  if (inputs.type != "float" || inputs.num_bits != 8) {
+    refuse(config, at, fmt::format("{}-bit '{}'", text_of(inputs.num_bits), inputs.type),
+           "only 8-bit float activations, or none declared, are supported");
+  }
+  if (inputs.is_symmetric == false) refuse(config, at + ".symmetric", "false", "only true is");
+  if (inputs.dynamic == "true") return false;
+  if (inputs.dynamic != "false" || inputs.strategy != "tensor") {
+    refuse(config, at, fmt::format("dynamic '{}', strategy '{}'", inputs.dynamic, inputs.strategy),
+           "static activations must be per tensor");
+  }
+  return true;
+}
+
+}  // namespace
+
+std::optional<Recognised> recognise_compressed_tensors(const FormatClues& clues) {
+  const QuantizationConfig& config = clues.config;
+  if (config.quant_method != "compressed-tensors") return std::nullopt;
+  if (config.groups.empty()) refuse(config, "config_groups", "{}", "the experts need one");
+  const QuantizationGroup& group = config.groups.front();
+  const std::string at = "config_groups." + group.name;
+  for (const QuantizationGroup& other : config.groups) {
+    if (other.weights == group.weights && other.input_activations == group.input_activations &&
+        other.format == group.format) {
+      continue;
+    }
+    refuse(config, "config_groups",
+           fmt::format("'{}' and '{}', which differ", group.name, other.name),
+           "which of them the experts use cannot be told");
+  }
+  const std::string& format = group.format.empty() ? config.format : group.format;
+  if (format != "pack-quantized") {
+    refuse(config, "format", "'" + format + "'", "only 'pack-quantized' is supported");
+  }
+  if (config.has_sparsity) refuse(config, "sparsity_config", "{...}", "only dense is supported");
+  if (config.has_transforms) {
+    refuse(config, "transform_config", "{...}", "rotated or scaled weights are not supported");
+  }
+  check_weights(config, at + ".weights", group.weights);
+  const bool is_static = check_inputs(config, at + ".input_activations", group.input_activations);
+  const int group_size = static_cast<int>(*group.weights.group_size);
+  return Recognised{
+      .format = std::make_unique<CompressedTensorsFormat>(group_size, is_static),
+      .evidence = fmt::format(
+          "config.json: quant_method = 'compressed-tensors', format 'pack-quantized', symmetric "
+          "INT4 in groups of {}, {} activations{}",
+          group_size,
+          !group.input_activations.is_present ? "no scheme for"
+          : is_static                         ? "static e4m3"
+                                              : "dynamic e4m3",
+          group_size == 32 && !group.input_activations.is_present ? " (as Kimi-K2's INT4)" : "")};
+}
+
+}  // namespace sluice

@@ -1,0 +1,116 @@
+// format.h - a published layout of routed experts: how it is recognised, which tensors an expert
+// has, and how they become canonical ones.
+//
+//   config.json, tensor names, dtypes --recognise()--> Format
+//   tensors of one matrix             --load()-------> signed int4 [N, K / 2] + scales [N, K /
+//   group]
+//                                     --load_floats()> [N, K] float32, for formats without int4
+//
+// One file per format in this folder. docs/formats.md describes the bytes.
+// Threads: formats are constant after recognise().
+#pragma once
+
+#include <array>
+#include <cstdint>
+#include <memory>
+#include <optional>
+#include <span>
+#include <string>
+#include <string_view>
+#include <vector>
+
+#include "checkpoint/expert_storage.h"
+#include "checkpoint/formats/quantization_config.h"
+#include "checkpoint/tensor_index.h"
+#include "sluice/checkpoint.h"
+
+namespace sluice {
+
+/// One of the three matrices of an expert, with its sizes.
+struct MatrixLayout {
+  enum class Role { kGate, kUp, kDown };
+  Role role = Role::kGate;
+  std::int64_t n = 0, k = 0;
+
+  /// "gate_proj", "up_proj", "down_proj"
+  [[nodiscard]] std::string_view stem() const noexcept;
+  /// "gate_proj.weight_scale" for "weight_scale"
+  [[nodiscard]] std::string part(std::string_view what) const;
+};
+
+/// gate, up, down.
+[[nodiscard]] std::array<MatrixLayout, 3> matrix_layouts(const ModelGeometry& geometry);
+
+/// One tensor that a matrix has, or may have.
+struct PartSpec {
+  std::string name;  ///< MatrixLayout::part()
+  std::vector<std::string_view> dtypes;
+  std::vector<std::uint64_t> shape;  ///< Empty: one number, of shape [] or [1].
+  bool is_optional = false;
+};
+
+class Format {
+ public:
+  virtual ~Format() = default;
+
+  /// As Checkpoint::format() gives it.
+  [[nodiscard]] virtual std::string_view name() const noexcept = 0;
+  /// False: the experts are floats, for `sluice convert` to quantize.
+  [[nodiscard]] virtual bool is_int4() const noexcept { return true; }
+  /// Weights per scale along K. Of floats: what they are quantized with unless asked otherwise.
+  [[nodiscard]] virtual int group_size() const noexcept { return 128; }
+  /// True if -8 is an ordinary value: scales of amax / 8 or amax / 7.5.
+  [[nodiscard]] virtual bool makes_minus_eight() const noexcept { return true; }
+
+  /// Tensors of one matrix, apart from its input scale.
+  [[nodiscard]] virtual std::vector<PartSpec> parts(const MatrixLayout& matrix) const = 0;
+  /// Name of the static scale of the matrix's input; empty if the format has none.
+  [[nodiscard]] virtual std::string input_scale_part(const MatrixLayout& matrix) const;
+  /// Why a tensor that is none of the above makes a layer unsupported.
+  [[nodiscard]] virtual std::string refusal(std::string_view part) const;
+  /// Things about one matrix that the headers cannot show and that cost a few bytes to read. Called
+  /// for matrices that are loaded, and for all of a layer whose input scales are asked for.
+  virtual void check_values(const ExpertTensors& expert, const MatrixLayout& matrix) const;
+
+  /// The static scale of the matrix's input, amax / 448. Requires: the part exists.
+  [[nodiscard]] virtual float input_scale(const ExpertTensors& expert,
+                                          const MatrixLayout& matrix) const;
+
+  /// Requires: checked headers. Throws: kCorruptFile, kUnsupported, naming file and tensor.
+  /// Views point into the mapped files or into `storage`.
+  [[nodiscard]] virtual Int4Matrix load(const ExpertTensors& expert, const MatrixLayout& matrix,
+                                        ExpertStorage& storage) const;
+  /// [n, k] weights, exactly as the checkpoint defines them, in float32.
+  virtual void load_floats(const ExpertTensors& expert, const MatrixLayout& matrix,
+                           std::span<float> out) const;
+};
+
+/// A format, and why we think so.
+struct Recognised {
+  std::unique_ptr<const Format> format;
+  std::string evidence;  ///< "config.json: quant_method = 'w4afp8'"
+};
+
+/// What the formats' recognisers may look at.
+struct FormatClues {
+  const QuantizationConfig& config;
+  const TensorIndex& index;  ///< With at least one layer.
+  const ModelGeometry& geometry;
+
+  /// The first tensor called "gate_proj.WHAT" of any expert of the first layer; null if there is
+  /// none.
+  [[nodiscard]] const TensorRef* first_gate(std::string_view what) const noexcept;
+};
+
+/// Throws: kUnsupported naming the file, the field and what is supported.
+[[nodiscard]] Recognised recognise(const FormatClues& clues);
+
+/// Each is empty if the checkpoint is not of this family, and throws if it is but cannot be read.
+[[nodiscard]] std::optional<Recognised> recognise_w4afp8(const FormatClues& clues);
+[[nodiscard]] std::optional<Recognised> recognise_compressed_tensors(const FormatClues& clues);
+[[nodiscard]] std::optional<Recognised> recognise_angelslim(const FormatClues& clues);
+[[nodiscard]] std::optional<Recognised> recognise_modelopt(const FormatClues& clues);
+[[nodiscard]] std::optional<Recognised> recognise_fp8_block(const FormatClues& clues);
+[[nodiscard]] std::optional<Recognised> recognise_bf16(const FormatClues& clues);
+
+}  // namespace sluice

@@ -1,0 +1,162 @@
+// ModelOpt W4A8_AWQ: U8 [N / 2, K], packed along N (even n in the low nibble, two's complement),
+// weight_scale [N, K / group], weight_scale_2 and input_scale one number each, and pre_quant_scale
+// [K], which multiplies the input. Sources: docs/formats.md#modelopt-w4a8_awq.
+#include <cmath>
+#include <cstring>
+
+#include "checkpoint/formats/format.h"
+#include "checkpoint/formats/part_readers.h"
+#include "checkpoint/formats/second_scale.h"
+#include "core/fail.h"
+#include "sluice/quant.h"
+
+namespace sluice {
+namespace {
+
+float element(const TensorRef& tensor, std::int64_t i) {
+  const std::byte* const data = tensor.bytes().data();
+  if (tensor.entry.dtype == "F32") {
+    float value;
+    std::memcpy(&value, data + 4 * i, sizeof value);
+    return value;
+  }
+  std::uint16_t bits;
+  std::memcpy(&bits, data + 2 * i, sizeof bits);
+  return tensor.entry.dtype == "F16" ? f16_to_float(bits) : bf16_to_float(bits);
+}
+
+bool is_pow2(float x) {
+  int exponent = 0;
+  return std::isfinite(x) && x > 0 && std::frexp(x, &exponent) == 0.5f;
+}
+
+/// [N / 2, K] bytes, even n low, to [N, K / 2] bytes, even k low.
+void repack_rows(const std::byte* in, std::int64_t n, std::int64_t k, std::byte* out) noexcept {
+  for (std::int64_t row = 0; row < n; row += 2, in += k) {
+    std::byte* const low = out + row * (k / 2);
+    std::byte* const high = low + k / 2;
+    for (std::int64_t i = 0; i < k / 2; ++i) {
+      const std::byte even = in[2 * i], odd = in[2 * i + 1];
+      low[i] = (even & std::byte{0x0f}) | odd << 4;
+      high[i] = even >> 4 | (odd & std::byte{0xf0});
+    }
+  }
+}
+
+class ModeloptFormat final : public Format {
+ public:
+  explicit ModeloptFormat(int group) : group_(group) {}
+
+  [[nodiscard]] std::string_view name() const noexcept override { return "modelopt-w4a8-awq"; }
+  [[nodiscard]] int group_size() const noexcept override { return group_; }
+
+  [[nodiscard]] std::vector<PartSpec> parts(const MatrixLayout& matrix) const override {
+    const auto n = static_cast<std::uint64_t>(matrix.n), k = static_cast<std::uint64_t>(matrix.k);
+    return {{.name = matrix.part("weight"), .dtypes = {"U8"}, .shape = {n / 2, k}},
+            {.name = matrix.part("weight_scale"),
+             .dtypes = {"F32", "BF16", "F16"},
+             .shape = {n, k / static_cast<std::uint64_t>(group_)}},
+            {.name = matrix.part("weight_scale_2"), .dtypes = {"F32", "BF16", "F16"}, .shape = {}},
+            {.name = matrix.part("pre_quant_scale"),
+             .dtypes = {"F32", "BF16", "F16"},
+             .shape = {k},
+             .is_optional = true}};
+  }
+
+  [[nodiscard]] float input_scale(const ExpertTensors& expert,
+                                  const MatrixLayout& matrix) const override {
+    // e4m3(x * p * (1 / s)) = e4m3(x * (1 / (s / p))) for a power of two p.
+    return Format::input_scale(expert, matrix) / uniform_pre_scale(expert, matrix);
+  }
+
+  [[nodiscard]] Int4Matrix load(const ExpertTensors& expert, const MatrixLayout& matrix,
+                                ExpertStorage& storage) const override {
+    const TensorRef& weight = part_of(expert, matrix.part("weight"));
+    const TensorRef& scale = part_of(expert, matrix.part("weight_scale"));
+    MappedFile::will_need(weight.bytes());
+    const auto codes = allocate(storage, weight.bytes().size());
+    repack_rows(weight.bytes().data(), matrix.n, matrix.k, codes.data());
+    MappedFile::release(weight.bytes());
+    Int4Matrix result = {.codes = {codes.data(), DType::kPackedInt4, {matrix.n, matrix.k / 2}},
+                         .scales = load_scales(scale, matrix.n, matrix.k / group_, storage),
+                         .group_size = group_};
+    check_second_scale(part_of(expert, matrix.part("weight_scale_2")), scale, result.scales);
+    if (const float factor = uniform_pre_scale(expert, matrix); factor != 1) {
+      result.scales = multiplied(result.scales, factor, scale, storage);
+    }
+    return result;
+  }
+
+ private:
+  /// pre_quant_scale, if it is one power of two for all channels; 1 if there is none. (q * s) * x *
+  /// p is then (q * (s * p)) * x with the same bits. Anything else cannot be folded exactly: not
+  /// into the weight scales, which span a group, nor into the input scale, which spans all.
+  static float uniform_pre_scale(const ExpertTensors& expert, const MatrixLayout& matrix) {
+    const TensorRef* const tensor = expert.find(matrix.part("pre_quant_scale"));
+    if (!tensor) return 1;
+    const float first = element(*tensor, 0);
+    if (!is_pow2(first)) {
+      fail(ErrorCode::kUnsupported,
+           "{}: element 0 = {} is not a power of two, so it cannot be folded into the weights "
+           "exactly; canonical experts have no place for it",
+           place(*tensor), first);
+    }
+    for (std::int64_t i = 1; i < matrix.k; ++i) {
+      const float value = element(*tensor, i);
+      if (value == first) continue;
+      fail(ErrorCode::kUnsupported,
+           "{}: element {} = {} differs from element 0 = {}, so it cannot be folded into the "
+           "weights and the input scale exactly; canonical experts have no place for it",
+           place(*tensor), i, value, first);
+    }
+    return first;
+  }
+
+  /// `scales` times a power of two, in float32.
+  static TensorView multiplied(const TensorView& scales, float factor, const TensorRef& tensor,
+                               ExpertStorage& storage) {
+    const std::int64_t count = scales.shape.num_elements();
+    const auto bytes = allocate(storage, static_cast<std::size_t>(count) * sizeof(float));
+    auto* const out = reinterpret_cast<float*>(bytes.data());
+    for (std::int64_t i = 0; i < count; ++i) {
+      const float s = scales.dtype == DType::kFloat32
+                          ? scales.as<float>()[i]
+                          : bf16_to_float(scales.as<std::uint16_t>()[i]);
+      out[i] = s * factor;
+      if (out[i] / factor == s && std::isfinite(out[i])) continue;
+      fail(ErrorCode::kUnsupported,
+           "{}: scale [{}, {}] = {} times the pre_quant_scale {} is not a float32", place(tensor),
+           i / scales.dim(1), i % scales.dim(1), s, factor);
+    }
+    return {out, DType::kFloat32, scales.shape};
+  }
+
+  int group_;
+};
+
+}  // namespace
+
+std::optional<Recognised> recognise_modelopt(const FormatClues& clues) {
+  const QuantizationConfig& config = clues.config;
+  const bool by_config = config.quant_method == "modelopt" && config.quant_algo == "W4A8_AWQ";
+  const bool by_algo = config.algo == "W4A8_AWQ" &&
+                       (config.quant_method.empty() || config.quant_method == "modelopt");
+  if (!by_config && !by_algo) return std::nullopt;
+  if (config.has_zero_point) {
+    fail(ErrorCode::kUnsupported,
+         "{}: quantization.has_zero_point = true; only symmetric INT4 is supported",
+         config.algo_file);
+  }
+  const std::uint64_t group =
+      config.algo_group_size.value_or(config.group_size.value_or(std::uint64_t{128}));
+  if (group != 128 && group != 32) {
+    fail(ErrorCode::kUnsupported, "{}: group_size = {}; only 32 and 128 are supported",
+         by_algo ? config.algo_file : config.file, group);
+  }
+  return Recognised{
+      .format = std::make_unique<ModeloptFormat>(static_cast<int>(group)),
+      .evidence = fmt::format("{}: quant_algo = 'W4A8_AWQ', group_size {}",
+                              by_algo ? "hf_quant_config.json" : "config.json", group)};
+}
+
+}  // namespace sluice

@@ -1,0 +1,162 @@
+#include "checkpoint/formats/part_readers.h"
+
+#include <algorithm>
+#include <bit>
+#include <cmath>
+#include <cstring>
+#include <string>
+
+#include "core/fail.h"
+#include "sluice/quant.h"
+
+namespace sluice {
+namespace {
+
+/// Index of the first element that is not finite and positive; -1 if there is none. Bits of such
+/// numbers are 1 .. (infinity - 1), whatever their width.
+template <class Bits, Bits kInfinity>
+std::int64_t find_bad_scale(const Bits* bits, std::int64_t count) noexcept {
+  const auto is_bad = [](Bits b) {
+    return static_cast<Bits>(b - 1) >= static_cast<Bits>(kInfinity - 1);
+  };
+  constexpr std::int64_t kBlock = 4096;
+  for (std::int64_t begin = 0; begin < count; begin += kBlock) {
+    const std::int64_t end = std::min(begin + kBlock, count);
+    unsigned any = 0;
+    for (std::int64_t i = begin; i < end; ++i) any |= static_cast<unsigned>(is_bad(bits[i]));
+    if (!any) continue;
+    for (std::int64_t i = begin; i < end; ++i) {
+      if (is_bad(bits[i])) return i;
+    }
+  }
+  return -1;
+}
+
+void check_scales(const TensorRef& tensor, const TensorView& view) {
+  const std::int64_t count = view.shape.num_elements();
+  const bool is_f32 = view.dtype == DType::kFloat32;
+  const std::int64_t bad =
+      is_f32 ? find_bad_scale<std::uint32_t, 0x7f800000>(view.as<std::uint32_t>(), count)
+             : find_bad_scale<std::uint16_t, 0x7f80>(view.as<std::uint16_t>(), count);
+  if (bad < 0) return;
+  const float value = is_f32 ? view.as<float>()[bad] : bf16_to_float(view.as<std::uint16_t>()[bad]);
+  fail(ErrorCode::kCorruptFile, "{}: scale [{}, {}] = {} is not a positive finite number",
+       place(tensor), bad / view.dim(1), bad % view.dim(1), value);
+}
+
+void keep_file(ExpertStorage& storage, const TensorRef& tensor) {
+  if (std::ranges::find(storage.files, tensor.file) == storage.files.end()) {
+    storage.files.push_back(tensor.file);
+  }
+}
+
+float read_scalar(const TensorRef& tensor) {
+  if (tensor.entry.dtype == "F32") {
+    float value;
+    std::memcpy(&value, tensor.bytes().data(), sizeof value);
+    return value;
+  }
+  std::uint16_t bits;
+  std::memcpy(&bits, tensor.bytes().data(), sizeof bits);
+  return tensor.entry.dtype == "F16" ? f16_to_float(bits) : bf16_to_float(bits);
+}
+
+}  // namespace
+
+const TensorRef& part_of(const ExpertTensors& expert, std::string_view part) {
+  const TensorRef* const tensor = expert.find(part);
+  SLUICE_ASSERT(tensor != nullptr);
+  return *tensor;
+}
+
+void check_part(const TensorRef& tensor, const PartSpec& spec) {
+  const SafetensorsEntry& entry = tensor.entry;
+  if (std::ranges::find(spec.dtypes, entry.dtype) == spec.dtypes.end()) {
+    std::string list;
+    for (const std::string_view name : spec.dtypes) {
+      list += (list.empty() ? "" : " or ") + std::string(name);
+    }
+    fail(ErrorCode::kCorruptFile, "{}: dtype {}, not {}", place(tensor), entry.dtype, list);
+  }
+  if (std::ranges::equal(entry.shape, spec.shape)) return;
+  if (!spec.shape.empty()) {
+    fail(ErrorCode::kCorruptFile, "{}: shape {}, but the config's sizes need {}", place(tensor),
+         to_string(entry.shape), to_string(spec.shape));
+  }
+  if (entry.shape != std::vector<std::uint64_t>{1}) {
+    fail(ErrorCode::kCorruptFile, "{}: shape {}, but one number has [] or [1]", place(tensor),
+         to_string(entry.shape));
+  }
+}
+
+float read_positive(const TensorRef& tensor, std::string_view what) {
+  const float value = read_scalar(tensor);
+  if (!std::isfinite(value) || value <= 0) {
+    fail(ErrorCode::kCorruptFile, "{}: {} {} is not a positive finite number", place(tensor), what,
+         value);
+  }
+  return value;
+}
+
+TensorView load_scales(const TensorRef& tensor, std::int64_t n, std::int64_t groups,
+                       ExpertStorage& storage) {
+  MappedFile::will_need(tensor.bytes());
+  keep_file(storage, tensor);
+  const auto bytes = tensor.bytes();
+  const DType dtype = tensor.entry.dtype == "BF16" ? DType::kBFloat16 : DType::kFloat32;
+  const void* data = bytes.data();
+  if (tensor.entry.dtype == "F16") {
+    const auto copy = allocate(storage, 2 * bytes.size());
+    auto* const out = reinterpret_cast<float*>(copy.data());
+    for (std::size_t i = 0; i < bytes.size() / 2; ++i) {
+      std::uint16_t bits;
+      std::memcpy(&bits, bytes.data() + 2 * i, sizeof bits);
+      out[i] = f16_to_float(bits);
+    }
+    data = out;
+  } else if (reinterpret_cast<std::uintptr_t>(data) % size_bytes(dtype) != 0) {
+    const auto copy = allocate(storage, bytes.size());
+    std::memcpy(copy.data(), bytes.data(), bytes.size());
+    data = copy.data();
+  }
+  const TensorView view(data, dtype, {n, groups});
+  check_scales(tensor, view);
+  return view;
+}
+
+TensorView view_codes(const TensorRef& tensor, const MatrixLayout& matrix, ExpertStorage& storage) {
+  MappedFile::will_need(tensor.bytes());
+  keep_file(storage, tensor);
+  return {tensor.bytes().data(), DType::kPackedInt4, {matrix.n, matrix.k / 2}};
+}
+
+TensorView load_offset_codes(const TensorRef& tensor, const MatrixLayout& matrix,
+                             ExpertStorage& storage) {
+  MappedFile::will_need(tensor.bytes());
+  const auto in = tensor.bytes();
+  const auto out = allocate(storage, in.size());
+  std::ranges::transform(in, out.begin(), [](std::byte b) { return b ^ std::byte{0x88}; });
+  MappedFile::release(in);
+  return {out.data(), DType::kPackedInt4, {matrix.n, matrix.k / 2}};
+}
+
+std::span<std::byte> allocate(ExpertStorage& storage, std::size_t bytes) {
+  // Written in full by the caller, so not cleared here.
+  storage.copies.push_back(std::unique_ptr<std::byte[]>(new std::byte[bytes]));
+  return {storage.copies.back().get(), bytes};
+}
+
+float f16_to_float(std::uint16_t bits) noexcept {
+  const float sign = bits & 0x8000 ? -1.0f : 1.0f;
+  const int exponent = (bits >> 10) & 0x1f;
+  const auto mantissa = static_cast<float>(bits & 0x3ff);
+  if (exponent == 0x1f) {
+    const std::uint32_t high = static_cast<std::uint32_t>(bits & 0x8000) << 16;
+    return std::bit_cast<float>(high | 0x7f800000U |
+                                static_cast<std::uint32_t>(bits & 0x3ff) << 13);
+  }
+  if (exponent == 0) return sign * mantissa * 0x1p-24f;
+  return sign * std::ldexp(1024.0f + mantissa, exponent - 25);
+}
+
+}  // namespace sluice

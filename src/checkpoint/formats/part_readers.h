@@ -1,0 +1,43 @@
+// part_readers.h - what several formats need to read: scales, scalars, codes that must be
+// rewritten.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <span>
+#include <string_view>
+
+#include "checkpoint/expert_storage.h"
+#include "checkpoint/formats/format.h"
+#include "checkpoint/tensor_index.h"
+#include "sluice/tensor.h"
+
+namespace sluice {
+
+/// Requires: the part exists, which check_parts() has seen to.
+[[nodiscard]] const TensorRef& part_of(const ExpertTensors& expert, std::string_view part);
+
+/// Throws: kCorruptFile naming file, tensor, what is there and what is expected.
+void check_part(const TensorRef& tensor, const PartSpec& spec);
+
+/// One number, F32, F16 or BF16, finite and positive. Throws: kCorruptFile calling it `what`.
+[[nodiscard]] float read_positive(const TensorRef& tensor, std::string_view what);
+
+/// [n, groups] scales: a view into the file, or a copy where they lie misaligned or are F16 (which
+/// float32 holds exactly). Throws: kCorruptFile for one that is not finite and positive.
+[[nodiscard]] TensorView load_scales(const TensorRef& tensor, std::int64_t n, std::int64_t groups,
+                                     ExpertStorage& storage);
+
+/// [n, k / 2] codes as they lie in the file.
+[[nodiscard]] TensorView view_codes(const TensorRef& tensor, const MatrixLayout& matrix,
+                                    ExpertStorage& storage);
+/// The same with every nibble's highest bit flipped: q + 8 becomes two's complement q.
+[[nodiscard]] TensorView load_offset_codes(const TensorRef& tensor, const MatrixLayout& matrix,
+                                           ExpertStorage& storage);
+
+/// New memory that lives as long as `storage`.
+[[nodiscard]] std::span<std::byte> allocate(ExpertStorage& storage, std::size_t bytes);
+
+[[nodiscard]] float f16_to_float(std::uint16_t bits) noexcept;
+
+}  // namespace sluice

@@ -1,0 +1,157 @@
+#include "checkpoint/formats/quantization_config.h"
+
+namespace sluice {
+namespace {
+
+using Kind = JsonReader::Kind;
+
+/// Fields of other kinds than expected are passed over: a format that needs one finds it missing.
+void read_string(JsonReader& json, std::string& out) {
+  if (json.peek() == Kind::kString) {
+    out = json.string();
+  } else {
+    json.skip();
+  }
+}
+
+void read_count(JsonReader& json, std::optional<std::uint64_t>& out) {
+  if (json.peek() == Kind::kNumber) {
+    out = json.unsigned_integer();
+  } else {
+    json.skip();
+  }
+}
+
+/// True for an object or array with something in it.
+bool read_is_filled(JsonReader& json) {
+  bool is_filled = false;
+  if (json.peek() == Kind::kObject) {
+    json.object([&](const std::string&) {
+      is_filled = true;
+      json.skip();
+    });
+  } else if (json.peek() == Kind::kArray) {
+    json.array([&] {
+      is_filled = true;
+      json.skip();
+    });
+  } else {
+    json.skip();
+  }
+  return is_filled;
+}
+
+void read_args(JsonReader& json, QuantizationArgs& args) {
+  if (json.peek() != Kind::kObject) return json.skip();
+  args.is_present = true;
+  json.object([&](const std::string& key) {
+    if (key == "num_bits") {
+      read_count(json, args.num_bits);
+    } else if (key == "group_size") {
+      // -1 is how some writers say "none".
+      if (json.peek() == Kind::kNumber) {
+        const double value = json.number();
+        if (value >= 0 && value <= 1e9) args.group_size = static_cast<std::uint64_t>(value);
+      } else {
+        json.skip();
+      }
+    } else if (key == "type") {
+      read_string(json, args.type);
+    } else if (key == "strategy") {
+      read_string(json, args.strategy);
+    } else if (key == "actorder") {
+      if (json.peek() == Kind::kBool) {
+        args.actorder = json.boolean() ? "group" : "";
+      } else {
+        read_string(json, args.actorder);
+      }
+    } else if (key == "dynamic") {
+      if (json.peek() == Kind::kBool) {
+        args.dynamic = json.boolean() ? "true" : "false";
+      } else {
+        read_string(json, args.dynamic);
+      }
+    } else if (key == "symmetric" && json.peek() == Kind::kBool) {
+      args.is_symmetric = json.boolean();
+    } else {
+      json.skip();
+    }
+  });
+}
+
+void read_groups(JsonReader& json, std::vector<QuantizationGroup>& groups) {
+  if (json.peek() != Kind::kObject) return json.skip();
+  json.object([&](const std::string& name) {
+    if (json.peek() != Kind::kObject) return json.skip();
+    QuantizationGroup& group = groups.emplace_back();
+    group.name = name;
+    json.object([&](const std::string& key) {
+      if (key == "weights") {
+        read_args(json, group.weights);
+      } else if (key == "input_activations") {
+        read_args(json, group.input_activations);
+      } else if (key == "format") {
+        read_string(json, group.format);
+      } else {
+        json.skip();
+      }
+    });
+  });
+}
+
+void read_block_size(JsonReader& json, std::vector<std::uint64_t>& out) {
+  if (json.peek() != Kind::kArray) return json.skip();
+  json.array([&] { out.push_back(json.unsigned_integer()); });
+}
+
+}  // namespace
+
+void read_quantization_config(JsonReader& json, QuantizationConfig& config) {
+  if (json.peek() == Kind::kNull) return json.skip();
+  config.is_present = true;
+  json.object([&](const std::string& key) {
+    if (key == "quant_method") {
+      read_string(json, config.quant_method);
+    } else if (key == "quant_algo") {
+      read_string(json, config.quant_algo);
+    } else if (key == "activation_scheme") {
+      read_string(json, config.activation_scheme);
+    } else if (key == "format") {
+      read_string(json, config.format);
+    } else if (key == "group_size" || key == "weight_group_size") {
+      read_count(json, config.group_size);
+    } else if (key == "weight_block_size") {
+      read_block_size(json, config.weight_block_size);
+    } else if (key == "config_groups") {
+      read_groups(json, config.groups);
+    } else if (key == "sparsity_config") {
+      config.has_sparsity = read_is_filled(json);
+    } else if (key == "transform_config") {
+      config.has_transforms = read_is_filled(json);
+    } else {
+      json.skip();
+    }
+  });
+}
+
+void read_algo_config(std::string_view text, const std::string& file, QuantizationConfig& config) {
+  config.algo_file = file;
+  JsonReader json(text, file);
+  json.object([&](const std::string& key) {
+    if (key != "quantization" || json.peek() != Kind::kObject) return json.skip();
+    json.object([&](const std::string& inner) {
+      if (inner == "quant_algo") {
+        read_string(json, config.algo);
+      } else if (inner == "group_size") {
+        read_count(json, config.algo_group_size);
+      } else if (inner == "has_zero_point" && json.peek() == Kind::kBool) {
+        config.has_zero_point = json.boolean();
+      } else {
+        json.skip();
+      }
+    });
+  });
+  json.finish();
+}
+
+}  // namespace sluice

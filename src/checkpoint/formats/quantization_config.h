@@ -1,0 +1,57 @@
+// quantization_config.h - what a checkpoint says about its own numbers, as written: config.json's
+// quantization_config and hf_quant_config.json. What it means is for the formats to say.
+#pragma once
+
+#include <cstdint>
+#include <optional>
+#include <string>
+#include <string_view>
+#include <vector>
+
+#include "checkpoint/json_reader.h"
+
+namespace sluice {
+
+/// How compressed-tensors describes one kind of number. Fields that are absent or null are empty.
+struct QuantizationArgs {
+  bool is_present = false;
+  std::optional<std::uint64_t> num_bits, group_size;
+  std::string type;      ///< "int" or "float"
+  std::string strategy;  ///< "tensor", "channel", "group", "token", ...
+  std::string actorder;
+  std::string dynamic;  ///< "true", "false", "local"
+  std::optional<bool> is_symmetric;
+  friend bool operator==(const QuantizationArgs&, const QuantizationArgs&) = default;
+};
+
+/// One entry of config_groups.
+struct QuantizationGroup {
+  std::string name, format;
+  QuantizationArgs weights, input_activations;
+};
+
+struct QuantizationConfig {
+  std::string file;          ///< config.json, with its directory.
+  bool is_present = false;   ///< It has a quantization_config.
+  std::string quant_method;  ///< Lower case as published.
+  std::string quant_algo;
+  std::string activation_scheme;
+  std::string format;  ///< compressed-tensors: the container.
+  std::optional<std::uint64_t> group_size;
+  std::vector<std::uint64_t> weight_block_size;
+  std::vector<QuantizationGroup> groups;
+  bool has_sparsity = false, has_transforms = false;
+
+  std::string algo_file;  ///< hf_quant_config.json, with its directory; empty if there is none.
+  std::string algo;       ///< Its quantization.quant_algo.
+  std::optional<std::uint64_t> algo_group_size;
+  bool has_zero_point = false;
+};
+
+/// Reads the value of the key quantization_config. Throws: kCorruptFile.
+void read_quantization_config(JsonReader& json, QuantizationConfig& config);
+
+/// Reads all of hf_quant_config.json. Throws: kCorruptFile.
+void read_algo_config(std::string_view text, const std::string& file, QuantizationConfig& config);
+
+}  // namespace sluice

@@ -1,0 +1,81 @@
+// W4AFP8: I8 [N, K / 2], two's complement nibbles, even k low; F32 or BF16 scales [N, K / 128];
+// input scales under other stems (w1, w3, w2). docs/formats.md#w4afp8 has the sources.
+#include "checkpoint/formats/format.h"
+#include "checkpoint/formats/nibbles.h"
+#include "checkpoint/formats/part_readers.h"
+#include "core/fail.h"
+
+namespace sluice {
+namespace {
+
+constexpr int kGroup = 128;
+
+class W4afp8Format final : public Format {
+ public:
+  explicit W4afp8Format(bool has_offset) : has_offset_(has_offset) {}
+
+  [[nodiscard]] std::string_view name() const noexcept override { return "w4afp8"; }
+  [[nodiscard]] bool makes_minus_eight() const noexcept override { return false; }
+
+  [[nodiscard]] std::vector<PartSpec> parts(const MatrixLayout& matrix) const override {
+    const auto n = static_cast<std::uint64_t>(matrix.n), k = static_cast<std::uint64_t>(matrix.k);
+    return {{.name = matrix.part("weight"), .dtypes = {"I8", "U8"}, .shape = {n, k / 2}},
+            {.name = matrix.part("weight_scale_inv"),
+             .dtypes = {"F32", "BF16"},
+             .shape = {n, k / kGroup}}};
+  }
+
+  [[nodiscard]] std::string input_scale_part(const MatrixLayout& matrix) const override {
+    using Role = MatrixLayout::Role;
+    return matrix.role == Role::kGate ? "w1.input_scale"
+           : matrix.role == Role::kUp ? "w3.input_scale"
+                                      : "w2.input_scale";
+  }
+
+  [[nodiscard]] Int4Matrix load(const ExpertTensors& expert, const MatrixLayout& matrix,
+                                ExpertStorage& storage) const override {
+    const TensorRef& weight = part_of(expert, matrix.part("weight"));
+    return {.codes = has_offset_ ? load_offset_codes(weight, matrix, storage)
+                                 : view_codes(weight, matrix, storage),
+            .scales = load_scales(part_of(expert, matrix.part("weight_scale_inv")), matrix.n,
+                                  matrix.k / kGroup, storage),
+            .group_size = kGroup};
+  }
+
+ private:
+  bool has_offset_;  // U8 codes of q + 8, which the format's definition does not foresee.
+};
+
+}  // namespace
+
+std::optional<Recognised> recognise_w4afp8(const FormatClues& clues) {
+  const QuantizationConfig& config = clues.config;
+  const bool by_method = config.quant_method.find("w4afp8") != std::string::npos;
+  const bool by_algo = config.quant_method.empty() && config.algo == "MIXED_PRECISION";
+  if (!by_method && !by_algo) return std::nullopt;
+  if (config.group_size && *config.group_size != kGroup) {
+    fail(ErrorCode::kUnsupported, "{}: quantization_config.group_size = {}; w4afp8 has {}",
+         config.file, *config.group_size, kGroup);
+  }
+  std::string evidence = by_method
+                             ? fmt::format("config.json: quant_method = '{}'", config.quant_method)
+                             : fmt::format("hf_quant_config.json: quant_algo = '{}'", config.algo);
+  // The format is defined with signed bytes. Unsigned ones may hold either kind of nibble.
+  bool has_offset = false;
+  const TensorRef* const gate = clues.first_gate("weight");
+  if (gate && gate->entry.dtype == "U8") {
+    const NibbleEvidence nibbles = nibble_evidence(gate->bytes());
+    if (nibbles.verdict == NibbleEvidence::Verdict::kNone) {
+      fail(ErrorCode::kUnsupported,
+           "{}: dtype U8 does not say whether nibbles are signed or have an offset of 8, and "
+           "neither do they: {}",
+           place(*gate), nibbles.text());
+    }
+    has_offset = nibbles.verdict == NibbleEvidence::Verdict::kOffset;
+    evidence += "; U8 nibbles: " + nibbles.text();
+  }
+  return Recognised{.format = std::make_unique<W4afp8Format>(has_offset),
+                    .evidence = std::move(evidence)};
+}
+
+}  // namespace sluice

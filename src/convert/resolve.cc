@@ -1,0 +1,112 @@
+#include "convert/resolve.h"
+
+#include <algorithm>
+#include <string_view>
+
+#include "checkpoint/expert_storage.h"
+#include "core/fail.h"
+
+namespace sluice {
+namespace {
+
+DType stored_scale_dtype(const CheckpointData& source, int layer) {
+  ExpertStorage storage;
+  return source.load_expert(layer, 0, storage).gate.scales.dtype;
+}
+
+void resolve_layers(const ConvertOptions& options, const CheckpointData& source,
+                    ResolvedConversion& out) {
+  out.layers = options.layers.empty() ? source.moe_layers : options.layers;
+  std::ranges::sort(out.layers);
+  const auto twice = std::ranges::adjacent_find(out.layers);
+  check_argument(twice == out.layers.end(), "layer {} is asked for twice",
+                 twice == out.layers.end() ? 0 : *twice);
+  for (const int layer : out.layers) (void)source.layer_tensors(layer);
+  const int total = source.geometry().num_experts;
+  out.first_expert = options.first_expert;
+  out.num_experts = options.num_experts != 0 ? options.num_experts : total - options.first_expert;
+  source.check_range(out.first_expert, out.num_experts);
+}
+
+void resolve_numbers(const ConvertOptions& options, const CheckpointData& source,
+                     ResolvedConversion& out) {
+  TargetSpec& spec = out.spec;
+  spec.geometry = source.geometry();
+  const std::string_view format = source.format->name();
+  if (options.scale_dtype) {
+    check_argument(
+        *options.scale_dtype == DType::kFloat32 || *options.scale_dtype == DType::kBFloat16,
+        "scale_dtype {} is neither float32 nor bfloat16", to_string(*options.scale_dtype));
+  }
+  if (source.format->is_int4()) {
+    check_argument(!options.scale_rule,
+                   "scale rule {}: the source is {}, whose INT4 codes and scales are kept; nothing "
+                   "is quantized",
+                   to_string(options.scale_rule.value_or(ScaleRule::kAmax7)), format);
+    check_argument(!options.group_size || *options.group_size == spec.geometry.group_size,
+                   "group size {}: the source's INT4 has groups of {}, which are kept",
+                   options.group_size.value_or(0), spec.geometry.group_size);
+    spec.scale_dtype = options.scale_dtype.value_or(stored_scale_dtype(source, out.layers.front()));
+    return;
+  }
+  check_argument(options.scale_rule.has_value(),
+                 "the source is {}: quantizing it needs a scale rule (amax7, amax8 or mse)",
+                 format);
+  spec.geometry.group_size = options.group_size.value_or(128);
+  check_argument(spec.geometry.group_size == 128 || spec.geometry.group_size == 32,
+                 "group size {} is neither 128 nor 32", spec.geometry.group_size);
+  spec.scale_dtype =
+      options.scale_dtype.value_or(options.format == "w4afp8" ? DType::kFloat32 : DType::kBFloat16);
+  out.rule = QuantizeRule{.rule = *options.scale_rule,
+                          .group_size = spec.geometry.group_size,
+                          .scale_dtype = spec.scale_dtype};
+}
+
+void resolve_input_scales(const ConvertOptions& options, const CheckpointData& source,
+                          ResolvedConversion& out) {
+  bool is_first = true;
+  for (const int layer : out.layers) {
+    const bool has = !source.input_scales(layer).empty();
+    if (!is_first && has != out.spec.has_input_scales && !options.drop_input_scales) {
+      fail(ErrorCode::kUnsupported,
+           "{}: layer {} has {} input scales, unlike layer {}; one quantization_config cannot say "
+           "so (leaving them all out is possible)",
+           source.dir.string(), layer, has ? "static" : "no", out.layers.front());
+    }
+    out.spec.has_input_scales = has;
+    is_first = false;
+  }
+  if (options.drop_input_scales) out.spec.has_input_scales = false;
+  // Of compressed-tensors sources, keep what they say of their activations.
+  const QuantizationConfig& config = source.config.quantization;
+  out.spec.has_activation_scheme =
+      config.groups.empty() || config.groups.front().input_activations.is_present;
+}
+
+/// The other tensors of a model keep their dtypes, which the target's config must not contradict.
+void check_others(const ConvertOptions& options, const CheckpointData& source) {
+  if (options.experts_only || options.format == "w4afp8") return;
+  for (const TensorRef& tensor : source.index.others) {
+    if (!tensor.entry.dtype.starts_with("F8_")) continue;
+    fail(ErrorCode::kUnsupported,
+         "{}: is {}, which {} in groups of INT4 does not describe; experts alone can be converted",
+         place(tensor), tensor.entry.dtype, options.format);
+  }
+}
+
+}  // namespace
+
+ResolvedConversion resolve_conversion(const ConvertOptions& options, const CheckpointData& source,
+                                      const TargetFormat& target) {
+  check_argument(options.max_shard_bytes >= 1, "max_shard_bytes is 0");
+  ResolvedConversion out;
+  resolve_layers(options, source, out);
+  for (const int layer : out.layers) source.check_layer(layer);
+  resolve_numbers(options, source, out);
+  resolve_input_scales(options, source, out);
+  target.check(out.spec, source.dir.string());
+  check_others(options, source);
+  return out;
+}
+
+}  // namespace sluice

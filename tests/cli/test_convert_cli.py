@@ -1,0 +1,143 @@
+#!/usr/bin/env python3
+"""Layouts and `sluice convert` as a user meets them: named, run, converted, killed and run again."""
+import hashlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+
+SLUICE = sys.argv[1]
+failures = []
+
+
+def run(*arguments):
+    return subprocess.run([SLUICE, *arguments], capture_output=True, text=True, timeout=100)
+
+
+def check(name, condition, result=None):
+    if not condition:
+        failures.append(name)
+        detail = f": exit {result.returncode}\n{result.stdout}{result.stderr}" if result else ""
+        print(f"FAILED {name}{detail}")
+
+
+def digests(folder):
+    result = {}
+    for name in sorted(os.listdir(folder)):
+        with open(os.path.join(folder, name), "rb") as file:
+            result[name] = hashlib.sha256(file.read()).hexdigest()
+    return result
+
+
+def named_and_run(folder):
+    """Every INT4 layout runs; floats say what to do; static recipes need static scales."""
+    recognised = {"w4afp8": "w4afp8", "compressed-tensors": "compressed-tensors", "kimi-int4": "compressed-tensors",
+                  "angelslim": "angelslim", "modelopt-w4a8-awq": "modelopt-w4a8-awq", "fp8-block": "fp8-block",
+                  "bf16": "bf16"}
+    for layout, name in recognised.items():
+        model = os.path.join(folder, layout)
+        r = run("make-checkpoint", "--preset", "tiny", "--format", layout, "--out", model)
+        check(f"make {layout}", r.returncode == 0, r)
+        report = os.path.join(folder, "inspect.json")
+        r = run("inspect", model, "--json", report)
+        check(f"inspect {layout}", r.returncode == 0 and f"format    {name} (" in r.stdout, r)
+        with open(report, encoding="utf-8") as file:
+            data = json.load(file)
+        is_int4 = layout not in ("fp8-block", "bf16")
+        check(f"inspect {layout} json", data["format"] == name and data["is_int4"] == is_int4
+              and "gate_proj" in data["evidence"])
+        r = run("run", "--checkpoint", model, "--ranks", "2", "--tokens", "5", "--verify", "4", "--prove")
+        if is_int4:
+            check(f"inspect {layout} nibbles", data["layers"][0]["nibbles"]["borne_out"])
+            check(f"run {layout}", r.returncode == 0 and "all within bounds" in r.stdout
+                  and "the same bytes" in r.stdout, r)
+        else:
+            check(f"run {layout} refused", r.returncode == 2 and "sluice convert" in r.stderr and layout in r.stderr, r)
+    kimi = os.path.join(folder, "kimi-int4")
+    r = run("run", "--checkpoint", kimi, "--recipe", "bf16-static")
+    check("static recipe without static scales", r.returncode == 2 and "bf16-static" in r.stderr
+          and "model.layers.3.mlp.experts.*.input_scale" in r.stderr, r)
+    for layout, group in (("compressed-tensors", 128), ("kimi-int4", 32)):
+        report = os.path.join(folder, "plan.json")
+        r = run("plan", "--config", os.path.join(folder, layout, "config.json"), "--ranks", "2", "--json", report)
+        check(f"plan {layout}", r.returncode == 0 and f"group {group}" in r.stdout, r)
+    r = run("accuracy", "--checkpoint", kimi, "--tokens", "16", "--suite", "gaussian")
+    check("accuracy in groups of 32", r.returncode == 0 and "direct" in r.stdout, r)
+
+
+def converted(folder):
+    kimi, int4, bf16 = (os.path.join(folder, name) for name in ("kimi-int4", "w4afp8", "bf16"))
+    to = os.path.join(folder, "to")
+    refusals = {
+        "groups of 32 in w4afp8": (["--from", kimi, "--format", "w4afp8"], "groups of 32"),
+        "no rule": (["--from", bf16, "--format", "w4afp8"], "amax7, amax8 or mse"),
+        "rule for int4": (["--from", int4, "--format", "w4afp8", "--scale", "mse"], "nothing is quantized"),
+        "scales that bf16 rounds": (["--from", int4, "--format", "w4afp8", "--scale-dtype", "bf16"], "not a bfloat16"),
+        "experts backwards": (["--from", int4, "--format", "w4afp8", "--experts", "5:2"], "--experts '5:2'"),
+        "experts past the end": (["--from", int4, "--format", "w4afp8", "--experts", "5:99"], "[0, 8)"),
+        "experts that are no range": (["--from", int4, "--format", "w4afp8", "--experts", "5"], "--experts '5'"),
+        "unknown format": (["--from", int4, "--format", "gguf"], "gguf"),
+    }
+    for name, (arguments, text) in refusals.items():
+        r = run("convert", "--to", to, *arguments)
+        check(f"convert refuses {name}", r.returncode == 2 and text in r.stderr and not os.path.exists(to), r)
+    report = os.path.join(folder, "convert.json")
+    r = run("convert", "--from", bf16, "--to", to, "--format", "w4afp8", "--scale", "mse", "--json", report)
+    check("convert states its rule", r.returncode == 0 and "least squared error" in r.stdout
+          and "relative L2" in r.stdout, r)
+    with open(report, encoding="utf-8") as file:
+        data = json.load(file)
+    check("convert json", data["complete"] and data["verified"] and data["requantized"]
+          and data["scale_rule"] == "mse" and data["weights_compared"] == 8 * 3 * 256 * 128)
+    r = run("run", "--checkpoint", to, "--ranks", "2", "--tokens", "4")
+    check("run what was converted", r.returncode == 0 and "all within bounds" in r.stdout, r)
+    for part in ("4:8", "0:4"):
+        r = run("convert", "--from", int4, "--to", to + "-parts", "--format", "compressed-tensors", "--experts", part)
+        check(f"convert --experts {part}", r.returncode == 0, r)
+        check("an unfinished result is not there", os.path.exists(to + "-parts") == (part == "0:4"), r)
+
+
+def killed(folder):
+    """Memory of about one expert; kill -9 anywhere, run again: the same bytes."""
+    model, whole, cut = (os.path.join(folder, name) for name in ("large", "whole", "cut"))
+    report = os.path.join(folder, "large.json")
+    r = run("make-checkpoint", "--preset", "tiny", "--format", "bf16", "--experts", "48", "--hidden", "1024",
+            "--intermediate", "768", "--out", model)
+    check("make large", r.returncode == 0, r)
+    arguments = ["convert", "--from", model, "--format", "compressed-tensors", "--scale", "amax7",
+                 "--shard-bytes", "20000000"]
+    r = run(*arguments, "--to", whole, "--json", report)
+    check("convert large", r.returncode == 0, r)
+    with open(report, encoding="utf-8") as file:
+        data = json.load(file)
+    # One expert: 4.7 MB as bf16, 9.4 MB as float32. All: 226 MB and 453 MB.
+    check(f"peak resident {data['peak_resident_bytes']}", data["peak_resident_bytes"] < 60e6)
+    num_kills = 0
+    for share in (0.1, 0.3, 0.2, 0.5, 0.7, 0.9):
+        process = subprocess.Popen([SLUICE, *arguments, "--to", cut], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+        time.sleep(share * data["seconds"])
+        if process.poll() is None:
+            process.send_signal(signal.SIGKILL)
+        process.communicate()
+        num_kills += process.returncode == -signal.SIGKILL
+    check(f"killed {num_kills} times", num_kills > 0)
+    if not os.path.isdir(cut):  # A slow moment may have let one run through.
+        r = run(*arguments, "--to", cut)
+        check("finished at last", r.returncode == 0 and "48 written, 0 found finished" not in r.stdout, r)
+    check("the same bytes", os.path.isdir(cut) and digests(cut) == digests(whole))
+    check("nothing left behind", not [name for name in os.listdir(folder) if name.startswith(".")])
+    sums = os.path.join(cut, "SHA256SUMS")
+    with open(sums, encoding="utf-8") as file:
+        lines = dict(reversed(line.split()) for line in file)
+    check("SHA256SUMS", lines == {name: digest for name, digest in digests(cut).items() if name != "SHA256SUMS"})
+
+
+with tempfile.TemporaryDirectory() as root:
+    named_and_run(root)
+    converted(root)
+    killed(root)
+print(f"{len(failures)} failures")
+sys.exit(1 if failures else 0)

@@ -1,0 +1,216 @@
+#!/usr/bin/env python3
+"""Checkpoints through the Python packages that define their formats.
+
+    test_python_packages.py SLUICE safetensors|compressed-tensors
+
+Exit status 77: the package is not there, and why that is.
+"""
+import json
+import os
+import subprocess
+import sys
+import tempfile
+
+SLUICE, PACKAGE = sys.argv[1:3]
+HIDDEN, INTERMEDIATE, EXPERTS, LAYER = 256, 128, 2, 3
+STEMS = {"gate_proj": (INTERMEDIATE, HIDDEN), "up_proj": (INTERMEDIATE, HIDDEN),
+         "down_proj": (HIDDEN, INTERMEDIATE)}
+
+
+def skip(reason):
+    print(f"skipped: {reason}")
+    sys.exit(77)
+
+
+def sluice(*arguments):
+    result = subprocess.run([SLUICE, *arguments], capture_output=True, text=True, timeout=100)
+    if result.returncode != 0:
+        sys.exit(f"FAILED: sluice {' '.join(arguments)}: {result.stdout}{result.stderr}")
+    return result.stdout
+
+
+def check(name, condition):
+    if not condition:
+        sys.exit(f"FAILED: {name}")
+    print(f"ok: {name}")
+
+
+def prefix(expert, stem):
+    return f"model.layers.{LAYER}.mlp.experts.{expert}.{stem}."
+
+
+def make(folder, name, layout, *arguments):
+    path = os.path.join(folder, name)
+    sluice("make-checkpoint", "--preset", "tiny", "--experts", str(EXPERTS), "--format", layout, "--out", path,
+           *arguments)
+    return path
+
+
+def convert(folder, source, name, layout, *arguments):
+    path = os.path.join(folder, name)
+    out = sluice("convert", "--from", source, "--to", path, "--format", layout, *arguments)
+    check(f"convert verifies {name}", "bit for bit" in out.split("verified")[-1])
+    return path
+
+
+def write_config(path, group):
+    """As compressed-tensors' own compressor would be described."""
+    weights = {"num_bits": 4, "type": "int", "symmetric": True, "strategy": "group", "group_size": group}
+    config = {"model_type": "made_by_python", "hidden_size": HIDDEN, "moe_intermediate_size": INTERMEDIATE,
+              "n_routed_experts": EXPERTS, "num_experts_per_tok": 1,
+              "quantization_config": {
+                  "quant_method": "compressed-tensors", "format": "pack-quantized",
+                  "config_groups": {"group_0": {"targets": ["Linear"], "weights": weights,
+                                                "input_activations": None}}}}
+    with open(os.path.join(path, "config.json"), "w", encoding="utf-8") as file:
+        json.dump(config, file)
+
+
+def with_safetensors():
+    try:
+        import numpy as np
+        from safetensors.numpy import load_file, save_file
+    except ImportError as error:
+        skip(f"{error}; scripts/setup.sh installs it")
+
+    def load(path):
+        tensors = {}
+        for name in sorted(os.listdir(path)):
+            if name.endswith(".safetensors"):
+                tensors.update(load_file(os.path.join(path, name)))
+        return tensors
+
+    def signed(nibbles):
+        return ((nibbles.astype(np.int8) ^ 8) - 8).astype(np.int8)
+
+    def along_k(data):
+        data = data.view(np.uint8)
+        return signed(np.stack([data & 15, data >> 4], axis=-1).reshape(data.shape[0], -1))
+
+    def along_n(data):
+        return signed(np.stack([data & 15, data >> 4], axis=1).reshape(-1, data.shape[1]))
+
+    def from_words(data):
+        words = data.view(np.uint32)[:, :, None] >> (4 * np.arange(8, dtype=np.uint32))
+        return ((words & 15).astype(np.int8) - 8).reshape(data.shape[0], -1)
+
+    readers = {"w4afp8": ("weight", "weight_scale_inv", along_k),
+               "compressed-tensors": ("weight_packed", "weight_scale", from_words),
+               "angelslim": ("qweight", "weight_scale.int4", along_k),
+               "modelopt-w4a8-awq": ("weight", "weight_scale", along_n)}
+
+    def experts(path, layout):
+        """codes [N, K] and scales [N, groups] of every matrix."""
+        weight, scale, unpack = readers[layout]
+        tensors = load(path)
+        return {(e, stem): (unpack(tensors[prefix(e, stem) + weight]), tensors[prefix(e, stem) + scale])
+                for e in range(EXPERTS) for stem in STEMS}
+
+    def same(a, b):
+        return all(np.array_equal(a[key][0], b[key][0]) and a[key][1].tobytes() == b[key][1].tobytes()
+                   for key in a)
+
+    with tempfile.TemporaryDirectory() as folder:
+        reference = experts(make(folder, "w4afp8", "w4afp8"), "w4afp8")
+        check("shapes", all(reference[0, stem][0].shape == shape for stem, shape in STEMS.items()))
+        for layout in readers:
+            path = os.path.join(folder, layout) if layout == "w4afp8" else make(folder, layout, layout)
+            check(f"make-checkpoint {layout}", same(reference, experts(path, layout)))
+            made = convert(folder, path, f"{layout}-ct", "compressed-tensors")
+            check(f"convert {layout}", same(reference, experts(made, "compressed-tensors")))
+        shape = load(os.path.join(folder, "w4afp8-ct"))[prefix(0, "down_proj") + "weight_shape"]
+        check("weight_shape", shape.dtype == np.int64 and shape.tolist() == [HIDDEN, INTERMEDIATE])
+
+        # And a checkpoint that this package wrote.
+        random = np.random.default_rng(1)
+        path = os.path.join(folder, "python")
+        os.mkdir(path)
+        tensors, expected = {}, {}
+        for e in range(EXPERTS):
+            for stem, (n, k) in STEMS.items():
+                codes = np.clip(np.rint(random.normal(0, 2.5, (n, k))), -8, 7).astype(np.int8)
+                scales = random.uniform(1e-4, 1e-2, (n, k // 128)).astype(np.float32)
+                words = np.zeros((n, k // 8), np.uint32)
+                for i in range(8):
+                    words |= (codes[:, i::8].astype(np.int32) + 8).astype(np.uint32) << np.uint32(4 * i)
+                expected[e, stem] = (codes, scales)
+                tensors[prefix(e, stem) + "weight_packed"] = words.view(np.int32)
+                tensors[prefix(e, stem) + "weight_scale"] = scales
+                tensors[prefix(e, stem) + "weight_shape"] = np.array([n, k], np.int64)
+        save_file(tensors, os.path.join(path, "model.safetensors"))
+        write_config(path, 128)
+        out = sluice("inspect", path)
+        check("inspect names it", "compressed-tensors" in out and "stored as the format says" in out)
+        check("python to w4afp8", same(expected, experts(convert(folder, path, "python-w4", "w4afp8"), "w4afp8")))
+
+
+def with_compressed_tensors():
+    try:
+        import torch
+        from compressed_tensors.compressors import PackedQuantizationCompressor as compressor
+        from compressed_tensors.quantization import QuantizationArgs, QuantizationConfig, QuantizationScheme
+        from safetensors.torch import load_file, save_file
+    except ImportError as error:
+        skip(f"{error}; compressed-tensors needs PyTorch, which scripts/setup.sh does not install")
+
+    def load(path):
+        tensors = {}
+        for name in sorted(os.listdir(path)):
+            if name.endswith(".safetensors"):
+                tensors.update(load_file(os.path.join(path, name)))
+        return tensors
+
+    def scheme(group):
+        return QuantizationScheme(targets=["Linear"], weights=QuantizationArgs(
+            num_bits=4, type="int", symmetric=True, strategy="group", group_size=group))
+
+    def decompressed(tensors, expert, stem, group):
+        head = prefix(expert, stem)
+        state = {name[len(head):]: t for name, t in tensors.items() if name.startswith(head)}
+        return compressor.decompress(state, scheme(group))["weight"]
+
+    def w4afp8_weight(tensors, expert, stem):
+        data = tensors[prefix(expert, stem) + "weight"].view(torch.uint8)
+        codes = torch.stack([data & 15, data >> 4], dim=-1).reshape(data.shape[0], -1).to(torch.int32)
+        codes = torch.where(codes > 7, codes - 16, codes).to(torch.float32)
+        return codes * tensors[prefix(expert, stem) + "weight_scale_inv"].repeat_interleave(128, dim=-1)
+
+    with tempfile.TemporaryDirectory() as folder:
+        # What Sluice writes, the package accepts and reads.
+        w4afp8 = make(folder, "w4afp8", "w4afp8")
+        reference = load(w4afp8)
+        for name, path in (("make-checkpoint", make(folder, "made", "compressed-tensors")),
+                           ("convert", convert(folder, w4afp8, "converted", "compressed-tensors"))):
+            with open(os.path.join(path, "config.json"), encoding="utf-8") as file:
+                config = QuantizationConfig.model_validate(json.load(file)["quantization_config"])
+            check(f"{name}: config", config.config_groups["group_0"].weights.group_size == 128)
+            tensors = load(path)
+            check(f"{name}: weights", all(
+                torch.equal(decompressed(tensors, e, stem, 128), w4afp8_weight(reference, e, stem))
+                for e in range(EXPERTS) for stem in STEMS))
+
+        # What the package writes, Sluice reads.
+        for group in (128, 32):
+            torch.manual_seed(group)
+            path = os.path.join(folder, f"package-{group}")
+            os.mkdir(path)
+            tensors, expected = {}, {}
+            for e in range(EXPERTS):
+                for stem, (n, k) in STEMS.items():
+                    weight = 0.02 * torch.randn(n, k)
+                    scale = weight.view(n, -1, group).abs().amax(-1) / 7.5
+                    state = compressor.compress({"weight": weight, "weight_scale": scale}, scheme(group))
+                    expected[e, stem] = compressor.decompress(dict(state), scheme(group))["weight"]
+                    for part, tensor in state.items():
+                        tensors[prefix(e, stem) + part] = tensor.contiguous()
+            save_file(tensors, os.path.join(path, "model.safetensors"))
+            write_config(path, group)
+            check(f"inspect, groups of {group}", f"groups of {group}" in sluice("inspect", path))
+            layout = "w4afp8" if group == 128 else "compressed-tensors"
+            made = load(convert(folder, path, f"back-{group}", layout))
+            check(f"package to {layout}, groups of {group}", all(
+                torch.equal(w4afp8_weight(made, e, stem) if group == 128 else decompressed(made, e, stem, group), w)
+                for (e, stem), w in expected.items()))
+
+
+{"safetensors": with_safetensors, "compressed-tensors": with_compressed_tensors}[PACKAGE]()
