@@ -9,10 +9,15 @@
 #include "launch.h"
 #include "layer_run.h"
 #include "run_stats.h"
+#include "sluice/config.h"
 #include "sluice/error.h"
+#include "spawn.h"
 
 namespace sluice::cli {
 namespace {
+
+/// What ranks that failed may take to load, check and say so, beyond their timeouts.
+constexpr std::chrono::milliseconds kPatience{10'000};
 
 struct Options {
   std::string checkpoint, mode = "low-latency", recipe = "direct", backend = "cpu",
@@ -299,6 +304,12 @@ void print_memory(const LayerRunConfig& config, const LayerRunResult& result, bo
 
 void run(const Options& options, Output& output) {
   const Environment environment = read_environment();
+  if (options.transport == "ipc" && !read_job_place()) {
+    output.exit_status =
+        run_as_processes(std::max(1, options.ranks), 2 * environment.peer_timeout + kPatience);
+    output.json_path.clear();  // Rank 0 has written it.
+    return;
+  }
   Launch launch(options.transport, options.ranks, environment.peer_timeout, output);
   std::optional<Checkpoint> checkpoint;
   LayerRunConfig config;
@@ -338,7 +349,7 @@ void add_run(CLI::App& app, Output& output) {
       ->check(CLI::NonNegativeNumber);
   command
       ->add_option("--ranks", options->ranks,
-                   "Expert-parallel ranks; default: 1, or over MPI one for each process")
+                   "Expert-parallel ranks; default: 1, or one for each process of a job")
       ->check(CLI::Range(1, 1024));
   command->add_option("--tokens", options->tokens, "Tokens per rank: one value, or one per rank")
       ->delimiter(',')
@@ -350,7 +361,8 @@ void add_run(CLI::App& app, Output& output) {
       ->capture_default_str();
   command
       ->add_option("--transport", options->transport,
-                   "inproc (ranks are threads) | mpi (ranks are the processes of mpirun)")
+                   "inproc (ranks are threads) | ipc (ranks are processes of this host, started "
+                   "here, by torchrun, mpirun or srun) | mpi (ranks are the processes of mpirun)")
       ->check(CLI::IsMember({"inproc", "mpi", "ipc"}))
       ->capture_default_str();
   command->add_option("--routing", options->routing, "uniform | zipf | one-expert")

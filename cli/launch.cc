@@ -11,6 +11,8 @@
 #include <optional>
 #include <thread>
 
+#include "sluice/config.h"
+
 namespace sluice::cli {
 namespace {
 
@@ -46,6 +48,22 @@ Error worst(const std::vector<std::string>& texts) {
   return {static_cast<ErrorCode>(texts[rank][0] - 'A'), who + texts[rank].substr(1)};
 }
 
+/// Among the processes that a launcher started.
+std::unique_ptr<Transport> make_ipc_world(milliseconds timeout) {
+  const auto place = read_job_place();
+  if (!place) throw Error(ErrorCode::kInternal, "no launcher has given this process a rank");
+  if (place->num_ranks_on_host != place->num_ranks) {
+    throw Error(ErrorCode::kUnsupported,
+                fmt::format("--transport ipc stays on one host: {} of the job's {} ranks are here",
+                            place->num_ranks_on_host, place->num_ranks));
+  }
+  return make_ipc_transport({.job = place->job,
+                             .secret = place->secret,
+                             .rank = place->rank,
+                             .num_ranks = place->num_ranks},
+                            timeout);
+}
+
 }  // namespace
 
 void on_every_rank(int count, const std::function<void(int)>& body) {
@@ -77,12 +95,8 @@ void on_every_rank(int count, const std::function<void(int)>& body) {
 Launch::Launch(const std::string& transport, int num_ranks, milliseconds timeout, Output& output)
     : num_ranks_(std::max(1, num_ranks)), timeout_(timeout), output_(output) {
   if (transport == "inproc") return;
-  if (transport != "mpi") {
-    throw Error(
-        ErrorCode::kUnsupported,
-        fmt::format("transport '{}' is not in this build; there are: inproc, mpi", transport));
-  }
-  world_ = make_mpi_transport(timeout);
+  is_mpi_ = transport == "mpi";
+  world_ = is_mpi_ ? make_mpi_transport(timeout) : make_ipc_world(timeout);
   has_processes_ = true;
   rank_ = world_->rank();
   num_ranks_ = world_->num_ranks();
@@ -96,8 +110,8 @@ Launch::Launch(const std::string& transport, int num_ranks, milliseconds timeout
   together([&] {
     if (num_ranks == 0 || num_ranks == num_ranks_) return;
     throw Error(ErrorCode::kInvalidArgument,
-                fmt::format("--ranks {} over MPI: the job has {} processes, one for each rank",
-                            num_ranks, num_ranks_));
+                fmt::format("--ranks {} over {}: the job has {} processes, one for each rank",
+                            num_ranks, transport, num_ranks_));
   });
 }
 
@@ -182,7 +196,7 @@ std::vector<std::string> Launch::run_ranks(
 void Launch::finish() {
   if (!world_) return;
   world_.reset();
-  if (!end_mpi(kGoodbyeTimeout)) {
+  if (is_mpi_ && !end_mpi(kGoodbyeTimeout)) {
     throw Error(ErrorCode::kPeerTimeout,
                 fmt::format("rank {}: not every rank reached the end within {} ms", rank_,
                             kGoodbyeTimeout.count()));

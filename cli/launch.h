@@ -1,4 +1,4 @@
-// launch.h - where the ranks of a run are: threads of this process, or processes of an MPI job.
+// launch.h - where the ranks of a run are: threads of this process, or processes of a job.
 #pragma once
 
 #include <chrono>
@@ -16,9 +16,9 @@ namespace sluice::cli {
 
 class Launch {
  public:
-  /// `transport`: inproc or mpi. `num_ranks` 0 = one, or over MPI one for each process; over MPI
-  /// any other number must be that of the processes. Over MPI all processes but rank 0 lose their
-  /// standard output and write no files.
+  /// `transport`: inproc, mpi or ipc. `num_ranks` 0 = one, or one for each process of the job; any
+  /// other number must be that of the processes. All processes but rank 0 lose their standard
+  /// output and write no files.
   Launch(const std::string& transport, int num_ranks, std::chrono::milliseconds timeout,
          Output& output);
 
@@ -38,12 +38,12 @@ class Launch {
   void together(const std::function<void()>& body);
 
   /// Runs body(rank, transport) for every rank, each on a thread or in its process, and returns
-  /// what each returned; over MPI, on the reporter only. Throws: the first cause; ranks that waited
-  /// for a failed one do not count as causes.
+  /// what each returned; over processes, on the reporter only. Throws: the first cause; ranks that
+  /// waited for a failed one do not count as causes.
   [[nodiscard]] std::vector<std::string> run_ranks(
       const std::function<std::string(int, Transport&)>& body);
 
-  /// The last call. Over MPI the other processes then have nothing left to do.
+  /// The last call. Over processes the others then have nothing left to do.
   void finish();
 
  private:
@@ -51,10 +51,10 @@ class Launch {
                                                 std::chrono::milliseconds timeout) const;
   void find_place();
   int rank_ = 0, num_ranks_ = 1;
-  bool has_processes_ = false;
+  bool has_processes_ = false, is_mpi_ = false;
   std::chrono::milliseconds timeout_;
   Output& output_;
-  Place place_;                       // Of this process's rank, over MPI.
+  Place place_;                       // Of this process's rank, over processes.
   std::unique_ptr<Transport> world_;  // Null where ranks are threads, and after finish().
 };
 

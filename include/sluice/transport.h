@@ -108,4 +108,20 @@ class Transport {
 /// would wait for it without bound, and the program should just exit.
 [[nodiscard]] bool end_mpi(std::chrono::milliseconds timeout);
 
+/// Where the processes of one host meet.
+struct IpcConfig {
+  std::string job;     ///< Names the meeting place; the same in all of them, in no other.
+  std::string secret;  ///< What they prove to know; never sent.
+  int rank = 0, num_ranks = 1;
+};
+
+/// Ranks as processes of one user on one host, at most 64. Windows are memory that all of them map,
+/// device memory is shared through CUDA IPC. Nothing has a name in a file system, so nothing is
+/// left behind. A rank whose process ends is noticed at once, one that stops by its peers'
+/// timeouts. Ranks: collective; the same transports in the same order. Throws: kPeerTimeout naming
+/// the ranks that did not come; kTransport if ranks disagree on version
+///   or num_ranks, or two claim one rank; kInvalidArgument.
+[[nodiscard]] std::unique_ptr<Transport> make_ipc_transport(const IpcConfig& config,
+                                                            std::chrono::milliseconds timeout);
+
 }  // namespace sluice

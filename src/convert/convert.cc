@@ -16,11 +16,11 @@
 #include "convert/output_plan.h"
 #include "convert/quantize_weights.h"
 #include "convert/resolve.h"
-#include "convert/sha256.h"
 #include "convert/target_format.h"
 #include "convert/verify.h"
 #include "core/fail.h"
 #include "core/file_write.h"
+#include "core/sha256.h"
 #include "core/threads.h"
 #include "sluice/config.h"
 #include "sluice/quant.h"
@@ -366,7 +366,7 @@ void Converter::write_checksums() const {
       hash.update(piece);
       MappedFile::release(piece);
     }
-    text += fmt::format("{}  {}\n", hash.finish(), name);
+    text += fmt::format("{}  {}\n", to_hex(hash.finish()), name);
   }
   write_text(work_dir_ / kChecksums, text);
 }

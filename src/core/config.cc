@@ -7,6 +7,63 @@
 #include "core/fail.h"
 
 namespace sluice {
+namespace {
+
+std::string text_of(const char* name) {
+  const char* const text = std::getenv(name);
+  return text != nullptr ? text : "";
+}
+
+int number_of(const char* name, int least, int most) {
+  const std::string text = text_of(name);
+  int value = 0;
+  const auto [end, error] = std::from_chars(text.data(), text.data() + text.size(), value);
+  check_argument(
+      error == std::errc{} && end == text.data() + text.size() && value >= least && value <= most,
+      "{}='{}' is not a whole number in [{}, {}]", name, text, least, most);
+  return value;
+}
+
+/// Which variables a launcher sets. `local_size` may be missing: then all ranks are on one host.
+struct Launcher {
+  const char *rank, *size, *local_size;
+  const char* identity[3];  // Together they name the job; missing ones count as empty.
+};
+
+constexpr Launcher kLaunchers[] = {
+    {"SLUICE_RANK", "SLUICE_WORLD_SIZE", "", {"SLUICE_JOB", "", ""}},
+    {"RANK",
+     "WORLD_SIZE",
+     "LOCAL_WORLD_SIZE",
+     {"MASTER_ADDR", "MASTER_PORT", "TORCHELASTIC_RUN_ID"}},
+    {"OMPI_COMM_WORLD_RANK",
+     "OMPI_COMM_WORLD_SIZE",
+     "OMPI_COMM_WORLD_LOCAL_SIZE",
+     {"OMPI_MCA_ess_base_jobid", "PMIX_NAMESPACE", ""}},
+    {"SLURM_PROCID", "SLURM_NTASKS", "", {"SLURM_JOB_ID", "SLURM_STEP_ID", ""}},
+};
+
+}  // namespace
+
+std::optional<JobPlace> read_job_place() {
+  constexpr int kMostRanks = 1 << 20;
+  for (const Launcher& launcher : kLaunchers) {
+    if (text_of(launcher.rank).empty()) continue;
+    JobPlace place;
+    place.num_ranks = number_of(launcher.size, 1, kMostRanks);
+    place.rank = number_of(launcher.rank, 0, place.num_ranks - 1);
+    const bool has_local = !text_of(launcher.local_size).empty();
+    place.num_ranks_on_host =
+        has_local ? number_of(launcher.local_size, 1, place.num_ranks) : place.num_ranks;
+    for (const char* name : launcher.identity) place.job += text_of(name) + "/";
+    check_argument(place.job != "///", "{} is set, but not {}: nothing names the job",
+                   launcher.rank, launcher.identity[0]);
+    place.secret = text_of("SLUICE_SECRET");
+    if (place.secret.empty()) place.secret = place.job;
+    return place;
+  }
+  return std::nullopt;
+}
 
 Environment read_environment() {
   Environment environment;

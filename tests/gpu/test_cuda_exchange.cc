@@ -1,5 +1,6 @@
-// Dispatch and combine on one GPU, ranks as streams: every row, every element, every ugly case.
-// Skips itself where there is no device.
+// Dispatch and combine on one GPU, ranks as streams of one process or, with `--transport ipc
+// --processes 4`, as processes: every row, every element, every ugly case. Skips itself where there
+// is no device.
 #include <gmock/gmock.h>
 
 #include <chrono>
@@ -149,6 +150,33 @@ TEST_P(CudaExchangeRepeatTest, AThousandRounds) {
   }
 }
 INSTANTIATE_TEST_SUITE_P(Tokens, CudaExchangeRepeatTest, ::testing::Values(1, 17, 128, 1024));
+
+// As many ranks as may be processes, too: on one GPU those take turns of milliseconds.
+class CudaExchangeFewRanksTest : public CudaExchangeTest,
+                                 public ::testing::WithParamInterface<int> {};
+
+TEST_P(CudaExchangeFewRanksTest, FiveHundredRoundsInEachMode) {
+  const auto num_ranks = static_cast<std::size_t>(GetParam());
+  for (const Mode mode : kModes) {
+    const Rounds rounds{.num_tokens = std::vector<std::int64_t>(num_ranks, 64),
+                        .num_experts = 32,
+                        .num_topk = 8,
+                        .hidden = 1024,
+                        .seed = 21,
+                        .fresh_counts = true};
+    expect_exact(rounds, config_for(rounds, mode), 500);
+  }
+}
+
+TEST_P(CudaExchangeFewRanksTest, EveryFormatOnTheWire) {
+  const auto num_ranks = static_cast<std::size_t>(GetParam());
+  expect_exact_everywhere({.num_tokens = std::vector<std::int64_t>(num_ranks, 37),
+                           .num_experts = 12,
+                           .num_topk = 4,
+                           .hidden = 384},
+                          8);
+}
+INSTANTIATE_TEST_SUITE_P(Ranks, CudaExchangeFewRanksTest, ::testing::Values(2, 3, 4));
 
 TEST_F(CudaExchangeTest, TwoInFlightInEitherOrder) {
   const Rounds rounds{.num_tokens = {9, 14, 3}, .num_experts = 12, .num_topk = 4, .seed = 5};

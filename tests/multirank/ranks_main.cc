@@ -1,11 +1,13 @@
-// The main of tests with ranks: `test` runs them as threads, `mpirun -n N test --transport mpi` as
-// processes. Then only process 0 reports what passes, and each reports what it saw fail.
+// The main of tests with ranks: `test` runs them as threads, `mpirun -n N test --transport mpi` and
+// `test --transport ipc --processes N` as processes. Then only process 0 reports what passes, and
+// each reports what it saw fail.
 #include <gmock/gmock.h>
 
 #include <cstdio>
+#include <map>
 #include <string>
-#include <string_view>
 
+#include "../cli/spawn.h"
 #include "multirank/run_ranks.h"
 
 namespace sluice::testing {
@@ -30,8 +32,8 @@ class FailuresOfRank final : public ::testing::EmptyTestEventListener {
   std::string test_;
 };
 
-int run_as_processes() {
-  control_transport() = make_mpi_transport(kProcessTimeout);
+int run_as_rank(const std::string& transport) {
+  start_processes(transport);
   const int rank = control_transport()->rank();
   auto& listeners = ::testing::UnitTest::GetInstance()->listeners();
   if (rank != 0) {
@@ -39,8 +41,7 @@ int run_as_processes() {
     listeners.Append(new FailuresOfRank(rank));
   }
   const int status = RUN_ALL_TESTS();
-  control_transport().reset();
-  if (!end_mpi(kProcessTimeout)) {
+  if (!end_processes()) {
     std::fprintf(stderr, "rank %d: not every process reached the end\n", rank);
     return 1;
   }
@@ -51,11 +52,15 @@ int run_as_processes() {
 }  // namespace sluice::testing
 
 int main(int argc, char** argv) {
-  ::testing::InitGoogleMock(&argc, argv);
+  std::map<std::string, std::string> given = {{"--transport", "inproc"}, {"--processes", "2"}};
   for (int i = 1; i + 1 < argc; ++i) {
-    if (std::string_view(argv[i]) == "--transport" && std::string_view(argv[i + 1]) == "mpi") {
-      return sluice::testing::run_as_processes();
-    }
+    if (given.count(argv[i])) given[argv[i]] = argv[i + 1];
   }
-  return RUN_ALL_TESTS();
+  if (given["--transport"] == "ipc" && !sluice::read_job_place()) {
+    return sluice::cli::run_as_processes(std::stoi(given["--processes"]),
+                                         sluice::testing::kProcessTimeout);
+  }
+  ::testing::InitGoogleMock(&argc, argv);
+  if (given["--transport"] == "inproc") return RUN_ALL_TESTS();
+  return sluice::testing::run_as_rank(given["--transport"]);
 }

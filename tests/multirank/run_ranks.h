@@ -1,5 +1,6 @@
 // run_ranks.h - runs one body per rank, each with its transport: ranks are threads of this process,
-// or, under `mpirun -n N test --transport mpi`, processes that all run the same tests.
+// or processes that all run the same tests: `mpirun -n N test --transport mpi`, or
+// `test --transport ipc --processes N`.
 #pragma once
 
 #include <cstring>
@@ -11,6 +12,7 @@
 #include <thread>
 #include <vector>
 
+#include "sluice/config.h"
 #include "sluice/error.h"
 #include "sluice/transport.h"
 
@@ -19,11 +21,36 @@ namespace sluice::testing {
 /// Longest wait for another process between two tests.
 inline constexpr std::chrono::milliseconds kProcessTimeout{30'000};
 
-/// Over all processes; null where ranks are threads. Set by ranks_main.cc.
+/// Over all processes; null where ranks are threads. Set by start_processes().
 inline std::unique_ptr<Transport>& control_transport() {
   static std::unique_ptr<Transport> transport;
   return transport;
 }
+
+/// A transport of the first `num_ranks` processes, 0 = all; null on the others.
+inline std::unique_ptr<Transport> make_process_transport(const std::string& name, int num_ranks,
+                                                         std::chrono::milliseconds timeout) {
+  if (name == "mpi") return make_mpi_transport(timeout, num_ranks);
+  const JobPlace place = read_job_place().value();
+  if (num_ranks == 0) num_ranks = place.num_ranks;
+  if (place.rank >= num_ranks) return nullptr;
+  return make_ipc_transport(
+      {.job = place.job, .secret = place.secret, .rank = place.rank, .num_ranks = num_ranks},
+      timeout);
+}
+
+/// `name`: mpi or ipc. To be followed by end_processes().
+inline void start_processes(const std::string& name) {
+  control_transport() = make_process_transport(name, 0, kProcessTimeout);
+}
+/// False if not all processes reached this.
+inline bool end_processes() {
+  if (control_transport() == nullptr) return true;
+  const bool is_mpi = control_transport()->name() == "mpi";
+  control_transport().reset();
+  return !is_mpi || end_mpi(kProcessTimeout);
+}
+
 inline bool ranks_are_processes() {
   return control_transport() != nullptr;
 }
@@ -113,7 +140,8 @@ std::exception_ptr try_rank(int rank, std::unique_ptr<Transport> transport, cons
 template <class Body>
 std::vector<std::exception_ptr> try_processes(int num_ranks, const Body& body,
                                               const WrapTransport& wrap) {
-  std::unique_ptr<Transport> transport = make_mpi_transport(kProcessTimeout, num_ranks);
+  std::unique_ptr<Transport> transport =
+      make_process_transport(control_transport()->name(), num_ranks, kProcessTimeout);
   std::exception_ptr mine;
   if (transport) {
     const int rank = transport->rank();

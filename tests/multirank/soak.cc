@@ -2,6 +2,7 @@
 //
 //   soak --rounds 10000 --ranks 8                              ranks are threads
 //   mpirun -n 4 soak --rounds 10000 --transport mpi            ranks are processes
+//   soak --rounds 10000 --ranks 4 --transport ipc              the same, started here
 //
 // Rounds use the low-latency and the normal exchange in turn, now with one and now with two layers
 // in flight, combined in either order. One rank in eight dawdles for up to 2 ms before a round; in
@@ -14,6 +15,7 @@
 #include <map>
 #include <random>
 
+#include "../cli/spawn.h"
 #include "exchange/exchange_model.h"
 #include "multirank/run_ranks.h"
 #include "support/scalar_backend.h"
@@ -154,9 +156,13 @@ class Soak {
   std::vector<std::uint16_t> rows_, y_;
 };
 
-int run(int rounds, int num_ranks, bool over_mpi) {
-  if (over_mpi) {
-    control_transport() = make_mpi_transport(kProcessTimeout);
+int run(int rounds, int num_ranks, const std::string& transport_name) {
+  if (transport_name == "ipc" && !read_job_place()) {
+    return cli::run_as_processes(num_ranks, kProcessTimeout);
+  }
+  const bool over_processes = transport_name != "inproc";
+  if (over_processes) {
+    start_processes(transport_name);
     num_ranks = control_transport()->num_ranks();
   }
   const std::vector<Traffic> traffics = make_traffics(num_ranks);
@@ -170,7 +176,7 @@ int run(int rounds, int num_ranks, bool over_mpi) {
   const int wrong = sum_over_ranks(static_cast<int>(totals.wrong));
   const int stalls = sum_over_ranks(static_cast<int>(totals.stalls));
   int failed = 0;
-  const bool speaks = !over_mpi || control_transport()->rank() == 0;
+  const bool speaks = !over_processes || control_transport()->rank() == 0;
   for (std::size_t r = 0; r < failures.size(); ++r) {
     const auto failure = describe(failures[r]);
     failed += failure.has_value();
@@ -180,11 +186,9 @@ int run(int rounds, int num_ranks, bool over_mpi) {
     fmt::print(
         "soak: {} rounds over {}, {} ranks, {:.1f} s: {} rows and {} tokens checked, {} wrong; "
         "{} stalls; {} ranks failed or timed out\n",
-        rounds, over_mpi ? "mpi" : "inproc", num_ranks, seconds, rows, tokens, wrong, stalls,
-        failed);
+        rounds, transport_name, num_ranks, seconds, rows, tokens, wrong, stalls, failed);
   }
-  control_transport().reset();
-  const bool ended = end_mpi(kProcessTimeout);
+  const bool ended = end_processes();
   return wrong == 0 && failed == 0 && stalls > 0 && ended ? 0 : 1;
 }
 
@@ -197,7 +201,7 @@ int main(int argc, char** argv) {
   for (int i = 1; i + 1 < argc; i += 2) given[argv[i]] = argv[i + 1];
   try {
     return sluice::testing::run(std::stoi(given["--rounds"]), std::stoi(given["--ranks"]),
-                                given["--transport"] == "mpi");
+                                given["--transport"]);
   } catch (const std::exception& error) {
     fmt::print(stderr, "soak: {}\n", error.what());
     return 2;

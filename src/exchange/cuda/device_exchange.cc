@@ -127,8 +127,7 @@ class DeviceExchange final : public Exchange::Impl {
 
   Backend& backend_;
   DeviceLayout layout_;
-  std::shared_ptr<DeviceBuffer> memory_;  // The window; peers may hold it longer.
-  std::vector<std::shared_ptr<std::byte>> windows_;
+  std::vector<std::shared_ptr<std::byte>> windows_;  // [num_ranks]; peers may hold them longer.
   std::unique_ptr<DeviceBuffer> private_, state_;
   MappedFaults faults_;
   std::vector<Slot> slots_;
@@ -183,14 +182,14 @@ void DeviceExchange::check_limits(int ranks) const {
 
 /// Every rank allocates its window, clears its flags, and only then shows it to the others.
 void DeviceExchange::share_window(Transport& transport) {
-  memory_ = backend_.allocate(layout_.window_bytes());
+  const std::shared_ptr<DeviceBuffer> memory = backend_.allocate(layout_.window_bytes());
   const auto queue = static_cast<cudaStream_t>(backend_.stream().handle);
   for (int s = 0; s < layout_.num_slots; ++s) {
-    std::byte* const slot = memory_->data() + static_cast<std::size_t>(s) * layout_.slot_bytes;
+    std::byte* const slot = memory->data() + static_cast<std::size_t>(s) * layout_.slot_bytes;
     SLUICE_CUDA_CHECK(cudaMemsetAsync(slot, 0, layout_.flags_and_counts_bytes, queue));
   }
   SLUICE_CUDA_CHECK(cudaStreamSynchronize(queue));
-  windows_ = transport.share_device_memory(std::shared_ptr<std::byte>(memory_, memory_->data()),
+  windows_ = transport.share_device_memory(std::shared_ptr<std::byte>(memory, memory->data()),
                                            layout_.window_bytes(), config.peer_timeout);
   for (const auto& window : windows_) {
     cudaPointerAttributes attributes{};
@@ -444,7 +443,7 @@ void DeviceExchange::sum(DeviceRoute& route, MutableTensorView y, Stream stream,
 
 void DeviceExchange::fill_batch(DeviceRoute& route, std::int64_t num_tokens) const {
   const SlotParams& p = route.slot.params;
-  std::byte* const window = memory_->data();
+  std::byte* const window = windows_[static_cast<std::size_t>(rank)].get();
   const bool masked = config.mode == Mode::kLowLatency;
   const std::int64_t num_local = layout_.num_local_experts;
   const auto shape = [&](std::int64_t width) {

@@ -1,4 +1,4 @@
-#include "convert/sha256.h"
+#include "core/sha256.h"
 
 #include <fmt/core.h>
 
@@ -62,7 +62,7 @@ void Sha256::update(std::span<const std::byte> bytes) noexcept {
   num_pending_ = bytes.size();
 }
 
-std::string Sha256::finish() noexcept {
+std::array<std::byte, 32> Sha256::finish() noexcept {
   const std::uint64_t num_bits = num_bytes_ * 8;
   std::array<std::byte, 72> tail{};
   tail[0] = std::byte{0x80};
@@ -71,9 +71,38 @@ std::string Sha256::finish() noexcept {
     tail[1 + zeros + i] = static_cast<std::byte>(num_bits >> (56 - 8 * i));
   }
   update(std::span(tail).first(1 + zeros + 8));
+  std::array<std::byte, 32> digest;
+  for (std::size_t i = 0; i < digest.size(); ++i) {
+    digest[i] = static_cast<std::byte>(state_[i / 4] >> (24 - 8 * (i % 4)));
+  }
+  return digest;
+}
+
+std::string to_hex(std::span<const std::byte> bytes) {
   std::string text;
-  for (const std::uint32_t word : state_) text += fmt::format("{:08x}", word);
+  for (const std::byte b : bytes) text += fmt::format("{:02x}", static_cast<unsigned>(b));
   return text;
+}
+
+std::array<std::byte, 32> hmac_sha256(std::span<const std::byte> key,
+                                      std::span<const std::byte> message) {
+  std::array<std::byte, 64> block{};
+  if (key.size() <= block.size()) {
+    std::ranges::copy(key, block.begin());
+  } else {
+    Sha256 hash;
+    hash.update(key);
+    std::ranges::copy(hash.finish(), block.begin());
+  }
+  const auto keyed = [&block](std::byte pad, std::span<const std::byte> text) {
+    std::array<std::byte, 64> padded = block;
+    for (std::byte& b : padded) b ^= pad;
+    Sha256 hash;
+    hash.update(padded);
+    hash.update(text);
+    return hash.finish();
+  };
+  return keyed(std::byte{0x5c}, keyed(std::byte{0x36}, message));
 }
 
 }  // namespace sluice

@@ -1,4 +1,4 @@
-// sha256.h - FIPS 180-4, so that people can check files with the tools they have.
+// sha256.h - FIPS 180-4, so that people can check files with the tools they have; and RFC 2104.
 #pragma once
 
 #include <array>
@@ -12,8 +12,8 @@ namespace sluice {
 class Sha256 {
  public:
   void update(std::span<const std::byte> bytes) noexcept;
-  /// 64 hexadecimal digits. Call once, at the end.
-  [[nodiscard]] std::string finish() noexcept;
+  /// Call once, at the end.
+  [[nodiscard]] std::array<std::byte, 32> finish() noexcept;
 
  private:
   void consume(const std::byte* block) noexcept;
@@ -24,5 +24,12 @@ class Sha256 {
   std::size_t num_pending_ = 0;
   std::uint64_t num_bytes_ = 0;
 };
+
+/// Lower-case hexadecimal digits, two for each byte.
+[[nodiscard]] std::string to_hex(std::span<const std::byte> bytes);
+
+/// RFC 2104: proves knowledge of `key` without showing it.
+[[nodiscard]] std::array<std::byte, 32> hmac_sha256(std::span<const std::byte> key,
+                                                    std::span<const std::byte> message);
 
 }  // namespace sluice

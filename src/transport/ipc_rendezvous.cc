@@ -1,0 +1,382 @@
+#include "transport/ipc_rendezvous.h"
+
+#include <fcntl.h>
+#include <poll.h>
+#include <sys/random.h>
+#include <sys/socket.h>
+
+#include <algorithm>
+#include <array>
+#include <cerrno>
+#include <cstring>
+#include <list>
+#include <optional>
+#include <thread>
+
+#include "core/fail.h"
+#include "core/sha256.h"
+#include "sluice/config.h"
+#include "transport/socket_io.h"
+
+namespace sluice {
+namespace {
+
+using Clock = std::chrono::steady_clock;
+using std::chrono::milliseconds;
+using Nonce = std::array<std::byte, 32>;
+using Proof = std::array<std::byte, 32>;
+
+constexpr char kGreeting[16] = "sluice ipc 1";
+/// How long a connection may take to say who it is.
+constexpr milliseconds kPatience{2'000};
+/// How much longer the others wait for rank 0, which knows who is missing.
+constexpr milliseconds kGrace{500};
+constexpr std::size_t kMaxStrangers = 64;
+
+struct Hello {
+  char greeting[16];
+  Nonce nonce;
+};
+
+struct Join {
+  char greeting[16];
+  char version[32];
+  std::int32_t rank, num_ranks;
+  Nonce nonce;
+  Proof proof;
+};
+
+enum class AnswerKind : std::uint32_t { kAccept = 1, kWelcome, kRefusal };
+
+struct Answer {
+  AnswerKind kind;
+  Proof proof;     // Of an acceptance.
+  char text[512];  // Of a refusal.
+};
+
+template <class T>
+std::span<std::byte> bytes_of(T& value) {
+  return std::as_writable_bytes(std::span(&value, 1));
+}
+
+Nonce new_nonce() {
+  Nonce nonce;
+  if (getrandom(nonce.data(), nonce.size(), 0) != static_cast<ssize_t>(nonce.size())) {
+    fail(ErrorCode::kTransport, "getrandom: {}", std::strerror(errno));
+  }
+  return nonce;
+}
+
+/// `who` keeps a proof from being sent back as another's.
+Proof prove(const IpcConfig& config, const char* who, const Nonce& host, const Nonce& guest,
+            int rank, int num_ranks) {
+  std::vector<std::byte> text;
+  const auto add = [&text](std::span<const std::byte> part) {
+    text.insert(text.end(), part.begin(), part.end());
+  };
+  add(std::as_bytes(std::span(who, std::strlen(who) + 1)));
+  add(host), add(guest);
+  const std::int32_t numbers[] = {rank, num_ranks};
+  add(std::as_bytes(std::span(numbers)));
+  return hmac_sha256(std::as_bytes(std::span(config.secret)), text);
+}
+
+bool same(const Proof& a, const Proof& b) {
+  std::byte difference{0};
+  for (std::size_t i = 0; i < a.size(); ++i) difference |= a[i] ^ b[i];
+  return difference == std::byte{0};
+}
+
+std::pair<FileDescriptor, FileDescriptor> make_lifeline() {
+  int ends[2];
+  if (pipe2(ends, O_CLOEXEC) != 0) fail(ErrorCode::kTransport, "pipe: {}", std::strerror(errno));
+  return {FileDescriptor(ends[0]), FileDescriptor(ends[1])};
+}
+
+/// Rank 0's side of the meeting.
+class Host {
+ public:
+  Host(const IpcConfig& config, milliseconds timeout)
+      : config_(config), timeout_(timeout), listener_(listen_at(ipc_meeting_name(config.job))) {
+    const auto ranks = static_cast<std::size_t>(config.num_ranks);
+    membership_.memory = SharedMemory::create(sizeof(IpcBoard));
+    membership_.board().members[0].joined = 1;
+    membership_.sockets.resize(ranks), membership_.lifelines.resize(ranks);
+    auto [reading, writing] = make_lifeline();
+    membership_.lifelines[0] = std::move(reading), membership_.own_lifeline = std::move(writing);
+  }
+
+  IpcMembership meet() {
+    const Deadline deadline = Clock::now() + timeout_;
+    while (num_joined_ < config_.num_ranks) {
+      if (Clock::now() >= deadline) refuse(ErrorCode::kPeerTimeout, who_is_missing());
+      look(std::min(deadline, Clock::now() + kPatience));
+    }
+    welcome(deadline + kGrace);
+    membership_.lifelines[0].reset();  // One's own end is no news.
+    return std::move(membership_);
+  }
+
+ private:
+  /// A connection that has not yet said who it is.
+  struct Guest {
+    FileDescriptor socket;
+    Nonce nonce;
+    Deadline until;
+    Join join;
+    std::size_t num_received = 0;
+    std::vector<FileDescriptor> files;
+  };
+
+  void look(Deadline deadline) {
+    std::vector<pollfd> entries = {{listener_.get(), POLLIN, 0}};
+    for (const Guest& guest : guests_) {
+      entries.push_back({guest.socket.get(), POLLIN, 0});
+      deadline = std::min(deadline, guest.until);
+    }
+    if (poll(entries.data(), entries.size(), ms_until(deadline)) < 0 && errno != EINTR) {
+      fail(ErrorCode::kTransport, "poll: {}", std::strerror(errno));
+    }
+    for (auto guest = guests_.begin(); guest != guests_.end();) {
+      guest = hear(*guest) ? std::next(guest) : guests_.erase(guest);
+    }
+    while (accept_one()) {
+    }
+  }
+
+  bool accept_one() {
+    FileDescriptor socket(accept4(listener_.get(), nullptr, nullptr, SOCK_CLOEXEC | SOCK_NONBLOCK));
+    if (!socket) return false;
+    if (!is_same_user(socket.get()) || guests_.size() >= kMaxStrangers) {
+      ++num_strangers_;
+      return true;
+    }
+    Guest guest{std::move(socket), new_nonce(), Clock::now() + kPatience, {}, 0, {}};
+    Hello hello{};
+    std::memcpy(hello.greeting, kGreeting, sizeof(kGreeting));
+    hello.nonce = guest.nonce;
+    if (send_all(guest.socket.get(), bytes_of(hello), Clock::now()) == Io::kDone) {
+      guests_.push_back(std::move(guest));
+    }
+    return true;
+  }
+
+  /// False once there is nothing more to hear from this connection.
+  bool hear(Guest& guest) {
+    const std::ptrdiff_t received = receive_some(
+        guest.socket.get(), bytes_of(guest.join).subspan(guest.num_received), &guest.files);
+    if (received > 0) guest.num_received += static_cast<std::size_t>(received);
+    if (received >= 0 && guest.num_received < sizeof(Join) && Clock::now() < guest.until) {
+      return true;
+    }
+    const Join& join = guest.join;
+    const bool is_ours = guest.num_received == sizeof(Join) && guest.files.size() == 1 &&
+                         std::memcmp(join.greeting, kGreeting, sizeof(kGreeting)) == 0 &&
+                         same(join.proof, prove(config_, "guest", guest.nonce, join.nonce,
+                                                join.rank, join.num_ranks));
+    if (is_ours) {
+      take_in(guest);
+    } else {
+      ++num_strangers_;
+    }
+    return false;
+  }
+
+  void take_in(Guest& guest) {
+    const Join& join = guest.join;
+    const auto r = static_cast<std::size_t>(join.rank);
+    const std::string theirs(join.version, strnlen(join.version, sizeof(join.version)));
+    std::string difference;
+    if (theirs != version()) {
+      difference =
+          fmt::format("ranks disagree on version: rank 0 has 'sluice {}', rank {} has '{}'",
+                      version(), join.rank, "sluice " + theirs);
+    } else if (join.num_ranks != config_.num_ranks) {
+      difference = fmt::format("ranks disagree on num_ranks: rank 0 has '{}', rank {} has '{}'",
+                               config_.num_ranks, join.rank, join.num_ranks);
+    } else if (join.rank < 1 || join.rank >= config_.num_ranks) {
+      difference = fmt::format("a process claims rank {} of {}", join.rank, config_.num_ranks);
+    } else if (membership_.sockets[r]) {
+      difference = fmt::format("two processes claim rank {}", join.rank);
+    }
+    Answer answer{};
+    answer.kind = AnswerKind::kAccept;
+    answer.proof = prove(config_, "host", guest.nonce, join.nonce, join.rank, join.num_ranks);
+    const int board = membership_.memory.file();
+    if (send_all(guest.socket.get(), bytes_of(answer), Clock::now() + kGrace, {&board, 1}) !=
+        Io::kDone) {
+      return;  // Gone again; it will be missed.
+    }
+    if (!difference.empty()) {
+      others_to_tell_.push_back(std::move(guest.socket));
+      refuse(ErrorCode::kTransport, difference);
+    }
+    membership_.sockets[r] = std::move(guest.socket);
+    membership_.lifelines[r] = std::move(guest.files[0]);
+    membership_.board().members[r].joined = 1;
+    ++num_joined_;
+  }
+
+  std::string who_is_missing() const {
+    const std::string strangers =
+        num_strangers_ == 0
+            ? ""
+            : fmt::format("; {} connections of other programs were refused", num_strangers_);
+    return fmt::format("after {} ms still missing rank(s){}{}", timeout_.count(),
+                       ranks_not_joined(membership_.board(), config_.num_ranks), strangers);
+  }
+
+  void welcome(Deadline deadline) {
+    std::vector<int> lifelines;
+    for (const FileDescriptor& end : membership_.lifelines) lifelines.push_back(end.get());
+    Answer answer{};
+    answer.kind = AnswerKind::kWelcome;
+    for (std::size_t r = 1; r < membership_.sockets.size(); ++r) {
+      // A rank that ended since it joined is found by the first collective.
+      (void)send_all(membership_.sockets[r].get(), bytes_of(answer), deadline, lifelines);
+    }
+  }
+
+  [[noreturn]] void refuse(ErrorCode code, const std::string& why) {
+    Answer answer{};
+    answer.kind = AnswerKind::kRefusal;
+    why.copy(answer.text, sizeof(answer.text) - 1);
+    for (FileDescriptor& socket : membership_.sockets) others_to_tell_.push_back(std::move(socket));
+    for (const FileDescriptor& socket : others_to_tell_) {
+      if (socket) (void)send_all(socket.get(), bytes_of(answer), Clock::now() + kGrace);
+    }
+    fail(code, "start of the ipc transport on rank 0: {}", why);
+  }
+
+  const IpcConfig& config_;
+  milliseconds timeout_;
+  FileDescriptor listener_;
+  IpcMembership membership_;
+  std::list<Guest> guests_;
+  std::vector<FileDescriptor> others_to_tell_;
+  int num_joined_ = 1, num_strangers_ = 0;
+};
+
+/// The other ranks' side.
+class Visitor {
+ public:
+  Visitor(const IpcConfig& config, milliseconds timeout)
+      : config_(config), timeout_(timeout), deadline_(Clock::now() + timeout) {}
+
+  IpcMembership meet() {
+    IpcMembership membership;
+    auto [reading, writing] = make_lifeline();
+    membership.own_lifeline = std::move(writing);
+    std::optional<FileDescriptor> socket;
+    do {
+      if (Clock::now() >= deadline_) {
+        fail(ErrorCode::kPeerTimeout, "{}: after {} ms still missing rank(s) 0", place(),
+             timeout_.count());
+      }
+      socket = try_to_join(reading.get(), membership);
+      if (!socket) std::this_thread::sleep_for(milliseconds(5));
+    } while (!socket);
+    reading.reset();
+    Answer answer{};
+    const Io io =
+        receive_all(socket->get(), bytes_of(answer), deadline_ + kGrace, &membership.lifelines);
+    if (io == Io::kLate) {
+      fail(ErrorCode::kPeerTimeout, "{}: after {} ms still missing rank(s){}", place(),
+           timeout_.count(), ranks_not_joined(membership.board(), config_.num_ranks));
+    }
+    if (io == Io::kClosed) {
+      fail(ErrorCode::kTransport, "{}: missing rank(s) 0, whose process has ended", place());
+    }
+    if (answer.kind == AnswerKind::kRefusal) throw_refusal(answer);
+    if (answer.kind != AnswerKind::kWelcome ||
+        membership.lifelines.size() != static_cast<std::size_t>(config_.num_ranks)) {
+      fail(ErrorCode::kTransport, "{}: rank 0 answered with {} and {} lifelines", place(),
+           static_cast<unsigned>(answer.kind), membership.lifelines.size());
+    }
+    membership.lifelines[static_cast<std::size_t>(config_.rank)].reset();
+    membership.sockets.push_back(std::move(*socket));
+    return membership;
+  }
+
+ private:
+  /// Nothing if rank 0 does not listen yet, or left its door between two transports of the job.
+  std::optional<FileDescriptor> try_to_join(int lifeline, IpcMembership& membership) {
+    FileDescriptor socket = connect_to(ipc_meeting_name(config_.job));
+    if (!socket) return {};
+    if (!is_same_user(socket.get())) {
+      fail(ErrorCode::kTransport, "{}: another user's process listens where rank 0 should",
+           place());
+    }
+    Hello hello{};
+    if (receive_all(socket.get(), bytes_of(hello), deadline_) != Io::kDone) return {};
+    if (std::memcmp(hello.greeting, kGreeting, sizeof(kGreeting)) != 0) {
+      fail(ErrorCode::kTransport, "{}: another program listens where rank 0 should", place());
+    }
+    Join join{};
+    std::memcpy(join.greeting, kGreeting, sizeof(kGreeting));
+    std::strncpy(join.version, version(), sizeof(join.version) - 1);
+    join.rank = config_.rank, join.num_ranks = config_.num_ranks;
+    join.nonce = new_nonce();
+    join.proof = prove(config_, "guest", hello.nonce, join.nonce, join.rank, join.num_ranks);
+    if (send_all(socket.get(), bytes_of(join), deadline_, {&lifeline, 1}) != Io::kDone) return {};
+    Answer answer{};
+    std::vector<FileDescriptor> files;
+    const Io io = receive_all(socket.get(), bytes_of(answer), deadline_, &files);
+    if (io == Io::kClosed) {
+      fail(ErrorCode::kTransport, "{}: rank 0 does not take this process for one of its job",
+           place());
+    }
+    if (io == Io::kLate) return {};
+    if (answer.kind != AnswerKind::kAccept || files.size() != 1 ||
+        !same(answer.proof,
+              prove(config_, "host", hello.nonce, join.nonce, join.rank, join.num_ranks))) {
+      fail(ErrorCode::kTransport, "{}: who listens as rank 0 does not know the job's secret",
+           place());
+    }
+    membership.memory = SharedMemory(std::move(files[0]), sizeof(IpcBoard));
+    return socket;
+  }
+
+  [[noreturn]] void throw_refusal(const Answer& answer) const {
+    const std::string why(answer.text, strnlen(answer.text, sizeof(answer.text)));
+    const bool late = why.starts_with("after");
+    fail(late ? ErrorCode::kPeerTimeout : ErrorCode::kTransport, "{}: {}", place(), why);
+  }
+
+  std::string place() const {
+    return fmt::format("start of the ipc transport on rank {}", config_.rank);
+  }
+
+  const IpcConfig& config_;
+  milliseconds timeout_;
+  Deadline deadline_;
+};
+
+}  // namespace
+
+std::string ranks_not_joined(const IpcBoard& board, int num_ranks) {
+  std::string missing;
+  for (int r = 0; r < num_ranks; ++r) {
+    if (board.members[r].joined == 0) missing += fmt::format(" {}", r);
+  }
+  return missing;
+}
+
+std::string ipc_meeting_name(const std::string& job) {
+  Sha256 hash;
+  const std::string text = fmt::format("{}/{}", geteuid(), job);
+  hash.update(std::as_bytes(std::span(text)));
+  return "sluice-" + to_hex(hash.finish()).substr(0, 32);
+}
+
+IpcMembership meet_processes(const IpcConfig& config, milliseconds timeout) {
+  check_argument(config.num_ranks >= 1 && config.num_ranks <= kMaxIpcRanks,
+                 "num_ranks {} over ipc is not in [1, {}]", config.num_ranks, kMaxIpcRanks);
+  check_argument(config.rank >= 0 && config.rank < config.num_ranks, "rank {} is not in [0, {})",
+                 config.rank, config.num_ranks);
+  check_argument(!config.job.empty(), "job '' names no meeting place");
+  check_argument(!config.secret.empty(), "secret '' proves nothing");
+  return config.rank == 0 ? Host(config, timeout).meet() : Visitor(config, timeout).meet();
+}
+
+}  // namespace sluice

@@ -1,0 +1,162 @@
+// Who may join a job over ipc, who may not, and what the ranks say of those that never came. Ranks
+// are threads here: the meeting does not know the difference.
+#include <gmock/gmock.h>
+#include <poll.h>
+#include <sys/socket.h>
+
+#include <filesystem>
+#include <future>
+#include <thread>
+
+#include "core/sha256.h"
+#include "sluice/error.h"
+#include "transport/ipc_rendezvous.h"
+#include "transport/socket_io.h"
+
+namespace sluice::testing {
+namespace {
+
+using namespace std::chrono_literals;
+using ::testing::AllOf;
+using ::testing::HasSubstr;
+using ::testing::Not;
+
+/// A job of this test's own.
+IpcConfig job(int rank, int num_ranks) {
+  static const auto* const test = ::testing::UnitTest::GetInstance();
+  return {.job = std::string(test->current_test_info()->name()) + std::to_string(getpid()),
+          .secret = "not in any message",
+          .rank = rank,
+          .num_ranks = num_ranks};
+}
+
+/// What making the transport threw: code and text; nothing if it threw nothing.
+struct Outcome {
+  ErrorCode code = ErrorCode::kInternal;
+  std::string text;
+};
+std::future<Outcome> join(IpcConfig config, std::chrono::milliseconds timeout = 500ms) {
+  return std::async(std::launch::async, [config, timeout]() -> Outcome {
+    try {
+      (void)make_ipc_transport(config, timeout);
+      return {};
+    } catch (const Error& error) {
+      return {error.code(), error.what()};
+    }
+  });
+}
+
+TEST(Rendezvous, RanksMeetInAnyOrderAndAsOftenAsTheyLike) {
+  for (int round = 0; round < 20; ++round) {
+    std::vector<std::future<Outcome>> ranks;
+    for (int i = 0; i < 4; ++i) ranks.push_back(join(job((i + round) % 4, 4), 20s));
+    for (auto& rank : ranks) EXPECT_EQ(rank.get().text, "");
+  }
+}
+
+TEST(Rendezvous, ARankThatNeverComesIsNamedByAll) {
+  auto zero = join(job(0, 4)), two = join(job(2, 4));
+  for (auto* rank : {&zero, &two}) {
+    const Outcome outcome = rank->get();
+    EXPECT_EQ(outcome.code, ErrorCode::kPeerTimeout);
+    EXPECT_THAT(outcome.text, AllOf(HasSubstr("start of the ipc transport on rank"),
+                                    HasSubstr("after 500 ms still missing rank(s) 1 3")));
+  }
+}
+
+TEST(Rendezvous, WithoutRankZeroNobodyStarts) {
+  const Outcome outcome = join(job(1, 2)).get();
+  EXPECT_EQ(outcome.code, ErrorCode::kPeerTimeout);
+  EXPECT_THAT(outcome.text, HasSubstr("rank 1: after 500 ms still missing rank(s) 0"));
+}
+
+TEST(Rendezvous, AWrongSecretIsShutOutAndDisturbsNobody) {
+  auto zero = join(job(0, 2), 20s);
+  IpcConfig stranger = job(1, 2);
+  stranger.secret = "guessed";
+  const Outcome refused = join(stranger, 5s).get();
+  EXPECT_EQ(refused.code, ErrorCode::kTransport);
+  EXPECT_THAT(refused.text, HasSubstr("does not take this process for one of its job"));
+  auto one = join(job(1, 2), 20s);
+  EXPECT_EQ(zero.get().text, "");
+  EXPECT_EQ(one.get().text, "");
+}
+
+TEST(Rendezvous, ProgramsThatSpeakSomethingElseAreCountedAndIgnored) {
+  auto zero = join(job(0, 2), 3s);
+  const std::string name = ipc_meeting_name(job(0, 2).job);
+  // One is silent, one talks at length, one hangs up at once.
+  std::vector<FileDescriptor> strangers;
+  for (int i = 0; i < 3; ++i) {
+    while (strangers.size() == static_cast<std::size_t>(i)) {
+      FileDescriptor socket = connect_to(name);
+      if (socket) strangers.push_back(std::move(socket));
+    }
+  }
+  const std::vector<std::byte> noise(100'000, std::byte{'x'});
+  (void)send_all(strangers[1].get(), noise, std::chrono::steady_clock::now() + 100ms);
+  strangers[2].reset();
+  const Outcome outcome = zero.get();
+  EXPECT_EQ(outcome.code, ErrorCode::kPeerTimeout);
+  EXPECT_THAT(outcome.text, AllOf(HasSubstr("still missing rank(s) 1"),
+                                  HasSubstr("3 connections of other programs were refused")));
+}
+
+TEST(Rendezvous, RanksThatDisagreeOnTheirNumberAreNamedToAll) {
+  auto zero = join(job(0, 3), 5s), one = join(job(1, 2), 5s);
+  for (auto* rank : {&zero, &one}) {
+    const Outcome outcome = rank->get();
+    EXPECT_EQ(outcome.code, ErrorCode::kTransport);
+    EXPECT_THAT(outcome.text,
+                HasSubstr("ranks disagree on num_ranks: rank 0 has '3', rank 1 has '2'"));
+  }
+}
+
+TEST(Rendezvous, TwoProcessesCannotBeOneRank) {
+  auto zero = join(job(0, 3), 5s), one = join(job(1, 3), 5s), other = join(job(1, 3), 5s);
+  EXPECT_THAT(zero.get().text, HasSubstr("two processes claim rank 1"));
+  EXPECT_THAT(one.get().text, HasSubstr("two processes claim rank 1"));
+  EXPECT_THAT(other.get().text, HasSubstr("two processes claim rank 1"));
+}
+
+TEST(Rendezvous, BadConfigurationsAreNamed) {
+  const auto text = [](IpcConfig config) {
+    const Outcome outcome = join(std::move(config)).get();
+    EXPECT_EQ(outcome.code, ErrorCode::kInvalidArgument);
+    return outcome.text;
+  };
+  EXPECT_THAT(text(job(0, 65)), HasSubstr("num_ranks 65 over ipc is not in [1, 64]"));
+  EXPECT_THAT(text(job(3, 3)), HasSubstr("rank 3 is not in [0, 3)"));
+  EXPECT_THAT(text({.job = "", .secret = "s"}), HasSubstr("job ''"));
+  EXPECT_THAT(text({.job = "j", .secret = ""}), HasSubstr("secret ''"));
+}
+
+TEST(Rendezvous, NoDescriptorIsLeftOpen) {
+  const auto count = [] {
+    const std::filesystem::directory_iterator open("/proc/self/fd");
+    return std::distance(begin(open), end(open));
+  };
+  const auto before = count();
+  for (int i = 0; i < 10; ++i) {
+    auto zero = join(job(0, 3), 20ms), one = join(job(1, 3), 20ms);
+    (void)zero.get(), (void)one.get();
+    auto a = join(job(0, 2), 20s), b = join(job(1, 2), 20s);
+    EXPECT_EQ(a.get().text + b.get().text, "");
+  }
+  EXPECT_EQ(count(), before);
+}
+
+// RFC 4231, test cases 2 and 6.
+TEST(Rendezvous, ProofsAreHmacSha256) {
+  const auto hmac = [](const std::string& key, const std::string& text) {
+    return to_hex(hmac_sha256(std::as_bytes(std::span(key)), std::as_bytes(std::span(text))));
+  };
+  EXPECT_EQ(hmac("Jefe", "what do ya want for nothing?"),
+            "5bdcc146bf60754e6a042426089575c75a003f089d2739839dec58b964ec3843");
+  EXPECT_EQ(
+      hmac(std::string(131, '\xaa'), "Test Using Larger Than Block-Size Key - Hash Key First"),
+      "60e431591ee0b67f0d8a26aacbf5b77f8e0bc6213728c5140546040f0ee37f54");
+}
+
+}  // namespace
+}  // namespace sluice::testing
