@@ -159,7 +159,7 @@ TEST_P(CudaExchangeFewRanksTest, FiveHundredRoundsInEachMode) {
   const auto num_ranks = static_cast<std::size_t>(GetParam());
   for (const Mode mode : kModes) {
     const Rounds rounds{.num_tokens = std::vector<std::int64_t>(num_ranks, 64),
-                        .num_experts = 32,
+                        .num_experts = 36,
                         .num_topk = 8,
                         .hidden = 1024,
                         .seed = 21,

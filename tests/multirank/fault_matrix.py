@@ -2,6 +2,7 @@
 """Every fault at every place, over processes: who says what, and how long after the fault.
 
     fault_matrix.py [--short] FAULT_RANK MPIRUN [FLAGS...]
+    fault_matrix.py [--short] --transport ipc FAULT_RANK
 
 Prints a table in Markdown. Exits with 1 if a survivor did not report an error that names rank,
 operation and epoch within the timeout plus one second, if anything hung, or if a process or a
@@ -16,8 +17,11 @@ import sys
 import tempfile
 import time
 
-SHORT = sys.argv[1] == "--short"
-FAULT_RANK, *MPIRUN = sys.argv[2:] if SHORT else sys.argv[1:]
+ARGUMENTS = sys.argv[1:]
+SHORT = ARGUMENTS[0] == "--short"
+ARGUMENTS = ARGUMENTS[SHORT:]
+IPC = ARGUMENTS[:2] == ["--transport", "ipc"]
+FAULT_RANK, *MPIRUN = ARGUMENTS[2 * IPC:]
 RANKS, VICTIM, ROUND = 4, 2, 3
 TIMEOUT_MS = 2000
 LIMIT_MS = TIMEOUT_MS + 1000
@@ -29,19 +33,27 @@ PLACES = {"start": r"start of the MPI transport",
           "before-dispatch": r"dispatch.*epoch 4", "dispatch": r"dispatch.*epoch 4",
           "before-combine": r"combine, epoch 4", "combine": r"combine, epoch 4",
           "after-combine": r"dispatch.*epoch 5"}
+if IPC:
+    # A rank whose process has ended is noticed by whoever waits, for whomever.
+    PLACES = {"start": r"start of the ipc transport",
+              "before-creation": PLACES["before-creation"],
+              "creation": rf"({PLACES['before-creation']}|{PLACES['creation']})",
+              "before-dispatch": r"(combine, epoch 3|dispatch.*epoch 4)", "dispatch": PLACES["dispatch"],
+              "before-combine": r"(dispatch|combine).*epoch 4", "combine": r"(dispatch|combine).*epoch 4",
+              "after-combine": r"(combine, epoch 4|dispatch.*epoch 5)"}
 CASES = [(fault, place, f"{operation}.*{GONE}", mode)
          for fault in ("kill", "stop") for place, operation in PLACES.items()
          for mode in ("low-latency", "normal")]
 CASES += [("slow", place, None, mode) for place in PLACES for mode in ("low-latency", "normal")]
 for mode in ("low-latency", "normal"):
-    for place in ("dispatch", "combine"):
+    for place in () if IPC else ("dispatch", "combine"):
         # A bad message is named by the operation that meets it, which may be the one before.
         CASES += [("truncate", place, rf"(dispatch|combine).*epoch 4.*from rank {VICTIM}: message number \d+ has", mode),
                   ("corrupt", place, rf"(dispatch|combine).*epoch 4.*from rank {VICTIM}: message number \d+: checksum", mode),
                   ("lose", place, rf"epoch 4.*from rank {VICTIM}: message number \d+ where|{place}.*epoch 4.*{GONE}", mode)]
     CASES += [("order", "dispatch", rf"epoch.*(missing rank|different calls)", mode),
               ("capacity", "creation", rf"ranks disagree on max_tokens_per_rank: rank 0 has '8', rank {VICTIM} has '9'", mode)]
-CASES += [("stranger", "start", rf"ranks disagree on version: rank \d has 'sluice [\d.]+', rank {VICTIM} has 'sluice 9.9.9'", "normal"),
+CASES += [] if IPC else [("stranger", "start", rf"ranks disagree on version: rank \d has 'sluice [\d.]+', rank {VICTIM} has 'sluice 9.9.9'", "normal"),
           ("flood", "put", rf"sending on rank \d: after {TIMEOUT_MS} ms \d+ messages to rank {VICTIM} .*{GONE}", "normal")]
 if SHORT:
     CASES = [c for i, c in enumerate(CASES) if (c[0] in ("truncate", "corrupt", "lose", "order", "capacity", "stranger", "flood")) and c[3] == "normal"
@@ -56,8 +68,9 @@ def leftovers():
 
 def run_case(case):
     fault, place, pattern, mode = case
-    command = [*MPIRUN, "--enable-recovery", "-n", str(RANKS), FAULT_RANK, "--fault", fault, "--at", place,
-               "--mode", mode, "--timeout-ms", str(TIMEOUT_MS)]
+    launcher = [] if IPC else [*MPIRUN, "--enable-recovery", "-n", str(RANKS)]
+    command = [*launcher, FAULT_RANK, "--fault", fault, "--at", place, "--mode", mode,
+               "--timeout-ms", str(TIMEOUT_MS), "--transport", "ipc" if IPC else "mpi"]
     with tempfile.NamedTemporaryFile("w") as out, tempfile.TemporaryFile("w+") as err:
         job = subprocess.Popen(command, stdout=out, stderr=err, start_new_session=True)
         hung = wait_for(job, out.name, RANKS - (fault in ("kill", "stop", "flood")), fault in ("stop", "flood"))

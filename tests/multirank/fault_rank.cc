@@ -1,6 +1,7 @@
 // One rank of the fault matrix: `mpirun -n 4 --enable-recovery fault_rank --fault kill --at
-// combine`. Ranks run dispatch and combine, checked row by row, until the fault strikes; every rank
-// then prints one line that fault_matrix.py reads:
+// combine`, or `fault_rank --transport ipc ...`, which starts four of itself. Ranks run dispatch
+// and combine, checked row by row, until the fault strikes; every rank then prints one line that
+// fault_matrix.py reads:
 //
 //   fault_rank 2: <ms since the fault began> <error code or ok> <message>
 //
@@ -19,6 +20,7 @@
 #include <thread>
 #include <utility>
 
+#include "../cli/spawn.h"
 #include "exchange/exchange_model.h"
 #include "multirank/run_ranks.h"
 #include "support/scalar_backend.h"
@@ -40,6 +42,7 @@ struct Options {
   int round = 3;
   int timeout_ms = 2000;
   Mode mode = Mode::kLowLatency;
+  std::string transport = "mpi";
 };
 Options options;
 int this_rank = -1;
@@ -220,13 +223,18 @@ void rounds(Transport& world) {
 int run() {
   std::string code = "ok", text;
   try {
-    if (options.at == "start") {  // The program starts MPI, and the fault strikes before Sluice.
+    if (options.transport == "ipc") {
+      this_rank = read_job_place().value().rank;
+      here("start", options.round);
+    } else if (options.at ==
+               "start") {  // The program starts MPI, and the fault strikes before Sluice.
       int level = 0;
       MPI_Init_thread(nullptr, nullptr, MPI_THREAD_SERIALIZED, &level);
       MPI_Comm_rank(MPI_COMM_WORLD, &this_rank);
       here("start", options.round);
     }
-    const auto world = make_mpi_transport(std::chrono::milliseconds(options.timeout_ms));
+    const auto world = sluice::testing::make_process_transport(
+        options.transport, 0, std::chrono::milliseconds(options.timeout_ms));
     this_rank = world->rank();
     rounds(*world);
   } catch (const Error& error) {
@@ -236,6 +244,7 @@ int run() {
   }
   fmt::print("fault_rank {}: at {} [{}] {}\n", this_rank, now_ms(), code, text);
   std::fflush(stdout);
+  if (options.transport == "ipc") return code == "ok" ? 0 : 4;
   // With a rank gone there is no end of MPI to wait for.
   const bool ended = end_mpi(500ms);
   std::fflush(stdout);
@@ -250,12 +259,17 @@ int run() {
 }  // namespace
 
 int main(int argc, char** argv) {
-  prctl(PR_SET_PDEATHSIG, SIGKILL);  // A stopped rank does not outlive its mpirun.
   std::map<std::string, std::string> given;
   for (int i = 1; i + 1 < argc; i += 2) given[argv[i]] = argv[i + 1];
   if (given.count("--fault")) options.fault = given["--fault"];
   if (given.count("--at")) options.at = given["--at"];
   if (given.count("--mode")) options.mode = parse_mode(given["--mode"]);
   if (given.count("--timeout-ms")) options.timeout_ms = std::stoi(given["--timeout-ms"]);
+  if (given.count("--transport")) options.transport = given["--transport"];
+  if (options.transport == "ipc" && !read_job_place()) {
+    // Longer than any survivor needs, so that none is ended before it speaks.
+    return sluice::cli::run_as_processes(4, std::chrono::milliseconds(options.timeout_ms + 2'000));
+  }
+  prctl(PR_SET_PDEATHSIG, SIGKILL);  // A stopped rank does not outlive its launcher.
   return run();
 }
