@@ -190,9 +190,10 @@ bool try_import(nb::handle object, NdArray& array) {
 }
 
 [[noreturn]] void refuse_object(const char* name, nb::handle object) {
-  throw Error(ErrorCode::kInvalidArgument,
-              fmt::format("{}: expected an array (DLPack or buffer protocol), got {}", name,
-                          nb::cast<std::string>(nb::str(nb::handle(object.type()).attr("__name__")))));
+  throw Error(
+      ErrorCode::kInvalidArgument,
+      fmt::format("{}: expected an array (DLPack or buffer protocol), got {}", name,
+                  nb::cast<std::string>(nb::str(nb::handle(object.type()).attr("__name__")))));
 }
 
 const char* numpy_name(DType dtype) {

@@ -9,6 +9,9 @@
 #include <nanobind/ndarray.h>
 
 #include <initializer_list>
+#include <optional>
+#include <string>
+#include <string_view>
 #include <vector>
 
 #include "sluice/backend.h"

@@ -57,9 +57,8 @@ void bind_backend(nb::module_& m) {
             b.backend->synchronize(to_stream(stream));
           },
           "stream"_a = 0, "Waits for everything queued on `stream`. Nothing to do on the CPU.")
-      .def("__repr__", [](const PyBackend& b) {
-        return "<sluice.Backend " + b.backend->description() + ">";
-      });
+      .def("__repr__",
+           [](const PyBackend& b) { return "<sluice.Backend " + b.backend->description() + ">"; });
 }
 
 }  // namespace sluice::python

@@ -49,13 +49,12 @@ void import_matrix(const Matrix& matrix, MatrixNames names, std::array<std::int6
                                       .dims = {num, n, k < 0 ? -1 : k / 2},
                                       .shape = "[num_experts, n, k / 2], the same for all matrices",
                                       .device = {}});
-  scales = import_input(matrix.second,
-                        {.name = names.scales,
-                         .dtypes = {DType::kFloat32, DType::kBFloat16},
-                         .dims = {codes.view.dim(0), codes.view.dim(1),
-                                  codes.view.dim(2) * 2 / group_size},
-                         .shape = "[num_experts, n, k / group_size]",
-                         .device = {}});
+  scales = import_input(matrix.second, {.name = names.scales,
+                                        .dtypes = {DType::kFloat32, DType::kBFloat16},
+                                        .dims = {codes.view.dim(0), codes.view.dim(1),
+                                                 codes.view.dim(2) * 2 / group_size},
+                                        .shape = "[num_experts, n, k / group_size]",
+                                        .device = {}});
 }
 
 ExpertWeights weights_from_arrays(const Matrix& gate, const Matrix& up, const Matrix& down,
@@ -132,9 +131,10 @@ void bind_geometry(nb::module_& m) {
 }
 
 void bind_weights(nb::module_& m) {
-  nb::class_<ExpertWeights>(m, "ExpertWeights",
-                            "Experts of one layer as a checkpoint has them: signed int4 codes, two\n"
-                            "to a byte with even k low, and a scale for each group along k.")
+  nb::class_<ExpertWeights>(
+      m, "ExpertWeights",
+      "Experts of one layer as a checkpoint has them: signed int4 codes, two\n"
+      "to a byte with even k low, and a scale for each group along k.")
       .def_static(
           "from_arrays",
           [](const Matrix& gate, const Matrix& up, const Matrix& down, int group_size,
@@ -149,7 +149,8 @@ void bind_weights(nb::module_& m) {
           "s2"_a = nb::none(),
           "Each matrix is a pair (codes, scales) in host memory, kept alive and not copied:\n"
           "codes [num_experts, n, k / 2] uint8 or int8, scales [num_experts, n, k / group_size]\n"
-          "float32 or bfloat16. gate and up have n = intermediate and k = hidden, down the reverse.\n\n"
+          "float32 or bfloat16. gate and up have n = intermediate and k = hidden, down the "
+          "reverse.\n\n"
           "Raises Error: invalid_argument naming the matrix.")
       .def_ro("layer", &ExpertWeights::layer, "Layer of the checkpoint.")
       .def_ro("first_expert", &ExpertWeights::first_expert, "Number of the first expert held.")
@@ -164,8 +165,8 @@ void bind_weights(nb::module_& m) {
           [](nb::handle_t<ExpertWeights> self, int expert, std::string_view name) {
             const auto& weights = nb::cast<const ExpertWeights&>(self);
             if (expert < 0 || expert >= static_cast<int>(weights.experts.size())) {
-              throw Error(ErrorCode::kInvalidArgument,
-                          fmt::format("expert {} is not in [0, {})", expert, weights.experts.size()));
+              throw Error(ErrorCode::kInvalidArgument, fmt::format("expert {} is not in [0, {})",
+                                                                   expert, weights.experts.size()));
             }
             const Expert& e = weights.experts[static_cast<std::size_t>(expert)];
             if (name != "gate" && name != "up" && name != "down") {
@@ -173,7 +174,8 @@ void bind_weights(nb::module_& m) {
                           fmt::format("matrix '{}' is not gate, up or down", name));
             }
             const Int4Matrix& matrix = name == "gate" ? e.gate : name == "up" ? e.up : e.down;
-            return nb::make_tuple(export_view(matrix.codes, self), export_view(matrix.scales, self));
+            return nb::make_tuple(export_view(matrix.codes, self),
+                                  export_view(matrix.scales, self));
           },
           "expert"_a, "name"_a,
           "(codes [n, k / 2] uint8, scales [n, k / group_size] float32 or bfloat16 as uint16) of\n"

@@ -26,8 +26,9 @@ WireFormat parse_wire(std::string_view name) {
 
 PyExchange& exchange_of(PyDispatched& d, const char* operation) {
   if (!d.value) {
-    throw Error(ErrorCode::kInvalidArgument,
-                fmt::format("dispatched: {} of a Dispatched that a combine has consumed", operation));
+    throw Error(
+        ErrorCode::kInvalidArgument,
+        fmt::format("dispatched: {} of a Dispatched that a combine has consumed", operation));
   }
   return *d.exchange;
 }
@@ -62,9 +63,8 @@ Input import_expert_y(const PyExchange& e, const Array& expert_y) {
   } else {
     dims = {e.exchange->max_rows(), c.hidden};
   }
-  const std::string shape =
-      masked ? fmt::format("[{}, {}, {}]", dims[0], dims[1], dims[2])
-             : fmt::format("[{}, {}]", dims[0], dims[1]);
+  const std::string shape = masked ? fmt::format("[{}, {}, {}]", dims[0], dims[1], dims[2])
+                                   : fmt::format("[{}, {}]", dims[0], dims[1]);
   return import_input(expert_y, {.name = "expert_y",
                                  .dtypes = {DType::kBFloat16},
                                  .dims = dims,
@@ -86,6 +86,7 @@ Output output_y(const PyDispatched& d, const std::optional<Array>& out) {
 
 PyExpertBatch batch_of(PyDispatched& d) {
   PyExchange& e = exchange_of(d, "batch");
+  const Exclusive exclusive(*e.backend);
   const ExpertBatch& batch = d.value->batch();
   if (batch.x.shape.rank() == 0) {
     throw Error(ErrorCode::kInvalidArgument, "dispatched: receive() comes before batch");
@@ -166,17 +167,17 @@ void bind_batch(nb::module_& m) {
           [](PyExpertBatch* self, nb::object x, nb::object num_rows, nb::object x_scale,
              nb::object row_begin, int expected_m) {
             const auto ndim = nb::cast<int>(nb::object(x.attr("ndim")));
-            new (self) PyExpertBatch{
-                .x = std::move(x),
-                .x_scale = std::move(x_scale),
-                .num_rows = std::move(num_rows),
-                .row_begin = std::move(row_begin),
-                .layout = ndim == 3 ? Mode::kLowLatency : Mode::kNormal,
-                .expected_m = expected_m};
+            new (self) PyExpertBatch{.x = std::move(x),
+                                     .x_scale = std::move(x_scale),
+                                     .num_rows = std::move(num_rows),
+                                     .row_begin = std::move(row_begin),
+                                     .layout = ndim == 3 ? Mode::kLowLatency : Mode::kNormal,
+                                     .expected_m = expected_m};
           },
           "x"_a, "num_rows"_a, nb::kw_only(), "x_scale"_a = nb::none(), "row_begin"_a = nb::none(),
           "expected_m"_a = 0,
-          "x: [num_experts, max_m, hidden] or [max_rows, hidden]; bfloat16 (or uint16), or e4m3 (as\n"
+          "x: [num_experts, max_m, hidden] or [max_rows, hidden]; bfloat16 (or uint16), or e4m3 "
+          "(as\n"
           "uint8).\n"
           "num_rows: [num_experts] int32.\n"
           "x_scale: shape of x with hidden / 128, float32; group-scaled e4m3 only.\n"
@@ -188,8 +189,7 @@ void bind_batch(nb::module_& m) {
       .def_ro("num_rows", &PyExpertBatch::num_rows)
       .def_ro("row_begin", &PyExpertBatch::row_begin)
       .def_ro("expected_m", &PyExpertBatch::expected_m)
-      .def_prop_ro("masked",
-                   [](const PyExpertBatch& b) { return b.layout == Mode::kLowLatency; });
+      .def_prop_ro("masked", [](const PyExpertBatch& b) { return b.layout == Mode::kLowLatency; });
 }
 
 void bind_dispatched(nb::module_& m) {
@@ -207,7 +207,8 @@ void bind_dispatched(nb::module_& m) {
             const Call call(*e.backend);
             e.exchange->dispatch_receive(*d.value, to_stream(stream));
           },
-          nb::kw_only(), "stream"_a = 0, "Second half of a dispatch, after Exchange.dispatch_send().")
+          nb::kw_only(), "stream"_a = 0,
+          "Second half of a dispatch, after Exchange.dispatch_send().")
       .def(
           "combine_send",
           [](PyDispatched& d, const Array& expert_y, std::uintptr_t stream) {
@@ -222,10 +223,12 @@ void bind_dispatched(nb::module_& m) {
           [](PyDispatched& d, const std::optional<Array>& out, std::uintptr_t stream) {
             PyExchange& e = exchange_of(d, "combine_receive");
             const Output y = output_y(d, out);
-            const Call call(*e.backend);
-            Dispatched value = std::move(*d.value);
-            d.value.reset();
-            e.exchange->combine_receive(std::move(value), y.view, to_stream(stream));
+            {
+              const Call call(*e.backend);
+              Dispatched value = std::move(*d.value);
+              d.value.reset();
+              e.exchange->combine_receive(std::move(value), y.view, to_stream(stream));
+            }
             return y.object;
           },
           nb::kw_only(), "out"_a = nb::none(), "stream"_a = 0, "Second half of combine().");
@@ -237,16 +240,16 @@ void bind_exchange(nb::module_& m) {
   bind_routing(m);
   bind_batch(m);
   bind_dispatched(m);
-  nb::class_<PyExchange>(m, "Exchange",
-                         "Dispatch and combine for one expert-parallel group. Every rank makes the\n"
-                         "same calls in the same order. Keeps transport and backend alive.")
+  nb::class_<PyExchange>(
+      m, "Exchange",
+      "Dispatch and combine for one expert-parallel group. Every rank makes the\n"
+      "same calls in the same order. Keeps transport and backend alive.")
       .def(
           "__init__",
-          [](PyExchange* self, nb::handle_t<PyTransport> transport,
-             nb::handle_t<PyBackend> backend, int num_experts, int num_topk, int hidden,
-             int max_tokens_per_rank, std::string_view mode, std::string_view wire,
-             float static_scale, int max_m, float routed_scaling_factor, int num_in_flight,
-             std::optional<int> timeout_ms) {
+          [](PyExchange* self, nb::handle_t<PyTransport> transport, nb::handle_t<PyBackend> backend,
+             int num_experts, int num_topk, int hidden, int max_tokens_per_rank,
+             std::string_view mode, std::string_view wire, float static_scale, int max_m,
+             float routed_scaling_factor, int num_in_flight, std::optional<int> timeout_ms) {
             auto& t = nb::cast<PyTransport&>(transport);
             auto& b = nb::cast<PyBackend&>(backend);
             const ExchangeConfig config{.mode = parse_mode(mode),
@@ -271,14 +274,15 @@ void bind_exchange(nb::module_& m) {
                                   .exchange = std::move(exchange)};
           },
           "transport"_a, "backend"_a, nb::kw_only(), "num_experts"_a, "num_topk"_a, "hidden"_a,
-          "max_tokens_per_rank"_a, "mode"_a = "low-latency", "wire"_a = to_string(WireFormat::kE4m3Group),
-          "static_scale"_a = 0.0f, "max_m"_a = 0, "routed_scaling_factor"_a = 1.0f,
-          "num_in_flight"_a = 2, "timeout_ms"_a = nb::none(),
+          "max_tokens_per_rank"_a, "mode"_a = "low-latency",
+          "wire"_a = to_string(WireFormat::kE4m3Group), "static_scale"_a = 0.0f, "max_m"_a = 0,
+          "routed_scaling_factor"_a = 1.0f, "num_in_flight"_a = 2, "timeout_ms"_a = nb::none(),
           "Collective.\n\n"
           "num_experts: over all ranks. mode: 'low-latency' (masked) or 'normal' (contiguous).\n"
           "wire: Recipe.wire; static_scale: s1, for the static one only.\n"
           "max_m: low-latency, rows reserved for each expert; 0 for the worst case.\n"
-          "routed_scaling_factor: applied once, by combine. num_in_flight: Dispatched alive at once.\n"
+          "routed_scaling_factor: applied once, by combine. num_in_flight: Dispatched alive at "
+          "once.\n"
           "timeout_ms: longest wait for a peer; None: SLUICE_TIMEOUT_MS or 10 s.\n\n"
           "Raises Error: invalid_argument naming the field, transport if ranks differ,\n"
           "peer_timeout, out_of_memory, unsupported.")
@@ -328,10 +332,12 @@ void bind_exchange(nb::module_& m) {
         PyExchange& e = exchange_of(d, "combine");
         const Input rows = import_expert_y(e, expert_y);
         const Output y = output_y(d, out);
-        const Call call(*e.backend);
-        Dispatched value = std::move(*d.value);
-        d.value.reset();
-        e.exchange->combine(std::move(value), rows.view, y.view, to_stream(stream));
+        {
+          const Call call(*e.backend);
+          Dispatched value = std::move(*d.value);
+          d.value.reset();
+          e.exchange->combine(std::move(value), rows.view, y.view, to_stream(stream));
+        }
         return y.object;
       },
       "dispatched"_a, "expert_y"_a, nb::kw_only(), "out"_a = nb::none(), "stream"_a = 0,

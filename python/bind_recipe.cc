@@ -35,7 +35,8 @@ void bind_recipe(nb::module_& m) {
           "name"_a, "mode"_a = "low-latency", nb::kw_only(), "s1"_a = nb::none(),
           "s2"_a = nb::none(),
           "name: see recipe_names(). mode: 'low-latency' or 'normal'.\n"
-          "s1, s2: static scales of the inputs of GEMM1 and GEMM2; needed by the static recipes.\n\n"
+          "s1, s2: static scales of the inputs of GEMM1 and GEMM2; needed by the static "
+          "recipes.\n\n"
           "Raises Error: invalid_argument, unsupported.")
       .def_prop_ro(
           "name", [](const Recipe& r) { return to_string(r.name); }, "One of recipe_names().")

@@ -22,7 +22,7 @@ void bind_transport(nb::module_& m) {
             for (auto& transport : make_inproc_transports(num_ranks)) {
               auto owner = std::make_unique<PyTransport>();
               owner->transport = std::move(transport);
-              list.append(nb::cast(std::move(owner)));
+              list.append(nb::cast(owner.release(), nb::rv_policy::take_ownership));
             }
             return nb::typed<nb::list, PyTransport>(list);
           },

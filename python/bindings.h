@@ -33,36 +33,35 @@ struct PyTransport {
   std::atomic<bool> busy{false};
 };
 
-/// A C++ call in progress, without the interpreter's lock. The library serves one thread at a time;
-/// a second one is refused here instead of finding out.
-class Call {
+/// The library serves one thread at a time; a second one is refused here instead of finding out.
+class Exclusive {
  public:
-  explicit Call(PyBackend& backend) : backend_(enter(backend.busy, "backend")) {}
-  Call(PyBackend& backend, PyTransport& transport)
-      : backend_(enter(backend.busy, "backend")), transport_(enter(transport.busy, "transport")) {}
-
- private:
-  class Busy {
-   public:
-    explicit Busy(std::atomic<bool>* flag) : flag_(flag) {}
-    Busy(Busy&& other) noexcept : flag_(std::exchange(other.flag_, nullptr)) {}
-    Busy& operator=(Busy&&) = delete;
-    ~Busy() {
-      if (flag_) flag_->store(false, std::memory_order_release);
-    }
-
-   private:
-    std::atomic<bool>* flag_;
-  };
-  static Busy enter(std::atomic<bool>& flag, const char* name) {
+  Exclusive(std::atomic<bool>& flag, const char* name) : flag_(flag) {
     if (flag.exchange(true, std::memory_order_acquire)) {
       throw Error(ErrorCode::kInvalidArgument,
                   std::string(name) + ": in use by another thread; give each rank one of its own");
     }
-    return Busy(&flag);
   }
-  Busy backend_;
-  Busy transport_{nullptr};
+  explicit Exclusive(PyBackend& backend) : Exclusive(backend.busy, "backend") {}
+  Exclusive(const Exclusive&) = delete;
+  Exclusive& operator=(const Exclusive&) = delete;
+  ~Exclusive() { flag_.store(false, std::memory_order_release); }
+
+ private:
+  std::atomic<bool>& flag_;
+};
+
+/// A C++ call in progress, without the interpreter's lock: no Python object may be touched.
+class Call {
+ public:
+  explicit Call(PyBackend& backend) : backend_(backend) {}
+  Call(PyBackend& backend, PyTransport& transport) : backend_(backend) {
+    transport_.emplace(transport.busy, "transport");
+  }
+
+ private:
+  Exclusive backend_;
+  std::optional<Exclusive> transport_;
   nb::gil_scoped_release released_;
 };
 

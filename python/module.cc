@@ -3,13 +3,29 @@
 
 namespace {
 
-/// "invalid_argument", ...
-std::string code_name(sluice::ErrorCode code) {
-  std::string name = sluice::to_string(code);
-  for (char& c : name) {
-    if (c == ' ') c = '_';
+const char* code_name(sluice::ErrorCode code) {
+  using sluice::ErrorCode;
+  switch (code) {
+    case ErrorCode::kInvalidArgument:
+      return "invalid_argument";
+    case ErrorCode::kUnsupported:
+      return "unsupported";
+    case ErrorCode::kOutOfMemory:
+      return "out_of_memory";
+    case ErrorCode::kCorruptFile:
+      return "corrupt_file";
+    case ErrorCode::kIo:
+      return "io";
+    case ErrorCode::kCuda:
+      return "cuda";
+    case ErrorCode::kTransport:
+      return "transport";
+    case ErrorCode::kPeerTimeout:
+      return "peer_timeout";
+    case ErrorCode::kInternal:
+      break;
   }
-  return name;
+  return "internal";
 }
 
 }  // namespace
@@ -18,7 +34,8 @@ NB_MODULE(_core, m) {
   namespace nb = nanobind;
   m.doc() = "The C++ library behind the package sluice; import that instead.";
   // The class is Python's own, so that it has a signature, a docstring and can be pickled.
-  static PyObject* const error = nb::module_::import_("sluice._error").attr("Error").release().ptr();
+  static PyObject* const error =
+      nb::object(nb::module_::import_("sluice._error").attr("Error")).release().ptr();
   nb::register_exception_translator(
       [](const std::exception_ptr& p, void*) {
         try {
