@@ -105,10 +105,10 @@ std::string shape_text(const NdArray& array) {
 /// Row-major and dense, strides of dimensions of one element aside.
 template <class NdArray>
 bool is_contiguous(const NdArray& array) {
+  if (array.size() == 0) return true;
   std::int64_t stride = 1;
   for (std::size_t i = array.ndim(); i-- > 0;) {
     const auto dim = static_cast<std::int64_t>(array.shape(i));
-    if (dim == 0) return true;
     if (dim != 1 && array.stride(i) != stride) return false;
     stride *= dim;
   }
@@ -176,7 +176,7 @@ void check(const NdArray& array, const Expected& expected, View& view) {
 nb::object bits_of(nb::handle object) {
   const nb::object dtype = nb::getattr(object, "dtype", nb::none());
   if (dtype.is_none() || !nb::hasattr(object, "view")) return {};
-  const std::string name = nb::cast<std::string>(nb::str(dtype));
+  const std::string name = nb::str(dtype).c_str();
   const char* bits = name == "bfloat16" ? "uint16" : name == "float8_e4m3fn" ? "uint8" : nullptr;
   return bits ? nb::object(nb::borrow(object).attr("view")(bits)) : nb::object();
 }
@@ -190,10 +190,9 @@ bool try_import(nb::handle object, NdArray& array) {
 }
 
 [[noreturn]] void refuse_object(const char* name, nb::handle object) {
-  throw Error(
-      ErrorCode::kInvalidArgument,
-      fmt::format("{}: expected an array (DLPack or buffer protocol), got {}", name,
-                  nb::cast<std::string>(nb::str(nb::handle(object.type()).attr("__name__")))));
+  throw Error(ErrorCode::kInvalidArgument,
+              fmt::format("{}: expected an array (DLPack or buffer protocol), got {}", name,
+                          nb::str(nb::handle(object.type()).attr("__name__")).c_str()));
 }
 
 const char* numpy_name(DType dtype) {
@@ -301,6 +300,12 @@ Device device_of(const Array& array, const char* name) {
   nb::ndarray<nb::ro> any;
   if (!try_import(array.object, any)) refuse_object(name, array.object);
   return device_of_array(any, name);
+}
+
+int rank_of(const Array& array, const char* name) {
+  nb::ndarray<nb::ro> any;
+  if (!try_import(array.object, any)) refuse_object(name, array.object);
+  return static_cast<int>(any.ndim());
 }
 
 nb::object export_view(const TensorView& view, nb::handle owner) {

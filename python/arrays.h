@@ -54,8 +54,9 @@ struct Output {
 [[nodiscard]] Output output_or_new(const std::optional<Array>& out, const Expected& expected,
                                    Backend& backend);
 
-/// Any device, no check of dtype or shape: where it is.
+/// Of an array whose dtype and shape are not looked at yet.
 [[nodiscard]] Device device_of(const Array& array, const char* name);
+[[nodiscard]] int rank_of(const Array& array, const char* name);
 
 /// Memory of somebody else as an array; `owner` is kept alive. Empty views give None.
 [[nodiscard]] nb::object export_view(const TensorView& view, nb::handle owner);

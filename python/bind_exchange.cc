@@ -164,15 +164,19 @@ void bind_batch(nb::module_& m) {
       "them once combine has run.")
       .def(
           "__init__",
-          [](PyExpertBatch* self, nb::object x, nb::object num_rows, nb::object x_scale,
-             nb::object row_begin, int expected_m) {
-            const auto ndim = nb::cast<int>(nb::object(x.attr("ndim")));
-            new (self) PyExpertBatch{.x = std::move(x),
-                                     .x_scale = std::move(x_scale),
-                                     .num_rows = std::move(num_rows),
-                                     .row_begin = std::move(row_begin),
-                                     .layout = ndim == 3 ? Mode::kLowLatency : Mode::kNormal,
-                                     .expected_m = expected_m};
+          [](PyExpertBatch* self, const Array& x, const Array& num_rows,
+             const std::optional<Array>& x_scale, const std::optional<Array>& row_begin,
+             int expected_m) {
+            const auto object = [](const std::optional<Array>& array) {
+              return array ? array->object : nb::none();
+            };
+            new (self)
+                PyExpertBatch{.x = x.object,
+                              .x_scale = object(x_scale),
+                              .num_rows = num_rows.object,
+                              .row_begin = object(row_begin),
+                              .layout = rank_of(x, "x") == 3 ? Mode::kLowLatency : Mode::kNormal,
+                              .expected_m = expected_m};
           },
           "x"_a, "num_rows"_a, nb::kw_only(), "x_scale"_a = nb::none(), "row_begin"_a = nb::none(),
           "expected_m"_a = 0,

@@ -48,8 +48,7 @@ std::optional<Array> given(const nb::object& object) {
 Rows import_rows(const RowArrays& arrays, DType x_dtype, std::optional<bool> masked,
                  Device device) {
   Rows rows;
-  const int ndim = nb::cast<int>(nb::object(arrays.x.object.attr("ndim")));
-  const bool is_masked = masked.value_or(ndim == 3);
+  const bool is_masked = masked ? *masked : rank_of(arrays.x, arrays.x_name) == 3;
   rows.x = import_input(arrays.x,
                         {.name = arrays.x_name,
                          .dtypes = {x_dtype},
