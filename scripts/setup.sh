@@ -8,7 +8,7 @@
 
 sluice_packages_build=(cmake ninja-build g++ git libhwy-dev libcli11-dev libfmt-dev
   nlohmann-json3-dev)
-sluice_packages_test=(python3 python3-venv libgtest-dev libgmock-dev librapidcheck-dev libbenchmark-dev
+sluice_packages_test=(python3 python3-dev python3-venv libgtest-dev libgmock-dev librapidcheck-dev libbenchmark-dev
   openmpi-bin libopenmpi-dev iproute2)
 
 say() { printf '\n== %s\n' "$*"; }
@@ -53,17 +53,22 @@ and use the CMake presets directly (cmake --preset cpu): ${wanted[*]}"
   [ "$1" = build ] || sluice_test_venv
 }
 
-# Python packages that define file formats, for the tests that read and write through them. They
-# skip themselves, and say so, where this cannot be had. compressed-tensors needs PyTorch and is
-# left to those who have it: cmake -DSLUICE_TEST_PYTHON=...
+# Python packages: those that define file formats, for the tests that read and write through them,
+# and what the bindings are built and tested with (pyproject.toml has the same bounds). What needs
+# them is left out, and says so, where they cannot be had. compressed-tensors and the tests with
+# tensors need PyTorch, which is left to those who have it: cmake -DSLUICE_TEST_PYTHON=...
 sluice_test_venv() {
-  local venv=build/test-venv
-  "$venv/bin/python" -c 'import numpy, safetensors' 2>/dev/null && return
-  say "installing safetensors and numpy into $venv"
-  if ! { python3 -m venv "$venv" &&
+  local venv=build/test-venv python=python3
+  "$venv/bin/python" -c 'import numpy, safetensors, nanobind, ml_dtypes, pytest' 2>/dev/null && return
+  # An interpreter without its headers can build nothing; the system's has them by now.
+  "$python" -c 'import os, sysconfig
+raise SystemExit(not os.path.exists(sysconfig.get_path("include") + "/Python.h"))' ||
+    python=/usr/bin/python3
+  say "installing Python packages for tests into $venv"
+  if ! { "$python" -m venv --clear "$venv" &&
     "$venv/bin/python" -m pip install -q --disable-pip-version-check --retries 1 \
-      'safetensors>=0.4,<1' 'numpy>=1.26,<3'; }; then
-    printf 'note: no Python packages; the tests that need them will be skipped\n'
+      'safetensors>=0.4,<1' 'numpy>=1.26,<3' 'nanobind>=3.1,<3.2' 'ml_dtypes>=0.4' 'pytest>=7'; }; then
+    printf 'note: no Python packages; what needs them is left out: bindings and their tests\n'
   fi
 }
 

@@ -7,9 +7,9 @@
 #include <algorithm>
 #include <array>
 
-#include "backend/ops.h"
 #include "core/fail.h"
 #include "core/row_digest.h"
+#include "engine/experts_impl.h"
 #include "exchange/agreement.h"
 #include "sluice/checkpoint.h"
 #include "sluice/config.h"
@@ -40,24 +40,18 @@ struct Engine::Impl {
   BackendOps* backend = nullptr;
   int rank = 0, experts_per_rank = 0;
   ModelGeometry geometry;
-  std::unique_ptr<PreparedExperts> experts;
+  std::unique_ptr<Experts::Impl> experts;    // With scratch for the larger of the two modes.
   std::array<std::optional<Lane>, 2> lanes;  // By Mode.
 
-  // Scratch, for the larger of the two modes. Rows as in ExpertBatch.
-  std::unique_ptr<DeviceBuffer> x_codes, x_scale;  // [max_rows, hidden], [max_rows, hidden / 128]
-  std::unique_ptr<DeviceBuffer> h_codes, h_scale;  // [max_rows, intermediate], [.., / 128]
-  std::unique_ptr<DeviceBuffer> expert_y;          // [max_rows, hidden] bf16
+  std::unique_ptr<DeviceBuffer> expert_y;  // [max_rows, hidden] bf16
 
   bool records_stats = false, records_digest = false;
   ForwardStats stats;
   std::uint64_t digest = 0;
 
   [[nodiscard]] Lane& lane(Mode mode);
-  [[nodiscard]] QuantizedRows gemm1_rows(const Recipe& recipe, const ExpertBatch& batch,
-                                         const ExpertRows& rows, Stream stream);
   void record_rows(const ExpertBatch& batch, Stream stream);
   void record_digest(const ExpertRows& rows, const QuantizedRows& in, Stream stream);
-  void allocate_scratch(std::int64_t max_rows);
   [[nodiscard]] double stage_us(Clock::time_point& start, Stream stream);
 };
 
@@ -113,6 +107,14 @@ Agreement engine_agreement(const EngineConfig& config, const Checkpoint& checkpo
   return fields;
 }
 
+/// On CUDA the exchange has the rows of expert_y.
+std::size_t expert_y_bytes(const ModelGeometry& geometry, std::int64_t max_rows,
+                           Device::Kind device) {
+  if (device != Device::Kind::kHost) return 0;
+  return static_cast<std::size_t>(max_rows) * static_cast<std::size_t>(geometry.hidden) *
+         sizeof(std::uint16_t);
+}
+
 }  // namespace
 
 Engine Engine::create(const EngineConfig& config, const Checkpoint& checkpoint,
@@ -145,26 +147,17 @@ Engine Engine::create(const EngineConfig& config, const Checkpoint& checkpoint,
   }
   const int num_local = impl->geometry.num_experts / transport.num_ranks();
   impl->experts_per_rank = num_local;
-  impl->experts = impl->backend->prepare(
-      checkpoint.load_experts(config.layer, transport.rank() * num_local, num_local));
-  impl->allocate_scratch(max_rows);
+  impl->experts = std::make_unique<Experts::Impl>(
+      checkpoint.load_experts(config.layer, transport.rank() * num_local, num_local), max_rows,
+      backend);
+  impl->expert_y =
+      backend.allocate(expert_y_bytes(impl->geometry, max_rows, backend.device().kind));
   // No rank's kernels may wait for a rank that still allocates: that would wait for the device.
   (void)transport.all_gather({}, config.peer_timeout);
   return Engine(std::move(impl));
 }
 
 namespace {
-
-/// The buffers of allocate_scratch(), in its order. On CUDA the exchange has the rows of expert_y.
-std::array<std::size_t, 5> scratch_bytes(const ModelGeometry& geometry, std::int64_t max_rows,
-                                         Device::Kind device) {
-  const auto rows = static_cast<std::size_t>(max_rows);
-  const auto hidden = static_cast<std::size_t>(geometry.hidden);
-  const auto intermediate = static_cast<std::size_t>(geometry.intermediate);
-  return {rows * hidden, rows * hidden / kActivationGroup * sizeof(float), rows * intermediate,
-          rows * intermediate / kActivationGroup * sizeof(float),
-          device == Device::Kind::kHost ? rows * hidden * sizeof(std::uint16_t) : 0};
-}
 
 /// PreparedExperts::bytes() of a backend that is not there yet; a test holds it against one. The
 /// CPU's matrices begin on pages of their own.
@@ -180,14 +173,6 @@ std::size_t prepared_bytes(Device::Kind device, const ModelGeometry& geometry, i
 }
 
 }  // namespace
-
-void Engine::Impl::allocate_scratch(std::int64_t max_rows) {
-  const auto bytes = scratch_bytes(geometry, max_rows, backend->device().kind);
-  std::size_t i = 0;
-  for (auto* buffer : {&x_codes, &x_scale, &h_codes, &h_scale, &expert_y}) {
-    *buffer = backend->allocate(bytes[i++]);
-  }
-}
 
 EngineMemory Engine::plan_memory(const EngineConfig& config, const ModelGeometry& geometry,
                                  DType scale_dtype, Device::Kind device, int num_ranks) {
@@ -212,8 +197,10 @@ EngineMemory Engine::plan_memory(const EngineConfig& config, const ModelGeometry
     memory.exchange_bytes += Exchange::workspace_bytes(exchange, num_ranks, device);
     max_rows = std::max(max_rows, Exchange::max_rows(exchange, num_ranks));
   }
-  for (const std::size_t bytes : scratch_bytes(geometry, max_rows, device))
+  memory.scratch_bytes = expert_y_bytes(geometry, max_rows, device);
+  for (const std::size_t bytes : Experts::Impl::scratch_bytes(geometry, max_rows)) {
     memory.scratch_bytes += bytes;
+  }
   return memory;
 }
 
@@ -222,29 +209,6 @@ Lane& Engine::Impl::lane(Mode mode) {
   check_argument(lane.has_value(), "this engine was made without a recipe for {} mode",
                  to_string(mode));
   return *lane;
-}
-
-/// The rows GEMM1 consumes: the received bytes themselves, or what the recipe makes of them here.
-QuantizedRows Engine::Impl::gemm1_rows(const Recipe& recipe, const ExpertBatch& batch,
-                                       const ExpertRows& rows, Stream stream) {
-  // The exchange owns the received rows; nothing below writes through this view.
-  QuantizedRows received{.codes = static_cast<std::uint8_t*>(const_cast<void*>(batch.x.data)),
-                         .scale = static_cast<float*>(const_cast<void*>(batch.x_scale.data)),
-                         .static_scale = recipe.wire == WireFormat::kE4m3Static ? recipe.s1 : 0.0f,
-                         .width = geometry.hidden};
-  if (recipe.gemm1_as_sent) return received;
-
-  const bool grouped = recipe.gemm1 == GemmInput::kGroup;
-  const QuantizedRows out{.codes = reinterpret_cast<std::uint8_t*>(x_codes->data()),
-                          .scale = grouped ? reinterpret_cast<float*>(x_scale->data()) : nullptr,
-                          .static_scale = grouped ? 0.0f : recipe.s1,
-                          .width = geometry.hidden};
-  if (recipe.wire == WireFormat::kBf16) {
-    backend->quantize(batch.x.as<std::uint16_t>(), rows, /*pow2=*/false, out, stream);
-  } else {
-    backend->requantize(received, rows, out, stream);
-  }
-  return out;
 }
 
 double Engine::Impl::stage_us(Clock::time_point& start, Stream stream) {
@@ -272,15 +236,10 @@ void Engine::forward(Mode mode, TensorView x, const Routing& routing, MutableTen
                         .max_rows = lane.exchange.max_rows(),
                         .max_rows_per_expert = masked ? batch.x.dim(1) : lane.exchange.max_rows(),
                         .expected_m = batch.expected_m};
-  const QuantizedRows in = self.gemm1_rows(lane.recipe, batch, rows, stream);
+  const QuantizedRows in = self.experts->gemm1_rows(lane.recipe, batch, rows, stream);
   stats.times.quantize_us = self.stage_us(mark, stream);
   if (self.records_digest) self.record_digest(rows, in, stream);
 
-  const bool grouped = lane.recipe.gemm2 == GemmInput::kGroup;
-  const QuantizedRows h{.codes = reinterpret_cast<std::uint8_t*>(self.h_codes->data()),
-                        .scale = grouped ? reinterpret_cast<float*>(self.h_scale->data()) : nullptr,
-                        .static_scale = grouped ? 0.0f : lane.recipe.s2,
-                        .width = self.geometry.intermediate};
   // Where the exchange has memory of its own for the experts' rows, combine need not copy them.
   MutableTensorView expert_y = dispatched.expert_y();
   if (expert_y.empty()) {
@@ -289,8 +248,7 @@ void Engine::forward(Mode mode, TensorView x, const Routing& routing, MutableTen
   }
   ExpertStageTimes split;
   mark = Clock::now();
-  self.backend->expert_stage(*self.experts, in, rows, h, expert_y.as<std::uint16_t>(), stream,
-                             &split);
+  self.experts->gemms(lane.recipe, in, rows, expert_y.as<std::uint16_t>(), stream, &split);
   const double stage_us = self.stage_us(mark, stream);
   const double split_us = split.gemm1_us + split.activation_us + split.gemm2_us;
   const double share = split_us > 0 ? stage_us / split_us : 0;
@@ -312,7 +270,8 @@ void Engine::Impl::record_rows(const ExpertBatch& batch, Stream stream) {
   stats.rows_per_expert.assign(rows.begin(), rows.end());
   std::int64_t total = 0, active = 0;
   for (const std::int32_t n : rows) total += n, active += n > 0;
-  stats.weight_bytes_read = experts->bytes() / num_local * static_cast<std::size_t>(active);
+  stats.weight_bytes_read =
+      experts->prepared->bytes() / num_local * static_cast<std::size_t>(active);
   stats.flops = static_cast<std::uint64_t>(total) * 6u *
                 static_cast<std::uint64_t>(geometry.hidden) *
                 static_cast<std::uint64_t>(geometry.intermediate);
@@ -353,7 +312,7 @@ ExchangeCounters Engine::exchange_counters(Mode mode) const {
   return impl_->lane(mode).exchange.counters();
 }
 std::size_t Engine::weight_bytes() const noexcept {
-  return impl_->experts->bytes();
+  return impl_->experts->prepared->bytes();
 }
 void Engine::check() {
   for (auto& lane : impl_->lanes) {

@@ -1,0 +1,81 @@
+// experts.h - a rank's experts on one device, and what they do to rows: the middle of a layer.
+//
+//   ExpertBatch --quantize?--> GEMM1, SwiGLU, quantize --> GEMM2 --> expert_y
+//
+// For callers that bring an exchange of their own; Engine is these and Exchange together.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <memory>
+
+#include "sluice/exchange.h"
+#include "sluice/recipe.h"
+#include "sluice/stream.h"
+#include "sluice/tensor.h"
+
+namespace sluice {
+
+class Backend;
+struct ExpertWeights;
+struct ModelGeometry;
+
+/// Where e4m3 rows go. Exactly one of `scale` and `static_scale` is set.
+struct E4m3Rows {
+  MutableTensorView codes;  ///< Shape of the rows read; e4m3.
+  MutableTensorView scale;  ///< The same with width / 128; float32.
+  float static_scale = 0;
+  bool pow2 = false;  ///< Group scales are powers of two.
+};
+
+/// out = e4m3(rows.x), by group or static: the formats of quant.h.
+/// rows.x: [num_experts, max_m, width] or [num_rows, width] bf16, its valid rows told by num_rows
+/// and row_begin as in ExpertBatch; without num_rows every row is valid.
+/// Stream: asynchronous on CUDA; capturable if num_rows and row_begin are given.
+/// Throws: kInvalidArgument naming the tensor.
+void quantize(Backend& backend, const ExpertBatch& rows, const E4m3Rows& out, Stream stream);
+
+/// Moves group-scaled e4m3 rows (x, x_scale) to out.static_scale: a second rounding.
+/// Otherwise as quantize().
+void requantize(Backend& backend, const ExpertBatch& rows, const E4m3Rows& out, Stream stream);
+
+/// Threads: one at a time.
+class Experts {
+ public:
+  /// Repacks `weights` for `backend` and reserves the memory between the stages for batches of up
+  /// to `max_rows` rows, padding included. Borrows `backend`; `weights` are not needed afterwards.
+  /// Throws: kInvalidArgument for weights that no backend takes, kOutOfMemory.
+  [[nodiscard]] static Experts create(const ExpertWeights& weights, std::int64_t max_rows,
+                                      Backend& backend);
+
+  Experts(Experts&&) noexcept;
+  Experts& operator=(Experts&&) noexcept;
+  ~Experts();
+
+  /// expert_y[row] = expert(batch.x[row]) for every valid row, rounded as `recipe` says; the
+  /// router's weights are not applied. batch.x is in recipe.wire format.
+  ///
+  /// batch:    num_rows [num_experts] int32 is needed; row_begin [num_experts] int64 may be empty
+  /// in
+  ///           the masked layout, and in host memory also in the contiguous one.
+  /// expert_y: [num_experts, max_m, hidden] or [max_rows, hidden] bf16; other rows stay as they
+  /// are. Stream:   asynchronous on CUDA; may be captured once a batch of the same shape has run.
+  /// Throws:   kInvalidArgument naming tensor or recipe; in host memory also for row counts that do
+  ///           not fit.
+  void forward(const Recipe& recipe, const ExpertBatch& batch, MutableTensorView expert_y,
+               Stream stream);
+
+  [[nodiscard]] int num_experts() const noexcept;
+  [[nodiscard]] std::int64_t max_rows() const noexcept;
+  [[nodiscard]] const ModelGeometry& geometry() const noexcept;
+  /// Bytes of prepared weights.
+  [[nodiscard]] std::size_t weight_bytes() const noexcept;
+
+  struct Impl;  ///< Internal.
+
+ private:
+  explicit Experts(std::unique_ptr<Impl> impl) noexcept;
+  std::unique_ptr<Impl> impl_;
+};
+
+}  // namespace sluice

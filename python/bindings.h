@@ -1,0 +1,139 @@
+// bindings.h - what the binding files share: owners of C++ objects, as Python sees them.
+//
+// A borrowed C++ object is held by a reference to the Python object that owns it, declared before
+// the borrower so that it goes last.
+#pragma once
+
+#include <nanobind/nanobind.h>
+
+#include <atomic>
+#include <chrono>
+#include <optional>
+
+#include "arrays.h"
+#include "sluice/backend.h"
+#include "sluice/checkpoint.h"
+#include "sluice/config.h"
+#include "sluice/engine.h"
+#include "sluice/error.h"
+#include "sluice/exchange.h"
+#include "sluice/experts.h"
+#include "sluice/transport.h"
+
+namespace sluice::python {
+
+struct PyBackend {
+  std::unique_ptr<Backend> backend;
+  std::atomic<bool> busy{false};
+  [[nodiscard]] Device device() const { return backend->device(); }
+};
+
+struct PyTransport {
+  std::unique_ptr<Transport> transport;
+  std::atomic<bool> busy{false};
+};
+
+/// The library serves one thread at a time; a second one is refused here instead of finding out.
+class Exclusive {
+ public:
+  Exclusive(std::atomic<bool>& flag, const char* name) : flag_(flag) {
+    if (flag.exchange(true, std::memory_order_acquire)) {
+      throw Error(ErrorCode::kInvalidArgument,
+                  std::string(name) + ": in use by another thread; give each rank one of its own");
+    }
+  }
+  explicit Exclusive(PyBackend& backend) : Exclusive(backend.busy, "backend") {}
+  Exclusive(const Exclusive&) = delete;
+  Exclusive& operator=(const Exclusive&) = delete;
+  ~Exclusive() { flag_.store(false, std::memory_order_release); }
+
+ private:
+  std::atomic<bool>& flag_;
+};
+
+/// A C++ call in progress, without the interpreter's lock: no Python object may be touched.
+class Call {
+ public:
+  explicit Call(PyBackend& backend) : backend_(backend) {}
+  Call(PyBackend& backend, PyTransport& transport) : backend_(backend) {
+    transport_.emplace(transport.busy, "transport");
+  }
+
+ private:
+  Exclusive backend_;
+  std::optional<Exclusive> transport_;
+  nb::gil_scoped_release released_;
+};
+
+struct PyRouting {
+  nb::object idx_object, weights_object;
+  Input idx, weights;
+  [[nodiscard]] Routing view() const {
+    return {.topk_idx = idx.view, .topk_weights = weights.view};
+  }
+};
+
+struct PyExchange {
+  nb::object transport_object, backend_object;
+  PyBackend* backend;
+  std::optional<Exchange> exchange;
+};
+
+struct PyDispatched {
+  nb::object exchange_object, routing_object;
+  PyExchange* exchange;
+  std::int64_t num_tokens;
+  std::optional<Dispatched> value;  ///< Empty once consumed.
+};
+
+struct PyExpertBatch {
+  nb::object x, x_scale, num_rows, row_begin;
+  Mode layout = Mode::kLowLatency;
+  int expected_m = 0;
+};
+
+struct PyExperts {
+  nb::object backend_object;
+  PyBackend* backend;
+  std::optional<Experts> experts;
+};
+
+struct PyEngine {
+  nb::object transport_object, backend_object;
+  PyBackend* backend;
+  PyTransport* transport;
+  int hidden, num_topk;
+  std::optional<Mode> only_mode;
+  std::optional<Engine> engine;
+};
+
+[[nodiscard]] inline Stream to_stream(std::uintptr_t handle) {
+  return {reinterpret_cast<void*>(handle)};
+}
+
+/// Positive milliseconds, or what the environment says.
+[[nodiscard]] inline std::chrono::milliseconds timeout_or_environment(std::optional<int> ms) {
+  return ms ? std::chrono::milliseconds(*ms) : read_environment().peer_timeout;
+}
+
+/// x [num_tokens, hidden] of a dispatch.
+[[nodiscard]] inline Input import_tokens(const Array& x, std::int64_t hidden, Device device) {
+  const std::string shape = "[num_tokens, " + std::to_string(hidden) + "]";
+  return import_input(x, {.name = "x",
+                          .dtypes = {DType::kBFloat16},
+                          .dims = {-1, hidden},
+                          .shape = shape.c_str(),
+                          .device = device});
+}
+
+void bind_recipe(nb::module_& m);
+void bind_backend(nb::module_& m);
+void bind_transport(nb::module_& m);
+void bind_checkpoint(nb::module_& m);
+void bind_exchange(nb::module_& m);
+void bind_experts(nb::module_& m);
+void bind_engine(nb::module_& m);
+void bind_workload(nb::module_& m);
+void bind_accuracy(nb::module_& m);
+
+}  // namespace sluice::python

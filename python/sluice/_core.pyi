@@ -1,0 +1,574 @@
+"""The C++ library behind the package sluice; import that instead."""
+
+from collections.abc import Sequence
+import os
+import pathlib
+
+import sluice._array
+
+
+def version() -> str:
+    """Version of the library, for example '0.1.0'."""
+
+def recipe_names() -> list[str]:
+    """Names of all recipes."""
+
+class Recipe:
+    """What is rounded where, for one layer and mode."""
+
+    def __init__(self, name: str, mode: str = 'low-latency', *, s1: float | None = None, s2: float | None = None) -> None:
+        """
+        name: see recipe_names(). mode: 'low-latency' or 'normal'.
+        s1, s2: static scales of the inputs of GEMM1 and GEMM2; needed by the static recipes.
+
+        Raises Error: invalid_argument, unsupported.
+        """
+
+    @property
+    def name(self) -> str:
+        """One of recipe_names()."""
+
+    @property
+    def mode(self) -> str:
+        """'low-latency' or 'normal'."""
+
+    @property
+    def wire(self) -> str:
+        """Format of rows between ranks; Exchange takes it."""
+
+    @property
+    def gemm1_as_sent(self) -> bool:
+        """Whether GEMM1 reads the received bytes."""
+
+    @property
+    def s1(self) -> float:
+        """Static scale of GEMM1's input, or 0."""
+
+    @property
+    def s2(self) -> float:
+        """Static scale of GEMM2's input, or 0."""
+
+    def __repr__(self) -> str: ...
+
+class Backend:
+    """
+    One device that quantizes rows and runs expert GEMMs; one for each rank.
+    Serves one thread at a time; a second one gets an Error.
+    """
+
+    def __init__(self, device: str = 'cpu', *, num_threads: int = 0, local_rank: int = 0, num_local_ranks: int = 1) -> None:
+        """
+        device: 'cpu', 'cuda' or 'cuda:1'.
+        num_threads: CPU only; 0 takes this rank's even share of the cores.
+        local_rank, num_local_ranks: which share, where ranks are threads of one process; on
+        CUDA, how many ranks share the device.
+
+        Raises Error: unsupported where there is no such device; invalid_argument.
+        """
+
+    @property
+    def device(self) -> str:
+        """'cpu' or 'cuda:0'."""
+
+    @property
+    def description(self) -> str:
+        """For reports: 'cpu, 2 threads, AVX2'."""
+
+    @property
+    def stream(self) -> int:
+        """Handle of a queue of this backend's own; 0 on the CPU."""
+
+    def measure_read_bandwidth(self) -> float:
+        """Bytes per second this device reads, measured now (about 0.2 s)."""
+
+    def synchronize(self, stream: int = 0) -> None:
+        """Waits for everything queued on `stream`. Nothing to do on the CPU."""
+
+    def __repr__(self) -> str: ...
+
+class Transport:
+    """
+    Moves bytes between the ranks of one expert-parallel group; one object
+    for each rank, used by one thread at a time.
+    """
+
+    @staticmethod
+    def inproc(num_ranks: int) -> list[Transport]:
+        """
+        Ranks as threads of this process: a list with the transport of each rank.
+        """
+
+    @property
+    def rank(self) -> int:
+        """This rank's number."""
+
+    @property
+    def num_ranks(self) -> int:
+        """Size of the group."""
+
+    @property
+    def name(self) -> str:
+        """'inproc', ..."""
+
+    def __repr__(self) -> str: ...
+
+class ModelGeometry:
+    """Sizes of one MoE layer and what the router does with it."""
+
+    def __init__(self, *, num_experts: int, num_topk: int, hidden: int, intermediate: int, group_size: int = 128, routed_scaling_factor: float = 1.0, name: str = 'model') -> None: ...
+
+    @staticmethod
+    def preset(name: str) -> ModelGeometry:
+        """Raises Error listing the names there are."""
+
+    @staticmethod
+    def preset_names() -> list[str]:
+        """Names that preset() takes."""
+
+    @property
+    def name(self) -> str:
+        """Preset, or model_type of config.json."""
+
+    @property
+    def num_experts(self) -> int:
+        """Routed experts, over all ranks."""
+
+    @property
+    def num_topk(self) -> int:
+        """Experts of a token."""
+
+    @property
+    def hidden(self) -> int:
+        """Multiple of 128."""
+
+    @property
+    def intermediate(self) -> int:
+        """Multiple of 128."""
+
+    @property
+    def group_size(self) -> int:
+        """Weights that share a scale: 128 or 32."""
+
+    @property
+    def routed_scaling_factor(self) -> float:
+        """Of config.json."""
+
+    def __repr__(self) -> str: ...
+
+class ExpertWeights:
+    """
+    Experts of one layer as a checkpoint has them: signed int4 codes, two
+    to a byte with even k low, and a scale for each group along k.
+    """
+
+    @staticmethod
+    def from_arrays(gate: tuple[sluice._array.Array, sluice._array.Array], up: tuple[sluice._array.Array, sluice._array.Array], down: tuple[sluice._array.Array, sluice._array.Array], *, group_size: int = 128, s1: float | None = None, s2: float | None = None) -> ExpertWeights:
+        """
+        Each matrix is a pair (codes, scales) in host memory, kept alive and not copied:
+        codes [num_experts, n, k / 2] uint8 or int8, scales [num_experts, n, k / group_size]
+        float32 or bfloat16. gate and up have n = intermediate and k = hidden, down the reverse.
+
+        Raises Error: invalid_argument naming the matrix.
+        """
+
+    @property
+    def layer(self) -> int:
+        """Layer of the checkpoint."""
+
+    @property
+    def first_expert(self) -> int:
+        """Number of the first expert held."""
+
+    @property
+    def geometry(self) -> ModelGeometry:
+        """Of the whole layer."""
+
+    @property
+    def static_scales(self) -> object:
+        """(s1, s2) of the whole layer, or None."""
+
+    @property
+    def nbytes(self) -> int:
+        """Codes and scales."""
+
+    def __len__(self) -> int: ...
+
+    def matrix(self, expert: int, name: str) -> tuple:
+        """
+        (codes [n, k / 2] uint8, scales [n, k / group_size] float32 or bfloat16 as uint16) of
+        'gate', 'up' or 'down', read-only and without a copy. Experts count from 0 here.
+        """
+
+    def __repr__(self) -> str: ...
+
+class Checkpoint:
+    """Routed experts of a published INT4 checkpoint."""
+
+    def __init__(self, directory: str | os.PathLike) -> None:
+        """
+        Reads config and headers, no weights.
+
+        Raises Error: io, corrupt_file naming file, tensor, value and limit, unsupported.
+        """
+
+    @property
+    def path(self) -> pathlib.Path:
+        """The directory."""
+
+    @property
+    def format(self) -> str:
+        """Published layout, for example 'w4afp8'."""
+
+    @property
+    def geometry(self) -> ModelGeometry:
+        """Sizes of its MoE layers."""
+
+    @property
+    def moe_layers(self) -> list[int]:
+        """Layers with routed experts, ascending."""
+
+    @property
+    def identity(self) -> int:
+        """Digest of config and headers."""
+
+    def static_scales(self, layer: int) -> object:
+        """(s1, s2) over all experts of the layer, or None."""
+
+    def check(self, layer: int) -> None:
+        """Checks headers and input scales of a whole layer, and no weights."""
+
+    def warnings(self, layer: int) -> list[str]:
+        """What loads but deserves a look, as text."""
+
+    def load_experts(self, layer: int, first_expert: int, num_experts: int) -> ExpertWeights:
+        """
+        ExpertWeights, mapped from the files.
+
+        Raises Error: invalid_argument for layer or range, corrupt_file.
+        """
+
+    def __repr__(self) -> str: ...
+
+def make_checkpoint(directory: str | os.PathLike, geometry: ModelGeometry, *, format: str = 'w4afp8', seed: int = 1, first_layer: int = 3, num_layers: int = 1, scale_dtype: str = 'f32', with_input_scales: bool = True) -> Checkpoint:
+    """
+    Writes a synthetic checkpoint, fixed by its seed, and opens it.
+
+    Raises Error: invalid_argument, io; refuses a directory that already holds a checkpoint.
+    """
+
+class Routing:
+    """
+    The router's choice for each token; keeps its arrays alive. Leave them
+    unchanged until combine has run.
+    """
+
+    def __init__(self, topk_idx: sluice._array.Array, topk_weights: sluice._array.Array) -> None:
+        """
+        topk_idx: [num_tokens, num_topk] int32 or int64; -1 leaves a slot empty.
+        topk_weights: [num_tokens, num_topk] float32, used as given.
+
+        Raises Error: invalid_argument.
+        """
+
+    @property
+    def topk_idx(self) -> object:
+        """As given."""
+
+    @property
+    def topk_weights(self) -> object:
+        """As given."""
+
+class ExpertBatch:
+    """
+    Rows by local expert, as dispatch delivers them or of the caller's own.
+
+    Masked layout: x [num_experts, max_m, hidden]; expert e has x[e, :num_rows[e]].
+    Contiguous layout: x [max_rows, hidden]; expert e has num_rows[e] rows from row_begin[e].
+    Rows of a Dispatched are views of the exchange's memory: another dispatch may overwrite
+    them once combine has run.
+    """
+
+    def __init__(self, x: sluice._array.Array, num_rows: sluice._array.Array, *, x_scale: sluice._array.Array | None = None, row_begin: sluice._array.Array | None = None, expected_m: int = 0) -> None:
+        """
+        x: [num_experts, max_m, hidden] or [max_rows, hidden]; bfloat16 (or uint16), or e4m3 (as
+        uint8).
+        num_rows: [num_experts] int32.
+        x_scale: shape of x with hidden / 128, float32; group-scaled e4m3 only.
+        row_begin: [num_experts] int64; None where rows follow each other.
+        expected_m: mean rows of an expert; a hint.
+
+        The arrays are checked where they are used.
+        """
+
+    @property
+    def x(self) -> object: ...
+
+    @property
+    def x_scale(self) -> object:
+        """None for bf16 and static wires."""
+
+    @property
+    def num_rows(self) -> object: ...
+
+    @property
+    def row_begin(self) -> object: ...
+
+    @property
+    def expected_m(self) -> int: ...
+
+    @property
+    def masked(self) -> bool: ...
+
+class Dispatched:
+    """
+    Rows received, and their way home. combine() consumes it; dropping it returns its memory
+    to the exchange. Keeps the exchange and the routing alive.
+    """
+
+    @property
+    def batch(self) -> ExpertBatch:
+        """ExpertBatch; after combine an Error."""
+
+    @property
+    def consumed(self) -> bool:
+        """Whether combine has run."""
+
+    def receive(self, *, stream: int = 0) -> None:
+        """Second half of a dispatch, after Exchange.dispatch_send()."""
+
+    def combine_send(self, expert_y: sluice._array.Array, *, stream: int = 0) -> None:
+        """First half of combine()."""
+
+    def combine_receive(self, *, out: sluice._array.Array | None = None, stream: int = 0) -> object:
+        """Second half of combine()."""
+
+class Exchange:
+    """
+    Dispatch and combine for one expert-parallel group. Every rank makes the
+    same calls in the same order. Keeps transport and backend alive.
+    """
+
+    def __init__(self, transport: Transport, backend: Backend, *, num_experts: int, num_topk: int, hidden: int, max_tokens_per_rank: int, mode: str = 'low-latency', wire: str = 'e4m3 + f32 scale per 128', static_scale: float = 0.0, max_m: int = 0, routed_scaling_factor: float = 1.0, num_in_flight: int = 2, timeout_ms: int | None = None) -> None:
+        """
+        Collective.
+
+        num_experts: over all ranks. mode: 'low-latency' (masked) or 'normal' (contiguous).
+        wire: Recipe.wire; static_scale: s1, for the static one only.
+        max_m: low-latency, rows reserved for each expert; 0 for the worst case.
+        routed_scaling_factor: applied once, by combine. num_in_flight: Dispatched alive at once.
+        timeout_ms: longest wait for a peer; None: SLUICE_TIMEOUT_MS or 10 s.
+
+        Raises Error: invalid_argument naming the field, transport if ranks differ,
+        peer_timeout, out_of_memory, unsupported.
+        """
+
+    @property
+    def max_rows(self) -> int:
+        """Rows that batch.x holds."""
+
+    @property
+    def max_m(self) -> int:
+        """Rows of each local expert; 0 in normal mode."""
+
+    @property
+    def num_local_experts(self) -> int:
+        """Experts of this rank."""
+
+    def counters(self) -> dict:
+        """dict of monotonic counters; lists are by rank."""
+
+    def check(self) -> None:
+        """Raises what earlier asynchronous calls found on the device."""
+
+    def dispatch_send(self, x: sluice._array.Array, routing: Routing, *, stream: int = 0) -> Dispatched:
+        """First half of dispatch(); Dispatched.receive() is the second."""
+
+def dispatch(exchange: Exchange, x: sluice._array.Array, routing: Routing, *, stream: int = 0) -> Dispatched:
+    """
+    Quantizes x to the wire format and sends each token to its experts' ranks. Collective.
+
+    x: [num_tokens, hidden] bfloat16 (or uint16), num_tokens <= max_tokens_per_rank.
+    stream: handle of a CUDA stream; the CPU backend returns when done.
+
+    Raises Error: invalid_argument before anything is sent, peer_timeout naming ranks.
+    """
+
+def combine(dispatched: Dispatched, expert_y: sluice._array.Array, *, out: sluice._array.Array | None = None, stream: int = 0) -> object:
+    """
+    Sends every row home and sums, weighted: y [num_tokens, hidden] bfloat16. Collective;
+    consumes `dispatched`.
+
+    expert_y: shape of batch.x, bfloat16 (or uint16). out: y's memory; None makes a new array
+    (numpy uint16 on the CPU).
+
+    Raises Error: invalid_argument, peer_timeout.
+    """
+
+class Experts:
+    """
+    A rank's experts repacked for a backend; made by repack(). Keeps the
+    backend alive, not the weights.
+    """
+
+    def __len__(self) -> int: ...
+
+    @property
+    def max_rows(self) -> int:
+        """Largest batch, padding included."""
+
+    @property
+    def geometry(self) -> ModelGeometry:
+        """Of the layer."""
+
+    @property
+    def weight_bytes(self) -> int:
+        """Of the repacked weights."""
+
+def repack(weights: ExpertWeights, backend: Backend, *, max_rows: int) -> Experts:
+    """
+    Experts: the weights in the backend's own order, and memory for batches of max_rows rows.
+
+    Raises Error: invalid_argument, out_of_memory.
+    """
+
+def experts_masked(experts: Experts, batch: ExpertBatch, recipe: Recipe, *, out: sluice._array.Array | None = None, stream: int = 0) -> object:
+    """
+    Every expert on its rows, masked layout; the router's weights are left to combine.
+
+    batch: ExpertBatch in the recipe's wire format. out: shape of batch.x, bfloat16 (or uint16);
+    None makes a new array. Rows that are not valid stay as they are.
+
+    Raises Error: invalid_argument.
+    """
+
+def experts_grouped(experts: Experts, batch: ExpertBatch, recipe: Recipe, *, out: sluice._array.Array | None = None, stream: int = 0) -> object:
+    """
+    Every expert on its rows, contiguous layout; the router's weights are left to combine.
+
+    batch: ExpertBatch in the recipe's wire format. out: shape of batch.x, bfloat16 (or uint16);
+    None makes a new array. Rows that are not valid stay as they are.
+
+    Raises Error: invalid_argument.
+    """
+
+def quantize(backend: Backend, x: sluice._array.Array, *, static_scale: float | None = None, pow2: bool = False, num_rows: sluice._array.Array | None = None, row_begin: sluice._array.Array | None = None, out: tuple[sluice._array.Array, sluice._array.Array | None] | None = None, stream: int = 0) -> tuple:
+    """
+    Rounds rows to e4m3: (codes, scale), scale None for a static one.
+
+    x: [num_rows, width] or [num_experts, max_m, width] bfloat16 (or uint16).
+    static_scale: one scale for all; None: one for each 128 values, amax / 448, with pow2 the
+    smallest power of two that is no less.
+    num_rows [num_experts] int32, row_begin [num_experts] int64: which rows are valid, as in
+    ExpertBatch; None: all.
+    codes: shape of x, e4m3 as uint8. scale: shape of x with width / 128, float32.
+    out: the pair's memory; rows that are not valid stay as they are.
+
+    Raises Error: invalid_argument.
+    """
+
+def requantize(backend: Backend, codes: sluice._array.Array, scale: sluice._array.Array, static_scale: float, *, num_rows: sluice._array.Array | None = None, row_begin: sluice._array.Array | None = None, out: sluice._array.Array | None = None, stream: int = 0) -> object:
+    """
+    Moves group-scaled e4m3 rows to a static scale, a second rounding: codes as uint8.
+
+    codes, scale: as quantize() gives them. static_scale: positive.
+    num_rows, row_begin, out: as for quantize(); out is one array and not `codes`.
+
+    Raises Error: invalid_argument.
+    """
+
+class Engine:
+    """
+    One MoE layer of a checkpoint, ready to run under expert parallelism.
+    Construction and moe_forward() are collective. Keeps transport and backend
+    alive; the checkpoint is not needed afterwards.
+    """
+
+    def __init__(self, checkpoint: Checkpoint, transport: Transport, backend: Backend, *, layer: int, max_tokens_per_rank: int, low_latency: str | None = 'direct', normal: str | None = 'direct', max_m: int = 0, routed_scaling_factor: float = 1.0, dispatch_dtype: str | None = None, timeout_ms: int | None = None) -> None:
+        """
+        low_latency, normal: recipe of each mode; None for a mode that is not called.
+        max_m: low-latency, rows reserved for each expert; 0 for the worst case.
+        routed_scaling_factor: 1 where the host model applies it.
+        dispatch_dtype: 'auto', 'bf16', 'fp8' or 'fp8-static'; None: SLUICE_DISPATCH_DTYPE.
+        timeout_ms: longest wait for a peer; None: SLUICE_TIMEOUT_MS or 10 s.
+
+        Raises Error: transport naming ranks and field if ranks differ, and whatever Recipe,
+        Checkpoint and Exchange raise.
+        """
+
+    def recipe(self, mode: str | None = None) -> Recipe:
+        """Recipe of a mode."""
+
+    def record_stats(self, on: bool = True) -> None:
+        """
+        When on, moe_forward() times its stages; it then waits for the device after each.
+        """
+
+    def stats(self) -> dict:
+        """
+        dict of the last moe_forward() with record_stats(): times (microseconds of each stage),
+        rows_per_expert, weight_bytes_read, flops.
+        """
+
+    def record_gemm_input_digest(self, on: bool = True) -> None:
+        """When on, moe_forward() digests the bytes that GEMM1 reads."""
+
+    @property
+    def gemm_input_digest(self) -> int:
+        """Sum over rows; 'direct' and 'direct-bf16' give the same."""
+
+    @property
+    def weight_bytes(self) -> int:
+        """Of the repacked weights of this rank."""
+
+    def check(self) -> None:
+        """Raises what earlier asynchronous calls found on the device."""
+
+def moe_forward(engine: Engine, x: sluice._array.Array, routing: Routing, *, mode: str | None = None, out: sluice._array.Array | None = None, stream: int = 0) -> object:
+    """
+    The whole layer, y = combine(experts(dispatch(x))): y [num_tokens, hidden] bfloat16.
+    Collective.
+
+    x: [num_tokens, hidden] bfloat16 (or uint16), num_tokens <= max_tokens_per_rank; 0 is fine.
+    mode: 'low-latency' or 'normal'; None where the engine has one.
+    out: y's memory; None makes a new array (numpy uint16 on the CPU).
+    stream: handle of a CUDA stream; the CPU backend returns when done.
+
+    Raises Error: invalid_argument naming the argument, peer_timeout naming ranks.
+    """
+
+def stats(engine: Engine) -> dict:
+    """Engine.stats()."""
+
+def plan(geometry: ModelGeometry, *, num_ranks: int, max_tokens_per_rank: int, low_latency: str | None = 'direct', normal: str | None = 'direct', max_m: int = 0, scale_dtype: str = 'f32', device: str = 'cpu') -> dict:
+    """
+    dict of the bytes an Engine takes on each rank, before anything is loaded: codes_bytes,
+    scales_bytes, prepared_bytes, exchange_bytes, scratch_bytes, total_bytes (of the last
+    three).
+
+    Raises Error: invalid_argument.
+    """
+
+def make_workload(geometry: ModelGeometry, num_tokens: int, *, first_token: int = 0, routing: str = 'uniform', seed: int = 1) -> tuple:
+    """
+    The tokens of `sluice run`, fixed by the seed: (x [num_tokens, hidden] bf16 as uint16,
+    topk_idx [num_tokens, num_topk] int32, topk_weights [num_tokens, num_topk] float32), numpy.
+
+    first_token: position in the stream, so that ranks can take their own part.
+    routing: 'uniform', 'zipf' or 'one-expert'.
+
+    Raises Error: invalid_argument.
+    """
+
+def suite_names() -> list[str]:
+    """Sets of tokens that accuracy() knows."""
+
+def accuracy(checkpoint: Checkpoint, *, layer: int, suite: str = 'gaussian', num_tokens: int = 64, seed: int = 1, recipes: Sequence[str] = [], num_threads: int = 0) -> dict:
+    """
+    What each rounding of each recipe costs on a layer, against float64: dict with suite,
+    num_tokens, num_rows, recipes (by name: output, total, added_percent, roundings, casts) and
+    recommendation. Errors are relative L2 norms.
+
+    suite: one of suite_names(). recipes: names; empty for all. num_threads: 0 for all cores.
+
+    Raises Error: invalid_argument, corrupt_file.
+    """

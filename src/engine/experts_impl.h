@@ -1,0 +1,40 @@
+// experts_impl.h - the stages between dispatch and combine, for Experts and Engine.
+#pragma once
+
+#include <array>
+#include <memory>
+
+#include "backend/ops.h"
+#include "sluice/checkpoint.h"
+#include "sluice/experts.h"
+
+namespace sluice {
+
+struct Experts::Impl {
+  Impl(const ExpertWeights& weights, std::int64_t max_rows, Backend& backend);
+
+  /// The rows GEMM1 consumes: the received bytes themselves, or what `recipe` makes of them here.
+  [[nodiscard]] QuantizedRows gemm1_rows(const Recipe& recipe, const ExpertBatch& batch,
+                                         const ExpertRows& rows, Stream stream);
+  /// GEMM1, SwiGLU, quantize, GEMM2.
+  void gemms(const Recipe& recipe, const QuantizedRows& in, const ExpertRows& rows,
+             std::uint16_t* expert_y, Stream stream, ExpertStageTimes* times);
+
+  /// Bytes of the buffers below, in their order.
+  [[nodiscard]] static std::array<std::size_t, 4> scratch_bytes(const ModelGeometry& geometry,
+                                                                std::int64_t max_rows);
+
+  BackendOps* backend;
+  ModelGeometry geometry;
+  int num_experts;
+  std::int64_t max_rows;
+  std::unique_ptr<PreparedExperts> prepared;
+  std::unique_ptr<DeviceBuffer> x_codes, x_scale;  // [max_rows, hidden], [max_rows, hidden / 128]
+  std::unique_ptr<DeviceBuffer> h_codes, h_scale;  // [max_rows, intermediate], [.., / 128]
+
+  // row_begin of a masked layout, for callers who leave it out.
+  std::unique_ptr<DeviceBuffer> row_begin;
+  std::int64_t row_begin_max_m = -1;
+};
+
+}  // namespace sluice

@@ -1,0 +1,66 @@
+"""What the tests share: a tiny checkpoint, and ranks as threads."""
+
+import os
+import threading
+
+import pytest
+
+import sluice
+
+LAYER = 3
+MODES = ("low-latency", "normal")
+
+
+@pytest.fixture(scope="session")
+def geometry():
+    return sluice.ModelGeometry.preset("tiny")
+
+
+@pytest.fixture(scope="session")
+def checkpoint(tmp_path_factory, geometry):
+    return sluice.make_checkpoint(tmp_path_factory.mktemp("model") / "tiny", geometry)
+
+
+@pytest.fixture(scope="session")
+def backend():
+    return sluice.Backend("cpu", num_threads=1)
+
+
+@pytest.fixture(scope="session")
+def command_line():
+    path = os.environ.get("SLUICE_COMMAND")
+    if not path:
+        pytest.skip("SLUICE_COMMAND does not name a built command line")
+    return path
+
+
+def on_every_rank(num_ranks, body):
+    """body(rank) on a thread each; results in order. Raises the first failure."""
+    results, failures = [None] * num_ranks, []
+
+    def run(rank):
+        try:
+            results[rank] = body(rank)
+        except BaseException as failure:  # Also assertions.
+            failures.append(failure)
+
+    threads = [threading.Thread(target=run, args=(r,)) for r in range(num_ranks)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    if failures:
+        # Peers of a failed rank time out: that is not the cause.
+        raise min(failures, key=lambda f: getattr(f, "code", "") == "peer_timeout")
+    return results
+
+
+def one_rank_engine(checkpoint, backend, tokens=8, **options):
+    return sluice.Engine(
+        checkpoint,
+        sluice.Transport.inproc(1)[0],
+        backend,
+        layer=LAYER,
+        max_tokens_per_rank=tokens,
+        **options,
+    )
