@@ -152,8 +152,8 @@ RankResult run_rank(const LayerRunConfig& config, const Checkpoint& checkpoint, 
       }
     }
     repeats.push_back(engine.stats());
+    engine.check();  // Before the next wait, which would come on top of one that failed.
   }
-  engine.check();
   // Every rank reports the same repeat: the one whose slowest rank is the median.
   std::vector<double> mine(repeats.size());
   std::ranges::transform(repeats, mine.begin(), [](const auto& s) { return s.times.total_us; });
