@@ -98,6 +98,44 @@ class Transport:
         Ranks as threads of this process: a list with the transport of each rank.
         """
 
+    @staticmethod
+    def from_group(group: object, *, timeout_ms: int | None = None) -> Transport:
+        """
+        Ranks as the processes of a group on one host: a torch ProcessGroup, an mpi4py
+        communicator, or any object with rank, size and all_gather(object) -> list. The
+        group is used once, to agree on a meeting place. Collective.
+
+        Raises Error: unsupported if a rank is on another host, peer_timeout naming ranks.
+        """
+
+    @staticmethod
+    def from_environment(*, timeout_ms: int | None = None) -> Transport:
+        """
+        Ranks as the processes that a launcher started on this host: torchrun, mpirun, srun,
+        or SLUICE_RANK, SLUICE_WORLD_SIZE and SLUICE_JOB. Collective.
+
+        Raises Error: invalid_argument naming the variable, unsupported, peer_timeout.
+        """
+
+    @staticmethod
+    def ipc(job: str, *, secret: str, rank: int, num_ranks: int, timeout_ms: int | None = None) -> Transport:
+        """
+        Ranks as processes of one user on one host, CUDA memory included. Collective.
+
+        job: names the meeting place. secret: what the processes prove to know.
+
+        Raises Error: peer_timeout naming the ranks that did not come, transport if they disagree.
+        """
+
+    @staticmethod
+    def mpi(num_ranks: int = 0, *, timeout_ms: int | None = None) -> Transport | None:
+        """
+        Ranks as the first `num_ranks` processes of an MPI job, 0 for all; None on the
+        others. CPU memory only. Collective; end_mpi() is every process's last call.
+
+        Raises Error: unsupported in a build without MPI, peer_timeout naming processes.
+        """
+
     @property
     def rank(self) -> int:
         """This rank's number."""
@@ -108,9 +146,22 @@ class Transport:
 
     @property
     def name(self) -> str:
-        """'inproc', ..."""
+        """'inproc', 'ipc' or 'mpi'."""
+
+    def all_gather(self, mine: bytes, *, timeout_ms: int | None = None) -> list[bytes]:
+        """
+        Every rank's bytes, as many on each, ordered by rank. For set-up. Collective.
+
+        Raises Error: peer_timeout naming ranks, transport.
+        """
 
     def __repr__(self) -> str: ...
+
+def end_mpi(*, timeout_ms: int | None = None) -> bool:
+    """
+    The last call of every process of an MPI job, with no transport left. False: some process
+    did not say goodbye in time; then just exit.
+    """
 
 class ModelGeometry:
     """Sizes of one MoE layer and what the router does with it."""
