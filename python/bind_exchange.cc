@@ -128,6 +128,21 @@ nb::dict counters_dict(const ExchangeCounters& c) {
   return d;
 }
 
+std::size_t workspace_bytes(int num_experts, int num_topk, int hidden, int max_tokens_per_rank,
+                            int num_ranks, std::string_view mode, std::string_view wire, int max_m,
+                            int num_in_flight, std::string_view device) {
+  return Exchange::workspace_bytes({.mode = parse_mode(mode),
+                                    .wire = parse_wire(wire),
+                                    .static_scale = 1.0f,
+                                    .num_experts = num_experts,
+                                    .num_topk = num_topk,
+                                    .hidden = hidden,
+                                    .max_tokens_per_rank = max_tokens_per_rank,
+                                    .max_m = max_m,
+                                    .num_in_flight = num_in_flight},
+                                   num_ranks, parse_device(device).kind);
+}
+
 void bind_routing(nb::module_& m) {
   nb::class_<PyRouting>(m, "Routing",
                         "The router's choice for each token; keeps its arrays alive. Leave them\n"
@@ -318,6 +333,11 @@ void bind_exchange(nb::module_& m) {
       .def_prop_ro(
           "num_local_experts", [](const PyExchange& e) { return e.exchange->num_local_experts(); },
           "Experts of this rank.")
+      .def_static("workspace_bytes", &workspace_bytes, nb::kw_only(), "num_experts"_a, "num_topk"_a,
+                  "hidden"_a, "max_tokens_per_rank"_a, "num_ranks"_a, "mode"_a = "low-latency",
+                  "wire"_a = to_string(WireFormat::kE4m3Group), "max_m"_a = 0,
+                  "num_in_flight"_a = 2, "device"_a = "cpu",
+                  "Bytes that an Exchange of these numbers takes on each rank.")
       .def(
           "counters", [](const PyExchange& e) { return counters_dict(e.exchange->counters()); },
           "dict of monotonic counters; lists are by rank.")

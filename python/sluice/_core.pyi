@@ -432,6 +432,10 @@ class Exchange:
     def num_local_experts(self) -> int:
         """Experts of this rank."""
 
+    @staticmethod
+    def workspace_bytes(*, num_experts: int, num_topk: int, hidden: int, max_tokens_per_rank: int, num_ranks: int, mode: str = 'low-latency', wire: str = 'e4m3 + f32 scale per 128', max_m: int = 0, num_in_flight: int = 2, device: str = 'cpu') -> int:
+        """Bytes that an Exchange of these numbers takes on each rank."""
+
     def counters(self) -> dict:
         """dict of monotonic counters; lists are by rank."""
 
