@@ -1,0 +1,134 @@
+"""The little that these modules do to arrays themselves, for numpy and for torch alike.
+
+``space_of(array)`` picks one of two classes with the same functions. Element types go by the names
+bf16, e4m3, f32, i32, i64, u8 and bool; numpy holds bf16 and e4m3 as their bits.
+"""
+
+import sys
+from typing import Any
+
+import numpy
+
+_NUMPY_TYPES = {
+    "bf16": "uint16", "e4m3": "uint8", "f32": "float32", "i32": "int32", "i64": "int64",
+    "u8": "uint8", "bool": "bool",
+}
+_TORCH_TYPES = {
+    "bf16": "bfloat16", "e4m3": "float8_e4m3fn", "f32": "float32", "i32": "int32", "i64": "int64",
+    "u8": "uint8", "bool": "bool",
+}
+
+
+class NumpySpace:
+    """Arrays of numpy."""
+
+    on_device = False
+
+    def empty(self, shape: tuple, dtype: str) -> Any:
+        return numpy.empty(shape, _NUMPY_TYPES[dtype])
+
+    def zeros(self, shape: tuple, dtype: str) -> Any:
+        return numpy.zeros(shape, _NUMPY_TYPES[dtype])
+
+    def arange(self, num: int) -> Any:
+        return numpy.arange(num, dtype=numpy.int32)
+
+    def view(self, array: Any, dtype: str) -> Any:
+        return array.view(_NUMPY_TYPES[dtype])
+
+    def to(self, array: Any, dtype: str) -> Any:
+        return array.astype(_NUMPY_TYPES[dtype])
+
+    def bits(self, array: Any) -> Any:
+        """bf16 as its bits: what to hand to a copy, whoever made the array."""
+        return array if array.dtype == numpy.uint16 else array.view(numpy.uint16)
+
+    def is_e4m3(self, array: Any) -> bool:
+        return array.dtype == numpy.uint8 or array.dtype.name == "float8_e4m3fn"
+
+    def copy(self, target: Any, source: Any) -> None:
+        target[...] = source
+
+    def where(self, condition: Any, a: Any, b: Any) -> Any:
+        return numpy.where(condition, a, b)
+
+    def count(self, values: Any, num: int) -> Any:
+        """How often each of 0 .. num - 1 occurs; negative values do not count."""
+        return numpy.bincount(values[values >= 0].ravel(), minlength=num).astype(numpy.int32)
+
+    def columns_first(self, array: Any) -> Any:
+        """The same values with the middle one of three dimensions densest in memory."""
+        return numpy.ascontiguousarray(array.transpose(0, 2, 1)).transpose(0, 2, 1)
+
+    def exponents(self, scale: Any) -> Any:
+        """Biased exponents of powers of two, four to an int32 along the last dimension."""
+        return ((scale.view(numpy.int32) >> 23) & 0xFF).astype(numpy.uint8).view(numpy.int32)
+
+    def event(self) -> Any:
+        return None
+
+
+class TorchSpace:
+    """Tensors of torch on one device."""
+
+    def __init__(self, torch: Any, device: Any) -> None:
+        self.torch, self.device = torch, device
+        self.on_device = device.type == "cuda"
+
+    def _type(self, dtype: str) -> Any:
+        return getattr(self.torch, _TORCH_TYPES[dtype])
+
+    def empty(self, shape: tuple, dtype: str) -> Any:
+        return self.torch.empty(shape, dtype=self._type(dtype), device=self.device)
+
+    def zeros(self, shape: tuple, dtype: str) -> Any:
+        return self.torch.zeros(shape, dtype=self._type(dtype), device=self.device)
+
+    def arange(self, num: int) -> Any:
+        return self.torch.arange(num, dtype=self.torch.int32, device=self.device)
+
+    def view(self, array: Any, dtype: str) -> Any:
+        return array.view(self._type(dtype))
+
+    def to(self, array: Any, dtype: str) -> Any:
+        return array.to(self._type(dtype))
+
+    def bits(self, array: Any) -> Any:
+        return array
+
+    def is_e4m3(self, array: Any) -> bool:
+        return array.dtype in (self.torch.float8_e4m3fn, self.torch.uint8)
+
+    def copy(self, target: Any, source: Any) -> None:
+        target.copy_(source)
+
+    def where(self, condition: Any, a: Any, b: Any) -> Any:
+        return self.torch.where(condition, a, b)
+
+    def count(self, values: Any, num: int) -> Any:
+        flat = values.reshape(-1).long()
+        counts = self.torch.zeros(num + 1, dtype=self.torch.int32, device=self.device)
+        ones = self.torch.ones_like(flat, dtype=self.torch.int32)
+        return counts.scatter_add_(0, flat.where(flat >= 0, num), ones)[:num]
+
+    def columns_first(self, array: Any) -> Any:
+        return array.transpose(1, 2).contiguous().transpose(1, 2)
+
+    def exponents(self, scale: Any) -> Any:
+        exponent = (scale.view(self.torch.int32) >> 23) & 0xFF
+        return exponent.to(self.torch.uint8).view(self.torch.int32)
+
+    def event(self) -> Any:
+        """Recorded now on the current stream; None on the CPU."""
+        if not self.on_device:
+            return None
+        event = self.torch.cuda.Event()
+        event.record(self.torch.cuda.current_stream(self.device))
+        return event
+
+
+def space_of(array: Any) -> "NumpySpace | TorchSpace":
+    torch = sys.modules.get("torch")
+    if torch is not None and isinstance(array, torch.Tensor):
+        return TorchSpace(torch, array.device)
+    return NumpySpace()
