@@ -25,7 +25,7 @@ p{margin:4px 0 10px;color:var(--soft);max-width:85ch}
 section{background:var(--paper);border:1px solid var(--line);border-radius:10px;padding:18px 22px;
 margin-top:18px}
 .scroll{overflow-x:auto}
-table{border-collapse:collapse;font-variant-numeric:tabular-nums;font-size:13.5px;margin:8px 0}
+table{border-collapse:collapse;width:100%;font-variant-numeric:tabular-nums;font-size:13.5px;margin:8px 0}
 th,td{padding:5px 9px;text-align:right;border-bottom:1px solid var(--line);white-space:nowrap}
 th{color:var(--soft);font-weight:600}th:first-child,td:first-child{text-align:left}
 th.text,td.text{text-align:left}td.text{white-space:normal}
@@ -39,7 +39,7 @@ code{font:12.5px ui-monospace,SFMono-Regular,Menlo,Consolas,monospace}
 .w1{background:#fff6e0}.w2{background:#ffe3c7}.w3{background:#ffcfcc}
 .key{display:flex;flex-wrap:wrap;gap:4px 18px;font-size:13px;color:var(--soft);margin:6px 0}
 .key i{display:inline-block;width:11px;height:11px;border-radius:3px;margin-right:6px}
-.pair{display:grid;grid-template-columns:repeat(auto-fit,minmax(430px,1fr));gap:4px 22px}
+.pair{display:grid;grid-template-columns:repeat(auto-fit,minmax(min(430px,100%),1fr));gap:4px 22px}
 svg{width:100%;height:auto;display:block}
 svg .grid{stroke:#e6ebf0}svg .axis{stroke:#9aa7b5}svg .danger{fill:#fdeaea}
 svg text{fill:#5c6b7c;font:11.5px system-ui,sans-serif}svg .label{fill:#1b2430}

@@ -4,14 +4,16 @@
 
 #include <algorithm>
 #include <cmath>
+#include <cstdlib>
 #include <ranges>
 
 namespace sluice::cli {
 namespace {
 
-constexpr double kLeft = 54, kRight = 12, kTop = 12, kBottom = 34;
+constexpr double kLeft = 54, kRight = 18, kTop = 12, kBottom = 34;
+constexpr double kSteps[] = {1, 2, 3, 5, 7};  // Of a decade, where grid lines may be.
 
-/// Maps per cent to pixels, whole decades (or halves of one where the data need no more).
+/// Maps per cent to pixels, from the grid line below the data to the one above.
 class LogAxis {
  public:
   LogAxis(const std::vector<PlotSeries>& series, PlotSize size) : size_(size) {
@@ -24,8 +26,15 @@ class LogAxis {
       }
     }
     if (!(high > 0)) low = 0.1, high = 10;
-    low_ = std::floor(std::log10(low) * 2 - 0.2) / 2;
-    high_ = std::ceil(std::log10(high) * 2 + 0.1) / 2;
+    low_ = -INFINITY, high_ = INFINITY;
+    for (int decade = static_cast<int>(std::floor(std::log10(low))) - 1;
+         decade <= std::ceil(std::log10(high)); ++decade) {
+      for (const double step : kSteps) {
+        const double line = step * std::pow(10.0, decade);
+        if (line < low * 0.95) low_ = std::log10(line);
+        if (line > high * 1.05) high_ = std::min(high_, std::log10(line));
+      }
+    }
   }
 
   [[nodiscard]] double bottom() const { return size_.height - kBottom; }
@@ -39,7 +48,7 @@ class LogAxis {
     std::string svg;
     double last = 1e9;
     for (int decade = static_cast<int>(std::floor(low_)); decade <= high_; ++decade) {
-      for (const double step : {1.0, 2.0, 3.0, 5.0, 7.0}) {
+      for (const double step : kSteps) {
         const double percent = step * std::pow(10.0, decade);
         const double level = std::log10(percent);
         if (level < low_ - 1e-9 || level > high_ + 1e-9) continue;
@@ -164,13 +173,13 @@ std::string headroom_plot(const std::vector<PlotSeries>& series, PlotSize size) 
                      kLeft, kTop, group * -kLow, height);
   for (const int count : {0, highest}) {
     svg += fmt::format("<text class='tick' x='{:.1f}' y='{:.1f}' text-anchor='end'>{}</text>",
-                       kLeft - 6, bottom - height * count / highest + 4, count);
+                       kLeft - 6, bottom - height * count / highest + (count == 0 ? 0 : 4), count);
   }
   const double bar = group * 0.8 / static_cast<double>(std::max<std::size_t>(1, series.size()));
   for (int b = 0; b <= kBins; ++b) {
     const double x = kLeft + group * b;
-    svg += fmt::format("<text class='tick' x='{:.1f}' y='{:.1f}' text-anchor='middle'>{:g}x</text>",
-                       x, bottom + 16, std::exp2(b + kLow));
+    svg += fmt::format("<text class='tick' x='{:.1f}' y='{:.1f}' text-anchor='middle'>{}{}x</text>",
+                       x, bottom + 16, b + kLow < 0 ? "1/" : "", 1 << std::abs(b + kLow));
     for (std::size_t s = 0; b < kBins && s < series.size(); ++s) {
       const int count = counts[s][static_cast<std::size_t>(b)];
       if (count == 0) continue;

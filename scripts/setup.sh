@@ -9,7 +9,7 @@
 sluice_packages_build=(cmake ninja-build g++ git libhwy-dev libcli11-dev libfmt-dev
   nlohmann-json3-dev)
 sluice_packages_test=(python3 python3-dev python3-venv libgtest-dev libgmock-dev librapidcheck-dev libbenchmark-dev
-  openmpi-bin libopenmpi-dev iproute2)
+  openmpi-bin libopenmpi-dev iproute2 chromium fonts-dejavu-core)
 
 say() { printf '\n== %s\n' "$*"; }
 die() { printf 'error: %s\n' "$*" >&2; exit 1; }

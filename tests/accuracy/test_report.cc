@@ -1,15 +1,9 @@
-// The JSON has its schema; the report is one file that needs nothing else and that a browser draws.
+// The JSON has its schema; the report is one file that needs nothing else.
 #include <gmock/gmock.h>
 #include <gtest/gtest.h>
 
-#include <unistd.h>
-
-#include <cstdlib>
-#include <fstream>
-
-#include "accuracy_fixture.h"
-#include "accuracy_json.h"
 #include "accuracy_report.h"
+#include "report_example.h"
 
 namespace sluice::testing {
 namespace {
@@ -18,36 +12,8 @@ using ::testing::HasSubstr;
 using ::testing::Not;
 using Json = nlohmann::ordered_json;
 
-/// What `sluice accuracy --json` writes, for two suites.
-Json example() {
-  const auto source = make_synthetic_source(accuracy_geometry(), 1);
-  Json json = {{"command", "accuracy"},
-               {"version", "test"},
-               {"source", "preset <test> & more"},
-               {"original_weights", source->original_kind()},
-               {"geometry",
-                {{"num_experts", 6},
-                 {"num_topk", 3},
-                 {"hidden", 384},
-                 {"intermediate", 256},
-                 {"group_size", 128}}},
-               {"tokens", 9},
-               {"seed", 1},
-               {"suites", Json::array()}};
-  std::vector<SuiteCertificate> suites;
-  for (const char* name : {"gaussian", "token-spread"}) {
-    suites.push_back(certify(*source, make_suite(name, accuracy_geometry(), 9, 1), {}));
-    json["suites"].push_back(cli::to_json(suites.back()));
-  }
-  IdentityProof proof;
-  proof.direct = proof.direct_bf16 = proof.definition = 0xabcdef;
-  json["identity"] = {cli::to_json(proof)};
-  json["budget"] = cli::to_json(judge_budget(suites, RecipeName::kDirect, 0.0));
-  return json;
-}
-
 TEST(AccuracyJson, Schema) {
-  const Json json = example();
+  const Json json = report_example();
   ASSERT_EQ(json["suites"].size(), 2u);
   for (const Json& suite : json["suites"]) {
     EXPECT_EQ(suite["num_tokens"], 9);
@@ -80,7 +46,7 @@ TEST(AccuracyJson, Schema) {
 }
 
 TEST(AccuracyReport, IsOneFileThatPointsNowhere) {
-  const std::string html = cli::accuracy_report(example());
+  const std::string html = cli::accuracy_report(report_example());
   for (const char* outside : {"http:", "https:", "//", "src=", "href=", "url(", "@import",
                               "<script", "<link", "<iframe"}) {
     EXPECT_THAT(html, Not(HasSubstr(outside)));
@@ -92,7 +58,7 @@ TEST(AccuracyReport, IsOneFileThatPointsNowhere) {
 }
 
 TEST(AccuracyReport, SurvivesWhatWasRefusedOrInfinite) {
-  Json json = example();
+  Json json = report_example();
   json.erase("budget");
   json["suites"][0]["recipes"][3] = {{"name", "requant-static"}, {"refused", "no scales"}};
   json["suites"][1]["recipes"][0]["output"]["relative_l2"] = nullptr;
@@ -100,25 +66,6 @@ TEST(AccuracyReport, SurvivesWhatWasRefusedOrInfinite) {
   json["suites"][1]["recipes"][0]["added_percent"] = nullptr;
   json["suites"][1]["recipes"][0]["token_errors"][2] = nullptr;
   EXPECT_THAT(cli::accuracy_report(json), HasSubstr("</html>"));
-}
-
-TEST(AccuracyReport, IsDrawnByABrowser) {
-  if (std::system("command -v chromium > /dev/null 2>&1") != 0) {
-    GTEST_SKIP() << "chromium is not installed";
-  }
-  const auto dir =
-      std::filesystem::temp_directory_path() / ("sluice-report-" + std::to_string(::getpid()));
-  std::filesystem::create_directories(dir);
-  std::ofstream(dir / "report.html") << cli::accuracy_report(example());
-  const std::string command =
-      "timeout 90 chromium --headless --no-sandbox --disable-gpu --user-data-dir=" +
-      (dir / "profile").string() +
-      " --window-size=1200,2000 --screenshot=" + (dir / "report.png").string() + " file://" +
-      (dir / "report.html").string() + " > /dev/null 2>&1";
-  EXPECT_EQ(std::system(command.c_str()), 0);
-  // An empty page of this size compresses to about 10 kB.
-  EXPECT_GT(std::filesystem::file_size(dir / "report.png"), 60'000u);
-  std::filesystem::remove_all(dir);
 }
 
 }  // namespace

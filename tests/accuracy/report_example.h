@@ -1,0 +1,37 @@
+// report_example.h - a certificate as JSON, small and real.
+#pragma once
+
+#include "accuracy_fixture.h"
+#include "accuracy_json.h"
+
+namespace sluice::testing {
+
+/// What `sluice accuracy --json` writes, for two suites.
+inline nlohmann::ordered_json report_example() {
+  const auto source = make_synthetic_source(accuracy_geometry(), 1);
+  nlohmann::ordered_json json = {{"command", "accuracy"},
+                                 {"version", "test"},
+                                 {"source", "preset <test> & more"},
+                                 {"original_weights", source->original_kind()},
+                                 {"geometry",
+                                  {{"num_experts", 6},
+                                   {"num_topk", 3},
+                                   {"hidden", 384},
+                                   {"intermediate", 256},
+                                   {"group_size", 128}}},
+                                 {"tokens", 9},
+                                 {"seed", 1},
+                                 {"suites", nlohmann::ordered_json::array()}};
+  std::vector<SuiteCertificate> suites;
+  for (const char* name : {"gaussian", "token-spread"}) {
+    suites.push_back(certify(*source, make_suite(name, accuracy_geometry(), 9, 1), {}));
+    json["suites"].push_back(cli::to_json(suites.back()));
+  }
+  IdentityProof proof;
+  proof.direct = proof.direct_bf16 = proof.definition = 0xabcdef;
+  json["identity"] = {cli::to_json(proof)};
+  json["budget"] = cli::to_json(judge_budget(suites, RecipeName::kDirect, 0.0));
+  return json;
+}
+
+}  // namespace sluice::testing
