@@ -8,6 +8,7 @@ says, and sums in order of slots.
 import numpy as np
 import pytest
 from conftest import on_every_rank
+from spaces import Numpy, Torch, as_bf16, as_float
 
 import sluice
 from sluice.compat.deep_ep import Buffer, Config, EventOverlap
@@ -16,50 +17,9 @@ RANKS, TOPK, EXPERTS, HIDDEN, CAPACITY = 4, 3, 8, 512, 8
 LOCAL = EXPERTS // RANKS
 
 
-class Numpy:
-    def array(self, a):
-        return a
-
-    def bf16(self, bits):
-        return bits
-
-    def bits(self, a):
-        return a.view(np.uint16) if a.dtype.itemsize == 2 else a.view(np.uint8)
-
-    plain = staticmethod(np.asarray)
-
-
-class Torch:
-    def __init__(self):
-        self.torch = pytest.importorskip("torch", reason="torch is not installed")
-
-    def array(self, a):
-        return self.torch.from_numpy(np.ascontiguousarray(a))
-
-    def bf16(self, bits):
-        return self.array(bits.view(np.int16)).view(self.torch.bfloat16)
-
-    def bits(self, a):
-        t = self.torch
-        return a.view(t.int16).numpy().view(np.uint16) if a.element_size() == 2 else a.view(t.uint8).numpy()
-
-    def plain(self, a):
-        return a.numpy()
-
-
 @pytest.fixture(params=[Numpy, Torch], ids=["numpy", "torch"])
 def space(request):
     return request.param()
-
-
-def as_float(bits):
-    return (bits.astype(np.uint32) << 16).view(np.float32)
-
-
-def as_bf16(values):
-    """Round to nearest even; no NaN here."""
-    u = values.astype(np.float32).view(np.uint32)
-    return ((u + 0x7FFF + ((u >> 16) & 1)) >> 16).astype(np.uint16)
 
 
 def tokens(rank, num_tokens, hidden=HIDDEN, topk=TOPK, experts=EXPERTS):

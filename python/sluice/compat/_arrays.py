@@ -56,6 +56,31 @@ class NumpySpace:
         """How often each of 0 .. num - 1 occurs; negative values do not count."""
         return numpy.bincount(values[values >= 0].ravel(), minlength=num).astype(numpy.int32)
 
+    def order(self, values: Any) -> Any:
+        """Positions that sort the values, equal ones as they stand."""
+        return numpy.argsort(values, kind="stable")
+
+    def begins(self, counts: Any) -> Any:
+        """Sums of all counts before each."""
+        return (numpy.cumsum(counts) - counts).astype(numpy.int64)
+
+    def float_of(self, array: Any) -> Any:
+        """float32 of bf16."""
+        return (self.bits(array).astype(numpy.uint32) << 16).view(numpy.float32)
+
+    def bf16_of(self, values: Any) -> Any:
+        """bf16 of float32, ties to even."""
+        u = values.view(numpy.uint32)
+        rounded = (u + numpy.uint32(0x7FFF) + ((u >> 16) & 1)) >> 16
+        quiet = (u >> 16) | 0x40
+        return numpy.where(numpy.isnan(values), quiet, rounded).astype(numpy.uint16)
+
+    def row_major(self, array: Any) -> Any:
+        return numpy.ascontiguousarray(array)
+
+    def on_host(self, array: Any) -> Any:
+        return array
+
     def columns_first(self, array: Any) -> Any:
         """The same values with the middle one of three dimensions densest in memory."""
         return numpy.ascontiguousarray(array.transpose(0, 2, 1)).transpose(0, 2, 1)
@@ -110,6 +135,24 @@ class TorchSpace:
         counts = self.torch.zeros(num + 1, dtype=self.torch.int32, device=self.device)
         ones = self.torch.ones_like(flat, dtype=self.torch.int32)
         return counts.scatter_add_(0, flat.where(flat >= 0, num), ones)[:num]
+
+    def order(self, values: Any) -> Any:
+        return self.torch.argsort(values, stable=True)
+
+    def begins(self, counts: Any) -> Any:
+        return self.torch.cumsum(counts, 0) - counts
+
+    def float_of(self, array: Any) -> Any:
+        return array.float()
+
+    def bf16_of(self, values: Any) -> Any:
+        return values.bfloat16()
+
+    def row_major(self, array: Any) -> Any:
+        return array.contiguous()
+
+    def on_host(self, array: Any) -> Any:
+        return array.detach().cpu()
 
     def columns_first(self, array: Any) -> Any:
         return array.transpose(1, 2).contiguous().transpose(1, 2)

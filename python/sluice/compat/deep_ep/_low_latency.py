@@ -16,8 +16,8 @@ _POWERS = _core.Recipe("pow2-static", s1=1.0, s2=1.0).wire
 class LowLatencyHandle:
     """What low_latency_combine() needs of its dispatch.
 
-    A sequence of five, as DeepEP's, of which (…, num_max_dispatch_tokens_per_rank, hidden,
-    num_experts) may be read; rows of an expert are ordered by source rank, then by token.
+    A sequence of five, as DeepEP's, of which the last three may be read: most tokens of a rank,
+    hidden and num_experts. Rows of an expert are ordered by source rank, then by token.
     """
 
     def __init__(self, flight: Any, sizes: tuple[int, int, int]) -> None:
