@@ -18,21 +18,22 @@ class Numpy:
 
 
 class Torch:
-    def __init__(self):
+    def __init__(self, device="cpu"):
         self.torch = pytest.importorskip("torch", reason="torch is not installed")
+        self.device = device
 
     def array(self, a):
-        return self.torch.from_numpy(np.ascontiguousarray(a))
+        return self.torch.from_numpy(np.ascontiguousarray(a)).to(self.device)
 
     def bf16(self, bits):
         return self.array(bits.view(np.int16)).view(self.torch.bfloat16)
 
     def bits(self, a):
-        t = self.torch
+        t, a = self.torch, a.cpu()
         return a.view(t.int16).numpy().view(np.uint16) if a.element_size() == 2 else a.view(t.uint8).numpy()
 
     def plain(self, a):
-        return a.numpy()
+        return a.cpu().numpy()
 
 
 def as_float(bits):

@@ -57,15 +57,32 @@ def test_torch_process_group(checkpoint, expected, tmp_path):
     check(tmp_path, expected)
 
 
-def test_mpi4py(tmp_path):
-    pytest.importorskip("mpi4py", reason="mpi4py is not installed")
+def under_mpirun(code):
     mpirun = shutil.which("mpirun") or pytest.skip("mpirun is not installed")
-    code = (
+    subprocess.run([mpirun, "--oversubscribe", "--allow-run-as-root", "-n", "2", sys.executable, "-c", code],
+                   check=True, timeout=60)
+
+
+def test_mpi4py():
+    pytest.importorskip("mpi4py", reason="mpi4py is not installed")
+    under_mpirun(
         "import sluice; from mpi4py import MPI; t = sluice.Transport.from_group(MPI.COMM_WORLD);"
         "assert t.num_ranks == 2 and t.all_gather(b'x') == [b'x', b'x']"
     )
-    subprocess.run([mpirun, "--oversubscribe", "--allow-run-as-root", "-n", "2", sys.executable, "-c", code],
-                   check=True, timeout=60)
+
+
+def test_mpi():
+    # In a process of its own: the first transport starts MPI.
+    probe = "import sluice; sluice.Transport.mpi(); assert sluice.end_mpi()"
+    alone = subprocess.run([sys.executable, "-c", probe], capture_output=True, text=True, timeout=60)
+    if "not in this build" in alone.stderr:
+        pytest.skip("this build has no MPI")
+    under_mpirun(
+        "import sluice; t = sluice.Transport.mpi(timeout_ms=20000);"
+        "assert (t.name, t.num_ranks) == ('mpi', 2);"
+        "assert t.all_gather(b'%d' % t.rank) == [b'0', b'1'];"
+        "del t; assert sluice.end_mpi()"
+    )
 
 
 class Group:

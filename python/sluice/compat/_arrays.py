@@ -81,9 +81,9 @@ class NumpySpace:
     def on_host(self, array: Any) -> Any:
         return array
 
-    def columns_first(self, array: Any) -> Any:
-        """The same values with the middle one of three dimensions densest in memory."""
-        return numpy.ascontiguousarray(array.transpose(0, 2, 1)).transpose(0, 2, 1)
+    def empty_columns_first(self, shape: tuple, dtype: str) -> Any:
+        """Of three dimensions, the middle one densest in memory."""
+        return self.empty((shape[0], shape[2], shape[1]), dtype).transpose(0, 2, 1)
 
     def exponents(self, scale: Any) -> Any:
         """Biased exponents of powers of two, four to an int32 along the last dimension."""
@@ -154,8 +154,8 @@ class TorchSpace:
     def on_host(self, array: Any) -> Any:
         return array.detach().cpu()
 
-    def columns_first(self, array: Any) -> Any:
-        return array.transpose(1, 2).contiguous().transpose(1, 2)
+    def empty_columns_first(self, shape: tuple, dtype: str) -> Any:
+        return self.empty((shape[0], shape[2], shape[1]), dtype).transpose(1, 2)
 
     def exponents(self, scale: Any) -> Any:
         exponent = (scale.view(self.torch.int32) >> 23) & 0xFF

@@ -147,7 +147,7 @@ class _Received:
         if use_fp8:
             columns = hidden // (512 if use_ue8m0 else 128)
             dtype = "i32" if use_ue8m0 else "f32"
-            self._scale = space.columns_first(space.empty((num_local, max_m, columns), dtype))
+            self._scale = space.empty_columns_first((num_local, max_m, columns), dtype)
         self.x = (self._rows, self._scale) if use_fp8 else self._rows
 
     def fill(self) -> None:
