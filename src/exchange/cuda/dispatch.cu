@@ -38,6 +38,23 @@ constexpr int kThreads = kDispatchThreads;
 constexpr int kWarps = kThreads / 32;
 constexpr int kMaxTopk = 32;
 
+/// Peers are spread over the CTAs, and a CTA's peers and their experts over its warps.
+__device__ void send_counts(const SlotParams& p, std::uint64_t epoch, const int* total) {
+  const int warp = static_cast<int>(threadIdx.x) / 32, lane = static_cast<int>(threadIdx.x) % 32;
+  const int num_ctas = static_cast<int>(gridDim.x), cta = static_cast<int>(blockIdx.x);
+  const int peers = (p.window.num_ranks - cta + num_ctas - 1) / num_ctas;
+  const int parts = max(1, kWarps / max(1, peers));
+  for (int job = warp; job < peers * parts; job += kWarps) {
+    const int turn = job / parts, part = job - turn * parts;
+    std::uint64_t* const to =
+        p.window.at<std::uint64_t>(cta + turn * num_ctas, p.counts) + p.window.rank * p.num_experts;
+#pragma unroll 4
+    for (int e = part * 32 + lane; e < p.num_experts; e += parts * 32) {
+      ptx::store_relaxed_sys(to + e, epoch << 32 | static_cast<unsigned>(total[e]));
+    }
+  }
+}
+
 /// The warps send the rows of one staged chunk; lane 0 of each owns its bulk copies.
 template <WireFormat Wire>
 __device__ void send_chunk(const SlotParams& p, const Staging& s, int first, int count,
@@ -155,16 +172,7 @@ __global__ void __launch_bounds__(kThreads, 1)
     if (i < num_slots) expert = expert_of(p, d, i);
   }
   bool ok = __syncthreads_and(reusable) != 0 || wait_for_all(p, p.returned, kReuse, epoch);
-  if (ok) {
-    // Peers are spread over CTAs, and a CTA's peers and experts over its threads.
-    const int peers = (p.window.num_ranks - cta + num_ctas - 1) / num_ctas;
-    for (int i = tid; i < peers * p.num_experts; i += kThreads) {
-      const int turn = i / p.num_experts, e = i - turn * p.num_experts;
-      std::uint64_t* const to = p.window.at<std::uint64_t>(cta + turn * num_ctas, p.counts) +
-                                p.window.rank * p.num_experts;
-      ptx::store_relaxed_sys(to + e, epoch << 32 | static_cast<unsigned>(total[e]));
-    }
-  }
+  if (ok) send_counts(p, epoch, total);
   int clipped = stage_chunk<Wire>(p, d, begin, first_count, batch, payload_of(0), scale_of(0));
   __syncthreads();  // total[] is about to become the sum over ranks.
   const Placement placement = ok ? place_experts(p, epoch, total, next) : Placement::kMissing;
@@ -184,7 +192,7 @@ __global__ void __launch_bounds__(kThreads, 1)
       assign_rows(p, d, t * p.num_topk, count * p.num_topk, t == begin ? first_expert : nullptr,
                   next, place);
     }
-    ptx::fence_proxy_async();  // The copy engine reads what ordinary stores wrote.
+    ptx::fence_proxy_async_shared();  // The copy engine reads what ordinary stores wrote.
     __syncthreads();
     send_chunk<Wire>(p, s, t, count, place, payload_of(buffer), scale_of(buffer), sent);
     if (t + s.tokens < end) {
@@ -196,10 +204,7 @@ __global__ void __launch_bounds__(kThreads, 1)
                                    scale_of(buffer ^ 1));
     }
   }
-  if (lane == 0) {
-    ptx::bulk_wait<0>();
-    ptx::fence_proxy_async();
-  }
+  if (lane == 0) ptx::bulk_wait<0>();  // Makes the copies visible to this thread, which signals.
   if (clipped > 0) atomicAdd(&p.state->stats.saturated, static_cast<unsigned long long>(clipped));
   const bool last = arrive_last(p);
   // Other CTAs may have failed; this one alone would know.
