@@ -57,8 +57,8 @@ def _once(body: Callable[[], None]) -> Callable[[], None]:
 class LowLatency:
     """Dispatch and combine in the masked layout."""
 
-    def __init__(self, transport: Any, backend: Any) -> None:
-        self._transport, self._backend = transport, backend
+    def __init__(self, place: Any) -> None:
+        self._place, transport = place, place.transport
         self._num_ranks = transport.num_ranks
         self._lanes: dict[tuple, Lane] = {}
 
@@ -73,8 +73,8 @@ class LowLatency:
                     "cannot capture: call it once before the capture, on every rank",
                 )
             exchange = _core.Exchange(
-                self._transport, self._backend, num_experts=num_experts, num_topk=topk,
-                hidden=hidden, max_tokens_per_rank=max_tokens, wire=wire,
+                self._place.transport, self._place.backend_for(space), num_experts=num_experts,
+                num_topk=topk, hidden=hidden, max_tokens_per_rank=max_tokens, wire=wire,
             )
             self._lanes[key] = Lane(exchange, space, hidden)
         return self._lanes[key]
