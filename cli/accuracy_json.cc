@@ -52,6 +52,14 @@ ordered_json profile(const std::vector<double>& channels) {
   return values;
 }
 
+ordered_json to_json(const EngineAgreement& e) {
+  return {{"same_bytes", e.same_bytes},
+          {"output", to_json(e.output)},
+          {"distance", e.distance},
+          {"limit", e.limit},
+          {"passed", e.passed()}};
+}
+
 ordered_json to_json(const RecipeCertificate& r) {
   ordered_json json = {{"name", to_string(r.name)}};
   if (!r.refused.empty()) {
@@ -67,6 +75,7 @@ ordered_json to_json(const RecipeCertificate& r) {
   json["gemm1_casts"] = to_json(r.cast1);
   json["gemm2_casts"] = to_json(r.cast2);
   json["roundings"] = to_json(r.roundings);
+  if (r.engine) json["engine"] = to_json(*r.engine);
   json["token_errors"] = r.token_errors;
   json["channel_profile"] = profile(r.channel_errors);
   return json;

@@ -3,9 +3,10 @@
 #include <fmt/core.h>
 
 #include <algorithm>
-#include <map>
 #include <vector>
 
+#include "accuracy_html.h"
+#include "accuracy_layers.h"
 #include "svg_plot.h"
 
 namespace sluice::cli {
@@ -20,7 +21,7 @@ constexpr const char* kStyle = R"(
 body{margin:0;background:var(--wash);color:var(--ink);
 font:15px/1.5 system-ui,-apple-system,"Segoe UI",Roboto,"Helvetica Neue",Arial,sans-serif}
 main{max-width:1140px;margin:0 auto;padding:32px 20px 60px}
-h1{font-size:27px;margin:0 0 4px}h2{font-size:19px;margin:0 0 4px}h3{font-size:14px;margin:14px 0 4px}
+h1{font-size:27px;margin:0 0 4px}h1.part{margin-top:40px}h2{font-size:19px;margin:0 0 4px}h3{font-size:14px;margin:14px 0 4px}
 p{margin:4px 0 10px;color:var(--soft);max-width:85ch}
 section{background:var(--paper);border:1px solid var(--line);border-radius:10px;padding:18px 22px;
 margin-top:18px}
@@ -47,14 +48,6 @@ polyline{fill:none;stroke-width:1.7;stroke-linejoin:round}
 details{margin-top:6px}summary{cursor:pointer;font-weight:600;padding:3px 0}
 )";
 
-const char* color_of(const std::string& recipe) {
-  static const std::map<std::string, const char*> colors = {
-      {"direct", "#1668dc"},         {"direct-bf16", "#8fc1ff"}, {"bf16-static", "#f2a93b"},
-      {"requant-static", "#d6336c"}, {"static", "#8a6d3b"},      {"pow2-static", "#2f9e68"}};
-  const auto found = colors.find(recipe);
-  return found == colors.end() ? "#777777" : found->second;
-}
-
 std::string text_of(const Json& value) {
   return escape_html(value.is_string() ? value.get<std::string>() : value.dump());
 }
@@ -73,15 +66,6 @@ const char* shade(const Json& value, double best) {
   return ratio > 3 ? "w3" : ratio > 1.25 ? "w2" : ratio > 1.08 ? "w1" : "";
 }
 
-/// The recipe's entry of a suite, or null where it was refused.
-const Json& recipe_of(const Json& suite, const std::string& name) {
-  static const Json nothing;
-  for (const Json& r : suite.at("recipes")) {
-    if (r.at("name") == name && !r.contains("refused")) return r;
-  }
-  return nothing;
-}
-
 class Report {
  public:
   explicit Report(const Json& json) : json_(json) {
@@ -90,12 +74,8 @@ class Report {
   }
 
   [[nodiscard]] std::string render() const {
-    return "<!doctype html><html lang='en'><head><meta charset='utf-8'>"
-           "<meta name='viewport' content='width=device-width,initial-scale=1'>"
-           "<title>Sluice accuracy certificate</title><style>" +
-           std::string(kStyle) + "</style></head><body><main>" + heading() + overview() + plots() +
-           roundings() + channels() + tokens() + scales() + definitions() +
-           "</main></body></html>\n";
+    return heading() + overview() + plots() + roundings() + channels() + tokens() + scales() +
+           definitions();
   }
 
  private:
@@ -110,7 +90,7 @@ class Report {
 
   /// recipe x suite of recipe[what]["relative_l2"].
   [[nodiscard]] std::string error_table(const char* what) const;
-  [[nodiscard]] std::string key() const;
+  [[nodiscard]] std::string key() const { return recipe_key(recipes_); }
   /// One series per recipe; f(entry of the recipe in `suite`) gives its values.
   template <class Function>
   [[nodiscard]] std::vector<PlotSeries> series(const Function& f) const {
@@ -126,13 +106,11 @@ class Report {
 std::string Report::heading() const {
   const Json& g = json_.at("geometry");
   std::string html = fmt::format(
-      "<h1>Accuracy certificate</h1><p>{}; {} experts, top-{}, hidden {}, intermediate {}, scale "
-      "group {}. {} tokens a suite, seed {}. Original weights: {}. Sluice {}.</p>"
-      "<div class='verdicts'>",
+      "<p>{}; {} experts, top-{}, hidden {}, intermediate {}, scale "
+      "group {}. {} tokens a suite, seed {}. Original weights: {}.</p><div class='verdicts'>",
       text_of(json_.at("source")), g.at("num_experts").dump(), g.at("num_topk").dump(),
       g.at("hidden").dump(), g.at("intermediate").dump(), g.at("group_size").dump(),
-      json_.at("tokens").dump(), json_.at("seed").dump(), text_of(json_.at("original_weights")),
-      text_of(json_.at("version")));
+      json_.at("tokens").dump(), json_.at("seed").dump(), text_of(json_.at("original_weights")));
   for (const Json& proof : json_.at("identity")) {
     const bool passed = proof.at("passed");
     html += fmt::format(
@@ -144,6 +122,16 @@ std::string Report::heading() const {
         passed ? text_of(proof.at("direct"))
                : text_of(proof.at("direct")) + " / " + text_of(proof.at("direct_bf16")) + " / " +
                      text_of(proof.at("definition")));
+  }
+  if (json_.contains("engines")) {
+    const Json& e = json_.at("engines");
+    const bool passed = e.at("passed");
+    html += fmt::format(
+        "<div class='verdict {}'><b>Engines, {}: {}</b>{} runs of the layer over {} ranks, held "
+        "against this certificate: bytes at GEMM1, and outputs at most {} away (limit {}).</div>",
+        passed ? "pass" : "fail", text_of(e.at("backend")), passed ? "PASS" : "FAIL",
+        e.at("runs").dump(), e.at("ranks").dump(), percent(e.at("farthest")),
+        percent(e.at("limit")));
   }
   if (json_.contains("budget")) {
     const Json& b = json_.at("budget");
@@ -180,15 +168,6 @@ std::string Report::error_table(const char* what) const {
     html += "</tr>";
   }
   return html + "</table></div>";
-}
-
-std::string Report::key() const {
-  std::string html = "<div class='key'>";
-  for (const std::string& name : recipes_) {
-    html += fmt::format("<span><i style='background:{}'></i>{}</span>", color_of(name),
-                        escape_html(name));
-  }
-  return html + "</div>";
 }
 
 std::string Report::overview() const {
@@ -372,7 +351,22 @@ std::string Report::definitions() const {
 }  // namespace
 
 std::string accuracy_report(const Json& json) {
-  return Report(json).render();
+  std::string body;
+  if (json.contains("layers")) {
+    const bool passed = json.at("passed");
+    body = fmt::format(
+        "<div class='verdicts'><div class='verdict {}'><b>All {} layers: {}</b>The worst, layer "
+        "{}, follows in full.</div></div>{}<h1 class='part'>Layer {}</h1>",
+        passed ? "pass" : "fail", json.at("layers").size(), passed ? "PASS" : "FAIL",
+        json.at("worst_layer").dump(), layers_section(json), json.at("worst_layer").dump());
+  }
+  body += Report(json.contains("layers") ? worst_layer(json) : json).render();
+  return fmt::format(
+      "<!doctype html><html lang='en'><head><meta charset='utf-8'>"
+      "<meta name='viewport' content='width=device-width,initial-scale=1'>"
+      "<title>Sluice accuracy certificate</title><style>{}</style></head><body><main>"
+      "<h1>Accuracy certificate</h1>{}<p>Sluice {}</p></main></body></html>\n",
+      kStyle, body, text_of(json.at("version")));
 }
 
 }  // namespace sluice::cli

@@ -2,12 +2,16 @@
 #include <fmt/core.h>
 #include <unistd.h>
 
+#include <algorithm>
+#include <charconv>
 #include <cstdlib>
 #include <filesystem>
 #include <fstream>
 #include <memory>
 
 #include "accuracy_json.h"
+#include "accuracy_layers.h"
+#include "accuracy_print.h"
 #include "accuracy_report.h"
 #include "command.h"
 #include "sluice/accuracy.h"
@@ -17,10 +21,12 @@
 namespace sluice::cli {
 namespace {
 
+using Json = nlohmann::ordered_json;
+
 struct Options {
-  std::string checkpoint, preset, replay, budget, html, gate = "direct";
+  std::string checkpoint, preset, replay, budget, html, layer, gate = "direct", backend = "cpu";
   std::vector<std::string> suites = {"all"}, recipes = {"all"};
-  int layer = -1, ranks = 4, threads = 0;
+  int ranks = 4, threads = 0;
   std::int64_t tokens = 32;
   std::uint64_t seed = 1;
   bool calibrate = false;
@@ -30,21 +36,20 @@ struct Options {
 /// its proof runs on a narrow stand-in, because GEMM1's input does not depend on the weights.
 class Subject {
  public:
-  explicit Subject(const Options& options) : seed_(options.seed) {
-    if (options.preset.empty()) {
-      checkpoint_.emplace(Checkpoint::open(options.checkpoint));
-      layer_ = options.layer < 0 ? checkpoint_->moe_layers().front() : options.layer;
-      source_ = make_checkpoint_source(*checkpoint_, layer_, options.seed);
-      description_ = fmt::format("checkpoint {}, layer {} ({})", options.checkpoint, layer_,
-                                 checkpoint_->format());
-    } else {
-      source_ = make_synthetic_source(preset_geometry(options.preset), options.seed);
-      description_ = "preset " + options.preset;
-    }
-  }
+  Subject(const Checkpoint& checkpoint, const std::string& path, int layer, std::uint64_t seed)
+      : seed_(seed),
+        layer_(layer),
+        checkpoint_(&checkpoint),
+        source_(make_checkpoint_source(checkpoint, layer, seed)),
+        description_(
+            fmt::format("checkpoint {}, layer {} ({})", path, layer, checkpoint.format())) {}
+  Subject(const std::string& preset, std::uint64_t seed)
+      : seed_(seed),
+        source_(make_synthetic_source(preset_geometry(preset), seed)),
+        description_("preset " + preset) {}
   ~Subject() {
     std::error_code ignored;
-    if (!stand_in_.empty()) std::filesystem::remove_all(stand_in_, ignored);
+    if (!stand_in_dir_.empty()) std::filesystem::remove_all(stand_in_dir_, ignored);
   }
   Subject(const Subject&) = delete;
   Subject& operator=(const Subject&) = delete;
@@ -52,35 +57,43 @@ class Subject {
   [[nodiscard]] const LayerSource& source() const { return *source_; }
   [[nodiscard]] const std::string& description() const { return description_; }
   [[nodiscard]] int layer() const { return layer_; }
-  [[nodiscard]] const Checkpoint* checkpoint() const {
-    return checkpoint_ && stand_in_.empty() ? &*checkpoint_ : nullptr;
-  }
-  [[nodiscard]] const Checkpoint& engine_checkpoint() {
-    if (!checkpoint_) {
-      std::string pattern =
-          (std::filesystem::temp_directory_path() / "sluice-accuracy-XXXXXX").string();
-      if (!mkdtemp(pattern.data())) {
-        throw Error(ErrorCode::kIo, "cannot make a directory like " + pattern);
-      }
-      stand_in_ = pattern;
-      SyntheticCheckpoint spec;
-      spec.geometry = source_->geometry();
-      spec.geometry.intermediate = 128;
-      spec.seed = seed_;
-      spec.with_input_scales = false;
-      write_synthetic_checkpoint(spec, stand_in_ / "checkpoint");
-      checkpoint_.emplace(Checkpoint::open(stand_in_ / "checkpoint"));
-      layer_ = checkpoint_->moe_layers().front();
-    }
-    return *checkpoint_;
+  /// Null for a preset.
+  [[nodiscard]] const Checkpoint* checkpoint() const { return checkpoint_; }
+
+  /// Engines on the checkpoint, or on the stand-in.
+  [[nodiscard]] EngineRanks engines(const Options& options, Mode mode) {
+    if (!checkpoint_ && !stand_in_) make_stand_in();
+    return {.checkpoint = checkpoint_ ? checkpoint_ : &*stand_in_,
+            .layer = checkpoint_ ? layer_ : stand_in_->moe_layers().front(),
+            .num_ranks = options.ranks,
+            .mode = mode,
+            .make_backend =
+                backends_on(options.backend == "cuda" ? Device::Kind::kCuda : Device::Kind::kHost)};
   }
 
  private:
+  void make_stand_in() {
+    std::string pattern =
+        (std::filesystem::temp_directory_path() / "sluice-accuracy-XXXXXX").string();
+    if (!mkdtemp(pattern.data())) {
+      throw Error(ErrorCode::kIo, "cannot make a directory like " + pattern);
+    }
+    stand_in_dir_ = pattern;
+    SyntheticCheckpoint spec;
+    spec.geometry = source_->geometry();
+    spec.geometry.intermediate = 128;
+    spec.seed = seed_;
+    spec.with_input_scales = false;
+    write_synthetic_checkpoint(spec, stand_in_dir_ / "checkpoint");
+    stand_in_.emplace(Checkpoint::open(stand_in_dir_ / "checkpoint"));
+  }
+
   std::uint64_t seed_;
   int layer_ = 0;
-  std::optional<Checkpoint> checkpoint_;
+  const Checkpoint* checkpoint_ = nullptr;
+  std::optional<Checkpoint> stand_in_;
   std::unique_ptr<LayerSource> source_;
-  std::filesystem::path stand_in_;
+  std::filesystem::path stand_in_dir_;
   std::string description_;
 };
 
@@ -122,115 +135,76 @@ AccuracyConfig make_config(const Options& options, const Subject& subject) {
   return config;
 }
 
-std::string percent(double ratio) {
-  return ratio != 0 && ratio < 1e-4 ? fmt::format("{:.1e}", ratio * 100)
-                                    : fmt::format("{:.3f}", ratio * 100);
-}
-
-void print_suite(const SuiteCertificate& suite) {
-  fmt::print("\n{}: {} tokens, {} rows; all numbers in per cent unless they say otherwise\n",
-             suite.name, suite.num_tokens, suite.num_rows);
-  Table errors({"recipe", "activation", "output", "worst token", "p99 channel", "SQNR dB", "total",
-                "adds", "saturated", "underflowed"});
-  Table alone({"each rounding", "weights", "activation 1", "activation 2", "accumulation",
-               "combine", "together", "root sum sq"});
-  for (const RecipeCertificate& r : suite.recipes) {
-    const std::string name = to_string(r.name);
-    if (!r.refused.empty()) {
-      errors.add({name, "refused"});
-      continue;
-    }
-    errors.add({name, percent(r.activation1.relative_l2), percent(r.output.relative_l2),
-                fmt::format("{} (#{})", percent(r.output.worst_token_error), r.output.worst_token),
-                percent(r.output.p99_channel_error), fmt::format("{:.2f}", r.output.sqnr_db),
-                r.total ? percent(r.total->relative_l2) : "-",
-                r.added_percent ? fmt::format("{:+.2f}", *r.added_percent) : "-",
-                fmt::format("{} + {}", r.cast1.saturated, r.cast2.saturated),
-                fmt::format("{} + {}", r.cast1.underflowed, r.cast2.underflowed)});
-    const RoundingErrors& e = r.roundings;
-    alone.add({name, e.weights ? percent(*e.weights) : "-", percent(e.activation1),
-               percent(e.activation2), percent(e.accumulation), percent(e.combine),
-               percent(e.together), percent(e.quadrature)});
-  }
-  fmt::print("{}\n{}", errors.to_string(), alone.to_string());
-  const ScaleSafety& s = suite.safety;
-  fmt::print("scales    {}: s1 {:.4g} headroom {:.2f}x, s2 {:.4g} headroom {:.2f}x: {}\n", s.origin,
-             s.scales.s1, s.headroom1, s.scales.s2, s.headroom2, s.recommendation);
-}
-
+/// In both modes; json["identity"] has the digests.
 bool prove(const Options& options, Subject& subject, const std::vector<TokenSuite>& suites,
-           Output& output) {
+           Json& json) {
   bool passed = true;
-  output.json["identity"] = nlohmann::ordered_json::array();
+  json["identity"] = Json::array();
   for (const Mode mode : {Mode::kLowLatency, Mode::kNormal}) {
-    const Checkpoint& checkpoint = subject.engine_checkpoint();
-    const IdentityProof proof =
-        prove_identity(checkpoint, subject.layer(), suites, options.ranks, mode);
-    fmt::print(
-        "identity  {}, {} ranks, {} tokens: GEMM1 input of direct {:016x}, direct-bf16 {:016x}, "
-        "definition {:016x}: {}\n",
-        to_string(mode), proof.num_ranks, proof.num_tokens, proof.direct, proof.direct_bf16,
-        proof.definition, proof.passed() ? "the same bytes: PASS" : "DIFFERENT: FAIL");
-    output.json["identity"].push_back(to_json(proof));
+    const IdentityProof proof = prove_identity(subject.engines(options, mode), suites);
+    if (options.layer != "all") print_identity(proof, options.backend);
+    json["identity"].push_back(to_json(proof));
     passed = passed && proof.passed();
   }
   return passed;
 }
 
-bool judge(const Options& options, const std::vector<SuiteCertificate>& certificates,
-           Output& output) {
+bool judge(const Options& options, const std::vector<SuiteCertificate>& certificates, Json& json) {
   if (options.budget.empty()) return true;
   const BudgetVerdict verdict =
       judge_budget(certificates, parse_recipe(options.gate), parse_budget(options.budget));
-  fmt::print(
-      "budget    FP8 dispatch ({}) adds {:.2f} % to the layer's total error (worst suite {}), "
-      "budget {:g} %: {}\n",
-      to_string(verdict.recipe), verdict.worst_percent, verdict.worst_suite, verdict.budget_percent,
-      verdict.passed ? "PASS" : "FAIL");
-  output.json["budget"] = to_json(verdict);
+  if (options.layer != "all") print_budget(verdict);
+  json["budget"] = to_json(verdict);
   return verdict.passed;
 }
 
-void write_html(const std::string& path, const nlohmann::ordered_json& json) {
-  std::ofstream file(path);
-  file << accuracy_report(json);
-  if (!file.flush()) throw Error(ErrorCode::kIo, "cannot write --html " + path);
-  fmt::print("report    {}\n", path);
-}
-
-void check(const Options& options) {
-  if (options.checkpoint.empty() == options.preset.empty()) {
-    throw Error(ErrorCode::kInvalidArgument, "give either --checkpoint or --preset");
+/// True if every engine that ran agrees with its certificate; json["engines"] says how many did.
+bool engines_agree(const Options& options, const std::vector<SuiteCertificate>& certificates,
+                   Json& json) {
+  int num_runs = 0, num_passed = 0;
+  double farthest = 0, limit = 0;
+  for (const SuiteCertificate& suite : certificates) {
+    for (const RecipeCertificate& r : suite.recipes) {
+      if (!r.engine) continue;
+      ++num_runs;
+      num_passed += r.engine->passed() ? 1 : 0;
+      farthest = std::max(farthest, r.engine->distance);
+      limit = r.engine->limit;
+    }
   }
-  if (!options.budget.empty()) (void)parse_budget(options.budget);
-  (void)parse_recipe(options.gate);
+  if (num_runs > 0) {
+    json["engines"] = {
+        {"backend", options.backend}, {"ranks", options.ranks}, {"runs", num_runs},
+        {"farthest", farthest},       {"limit", limit},         {"passed", num_passed == num_runs}};
+  }
+  return num_passed == num_runs;
 }
 
-void accuracy(const Options& options, Output& output) {
-  check(options);
-  Subject subject(options);
+/// One layer, whole, as JSON; printed unless it is one of many. docs/accuracy.md has the schema.
+Json certify_layer(const Options& options, Subject& subject) {
   const ModelGeometry& g = subject.source().geometry();
   const std::vector<TokenSuite> suites = make_suites(options, g);
   AccuracyConfig config = make_config(options, subject);
+  const EngineRanks engines = subject.engines(options, Mode::kLowLatency);
+  if (subject.checkpoint()) config.engine = &engines;
   fmt::print("layer     {}: {} experts, top-{}, hidden {}, intermediate {}, group {}\n",
              subject.description(), g.num_experts, g.num_topk, g.hidden, g.intermediate,
              g.group_size);
-  fmt::print("original  {}\n", subject.source().original_kind());
+  if (options.layer != "all") fmt::print("original  {}\n", subject.source().original_kind());
 
-  auto& json = output.json;
-  json = {{"command", "accuracy"},
-          {"version", version()},
-          {"source", subject.description()},
-          {"original_weights", subject.source().original_kind()},
-          {"geometry",
-           {{"num_experts", g.num_experts},
-            {"num_topk", g.num_topk},
-            {"hidden", g.hidden},
-            {"intermediate", g.intermediate},
-            {"group_size", g.group_size}}},
-          {"tokens", options.tokens},
-          {"seed", options.seed},
-          {"suites", nlohmann::ordered_json::array()}};
+  Json json = {{"source", subject.description()},
+               {"layer", subject.layer()},
+               {"original_weights", subject.source().original_kind()},
+               {"geometry",
+                {{"num_experts", g.num_experts},
+                 {"num_topk", g.num_topk},
+                 {"hidden", g.hidden},
+                 {"intermediate", g.intermediate},
+                 {"group_size", g.group_size}}},
+               {"tokens", options.tokens},
+               {"seed", options.seed},
+               {"gate", options.gate},
+               {"suites", Json::array()}};
   std::vector<SuiteCertificate> certificates;
   for (const TokenSuite& suite : suites) {
     ProgressLine progress("evaluating " + suite.name);
@@ -238,13 +212,78 @@ void accuracy(const Options& options, Output& output) {
     certificates.push_back(certify(subject.source(), suite, config));
     json["suites"].push_back(to_json(certificates.back()));
   }
-  for (const SuiteCertificate& certificate : certificates) print_suite(certificate);
-  fmt::print("\n");
-  const bool identical = prove(options, subject, suites, output);
-  const bool within_budget = judge(options, certificates, output);
-  json["passed"] = identical && within_budget;
+  if (options.layer != "all") {
+    for (const SuiteCertificate& certificate : certificates) print_suite(certificate);
+    fmt::print("\n");
+  }
+  const bool identical = prove(options, subject, suites, json);
+  const bool agree = engines_agree(options, certificates, json);
+  const bool within_budget = judge(options, certificates, json);
+  json["passed"] = identical && agree && within_budget;
+  return json;
+}
+
+void write_html(const std::string& path, const Json& json) {
+  std::ofstream file(path);
+  file << accuracy_report(json);
+  if (!file.flush()) throw Error(ErrorCode::kIo, "cannot write --html " + path);
+  fmt::print("report    {}\n", path);
+}
+
+/// The layers that --layer names; several only for `all`.
+std::vector<int> layers_of(const Options& options, const Checkpoint& checkpoint) {
+  if (options.layer.empty()) return {checkpoint.moe_layers().front()};
+  if (options.layer == "all") return checkpoint.moe_layers();
+  int layer = -1;
+  const char* const end = options.layer.data() + options.layer.size();
+  const auto [rest, error] = std::from_chars(options.layer.data(), end, layer);
+  if (error != std::errc() || rest != end || layer < 0) {
+    throw Error(ErrorCode::kInvalidArgument,
+                fmt::format("--layer '{}' is neither a layer's index nor all", options.layer));
+  }
+  return {layer};
+}
+
+void check(const Options& options) {
+  if (options.checkpoint.empty() == options.preset.empty()) {
+    throw Error(ErrorCode::kInvalidArgument, "give either --checkpoint or --preset");
+  }
+  if (!options.preset.empty() && !options.layer.empty()) {
+    throw Error(
+        ErrorCode::kInvalidArgument,
+        fmt::format("--layer {}: a preset has one layer; give --checkpoint", options.layer));
+  }
+  if (options.layer == "all" && !options.replay.empty()) {
+    throw Error(ErrorCode::kInvalidArgument,
+                "--replay holds the inputs of one layer; give its index as --layer, not all");
+  }
+  if (!options.budget.empty()) (void)parse_budget(options.budget);
+  (void)parse_recipe(options.gate);
+}
+
+void accuracy(const Options& options, Output& output) {
+  check(options);
+  Json json = {{"command", "accuracy"}, {"version", version()}, {"backend", options.backend}};
+  if (!options.preset.empty()) {
+    Subject subject(options.preset, options.seed);
+    json.update(certify_layer(options, subject));
+  } else {
+    const Checkpoint checkpoint = Checkpoint::open(options.checkpoint);
+    std::vector<Json> layers;
+    for (const int layer : layers_of(options, checkpoint)) {
+      Subject subject(checkpoint, options.checkpoint, layer, options.seed);
+      layers.push_back(certify_layer(options, subject));
+    }
+    if (options.layer == "all") {
+      json.update(join_layers(std::move(layers)));
+      print_layers(json);
+    } else {
+      json.update(layers.front());
+    }
+  }
+  output.json = json;
   if (!options.html.empty()) write_html(options.html, json);
-  output.exit_status = identical && within_budget ? 0 : 1;
+  output.exit_status = json.at("passed").get<bool>() ? 0 : 1;
 }
 
 }  // namespace
@@ -256,8 +295,8 @@ void add_accuracy(CLI::App& app, Output& output) {
   command->add_option("--checkpoint", options->checkpoint, "Checkpoint directory")
       ->check(CLI::ExistingDirectory);
   command->add_option("--preset", options->preset, "Synthetic weights of this geometry instead");
-  command->add_option("--layer", options->layer, "Layer index; default: the first with experts")
-      ->check(CLI::NonNegativeNumber);
+  command->add_option("--layer", options->layer,
+                      "Layer index, or all; default: the first with experts");
   command->add_option("--tokens", options->tokens, "Tokens per suite")
       ->check(CLI::Range(1, 1 << 20))
       ->capture_default_str();
@@ -265,7 +304,10 @@ void add_accuracy(CLI::App& app, Output& output) {
   command->add_option("--replay", options->replay, "Dump with x, topk_idx, topk_weights")
       ->check(CLI::ExistingFile);
   command->add_option("--recipe", options->recipes, "all, or recipes by name")->delimiter(',');
-  command->add_option("--ranks", options->ranks, "Ranks of the identity proof")
+  command->add_option("--backend", options->backend, "Where engines run: cpu | cuda")
+      ->check(CLI::IsMember({"cpu", "cuda"}))
+      ->capture_default_str();
+  command->add_option("--ranks", options->ranks, "Ranks of the engines")
       ->check(CLI::Range(1, 1024))
       ->capture_default_str();
   command->add_option("--budget", options->budget, "Fail if FP8 dispatch adds more, e.g. 2%");

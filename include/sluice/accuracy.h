@@ -23,6 +23,8 @@
 
 namespace sluice {
 
+class Backend;
+
 /// Tokens to judge recipes on, and those that static scales may be calibrated on.
 struct TokenSuite {
   std::string name;
@@ -96,6 +98,16 @@ struct RoundingErrors {
   double quadrature = 0;  ///< Root of the sum of their squares.
 };
 
+/// A real engine's output on the same tokens, beside the evaluator's.
+struct EngineAgreement {
+  bool same_bytes = false;  ///< GEMM1 read, byte for byte, what the scalar definition gives.
+  ErrorNumbers output;      ///< Against exact arithmetic on the INT4 weights.
+  /// ||y_engine - y_evaluator|| / ||exact||. The two relative errors differ by no more than this.
+  double distance = 0;
+  double limit = 0;  ///< engine_limit() of its device.
+  [[nodiscard]] bool passed() const noexcept { return same_bytes && distance <= limit; }
+};
+
 struct RecipeCertificate {
   RecipeName name = RecipeName::kDirect;
   std::string refused;  ///< Why it was not evaluated; empty if it was.
@@ -111,8 +123,9 @@ struct RecipeCertificate {
   std::optional<double> added_percent;
   CastCounts cast1, cast2;
   RoundingErrors roundings;
-  std::vector<double> token_errors;    ///< [num_tokens] of `output`.
-  std::vector<double> channel_errors;  ///< [hidden] of `output`.
+  std::vector<double> token_errors;       ///< [num_tokens] of `output`.
+  std::vector<double> channel_errors;     ///< [hidden] of `output`.
+  std::optional<EngineAgreement> engine;  ///< If AccuracyConfig::engine could run this recipe.
 };
 
 /// Static scales against what the suite's tokens really contain.
@@ -149,12 +162,40 @@ struct Gemm1Row {
 
 using Gemm1Function = std::function<Gemm1Row(const Recipe&, const std::uint16_t* x, int hidden)>;
 
+/// Makes the backend of one rank; all ranks are threads of this process.
+using BackendFactory = std::function<std::unique_ptr<Backend>(int rank, int num_ranks)>;
+/// Backends that share one device of this kind.
+[[nodiscard]] BackendFactory backends_on(Device::Kind kind);
+
+/// How to run a layer for real.
+struct EngineRanks {
+  const Checkpoint* checkpoint = nullptr;  ///< Borrowed.
+  int layer = 0;
+  int num_ranks = 1;
+  Mode mode = Mode::kLowLatency;
+  BackendFactory make_backend = backends_on(Device::Kind::kHost);  ///< A test plants a fault here.
+};
+
+struct EngineOutcome {
+  Device::Kind device = Device::Kind::kHost;
+  std::vector<std::uint16_t> y;    ///< [num_tokens, hidden] bf16
+  std::uint64_t gemm1_digest = 0;  ///< Of GEMM1's input bytes, over all ranks.
+};
+/// Runs `recipe` on tokens that are spread evenly over the ranks in order. Throws: as Engine.
+[[nodiscard]] EngineOutcome run_engines(const EngineRanks& ranks, RecipeName recipe,
+                                        const Workload& tokens);
+/// How far an engine's output may be from the evaluator's, both roundings of the same sums: see
+/// docs/accuracy.md#engines.
+[[nodiscard]] double engine_limit(Device::Kind kind) noexcept;
+
 struct AccuracyConfig {
   std::vector<RecipeName> recipes;            ///< Empty: all.
   std::optional<StaticScales> static_scales;  ///< Empty: from the suite's calibration tokens.
   std::vector<InputScales> expert_scales;     ///< Of each expert, for ScaleSafety; may be empty.
   Gemm1Function gemm1 = gemm1_row;            ///< A test plants a fault here.
-  int num_threads = 0;                        ///< 0: every core the process may run on.
+  /// Also runs every recipe whose static scales are the checkpoint's own. Borrowed; may be null.
+  const EngineRanks* engine = nullptr;
+  int num_threads = 0;  ///< 0: every core the process may run on.
   Progress progress;
 };
 
@@ -188,10 +229,9 @@ struct IdentityProof {
   }
 };
 
-/// Runs `direct` and `direct-bf16` over `num_ranks` ranks of this process, the tokens of all suites
-/// spread evenly over them in order.   Throws: as Engine.
-[[nodiscard]] IdentityProof prove_identity(const Checkpoint& checkpoint, int layer,
-                                           const std::vector<TokenSuite>& suites, int num_ranks,
-                                           Mode mode, const Gemm1Function& gemm1 = gemm1_row);
+/// Runs `direct` and `direct-bf16` on the tokens of all suites.   Throws: as Engine.
+[[nodiscard]] IdentityProof prove_identity(const EngineRanks& ranks,
+                                           const std::vector<TokenSuite>& suites,
+                                           const Gemm1Function& gemm1 = gemm1_row);
 
 }  // namespace sluice

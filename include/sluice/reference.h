@@ -20,15 +20,19 @@
 
 namespace sluice {
 
-/// The error a float32 backend may make: |sum - exact| <= constant * sum |a * w| per GEMM output.
+/// The error a backend may make in each GEMM output, beyond what its inputs already carry.
 struct ErrorModel {
+  /// Of float32 sums: this times sum |a * w|.
   double accumulation = 0x1p-20;
+  /// Of tensor cores, which add 32 products at a time: all of them and the running sum are aligned
+  /// to the largest exponent E, and bits below `alignment` * 2^E are dropped, as are those of the
+  /// new sum below `alignment` times itself. 0: products are summed as float32 or exactly.
+  /// docs/design.md#arithmetic derives what follows for a row.
+  double alignment = 0;
 };
 
-/// What each device keeps on the activations of real layers: 2^-20 where products are summed in
-/// float32 or exactly; 2^-14 on Hopper's tensor cores, whose accumulator keeps about 14 bits within
-/// each group of 128 (rows of uniformly random e4m3 codes reach 2^-13.8, docs/performance-gpu.md).
-/// Rows of which one channel holds nearly everything may need 2^-10 there, in layers of one group.
+/// What each device keeps: float32 sums, and on Hopper's FP8 tensor cores an accumulator of 13
+/// fraction bits within each group of 128.
 [[nodiscard]] ErrorModel error_model(Device::Kind kind) noexcept;
 
 /// y and its admissible error, one token.

@@ -2,6 +2,7 @@
 #include <algorithm>
 #include <cmath>
 
+#include "accuracy/engines.h"
 #include "accuracy/evaluator.h"
 #include "accuracy/metrics.h"
 #include "accuracy/safety.h"
@@ -114,6 +115,31 @@ void judge_output(const Evaluator& evaluator, std::int64_t width, RecipeCertific
   r.cast2 = evaluator.cast2_counts(v.together);
 }
 
+/// The layer itself, where it would use the static scales that `r` was judged with.
+void judge_engine(const Evaluator& evaluator, const Workload& tokens, const EngineRanks& ranks,
+                  const std::optional<StaticScales>& scales, RecipeCertificate& r) {
+  if (r.recipe.gemm1 == GemmInput::kStatic || r.recipe.gemm2 == GemmInput::kStatic) {
+    const std::optional<StaticScales> own = ranks.checkpoint->static_scales(ranks.layer);
+    if (!own || own->s1 != scales->s1 || own->s2 != scales->s2) return;
+  }
+  const EngineOutcome outcome = run_engines(ranks, r.name, tokens);
+  const Variant together = RecipeVariants(r.name).together;
+  const auto exact = evaluator.y(kExact), evaluated = evaluator.y(together);
+  std::vector<double> y(outcome.y.size());
+  std::ranges::transform(outcome.y, y.begin(), [](std::uint16_t bits) {
+    return static_cast<double>(bf16_to_float(bits));
+  });
+  EngineAgreement& agreement = r.engine.emplace();
+  agreement.same_bytes =
+      outcome.gemm1_digest ==
+      definition_digest(evaluator.rows(), r.name, evaluator.inputs(gemm1_cast(r.name)));
+  agreement.output = ErrorSums(exact, y, tokens.hidden).numbers();
+  const double norm = ErrorSums(exact, exact, tokens.hidden).reference_norm();
+  const double apart = ErrorSums(evaluated, y, tokens.hidden).error_norm();
+  agreement.distance = apart == 0 ? 0 : apart / norm;
+  agreement.limit = engine_limit(outcome.device);
+}
+
 void check_tokens(const LayerSource& source, const Workload& tokens) {
   const ModelGeometry& g = source.geometry();
   check_argument(tokens.num_tokens > 0, "no tokens to judge recipes on");
@@ -128,6 +154,7 @@ SuiteCertificate certify(const LayerSource& source, const TokenSuite& suite,
                          const AccuracyConfig& config) {
   using namespace accuracy;
   check_tokens(source, suite.tokens);
+  check_argument(!config.engine || config.engine->checkpoint, "engines need a checkpoint");
   check_argument(
       config.expert_scales.empty() ||
           config.expert_scales.size() == static_cast<std::size_t>(source.geometry().num_experts),
@@ -163,6 +190,9 @@ SuiteCertificate certify(const LayerSource& source, const TokenSuite& suite,
     if (!r.refused.empty()) continue;
     judge_input(evaluator, suite.tokens, r);
     judge_output(evaluator, source.geometry().hidden, r);
+    if (config.engine) {
+      judge_engine(evaluator, suite.tokens, *config.engine, scales, r);
+    }
   }
   certificate.safety = judge_scales(evaluator.rows(), suite.tokens, evaluator.h(kExact),
                                     source.geometry(), scales, origin);

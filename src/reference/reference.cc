@@ -31,13 +31,99 @@ double scale_at(const Int4Matrix& m, std::int64_t n, std::int64_t g) {
                                            : bf16_to_float(m.scales.as<std::uint16_t>()[i]);
 }
 
-/// out[n] = sum_k w[n, k] * v[k], with error constant * sum |w v| + sum |w| deviation.
-std::vector<Interval> multiply(const Int4Matrix& m, const QuantizedVector& v, double constant) {
+constexpr std::int64_t kAlignedProducts = 32;  // Of one step; see ErrorModel::alignment.
+constexpr double kMaxCode = 8;                 // Of an int4 weight.
+
+/// Largest |v| + deviation of each step of 32.
+std::vector<double> step_peaks(const QuantizedVector& v) {
+  std::vector<double> peaks(v.value.size() / kAlignedProducts, 0.0);
+  for (std::size_t k = 0; k < v.value.size(); ++k) {
+    double& peak = peaks[k / kAlignedProducts];
+    peak = std::max(peak, std::fabs(v.value[k]) + v.deviation[k]);
+  }
+  return peaks;
+}
+
+/// What aligning may lose: the sum of independent parts of known sign, each from nothing to a known
+/// size.
+struct AlignmentLoss {
+  double most = 0;     ///< All parts whole and of one sign.
+  double mean = 0;     ///< All parts half.
+  double squares = 0;  ///< Of the parts' widths.
+
+  void add(double size, double sign) {
+    most += size;
+    mean += 0.5 * sign * size;
+    squares += sign == 0 ? 4 * size * size : size * size;
+  }
+};
+
+/// In one group of row `codes`, from k = begin on, in units of the weights' scale. The cut of a
+/// step is at most `cut`:
+///  - the running sum loses less than `cut` when it is aligned, the new one when it is shortened;
+///  - a product is a multiple of the lowest bit of v, which is more than |v| / 16: where that is
+///    not below the cut, nothing is lost; elsewhere no more than the cut, nor than the product.
+AlignmentLoss alignment_loss(const std::uint8_t* codes, std::int64_t begin, std::int64_t size,
+                             const QuantizedVector& v, const std::vector<double>& peaks,
+                             double alignment) {
+  AlignmentLoss loss;
+  double sum = 0, slack = 0;  // Running sum; what flipped codes may change of it.
+  const auto sign_of_sum = [&] {
+    return std::fabs(sum) <= slack + loss.most ? 0.0 : std::copysign(1.0, sum);
+  };
+  for (std::int64_t step = begin; step < begin + size; step += kAlignedProducts) {
+    const double peak = peaks[static_cast<std::size_t>(step / kAlignedProducts)];
+    const double before = std::fabs(sum) + slack + loss.most;
+    const double cut = alignment * std::max(kMaxCode * peak, before);
+    loss.add(std::min(cut, before), sign_of_sum());
+    for (std::int64_t k = step; k < step + kAlignedProducts; ++k) {
+      const auto i = static_cast<std::size_t>(k);
+      const double w = unpack_int4(codes, k), product = w * v.value[i];
+      const double magnitude = std::fabs(v.value[i]), deviation = v.deviation[i];
+      sum += product;
+      slack += std::fabs(w) * deviation;
+      if (w != 0 && magnitude - deviation < 16 * cut) {
+        loss.add(std::min(cut, std::fabs(w) * (magnitude + deviation)),
+                 deviation >= magnitude ? 0.0 : std::copysign(1.0, product));
+      }
+    }
+    loss.add(alignment * (std::fabs(sum) + slack + loss.most), sign_of_sum());
+  }
+  return loss;
+}
+
+/// Bounds the loss of a row: parts are independent, so by Hoeffding's inequality their sum strays
+/// from its mean by more than kHoeffding times the root sum square of their widths with a
+/// probability below 1e-12. Of each group's mean an unknown share counts, as `cut` is an upper
+/// limit.
+class RowLoss {
+ public:
+  void add(const AlignmentLoss& group, double scale) {
+    most_ += scale * group.most;
+    mean_ += scale * group.mean;
+    squares_ += scale * scale * group.squares;
+    mean_squares_ += scale * scale * group.mean * group.mean;
+  }
+  [[nodiscard]] double bound() const {
+    constexpr double kHoeffding = 3.77;  // sqrt(ln(2e12) / 2)
+    return std::min(
+        most_, std::fabs(mean_) + kHoeffding * (std::sqrt(squares_) + std::sqrt(mean_squares_)));
+  }
+
+ private:
+  double most_ = 0, mean_ = 0, squares_ = 0, mean_squares_ = 0;
+};
+
+/// out[n] = sum_k w[n, k] * v[k], with what `model` allows and sum |w| deviation as its error.
+std::vector<Interval> multiply(const Int4Matrix& m, const QuantizedVector& v,
+                               const ErrorModel& model) {
   const std::int64_t num_groups = m.k() / m.group_size;
   std::vector<Interval> out(static_cast<std::size_t>(m.n()));
+  const std::vector<double> peaks = step_peaks(v);
   for (std::int64_t n = 0; n < m.n(); ++n) {
     const std::uint8_t* codes = m.codes.as<std::uint8_t>() + n * m.codes.dim(1);
     double sum = 0, magnitude = 0, flips = 0;
+    RowLoss lost;
     for (std::int64_t g = 0; g < num_groups; ++g) {
       double group_sum = 0, group_magnitude = 0, group_flips = 0;
       for (std::int64_t k = g * m.group_size; k < (g + 1) * m.group_size; ++k) {
@@ -51,8 +137,12 @@ std::vector<Interval> multiply(const Int4Matrix& m, const QuantizedVector& v, do
       sum += scale * group_sum;
       magnitude += scale * group_magnitude;
       flips += scale * group_flips;
+      if (model.alignment > 0) {
+        lost.add(alignment_loss(codes, g * m.group_size, m.group_size, v, peaks, model.alignment),
+                 scale);
+      }
     }
-    out[static_cast<std::size_t>(n)] = {sum, constant * magnitude + flips};
+    out[static_cast<std::size_t>(n)] = {sum, model.accumulation * magnitude + lost.bound() + flips};
   }
   return out;
 }
@@ -147,7 +237,7 @@ Interval swiglu_interval(const Interval& gate, const Interval& up) {
 }  // namespace
 
 ErrorModel error_model(Device::Kind kind) noexcept {
-  return {.accumulation = kind == Device::Kind::kCuda ? 0x1p-14 : 0x1p-20};
+  return {.accumulation = 0x1p-20, .alignment = kind == Device::Kind::kCuda ? 0x1p-13 : 0};
 }
 
 LayerReference::LayerReference(ExpertWeights experts, Recipe recipe, float routed_scaling_factor,
@@ -173,12 +263,11 @@ ReferenceRow LayerReference::row(const std::uint16_t* x, const std::int32_t* top
                    "topk_idx {} but the reference holds {} experts", topk_idx[k],
                    experts_.experts.size());
     const Expert& expert = experts_.experts[static_cast<std::size_t>(topk_idx[k])];
-    const std::vector<Interval> gate = multiply(expert.gate, a, model_.accumulation);
-    const std::vector<Interval> up = multiply(expert.up, a, model_.accumulation);
+    const std::vector<Interval> gate = multiply(expert.gate, a, model_);
+    const std::vector<Interval> up = multiply(expert.up, a, model_);
     std::vector<Interval> h(gate.size());
     for (std::size_t i = 0; i < h.size(); ++i) h[i] = swiglu_interval(gate[i], up[i]);
-    const std::vector<Interval> c2 =
-        multiply(expert.down, gemm2_input(h, recipe_), model_.accumulation);
+    const std::vector<Interval> c2 = multiply(expert.down, gemm2_input(h, recipe_), model_);
 
     experts_.release_pages(
         topk_idx[k]);  // A layer may be larger than memory; its tokens come one by one.

@@ -3,6 +3,7 @@
 
 #include "accuracy_fixture.h"
 #include "accuracy_json.h"
+#include "accuracy_layers.h"
 
 namespace sluice::testing {
 
@@ -21,6 +22,8 @@ inline nlohmann::ordered_json report_example() {
                                    {"group_size", 128}}},
                                  {"tokens", 9},
                                  {"seed", 1},
+                                 {"layer", 3},
+                                 {"gate", "direct"},
                                  {"suites", nlohmann::ordered_json::array()}};
   std::vector<SuiteCertificate> suites;
   for (const char* name : {"gaussian", "token-spread"}) {
@@ -30,7 +33,23 @@ inline nlohmann::ordered_json report_example() {
   IdentityProof proof;
   proof.direct = proof.direct_bf16 = proof.definition = 0xabcdef;
   json["identity"] = {cli::to_json(proof)};
+  json["passed"] = false;
   json["budget"] = cli::to_json(judge_budget(suites, RecipeName::kDirect, 0.0));
+  return json;
+}
+
+/// What `--layer all` writes, for three layers of which the second is the worst.
+inline nlohmann::ordered_json layers_example() {
+  std::vector<nlohmann::ordered_json> layers;
+  for (const int layer : {3, 4, 9}) {
+    layers.push_back(report_example());
+    layers.back()["layer"] = layer;
+    if (layer != 4) layers.back()["suites"][0]["recipes"][0]["added_percent"] = 0.5;
+    if (layer != 4) layers.back()["suites"][1]["recipes"][0]["added_percent"] = 0.5;
+    layers.back()["passed"] = layer != 4;
+  }
+  nlohmann::ordered_json json = {{"command", "accuracy"}, {"version", "test"}};
+  json.update(cli::join_layers(std::move(layers)));
   return json;
 }
 

@@ -21,10 +21,15 @@ class Identity : public ::testing::Test {
     std::error_code ignored;
     std::filesystem::remove_all(dir_, ignored);
   }
+  [[nodiscard]] EngineRanks engines(int ranks, Mode mode) const {
+    return {.checkpoint = &*checkpoint_,
+            .layer = checkpoint_->moe_layers().front(),
+            .num_ranks = ranks,
+            .mode = mode};
+  }
   [[nodiscard]] IdentityProof prove(int ranks, Mode mode,
                                     const Gemm1Function& gemm1 = gemm1_row) const {
-    return prove_identity(*checkpoint_, checkpoint_->moe_layers().front(), suites_, ranks, mode,
-                          gemm1);
+    return prove_identity(engines(ranks, mode), suites_, gemm1);
   }
 
   std::filesystem::path dir_ =

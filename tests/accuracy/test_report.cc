@@ -1,4 +1,5 @@
 // The JSON has its schema; the report is one file that needs nothing else.
+#include <fmt/core.h>
 #include <gmock/gmock.h>
 #include <gtest/gtest.h>
 
@@ -66,6 +67,39 @@ TEST(AccuracyReport, SurvivesWhatWasRefusedOrInfinite) {
   json["suites"][1]["recipes"][0]["added_percent"] = nullptr;
   json["suites"][1]["recipes"][0]["token_errors"][2] = nullptr;
   EXPECT_THAT(cli::accuracy_report(json), HasSubstr("</html>"));
+}
+
+TEST(AccuracyLayers, TheWorstIsNamedAndShownInFull) {
+  const Json json = layers_example();
+  EXPECT_EQ(json["layers"].size(), 3u);
+  EXPECT_EQ(json["worst_layer"], 4);
+  EXPECT_EQ(json["passed"], false);
+  EXPECT_EQ(json["budget"], json["layers"][1]["budget"]);
+  const std::string html = cli::accuracy_report(json);
+  EXPECT_THAT(html, HasSubstr("All 3 layers: FAIL"));
+  EXPECT_THAT(html, HasSubstr("Layer 4</h1>"));
+  EXPECT_THAT(html, HasSubstr("layers 3 to 9"));
+  ::testing::internal::CaptureStdout();
+  cli::print_layers(json);
+  const std::string printed = ::testing::internal::GetCapturedStdout();
+  EXPECT_THAT(printed, HasSubstr("FAIL: 4\n"));
+  // token-spread clips in every layer: the row shows its headroom, not that of the tame suite.
+  const Json& spread = json["layers"][0]["suites"][1]["static_scales"];
+  EXPECT_THAT(printed, HasSubstr(fmt::format("{:.3g}x", spread["headroom1"].get<double>())));
+  EXPECT_THAT(printed,
+              HasSubstr("layer 9, token-spread: " + spread["recommendation"].get<std::string>()));
+}
+
+TEST(AccuracyLayers, AFailedLayerIsWorseThanALargerError) {
+  std::vector<Json> layers = {report_example(), report_example()};
+  layers[0]["passed"] = true;
+  layers[1]["layer"] = 5;
+  layers[1]["suites"][0]["recipes"][0]["added_percent"] = 0.1;
+  layers[1]["suites"][1]["recipes"][0]["added_percent"] = 0.1;
+  EXPECT_EQ(cli::join_layers(layers)["worst_layer"], 5);
+  layers[1]["passed"] = true;
+  EXPECT_EQ(cli::join_layers(layers)["worst_layer"], 3);
+  EXPECT_EQ(cli::join_layers(layers)["passed"], true);
 }
 
 }  // namespace

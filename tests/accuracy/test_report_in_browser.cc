@@ -104,6 +104,16 @@ TEST_F(ReportInBrowser, EverythingIsDrawnAndNothingCollides) {
   EXPECT_EQ(found["collisions"], Json::array());
 }
 
+TEST_F(ReportInBrowser, AllLayersAreDrawn) {
+  const Json found = measure(cli::accuracy_report(layers_example()), 1200);
+  ASSERT_TRUE(found.is_object());
+  EXPECT_LE(found["overflow"], 0);
+  EXPECT_EQ(found["plots"], 2 + 2 + 2 * 3);  // One more for each suite.
+  EXPECT_EQ(found["sections"][0], "Layer by layer");
+  EXPECT_EQ(found["outside"], Json::array());
+  EXPECT_EQ(found["collisions"], Json::array());
+}
+
 TEST_F(ReportInBrowser, FitsANarrowScreen) {
   const Json found = measure(cli::accuracy_report(report_example()), 600);
   ASSERT_TRUE(found.is_object());

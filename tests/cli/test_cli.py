@@ -44,6 +44,27 @@ with tempfile.TemporaryDirectory() as folder:
                   data["verify"]["passed"] and data["verify"]["rows"] == 9
                   and data["recipe"]["name"] == recipe and len(data["ranks"]) == 4, r)
 
+    several = os.path.join(folder, "several")
+    r = run("make-checkpoint", "--preset", "tiny", "--layers", "3", "--out", several)
+    check("make-checkpoint of three layers", r.returncode == 0, r)
+    page = os.path.join(folder, "accuracy.html")
+    r = run("accuracy", "--checkpoint", several, "--layer", "all", "--tokens", "6", "--suite", "gaussian,outliers",
+            "--ranks", "2", "--budget", "100%", "--html", page, "--json", report)
+    with open(report) as file:
+        data = json.load(file)
+    check("accuracy of all layers", r.returncode == 0 and "all 3: PASS" in r.stdout
+          and [one["layer"] for one in data["layers"]] == [3, 4, 5]
+          and all(one["engines"]["passed"] and one["engines"]["runs"] == 12 for one in data["layers"])
+          and data["passed"] and data["worst_layer"] in (3, 4, 5) and os.path.getsize(page) > 20000, r)
+    r = run("accuracy", "--checkpoint", several, "--layer", "all", "--tokens", "6", "--suite", "gaussian", "--budget",
+            "0.001%")
+    check("one budget for all layers", r.returncode == 1 and "FAIL: 3, 4, 5" in r.stdout, r)
+    for layer, reason in (("some", "'some'"), ("7", "layer 7"), ("-1", "'-1'")):
+        r = run("accuracy", "--checkpoint", several, "--layer", layer, "--tokens", "6")
+        check(f"accuracy refuses layer {layer}", r.returncode == 2 and reason in r.stderr, r)
+    r = run("accuracy", "--preset", "tiny", "--layer", "all")
+    check("accuracy refuses layers of a preset", r.returncode == 2 and "--checkpoint" in r.stderr, r)
+
     r = run("run", "--checkpoint", model, "--ranks", "2", "--tokens", "4", "--prove")
     check("prove", r.returncode == 0 and "the same bytes" in r.stdout, r)
     r = run("run", "--checkpoint", model, "--recipe", "requant-static", "--prove")
@@ -56,7 +77,7 @@ with tempfile.TemporaryDirectory() as folder:
         "ranks that do not divide": (["--ranks", "3"], "3 ranks"),
         "tokens for other ranks": (["--ranks", "2", "--tokens", "1,2,3"], "--tokens"),
         "no token at all": (["--tokens", "0"], "no rank has a token"),
-        "transport not built": (["--transport", "ipc"], "ipc"),
+        "unknown transport": (["--transport", "shmem"], "shmem"),
     }
     for name, (arguments, text) in refusals.items():
         r = run("run", "--checkpoint", model, *arguments)

@@ -10,7 +10,7 @@
 
 namespace sluice::testing {
 
-class ScalarBackend final : public BackendOps {
+class ScalarBackend : public BackendOps {
  public:
   [[nodiscard]] Device device() const noexcept override { return {}; }
   [[nodiscard]] std::string description() const override { return "scalar"; }
@@ -75,6 +75,14 @@ class ScalarBackend final : public BackendOps {
     }
   }
 
+ protected:
+  /// sum a[k] * w[k] of one scale group.
+  [[nodiscard]] virtual float sum_of_group(const double* a, const double* w, int size) const {
+    float sum = 0;
+    for (int k = 0; k < size; ++k) sum += static_cast<float>(w[k]) * static_cast<float>(a[k]);
+    return sum;
+  }
+
  private:
   struct Buffer final : DeviceBuffer {
     explicit Buffer(std::size_t bytes) : bytes_(bytes), data_(new std::byte[bytes + 128]) {}
@@ -112,19 +120,19 @@ class ScalarBackend final : public BackendOps {
     }
   }
 
-  static std::vector<float> multiply(const Int4Matrix& m, const QuantizedRows& in,
-                                     std::int64_t row) {
+  std::vector<float> multiply(const Int4Matrix& m, const QuantizedRows& in,
+                              std::int64_t row) const {
     const std::int64_t groups = m.k() / m.group_size;
+    std::vector<double> a(static_cast<std::size_t>(m.group_size)), w(a.size());
     std::vector<float> out(static_cast<std::size_t>(m.n()));
     for (std::int64_t n = 0; n < m.n(); ++n) {
       float sum = 0;
       for (std::int64_t g = 0; g < groups; ++g) {
-        float partial = 0;
-        for (std::int64_t k = g * m.group_size; k < (g + 1) * m.group_size; ++k) {
-          partial +=
-              static_cast<float>(unpack_int4(m.codes.as<std::uint8_t>() + n * (m.k() / 2), k)) *
-              e4m3_to_float(in.codes[row * in.width + k]);
+        for (std::int64_t k = g * m.group_size, i = 0; i < m.group_size; ++k, ++i) {
+          w[i] = unpack_int4(m.codes.as<std::uint8_t>() + n * (m.k() / 2), k);
+          a[i] = e4m3_to_float(in.codes[row * in.width + k]);
         }
+        const float partial = sum_of_group(a.data(), w.data(), m.group_size);
         const float ws = m.scales.dtype == DType::kFloat32
                              ? m.scales.as<float>()[n * groups + g]
                              : bf16_to_float(m.scales.as<std::uint16_t>()[n * groups + g]);

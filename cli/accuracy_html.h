@@ -1,0 +1,18 @@
+// accuracy_html.h - what the parts of the accuracy report share.
+#pragma once
+
+#include <nlohmann/json.hpp>
+#include <string>
+#include <vector>
+
+namespace sluice::cli {
+
+/// "#rrggbb" of a recipe, the same in every plot.
+[[nodiscard]] const char* color_of(const std::string& recipe);
+/// Recipes with their colours.
+[[nodiscard]] std::string recipe_key(const std::vector<std::string>& recipes);
+/// The recipe's entry of a suite, or null where it was refused.
+[[nodiscard]] const nlohmann::ordered_json& recipe_of(const nlohmann::ordered_json& suite,
+                                                      const std::string& name);
+
+}  // namespace sluice::cli
