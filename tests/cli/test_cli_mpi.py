@@ -64,10 +64,10 @@ with tempfile.TemporaryDirectory() as folder:
             if recipe not in ("requant-static", "pow2-static"):
                 arguments.append("--prove")
             outcome = {}
-            for transport in ("inproc", "mpi"):
+            for transport in ("inproc", "mpi", "ipc"):
                 name = f"{transport} {mode} {recipe}"
                 extra = [*arguments, "--transport", transport, "--ranks", str(RANKS)]
-                r = run(SLUICE, *extra) if transport == "inproc" else processes((RANKS, extra))
+                r = processes((RANKS, extra)) if transport == "mpi" else run(SLUICE, *extra)
                 check(name, r.returncode == 0 and "all within bounds" in r.stdout, r)
                 check(f"{name}: one voice", r.stdout.count("ranks     4 over " + transport) == 1, r)
                 with open(report) as file:
@@ -75,7 +75,16 @@ with tempfile.TemporaryDirectory() as folder:
                 check_formula(name, mode, recipe, data, r)
                 outcome[transport] = (data["outputs_digest"], data.get("identity"),
                                       [p["rows_per_expert"] for p in data["ranks"]])
-            check(f"{mode} {recipe}: the same bytes over both", outcome["inproc"] == outcome["mpi"], r)
+            check(f"{mode} {recipe}: the same bytes over all", outcome["inproc"] == outcome["mpi"] == outcome["ipc"], r)
+
+    # Over ipc sluice starts its own processes, unless a launcher did; each cause is said once.
+    ipc = ["run", "--checkpoint", model, "--tokens", "4", "--transport", "ipc"]
+    r = run(SLUICE, *ipc, "--ranks", "3")
+    check("ipc: refused once", r.returncode == 2 and r.stderr.count("8 experts are not divisible by 3 ranks") == 1, r)
+    r = processes((2, ipc))
+    check("ipc under mpirun", r.returncode == 0 and "2 over ipc" in r.stdout, r)
+    r = processes((2, [*ipc, "--ranks", "4"]))
+    check("ipc: ranks and processes differ", r.returncode != 0 and "--ranks 4 over ipc: the job has 2 processes" in r.stderr, r)
 
     # What --stats prints, --json holds and --metrics writes.
     r = processes((RANKS, [*common, "--repeat", "2", "--transport", "mpi", "--stats", "--metrics", metrics,
