@@ -12,7 +12,8 @@ namespace {
 
 struct Options {
   std::string backend = "cpu", mode = "low-latency", wire = "fp8", routing = "uniform";
-  int ranks = 8, experts = 256, topk = 8, hidden = 7168, pairs = 20, repeats = 10, sms = 0;
+  int ranks = 8, experts = 256, topk = 8, hidden = 7168, pairs = 20, repeats = 10, sms = 0,
+      devices = 0;
   std::vector<int> tokens = {1, 16, 64, 128};
   bool without_all_gather = false;
   std::uint64_t seed = 1;
@@ -38,11 +39,20 @@ nlohmann::ordered_json to_json(const ExchangeBenchTimes& t) {
           {"off_rank_share", t.off_rank_share}};
 }
 
+/// What one device sends and receives over its link in a pair, against what a copy gets.
+std::string share_of_link(const ExchangeBenchTimes& t, const ExchangeBenchReport& report) {
+  if (report.num_devices < 2) return "-";
+  const double bytes = (t.dispatch_bytes + t.combine_bytes) * t.off_rank_share;
+  const double gbytes_per_s = bytes / report.num_devices / t.pair_us * 1e-3;
+  return fmt::format("{:.0f} %", 100 * gbytes_per_s / report.link_gbytes_per_s);
+}
+
 void run(const Options& options, Output& output) {
   const WireFormat wire = parse_wire(options.wire);
   const ExchangeBenchConfig config{
       .device = options.backend == "cuda" ? Device::Kind::kCuda : Device::Kind::kHost,
       .num_ranks = options.ranks,
+      .num_devices = options.devices,
       .exchange = {.mode = parse_mode(options.mode),
                    .wire = wire,
                    .static_scale = wire == WireFormat::kE4m3Static ? 0.05f : 0.0f,
@@ -65,10 +75,14 @@ void run(const Options& options, Output& output) {
              options.hidden, options.routing);
   fmt::print("device    {}: copies {:.0f} GB/s (read and written), reads {:.0f} GB/s\n",
              report.device, report.copy_gbytes_per_s, report.read_gbytes_per_s);
+  if (report.num_devices > 1) {
+    fmt::print("link      {} devices; one copies {:.0f} GB/s from another\n", report.num_devices,
+               report.link_gbytes_per_s);
+  }
   fmt::print("times     us, slowest rank, medians; pair: {} free-running pairs, no host between\n",
              options.pairs);
   Table table({"tokens/rank", "rows", "dispatch", "combine", "pair", "out MB", "home MB",
-               "pair GB/s", "AG", "RS", "AG+RS", "workspace"});
+               "pair GB/s", "of link", "AG", "RS", "AG+RS", "workspace"});
   for (const ExchangeBenchCase& c : report.cases) {
     const ExchangeBenchTimes& t = c.exchange;
     const bool ag = config.with_all_gather;
@@ -76,8 +90,8 @@ void run(const Options& options, Output& output) {
                us(t.combine_us), us(t.pair_us), fmt::format("{:.2f}", t.dispatch_bytes * 1e-6),
                fmt::format("{:.2f}", t.combine_bytes * 1e-6),
                fmt::format("{:.0f}", (t.dispatch_bytes + t.combine_bytes) / t.pair_us * 1e-3),
-               ag ? us(c.all_gather.dispatch_us) : "-", ag ? us(c.all_gather.combine_us) : "-",
-               ag ? us(c.all_gather.pair_us) : "-",
+               share_of_link(t, report), ag ? us(c.all_gather.dispatch_us) : "-",
+               ag ? us(c.all_gather.combine_us) : "-", ag ? us(c.all_gather.pair_us) : "-",
                human_bytes(static_cast<double>(c.workspace_bytes))});
     nlohmann::ordered_json row = {{"tokens_per_rank", c.tokens_per_rank},
                                   {"rows", c.rows},
@@ -95,6 +109,8 @@ void run(const Options& options, Output& output) {
   output.json["device"] = report.device;
   output.json["copy_gbytes_per_s"] = report.copy_gbytes_per_s;
   output.json["read_gbytes_per_s"] = report.read_gbytes_per_s;
+  output.json["num_devices"] = report.num_devices;
+  output.json["link_gbytes_per_s"] = report.link_gbytes_per_s;
 }
 
 }  // namespace
@@ -103,7 +119,11 @@ void add_bench_exchange(CLI::App& bench, Output& output) {
   CLI::App* command = bench.add_subcommand(
       "exchange", "Dispatch and combine over ranks of this process; checked, then timed");
   const auto options = std::make_shared<Options>();
-  command->add_option("--backend", options->backend, "cpu | cuda (ranks as streams of device 0)")
+  command
+      ->add_option("--devices", options->devices,
+                   "GPUs to spread ranks over; default: all there are")
+      ->check(CLI::Range(1, 64));
+  command->add_option("--backend", options->backend, "cpu | cuda (ranks as streams of its devices)")
       ->check(CLI::IsMember({"cpu", "cuda"}))
       ->capture_default_str();
   command->add_option("--ranks", options->ranks, "Expert-parallel ranks")

@@ -22,7 +22,7 @@ constexpr std::chrono::milliseconds kPatience{10'000};
 struct Options {
   std::string checkpoint, mode = "low-latency", recipe = "direct", backend = "cpu",
                           transport = "inproc", routing = "uniform";
-  int layer = -1, ranks = 0, repeats = 5;
+  int layer = -1, ranks = 0, repeats = 5, devices = 0;
   std::vector<std::int64_t> tokens = {32};
   std::uint64_t seed = 1;
   std::int64_t verify = 8;
@@ -40,6 +40,7 @@ LayerRunConfig resolve(const Options& options, const Environment& environment, i
       .mode = parse_mode(options.mode),
       .recipe = parse_recipe(options.recipe),
       .backend = options.backend == "cuda" ? Device::Kind::kCuda : Device::Kind::kHost,
+      .num_devices = options.devices,
       .routing = parse_routing(options.routing),
       .seed = options.seed,
       .repeats = options.repeats,
@@ -359,6 +360,10 @@ void add_run(CLI::App& app, Output& output) {
   command->add_option("--backend", options->backend, "cpu | cuda")
       ->check(CLI::IsMember({"cpu", "cuda"}))
       ->capture_default_str();
+  command
+      ->add_option("--devices", options->devices,
+                   "GPUs of each host to spread its ranks over; default: all there are")
+      ->check(CLI::Range(1, 64));
   command
       ->add_option("--transport", options->transport,
                    "inproc (ranks are threads) | ipc (ranks are processes of this host, started "

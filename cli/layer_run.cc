@@ -152,8 +152,8 @@ RankResult run_rank(const LayerRunConfig& config, const Checkpoint& checkpoint, 
       }
     }
     repeats.push_back(engine.stats());
+    engine.check();  // Before the next wait, which would come on top of one that failed.
   }
-  engine.check();
   // Every rank reports the same repeat: the one whose slowest rank is the median.
   std::vector<double> mine(repeats.size());
   std::ranges::transform(repeats, mine.begin(), [](const auto& s) { return s.times.total_us; });
@@ -200,9 +200,8 @@ LayerRunResult run_layer(const LayerRunConfig& config, const Checkpoint& checkpo
   LayerRunResult result;
   const auto parts = launch.run_ranks([&](int r, Transport& transport) {
     const Launch::Place place = launch.place_of(r);
-    const auto backend = make_backend({.device = {config.backend, 0},
-                                       .local_rank = place.local_rank,
-                                       .num_local_ranks = place.num_local_ranks});
+    const auto backend = make_backend(
+        place_rank(config.backend, place.local_rank, place.num_local_ranks, config.num_devices));
     if (r == 0) result.backend = backend->description();
     return encode(run_rank(config, checkpoint, r, transport, *backend, result));
   });

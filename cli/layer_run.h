@@ -22,6 +22,7 @@ struct LayerRunConfig {
   Mode mode = Mode::kLowLatency;
   RecipeName recipe = RecipeName::kDirect;
   Device::Kind backend = Device::Kind::kHost;
+  int num_devices = 0;  ///< That the ranks of a host spread over; 0 = all there are.
   RoutingKind routing = RoutingKind::kUniform;
   std::uint64_t seed = 1;
   int repeats = 1;

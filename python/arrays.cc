@@ -77,42 +77,54 @@ std::string describe(const nb::dlpack::dtype& dtype) {
   }
 }
 
+using nb::dlpack::dltensor;
+
 template <class NdArray>
-Device device_of_array(const NdArray& array, const char* name) {
-  switch (array.device_type()) {
+dltensor tensor_of(const NdArray& array) {
+  return {.data = const_cast<void*>(static_cast<const void*>(array.data())),
+          .device = {array.device_type(), array.device_id()},
+          .ndim = static_cast<std::int32_t>(array.ndim()),
+          .dtype = array.dtype(),
+          .shape = const_cast<std::int64_t*>(array.shape_ptr()),
+          .strides = const_cast<std::int64_t*>(array.stride_ptr())};
+}
+
+Device device_of_tensor(const dltensor& tensor, const char* name) {
+  switch (tensor.device.device_type) {
     case kDlCpu:
     case kDlCudaHost:
       return {Device::Kind::kHost, 0};
     case kDlCuda:
     case kDlCudaManaged:
-      return {Device::Kind::kCuda, array.device_id()};
+      return {Device::Kind::kCuda, tensor.device.device_id};
     default:
       throw Error(ErrorCode::kInvalidArgument,
                   fmt::format("{}: lives on a device of DLPack type {}, expected cpu or cuda", name,
-                              array.device_type()));
+                              tensor.device.device_type));
   }
 }
 
-template <class NdArray>
-std::string shape_text(const NdArray& array) {
+std::string list_text(const std::int64_t* values, int num) {
   std::string text = "[";
-  for (std::size_t i = 0; i < array.ndim(); ++i) {
-    text += fmt::format("{}{}", i ? ", " : "", array.shape(i));
-  }
+  for (int i = 0; i < num; ++i) text += fmt::format("{}{}", i ? ", " : "", values[i]);
   return text + "]";
 }
 
+std::string shape_text(const dltensor& tensor) {
+  return list_text(tensor.shape, tensor.ndim);
+}
+
 /// Row-major and dense, strides of dimensions of one element aside.
-template <class NdArray>
-bool is_contiguous(const NdArray& array) {
-  if (array.size() == 0) return true;
+bool is_contiguous(const dltensor& tensor) {
+  if (tensor.strides == nullptr) return true;
   std::int64_t stride = 1;
-  for (std::size_t i = array.ndim(); i-- > 0;) {
-    const auto dim = static_cast<std::int64_t>(array.shape(i));
-    if (dim != 1 && array.stride(i) != stride) return false;
-    stride *= dim;
+  bool dense = true;
+  for (int i = tensor.ndim; i-- > 0;) {
+    if (tensor.shape[i] == 0) return true;
+    if (tensor.shape[i] != 1 && tensor.strides[i] != stride) dense = false;
+    stride *= tensor.shape[i];
   }
-  return true;
+  return dense;
 }
 
 [[noreturn]] void refuse(const Expected& expected, const char* what, const std::string& wanted,
@@ -121,55 +133,51 @@ bool is_contiguous(const NdArray& array) {
               fmt::format("{}: expected {} {}, got {}", expected.name, what, wanted, seen));
 }
 
-template <class NdArray>
-DType checked_dtype(const NdArray& array, const Expected& expected) {
+DType checked_dtype(const dltensor& tensor, const Expected& expected) {
   std::string wanted;
   for (const DType dtype : expected.dtypes) {
-    if (is_dtype(array.dtype(), dtype)) return dtype;
+    if (is_dtype(tensor.dtype, dtype)) return dtype;
     wanted += (wanted.empty() ? "" : " or ") + std::string(describe(dtype));
   }
-  refuse(expected, "dtype", wanted, describe(array.dtype()));
+  refuse(expected, "dtype", wanted, describe(tensor.dtype));
+}
+
+Shape shape_of(const dltensor& tensor) {
+  const std::int64_t* d = tensor.shape;
+  switch (tensor.ndim) {
+    case 0:
+      return {};
+    case 1:
+      return {d[0]};
+    case 2:
+      return {d[0], d[1]};
+    case 3:
+      return {d[0], d[1], d[2]};
+    default:
+      return {d[0], d[1], d[2], d[3]};
+  }
 }
 
 /// Fills a view of either kind. Throws: kInvalidArgument.
-template <class NdArray, class View>
-void check(const NdArray& array, const Expected& expected, View& view) {
-  view.dtype = checked_dtype(array, expected);
-  bool fits = array.ndim() == expected.dims.size();
-  for (std::size_t i = 0; fits && i < array.ndim(); ++i) {
-    fits = expected.dims[i] < 0 || expected.dims[i] == static_cast<std::int64_t>(array.shape(i));
+template <class View>
+void check(const dltensor& tensor, const Expected& expected, View& view) {
+  view.dtype = checked_dtype(tensor, expected);
+  bool fits = static_cast<std::size_t>(tensor.ndim) == expected.dims.size();
+  for (std::size_t i = 0; fits && i < expected.dims.size(); ++i) {
+    fits = expected.dims[i] < 0 || expected.dims[i] == tensor.shape[i];
   }
-  if (!fits) refuse(expected, "shape", expected.shape, shape_text(array));
-  view.device = device_of_array(array, expected.name);
+  if (!fits) refuse(expected, "shape", expected.shape, shape_text(tensor));
+  view.device = device_of_tensor(tensor, expected.name);
   if (view.device != expected.device) {
     refuse(expected, "memory on", to_text(expected.device), to_text(view.device));
   }
-  if (!is_contiguous(array)) {
-    std::string strides;
-    for (std::size_t i = 0; i < array.ndim(); ++i) {
-      strides += fmt::format("{}{}", i ? ", " : "", array.stride(i));
-    }
+  if (!is_contiguous(tensor)) {
     refuse(expected, "C-contiguous memory,", "the last dimension densest",
-           fmt::format("shape {} with strides [{}] in elements", shape_text(array), strides));
+           fmt::format("shape {} with strides {} in elements", shape_text(tensor),
+                       list_text(tensor.strides, tensor.ndim)));
   }
-  const auto dim = [&](std::size_t i) { return static_cast<std::int64_t>(array.shape(i)); };
-  switch (array.ndim()) {
-    case 0:
-      view.shape = {};
-      break;
-    case 1:
-      view.shape = {dim(0)};
-      break;
-    case 2:
-      view.shape = {dim(0), dim(1)};
-      break;
-    case 3:
-      view.shape = {dim(0), dim(1), dim(2)};
-      break;
-    default:
-      view.shape = {dim(0), dim(1), dim(2), dim(3)};
-  }
-  view.data = array.data();
+  view.shape = shape_of(tensor);
+  view.data = static_cast<std::byte*>(tensor.data) + tensor.byte_offset;
 }
 
 /// numpy arrays of ml_dtypes have neither DLPack nor a buffer: their bits have.
@@ -181,12 +189,23 @@ nb::object bits_of(nb::handle object) {
   return bits ? nb::object(nb::borrow(object).attr("view")(bits)) : nb::object();
 }
 
+/// By DLPack or the buffer protocol, into `array`, which keeps the memory alive.
 template <class NdArray>
-bool try_import(nb::handle object, NdArray& array) {
-  if (nb::try_cast(object, array)) return true;
-  PyErr_Clear();
-  const nb::object bits = bits_of(object);
-  return bits.is_valid() && nb::try_cast(bits, array);
+bool import_by_protocol(nb::handle object, NdArray& array, dltensor& tensor) {
+  bool done = nb::try_cast(object, array);
+  if (!done) {
+    PyErr_Clear();
+    const nb::object bits = bits_of(object);
+    done = bits.is_valid() && nb::try_cast(bits, array);
+  }
+  if (done) tensor = tensor_of(array);
+  return done;
+}
+
+template <class NdArray>
+bool try_import(nb::handle object, Framework framework, NdArray& array, dltensor& tensor) {
+  if (framework && framework.import(object, tensor)) return true;
+  return import_by_protocol(object, array, tensor);
 }
 
 [[noreturn]] void refuse_object(const char* name, nb::handle object) {
@@ -214,10 +233,13 @@ const char* numpy_name(DType dtype) {
   }
 }
 
-nb::dlpack::dtype export_dtype(DType dtype, bool host) {
+/// `plain`: bf16 and e4m3 as integers, for those who have no such types.
+nb::dlpack::dtype export_dtype(DType dtype, bool plain) {
   switch (dtype) {
     case DType::kBFloat16:
-      return host ? make_dtype(Code::UInt, 16) : make_dtype(Code::Bfloat, 16);
+      return plain ? make_dtype(Code::UInt, 16) : make_dtype(Code::Bfloat, 16);
+    case DType::kFloat8E4M3:
+      return make_dtype(plain ? Code::UInt : Code::Float8_E4M3FN, 8);
     case DType::kInt8:
       return make_dtype(Code::Int, 8);
     case DType::kInt32:
@@ -264,7 +286,7 @@ nb::object device_empty(const Expected& expected, Backend& backend) {
     delete static_cast<DeviceBuffer*>(p);  // NOLINT(cppcoreguidelines-owning-memory)
   });
   return nb::cast(nb::ndarray<>(data, dims.size(), dims.data(), owner, nullptr,
-                                export_dtype(*expected.dtypes.begin(), false), kDlCuda,
+                                export_dtype(*expected.dtypes.begin(), true), kDlCuda,
                                 expected.device.index));
 }
 
@@ -272,63 +294,91 @@ nb::object device_empty(const Expected& expected, Backend& backend) {
 
 Input import_input(const Array& array, const Expected& expected) {
   Input input;
-  if (!try_import(array.object, input.array)) refuse_object(expected.name, array.object);
-  check(input.array, expected, input.view);
+  dltensor tensor;
+  input.object = array.object;
+  input.framework = Framework::of(array.object);
+  if (!try_import(array.object, input.framework, input.array, tensor)) {
+    refuse_object(expected.name, array.object);
+  }
+  check(tensor, expected, input.view);
   return input;
 }
 
 Output import_output(const Array& array, const Expected& expected) {
   Output output{.object = array.object, .array = {}, .view = {}};
-  if (!try_import(array.object, output.array)) {
+  dltensor tensor;
+  if (!try_import(array.object, Framework::of(array.object), output.array, tensor)) {
     nb::ndarray<nb::ro> readable;
-    if (!try_import(array.object, readable)) refuse_object(expected.name, array.object);
+    if (!import_by_protocol(array.object, readable, tensor)) {
+      refuse_object(expected.name, array.object);
+    }
     refuse(expected, "memory that is", "writable", "a read-only array");
   }
-  check(output.array, expected, output.view);
+  check(tensor, expected, output.view);
   return output;
 }
 
-Output output_or_new(const std::optional<Array>& out, const Expected& expected, Backend& backend) {
+Output output_or_new(const std::optional<Array>& out, const Expected& expected, Framework framework,
+                     Backend& backend) {
   if (out) return import_output(*out, expected);
+  const DType dtype = *expected.dtypes.begin();
   const bool host = expected.device.kind == Device::Kind::kHost;
-  return import_output({host ? numpy_empty(expected.dims, *expected.dtypes.begin())
-                             : device_empty(expected, backend)},
-                       expected);
+  return import_output(
+      {framework ? framework.allocate(export_dtype(dtype, false), expected.dims, expected.device)
+       : host    ? numpy_empty(expected.dims, dtype)
+                 : device_empty(expected, backend)},
+      expected);
 }
 
 Device device_of(const Array& array, const char* name) {
   nb::ndarray<nb::ro> any;
-  if (!try_import(array.object, any)) refuse_object(name, array.object);
-  return device_of_array(any, name);
+  dltensor tensor;
+  if (!try_import(array.object, Framework::of(array.object), any, tensor)) {
+    refuse_object(name, array.object);
+  }
+  return device_of_tensor(tensor, name);
 }
 
 int rank_of(const Array& array, const char* name) {
   nb::ndarray<nb::ro> any;
-  if (!try_import(array.object, any)) refuse_object(name, array.object);
-  return static_cast<int>(any.ndim());
+  dltensor tensor;
+  if (!try_import(array.object, Framework::of(array.object), any, tensor)) {
+    refuse_object(name, array.object);
+  }
+  return tensor.ndim;
 }
 
-nb::object export_view(const TensorView& view, nb::handle owner) {
+nb::object export_view(const TensorView& view, nb::handle owner, Framework framework) {
   if (view.empty()) return nb::none();
+  if (framework) return framework.wrap(view, export_dtype(view.dtype, false), owner);
   const auto dims = extents(view.shape);
+  const nb::dlpack::dtype dtype = export_dtype(view.dtype, true);
   if (view.device.kind == Device::Kind::kHost) {
-    return nb::cast(nb::ndarray<nb::numpy, nb::ro>(view.data, dims.size(), dims.data(), owner,
-                                                   nullptr, export_dtype(view.dtype, true)));
+    return nb::cast(
+        nb::ndarray<nb::numpy, nb::ro>(view.data, dims.size(), dims.data(), owner, nullptr, dtype));
   }
   // DLPack of this generation has no read-only device memory.
   return nb::cast(nb::ndarray<>(const_cast<void*>(view.data), dims.size(), dims.data(), owner,
-                                nullptr, export_dtype(view.dtype, false), kDlCuda,
-                                view.device.index));
+                                nullptr, dtype, kDlCuda, view.device.index));
 }
 
-nb::object export_copy(const void* data, DType dtype, const Shape& shape) {
+nb::object export_copy(const void* data, DType dtype, const Shape& shape, Framework framework) {
   std::vector<std::int64_t> dims;
   for (int i = 0; i < shape.rank(); ++i) dims.push_back(shape[i]);
-  nb::object array = numpy_empty(dims, dtype);
-  const auto target = nb::cast<nb::ndarray<>>(array);
+  nb::object array = framework ? framework.allocate(export_dtype(dtype, false), dims, Device{})
+                               : numpy_empty(dims, dtype);
+  nb::ndarray<> target;
+  dltensor tensor;
+  try_import(array, framework, target, tensor);
   const std::size_t bytes = static_cast<std::size_t>(shape.num_elements()) * size_bytes(dtype);
-  if (bytes > 0) std::memcpy(target.data(), data, bytes);
+  if (bytes > 0) std::memcpy(tensor.data, data, bytes);
   return array;
+}
+
+Stream to_stream(const StreamArgument& stream, Framework framework, Device device) {
+  if (device.kind == Device::Kind::kHost) return {};
+  if (stream) return {reinterpret_cast<void*>(*stream)};
+  return framework ? framework.current_stream(device) : Stream{};
 }
 
 std::string to_text(const Device& device) {

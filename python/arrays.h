@@ -14,12 +14,11 @@
 #include <string_view>
 #include <vector>
 
+#include "framework.h"
 #include "sluice/backend.h"
 #include "sluice/tensor.h"
 
 namespace sluice::python {
-
-namespace nb = nanobind;
 
 /// An argument that has yet to be imported.
 struct Array {
@@ -35,10 +34,12 @@ struct Expected {
   Device device{};
 };
 
-/// A view together with the reference that keeps its memory alive.
+/// A view together with the references that keep its memory alive.
 struct Input {
-  nb::ndarray<nb::ro> array;
+  nb::object object;
+  nb::ndarray<nb::ro> array;  ///< Empty where `object` itself is enough.
   TensorView view;
+  Framework framework;
 };
 struct Output {
   nb::object object;  ///< What the caller gave, or a new array.
@@ -49,19 +50,26 @@ struct Output {
 [[nodiscard]] Input import_input(const Array& array, const Expected& expected);
 /// As above; the array must be writable.
 [[nodiscard]] Output import_output(const Array& array, const Expected& expected);
-/// `out` if there is one, else a new array: numpy's for the host, a DLPack one of `backend` for its
-/// device. `expected` has one dtype and no dimension of -1.
+/// `out` if there is one, else a new array: of `framework` if that is one, numpy's for the host, a
+/// DLPack one of `backend` for its device. `expected` has one dtype and no dimension of -1.
 [[nodiscard]] Output output_or_new(const std::optional<Array>& out, const Expected& expected,
-                                   Backend& backend);
+                                   Framework framework, Backend& backend);
 
 /// Of an array whose dtype and shape are not looked at yet.
 [[nodiscard]] Device device_of(const Array& array, const char* name);
 [[nodiscard]] int rank_of(const Array& array, const char* name);
 
-/// Memory of somebody else as an array; `owner` is kept alive. Empty views give None.
-[[nodiscard]] nb::object export_view(const TensorView& view, nb::handle owner);
-/// A copy of host memory as a numpy array.
-[[nodiscard]] nb::object export_copy(const void* data, DType dtype, const Shape& shape);
+/// Memory of somebody else as an array of `framework`, if that is one; `owner` is kept alive. Empty
+/// views give None.
+[[nodiscard]] nb::object export_view(const TensorView& view, nb::handle owner,
+                                     Framework framework = {});
+/// A copy of host memory as an array.
+[[nodiscard]] nb::object export_copy(const void* data, DType dtype, const Shape& shape,
+                                     Framework framework = {});
+
+/// What a call's `stream` says: a handle, or None for the framework's current stream.
+using StreamArgument = std::optional<std::uintptr_t>;
+[[nodiscard]] Stream to_stream(const StreamArgument& stream, Framework framework, Device device);
 
 [[nodiscard]] std::string to_text(const Device& device);
 /// "cpu", "cuda" or "cuda:1". Throws: kInvalidArgument.

@@ -52,9 +52,9 @@ void bind_backend(nb::module_& m) {
           "Bytes per second this device reads, measured now (about 0.2 s).")
       .def(
           "synchronize",
-          [](PyBackend& b, std::uintptr_t stream) {
+          [](PyBackend& b, const StreamArgument& stream) {
             const Call call(b);
-            b.backend->synchronize(to_stream(stream));
+            b.backend->synchronize(to_stream(stream, {}, b.device()));
           },
           "stream"_a = 0, "Waits for everything queued on `stream`. Nothing to do on the CPU.")
       .def("__repr__",

@@ -25,7 +25,7 @@ Mode mode_of(const PyEngine& engine, const Name& mode) {
 }
 
 nb::object moe_forward(PyEngine& engine, const Array& x, const PyRouting& routing, const Name& mode,
-                       const std::optional<Array>& out, std::uintptr_t stream) {
+                       const std::optional<Array>& out, const StreamArgument& stream) {
   const Mode m = mode_of(engine, mode);
   const Device device = engine.backend->device();
   const Input tokens = import_tokens(x, engine.hidden, device);
@@ -36,10 +36,11 @@ nb::object moe_forward(PyEngine& engine, const Array& x, const PyRouting& routin
                                   .dims = {num_tokens, engine.hidden},
                                   .shape = "[num_tokens, hidden], as x",
                                   .device = device},
-                                 *engine.backend->backend);
+                                 tokens.framework, *engine.backend->backend);
+  const Stream queue = to_stream(stream, tokens.framework, device);
   {
     const Call call(*engine.backend);
-    engine.engine->forward(m, tokens.view, routing.view(), y.view, to_stream(stream));
+    engine.engine->forward(m, tokens.view, routing.view(), y.view, queue);
   }
   return y.object;
 }
@@ -175,16 +176,18 @@ void bind_engine(nb::module_& m) {
           },
           "Raises what earlier asynchronous calls found on the device.");
 
-  m.def("moe_forward", &moe_forward, "engine"_a, "x"_a, "routing"_a, nb::kw_only(),
-        "mode"_a = nb::none(), "out"_a = nb::none(), "stream"_a = 0,
-        "The whole layer, y = combine(experts(dispatch(x))): y [num_tokens, hidden] bfloat16.\n"
-        "Collective.\n\n"
-        "x: [num_tokens, hidden] bfloat16 (or uint16), num_tokens <= max_tokens_per_rank; 0 is "
-        "fine.\n"
-        "mode: 'low-latency' or 'normal'; None where the engine has one.\n"
-        "out: y's memory; None makes a new array (numpy uint16 on the CPU).\n"
-        "stream: handle of a CUDA stream; the CPU backend returns when done.\n\n"
-        "Raises Error: invalid_argument naming the argument, peer_timeout naming ranks.");
+  m.def(
+      "moe_forward", &moe_forward, "engine"_a, "x"_a, "routing"_a, nb::kw_only(),
+      "mode"_a = nb::none(), "out"_a = nb::none(), "stream"_a = nb::none(),
+      "The whole layer, y = combine(experts(dispatch(x))): y [num_tokens, hidden] bfloat16.\n"
+      "Collective.\n\n"
+      "x: [num_tokens, hidden] bfloat16 (or uint16), num_tokens <= max_tokens_per_rank; 0 is "
+      "fine.\n"
+      "mode: 'low-latency' or 'normal'; None where the engine has one.\n"
+      "out: y's memory; None makes a new array: torch's for tensors of torch, else numpy uint16.\n"
+      "stream: handle of a CUDA stream, None: torch's current one for tensors of torch, else the\n"
+      "default stream; the CPU backend returns when done.\n\n"
+      "Raises Error: invalid_argument naming the argument, peer_timeout naming ranks.");
   m.def("stats", &stats_dict, "engine"_a, "Engine.stats().");
   m.def("plan", &plan, "geometry"_a, nb::kw_only(), "num_ranks"_a, "max_tokens_per_rank"_a,
         "low_latency"_a = "direct", "normal"_a = "direct", "max_m"_a = 0, "scale_dtype"_a = "f32",

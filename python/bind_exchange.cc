@@ -36,20 +36,22 @@ PyExchange& exchange_of(PyDispatched& d, const char* operation) {
 using DispatchFunction = Dispatched (Exchange::*)(TensorView, const Routing&, Stream);
 
 PyDispatched dispatch(nb::handle_t<PyExchange> exchange, const Array& x,
-                      nb::handle_t<PyRouting> routing, std::uintptr_t stream,
+                      nb::handle_t<PyRouting> routing, const StreamArgument& stream,
                       DispatchFunction function) {
   auto& e = nb::cast<PyExchange&>(exchange);
   const auto& r = nb::cast<const PyRouting&>(routing);
   const Input tokens = import_tokens(x, e.exchange->config().hidden, e.backend->device());
+  const Stream queue = to_stream(stream, tokens.framework, e.backend->device());
   std::optional<Dispatched> value;
   {
     const Call call(*e.backend);
-    value.emplace(((*e.exchange).*function)(tokens.view, r.view(), to_stream(stream)));
+    value.emplace(((*e.exchange).*function)(tokens.view, r.view(), queue));
   }
   return {.exchange_object = nb::borrow(exchange),
           .routing_object = nb::borrow(routing),
           .exchange = &e,
           .num_tokens = tokens.view.dim(0),
+          .framework = tokens.framework,
           .value = std::move(value)};
 }
 
@@ -81,7 +83,11 @@ Output output_y(const PyDispatched& d, const std::optional<Array>& out) {
                         .dims = {d.num_tokens, hidden},
                         .shape = shape.c_str(),
                         .device = d.exchange->backend->device()},
-                       *d.exchange->backend->backend);
+                       d.framework, *d.exchange->backend->backend);
+}
+
+Stream stream_of(const PyDispatched& d, const StreamArgument& stream) {
+  return to_stream(stream, d.framework, d.exchange->backend->device());
 }
 
 PyExpertBatch batch_of(PyDispatched& d) {
@@ -95,11 +101,11 @@ PyExpertBatch batch_of(PyDispatched& d) {
   const nb::handle owner = d.exchange_object;
   const auto small = [&](const TensorView& view) -> nb::object {
     return e.backend->device().kind == Device::Kind::kHost
-               ? export_copy(view.data, view.dtype, view.shape)
-               : export_view(view, owner);
+               ? export_copy(view.data, view.dtype, view.shape, d.framework)
+               : export_view(view, owner, d.framework);
   };
-  return {.x = export_view(batch.x, owner),
-          .x_scale = export_view(batch.x_scale, owner),
+  return {.x = export_view(batch.x, owner, d.framework),
+          .x_scale = export_view(batch.x_scale, owner, d.framework),
           .num_rows = small(batch.num_rows),
           .row_begin = small(batch.row_begin),
           .layout = batch.layout,
@@ -120,6 +126,21 @@ nb::dict counters_dict(const ExchangeCounters& c) {
   d["num_dispatches"] = c.num_dispatches;
   d["saturated_values"] = c.saturated_values;
   return d;
+}
+
+std::size_t workspace_bytes(int num_experts, int num_topk, int hidden, int max_tokens_per_rank,
+                            int num_ranks, std::string_view mode, std::string_view wire, int max_m,
+                            int num_in_flight, std::string_view device) {
+  return Exchange::workspace_bytes({.mode = parse_mode(mode),
+                                    .wire = parse_wire(wire),
+                                    .static_scale = 1.0f,
+                                    .num_experts = num_experts,
+                                    .num_topk = num_topk,
+                                    .hidden = hidden,
+                                    .max_tokens_per_rank = max_tokens_per_rank,
+                                    .max_m = max_m,
+                                    .num_in_flight = num_in_flight},
+                                   num_ranks, parse_device(device).kind);
 }
 
 void bind_routing(nb::module_& m) {
@@ -203,39 +224,52 @@ void bind_dispatched(nb::module_& m) {
       "to the exchange. Keeps the exchange and the routing alive.")
       .def_prop_ro("batch", &batch_of, "ExpertBatch; after combine an Error.")
       .def_prop_ro(
+          "expert_y",
+          [](PyDispatched& d) {
+            (void)exchange_of(d, "expert_y");
+            return export_view(d.value->expert_y(), d.exchange_object, d.framework);
+          },
+          "Memory of the exchange that combine() sends from without a copy, for the experts' "
+          "out=;\n"
+          "None on the CPU, where a copy costs nothing more.")
+      .def_prop_ro(
           "consumed", [](const PyDispatched& d) { return !d.value; }, "Whether combine has run.")
       .def(
           "receive",
-          [](PyDispatched& d, std::uintptr_t stream) {
+          [](PyDispatched& d, const StreamArgument& stream) {
             PyExchange& e = exchange_of(d, "receive");
+            const Stream queue = stream_of(d, stream);
             const Call call(*e.backend);
-            e.exchange->dispatch_receive(*d.value, to_stream(stream));
+            e.exchange->dispatch_receive(*d.value, queue);
           },
-          nb::kw_only(), "stream"_a = 0,
+          nb::kw_only(), "stream"_a = nb::none(),
           "Second half of a dispatch, after Exchange.dispatch_send().")
       .def(
           "combine_send",
-          [](PyDispatched& d, const Array& expert_y, std::uintptr_t stream) {
+          [](PyDispatched& d, const Array& expert_y, const StreamArgument& stream) {
             PyExchange& e = exchange_of(d, "combine_send");
             const Input rows = import_expert_y(e, expert_y);
+            const Stream queue = stream_of(d, stream);
             const Call call(*e.backend);
-            e.exchange->combine_send(*d.value, rows.view, to_stream(stream));
+            e.exchange->combine_send(*d.value, rows.view, queue);
           },
-          "expert_y"_a, nb::kw_only(), "stream"_a = 0, "First half of combine().")
+          "expert_y"_a, nb::kw_only(), "stream"_a = nb::none(), "First half of combine().")
       .def(
           "combine_receive",
-          [](PyDispatched& d, const std::optional<Array>& out, std::uintptr_t stream) {
+          [](PyDispatched& d, const std::optional<Array>& out, const StreamArgument& stream) {
             PyExchange& e = exchange_of(d, "combine_receive");
             const Output y = output_y(d, out);
+            const Stream queue = stream_of(d, stream);
             {
               const Call call(*e.backend);
               Dispatched value = std::move(*d.value);
               d.value.reset();
-              e.exchange->combine_receive(std::move(value), y.view, to_stream(stream));
+              e.exchange->combine_receive(std::move(value), y.view, queue);
             }
             return y.object;
           },
-          nb::kw_only(), "out"_a = nb::none(), "stream"_a = 0, "Second half of combine().");
+          nb::kw_only(), "out"_a = nb::none(), "stream"_a = nb::none(),
+          "Second half of combine().");
 }
 
 }  // namespace
@@ -299,6 +333,11 @@ void bind_exchange(nb::module_& m) {
       .def_prop_ro(
           "num_local_experts", [](const PyExchange& e) { return e.exchange->num_local_experts(); },
           "Experts of this rank.")
+      .def_static("workspace_bytes", &workspace_bytes, nb::kw_only(), "num_experts"_a, "num_topk"_a,
+                  "hidden"_a, "max_tokens_per_rank"_a, "num_ranks"_a, "mode"_a = "low-latency",
+                  "wire"_a = to_string(WireFormat::kE4m3Group), "max_m"_a = 0,
+                  "num_in_flight"_a = 2, "device"_a = "cpu",
+                  "Bytes that an Exchange of these numbers takes on each rank.")
       .def(
           "counters", [](const PyExchange& e) { return counters_dict(e.exchange->counters()); },
           "dict of monotonic counters; lists are by rank.")
@@ -312,39 +351,41 @@ void bind_exchange(nb::module_& m) {
       .def(
           "dispatch_send",
           [](nb::handle_t<PyExchange> self, const Array& x, nb::handle_t<PyRouting> routing,
-             std::uintptr_t stream) {
+             const StreamArgument& stream) {
             return dispatch(self, x, routing, stream, &Exchange::dispatch_send);
           },
-          "x"_a, "routing"_a, nb::kw_only(), "stream"_a = 0,
+          "x"_a, "routing"_a, nb::kw_only(), "stream"_a = nb::none(),
           "First half of dispatch(); Dispatched.receive() is the second.");
 
   m.def(
       "dispatch",
       [](nb::handle_t<PyExchange> exchange, const Array& x, nb::handle_t<PyRouting> routing,
-         std::uintptr_t stream) {
+         const StreamArgument& stream) {
         return dispatch(exchange, x, routing, stream, &Exchange::dispatch);
       },
-      "exchange"_a, "x"_a, "routing"_a, nb::kw_only(), "stream"_a = 0,
+      "exchange"_a, "x"_a, "routing"_a, nb::kw_only(), "stream"_a = nb::none(),
       "Quantizes x to the wire format and sends each token to its experts' ranks. Collective.\n\n"
       "x: [num_tokens, hidden] bfloat16 (or uint16), num_tokens <= max_tokens_per_rank.\n"
-      "stream: handle of a CUDA stream; the CPU backend returns when done.\n\n"
+      "stream: handle of a CUDA stream, None: torch's current one for tensors of torch, else the\n"
+      "default stream; the CPU backend returns when done. Arrays of the batch are of x's kind.\n\n"
       "Raises Error: invalid_argument before anything is sent, peer_timeout naming ranks.");
   m.def(
       "combine",
       [](PyDispatched& d, const Array& expert_y, const std::optional<Array>& out,
-         std::uintptr_t stream) {
+         const StreamArgument& stream) {
         PyExchange& e = exchange_of(d, "combine");
         const Input rows = import_expert_y(e, expert_y);
         const Output y = output_y(d, out);
+        const Stream queue = stream_of(d, stream);
         {
           const Call call(*e.backend);
           Dispatched value = std::move(*d.value);
           d.value.reset();
-          e.exchange->combine(std::move(value), rows.view, y.view, to_stream(stream));
+          e.exchange->combine(std::move(value), rows.view, y.view, queue);
         }
         return y.object;
       },
-      "dispatched"_a, "expert_y"_a, nb::kw_only(), "out"_a = nb::none(), "stream"_a = 0,
+      "dispatched"_a, "expert_y"_a, nb::kw_only(), "out"_a = nb::none(), "stream"_a = nb::none(),
       "Sends every row home and sums, weighted: y [num_tokens, hidden] bfloat16. Collective;\n"
       "consumes `dispatched`.\n\n"
       "expert_y: shape of batch.x, bfloat16 (or uint16). out: y's memory; None makes a new array\n"

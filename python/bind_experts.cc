@@ -89,7 +89,7 @@ Rows import_rows(const RowArrays& arrays, DType x_dtype, std::optional<bool> mas
 }
 
 nb::object run_experts(PyExperts& experts, const Recipe& recipe, const PyExpertBatch& batch,
-                       const std::optional<Array>& out, std::uintptr_t stream, bool masked) {
+                       const std::optional<Array>& out, const StreamArgument& stream, bool masked) {
   const Device device = experts.backend->device();
   const bool bf16 = recipe.wire == WireFormat::kBf16;
   Rows rows = import_rows({.x_name = "x",
@@ -105,10 +105,11 @@ nb::object run_experts(PyExperts& experts, const Recipe& recipe, const PyExpertB
                                   .dims = dims_of(rows.x.view.shape),
                                   .shape = text_of(rows.x.view.shape).c_str(),
                                   .device = device},
-                                 *experts.backend->backend);
+                                 rows.x.framework, *experts.backend->backend);
+  const Stream queue = to_stream(stream, rows.x.framework, device);
   {
     const Call call(*experts.backend);
-    experts.experts->forward(recipe, rows.batch, y.view, to_stream(stream));
+    experts.experts->forward(recipe, rows.batch, y.view, queue);
   }
   return y.object;
 }
@@ -122,7 +123,8 @@ struct QuantizedOut {
 };
 
 QuantizedOut quantized_out(const std::optional<OutPair>& out, const Shape& shape,
-                           std::optional<float> static_scale, bool pow2, PyBackend& backend) {
+                           std::optional<float> static_scale, bool pow2, Framework framework,
+                           PyBackend& backend) {
   const Device device = backend.device();
   QuantizedOut q;
   q.codes = output_or_new(out ? std::optional(out->first) : std::nullopt,
@@ -131,7 +133,7 @@ QuantizedOut quantized_out(const std::optional<OutPair>& out, const Shape& shape
                            .dims = dims_of(shape),
                            .shape = text_of(shape).c_str(),
                            .device = device},
-                          *backend.backend);
+                          framework, *backend.backend);
   q.rows = {.codes = q.codes.view, .scale = {}, .static_scale = 0, .pow2 = pow2};
   if (static_scale) {
     if (*static_scale == 0) {
@@ -155,7 +157,7 @@ QuantizedOut quantized_out(const std::optional<OutPair>& out, const Shape& shape
                            .dims = dims_of(scale),
                            .shape = text_of(scale).c_str(),
                            .device = device},
-                          *backend.backend);
+                          framework, *backend.backend);
   q.rows.scale = q.scale.view;
   return q;
 }
@@ -163,17 +165,19 @@ QuantizedOut quantized_out(const std::optional<OutPair>& out, const Shape& shape
 nb::tuple py_quantize(PyBackend& backend, const Array& x, std::optional<float> static_scale,
                       bool pow2, const std::optional<Array>& num_rows,
                       const std::optional<Array>& row_begin, const std::optional<OutPair>& out,
-                      std::uintptr_t stream) {
+                      const StreamArgument& stream) {
   const Rows rows = import_rows({.x_name = "x",
                                  .x = x,
                                  .x_scale = std::nullopt,
                                  .num_rows = num_rows,
                                  .row_begin = row_begin},
                                 DType::kBFloat16, std::nullopt, backend.device());
-  const QuantizedOut q = quantized_out(out, rows.x.view.shape, static_scale, pow2, backend);
+  const QuantizedOut q =
+      quantized_out(out, rows.x.view.shape, static_scale, pow2, rows.x.framework, backend);
+  const Stream queue = to_stream(stream, rows.x.framework, backend.device());
   {
     const Call call(backend);
-    quantize(*backend.backend, rows.batch, q.rows, to_stream(stream));
+    quantize(*backend.backend, rows.batch, q.rows, queue);
   }
   return nb::make_tuple(q.codes.object, q.scale.object);
 }
@@ -181,7 +185,7 @@ nb::tuple py_quantize(PyBackend& backend, const Array& x, std::optional<float> s
 nb::object py_requantize(PyBackend& backend, const Array& codes, const Array& scale,
                          float static_scale, const std::optional<Array>& num_rows,
                          const std::optional<Array>& row_begin, const std::optional<Array>& out,
-                         std::uintptr_t stream) {
+                         const StreamArgument& stream) {
   const Rows rows = import_rows({.x_name = "codes",
                                  .x = codes,
                                  .x_scale = scale,
@@ -190,10 +194,11 @@ nb::object py_requantize(PyBackend& backend, const Array& codes, const Array& sc
                                 DType::kFloat8E4M3, std::nullopt, backend.device());
   const QuantizedOut q =
       quantized_out(out ? std::optional(OutPair{*out, std::nullopt}) : std::nullopt,
-                    rows.x.view.shape, static_scale, false, backend);
+                    rows.x.view.shape, static_scale, false, rows.x.framework, backend);
+  const Stream queue = to_stream(stream, rows.x.framework, backend.device());
   {
     const Call call(backend);
-    requantize(*backend.backend, rows.batch, q.rows, to_stream(stream));
+    requantize(*backend.backend, rows.batch, q.rows, queue);
   }
   return q.codes.object;
 }
@@ -202,7 +207,7 @@ void bind_quantize(nb::module_& m) {
   m.def(
       "quantize", &py_quantize, "backend"_a, "x"_a, nb::kw_only(), "static_scale"_a = nb::none(),
       "pow2"_a = false, "num_rows"_a = nb::none(), "row_begin"_a = nb::none(), "out"_a = nb::none(),
-      "stream"_a = 0,
+      "stream"_a = nb::none(),
       "Rounds rows to e4m3: (codes, scale), scale None for a static one.\n\n"
       "x: [num_rows, width] or [num_experts, max_m, width] bfloat16 (or uint16).\n"
       "static_scale: one scale for all; None: one for each 128 values, amax / 448, with pow2 the\n"
@@ -214,7 +219,7 @@ void bind_quantize(nb::module_& m) {
       "Raises Error: invalid_argument.");
   m.def("requantize", &py_requantize, "backend"_a, "codes"_a, "scale"_a, "static_scale"_a,
         nb::kw_only(), "num_rows"_a = nb::none(), "row_begin"_a = nb::none(), "out"_a = nb::none(),
-        "stream"_a = 0,
+        "stream"_a = nb::none(),
         "Moves group-scaled e4m3 rows to a static scale, a second rounding: codes as uint8.\n\n"
         "codes, scale: as quantize() gives them. static_scale: positive.\n"
         "num_rows, row_begin, out: as for quantize(); out is one array and not `codes`.\n\n"
@@ -270,17 +275,19 @@ void bind_experts(nb::module_& m) {
   m.def(
       "experts_masked",
       [](PyExperts& experts, const PyExpertBatch& batch, const Recipe& recipe,
-         const std::optional<Array>& out,
-         std::uintptr_t stream) { return run_experts(experts, recipe, batch, out, stream, true); },
-      "experts"_a, "batch"_a, "recipe"_a, nb::kw_only(), "out"_a = nb::none(), "stream"_a = 0,
-      masked_doc.c_str());
+         const std::optional<Array>& out, const StreamArgument& stream) {
+        return run_experts(experts, recipe, batch, out, stream, true);
+      },
+      "experts"_a, "batch"_a, "recipe"_a, nb::kw_only(), "out"_a = nb::none(),
+      "stream"_a = nb::none(), masked_doc.c_str());
   m.def(
       "experts_grouped",
       [](PyExperts& experts, const PyExpertBatch& batch, const Recipe& recipe,
-         const std::optional<Array>& out,
-         std::uintptr_t stream) { return run_experts(experts, recipe, batch, out, stream, false); },
-      "experts"_a, "batch"_a, "recipe"_a, nb::kw_only(), "out"_a = nb::none(), "stream"_a = 0,
-      grouped_doc.c_str());
+         const std::optional<Array>& out, const StreamArgument& stream) {
+        return run_experts(experts, recipe, batch, out, stream, false);
+      },
+      "experts"_a, "batch"_a, "recipe"_a, nb::kw_only(), "out"_a = nb::none(),
+      "stream"_a = nb::none(), grouped_doc.c_str());
   bind_quantize(m);
 }
 

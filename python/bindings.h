@@ -83,6 +83,7 @@ struct PyDispatched {
   nb::object exchange_object, routing_object;
   PyExchange* exchange;
   std::int64_t num_tokens;
+  Framework framework;              ///< Of x.
   std::optional<Dispatched> value;  ///< Empty once consumed.
 };
 
@@ -106,10 +107,6 @@ struct PyEngine {
   std::optional<Mode> only_mode;
   std::optional<Engine> engine;
 };
-
-[[nodiscard]] inline Stream to_stream(std::uintptr_t handle) {
-  return {reinterpret_cast<void*>(handle)};
-}
 
 /// Positive milliseconds, or what the environment says.
 [[nodiscard]] inline std::chrono::milliseconds timeout_or_environment(std::optional<int> ms) {

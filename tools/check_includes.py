@@ -55,7 +55,7 @@ CLOSED = {"engine"}
 # Third-party headers that belong to exactly one file.
 ONLY_IN = {
     "mpi.h": ("src/transport/mpi_link.cc",),
-    "nccl.h": ("src/transport/nccl.cc",),
+    "nccl.h": ("bench/cuda/bench_nccl.cu",),
     "nvshmem": ("src/transport/nvshmem.cc", "src/transport/device.cuh"),
 }
 # Public headers that core may use: those whose functions it implements.

@@ -57,6 +57,15 @@ class Backend {
   virtual void synchronize(Stream stream) { (void)stream; }
 };
 
+/// Devices of this kind that the process sees: 1 for the host, 0 without CUDA.
+[[nodiscard]] int num_devices(Device::Kind kind) noexcept;
+
+/// Where rank `local_rank` of the `num_local_ranks` of this machine works if they spread evenly
+/// over its first `devices` devices, 0 = all: neighbours on different ones, as many as there are
+/// ranks. Throws: kInvalidArgument naming the number and the limit.
+[[nodiscard]] BackendConfig place_rank(Device::Kind kind, int local_rank, int num_local_ranks,
+                                       int devices = 0);
+
 /// Throws: kInvalidArgument, kUnsupported (a CUDA device in a build or on a machine without one).
 [[nodiscard]] std::unique_ptr<Backend> make_backend(const BackendConfig& config);
 

@@ -15,6 +15,7 @@ namespace sluice {
 struct ExchangeBenchConfig {
   Device::Kind device = Device::Kind::kHost;
   int num_ranks = 8;
+  int num_devices = 0;  ///< That the ranks spread over; 0 = all there are.
   /// mode, wire, num_experts, num_topk, hidden, num_in_flight; the rest is set for each case.
   ExchangeConfig exchange;
   std::vector<int> tokens_per_rank = {1, 16, 64, 128};  ///< One case each.
@@ -49,10 +50,12 @@ struct ExchangeBenchReport {
   std::string device;
   double copy_gbytes_per_s = 0;  ///< Read and written, by a plain copy on one rank's device.
   double read_gbytes_per_s = 0;
+  int num_devices = 1;           ///< Used.
+  double link_gbytes_per_s = 0;  ///< Copied from device 1 to device 0; 0 with one device.
   std::vector<ExchangeBenchCase> cases = {};
 };
 
-/// Ranks are threads of this process; on CUDA, streams of device 0.
+/// Ranks are threads of this process; on CUDA, streams of its devices.
 /// `on_progress`, if any, is told the fraction that is done.
 /// Throws: kInternal naming rank, row and byte if anything arrives wrong; nothing is timed then.
 [[nodiscard]] ExchangeBenchReport bench_exchange(

@@ -81,7 +81,7 @@ class Backend:
     def measure_read_bandwidth(self) -> float:
         """Bytes per second this device reads, measured now (about 0.2 s)."""
 
-    def synchronize(self, stream: int = 0) -> None:
+    def synchronize(self, stream: "std::optional<unsigned long>" = 0) -> None:
         """Waits for everything queued on `stream`. Nothing to do on the CPU."""
 
     def __repr__(self) -> str: ...
@@ -98,6 +98,44 @@ class Transport:
         Ranks as threads of this process: a list with the transport of each rank.
         """
 
+    @staticmethod
+    def from_group(group: object, *, timeout_ms: int | None = None) -> Transport:
+        """
+        Ranks as the processes of a group on one host: a torch ProcessGroup, an mpi4py
+        communicator, or any object with rank, size and all_gather(object) -> list. The
+        group is used once, to agree on a meeting place. Collective.
+
+        Raises Error: unsupported if a rank is on another host, peer_timeout naming ranks.
+        """
+
+    @staticmethod
+    def from_environment(*, timeout_ms: int | None = None) -> Transport:
+        """
+        Ranks as the processes that a launcher started on this host: torchrun, mpirun, srun,
+        or SLUICE_RANK, SLUICE_WORLD_SIZE and SLUICE_JOB. Collective.
+
+        Raises Error: invalid_argument naming the variable, unsupported, peer_timeout.
+        """
+
+    @staticmethod
+    def ipc(job: str, *, secret: str, rank: int, num_ranks: int, timeout_ms: int | None = None) -> Transport:
+        """
+        Ranks as processes of one user on one host, CUDA memory included. Collective.
+
+        job: names the meeting place. secret: what the processes prove to know.
+
+        Raises Error: peer_timeout naming the ranks that did not come, transport if they disagree.
+        """
+
+    @staticmethod
+    def mpi(num_ranks: int = 0, *, timeout_ms: int | None = None) -> Transport | None:
+        """
+        Ranks as the first `num_ranks` processes of an MPI job, 0 for all; None on the
+        others. CPU memory only. Collective; end_mpi() is every process's last call.
+
+        Raises Error: unsupported in a build without MPI, peer_timeout naming processes.
+        """
+
     @property
     def rank(self) -> int:
         """This rank's number."""
@@ -108,9 +146,22 @@ class Transport:
 
     @property
     def name(self) -> str:
-        """'inproc', ..."""
+        """'inproc', 'ipc' or 'mpi'."""
+
+    def all_gather(self, mine: bytes, *, timeout_ms: int | None = None) -> list[bytes]:
+        """
+        Every rank's bytes, as many on each, ordered by rank. For set-up. Collective.
+
+        Raises Error: peer_timeout naming ranks, transport.
+        """
 
     def __repr__(self) -> str: ...
+
+def end_mpi(*, timeout_ms: int | None = None) -> bool:
+    """
+    The last call of every process of an MPI job, with no transport left. False: some process
+    did not say goodbye in time; then just exit.
+    """
 
 class ModelGeometry:
     """Sizes of one MoE layer and what the router does with it."""
@@ -330,16 +381,23 @@ class Dispatched:
         """ExpertBatch; after combine an Error."""
 
     @property
+    def expert_y(self) -> object:
+        """
+        Memory of the exchange that combine() sends from without a copy, for the experts' out=;
+        None on the CPU, where a copy costs nothing more.
+        """
+
+    @property
     def consumed(self) -> bool:
         """Whether combine has run."""
 
-    def receive(self, *, stream: int = 0) -> None:
+    def receive(self, *, stream: int | None = None) -> None:
         """Second half of a dispatch, after Exchange.dispatch_send()."""
 
-    def combine_send(self, expert_y: sluice._array.Array, *, stream: int = 0) -> None:
+    def combine_send(self, expert_y: sluice._array.Array, *, stream: int | None = None) -> None:
         """First half of combine()."""
 
-    def combine_receive(self, *, out: sluice._array.Array | None = None, stream: int = 0) -> object:
+    def combine_receive(self, *, out: sluice._array.Array | None = None, stream: int | None = None) -> object:
         """Second half of combine()."""
 
 class Exchange:
@@ -374,26 +432,31 @@ class Exchange:
     def num_local_experts(self) -> int:
         """Experts of this rank."""
 
+    @staticmethod
+    def workspace_bytes(*, num_experts: int, num_topk: int, hidden: int, max_tokens_per_rank: int, num_ranks: int, mode: str = 'low-latency', wire: str = 'e4m3 + f32 scale per 128', max_m: int = 0, num_in_flight: int = 2, device: str = 'cpu') -> int:
+        """Bytes that an Exchange of these numbers takes on each rank."""
+
     def counters(self) -> dict:
         """dict of monotonic counters; lists are by rank."""
 
     def check(self) -> None:
         """Raises what earlier asynchronous calls found on the device."""
 
-    def dispatch_send(self, x: sluice._array.Array, routing: Routing, *, stream: int = 0) -> Dispatched:
+    def dispatch_send(self, x: sluice._array.Array, routing: Routing, *, stream: int | None = None) -> Dispatched:
         """First half of dispatch(); Dispatched.receive() is the second."""
 
-def dispatch(exchange: Exchange, x: sluice._array.Array, routing: Routing, *, stream: int = 0) -> Dispatched:
+def dispatch(exchange: Exchange, x: sluice._array.Array, routing: Routing, *, stream: int | None = None) -> Dispatched:
     """
     Quantizes x to the wire format and sends each token to its experts' ranks. Collective.
 
     x: [num_tokens, hidden] bfloat16 (or uint16), num_tokens <= max_tokens_per_rank.
-    stream: handle of a CUDA stream; the CPU backend returns when done.
+    stream: handle of a CUDA stream, None: torch's current one for tensors of torch, else the
+    default stream; the CPU backend returns when done. Arrays of the batch are of x's kind.
 
     Raises Error: invalid_argument before anything is sent, peer_timeout naming ranks.
     """
 
-def combine(dispatched: Dispatched, expert_y: sluice._array.Array, *, out: sluice._array.Array | None = None, stream: int = 0) -> object:
+def combine(dispatched: Dispatched, expert_y: sluice._array.Array, *, out: sluice._array.Array | None = None, stream: int | None = None) -> object:
     """
     Sends every row home and sums, weighted: y [num_tokens, hidden] bfloat16. Collective;
     consumes `dispatched`.
@@ -431,7 +494,7 @@ def repack(weights: ExpertWeights, backend: Backend, *, max_rows: int) -> Expert
     Raises Error: invalid_argument, out_of_memory.
     """
 
-def experts_masked(experts: Experts, batch: ExpertBatch, recipe: Recipe, *, out: sluice._array.Array | None = None, stream: int = 0) -> object:
+def experts_masked(experts: Experts, batch: ExpertBatch, recipe: Recipe, *, out: sluice._array.Array | None = None, stream: int | None = None) -> object:
     """
     Every expert on its rows, masked layout; the router's weights are left to combine.
 
@@ -441,7 +504,7 @@ def experts_masked(experts: Experts, batch: ExpertBatch, recipe: Recipe, *, out:
     Raises Error: invalid_argument.
     """
 
-def experts_grouped(experts: Experts, batch: ExpertBatch, recipe: Recipe, *, out: sluice._array.Array | None = None, stream: int = 0) -> object:
+def experts_grouped(experts: Experts, batch: ExpertBatch, recipe: Recipe, *, out: sluice._array.Array | None = None, stream: int | None = None) -> object:
     """
     Every expert on its rows, contiguous layout; the router's weights are left to combine.
 
@@ -451,7 +514,7 @@ def experts_grouped(experts: Experts, batch: ExpertBatch, recipe: Recipe, *, out
     Raises Error: invalid_argument.
     """
 
-def quantize(backend: Backend, x: sluice._array.Array, *, static_scale: float | None = None, pow2: bool = False, num_rows: sluice._array.Array | None = None, row_begin: sluice._array.Array | None = None, out: tuple[sluice._array.Array, sluice._array.Array | None] | None = None, stream: int = 0) -> tuple:
+def quantize(backend: Backend, x: sluice._array.Array, *, static_scale: float | None = None, pow2: bool = False, num_rows: sluice._array.Array | None = None, row_begin: sluice._array.Array | None = None, out: tuple[sluice._array.Array, sluice._array.Array | None] | None = None, stream: int | None = None) -> tuple:
     """
     Rounds rows to e4m3: (codes, scale), scale None for a static one.
 
@@ -466,7 +529,7 @@ def quantize(backend: Backend, x: sluice._array.Array, *, static_scale: float | 
     Raises Error: invalid_argument.
     """
 
-def requantize(backend: Backend, codes: sluice._array.Array, scale: sluice._array.Array, static_scale: float, *, num_rows: sluice._array.Array | None = None, row_begin: sluice._array.Array | None = None, out: sluice._array.Array | None = None, stream: int = 0) -> object:
+def requantize(backend: Backend, codes: sluice._array.Array, scale: sluice._array.Array, static_scale: float, *, num_rows: sluice._array.Array | None = None, row_begin: sluice._array.Array | None = None, out: sluice._array.Array | None = None, stream: int | None = None) -> object:
     """
     Moves group-scaled e4m3 rows to a static scale, a second rounding: codes as uint8.
 
@@ -523,15 +586,16 @@ class Engine:
     def check(self) -> None:
         """Raises what earlier asynchronous calls found on the device."""
 
-def moe_forward(engine: Engine, x: sluice._array.Array, routing: Routing, *, mode: str | None = None, out: sluice._array.Array | None = None, stream: int = 0) -> object:
+def moe_forward(engine: Engine, x: sluice._array.Array, routing: Routing, *, mode: str | None = None, out: sluice._array.Array | None = None, stream: int | None = None) -> object:
     """
     The whole layer, y = combine(experts(dispatch(x))): y [num_tokens, hidden] bfloat16.
     Collective.
 
     x: [num_tokens, hidden] bfloat16 (or uint16), num_tokens <= max_tokens_per_rank; 0 is fine.
     mode: 'low-latency' or 'normal'; None where the engine has one.
-    out: y's memory; None makes a new array (numpy uint16 on the CPU).
-    stream: handle of a CUDA stream; the CPU backend returns when done.
+    out: y's memory; None makes a new array: torch's for tensors of torch, else numpy uint16.
+    stream: handle of a CUDA stream, None: torch's current one for tensors of torch, else the
+    default stream; the CPU backend returns when done.
 
     Raises Error: invalid_argument naming the argument, peer_timeout naming ranks.
     """

@@ -1,4 +1,6 @@
 // The only place that names concrete backends.
+#include <algorithm>
+
 #include "backend/cpu/cpu_backend.h"
 #include "core/fail.h"
 #include "sluice/backend.h"
@@ -6,8 +8,36 @@
 namespace sluice {
 
 #ifdef SLUICE_HAS_CUDA
-std::unique_ptr<Backend> make_cuda_backend(const BackendConfig& config);  // cuda/cuda_backend.cc
+// cuda/cuda_backend.cc
+std::unique_ptr<Backend> make_cuda_backend(const BackendConfig& config);
+int num_cuda_devices() noexcept;
 #endif
+
+int num_devices(Device::Kind kind) noexcept {
+  if (kind == Device::Kind::kHost) return 1;
+#ifdef SLUICE_HAS_CUDA
+  return num_cuda_devices();
+#else
+  return 0;
+#endif
+}
+
+BackendConfig place_rank(Device::Kind kind, int local_rank, int num_local_ranks, int devices) {
+  check_argument(num_local_ranks >= 1 && local_rank >= 0 && local_rank < num_local_ranks,
+                 "local_rank {} is not in [0, {})", local_rank, num_local_ranks);
+  const int found = num_devices(kind);
+  check_argument(devices >= 0 && (devices == 0 || devices <= found), "{} devices; there are {}",
+                 devices, found);
+  // Without a device, device 0: making its backend says what is missing.
+  const int used = std::max(1, std::min(devices > 0 ? devices : found, num_local_ranks));
+  if (kind == Device::Kind::kHost) {
+    return {.local_rank = local_rank, .num_local_ranks = num_local_ranks};
+  }
+  const int index = local_rank % used;
+  return {.device = {kind, index},
+          .local_rank = local_rank / used,
+          .num_local_ranks = (num_local_ranks - index + used - 1) / used};
+}
 
 std::unique_ptr<Backend> make_backend(const BackendConfig& config) {
   switch (config.device.kind) {

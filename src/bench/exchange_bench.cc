@@ -351,8 +351,8 @@ CaseResult run_case(const ExchangeBenchConfig& bench, const ExchangeConfig& conf
   on_every_rank(bench.num_ranks, [&](int r) {
     const auto i = static_cast<std::size_t>(r);
     Transport& transport = *transports[i];
-    const auto backend = make_backend(
-        {.device = {bench.device, 0}, .local_rank = r, .num_local_ranks = bench.num_ranks});
+    const auto backend =
+        make_backend(place_rank(bench.device, r, bench.num_ranks, bench.num_devices));
     BenchRank rank(traffic, transport, ops(*backend));
     const ExchangeCounters before = rank.exchange().counters();
     checked[i] = rank.check();
@@ -408,10 +408,11 @@ CaseResult run_case(const ExchangeBenchConfig& bench, const ExchangeConfig& conf
   return result;
 }
 
-/// Bytes read and written per second by a copy within the device, measured now.
-double measure_copy(BackendOps& backend) {
+/// Bytes per second that a copy from the device of `source` brings to that of `backend`, measured
+/// now.
+double measure_copy(BackendOps& backend, BackendOps& source) {
   const std::size_t bytes = backend.device().kind == Device::Kind::kHost ? 64u << 20 : 1u << 30;
-  const auto from = backend.allocate(bytes), to = backend.allocate(bytes);
+  const auto from = source.allocate(bytes), to = backend.allocate(bytes);
   const Stream stream = backend.stream();
   backend.copy_on_device(to->data(), from->data(), bytes, stream);
   backend.synchronize(stream);
@@ -425,7 +426,7 @@ double measure_copy(BackendOps& backend) {
     recording->replay();
     us.push_back(recording->marks_us().at(0));
   }
-  return 2.0 * static_cast<double>(bytes) / median(us) * 1e6;
+  return static_cast<double>(bytes) / median(us) * 1e6;
 }
 
 }  // namespace
@@ -439,11 +440,13 @@ ExchangeBenchReport bench_exchange(const ExchangeBenchConfig& bench,
                  "the all-gather baseline of {} ranks needs as many slots per token; at most 32",
                  bench.num_ranks);
   ExchangeBenchReport report;
+  const int devices = bench.num_devices > 0 ? bench.num_devices : num_devices(bench.device);
+  report.num_devices = std::clamp(devices, 1, bench.num_ranks);
   {
     const auto whole = make_backend({.device = {bench.device, 0}});
     report.device = whole->description();
     report.read_gbytes_per_s = whole->measure_read_bandwidth() * 1e-9;
-    report.copy_gbytes_per_s = measure_copy(ops(*whole)) * 1e-9;
+    report.copy_gbytes_per_s = 2 * measure_copy(ops(*whole), ops(*whole)) * 1e-9;
   }
   for (std::size_t i = 0; i < bench.tokens_per_rank.size(); ++i) {
     const int tokens = bench.tokens_per_rank[i];
@@ -466,6 +469,12 @@ ExchangeBenchReport bench_exchange(const ExchangeBenchConfig& bench,
     if (on_progress) {
       on_progress(static_cast<double>(i + 1) / static_cast<double>(bench.tokens_per_rank.size()));
     }
+  }
+  // By now the exchange has opened the way between the devices.
+  if (report.num_devices > 1) {
+    const auto to = make_backend(place_rank(bench.device, 0, bench.num_ranks, bench.num_devices));
+    const auto from = make_backend(place_rank(bench.device, 1, bench.num_ranks, bench.num_devices));
+    report.link_gbytes_per_s = measure_copy(ops(*to), ops(*from)) * 1e-9;
   }
   return report;
 }

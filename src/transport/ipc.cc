@@ -28,7 +28,7 @@ constexpr std::size_t kPage = 4096;
 /// How often a sleeper looks whether a process has ended.
 constexpr milliseconds kLookUp{20};
 /// How long memory on its way out waits for peers that still map it.
-constexpr milliseconds kLetGo{1'000};
+constexpr milliseconds kLetGo{200};
 
 constexpr std::size_t round_up(std::size_t bytes, std::size_t to) {
   return (bytes + to - 1) / to * to;
@@ -149,21 +149,22 @@ class IpcWindow final : public Window {
 class Lent {
  public:
   explicit Lent(std::shared_ptr<IpcLink> link) : link_(std::move(link)) {}
-  /// Frees what nobody maps any more; at the end waits a little for those who do. What is left then
-  /// is freed by the caller's own reference; its mappings keep it alive in fact.
+  /// Frees what nobody maps any more, and in the end the rest, too: a peer that is stopped may map
+  /// it for ever. Then the driver keeps the memory for as long as that peer has it.
   ~Lent() {
     const Deadline deadline = Clock::now() + kLetGo;
+    sweep();
     while (!entries_.empty() && Clock::now() < deadline) {
+      std::this_thread::sleep_for(milliseconds(1));
       sweep();
-      if (!entries_.empty()) std::this_thread::sleep_for(milliseconds(1));
     }
   }
+  Lent(const Lent&) = delete;
+  Lent& operator=(const Lent&) = delete;
+
   void add(std::uint64_t share, std::shared_ptr<std::byte> memory) {
     entries_.push_back({share, std::move(memory)});
     sweep();
-  }
-  void sweep() {
-    std::erase_if(entries_, [this](const Entry& entry) { return !is_mapped(entry.share); });
   }
 
  private:
@@ -171,16 +172,16 @@ class Lent {
     std::uint64_t share;
     std::shared_ptr<std::byte> memory;
   };
-  [[nodiscard]] bool is_mapped(std::uint64_t share) const {
-    const auto& cell = link_->board().members[link_->rank()].let_go[share % IpcBoard::kShares];
-    // Every share that used this cell before has had all its peers let go.
-    const std::uint64_t uses = share / IpcBoard::kShares + 1;
-    const auto peers = static_cast<std::uint64_t>(link_->num_ranks() - 1);
-    if (cell.load() >= uses * peers) return false;
-    for (int r = 0; r < link_->num_ranks(); ++r) {
-      if (r != link_->rank() && !link_->is_gone(r)) return true;
-    }
-    return false;
+  void sweep() {
+    std::erase_if(entries_, [this](const Entry& entry) {
+      auto& cell = link_->board().members[link_->rank()].let_go[entry.share % IpcBoard::kShares];
+      const std::uint64_t let_go = cell.load();
+      for (int r = 0; r < link_->num_ranks(); ++r) {
+        if (r != link_->rank() && !(let_go >> r & 1) && !link_->is_gone(r)) return false;
+      }
+      cell = 0;
+      return true;
+    });
   }
   std::shared_ptr<IpcLink> link_;
   std::list<Entry> entries_;
@@ -257,7 +258,8 @@ class IpcTransport final : public Transport {
         });
       } else {
         all.push_back(import_device_memory(theirs.handle, [link = link_, r, share] {
-          link->board().members[r].let_go[share % IpcBoard::kShares].fetch_add(1);
+          link->board().members[r].let_go[share % IpcBoard::kShares] |= std::uint64_t{1}
+                                                                        << link->rank();
         }));
       }
     }

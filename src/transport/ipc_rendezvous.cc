@@ -157,6 +157,8 @@ class Host {
     hello.nonce = guest.nonce;
     if (send_all(guest.socket.get(), bytes_of(hello), Clock::now()) == Io::kDone) {
       guests_.push_back(std::move(guest));
+    } else {
+      ++num_strangers_;  // Gone again before a word.
     }
     return true;
   }

@@ -29,15 +29,16 @@ namespace sluice {
 
 inline constexpr int kMaxIpcRanks = 64;
 
-/// Memory that all ranks map from the moment they join: who is where. Only grows; each element has
-/// one writer, but `let_go`, which peers count up.
+/// Memory that all ranks map from the moment they join: who is where. Each element has one
+/// writer, but `let_go`.
 struct IpcBoard {
   static constexpr std::size_t kShares = 256;
   struct alignas(64) Member {
     std::atomic<std::uint32_t> joined{0}, left{0};
     std::atomic<std::uint64_t> arrived{0};  ///< Collectives begun.
-    /// How many peers have let go of this rank's device memory of share s, at s % kShares.
-    std::atomic<std::uint32_t> let_go[kShares]{};
+    /// Which peers, a bit each, have let go of this rank's device memory of share s, at
+    /// s % kShares. The owner clears it when it frees that memory.
+    std::atomic<std::uint64_t> let_go[kShares]{};
   };
   Member members[kMaxIpcRanks];
 };

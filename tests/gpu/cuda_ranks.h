@@ -117,9 +117,7 @@ class CudaRank {
   CudaRank(const Rounds& rounds, const TokenTable& table, const ExchangeConfig& config,
            Transport& transport)
       : rounds_(rounds), table_(table), transport_(transport), rank_(transport.rank()) {
-    backend_ = make_backend({.device = {Device::Kind::kCuda, 0},
-                             .local_rank = rank_,
-                             .num_local_ranks = rounds.num_ranks()});
+    backend_ = make_backend(place_rank(Device::Kind::kCuda, rank_, rounds.num_ranks()));
     const auto tokens = static_cast<std::size_t>(rounds.max_tokens());
     const auto slots = tokens * static_cast<std::size_t>(rounds.num_topk);
     const auto hidden = static_cast<std::size_t>(rounds.hidden);

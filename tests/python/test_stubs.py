@@ -12,7 +12,9 @@ CHECKED_IN = Path(__file__).parents[2] / "python" / "sluice" / "_core.pyi"
 
 
 def test_stubs_are_those_of_the_module(tmp_path):
-    pytest.importorskip("nanobind")
+    nanobind = pytest.importorskip("nanobind")
+    if not nanobind.__version__.startswith("3.1."):
+        pytest.skip(f"nanobind {nanobind.__version__} words stubs its own way; they are those of 3.1")
     made = tmp_path / "_core.pyi"
     subprocess.run(
         [sys.executable, "-m", "nanobind.stubgen", "-q", "-m", "sluice._core", "-o", made],

@@ -346,6 +346,14 @@ bool CudaBackend::expert_half(ExpertHalf half, const PreparedExperts& prepared,
 }  // namespace
 
 /// See make_backend.cc.
+int num_cuda_devices() noexcept {
+  int count = 0;
+  if (cudaGetDeviceCount(&count) == cudaSuccess) return count;
+  (void)cudaGetLastError();
+  return 0;
+}
+
+/// See make_backend.cc.
 std::unique_ptr<Backend> make_cuda_backend(const BackendConfig& config) {
   int count = 0;
   const cudaError_t status = cudaGetDeviceCount(&count);

@@ -38,6 +38,23 @@ constexpr int kThreads = kDispatchThreads;
 constexpr int kWarps = kThreads / 32;
 constexpr int kMaxTopk = 32;
 
+/// Peers are spread over the CTAs, and a CTA's peers and their experts over its warps.
+__device__ void send_counts(const SlotParams& p, std::uint64_t epoch, const int* total) {
+  const int warp = static_cast<int>(threadIdx.x) / 32, lane = static_cast<int>(threadIdx.x) % 32;
+  const int num_ctas = static_cast<int>(gridDim.x), cta = static_cast<int>(blockIdx.x);
+  const int peers = (p.window.num_ranks - cta + num_ctas - 1) / num_ctas;
+  const int parts = max(1, kWarps / max(1, peers));
+  for (int job = warp; job < peers * parts; job += kWarps) {
+    const int turn = job / parts, part = job - turn * parts;
+    std::uint64_t* const to =
+        p.window.at<std::uint64_t>(cta + turn * num_ctas, p.counts) + p.window.rank * p.num_experts;
+#pragma unroll 4
+    for (int e = part * 32 + lane; e < p.num_experts; e += parts * 32) {
+      ptx::store_relaxed_sys(to + e, epoch << 32 | static_cast<unsigned>(total[e]));
+    }
+  }
+}
+
 /// The warps send the rows of one staged chunk; lane 0 of each owns its bulk copies.
 template <WireFormat Wire>
 __device__ void send_chunk(const SlotParams& p, const Staging& s, int first, int count,
@@ -108,7 +125,8 @@ __global__ void __launch_bounds__(kThreads, 1)
                     const __grid_constant__ DispatchParams d) {
   extern __shared__ __align__(128) unsigned char shared[];
   __shared__ std::int64_t place[kMaxChunk * kMaxTopk];
-  __shared__ int sent[2 * kMaxDeviceRanks];  // Rows, then repeats.
+  __shared__ int sent[2 * kMaxDeviceRanks];           // Rows, then repeats.
+  __shared__ int first_expert[kMaxChunk * kMaxTopk];  // Of the first chunk's slots.
   const Staging s = staging_of<Wire>(p.hidden);
   int* const total = reinterpret_cast<int*>(shared);
   int* const next = total + p.num_experts;
@@ -122,9 +140,12 @@ __global__ void __launch_bounds__(kThreads, 1)
     return reinterpret_cast<float*>(payload_of(buffer) + s.tokens * s.payload_bytes);
   };
 
-  // Loads in flight together: whether to run, as which epoch, the first experts, and whether every
-  // rank has let go of the slot's last use (a relaxed load will do: stores do not overtake what
-  // they depend on).
+  // Loads in flight together: the first tokens, whether to run, as which epoch, the first experts,
+  // and whether every rank has let go of the slot's last use (a relaxed load will do: stores do not
+  // overtake what they depend on).
+  const int first_count = min(s.tokens, end - begin);
+  Batch batch;
+  load_batch(p, d, begin, first_count * (p.hidden / 8), tid, batch);
   const bool failed = has_failed(p);
   const std::uint64_t epoch = *static_cast<volatile std::uint64_t*>(&p.slot->epoch) + 1;
   bool reusable = true;
@@ -141,28 +162,22 @@ __global__ void __launch_bounds__(kThreads, 1)
     return;
   }
   for (int i = tid; i < num_slots;) {
+    const int mine = i - begin * p.num_topk;
+    if (mine >= 0 && mine < first_count * p.num_topk) first_expert[mine] = expert;
     if (expert >= 0) {
       atomicAdd(&total[expert], 1);
-      if (i < begin * p.num_topk) atomicAdd(&next[expert], 1);
+      if (mine < 0) atomicAdd(&next[expert], 1);
     }
     i += kThreads;
     if (i < num_slots) expert = expert_of(p, d, i);
   }
   bool ok = __syncthreads_and(reusable) != 0 || wait_for_all(p, p.returned, kReuse, epoch);
-  if (ok) {
-    for (int peer = cta; peer < p.window.num_ranks; peer += num_ctas) {
-      std::uint64_t* const to =
-          p.window.at<std::uint64_t>(peer, p.counts) + p.window.rank * p.num_experts;
-      for (int e = tid; e < p.num_experts; e += kThreads) {
-        ptx::store_relaxed_sys(to + e, epoch << 32 | static_cast<unsigned>(total[e]));
-      }
-    }
-  }
-  int clipped =
-      stage_chunk<Wire>(p, d, begin, min(s.tokens, end - begin), payload_of(0), scale_of(0));
+  if (ok) send_counts(p, epoch, total);
+  int clipped = stage_chunk<Wire>(p, d, begin, first_count, batch, payload_of(0), scale_of(0));
   __syncthreads();  // total[] is about to become the sum over ranks.
-  ok = ok && gather_counts(p, epoch, total, next);
-  const bool refused = ok && place_experts(p, total, next);
+  const Placement placement = ok ? place_experts(p, epoch, total, next) : Placement::kMissing;
+  ok = placement != Placement::kMissing;
+  const bool refused = placement == Placement::kRefused;
 
   int buffer = 0;
   for (int t = begin; ok && t < end; t += s.tokens, buffer ^= 1) {
@@ -173,35 +188,36 @@ __global__ void __launch_bounds__(kThreads, 1)
       }
       continue;
     }
-    if (tid < 32) assign_rows(p, d, t * p.num_topk, count * p.num_topk, next, place);
-    ptx::fence_proxy_async();  // The copy engine reads what ordinary stores wrote.
+    if (tid < 32) {
+      assign_rows(p, d, t * p.num_topk, count * p.num_topk, t == begin ? first_expert : nullptr,
+                  next, place);
+    }
+    ptx::fence_proxy_async_shared();  // The copy engine reads what ordinary stores wrote.
     __syncthreads();
     send_chunk<Wire>(p, s, t, count, place, payload_of(buffer), scale_of(buffer), sent);
     if (t + s.tokens < end) {
+      const int next_count = min(s.tokens, end - t - s.tokens);
+      load_batch(p, d, t + s.tokens, next_count * (p.hidden / 8), tid, batch);
       if (lane == 0) ptx::bulk_wait_read<1>();  // The other buffer's copies have read it.
       __syncthreads();
-      clipped += stage_chunk<Wire>(p, d, t + s.tokens, min(s.tokens, end - t - s.tokens),
-                                   payload_of(buffer ^ 1), scale_of(buffer ^ 1));
+      clipped += stage_chunk<Wire>(p, d, t + s.tokens, next_count, batch, payload_of(buffer ^ 1),
+                                   scale_of(buffer ^ 1));
     }
   }
-  if (lane == 0) {
-    ptx::bulk_wait<0>();
-    ptx::fence_proxy_async();
-  }
+  if (lane == 0) ptx::bulk_wait<0>();  // Makes the copies visible to this thread, which signals.
   if (clipped > 0) atomicAdd(&p.state->stats.saturated, static_cast<unsigned long long>(clipped));
   const bool last = arrive_last(p);
+  // Other CTAs may have failed; this one alone would know.
+  const bool stopped = __syncthreads_or(!ok || (num_ctas > 1 && has_failed(p))) != 0;
+  if (!stopped && last) signal_all(p, p.dispatched, epoch);
   if (tid < p.window.num_ranks && sent[tid] > 0) {
     atomicAdd(&p.state->stats.rows[tid], static_cast<unsigned long long>(sent[tid]));
     atomicAdd(&p.state->stats.repeats[tid],
               static_cast<unsigned long long>(sent[kMaxDeviceRanks + tid]));
   }
-  if (__syncthreads_or(!ok || has_failed(p)) != 0) {
-    forget_rows(p);
-    return;
-  }
-  if (!last) return;
+  if (stopped) forget_rows(p);
+  if (stopped || !last) return;
 
-  signal_all(p, p.dispatched, epoch);
   if (tid == 0) p.slot->epoch = epoch, p.slot->refused = refused;
   const int num_local = p.num_experts / p.window.num_ranks;
   for (int e = tid; e < num_local; e += kThreads) {

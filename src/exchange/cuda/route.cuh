@@ -8,18 +8,19 @@
 
 namespace sluice::cuda {
 
-/// Waits for every rank's count of every expert: adds those of lower ranks to next[e] and replaces
-/// total[e] by the sum over all. False: a rank's counts did not arrive.
-__device__ inline bool gather_counts(const SlotParams& p, std::uint64_t epoch, int* total,
-                                     int* next) {
-  __shared__ unsigned long long missing;
+enum class Placement { kPlaced, kRefused, kMissing };
+
+/// Thread i's share of experts: every rank's counts of them, waited for. Adds those of lower ranks
+/// to next[e] and replaces total[e] by the sum over all. Returns the ranks whose counts did not
+/// arrive, a bit each.
+__device__ inline unsigned long long gather_counts(const SlotParams& p, std::uint64_t epoch,
+                                                   int* total, int* next) {
   constexpr int kBatch = 8;
-  const int tid = static_cast<int>(threadIdx.x), ranks = p.window.num_ranks;
+  const int ranks = p.window.num_ranks;
   const auto tag = static_cast<std::uint32_t>(epoch);
-  if (tid == 0) missing = 0;
-  __syncthreads();
+  unsigned long long missing = 0;
   const std::uint64_t begin = ptx::global_timer();
-  for (int e = tid; e < p.num_experts; e += kDispatchThreads) {
+  for (int e = static_cast<int>(threadIdx.x); e < p.num_experts; e += kDispatchThreads) {
     int below = 0, all = 0;
     for (int r0 = 0; r0 < ranks; r0 += kBatch) {
       std::uint64_t word[kBatch];
@@ -39,9 +40,7 @@ __device__ inline bool gather_counts(const SlotParams& p, std::uint64_t epoch, i
         if (fresh) break;
         if (ptx::global_timer() - begin > p.timeout_ns || has_failed(p)) {
           for (int i = 0; i < kBatch && r0 + i < ranks; ++i) {
-            if (static_cast<std::uint32_t>(word[i] >> 32) != tag) {
-              atomicOr(&missing, 1ull << (r0 + i));
-            }
+            if (static_cast<std::uint32_t>(word[i] >> 32) != tag) missing |= 1ull << (r0 + i);
           }
           break;
         }
@@ -57,41 +56,33 @@ __device__ inline bool gather_counts(const SlotParams& p, std::uint64_t epoch, i
     total[e] = all;
     next[e] += below;
   }
-  __syncthreads();
-  if (missing != 0 && tid == 0) {
-    fail_exchange(p, {.kind = kPeerMissing,
-                      .operation = kDispatchCounts,
-                      .epoch = epoch,
-                      .missing = missing,
-                      .expected = epoch,
-                      .seen = 0});
-  }
-  return missing == 0;
+  return missing;
 }
 
-/// Adds every expert's first row to next[e], and notes those of this rank. True: a capacity is
-/// exceeded.
-__device__ inline bool place_experts(const SlotParams& p, const int* total, int* next) {
+/// Low-latency: expert e's rows begin at its own max_m; the experts are those of gather_counts(),
+/// so no barrier lies between. True: a capacity is exceeded.
+__device__ inline bool place_masked(const SlotParams& p, const int* total, int* next) {
+  const int num_local = p.num_experts / p.window.num_ranks;
+  bool over = false;
+  for (int e = static_cast<int>(threadIdx.x); e < p.num_experts; e += kDispatchThreads) {
+    const int owner = e / num_local, local = e - owner * num_local, begin = local * p.max_m;
+    next[e] += begin;
+    if (blockIdx.x == 0 && owner == p.window.rank) p.row_begin[local] = begin;
+    if (total[e] <= p.max_m) continue;
+    over = true;
+    if (blockIdx.x == 0) {
+      record_fault(p, kRefusal,
+                   {.kind = kOverCapacity, .where = e, .count = total[e], .value = p.max_m});
+    }
+  }
+  return over;
+}
+
+/// Normal mode: the experts of a rank one after another, by a scan of one warp for each rank.
+__device__ inline void place_contiguous(const SlotParams& p, const int* total, int* next) {
   const int tid = static_cast<int>(threadIdx.x), lane = tid % 32;
   const int num_local = p.num_experts / p.window.num_ranks;
-  const bool notes = blockIdx.x == 0;
-  bool over = false;
-  if (p.max_m > 0) {
-    for (int e = tid; e < p.num_experts; e += kDispatchThreads) {
-      const int begin = (e % num_local) * p.max_m;
-      next[e] += begin;
-      if (notes && e / num_local == p.window.rank) p.row_begin[e % num_local] = begin;
-      if (total[e] <= p.max_m) continue;
-      over = true;
-      if (notes) {
-        record_fault(p, kRefusal,
-                     {.kind = kOverCapacity, .where = e, .count = total[e], .value = p.max_m});
-      }
-    }
-    return __syncthreads_or(over) != 0;
-  }
-  for (int r = tid / 32; r < p.window.num_ranks;
-       r += (kDispatchThreads / 32)) {  // Exclusive scan per rank.
+  for (int r = tid / 32; r < p.window.num_ranks; r += kDispatchThreads / 32) {
     int carry = 0;
     for (int base = 0; base < num_local; base += 32) {
       const int local = base + lane, e = r * num_local + local;
@@ -103,23 +94,49 @@ __device__ inline bool place_experts(const SlotParams& p, const int* total, int*
       }
       if (local < num_local) {
         next[e] += carry + sum - mine;
-        if (notes && r == p.window.rank) p.row_begin[local] = carry + sum - mine;
+        if (blockIdx.x == 0 && r == p.window.rank) p.row_begin[local] = carry + sum - mine;
       }
       carry += __shfl_sync(kAllLanes, sum, 31);
     }
   }
-  __syncthreads();
-  return false;
 }
 
-/// One warp gives the slots [first, first + count) their rows, in order.
+/// With every rank's counts: total[e] becomes the sum over ranks, next[e] the row of this CTA's
+/// first slot with expert e. All threads get the same answer.
+__device__ inline Placement place_experts(const SlotParams& p, std::uint64_t epoch, int* total,
+                                          int* next) {
+  const unsigned long long missing = gather_counts(p, epoch, total, next);
+  const bool over = missing == 0 && p.max_m > 0 && place_masked(p, total, next);
+  if (__syncthreads_or(missing != 0) != 0) {
+    __shared__ unsigned long long all_missing;
+    if (threadIdx.x == 0) all_missing = 0;
+    __syncthreads();
+    if (missing != 0) atomicOr(&all_missing, missing);
+    __syncthreads();
+    if (threadIdx.x == 0) {
+      fail_exchange(p, {.kind = kPeerMissing,
+                        .operation = kDispatchCounts,
+                        .epoch = epoch,
+                        .missing = all_missing,
+                        .expected = epoch,
+                        .seen = 0});
+    }
+    return Placement::kMissing;
+  }
+  if (p.max_m > 0) return __syncthreads_or(over) != 0 ? Placement::kRefused : Placement::kPlaced;
+  place_contiguous(p, total, next);
+  __syncthreads();
+  return Placement::kPlaced;
+}
+
+/// One warp gives the slots [first, first + count) their rows, in order. `expert`: theirs, or null.
 __device__ inline void assign_rows(const SlotParams& p, const DispatchParams& d, int first,
-                                   int count, int* next, std::int64_t* place) {
+                                   int count, const int* expert, int* next, std::int64_t* place) {
   const int lane = static_cast<int>(threadIdx.x) % 32;
   const int num_local = p.num_experts / p.window.num_ranks;
   for (int base = 0; base < count; base += 32) {
     const int i = base + lane;
-    const int e = i < count ? expert_of(p, d, first + i) : -1;
+    const int e = i >= count ? -1 : expert != nullptr ? expert[i] : expert_of(p, d, first + i);
     const unsigned same = __match_any_sync(kAllLanes, e);
     const int before = __popc(same & ((1u << lane) - 1));
     std::int64_t at = -1;

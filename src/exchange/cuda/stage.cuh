@@ -94,28 +94,39 @@ __device__ int stage_vector(const uint4& in, int v, float static_inverse, std::u
   return clipped;
 }
 
-/// Tokens [first, first + count) in the wire format, into shared memory.
+/// What one thread reads of a chunk at a time, its loads in flight together.
+struct Batch {
+  uint4 vector[kVectorsInFlight];
+};
+
+/// From vector `base` of the chunk that begins at token `first` and has `num_vectors`.
+__device__ inline void load_batch(const SlotParams& p, const DispatchParams& d, int first,
+                                  int num_vectors, int base, Batch& batch) {
+  const uint4* const in = reinterpret_cast<const uint4*>(d.x + std::int64_t{first} * p.hidden);
+#pragma unroll
+  for (int i = 0; i < kVectorsInFlight; ++i) {
+    const int v = base + i * kDispatchThreads;
+    if (v < num_vectors) batch.vector[i] = __ldcs(in + v);
+  }
+}
+
+/// Tokens [first, first + count) in the wire format, into shared memory. `batch` holds what
+/// load_batch() reads from vector threadIdx.x on.
 template <WireFormat Wire>
 __device__ int stage_chunk(const SlotParams& p, const DispatchParams& d, int first, int count,
-                           std::uint8_t* payload, float* scale) {
-  const uint4* const in = reinterpret_cast<const uint4*>(d.x + std::int64_t{first} * p.hidden);
+                           Batch& batch, std::uint8_t* payload, float* scale) {
   const int num_vectors = count * (p.hidden / 8);
   int clipped = 0;
-  for (int base = static_cast<int>(threadIdx.x); base < num_vectors;
-       base += kDispatchThreads * kVectorsInFlight) {
-    uint4 loaded[kVectorsInFlight];
-#pragma unroll
-    for (int i = 0; i < kVectorsInFlight; ++i) {
-      if (base + i * kDispatchThreads < num_vectors)
-        loaded[i] = __ldcs(in + base + i * kDispatchThreads);
-    }
+  for (int base = static_cast<int>(threadIdx.x); base < num_vectors;) {
 #pragma unroll
     for (int i = 0; i < kVectorsInFlight; ++i) {
       const int v = base + i * kDispatchThreads;
       if (v < num_vectors) {
-        clipped += stage_vector<Wire>(loaded[i], v, d.static_inverse, payload, scale);
+        clipped += stage_vector<Wire>(batch.vector[i], v, d.static_inverse, payload, scale);
       }
     }
+    base += kDispatchThreads * kVectorsInFlight;
+    load_batch(p, d, first, num_vectors, base, batch);
   }
   return clipped;
 }

@@ -1,0 +1,10 @@
+"""The name deep_ep, served by sluice.compat.deep_ep."""
+
+from sluice.compat import deep_ep as _deep_ep
+from sluice.compat.deep_ep import Buffer, Config, EventOverlap
+
+__all__ = ["Buffer", "Config", "EventOverlap", "topk_idx_t"]
+
+
+def __getattr__(name: str):
+    return getattr(_deep_ep, name)

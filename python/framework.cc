@@ -1,0 +1,150 @@
+#include "framework.h"
+
+#include <memory>
+#include <string>
+
+#include "sluice/error.h"
+
+namespace sluice::python {
+
+using nb::dlpack::dltensor;
+
+// The ABI of DLPack (dlpack.h 1.2 and later), under our names.
+struct ManagedTensor {
+  std::uint32_t major_version, minor_version;
+  void* context;
+  void (*deleter)(ManagedTensor*);
+  std::uint64_t flags;
+  dltensor tensor;
+};
+using SetError = void (*)(void* context, const char* kind, const char* message);
+struct ExchangeApi {
+  std::uint32_t major_version, minor_version;
+  const ExchangeApi* previous;
+  int (*allocate)(dltensor* prototype, ManagedTensor** out, void* context, SetError set_error);
+  int (*managed_from_object)(void* object, ManagedTensor** out);
+  int (*object_from_managed)(ManagedTensor* tensor, void** object);
+  int (*tensor_from_object)(void* object, dltensor* out);
+  int (*current_stream)(int device_type, std::int32_t device_id, void** stream);
+};
+
+namespace {
+
+constexpr std::uint32_t kMajorVersion = 1;
+
+/// The API that a type offers, of a version that is understood here.
+const ExchangeApi* find_api(nb::handle type) noexcept {
+  nb::object capsule = nb::steal(PyObject_GetAttrString(type.ptr(), "__dlpack_c_exchange_api__"));
+  const void* pointer = nullptr;
+  if (capsule.is_valid() && PyCapsule_IsValid(capsule.ptr(), "dlpack_exchange_api")) {
+    pointer = PyCapsule_GetPointer(capsule.ptr(), "dlpack_exchange_api");
+  }
+  PyErr_Clear();
+  const auto* api = static_cast<const ExchangeApi*>(pointer);
+  while (api != nullptr && api->major_version > kMajorVersion) api = api->previous;
+  return api != nullptr && api->major_version == kMajorVersion && api->tensor_from_object != nullptr
+             ? api
+             : nullptr;
+}
+
+nb::object take(const ExchangeApi& api, ManagedTensor* tensor) {
+  void* object = nullptr;
+  if (api.object_from_managed(tensor, &object) != 0) throw nb::python_error();
+  return nb::steal(static_cast<PyObject*>(object));
+}
+
+/// A tensor that is given away together with its shape and a reference to whose memory it is.
+struct Wrapped {
+  ManagedTensor managed{};
+  std::int64_t shape[Shape::kMaxRank], strides[Shape::kMaxRank];
+  nb::object owner;
+};
+
+void drop(ManagedTensor* tensor) {
+  if (!nb::is_alive()) return;  // The interpreter is gone, and the owner with it.
+  const nb::gil_scoped_acquire lock;
+  delete static_cast<Wrapped*>(tensor->context);  // NOLINT(cppcoreguidelines-owning-memory)
+}
+
+}  // namespace
+
+nb::dlpack::device to_dlpack(Device device) {
+  constexpr int kCpu = 1, kCuda = 2;
+  return {device.kind == Device::Kind::kHost ? kCpu : kCuda, device.index};
+}
+
+Framework Framework::of(nb::handle array) noexcept {
+  // One type after the other: callers pass many arrays of the same one. The interpreter's lock
+  // guards these; a type stays alive while it is remembered.
+  static PyTypeObject* last_type = nullptr;
+  static const ExchangeApi* last_api = nullptr;
+  PyTypeObject* const type = Py_TYPE(array.ptr());
+  if (type != last_type) {
+    last_api = find_api(array.type());
+    Py_INCREF(reinterpret_cast<PyObject*>(type));
+    Py_XDECREF(reinterpret_cast<PyObject*>(last_type));
+    last_type = type;
+  }
+  return Framework(last_api);
+}
+
+bool Framework::import(nb::handle array, dltensor& tensor) const noexcept {
+  if (api_->tensor_from_object(array.ptr(), &tensor) == 0) return true;
+  PyErr_Clear();
+  return false;
+}
+
+nb::object Framework::allocate(const nb::dlpack::dtype& dtype,
+                               const std::vector<std::int64_t>& dims, Device device) const {
+  std::vector<std::int64_t> shape = dims;
+  dltensor prototype{.device = to_dlpack(device),
+                     .ndim = static_cast<std::int32_t>(shape.size()),
+                     .dtype = dtype,
+                     .shape = shape.data()};
+  ManagedTensor* tensor = nullptr;
+  std::string said;
+  const int status = api_->allocate(
+      &prototype, &tensor, &said, [](void* context, const char* kind, const char* message) {
+        *static_cast<std::string*>(context) = std::string(kind) + ": " + message;
+      });
+  if (status != 0) {
+    PyErr_Clear();
+    throw Error(ErrorCode::kOutOfMemory, "a new tensor for the result: " + said);
+  }
+  return take(*api_, tensor);
+}
+
+nb::object Framework::wrap(const TensorView& view, const nb::dlpack::dtype& dtype,
+                           nb::handle owner) const {
+  auto wrapped = std::make_unique<Wrapped>();
+  std::int64_t stride = 1;
+  for (int i = view.shape.rank(); i-- > 0;) {
+    wrapped->shape[i] = view.shape[i];
+    wrapped->strides[i] = stride;
+    stride *= view.shape[i];
+  }
+  wrapped->owner = nb::borrow(owner);
+  wrapped->managed = {.major_version = kMajorVersion,
+                      .minor_version = 0,
+                      .context = wrapped.get(),
+                      .deleter = drop,
+                      .flags = 0,
+                      .tensor = {.data = const_cast<void*>(view.data),
+                                 .device = to_dlpack(view.device),
+                                 .ndim = view.shape.rank(),
+                                 .dtype = dtype,
+                                 .shape = wrapped->shape,
+                                 .strides = wrapped->strides}};
+  return take(*api_, &wrapped.release()->managed);
+}
+
+Stream Framework::current_stream(Device device) const {
+  void* stream = nullptr;
+  const nb::dlpack::device d = to_dlpack(device);
+  if (api_->current_stream(d.device_type, d.device_id, &stream) != 0) {
+    throw nb::python_error();
+  }
+  return {stream};
+}
+
+}  // namespace sluice::python

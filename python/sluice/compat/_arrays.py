@@ -1,0 +1,177 @@
+"""The little that these modules do to arrays themselves, for numpy and for torch alike.
+
+``space_of(array)`` picks one of two classes with the same functions. Element types go by the names
+bf16, e4m3, f32, i32, i64, u8 and bool; numpy holds bf16 and e4m3 as their bits.
+"""
+
+import sys
+from typing import Any
+
+import numpy
+
+_NUMPY_TYPES = {
+    "bf16": "uint16", "e4m3": "uint8", "f32": "float32", "i32": "int32", "i64": "int64",
+    "u8": "uint8", "bool": "bool",
+}
+_TORCH_TYPES = {
+    "bf16": "bfloat16", "e4m3": "float8_e4m3fn", "f32": "float32", "i32": "int32", "i64": "int64",
+    "u8": "uint8", "bool": "bool",
+}
+
+
+class NumpySpace:
+    """Arrays of numpy."""
+
+    on_device = False
+
+    def empty(self, shape: tuple, dtype: str) -> Any:
+        return numpy.empty(shape, _NUMPY_TYPES[dtype])
+
+    def zeros(self, shape: tuple, dtype: str) -> Any:
+        return numpy.zeros(shape, _NUMPY_TYPES[dtype])
+
+    def arange(self, num: int) -> Any:
+        return numpy.arange(num, dtype=numpy.int32)
+
+    def view(self, array: Any, dtype: str) -> Any:
+        return array.view(_NUMPY_TYPES[dtype])
+
+    def to(self, array: Any, dtype: str) -> Any:
+        return array.astype(_NUMPY_TYPES[dtype])
+
+    def bits(self, array: Any) -> Any:
+        """bf16 as its bits: what to hand to a copy, whoever made the array."""
+        return array if array.dtype == numpy.uint16 else array.view(numpy.uint16)
+
+    def is_e4m3(self, array: Any) -> bool:
+        return array.dtype == numpy.uint8 or array.dtype.name == "float8_e4m3fn"
+
+    def copy(self, target: Any, source: Any) -> None:
+        target[...] = source
+
+    def where(self, condition: Any, a: Any, b: Any) -> Any:
+        return numpy.where(condition, a, b)
+
+    def count(self, values: Any, num: int) -> Any:
+        """How often each of 0 .. num - 1 occurs; negative values do not count."""
+        return numpy.bincount(values[values >= 0].ravel(), minlength=num).astype(numpy.int32)
+
+    def order(self, values: Any) -> Any:
+        """Positions that sort the values, equal ones as they stand."""
+        return numpy.argsort(values, kind="stable")
+
+    def begins(self, counts: Any) -> Any:
+        """Sums of all counts before each."""
+        return (numpy.cumsum(counts) - counts).astype(numpy.int64)
+
+    def float_of(self, array: Any) -> Any:
+        """float32 of bf16."""
+        return (self.bits(array).astype(numpy.uint32) << 16).view(numpy.float32)
+
+    def bf16_of(self, values: Any) -> Any:
+        """bf16 of float32, ties to even."""
+        u = values.view(numpy.uint32)
+        rounded = (u + numpy.uint32(0x7FFF) + ((u >> 16) & 1)) >> 16
+        quiet = (u >> 16) | 0x40
+        return numpy.where(numpy.isnan(values), quiet, rounded).astype(numpy.uint16)
+
+    def row_major(self, array: Any) -> Any:
+        return numpy.ascontiguousarray(array)
+
+    def on_host(self, array: Any) -> Any:
+        return array
+
+    def empty_columns_first(self, shape: tuple, dtype: str) -> Any:
+        """Of three dimensions, the middle one densest in memory."""
+        return self.empty((shape[0], shape[2], shape[1]), dtype).transpose(0, 2, 1)
+
+    def exponents(self, scale: Any) -> Any:
+        """Biased exponents of powers of two, four to an int32 along the last dimension."""
+        return ((scale.view(numpy.int32) >> 23) & 0xFF).astype(numpy.uint8).view(numpy.int32)
+
+    def event(self) -> Any:
+        return None
+
+
+class TorchSpace:
+    """Tensors of torch on one device."""
+
+    def __init__(self, torch: Any, device: Any) -> None:
+        self.torch, self.device = torch, device
+        self.on_device = device.type == "cuda"
+
+    def _type(self, dtype: str) -> Any:
+        return getattr(self.torch, _TORCH_TYPES[dtype])
+
+    def empty(self, shape: tuple, dtype: str) -> Any:
+        return self.torch.empty(shape, dtype=self._type(dtype), device=self.device)
+
+    def zeros(self, shape: tuple, dtype: str) -> Any:
+        return self.torch.zeros(shape, dtype=self._type(dtype), device=self.device)
+
+    def arange(self, num: int) -> Any:
+        return self.torch.arange(num, dtype=self.torch.int32, device=self.device)
+
+    def view(self, array: Any, dtype: str) -> Any:
+        return array.view(self._type(dtype))
+
+    def to(self, array: Any, dtype: str) -> Any:
+        return array.to(self._type(dtype))
+
+    def bits(self, array: Any) -> Any:
+        return array
+
+    def is_e4m3(self, array: Any) -> bool:
+        return array.dtype in (self.torch.float8_e4m3fn, self.torch.uint8)
+
+    def copy(self, target: Any, source: Any) -> None:
+        target.copy_(source)
+
+    def where(self, condition: Any, a: Any, b: Any) -> Any:
+        return self.torch.where(condition, a, b)
+
+    def count(self, values: Any, num: int) -> Any:
+        flat = values.reshape(-1).long()
+        counts = self.torch.zeros(num + 1, dtype=self.torch.int32, device=self.device)
+        ones = self.torch.ones_like(flat, dtype=self.torch.int32)
+        return counts.scatter_add_(0, flat.where(flat >= 0, num), ones)[:num]
+
+    def order(self, values: Any) -> Any:
+        return self.torch.argsort(values, stable=True)
+
+    def begins(self, counts: Any) -> Any:
+        return self.torch.cumsum(counts, 0) - counts
+
+    def float_of(self, array: Any) -> Any:
+        return array.float()
+
+    def bf16_of(self, values: Any) -> Any:
+        return values.bfloat16()
+
+    def row_major(self, array: Any) -> Any:
+        return array.contiguous()
+
+    def on_host(self, array: Any) -> Any:
+        return array.detach().cpu()
+
+    def empty_columns_first(self, shape: tuple, dtype: str) -> Any:
+        return self.empty((shape[0], shape[2], shape[1]), dtype).transpose(1, 2)
+
+    def exponents(self, scale: Any) -> Any:
+        exponent = (scale.view(self.torch.int32) >> 23) & 0xFF
+        return exponent.to(self.torch.uint8).view(self.torch.int32)
+
+    def event(self) -> Any:
+        """Recorded now on the current stream; None on the CPU."""
+        if not self.on_device:
+            return None
+        event = self.torch.cuda.Event()
+        event.record(self.torch.cuda.current_stream(self.device))
+        return event
+
+
+def space_of(array: Any) -> "NumpySpace | TorchSpace":
+    torch = sys.modules.get("torch")
+    if torch is not None and isinstance(array, torch.Tensor):
+        return TorchSpace(torch, array.device)
+    return NumpySpace()

@@ -1,0 +1,284 @@
+"""DeepEP's Buffer: argument names, defaults and results; the work is in the two halves."""
+
+from collections.abc import Callable
+from typing import Any
+
+from ... import _core
+from ..._error import Error
+from .._arrays import space_of
+from ._config import Config
+from ._event import EventOverlap
+from ._low_latency import LowLatency, LowLatencyHandle
+from ._normal import Normal, NormalHandle
+from ._place import make_backend
+
+_EXTRA = {
+    # Of forks: name -> whether any value does no harm, else only None and False.
+    "use_nvfp4": False, "x_global_scale": False, "overlap": False, "packed_recv_count": False,
+    "comp_signal": False, "src_signals": False, "src_signal_expect_value": False,
+    "block_m": True, "threshold": True, "num_sms": True,
+}  # fmt: skip
+
+
+def _check_extra(operation: str, extra: dict[str, Any]) -> None:
+    for name, value in extra.items():
+        if name not in _EXTRA:
+            raise TypeError(f"{operation}() got an unexpected keyword argument '{name}'")
+        if value is not None and value is not False and not _EXTRA[name]:
+            raise Error("unsupported", f"{operation}: {name} is of a fork of DeepEP; leave it out")
+
+
+def _refuse(operation: str, name: str, is_given: bool, why: str) -> None:
+    if is_given:
+        raise Error("unsupported", f"{operation}: {name} is not served: {why}")
+
+
+def _wait(event: EventOverlap | None) -> None:
+    if event is not None and event.event is not None:
+        event.current_stream_wait()
+
+
+class Buffer:
+    """Dispatch and combine for one expert-parallel group on one host.
+
+    ``group`` is a torch ProcessGroup, an mpi4py communicator, any object with rank, size and
+    all_gather(object), or a sluice.Transport. The sizes are accepted and not needed: memory is taken
+    at the first call of a shape. Calls queue on torch's current stream and return; nothing runs on a
+    stream of the buffer's own.
+    """
+
+    num_sms: int = 20
+
+    def __init__(
+        self, group: Any = None, num_nvl_bytes: int = 0, num_rdma_bytes: int = 0,
+        low_latency_mode: bool = False, num_qps_per_rank: int = 24,
+        allow_nvlink_for_low_latency_mode: bool = True, allow_mnnvl: bool = False,
+        explicitly_destroy: bool = False, enable_shrink: bool = False, comm: Any = None,
+        use_fabric: bool = False, *, backend: Any = None,
+    ) -> None:
+        if group is None and comm is None:
+            raise Error("invalid_argument", "group: expected a process group or a sluice.Transport")
+        group = comm if group is None else group
+        is_transport = isinstance(group, _core.Transport)
+        self._transport: Any = group if is_transport else _core.Transport.from_group(group)
+        self._backend: Any = backend if backend is not None else make_backend(self._transport)
+        self.group = group
+        self.rank, self.group_size = self._transport.rank, self._transport.num_ranks
+        self.num_nvl_bytes, self.num_rdma_bytes = num_nvl_bytes, num_rdma_bytes
+        self.low_latency_mode = low_latency_mode
+        self.explicitly_destroy, self.enable_shrink = explicitly_destroy, enable_shrink
+        self._low_latency: Any = LowLatency(self._transport, self._backend)
+        self._normal: Any = Normal(self._transport, self._backend)
+
+    def destroy(self) -> None:
+        """Lets go of all memory; not collective. Further calls are refused."""
+        self._low_latency = self._normal = self._backend = self._transport = None
+
+    def _half(self, half: Any, operation: str) -> Any:
+        if half is None:
+            raise Error("invalid_argument", f"{operation}: this buffer has been destroyed")
+        return half
+
+    @staticmethod
+    def is_sm90_compiled() -> bool:
+        """True: the GPU code is for Hopper."""
+        return True
+
+    @classmethod
+    def set_num_sms(cls, new_num_sms: int) -> None:
+        """Kept for callers that read it back; SMs are shared out by the number of ranks on a GPU."""
+        if new_num_sms % 2 != 0 or new_num_sms <= 0:
+            raise Error("invalid_argument", f"num_sms {new_num_sms} is not a positive even number")
+        Buffer.num_sms = new_num_sms
+
+    @staticmethod
+    def capture() -> EventOverlap:
+        """An event of torch's current stream, as it is now."""
+        import sys
+
+        torch = sys.modules.get("torch")
+        if torch is None or not torch.cuda.is_available():
+            return EventOverlap()
+        event = torch.cuda.Event()
+        event.record()
+        return EventOverlap(event)
+
+    @staticmethod
+    def get_low_latency_rdma_size_hint(
+        num_max_dispatch_tokens_per_rank: int, hidden: int, num_ranks: int, num_experts: int
+    ) -> int:
+        """Bytes that the low-latency mode takes on each rank, at most: bf16, two in flight."""
+        return _core.Exchange.workspace_bytes(
+            num_experts=num_experts, num_topk=32, hidden=hidden, num_ranks=num_ranks,
+            max_tokens_per_rank=num_max_dispatch_tokens_per_rank, wire="bf16", device="cuda",
+        )
+
+    @staticmethod
+    def get_dispatch_config(num_ranks: int) -> Config:
+        return Config(Buffer.num_sms)
+
+    @staticmethod
+    def get_combine_config(num_ranks: int) -> Config:
+        return Config(Buffer.num_sms)
+
+    def get_comm_stream(self) -> Any:
+        """The current stream: the buffer has none of its own."""
+        import torch
+
+        return torch.cuda.current_stream()
+
+    def get_local_buffer_tensor(self, dtype: Any, size: Any = None, offset: int = 0,
+                                use_rdma_buffer: bool = False) -> Any:
+        raise Error("unsupported", "get_local_buffer_tensor: the memory of this buffer is not shown")
+
+    # --- Low latency ------------------------------------------------------------------------------
+
+    def clean_low_latency_buffer(
+        self, num_max_dispatch_tokens_per_rank: int, hidden: int, num_experts: int
+    ) -> None:
+        """Nothing to do: the modes share no memory, and flags carry epochs."""
+        self._half(self._low_latency, "clean_low_latency_buffer")
+
+    def low_latency_dispatch(
+        self, x: Any, topk_idx: Any, num_max_dispatch_tokens_per_rank: int, num_experts: int,
+        cumulative_local_expert_recv_stats: Any = None, dispatch_wait_recv_cost_stats: Any = None,
+        use_fp8: bool = True, round_scale: bool = False, use_ue8m0: bool = False,
+        async_finish: bool = False, return_recv_hook: bool = False, **extra: Any,
+    ) -> tuple[Any, Any, LowLatencyHandle, EventOverlap, Callable[[], None] | None]:
+        """(recv_x, recv_count, handle, event, hook).
+
+        x: [num_tokens, hidden] bfloat16. topk_idx: [num_tokens, num_topk], -1 for an empty slot.
+        recv_x: bfloat16 [num_local_experts, num_ranks * num_max_dispatch_tokens_per_rank, hidden], or
+        with use_fp8 the pair of e4m3 and scales [.., hidden / 128] float32 (use_ue8m0: [.., hidden /
+        512] int32), rows densest. recv_count: [num_local_experts] int32.
+        With return_recv_hook the arrays are filled by hook(), on the stream that is current then.
+        On a GPU, rows and counts may be overwritten by the dispatch after the next, or after combine
+        by the next.
+        """
+        operation = "low_latency_dispatch"
+        _check_extra(operation, extra)
+        _refuse(operation, "dispatch_wait_recv_cost_stats",
+                dispatch_wait_recv_cost_stats is not None, "waits are counted by sluice.Exchange.counters()")
+        if async_finish and return_recv_hook:
+            raise Error("invalid_argument", f"{operation}: async_finish and return_recv_hook: give one")
+        recv_x, count, handle, hook = self._half(self._low_latency, operation).dispatch(
+            x, topk_idx, num_max_dispatch_tokens_per_rank, num_experts, use_fp8=use_fp8,
+            round_scale=round_scale, use_ue8m0=use_ue8m0, with_hook=return_recv_hook,
+            recv_stats=cumulative_local_expert_recv_stats,
+        )
+        return recv_x, count, handle, self._event(x, async_finish), hook
+
+    def low_latency_combine(
+        self, x: Any, topk_idx: Any, topk_weights: Any, handle: LowLatencyHandle,
+        use_logfmt: bool = False, zero_copy: bool = False, async_finish: bool = False,
+        return_recv_hook: bool = False, out: Any = None, combine_wait_recv_cost_stats: Any = None,
+        **extra: Any,
+    ) -> tuple[Any, EventOverlap, Callable[[], None] | None]:
+        """(combined [num_tokens, hidden] bfloat16, event, hook): sums of a token's rows, weighted.
+
+        x: as recv_x, bfloat16; not read with zero_copy. topk_idx: as dispatched; topk_weights:
+        [num_tokens, num_topk] float32. use_logfmt: accepted; rows stay bfloat16, which loses less.
+        With return_recv_hook, combined is filled by hook(). A second combine of one handle routes
+        again, at the price of a dispatch.
+        """
+        operation = "low_latency_combine"
+        _check_extra(operation, extra)
+        _refuse(operation, "combine_wait_recv_cost_stats",
+                combine_wait_recv_cost_stats is not None, "waits are counted by sluice.Exchange.counters()")
+        if async_finish and return_recv_hook:
+            raise Error("invalid_argument", f"{operation}: async_finish and return_recv_hook: give one")
+        combined, hook = self._half(self._low_latency, operation).combine(
+            x, topk_idx, topk_weights, handle, zero_copy=zero_copy, with_hook=return_recv_hook,
+            out=out,
+        )
+        return combined, self._event(topk_weights, async_finish), hook
+
+    def get_next_low_latency_combine_buffer(self, handle: LowLatencyHandle) -> Any:
+        """The array that a combine with zero_copy reads: bfloat16, shape of recv_x."""
+        return self._half(self._low_latency, "get_next_low_latency_combine_buffer").next_buffer(handle)
+
+    def low_latency_query_mask_buffer(self, mask_status: Any) -> None:
+        """Fills mask_status [num_ranks] int32 with 0: no rank is ever masked, a missing one raises."""
+        mask_status[:] = 0
+
+    def low_latency_update_mask_buffer(self, rank_to_mask: int, mask: bool = False) -> None:
+        _refuse("low_latency_update_mask_buffer", "mask", bool(mask),
+                "ranks are not masked; a missing one raises sluice.Error with code peer_timeout")
+
+    def low_latency_clean_mask_buffer(self) -> None:
+        """Nothing to do: no rank is ever masked."""
+
+    # --- Normal -----------------------------------------------------------------------------------
+
+    def get_dispatch_layout(
+        self, topk_idx: Any, num_experts: int, previous_event: EventOverlap | None = None,
+        async_finish: bool = False, allocate_on_comm_stream: bool = False,
+    ) -> tuple[Any, None, Any, Any, EventOverlap]:
+        """(num_tokens_per_rank, None, num_tokens_per_expert, is_token_in_rank, event)."""
+        _wait(previous_event)
+        per_rank, per_expert, in_rank = self._half(self._normal, "get_dispatch_layout").layout(
+            topk_idx, num_experts
+        )
+        return per_rank, None, per_expert, in_rank, self._event(topk_idx, async_finish)
+
+    def dispatch(
+        self, x: Any, handle: NormalHandle | None = None, num_tokens_per_rank: Any = None,
+        num_tokens_per_rdma_rank: Any = None, is_token_in_rank: Any = None,
+        num_tokens_per_expert: Any = None, topk_idx: Any = None, topk_weights: Any = None,
+        expert_alignment: int = 1, num_worst_tokens: int = 0, config: Config | None = None,
+        previous_event: EventOverlap | None = None, async_finish: bool = False,
+        allocate_on_comm_stream: bool = False,
+    ) -> tuple[Any, Any, Any, list[int] | None, NormalHandle | None, EventOverlap]:
+        """(recv_x, recv_topk_idx, recv_topk_weights, num_recv_tokens_per_expert, handle, event).
+
+        x: [num_tokens, hidden] bfloat16, or the pair of e4m3 and its scales [num_tokens, hidden /
+        128]. Rows come in order of source rank and token, one for each token; recv_topk_idx has this
+        rank's expert numbers, -1 for others; the counts are of this rank's experts, rounded up to
+        expert_alignment. Waits for the device. With `handle`, only x is sent, as it was then.
+        """
+        normal = self._half(self._normal, "dispatch")
+        _refuse("dispatch", "num_worst_tokens", num_worst_tokens != 0,
+                "the number of rows is read by the host; low_latency_dispatch may be captured")
+        _wait(previous_event)
+        rows, scale = x if isinstance(x, tuple) else (x, None)
+        if handle is not None:
+            got, got_scale = normal.again(rows, scale, handle)
+            both = got if scale is None else (got, got_scale)
+            return both, None, None, None, None, self._event(rows, async_finish)
+        for name, value in (("is_token_in_rank", is_token_in_rank),
+                            ("num_tokens_per_expert", num_tokens_per_expert)):
+            if value is None:
+                raise Error("invalid_argument",
+                            f"dispatch: {name} is missing; get_dispatch_layout() gives it")
+        config = config or Config()
+        num_experts = len(num_tokens_per_expert)
+        got, got_scale, idx, weights, handle = normal.dispatch(
+            rows, scale, is_token_in_rank, topk_idx, topk_weights, num_experts,
+            config.num_max_nvl_chunked_recv_tokens,
+        )
+        if topk_weights is None:
+            weights = None
+        counts = None
+        if idx is not None:
+            counts = space_of(idx).count(idx, num_experts // self.group_size).tolist()
+            counts = [-(-c // expert_alignment) * expert_alignment for c in counts]
+        both = got if scale is None else (got, got_scale)
+        return both, idx, weights, counts, handle, self._event(rows, async_finish)
+
+    def combine(
+        self, x: Any, handle: NormalHandle, topk_weights: Any = None, bias: Any = None,
+        config: Config | None = None, previous_event: EventOverlap | None = None,
+        async_finish: bool = False, allocate_on_comm_stream: bool = False,
+    ) -> tuple[Any, None, EventOverlap]:
+        """(combined [num_tokens, hidden] bfloat16, None, event): sums over ranks, in their order.
+
+        x: [rows of the dispatch, hidden] bfloat16, weighted by the caller already.
+        """
+        normal = self._half(self._normal, "combine")
+        _refuse("combine", "topk_weights", topk_weights is not None, "weight rows before combine")
+        _refuse("combine", "bias", bias is not None, "add it to the result")
+        _wait(previous_event)
+        return normal.combine(x, handle), None, self._event(x, async_finish)
+
+    def _event(self, like: Any, is_wanted: bool) -> EventOverlap:
+        return EventOverlap(space_of(like).event() if is_wanted else None)

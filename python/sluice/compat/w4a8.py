@@ -1,0 +1,234 @@
+"""W4A8 experts as a layer calls them between a dispatch and a combine of its own.
+
+    y = w4a8_moe_masked(recv_x, recv_scale, recv_count, w13, w13_scale, w2, w2_scale)
+    y = w4a8_moe_grouped(recv_x, None, recv_topk_idx, recv_topk_weights, w13, w13_scale, w2, w2_scale)
+
+Weights are as checkpoints publish them (W4AFP8): int4 in two's complement, two to a byte with even k
+low, gate rows before up rows, scales for groups of 128 (or 32) along k; they may lie on the GPU or on
+the host. They are repacked once, at the first call with them.
+
+E experts, hidden H, intermediate I, group G:
+    w13 [E, 2 I, H / 2] int8     w13_scale [E, 2 I, H / G] float32 or bfloat16
+    w2  [E, H, I / 2]   int8     w2_scale  [E, H, I / G]
+    a1_scale, a2_scale: static scales of the inputs of the two GEMMs, or None: one number, or one for
+    each expert, of which the largest counts.
+
+The input and the scales that are there decide the recipe, unless it is named: bf16 rows direct-bf16
+or bf16-static, e4m3 rows with scales direct or requant-static, e4m3 rows without scales static.
+"""
+
+import threading
+import weakref
+from typing import Any
+
+from .. import _core
+from .._error import Error
+from ._arrays import space_of
+
+__all__ = ["W4A8Experts", "forget", "w4a8_moe_grouped", "w4a8_moe_masked"]
+
+
+def _check_shape(name: str, array: Any, shape: list) -> None:
+    if list(array.shape) != shape:
+        raise Error("invalid_argument", f"{name}: expected shape {shape}, got {list(array.shape)}")
+
+
+def _static_scale(name: str, scale: Any) -> float | None:
+    """The largest of one or several; waits for the device."""
+    if scale is None or isinstance(scale, int | float):
+        return scale
+    flat = scale.reshape(-1)
+    if len(flat) == 0:
+        raise Error("invalid_argument", f"{name}: expected at least one number, got none")
+    return float(flat.max())
+
+
+class W4A8Experts:
+    """Experts of one layer on one device, repacked. Arguments as the module says."""
+
+    def __init__(self, w13: Any, w13_scale: Any, w2: Any, w2_scale: Any, *, a1_scale: Any = None,
+                 a2_scale: Any = None, backend: Any, max_rows: int = 1) -> None:
+        if len(w13.shape) != 3 or w13.shape[1] % 2 != 0:
+            raise Error("invalid_argument", "w13: expected shape [num_experts, 2 * intermediate, "
+                        f"hidden / 2], got {list(w13.shape)}")
+        num, double, half_hidden = (int(d) for d in w13.shape)
+        self.num_experts, self.hidden, self.intermediate = num, 2 * half_hidden, double // 2
+        _check_shape("w2", w2, [num, self.hidden, self.intermediate // 2])
+        s1, s2 = _static_scale("a1_scale", a1_scale), _static_scale("a2_scale", a2_scale)
+        if (s1 is None) != (s2 is None):
+            raise Error("invalid_argument", "a1_scale and a2_scale: give both or neither")
+        self._scales = {} if s1 is None else {"s1": s1, "s2": s2}
+        self._weights = self._import(w13, w13_scale, w2, w2_scale)
+        self._backend = backend
+        self._experts: Any = None
+        self._reserve(max_rows)
+
+    def _import(self, w13: Any, w13_scale: Any, w2: Any, w2_scale: Any) -> Any:
+        space = space_of(w13)
+        columns = int(w13_scale.shape[-1])
+        group = self.hidden // columns if columns else 0
+        _check_shape("w13_scale", w13_scale, [self.num_experts, 2 * self.intermediate, columns])
+
+        def rows(array: Any, first: int, last: int) -> Any:
+            return space.row_major(space.on_host(array)[:, first:last])
+
+        def pair(codes: Any, scale: Any, first: int, last: int) -> tuple[Any, Any]:
+            return rows(codes, first, last), rows(scale, first, last)
+
+        middle = self.intermediate
+        return _core.ExpertWeights.from_arrays(
+            pair(w13, w13_scale, 0, middle), pair(w13, w13_scale, middle, 2 * middle),
+            pair(w2, w2_scale, 0, self.hidden), group_size=group, **self._scales,
+        )
+
+    def _reserve(self, num_rows: int) -> None:
+        """Makes room for batches of num_rows rows; the weights are repacked again for a larger one."""
+        if self._experts is not None and num_rows <= self._experts.max_rows:
+            return
+        self._experts = None  # Its memory first.
+        self._experts = _core.repack(self._weights, self._backend, max_rows=max(num_rows, 1))
+
+    def _recipe(self, name: str | None, mode: str, is_e4m3: bool, has_scale: bool) -> Any:
+        if name is None:
+            static = bool(self._scales)
+            if not is_e4m3:
+                name = "bf16-static" if static else "direct-bf16"
+            elif has_scale:
+                name = "requant-static" if static else "direct"
+            else:
+                name = "static"
+        return _core.Recipe(name, mode, **self._scales)
+
+    def masked(self, x: Any, x_scale: Any, num_rows: Any, *, recipe: str | None = None,
+               expected_m: int = 0, out: Any = None) -> Any:
+        """See w4a8_moe_masked()."""
+        space = space_of(x)
+        if len(x.shape) != 3:
+            raise Error("invalid_argument", f"x: expected shape [{self.num_experts}, max_m, "
+                        f"{self.hidden}], got {list(x.shape)}")
+        self._make_room(space, int(x.shape[0] * x.shape[1]))
+        scale = None if x_scale is None else space.row_major(x_scale)
+        resolved = self._recipe(recipe, "low-latency", space.is_e4m3(x), scale is not None)
+        batch = _core.ExpertBatch(x, num_rows, x_scale=scale, expected_m=expected_m)
+        return _core.experts_masked(self._experts, batch, resolved, out=out)
+
+    def grouped(self, x: Any, x_scale: Any, topk_idx: Any, topk_weights: Any, *,
+                recipe: str | None = None) -> Any:
+        """See w4a8_moe_grouped()."""
+        space = space_of(x)
+        slots = [int(x.shape[0]), int(topk_idx.shape[-1])]
+        _check_shape("topk_idx", topk_idx, slots)
+        _check_shape("topk_weights", topk_weights, slots)
+        if slots[0] == 0:
+            return space.empty((0, self.hidden), "bf16")
+        num_slots = slots[0] * slots[1]
+        self._make_room(space, num_slots)
+        flat = space.to(topk_idx.reshape(-1), "i64")
+        # Empty slots last: rows that no expert counts.
+        none = space.zeros((1,), "i64") + self.num_experts
+        order = space.order(space.where(flat >= 0, flat, none))
+        counts = space.count(flat, self.num_experts)
+        source = order // slots[1]
+        batch = _core.ExpertBatch(
+            _gather(space, x, source), counts, row_begin=space.begins(counts),
+            x_scale=None if x_scale is None else _gather(space, x_scale, source),
+        )
+        resolved = self._recipe(recipe, "normal", space.is_e4m3(x), x_scale is not None)
+        rows = _core.experts_grouped(
+            self._experts, batch, resolved, out=space.zeros((num_slots, self.hidden), "bf16")
+        )
+        place = space.zeros((num_slots,), "i64")
+        place[order] = space.to(space.arange(num_slots), "i64")
+        place = place.reshape(slots[0], slots[1])
+        total = space.zeros((slots[0], self.hidden), "f32")
+        for k in range(slots[1]):  # In order of slots, as combine sums.
+            weight = space.where(topk_idx[:, k] >= 0, topk_weights[:, k], space.zeros((1,), "f32"))
+            total += weight[:, None] * space.float_of(rows[place[:, k]])
+        return space.bf16_of(total)
+
+    def _make_room(self, space: Any, num_rows: int) -> None:
+        grows = num_rows > self._experts.max_rows
+        if grows and space.on_device and space.torch.cuda.is_current_stream_capturing():
+            raise Error("invalid_argument", f"x has {num_rows} rows, room is for "
+                        f"{self._experts.max_rows}: a graph cannot capture an allocation, so make "
+                        "a call of this size before the capture")
+        self._reserve(num_rows)
+
+
+def _gather(space: Any, array: Any, rows: Any) -> Any:
+    """Rows of an array in another order; e4m3 moves as bytes, which frameworks can index."""
+    if not space.is_e4m3(array):
+        return array[rows]
+    return space.view(space.view(array, "u8")[rows], "e4m3")
+
+
+_cache: dict[tuple[int, int], W4A8Experts] = {}
+_cache_lock = threading.Lock()
+_of_thread = threading.local()
+
+
+def _backend_for(x: Any) -> Any:
+    """One for each device and thread: a backend serves one thread at a time."""
+    device = getattr(x, "device", "cpu")
+    index = getattr(device, "index", None)
+    name = f"cuda:{index or 0}" if getattr(device, "type", "cpu") == "cuda" else "cpu"
+    backends = _of_thread.__dict__.setdefault("backends", {})
+    if name not in backends:
+        backends[name] = _core.Backend(name)
+    return backends[name]
+
+
+def _experts_for(x: Any, w13: Any, w13_scale: Any, w2: Any, w2_scale: Any, a1_scale: Any,
+                 a2_scale: Any, backend: Any) -> W4A8Experts:
+    """Repacked weights by the identity of w13 and w2, until either is gone."""
+    key = (id(w13), id(w2))
+    with _cache_lock:
+        experts = _cache.get(key)
+    if experts is None:
+        experts = W4A8Experts(w13, w13_scale, w2, w2_scale, a1_scale=a1_scale, a2_scale=a2_scale,
+                              backend=backend or _backend_for(x))
+        with _cache_lock:
+            _cache[key] = experts
+        for array in (w13, w2):
+            weakref.finalize(array, _cache.pop, key, None).atexit = False
+    return experts
+
+
+def forget(w13: Any, w2: Any) -> None:
+    """Drops what was repacked of these: call it after changing weights or static scales in place."""
+    with _cache_lock:
+        _cache.pop((id(w13), id(w2)), None)
+
+
+def w4a8_moe_masked(
+    x: Any, x_scale: Any, masked_m: Any, w13: Any, w13_scale: Any, w2: Any, w2_scale: Any, *,
+    a1_scale: Any = None, a2_scale: Any = None, recipe: str | None = None, expected_m: int = 0,
+    out: Any = None, backend: Any = None,
+) -> Any:
+    """Every expert on its rows after a low-latency dispatch: bf16 of x's shape.
+
+    x: [E, max_m, H] e4m3 or bf16. x_scale: [E, max_m, H / 128] float32 in any strides, or None.
+    masked_m: [E] int32; rows past it are neither read nor written. The router's weights are left to
+    combine. out: the result's memory. Capturable once a batch of the size has run.
+
+    Raises Error: invalid_argument naming the argument, unsupported naming the recipe.
+    """
+    experts = _experts_for(x, w13, w13_scale, w2, w2_scale, a1_scale, a2_scale, backend)
+    return experts.masked(x, x_scale, masked_m, recipe=recipe, expected_m=expected_m, out=out)
+
+
+def w4a8_moe_grouped(
+    x: Any, x_scale: Any, topk_idx: Any, topk_weights: Any, w13: Any, w13_scale: Any, w2: Any,
+    w2_scale: Any, *, a1_scale: Any = None, a2_scale: Any = None, recipe: str | None = None,
+    backend: Any = None,
+) -> Any:
+    """Every expert on its rows after a normal dispatch, summed for each row: bf16 [rows, H].
+
+    x: [rows, H] bf16 or e4m3. x_scale: [rows, H / 128] float32, or None. topk_idx: [rows, num_topk],
+    numbers of this rank's experts, -1 for others. topk_weights: float32, applied here, in order of
+    slots. No rows give bf16 [0, H].
+
+    Raises Error: invalid_argument naming the argument, unsupported naming the recipe.
+    """
+    experts = _experts_for(x, w13, w13_scale, w2, w2_scale, a1_scale, a2_scale, backend)
+    return experts.grouped(x, x_scale, topk_idx, topk_weights, recipe=recipe)

@@ -1,0 +1,125 @@
+"""Sluice's calls as operators of torch, so that torch.compile traces through them.
+
+    import sluice.torch_ops
+    layer = sluice.torch_ops.MoeLayer(engine, mode="low-latency")     # an nn.Module
+    y = torch.compile(layer)(x, topk_idx, topk_weights)
+
+Importing this registers torch.ops.sluice.moe_forward, experts_masked, quantize and requantize, each
+with a fake implementation that knows the shapes. Operators take numbers for the objects that torch
+does not know; a module holds its object for as long as it lives. moe_forward is collective: it is
+marked as having side effects, so that no compiler drops it. There is no backward.
+"""
+
+import itertools
+import weakref
+from typing import Any
+
+import torch
+
+from . import _core
+
+__all__ = ["ExpertsLayer", "MoeLayer"]
+
+_objects: dict[int, Any] = {}
+_numbers = itertools.count(1)
+_library = torch.library.Library("sluice", "DEF")
+
+
+def _register(owner: Any, *objects: Any) -> int:
+    """A number for the objects, valid while the owner lives."""
+    number = next(_numbers)
+    _objects[number] = objects
+    weakref.finalize(owner, _objects.pop, number, None)
+    return number
+
+
+def _define(schema: str, run: Any, fake: Any, has_side_effect: bool = False) -> None:
+    name = schema.split("(", 1)[0]
+    _library.define(schema)
+    _library.impl(name, run, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"sluice::{name}", fake, lib=_library)
+    if has_side_effect:
+        torch.fx.node.has_side_effect(getattr(torch.ops.sluice, name).default)
+
+
+def _moe_forward(x: Any, topk_idx: Any, topk_weights: Any, layer: int, mode: str) -> Any:
+    (engine,) = _objects[layer]
+    return _core.moe_forward(engine, x, _core.Routing(topk_idx, topk_weights), mode=mode)
+
+
+def _experts_masked(x: Any, x_scale: Any, num_rows: Any, layer: int, expected_m: int) -> Any:
+    experts, recipe = _objects[layer]
+    batch = _core.ExpertBatch(x, num_rows, x_scale=x_scale, expected_m=expected_m)
+    return _core.experts_masked(experts, batch, recipe)
+
+
+def _backend_of(x: Any, layer: int) -> Any:
+    (backend,) = _objects[layer]
+    return backend
+
+
+def _quantize(x: Any, backend: int, pow2: bool) -> tuple[Any, Any]:
+    return _core.quantize(_backend_of(x, backend), x, pow2=pow2)
+
+
+def _requantize(codes: Any, scale: Any, static_scale: float, backend: int) -> Any:
+    return _core.requantize(_backend_of(codes, backend), codes, scale, static_scale)
+
+
+def _groups(x: Any) -> list:
+    return [*x.shape[:-1], x.shape[-1] // 128]
+
+
+_define(
+    "moe_forward(Tensor x, Tensor topk_idx, Tensor topk_weights, int layer, str mode) -> Tensor",
+    _moe_forward,
+    lambda x, topk_idx, topk_weights, layer, mode: torch.empty_like(x),
+    has_side_effect=True,
+)
+_define(
+    "experts_masked(Tensor x, Tensor? x_scale, Tensor num_rows, int layer, int expected_m) -> Tensor",
+    _experts_masked,
+    lambda x, x_scale, num_rows, layer, expected_m: x.new_empty(x.shape, dtype=torch.bfloat16),
+)
+_define(
+    "quantize(Tensor x, int backend, bool pow2) -> (Tensor, Tensor)",
+    _quantize,
+    lambda x, backend, pow2: (
+        x.new_empty(x.shape, dtype=torch.float8_e4m3fn),
+        x.new_empty(_groups(x), dtype=torch.float32),
+    ),
+)
+_define(
+    "requantize(Tensor codes, Tensor scale, float static_scale, int backend) -> Tensor",
+    _requantize,
+    lambda codes, scale, static_scale, backend: torch.empty_like(codes),
+)
+
+
+class MoeLayer(torch.nn.Module):
+    """moe_forward() of an Engine as a module: (x, topk_idx, topk_weights) -> y. Collective."""
+
+    def __init__(self, engine: Any, mode: str = "low-latency") -> None:
+        super().__init__()
+        engine.recipe(mode)  # Refuses a mode that the engine does not have.
+        self.mode = mode
+        self.number = _register(self, engine)
+
+    def forward(self, x: Any, topk_idx: Any, topk_weights: Any) -> Any:
+        return torch.ops.sluice.moe_forward(x, topk_idx, topk_weights, self.number, self.mode)
+
+
+class ExpertsLayer(torch.nn.Module):
+    """experts_masked() as a module: (x, x_scale or None, num_rows) -> rows."""
+
+    def __init__(self, experts: Any, recipe: Any) -> None:
+        super().__init__()
+        self.number = _register(self, experts, recipe)
+
+    def forward(self, x: Any, x_scale: Any, num_rows: Any, expected_m: int = 0) -> Any:
+        return torch.ops.sluice.experts_masked(x, x_scale, num_rows, self.number, expected_m)
+
+
+def backend_number(backend: Any, owner: Any) -> int:
+    """What torch.ops.sluice.quantize and requantize take for a Backend, while `owner` lives."""
+    return _register(owner, backend)

@@ -1,0 +1,362 @@
+"""sluice.compat.deep_ep over ranks as threads: every element of every result, for numpy and torch.
+
+Ranks know each other's tokens here (a workload is fixed by its seed), so that what must arrive can
+be written down: rows of an expert in order of source rank and token, quantized as the definition
+says, and sums in order of slots.
+"""
+
+import numpy as np
+import pytest
+from conftest import on_every_rank
+from spaces import Numpy, Torch, as_bf16, as_float
+
+import sluice
+from sluice.compat.deep_ep import Buffer, Config, EventOverlap
+
+RANKS, TOPK, EXPERTS, HIDDEN, CAPACITY = 4, 3, 8, 512, 8
+LOCAL = EXPERTS // RANKS
+
+
+@pytest.fixture(params=[Numpy, Torch], ids=["numpy", "torch"])
+def space(request):
+    return request.param()
+
+
+def tokens(rank, num_tokens, hidden=HIDDEN, topk=TOPK, experts=EXPERTS):
+    geometry = sluice.ModelGeometry(num_experts=experts, num_topk=topk, hidden=hidden, intermediate=128)
+    x, idx, weights = sluice.make_workload(geometry, num_tokens, first_token=100 * rank)
+    idx = idx.astype(np.int64)
+    if num_tokens > 2:
+        idx[1, 0] = -1  # An empty slot,
+        idx[2] = -1  # and a token for nobody.
+    return x, idx, weights
+
+
+def buffers(num_ranks=RANKS):
+    return [
+        Buffer(t, backend=sluice.Backend(num_threads=1))
+        for t in sluice.Transport.inproc(num_ranks)
+    ]
+
+
+def expected_rows(rank, counts, **shape):
+    """For each local expert of `rank`: the rows that must come, bf16 bits."""
+    experts, num_ranks = shape.get("experts", EXPERTS), len(counts)
+    rows = [[] for _ in range(experts // num_ranks)]
+    for source, num_tokens in enumerate(counts):
+        x, idx, _ = tokens(source, num_tokens, **shape)
+        for token in range(num_tokens):
+            for expert in idx[token]:
+                if expert >= 0 and expert // len(rows) == rank:
+                    rows[expert % len(rows)].append(x[token])
+    hidden = shape.get("hidden", HIDDEN)
+    return [np.array(r, np.uint16).reshape(-1, hidden) for r in rows]
+
+
+def expected_sum(x, idx, weights, factor=2.0):
+    """Every expert e gives factor * its row * (e + 1)."""
+    y = np.zeros(x.shape, np.float32)
+    for token in range(len(x)):
+        for k, expert in enumerate(idx[token]):
+            if expert >= 0:
+                row = as_float(as_bf16(as_float(x[token]) * np.float32(factor * (expert + 1))))
+                y[token] += weights[token, k] * row
+    return as_bf16(y)
+
+
+def run_experts(rows, rank, factor=2.0, first=None, num_local=LOCAL):
+    """bf16 bits in the layout of the rows."""
+    experts = np.arange(num_local, dtype=np.float32) + rank * num_local + 1
+    return as_bf16(as_float(rows) * np.float32(factor) * experts[:, None, None])
+
+
+COUNTS = {
+    "even": [CAPACITY] * RANKS,
+    "ragged": [5, 0, 1, 7],
+    "none": [0] * RANKS,
+}
+
+
+@pytest.mark.parametrize("counts", COUNTS.values(), ids=COUNTS)
+@pytest.mark.parametrize("hook", [False, True], ids=["", "hook"])
+def test_bf16_and_combine(space, counts, hook):
+    made = buffers()
+
+    def body(rank):
+        x, idx, weights = tokens(rank, counts[rank])
+        for _ in range(3):
+            recv, count, handle, event, received = made[rank].low_latency_dispatch(
+                space.bf16(x), space.array(idx), CAPACITY, EXPERTS, use_fp8=False, return_recv_hook=hook
+            )
+            assert isinstance(event, EventOverlap) and (received is None) == (not hook)
+            if hook:
+                received()
+            rows = space.bits(recv)
+            assert rows.shape == (LOCAL, RANKS * CAPACITY, HIDDEN)
+            for e, wanted in enumerate(expected_rows(rank, counts)):
+                assert space.plain(count)[e] == len(wanted)
+                assert np.array_equal(rows[e, : len(wanted)], wanted)
+            y = space.bf16(run_experts(rows, rank))
+            out = space.bf16(np.full(x.shape, 7, np.uint16))
+            combined, _, landed = made[rank].low_latency_combine(
+                y, space.array(idx), space.array(weights), handle, return_recv_hook=hook, out=out
+            )
+            if hook:
+                landed()
+            assert combined is out
+            assert np.array_equal(space.bits(combined), expected_sum(x, idx, weights))
+
+    on_every_rank(RANKS, body)
+
+
+@pytest.mark.parametrize("pow2", [False, True], ids=["", "pow2"])
+@pytest.mark.parametrize("ue8m0", [False, True], ids=["", "ue8m0"])
+def test_fp8(space, pow2, ue8m0):
+    if ue8m0 and not pow2:
+        with pytest.raises(sluice.Error, match="use_ue8m0"):
+            buffers(1)[0].low_latency_dispatch(
+                space.bf16(np.zeros((1, HIDDEN), np.uint16)), space.array(np.zeros((1, 1), np.int64)),
+                CAPACITY, EXPERTS, use_ue8m0=True)
+        return
+    counts, made = COUNTS["ragged"], buffers()
+
+    def body(rank):
+        x, idx, _ = tokens(rank, counts[rank])
+        stats = space.array(np.zeros(LOCAL, np.int32))
+        (codes, scale), count, _, _, _ = made[rank].low_latency_dispatch(
+            space.bf16(x), space.array(idx), CAPACITY, EXPERTS, stats, round_scale=pow2, use_ue8m0=ue8m0
+        )
+        assert np.array_equal(space.plain(stats), space.plain(count))
+        assert tuple(codes.shape) == (LOCAL, RANKS * CAPACITY, HIDDEN)
+        columns = HIDDEN // (512 if ue8m0 else 128)
+        assert tuple(scale.shape) == (LOCAL, RANKS * CAPACITY, columns)
+        # Rows densest: what a GEMM loads scales with.
+        plain = space.plain(scale)
+        assert columns == 1 or plain.strides[1] == plain.itemsize
+        for e, wanted in enumerate(expected_rows(rank, counts)):
+            q, s = sluice.quantize(sluice.Backend(num_threads=1), wanted, pow2=pow2)
+            if ue8m0:
+                s = (s.view(np.int32) >> 23).astype(np.uint8).view(np.int32)
+            assert np.array_equal(space.bits(codes)[e, : len(wanted)], q)
+            assert np.array_equal(plain[e, : len(wanted)], s)
+
+    on_every_rank(RANKS, body)
+
+
+def test_zero_copy_second_combine_and_many_in_flight(space):
+    made, counts = buffers(), COUNTS["ragged"]
+
+    def body(rank):
+        buffer, (x, idx, weights) = made[rank], tokens(rank, counts[rank])
+        arguments = space.bf16(x), space.array(idx), CAPACITY, EXPERTS
+        flights = [buffer.low_latency_dispatch(*arguments, use_fp8=False) for _ in range(4)]
+        rows = run_experts(space.bits(flights[0][0]), rank)
+        # The first two have had to make room; combining twice routes again, too.
+        for recv, _, handle, _, _ in (*flights, flights[0], flights[3]):
+            target = buffer.get_next_low_latency_combine_buffer(handle)
+            assert tuple(target.shape) == tuple(recv.shape)
+            space.bits(target)[...] = rows
+            y, _, _ = buffer.low_latency_combine(
+                None, arguments[1], space.array(weights), handle, zero_copy=True
+            )
+            assert np.array_equal(space.bits(y), expected_sum(x, idx, weights))
+        with pytest.raises(sluice.Error, match="src_info"):
+            flights[0][2][0]
+        assert list(flights[0][2][i] for i in (2, 3, 4)) == [CAPACITY, HIDDEN, EXPERTS]
+        late = [buffer.low_latency_dispatch(*arguments, return_recv_hook=True) for _ in range(3)]
+        with pytest.raises(sluice.Error, match="later dispatches have taken the place"):
+            late[0][4]()
+        late[1][4](), late[2][4]()
+
+    on_every_rank(RANKS, body)
+
+
+@pytest.mark.parametrize("hidden, topk, experts", [(128, 1, 4), (384, 32, 64), (3584, 8, 16)])
+def test_sizes(space, hidden, topk, experts):
+    """Any hidden multiple of 128, up to 32 slots, one rank or several, capacities that are tiny."""
+    for num_ranks, capacity in ((1, 1), (2, 3)):
+        made, counts = buffers(num_ranks), [capacity] * num_ranks
+        shape = {"hidden": hidden, "topk": topk, "experts": experts}
+
+        def body(rank, made=made, counts=counts, capacity=capacity, num_local=experts // num_ranks):
+            x, idx, weights = tokens(rank, counts[rank], **shape)
+            recv, count, handle, _, _ = made[rank].low_latency_dispatch(
+                space.bf16(x), space.array(idx), capacity, experts, use_fp8=False)
+            for e, wanted in enumerate(expected_rows(rank, counts, **shape)):
+                assert np.array_equal(space.bits(recv)[e, : space.plain(count)[e]], wanted)
+            rows = space.bf16(run_experts(space.bits(recv), rank, 0.5, num_local=num_local))
+            y, _, _ = made[rank].low_latency_combine(rows, space.array(idx), space.array(weights), handle)
+            assert np.array_equal(space.bits(y), expected_sum(x, idx, weights, 0.5))
+
+        on_every_rank(num_ranks, body)
+
+
+def test_more_than_1024_tokens(space):
+    buffer, num = buffers(1)[0], 1500
+    x, idx, weights = tokens(0, num, hidden=128)
+    recv, count, handle, _, _ = buffer.low_latency_dispatch(
+        space.bf16(x), space.array(idx), num, EXPERTS, use_fp8=False)
+    assert space.plain(count).sum() == (idx >= 0).sum()
+    y, _, _ = buffer.low_latency_combine(
+        space.bf16(run_experts(space.bits(recv), 0, 1.0, num_local=EXPERTS)), space.array(idx),
+        space.array(weights), handle)
+    assert np.array_equal(space.bits(y), expected_sum(x, idx, weights, 1.0))
+
+
+# --- Normal mode ----------------------------------------------------------------------------------
+
+
+def expected_normal(rank, counts):
+    """Rows, local expert numbers and weights that must come to `rank`."""
+    rows, numbers, weights = [], [], []
+    for source, num_tokens in enumerate(counts):
+        x, idx, w = tokens(source, num_tokens)
+        for token in range(num_tokens):
+            mine = (idx[token] >= 0) & (idx[token] // LOCAL == rank)
+            if mine.any():
+                rows.append(x[token])
+                numbers.append(np.where(mine, idx[token] % LOCAL, -1))
+                weights.append(np.where(mine, w[token], 0))
+    return (np.array(rows, np.uint16).reshape(-1, HIDDEN), np.array(numbers, np.int64).reshape(-1, TOPK),
+            np.array(weights, np.float32).reshape(-1, TOPK))
+
+
+@pytest.mark.parametrize("counts", [*COUNTS.values(), [300, 2, 0, 40]], ids=[*COUNTS, "growing"])
+@pytest.mark.parametrize("alignment", [1, 128])
+def test_normal(space, counts, alignment):
+    made = buffers()
+
+    def body(rank):
+        buffer = made[rank]
+        for config in (None, Config(num_max_nvl_chunked_recv_tokens=4)):
+            x, idx, weights = tokens(rank, counts[rank])
+            to_rank, rdma, to_expert, in_rank, _ = buffer.get_dispatch_layout(space.array(idx), EXPERTS)
+            wanted = np.stack([((idx >= 0) & (idx // LOCAL == r)).any(1) for r in range(RANKS)], 1)
+            assert np.array_equal(space.plain(in_rank), wanted) and rdma is None
+            assert np.array_equal(space.plain(to_rank), wanted.sum(0))
+            assert np.array_equal(space.plain(to_expert), np.bincount(idx[idx >= 0], minlength=EXPERTS))
+            recv, got_idx, got_weights, per_expert, handle, _ = buffer.dispatch(
+                space.bf16(x), num_tokens_per_rank=to_rank, is_token_in_rank=in_rank,
+                num_tokens_per_expert=to_expert, topk_idx=space.array(idx),
+                topk_weights=space.array(weights), expert_alignment=alignment, config=config)
+            rows, numbers, w = expected_normal(rank, counts)
+            assert np.array_equal(space.bits(recv), rows)
+            assert np.array_equal(space.plain(got_idx), numbers)
+            assert np.array_equal(space.plain(got_weights), w)
+            exact = [int((numbers == e).sum()) for e in range(LOCAL)]
+            assert per_expert == [-(-n // alignment) * alignment for n in exact]
+            for _ in range(2):  # The second one routes again.
+                y, none, _ = buffer.combine(recv, handle)
+                copies = np.float32(wanted.sum(1))[:, None]
+                assert none is None and np.array_equal(space.bits(y), as_bf16(as_float(x) * copies + 0))
+            doubled = as_bf16(as_float(x) * np.float32(2))
+            again = buffer.dispatch(space.bf16(doubled), handle=handle)
+            assert again[1:5] == (None,) * 4
+            assert np.array_equal(space.bits(again[0]), as_bf16(as_float(rows) * np.float32(2)))
+
+    on_every_rank(RANKS, body)
+
+
+def test_normal_fp8(space):
+    made, counts = buffers(), COUNTS["ragged"]
+
+    def body(rank):
+        buffer, backend = made[rank], sluice.Backend(num_threads=1)
+        x, idx, weights = tokens(rank, counts[rank])
+        codes, scale = sluice.quantize(backend, space.bf16(x))
+        _, _, to_expert, in_rank, _ = buffer.get_dispatch_layout(space.array(idx), EXPERTS)
+        (got, got_scale), _, _, _, handle, _ = buffer.dispatch(
+            (codes, scale), is_token_in_rank=in_rank, num_tokens_per_expert=to_expert,
+            topk_idx=space.array(idx), topk_weights=space.array(weights))
+        rows, _, _ = expected_normal(rank, counts)
+        wanted, wanted_scale = sluice.quantize(backend, rows)
+        assert got.dtype == codes.dtype and np.array_equal(space.bits(got), wanted)
+        assert np.array_equal(space.plain(got_scale), wanted_scale)
+        y, _, _ = buffer.combine(space.bf16(rows), handle)
+        copies = space.plain(in_rank).sum(1).astype(np.float32)[:, None]
+        assert np.array_equal(space.bits(y), as_bf16(as_float(x) * copies + 0))
+
+    on_every_rank(RANKS, body)
+
+
+# --- The surface ----------------------------------------------------------------------------------
+
+
+def test_sizes_configs_and_switches():
+    small = Buffer.get_low_latency_rdma_size_hint(128, 7168, 8, 256)
+    assert 0 < small < Buffer.get_low_latency_rdma_size_hint(256, 7168, 8, 256)
+    config = Buffer.get_dispatch_config(8)
+    assert config == Config(20, 6, 256, 6, 256) and Buffer.get_combine_config(160) == config
+    assert config.get_nvl_buffer_size_hint(7168 * 2, 8) > 0
+    assert config.get_rdma_buffer_size_hint(7168 * 2, 8) == 0
+    Buffer.set_num_sms(24)
+    assert Buffer.num_sms == 24
+    Buffer.set_num_sms(20)
+    with pytest.raises(sluice.Error, match="num_sms 3"):
+        Buffer.set_num_sms(3)
+    assert isinstance(Buffer.capture(), EventOverlap)
+    with EventOverlap() as event:
+        assert event.event is None
+    with pytest.raises(RuntimeError, match="no event"):
+        EventOverlap().current_stream_wait()
+
+
+def test_refusals(space):
+    buffer = buffers(1)[0]
+    x, idx, weights = tokens(0, 4)
+    x, idx, weights = space.bf16(x), space.array(idx), space.array(weights)
+
+    def refused(text, code, call, *args, **kwargs):
+        with pytest.raises(sluice.Error, match=text) as caught:
+            call(*args, **kwargs)
+        assert caught.value.code == code
+
+    dispatch = lambda *a, **k: buffer.low_latency_dispatch(*(a or (x, idx, CAPACITY, EXPERTS)), **k)  # noqa: E731
+    refused("use_nvfp4 is of a fork", "unsupported", dispatch, use_nvfp4=True)
+    with pytest.raises(TypeError, match="'use_fp4'"):
+        dispatch(use_fp4=False)
+    _, _, handle, _, _ = dispatch(use_nvfp4=False, x_global_scale=None)
+    refused("give one", "invalid_argument", dispatch, async_finish=True, return_recv_hook=True)
+    refused("num_tokens 4 exceeds max_tokens_per_rank 3", "invalid_argument", dispatch, x, idx, 3, EXPERTS)
+    refused("topk_idx: expected shape", "invalid_argument", dispatch, x, idx[:3], CAPACITY, EXPERTS)
+    refused(r"shape \[num_tokens, hidden\]", "invalid_argument", dispatch, x[0], idx, CAPACITY, EXPERTS)
+    rows = space.bf16(np.zeros((EXPERTS, CAPACITY, HIDDEN), np.uint16))
+    combine = buffer.low_latency_combine
+    refused("topk_weights: expected shape", "invalid_argument", combine, rows, idx, weights[:2], handle)
+    refused("topk_idx: expected shape", "invalid_argument", combine, rows, idx[:2], weights, handle)
+    refused("expert_y: expected shape", "invalid_argument", combine, rows[1:], idx, weights, handle)
+    refused("overlap is of a fork", "unsupported", combine, rows, idx, weights, handle, overlap=True)
+    refused("zero_copy", "invalid_argument", combine, None, idx, weights, handle, zero_copy=True)
+    combine(rows, idx, weights, handle, use_logfmt=True, overlap=False, block_m=64)
+    status = space.array(np.ones(1, np.int32))
+    buffer.low_latency_query_mask_buffer(status)
+    assert not space.plain(status).any()
+    buffer.low_latency_update_mask_buffer(0, False)
+    refused("mask is not served", "unsupported", buffer.low_latency_update_mask_buffer, 0, True)
+    refused("num_worst_tokens", "unsupported", buffer.dispatch, x, num_worst_tokens=8)
+    refused("is_token_in_rank is missing", "invalid_argument", buffer.dispatch, x)
+    refused("num_experts 3", "invalid_argument", buffers(2)[0].get_dispatch_layout, idx, 3)
+    buffer.clean_low_latency_buffer(CAPACITY, HIDDEN, EXPERTS)
+    buffer.destroy()
+    refused("has been destroyed", "invalid_argument", dispatch)
+
+
+def test_topk_idx_type():
+    from sluice.compat import deep_ep
+
+    assert "int64" in str(deep_ep.topk_idx_t)
+
+
+def test_the_name_deep_ep(monkeypatch):
+    """python/deep_ep_shim, which is a distribution of its own."""
+    import importlib
+    import sys
+    from pathlib import Path
+
+    monkeypatch.syspath_prepend(str(Path(__file__).parents[2] / "python" / "deep_ep_shim"))
+    monkeypatch.delitem(sys.modules, "deep_ep", raising=False)
+    module = importlib.import_module("deep_ep")
+    assert module.Buffer is Buffer and "int64" in str(module.topk_idx_t)
+    version = (Path(__file__).parents[2] / "VERSION").read_text().strip()
+    assert f'version = "{version}"' in (Path(module.__file__).parents[1] / "pyproject.toml").read_text()
+    monkeypatch.delitem(sys.modules, "deep_ep")

@@ -1,0 +1,107 @@
+"""Tensors of torch, on the CPU and wherever there is a GPU: taken, made and refused like arrays."""
+
+import gc
+
+import numpy as np
+import pytest
+from conftest import MODES, one_rank_engine
+
+import sluice
+
+torch = pytest.importorskip("torch", reason="torch is not installed")
+
+DEVICES = [
+    "cpu",
+    pytest.param(
+        "cuda",
+        marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no CUDA device"),
+    ),
+]
+TOKENS = 6
+
+
+@pytest.fixture(params=DEVICES)
+def device(request):
+    return request.param
+
+
+@pytest.fixture()
+def device_backend(device):
+    return sluice.Backend(device, **({"num_threads": 1} if device == "cpu" else {}))
+
+
+def tensors(geometry, device, tokens=TOKENS):
+    x, idx, weights = sluice.make_workload(geometry, tokens)
+    x = torch.from_numpy(x.view(np.int16)).view(torch.bfloat16)
+    return x.to(device), torch.from_numpy(idx).to(device), torch.from_numpy(weights).to(device)
+
+
+def bits(tensor):
+    return tensor.cpu().view(torch.int16).numpy().view(np.uint16)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_same_bytes_as_numpy(checkpoint, geometry, device, device_backend, mode):
+    x, idx, weights = tensors(geometry, device)
+    engine = one_rank_engine(checkpoint, device_backend)
+    y = sluice.moe_forward(engine, x, sluice.Routing(idx, weights), mode=mode)
+    assert y.dtype == torch.bfloat16 and y.shape == x.shape and y.device == x.device
+    out = torch.empty_like(x)
+    assert sluice.moe_forward(engine, x, sluice.Routing(idx.long(), weights), mode=mode, out=out) is out
+    assert torch.equal(y.view(torch.int16), out.view(torch.int16))
+    if device == "cpu":
+        arrays = sluice.make_workload(geometry, TOKENS)
+        expected = sluice.moe_forward(engine, arrays[0], sluice.Routing(*arrays[1:]), mode=mode)
+        assert np.array_equal(bits(y), expected)
+
+
+def test_batches_are_tensors(geometry, device, device_backend):
+    x, idx, weights = tensors(geometry, device)
+    exchange = sluice.Exchange(
+        sluice.Transport.inproc(1)[0], device_backend, num_experts=geometry.num_experts,
+        num_topk=geometry.num_topk, hidden=geometry.hidden, max_tokens_per_rank=8,
+    )
+    dispatched = sluice.dispatch(exchange, x, sluice.Routing(idx, weights))
+    batch = dispatched.batch
+    assert batch.x.dtype == torch.float8_e4m3fn and batch.x_scale.dtype == torch.float32
+    assert batch.num_rows.dtype == torch.int32 and batch.row_begin.dtype == torch.int64
+    assert int(batch.num_rows.sum()) == idx.numel()
+    rows, before = batch.x, batch.x.view(torch.uint8).clone()
+    codes, scale = sluice.quantize(device_backend, x)
+    expert = int(idx[0, 0])
+    assert torch.equal(rows[expert, 0].view(torch.uint8), codes[0].view(torch.uint8))
+    assert torch.equal(batch.x_scale[expert, 0], scale[0])
+    del dispatched, batch, exchange
+    gc.collect()
+    assert torch.equal(rows.view(torch.uint8), before)
+
+
+def test_refusals(checkpoint, geometry, device, device_backend):
+    x, idx, weights = tensors(geometry, device)
+    engine = one_rank_engine(checkpoint, device_backend)
+    routing = sluice.Routing(idx, weights)
+
+    def refused(text, tensor):
+        with pytest.raises(sluice.Error, match=text) as caught:
+            sluice.moe_forward(engine, tensor, routing, mode="normal")
+        assert caught.value.code == "invalid_argument"
+
+    refused("x: expected dtype bfloat16.* got float16", x.half())
+    refused("x: expected C-contiguous memory.* strides", x.t().contiguous().t())
+    refused(r"x: expected shape \[num_tokens, 256\], got \[6, 128\]", x[:, :128].contiguous())
+    refused("x: expected an array.* got Tensor", x.to_sparse())
+    refused("x: lives on a device|x: expected an array", x.to("meta"))
+    if device == "cuda":
+        refused("x: expected memory on cuda:0, got cpu", x.cpu())
+
+
+def test_tensors_do_not_leak(checkpoint, geometry, device, device_backend):
+    import weakref
+
+    x, idx, weights = tensors(geometry, device)
+    engine = one_rank_engine(checkpoint, device_backend)
+    y = sluice.moe_forward(engine, x, sluice.Routing(idx, weights), mode="normal")
+    alive = [weakref.ref(t) for t in (x, idx, weights, y)]
+    del x, idx, weights, y
+    gc.collect()
+    assert [ref() for ref in alive] == [None] * 4

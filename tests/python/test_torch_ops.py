@@ -1,0 +1,116 @@
+"""Operators of torch: schemas and fakes that torch's own checks accept, and torch.compile."""
+
+import gc
+
+import numpy as np
+import pytest
+from conftest import LAYER, one_rank_engine
+
+import sluice
+
+torch = pytest.importorskip("torch", reason="torch is not installed")
+torch_ops = pytest.importorskip("sluice.torch_ops")
+
+DEVICES = [
+    "cpu",
+    pytest.param(
+        "cuda",
+        marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no CUDA device"),
+    ),
+]
+TOKENS = 6
+
+
+@pytest.fixture(params=DEVICES)
+def device(request):
+    return request.param
+
+
+@pytest.fixture()
+def made(checkpoint, geometry, device):
+    """Backend, engine and tensors."""
+    backend = sluice.Backend(device, **({"num_threads": 1} if device == "cpu" else {}))
+    x, idx, weights = sluice.make_workload(geometry, TOKENS)
+    x = torch.from_numpy(x.view(np.int16)).view(torch.bfloat16)
+    tensors = [t.to(device) for t in (x, torch.from_numpy(idx), torch.from_numpy(weights))]
+    return backend, one_rank_engine(checkpoint, backend), tensors
+
+
+def same(a, b):
+    return torch.equal(a.contiguous().view(torch.uint8), b.contiguous().view(torch.uint8))
+
+
+@pytest.mark.parametrize("mode", ["low-latency", "normal"])
+def test_compiled_layer(made, mode):
+    _, engine, tensors = made
+    expected = sluice.moe_forward(engine, tensors[0], sluice.Routing(*tensors[1:]), mode=mode)
+    layer = torch_ops.MoeLayer(engine, mode)
+    assert same(layer(*tensors), expected)
+    compiled = torch.compile(layer, fullgraph=True)
+    for _ in range(2):
+        assert same(compiled(*tensors), expected)
+
+    def block(x, idx, weights):
+        layer(x, idx, weights)  # Nobody reads this one; it is collective and must run.
+        return layer(x * 1.0, idx, weights) + x
+
+    ran = []
+    original = torch_ops._core.moe_forward
+    torch_ops._core.moe_forward = lambda *a, **k: ran.append(1) or original(*a, **k)
+    try:
+        y = torch.compile(block, fullgraph=True)(*tensors)
+    finally:
+        torch_ops._core.moe_forward = original
+    assert len(ran) == 2 and same(y, expected + tensors[0])
+
+
+def test_experts_layer(checkpoint, geometry, made):
+    backend, _, (x, _, _) = made
+    experts = sluice.repack(checkpoint.load_experts(LAYER, 0, 2), backend, max_rows=2 * TOKENS)
+    recipe = sluice.Recipe("direct")
+    codes, scale = sluice.quantize(backend, torch.stack([x, x]))
+    num_rows = torch.tensor([TOKENS, 2], dtype=torch.int32, device=x.device)
+    batch = sluice.ExpertBatch(codes, num_rows, x_scale=scale)
+    expected = sluice.experts_masked(experts, batch, recipe)
+    layer = torch.compile(torch_ops.ExpertsLayer(experts, recipe), fullgraph=True)
+    y = layer(codes, scale, num_rows)
+    assert y.dtype == torch.bfloat16 and same(y[0], expected[0]) and same(y[1, :2], expected[1, :2])
+
+
+def test_formats(made):
+    backend, _, (x, _, _) = made
+    owner = torch.nn.Module()
+    number = torch_ops.backend_number(backend, owner)
+    codes, scale = torch.ops.sluice.quantize(x, number, False)
+    moved = torch.ops.sluice.requantize(codes, scale, 0.05, number)
+    assert same(moved, sluice.requantize(backend, codes, scale, 0.05))
+    compiled = torch.compile(lambda t: torch.ops.sluice.quantize(t, number, True), fullgraph=True)
+    for one, other in zip(compiled(x), sluice.quantize(backend, x, pow2=True)):
+        assert same(one, other)
+
+
+def test_opcheck(made):
+    backend, engine, (x, idx, weights) = made
+    layer = torch_ops.MoeLayer(engine, "normal")
+    checks = ("test_schema", "test_faketensor", "test_aot_dispatch_dynamic")
+    torch.library.opcheck(
+        torch.ops.sluice.moe_forward.default, (x, idx, weights, layer.number, "normal"), test_utils=checks)
+    number = torch_ops.backend_number(backend, layer)
+    torch.library.opcheck(torch.ops.sluice.quantize.default, (x, number, False), test_utils=checks[1:2])
+
+
+def test_objects_go_with_their_module(made):
+    _, engine, _ = made
+    before = len(torch_ops._objects)
+    layer = torch_ops.MoeLayer(engine, "normal")
+    assert len(torch_ops._objects) == before + 1
+    del layer
+    gc.collect()
+    assert len(torch_ops._objects) == before
+
+
+def test_a_mode_that_is_not_there(checkpoint, device):
+    backend = sluice.Backend(device, **({"num_threads": 1} if device == "cpu" else {}))
+    engine = one_rank_engine(checkpoint, backend, normal=None)
+    with pytest.raises(sluice.Error, match="normal"):
+        torch_ops.MoeLayer(engine, "normal")

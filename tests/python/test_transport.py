@@ -1,0 +1,120 @@
+"""Ranks as processes, met in every way there is: the bytes are those of ranks as threads."""
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from conftest import LAYER, on_every_rank
+from processes import run_ranks
+from rank_of_layer import TOKENS
+
+import sluice
+
+HERE = Path(__file__).parent
+RANKS = 2
+
+
+@pytest.fixture(scope="module")
+def expected(checkpoint):
+    transports = sluice.Transport.inproc(RANKS)
+
+    def body(rank):
+        engine = sluice.Engine(
+            checkpoint, transports[rank], sluice.Backend(num_threads=1), layer=LAYER,
+            max_tokens_per_rank=TOKENS, timeout_ms=20000,
+        )
+        x, idx, weights = sluice.make_workload(
+            checkpoint.geometry, TOKENS, first_token=rank * TOKENS
+        )
+        return sluice.moe_forward(engine, x, sluice.Routing(idx, weights), mode="low-latency")
+
+    return on_every_rank(RANKS, body)
+
+
+def check(folder, expected):
+    for rank, y in enumerate(expected):
+        assert np.array_equal(np.load(folder / f"y.{rank}.npy"), y)
+
+
+@pytest.mark.parametrize("how", ["group", "environment", "ipc"])
+def test_processes(checkpoint, expected, tmp_path, how):
+    def environment(rank):
+        place = {"SLUICE_RANK": rank, "SLUICE_WORLD_SIZE": RANKS, "SLUICE_JOB": tmp_path}
+        return {**os.environ, **{k: str(v) for k, v in place.items()}}
+
+    run_ranks(HERE / "rank_of_layer.py", RANKS, tmp_path, checkpoint.path, how,
+              environment=environment)
+    check(tmp_path, expected)
+
+
+def test_torch_process_group(checkpoint, expected, tmp_path):
+    pytest.importorskip("torch", reason="torch is not installed")
+    run_ranks(HERE / "rank_of_torch_group.py", RANKS, tmp_path, checkpoint.path)
+    check(tmp_path, expected)
+
+
+def under_mpirun(code):
+    mpirun = shutil.which("mpirun") or pytest.skip("mpirun is not installed")
+    subprocess.run([mpirun, "--oversubscribe", "--allow-run-as-root", "-n", "2", sys.executable, "-c", code],
+                   check=True, timeout=60)
+
+
+def test_mpi4py():
+    pytest.importorskip("mpi4py", reason="mpi4py is not installed")
+    under_mpirun(
+        "import sluice; from mpi4py import MPI; t = sluice.Transport.from_group(MPI.COMM_WORLD);"
+        "assert t.num_ranks == 2 and t.all_gather(b'x') == [b'x', b'x']"
+    )
+
+
+def test_mpi():
+    # In a process of its own: the first transport starts MPI.
+    probe = "import sluice; sluice.Transport.mpi(); assert sluice.end_mpi()"
+    alone = subprocess.run([sys.executable, "-c", probe], capture_output=True, text=True, timeout=60)
+    if "not in this build" in alone.stderr:
+        pytest.skip("this build has no MPI")
+    under_mpirun(
+        "import sluice; t = sluice.Transport.mpi(timeout_ms=20000);"
+        "assert (t.name, t.num_ranks) == ('mpi', 2);"
+        "assert t.all_gather(b'%d' % t.rank) == [b'0', b'1'];"
+        "del t; assert sluice.end_mpi()"
+    )
+
+
+class Group:
+    def __init__(self, rank=0, size=1, all_gather=None):
+        self.rank, self.size = rank, lambda: size
+        self.all_gather = all_gather or (lambda mine: [mine])
+
+
+def test_a_group_of_one():
+    transport = sluice.Transport.from_group(Group())
+    assert (transport.rank, transport.num_ranks) == (0, 1)
+    assert transport.all_gather(b"") == [b""]
+
+
+def test_refusals(monkeypatch):
+    with pytest.raises(sluice.Error, match="got dict without rank, size, all_gather") as caught:
+        sluice.Transport.from_group({})
+    assert caught.value.code == "invalid_argument"
+    with pytest.raises(sluice.Error, match="all_gather gave 1 objects for 2 ranks"):
+        sluice.Transport.from_group(Group(size=2))
+    elsewhere = Group(size=2, all_gather=lambda mine: [mine, ("far", *mine[1:])])
+    with pytest.raises(sluice.Error, match=r"rank\(s\) 1 are not on the host of rank 0") as caught:
+        sluice.Transport.from_group(elsewhere)
+    assert caught.value.code == "unsupported"
+    with pytest.raises(sluice.Error, match="1") as caught:
+        sluice.Transport.from_group(Group(size=2, all_gather=lambda mine: [mine, mine]), timeout_ms=50)
+    assert caught.value.code == "peer_timeout"
+    for name in ("SLUICE_RANK", "RANK", "OMPI_COMM_WORLD_RANK", "SLURM_PROCID"):
+        monkeypatch.delenv(name, raising=False)
+    with pytest.raises(sluice.Error, match="the environment names no rank"):
+        sluice.Transport.from_environment()
+    monkeypatch.setenv("SLUICE_RANK", "7")
+    monkeypatch.setenv("SLUICE_WORLD_SIZE", "2")
+    with pytest.raises(sluice.Error, match="SLUICE_RANK='7'"):
+        sluice.Transport.from_environment()
