@@ -4,6 +4,7 @@
 #include <unistd.h>
 
 #include <cstdio>
+#include <cstdlib>
 #include <filesystem>
 
 #include "gpu/cuda_fixture.h"
@@ -11,6 +12,13 @@
 
 namespace sluice::testing {
 namespace {
+
+// Ranks are streams of one process; read by the CUDA runtime before its first call.
+const bool kEnvironment = [] {
+  setenv("CUDA_DEVICE_MAX_CONNECTIONS", "32", 0);
+  setenv("CUDA_MODULE_LOADING", "EAGER", 0);
+  return true;
+}();
 
 class CudaAccuracyTest : public CudaBackendTest {
  protected:

@@ -166,7 +166,17 @@ def test_zero_copy_second_combine_and_many_in_flight(space):
         late = [buffer.low_latency_dispatch(*arguments, return_recv_hook=True) for _ in range(3)]
         with pytest.raises(sluice.Error, match="later dispatches have taken the place"):
             late[0][4]()
-        late[1][4](), late[2][4]()
+        late[1][4](), late[2][4](), late[2][4]()
+        rows = space.bf16(np.zeros(tuple(late[2][0][0].shape), np.uint16))
+        _, _, landed = buffer.low_latency_combine(
+            rows, arguments[1], space.array(weights), late[2][2], return_recv_hook=True)
+        landed(), landed()
+        sent = [buffer.low_latency_dispatch(*arguments) for _ in range(1)]
+        _, _, landed = buffer.low_latency_combine(
+            rows, arguments[1], space.array(weights), sent[0][2], return_recv_hook=True)
+        sent += [buffer.low_latency_dispatch(*arguments) for _ in range(2)]
+        with pytest.raises(sluice.Error, match="later dispatches have taken the place"):
+            landed()
 
     on_every_rank(RANKS, body)
 

@@ -159,6 +159,36 @@ def test_ten_thousand_calls_do_not_grow(checkpoint, backend, geometry):
     assert grown < 1 << 20
 
 
+def test_compatible_calls_do_not_grow(checkpoint, backend, geometry):
+    """DeepEP's calls and W4A8 experts; handles that nobody combines among them."""
+    from sluice.compat.deep_ep import Buffer
+    from sluice.compat.w4a8 import W4A8Experts
+
+    weights = checkpoint.load_experts(LAYER, 0, geometry.num_experts)
+    gate, up, down = (
+        [np.stack(a) for a in zip(*(weights.matrix(e, name) for e in range(len(weights))))]
+        for name in ("gate", "up", "down")
+    )
+    packed = np.concatenate([gate[0], up[0]], 1), np.concatenate([gate[1], up[1]], 1), *down
+    experts = W4A8Experts(*packed, backend=backend)
+    buffer = Buffer(sluice.Transport.inproc(1)[0], backend=backend)
+    x, idx, w = sluice.make_workload(geometry, 2)
+
+    def body():
+        for _ in range(2):
+            (codes, scale), count, handle, _, hook = buffer.low_latency_dispatch(
+                x, idx, 4, geometry.num_experts, return_recv_hook=True)
+            hook()
+        rows = experts.masked(codes, scale, count)
+        buffer.low_latency_combine(rows, idx, w, handle)
+        _, _, to_expert, in_rank, _ = buffer.get_dispatch_layout(idx, geometry.num_experts)
+        rows, local, weight, _, handle, _ = buffer.dispatch(
+            x, is_token_in_rank=in_rank, num_tokens_per_expert=to_expert, topk_idx=idx, topk_weights=w)
+        buffer.combine(experts.grouped(rows, None, local, weight), handle)
+
+    assert growth(body, 2000) < 1 << 20
+
+
 def test_making_and_dropping_does_not_grow(checkpoint, geometry):
     def body():
         engine = one_rank_engine(checkpoint, sluice.Backend(num_threads=1))

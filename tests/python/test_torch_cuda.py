@@ -107,6 +107,55 @@ def published(checkpoint, geometry, space):
     return tuple(space.array(a) for a in arrays)
 
 
+RECIPES = {  # recipe -> (e4m3 rows, their scales, static scales)
+    "direct": (True, True, False), "direct-bf16": (False, False, False),
+    "bf16-static": (False, False, True), "requant-static": (True, True, True),
+    "static": (True, False, True),
+}  # fmt: skip
+BOTH = ["cpu", pytest.param("cuda", marks=needs_gpu)]
+
+
+@pytest.mark.parametrize("device", BOTH)
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_w4a8_masked(checkpoint, geometry, device, recipe):
+    """The bytes of experts_masked() on the same device, valid row by valid row."""
+    is_e4m3, has_scale, is_static = RECIPES[recipe]
+    space, backend = Torch(device), sluice.Backend(device)
+    s1, s2 = checkpoint.static_scales(LAYER)
+    num_rows = np.array([0, 1, 8, 3, 2, 0, 5, 7], np.int32)
+    x = torch.randn(8, 8, geometry.hidden, generator=torch.Generator().manual_seed(1)).bfloat16().to(device)
+    codes, scale = sluice.quantize(backend, x, static_scale=None if has_scale or not is_e4m3 else s1)
+    rows = codes if is_e4m3 else x
+    batch = sluice.ExpertBatch(rows, space.array(num_rows), x_scale=scale if has_scale else None)
+    experts = sluice.repack(checkpoint.load_experts(LAYER, 0, 8), backend, max_rows=64)
+    expected = sluice.experts_masked(experts, batch, sluice.Recipe(recipe, s1=s1, s2=s2))
+    columns = scale.transpose(1, 2).contiguous().transpose(1, 2) if has_scale else None
+    y = w4a8.w4a8_moe_masked(
+        rows, columns, batch.num_rows, *published(checkpoint, geometry, space), backend=backend,
+        **({"a1_scale": s1, "a2_scale": s2} if is_static else {}))
+    for e, n in enumerate(num_rows):
+        assert same(y[e, :n], expected[e, :n])
+
+
+@pytest.mark.parametrize("device", BOTH)
+@pytest.mark.parametrize("recipe", ["direct", "direct-bf16", "bf16-static"])
+def test_w4a8_grouped(checkpoint, geometry, device, recipe):
+    """The bytes of the engine's normal mode on the same device."""
+    is_e4m3, _, is_static = RECIPES[recipe]
+    space, backend = Torch(device), sluice.Backend(device)
+    x, idx, weights = workload(geometry, space)
+    idx[0, 1], idx[3] = -1, -1
+    engine = one_rank_engine(checkpoint, backend, TOKENS, normal=recipe, low_latency=None)
+    expected = sluice.moe_forward(engine, x, sluice.Routing(idx, weights))
+    rows, scale = sluice.quantize(backend, x) if is_e4m3 else (x, None)
+    s1, s2 = checkpoint.static_scales(LAYER)
+    y = w4a8.w4a8_moe_grouped(
+        rows, scale, idx, weights, *published(checkpoint, geometry, space), backend=backend,
+        **({"a1_scale": s1, "a2_scale": s2} if is_static else {}))
+    engine.check()
+    assert same(y, expected)
+
+
 def through_the_names(buffer, tensors, weights, backend, num_experts, hook=False):
     x, idx, w = tensors
     (codes, scale), count, handle, _, received = buffer.low_latency_dispatch(

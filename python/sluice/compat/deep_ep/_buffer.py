@@ -10,7 +10,7 @@ from ._config import Config
 from ._event import EventOverlap
 from ._low_latency import LowLatency, LowLatencyHandle
 from ._normal import Normal, NormalHandle
-from ._place import make_backend
+from ._place import Place
 
 _EXTRA = {
     # Of forks: name -> whether any value does no harm, else only None and False.
@@ -43,8 +43,8 @@ class Buffer:
 
     ``group`` is a torch ProcessGroup, an mpi4py communicator, any object with rank, size and
     all_gather(object), or a sluice.Transport. The sizes are accepted and not needed: memory is taken
-    at the first call of a shape. Calls queue on torch's current stream and return; nothing runs on a
-    stream of the buffer's own.
+    at the first call of a shape, on the device of the first rows. Calls queue on torch's current
+    stream and return; nothing runs on a stream of the buffer's own.
     """
 
     num_sms: int = 20
@@ -61,18 +61,18 @@ class Buffer:
         group = comm if group is None else group
         is_transport = isinstance(group, _core.Transport)
         self._transport: Any = group if is_transport else _core.Transport.from_group(group)
-        self._backend: Any = backend if backend is not None else make_backend(self._transport)
         self.group = group
         self.rank, self.group_size = self._transport.rank, self._transport.num_ranks
         self.num_nvl_bytes, self.num_rdma_bytes = num_nvl_bytes, num_rdma_bytes
         self.low_latency_mode = low_latency_mode
         self.explicitly_destroy, self.enable_shrink = explicitly_destroy, enable_shrink
-        self._low_latency: Any = LowLatency(self._transport, self._backend)
-        self._normal: Any = Normal(self._transport, self._backend)
+        place = Place(self._transport, backend)
+        self._low_latency: Any = LowLatency(place)
+        self._normal: Any = Normal(place)
 
     def destroy(self) -> None:
         """Lets go of all memory; not collective. Further calls are refused."""
-        self._low_latency = self._normal = self._backend = self._transport = None
+        self._low_latency = self._normal = self._transport = None
 
     def _half(self, half: Any, operation: str) -> Any:
         if half is None:

@@ -52,12 +52,15 @@ class Flight:
             self._dispatched = self.lane.exchange.dispatch_send(x, routing)
         self._is_received = receive
 
-    def receive(self) -> None:
+    def _require_place(self) -> None:
         if self._dispatched is None:
             raise Error(
                 "invalid_argument",
                 f"hook: {MOST} later dispatches have taken the place of this one; call it before",
             )
+
+    def receive(self) -> None:
+        self._require_place()
         if not self._is_received:
             self._dispatched.receive()
             self._is_received = True
@@ -84,6 +87,7 @@ class Flight:
         self._dispatched.combine_send(expert_y)
 
     def come_home(self, out: Any) -> None:
+        self._require_place()
         self._dispatched.combine_receive(out=out)
         self._finish()
 

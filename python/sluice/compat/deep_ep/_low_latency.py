@@ -38,16 +38,27 @@ class LowLatencyHandle:
         return self.sizes[position - 2]
 
 
-def _check(name: str, value: Any, what: str, is_right: bool) -> None:
-    if not is_right:
-        raise Error("invalid_argument", f"{name}: expected {what}, got {value}")
+def _wrong(name: str, expected: str, seen: Any) -> Error:
+    return Error("invalid_argument", f"{name}: expected {expected}, got {seen}")
+
+
+def _once(body: Callable[[], None]) -> Callable[[], None]:
+    """A hook that does nothing when called again."""
+    steps = [body]
+
+    def hook() -> None:
+        if steps:
+            steps[0]()
+            steps.clear()
+
+    return hook
 
 
 class LowLatency:
     """Dispatch and combine in the masked layout."""
 
-    def __init__(self, transport: Any, backend: Any) -> None:
-        self._transport, self._backend = transport, backend
+    def __init__(self, place: Any) -> None:
+        self._place, transport = place, place.transport
         self._num_ranks = transport.num_ranks
         self._lanes: dict[tuple, Lane] = {}
 
@@ -62,8 +73,8 @@ class LowLatency:
                     "cannot capture: call it once before the capture, on every rank",
                 )
             exchange = _core.Exchange(
-                self._transport, self._backend, num_experts=num_experts, num_topk=topk,
-                hidden=hidden, max_tokens_per_rank=max_tokens, wire=wire,
+                self._place.transport, self._place.backend_for(space), num_experts=num_experts,
+                num_topk=topk, hidden=hidden, max_tokens_per_rank=max_tokens, wire=wire,
             )
             self._lanes[key] = Lane(exchange, space, hidden)
         return self._lanes[key]
@@ -72,22 +83,24 @@ class LowLatency:
                  use_fp8: bool, round_scale: bool, use_ue8m0: bool, with_hook: bool,
                  recv_stats: Any) -> tuple[Any, Any, LowLatencyHandle, Callable[[], None] | None]:
         space = space_of(x)
-        _check("x", list(x.shape), "shape [num_tokens, hidden]", len(x.shape) == 2)
-        _check("topk_idx", list(topk_idx.shape), f"shape [{x.shape[0]}, num_topk]",
-               len(topk_idx.shape) == 2 and topk_idx.shape[0] == x.shape[0])
-        _check("use_ue8m0", use_ue8m0, "round_scale and use_fp8 with it",
-               not use_ue8m0 or (round_scale and use_fp8))
-        hidden, topk = int(x.shape[1]), int(topk_idx.shape[1])
-        _check("x", list(x.shape), "hidden a multiple of 512 for use_ue8m0",
-               not use_ue8m0 or hidden % 512 == 0)
+        if len(x.shape) != 2:
+            raise _wrong("x", "shape [num_tokens, hidden]", list(x.shape))
+        num_tokens, hidden = x.shape
+        if len(topk_idx.shape) != 2 or topk_idx.shape[0] != num_tokens:
+            raise _wrong("topk_idx", f"shape [{num_tokens}, num_topk]", list(topk_idx.shape))
+        topk = topk_idx.shape[1]
+        if use_ue8m0 and not (round_scale and use_fp8):
+            raise _wrong("use_ue8m0", "use_fp8 and round_scale with it", use_ue8m0)
+        if use_ue8m0 and hidden % 512 != 0:
+            raise _wrong("x", "hidden a multiple of 512 for use_ue8m0", list(x.shape))
         wire = (_POWERS if round_scale else _GROUPS) if use_fp8 else _BF16
         lane = self._lane(space, max_tokens, num_experts, topk, hidden, wire)
-        weights = space.empty((x.shape[0], topk), "f32")
+        weights = space.empty((num_tokens, topk), "f32")
         flight = lane.launch(space.bits(x), topk_idx, weights, receive=not with_hook)
         received = _Received(flight, use_fp8, use_ue8m0, recv_stats)
         handle = LowLatencyHandle(flight, (max_tokens, hidden, num_experts))
         if with_hook:
-            return received.x, received.count, handle, received.fill
+            return received.x, received.count, handle, _once(received.fill)
         received.fill()
         return received.x, received.count, handle, None
 
@@ -95,11 +108,10 @@ class LowLatency:
                 zero_copy: bool, with_hook: bool, out: Any) -> tuple[Any, Callable[[], None] | None]:
         flight = handle.flight
         space = space_of(topk_weights)
-        slots = list(flight.topk_weights.shape)
-        _check("topk_idx", list(topk_idx.shape), f"shape {slots}, as dispatched",
-               list(topk_idx.shape) == slots)
-        _check("topk_weights", list(topk_weights.shape), f"shape {slots}",
-               list(topk_weights.shape) == slots)
+        slots = flight.topk_weights.shape
+        for name, array in (("topk_idx", topk_idx), ("topk_weights", topk_weights)):
+            if array.shape != slots:
+                raise _wrong(name, f"shape {list(slots)}, as dispatched", list(array.shape))
         space.copy(flight.topk_weights, topk_weights)
         if zero_copy:
             rows = flight.expert_y() if space.on_device else handle.buffer
@@ -113,7 +125,7 @@ class LowLatency:
             flight.combine(rows, y)
             return y, None
         flight.send_home(rows)
-        return y, lambda: flight.come_home(y)
+        return y, _once(lambda: flight.come_home(y))
 
     def next_buffer(self, handle: LowLatencyHandle) -> Any:
         rows = handle.flight.expert_y()
@@ -132,7 +144,6 @@ class _Received:
 
     def __init__(self, flight: Any, use_fp8: bool, use_ue8m0: bool, stats: Any) -> None:
         self._flight, self._ue8m0, self._stats = flight, use_ue8m0, stats
-        self._is_filled = False
         self._space = space = flight.lane.space
         exchange = flight.lane.exchange
         num_local, max_m, hidden = exchange.num_local_experts, exchange.max_m, flight.lane.hidden
@@ -151,9 +162,7 @@ class _Received:
         self.x = (self._rows, self._scale) if use_fp8 else self._rows
 
     def fill(self) -> None:
-        if self._is_filled:
-            return
-        space, self._is_filled = self._space, True
+        space = self._space
         self._flight.receive()
         batch = self._flight.batch
         if not space.on_device:

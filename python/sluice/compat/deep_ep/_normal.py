@@ -30,8 +30,8 @@ class NormalHandle:
 class Normal:
     """Dispatch and combine of rows."""
 
-    def __init__(self, transport: Any, backend: Any) -> None:
-        self._transport, self._backend = transport, backend
+    def __init__(self, place: Any) -> None:
+        self._place, transport = place, place.transport
         self._rank, self._num_ranks = transport.rank, transport.num_ranks
         self._lanes: dict[int, Lane] = {}
         self._capacity = 0
@@ -106,7 +106,7 @@ class Normal:
         record = struct.Struct("<4q")
         everyone = [
             record.unpack(r)
-            for r in self._transport.all_gather(record.pack(num_tokens, hidden, topk, capacity))
+            for r in self._place.transport.all_gather(record.pack(num_tokens, hidden, topk, capacity))
         ]
         for name, position in (("hidden", 1), ("num_topk", 2)):
             values = [r[position] for r in everyone]
@@ -125,7 +125,7 @@ class Normal:
             if self._num_ranks > _MOST_RANKS:
                 raise Error("unsupported", f"dispatch: {self._num_ranks} ranks, at most {_MOST_RANKS}")
             exchange = _core.Exchange(
-                self._transport, self._backend, num_experts=self._num_ranks,
+                self._place.transport, self._place.backend_for(space), num_experts=self._num_ranks,
                 num_topk=self._num_ranks, hidden=hidden, max_tokens_per_rank=self._capacity,
                 wire=_BF16,
             )
