@@ -47,9 +47,14 @@ struct DeviceLayout {
   [[nodiscard]] std::size_t private_bytes() const noexcept {
     return static_cast<std::size_t>(num_slots) * (slot_row_bytes + rows_bytes);
   }
-  /// Everything a CUDA exchange reserves on one rank, a few words of state aside.
+  /// Epochs, counters and what a failure leaves behind, of the exchange and of each slot: the sizes
+  /// of cuda::ExchangeState and cuda::SlotState, which only the CUDA side sees. A test holds them.
+  [[nodiscard]] std::size_t state_bytes() const noexcept {
+    return 2072 + static_cast<std::size_t>(num_slots) * 16;
+  }
+  /// Everything a CUDA exchange reserves on one rank.
   [[nodiscard]] std::size_t total_bytes() const noexcept {
-    return window_bytes() + private_bytes();
+    return window_bytes() + private_bytes() + state_bytes();
   }
 };
 

@@ -7,81 +7,15 @@
 #include <map>
 #include <thread>
 
-#include "backend/ops.h"
+#include "exchange/cuda/exchange_kernels.h"
+#include "exchange/device_layout.h"
 #include "sluice/engine.h"
 #include "sluice/error.h"
 #include "sluice/transport.h"
+#include "support/counting.h"
 
 namespace sluice::testing {
 namespace {
-
-/// Forwards everything and counts what is allocated.
-class CountingBackend final : public BackendOps {
- public:
-  CountingBackend() : real_(make_backend({.num_threads = 1})) {}
-  std::size_t allocated_bytes = 0;
-
-  [[nodiscard]] Device device() const noexcept override { return real_->device(); }
-  [[nodiscard]] std::string description() const override { return real_->description(); }
-  [[nodiscard]] double measure_read_bandwidth() override { return 1; }
-  [[nodiscard]] double measure_arithmetic_rate() override { return 1; }
-  [[nodiscard]] std::unique_ptr<DeviceBuffer> allocate(std::size_t bytes) override {
-    allocated_bytes += bytes;
-    return real_->allocate(bytes);
-  }
-  void copy_to_host(void* host, const void* device, std::size_t bytes, Stream stream) override {
-    real_->copy_to_host(host, device, bytes, stream);
-  }
-  void copy_from_host(void* device, const void* host, std::size_t bytes, Stream stream) override {
-    real_->copy_from_host(device, host, bytes, stream);
-  }
-  void copy_on_device(void* to, const void* from, std::size_t bytes, Stream stream) override {
-    real_->copy_on_device(to, from, bytes, stream);
-  }
-  [[nodiscard]] std::unique_ptr<PreparedExperts> prepare(const ExpertWeights& weights) override {
-    return ops(*real_).prepare(weights);
-  }
-  void quantize(const std::uint16_t* x, const ExpertRows& rows, bool pow2, const QuantizedRows& out,
-                Stream stream) override {
-    ops(*real_).quantize(x, rows, pow2, out, stream);
-  }
-  void requantize(const QuantizedRows& in, const ExpertRows& rows, const QuantizedRows& out,
-                  Stream stream) override {
-    ops(*real_).requantize(in, rows, out, stream);
-  }
-  void expert_stage(const PreparedExperts& experts, const QuantizedRows& in, const ExpertRows& rows,
-                    const QuantizedRows& h, std::uint16_t* out, Stream stream,
-                    ExpertStageTimes* times) override {
-    ops(*real_).expert_stage(experts, in, rows, h, out, stream, times);
-  }
-
- private:
-  std::unique_ptr<Backend> real_;
-};
-
-/// Forwards everything and counts the windows made.
-class CountingTransport final : public Transport {
- public:
-  explicit CountingTransport(Transport& real) : real_(&real) {}
-  std::size_t window_bytes = 0;
-
-  [[nodiscard]] int rank() const noexcept override { return real_->rank(); }
-  [[nodiscard]] int num_ranks() const noexcept override { return real_->num_ranks(); }
-  [[nodiscard]] std::string name() const override { return real_->name(); }
-  [[nodiscard]] std::unique_ptr<Window> make_window(std::size_t bytes, int num_flags,
-                                                    std::chrono::milliseconds timeout) override {
-    window_bytes += bytes;
-    return real_->make_window(bytes, num_flags, timeout);
-  }
-  [[nodiscard]] std::vector<std::vector<std::byte>> all_gather(
-      std::span<const std::byte> mine, std::chrono::milliseconds timeout) override {
-    return real_->all_gather(mine, timeout);
-  }
-  [[nodiscard]] TransportCounters counters() const override { return real_->counters(); }
-
- private:
-  Transport* real_;
-};
 
 class Plan : public ::testing::Test {
  protected:
@@ -114,7 +48,7 @@ TEST_F(Plan, IsWhatAnEngineTakes) {
         std::vector<std::thread> ranks;
         for (int r = 0; r < num_ranks; ++r) {
           ranks.emplace_back([&, r] {
-            CountingBackend backend;
+            CountingBackend backend({.num_threads = 1});
             CountingTransport transport(*transports[static_cast<std::size_t>(r)]);
             const Engine engine = Engine::create(config, checkpoint, transport, backend);
             EXPECT_EQ(engine.weight_bytes(), plan.prepared_bytes);
@@ -129,6 +63,25 @@ TEST_F(Plan, IsWhatAnEngineTakes) {
         for (std::thread& rank : ranks) rank.join();
       }
     }
+  }
+}
+
+/// tests/gpu/test_cuda_plan.cc counts what is taken on a device; this much needs none.
+TEST_F(Plan, KnowsTheStateOfACudaExchange) {
+  for (const int num_slots : {1, 3}) {
+    const DeviceLayout layout({.num_experts = 8,
+                               .num_topk = 2,
+                               .hidden = 256,
+                               .max_tokens_per_rank = 5,
+                               .max_m = 10,
+                               .num_in_flight = num_slots},
+                              2);
+    ASSERT_EQ(layout.num_slots, num_slots);
+    EXPECT_EQ(layout.state_bytes(),
+              sizeof(cuda::ExchangeState) +
+                  static_cast<std::size_t>(num_slots) * sizeof(cuda::SlotState));
+    EXPECT_EQ(layout.total_bytes(),
+              layout.window_bytes() + layout.private_bytes() + layout.state_bytes());
   }
 }
 

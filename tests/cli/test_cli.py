@@ -44,6 +44,31 @@ with tempfile.TemporaryDirectory() as folder:
                   data["verify"]["passed"] and data["verify"]["rows"] == 9
                   and data["recipe"]["name"] == recipe and len(data["ranks"]) == 4, r)
 
+    # The plan's experts are those that run then holds; the most tokens that fit do, one more does not.
+    run("run", "--checkpoint", model, "--ranks", "4", "--tokens", "3", "--json", report)
+    with open(report) as file:
+        experts_bytes = json.load(file)["experts_bytes"]
+    for backend in ("cpu", "cuda"):
+        for mode, recipe in (("low-latency", "direct"), ("normal", "bf16-static"), ("both", "requant-static")):
+            plan = ("plan", "--config", os.path.join(model, "config.json"), "--ranks", "4", "--backend", backend,
+                    "--mode", mode, "--recipe", recipe, "--memory", "3MB", "--json", report, "--tokens")
+            r = run(*plan, "1")
+            with open(report) as file:
+                data = json.load(file)
+            most = data["most_tokens_per_rank"]
+            check(f"plan {backend} {mode}", r.returncode == 0 and data["fits"] and most > 1
+                  and (backend == "cuda" or 4 * data["prepared_bytes"] == experts_bytes), r)
+            r = run(*plan, str(most))
+            with open(report) as file:
+                check(f"plan: {most} tokens fit", r.returncode == 0 and json.load(file)["total_bytes"] <= 3e6, r)
+            r = run(*plan, str(most + 1))
+            with open(report) as file:
+                check(f"plan: {most + 1} do not", r.returncode == 1 and json.load(file)["total_bytes"] > 3e6, r)
+    r = run("plan", "--preset", "tiny", "--memory", "1MB", "--ranks", "3")
+    check("plan refuses ranks that do not divide", r.returncode == 2 and "3 ranks" in r.stderr, r)
+    r = run("plan", "--preset", "tiny", "--memory", "much")
+    check("plan refuses a size that is none", r.returncode == 2 and "'much'" in r.stderr, r)
+
     several = os.path.join(folder, "several")
     r = run("make-checkpoint", "--preset", "tiny", "--layers", "3", "--out", several)
     check("make-checkpoint of three layers", r.returncode == 0, r)

@@ -5,6 +5,7 @@
 
 #include <algorithm>
 #include <cstdio>
+#include <cstdlib>
 #include <memory>
 #include <vector>
 
@@ -12,6 +13,13 @@
 #include "sluice/error.h"
 
 namespace sluice::testing {
+
+/// Ranks are streams of one process; read by the CUDA runtime before its first call.
+inline const bool kEnvironment = [] {
+  setenv("CUDA_DEVICE_MAX_CONNECTIONS", "32", 0);
+  setenv("CUDA_MODULE_LOADING", "EAGER", 0);
+  return true;
+}();
 
 /// The device, or null with the reason printed.
 inline std::unique_ptr<Backend> cuda_backend() {

@@ -4,7 +4,6 @@
 #include <unistd.h>
 
 #include <cstdio>
-#include <cstdlib>
 #include <filesystem>
 
 #include "gpu/cuda_fixture.h"
@@ -12,13 +11,6 @@
 
 namespace sluice::testing {
 namespace {
-
-// Ranks are streams of one process; read by the CUDA runtime before its first call.
-const bool kEnvironment = [] {
-  setenv("CUDA_DEVICE_MAX_CONNECTIONS", "32", 0);
-  setenv("CUDA_MODULE_LOADING", "EAGER", 0);
-  return true;
-}();
 
 class CudaAccuracyTest : public CudaBackendTest {
  protected:

@@ -1,0 +1,73 @@
+// The bytes that `sluice plan --backend cuda` names are those that engines then take on the device.
+#include <gtest/gtest.h>
+
+#include <unistd.h>
+
+#include <filesystem>
+#include <thread>
+
+#include "gpu/cuda_fixture.h"
+#include "sluice/engine.h"
+#include "sluice/transport.h"
+#include "support/counting.h"
+
+namespace sluice::testing {
+namespace {
+
+class CudaPlanTest : public CudaBackendTest {
+ protected:
+  void SetUp() override {
+    CudaBackendTest::SetUp();
+    backend_.reset();  // Ranks make their own.
+  }
+  ~CudaPlanTest() override {
+    std::error_code ignored;
+    std::filesystem::remove_all(dir_, ignored);
+  }
+  std::filesystem::path dir_ =
+      std::filesystem::temp_directory_path() / ("sluice-cuda-plan-" + std::to_string(::getpid()));
+};
+
+TEST_F(CudaPlanTest, IsWhatEnginesTake) {
+  const ModelGeometry geometry = {
+      .name = "plan", .num_experts = 8, .num_topk = 3, .hidden = 384, .intermediate = 640};
+  for (const DType scale_dtype : {DType::kFloat32, DType::kBFloat16}) {
+    std::filesystem::remove_all(dir_);
+    write_synthetic_checkpoint({.geometry = geometry, .scale_dtype = scale_dtype}, dir_);
+    const Checkpoint checkpoint = Checkpoint::open(dir_);
+    const std::optional<RecipeName> direct = RecipeName::kDirect, none;
+    const std::optional<RecipeName> bf16 = RecipeName::kBf16Static,
+                                    twice = RecipeName::kRequantStatic;
+    for (const auto& [low_latency, normal] : {std::pair{direct, none}, std::pair{none, direct},
+                                              std::pair{bf16, none}, std::pair{twice, bf16}}) {
+      for (const int num_ranks : {1, 2, 4}) {
+        const EngineConfig config{.layer = checkpoint.moe_layers().front(),
+                                  .low_latency = low_latency,
+                                  .normal = normal,
+                                  .max_tokens_per_rank = 37};
+        const EngineMemory plan = Engine::plan_memory(config, checkpoint.geometry(), scale_dtype,
+                                                      Device::Kind::kCuda, num_ranks);
+        auto transports = make_inproc_transports(num_ranks);
+        std::vector<std::thread> ranks;
+        for (int r = 0; r < num_ranks; ++r) {
+          ranks.emplace_back([&, r] {
+            CountingBackend backend({.device = {Device::Kind::kCuda, 0},
+                                     .local_rank = r,
+                                     .num_local_ranks = num_ranks});
+            CountingTransport transport(*transports[static_cast<std::size_t>(r)]);
+            const Engine engine = Engine::create(config, checkpoint, transport, backend);
+            EXPECT_EQ(engine.weight_bytes(), plan.prepared_bytes);
+            EXPECT_EQ(backend.allocated_bytes + transport.window_bytes,
+                      plan.exchange_bytes + plan.scratch_bytes)
+                << num_ranks << " ranks";
+            (void)transport.all_gather({}, config.peer_timeout);
+          });
+        }
+        for (std::thread& rank : ranks) rank.join();
+      }
+    }
+  }
+}
+
+}  // namespace
+}  // namespace sluice::testing

@@ -1,0 +1,87 @@
+// counting.h - a backend and a transport that count the bytes taken from them.
+#pragma once
+
+#include <memory>
+#include <vector>
+
+#include "backend/ops.h"
+#include "sluice/transport.h"
+
+namespace sluice::testing {
+
+/// Forwards everything and counts what is allocated.
+class CountingBackend final : public BackendOps {
+ public:
+  explicit CountingBackend(const BackendConfig& config) : real_(make_backend(config)) {}
+  std::size_t allocated_bytes = 0;
+
+  [[nodiscard]] Device device() const noexcept override { return real_->device(); }
+  [[nodiscard]] std::string description() const override { return real_->description(); }
+  [[nodiscard]] Stream stream() override { return real_->stream(); }
+  void synchronize(Stream stream) override { real_->synchronize(stream); }
+  [[nodiscard]] double measure_read_bandwidth() override { return 1; }
+  [[nodiscard]] double measure_arithmetic_rate() override { return 1; }
+  [[nodiscard]] std::unique_ptr<DeviceBuffer> allocate(std::size_t bytes) override {
+    allocated_bytes += bytes;
+    return real_->allocate(bytes);
+  }
+  void copy_to_host(void* host, const void* device, std::size_t bytes, Stream stream) override {
+    real_->copy_to_host(host, device, bytes, stream);
+  }
+  void copy_from_host(void* device, const void* host, std::size_t bytes, Stream stream) override {
+    real_->copy_from_host(device, host, bytes, stream);
+  }
+  void copy_on_device(void* to, const void* from, std::size_t bytes, Stream stream) override {
+    real_->copy_on_device(to, from, bytes, stream);
+  }
+  [[nodiscard]] std::unique_ptr<PreparedExperts> prepare(const ExpertWeights& weights) override {
+    return ops(*real_).prepare(weights);
+  }
+  void quantize(const std::uint16_t* x, const ExpertRows& rows, bool pow2, const QuantizedRows& out,
+                Stream stream) override {
+    ops(*real_).quantize(x, rows, pow2, out, stream);
+  }
+  void requantize(const QuantizedRows& in, const ExpertRows& rows, const QuantizedRows& out,
+                  Stream stream) override {
+    ops(*real_).requantize(in, rows, out, stream);
+  }
+  void expert_stage(const PreparedExperts& experts, const QuantizedRows& in, const ExpertRows& rows,
+                    const QuantizedRows& h, std::uint16_t* out, Stream stream,
+                    ExpertStageTimes* times) override {
+    ops(*real_).expert_stage(experts, in, rows, h, out, stream, times);
+  }
+
+ private:
+  std::unique_ptr<Backend> real_;
+};
+
+/// Forwards everything and counts the windows made.
+class CountingTransport final : public Transport {
+ public:
+  explicit CountingTransport(Transport& real) : real_(&real) {}
+  std::size_t window_bytes = 0;
+
+  [[nodiscard]] int rank() const noexcept override { return real_->rank(); }
+  [[nodiscard]] int num_ranks() const noexcept override { return real_->num_ranks(); }
+  [[nodiscard]] std::string name() const override { return real_->name(); }
+  [[nodiscard]] std::unique_ptr<Window> make_window(std::size_t bytes, int num_flags,
+                                                    std::chrono::milliseconds timeout) override {
+    window_bytes += bytes;
+    return real_->make_window(bytes, num_flags, timeout);
+  }
+  [[nodiscard]] std::vector<std::vector<std::byte>> all_gather(
+      std::span<const std::byte> mine, std::chrono::milliseconds timeout) override {
+    return real_->all_gather(mine, timeout);
+  }
+  [[nodiscard]] std::vector<std::shared_ptr<std::byte>> share_device_memory(
+      std::shared_ptr<std::byte> mine, std::size_t bytes,
+      std::chrono::milliseconds timeout) override {
+    return real_->share_device_memory(std::move(mine), bytes, timeout);
+  }
+  [[nodiscard]] TransportCounters counters() const override { return real_->counters(); }
+
+ private:
+  Transport* real_;
+};
+
+}  // namespace sluice::testing
