@@ -18,18 +18,10 @@
 #include <cstddef>
 #include <cstdint>
 
+#include "exchange/slot_rules.h"
 #include "sluice/exchange.h"
 
 namespace sluice {
-
-/// What a flag says; each source rank has one of each in every slot. Values are epochs.
-enum class Flag : int {
-  kCounts,      ///< Low-latency: the source's row counts have arrived.
-  kDispatched,  ///< All rows of the source have arrived.
-  kCombined,    ///< All expert outputs the source owed this rank have arrived.
-  kReleased,    ///< The source is done with its own slot: it may be written for a later epoch.
-};
-inline constexpr int kFlagKinds = 4;
 
 struct HostLayout {
   HostLayout(const ExchangeConfig& config, int num_ranks);

@@ -23,31 +23,28 @@ HostProtocol::HostProtocol(const ExchangeConfig& config, Transport& transport)
       rank_(transport.rank()),
       timeout_(config.peer_timeout),
       window_(make_window(transport, layout_, timeout_)),
-      slot_epoch_(static_cast<std::size_t>(layout_.num_slots)),
-      slot_busy_(static_cast<std::size_t>(layout_.num_slots)),
-      wait_ns_(static_cast<std::size_t>(layout_.num_ranks)) {}
+      steps_(protocol_steps(config.mode == Mode::kLowLatency)),
+      wait_ns_(static_cast<std::size_t>(layout_.num_ranks)) {
+  SLUICE_ASSERT(layout_.num_slots <= kMaxSlots);
+}
 
 HostProtocol::Use HostProtocol::begin() {
   require_healthy();
-  int slot = 0;
-  while (slot < layout_.num_slots && slot_busy_[static_cast<std::size_t>(slot)]) ++slot;
-  check_argument(slot < layout_.num_slots,
+  const int slot = slots_.free_slot(layout_.num_slots);
+  check_argument(slot >= 0,
                  "{} dispatches are in flight, num_in_flight is {}: combine or destroy one first",
-                 slot, layout_.num_slots);
-  const auto s = static_cast<std::size_t>(slot);
-  const Use use{.slot = slot, .epoch = last_epoch_ + 1};
-  await(slot, Flag::kReleased, slot_epoch_[s], use.epoch, "dispatch (waiting for a free slot)");
-  last_epoch_ = use.epoch;
-  slot_epoch_[s] = use.epoch;
-  slot_busy_[s] = true;
-  return use;
+                 layout_.num_slots, layout_.num_slots);
+  await(slot, steps_[0].awaits, slots_.released_epoch(slot), slots_.last_epoch + 1,
+        "dispatch (waiting for a free slot)");
+  return {.slot = slot, .epoch = slots_.take(slot)};
 }
 
 void HostProtocol::release(Use use) noexcept {
-  slot_busy_[static_cast<std::size_t>(use.slot)] = false;
+  slots_.release(use.slot);
   try {
     if (!failure_.empty()) return;
-    for (int peer = 0; peer < layout_.num_ranks; ++peer) signal(use, peer, Flag::kReleased);
+    // From any step: a dispatch may be dropped.
+    for (int peer = 0; peer < layout_.num_ranks; ++peer) raise(use, peer, Flag::kReleased);
   } catch (const std::exception& error) {
     failure_ = error.what();
   }
@@ -70,16 +67,31 @@ void HostProtocol::put(const Use& use, int peer, std::size_t offset,
   });
 }
 
+const ProtocolStep& HostProtocol::next_step(const Use& use) {
+  const std::size_t step = ++slots_.step[use.slot];
+  SLUICE_ASSERT(step < steps_.size());
+  return steps_[step];
+}
+
 void HostProtocol::signal(const Use& use, int peer, Flag kind) {
+  if (steps_[slots_.step[use.slot]].raises != kind) {
+    const ProtocolStep& step = next_step(use);
+    SLUICE_ASSERT(step.awaits == Flag::kNone && step.raises == kind);
+  }
+  raise(use, peer, kind);
+}
+
+void HostProtocol::raise(const Use& use, int peer, Flag kind) {
   guarded(use.operation, use.epoch,
           [&] { window_->signal(peer, layout_.flag(use.slot, kind, rank_), use.epoch); });
 }
 
 void HostProtocol::wait_for_all(const Use& use, Flag kind, const char* operation) {
+  SLUICE_ASSERT(next_step(use).awaits == kind);
   await(use.slot, kind, use.epoch, use.epoch, operation);
   for (int source = 0; source < layout_.num_ranks; ++source) {
     const std::uint64_t seen = window_->flag(layout_.flag(use.slot, kind, source));
-    if (seen == use.epoch) continue;
+    if (!is_out_of_step(seen, use.epoch)) continue;
     failure_ = fmt::format(
         "{} on rank {}: rank {} is at epoch {}, expected {}: ranks made "
         "different calls",

@@ -3,11 +3,13 @@
 // Epoch n is the n-th dispatch of this exchange, on every rank alike. A slot's flags carry the
 // epoch of their last use, so a flag of an earlier use is never taken for this one's, and one of a
 // later use is an error that is named. A rank writes into a peer's slot for epoch n only after that
-// peer released the slot's use before n.
+// peer released the slot's use before n. The rules themselves are in slot_rules.h; calls that do
+// not follow its steps are refused as bugs.
 #pragma once
 
 #include <chrono>
 #include <memory>
+#include <span>
 #include <string>
 #include <vector>
 
@@ -18,6 +20,8 @@ namespace sluice {
 
 class HostProtocol {
  public:
+  static constexpr int kMaxSlots = 8;  ///< Of ExchangeConfig::num_in_flight.
+
   HostProtocol(const ExchangeConfig& config, Transport& transport);
 
   [[nodiscard]] const HostLayout& layout() const noexcept { return layout_; }
@@ -52,12 +56,14 @@ class HostProtocol {
   void require_healthy() const;
 
   [[nodiscard]] const std::vector<std::uint64_t>& wait_ns() const noexcept { return wait_ns_; }
-  [[nodiscard]] std::uint64_t last_epoch() const noexcept { return last_epoch_; }
+  [[nodiscard]] std::uint64_t last_epoch() const noexcept { return slots_.last_epoch; }
 
  private:
   /// Runs `step`; what the transport throws becomes this operation's failure, for good.
   template <class Step>
   auto guarded(const char* operation, std::uint64_t epoch, const Step& step);
+  [[nodiscard]] const ProtocolStep& next_step(const Use& use);
+  void raise(const Use& use, int peer, Flag kind);
   void await(int slot, Flag kind, std::uint64_t epoch, std::uint64_t op_epoch,
              const char* operation);
 
@@ -65,11 +71,10 @@ class HostProtocol {
   int rank_;
   std::chrono::milliseconds timeout_;
   std::unique_ptr<Window> window_;
-  std::uint64_t last_epoch_ = 0;
-  std::vector<std::uint64_t> slot_epoch_;  // [num_slots] epoch of the last use, 0 = never used
-  std::vector<bool> slot_busy_;            // [num_slots]
-  std::vector<std::uint64_t> wait_ns_;     // [num_ranks]
-  std::string failure_;                    // First fatal error, empty while healthy.
+  std::span<const ProtocolStep> steps_;
+  SlotTable<std::uint64_t, kMaxSlots> slots_;
+  std::vector<std::uint64_t> wait_ns_;  // [num_ranks]
+  std::string failure_;                 // First fatal error, empty while healthy.
 };
 
 }  // namespace sluice

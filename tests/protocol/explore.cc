@@ -1,5 +1,6 @@
 // Every order in which the ranks of a host exchange and their signals can run, for few ranks and
-// operations: the slots, flags and epochs of src/exchange without the bytes themselves.
+// operations: the slots, flags, epochs and steps of src/exchange/slot_rules.h, which the exchange
+// follows, without the bytes themselves.
 //
 //   explore --ranks 2 --operations 6 [--mode normal] [--split] [--mutant M]
 //
@@ -23,28 +24,22 @@
 #include <cstdint>
 #include <cstring>
 #include <map>
+#include <span>
 #include <string>
 #include <string_view>
 #include <unordered_set>
 #include <vector>
 
+#include "exchange/slot_rules.h"
+
 namespace {
 
+using sluice::Flag, sluice::ProtocolStep;
 using u8 = std::uint8_t;
 constexpr int kMaxRanks = 3, kSlots = 2, kMaxSignals = 28;
 
-enum Kind : u8 { kCounts, kDispatched, kCombined, kReleased, kNumKinds };
+constexpr int kReleased = static_cast<int>(Flag::kReleased);
 constexpr const char* kKindName[] = {"counts", "rows", "outputs", "release"};
-
-/// How far a rank is with one operation. A wait and the put that follows it are one step: nobody
-/// else can see what lies between.
-enum Step : u8 {
-  kIdle,  // The slot is free; waiting for its release by all.
-  kWaitCounts,
-  kWaitRows,
-  kPutOutputs,  // Between dispatch and combine: other operations may begin meanwhile.
-  kWaitOutputs,
-};
 
 struct Model {
   int ranks = 2, operations = 6;
@@ -54,16 +49,15 @@ struct Model {
 
 /// A signal on its way, and the bytes put before it.
 struct Signal {
-  u8 from, to, slot, kind, epoch;
+  u8 from, to, slot, kind, epoch;  // kind: a Flag
   u8 parts;  // 1: the bytes are on their way, 2: the signal is, 4: it is a second copy
 };
 
 struct State {
-  u8 step[kMaxRanks][kSlots];
-  u8 epoch[kMaxRanks][kSlots];  // Of the slot's last use.
-  u8 next[kMaxRanks];
-  u8 flag[kMaxRanks][kSlots][kNumKinds][kMaxRanks];   // [owner][slot][kind][source]
-  u8 bytes[kMaxRanks][kSlots][kReleased][kMaxRanks];  // The use whose bytes lie there.
+  // A wait and the put that follows it are one step: nobody else can see what lies between.
+  sluice::SlotTable<u8, kSlots> slots[kMaxRanks];
+  u8 flag[kMaxRanks][kSlots][sluice::kFlagKinds][kMaxRanks];  // [owner][slot][kind][source]
+  u8 bytes[kMaxRanks][kSlots][kReleased][kMaxRanks];          // The use whose bytes lie there.
   u8 copied, num_signals;
   Signal signals[kMaxSignals];
 };
@@ -98,13 +92,14 @@ struct Violation {
 
 class Explorer {
  public:
-  explicit Explorer(const Model& model) : m_(model) { seen_.reserve(1 << 22); }
+  explicit Explorer(const Model& model)
+      : m_(model), steps_(sluice::protocol_steps(model.low_latency)) {
+    seen_.reserve(1 << 22);
+  }
 
   /// Explores everything; throws Violation with path() leading to it.
   void run() {
-    State start;
-    std::memset(&start, 0, sizeof(start));
-    std::fill(std::begin(start.next), std::end(start.next), u8{1});
+    const State start = {};
     visit(start, [] { return std::string("start"); });
   }
   [[nodiscard]] std::size_t num_states() const { return seen_.size(); }
@@ -129,8 +124,9 @@ class Explorer {
 
   [[nodiscard]] bool all_done(const State& s) const {
     for (int r = 0; r < m_.ranks; ++r) {
-      for (const u8 step : s.step[r]) {
-        if (step != kIdle || s.next[r] <= m_.operations) return false;
+      if (s.slots[r].last_epoch < m_.operations) return false;
+      for (const bool busy : s.slots[r].busy) {
+        if (busy) return false;
       }
     }
     return true;
@@ -139,18 +135,18 @@ class Explorer {
   [[nodiscard]] bool arrived(u8 flag, u8 epoch) const {
     const auto use = [](u8 e) { return (e - 1) / kSlots; };
     if (m_.parity) return flag != 0 && use(flag) % 2 == use(epoch) % 2;
-    return m_.epochs ? flag >= epoch : flag != 0;
+    return m_.epochs ? sluice::has_arrived(flag, epoch) : flag != 0;
   }
 
   /// All ranks have raised `kind`; then what they announced must be there.
-  [[nodiscard]] bool all_arrived(const State& s, int r, int slot, Kind kind) const {
-    const u8 epoch = s.epoch[r][slot];
+  [[nodiscard]] bool all_arrived(const State& s, int r, int slot, int kind) const {
+    const u8 epoch = s.slots[r].epoch[slot];
     for (int source = 0; source < m_.ranks; ++source) {
       if (!arrived(s.flag[r][slot][kind][source], epoch)) return false;
     }
     for (int source = 0; source < m_.ranks; ++source) {
       const u8 flag = s.flag[r][slot][kind][source];
-      if (m_.epochs && !m_.parity && flag > epoch) {
+      if (m_.epochs && !m_.parity && sluice::is_out_of_step(flag, epoch)) {
         throw Violation{
             fmt::format("rank {} sees epoch {} of rank {} during {}", r, flag, source, epoch)};
       }
@@ -159,28 +155,25 @@ class Explorer {
     return true;
   }
 
-  void expect_bytes(const State& s, int r, int slot, Kind kind, int source) const {
+  void expect_bytes(const State& s, int r, int slot, int kind, int source) const {
     const u8 there = s.bytes[r][slot][kind][source];
-    if (there == s.epoch[r][slot]) return;
+    if (there == s.slots[r].epoch[slot]) return;
     throw Violation{fmt::format("rank {} takes the {} of use {} from rank {} for those of use {}",
-                                r, kKindName[kind], there, source, s.epoch[r][slot])};
+                                r, kKindName[kind], there, source, s.slots[r].epoch[slot])};
   }
 
   /// The slot at which the program of rank r is: it finishes a dispatch or combine it is in, then
   /// begins operations while there is a free slot, then combines the oldest.
   [[nodiscard]] int current_slot(const State& s, int r) const {
-    int free = -1, oldest = -1;
-    for (int slot = kSlots - 1; slot >= 0; --slot) {
-      const u8 step = s.step[r][slot];
-      if (step == kIdle) {
-        free = slot;
-      } else if (step != kPutOutputs) {
-        return slot;
-      } else if (oldest < 0 || s.epoch[r][slot] < s.epoch[r][oldest]) {
-        oldest = slot;
-      }
+    const auto& slots = s.slots[r];
+    int oldest = -1;
+    for (int slot = 0; slot < kSlots; ++slot) {
+      if (!slots.busy[slot]) continue;
+      if (steps_[slots.step[slot]].awaits != Flag::kNone) return slot;
+      if (oldest < 0 || slots.epoch[slot] < slots.epoch[oldest]) oldest = slot;
     }
-    return free >= 0 && s.next[r] <= m_.operations ? free : oldest;
+    const int free = slots.free_slot(kSlots);
+    return free >= 0 && slots.last_epoch < m_.operations ? free : oldest;
   }
 
   /// One step of rank r, if its program can go on.
@@ -188,35 +181,32 @@ class Explorer {
     const int slot = current_slot(s, r);
     if (slot < 0) return false;
     State n = s;
-    const u8 epoch = s.epoch[r][slot];
-    switch (s.step[r][slot]) {
-      case kIdle:
-        if (epoch != 0 && m_.asks_for_release && !all_arrived(s, r, slot, kReleased)) return false;
-        n.epoch[r][slot] = n.next[r]++;
-        return m_.low_latency ? put(n, r, slot, kCounts, kWaitCounts)
-                              : put(n, r, slot, kDispatched, kWaitRows);
-      case kWaitCounts:
-        if (!all_arrived(s, r, slot, kCounts)) return false;
-        return put(n, r, slot, kDispatched, kWaitRows);
-      case kWaitRows:
-        if (!all_arrived(s, r, slot, kDispatched)) return false;
-        n.step[r][slot] = kPutOutputs;
-        visit(n, [&] { return fmt::format("rank {} has all rows of {}", r, epoch); });
-        return true;
-      case kPutOutputs:  // The experts have read the rows until now.
-        for (int source = 0; source < m_.ranks; ++source) {
-          expect_bytes(s, r, slot, kDispatched, source);
-        }
-        return put(n, r, slot, kCombined, kWaitOutputs);
-      default:
-        if (!all_arrived(s, r, slot, kCombined)) return false;
-        return put(n, r, slot, kReleased, kIdle);
+    auto& mine = n.slots[r];
+    if (!mine.busy[slot]) {
+      const bool is_used = mine.released_epoch(slot) != 0;
+      if (is_used && m_.asks_for_release && !all_arrived(s, r, slot, kReleased)) return false;
+      mine.take(slot);
     }
+    const ProtocolStep step = steps_[mine.step[slot]];
+    const u8 epoch = mine.epoch[slot];
+    if (step.awaits == Flag::kNone) {  // The experts have read the rows until now.
+      for (int source = 0; source < m_.ranks; ++source) {
+        expect_bytes(s, r, slot, static_cast<int>(Flag::kDispatched), source);
+      }
+    } else if (step.awaits != Flag::kReleased &&
+               !all_arrived(s, r, slot, static_cast<int>(step.awaits))) {
+      return false;
+    }
+    mine.step[slot] += 1;
+    if (step.raises == Flag::kReleased) mine.release(slot);
+    if (step.raises != Flag::kNone) return put(n, r, slot, static_cast<u8>(step.raises));
+    visit(n, [&] { return fmt::format("rank {} has all rows of {}", r, epoch); });
+    return true;
   }
 
   /// Rank r puts and raises `kind` at every rank; at itself at once.
-  bool put(State& n, int r, int slot, Kind kind, Step then) {
-    const u8 epoch = n.epoch[r][slot];
+  bool put(State& n, int r, int slot, u8 kind) {
+    const u8 epoch = n.slots[r].epoch[slot];
     for (int to = 0; to < m_.ranks; ++to) {
       Signal signal{static_cast<u8>(r), static_cast<u8>(to), static_cast<u8>(slot), kind, epoch, 2};
       if (kind != kReleased) check_overwrite(n, signal);
@@ -230,7 +220,6 @@ class Explorer {
         throw Violation{"more signals on their way than the model holds"};
       n.signals[n.num_signals++] = signal;
     }
-    n.step[r][slot] = then;
     sort(n);
     visit(n, [&] {
       return fmt::format("rank {} sends the {} of {} in slot {}", r, kKindName[kind], epoch, slot);
@@ -239,10 +228,11 @@ class Explorer {
   }
 
   void check_overwrite(const State& s, const Signal& p) const {
-    if (s.step[p.to][p.slot] == kIdle || s.epoch[p.to][p.slot] >= p.epoch) return;
+    const auto& slots = s.slots[p.to];
+    if (!slots.busy[p.slot] || slots.epoch[p.slot] >= p.epoch) return;
     throw Violation{
         fmt::format("the {} of use {} from rank {} overwrite use {}, which rank {} still reads",
-                    kKindName[p.kind], p.epoch, p.from, s.epoch[p.to][p.slot], p.to)};
+                    kKindName[p.kind], p.epoch, p.from, slots.epoch[p.slot], p.to)};
   }
 
   bool deliver(const State& s, int i) {
@@ -295,6 +285,7 @@ class Explorer {
   }
 
   Model m_;
+  std::span<const ProtocolStep> steps_;
   std::unordered_set<Digest, DigestHash> seen_;
   std::vector<std::string> path_;
 };

@@ -1,0 +1,79 @@
+// slot_rules.h - the rules of slots, epochs and flags, without bytes, waits or peers.
+//
+// HostProtocol follows them, and tests/protocol explores every order of events under them: the same
+// code, so that what is proven is what runs.
+#pragma once
+
+#include <cstdint>
+#include <span>
+
+namespace sluice {
+
+/// What a flag says; each source rank has one of each in every slot. Values are epochs.
+enum class Flag : std::uint8_t {
+  kCounts,      ///< Low-latency: the source's row counts have arrived.
+  kDispatched,  ///< All rows of the source have arrived.
+  kCombined,    ///< All expert outputs the source owed this rank have arrived.
+  kReleased,    ///< The source is done with its own slot: it may be written for a later epoch.
+  kNone,        ///< No flag.
+};
+inline constexpr int kFlagKinds = 4;
+
+/// A part of an operation: a rank waits for a flag of every rank, then puts its bytes and raises
+/// one at every rank.
+struct ProtocolStep {
+  Flag awaits, raises;
+};
+
+inline constexpr ProtocolStep kLowLatencySteps[] = {{Flag::kReleased, Flag::kCounts},
+                                                    {Flag::kCounts, Flag::kDispatched},
+                                                    {Flag::kDispatched, Flag::kNone},
+                                                    {Flag::kNone, Flag::kCombined},
+                                                    {Flag::kCombined, Flag::kReleased}};
+inline constexpr ProtocolStep kNormalSteps[] = {{Flag::kReleased, Flag::kDispatched},
+                                                {Flag::kDispatched, Flag::kNone},
+                                                {Flag::kNone, Flag::kCombined},
+                                                {Flag::kCombined, Flag::kReleased}};
+/// From the taking of a slot to its release. Where nothing is awaited, between dispatch and
+/// combine, the experts run and other operations may begin.
+[[nodiscard]] constexpr std::span<const ProtocolStep> protocol_steps(bool low_latency) {
+  return low_latency ? std::span<const ProtocolStep>(kLowLatencySteps) : kNormalSteps;
+}
+
+/// A flag of epoch n or later says that epoch n is there: an earlier use's cannot.
+template <class Epoch>
+[[nodiscard]] constexpr bool has_arrived(Epoch flag, Epoch epoch) {
+  return flag >= epoch;
+}
+/// A flag that has gone past means that ranks made different calls.
+template <class Epoch>
+[[nodiscard]] constexpr bool is_out_of_step(Epoch flag, Epoch epoch) {
+  return flag > epoch;
+}
+
+/// A rank's own slots. Epoch n is its n-th operation, on every rank alike.
+template <class Epoch, int kMaxSlots>
+struct SlotTable {
+  Epoch last_epoch = 0;
+  Epoch epoch[kMaxSlots] = {};        ///< Of each slot's last use; 0: never used.
+  std::uint8_t step[kMaxSlots] = {};  ///< Into protocol_steps(), while busy.
+  bool busy[kMaxSlots] = {};
+
+  /// The lowest free one, on every rank the same; -1 if all are in flight.
+  [[nodiscard]] constexpr int free_slot(int num_slots) const {
+    for (int slot = 0; slot < num_slots; ++slot) {
+      if (!busy[slot]) return slot;
+    }
+    return -1;
+  }
+  /// Before a slot's next use every peer's kReleased must say its last.
+  [[nodiscard]] constexpr Epoch released_epoch(int slot) const { return epoch[slot]; }
+  /// After every peer released it. Returns the epoch of this use.
+  constexpr Epoch take(int slot) {
+    busy[slot] = true, step[slot] = 0;
+    return epoch[slot] = ++last_epoch;
+  }
+  constexpr void release(int slot) { busy[slot] = false; }
+};
+
+}  // namespace sluice
