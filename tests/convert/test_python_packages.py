@@ -5,6 +5,7 @@
 
 Exit status 77: the package is not there, and why that is.
 """
+import hashlib
 import json
 import os
 import subprocess
@@ -66,6 +67,26 @@ def write_config(path, group):
         json.dump(config, file)
 
 
+# SHA-256 of weight_packed, weight_scale and weight_shape of known_matrix(), as compressed-tensors
+# 0.20.0 writes them, by group size. with_compressed_tensors() holds the package against these,
+# with_safetensors() the plain NumPy code that stands for it where there is no PyTorch.
+PACKAGE_DIGESTS = {128: "eb1441eb59840e7e3789d007cbf0e00ccb1e9b2c1f6dfd7ae12e7078db94d475",
+                   32: "5a07cb82dc6d78e85e79e65d3741fbf8dc35bc190dab6893fd849209ee3eb7e4"}
+KNOWN_SHAPE = (64, 256)
+
+
+def known_matrix(group):
+    """Codes -8..7, scales that are powers of two: no rounding anywhere."""
+    n, k = KNOWN_SHAPE
+    codes = [[(37 * i + 101 * j + i * j % 17) % 16 - 8 for j in range(k)] for i in range(n)]
+    scales = [[2.0 ** -(5 + (i + g) % 3) for g in range(k // group)] for i in range(n)]
+    return codes, scales
+
+
+def digest(packed, scale, shape):
+    return hashlib.sha256(packed.tobytes() + scale.tobytes() + shape.tobytes()).hexdigest()
+
+
 def with_safetensors():
     try:
         import numpy as np
@@ -106,6 +127,18 @@ def with_safetensors():
         return {(e, stem): (unpack(tensors[prefix(e, stem) + weight]), tensors[prefix(e, stem) + scale])
                 for e in range(EXPERTS) for stem in STEMS}
 
+    def to_words(codes):
+        words = np.zeros((codes.shape[0], codes.shape[1] // 8), np.uint32)
+        for i in range(8):
+            words |= (codes[:, i::8].astype(np.int32) + 8).astype(np.uint32) << np.uint32(4 * i)
+        return words.view(np.int32)
+
+    for group, expected in PACKAGE_DIGESTS.items():
+        codes, scales = known_matrix(group)
+        found = digest(to_words(np.array(codes, np.int8)), np.array(scales, np.float32),
+                       np.array(KNOWN_SHAPE, np.int64))
+        check(f"packed as compressed-tensors packs, groups of {group}", found == expected)
+
     def same(a, b):
         return all(np.array_equal(a[key][0], b[key][0]) and a[key][1].tobytes() == b[key][1].tobytes()
                    for key in a)
@@ -130,11 +163,8 @@ def with_safetensors():
             for stem, (n, k) in STEMS.items():
                 codes = np.clip(np.rint(random.normal(0, 2.5, (n, k))), -8, 7).astype(np.int8)
                 scales = random.uniform(1e-4, 1e-2, (n, k // 128)).astype(np.float32)
-                words = np.zeros((n, k // 8), np.uint32)
-                for i in range(8):
-                    words |= (codes[:, i::8].astype(np.int32) + 8).astype(np.uint32) << np.uint32(4 * i)
                 expected[e, stem] = (codes, scales)
-                tensors[prefix(e, stem) + "weight_packed"] = words.view(np.int32)
+                tensors[prefix(e, stem) + "weight_packed"] = to_words(codes)
                 tensors[prefix(e, stem) + "weight_scale"] = scales
                 tensors[prefix(e, stem) + "weight_shape"] = np.array([n, k], np.int64)
         save_file(tensors, os.path.join(path, "model.safetensors"))
@@ -163,6 +193,15 @@ def with_compressed_tensors():
     def scheme(group):
         return QuantizationScheme(targets=["Linear"], weights=QuantizationArgs(
             num_bits=4, type="int", symmetric=True, strategy="group", group_size=group))
+
+    for group, expected in PACKAGE_DIGESTS.items():
+        codes, scales = known_matrix(group)
+        scale = torch.tensor(scales)
+        weight = torch.tensor(codes, dtype=torch.float32) * scale.repeat_interleave(group, dim=-1)
+        state = compressor.compress({"weight": weight, "weight_scale": scale}, scheme(group))
+        found = digest(*(state[part].contiguous().numpy()
+                         for part in ("weight_packed", "weight_scale", "weight_shape")))
+        check(f"the package packs as recorded, groups of {group}: {found}", found == expected)
 
     def decompressed(tensors, expert, stem, group):
         head = prefix(expert, stem)
