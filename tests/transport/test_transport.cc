@@ -155,8 +155,9 @@ TEST(Transport, WindowsOfDifferentSizesAreRefusedOnEveryRank) {
 TEST(Transport, BytesAreCountedForEachPeer) {
   run_ranks(3, [](Transport& transport) {
     const auto window = transport.make_window(4096, 1, kTimeout);
+    const auto mine = static_cast<std::size_t>(transport.rank()) * 128;
     for (int peer = 0; peer < 3; ++peer) {
-      for (int i = 0; i <= peer; ++i) window->put(peer, 0, std::vector<std::byte>(100));
+      for (int i = 0; i <= peer; ++i) window->put(peer, mine, std::vector<std::byte>(100));
     }
     EXPECT_THAT(transport.counters().bytes_put, ElementsAre(100, 200, 300));
     EXPECT_THAT(transport.counters().puts, ElementsAre(1, 2, 3));
