@@ -111,7 +111,7 @@ TEST(Transport, APutPastTheEndIsRefused) {
         EXPECT_THAT(error.what(), HasSubstr("window of 64"));
       }
     }
-    window->put(1, 54, data);
+    if (transport.rank() == 0) window->put(1, 54, data);
   });
 }
 
