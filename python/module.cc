@@ -1,4 +1,6 @@
 // module.cc - sluice._core: the extension module, and sluice.Error for every sluice::Error.
+#include <nanobind/stl/vector.h>
+
 #include "bindings.h"
 
 namespace {
@@ -41,7 +43,8 @@ NB_MODULE(_core, m) {
         try {
           std::rethrow_exception(p);
         } catch (const sluice::Error& e) {
-          const nb::object instance = nb::handle(error)(code_name(e.code()), e.what());
+          const nb::object instance =
+              nb::handle(error)(code_name(e.code()), e.what(), nb::cast(e.ranks()));
           PyErr_SetObject(error, instance.ptr());
         }
       },

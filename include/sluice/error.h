@@ -4,9 +4,11 @@
 // value and the limit it broke. Library code never prints, aborts or exits.
 #pragma once
 
+#include <memory>
 #include <source_location>
 #include <stdexcept>
 #include <string>
+#include <vector>
 
 namespace sluice {
 
@@ -18,7 +20,7 @@ enum class ErrorCode {
   kIo,           ///< The operating system refused a file operation.
   kCuda,
   kTransport,    ///< Ranks disagree, or the transport below failed.
-  kPeerTimeout,  ///< A peer did not arrive in time; the message names it.
+  kPeerTimeout,  ///< A peer did not arrive in time; the message and ranks() name it.
   kInternal,     ///< A promise inside the library was broken: a bug in Sluice.
 };
 
@@ -32,12 +34,18 @@ class Error : public std::runtime_error {
  public:
   Error(ErrorCode code, const std::string& message,
         std::source_location where = std::source_location::current());
+  Error(ErrorCode code, const std::string& message, std::vector<int> ranks,
+        std::source_location where = std::source_location::current());
 
   [[nodiscard]] ErrorCode code() const noexcept { return code_; }
+  /// The ranks that the message says are missing, gone or out of step, ascending: with
+  /// kPeerTimeout, and with kTransport where a peer is to blame. Empty otherwise.
+  [[nodiscard]] const std::vector<int>& ranks() const noexcept;
   [[nodiscard]] const std::source_location& where() const noexcept { return where_; }
 
  private:
   ErrorCode code_;
+  std::shared_ptr<const std::vector<int>> ranks_;  // Shared: copying an exception must not throw.
   std::source_location where_;
 };
 

@@ -1,6 +1,7 @@
 #include "sluice/error.h"
 
 #include <string>
+#include <utility>
 
 namespace sluice {
 
@@ -46,5 +47,17 @@ int exit_status(ErrorCode code) noexcept {
 
 Error::Error(ErrorCode code, const std::string& message, std::source_location where)
     : std::runtime_error(message), code_(code), where_(where) {}
+
+Error::Error(ErrorCode code, const std::string& message, std::vector<int> ranks,
+             std::source_location where)
+    : std::runtime_error(message),
+      code_(code),
+      ranks_(std::make_shared<const std::vector<int>>(std::move(ranks))),
+      where_(where) {}
+
+const std::vector<int>& Error::ranks() const noexcept {
+  static const std::vector<int> none;
+  return ranks_ ? *ranks_ : none;
+}
 
 }  // namespace sluice

@@ -4,7 +4,9 @@
 #include <fmt/core.h>
 
 #include <source_location>
+#include <string>
 #include <utility>
+#include <vector>
 
 #include "sluice/error.h"
 
@@ -29,6 +31,22 @@ template <class... Args>
                        internal::LocatedFormat<std::type_identity_t<Args>...> format,
                        Args&&... args) {
   throw Error(code, fmt::format(format.text, std::forward<Args>(args)...), format.where);
+}
+
+/// The same, with the ranks to blame: Error::ranks().
+template <class... Args>
+[[noreturn]] void fail_of_ranks(ErrorCode code, std::vector<int> ranks,
+                                internal::LocatedFormat<std::type_identity_t<Args>...> format,
+                                Args&&... args) {
+  throw Error(code, fmt::format(format.text, std::forward<Args>(args)...), std::move(ranks),
+              format.where);
+}
+
+/// " 1 2", for "missing rank(s){}".
+[[nodiscard]] inline std::string list_of(const std::vector<int>& ranks) {
+  std::string text;
+  for (const int rank : ranks) text += fmt::format(" {}", rank);
+  return text;
 }
 
 /// Refuses bad input: check_argument(hidden % 128 == 0, "hidden {} is not ...", hidden).

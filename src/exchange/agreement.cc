@@ -56,7 +56,8 @@ void require_agreement(Transport& transport, const Agreement& fields,
   try {
     texts = gather_texts(transport, encode(fields), timeout);
   } catch (const Error& error) {
-    fail(error.code(), "creation, comparing configurations: {}", error.what());
+    fail_of_ranks(error.code(), error.ranks(), "creation, comparing configurations: {}",
+                  error.what());
   }
   const auto differs = std::ranges::find_if(texts, [&](const auto& t) { return t != texts[0]; });
   if (differs == texts.end()) return;

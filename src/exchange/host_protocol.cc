@@ -12,7 +12,7 @@ std::unique_ptr<Window> make_window(Transport& transport, const HostLayout& layo
   try {
     return transport.make_window(layout.window_bytes(), layout.num_flags(), timeout);
   } catch (const Error& error) {
-    fail(error.code(), "creation: {}", error.what());
+    fail_of_ranks(error.code(), error.ranks(), "creation: {}", error.what());
   }
 }
 
@@ -42,12 +42,17 @@ HostProtocol::Use HostProtocol::begin() {
 void HostProtocol::release(Use use) noexcept {
   slots_.release(use.slot);
   try {
-    if (!failure_.empty()) return;
+    if (failure_) return;
     // From any step: a dispatch may be dropped.
     for (int peer = 0; peer < layout_.num_ranks; ++peer) raise(use, peer, Flag::kReleased);
-  } catch (const std::exception& error) {
-    failure_ = error.what();
+  } catch (const Error& error) {
+    failure_ = error;
   }
+}
+
+/// This exchange is of no more use.
+void HostProtocol::stop(Error failure) {
+  throw failure_.emplace(std::move(failure));
 }
 
 template <class Step>
@@ -55,8 +60,9 @@ auto HostProtocol::guarded(const char* operation, std::uint64_t epoch, const Ste
   try {
     return step();
   } catch (const Error& error) {
-    failure_ = fmt::format("{}, epoch {}, rank {}: {}", operation, epoch, rank_, error.what());
-    fail(error.code(), "{}", failure_);
+    stop({error.code(),
+          fmt::format("{}, epoch {}, rank {}: {}", operation, epoch, rank_, error.what()),
+          error.ranks()});
   }
 }
 
@@ -92,11 +98,11 @@ void HostProtocol::wait_for_all(const Use& use, Flag kind, const char* operation
   for (int source = 0; source < layout_.num_ranks; ++source) {
     const std::uint64_t seen = window_->flag(layout_.flag(use.slot, kind, source));
     if (!is_out_of_step(seen, use.epoch)) continue;
-    failure_ = fmt::format(
-        "{} on rank {}: rank {} is at epoch {}, expected {}: ranks made "
-        "different calls",
-        operation, rank_, source, seen, use.epoch);
-    fail(ErrorCode::kTransport, "{}", failure_);
+    stop({ErrorCode::kTransport,
+          fmt::format("{} on rank {}: rank {} is at epoch {}, expected {}: ranks made "
+                      "different calls",
+                      operation, rank_, source, seen, use.epoch),
+          {source}});
   }
 }
 
@@ -108,6 +114,7 @@ void HostProtocol::await(int slot, Flag kind, std::uint64_t epoch, std::uint64_t
   std::iota(flags.begin(), flags.end(), layout_.flag(slot, kind, 0));
   // One source after another: the time until each arrived is what it kept us waiting.
   std::string missing;
+  std::vector<int> missing_ranks;
   for (int source = 0; source < layout_.num_ranks; ++source) {
     const auto before = std::chrono::steady_clock::now();
     const int flag = flags[static_cast<std::size_t>(source)];
@@ -117,13 +124,15 @@ void HostProtocol::await(int slot, Flag kind, std::uint64_t epoch, std::uint64_t
     const auto waited = std::chrono::steady_clock::now() - before;
     wait_ns_[static_cast<std::size_t>(source)] += static_cast<std::uint64_t>(
         std::chrono::duration_cast<std::chrono::nanoseconds>(waited).count());
-    if (late)
-      missing += fmt::format(" {} (expected {}, seen {})", source, epoch, window_->flag(flag));
+    if (!late) continue;
+    missing += fmt::format(" {} (expected {}, seen {})", source, epoch, window_->flag(flag));
+    missing_ranks.push_back(source);
   }
   if (missing.empty()) return;
-  failure_ = fmt::format("{}, epoch {}, rank {}: after {} ms still missing rank(s){}", operation,
-                         op_epoch, rank_, timeout_.count(), missing);
-  fail(ErrorCode::kPeerTimeout, "{}", failure_);
+  stop({ErrorCode::kPeerTimeout,
+        fmt::format("{}, epoch {}, rank {}: after {} ms still missing rank(s){}", operation,
+                    op_epoch, rank_, timeout_.count(), missing),
+        std::move(missing_ranks)});
 }
 
 std::byte* HostProtocol::local(const Use& use) noexcept {
@@ -131,9 +140,10 @@ std::byte* HostProtocol::local(const Use& use) noexcept {
 }
 
 void HostProtocol::require_healthy() const {
-  if (failure_.empty()) return;
-  fail(ErrorCode::kTransport, "this exchange failed earlier and its ranks may be out of step: {}",
-       failure_);
+  if (!failure_) return;
+  fail_of_ranks(ErrorCode::kTransport, failure_->ranks(),
+                "this exchange failed earlier and its ranks may be out of step: {}",
+                failure_->what());
 }
 
 }  // namespace sluice

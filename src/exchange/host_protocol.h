@@ -9,11 +9,12 @@
 
 #include <chrono>
 #include <memory>
+#include <optional>
 #include <span>
-#include <string>
 #include <vector>
 
 #include "exchange/host_layout.h"
+#include "sluice/error.h"
 #include "sluice/transport.h"
 
 namespace sluice {
@@ -52,7 +53,8 @@ class HostProtocol {
   /// This rank's own bytes of a slot.
   [[nodiscard]] std::byte* local(const Use& use) noexcept;
 
-  /// Throws: kTransport if an earlier operation failed half-way: ranks may be out of step.
+  /// Throws: kTransport if an earlier operation failed half-way, with that one's ranks: they may be
+  /// out of step.
   void require_healthy() const;
 
   [[nodiscard]] const std::vector<std::uint64_t>& wait_ns() const noexcept { return wait_ns_; }
@@ -62,6 +64,7 @@ class HostProtocol {
   /// Runs `step`; what the transport throws becomes this operation's failure, for good.
   template <class Step>
   auto guarded(const char* operation, std::uint64_t epoch, const Step& step);
+  [[noreturn]] void stop(Error failure);
   [[nodiscard]] const ProtocolStep& next_step(const Use& use);
   void raise(const Use& use, int peer, Flag kind);
   void await(int slot, Flag kind, std::uint64_t epoch, std::uint64_t op_epoch,
@@ -74,7 +77,7 @@ class HostProtocol {
   std::span<const ProtocolStep> steps_;
   SlotTable<std::uint64_t, kMaxSlots> slots_;
   std::vector<std::uint64_t> wait_ns_;  // [num_ranks]
-  std::string failure_;                 // First fatal error, empty while healthy.
+  std::optional<Error> failure_;        // The first fatal one.
 };
 
 }  // namespace sluice

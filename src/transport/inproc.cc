@@ -67,12 +67,13 @@ class Group {
     const bool complete =
         changed_.wait_until(lock, deadline, [&] { return meeting.num_present == num_ranks_; });
     if (!complete) {
-      std::string missing;
+      std::vector<int> missing;
       for (int r = 0; r < num_ranks_; ++r) {
-        if (!meeting.present[static_cast<std::size_t>(r)]) missing += fmt::format(" {}", r);
+        if (!meeting.present[static_cast<std::size_t>(r)]) missing.push_back(r);
       }
-      fail(ErrorCode::kPeerTimeout, "{} number {} on rank {}: after {} ms still missing rank(s){}",
-           operation, index, rank, timeout.count(), missing);
+      fail_of_ranks(ErrorCode::kPeerTimeout, missing,
+                    "{} number {} on rank {}: after {} ms still missing rank(s){}", operation,
+                    index, rank, timeout.count(), list_of(missing));
     }
     Meeting result = meeting;
     if (++meeting.num_left == num_ranks_) meetings_.erase(index);

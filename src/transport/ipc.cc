@@ -102,10 +102,11 @@ class IpcWindow final : public Window {
     while (!arrived()) {
       const auto now = Clock::now();
       if (now >= deadline) break;
-      const std::string lost = link_->lost_ranks();
+      const std::vector<int> lost = link_->lost_ranks();
       if (!lost.empty()) {
         if (arrived()) break;  // Its last words.
-        fail(ErrorCode::kTransport, "still missing rank(s){}: process has ended", lost);
+        fail_of_ranks(ErrorCode::kTransport, lost, "still missing rank(s){}: process has ended",
+                      list_of(lost));
       }
       bell.num_waiters.fetch_add(1, std::memory_order_seq_cst);
       const std::uint32_t seen = bell.changes.load(std::memory_order_seq_cst);

@@ -60,15 +60,15 @@ IpcLink::~IpcLink() {
   board().members[rank_].left = 1;
 }
 
-std::string IpcLink::lost_ranks() const {
+std::vector<int> IpcLink::lost_ranks() const {
   std::vector<pollfd> entries;
   // An empty descriptor, one's own, is -1: poll() passes over it.
   for (const FileDescriptor& end : membership_.lifelines) entries.push_back({end.get(), 0, 0});
-  if (poll(entries.data(), entries.size(), 0) <= 0) return "";
-  std::string lost;
+  if (poll(entries.data(), entries.size(), 0) <= 0) return {};
+  std::vector<int> lost;
   for (int r = 0; r < num_ranks_; ++r) {
     const bool has_ended = (entries[static_cast<std::size_t>(r)].revents & POLLHUP) != 0;
-    if (has_ended && board().members[r].left == 0) lost += fmt::format(" {}", r);
+    if (has_ended && board().members[r].left == 0) lost.push_back(r);
   }
   return lost;
 }
@@ -116,33 +116,34 @@ std::vector<std::byte> IpcLink::collect(std::span<const std::byte> mine, Deadlin
 }
 
 void IpcLink::give_up(Io io, milliseconds timeout) {
-  std::string late;
+  std::vector<int> late;
   for (int r = 0; r < num_ranks_; ++r) {
-    if (board().members[r].arrived.load() < number_) late += fmt::format(" {}", r);
+    if (board().members[r].arrived.load() < number_) late.push_back(r);
   }
-  const std::string lost = lost_ranks();
+  const std::vector<int> lost = lost_ranks();
+  const bool is_known = !late.empty();
+  if (!is_known) late.push_back(0);  // Which has not passed on what all gave.
   const auto start = fmt::format("{} number {} on rank {}", operation_, number_ - 1, rank_);
-  if (!lost.empty()) {
-    failure_ = fmt::format("{}: missing rank(s){}, whose process has ended", start, lost);
-  } else if (io == Io::kLate && !late.empty()) {
-    failure_ = fmt::format("{}: after {} ms still missing rank(s){}", start, timeout.count(), late);
-  } else if (io == Io::kLate) {
-    failure_ = fmt::format(
-        "{}: after {} ms still missing rank(s) 0, which has not passed on what "
-        "all ranks gave",
-        start, timeout.count());
-  } else {
-    failure_ = fmt::format("{}: others left or gave up; still missing rank(s){}", start,
-                           late.empty() ? " 0" : late);
-  }
+  const auto text =
+      !lost.empty()
+          ? fmt::format("{}: missing rank(s){}, whose process has ended", start, list_of(lost))
+      : io == Io::kLate
+          ? fmt::format("{}: after {} ms still missing rank(s){}{}", start, timeout.count(),
+                        list_of(late),
+                        is_known ? "" : ", which has not passed on what all ranks gave")
+          : fmt::format("{}: others left or gave up; still missing rank(s){}", start,
+                        list_of(late));
+  failure_ = lost.empty() ? Error(ErrorCode::kPeerTimeout, text, late)
+                          : Error(ErrorCode::kTransport, text, lost);
   membership_.sockets.clear();  // So that nobody waits for this rank.
-  fail(lost.empty() ? ErrorCode::kPeerTimeout : ErrorCode::kTransport, "{}", failure_);
+  throw *failure_;
 }
 
 IpcLink::Gathered IpcLink::gather(std::span<const std::byte> mine, const char* operation,
                                   milliseconds timeout, int file) {
-  if (!failure_.empty()) {
-    fail(ErrorCode::kTransport, "this transport failed earlier: {}", failure_);
+  if (failure_) {
+    fail_of_ranks(ErrorCode::kTransport, failure_->ranks(), "this transport failed earlier: {}",
+                  failure_->what());
   }
   number_ += 1;
   operation_ = operation;

@@ -8,10 +8,11 @@
 #include <cstddef>
 #include <cstdint>
 #include <memory>
+#include <optional>
 #include <span>
-#include <string>
 #include <vector>
 
+#include "sluice/error.h"
 #include "transport/ipc_rendezvous.h"
 #include "transport/socket_io.h"
 
@@ -39,7 +40,7 @@ class IpcLink {
                                 std::chrono::milliseconds timeout, int file = -1);
 
   /// " 1 3": ranks whose process has ended without leaving; empty if there is none.
-  [[nodiscard]] std::string lost_ranks() const;
+  [[nodiscard]] std::vector<int> lost_ranks() const;
   /// True if `rank`'s process has ended, or has left.
   [[nodiscard]] bool is_gone(int rank) const;
 
@@ -58,7 +59,7 @@ class IpcLink {
   IpcMembership membership_;
   std::uint64_t number_ = 0;  // Of the collective under way.
   const char* operation_ = "";
-  std::string failure_;
+  std::optional<Error> failure_;  // The first one; all later collectives are refused.
 };
 
 }  // namespace sluice

@@ -109,7 +109,7 @@ class Host {
   IpcMembership meet() {
     const Deadline deadline = Clock::now() + timeout_;
     while (num_joined_ < config_.num_ranks) {
-      if (Clock::now() >= deadline) refuse(ErrorCode::kPeerTimeout, who_is_missing());
+      if (Clock::now() >= deadline) give_up();
       look(std::min(deadline, Clock::now() + kPatience));
     }
     welcome(deadline + kGrace);
@@ -211,7 +211,7 @@ class Host {
     }
     if (!difference.empty()) {
       others_to_tell_.push_back(std::move(guest.socket));
-      refuse(ErrorCode::kTransport, difference);
+      refuse({ErrorCode::kTransport, difference});
     }
     membership_.sockets[r] = std::move(guest.socket);
     membership_.lifelines[r] = std::move(guest.files[0]);
@@ -219,13 +219,16 @@ class Host {
     ++num_joined_;
   }
 
-  std::string who_is_missing() const {
+  [[noreturn]] void give_up() {
+    const std::vector<int> missing = ranks_not_joined(membership_.board(), config_.num_ranks);
     const std::string strangers =
         num_strangers_ == 0
             ? ""
             : fmt::format("; {} connections of other programs were refused", num_strangers_);
-    return fmt::format("after {} ms still missing rank(s){}{}", timeout_.count(),
-                       ranks_not_joined(membership_.board(), config_.num_ranks), strangers);
+    refuse({ErrorCode::kPeerTimeout,
+            fmt::format("after {} ms still missing rank(s){}{}", timeout_.count(), list_of(missing),
+                        strangers),
+            missing});
   }
 
   void welcome(Deadline deadline) {
@@ -239,15 +242,15 @@ class Host {
     }
   }
 
-  [[noreturn]] void refuse(ErrorCode code, const std::string& why) {
+  [[noreturn]] void refuse(const Error& why) {
     Answer answer{};
     answer.kind = AnswerKind::kRefusal;
-    why.copy(answer.text, sizeof(answer.text) - 1);
+    std::strncpy(answer.text, why.what(), sizeof(answer.text) - 1);
     for (FileDescriptor& socket : membership_.sockets) others_to_tell_.push_back(std::move(socket));
     for (const FileDescriptor& socket : others_to_tell_) {
       if (socket) (void)send_all(socket.get(), bytes_of(answer), Clock::now() + kGrace);
     }
-    fail(code, "start of the ipc transport on rank 0: {}", why);
+    fail_of_ranks(why.code(), why.ranks(), "start of the ipc transport on rank 0: {}", why.what());
   }
 
   const IpcConfig& config_;
@@ -272,8 +275,8 @@ class Visitor {
     std::optional<FileDescriptor> socket;
     do {
       if (Clock::now() >= deadline_) {
-        fail(ErrorCode::kPeerTimeout, "{}: after {} ms still missing rank(s) 0", place(),
-             timeout_.count());
+        fail_of_ranks(ErrorCode::kPeerTimeout, {0}, "{}: after {} ms still missing rank(s) 0",
+                      place(), timeout_.count());
       }
       socket = try_to_join(reading.get(), membership);
       if (!socket) std::this_thread::sleep_for(milliseconds(5));
@@ -283,13 +286,15 @@ class Visitor {
     const Io io =
         receive_all(socket->get(), bytes_of(answer), deadline_ + kGrace, &membership.lifelines);
     if (io == Io::kLate) {
-      fail(ErrorCode::kPeerTimeout, "{}: after {} ms still missing rank(s){}", place(),
-           timeout_.count(), ranks_not_joined(membership.board(), config_.num_ranks));
+      const std::vector<int> missing = ranks_not_joined(membership.board(), config_.num_ranks);
+      fail_of_ranks(ErrorCode::kPeerTimeout, missing, "{}: after {} ms still missing rank(s){}",
+                    place(), timeout_.count(), list_of(missing));
     }
     if (io == Io::kClosed) {
-      fail(ErrorCode::kTransport, "{}: missing rank(s) 0, whose process has ended", place());
+      fail_of_ranks(ErrorCode::kTransport, {0}, "{}: missing rank(s) 0, whose process has ended",
+                    place());
     }
-    if (answer.kind == AnswerKind::kRefusal) throw_refusal(answer);
+    if (answer.kind == AnswerKind::kRefusal) throw_refusal(answer, membership);
     if (answer.kind != AnswerKind::kWelcome ||
         membership.lifelines.size() != static_cast<std::size_t>(config_.num_ranks)) {
       fail(ErrorCode::kTransport, "{}: rank 0 answered with {} and {} lifelines", place(),
@@ -339,10 +344,11 @@ class Visitor {
     return socket;
   }
 
-  [[noreturn]] void throw_refusal(const Answer& answer) const {
+  [[noreturn]] void throw_refusal(const Answer& answer, const IpcMembership& membership) const {
     const std::string why(answer.text, strnlen(answer.text, sizeof(answer.text)));
-    const bool late = why.starts_with("after");
-    fail(late ? ErrorCode::kPeerTimeout : ErrorCode::kTransport, "{}: {}", place(), why);
+    if (!why.starts_with("after")) fail(ErrorCode::kTransport, "{}: {}", place(), why);
+    fail_of_ranks(ErrorCode::kPeerTimeout, ranks_not_joined(membership.board(), config_.num_ranks),
+                  "{}: {}", place(), why);
   }
 
   std::string place() const {
@@ -356,10 +362,10 @@ class Visitor {
 
 }  // namespace
 
-std::string ranks_not_joined(const IpcBoard& board, int num_ranks) {
-  std::string missing;
+std::vector<int> ranks_not_joined(const IpcBoard& board, int num_ranks) {
+  std::vector<int> missing;
   for (int r = 0; r < num_ranks; ++r) {
-    if (board.members[r].joined == 0) missing += fmt::format(" {}", r);
+    if (board.members[r].joined == 0) missing.push_back(r);
   }
   return missing;
 }

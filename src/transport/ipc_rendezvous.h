@@ -61,7 +61,7 @@ struct IpcMembership {
                                            std::chrono::milliseconds timeout);
 
 /// " 1 3": the ranks of the job that have not joined.
-[[nodiscard]] std::string ranks_not_joined(const IpcBoard& board, int num_ranks);
+[[nodiscard]] std::vector<int> ranks_not_joined(const IpcBoard& board, int num_ranks);
 
 /// The name that the ranks of a job meet at: the user's and the job's, and of no secret.
 [[nodiscard]] std::string ipc_meeting_name(const std::string& job);

@@ -154,18 +154,19 @@ class MpiTransport final : public Transport {
       }
       return all;
     });
-    std::string missing;
+    std::vector<int> missing;
     std::vector<std::vector<std::byte>> result(parts.size());
     for (std::size_t r = 0; r < parts.size(); ++r) {
       if (parts[r]) {
         result[r] = std::move(*parts[r]);
       } else {
-        missing += fmt::format(" {}", r);
+        missing.push_back(static_cast<int>(r));
       }
     }
     if (complete) return result;
-    fail(ErrorCode::kPeerTimeout, "{} number {} on rank {}: after {} ms still missing rank(s){}",
-         operation, number, rank(), timeout.count(), missing);
+    fail_of_ranks(ErrorCode::kPeerTimeout, missing,
+                  "{} number {} on rank {}: after {} ms still missing rank(s){}", operation, number,
+                  rank(), timeout.count(), list_of(missing));
   }
 
   MpiLink& link_;

@@ -82,16 +82,17 @@ void roll_call(int rank, int num_ranks, milliseconds timeout, const char* operat
     SLUICE_MPI(MPI_Isend, mine->text, sizeof(Hello), MPI_BYTE, r, kHelloTag, MPI_COMM_WORLD,
                &out[i]);
   }
-  std::string missing;
+  std::vector<int> missing;
   for (std::size_t r = 0; r < in.size(); ++r) {
     if (complete_by(in[r], deadline) && complete_by(out[r], deadline)) continue;
-    missing += fmt::format(" {}", r);
+    missing.push_back(static_cast<int>(r));
   }
   if (!missing.empty()) {
     (void)heard.release();
     (void)mine.release();
-    fail(ErrorCode::kPeerTimeout, "{} on rank {}: after {} ms still missing rank(s){}", operation,
-         rank, timeout.count(), missing);
+    fail_of_ranks(ErrorCode::kPeerTimeout, missing,
+                  "{} on rank {}: after {} ms still missing rank(s){}", operation, rank,
+                  timeout.count(), list_of(missing));
   }
   (*heard)[static_cast<std::size_t>(rank)] = *mine;
   for (std::size_t r = 0; r < heard->size(); ++r) {
@@ -342,10 +343,11 @@ void MpiLink::Impl::ship(std::unique_lock<std::mutex>& lock, int to, millisecond
     if (pump()) backoff.reset();
     if (p.sending.size() < kMaxInFlight) break;
     if (Clock::now() >= deadline) {
-      fail(ErrorCode::kPeerTimeout,
-           "sending on rank {}: after {} ms {} messages to rank {} are still under way; missing "
-           "rank(s) {}",
-           rank, timeout.count(), p.sending.size(), to, to);
+      fail_of_ranks(
+          ErrorCode::kPeerTimeout, {to},
+          "sending on rank {}: after {} ms {} messages to rank {} are still under way; missing "
+          "rank(s) {}",
+          rank, timeout.count(), p.sending.size(), to, to);
     }
     lock.unlock();
     backoff.pause();

@@ -15,6 +15,7 @@
 namespace sluice::testing {
 namespace {
 
+using ::testing::ElementsAre;
 using ::testing::HasSubstr;
 using namespace std::chrono_literals;
 
@@ -167,6 +168,7 @@ TEST(Faults, AnAbsentRankIsNamedInTimeAndTheExchangeStaysFailed) {
       } catch (const Error& error) {
         text = error.what();
         EXPECT_EQ(error.code(), ErrorCode::kPeerTimeout);
+        EXPECT_THAT(error.ranks(), ElementsAre(3));
       }
       EXPECT_LT(std::chrono::steady_clock::now() - start, timeout() + 1s);
       EXPECT_THAT(text, HasSubstr("missing rank(s) 3 "));
@@ -177,6 +179,7 @@ TEST(Faults, AnAbsentRankIsNamedInTimeAndTheExchangeStaysFailed) {
       } catch (const Error& error) {
         EXPECT_EQ(error.code(), ErrorCode::kTransport);
         EXPECT_THAT(error.what(), HasSubstr("failed earlier"));
+        EXPECT_THAT(error.ranks(), ElementsAre(3));
       }
     });
     for (const auto& failure : failures) EXPECT_FALSE(failure);

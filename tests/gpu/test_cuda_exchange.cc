@@ -12,6 +12,7 @@
 namespace sluice::testing {
 namespace {
 
+using ::testing::ElementsAre;
 using ::testing::HasSubstr;
 
 constexpr Mode kModes[] = {Mode::kLowLatency, Mode::kNormal};
@@ -428,6 +429,7 @@ TEST_F(CudaExchangeTest, AMissingRankIsNamedAndANewExchangeWorks) {
           EXPECT_THAT(error.what(),
                       HasSubstr(before_combine ? "combine epoch" : "dispatch (row counts) epoch"));
           EXPECT_THAT(error.what(), HasSubstr("missing rank(s) 1 "));
+          EXPECT_THAT(error.ranks(), ElementsAre(1));
         }
         const auto waited = std::chrono::steady_clock::now() - begin;
         EXPECT_LT(waited, std::chrono::milliseconds(1500));

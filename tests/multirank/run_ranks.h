@@ -104,19 +104,20 @@ void share_between_ranks(std::vector<std::vector<T>>& values) {
   }
 }
 
-/// Code and text of a failure.
+/// Code, text and ranks of a failure.
 struct Failure {
   ErrorCode code = ErrorCode::kInternal;
   std::string text;
+  std::vector<int> ranks;
 };
 inline std::optional<Failure> describe(const std::exception_ptr& failure) {
   if (!failure) return std::nullopt;
   try {
     std::rethrow_exception(failure);
   } catch (const Error& error) {
-    return Failure{error.code(), error.what()};
+    return Failure{error.code(), error.what(), error.ranks()};
   } catch (const std::exception& error) {
-    return Failure{ErrorCode::kInternal, error.what()};
+    return Failure{ErrorCode::kInternal, error.what(), {}};
   }
 }
 
@@ -147,16 +148,21 @@ std::vector<std::exception_ptr> try_processes(int num_ranks, const Body& body,
     const int rank = transport->rank();
     mine = try_rank(rank, std::move(transport), body, wrap);
   }
-  std::string text;
+  std::string text;  // Code, number of ranks and ranks, a byte each; then the message.
   if (const auto failure = describe(mine)) {
-    text = static_cast<char>('A' + static_cast<int>(failure->code)) + failure->text;
+    text += static_cast<char>(failure->code);
+    text += static_cast<char>(failure->ranks.size());
+    for (const int rank : failure->ranks) text += static_cast<char>(rank);
+    text += failure->text;
   }
   const auto texts = gather_bytes(text);
   std::vector<std::exception_ptr> failures(static_cast<std::size_t>(num_ranks));
   for (std::size_t r = 0; r < failures.size(); ++r) {
     if (texts[r].empty()) continue;
-    failures[r] = std::make_exception_ptr(
-        Error(static_cast<ErrorCode>(texts[r][0] - 'A'), texts[r].substr(1)));
+    const auto ranks_end = texts[r].begin() + 2 + texts[r][1];
+    failures[r] = std::make_exception_ptr(Error(static_cast<ErrorCode>(texts[r][0]),
+                                                std::string(ranks_end, texts[r].end()),
+                                                std::vector<int>(texts[r].begin() + 2, ranks_end)));
   }
   return failures;
 }

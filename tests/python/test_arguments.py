@@ -44,6 +44,7 @@ def refused(text, call, *args, code="invalid_argument", **kwargs):
     assert caught.value.code == code, caught.value
     for part in text.split(" ... "):
         assert part in str(caught.value), caught.value
+    return caught.value
 
 
 def wide(array):
@@ -183,8 +184,9 @@ def test_exchange(exchange, workload, routing, geometry, backend):
 
 def test_a_missing_peer_is_named(checkpoint, backend):
     transport = sluice.Transport.inproc(2)[0]
-    refused("missing rank(s) 1", sluice.Engine, checkpoint, transport, backend, layer=LAYER,
-            max_tokens_per_rank=1, timeout_ms=50, code="peer_timeout")
+    error = refused("missing rank(s) 1", sluice.Engine, checkpoint, transport, backend, layer=LAYER,
+                    max_tokens_per_rank=1, timeout_ms=50, code="peer_timeout")
+    assert error.ranks == (1,)
 
 
 def test_experts(checkpoint, backend):
@@ -238,6 +240,7 @@ def test_weights_from_arrays(checkpoint):
 
 
 def test_error_is_an_exception_like_others():
-    error = sluice.Error("io", "text")
+    error = sluice.Error("transport", "text", [2, 5])
     copy = pickle.loads(pickle.dumps(error))
-    assert isinstance(copy, RuntimeError) and copy.code == "io" and str(copy) == "text"
+    assert isinstance(copy, RuntimeError) and copy.code == "transport" and str(copy) == "text"
+    assert copy.ranks == (2, 5) and sluice.Error("io", "text").ranks == ()

@@ -5,6 +5,8 @@ be written down: rows of an expert in order of source rank and token, quantized 
 says, and sums in order of slots.
 """
 
+import threading
+
 import numpy as np
 import pytest
 from conftest import on_every_rank
@@ -267,6 +269,94 @@ def test_normal(space, counts, alignment):
     on_every_rank(RANKS, body)
 
 
+@pytest.mark.parametrize("counts", COUNTS.values(), ids=COUNTS)
+@pytest.mark.parametrize("spare", [0, 40])
+def test_num_worst_tokens(space, counts, spare):
+    """As many rows as the caller says, and those that came can be told from the others."""
+    made, worst = buffers(), max(1, sum(counts)) + spare
+
+    def body(rank):
+        x, idx, weights = tokens(rank, counts[rank])
+        _, _, to_expert, in_rank, _ = made[rank].get_dispatch_layout(space.array(idx), EXPERTS)
+        recv, got_idx, got_weights, per_expert, handle, _ = made[rank].dispatch(
+            space.bf16(x), is_token_in_rank=in_rank, num_tokens_per_expert=to_expert,
+            topk_idx=space.array(idx), topk_weights=space.array(weights), num_worst_tokens=worst)
+        rows, numbers, w = expected_normal(rank, counts)
+        came = len(rows)
+        assert tuple(recv.shape) == (worst, HIDDEN) and per_expert == []
+        assert np.array_equal(space.bits(recv)[:came], rows)
+        assert np.array_equal(space.plain(got_idx)[:came], numbers)
+        assert np.array_equal(space.plain(got_weights)[:came], w)
+        assert (space.plain(got_idx)[came:] == -1).all() and not space.plain(got_weights)[came:].any()
+        y, sums, _ = made[rank].combine(recv, handle, topk_weights=got_weights)
+        copies = np.float32(space.plain(in_rank).sum(1))[:, None]
+        assert np.array_equal(space.bits(y), as_bf16(as_float(x) * copies + 0))
+        assert np.array_equal(space.plain(sums), np.where(idx >= 0, weights, 0))
+
+    on_every_rank(RANKS, body)
+
+
+def test_weights_come_home(space):
+    """Every bit of float32, and the sums where several ranks give a weight."""
+    made, counts = buffers(), COUNTS["ragged"]
+
+    def body(rank):
+        x, idx, _ = tokens(rank, counts[rank])
+        weights = np.random.default_rng(rank).standard_normal(idx.shape).astype(np.float32)
+        weights *= np.float32(2.0) ** (np.arange(TOPK) * 20 - 20)
+        _, _, to_expert, in_rank, _ = made[rank].get_dispatch_layout(space.array(idx), EXPERTS)
+        recv, _, got, _, handle, _ = made[rank].dispatch(
+            space.bf16(x), is_token_in_rank=in_rank, num_tokens_per_expert=to_expert,
+            topk_idx=space.array(idx), topk_weights=space.array(weights))
+        _, sums, _ = made[rank].combine(recv, handle, topk_weights=got)
+        assert np.array_equal(space.plain(sums), np.where(idx >= 0, weights, 0))
+        ones = space.array(np.ones(tuple(got.shape), np.float32))
+        _, sums, _ = made[rank].combine(recv, handle, topk_weights=ones)
+        assert np.array_equal(space.plain(sums), np.repeat(space.plain(in_rank).sum(1)[:, None], TOPK, 1))
+        with pytest.raises(sluice.Error, match="topk_weights: expected shape"):
+            made[rank].combine(recv, handle, topk_weights=space.array(np.ones((1, 9), np.float32)))
+
+    on_every_rank(RANKS, body)
+
+
+def test_a_missing_rank_is_named_and_the_buffer_starts_anew(space, monkeypatch):
+    made = buffers()
+    first, second = threading.Barrier(RANKS), threading.Barrier(RANKS)
+
+    def body(rank):
+        buffer = made[rank]
+        x, idx, weights = tokens(rank, 2)
+        x, idx, weights = space.bf16(x), space.array(idx), space.array(weights)
+        status = space.array(np.full(RANKS, 7, np.int32))
+
+        def layer():
+            (rows, scales), _, handle, _, hook = buffer.low_latency_dispatch(
+                x, idx, CAPACITY, EXPERTS, return_recv_hook=True)
+            hook()
+            rows = space.bf16(np.zeros(tuple(rows.shape), np.uint16))
+            buffer.low_latency_combine(rows, idx, weights, handle)
+
+        layer()
+        buffer.low_latency_query_mask_buffer(status)
+        assert not space.plain(status).any()
+        if rank != 2:
+            for code in ("peer_timeout", "transport"):  # And the second time at once.
+                with pytest.raises(sluice.Error, match=r"missing rank\(s\) 2") as caught:
+                    layer()
+                assert caught.value.code == code and caught.value.ranks == (2,)
+            buffer.low_latency_query_mask_buffer(status)
+            assert space.plain(status).tolist() == [0, 0, 1, 0]
+        first.wait()
+        buffer.low_latency_clean_mask_buffer()
+        buffer.low_latency_query_mask_buffer(status)
+        assert not space.plain(status).any()
+        second.wait()
+        layer()
+
+    monkeypatch.setenv("SLUICE_TIMEOUT_MS", "500")
+    on_every_rank(RANKS, body)
+
+
 def test_normal_fp8(space):
     made, counts = buffers(), COUNTS["ragged"]
 
@@ -338,12 +428,23 @@ def test_refusals(space):
     refused("overlap is of a fork", "unsupported", combine, rows, idx, weights, handle, overlap=True)
     refused("zero_copy", "invalid_argument", combine, None, idx, weights, handle, zero_copy=True)
     combine(rows, idx, weights, handle, use_logfmt=True, overlap=False, block_m=64)
-    status = space.array(np.ones(1, np.int32))
-    buffer.low_latency_query_mask_buffer(status)
-    assert not space.plain(status).any()
+    status = space.array(np.ones(2, np.int32))
+    refused(r"mask_status: expected shape \[1\]", "invalid_argument", buffer.low_latency_query_mask_buffer,
+            status)
     buffer.low_latency_update_mask_buffer(0, False)
+    refused("rank_to_mask 1 is", "invalid_argument", buffer.low_latency_update_mask_buffer, 1, False)
     refused("mask is not served", "unsupported", buffer.low_latency_update_mask_buffer, 0, True)
-    refused("num_worst_tokens", "unsupported", buffer.dispatch, x, num_worst_tokens=8)
+    refused("num_worst_tokens needs topk_idx", "invalid_argument", buffer.dispatch, x, num_worst_tokens=8)
+    refused("num_worst_tokens -1", "invalid_argument", buffer.dispatch, x, num_worst_tokens=-1)
+    _, _, to_expert, in_rank, _ = buffer.get_dispatch_layout(idx, EXPERTS)
+    normal = lambda **k: buffer.dispatch(  # noqa: E731
+        x, is_token_in_rank=in_rank, num_tokens_per_expert=to_expert, **k)
+    refused("num_worst_tokens 3 of rank 0: the ranks have 4", "invalid_argument", normal,
+            topk_idx=idx, num_worst_tokens=3)
+    rows_x, _, _, _, home, _ = normal()
+    refused("dispatch without topk_idx", "invalid_argument", buffer.combine, rows_x, home,
+            topk_weights=weights)
+    refused("bias is not served", "unsupported", buffer.combine, rows_x, home, bias=x)
     refused("is_token_in_rank is missing", "invalid_argument", buffer.dispatch, x)
     refused("num_experts 3", "invalid_argument", buffers(2)[0].get_dispatch_layout, idx, 3)
     buffer.clean_low_latency_buffer(CAPACITY, HIDDEN, EXPERTS)

@@ -18,6 +18,7 @@ namespace {
 
 using namespace std::chrono_literals;
 using ::testing::AllOf;
+using ::testing::ElementsAre;
 using ::testing::HasSubstr;
 using ::testing::Not;
 
@@ -30,10 +31,11 @@ IpcConfig job(int rank, int num_ranks) {
           .num_ranks = num_ranks};
 }
 
-/// What making the transport threw: code and text; nothing if it threw nothing.
+/// What making the transport threw: code, text and ranks; nothing if it threw nothing.
 struct Outcome {
   ErrorCode code = ErrorCode::kInternal;
   std::string text;
+  std::vector<int> ranks;
 };
 std::future<Outcome> join(IpcConfig config, std::chrono::milliseconds timeout = 500ms) {
   return std::async(std::launch::async, [config, timeout]() -> Outcome {
@@ -41,7 +43,7 @@ std::future<Outcome> join(IpcConfig config, std::chrono::milliseconds timeout = 
       (void)make_ipc_transport(config, timeout);
       return {};
     } catch (const Error& error) {
-      return {error.code(), error.what()};
+      return {error.code(), error.what(), error.ranks()};
     }
   });
 }
@@ -61,6 +63,7 @@ TEST(Rendezvous, ARankThatNeverComesIsNamedByAll) {
     EXPECT_EQ(outcome.code, ErrorCode::kPeerTimeout);
     EXPECT_THAT(outcome.text, AllOf(HasSubstr("start of the ipc transport on rank"),
                                     HasSubstr("after 500 ms still missing rank(s) 1 3")));
+    EXPECT_THAT(outcome.ranks, ElementsAre(1, 3));
   }
 }
 
@@ -68,6 +71,7 @@ TEST(Rendezvous, WithoutRankZeroNobodyStarts) {
   const Outcome outcome = join(job(1, 2)).get();
   EXPECT_EQ(outcome.code, ErrorCode::kPeerTimeout);
   EXPECT_THAT(outcome.text, HasSubstr("rank 1: after 500 ms still missing rank(s) 0"));
+  EXPECT_THAT(outcome.ranks, ElementsAre(0));
 }
 
 TEST(Rendezvous, AWrongSecretIsShutOutAndDisturbsNobody) {
@@ -98,6 +102,7 @@ TEST(Rendezvous, ProgramsThatSpeakSomethingElseAreCountedAndIgnored) {
   strangers[2].reset();
   const Outcome outcome = zero.get();
   EXPECT_EQ(outcome.code, ErrorCode::kPeerTimeout);
+  EXPECT_THAT(outcome.ranks, ElementsAre(1));
   EXPECT_THAT(outcome.text, AllOf(HasSubstr("still missing rank(s) 1"),
                                   HasSubstr("3 connections of other programs were refused")));
 }

@@ -136,6 +136,7 @@ TEST(Transport, AnAbsentRankIsNamed) {
     EXPECT_EQ(failure->code, ErrorCode::kPeerTimeout);
     EXPECT_THAT(failure->text, HasSubstr("all_gather"));
     EXPECT_THAT(failure->text, HasSubstr("missing rank(s) 2"));
+    EXPECT_THAT(failure->ranks, ElementsAre(2));
   }
 }
 

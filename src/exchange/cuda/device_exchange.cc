@@ -11,6 +11,7 @@
 #include <optional>
 #include <random>
 #include <string>
+#include <vector>
 
 #include "backend/cuda/check.h"
 #include "backend/ops.h"
@@ -123,6 +124,7 @@ class DeviceExchange final : public Exchange::Impl {
   }
   void throw_failure();
   void throw_fault();
+  [[nodiscard]] std::vector<int> ranks_of(const DeviceFault& fault) const;
   [[nodiscard]] std::string describe(const DeviceFault& fault) const;
 
   Backend& backend_;
@@ -133,7 +135,7 @@ class DeviceExchange final : public Exchange::Impl {
   std::vector<Slot> slots_;
   int ranks_on_device_ = 1, max_ctas_ = 1;
   std::uint64_t num_dispatches_ = 0;
-  std::string failure_;  // What stopped the exchange for good; empty while it works.
+  std::optional<Error> failure_;  // What stopped the exchange for good.
 };
 
 DeviceExchange::DeviceExchange(const ExchangeConfig& config_in, Transport& transport,
@@ -309,7 +311,8 @@ void DeviceExchange::meet() {
         "CUDA_DEVICE_MAX_CONNECTIONS=32 in the environment before the first CUDA call",
         ranks_on_device_, device.index);
   }
-  fail(ErrorCode::kPeerTimeout, "creation of the exchange: {}{}", describe(*fault), hint);
+  fail_of_ranks(ErrorCode::kPeerTimeout, ranks_of(*fault), "creation of the exchange: {}{}",
+                describe(*fault), hint);
 }
 
 void DeviceExchange::check_stream(Stream stream) const {
@@ -467,33 +470,39 @@ void DeviceExchange::fill_batch(DeviceRoute& route, std::int64_t num_tokens) con
   route.expert_y.device = device;
 }
 
+std::vector<int> DeviceExchange::ranks_of(const DeviceFault& fault) const {
+  std::vector<int> ranks;
+  for (int r = 0; r < num_ranks; ++r) {
+    if (fault.missing >> r & 1) ranks.push_back(r);
+  }
+  return ranks;
+}
+
 std::string DeviceExchange::describe(const DeviceFault& fault) const {
   static constexpr const char* kOperations[] = {"dispatch (row counts)", "dispatch", "combine",
                                                 "dispatch (reuse of buffers)"};
-  std::string who;
-  for (int r = 0; r < num_ranks; ++r) {
-    if (fault.missing >> r & 1) who += fmt::format(" {}", r);
-  }
   const char* const what = fault.kind == cuda::kPeerMissing ? "still missing rank(s)"
                            : fault.kind == cuda::kDropped
                                ? "dropped their dispatch instead of combining it: rank(s)"
                                : "out of step: a later epoch from rank(s)";
   return fmt::format("{} epoch {} on rank {}: waited at most {} ms, {}{} (flag {}, expected {})",
                      kOperations[fault.operation], fault.epoch, rank, config.peer_timeout.count(),
-                     what, who, fault.seen, fault.expected);
+                     what, list_of(ranks_of(fault)), fault.seen, fault.expected);
 }
 
 /// Throws if an earlier wait has stopped the exchange. Combine throws nothing else: whether it saw
 /// a refusal of its own dispatch already would depend on time, and peers wait for it.
 void DeviceExchange::throw_failure() {
-  if (!failure_.empty()) {
-    fail(ErrorCode::kTransport, "this exchange stopped earlier: {}", failure_);
+  if (failure_) {
+    fail_of_ranks(ErrorCode::kTransport, failure_->ranks(), "this exchange stopped earlier: {}",
+                  failure_->what());
   }
   const auto fault = faults_.get(cuda::kFailure);
   if (!fault) return;
-  failure_ = describe(*fault);
-  fail(fault->kind == cuda::kPeerMissing ? ErrorCode::kPeerTimeout : ErrorCode::kTransport, "{}",
-       failure_);
+  failure_ =
+      Error(fault->kind == cuda::kPeerMissing ? ErrorCode::kPeerTimeout : ErrorCode::kTransport,
+            describe(*fault), ranks_of(*fault));
+  throw *failure_;
 }
 
 /// Throws what earlier calls found on the device; after a refused dispatch the exchange works on.

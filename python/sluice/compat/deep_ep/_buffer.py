@@ -1,5 +1,6 @@
 """DeepEP's Buffer: argument names, defaults and results; the work is in the two halves."""
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -38,6 +39,20 @@ def _wait(event: EventOverlap | None) -> None:
         event.current_stream_wait()
 
 
+def _watched(call: Callable) -> Callable:
+    """A method of Buffer that notes which ranks an error names."""
+
+    @functools.wraps(call)
+    def watched(self: "Buffer", *args: Any, **kwargs: Any) -> Any:
+        try:
+            return call(self, *args, **kwargs)
+        except Error as error:
+            self._missing.update(error.ranks)
+            raise
+
+    return watched
+
+
 class Buffer:
     """Dispatch and combine for one expert-parallel group on one host.
 
@@ -66,13 +81,14 @@ class Buffer:
         self.num_nvl_bytes, self.num_rdma_bytes = num_nvl_bytes, num_rdma_bytes
         self.low_latency_mode = low_latency_mode
         self.explicitly_destroy, self.enable_shrink = explicitly_destroy, enable_shrink
-        place = Place(self._transport, backend)
-        self._low_latency: Any = LowLatency(place)
-        self._normal: Any = Normal(place)
+        self._place = Place(self._transport, backend)
+        self._low_latency: Any = LowLatency(self._place)
+        self._normal: Any = Normal(self._place)
+        self._missing: set[int] = set()
 
     def destroy(self) -> None:
         """Lets go of all memory; not collective. Further calls are refused."""
-        self._low_latency = self._normal = self._transport = None
+        self._low_latency = self._normal = self._transport = self._place = None
 
     def _half(self, half: Any, operation: str) -> Any:
         if half is None:
@@ -139,6 +155,7 @@ class Buffer:
         """Nothing to do: the modes share no memory, and flags carry epochs."""
         self._half(self._low_latency, "clean_low_latency_buffer")
 
+    @_watched
     def low_latency_dispatch(
         self, x: Any, topk_idx: Any, num_max_dispatch_tokens_per_rank: int, num_experts: int,
         cumulative_local_expert_recv_stats: Any = None, dispatch_wait_recv_cost_stats: Any = None,
@@ -166,8 +183,9 @@ class Buffer:
             round_scale=round_scale, use_ue8m0=use_ue8m0, with_hook=return_recv_hook,
             recv_stats=cumulative_local_expert_recv_stats,
         )
-        return recv_x, count, handle, self._event(x, async_finish), hook
+        return recv_x, count, handle, self._event(x, async_finish), self._hook(hook)
 
+    @_watched
     def low_latency_combine(
         self, x: Any, topk_idx: Any, topk_weights: Any, handle: LowLatencyHandle,
         use_logfmt: bool = False, zero_copy: bool = False, async_finish: bool = False,
@@ -191,22 +209,43 @@ class Buffer:
             x, topk_idx, topk_weights, handle, zero_copy=zero_copy, with_hook=return_recv_hook,
             out=out,
         )
-        return combined, self._event(topk_weights, async_finish), hook
+        return combined, self._event(topk_weights, async_finish), self._hook(hook)
+
+    def _hook(self, hook: Callable[[], None] | None) -> Callable[[], None] | None:
+        return None if hook is None else functools.partial(_watched(lambda _: hook()), self)
 
     def get_next_low_latency_combine_buffer(self, handle: LowLatencyHandle) -> Any:
         """The array that a combine with zero_copy reads: bfloat16, shape of recv_x."""
         return self._half(self._low_latency, "get_next_low_latency_combine_buffer").next_buffer(handle)
 
     def low_latency_query_mask_buffer(self, mask_status: Any) -> None:
-        """Fills mask_status [num_ranks] int32 with 0: no rank is ever masked, a missing one raises."""
-        mask_status[:] = 0
+        """Fills mask_status [num_ranks] int32: 1 for the ranks that errors of this buffer have named as
+        missing, gone or out of step, in either mode, since it was made or cleaned.
+
+        A missing rank is not passed over: the call that waits for it raises sluice.Error, and so do
+        all later ones until the buffer is cleaned.
+        """
+        if list(mask_status.shape) != [self.group_size]:
+            raise Error("invalid_argument", f"mask_status: expected shape [{self.group_size}], "
+                        f"got {list(mask_status.shape)}")
+        for rank in range(self.group_size):
+            mask_status[rank] = int(rank in self._missing)
 
     def low_latency_update_mask_buffer(self, rank_to_mask: int, mask: bool = False) -> None:
+        """Forgets that errors named a rank; to mask one that is there is refused."""
+        if not 0 <= rank_to_mask < self.group_size:
+            raise Error("invalid_argument",
+                        f"rank_to_mask {rank_to_mask} is not in [0, {self.group_size})")
         _refuse("low_latency_update_mask_buffer", "mask", bool(mask),
-                "ranks are not masked; a missing one raises sluice.Error with code peer_timeout")
+                "rows have fixed places that all ranks know; make a buffer of the remaining ranks")
+        self._missing.discard(rank_to_mask)
 
     def low_latency_clean_mask_buffer(self) -> None:
-        """Nothing to do: no rank is ever masked."""
+        """Starts anew if all ranks are there again: each calls this, and the next call of a shape takes
+        new memory. Dispatches before it can no longer be combined."""
+        self._half(self._low_latency, "low_latency_clean_mask_buffer")
+        self._missing.clear()
+        self._low_latency, self._normal = LowLatency(self._place), Normal(self._place)
 
     # --- Normal -----------------------------------------------------------------------------------
 
@@ -221,6 +260,7 @@ class Buffer:
         )
         return per_rank, None, per_expert, in_rank, self._event(topk_idx, async_finish)
 
+    @_watched
     def dispatch(
         self, x: Any, handle: NormalHandle | None = None, num_tokens_per_rank: Any = None,
         num_tokens_per_rdma_rank: Any = None, is_token_in_rank: Any = None,
@@ -235,10 +275,15 @@ class Buffer:
         128]. Rows come in order of source rank and token, one for each token; recv_topk_idx has this
         rank's expert numbers, -1 for others; the counts are of this rank's experts, rounded up to
         expert_alignment. Waits for the device. With `handle`, only x is sent, as it was then.
+        num_worst_tokens: at least the tokens of all ranks together; then the results have so many
+        rows, those that did not come with -1 for every expert, the counts are [], and nothing waits.
         """
         normal = self._half(self._normal, "dispatch")
-        _refuse("dispatch", "num_worst_tokens", num_worst_tokens != 0,
-                "the number of rows is read by the host; low_latency_dispatch may be captured")
+        if num_worst_tokens < 0:
+            raise Error("invalid_argument", f"dispatch: num_worst_tokens {num_worst_tokens} is negative")
+        if num_worst_tokens and handle is None and topk_idx is None:
+            raise Error("invalid_argument", "dispatch: num_worst_tokens needs topk_idx, which tells the "
+                        "rows that came from the others")
         _wait(previous_event)
         rows, scale = x if isinstance(x, tuple) else (x, None)
         if handle is not None:
@@ -254,31 +299,38 @@ class Buffer:
         num_experts = len(num_tokens_per_expert)
         got, got_scale, idx, weights, handle = normal.dispatch(
             rows, scale, is_token_in_rank, topk_idx, topk_weights, num_experts,
-            config.num_max_nvl_chunked_recv_tokens,
+            config.num_max_nvl_chunked_recv_tokens, num_worst_tokens,
         )
         if topk_weights is None:
             weights = None
         counts = None
-        if idx is not None:
+        if num_worst_tokens:
+            counts = []
+        elif idx is not None:
             counts = space_of(idx).count(idx, num_experts // self.group_size).tolist()
             counts = [-(-c // expert_alignment) * expert_alignment for c in counts]
         both = got if scale is None else (got, got_scale)
         return both, idx, weights, counts, handle, self._event(rows, async_finish)
 
+    @_watched
     def combine(
         self, x: Any, handle: NormalHandle, topk_weights: Any = None, bias: Any = None,
         config: Config | None = None, previous_event: EventOverlap | None = None,
         async_finish: bool = False, allocate_on_comm_stream: bool = False,
-    ) -> tuple[Any, None, EventOverlap]:
-        """(combined [num_tokens, hidden] bfloat16, None, event): sums over ranks, in their order.
+    ) -> tuple[Any, Any, EventOverlap]:
+        """(combined [num_tokens, hidden] bfloat16, combined_topk_weights, event): sums over ranks, in
+        their order.
 
-        x: [rows of the dispatch, hidden] bfloat16, weighted by the caller already.
+        x: [rows of the dispatch, hidden] bfloat16, weighted by the caller already. topk_weights: [rows
+        of the dispatch, num_topk] float32, summed too; they do not touch x.
         """
         normal = self._half(self._normal, "combine")
-        _refuse("combine", "topk_weights", topk_weights is not None, "weight rows before combine")
         _refuse("combine", "bias", bias is not None, "add it to the result")
+        if topk_weights is not None and handle.topk == 0:
+            raise Error("invalid_argument", "combine: topk_weights for a dispatch without topk_idx")
         _wait(previous_event)
-        return normal.combine(x, handle), None, self._event(x, async_finish)
+        weights = None if topk_weights is None else normal.combine_weights(topk_weights, handle)
+        return normal.combine(x, handle), weights, self._event(x, async_finish)
 
     def _event(self, like: Any, is_wanted: bool) -> EventOverlap:
         return EventOverlap(space_of(like).event() if is_wanted else None)

@@ -16,15 +16,16 @@ from ._flight import Flight, Lane
 
 _MOST_RANKS = 32
 _ATTACHED = 128
-"""Elements of bf16 that an attached row has: 32 numbers and 32 weights of four bytes."""
+"""Elements of bf16 that an attached row has: out, 32 numbers and 32 weights of four bytes; home, the
+three bf16 parts of 32 weights."""
 _BF16 = _core.Recipe("direct-bf16").wire
 
 
 class NormalHandle:
     """Where the rows of a dispatch came from; for combine() and for more dispatches alike it."""
 
-    def __init__(self, flight: Flight, num_rows: int) -> None:
-        self.flight, self.num_rows = flight, num_rows
+    def __init__(self, flight: Flight, num_rows: int, topk: int) -> None:
+        self.flight, self.num_rows, self.topk = flight, num_rows, topk
 
 
 class Normal:
@@ -51,8 +52,12 @@ class Normal:
         return space.to(in_rank.sum(0), "i32"), space.count(topk_idx, num_experts), in_rank
 
     def dispatch(self, x: Any, scale: Any, in_rank: Any, topk_idx: Any, topk_weights: Any,
-                 num_experts: int, capacity: int) -> tuple[Any, Any, Any, Any, NormalHandle]:
-        """Rows, their scales, expert numbers, weights, and the way home."""
+                 num_experts: int, capacity: int,
+                 worst: int) -> tuple[Any, Any, Any, Any, NormalHandle]:
+        """Rows, their scales, expert numbers, weights, and the way home.
+
+        With `worst` the results have so many rows, and the host need not know how many came.
+        """
         space = space_of(x)
         num_tokens, hidden = int(x.shape[0]), int(x.shape[1])
         if list(in_rank.shape) != [num_tokens, self._num_ranks]:
@@ -61,18 +66,18 @@ class Normal:
         topk = 0 if topk_idx is None else int(topk_idx.shape[1])
         if topk > 32:
             raise Error("invalid_argument", f"topk_idx: num_topk {topk} is not in [1, 32]")
-        self._grow(space, num_tokens, hidden, topk, capacity)
+        self._grow(space, num_tokens, hidden, topk, capacity, worst)
         slots = space.where(in_rank, space.arange(self._num_ranks), space.arange(1) - 1)
         slots = space.to(slots, "i32")
-        flight, rows, num_rows = self._send(space, _packed(space, x, scale), slots, hidden)
+        flight, rows, count = self._send(space, _packed(space, x, scale), slots, hidden, worst)
         idx = weights = None
         if topk:
             attached = _attach(space, topk_idx, topk_weights)
-            extra, got, _ = self._send(space, attached, slots, _ATTACHED)
-            idx, weights = self._detach(space, got, topk, num_experts)
+            extra, got, _ = self._send(space, attached, slots, _ATTACHED, len(rows))
+            idx, weights = self._detach(space, got, count, topk, num_experts)
             extra.abandon()
         x_out, scale_out = _unpacked(space, rows, x, scale)
-        return x_out, scale_out, idx, weights, NormalHandle(flight, num_rows)
+        return x_out, scale_out, idx, weights, NormalHandle(flight, len(rows), topk)
 
     def again(self, x: Any, scale: Any, handle: NormalHandle) -> tuple[Any, Any]:
         """Other values over the routes of an earlier dispatch."""
@@ -84,7 +89,8 @@ class Normal:
         self._lane(space, hidden)
         before = handle.flight
         before.abandon()
-        handle.flight, rows, _ = self._send(space, _packed(space, x, scale), before.topk_idx, hidden)
+        handle.flight, rows, _ = self._send(space, _packed(space, x, scale), before.topk_idx, hidden,
+                                            handle.num_rows)
         return _unpacked(space, rows, x, scale)
 
     def combine(self, x: Any, handle: NormalHandle) -> Any:
@@ -96,22 +102,56 @@ class Normal:
         rows = flight.expert_y()
         if rows is None:
             rows = space.zeros((1, lane.exchange.max_m, lane.hidden), "bf16")
-        space.copy(rows[0, : handle.num_rows], space.bits(x))
+        held = min(handle.num_rows, lane.exchange.max_m)
+        space.copy(rows[0, :held], space.bits(x)[:held])
         y = space.empty((flight.num_tokens, lane.hidden), "bf16")
         flight.combine(rows, y)
         return y
 
-    def _grow(self, space: Any, num_tokens: int, hidden: int, topk: int, capacity: int) -> None:
+    def combine_weights(self, weights: Any, handle: NormalHandle) -> Any:
+        """Sums over ranks of a weight for each row and slot, [num_tokens, topk] float32.
+
+        Exact where one rank's weight is not 0, as dispatch gives them: a float32 is the sum of three
+        bf16, which cross as a row.
+        """
+        space, topk = space_of(weights), handle.topk
+        if list(weights.shape) != [handle.num_rows, topk]:
+            raise Error("invalid_argument", f"topk_weights: expected shape [{handle.num_rows}, {topk}], "
+                        f"got {list(weights.shape)}")
+        num_tokens, slots = handle.flight.num_tokens, handle.flight.topk_idx
+        extra, _, _ = self._send(space, space.zeros((num_tokens, _ATTACHED), "bf16"), slots, _ATTACHED,
+                                 handle.num_rows)
+        rows = space.zeros((1, extra.lane.exchange.max_m, _ATTACHED), "bf16")
+        held = min(handle.num_rows, rows.shape[1])
+        rest = weights[:held]
+        for part in range(3):
+            bits = space.bf16_of(rest)
+            rows[0, :held, 32 * part : 32 * part + topk] = bits
+            rest = rest - space.float_of(bits)
+        y = space.empty((num_tokens, _ATTACHED), "bf16")
+        extra.combine(rows, y)
+        sums = space.float_of(y)
+        return sums[:, :topk] + (sums[:, 32 : 32 + topk] + sums[:, 64 : 64 + topk])
+
+    def _grow(self, space: Any, num_tokens: int, hidden: int, topk: int, capacity: int,
+              worst: int) -> None:
         """Every rank hears of the largest call and makes the same exchanges."""
-        record = struct.Struct("<4q")
+        record = struct.Struct("<5q")
         everyone = [
             record.unpack(r)
-            for r in self._place.transport.all_gather(record.pack(num_tokens, hidden, topk, capacity))
+            for r in self._place.transport.all_gather(
+                record.pack(num_tokens, hidden, topk, capacity, worst)
+            )
         ]
         for name, position in (("hidden", 1), ("num_topk", 2)):
             values = [r[position] for r in everyone]
             if len(set(values)) != 1:
                 raise Error("transport", f"dispatch: ranks differ in {name}: {values}")
+        total = sum(r[0] for r in everyone)
+        for rank, theirs in enumerate(everyone):
+            if 0 < theirs[4] < total:
+                raise Error("invalid_argument", f"dispatch: num_worst_tokens {theirs[4]} of rank {rank}: "
+                            f"the ranks have {total} tokens, which may all come")
         needed = max(max(r[0], r[3], 1) for r in everyone)
         if needed > self._capacity:
             self._capacity = 1 << (needed - 1).bit_length()
@@ -132,23 +172,28 @@ class Normal:
             self._lanes[hidden] = Lane(exchange, space, hidden)
         return self._lanes[hidden]
 
-    def _send(self, space: Any, x: Any, slots: Any, hidden: int) -> tuple[Flight, Any, int]:
+    def _send(self, space: Any, x: Any, slots: Any, hidden: int,
+              num_rows: int) -> tuple[Flight, Any, Any]:
+        """The rows that came, as many as come or num_rows, and their number [1]."""
         ones = space.zeros(tuple(slots.shape), "f32") + 1
         flight = self._lanes[hidden].launch(x, slots, ones, receive=True)
         batch = flight.batch
-        num_rows = int(batch.num_rows[0])  # Waits for the device.
+        if num_rows == 0:
+            num_rows = int(batch.num_rows[0])  # Waits for the device.
         rows = space.empty((num_rows, hidden), "bf16")
-        space.copy(rows, batch.x[0, :num_rows])
-        return flight, rows, num_rows
+        held = min(num_rows, batch.x.shape[1])
+        space.copy(rows[:held], batch.x[0, :held])
+        return flight, rows, batch.num_rows
 
-    def _detach(self, space: Any, rows: Any, topk: int, num_experts: int) -> tuple[Any, Any]:
+    def _detach(self, space: Any, rows: Any, count: Any, topk: int, num_experts: int) -> tuple[Any, Any]:
         """Expert numbers of this rank, -1 for others, and weights, 0 for others."""
         numbers = space.view(rows, "i32")
         idx = space.to(numbers[:, :topk], "i64")
         weights = space.view(rows, "f32")[:, 32 : 32 + topk]
         per_rank = num_experts // self._num_ranks
         local = idx - self._rank * per_rank
-        mine = (local >= 0) & (local < per_rank) & (idx >= 0)
+        has_come = space.arange(len(rows))[:, None] < count
+        mine = (local >= 0) & (local < per_rank) & (idx >= 0) & has_come
         none = space.zeros((1,), "i64") - 1
         return space.where(mine, local, none), space.where(mine, weights, space.zeros((1,), "f32"))
 
