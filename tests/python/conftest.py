@@ -4,6 +4,7 @@ import os
 import threading
 
 import pytest
+from spaces import Numpy, Torch
 
 import sluice
 
@@ -24,6 +25,12 @@ def checkpoint(tmp_path_factory, geometry):
 @pytest.fixture(scope="session")
 def backend():
     return sluice.Backend("cpu", num_threads=1)
+
+
+@pytest.fixture(params=[Numpy, Torch], ids=["numpy", "torch"])
+def space(request):
+    """Arrays of either kind, on the CPU."""
+    return request.param()
 
 
 @pytest.fixture(scope="session")

@@ -9,8 +9,8 @@ import sys
 import numpy as np
 import torch
 import torch.distributed as distributed
+from deep_ep_workload import CAPACITY, EXPERTS, expected_rows, expected_sum, run_experts, tokens
 from spaces import Torch
-from test_deep_ep import CAPACITY, EXPERTS, expected_rows, expected_sum, run_experts, tokens
 
 import sluice
 from sluice.compat.deep_ep import Buffer

@@ -14,6 +14,9 @@ class Numpy:
     def bits(self, a):
         return a.view(np.uint16) if a.dtype.itemsize == 2 else a.view(np.uint8)
 
+    def bytes(self, a):
+        return np.ascontiguousarray(a).view(np.uint8)
+
     plain = staticmethod(np.asarray)
 
 
@@ -31,6 +34,9 @@ class Torch:
     def bits(self, a):
         t, a = self.torch, a.cpu()
         return a.view(t.int16).numpy().view(np.uint16) if a.element_size() == 2 else a.view(t.uint8).numpy()
+
+    def bytes(self, a):
+        return a.cpu().contiguous().view(self.torch.uint8).numpy()
 
     def plain(self, a):
         return a.cpu().numpy()

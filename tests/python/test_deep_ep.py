@@ -1,82 +1,19 @@
-"""sluice.compat.deep_ep over ranks as threads: every element of every result, for numpy and torch.
-
-Ranks know each other's tokens here (a workload is fixed by its seed), so that what must arrive can
-be written down: rows of an expert in order of source rank and token, quantized as the definition
-says, and sums in order of slots.
-"""
+"""sluice.compat.deep_ep over ranks as threads: every element of every result, for numpy and torch."""
 
 import threading
+import time
 
 import numpy as np
 import pytest
 from conftest import on_every_rank
-from spaces import Numpy, Torch, as_bf16, as_float
+from deep_ep_workload import (
+    CAPACITY, COUNTS, EXPERTS, HIDDEN, LOCAL, RANKS, TOPK, buffers, expected_rows, expected_sum,
+    run_experts, tokens,
+)
+from spaces import Torch
 
 import sluice
 from sluice.compat.deep_ep import Buffer, Config, EventOverlap
-
-RANKS, TOPK, EXPERTS, HIDDEN, CAPACITY = 4, 3, 8, 512, 8
-LOCAL = EXPERTS // RANKS
-
-
-@pytest.fixture(params=[Numpy, Torch], ids=["numpy", "torch"])
-def space(request):
-    return request.param()
-
-
-def tokens(rank, num_tokens, hidden=HIDDEN, topk=TOPK, experts=EXPERTS):
-    geometry = sluice.ModelGeometry(num_experts=experts, num_topk=topk, hidden=hidden, intermediate=128)
-    x, idx, weights = sluice.make_workload(geometry, num_tokens, first_token=100 * rank)
-    idx = idx.astype(np.int64)
-    if num_tokens > 2:
-        idx[1, 0] = -1  # An empty slot,
-        idx[2] = -1  # and a token for nobody.
-    return x, idx, weights
-
-
-def buffers(num_ranks=RANKS):
-    return [
-        Buffer(t, backend=sluice.Backend(num_threads=1))
-        for t in sluice.Transport.inproc(num_ranks)
-    ]
-
-
-def expected_rows(rank, counts, **shape):
-    """For each local expert of `rank`: the rows that must come, bf16 bits."""
-    experts, num_ranks = shape.get("experts", EXPERTS), len(counts)
-    rows = [[] for _ in range(experts // num_ranks)]
-    for source, num_tokens in enumerate(counts):
-        x, idx, _ = tokens(source, num_tokens, **shape)
-        for token in range(num_tokens):
-            for expert in idx[token]:
-                if expert >= 0 and expert // len(rows) == rank:
-                    rows[expert % len(rows)].append(x[token])
-    hidden = shape.get("hidden", HIDDEN)
-    return [np.array(r, np.uint16).reshape(-1, hidden) for r in rows]
-
-
-def expected_sum(x, idx, weights, factor=2.0):
-    """Every expert e gives factor * its row * (e + 1)."""
-    y = np.zeros(x.shape, np.float32)
-    for token in range(len(x)):
-        for k, expert in enumerate(idx[token]):
-            if expert >= 0:
-                row = as_float(as_bf16(as_float(x[token]) * np.float32(factor * (expert + 1))))
-                y[token] += weights[token, k] * row
-    return as_bf16(y)
-
-
-def run_experts(rows, rank, factor=2.0, first=None, num_local=LOCAL):
-    """bf16 bits in the layout of the rows."""
-    experts = np.arange(num_local, dtype=np.float32) + rank * num_local + 1
-    return as_bf16(as_float(rows) * np.float32(factor) * experts[:, None, None])
-
-
-COUNTS = {
-    "even": [CAPACITY] * RANKS,
-    "ragged": [5, 0, 1, 7],
-    "none": [0] * RANKS,
-}
 
 
 @pytest.mark.parametrize("counts", COUNTS.values(), ids=COUNTS)
@@ -162,9 +99,7 @@ def test_zero_copy_second_combine_and_many_in_flight(space):
                 None, arguments[1], space.array(weights), handle, zero_copy=True
             )
             assert np.array_equal(space.bits(y), expected_sum(x, idx, weights))
-        with pytest.raises(sluice.Error, match="src_info"):
-            flights[0][2][0]
-        assert list(flights[0][2][i] for i in (2, 3, 4)) == [CAPACITY, HIDDEN, EXPERTS]
+        assert len(handle) == 5 and list(handle)[2:] == [CAPACITY, HIDDEN, EXPERTS]
         late = [buffer.low_latency_dispatch(*arguments, return_recv_hook=True) for _ in range(3)]
         with pytest.raises(sluice.Error, match="later dispatches have taken the place"):
             late[0][4]()
@@ -215,106 +150,64 @@ def test_more_than_1024_tokens(space):
     assert np.array_equal(space.bits(y), expected_sum(x, idx, weights, 1.0))
 
 
-# --- Normal mode ----------------------------------------------------------------------------------
-
-
-def expected_normal(rank, counts):
-    """Rows, local expert numbers and weights that must come to `rank`."""
-    rows, numbers, weights = [], [], []
-    for source, num_tokens in enumerate(counts):
-        x, idx, w = tokens(source, num_tokens)
-        for token in range(num_tokens):
-            mine = (idx[token] >= 0) & (idx[token] // LOCAL == rank)
-            if mine.any():
-                rows.append(x[token])
-                numbers.append(np.where(mine, idx[token] % LOCAL, -1))
-                weights.append(np.where(mine, w[token], 0))
-    return (np.array(rows, np.uint16).reshape(-1, HIDDEN), np.array(numbers, np.int64).reshape(-1, TOPK),
-            np.array(weights, np.float32).reshape(-1, TOPK))
-
-
-@pytest.mark.parametrize("counts", [*COUNTS.values(), [300, 2, 0, 40]], ids=[*COUNTS, "growing"])
-@pytest.mark.parametrize("alignment", [1, 128])
-def test_normal(space, counts, alignment):
-    made = buffers()
+@pytest.mark.parametrize("hook", [False, True], ids=["", "hook"])
+def test_waits_are_counted_for_each_rank(space, hook):
+    """A rank that comes late is the one that the others' numbers show; they add up over calls."""
+    made, late, pause = buffers(), 2, 0.15
 
     def body(rank):
-        buffer = made[rank]
-        for config in (None, Config(num_max_nvl_chunked_recv_tokens=4)):
-            x, idx, weights = tokens(rank, counts[rank])
-            to_rank, rdma, to_expert, in_rank, _ = buffer.get_dispatch_layout(space.array(idx), EXPERTS)
-            wanted = np.stack([((idx >= 0) & (idx // LOCAL == r)).any(1) for r in range(RANKS)], 1)
-            assert np.array_equal(space.plain(in_rank), wanted) and rdma is None
-            assert np.array_equal(space.plain(to_rank), wanted.sum(0))
-            assert np.array_equal(space.plain(to_expert), np.bincount(idx[idx >= 0], minlength=EXPERTS))
-            recv, got_idx, got_weights, per_expert, handle, _ = buffer.dispatch(
-                space.bf16(x), num_tokens_per_rank=to_rank, is_token_in_rank=in_rank,
-                num_tokens_per_expert=to_expert, topk_idx=space.array(idx),
-                topk_weights=space.array(weights), expert_alignment=alignment, config=config)
-            rows, numbers, w = expected_normal(rank, counts)
-            assert np.array_equal(space.bits(recv), rows)
-            assert np.array_equal(space.plain(got_idx), numbers)
-            assert np.array_equal(space.plain(got_weights), w)
-            exact = [int((numbers == e).sum()) for e in range(LOCAL)]
-            assert per_expert == [-(-n // alignment) * alignment for n in exact]
-            for _ in range(2):  # The second one routes again.
-                y, none, _ = buffer.combine(recv, handle)
-                copies = np.float32(wanted.sum(1))[:, None]
-                assert none is None and np.array_equal(space.bits(y), as_bf16(as_float(x) * copies + 0))
-            doubled = as_bf16(as_float(x) * np.float32(2))
-            again = buffer.dispatch(space.bf16(doubled), handle=handle)
-            assert again[1:5] == (None,) * 4
-            assert np.array_equal(space.bits(again[0]), as_bf16(as_float(rows) * np.float32(2)))
+        x, idx, weights = tokens(rank, 3)
+        x, idx, weights = space.bf16(x), space.array(idx), space.array(weights)
+        buffer, shown = made[rank], []
+        waits = [space.array(np.zeros(RANKS, np.int64)) for _ in range(2)]
+        buffer.low_latency_dispatch(x, idx, CAPACITY, EXPERTS, use_fp8=False)  # Makes the exchange.
+        for _ in range(2):
+            if rank == late:
+                time.sleep(pause)
+            recv, _, handle, _, received = buffer.low_latency_dispatch(
+                x, idx, CAPACITY, EXPERTS, dispatch_wait_recv_cost_stats=waits[0], use_fp8=False,
+                return_recv_hook=hook)
+            if hook:
+                received()
+            if rank == late:
+                time.sleep(pause)
+            _, _, landed = buffer.low_latency_combine(
+                recv, idx, weights, handle, return_recv_hook=hook, combine_wait_recv_cost_stats=waits[1])
+            if hook:
+                landed()
+            shown.append(np.stack([space.plain(w) for w in waits]).copy())
+        return shown
 
-    on_every_rank(RANKS, body)
+    for rank, (first, both) in enumerate(on_every_rank(RANKS, body)):
+        assert (both >= first).all() and (first >= 0).all()
+        if rank != late:
+            assert (both[:, late] > 2 * 0.8e9 * pause).all(), (rank, both)
+            assert (both.sum(1) - both[:, late] < 0.5e9 * pause).all(), (rank, both)
 
 
 @pytest.mark.parametrize("counts", COUNTS.values(), ids=COUNTS)
-@pytest.mark.parametrize("spare", [0, 40])
-def test_num_worst_tokens(space, counts, spare):
-    """As many rows as the caller says, and those that came can be told from the others."""
-    made, worst = buffers(), max(1, sum(counts)) + spare
+def test_the_handle_tells_where_rows_came_from(space, counts):
+    made = buffers()
 
     def body(rank):
         x, idx, weights = tokens(rank, counts[rank])
-        _, _, to_expert, in_rank, _ = made[rank].get_dispatch_layout(space.array(idx), EXPERTS)
-        recv, got_idx, got_weights, per_expert, handle, _ = made[rank].dispatch(
-            space.bf16(x), is_token_in_rank=in_rank, num_tokens_per_expert=to_expert,
-            topk_idx=space.array(idx), topk_weights=space.array(weights), num_worst_tokens=worst)
-        rows, numbers, w = expected_normal(rank, counts)
-        came = len(rows)
-        assert tuple(recv.shape) == (worst, HIDDEN) and per_expert == []
-        assert np.array_equal(space.bits(recv)[:came], rows)
-        assert np.array_equal(space.plain(got_idx)[:came], numbers)
-        assert np.array_equal(space.plain(got_weights)[:came], w)
-        assert (space.plain(got_idx)[came:] == -1).all() and not space.plain(got_weights)[came:].any()
-        y, sums, _ = made[rank].combine(recv, handle, topk_weights=got_weights)
-        copies = np.float32(space.plain(in_rank).sum(1))[:, None]
-        assert np.array_equal(space.bits(y), as_bf16(as_float(x) * copies + 0))
-        assert np.array_equal(space.plain(sums), np.where(idx >= 0, weights, 0))
-
-    on_every_rank(RANKS, body)
-
-
-def test_weights_come_home(space):
-    """Every bit of float32, and the sums where several ranks give a weight."""
-    made, counts = buffers(), COUNTS["ragged"]
-
-    def body(rank):
-        x, idx, _ = tokens(rank, counts[rank])
-        weights = np.random.default_rng(rank).standard_normal(idx.shape).astype(np.float32)
-        weights *= np.float32(2.0) ** (np.arange(TOPK) * 20 - 20)
-        _, _, to_expert, in_rank, _ = made[rank].get_dispatch_layout(space.array(idx), EXPERTS)
-        recv, _, got, _, handle, _ = made[rank].dispatch(
-            space.bf16(x), is_token_in_rank=in_rank, num_tokens_per_expert=to_expert,
-            topk_idx=space.array(idx), topk_weights=space.array(weights))
-        _, sums, _ = made[rank].combine(recv, handle, topk_weights=got)
-        assert np.array_equal(space.plain(sums), np.where(idx >= 0, weights, 0))
-        ones = space.array(np.ones(tuple(got.shape), np.float32))
-        _, sums, _ = made[rank].combine(recv, handle, topk_weights=ones)
-        assert np.array_equal(space.plain(sums), np.repeat(space.plain(in_rank).sum(1)[:, None], TOPK, 1))
-        with pytest.raises(sluice.Error, match="topk_weights: expected shape"):
-            made[rank].combine(recv, handle, topk_weights=space.array(np.ones((1, 9), np.float32)))
+        given = space.array(idx)
+        _, count, handle, _, _ = made[rank].low_latency_dispatch(space.bf16(x), given, CAPACITY, EXPERTS)
+        source_token, ranges, capacity, hidden, experts = handle
+        assert (capacity, hidden, experts) == (CAPACITY, HIDDEN, EXPERTS)
+        assert handle[0] is source_token and handle[-4] is ranges  # Exchanged once.
+        source_token, ranges = space.plain(source_token), space.plain(ranges)
+        assert source_token.dtype == np.int32 and source_token.shape == (LOCAL, RANKS * CAPACITY)
+        assert ranges.dtype == np.int64 and ranges.shape == (LOCAL, RANKS)
+        for e in range(LOCAL):
+            begin = 0
+            for source in range(RANKS):
+                _, theirs, _ = tokens(source, counts[source])
+                chosen = np.argwhere(theirs == rank * LOCAL + e)[:, 0]
+                assert ranges[e, source] == begin << 32 | len(chosen)
+                assert np.array_equal(source_token[e, begin : begin + len(chosen)], chosen)
+                begin += len(chosen)
+            assert begin == space.plain(count)[e] and (source_token[e, begin:] == -1).all()
 
     on_every_rank(RANKS, body)
 
@@ -354,28 +247,6 @@ def test_a_missing_rank_is_named_and_the_buffer_starts_anew(space, monkeypatch):
         layer()
 
     monkeypatch.setenv("SLUICE_TIMEOUT_MS", "500")
-    on_every_rank(RANKS, body)
-
-
-def test_normal_fp8(space):
-    made, counts = buffers(), COUNTS["ragged"]
-
-    def body(rank):
-        buffer, backend = made[rank], sluice.Backend(num_threads=1)
-        x, idx, weights = tokens(rank, counts[rank])
-        codes, scale = sluice.quantize(backend, space.bf16(x))
-        _, _, to_expert, in_rank, _ = buffer.get_dispatch_layout(space.array(idx), EXPERTS)
-        (got, got_scale), _, _, _, handle, _ = buffer.dispatch(
-            (codes, scale), is_token_in_rank=in_rank, num_tokens_per_expert=to_expert,
-            topk_idx=space.array(idx), topk_weights=space.array(weights))
-        rows, _, _ = expected_normal(rank, counts)
-        wanted, wanted_scale = sluice.quantize(backend, rows)
-        assert got.dtype == codes.dtype and np.array_equal(space.bits(got), wanted)
-        assert np.array_equal(space.plain(got_scale), wanted_scale)
-        y, _, _ = buffer.combine(space.bf16(rows), handle)
-        copies = space.plain(in_rank).sum(1).astype(np.float32)[:, None]
-        assert np.array_equal(space.bits(y), as_bf16(as_float(x) * copies + 0))
-
     on_every_rank(RANKS, body)
 
 
@@ -428,6 +299,14 @@ def test_refusals(space):
     refused("overlap is of a fork", "unsupported", combine, rows, idx, weights, handle, overlap=True)
     refused("zero_copy", "invalid_argument", combine, None, idx, weights, handle, zero_copy=True)
     combine(rows, idx, weights, handle, use_logfmt=True, overlap=False, block_m=64)
+    for number, dtype in ((2, np.int64), (1, np.int32)):
+        waits = space.array(np.zeros(number, dtype))
+        refused(r"dispatch_wait_recv_cost_stats: expected shape \[1\] int64", "invalid_argument", dispatch,
+                dispatch_wait_recv_cost_stats=waits)
+        refused(r"combine_wait_recv_cost_stats: expected shape \[1\] int64", "invalid_argument", combine,
+                rows, idx, weights, handle, combine_wait_recv_cost_stats=waits)
+    refused("size is not served", "unsupported", buffer.get_local_buffer_tensor, np.int8, size=64)
+    refused("offset is not served", "unsupported", buffer.get_local_buffer_tensor, np.int8, offset=64)
     status = space.array(np.ones(2, np.int32))
     refused(r"mask_status: expected shape \[1\]", "invalid_argument", buffer.low_latency_query_mask_buffer,
             status)
@@ -444,12 +323,32 @@ def test_refusals(space):
     rows_x, _, _, _, home, _ = normal()
     refused("dispatch without topk_idx", "invalid_argument", buffer.combine, rows_x, home,
             topk_weights=weights)
-    refused("bias is not served", "unsupported", buffer.combine, rows_x, home, bias=x)
+    refused(r"bias: expected shape \[4, 512\] bfloat16, got \[3, 512\]", "invalid_argument", buffer.combine,
+            rows_x, home, bias=(x, x[:3]))
+    refused("bias: expected shape .*float32", "invalid_argument", buffer.combine, rows_x, home,
+            bias=space.array(np.zeros((4, HIDDEN), np.float32)))
+    refused("bias: expected one or two arrays, got 3", "invalid_argument", buffer.combine, rows_x, home,
+            bias=(x, x, x))
     refused("is_token_in_rank is missing", "invalid_argument", buffer.dispatch, x)
     refused("num_experts 3", "invalid_argument", buffers(2)[0].get_dispatch_layout, idx, 3)
     buffer.clean_low_latency_buffer(CAPACITY, HIDDEN, EXPERTS)
     buffer.destroy()
     refused("has been destroyed", "invalid_argument", dispatch)
+    refused("has been destroyed", "invalid_argument", buffer.get_local_buffer_tensor, np.int8)
+
+
+def test_recovery_as_vllm_does_it(space):
+    """Zeroes the memory of the buffer, which here is nothing, and cleans the mask; then calls go on."""
+    buffer = buffers(1)[0]
+    x, idx, _ = tokens(0, 4)
+    dtype = space.torch.int8 if isinstance(space, Torch) else np.int8
+    for _ in range(2):
+        _, count, _, _, _ = buffer.low_latency_dispatch(space.bf16(x), space.array(idx), CAPACITY, EXPERTS)
+        assert space.plain(count).sum() == (idx >= 0).sum()
+        memory = buffer.get_local_buffer_tensor(dtype, use_rdma_buffer=True)
+        assert memory.dtype == dtype and tuple(memory.shape) == (0,)
+        memory.zero_() if isinstance(space, Torch) else memory.fill(0)
+        buffer.low_latency_clean_mask_buffer()
 
 
 def test_topk_idx_type():

@@ -13,11 +13,6 @@ from sluice.compat import w4a8
 TOKENS, MAX_M = 12, 8
 
 
-@pytest.fixture(params=[Numpy, Torch], ids=["numpy", "torch"])
-def space(request):
-    return request.param()
-
-
 @pytest.fixture(scope="module")
 def arrays(checkpoint, geometry):
     """w13, w13_scale, w2, w2_scale of all experts, as published."""

@@ -19,6 +19,17 @@ _TORCH_TYPES = {
 }
 
 
+def _e4m3_as_bf16() -> Any:
+    """bf16 bits of each e4m3 code: 1 sign, 4 exponent and 3 fraction bits, no infinities."""
+    code = numpy.arange(256)
+    exponent, fraction = (code >> 3) & 15, code & 7
+    normal = numpy.ldexp(1 + fraction / 8, exponent - 7)
+    value = numpy.where(exponent == 0, numpy.ldexp(fraction / 8, -6), normal)
+    bits = value.astype(numpy.float32).view(numpy.uint32) >> 16
+    bits[code & 0x7F == 0x7F] = 0x7FC0
+    return (bits | (code & 0x80) << 8).astype(numpy.uint16)
+
+
 class NumpySpace:
     """Arrays of numpy."""
 
@@ -45,6 +56,26 @@ class NumpySpace:
 
     def is_e4m3(self, array: Any) -> bool:
         return array.dtype == numpy.uint8 or array.dtype.name == "float8_e4m3fn"
+
+    def is_bf16(self, array: Any) -> bool:
+        return array.dtype == numpy.uint16 or array.dtype.name == "bfloat16"
+
+    def has_type(self, array: Any, dtype: str) -> bool:
+        return array.dtype == numpy.dtype(_NUMPY_TYPES[dtype])
+
+    def of_list(self, values: list, dtype: str) -> Any:
+        return numpy.array(values, _NUMPY_TYPES[dtype])
+
+    def bf16_of_e4m3(self, codes: Any) -> Any:
+        """Every e4m3 is a bf16."""
+        return _E4M3_AS_BF16[codes.view(numpy.uint8)]
+
+    def synchronize(self) -> None:
+        """Waits for the current stream."""
+
+    def is_capturing(self) -> bool:
+        """Whether the current stream is in the capture of a graph."""
+        return False
 
     def copy(self, target: Any, source: Any) -> None:
         target[...] = source
@@ -81,6 +112,10 @@ class NumpySpace:
     def on_host(self, array: Any) -> Any:
         return array
 
+    def of_host(self, array: Any) -> Any:
+        """From numpy."""
+        return array
+
     def empty_columns_first(self, shape: tuple, dtype: str) -> Any:
         """Of three dimensions, the middle one densest in memory."""
         return self.empty((shape[0], shape[2], shape[1]), dtype).transpose(0, 2, 1)
@@ -91,6 +126,9 @@ class NumpySpace:
 
     def event(self) -> Any:
         return None
+
+
+_E4M3_AS_BF16 = _e4m3_as_bf16()
 
 
 class TorchSpace:
@@ -124,6 +162,25 @@ class TorchSpace:
     def is_e4m3(self, array: Any) -> bool:
         return array.dtype in (self.torch.float8_e4m3fn, self.torch.uint8)
 
+    def is_bf16(self, array: Any) -> bool:
+        return array.dtype == self.torch.bfloat16
+
+    def has_type(self, array: Any, dtype: str) -> bool:
+        return array.dtype == self._type(dtype)
+
+    def of_list(self, values: list, dtype: str) -> Any:
+        return self.torch.tensor(values, dtype=self._type(dtype), device=self.device)
+
+    def bf16_of_e4m3(self, codes: Any) -> Any:
+        return codes.view(self.torch.float8_e4m3fn).to(self.torch.bfloat16)
+
+    def synchronize(self) -> None:
+        if self.on_device:
+            self.torch.cuda.current_stream(self.device).synchronize()
+
+    def is_capturing(self) -> bool:
+        return self.on_device and self.torch.cuda.is_current_stream_capturing()
+
     def copy(self, target: Any, source: Any) -> None:
         target.copy_(source)
 
@@ -154,6 +211,9 @@ class TorchSpace:
     def on_host(self, array: Any) -> Any:
         return array.detach().cpu()
 
+    def of_host(self, array: Any) -> Any:
+        return self.torch.from_numpy(array).to(self.device)
+
     def empty_columns_first(self, shape: tuple, dtype: str) -> Any:
         return self.empty((shape[0], shape[2], shape[1]), dtype).transpose(1, 2)
 
@@ -175,3 +235,11 @@ def space_of(array: Any) -> "NumpySpace | TorchSpace":
     if torch is not None and isinstance(array, torch.Tensor):
         return TorchSpace(torch, array.device)
     return NumpySpace()
+
+
+def empty_of(dtype: Any) -> Any:
+    """An array of no elements: torch's on its current GPU, or numpy's, as the type is."""
+    torch = sys.modules.get("torch")
+    if torch is not None and isinstance(dtype, torch.dtype):
+        return torch.empty(0, dtype=dtype, device="cuda" if torch.cuda.is_available() else "cpu")
+    return numpy.empty(0, dtype)

@@ -148,7 +148,7 @@ class W4A8Experts:
 
     def _make_room(self, space: Any, num_rows: int) -> None:
         grows = num_rows > self._experts.max_rows
-        if grows and space.on_device and space.torch.cuda.is_current_stream_capturing():
+        if grows and space.is_capturing():
             raise Error("invalid_argument", f"x has {num_rows} rows, room is for "
                         f"{self._experts.max_rows}: a graph cannot capture an allocation, so make "
                         "a call of this size before the capture")

@@ -6,7 +6,7 @@ from typing import Any
 
 from ... import _core
 from ..._error import Error
-from .._arrays import space_of
+from .._arrays import empty_of, space_of
 from ._config import Config
 from ._event import EventOverlap
 from ._low_latency import LowLatency, LowLatencyHandle
@@ -145,7 +145,13 @@ class Buffer:
 
     def get_local_buffer_tensor(self, dtype: Any, size: Any = None, offset: int = 0,
                                 use_rdma_buffer: bool = False) -> Any:
-        raise Error("unsupported", "get_local_buffer_tensor: the memory of this buffer is not shown")
+        """A tensor of no elements: no memory of the buffer is the caller's to write, and starting anew
+        (``.zero_()`` of everything, as callers recover) needs none. A size or an offset is refused."""
+        operation = "get_local_buffer_tensor"
+        self._half(self._low_latency, operation)
+        for name, value in (("size", size), ("offset", offset)):
+            _refuse(operation, name, bool(value), "the memory of this buffer is not shown")
+        return empty_of(dtype)
 
     # --- Low latency ------------------------------------------------------------------------------
 
@@ -168,20 +174,21 @@ class Buffer:
         recv_x: bfloat16 [num_local_experts, num_ranks * num_max_dispatch_tokens_per_rank, hidden], or
         with use_fp8 the pair of e4m3 and scales [.., hidden / 128] float32 (use_ue8m0: [.., hidden /
         512] int32), rows densest. recv_count: [num_local_experts] int32.
+        cumulative_local_expert_recv_stats: [num_local_experts] int32, increased by recv_count.
+        dispatch_wait_recv_cost_stats: [num_ranks] int64, increased by the nanoseconds waited for each
+        rank; reading them makes a GPU's host wait.
         With return_recv_hook the arrays are filled by hook(), on the stream that is current then.
         On a GPU, rows and counts may be overwritten by the dispatch after the next, or after combine
         by the next.
         """
         operation = "low_latency_dispatch"
         _check_extra(operation, extra)
-        _refuse(operation, "dispatch_wait_recv_cost_stats",
-                dispatch_wait_recv_cost_stats is not None, "waits are counted by sluice.Exchange.counters()")
         if async_finish and return_recv_hook:
             raise Error("invalid_argument", f"{operation}: async_finish and return_recv_hook: give one")
         recv_x, count, handle, hook = self._half(self._low_latency, operation).dispatch(
             x, topk_idx, num_max_dispatch_tokens_per_rank, num_experts, use_fp8=use_fp8,
             round_scale=round_scale, use_ue8m0=use_ue8m0, with_hook=return_recv_hook,
-            recv_stats=cumulative_local_expert_recv_stats,
+            recv_stats=cumulative_local_expert_recv_stats, wait_stats=dispatch_wait_recv_cost_stats,
         )
         return recv_x, count, handle, self._event(x, async_finish), self._hook(hook)
 
@@ -196,18 +203,16 @@ class Buffer:
 
         x: as recv_x, bfloat16; not read with zero_copy. topk_idx: as dispatched; topk_weights:
         [num_tokens, num_topk] float32. use_logfmt: accepted; rows stay bfloat16, which loses less.
-        With return_recv_hook, combined is filled by hook(). A second combine of one handle routes
+        combine_wait_recv_cost_stats: as dispatch's. With return_recv_hook, combined is filled by hook(). A second combine of one handle routes
         again, at the price of a dispatch.
         """
         operation = "low_latency_combine"
         _check_extra(operation, extra)
-        _refuse(operation, "combine_wait_recv_cost_stats",
-                combine_wait_recv_cost_stats is not None, "waits are counted by sluice.Exchange.counters()")
         if async_finish and return_recv_hook:
             raise Error("invalid_argument", f"{operation}: async_finish and return_recv_hook: give one")
         combined, hook = self._half(self._low_latency, operation).combine(
             x, topk_idx, topk_weights, handle, zero_copy=zero_copy, with_hook=return_recv_hook,
-            out=out,
+            out=out, wait_stats=combine_wait_recv_cost_stats,
         )
         return combined, self._event(topk_weights, async_finish), self._hook(hook)
 
@@ -322,15 +327,16 @@ class Buffer:
         their order.
 
         x: [rows of the dispatch, hidden] bfloat16, weighted by the caller already. topk_weights: [rows
-        of the dispatch, num_topk] float32, summed too; they do not touch x.
+        of the dispatch, num_topk] float32, summed too; they do not touch x. bias: one or two [num_tokens,
+        hidden] bfloat16, added in float32 to the sum after it has been rounded to bfloat16.
         """
         normal = self._half(self._normal, "combine")
-        _refuse("combine", "bias", bias is not None, "add it to the result")
         if topk_weights is not None and handle.topk == 0:
             raise Error("invalid_argument", "combine: topk_weights for a dispatch without topk_idx")
         _wait(previous_event)
         weights = None if topk_weights is None else normal.combine_weights(topk_weights, handle)
-        return normal.combine(x, handle), weights, self._event(x, async_finish)
+        biases = () if bias is None else bias if isinstance(bias, tuple) else (bias,)
+        return normal.combine(x, handle, biases), weights, self._event(x, async_finish)
 
     def _event(self, like: Any, is_wanted: bool) -> EventOverlap:
         return EventOverlap(space_of(like).event() if is_wanted else None)

@@ -41,7 +41,7 @@ class Flight:
         self.lane, self.num_tokens = lane, num_tokens
         self.topk_idx, self.topk_weights = topk_idx, topk_weights
         self._dispatched: Any = None
-        self._is_received = False
+        self.is_received = False
 
     def depart(self, x: Any, receive: bool) -> None:
         self.lane.make_room(self)
@@ -50,7 +50,7 @@ class Flight:
             self._dispatched = _core.dispatch(self.lane.exchange, x, routing)
         else:
             self._dispatched = self.lane.exchange.dispatch_send(x, routing)
-        self._is_received = receive
+        self.is_received = receive
 
     def _require_place(self) -> None:
         if self._dispatched is None:
@@ -61,9 +61,9 @@ class Flight:
 
     def receive(self) -> None:
         self._require_place()
-        if not self._is_received:
+        if not self.is_received:
             self._dispatched.receive()
-            self._is_received = True
+            self.is_received = True
 
     @property
     def batch(self) -> Any:

@@ -3,10 +3,13 @@
 from collections.abc import Callable
 from typing import Any
 
+import numpy
+
 from ... import _core
 from ..._error import Error
 from .._arrays import space_of
 from ._flight import Lane
+from ._waits import WaitStats
 
 _BF16 = _core.Recipe("direct-bf16").wire
 _GROUPS = _core.Recipe("direct").wire
@@ -16,26 +19,52 @@ _POWERS = _core.Recipe("pow2-static", s1=1.0, s2=1.0).wire
 class LowLatencyHandle:
     """What low_latency_combine() needs of its dispatch.
 
-    A sequence of five, as DeepEP's, of which the last three may be read: most tokens of a rank,
-    hidden and num_experts. Rows of an expert are ordered by source rank, then by token.
+    A sequence of five, as DeepEP's: src_info, layout_range, most tokens of a rank, hidden and
+    num_experts. Rows of an expert are ordered by source rank, then by token.
+
+    src_info [num_local_experts, max_m] int32 has the source's token of each row, -1 where there is
+    none; layout_range [num_local_experts, num_ranks] int64 has first row << 32 | rows of each source.
+    Nothing needs these two but tests, so ranks exchange them when they are first read: collective,
+    and the caller's topk_idx must still be as dispatched.
     """
 
-    def __init__(self, flight: Any, sizes: tuple[int, int, int]) -> None:
+    def __init__(self, flight: Any, sizes: tuple[int, int, int], transport: Any) -> None:
         self.flight, self.sizes = flight, sizes
         self.buffer: Any = None  # On the CPU, what get_next_low_latency_combine_buffer() gave.
+        self._transport, self._origins = transport, None
 
     def __len__(self) -> int:
         return 5
 
-    def __getitem__(self, index: int) -> int:
+    def __getitem__(self, index: int) -> Any:
         position = range(5)[index]
-        if position < 2:
-            raise Error(
-                "unsupported",
-                f"handle[{index}]: src_info and layout_range are not kept; rows of an expert are "
-                "ordered by source rank, then by token",
-            )
-        return self.sizes[position - 2]
+        if position >= 2:
+            return self.sizes[position - 2]
+        if self._origins is None:
+            self._origins = _origins(self.flight, self.sizes[0], self._transport)
+        return self._origins[position]
+
+
+def _origins(flight: Any, max_tokens: int, transport: Any) -> tuple[Any, Any]:
+    """src_info and layout_range, from the routing of all ranks."""
+    space, exchange = flight.lane.space, flight.lane.exchange
+    if space.is_capturing():
+        raise Error("invalid_argument", "handle: src_info and layout_range are exchanged by the hosts, "
+                    "which a graph cannot capture")
+    mine = numpy.full((max_tokens, flight.topk_idx.shape[1]), -1, numpy.int64)
+    mine[: flight.num_tokens] = numpy.asarray(space.on_host(flight.topk_idx))
+    num_local = exchange.num_local_experts
+    source_token = numpy.full((num_local, exchange.max_m), -1, numpy.int32)
+    ranges = numpy.zeros((num_local, transport.num_ranks), numpy.int64)
+    begin = numpy.zeros(num_local, numpy.int64)
+    for source, theirs in enumerate(transport.all_gather(mine.tobytes())):
+        experts = numpy.frombuffer(theirs, numpy.int64) - transport.rank * num_local
+        for expert in range(num_local):
+            tokens = numpy.flatnonzero(experts == expert) // mine.shape[1]
+            ranges[expert, source] = begin[expert] << 32 | len(tokens)
+            source_token[expert, begin[expert] : begin[expert] + len(tokens)] = tokens
+            begin[expert] += len(tokens)
+    return space.of_host(source_token), space.of_host(ranges)
 
 
 def _wrong(name: str, expected: str, seen: Any) -> Error:
@@ -66,7 +95,7 @@ class LowLatency:
               wire: str) -> Lane:
         key = (max_tokens, num_experts, topk, hidden, wire)
         if key not in self._lanes:
-            if space.on_device and space.torch.cuda.is_current_stream_capturing():
+            if space.is_capturing():
                 raise Error(
                     "invalid_argument",
                     "low_latency_dispatch: the first call of a shape allocates, which a graph "
@@ -81,7 +110,7 @@ class LowLatency:
 
     def dispatch(self, x: Any, topk_idx: Any, max_tokens: int, num_experts: int, *,
                  use_fp8: bool, round_scale: bool, use_ue8m0: bool, with_hook: bool,
-                 recv_stats: Any) -> tuple[Any, Any, LowLatencyHandle, Callable[[], None] | None]:
+                 recv_stats: Any, wait_stats: Any) -> tuple[Any, Any, LowLatencyHandle, Callable[[], None] | None]:
         space = space_of(x)
         if len(x.shape) != 2:
             raise _wrong("x", "shape [num_tokens, hidden]", list(x.shape))
@@ -95,23 +124,26 @@ class LowLatency:
             raise _wrong("x", "hidden a multiple of 512 for use_ue8m0", list(x.shape))
         wire = (_POWERS if round_scale else _GROUPS) if use_fp8 else _BF16
         lane = self._lane(space, max_tokens, num_experts, topk, hidden, wire)
+        waits = WaitStats("dispatch_wait_recv_cost_stats", wait_stats, lane, self._num_ranks)
         weights = space.empty((num_tokens, topk), "f32")
-        flight = lane.launch(space.bits(x), topk_idx, weights, receive=not with_hook)
-        received = _Received(flight, use_fp8, use_ue8m0, recv_stats)
-        handle = LowLatencyHandle(flight, (max_tokens, hidden, num_experts))
+        with waits.counting():
+            flight = lane.launch(space.bits(x), topk_idx, weights, receive=not with_hook)
+        received = _Received(flight, use_fp8, use_ue8m0, recv_stats, waits)
+        handle = LowLatencyHandle(flight, (max_tokens, hidden, num_experts), self._place.transport)
         if with_hook:
             return received.x, received.count, handle, _once(received.fill)
         received.fill()
         return received.x, received.count, handle, None
 
     def combine(self, x: Any, topk_idx: Any, topk_weights: Any, handle: LowLatencyHandle, *,
-                zero_copy: bool, with_hook: bool, out: Any) -> tuple[Any, Callable[[], None] | None]:
+                zero_copy: bool, with_hook: bool, out: Any, wait_stats: Any) -> tuple[Any, Callable[[], None] | None]:
         flight = handle.flight
         space = space_of(topk_weights)
         slots = flight.topk_weights.shape
         for name, array in (("topk_idx", topk_idx), ("topk_weights", topk_weights)):
             if array.shape != slots:
                 raise _wrong(name, f"shape {list(slots)}, as dispatched", list(array.shape))
+        waits = WaitStats("combine_wait_recv_cost_stats", wait_stats, flight.lane, self._num_ranks)
         space.copy(flight.topk_weights, topk_weights)
         if zero_copy:
             rows = flight.expert_y() if space.on_device else handle.buffer
@@ -122,10 +154,16 @@ class LowLatency:
             rows = space.bits(x)
         y = space.empty((flight.num_tokens, handle.sizes[1]), "bf16") if out is None else out
         if not with_hook:
-            flight.combine(rows, y)
+            with waits.counting():
+                flight.combine(rows, y)
             return y, None
         flight.send_home(rows)
-        return y, _once(lambda: flight.come_home(y))
+
+        def come_home() -> None:
+            with waits.counting():
+                flight.come_home(y)
+
+        return y, _once(come_home)
 
     def next_buffer(self, handle: LowLatencyHandle) -> Any:
         rows = handle.flight.expert_y()
@@ -142,8 +180,8 @@ class _Received:
     On a GPU rows and counts are views of the exchange; on the CPU, where rows move last, copies.
     """
 
-    def __init__(self, flight: Any, use_fp8: bool, use_ue8m0: bool, stats: Any) -> None:
-        self._flight, self._ue8m0, self._stats = flight, use_ue8m0, stats
+    def __init__(self, flight: Any, use_fp8: bool, use_ue8m0: bool, stats: Any, waits: WaitStats) -> None:
+        self._flight, self._ue8m0, self._stats, self._waits = flight, use_ue8m0, stats, waits
         self._space = space = flight.lane.space
         exchange = flight.lane.exchange
         num_local, max_m, hidden = exchange.num_local_experts, exchange.max_m, flight.lane.hidden
@@ -163,7 +201,9 @@ class _Received:
 
     def fill(self) -> None:
         space = self._space
-        self._flight.receive()
+        if not self._flight.is_received:
+            with self._waits.counting():
+                self._flight.receive()
         batch = self._flight.batch
         if not space.on_device:
             if self._scale is not None:

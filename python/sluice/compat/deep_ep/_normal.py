@@ -3,7 +3,10 @@
 An exchange whose "experts" are the ranks does that: its masked layout with one expert on each rank
 is one list of rows in order of source rank and token, and its sum with weights of one is the sum
 over ranks, in order of rank. A second exchange of the same shape carries what belongs to a row:
-expert numbers and weights, 256 bytes.
+expert numbers and weights, 256 bytes, and the scales of e4m3 rows.
+
+e4m3 rows cross as e4m3, code for code (NaN without its sign): as bf16 they are exact, and the wire
+format with powers of two as scales takes them apart and together again without rounding.
 """
 
 import struct
@@ -16,9 +19,14 @@ from ._flight import Flight, Lane
 
 _MOST_RANKS = 32
 _ATTACHED = 128
-"""Elements of bf16 that an attached row has: out, 32 numbers and 32 weights of four bytes; home, the
-three bf16 parts of 32 weights."""
+"""Elements of bf16 that an attached row has: out, 32 numbers and 32 weights of four bytes, before
+scales; home, the three bf16 parts of 32 weights."""
 _BF16 = _core.Recipe("direct-bf16").wire
+_POWERS = _core.Recipe("pow2-static", s1=1.0, s2=1.0).wire
+
+
+def _width_attached(num_scales: int) -> int:
+    return (_ATTACHED + 2 * num_scales + 127) // 128 * 128
 
 
 class NormalHandle:
@@ -34,7 +42,7 @@ class Normal:
     def __init__(self, place: Any) -> None:
         self._place, transport = place, place.transport
         self._rank, self._num_ranks = transport.rank, transport.num_ranks
-        self._lanes: dict[int, Lane] = {}
+        self._lanes: dict[tuple[int, str], Lane] = {}
         self._capacity = 0
 
     def layout(self, topk_idx: Any, num_experts: int) -> tuple[Any, Any, Any]:
@@ -66,18 +74,17 @@ class Normal:
         topk = 0 if topk_idx is None else int(topk_idx.shape[1])
         if topk > 32:
             raise Error("invalid_argument", f"topk_idx: num_topk {topk} is not in [1, 32]")
-        self._grow(space, num_tokens, hidden, topk, capacity, worst)
+        num_scales = _num_scales(space, x, scale)
+        self._grow(space, num_tokens, hidden, topk, num_scales, capacity, worst)
         slots = space.where(in_rank, space.arange(self._num_ranks), space.arange(1) - 1)
         slots = space.to(slots, "i32")
-        flight, rows, count = self._send(space, _packed(space, x, scale), slots, hidden, worst)
-        idx = weights = None
-        if topk:
-            attached = _attach(space, topk_idx, topk_weights)
-            extra, got, _ = self._send(space, attached, slots, _ATTACHED, len(rows))
-            idx, weights = self._detach(space, got, count, topk, num_experts)
-            extra.abandon()
-        x_out, scale_out = _unpacked(space, rows, x, scale)
-        return x_out, scale_out, idx, weights, NormalHandle(flight, len(rows), topk)
+        flight, rows, count = self._send(space, x, slots, worst)
+        got_scale = idx = weights = None
+        if topk or num_scales:
+            extra = self._send_attached(space, topk_idx, topk_weights, scale, slots, len(rows))
+            idx, weights = self._detach(space, extra, count, topk, num_experts) if topk else (None, None)
+            got_scale = _scales(space, extra, scale)
+        return rows, got_scale, idx, weights, NormalHandle(flight, len(rows), topk)
 
     def again(self, x: Any, scale: Any, handle: NormalHandle) -> tuple[Any, Any]:
         """Other values over the routes of an earlier dispatch."""
@@ -85,17 +92,20 @@ class Normal:
         if int(x.shape[0]) != handle.flight.num_tokens:
             raise Error("invalid_argument", f"x: expected {handle.flight.num_tokens} tokens, as in "
                         f"the handle's dispatch, got {x.shape[0]}")
-        hidden = int(x.shape[1])
-        self._lane(space, hidden)
+        _num_scales(space, x, scale)
         before = handle.flight
         before.abandon()
-        handle.flight, rows, _ = self._send(space, _packed(space, x, scale), before.topk_idx, hidden,
-                                            handle.num_rows)
-        return _unpacked(space, rows, x, scale)
+        slots, got_scale = before.topk_idx, None
+        handle.flight, rows, _ = self._send(space, x, slots, handle.num_rows)
+        if scale is not None:
+            extra = self._send_attached(space, None, None, scale, slots, handle.num_rows)
+            got_scale = _scales(space, extra, scale)
+        return rows, got_scale
 
-    def combine(self, x: Any, handle: NormalHandle) -> Any:
+    def combine(self, x: Any, handle: NormalHandle, biases: tuple) -> Any:
         space = space_of(x)
         flight, lane = handle.flight, handle.flight.lane
+        _check_biases(space, biases, [flight.num_tokens, lane.hidden])
         if list(x.shape) != [handle.num_rows, lane.hidden]:
             raise Error("invalid_argument", f"x: expected shape [{handle.num_rows}, {lane.hidden}], "
                         f"got {list(x.shape)}")
@@ -106,7 +116,12 @@ class Normal:
         space.copy(rows[0, :held], space.bits(x)[:held])
         y = space.empty((flight.num_tokens, lane.hidden), "bf16")
         flight.combine(rows, y)
-        return y
+        if not biases:
+            return y
+        total = space.float_of(biases[0])
+        for bias in biases[1:]:
+            total = total + space.float_of(bias)
+        return space.bf16_of(space.float_of(y) + total)
 
     def combine_weights(self, weights: Any, handle: NormalHandle) -> Any:
         """Sums over ranks of a weight for each row and slot, [num_tokens, topk] float32.
@@ -119,7 +134,7 @@ class Normal:
             raise Error("invalid_argument", f"topk_weights: expected shape [{handle.num_rows}, {topk}], "
                         f"got {list(weights.shape)}")
         num_tokens, slots = handle.flight.num_tokens, handle.flight.topk_idx
-        extra, _, _ = self._send(space, space.zeros((num_tokens, _ATTACHED), "bf16"), slots, _ATTACHED,
+        extra, _, _ = self._send(space, space.zeros((num_tokens, _ATTACHED), "bf16"), slots,
                                  handle.num_rows)
         rows = space.zeros((1, extra.lane.exchange.max_m, _ATTACHED), "bf16")
         held = min(handle.num_rows, rows.shape[1])
@@ -133,17 +148,17 @@ class Normal:
         sums = space.float_of(y)
         return sums[:, :topk] + (sums[:, 32 : 32 + topk] + sums[:, 64 : 64 + topk])
 
-    def _grow(self, space: Any, num_tokens: int, hidden: int, topk: int, capacity: int,
+    def _grow(self, space: Any, num_tokens: int, hidden: int, topk: int, num_scales: int, capacity: int,
               worst: int) -> None:
         """Every rank hears of the largest call and makes the same exchanges."""
-        record = struct.Struct("<5q")
+        record = struct.Struct("<6q")
         everyone = [
             record.unpack(r)
             for r in self._place.transport.all_gather(
-                record.pack(num_tokens, hidden, topk, capacity, worst)
+                record.pack(num_tokens, hidden, topk, capacity, worst, num_scales)
             )
         ]
-        for name, position in (("hidden", 1), ("num_topk", 2)):
+        for name, position in (("hidden", 1), ("num_topk", 2), ("scales of a token (0: bf16)", 5)):
             values = [r[position] for r in everyone]
             if len(set(values)) != 1:
                 raise Error("transport", f"dispatch: ranks differ in {name}: {values}")
@@ -156,75 +171,102 @@ class Normal:
         if needed > self._capacity:
             self._capacity = 1 << (needed - 1).bit_length()
             self._lanes.clear()
-        self._lane(space, hidden)
+        self._lane(space, hidden, _POWERS if num_scales else _BF16)
+        if topk or num_scales:
+            self._lane(space, _width_attached(num_scales))
         if topk:
             self._lane(space, _ATTACHED)
 
-    def _lane(self, space: Any, hidden: int) -> Lane:
-        if hidden not in self._lanes:
+    def _lane(self, space: Any, hidden: int, wire: str = _BF16) -> Lane:
+        key = hidden, wire
+        if key not in self._lanes:
             if self._num_ranks > _MOST_RANKS:
                 raise Error("unsupported", f"dispatch: {self._num_ranks} ranks, at most {_MOST_RANKS}")
             exchange = _core.Exchange(
                 self._place.transport, self._place.backend_for(space), num_experts=self._num_ranks,
                 num_topk=self._num_ranks, hidden=hidden, max_tokens_per_rank=self._capacity,
-                wire=_BF16,
+                wire=wire,
             )
-            self._lanes[hidden] = Lane(exchange, space, hidden)
-        return self._lanes[hidden]
+            self._lanes[key] = Lane(exchange, space, hidden)
+        return self._lanes[key]
 
-    def _send(self, space: Any, x: Any, slots: Any, hidden: int,
-              num_rows: int) -> tuple[Flight, Any, Any]:
-        """The rows that came, as many as come or num_rows, and their number [1]."""
+    def _send(self, space: Any, x: Any, slots: Any, num_rows: int) -> tuple[Flight, Any, Any]:
+        """The rows that came, as many as come or num_rows, of x's type; and their number [1]."""
+        as_e4m3, hidden = space.is_e4m3(x), int(x.shape[1])
+        lane = self._lane(space, hidden, _POWERS if as_e4m3 else _BF16)
         ones = space.zeros(tuple(slots.shape), "f32") + 1
-        flight = self._lanes[hidden].launch(x, slots, ones, receive=True)
+        sent = space.bf16_of_e4m3(x) if as_e4m3 else space.bits(x)
+        flight = lane.launch(sent, slots, ones, receive=True)
         batch = flight.batch
         if num_rows == 0:
             num_rows = int(batch.num_rows[0])  # Waits for the device.
-        rows = space.empty((num_rows, hidden), "bf16")
+        rows = space.empty((num_rows, hidden), "e4m3" if as_e4m3 else "bf16")
         held = min(num_rows, batch.x.shape[1])
-        space.copy(rows[:held], batch.x[0, :held])
-        return flight, rows, batch.num_rows
+        if as_e4m3 and held:
+            # The scale is a power of two, so that this undoes the sender's.
+            _core.requantize(self._place.backend_for(space), batch.x[0, :held], batch.x_scale[0, :held],
+                             1.0, out=rows[:held])
+        elif held:
+            space.copy(rows[:held], batch.x[0, :held])
+        return flight, (rows.view(x.dtype) if rows.dtype != x.dtype else rows), batch.num_rows
 
-    def _detach(self, space: Any, rows: Any, count: Any, topk: int, num_experts: int) -> tuple[Any, Any]:
+    def _send_attached(self, space: Any, topk_idx: Any, topk_weights: Any, scale: Any, slots: Any,
+                       num_rows: int) -> Any:
+        """What belongs to the rows that came, [num_rows, ..] int32: numbers, weights, scales."""
+        num_scales = 0 if scale is None else int(scale.shape[1])
+        attached = space.zeros((int(slots.shape[0]), _width_attached(num_scales) // 2), "i32")
+        if topk_idx is not None:
+            topk = topk_idx.shape[1]
+            attached[:, :topk] = space.to(topk_idx, "i32")
+            if topk_weights is not None:
+                space.view(attached, "f32")[:, 32 : 32 + topk] = topk_weights
+        if scale is not None:
+            attached[:, 64 : 64 + num_scales] = space.view(scale, "i32")
+        flight, rows, _ = self._send(space, space.view(attached, "bf16"), slots, num_rows)
+        flight.abandon()
+        return space.view(rows, "i32")
+
+    def _detach(self, space: Any, numbers: Any, count: Any, topk: int,
+                num_experts: int) -> tuple[Any, Any]:
         """Expert numbers of this rank, -1 for others, and weights, 0 for others."""
-        numbers = space.view(rows, "i32")
         idx = space.to(numbers[:, :topk], "i64")
-        weights = space.view(rows, "f32")[:, 32 : 32 + topk]
+        weights = space.view(numbers, "f32")[:, 32 : 32 + topk]
         per_rank = num_experts // self._num_ranks
         local = idx - self._rank * per_rank
-        has_come = space.arange(len(rows))[:, None] < count
+        has_come = space.arange(len(numbers))[:, None] < count
         mine = (local >= 0) & (local < per_rank) & (idx >= 0) & has_come
         none = space.zeros((1,), "i64") - 1
         return space.where(mine, local, none), space.where(mine, weights, space.zeros((1,), "f32"))
 
 
-def _attach(space: Any, topk_idx: Any, topk_weights: Any) -> Any:
-    num_tokens, topk = topk_idx.shape
-    attached = space.zeros((num_tokens, 64), "i32")
-    attached[:, :topk] = space.to(topk_idx, "i32")
-    if topk_weights is not None:
-        space.view(attached, "f32")[:, 32 : 32 + topk] = topk_weights
-    return space.view(attached, "bf16")
-
-
-def _packed(space: Any, x: Any, scale: Any) -> Any:
-    """bf16 as it is; e4m3 and its scales one after the other in a row of as many bytes as bf16."""
+def _num_scales(space: Any, x: Any, scale: Any) -> int:
+    """Scales of a token, each of four bytes: float32, or powers of two packed into int32."""
     if scale is None:
-        return space.bits(x)
-    num_tokens, hidden = x.shape
-    row = space.zeros((num_tokens, 2 * hidden), "u8")
-    row[:, :hidden] = space.view(x, "u8")
-    row[:, hidden : hidden + hidden // 32] = space.view(scale, "u8")
-    return space.view(row, "bf16")
+        if not space.is_bf16(x):
+            raise Error("invalid_argument", f"x: expected bfloat16, or e4m3 with its scales, got {x.dtype}")
+        return 0
+    if not space.is_e4m3(x):
+        raise Error("invalid_argument", f"x: expected e4m3 before scales, got {x.dtype}")
+    most = int(x.shape[1]) // 128
+    if (len(scale.shape) != 2 or scale.shape[0] != x.shape[0] or not 1 <= scale.shape[1] <= most
+            or scale.dtype.itemsize != 4):
+        raise Error("invalid_argument", f"x_scales: expected shape [{x.shape[0]}, at most {most}] of four "
+                    f"bytes each, got {list(scale.shape)} {scale.dtype}")
+    return int(scale.shape[1])
 
 
-def _unpacked(space: Any, rows: Any, x: Any, scale: Any) -> tuple[Any, Any]:
+def _scales(space: Any, attached: Any, scale: Any) -> Any:
+    """Of the rows that came, of the caller's type; None without."""
     if scale is None:
-        return (rows.view(x.dtype) if rows.dtype != x.dtype else rows), None
-    hidden = x.shape[1]
-    data = space.view(rows, "u8")
-    codes = space.empty((len(rows), hidden), "u8")
-    scales = space.empty((len(rows), hidden // 32), "u8")
-    space.copy(codes, data[:, :hidden])
-    space.copy(scales, data[:, hidden : hidden + hidden // 32])
-    return codes.view(x.dtype), scales.view(scale.dtype)
+        return None
+    bits = space.row_major(attached[:, 64 : 64 + int(scale.shape[1])])
+    return bits.view(scale.dtype)
+
+
+def _check_biases(space: Any, biases: tuple, shape: list) -> None:
+    if len(biases) > 2:
+        raise Error("invalid_argument", f"bias: expected one or two arrays, got {len(biases)}")
+    for bias in biases:
+        if list(bias.shape) != shape or not space.is_bf16(bias):
+            raise Error("invalid_argument",
+                        f"bias: expected shape {shape} bfloat16, got {list(bias.shape)} {bias.dtype}")
