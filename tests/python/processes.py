@@ -26,7 +26,7 @@ class FolderGroup:
         return [pickle.loads(name.read_bytes()) for name in names]
 
 
-def run_ranks(script, num_ranks, *arguments, environment=None):
+def run_ranks(script, num_ranks, *arguments, environment=None, timeout=120):
     """Runs `script rank num_ranks arguments...` once for each rank; the outputs, by rank."""
     processes = [
         subprocess.Popen(
@@ -36,7 +36,12 @@ def run_ranks(script, num_ranks, *arguments, environment=None):
         )
         for rank in range(num_ranks)
     ]
-    results = [process.communicate(timeout=120) for process in processes]
+    deadline = time.monotonic() + timeout
+    try:
+        results = [process.communicate(timeout=max(deadline - time.monotonic(), 1)) for process in processes]
+    finally:
+        for process in processes:
+            process.kill()  # Whoever still waits for a rank that did not come.
     for rank, (process, (out, err)) in enumerate(zip(processes, results)):
         assert process.returncode == 0, f"rank {rank}: {out}\n{err}"
     return [out for out, _ in results]
