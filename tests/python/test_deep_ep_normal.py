@@ -216,10 +216,13 @@ def test_refusals(space):
                             num_tokens_per_expert=to_expert)
         assert caught.value.code == "invalid_argument"
 
-    refused("x: expected bfloat16, or e4m3 with its scales", space.array(codes))
-    refused("x: expected e4m3 before scales, got .*16", space.bf16(x), space.array(scale))
-    refused(r"x_scales: expected shape \[4, at most 4\] .* got \[3, 4\]", space.array(codes), space.array(scale[:3]))
-    refused("x_scales: expected .* four bytes each, got .*float64", space.array(codes),
+    refused("x: expected dtype bfloat16.* got uint8", space.array(codes))
+    refused("x: expected dtype .*e4m3.* got (bfloat16|uint16)", space.bf16(x), space.array(scale))
+    refused(r"x\[1\]: expected shape \[4, hidden / 128 or less\], got \[3, 4\]", space.array(codes),
+            space.array(scale[:3]))
+    refused(r"x\[1\]: 5 scales for a token of 512, expected 1 .. 4", space.array(codes),
+            space.array(np.zeros((4, 5), np.float32)))
+    refused(r"x\[1\]: expected dtype float32 or int32, got float64", space.array(codes),
             space.array(scale.astype(np.float64)))
     refused(r"is_token_in_rank: expected shape \[3, 1\]", space.bf16(x[:3]))
 

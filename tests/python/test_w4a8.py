@@ -157,7 +157,7 @@ def test_refusals(geometry, space, weights, backend):
     refused("a1_scale and a2_scale", lambda: run(w13[:], s13, w2[:], s2, a1_scale=1.0))
     refused("static", lambda: run(recipe="bf16-static"), "unsupported")
     refused("x: expected shape", lambda: w4a8.w4a8_moe_masked(x[0], None, num_rows, *weights, backend=backend))
-    refused("num_rows: expected dtype int32", lambda: w4a8.w4a8_moe_masked(
+    refused("masked_m: expected dtype int32, got int64", lambda: w4a8.w4a8_moe_masked(
         x, None, space.array(np.zeros(8, np.int64)), *weights, backend=backend))
     idx = space.array(np.zeros((TOKENS, 2), np.int64))
     refused("topk_idx: expected shape", lambda: w4a8.w4a8_moe_grouped(

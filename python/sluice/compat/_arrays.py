@@ -9,6 +9,8 @@ from typing import Any
 
 import numpy
 
+from .._error import Error
+
 _NUMPY_TYPES = {
     "bf16": "uint16", "e4m3": "uint8", "f32": "float32", "i32": "int32", "i64": "int64",
     "u8": "uint8", "bool": "bool",
@@ -34,6 +36,7 @@ class NumpySpace:
     """Arrays of numpy."""
 
     on_device = False
+    place = "numpy's memory"
 
     def empty(self, shape: tuple, dtype: str) -> Any:
         return numpy.empty(shape, _NUMPY_TYPES[dtype])
@@ -55,13 +58,19 @@ class NumpySpace:
         return array if array.dtype == numpy.uint16 else array.view(numpy.uint16)
 
     def is_e4m3(self, array: Any) -> bool:
-        return array.dtype == numpy.uint8 or array.dtype.name == "float8_e4m3fn"
-
-    def is_bf16(self, array: Any) -> bool:
-        return array.dtype == numpy.uint16 or array.dtype.name == "bfloat16"
+        return self.has_type(array, "e4m3")
 
     def has_type(self, array: Any, dtype: str) -> bool:
-        return array.dtype == numpy.dtype(_NUMPY_TYPES[dtype])
+        named = {"bf16": "bfloat16", "e4m3": "float8_e4m3fn"}.get(dtype)
+        return array.dtype == numpy.dtype(_NUMPY_TYPES[dtype]) or array.dtype.name == named
+
+
+    def name_of(self, dtype: str) -> str:
+        return {"bf16": "bfloat16 (or its bits as uint16)", "e4m3": "e4m3 (as uint8)"}.get(
+            dtype, _NUMPY_TYPES[dtype])
+
+    def dtype_of(self, array: Any) -> str:
+        return array.dtype.name
 
     def of_list(self, values: list, dtype: str) -> Any:
         return numpy.array(values, _NUMPY_TYPES[dtype])
@@ -84,8 +93,9 @@ class NumpySpace:
         return numpy.where(condition, a, b)
 
     def count(self, values: Any, num: int) -> Any:
-        """How often each of 0 .. num - 1 occurs; negative values do not count."""
-        return numpy.bincount(values[values >= 0].ravel(), minlength=num).astype(numpy.int32)
+        """How often each of 0 .. num - 1 occurs; other values do not count."""
+        counted = values[(values >= 0) & (values < num)]
+        return numpy.bincount(counted.ravel(), minlength=num).astype(numpy.int32)
 
     def order(self, values: Any) -> Any:
         """Positions that sort the values, equal ones as they stand."""
@@ -137,6 +147,7 @@ class TorchSpace:
     def __init__(self, torch: Any, device: Any) -> None:
         self.torch, self.device = torch, device
         self.on_device = device.type == "cuda"
+        self.place = f"torch's memory on {device}"
 
     def _type(self, dtype: str) -> Any:
         return getattr(self.torch, _TORCH_TYPES[dtype])
@@ -160,13 +171,16 @@ class TorchSpace:
         return array
 
     def is_e4m3(self, array: Any) -> bool:
-        return array.dtype in (self.torch.float8_e4m3fn, self.torch.uint8)
-
-    def is_bf16(self, array: Any) -> bool:
-        return array.dtype == self.torch.bfloat16
+        return self.has_type(array, "e4m3")
 
     def has_type(self, array: Any, dtype: str) -> bool:
-        return array.dtype == self._type(dtype)
+        return array.dtype == self._type(dtype) or (dtype == "e4m3" and array.dtype == self.torch.uint8)
+
+    def name_of(self, dtype: str) -> str:
+        return _TORCH_TYPES[dtype]
+
+    def dtype_of(self, array: Any) -> str:
+        return str(array.dtype).removeprefix("torch.")
 
     def of_list(self, values: list, dtype: str) -> Any:
         return self.torch.tensor(values, dtype=self._type(dtype), device=self.device)
@@ -191,7 +205,8 @@ class TorchSpace:
         flat = values.reshape(-1).long()
         counts = self.torch.zeros(num + 1, dtype=self.torch.int32, device=self.device)
         ones = self.torch.ones_like(flat, dtype=self.torch.int32)
-        return counts.scatter_add_(0, flat.where(flat >= 0, num), ones)[:num]
+        counted = (flat >= 0) & (flat < num)
+        return counts.scatter_add_(0, flat.where(counted, num), ones)[:num]
 
     def order(self, values: Any) -> Any:
         return self.torch.argsort(values, stable=True)
@@ -230,11 +245,40 @@ class TorchSpace:
         return event
 
 
-def space_of(array: Any) -> "NumpySpace | TorchSpace":
+def space_of(array: Any, name: str = "x") -> "NumpySpace | TorchSpace":
+    """Of the array called `name`: numpy's, or torch's on its device."""
     torch = sys.modules.get("torch")
     if torch is not None and isinstance(array, torch.Tensor):
+        if array.device.type not in ("cpu", "cuda") or array.layout != torch.strided:
+            raise Error("invalid_argument", f"{name}: expected a dense tensor on the CPU or a CUDA device, "
+                        f"got {array.layout} on {array.device}")
         return TorchSpace(torch, array.device)
+    if not isinstance(array, numpy.ndarray):
+        raise Error("invalid_argument", f"{name}: expected an array of numpy or a tensor of torch, "
+                    f"got {type(array).__name__}")
     return NumpySpace()
+
+
+def check(space: Any, name: str, array: Any, dtypes: tuple[str, ...], shape: list) -> None:
+    """An argument beside the one that `space` is of: of the same kind, on the same device. In `shape`
+    words stand for any number."""
+    place = space_of(array, name).place
+    if place != space.place:
+        raise Error("invalid_argument", f"{name}: expected {space.place}, got {place}")
+    if not any(space.has_type(array, dtype) for dtype in dtypes):
+        raise Error("invalid_argument", f"{name}: expected dtype {' or '.join(map(space.name_of, dtypes))}, "
+                    f"got {space.dtype_of(array)}")
+    seen = list(array.shape)
+    if len(seen) != len(shape) or any(s != w for s, w in zip(seen, shape) if not isinstance(w, str)):
+        raise Error("invalid_argument",
+                    f"{name}: expected shape [{', '.join(map(str, shape))}], got {seen}")
+
+
+def check_numbers(space: Any, name: str, numbers: Any, num: int) -> None:
+    """Of experts, -1 for none. Looked at only where the host can without waiting."""
+    if not space.on_device and len(numbers) and not -1 <= numbers.min() <= numbers.max() < num:
+        raise Error("invalid_argument", f"{name}: expected numbers in [-1, {num}), got "
+                    f"{int(numbers.min())} .. {int(numbers.max())}")
 
 
 def empty_of(dtype: Any) -> Any:

@@ -23,7 +23,7 @@ from typing import Any
 
 from .. import _core
 from .._error import Error
-from ._arrays import space_of
+from ._arrays import check, check_numbers, space_of
 
 __all__ = ["W4A8Experts", "forget", "w4a8_moe_grouped", "w4a8_moe_masked"]
 
@@ -48,6 +48,7 @@ class W4A8Experts:
 
     def __init__(self, w13: Any, w13_scale: Any, w2: Any, w2_scale: Any, *, a1_scale: Any = None,
                  a2_scale: Any = None, backend: Any, max_rows: int = 1) -> None:
+        space_of(w13, "w13")
         if len(w13.shape) != 3 or w13.shape[1] % 2 != 0:
             raise Error("invalid_argument", "w13: expected shape [num_experts, 2 * intermediate, "
                         f"hidden / 2], got {list(w13.shape)}")
@@ -103,9 +104,10 @@ class W4A8Experts:
                expected_m: int = 0, out: Any = None) -> Any:
         """See w4a8_moe_masked()."""
         space = space_of(x)
-        if len(x.shape) != 3:
-            raise Error("invalid_argument", f"x: expected shape [{self.num_experts}, max_m, "
-                        f"{self.hidden}], got {list(x.shape)}")
+        check(space, "x", x, ("bf16", "e4m3"), [self.num_experts, "max_m", self.hidden])
+        check(space, "masked_m", num_rows, ("i32",), [self.num_experts])
+        if x_scale is not None:
+            check(space, "x_scale", x_scale, ("f32",), [*x.shape[:2], self.hidden // 128])
         self._make_room(space, int(x.shape[0] * x.shape[1]))
         scale = None if x_scale is None else space.row_major(x_scale)
         resolved = self._recipe(recipe, "low-latency", space.is_e4m3(x), scale is not None)
@@ -116,9 +118,13 @@ class W4A8Experts:
                 recipe: str | None = None) -> Any:
         """See w4a8_moe_grouped()."""
         space = space_of(x)
-        slots = [int(x.shape[0]), int(topk_idx.shape[-1])]
-        _check_shape("topk_idx", topk_idx, slots)
-        _check_shape("topk_weights", topk_weights, slots)
+        check(space, "x", x, ("bf16", "e4m3"), ["rows", self.hidden])
+        check(space, "topk_idx", topk_idx, ("i64", "i32"), [x.shape[0], "num_topk"])
+        slots = [int(n) for n in topk_idx.shape]
+        check(space, "topk_weights", topk_weights, ("f32",), slots)
+        check_numbers(space, "topk_idx", topk_idx, self.num_experts)
+        if x_scale is not None:
+            check(space, "x_scale", x_scale, ("f32",), [slots[0], self.hidden // 128])
         if slots[0] == 0:
             return space.empty((0, self.hidden), "bf16")
         num_slots = slots[0] * slots[1]
@@ -126,7 +132,7 @@ class W4A8Experts:
         flat = space.to(topk_idx.reshape(-1), "i64")
         # Empty slots last: rows that no expert counts.
         none = space.zeros((1,), "i64") + self.num_experts
-        order = space.order(space.where(flat >= 0, flat, none))
+        order = space.order(space.where((flat >= 0) & (flat < self.num_experts), flat, none))
         counts = space.count(flat, self.num_experts)
         source = order // slots[1]
         batch = _core.ExpertBatch(

@@ -6,7 +6,7 @@ from typing import Any
 
 from ... import _core
 from ..._error import Error
-from .._arrays import empty_of, space_of
+from .._arrays import check, empty_of, space_of
 from ._config import Config
 from ._event import EventOverlap
 from ._low_latency import LowLatency, LowLatencyHandle
@@ -214,7 +214,7 @@ class Buffer:
             x, topk_idx, topk_weights, handle, zero_copy=zero_copy, with_hook=return_recv_hook,
             out=out, wait_stats=combine_wait_recv_cost_stats,
         )
-        return combined, self._event(topk_weights, async_finish), self._hook(hook)
+        return combined, self._event(combined, async_finish), self._hook(hook)
 
     def _hook(self, hook: Callable[[], None] | None) -> Callable[[], None] | None:
         return None if hook is None else functools.partial(_watched(lambda _: hook()), self)
@@ -230,9 +230,7 @@ class Buffer:
         A missing rank is not passed over: the call that waits for it raises sluice.Error, and so do
         all later ones until the buffer is cleaned.
         """
-        if list(mask_status.shape) != [self.group_size]:
-            raise Error("invalid_argument", f"mask_status: expected shape [{self.group_size}], "
-                        f"got {list(mask_status.shape)}")
+        check(space_of(mask_status, "mask_status"), "mask_status", mask_status, ("i32",), [self.group_size])
         for rank in range(self.group_size):
             mask_status[rank] = int(rank in self._missing)
 
@@ -331,8 +329,6 @@ class Buffer:
         hidden] bfloat16, added in float32 to the sum after it has been rounded to bfloat16.
         """
         normal = self._half(self._normal, "combine")
-        if topk_weights is not None and handle.topk == 0:
-            raise Error("invalid_argument", "combine: topk_weights for a dispatch without topk_idx")
         _wait(previous_event)
         weights = None if topk_weights is None else normal.combine_weights(topk_weights, handle)
         biases = () if bias is None else bias if isinstance(bias, tuple) else (bias,)

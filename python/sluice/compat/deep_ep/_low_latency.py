@@ -7,7 +7,7 @@ import numpy
 
 from ... import _core
 from ..._error import Error
-from .._arrays import space_of
+from .._arrays import check, space_of
 from ._flight import Lane
 from ._waits import WaitStats
 
@@ -28,8 +28,8 @@ class LowLatencyHandle:
     and the caller's topk_idx must still be as dispatched.
     """
 
-    def __init__(self, flight: Any, sizes: tuple[int, int, int], transport: Any) -> None:
-        self.flight, self.sizes = flight, sizes
+    def __init__(self, owner: Any, flight: Any, sizes: tuple[int, int, int], transport: Any) -> None:
+        self.owner, self.flight, self.sizes = owner, flight, sizes
         self.buffer: Any = None  # On the CPU, what get_next_low_latency_combine_buffer() gave.
         self._transport, self._origins = transport, None
 
@@ -112,12 +112,13 @@ class LowLatency:
                  use_fp8: bool, round_scale: bool, use_ue8m0: bool, with_hook: bool,
                  recv_stats: Any, wait_stats: Any) -> tuple[Any, Any, LowLatencyHandle, Callable[[], None] | None]:
         space = space_of(x)
-        if len(x.shape) != 2:
-            raise _wrong("x", "shape [num_tokens, hidden]", list(x.shape))
+        check(space, "x", x, ("bf16",), ["num_tokens", "hidden"])
         num_tokens, hidden = x.shape
-        if len(topk_idx.shape) != 2 or topk_idx.shape[0] != num_tokens:
-            raise _wrong("topk_idx", f"shape [{num_tokens}, num_topk]", list(topk_idx.shape))
+        check(space, "topk_idx", topk_idx, ("i64", "i32"), [num_tokens, "num_topk"])
         topk = topk_idx.shape[1]
+        if recv_stats is not None:
+            num_local = num_experts // self._num_ranks
+            check(space, "cumulative_local_expert_recv_stats", recv_stats, ("i32",), [num_local])
         if use_ue8m0 and not (round_scale and use_fp8):
             raise _wrong("use_ue8m0", "use_fp8 and round_scale with it", use_ue8m0)
         if use_ue8m0 and hidden % 512 != 0:
@@ -129,7 +130,7 @@ class LowLatency:
         with waits.counting():
             flight = lane.launch(space.bits(x), topk_idx, weights, receive=not with_hook)
         received = _Received(flight, use_fp8, use_ue8m0, recv_stats, waits)
-        handle = LowLatencyHandle(flight, (max_tokens, hidden, num_experts), self._place.transport)
+        handle = LowLatencyHandle(self, flight, (max_tokens, hidden, num_experts), self._place.transport)
         if with_hook:
             return received.x, received.count, handle, _once(received.fill)
         received.fill()
@@ -137,12 +138,10 @@ class LowLatency:
 
     def combine(self, x: Any, topk_idx: Any, topk_weights: Any, handle: LowLatencyHandle, *,
                 zero_copy: bool, with_hook: bool, out: Any, wait_stats: Any) -> tuple[Any, Callable[[], None] | None]:
-        flight = handle.flight
-        space = space_of(topk_weights)
-        slots = flight.topk_weights.shape
-        for name, array in (("topk_idx", topk_idx), ("topk_weights", topk_weights)):
-            if array.shape != slots:
-                raise _wrong(name, f"shape {list(slots)}, as dispatched", list(array.shape))
+        flight = self._flight_of(handle)
+        space, slots = flight.lane.space, list(flight.topk_weights.shape)
+        check(space, "topk_idx", topk_idx, ("i64", "i32"), slots)
+        check(space, "topk_weights", topk_weights, ("f32",), slots)
         waits = WaitStats("combine_wait_recv_cost_stats", wait_stats, flight.lane, self._num_ranks)
         space.copy(flight.topk_weights, topk_weights)
         if zero_copy:
@@ -151,6 +150,8 @@ class LowLatency:
                 raise Error("invalid_argument", "zero_copy: write to the array of "
                             "get_next_low_latency_combine_buffer(handle) first")
         else:
+            exchange = flight.lane.exchange
+            check(space, "x", x, ("bf16",), [exchange.num_local_experts, exchange.max_m, handle.sizes[1]])
             rows = space.bits(x)
         y = space.empty((flight.num_tokens, handle.sizes[1]), "bf16") if out is None else out
         if not with_hook:
@@ -165,10 +166,19 @@ class LowLatency:
 
         return y, _once(come_home)
 
+    def _flight_of(self, handle: Any) -> Any:
+        if not isinstance(handle, LowLatencyHandle):
+            raise _wrong("handle", "what low_latency_dispatch() gave", type(handle).__name__)
+        if handle.owner is not self:
+            raise Error("invalid_argument",
+                        "handle: is of another buffer, or older than low_latency_clean_mask_buffer()")
+        return handle.flight
+
     def next_buffer(self, handle: LowLatencyHandle) -> Any:
-        rows = handle.flight.expert_y()
+        flight = self._flight_of(handle)
+        rows = flight.expert_y()
         if rows is None:
-            lane = handle.flight.lane
+            lane = flight.lane
             shape = (lane.exchange.num_local_experts, lane.exchange.max_m, handle.sizes[1])
             rows = handle.buffer = lane.space.zeros(shape, "bf16")
         return rows

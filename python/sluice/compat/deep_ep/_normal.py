@@ -14,7 +14,7 @@ from typing import Any
 
 from ... import _core
 from ..._error import Error
-from .._arrays import space_of
+from .._arrays import check, check_numbers, space_of
 from ._flight import Flight, Lane
 
 _MOST_RANKS = 32
@@ -32,8 +32,8 @@ def _width_attached(num_scales: int) -> int:
 class NormalHandle:
     """Where the rows of a dispatch came from; for combine() and for more dispatches alike it."""
 
-    def __init__(self, flight: Flight, num_rows: int, topk: int) -> None:
-        self.flight, self.num_rows, self.topk = flight, num_rows, topk
+    def __init__(self, owner: Any, flight: Flight, num_rows: int, topk: int) -> None:
+        self.owner, self.flight, self.num_rows, self.topk = owner, flight, num_rows, topk
 
 
 class Normal:
@@ -48,10 +48,12 @@ class Normal:
     def layout(self, topk_idx: Any, num_experts: int) -> tuple[Any, Any, Any]:
         """Tokens to each rank [num_ranks], tokens to each expert [num_experts], and which token goes
         where [num_tokens, num_ranks]."""
-        space = space_of(topk_idx)
+        space = space_of(topk_idx, "topk_idx")
+        check(space, "topk_idx", topk_idx, ("i64", "i32"), ["num_tokens", "num_topk"])
         if num_experts % self._num_ranks != 0:
             raise Error("invalid_argument",
                         f"num_experts {num_experts} is not a multiple of {self._num_ranks} ranks")
+        check_numbers(space, "topk_idx", topk_idx, num_experts)
         per_rank = num_experts // self._num_ranks
         in_rank = space.zeros((topk_idx.shape[0], self._num_ranks), "bool")
         for rank in range(self._num_ranks):
@@ -67,14 +69,10 @@ class Normal:
         With `worst` the results have so many rows, and the host need not know how many came.
         """
         space = space_of(x)
-        num_tokens, hidden = int(x.shape[0]), int(x.shape[1])
-        if list(in_rank.shape) != [num_tokens, self._num_ranks]:
-            raise Error("invalid_argument", f"is_token_in_rank: expected shape "
-                        f"[{num_tokens}, {self._num_ranks}], got {list(in_rank.shape)}")
-        topk = 0 if topk_idx is None else int(topk_idx.shape[1])
-        if topk > 32:
-            raise Error("invalid_argument", f"topk_idx: num_topk {topk} is not in [1, 32]")
         num_scales = _num_scales(space, x, scale)
+        num_tokens, hidden = int(x.shape[0]), int(x.shape[1])
+        check(space, "is_token_in_rank", in_rank, ("bool",), [num_tokens, self._num_ranks])
+        topk = self._check_routing(space, topk_idx, topk_weights, num_tokens, num_experts)
         self._grow(space, num_tokens, hidden, topk, num_scales, capacity, worst)
         slots = space.where(in_rank, space.arange(self._num_ranks), space.arange(1) - 1)
         slots = space.to(slots, "i32")
@@ -84,16 +82,15 @@ class Normal:
             extra = self._send_attached(space, topk_idx, topk_weights, scale, slots, len(rows))
             idx, weights = self._detach(space, extra, count, topk, num_experts) if topk else (None, None)
             got_scale = _scales(space, extra, scale)
-        return rows, got_scale, idx, weights, NormalHandle(flight, len(rows), topk)
+        return rows, got_scale, idx, weights, NormalHandle(self, flight, len(rows), topk)
 
     def again(self, x: Any, scale: Any, handle: NormalHandle) -> tuple[Any, Any]:
         """Other values over the routes of an earlier dispatch."""
-        space = space_of(x)
-        if int(x.shape[0]) != handle.flight.num_tokens:
-            raise Error("invalid_argument", f"x: expected {handle.flight.num_tokens} tokens, as in "
-                        f"the handle's dispatch, got {x.shape[0]}")
+        space, before = space_of(x), self._flight_of(handle)
         _num_scales(space, x, scale)
-        before = handle.flight
+        if int(x.shape[0]) != before.num_tokens:
+            raise Error("invalid_argument", f"x: expected {before.num_tokens} tokens, as in "
+                        f"the handle's dispatch, got {x.shape[0]}")
         before.abandon()
         slots, got_scale = before.topk_idx, None
         handle.flight, rows, _ = self._send(space, x, slots, handle.num_rows)
@@ -103,12 +100,13 @@ class Normal:
         return rows, got_scale
 
     def combine(self, x: Any, handle: NormalHandle, biases: tuple) -> Any:
-        space = space_of(x)
-        flight, lane = handle.flight, handle.flight.lane
-        _check_biases(space, biases, [flight.num_tokens, lane.hidden])
-        if list(x.shape) != [handle.num_rows, lane.hidden]:
-            raise Error("invalid_argument", f"x: expected shape [{handle.num_rows}, {lane.hidden}], "
-                        f"got {list(x.shape)}")
+        flight = self._flight_of(handle)
+        lane, space = flight.lane, flight.lane.space
+        check(space, "x", x, ("bf16",), [handle.num_rows, lane.hidden])
+        if len(biases) > 2:
+            raise Error("invalid_argument", f"bias: expected one or two arrays, got {len(biases)}")
+        for bias in biases:
+            check(space, "bias", bias, ("bf16",), [flight.num_tokens, lane.hidden])
         rows = flight.expert_y()
         if rows is None:
             rows = space.zeros((1, lane.exchange.max_m, lane.hidden), "bf16")
@@ -129,10 +127,10 @@ class Normal:
         Exact where one rank's weight is not 0, as dispatch gives them: a float32 is the sum of three
         bf16, which cross as a row.
         """
-        space, topk = space_of(weights), handle.topk
-        if list(weights.shape) != [handle.num_rows, topk]:
-            raise Error("invalid_argument", f"topk_weights: expected shape [{handle.num_rows}, {topk}], "
-                        f"got {list(weights.shape)}")
+        space, topk = self._flight_of(handle).lane.space, handle.topk
+        if topk == 0:
+            raise Error("invalid_argument", "combine: topk_weights for a dispatch without topk_idx")
+        check(space, "topk_weights", weights, ("f32",), [handle.num_rows, topk])
         num_tokens, slots = handle.flight.num_tokens, handle.flight.topk_idx
         extra, _, _ = self._send(space, space.zeros((num_tokens, _ATTACHED), "bf16"), slots,
                                  handle.num_rows)
@@ -147,6 +145,31 @@ class Normal:
         extra.combine(rows, y)
         sums = space.float_of(y)
         return sums[:, :topk] + (sums[:, 32 : 32 + topk] + sums[:, 64 : 64 + topk])
+
+    def _check_routing(self, space: Any, topk_idx: Any, topk_weights: Any, num_tokens: int,
+                       num_experts: int) -> int:
+        """num_topk; 0 where the caller leaves the routing out."""
+        if topk_idx is None:
+            if topk_weights is not None:
+                raise Error("invalid_argument", "dispatch: topk_weights without topk_idx")
+            return 0
+        check(space, "topk_idx", topk_idx, ("i64", "i32"), [num_tokens, "num_topk"])
+        check_numbers(space, "topk_idx", topk_idx, num_experts)
+        topk = int(topk_idx.shape[1])
+        if not 1 <= topk <= 32:
+            raise Error("invalid_argument", f"topk_idx: num_topk {topk} is not in [1, 32]")
+        if topk_weights is not None:
+            check(space, "topk_weights", topk_weights, ("f32",), [num_tokens, topk])
+        return topk
+
+    def _flight_of(self, handle: Any) -> Flight:
+        if not isinstance(handle, NormalHandle):
+            raise Error("invalid_argument",
+                        f"handle: expected what dispatch() gave, got {type(handle).__name__}")
+        if handle.owner is not self:
+            raise Error("invalid_argument",
+                        "handle: is of another buffer, or older than low_latency_clean_mask_buffer()")
+        return handle.flight
 
     def _grow(self, space: Any, num_tokens: int, hidden: int, topk: int, num_scales: int, capacity: int,
               worst: int) -> None:
@@ -241,18 +264,14 @@ class Normal:
 
 def _num_scales(space: Any, x: Any, scale: Any) -> int:
     """Scales of a token, each of four bytes: float32, or powers of two packed into int32."""
+    check(space, "x", x, ("bf16",) if scale is None else ("e4m3",), ["num_tokens", "hidden"])
     if scale is None:
-        if not space.is_bf16(x):
-            raise Error("invalid_argument", f"x: expected bfloat16, or e4m3 with its scales, got {x.dtype}")
         return 0
-    if not space.is_e4m3(x):
-        raise Error("invalid_argument", f"x: expected e4m3 before scales, got {x.dtype}")
-    most = int(x.shape[1]) // 128
-    if (len(scale.shape) != 2 or scale.shape[0] != x.shape[0] or not 1 <= scale.shape[1] <= most
-            or scale.dtype.itemsize != 4):
-        raise Error("invalid_argument", f"x_scales: expected shape [{x.shape[0]}, at most {most}] of four "
-                    f"bytes each, got {list(scale.shape)} {scale.dtype}")
-    return int(scale.shape[1])
+    check(space, "x[1]", scale, ("f32", "i32"), [x.shape[0], "hidden / 128 or less"])
+    num, most = int(scale.shape[1]), int(x.shape[1]) // 128
+    if not 1 <= num <= most:
+        raise Error("invalid_argument", f"x[1]: {num} scales for a token of {x.shape[1]}, expected 1 .. {most}")
+    return num
 
 
 def _scales(space: Any, attached: Any, scale: Any) -> Any:
@@ -261,12 +280,3 @@ def _scales(space: Any, attached: Any, scale: Any) -> Any:
         return None
     bits = space.row_major(attached[:, 64 : 64 + int(scale.shape[1])])
     return bits.view(scale.dtype)
-
-
-def _check_biases(space: Any, biases: tuple, shape: list) -> None:
-    if len(biases) > 2:
-        raise Error("invalid_argument", f"bias: expected one or two arrays, got {len(biases)}")
-    for bias in biases:
-        if list(bias.shape) != shape or not space.is_bf16(bias):
-            raise Error("invalid_argument",
-                        f"bias: expected shape {shape} bfloat16, got {list(bias.shape)} {bias.dtype}")

@@ -5,6 +5,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from ..._error import Error
+from .._arrays import check
 
 
 class WaitStats:
@@ -20,9 +21,7 @@ class WaitStats:
         if array is None:
             return
         space = lane.space
-        if list(array.shape) != [num_ranks] or not space.has_type(array, "i64"):
-            raise Error("invalid_argument", f"{name}: expected shape [{num_ranks}] int64, got "
-                        f"{list(array.shape)} {array.dtype}")
+        check(space, name, array, ("i64",), [num_ranks])
         if space.is_capturing():
             raise Error("invalid_argument", f"{name}: the host reads what was waited, which a graph "
                         "cannot capture: leave it out of the capture")
