@@ -35,7 +35,7 @@ test_wheel() {
   say "test pip install ($(minutes))"
   build/test-venv/bin/python -m venv --clear "$venv"  # An interpreter with headers.
   CMAKE_BUILD_PARALLEL_LEVEL=$jobs "$venv/bin/python" -m pip install -q --disable-pip-version-check \
-    -Ccmake.define.SLUICE_CUDA=OFF '.[test]'
+    --config-settings=cmake.define.SLUICE_CUDA=OFF '.[test]'
   SLUICE_COMMAND=$PWD/build/ci/cli/sluice "$venv/bin/python" -m pytest -q -p no:cacheprovider
 }
 

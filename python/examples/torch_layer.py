@@ -81,10 +81,12 @@ def main():
         if on_gpu:
             torch.cuda.current_stream().synchronize()
     same = not on_gpu or torch.equal(replay(engine, x, routing).view(torch.int16), y.view(torch.int16))
-    print(f"rank {rank} of {size} on {device}: |y| = {y.float().norm():.4f}"
-          + (f", replayed: {'the same bytes' if same else 'DIFFERENT'}" if on_gpu else ""))
-    distributed.barrier()
+    lines = [None] * size
+    distributed.all_gather_object(
+        lines, f"rank {rank} of {size} on {device}: |y| = {y.float().norm():.4f}"
+        + (f", replayed: {'the same bytes' if same else 'DIFFERENT'}" if on_gpu else ""))
     if rank == 0:
+        print("\n".join(lines))
         shutil.rmtree(folder[0])
     distributed.destroy_process_group()
     raise SystemExit(0 if same else 1)

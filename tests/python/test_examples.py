@@ -1,6 +1,7 @@
 """The examples run, and every block of code in the documentation does, in order."""
 
 import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -17,31 +18,48 @@ def run(*command):
     return done.stdout
 
 
-@pytest.mark.parametrize("name", ["numpy_layer", "deep_ep_layer"])
-def test_numpy_examples(name):
-    out = run(EXAMPLES / f"{name}.py")
-    assert "DIFFER" not in out and ("agree" in out or "same bytes" in out)
-
-
-def has_gpu():
+def torch_or_skip(needs_gpu):
     torch = pytest.importorskip("torch", reason="torch is not installed")
-    return torch.cuda.is_available()
-
-
-@pytest.mark.parametrize("device", ["cpu", "cuda"])
-def test_torch_example(device):
-    if not has_gpu() and device == "cuda":
+    if needs_gpu and not torch.cuda.is_available():
         pytest.skip("torch sees no CUDA device")
-    out = run("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2",
-              EXAMPLES / "torch_layer.py", "--device", device)
-    assert out.count("|y| =") == 2 and "DIFFER" not in out
 
 
-def test_torch_comparison():
-    device, preset = ("cuda", "r1-slice") if has_gpu() else ("cpu", "tiny")
-    out = run(EXAMPLES / "torch_compare.py", "--device", device, "--preset", preset, "--tokens", "1",
-              "--repeats", "5")
-    assert "eager us" in out
+def command_of(line):
+    """What a line of a page runs, with this interpreter."""
+    program, *arguments = shlex.split(line)
+    launcher = {"python": [], "torchrun": ["-m", "torch.distributed.run", "--standalone"]}[program]
+    return [*launcher, *(ROOT / a if a.startswith("python/") else a for a in arguments)]
+
+
+def pattern_of(output):
+    """The words of a page with any number for a number; none of them, any output."""
+    words = [re.sub(r"\d+(\\\.\d+)?", r"\\d+(\\.\\d+)?", re.escape(word)) for word in output.split()]
+    return r"\s+".join(words) or ".*"
+
+
+PAGES = {path.stem: path.read_text() for path in sorted((ROOT / "docs" / "examples").glob("*.md"))}
+CONSOLE = re.compile(r"^```console( torch| cuda)?\n\$ (.*)\n((?:.*\n)*?)```$", re.MULTILINE)
+RUNS = [(name, *match.groups()) for name, page in PAGES.items() for match in CONSOLE.finditer(page)]
+
+
+@pytest.mark.parametrize("name, needs, command, output", RUNS,
+                         ids=[f"{name}-{(needs or ' cpu').strip()}" for name, needs, _, _ in RUNS])
+def test_example_prints_what_its_page_shows(name, needs, command, output):
+    if needs:
+        torch_or_skip(needs.strip() == "cuda")
+    assert f"python/examples/{name}.py" in command
+    printed = run(*command_of(command))
+    assert "DIFFER" not in printed
+    assert re.fullmatch(pattern_of(output), printed.strip(), re.DOTALL), printed
+
+
+def test_every_example_has_a_page_with_its_code():
+    """And what a page quotes stands in the example."""
+    assert set(PAGES) == {path.stem for path in EXAMPLES.glob("*.py")} == {name for name, *_ in RUNS}
+    for name, page in PAGES.items():
+        example = (EXAMPLES / f"{name}.py").read_text()
+        quoted = re.findall(r"^```python of the example\n(.*?)^```$", page, re.MULTILINE | re.DOTALL)
+        assert quoted and all(code in example for code in quoted), name
 
 
 @pytest.mark.parametrize("page", ["python.md", "deep_ep.md"])
