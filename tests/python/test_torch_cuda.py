@@ -1,7 +1,9 @@
 """What only a GPU shows: streams, graphs, memory of its own, processes that share it."""
 
+import json
 import os
 import statistics
+import subprocess
 import time
 from pathlib import Path
 
@@ -10,6 +12,7 @@ import pytest
 from conftest import LAYER, one_rank_engine
 from processes import run_ranks
 from spaces import Torch
+from test_layer import outputs_digest
 
 import sluice
 from sluice.compat import w4a8
@@ -243,6 +246,105 @@ def test_device_memory_does_not_grow(gpu, space, checkpoint, geometry):
     allocated, free = calls(1000)
     later, free_later = calls(10_000)
     assert later <= allocated and free - free_later < 1 << 20
+
+
+def test_device_memory_does_not_grow_through_the_names(gpu, space, checkpoint, geometry):
+    """DeepEP's calls and W4A8 experts in both modes, e4m3 in both, a handle that nobody combines."""
+    weights = published(checkpoint, geometry, space)
+    buffer = Buffer(sluice.Transport.inproc(1)[0], backend=gpu)
+    x, idx, w = tensors = workload(geometry, space)
+    both = sluice.quantize(gpu, x)
+    _, _, to_expert, in_rank, _ = buffer.get_dispatch_layout(idx, geometry.num_experts)
+
+    def body():
+        through_the_names(buffer, tensors, weights, gpu, geometry.num_experts)
+        buffer.low_latency_dispatch(x, idx, TOKENS, geometry.num_experts)
+        (rows, scale), local, weight, _, handle, _ = buffer.dispatch(
+            both, is_token_in_rank=in_rank, num_tokens_per_expert=to_expert, topk_idx=idx, topk_weights=w)
+        y = w4a8.w4a8_moe_grouped(rows, scale, local, weight, *weights, backend=gpu)
+        buffer.combine(y, handle, bias=x)
+
+    def calls(num):
+        for _ in range(num):
+            body()
+        torch.cuda.synchronize()
+        return torch.cuda.memory_allocated(), torch.cuda.mem_get_info()[0]
+
+    allocated, free = calls(200)
+    later, free_later = calls(2000)  # Of five calls each.
+    assert later <= allocated and free - free_later < 1 << 20
+
+
+def test_every_e4m3_crosses_in_normal_mode(gpu, space, geometry):
+    """All 256 codes under scales of any bits; NaN comes as NaN."""
+    buffer, codes = Buffer(sluice.Transport.inproc(1)[0], backend=gpu), torch.arange(256, dtype=torch.uint8)
+    codes = torch.stack([codes.roll(37 * t) for t in range(TOKENS)] + [torch.full((256,), 0x81, dtype=torch.uint8)])
+    scale = torch.randint(-(2**31), 2**31 - 1, (TOKENS + 1, 2), dtype=torch.int32).view(torch.float32)
+    idx = torch.zeros(TOKENS + 1, 1, dtype=torch.int64, device="cuda")
+    _, _, to_expert, in_rank, _ = buffer.get_dispatch_layout(idx, geometry.num_experts)
+    (got, got_scale), *_ = buffer.dispatch(
+        (codes.cuda().view(torch.float8_e4m3fn), scale.t().contiguous().cuda().t()),
+        is_token_in_rank=in_rank, num_tokens_per_expert=to_expert)
+    wanted = torch.where(codes == 0xFF, 0x7F, codes.int()).to(torch.uint8)
+    assert torch.equal(got.view(torch.uint8).cpu(), wanted)
+    assert torch.equal(got_scale.view(torch.int32).cpu(), scale.view(torch.int32))
+
+
+def test_waits_are_counted(gpu, space, geometry):
+    buffer = Buffer(sluice.Transport.inproc(1)[0], backend=gpu)
+    x, idx, w = workload(geometry, space)
+    dispatch = lambda **k: buffer.low_latency_dispatch(  # noqa: E731
+        x, idx, TOKENS, geometry.num_experts, use_fp8=False, **k)
+    waits = torch.zeros(1, dtype=torch.int64, device="cuda")
+    for _ in range(3):
+        before = waits.clone()
+        recv, _, handle, _, _ = dispatch(dispatch_wait_recv_cost_stats=waits)
+        buffer.low_latency_combine(recv, idx, w, handle, combine_wait_recv_cost_stats=waits)
+        assert int(waits) >= int(before) >= 0
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with pytest.raises(sluice.Error, match="which a graph cannot capture"):
+        with torch.cuda.graph(torch.cuda.CUDAGraph(), stream=stream):
+            dispatch(dispatch_wait_recv_cost_stats=waits)
+
+
+def test_arrays_elsewhere_are_refused(gpu, space, checkpoint, geometry):
+    buffer = Buffer(sluice.Transport.inproc(1)[0], backend=gpu)
+    x, idx, w = workload(geometry, space)
+    weights = published(checkpoint, geometry, space)
+    recv, count, handle, _, _ = buffer.low_latency_dispatch(
+        x, idx, TOKENS, geometry.num_experts, use_fp8=False)
+
+    def refused(name, call, *args):
+        with pytest.raises(sluice.Error, match=f"{name}: expected torch's memory on cuda:0, got .* cpu") as caught:
+            call(*args)
+        assert caught.value.code == "invalid_argument"
+
+    refused("topk_idx", buffer.low_latency_dispatch, x, idx.cpu(), TOKENS, geometry.num_experts)
+    refused("x", buffer.low_latency_combine, recv.cpu(), idx, w, handle)
+    refused("topk_weights", buffer.low_latency_combine, recv, idx, w.cpu(), handle)
+    refused("masked_m", w4a8.w4a8_moe_masked, recv, None, count.cpu(), *weights)
+    refused("topk_weights", w4a8.w4a8_moe_grouped, x, None, idx, w.cpu(), *weights)
+    y, _, _ = buffer.low_latency_combine(recv, idx, w, handle)
+    torch.cuda.synchronize()
+    assert y.isfinite().all()
+
+
+@pytest.mark.parametrize("recipe, mode", [
+    ("direct", "low-latency"), ("requant-static", "low-latency"), ("direct", "normal"), ("bf16-static", "normal")])
+def test_same_bytes_as_the_command_line(gpu, space, checkpoint, geometry, command_line, tmp_path, recipe, mode):
+    """`sluice run` on the same GPU, for the same seed."""
+    engine = one_rank_engine(checkpoint, gpu, TOKENS, **{mode.replace("-", "_"): recipe})
+    x, idx, weights = workload(geometry, space)
+    y = sluice.moe_forward(engine, x, sluice.Routing(idx, weights), mode=mode)
+    torch.cuda.synchronize()
+    report = tmp_path / "run.json"
+    subprocess.run(
+        [command_line, "--json", report, "run", "--checkpoint", checkpoint.path, "--ranks", "1", "--backend", "cuda",
+         "--tokens", str(TOKENS), "--mode", mode, "--recipe", recipe, "--repeat", "1", "--verify", "4"],
+        check=True, capture_output=True,
+    )
+    assert json.loads(report.read_text())["outputs_digest"] == outputs_digest([space.bits(y)])
 
 
 def test_what_the_call_costs_the_host(gpu, space, checkpoint, geometry):

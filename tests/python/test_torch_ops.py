@@ -64,6 +64,38 @@ def test_compiled_layer(made, mode):
     assert len(ran) == 2 and same(y, expected + tensors[0])
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no CUDA device")
+@pytest.mark.parametrize("mode", ["low-latency", "normal"])
+def test_compiled_layer_in_a_graph(checkpoint, geometry, mode):
+    """Compiled with what stands around it, captured, and replayed over other tokens."""
+    engine = one_rank_engine(checkpoint, sluice.Backend("cuda"), TOKENS)
+
+    def inputs(first):
+        x, idx, weights = sluice.make_workload(geometry, TOKENS, first_token=first)
+        x = torch.from_numpy(x.view(np.int16)).view(torch.bfloat16)
+        return [t.cuda() for t in (x, torch.from_numpy(idx), torch.from_numpy(weights))]
+
+    layer = torch_ops.MoeLayer(engine, mode)
+    block = torch.compile(lambda x, idx, weights: layer(x * 0.5, idx, weights) + x, fullgraph=True)
+    tensors, stream, graph = inputs(0), torch.cuda.Stream(), torch.cuda.CUDAGraph()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        block(*tensors)
+    stream.synchronize()
+    with torch.cuda.graph(graph, stream=stream):
+        y = block(*tensors)
+    for first in (0, 100):
+        others = inputs(first)
+        for target, source in zip(tensors, others):
+            target.copy_(source)
+        torch.cuda.synchronize()
+        graph.replay()
+        torch.cuda.synchronize()
+        wanted = sluice.moe_forward(engine, others[0] * 0.5, sluice.Routing(*others[1:]), mode=mode) + others[0]
+        assert same(y, wanted)
+    engine.check()
+
+
 def test_experts_layer(checkpoint, geometry, made):
     backend, _, (x, _, _) = made
     experts = sluice.repack(checkpoint.load_experts(LAYER, 0, 2), backend, max_rows=2 * TOKENS)
