@@ -221,7 +221,9 @@ void bind_quantize(nb::module_& m) {
         nb::kw_only(), "num_rows"_a = nb::none(), "row_begin"_a = nb::none(), "out"_a = nb::none(),
         "stream"_a = nb::none(),
         "Moves group-scaled e4m3 rows to a static scale, a second rounding: codes as uint8.\n\n"
-        "codes, scale: as quantize() gives them. static_scale: positive.\n"
+        "codes: [.., width] e4m3 (or uint8) and scale: [.., width / 128] float32, as quantize() "
+        "gives\n"
+        "them. static_scale: positive.\n"
         "num_rows, row_begin, out: as for quantize(); out is one array and not `codes`.\n\n"
         "Raises Error: invalid_argument.");
 }
@@ -264,14 +266,14 @@ void bind_experts(nb::module_& m) {
       "uint16);\n"
       "None makes a new array. Rows that are not valid stay as they are.\n\n"
       "Raises Error: invalid_argument.";
-  static const std::string masked_doc = std::string(
-                                            "Every expert on its rows, masked layout; the router's "
-                                            "weights are left to combine.\n\n") +
-                                        kCommon;
-  static const std::string grouped_doc = std::string(
-                                             "Every expert on its rows, contiguous layout; the "
-                                             "router's weights are left to combine.\n\n") +
-                                         kCommon;
+  static const std::string masked_doc =
+      "Every expert on its rows, masked layout; the router's weights are left to combine.\n\n"
+      "batch.x: [num_experts, max_m, hidden] bfloat16 or e4m3, as the recipe has them.\n" +
+      std::string(kCommon);
+  static const std::string grouped_doc =
+      "Every expert on its rows, contiguous layout; the router's weights are left to combine.\n\n"
+      "batch.x: [max_rows, hidden] bfloat16 or e4m3, as the recipe has them.\n" +
+      std::string(kCommon);
   m.def(
       "experts_masked",
       [](PyExperts& experts, const PyExpertBatch& batch, const Recipe& recipe,

@@ -498,6 +498,7 @@ def experts_masked(experts: Experts, batch: ExpertBatch, recipe: Recipe, *, out:
     """
     Every expert on its rows, masked layout; the router's weights are left to combine.
 
+    batch.x: [num_experts, max_m, hidden] bfloat16 or e4m3, as the recipe has them.
     batch: ExpertBatch in the recipe's wire format. out: shape of batch.x, bfloat16 (or uint16);
     None makes a new array. Rows that are not valid stay as they are.
 
@@ -508,6 +509,7 @@ def experts_grouped(experts: Experts, batch: ExpertBatch, recipe: Recipe, *, out
     """
     Every expert on its rows, contiguous layout; the router's weights are left to combine.
 
+    batch.x: [max_rows, hidden] bfloat16 or e4m3, as the recipe has them.
     batch: ExpertBatch in the recipe's wire format. out: shape of batch.x, bfloat16 (or uint16);
     None makes a new array. Rows that are not valid stay as they are.
 
@@ -533,7 +535,8 @@ def requantize(backend: Backend, codes: sluice._array.Array, scale: sluice._arra
     """
     Moves group-scaled e4m3 rows to a static scale, a second rounding: codes as uint8.
 
-    codes, scale: as quantize() gives them. static_scale: positive.
+    codes: [.., width] e4m3 (or uint8) and scale: [.., width / 128] float32, as quantize() gives
+    them. static_scale: positive.
     num_rows, row_begin, out: as for quantize(); out is one array and not `codes`.
 
     Raises Error: invalid_argument.
