@@ -210,6 +210,7 @@ def test_lifetimes(case):
     refused("handle: is of another buffer", other.low_latency_combine, case.rows, case.idx, case.weights, low_latency)
     refused("handle: is of another buffer", other.combine, rows, normal)
     refused("handle: is of another buffer", other.dispatch, case.x, handle=normal)
+    refused("topk_idx with a handle", case.buffer.dispatch, case.x, handle=normal, topk_idx=case.idx)
     refused("handle: is of another buffer", other.get_next_low_latency_combine_buffer, low_latency)
     case.buffer.low_latency_clean_mask_buffer()
     refused("older than low_latency_clean_mask_buffer", case.low_latency_combine, handle=low_latency)

@@ -1,5 +1,6 @@
 """sluice.compat.deep_ep over ranks as threads: every element of every result, for numpy and torch."""
 
+import inspect
 import threading
 import time
 
@@ -251,6 +252,49 @@ def test_a_missing_rank_is_named_and_the_buffer_starts_anew(space, monkeypatch):
 
 
 # --- The surface ----------------------------------------------------------------------------------
+
+
+PUBLISHED = {  # DeepEP 1.2.1, buffer.py: names in order, with defaults; - where there is none.
+    "__init__": "group -, num_nvl_bytes 0, num_rdma_bytes 0, low_latency_mode False, num_qps_per_rank 24, "
+    "allow_nvlink_for_low_latency_mode True, allow_mnnvl False, explicitly_destroy False, enable_shrink False, "
+    "comm None",
+    "destroy": "", "is_sm90_compiled": "", "capture": "", "get_comm_stream": "",
+    "set_num_sms": "new_num_sms -",
+    "get_low_latency_rdma_size_hint":
+    "num_max_dispatch_tokens_per_rank -, hidden -, num_ranks -, num_experts -",
+    "get_local_buffer_tensor": "dtype -, size None, offset 0, use_rdma_buffer False",
+    "get_dispatch_config": "num_ranks -", "get_combine_config": "num_ranks -",
+    "get_dispatch_layout": "topk_idx -, num_experts -, previous_event None, async_finish False, "
+    "allocate_on_comm_stream False",
+    "dispatch": "x -, handle None, num_tokens_per_rank None, num_tokens_per_rdma_rank None, "
+    "is_token_in_rank None, num_tokens_per_expert None, topk_idx None, topk_weights None, expert_alignment 1, "
+    "num_worst_tokens 0, config None, previous_event None, async_finish False, allocate_on_comm_stream False",
+    "combine": "x -, handle -, topk_weights None, bias None, config None, previous_event None, "
+    "async_finish False, allocate_on_comm_stream False",
+    "clean_low_latency_buffer": "num_max_dispatch_tokens_per_rank -, hidden -, num_experts -",
+    "low_latency_dispatch": "x -, topk_idx -, num_max_dispatch_tokens_per_rank -, num_experts -, "
+    "cumulative_local_expert_recv_stats None, dispatch_wait_recv_cost_stats None, use_fp8 True, "
+    "round_scale False, use_ue8m0 False, async_finish False, return_recv_hook False",
+    "low_latency_combine": "x -, topk_idx -, topk_weights -, handle -, use_logfmt False, zero_copy False, "
+    "async_finish False, return_recv_hook False, out None, combine_wait_recv_cost_stats None",
+    "low_latency_update_mask_buffer": "rank_to_mask -, mask False",
+    "low_latency_query_mask_buffer": "mask_status -", "low_latency_clean_mask_buffer": "",
+    "get_next_low_latency_combine_buffer": "handle -",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_arguments_are_the_published_ones(name):
+    """Their names, order and defaults; what is more comes after them. `group` may be left out here."""
+    wanted = [w.split(" ") for w in PUBLISHED[name].split(", ")] if PUBLISHED[name] else []
+    parameters = [p for p in inspect.signature(getattr(Buffer, name)).parameters.values() if p.name != "self"]
+    assert len(parameters) >= len(wanted)
+    for parameter, (argument, default) in zip(parameters, wanted):
+        assert parameter.name == argument
+        if argument != "group":
+            assert default == ("-" if parameter.default is parameter.empty else str(parameter.default))
+    for more in parameters[len(wanted):]:
+        assert more.kind == more.VAR_KEYWORD or more.default is not more.empty
 
 
 def test_sizes_configs_and_switches():

@@ -292,6 +292,9 @@ class Buffer:
         _wait(previous_event)
         rows, scale = x if isinstance(x, tuple) else (x, None)
         if handle is not None:
+            for name, value in (("topk_idx", topk_idx), ("topk_weights", topk_weights)):
+                if value is not None:
+                    raise Error("invalid_argument", f"dispatch: {name} with a handle, which sends only x")
             got, got_scale = normal.again(rows, scale, handle)
             both = got if scale is None else (got, got_scale)
             return both, None, None, None, None, self._event(rows, async_finish)
