@@ -70,3 +70,18 @@ def test_an_installed_package_holds_what_it_should():
     assert {"sluice/py.typed", "sluice/_core.pyi", "sluice/compat/deep_ep/__init__.py"} <= wanted
     needed = [r for r in distribution.requires or [] if "extra ==" not in r]
     assert len(needed) == 1 and needed[0].startswith("numpy")
+
+
+def test_the_distribution_of_the_name_deep_ep():
+    """python/deep_ep_shim as installed: one module, which is Sluice's."""
+    try:
+        distribution = importlib.metadata.distribution("sluice-deep-ep")
+    except importlib.metadata.PackageNotFoundError:
+        pytest.skip("python/deep_ep_shim is not installed")
+    assert distribution.version == sluice.__version__ and distribution.requires == ["sluice"]
+    modules = {str(f) for f in distribution.files if f.suffix == ".py"}
+    assert modules == {"deep_ep/__init__.py"}
+    in_a_process("import deep_ep, sluice.compat.deep_ep as ours\n"
+                 "assert deep_ep.Buffer is ours.Buffer and deep_ep.Config is ours.Config\n"
+                 "assert 'int64' in str(deep_ep.topk_idx_t)\n"
+                 "assert deep_ep.__file__.endswith('site-packages/deep_ep/__init__.py'), deep_ep.__file__\n")
