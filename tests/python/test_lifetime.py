@@ -7,7 +7,7 @@ import time
 
 import numpy as np
 import pytest
-from conftest import LAYER, one_rank_engine
+from conftest import LAYER, MODES, on_every_rank, one_rank_engine
 
 import sluice
 
@@ -122,6 +122,58 @@ def test_other_threads_run_while_a_call_waits(checkpoint):
     thread.join()
     assert failures == ["peer_timeout"]
     assert backend.measure_read_bandwidth() > 0
+
+
+def waits_without_the_lock(call, *arguments, **options):
+    """A call that waits for a rank in vain; meanwhile another thread runs on and on."""
+    ticks, stop = [0], threading.Event()
+
+    def tick():
+        while not stop.wait(0.002):
+            ticks[0] += 1
+
+    thread = threading.Thread(target=tick)
+    thread.start()
+    try:
+        with pytest.raises(sluice.Error) as caught:
+            call(*arguments, **options)
+    finally:
+        stop.set()
+        thread.join()
+    assert caught.value.code == "peer_timeout" and ticks[0] > 20, (caught.value, ticks)
+
+
+def test_every_call_that_waits_releases_the_lock(checkpoint, geometry):
+    x, idx, weights = sluice.make_workload(geometry, 2)
+    routing, sizes = sluice.Routing(idx, weights), {"num_experts": geometry.num_experts,
+                                                    "num_topk": geometry.num_topk, "hidden": geometry.hidden}
+
+    def made(kind):
+        """Of rank 0 of two; the other one is there while it is made."""
+        transports = sluice.Transport.inproc(2)
+        if kind == "exchange":
+            make = lambda t: sluice.Exchange(  # noqa: E731
+                t, sluice.Backend(num_threads=1), max_tokens_per_rank=2, timeout_ms=200, wire="bf16", **sizes)
+        else:
+            make = lambda t: sluice.Engine(  # noqa: E731
+                checkpoint, t, sluice.Backend(num_threads=1), layer=LAYER, max_tokens_per_rank=2, timeout_ms=200)
+        return on_every_rank(2, lambda rank: make(transports[rank]))
+
+    transport = sluice.Transport.inproc(2)[0]
+    waits_without_the_lock(transport.all_gather, b"x", timeout_ms=200)
+    waits_without_the_lock(sluice.dispatch, made("exchange")[0], x, routing)
+    waits_without_the_lock(made("exchange")[0].dispatch_send, x, routing)
+    exchanges = made("exchange")
+    there = on_every_rank(2, lambda rank: sluice.dispatch(exchanges[rank], x, routing))
+    rows = np.ascontiguousarray(there[0].batch.x)
+    waits_without_the_lock(sluice.combine, there[0], rows)
+    exchanges = made("exchange")
+    there = on_every_rank(2, lambda rank: sluice.dispatch(exchanges[rank], x, routing))
+    there[0].combine_send(rows)
+    waits_without_the_lock(there[0].combine_receive)
+    for mode in MODES:
+        waits_without_the_lock(sluice.moe_forward, made("engine")[0], x, routing, mode=mode)
+    waits_without_the_lock(sluice.Transport.ipc, "lock", secret="s", rank=0, num_ranks=2, timeout_ms=200)
 
 
 def growth(body, calls):
