@@ -92,8 +92,12 @@ ordered_json to_json(const ScaleSafety& s) {
     json["experts"].push_back({{"rows", e.rows},
                                {"amax1", e.amax1},
                                {"amax2", e.amax2},
+                               {"clip_rate1", e.clip_rate1},
+                               {"clip_rate2", e.clip_rate2},
                                {"scale1", e.scale1},
-                               {"scale2", e.scale2}});
+                               {"scale2", e.scale2},
+                               {"own_headroom1", e.own_headroom1},
+                               {"own_headroom2", e.own_headroom2}});
   }
   return json;
 }

@@ -132,8 +132,10 @@ struct RecipeCertificate {
 struct ScaleSafety {
   struct PerExpert {
     std::int64_t rows = 0;
-    double amax1 = 0, amax2 = 0;    ///< Largest input of GEMM1, of GEMM2.
+    double amax1 = 0, amax2 = 0;            ///< Largest input of GEMM1, of GEMM2.
+    double clip_rate1 = 0, clip_rate2 = 0;  ///< Under the layer's scale, which every expert has.
     double scale1 = 0, scale2 = 0;  ///< The checkpoint's for this very expert; 0 if it has none.
+    double own_headroom1 = 0, own_headroom2 = 0;  ///< 448 * scale / amax; 0 if either is 0.
   };
   std::string origin;  ///< "checkpoint", "calibration" or "none".
   StaticScales scales;

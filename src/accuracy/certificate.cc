@@ -195,12 +195,7 @@ SuiteCertificate certify(const LayerSource& source, const TokenSuite& suite,
     }
   }
   certificate.safety = judge_scales(evaluator.rows(), suite.tokens, evaluator.h(kExact),
-                                    source.geometry(), scales, origin);
-  for (std::size_t e = 0; e < config.expert_scales.size(); ++e) {
-    ScaleSafety::PerExpert& expert = certificate.safety.experts.at(e);
-    expert.scale1 = std::max(config.expert_scales[e].w1, config.expert_scales[e].w3);
-    expert.scale2 = config.expert_scales[e].w2;
-  }
+                                    source.geometry(), {scales, origin, config.expert_scales});
   return certificate;
 }
 

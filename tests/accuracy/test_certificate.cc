@@ -4,6 +4,8 @@
 
 #include <unistd.h>
 
+#include <algorithm>
+
 #include "accuracy_fixture.h"
 #include "sluice/error.h"
 
@@ -171,6 +173,37 @@ TEST_F(Certified, GivenScalesAreHeldAgainstTheTokens) {
   EXPECT_EQ(safety.experts[3].rows, 0);  // The dead one.
   EXPECT_EQ(safety.experts[3].amax1, 0);
   EXPECT_THAT(safety.recommendation, HasSubstr("headroom"));
+}
+
+/// One token with a huge channel goes to expert 2 alone: only that expert clips, and is named.
+TEST_F(Certified, SafetyNamesTheExpertThatClips) {
+  TokenSuite suite = make_suite("one-hot", wide_geometry(), 24, 2);
+  Workload& tokens = suite.tokens;
+  const auto loud =
+      static_cast<std::size_t>(std::ranges::find(tokens.topk_idx, 2) - tokens.topk_idx.begin()) / 2;
+  tokens.x[loud * 1024 + 5] = bf16_from_float(64);
+  AccuracyConfig config;
+  config.recipes = {RecipeName::kStatic};
+  config.static_scales = StaticScales{8.0f / 448, 100.0f};
+  config.expert_scales.assign(4, {.w1 = 8.0f / 448, .w2 = 100.0f, .w3 = 4.0f / 448});
+  config.expert_scales[0].w1 = 1.0f / 448;  // w3 is the larger one: 4.
+  const ScaleSafety safety = certify(*source_, suite, config).safety;
+  ASSERT_EQ(safety.experts.size(), 4u);
+  const auto& clips = safety.experts[2];
+  EXPECT_EQ(clips.amax1, 64);
+  EXPECT_DOUBLE_EQ(clips.clip_rate1, 1.0 / (1024.0 * static_cast<double>(clips.rows)));
+  EXPECT_NEAR(clips.own_headroom1, 8.0 / 64, 1e-6);
+  EXPECT_EQ(clips.clip_rate2, 0);
+  for (const std::size_t e : {0, 1, 3}) {
+    EXPECT_EQ(safety.experts[e].clip_rate1, 0);
+    EXPECT_GT(safety.experts[e].rows, 0);
+  }
+  EXPECT_NEAR(safety.experts[0].own_headroom1, 4 / safety.experts[0].amax1, 1e-6);
+  EXPECT_NEAR(safety.experts[1].own_headroom2, 448 * 100 / safety.experts[1].amax2, 0.01);
+  EXPECT_DOUBLE_EQ(safety.clip_rate1, 1.0 / (24 * 1024));
+  EXPECT_THAT(safety.recommendation, HasSubstr("most in expert 2 ("));
+  EXPECT_THAT(safety.recommendation, HasSubstr("at most 8.0 times as much (expert 2)"));
+  EXPECT_THAT(safety.recommendation, HasSubstr("raise w1, w3.input_scale to 0.1429 or more"));
 }
 
 TEST_F(Certified, TokensThatDoNotFitAreRefused) {
