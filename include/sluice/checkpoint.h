@@ -147,6 +147,7 @@ struct SyntheticCheckpoint {
   DType scale_dtype = DType::kFloat32;   ///< Or kBFloat16.
   bool with_input_scales = true;         ///< In formats that are published with them.
   bool with_static_activations = false;  ///< compressed-tensors: static e4m3 input scales.
+  bool with_pre_quant_scale = false;     ///< modelopt-w4a8-awq: AWQ's factor of each input channel.
   std::size_t max_shard_bytes = std::size_t{1} << 30;
 };
 

@@ -84,6 +84,25 @@ def converted(folder):
     for name, (arguments, text) in refusals.items():
         r = run("convert", "--to", to, *arguments)
         check(f"convert refuses {name}", r.returncode == 2 and text in r.stderr and not os.path.exists(to), r)
+    awq = os.path.join(folder, "awq")
+    r = run("make-checkpoint", "--preset", "tiny", "--format", "modelopt-w4a8-awq", "--pre-quant-scale", "--out", awq)
+    check("make awq", r.returncode == 0 and "cannot be run" in r.stdout, r)
+    r = run("inspect", awq)
+    check("inspect names awq and what is wrong with it", r.returncode == 2 and "modelopt-w4a8-awq (" in r.stdout
+          and "gate_proj.pre_quant_scale" in r.stderr and "--drop-input-scales" in r.stderr, r)
+    for name, source, arguments, why in (
+            ("awq", awq, ("--drop-input-scales",), "pre_quant_scale"),
+            ("kimi", kimi, (), "groups of 32 become groups of 128")):
+        anew, report = os.path.join(folder, "anew-" + name), os.path.join(folder, "anew.json")
+        r = run("convert", "--from", source, "--to", anew, "--format", "w4afp8", "--scale", "mse", *arguments,
+                "--json", report)
+        check(f"convert {name} anew", r.returncode == 0 and "a second rounding" in r.stdout and why in r.stdout, r)
+        with open(report, encoding="utf-8") as file:
+            data = json.load(file)
+        check(f"convert {name} anew json", data["verified"] and data["requantized"]
+              and why in data["requantized_because"] and 0.01 < data["relative_error"] < 0.15, r)
+        r = run("run", "--checkpoint", anew, "--ranks", "2", "--tokens", "4", "--prove")
+        check(f"run {name} anew", r.returncode == 0 and "all within bounds" in r.stdout, r)
     report = os.path.join(folder, "convert.json")
     r = run("convert", "--from", bf16, "--to", to, "--format", "w4afp8", "--scale", "mse", "--json", report)
     check("convert states its rule", r.returncode == 0 and "least squared error" in r.stdout
