@@ -30,7 +30,7 @@ margin-top:18px}
 table{border-collapse:collapse;width:100%;font-variant-numeric:tabular-nums;font-size:13.5px;margin:8px 0}
 th,td{padding:5px 9px;text-align:right;border-bottom:1px solid var(--line);white-space:nowrap}
 th{color:var(--soft);font-weight:600}th:first-child,td:first-child{text-align:left}
-.tight th,.tight td{padding:5px 6px}
+th[colspan]{text-align:center}.tight th,.tight td{padding:5px 6px}
 th.text,td.text{text-align:left}td.text{white-space:normal}
 .verdicts{display:flex;flex-wrap:wrap;gap:12px;margin-top:16px}
 .verdict{background:var(--paper);border:1px solid var(--line);border-left:5px solid var(--soft);

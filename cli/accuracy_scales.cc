@@ -59,7 +59,7 @@ double least_headroom(const Json& scales, const Json& expert) {
   return least;
 }
 
-std::string expert_row(const Json& scales, std::size_t index) {
+std::string expert_row(const Json& scales, std::size_t index, bool has_own) {
   const Json& expert = scales.at("experts").at(index);
   std::string html = fmt::format("<tr><td>{}</td><td>{}</td>", index, expert.at("rows").dump());
   for (int gemm = 0; gemm < 2; ++gemm) {
@@ -70,9 +70,9 @@ std::string expert_row(const Json& scales, std::size_t index) {
         fmt::format("<td>{:.4g}</td><td class='{}'>{:.3g}x</td><td>{}</td>",
                     of_gemm(expert, "amax", gemm).get<double>(), clips ? "w3" : "",
                     headroom(scales, expert, gemm), percent(of_gemm(expert, "clip_rate", gemm)));
-    html += scale > 0 ? fmt::format("<td>{:.4g}</td><td class='{}'>{:.3g}x</td>", scale,
-                                    own > 0 && own * 464 < 448 ? "w2" : "", own)
-                      : "<td>-</td><td>-</td>";
+    if (!has_own) continue;
+    html += fmt::format("<td>{:.4g}</td><td class='{}'>{:.3g}x</td>", scale,
+                        own > 0 && own * 464 < 448 ? "w2" : "", own);
   }
   return html + "</tr>";
 }
@@ -86,16 +86,19 @@ std::string expert_table(const Json& suite) {
   std::ranges::stable_sort(order, {},
                            [&](std::size_t e) { return least_headroom(scales, experts.at(e)); });
   order.resize(std::min(order.size(), kMaxExperts));
+  const bool has_own = std::ranges::any_of(
+      experts, [](const Json& e) { return e.at("scale1") > 0 || e.at("scale2") > 0; });
   std::string html = fmt::format(
-      "<details><summary>{}</summary><div class='scroll tight'><table><tr><th></th><th></th>"
-      "<th colspan='5'>GEMM1 input</th><th colspan='5'>GEMM2 input</th></tr>"
+      "<details><summary>{0}</summary><div class='scroll tight'><table><tr><th></th><th></th>"
+      "<th colspan='{1}'>GEMM1 input</th><th colspan='{1}'>GEMM2 input</th></tr>"
       "<tr><th>expert</th><th>rows</th>",
-      text_of(suite.at("name")));
+      text_of(suite.at("name")), has_own ? 5 : 3);
   for (int gemm = 0; gemm < 2; ++gemm) {
-    html += "<th>amax</th><th>headroom</th><th>clipped</th><th>own scale</th><th>own headroom</th>";
+    html += "<th>amax</th><th>headroom</th><th>clipped</th>";
+    if (has_own) html += "<th>own scale</th><th>own headroom</th>";
   }
   html += "</tr>";
-  for (const std::size_t e : order) html += expert_row(scales, e);
+  for (const std::size_t e : order) html += expert_row(scales, e, has_own);
   return html + "</table></div></details>";
 }
 
@@ -132,9 +135,9 @@ std::string scales_section(const Json& json) {
         "<h3>Headroom of the layer's scales, expert by expert (how many experts)</h3>"
         "<div class='key'><span><i style='background:{}'></i>GEMM1 input</span><span><i "
         "style='background:{}'></i>GEMM2 input</span></div><div class='pair'>{}</div>"
-        "<h3>Experts with the least headroom</h3><p>Own scale: the checkpoint's input_scale of "
-        "this "
-        "very expert. Engines use the largest of the layer; an own headroom below 0.97 says that "
+        "<h3>Experts with the least headroom</h3><p>Own scale: a checkpoint's input_scale of "
+        "this very expert. Engines use the largest of the layer; an own headroom below 0.97 says "
+        "that "
         "calibration did not see what the expert met here.</p>{}",
         kColors[0], kColors[1], plots, tables);
   }
