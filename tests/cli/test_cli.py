@@ -93,6 +93,11 @@ with tempfile.TemporaryDirectory() as folder:
             "--ranks", "2", "--budget", "100%", "--html", page, "--json", report)
     with open(report) as file:
         data = json.load(file)
+    check("accuracy proves and judges every layer", all(
+        one["budget"]["passed"] and one["budget"]["recipe"] == "direct" and one["budget"]["budget_percent"] == 100
+        and [p["mode"] for p in one["identity"]] == ["low-latency", "normal"]
+        and all(p["passed"] and p["direct"] == p["direct_bf16"] == p["definition"] for p in one["identity"])
+        for one in data["layers"]), r)
     check("accuracy of all layers", r.returncode == 0 and "all 3: PASS" in r.stdout
           and [one["layer"] for one in data["layers"]] == [3, 4, 5]
           and all(one["engines"]["passed"] and one["engines"]["runs"] == 12 for one in data["layers"])
