@@ -46,8 +46,6 @@ struct TokenSuite {
 /// Writes what read_dump() reads. Throws: kIo.
 void write_dump(const std::filesystem::path& file, const Workload& tokens);
 
-enum class MatrixRole { kGate, kUp, kDown };
-
 /// One matrix of one expert; alive as long as `storage`.
 struct SourceMatrix {
   Int4Matrix quantized;
@@ -68,10 +66,13 @@ class LayerSource {
 /// Normal weights of variance 1 / k, quantized with amax / 7 per group: the originals are known.
 [[nodiscard]] std::unique_ptr<LayerSource> make_synthetic_source(const ModelGeometry& geometry,
                                                                  std::uint64_t seed);
-/// A checkpoint's experts. It has no originals; in their place stand values drawn uniformly from
-/// each code's rounding cell, [w - scale / 2, w + scale / 2], which quantize to these very codes.
-[[nodiscard]] std::unique_ptr<LayerSource> make_checkpoint_source(const Checkpoint& checkpoint,
-                                                                  int layer, std::uint64_t seed);
+/// A checkpoint's experts, and those of `original`, which it was quantized from: any layout, the
+/// same sizes, borrowed. Without one, values drawn uniformly from each code's rounding cell,
+/// [w - scale / 2, w + scale / 2], which quantize to these very codes, stand in their place.
+/// Throws: as Checkpoint::load_experts(); kInvalidArgument for other sizes.
+[[nodiscard]] std::unique_ptr<LayerSource> make_checkpoint_source(
+    const Checkpoint& checkpoint, int layer, std::uint64_t seed,
+    const Checkpoint* original = nullptr);
 
 /// One approximation of a result against its reference.
 struct ErrorNumbers {

@@ -14,6 +14,7 @@
 #include <functional>
 #include <memory>
 #include <optional>
+#include <span>
 #include <string>
 #include <vector>
 
@@ -75,6 +76,8 @@ struct InputScales {
   float w3 = 0;  ///< up_proj
 };
 
+enum class MatrixRole { kGate, kUp, kDown };
+
 /// Something in the checkpoint that loads but deserves a look.
 struct CheckpointWarning {
   std::string tensor;
@@ -121,6 +124,11 @@ class Checkpoint {
   ///   that cannot be represented). All or nothing.   Cost: touches only these experts' bytes;
   ///   codes that lie in the file in another order or with an offset are copied.
   [[nodiscard]] ExpertWeights load_experts(int layer, int first_expert, int num_experts) const;
+
+  /// One matrix of one expert as [n, k] float32, of any format: FP8 and BF16 weights exactly, INT4
+  /// as code * scale, times its pre_quant_scale if it has one. Throws: kInvalidArgument (layer,
+  /// expert, size of `out`), kCorruptFile.
+  void load_floats(int layer, int expert, MatrixRole role, std::span<float> out) const;
 
   /// Warnings for one layer: uncalibrated input scales (all exactly 1.0), a value of -8 where the
   /// quantizer should not make one, scales far from their neighbours...

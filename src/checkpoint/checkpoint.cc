@@ -250,6 +250,19 @@ void Checkpoint::check(int layer) const {
   (void)input_scales(layer);
 }
 
+void Checkpoint::load_floats(int layer, int expert, MatrixRole role, std::span<float> out) const {
+  const LayerTensors& tensors = impl_->layer_tensors(layer);
+  impl_->check_range(expert, 1);
+  impl_->check_layer(layer);
+  const MatrixLayout matrix = matrix_layouts(impl_->geometry())[static_cast<std::size_t>(role)];
+  check_argument(out.size() == static_cast<std::size_t>(matrix.n * matrix.k),
+                 "{} floats for {} [{}, {}]", out.size(), matrix.stem(), matrix.n, matrix.k);
+  impl_->load_floats(layer, expert, matrix, out);
+  for (const auto& part : tensors.experts[static_cast<std::size_t>(expert)].parts) {
+    MappedFile::release(part.tensor.bytes());
+  }
+}
+
 ExpertWeights Checkpoint::load_experts(int layer, int first_expert, int num_experts) const {
   (void)impl_->layer_tensors(layer);
   impl_->check_range(first_expert, num_experts);

@@ -7,6 +7,7 @@
 #include <algorithm>
 
 #include "accuracy_fixture.h"
+#include "sluice/convert.h"
 #include "sluice/error.h"
 
 namespace sluice::testing {
@@ -285,6 +286,53 @@ TEST(CheckpointSource, OriginalsRoundToTheCodes) {
     }
   }
   EXPECT_NEAR(error / static_cast<double>(m.quantized.n() * k), 1.0 / 12, 0.003);
+  std::filesystem::remove_all(dir);
+}
+
+/// A checkpoint beside the one it was quantized from.
+TEST(CheckpointSource, HasTheWeightsOfItsOriginal) {
+  const auto dir =
+      std::filesystem::temp_directory_path() / ("sluice-original-" + std::to_string(::getpid()));
+  for (const char* format : {"bf16", "fp8-block"}) {
+    write_synthetic_checkpoint({.geometry = accuracy_geometry(), .format = format}, dir / format);
+    const ConvertReport made = convert_checkpoint({.from = dir / format,
+                                                   .to = dir / (std::string(format) + "-int4"),
+                                                   .format = "w4afp8",
+                                                   .scale_rule = ScaleRule::kAmax7});
+    const Checkpoint original = Checkpoint::open(dir / format);
+    const Checkpoint checkpoint = Checkpoint::open(dir / (std::string(format) + "-int4"));
+    const int layer = checkpoint.moe_layers().front();
+    const auto source = make_checkpoint_source(checkpoint, layer, 9, &original);
+    EXPECT_THAT(source->original_kind(), HasSubstr(std::string(format) + ')'));
+    double errors = 0, squares = 0;
+    std::vector<float> w;
+    for (int e = 0; e < 6; ++e) {
+      for (const MatrixRole role : {MatrixRole::kGate, MatrixRole::kUp, MatrixRole::kDown}) {
+        const SourceMatrix m = source->matrix(e, role);
+        w.resize(static_cast<std::size_t>(m.quantized.n() * m.quantized.k()));
+        original.load_floats(layer, e, role, w);
+        ASSERT_TRUE(std::equal(w.begin(), w.end(), m.original));
+        for (std::size_t i = 0; i < w.size(); ++i) {
+          const auto k = static_cast<std::size_t>(m.quantized.k());
+          const double d =
+              static_cast<double>(w[i]) - weight_at(m, false, static_cast<std::int64_t>(i / k),
+                                                    static_cast<std::int64_t>(i % k));
+          errors += d * d, squares += static_cast<double>(w[i]) * w[i];
+        }
+      }
+    }
+    // What convert said of the same weights.
+    EXPECT_NEAR(std::sqrt(errors / squares), made.relative_error, 1e-8);
+    EXPECT_THROW(original.load_floats(layer, 6, MatrixRole::kGate, w), Error);
+    EXPECT_THROW(original.load_floats(layer, 0, MatrixRole::kGate, std::span(w).first(7)), Error);
+    EXPECT_THROW(original.load_floats(77, 0, MatrixRole::kDown, w), Error);
+  }
+  ModelGeometry wider = accuracy_geometry();
+  wider.intermediate = 384;
+  write_synthetic_checkpoint({.geometry = wider}, dir / "wider");
+  const Checkpoint other = Checkpoint::open(dir / "wider");
+  const Checkpoint checkpoint = Checkpoint::open(dir / "bf16-int4");
+  EXPECT_THROW((void)make_checkpoint_source(checkpoint, 3, 9, &other), Error);
   std::filesystem::remove_all(dir);
 }
 

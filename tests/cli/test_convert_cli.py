@@ -129,6 +129,18 @@ def converted(folder):
           and data["scale_rule"] == "mse" and data["weights_compared"] == 8 * 3 * 256 * 128)
     r = run("run", "--checkpoint", to, "--ranks", "2", "--tokens", "4")
     check("run what was converted", r.returncode == 0 and "all within bounds" in r.stdout, r)
+    # Against the weights it was made of: the weights' error in the output is near that of the weights.
+    r = run("accuracy", "--checkpoint", to, "--original", bf16, "--tokens", "16", "--suite", "gaussian", "--ranks",
+            "2", "--recipe", "direct", "--json", report)
+    with open(report, encoding="utf-8") as file:
+        certified = json.load(file)
+    error = certified["suites"][0]["recipes"][0]["roundings"]["weights"]
+    check("accuracy against the original", r.returncode == 0 and f"original  {bf16} (bf16)" in r.stdout
+          and certified["original_weights"] == f"{bf16} (bf16)" and 1 < error / data["relative_error"] < 2.5, r)
+    r = run("accuracy", "--checkpoint", to, "--original", os.path.join(folder, "absent"))
+    check("accuracy without its original", r.returncode == 2 and "absent" in r.stderr, r)
+    r = run("accuracy", "--preset", "tiny", "--original", bf16)
+    check("a preset has no other original", r.returncode == 2 and "--original" in r.stderr, r)
     for part in ("4:8", "0:4"):
         r = run("convert", "--from", int4, "--to", to + "-parts", "--format", "compressed-tensors", "--experts", part)
         check(f"convert --experts {part}", r.returncode == 0, r)
