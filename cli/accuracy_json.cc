@@ -57,6 +57,7 @@ ordered_json to_json(const EngineAgreement& e) {
           {"output", to_json(e.output)},
           {"distance", e.distance},
           {"limit", e.limit},
+          {"added_percent", to_json(e.added_percent)},
           {"passed", e.passed()}};
 }
 
@@ -126,11 +127,9 @@ ordered_json to_json(const IdentityProof& proof) {
 }
 
 ordered_json to_json(const BudgetVerdict& verdict) {
-  return {{"recipe", to_string(verdict.recipe)},
-          {"budget_percent", verdict.budget_percent},
-          {"added_percent", verdict.worst_percent},
-          {"worst_suite", verdict.worst_suite},
-          {"passed", verdict.passed}};
+  return {{"recipe", to_string(verdict.recipe)},    {"budget_percent", verdict.budget_percent},
+          {"added_percent", verdict.worst_percent}, {"worst_suite", verdict.worst_suite},
+          {"of_engine", verdict.is_of_engine},      {"passed", verdict.passed}};
 }
 
 }  // namespace sluice::cli

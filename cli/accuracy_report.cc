@@ -150,10 +150,11 @@ std::string Report::heading() const {
     const bool passed = b.at("passed");
     html += fmt::format(
         "<div class='verdict {}'><b>Budget: {}</b>FP8 dispatch ({}) adds {:.2f} % to the layer's "
-        "total error (worst suite: {}); the budget is {:g} %.</div>",
+        "total error (worst suite: {}{}); the budget is {:g} %.</div>",
         passed ? "pass" : "fail", passed ? "PASS" : "FAIL", text_of(b.at("recipe")),
         b.at("added_percent").is_number() ? b.at("added_percent").get<double>() : 0.0,
-        text_of(b.at("worst_suite")), b.at("budget_percent").get<double>());
+        text_of(b.at("worst_suite")), b.at("of_engine").get<bool>() ? ", as run" : "",
+        b.at("budget_percent").get<double>());
   }
   return html + "</div>";
 }

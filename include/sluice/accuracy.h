@@ -106,6 +106,8 @@ struct EngineAgreement {
   /// ||y_engine - y_evaluator|| / ||exact||. The two relative errors differ by no more than this.
   double distance = 0;
   double limit = 0;  ///< engine_limit() of its device.
+  /// As RecipeCertificate::added_percent, with this output in place of the evaluator's.
+  std::optional<double> added_percent;
   [[nodiscard]] bool passed() const noexcept { return same_bytes && distance <= limit; }
 };
 
@@ -207,12 +209,14 @@ struct AccuracyConfig {
 [[nodiscard]] SuiteCertificate certify(const LayerSource& source, const TokenSuite& suite,
                                        const AccuracyConfig& config);
 
-/// The gate over the suites of a certificate: `added_percent` of `recipe` against a budget.
+/// The gate over the suites of a certificate: `added_percent` of `recipe` against a budget; of the
+/// engine, too, where one ran.
 struct BudgetVerdict {
   RecipeName recipe = RecipeName::kDirect;
   double budget_percent = 0;
   double worst_percent = 0;
   std::string worst_suite;
+  bool is_of_engine = false;  ///< `worst_percent` is of what ran, not of the definition.
   bool passed = false;
 };
 /// Throws: kInvalidArgument if no suite has a total error for `recipe`.
