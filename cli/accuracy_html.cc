@@ -34,4 +34,15 @@ const nlohmann::ordered_json& recipe_of(const nlohmann::ordered_json& suite,
   return nothing;
 }
 
+std::string text_of(const nlohmann::ordered_json& value) {
+  return escape_html(value.is_string() ? value.get<std::string>() : value.dump());
+}
+
+std::string percent(const nlohmann::ordered_json& value) {
+  if (!value.is_number()) return "-";
+  const double p = value.get<double>() * 100;
+  if (p != 0 && p < 0.01) return fmt::format("{:.1e} %", p);
+  return p < 10 ? fmt::format("{:.2f} %", p) : fmt::format("{:.1f} %", p);
+}
+
 }  // namespace sluice::cli

@@ -57,6 +57,7 @@ ordered_json to_json(const EngineAgreement& e) {
           {"output", to_json(e.output)},
           {"distance", e.distance},
           {"limit", e.limit},
+          {"added_percent", to_json(e.added_percent)},
           {"passed", e.passed()}};
 }
 
@@ -92,8 +93,12 @@ ordered_json to_json(const ScaleSafety& s) {
     json["experts"].push_back({{"rows", e.rows},
                                {"amax1", e.amax1},
                                {"amax2", e.amax2},
+                               {"clip_rate1", e.clip_rate1},
+                               {"clip_rate2", e.clip_rate2},
                                {"scale1", e.scale1},
-                               {"scale2", e.scale2}});
+                               {"scale2", e.scale2},
+                               {"own_headroom1", e.own_headroom1},
+                               {"own_headroom2", e.own_headroom2}});
   }
   return json;
 }
@@ -122,11 +127,9 @@ ordered_json to_json(const IdentityProof& proof) {
 }
 
 ordered_json to_json(const BudgetVerdict& verdict) {
-  return {{"recipe", to_string(verdict.recipe)},
-          {"budget_percent", verdict.budget_percent},
-          {"added_percent", verdict.worst_percent},
-          {"worst_suite", verdict.worst_suite},
-          {"passed", verdict.passed}};
+  return {{"recipe", to_string(verdict.recipe)},    {"budget_percent", verdict.budget_percent},
+          {"added_percent", verdict.worst_percent}, {"worst_suite", verdict.worst_suite},
+          {"of_engine", verdict.is_of_engine},      {"passed", verdict.passed}};
 }
 
 }  // namespace sluice::cli

@@ -79,9 +79,10 @@ void print_identity(const IdentityProof& proof, const std::string& backend) {
 
 void print_budget(const BudgetVerdict& verdict) {
   fmt::print(
-      "budget    FP8 dispatch ({}) adds {:.2f} % to the layer's total error (worst suite {}), "
+      "budget    FP8 dispatch ({}) adds {:.2f} % to the layer's total error (worst suite {}{}), "
       "budget {:g} %: {}\n",
-      to_string(verdict.recipe), verdict.worst_percent, verdict.worst_suite, verdict.budget_percent,
+      to_string(verdict.recipe), verdict.worst_percent, verdict.worst_suite,
+      verdict.is_of_engine ? ", as run" : "", verdict.budget_percent,
       verdict.passed ? "PASS" : "FAIL");
 }
 

@@ -7,6 +7,7 @@
 
 #include "accuracy_html.h"
 #include "accuracy_layers.h"
+#include "accuracy_scales.h"
 #include "svg_plot.h"
 
 namespace sluice::cli {
@@ -29,6 +30,7 @@ margin-top:18px}
 table{border-collapse:collapse;width:100%;font-variant-numeric:tabular-nums;font-size:13.5px;margin:8px 0}
 th,td{padding:5px 9px;text-align:right;border-bottom:1px solid var(--line);white-space:nowrap}
 th{color:var(--soft);font-weight:600}th:first-child,td:first-child{text-align:left}
+th[colspan]{text-align:center}.tight th,.tight td{padding:5px 6px}
 th.text,td.text{text-align:left}td.text{white-space:normal}
 .verdicts{display:flex;flex-wrap:wrap;gap:12px;margin-top:16px}
 .verdict{background:var(--paper);border:1px solid var(--line);border-left:5px solid var(--soft);
@@ -48,22 +50,32 @@ polyline{fill:none;stroke-width:1.7;stroke-linejoin:round}
 details{margin-top:6px}summary{cursor:pointer;font-weight:600;padding:3px 0}
 )";
 
-std::string text_of(const Json& value) {
-  return escape_html(value.is_string() ? value.get<std::string>() : value.dump());
-}
-
-std::string percent(const Json& value) {
-  if (!value.is_number()) return "-";
-  const double p = value.get<double>() * 100;
-  if (p != 0 && p < 0.01) return fmt::format("{:.1e} %", p);
-  return p < 10 ? fmt::format("{:.2f} %", p) : fmt::format("{:.1f} %", p);
-}
-
 /// Shades an error by how far it is above the smallest of its column.
 const char* shade(const Json& value, double best) {
   if (!value.is_number() || !(best > 0)) return "";
   const double ratio = value.get<double>() / best;
   return ratio > 3 ? "w3" : ratio > 1.25 ? "w2" : ratio > 1.08 ? "w1" : "";
+}
+
+std::string number(const Json& value, const char* format) {
+  return value.is_number() ? fmt::format(fmt::runtime(format), value.get<double>()) : "-";
+}
+
+/// How far a real run's output is from the certificate's.
+std::string engine_of(const Json& recipe) {
+  if (!recipe.contains("engine")) return "-";
+  const Json& e = recipe.at("engine");
+  return e.at("same_bytes").get<bool>() ? percent(e.at("distance")) : "OTHER BYTES";
+}
+
+/// Why a recipe could not be judged.
+std::string refused_row(const Json& suite, const std::string& name) {
+  for (const Json& r : suite.at("recipes")) {
+    if (r.at("name") != name) continue;
+    return fmt::format("<tr><td>{}</td><td class='text' colspan='10'>refused: {}</td></tr>",
+                       escape_html(name), text_of(r.at("refused")));
+  }
+  return "";
 }
 
 class Report {
@@ -74,18 +86,18 @@ class Report {
   }
 
   [[nodiscard]] std::string render() const {
-    return heading() + overview() + plots() + roundings() + channels() + tokens() + scales() +
-           definitions();
+    return heading() + overview() + plots() + numbers() + roundings() + channels() + tokens() +
+           scales_section(json_) + definitions();
   }
 
  private:
   [[nodiscard]] std::string heading() const;
   [[nodiscard]] std::string overview() const;
   [[nodiscard]] std::string plots() const;
+  [[nodiscard]] std::string numbers() const;
   [[nodiscard]] std::string roundings() const;
   [[nodiscard]] std::string channels() const;
   [[nodiscard]] std::string tokens() const;
-  [[nodiscard]] std::string scales() const;
   [[nodiscard]] std::string definitions() const;
 
   /// recipe x suite of recipe[what]["relative_l2"].
@@ -138,10 +150,11 @@ std::string Report::heading() const {
     const bool passed = b.at("passed");
     html += fmt::format(
         "<div class='verdict {}'><b>Budget: {}</b>FP8 dispatch ({}) adds {:.2f} % to the layer's "
-        "total error (worst suite: {}); the budget is {:g} %.</div>",
+        "total error (worst suite: {}{}); the budget is {:g} %.</div>",
         passed ? "pass" : "fail", passed ? "PASS" : "FAIL", text_of(b.at("recipe")),
         b.at("added_percent").is_number() ? b.at("added_percent").get<double>() : 0.0,
-        text_of(b.at("worst_suite")), b.at("budget_percent").get<double>());
+        text_of(b.at("worst_suite")), b.at("of_engine").get<bool>() ? ", as run" : "",
+        b.at("budget_percent").get<double>());
   }
   return html + "</div>";
 }
@@ -204,6 +217,44 @@ std::string Report::plots() const {
   return html + "</section>";
 }
 
+std::string Report::numbers() const {
+  std::string html =
+      "<section><h2>Every number of the output</h2><p>Of the layer's output against exact "
+      "arithmetic on the same INT4 weights. Saturated, underflowed: values that e4m3 clipped or "
+      "made zero, GEMM1 + GEMM2 inputs. Adds: to the total error. Engine: how far the output of a "
+      "real run is from this one.</p>";
+  for (const Json& suite : json_.at("suites")) {
+    html += fmt::format(
+        "<details{}><summary>{}</summary><div class='scroll tight'><table><tr><th>recipe</th>"
+        "<th>error</th><th>SQNR</th><th>worst token</th><th>p99 token</th><th>p99 channel</th>"
+        "<th>saturated</th><th>underflowed</th><th>total</th><th>adds</th><th>engine</th>"
+        "</tr>",
+        &suite == &json_.at("suites").front() ? " open" : "", text_of(suite.at("name")));
+    for (const std::string& name : recipes_) {
+      const Json& r = recipe_of(suite, name);
+      if (r.is_null()) {
+        html += refused_row(suite, name);
+        continue;
+      }
+      const Json &output = r.at("output"), &one = r.at("gemm1_casts"), &two = r.at("gemm2_casts");
+      const auto both = [&](const char* what) {
+        return fmt::format("<td>{} + {}</td>", one.at(what).dump(), two.at(what).dump());
+      };
+      html += fmt::format(
+          "<tr><td>{}</td><td>{}</td><td>{}</td><td>{} <small>(#{})</small></td><td>{}</td>"
+          "<td>{}</td>{}{}<td>{}</td><td>{}</td><td>{}</td></tr>",
+          escape_html(name), percent(output.at("relative_l2")),
+          number(output.at("sqnr_db"), "{:.1f} dB"), percent(output.at("worst_token_error")),
+          output.at("worst_token").dump(), percent(output.at("p99_token_error")),
+          percent(output.at("p99_channel_error")), both("saturated"), both("underflowed"),
+          r.at("total").is_object() ? percent(r.at("total").at("relative_l2")) : "-",
+          number(r.at("added_percent"), "{:+.2f} %"), engine_of(r));
+    }
+    html += "</table></div></details>";
+  }
+  return html + "</section>";
+}
+
 std::string Report::roundings() const {
   static const std::pair<const char*, const char*> kColumns[] = {
       {"weights", "weights"},
@@ -215,8 +266,8 @@ std::string Report::roundings() const {
       {"quadrature", "root sum squares"}};
   std::string html =
       "<section><h2>Each rounding alone, and all together</h2><p>Output error with one rounding "
-      "switched on. Independent errors add in squares: the last two columns agree as far as they "
-      "are.</p>";
+      "switched on. Independent errors add in squares: all together over the root of the sum of "
+      "squares is 1 as far as they are.</p>";
   bool first = true;
   for (const Json& suite : json_.at("suites")) {
     html += fmt::format(
@@ -225,7 +276,7 @@ std::string Report::roundings() const {
         first ? " open" : "", text_of(suite.at("name")));
     first = false;
     for (const auto& [field, title] : kColumns) html += fmt::format("<th>{}</th>", title);
-    html += "<th>adds to total</th></tr>";
+    html += "<th>ratio</th></tr>";
     for (const std::string& name : recipes_) {
       const Json& r = recipe_of(suite, name);
       if (r.is_null()) continue;
@@ -233,9 +284,8 @@ std::string Report::roundings() const {
       for (const auto& [field, title] : kColumns) {
         html += "<td>" + percent(r.at("roundings").at(field)) + "</td>";
       }
-      const Json& added = r.at("added_percent");
-      html += added.is_number() ? fmt::format("<td>{:+.2f} %</td></tr>", added.get<double>())
-                                : "<td>-</td></tr>";
+      html += fmt::format("<td>{}</td></tr>",
+                          number(r.at("roundings").at("together_over_quadrature"), "{:.3f}"));
     }
     html += "</table></div></details>";
   }
@@ -299,45 +349,6 @@ std::string Report::tokens() const {
     html += "</tr>";
   }
   return html + "</table></div></section>";
-}
-
-std::string Report::scales() const {
-  std::string html =
-      "<section><h2>Static scales against what the tokens contain</h2><p>Headroom is 448 * scale / "
-      "largest value; below 0.97 values are clipped (464 still rounds to 448).</p><div "
-      "class='scroll'><table><tr><th>suite</th>"
-      "<th>s1</th><th>headroom</th><th>clipped</th><th>s2</th><th>headroom</th><th>clipped</th>"
-      "<th class='text'>recommendation</th></tr>";
-  for (const Json& suite : json_.at("suites")) {
-    const Json& s = suite.at("static_scales");
-    html += fmt::format("<tr><td>{}</td>", text_of(suite.at("name")));
-    for (const char* n : {"1", "2"}) {
-      const std::string i = n;
-      html += fmt::format("<td>{:.4g}</td><td class='{}'>{:.2f}x</td><td>{}</td>",
-                          s.at("s" + i).get<double>(), s.at("clip_rate" + i) > 0 ? "w3" : "",
-                          s.at("headroom" + i).get<double>(), percent(s.at("clip_rate" + i)));
-    }
-    html += "<td class='text'>" + text_of(s.at("recommendation")) + "</td></tr>";
-  }
-  html +=
-      "</table></div><h3>Headroom of the layer's scales, expert by expert (how many experts)</h3>"
-      "<div class='key'><span><i style='background:#1668dc'></i>GEMM1 input</span><span><i "
-      "style='background:#f2a93b'></i>GEMM2 input</span></div><div class='pair'>";
-  for (const Json& suite : json_.at("suites")) {
-    const Json& s = suite.at("static_scales");
-    std::vector<PlotSeries> both = {{"GEMM1 input", "#1668dc", {}}, {"GEMM2 input", "#f2a93b", {}}};
-    for (const Json& e : s.at("experts")) {
-      for (std::size_t i = 0; i < 2; ++i) {
-        const std::string n = i == 0 ? "1" : "2";
-        const double amax = e.at("amax" + n);
-        both[i].values.push_back(amax > 0 ? std::optional(448 * s.at("s" + n).get<double>() / amax)
-                                          : std::nullopt);
-      }
-    }
-    html += "<div><h3>" + text_of(suite.at("name")) + "</h3>" +
-            headroom_plot(both, {.width = 490, .height = 160}) + "</div>";
-  }
-  return html + "</div></section>";
 }
 
 std::string Report::definitions() const {

@@ -24,7 +24,8 @@ namespace {
 using Json = nlohmann::ordered_json;
 
 struct Options {
-  std::string checkpoint, preset, replay, budget, html, layer, gate = "direct", backend = "cpu";
+  std::string checkpoint, preset, original, replay, budget, html, layer, gate = "direct",
+                                                                         backend = "cpu";
   std::vector<std::string> suites = {"all"}, recipes = {"all"};
   int ranks = 4, threads = 0;
   std::int64_t tokens = 32;
@@ -36,11 +37,12 @@ struct Options {
 /// its proof runs on a narrow stand-in, because GEMM1's input does not depend on the weights.
 class Subject {
  public:
-  Subject(const Checkpoint& checkpoint, const std::string& path, int layer, std::uint64_t seed)
+  Subject(const Checkpoint& checkpoint, const Checkpoint* original, const std::string& path,
+          int layer, std::uint64_t seed)
       : seed_(seed),
         layer_(layer),
         checkpoint_(&checkpoint),
-        source_(make_checkpoint_source(checkpoint, layer, seed)),
+        source_(make_checkpoint_source(checkpoint, layer, seed, original)),
         description_(
             fmt::format("checkpoint {}, layer {} ({})", path, layer, checkpoint.format())) {}
   Subject(const std::string& preset, std::uint64_t seed)
@@ -253,6 +255,12 @@ void check(const Options& options) {
         ErrorCode::kInvalidArgument,
         fmt::format("--layer {}: a preset has one layer; give --checkpoint", options.layer));
   }
+  if (!options.preset.empty() && !options.original.empty()) {
+    throw Error(
+        ErrorCode::kInvalidArgument,
+        fmt::format("--original {}: a preset's original weights are known; give --checkpoint",
+                    options.original));
+  }
   if (options.layer == "all" && !options.replay.empty()) {
     throw Error(ErrorCode::kInvalidArgument,
                 "--replay holds the inputs of one layer; give its index as --layer, not all");
@@ -269,9 +277,12 @@ void accuracy(const Options& options, Output& output) {
     json.update(certify_layer(options, subject));
   } else {
     const Checkpoint checkpoint = Checkpoint::open(options.checkpoint);
+    std::optional<Checkpoint> original;
+    if (!options.original.empty()) original.emplace(Checkpoint::open(options.original));
     std::vector<Json> layers;
     for (const int layer : layers_of(options, checkpoint)) {
-      Subject subject(checkpoint, options.checkpoint, layer, options.seed);
+      Subject subject(checkpoint, original ? &*original : nullptr, options.checkpoint, layer,
+                      options.seed);
       layers.push_back(certify_layer(options, subject));
     }
     if (options.layer == "all") {
@@ -295,6 +306,11 @@ void add_accuracy(CLI::App& app, Output& output) {
   command->add_option("--checkpoint", options->checkpoint, "Checkpoint directory")
       ->check(CLI::ExistingDirectory);
   command->add_option("--preset", options->preset, "Synthetic weights of this geometry instead");
+  command
+      ->add_option("--original", options->original,
+                   "Checkpoint that this one was quantized from, in any layout: total errors are "
+                   "against its weights. Default: weights that round to these")
+      ->check(CLI::ExistingDirectory);
   command->add_option("--layer", options->layer,
                       "Layer index, or all; default: the first with experts");
   command->add_option("--tokens", options->tokens, "Tokens per suite")

@@ -83,10 +83,15 @@ void print_report(const Options& options, const ConvertReport& r, double seconds
   fmt::print("result    {}: {}, {} scale per {} along K, {}\n", options.to, r.format,
              to_string(r.scale_dtype), g.group_size,
              r.has_input_scales ? "static input scales" : "no static input scales");
-  fmt::print("numbers   {}\n",
-             r.is_requantized
-                 ? fmt::format("quantized to INT4: {}", rule_text(parse_scale_rule(options.scale)))
-                 : std::string("INT4 codes and scales kept, bit for bit"));
+  if (!r.is_requantized) {
+    fmt::print("numbers   INT4 codes and scales kept, bit for bit\n");
+  } else {
+    fmt::print("numbers   quantized to INT4: {}\n", rule_text(parse_scale_rule(options.scale)));
+    if (!r.requantized_because.empty()) {
+      fmt::print("warning   a second rounding of weights that were INT4: {}\n",
+                 r.requantized_because);
+    }
+  }
   fmt::print("experts   {} written, {} found finished, {} left for other runs; {} other tensors\n",
              r.experts_written, r.experts_kept, r.experts_left, r.other_tensors);
   fmt::print("size      {} in {} shards, {:.1f} s, peak resident {}\n",
@@ -124,6 +129,7 @@ void convert(const Options& options, Output& output) {
                  {"source_evidence", report.source_evidence},
                  {"format", report.format},
                  {"requantized", report.is_requantized},
+                 {"requantized_because", report.requantized_because},
                  {"scale_rule", options.scale.empty() ? nlohmann::ordered_json(nullptr)
                                                       : nlohmann::ordered_json(options.scale)},
                  {"scale_dtype", to_string(report.scale_dtype)},
@@ -164,11 +170,12 @@ void add_convert(CLI::App& app, Output& output) {
   command
       ->add_option("--scale", options->scale,
                    "How BF16 and FP8 weights get their INT4 scales; required for them, refused for "
-                   "INT4 sources, which keep theirs")
+                   "INT4 sources that can keep theirs")
       ->check(CLI::IsMember({"amax7", "amax8", "mse"}));
   command
       ->add_option("--group-size", options->group_size,
-                   "Weights per scale, when weights are quantized (128 unless given)")
+                   "Weights per scale, when weights are quantized (128, and as an INT4 source in "
+                   "compressed-tensors, unless given)")
       ->check(CLI::IsMember({32, 128}));
   command
       ->add_option(

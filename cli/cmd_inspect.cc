@@ -219,7 +219,10 @@ LayerCheck check_layers(const Checkpoint& checkpoint) {
       result.good.push_back(layer);
     } catch (const Error& error) {
       // With nothing left to look at, this is the answer.
-      if (layer == checkpoint.moe_layers().back() && result.good.empty()) throw;
+      if (layer == checkpoint.moe_layers().back() && result.good.empty()) {
+        print_model(checkpoint);
+        throw;
+      }
       result.errors.push_back(fmt::format("layer {}: {}", layer, error.what()));
     }
   }

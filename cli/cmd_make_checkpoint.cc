@@ -14,7 +14,7 @@ struct Options {
   std::string preset, out, format = "w4afp8", scale_dtype = "f32";
   std::uint64_t seed = 1, shard_bytes = std::uint64_t{1} << 30;
   int layers = 1, experts = 0, hidden = 0, intermediate = 0, group_size = 0;
-  bool no_input_scales = false, static_activations = false;
+  bool no_input_scales = false, static_activations = false, pre_quant_scale = false;
 };
 
 SyntheticCheckpoint make_spec(const Options& options) {
@@ -26,6 +26,7 @@ SyntheticCheckpoint make_spec(const Options& options) {
       .scale_dtype = options.scale_dtype == "bf16" ? DType::kBFloat16 : DType::kFloat32,
       .with_input_scales = !options.no_input_scales,
       .with_static_activations = options.static_activations,
+      .with_pre_quant_scale = options.pre_quant_scale,
       .max_shard_bytes = options.shard_bytes};
   if (options.format == "kimi-int4") spec.geometry.group_size = 32;
   if (options.group_size != 0) spec.geometry.group_size = options.group_size;
@@ -45,6 +46,13 @@ std::pair<std::uintmax_t, int> measure(const std::filesystem::path& dir) {
   return sum;
 }
 
+/// None beside a pre_quant_scale: those of an input that is multiplied first are not the layer's.
+std::optional<StaticScales> scales_of(const Options& options, const Checkpoint& checkpoint,
+                                      int layer) {
+  if (options.pre_quant_scale) return std::nullopt;
+  return checkpoint.static_scales(layer);
+}
+
 void make_checkpoint(const Options& options, Output& output) {
   const SyntheticCheckpoint spec = make_spec(options);
   const auto begin = std::chrono::steady_clock::now();
@@ -57,7 +65,7 @@ void make_checkpoint(const Options& options, Output& output) {
   // Done is what can be read back.
   const Checkpoint checkpoint = Checkpoint::open(options.out);
   const int layer = checkpoint.moe_layers().front();
-  const auto scales = checkpoint.static_scales(layer);
+  const auto scales = scales_of(options, checkpoint, layer);
   const auto [bytes, num_files] = measure(options.out);
   const ModelGeometry& g = checkpoint.geometry();
   fmt::print("{}: {} in {} files, {:.1f} s\n", options.out, human_bytes(static_cast<double>(bytes)),
@@ -69,6 +77,8 @@ void make_checkpoint(const Options& options, Output& output) {
   if (!checkpoint.is_int4()) {
     fmt::print("note: {} cannot be run; `sluice convert --scale ...` makes INT4 of it\n",
                checkpoint.format());
+  } else if (options.pre_quant_scale) {
+    fmt::print("note: a pre_quant_scale cannot be run; `sluice convert --scale ...` folds it in\n");
   } else if (options.preset == "kimi-k2" && g.group_size != 32) {
     fmt::print("note: Kimi-K2's own INT4 has groups of 32 (--format kimi-int4); this has {}\n",
                g.group_size);
@@ -125,6 +135,9 @@ void add_make_checkpoint(CLI::App& app, Output& output) {
                     "Leave out static activation scales");
   command->add_flag("--static-activations", options->static_activations,
                     "compressed-tensors: static e4m3 input scales instead of dynamic ones");
+  command->add_flag("--pre-quant-scale", options->pre_quant_scale,
+                    "modelopt-w4a8-awq: AWQ's factors of the input's channels, which only "
+                    "`sluice convert --scale` can take");
   command->add_option("--shard-bytes", options->shard_bytes, "Largest shard")
       ->capture_default_str();
   command->callback([options, &output] { make_checkpoint(*options, output); });

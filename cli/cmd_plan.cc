@@ -13,8 +13,8 @@ namespace sluice::cli {
 namespace {
 
 struct Options {
-  std::string preset, config, recipe = "direct", mode = "low-latency", backend = "cpu",
-                              scale_dtype = "f32", memory;
+  std::string preset, config, checkpoint, recipe = "direct", mode = "low-latency", backend = "cpu",
+                                          scale_dtype, memory;
   int ranks = 1, tokens = 128, layers = 1;
 };
 
@@ -99,11 +99,37 @@ double parse_memory(const std::string& text) {
   return value * factor;
 }
 
+/// What is planned for: sizes, and the weights' scales.
+struct Subject {
+  ModelGeometry geometry;
+  DType scale_dtype = DType::kFloat32;
+};
+
+Subject read_subject(const Options& options) {
+  const int given = (options.preset.empty() ? 0 : 1) + (options.config.empty() ? 0 : 1) +
+                    (options.checkpoint.empty() ? 0 : 1);
+  if (given != 1) {
+    throw Error(ErrorCode::kInvalidArgument, "give one of --preset, --config and --checkpoint");
+  }
+  if (!options.checkpoint.empty()) {
+    const Checkpoint checkpoint = Checkpoint::open(options.checkpoint);
+    if (!options.scale_dtype.empty()) {
+      throw Error(ErrorCode::kInvalidArgument,
+                  fmt::format("--scale-dtype {}: a checkpoint's scales have the dtype they have",
+                              options.scale_dtype));
+    }
+    const ExpertWeights one = checkpoint.load_experts(checkpoint.moe_layers().front(), 0, 1);
+    return {checkpoint.geometry(), one.experts.front().gate.scales.dtype};
+  }
+  return {options.preset.empty() ? read_geometry(options.config) : preset_geometry(options.preset),
+          options.scale_dtype == "bf16" ? DType::kBFloat16 : DType::kFloat32};
+}
+
 class Planner {
  public:
-  Planner(const Options& options, ModelGeometry geometry)
-      : geometry_(std::move(geometry)),
-        scale_dtype_(options.scale_dtype == "bf16" ? DType::kBFloat16 : DType::kFloat32),
+  Planner(const Options& options, Subject subject)
+      : geometry_(std::move(subject.geometry)),
+        scale_dtype_(subject.scale_dtype),
         device_(options.backend == "cuda" ? Device::Kind::kCuda : Device::Kind::kHost),
         num_ranks_(options.ranks) {
     const RecipeName recipe = parse_recipe(options.recipe);
@@ -136,6 +162,7 @@ class Planner {
   }
 
   [[nodiscard]] const ModelGeometry& geometry() const { return geometry_; }
+  [[nodiscard]] DType scale_dtype() const { return scale_dtype_; }
 
  private:
   ModelGeometry geometry_;
@@ -146,16 +173,13 @@ class Planner {
 };
 
 void plan(const Options& options, Output& output) {
-  if (options.preset.empty() == options.config.empty()) {
-    throw Error(ErrorCode::kInvalidArgument, "give either --preset or --config");
-  }
-  const Planner planner(options, options.preset.empty() ? read_geometry(options.config)
-                                                        : preset_geometry(options.preset));
+  const Planner planner(options, read_subject(options));
   const ModelGeometry& g = planner.geometry();
   const EngineMemory m = planner.at(options.tokens);
   const double total = Planner::total(m, options.layers);
-  fmt::print("layer     {}: {} experts, top-{}, hidden {}, intermediate {}, group {}\n", g.name,
-             g.num_experts, g.num_topk, g.hidden, g.intermediate, g.group_size);
+  fmt::print("layer     {}: {} experts, top-{}, hidden {}, intermediate {}, {} scale per {}\n",
+             g.name, g.num_experts, g.num_topk, g.hidden, g.intermediate,
+             to_string(planner.scale_dtype()), g.group_size);
   fmt::print("plan      recipe {}, {} mode, {} ranks of {} experts, up to {} tokens each, {}\n",
              options.recipe, options.mode, options.ranks, g.num_experts / options.ranks,
              options.tokens, options.backend);
@@ -178,6 +202,8 @@ void plan(const Options& options, Output& output) {
                  {"ranks", options.ranks},
                  {"tokens_per_rank", options.tokens},
                  {"layers", options.layers},
+                 {"group_size", g.group_size},
+                 {"scale_dtype", to_string(planner.scale_dtype())},
                  {"codes_bytes", m.codes_bytes},
                  {"scales_bytes", m.scales_bytes},
                  {"prepared_bytes", m.prepared_bytes},
@@ -203,6 +229,8 @@ void add_plan(CLI::App& app, Output& output) {
   command->add_option("--preset", options->preset, "Geometry by name");
   command->add_option("--config", options->config, "Geometry from a model's config.json")
       ->check(CLI::ExistingFile);
+  command->add_option("--checkpoint", options->checkpoint, "Geometry and scales of this checkpoint")
+      ->check(CLI::ExistingDirectory);
   command->add_option("--ranks", options->ranks, "Expert-parallel ranks")
       ->check(CLI::Range(1, 1024))
       ->capture_default_str();
@@ -218,9 +246,10 @@ void add_plan(CLI::App& app, Output& output) {
   command->add_option("--backend", options->backend, "cpu | cuda")
       ->check(CLI::IsMember({"cpu", "cuda"}))
       ->capture_default_str();
-  command->add_option("--scale-dtype", options->scale_dtype, "f32 | bf16: the weights' scales")
-      ->check(CLI::IsMember({"f32", "bf16"}))
-      ->capture_default_str();
+  command
+      ->add_option("--scale-dtype", options->scale_dtype,
+                   "f32 (default) | bf16: the weights' scales, which neither preset nor config say")
+      ->check(CLI::IsMember({"f32", "bf16"}));
   command->add_option("--memory", options->memory,
                       "Bytes there are on a rank, e.g. 80GB: fail if the plan does not fit");
   command->callback([options, &output] { plan(*options, output); });

@@ -150,6 +150,13 @@ nlohmann::ordered_json to_json(const StageTimes& t) {
           {"total_us", t.total_us}};
 }
 
+/// With the names of `sluice plan`.
+nlohmann::ordered_json to_json(const EngineMemory& m) {
+  return {{"codes_bytes", m.codes_bytes},       {"scales_bytes", m.scales_bytes},
+          {"prepared_bytes", m.prepared_bytes}, {"exchange_bytes", m.exchange_bytes},
+          {"scratch_bytes", m.scratch_bytes},   {"total_bytes", m.total_bytes()}};
+}
+
 void fill_json(Output& output, const LayerRunConfig& config, const LayerRunResult& result,
                const Summary& s) {
   auto& json = output.json;
@@ -178,7 +185,8 @@ void fill_json(Output& output, const LayerRunConfig& config, const LayerRunResul
                              {"transport_bytes", rank.transport_bytes},
                              {"wait_ns", rank.counters.wait_ns},
                              {"saturated_values", rank.counters.saturated_values},
-                             {"weight_bytes", rank.weight_bytes},
+                             {"weight_bytes", rank.memory.prepared_bytes},
+                             {"memory", to_json(rank.memory)},
                              {"times", to_json(rank.stats.times)}});
   }
 }
@@ -292,13 +300,19 @@ void print_memory(const LayerRunConfig& config, const LayerRunResult& result, bo
                   Output& output) {
   double experts_bytes = 0, peak = 0;
   for (const RankResult& rank : result.ranks) {
-    experts_bytes += static_cast<double>(rank.weight_bytes);
+    experts_bytes += static_cast<double>(rank.memory.prepared_bytes);
     peak += rank.peak_resident_bytes;
   }
   if (!has_processes) peak = peak_resident_bytes();
   fmt::print("memory    peak resident {}{}, experts {}\n", human_bytes(peak),
              has_processes ? fmt::format(" in {} processes", config.num_ranks) : "",
              human_bytes(experts_bytes));
+  // Every rank has the same sizes.
+  const EngineMemory& m = result.ranks.front().memory;
+  const auto human = [](std::size_t bytes) { return human_bytes(static_cast<double>(bytes)); };
+  fmt::print("          each rank: prepared {}, exchange {}, scratch {}; {} in all\n",
+             human(m.prepared_bytes), human(m.exchange_bytes), human(m.scratch_bytes),
+             human(m.total_bytes()));
   output.json["peak_resident_bytes"] = peak;
   output.json["experts_bytes"] = experts_bytes;
 }

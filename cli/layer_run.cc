@@ -79,7 +79,9 @@ std::string encode(const RankResult& r) {
                      {"totals", to_json(r.totals)},
                      {"transport_bytes", r.transport_bytes},
                      {"y", Json::binary({y, y + r.y.size() * sizeof(r.y[0])})},
-                     {"weight_bytes", r.weight_bytes},
+                     {"memory",
+                      {r.memory.codes_bytes, r.memory.scales_bytes, r.memory.prepared_bytes,
+                       r.memory.exchange_bytes, r.memory.scratch_bytes}},
                      {"digest", r.digest},
                      {"peak_resident_bytes", r.peak_resident_bytes}};
   std::string bytes;
@@ -99,7 +101,11 @@ RankResult decode(const std::string& bytes) {
                .transport_bytes = j["transport_bytes"],
                .y = {},
                .load = {},
-               .weight_bytes = j["weight_bytes"],
+               .memory = {.codes_bytes = j["memory"][0],
+                          .scales_bytes = j["memory"][1],
+                          .prepared_bytes = j["memory"][2],
+                          .exchange_bytes = j["memory"][3],
+                          .scratch_bytes = j["memory"][4]},
                .digest = j["digest"],
                .peak_resident_bytes = j["peak_resident_bytes"]};
   const auto& y = j["y"].get_binary();
@@ -169,7 +175,7 @@ RankResult run_rank(const LayerRunConfig& config, const Checkpoint& checkpoint, 
   std::ranges::stable_sort(order, {}, [&](std::size_t i) { return slowest[i]; });
   result.stats = repeats[order[order.size() / 2]];
   result.totals = engine.exchange_counters(config.mode);
-  result.weight_bytes = engine.weight_bytes();
+  result.memory = engine.memory();
   result.digest = engine.gemm_input_digest();
   result.y.resize(load.x.size());
   if (!result.y.empty()) {

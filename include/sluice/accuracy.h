@@ -46,8 +46,6 @@ struct TokenSuite {
 /// Writes what read_dump() reads. Throws: kIo.
 void write_dump(const std::filesystem::path& file, const Workload& tokens);
 
-enum class MatrixRole { kGate, kUp, kDown };
-
 /// One matrix of one expert; alive as long as `storage`.
 struct SourceMatrix {
   Int4Matrix quantized;
@@ -68,10 +66,13 @@ class LayerSource {
 /// Normal weights of variance 1 / k, quantized with amax / 7 per group: the originals are known.
 [[nodiscard]] std::unique_ptr<LayerSource> make_synthetic_source(const ModelGeometry& geometry,
                                                                  std::uint64_t seed);
-/// A checkpoint's experts. It has no originals; in their place stand values drawn uniformly from
-/// each code's rounding cell, [w - scale / 2, w + scale / 2], which quantize to these very codes.
-[[nodiscard]] std::unique_ptr<LayerSource> make_checkpoint_source(const Checkpoint& checkpoint,
-                                                                  int layer, std::uint64_t seed);
+/// A checkpoint's experts, and those of `original`, which it was quantized from: any layout, the
+/// same sizes, borrowed. Without one, values drawn uniformly from each code's rounding cell,
+/// [w - scale / 2, w + scale / 2], which quantize to these very codes, stand in their place.
+/// Throws: as Checkpoint::load_experts(); kInvalidArgument for other sizes.
+[[nodiscard]] std::unique_ptr<LayerSource> make_checkpoint_source(
+    const Checkpoint& checkpoint, int layer, std::uint64_t seed,
+    const Checkpoint* original = nullptr);
 
 /// One approximation of a result against its reference.
 struct ErrorNumbers {
@@ -105,6 +106,8 @@ struct EngineAgreement {
   /// ||y_engine - y_evaluator|| / ||exact||. The two relative errors differ by no more than this.
   double distance = 0;
   double limit = 0;  ///< engine_limit() of its device.
+  /// As RecipeCertificate::added_percent, with this output in place of the evaluator's.
+  std::optional<double> added_percent;
   [[nodiscard]] bool passed() const noexcept { return same_bytes && distance <= limit; }
 };
 
@@ -132,8 +135,10 @@ struct RecipeCertificate {
 struct ScaleSafety {
   struct PerExpert {
     std::int64_t rows = 0;
-    double amax1 = 0, amax2 = 0;    ///< Largest input of GEMM1, of GEMM2.
+    double amax1 = 0, amax2 = 0;            ///< Largest input of GEMM1, of GEMM2.
+    double clip_rate1 = 0, clip_rate2 = 0;  ///< Under the layer's scale, which every expert has.
     double scale1 = 0, scale2 = 0;  ///< The checkpoint's for this very expert; 0 if it has none.
+    double own_headroom1 = 0, own_headroom2 = 0;  ///< 448 * scale / amax; 0 if either is 0.
   };
   std::string origin;  ///< "checkpoint", "calibration" or "none".
   StaticScales scales;
@@ -204,12 +209,14 @@ struct AccuracyConfig {
 [[nodiscard]] SuiteCertificate certify(const LayerSource& source, const TokenSuite& suite,
                                        const AccuracyConfig& config);
 
-/// The gate over the suites of a certificate: `added_percent` of `recipe` against a budget.
+/// The gate over the suites of a certificate: `added_percent` of `recipe` against a budget; of the
+/// engine, too, where one ran.
 struct BudgetVerdict {
   RecipeName recipe = RecipeName::kDirect;
   double budget_percent = 0;
   double worst_percent = 0;
   std::string worst_suite;
+  bool is_of_engine = false;  ///< `worst_percent` is of what ran, not of the definition.
   bool passed = false;
 };
 /// Throws: kInvalidArgument if no suite has a total error for `recipe`.

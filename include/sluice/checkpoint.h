@@ -14,6 +14,7 @@
 #include <functional>
 #include <memory>
 #include <optional>
+#include <span>
 #include <string>
 #include <vector>
 
@@ -75,6 +76,8 @@ struct InputScales {
   float w3 = 0;  ///< up_proj
 };
 
+enum class MatrixRole { kGate, kUp, kDown };
+
 /// Something in the checkpoint that loads but deserves a look.
 struct CheckpointWarning {
   std::string tensor;
@@ -122,6 +125,11 @@ class Checkpoint {
   ///   codes that lie in the file in another order or with an offset are copied.
   [[nodiscard]] ExpertWeights load_experts(int layer, int first_expert, int num_experts) const;
 
+  /// One matrix of one expert as [n, k] float32, of any format: FP8 and BF16 weights exactly, INT4
+  /// as code * scale, times its pre_quant_scale if it has one. Throws: kInvalidArgument (layer,
+  /// expert, size of `out`), kCorruptFile.
+  void load_floats(int layer, int expert, MatrixRole role, std::span<float> out) const;
+
   /// Warnings for one layer: uncalibrated input scales (all exactly 1.0), a value of -8 where the
   /// quantizer should not make one, scales far from their neighbours...
   [[nodiscard]] std::vector<CheckpointWarning> warnings(int layer) const;
@@ -147,6 +155,7 @@ struct SyntheticCheckpoint {
   DType scale_dtype = DType::kFloat32;   ///< Or kBFloat16.
   bool with_input_scales = true;         ///< In formats that are published with them.
   bool with_static_activations = false;  ///< compressed-tensors: static e4m3 input scales.
+  bool with_pre_quant_scale = false;     ///< modelopt-w4a8-awq: AWQ's factor of each input channel.
   std::size_t max_shard_bytes = std::size_t{1} << 30;
 };
 

@@ -6,8 +6,9 @@
 //
 // INT4 experts keep their codes and scales: dequantized(source) == dequantized(result), bit for
 // bit, and what the target cannot represent is refused by name. FP8 and BF16 experts are quantized
-// by a rule that the caller states. The bytes of the result depend on the source and the options
-// alone, not on interruptions, threads or the order of the work.
+// by a rule that the caller states, and so is, if asked for, INT4 that cannot be kept. The bytes of
+// the result depend on the source and the options alone, not on interruptions, threads or the order
+// of the work.
 #pragma once
 
 #include <cstddef>
@@ -39,9 +40,12 @@ struct ConvertOptions {
   std::filesystem::path from;
   std::filesystem::path to;  ///< Must be absent or empty.
   std::string format;        ///< "w4afp8" or "compressed-tensors"
-  /// Must be given if the source's experts are floats, and must not be if they are INT4.
+  /// Must be given if the source's experts are floats. If they are INT4, codes and scales are kept
+  /// and a rule is refused, except where they cannot be kept: groups of another size, or a
+  /// pre_quant_scale that cannot be folded in exactly. The rule then quantizes the dequantized
+  /// weights anew, a second rounding.
   std::optional<ScaleRule> scale_rule = {};
-  /// Of floats: 128 if absent. INT4 experts keep theirs.
+  /// Of what is quantized: 128 if absent, and in compressed-tensors what an INT4 source has.
   std::optional<int> group_size = {};
   /// float32 or bfloat16. Absent: INT4 experts keep theirs; floats get float32 in w4afp8 and
   /// bfloat16 in compressed-tensors. INT4 scales that bfloat16 does not hold exactly are refused.
@@ -61,6 +65,7 @@ struct ConvertReport {
   std::string source_format, source_evidence;
   std::string format;
   bool is_requantized = false;
+  std::string requantized_because;  ///< Why INT4 could not be kept; empty of float sources.
   bool is_complete =
       false;  ///< The result is in its place. Otherwise experts of other runs remain.
   ModelGeometry geometry;

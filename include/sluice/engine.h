@@ -99,6 +99,8 @@ class Engine {
   [[nodiscard]] ExchangeCounters exchange_counters(Mode mode) const;
   /// Bytes of prepared weights held by this rank's backend.
   [[nodiscard]] std::size_t weight_bytes() const noexcept;
+  /// What create() took on this rank, counted from the buffers there are: plan_memory() named it.
+  [[nodiscard]] EngineMemory memory() const noexcept;
 
   /// When on, forward() also computes a digest of the bytes GEMM1 consumes (codes and scales of
   /// every valid row, in order of expert and row). `direct` and `direct-bf16` give the same digest.

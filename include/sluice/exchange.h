@@ -133,6 +133,8 @@ class Exchange {
   /// Rows that batch().x holds: num_local_experts * max_m, or the most that normal mode can
   /// receive.
   [[nodiscard]] std::int64_t max_rows() const noexcept;
+  /// What create() took on this rank: workspace_bytes(), counted from the buffers there are.
+  [[nodiscard]] std::size_t held_bytes() const noexcept;
 
   /// Quantizes `x` to the wire format and sends each token to its experts' ranks.
   ///

@@ -41,6 +41,10 @@ struct WorkloadSpec {
   RoutingKind routing = RoutingKind::kUniform;
   InputKind input = InputKind::kRealistic;
   std::uint64_t seed = 1;
+  /// kOutliers, kTokenSpread: the eight large channels lie side by side in so many places, evenly
+  /// apart; 1 to 8. The largest of a group of 128 is exact under a scale of the group's own, so
+  /// this decides what such scales cost.
+  int num_outlier_places = 8;
   /// kTokenSpread: a calibration set that misses the tail has 1 here and sees the quiet half.
   double max_token_scale = std::numeric_limits<double>::infinity();
 };

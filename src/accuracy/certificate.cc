@@ -85,6 +85,19 @@ void judge_input(const Evaluator& evaluator, const Workload& tokens, RecipeCerti
   r.activation1 = ErrorSums(x, a, tokens.hidden).numbers();
 }
 
+/// RecipeCertificate::added_percent of an output whose errors against exact arithmetic are
+/// `output`.
+std::optional<double> added_percent(const Evaluator& evaluator, const ErrorSums& output,
+                                    RecipeName recipe, std::int64_t width) {
+  const auto exact = evaluator.y(kExact);
+  const ErrorSums weights(evaluator.y(kOriginal), exact, width);
+  const ErrorSums bf16_input(exact, evaluator.y(RecipeVariants(recipe).bf16_input), width);
+  const double with = std::hypot(weights.error_norm(), output.error_norm());
+  const double without = std::hypot(weights.error_norm(), bf16_input.error_norm());
+  if (!(without > 0)) return std::nullopt;
+  return 100 * (with / without - 1);
+}
+
 void judge_output(const Evaluator& evaluator, std::int64_t width, RecipeCertificate& r) {
   const RecipeVariants v(r.name);
   const auto exact = evaluator.y(kExact), original = evaluator.y(kOriginal);
@@ -108,10 +121,7 @@ void judge_output(const Evaluator& evaluator, std::int64_t width, RecipeCertific
   r.channel_errors = together.channel_errors();
   r.total = ErrorSums(original, evaluator.y(v.together), width).numbers();
   r.total_bf16 = ErrorSums(original, evaluator.y(v.bf16_input), width).numbers();
-  const ErrorSums bf16_input(exact, evaluator.y(v.bf16_input), width);
-  const double with = std::hypot(weights.error_norm(), together.error_norm());
-  const double without = std::hypot(weights.error_norm(), bf16_input.error_norm());
-  if (without > 0) r.added_percent = 100 * (with / without - 1);
+  r.added_percent = added_percent(evaluator, together, r.name, width);
   r.cast2 = evaluator.cast2_counts(v.together);
 }
 
@@ -133,7 +143,9 @@ void judge_engine(const Evaluator& evaluator, const Workload& tokens, const Engi
   agreement.same_bytes =
       outcome.gemm1_digest ==
       definition_digest(evaluator.rows(), r.name, evaluator.inputs(gemm1_cast(r.name)));
-  agreement.output = ErrorSums(exact, y, tokens.hidden).numbers();
+  const ErrorSums output(exact, y, tokens.hidden);
+  agreement.output = output.numbers();
+  agreement.added_percent = added_percent(evaluator, output, r.name, tokens.hidden);
   const double norm = ErrorSums(exact, exact, tokens.hidden).reference_norm();
   const double apart = ErrorSums(evaluated, y, tokens.hidden).error_norm();
   agreement.distance = apart == 0 ? 0 : apart / norm;
@@ -195,12 +207,7 @@ SuiteCertificate certify(const LayerSource& source, const TokenSuite& suite,
     }
   }
   certificate.safety = judge_scales(evaluator.rows(), suite.tokens, evaluator.h(kExact),
-                                    source.geometry(), scales, origin);
-  for (std::size_t e = 0; e < config.expert_scales.size(); ++e) {
-    ScaleSafety::PerExpert& expert = certificate.safety.experts.at(e);
-    expert.scale1 = std::max(config.expert_scales[e].w1, config.expert_scales[e].w3);
-    expert.scale2 = config.expert_scales[e].w2;
-  }
+                                    source.geometry(), {scales, origin, config.expert_scales});
   return certificate;
 }
 
@@ -211,11 +218,16 @@ BudgetVerdict judge_budget(const std::vector<SuiteCertificate>& suites, RecipeNa
   verdict.budget_percent = budget_percent;
   for (const SuiteCertificate& suite : suites) {
     for (const RecipeCertificate& r : suite.recipes) {
-      if (r.name != recipe || !r.added_percent) continue;
-      // Written so that NaN is the worst there is.
-      if (verdict.worst_suite.empty() || !(*r.added_percent <= verdict.worst_percent)) {
-        verdict.worst_percent = *r.added_percent;
+      if (r.name != recipe) continue;
+      for (const bool is_of_engine : {false, true}) {
+        const std::optional<double> added = !is_of_engine ? r.added_percent
+                                            : r.engine    ? r.engine->added_percent
+                                                          : std::nullopt;
+        // Written so that NaN is the worst there is.
+        if (!added || (!verdict.worst_suite.empty() && *added <= verdict.worst_percent)) continue;
+        verdict.worst_percent = *added;
         verdict.worst_suite = suite.name;
+        verdict.is_of_engine = is_of_engine;
       }
     }
   }

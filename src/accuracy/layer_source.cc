@@ -1,4 +1,6 @@
 // Where weights come from: made up, so that their originals are known, or read from a checkpoint.
+#include <fmt/core.h>
+
 #include <algorithm>
 #include <cmath>
 
@@ -111,14 +113,18 @@ float value_in_cell(int code, double uniform) {
 
 class CheckpointSource final : public LayerSource {
  public:
-  CheckpointSource(const Checkpoint& checkpoint, int layer, std::uint64_t seed)
+  CheckpointSource(const Checkpoint& checkpoint, int layer, std::uint64_t seed,
+                   const Checkpoint* original)
       : weights_(checkpoint.load_experts(layer, 0, checkpoint.geometry().num_experts)),
         geometry_(checkpoint.geometry()),
+        layer_(layer),
         seed_(seed),
+        original_(original),
         pool_(static_cast<int>(available_cores().size()), available_cores()) {}
 
   [[nodiscard]] const ModelGeometry& geometry() const noexcept override { return geometry_; }
   [[nodiscard]] std::string original_kind() const override {
+    if (original_) return fmt::format("{} ({})", original_->path().string(), original_->format());
     return "drawn from the codes' rounding cells (the checkpoint has no originals)";
   }
 
@@ -130,6 +136,10 @@ class CheckpointSource final : public LayerSource {
     auto memory = std::make_shared<MatrixMemory>();
     memory->owner = weights_.storage;
     memory->original.resize(static_cast<std::size_t>(m.n() * m.k()));
+    if (original_) {
+      original_->load_floats(layer_, expert, role, memory->original);
+      return as_source(std::move(memory), m);
+    }
     const CounterRng rng(seed_, matrix_stream(expert, role));
     pool_.for_each_task(m.n(), [&](std::int64_t n, int) {
       const std::uint8_t* codes = m.codes.as<std::uint8_t>() + n * m.codes.dim(1);
@@ -148,9 +158,20 @@ class CheckpointSource final : public LayerSource {
  private:
   ExpertWeights weights_;
   ModelGeometry geometry_;
+  int layer_;
   std::uint64_t seed_;
+  const Checkpoint* original_;
   mutable ThreadPool pool_;
 };
+
+void check_original(const Checkpoint& checkpoint, const Checkpoint& original) {
+  const ModelGeometry &a = checkpoint.geometry(), &b = original.geometry();
+  check_argument(
+      a.num_experts == b.num_experts && a.hidden == b.hidden && a.intermediate == b.intermediate,
+      "{}: {} experts, hidden {}, intermediate {}; its original {} has {}, {} and {}",
+      checkpoint.path().string(), a.num_experts, a.hidden, a.intermediate, original.path().string(),
+      b.num_experts, b.hidden, b.intermediate);
+}
 
 }  // namespace
 
@@ -164,8 +185,10 @@ std::unique_ptr<LayerSource> make_synthetic_source(const ModelGeometry& geometry
 }
 
 std::unique_ptr<LayerSource> make_checkpoint_source(const Checkpoint& checkpoint, int layer,
-                                                    std::uint64_t seed) {
-  return std::make_unique<CheckpointSource>(checkpoint, layer, seed);
+                                                    std::uint64_t seed,
+                                                    const Checkpoint* original) {
+  if (original) check_original(checkpoint, *original);
+  return std::make_unique<CheckpointSource>(checkpoint, layer, seed, original);
 }
 
 }  // namespace sluice

@@ -14,10 +14,16 @@ namespace sluice::accuracy {
 [[nodiscard]] StaticScales calibrate(const LayerSource& source, const Workload& tokens,
                                      ThreadPool& pool, const Progress& progress);
 
+/// Static scales: those of the layer, and each expert's own, which may be empty.
+struct JudgedScales {
+  std::optional<StaticScales> layer;
+  std::string origin;
+  std::span<const InputScales> experts;
+};
+
 /// h: [rows, intermediate], exact.
 [[nodiscard]] ScaleSafety judge_scales(const RowPlan& plan, const Workload& tokens,
                                        std::span<const double> h, const ModelGeometry& geometry,
-                                       const std::optional<StaticScales>& scales,
-                                       const std::string& origin);
+                                       const JudgedScales& scales);
 
 }  // namespace sluice::accuracy

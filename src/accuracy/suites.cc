@@ -23,6 +23,9 @@ constexpr std::array kDefinitions = {
     Definition{"one-hot", InputKind::kGaussian, RoutingKind::kOneHot},
 };
 
+/// Three, three and two neighbours: with each outlier in a group of its own, scales per group would
+/// cost next to nothing.
+constexpr int kNumOutlierPlaces = 3;
 /// Far behind every token that is judged.
 constexpr std::int64_t kFirstCalibrationToken = std::int64_t{1} << 32;
 constexpr std::int64_t kNumCalibrationTokens = 64;
@@ -50,7 +53,8 @@ TokenSuite make_suite(std::string_view name, const ModelGeometry& geometry, std:
                       .hidden = geometry.hidden,
                       .routing = d.routing,
                       .input = d.input,
-                      .seed = seed};
+                      .seed = seed,
+                      .num_outlier_places = kNumOutlierPlaces};
     TokenSuite suite{
         .name = d.name, .tokens = make_workload(spec, 0, num_tokens), .calibration = {}};
     if (d.routing == RoutingKind::kDeadExpert) {  // Padding tokens: nothing but zeros.

@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <array>
+#include <cmath>
 #include <span>
 #include <utility>
 
@@ -9,6 +10,7 @@
 #include "checkpoint/expert_storage.h"
 #include "checkpoint/formats/part_readers.h"
 #include "core/fail.h"
+#include "sluice/quant.h"
 
 namespace sluice {
 namespace {
@@ -30,9 +32,15 @@ void check_nothing_else(const std::filesystem::path& dir, const Format& format,
   }
 }
 
+NibbleEvidence canonical_nibbles(const Int4Matrix& matrix) {
+  constexpr std::size_t kBytesPerMatrix = std::size_t{1} << 15;
+  return nibble_evidence(std::span(matrix.codes.as<std::byte>(), matrix.codes.bytes()),
+                         kBytesPerMatrix);
+}
+
 /// Weights crowd around 0. Canonical codes that crowd around -8 were read the wrong way.
-void check_nibbles(const CheckpointData& data, int layer, int expert, const Expert& weights) {
-  const NibbleEvidence nibbles = canonical_nibbles(weights);
+void check_nibbles(const CheckpointData& data, int layer, int expert,
+                   const NibbleEvidence& nibbles) {
   if (nibbles.verdict != NibbleEvidence::Verdict::kOffset) return;
   fail(ErrorCode::kCorruptFile,
        "{}: {}: read as {}, codes near -8 and 7 occur {} times and those near 0 only {} times: its "
@@ -44,11 +52,9 @@ void check_nibbles(const CheckpointData& data, int layer, int expert, const Expe
 }  // namespace
 
 NibbleEvidence canonical_nibbles(const Expert& expert) {
-  constexpr std::size_t kBytesPerMatrix = std::size_t{1} << 15;
   NibbleEvidence sum;
   for (const Int4Matrix* matrix : {&expert.gate, &expert.up, &expert.down}) {
-    const auto codes = std::span(matrix->codes.as<std::byte>(), matrix->codes.bytes());
-    sum.add(nibble_evidence(codes, kBytesPerMatrix));
+    sum.add(canonical_nibbles(*matrix));
   }
   return sum;
 }
@@ -133,8 +139,32 @@ Expert CheckpointData::load_expert(int layer, int expert, ExpertStorage& storage
     matrices[i++] = format->load(tensors, matrix, storage);
   }
   const Expert result = {.gate = matrices[0], .up = matrices[1], .down = matrices[2]};
-  check_nibbles(*this, layer, expert, result);
+  check_nibbles(*this, layer, expert, canonical_nibbles(result));
   return result;
+}
+
+void CheckpointData::load_floats(int layer, int expert, const MatrixLayout& matrix,
+                                 std::span<float> out) const {
+  const ExpertTensors& tensors = layer_tensors(layer).experts[static_cast<std::size_t>(expert)];
+  format->check_values(tensors, matrix);
+  if (!format->is_int4()) return format->load_floats(tensors, matrix, out);
+  ExpertStorage storage;
+  const Int4Matrix m = format->load_unscaled(tensors, matrix, storage);
+  check_nibbles(*this, layer, expert, canonical_nibbles(m));
+  const std::vector<float> factors = format->input_factors(tensors, matrix);
+  const auto* const codes = m.codes.as<std::uint8_t>();
+  for (std::int64_t i = 0; i < matrix.n * matrix.k; ++i) {
+    const std::int64_t g = i / m.group_size;
+    const float scale = m.scales.dtype == DType::kFloat32
+                            ? m.scales.as<float>()[g]
+                            : bf16_to_float(m.scales.as<std::uint16_t>()[g]);
+    float& w = out[static_cast<std::size_t>(i)];
+    w = static_cast<float>(unpack_int4(codes, i)) * scale;
+    if (!factors.empty()) w *= factors[static_cast<std::size_t>(i % matrix.k)];
+    if (std::isfinite(w)) continue;
+    fail(ErrorCode::kCorruptFile, "{}: {} [{}, {}] = {} is not finite", dir.string(),
+         tensor_name(layer, expert, matrix.stem()), i / matrix.k, i % matrix.k, w);
+  }
 }
 
 std::vector<InputScales> CheckpointData::input_scales(int layer) const {
@@ -218,6 +248,19 @@ std::optional<StaticScales> Checkpoint::static_scales(int layer) const {
 void Checkpoint::check(int layer) const {
   impl_->check_layer(layer);
   (void)input_scales(layer);
+}
+
+void Checkpoint::load_floats(int layer, int expert, MatrixRole role, std::span<float> out) const {
+  const LayerTensors& tensors = impl_->layer_tensors(layer);
+  impl_->check_range(expert, 1);
+  impl_->check_layer(layer);
+  const MatrixLayout matrix = matrix_layouts(impl_->geometry())[static_cast<std::size_t>(role)];
+  check_argument(out.size() == static_cast<std::size_t>(matrix.n * matrix.k),
+                 "{} floats for {} [{}, {}]", out.size(), matrix.stem(), matrix.n, matrix.k);
+  impl_->load_floats(layer, expert, matrix, out);
+  for (const auto& part : tensors.experts[static_cast<std::size_t>(expert)].parts) {
+    MappedFile::release(part.tensor.bytes());
+  }
 }
 
 ExpertWeights Checkpoint::load_experts(int layer, int first_expert, int num_experts) const {

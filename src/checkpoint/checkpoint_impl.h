@@ -34,6 +34,9 @@ struct CheckpointData {
   void check_layer(int layer) const;
   /// One expert of a layer that check_layer() has seen. Throws: as Checkpoint::load_experts().
   [[nodiscard]] Expert load_expert(int layer, int expert, ExpertStorage& storage) const;
+  /// One matrix of such an expert as [n, k] float32, for quantizing: of float formats exactly, of
+  /// INT4 (code * scale) * factor of the channel, each product rounded. Throws: the same.
+  void load_floats(int layer, int expert, const MatrixLayout& matrix, std::span<float> out) const;
   /// As Checkpoint::input_scales().
   [[nodiscard]] std::vector<InputScales> input_scales(int layer) const;
   /// Throws: kInvalidArgument unless [first, first + count) are experts.

@@ -144,6 +144,16 @@ float second_scale(const SyntheticMatrix& m, const std::string& scale_dtype) {
   return amax / 448.0f;
 }
 
+/// Between 1/4 and 4, most near 1, as AWQ's search leaves them: no power of two for all.
+std::vector<float> pre_quant_scale(const SyntheticMatrix& m) {
+  RandomStream random(stream_key({m.key, 0x70726573}));
+  std::vector<float> out;
+  for (int col = 0; col < m.k; ++col) {
+    out.push_back(stored(exp2_portable(0.5f * random.normal()), "BF16"));
+  }
+  return out;
+}
+
 /// Weights that the codes could have come from: somewhere in their rounding cells.
 std::vector<float> originals(const SyntheticMatrix& m) {
   const Values values(m);
@@ -217,6 +227,8 @@ void check_synthetic_format(const SyntheticCheckpoint& spec) {
   check_argument(!spec.with_static_activations || d.family == Family::kCompressedTensors,
                  "static activations can be chosen for compressed-tensors only, not for {}",
                  d.name);
+  check_argument(!spec.with_pre_quant_scale || d.family == Family::kModelopt,
+                 "modelopt-w4a8-awq alone has a pre_quant_scale, not {}", d.name);
 }
 
 std::vector<SyntheticTensor> synthetic_tensors(const SyntheticCheckpoint& spec) {
@@ -256,6 +268,9 @@ std::vector<SyntheticTensor> synthetic_tensors(const SyntheticCheckpoint& spec) 
         add("weight", "U8", {n / 2, k}, Content::kNibblesAlongN);
         add("weight_scale", scale_dtype, {n, k / group}, Content::kScales);
         add("weight_scale_2", "F32", {}, Content::kSecondScale);
+        if (spec.with_pre_quant_scale) {
+          add("pre_quant_scale", "BF16", {k}, Content::kPreQuantScale);
+        }
         break;
       case Family::kFp8Block:
         add("weight", "F8_E4M3", {n, k}, Content::kFp8Codes);
@@ -296,10 +311,12 @@ std::vector<std::byte> synthetic_bytes(const SyntheticTensor& tensor,
       const float value = second_scale(m, scale_dtype);
       return number_bytes(std::span(&value, 1), tensor.dtype);
     }
+    case Content::kPreQuantScale:
+      return number_bytes(pre_quant_scale(m), tensor.dtype);
     case Content::kInputScale: {
-      const float value = tensor.matrix == 0   ? inputs.w1
-                          : tensor.matrix == 1 ? inputs.w3
-                                               : inputs.w2;
+      float value = tensor.matrix == 0 ? inputs.w1 : tensor.matrix == 1 ? inputs.w3 : inputs.w2;
+      // Of the scaled input, which is calibrated here by its bound.
+      if (spec.with_pre_quant_scale) value *= std::ranges::max(pre_quant_scale(m));
       return number_bytes(std::span(&value, 1), tensor.dtype);
     }
     case Content::kFp8Codes:
@@ -370,7 +387,7 @@ Json synthetic_algo_config(const SyntheticCheckpoint& spec) {
             {"kv_cache_quant_algo", nullptr},
             {"group_size", spec.geometry.group_size},
             {"has_zero_point", false},
-            {"pre_quant_scale", false}}}};
+            {"pre_quant_scale", spec.with_pre_quant_scale}}}};
 }
 
 }  // namespace sluice

@@ -24,7 +24,8 @@ struct SyntheticTensor {
     kShape,
     kSecondScale,  ///< amax / 448 of the INT4 weights.
     kInputScale,
-    kFp8Codes,  ///< Blocks of 128 x 128.
+    kPreQuantScale,  ///< AWQ's factor of each input channel.
+    kFp8Codes,       ///< Blocks of 128 x 128.
     kFp8Scales,
     kBf16,
   };

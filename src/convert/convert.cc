@@ -144,7 +144,7 @@ class Converter {
   fs::path target_dir_, work_dir_;
   const Progress& progress_;
   ThreadPool pool_;
-  std::vector<float> weights_;                // One matrix of a float source.
+  std::vector<float> weights_;                // One matrix that is quantized.
   std::array<QuantizedMatrix, 3> quantized_;  // One expert.
   std::vector<InputScales> input_scales_;     // Of layer input_scales_layer_.
   int input_scales_layer_ = -1;
@@ -156,6 +156,7 @@ ConvertReport Converter::describe() const {
   report.source_evidence = source_.evidence;
   report.format = target_->name();
   report.is_requantized = resolved_.rule.has_value();
+  report.requantized_because = resolved_.requantized_because;
   report.geometry = resolved_.spec.geometry;
   report.scale_dtype = resolved_.spec.scale_dtype;
   report.layers = resolved_.layers;
@@ -262,15 +263,13 @@ Expert Converter::exact_expert(const OutputJob& job, ExpertStorage& storage) con
 }
 
 Expert Converter::quantized_expert(const OutputJob& job) {
-  const ExpertTensors& tensors =
-      source_.layer_tensors(job.layer).experts[static_cast<std::size_t>(job.expert)];
   const int group = resolved_.rule->group_size;
   std::array<Int4Matrix, 3> views;
   std::size_t i = 0;
   for (const MatrixLayout& layout : matrix_layouts(source_.geometry())) {
     const auto count = static_cast<std::size_t>(layout.n * layout.k);
     weights_.resize(count);
-    source_.format->load_floats(tensors, layout, weights_);
+    source_.load_floats(job.layer, job.expert, layout, weights_);
     QuantizedMatrix& out = quantized_[i];
     out.codes.resize(count / 2);
     out.scales.resize(count / static_cast<std::size_t>(group));
@@ -382,7 +381,9 @@ void Converter::finish(ConvertReport& report) {
     const CheckpointData result = CheckpointData::open(work_dir_);
     const Verification seen =
         verify_result(source_, result,
-                      {.layers = resolved_.layers, .expects_input_scales = report.has_input_scales},
+                      {.layers = resolved_.layers,
+                       .is_requantized = report.is_requantized,
+                       .expects_input_scales = report.has_input_scales},
                       pool_, [&](double done) { report_progress(0.6 + 0.35 * done); });
     report.is_verified = true;
     report.weights_compared = seen.weights_compared;

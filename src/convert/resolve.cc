@@ -28,6 +28,33 @@ void resolve_layers(const ConvertOptions& options, const CheckpointData& source,
   source.check_range(out.first_expert, out.num_experts);
 }
 
+/// Why the source's INT4 codes and scales cannot be kept in groups of `group`; empty if they can.
+std::string why_requantize(const CheckpointData& source, const std::vector<int>& layers,
+                           int group) {
+  if (group != source.geometry().group_size) {
+    return fmt::format("groups of {} become groups of {}", source.geometry().group_size, group);
+  }
+  for (const int layer : layers) {
+    for (const ExpertTensors& expert : source.layer_tensors(layer).experts) {
+      for (const MatrixLayout& matrix : matrix_layouts(source.geometry())) {
+        std::string why = source.format->inexact(expert, matrix);
+        if (!why.empty()) return why;
+      }
+    }
+  }
+  return {};
+}
+
+void resolve_rule(const ConvertOptions& options, int group, ResolvedConversion& out) {
+  TargetSpec& spec = out.spec;
+  spec.geometry.group_size = group;
+  check_argument(group == 128 || group == 32, "group size {} is neither 128 nor 32", group);
+  spec.scale_dtype =
+      options.scale_dtype.value_or(options.format == "w4afp8" ? DType::kFloat32 : DType::kBFloat16);
+  out.rule = QuantizeRule{
+      .rule = *options.scale_rule, .group_size = group, .scale_dtype = spec.scale_dtype};
+}
+
 void resolve_numbers(const ConvertOptions& options, const CheckpointData& source,
                      ResolvedConversion& out) {
   TargetSpec& spec = out.spec;
@@ -38,36 +65,36 @@ void resolve_numbers(const ConvertOptions& options, const CheckpointData& source
         *options.scale_dtype == DType::kFloat32 || *options.scale_dtype == DType::kBFloat16,
         "scale_dtype {} is neither float32 nor bfloat16", to_string(*options.scale_dtype));
   }
-  if (source.format->is_int4()) {
-    check_argument(!options.scale_rule,
+  if (!source.format->is_int4()) {
+    check_argument(options.scale_rule.has_value(),
+                   "the source is {}: quantizing it needs a scale rule (amax7, amax8 or mse)",
+                   format);
+    return resolve_rule(options, options.group_size.value_or(128), out);
+  }
+  const int own = spec.geometry.group_size;
+  if (options.scale_rule) {
+    const int group = options.group_size.value_or(options.format == "w4afp8" ? 128 : own);
+    out.requantized_because = why_requantize(source, out.layers, group);
+    check_argument(!out.requantized_because.empty(),
                    "scale rule {}: the source is {}, whose INT4 codes and scales are kept; nothing "
                    "is quantized",
-                   to_string(options.scale_rule.value_or(ScaleRule::kAmax7)), format);
-    check_argument(!options.group_size || *options.group_size == spec.geometry.group_size,
-                   "group size {}: the source's INT4 has groups of {}, which are kept",
-                   options.group_size.value_or(0), spec.geometry.group_size);
-    spec.scale_dtype = options.scale_dtype.value_or(stored_scale_dtype(source, out.layers.front()));
-    return;
+                   to_string(*options.scale_rule), format);
+    return resolve_rule(options, group, out);
   }
-  check_argument(options.scale_rule.has_value(),
-                 "the source is {}: quantizing it needs a scale rule (amax7, amax8 or mse)",
-                 format);
-  spec.geometry.group_size = options.group_size.value_or(128);
-  check_argument(spec.geometry.group_size == 128 || spec.geometry.group_size == 32,
-                 "group size {} is neither 128 nor 32", spec.geometry.group_size);
-  spec.scale_dtype =
-      options.scale_dtype.value_or(options.format == "w4afp8" ? DType::kFloat32 : DType::kBFloat16);
-  out.rule = QuantizeRule{.rule = *options.scale_rule,
-                          .group_size = spec.geometry.group_size,
-                          .scale_dtype = spec.scale_dtype};
+  check_argument(!options.group_size || *options.group_size == own,
+                 "group size {}: the source's INT4 has groups of {}, which are kept unless a scale "
+                 "rule says how to quantize them anew",
+                 options.group_size.value_or(0), own);
+  spec.scale_dtype = options.scale_dtype.value_or(stored_scale_dtype(source, out.layers.front()));
 }
 
 void resolve_input_scales(const ConvertOptions& options, const CheckpointData& source,
                           ResolvedConversion& out) {
   bool is_first = true;
-  for (const int layer : out.layers) {
+  // What is left out need not be readable: a pre_quant_scale may be in its way.
+  for (const int layer : options.drop_input_scales ? std::vector<int>{} : out.layers) {
     const bool has = !source.input_scales(layer).empty();
-    if (!is_first && has != out.spec.has_input_scales && !options.drop_input_scales) {
+    if (!is_first && has != out.spec.has_input_scales) {
       fail(ErrorCode::kUnsupported,
            "{}: layer {} has {} input scales, unlike layer {}; one quantization_config cannot say "
            "so (leaving them all out is possible)",
@@ -76,7 +103,6 @@ void resolve_input_scales(const ConvertOptions& options, const CheckpointData& s
     out.spec.has_input_scales = has;
     is_first = false;
   }
-  if (options.drop_input_scales) out.spec.has_input_scales = false;
   // Of compressed-tensors sources, keep what they say of their activations.
   const QuantizationConfig& config = source.config.quantization;
   out.spec.has_activation_scheme =

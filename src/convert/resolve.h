@@ -3,6 +3,7 @@
 #pragma once
 
 #include <optional>
+#include <string>
 #include <vector>
 
 #include "checkpoint/checkpoint_impl.h"
@@ -16,7 +17,8 @@ struct ResolvedConversion {
   std::vector<int> layers;                ///< Ascending.
   int first_expert = 0, num_experts = 0;  ///< Of this run.
   TargetSpec spec;
-  std::optional<QuantizeRule> rule;  ///< Of float sources.
+  std::optional<QuantizeRule> rule;  ///< Of what is quantized, and then not kept.
+  std::string requantized_because;   ///< Of INT4 sources that are; else empty.
 };
 
 /// Throws: as convert_checkpoint().

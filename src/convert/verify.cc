@@ -33,25 +33,24 @@ std::string weight_name(int layer, int expert, const MatrixLayout& matrix, std::
 
 class Verifier {
  public:
-  Verifier(const CheckpointData& source, const CheckpointData& result, ThreadPool& pool)
-      : source_(source), result_(result), pool_(pool) {}
+  Verifier(const CheckpointData& source, const CheckpointData& result, bool is_requantized,
+           ThreadPool& pool)
+      : source_(source), result_(result), is_requantized_(is_requantized), pool_(pool) {}
 
   void check_expert(int layer, int expert) {
     layer_ = layer, expert_ = expert;
     ExpertStorage storage;
     const Expert made = result_.load_expert(layer, expert, storage);
     const auto layouts = matrix_layouts(source_.geometry());
-    if (source_.format->is_int4()) {
+    if (!is_requantized_) {
       const Expert given = source_.load_expert(layer, expert, storage);
       for (std::size_t i = 0; i < layouts.size(); ++i) {
         check_exact(layouts[i], *matrices_of(given)[i], *matrices_of(made)[i]);
       }
     } else {
-      const ExpertTensors& tensors =
-          source_.layer_tensors(layer).experts[static_cast<std::size_t>(expert)];
       for (std::size_t i = 0; i < layouts.size(); ++i) {
         weights_.resize(static_cast<std::size_t>(layouts[i].n * layouts[i].k));
-        source_.format->load_floats(tensors, layouts[i], weights_);
+        source_.load_floats(layer, expert, layouts[i], weights_);
         check_rounded(layouts[i], *matrices_of(made)[i]);
       }
     }
@@ -166,6 +165,7 @@ class Verifier {
 
   const CheckpointData& source_;
   const CheckpointData& result_;
+  bool is_requantized_;
   ThreadPool& pool_;
   int layer_ = 0, expert_ = 0;
   std::vector<float> weights_;
@@ -187,7 +187,7 @@ Verification verify_result(const CheckpointData& source, const CheckpointData& r
                            const VerifySpec& spec, ThreadPool& pool,
                            const std::function<void(double)>& report) {
   check_geometry(source.geometry(), result.geometry());
-  Verifier verifier(source, result, pool);
+  Verifier verifier(source, result, spec.is_requantized, pool);
   const int num_experts = source.geometry().num_experts;
   const double total = static_cast<double>(spec.layers.size()) * num_experts;
   double done = 0;

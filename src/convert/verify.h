@@ -20,12 +20,14 @@ struct Verification {
 
 struct VerifySpec {
   std::vector<int> layers = {};
+  bool is_requantized = false;
   bool expects_input_scales = false;  ///< They must then be the source's, bit for bit.
 };
 
-/// INT4 sources: float32(code) * scale must have the same bits on both sides. Floats: each weight
-/// must lie within half a step of its code, or beyond an outermost code. `report` is called with
-/// the fraction done. Throws: kCorruptFile naming the layer, expert, matrix and element.
+/// Codes and scales that were kept: float32(code) * scale must have the same bits on both sides.
+/// What was quantized: each weight must lie within half a step of its code, or beyond an outermost
+/// code. `report` is called with the fraction done. Throws: kCorruptFile naming the layer, expert,
+/// matrix and element.
 [[nodiscard]] Verification verify_result(const CheckpointData& source, const CheckpointData& result,
                                          const VerifySpec& spec, ThreadPool& pool,
                                          const std::function<void(double)>& report);

@@ -314,6 +314,21 @@ ExchangeCounters Engine::exchange_counters(Mode mode) const {
 std::size_t Engine::weight_bytes() const noexcept {
   return impl_->experts->prepared->bytes();
 }
+EngineMemory Engine::memory() const noexcept {
+  const Experts::Impl& experts = *impl_->experts;
+  EngineMemory memory = {.codes_bytes = experts.codes_bytes,
+                         .scales_bytes = experts.scales_bytes,
+                         .prepared_bytes = experts.prepared->bytes()};
+  for (const auto& lane : impl_->lanes) {
+    if (lane) memory.exchange_bytes += lane->exchange.held_bytes();
+  }
+  memory.scratch_bytes = impl_->expert_y->bytes();
+  for (const auto* buffer :
+       {&experts.x_codes, &experts.x_scale, &experts.h_codes, &experts.h_scale}) {
+    memory.scratch_bytes += (*buffer)->bytes();
+  }
+  return memory;
+}
 void Engine::check() {
   for (auto& lane : impl_->lanes) {
     if (lane) lane->exchange.check();

@@ -223,6 +223,12 @@ Experts::Impl::Impl(const ExpertWeights& weights, std::int64_t rows, Backend& b)
       num_experts(static_cast<int>(weights.experts.size())),
       max_rows(rows),
       prepared(backend->prepare(weights)) {
+  for (const Expert& expert : weights.experts) {
+    for (const Int4Matrix* matrix : {&expert.gate, &expert.up, &expert.down}) {
+      codes_bytes += matrix->codes.bytes();
+      scales_bytes += matrix->scales.bytes();
+    }
+  }
   const auto bytes = scratch_bytes(geometry, max_rows);
   std::size_t i = 0;
   for (auto* buffer : {&x_codes, &x_scale, &h_codes, &h_scale}) {

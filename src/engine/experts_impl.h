@@ -28,6 +28,7 @@ struct Experts::Impl {
   ModelGeometry geometry;
   int num_experts;
   std::int64_t max_rows;
+  std::size_t codes_bytes = 0, scales_bytes = 0;  // As the checkpoint has them.
   std::unique_ptr<PreparedExperts> prepared;
   std::unique_ptr<DeviceBuffer> x_codes, x_scale;  // [max_rows, hidden], [max_rows, hidden / 128]
   std::unique_ptr<DeviceBuffer> h_codes, h_scale;  // [max_rows, intermediate], [.., / 128]

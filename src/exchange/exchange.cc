@@ -216,6 +216,9 @@ int Exchange::num_local_experts() const noexcept {
 std::int64_t Exchange::max_rows() const noexcept {
   return impl_->max_rows;
 }
+std::size_t Exchange::held_bytes() const noexcept {
+  return impl_->held_bytes;
+}
 ExchangeCounters Exchange::counters() const {
   return impl_->counters();
 }

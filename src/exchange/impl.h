@@ -51,7 +51,8 @@ struct Exchange::Impl {
   int rank = 0;
   int num_ranks = 0;
   Device device;
-  std::int64_t max_rows = 0;  ///< Rows of batch().x; set by the implementation.
+  std::int64_t max_rows = 0;   ///< Rows of batch().x; set by the implementation.
+  std::size_t held_bytes = 0;  ///< Of its buffers and window; set by the implementation.
 };
 
 [[nodiscard]] std::unique_ptr<Exchange::Impl> make_host_exchange(const ExchangeConfig& config,

@@ -17,6 +17,8 @@ enum Stream : std::uint64_t { kGainStream = 1, kOrderStream = 2, kTokenStream = 
 constexpr double kGainSigma = 0.5;           // Log-normal spread of channel gains.
 constexpr double kOutlierChannels = 0.002;   // Share of channels with a large gain...
 constexpr double kOutlierGain = 15.0;        // ...and how large.
+constexpr std::size_t kNumOutliers = 8;      // InputKind::kOutliers: so many channels...
+constexpr double kSuiteOutlierGain = 40.0;   // ...so much larger.
 constexpr double kMassiveTokens = 1.0 / 64;  // Share of tokens with massive activations...
 constexpr double kMassiveValue =
     50.0;                          // ...of about this size: inside what checkpoints calibrate for.
@@ -26,10 +28,15 @@ constexpr double kMassiveSuiteValue = 1000;  // ...has two channels of about thi
 std::vector<double> channel_gains(const WorkloadSpec& spec) {
   const CounterRng rng(spec.seed, kGainStream);
   std::vector<double> gains(static_cast<std::size_t>(spec.hidden), 1.0);
+  if (spec.input == InputKind::kOutliers || spec.input == InputKind::kTokenSpread) {
+    const auto places = static_cast<std::size_t>(spec.num_outlier_places);
+    for (std::size_t i = 0; i < kNumOutliers; ++i) {
+      const std::size_t channel = i % places * (gains.size() / places) + 3 + i / places;
+      gains[channel % gains.size()] = kSuiteOutlierGain;
+    }
+  }
   for (std::size_t c = 0; c < gains.size(); ++c) {
-    if (spec.input == InputKind::kOutliers || spec.input == InputKind::kTokenSpread) {
-      if (c % std::max<std::size_t>(1, gains.size() / 8) == 3) gains[c] = 40.0;
-    } else if (spec.input == InputKind::kRealistic) {
+    if (spec.input == InputKind::kRealistic) {
       gains[c] = std::exp(kGainSigma * rng.normal(2 * c));
       if (rng.uniform(2 * c + 1) < kOutlierChannels) gains[c] *= kOutlierGain;
     }
@@ -146,6 +153,8 @@ Workload make_workload(const WorkloadSpec& spec, std::int64_t first_token,
                  "a workload of {} experts, top-{}, hidden {}: all must be positive",
                  spec.num_experts, spec.num_topk, spec.hidden);
   check_argument(num_tokens >= 0, "a workload of {} tokens", num_tokens);
+  check_argument(spec.num_outlier_places >= 1 && spec.num_outlier_places <= 8,
+                 "num_outlier_places {} is not in [1, 8]", spec.num_outlier_places);
   const std::vector<double> gains = channel_gains(spec);
   const std::vector<double> weight = popularity(spec);
   const auto tokens = static_cast<std::size_t>(num_tokens);

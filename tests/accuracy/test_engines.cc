@@ -55,6 +55,8 @@ TEST_F(Engines, HaveTheBytesAndTheErrorOfTheirCertificate) {
         EXPECT_TRUE(r.engine->passed()) << r.engine->distance << " of " << r.engine->limit;
         EXPECT_NEAR(r.engine->output.relative_l2, r.output.relative_l2, r.engine->distance);
         EXPECT_NEAR(r.engine->output.worst_token_error, r.output.worst_token_error, 0.002);
+        ASSERT_TRUE(r.engine->added_percent);
+        EXPECT_NEAR(*r.engine->added_percent, *r.added_percent, 0.01);
         farthest = std::max(farthest, r.engine->distance);
       }
     }
@@ -137,6 +139,12 @@ TEST_F(Engines, ADirectThatRoundsTwiceFailsProofAndBudget) {
   EXPECT_FALSE(honest.recipes[0].engine->same_bytes);
   EXPECT_FALSE(honest.recipes[0].engine->passed());
   EXPECT_GT(honest.recipes[0].engine->distance, 10 * honest.recipes[0].engine->limit);
+  // The budget is for what runs: the engine's own output is past it, the definition's is not.
+  const BudgetVerdict ran = judge_budget({honest}, RecipeName::kDirect, 2);
+  EXPECT_FALSE(ran.passed);
+  EXPECT_TRUE(ran.is_of_engine);
+  EXPECT_GT(ran.worst_percent, 2.5);
+  EXPECT_LT(*honest.recipes[0].added_percent, 2);
   config.gemm1 = [](const Recipe& recipe, const std::uint16_t* x, int hidden) {
     Gemm1Row row = gemm1_row(recipe, x, hidden);
     round_again(row.codes, row.scales);
@@ -145,8 +153,10 @@ TEST_F(Engines, ADirectThatRoundsTwiceFailsProofAndBudget) {
   const SuiteCertificate twice = run("gaussian", config);
   EXPECT_TRUE(twice.recipes[0].engine->passed());
   EXPECT_NEAR(twice.recipes[0].activation1.relative_l2, 0.036, 0.0025);
-  EXPECT_TRUE(judge_budget({honest}, RecipeName::kDirect, 2).passed);
   EXPECT_FALSE(judge_budget({twice}, RecipeName::kDirect, 2).passed);
+  engines.make_backend = backends_on(Device::Kind::kHost);
+  config.gemm1 = gemm1_row;
+  EXPECT_TRUE(judge_budget({run("gaussian", config)}, RecipeName::kDirect, 2).passed);
 }
 
 }  // namespace

@@ -3,6 +3,7 @@
 #include <gmock/gmock.h>
 #include <gtest/gtest.h>
 
+#include "accuracy_html.h"
 #include "accuracy_report.h"
 #include "report_example.h"
 
@@ -41,6 +42,12 @@ TEST(AccuracyJson, Schema) {
       EXPECT_EQ(r.at("channel_profile").size(), 128u);
     }
   }
+  for (const Json& expert : json["suites"][1]["static_scales"]["experts"]) {
+    for (const char* field : {"rows", "amax1", "amax2", "clip_rate1", "clip_rate2", "scale1",
+                              "scale2", "own_headroom1", "own_headroom2"}) {
+      EXPECT_TRUE(expert.at(field).is_number()) << field;
+    }
+  }
   EXPECT_EQ(json["identity"][0]["direct"], "0000000000abcdef");
   EXPECT_TRUE(json["identity"][0]["passed"]);
   EXPECT_EQ(json["budget"]["recipe"], "direct");
@@ -56,6 +63,58 @@ TEST(AccuracyReport, IsOneFileThatPointsNowhere) {
   EXPECT_THAT(html, HasSubstr("preset &lt;test&gt; &amp; more"));
   EXPECT_THAT(html, HasSubstr("requant-static"));
   EXPECT_THAT(html, HasSubstr("Identity, low-latency: PASS"));
+}
+
+/// Every number of a certificate is in the page, as the JSON has it.
+TEST(AccuracyReport, ShowsEveryNumberOfEveryRecipe) {
+  const Json json = report_example();
+  const std::string html = cli::accuracy_report(json);
+  for (const char* column : {"SQNR", "worst token", "p99 token", "p99 channel", "saturated",
+                             "underflowed", "adds", "ratio"}) {
+    EXPECT_THAT(html, HasSubstr(fmt::format("<th>{}</th>", column)));
+  }
+  for (const Json& suite : json["suites"]) {
+    for (const Json& r : suite["recipes"]) {
+      EXPECT_THAT(html, HasSubstr(fmt::format("{:.1f} dB", r["output"]["sqnr_db"].get<double>())));
+      EXPECT_THAT(html, HasSubstr(cli::percent(r["output"]["p99_channel_error"])));
+      EXPECT_THAT(html,
+                  HasSubstr(fmt::format(
+                      "<td>{} + {}</td><td>{} + {}</td>", r["gemm1_casts"]["saturated"].dump(),
+                      r["gemm2_casts"]["saturated"].dump(), r["gemm1_casts"]["underflowed"].dump(),
+                      r["gemm2_casts"]["underflowed"].dump())));
+      EXPECT_THAT(html,
+                  HasSubstr(fmt::format("<td>{:.3f}</td></tr>",
+                                        r["roundings"]["together_over_quadrature"].get<double>())));
+    }
+  }
+}
+
+TEST(AccuracyReport, SaysWhyARecipeWasRefused) {
+  Json json = report_example();
+  json["suites"][0]["recipes"][3] = {{"name", "requant-static"}, {"refused", "there are <none>"}};
+  EXPECT_THAT(cli::accuracy_report(json), HasSubstr("refused: there are &lt;none&gt;"));
+}
+
+/// Scales of a calibration belong to the layer; a checkpoint's to each expert.
+TEST(AccuracyReport, ShowsExpertsOwnScalesWhereThereAreAny) {
+  Json json = report_example();
+  EXPECT_THAT(cli::accuracy_report(json), Not(HasSubstr("<th>own headroom</th>")));
+  for (Json& expert : json["suites"][0]["static_scales"]["experts"]) {
+    expert["scale1"] = 0.125, expert["own_headroom1"] = 0.5;
+  }
+  EXPECT_THAT(cli::accuracy_report(json), HasSubstr("<td>0.125</td><td class='w2'>0.5x</td>"));
+}
+
+/// Kimi's kind: no static scales at all, so nothing is drawn of them.
+TEST(AccuracyReport, WithoutStaticScalesThereIsNoHeadroom) {
+  Json json = report_example();
+  for (Json& suite : json["suites"]) {
+    suite["static_scales"]["origin"] = "none";
+    suite["static_scales"]["recommendation"] = "no static scales: use direct";
+  }
+  const std::string html = cli::accuracy_report(json);
+  EXPECT_THAT(html, HasSubstr("no static scales: use direct"));
+  EXPECT_THAT(html, Not(HasSubstr("Experts with the least headroom")));
 }
 
 TEST(AccuracyReport, SurvivesWhatWasRefusedOrInfinite) {

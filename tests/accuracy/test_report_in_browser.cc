@@ -22,7 +22,11 @@ const apart = (a, b) => a.right <= b.left || b.right <= a.left || a.bottom <= b.
 const found = {width: document.documentElement.clientWidth,
                overflow: document.documentElement.scrollWidth - document.documentElement.clientWidth,
                sections: [...document.querySelectorAll('section h2')].map(h => h.textContent),
-               plots: 0, marks: 0, outside: [], collisions: []};
+               plots: 0, marks: 0, outside: [], collisions: [], cut: []};
+for (const part of document.querySelectorAll('details')) part.open = true;
+for (const box of document.querySelectorAll('.scroll')) {
+  if (box.scrollWidth > box.clientWidth) found.cut.push(box.textContent.slice(0, 40));
+}
 for (const svg of document.querySelectorAll('svg')) {
   const frame = svg.getBoundingClientRect();
   if (frame.width > 100 && frame.height > 50) found.plots += 1;
@@ -94,14 +98,15 @@ TEST_F(ReportInBrowser, EverythingIsDrawnAndNothingCollides) {
   EXPECT_EQ(found["plots"], 2 + 2 * 3);
   // Six bars of each suite in both, six lines of each suite in both; headroom has at least one bar.
   EXPECT_GE(found["marks"], 2 * 12 + 2 * 12 + 2);
-  for (const char* section : {"Error by recipe and suite", "Each rounding alone, and all together",
-                              "Error by output channel", "Worst tokens",
-                              "Static scales against what the tokens contain"}) {
+  for (const char* section : {"Error by recipe and suite", "Every number of the output",
+                              "Each rounding alone, and all together", "Error by output channel",
+                              "Worst tokens", "Static scales against what the tokens contain"}) {
     EXPECT_NE(std::ranges::find(found["sections"], Json(section)), found["sections"].end())
         << section;
   }
   EXPECT_EQ(found["outside"], Json::array());
   EXPECT_EQ(found["collisions"], Json::array());
+  EXPECT_EQ(found["cut"], Json::array());
 }
 
 TEST_F(ReportInBrowser, AllLayersAreDrawn) {
@@ -112,6 +117,7 @@ TEST_F(ReportInBrowser, AllLayersAreDrawn) {
   EXPECT_EQ(found["sections"][0], "Layer by layer");
   EXPECT_EQ(found["outside"], Json::array());
   EXPECT_EQ(found["collisions"], Json::array());
+  EXPECT_EQ(found["cut"], Json::array());
 }
 
 TEST_F(ReportInBrowser, FitsANarrowScreen) {
@@ -125,12 +131,14 @@ TEST_F(ReportInBrowser, SeesPlantedFlaws) {
   std::string html = cli::accuracy_report(report_example());
   const std::string svg =
       "<svg viewBox='0 0 900 100'><text x='20' y='50'>here</text><text x='22' y='52'>there</text>"
-      "<text x='880' y='90'>beyond the edge</text></svg><div style='width:3000px'>wide</div>";
+      "<text x='880' y='90'>beyond the edge</text></svg><div style='width:3000px'>wide</div>"
+      "<div class='scroll'><div style='width:3000px'>a wide table</div></div>";
   html.insert(html.rfind("</main>"), svg);
   const Json found = measure(html, 1200);
   ASSERT_TRUE(found.is_object());
   EXPECT_EQ(found["collisions"], Json({"here on there"}));
   EXPECT_EQ(found["outside"], Json({"beyond the edge"}));
+  EXPECT_EQ(found["cut"], Json({"a wide table"}));
   EXPECT_GT(found["overflow"], 1000);
 }
 

@@ -186,6 +186,9 @@ TEST(CompressedTensors, RefusesSchemesThatAreNotSymmetricInt4) {
       {"/config_groups", nlohmann::ordered_json::object(), {"config_groups = {}"}},
       {"/format", "int-quantized", {"format = 'int-quantized'", "'pack-quantized'"}},
       {"/sparsity_config", {{"format", "sparse-24"}}, {"sparsity_config"}},
+      {"/moe_sparsity_config",
+       {{"method", "novice"}},
+       {"moe_sparsity_config", "pruned or replaced"}},
       {"/transform_config", {{"config_groups", 1}}, {"transform_config", "rotated"}},
   };
   for (const ConfigCase& c : cases) {

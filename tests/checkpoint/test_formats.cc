@@ -231,6 +231,9 @@ TEST(SyntheticFormats, RefusesWhatIsNotPublished) {
   SyntheticCheckpoint statics = spec_of("bf16");
   statics.with_static_activations = true;
   refuse(statics, {"compressed-tensors only", "bf16"});
+  SyntheticCheckpoint factors = spec_of("angelslim");
+  factors.with_pre_quant_scale = true;
+  refuse(factors, {"modelopt-w4a8-awq alone", "angelslim"});
 }
 
 }  // namespace

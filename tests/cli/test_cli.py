@@ -64,6 +64,22 @@ with tempfile.TemporaryDirectory() as folder:
             r = run(*plan, str(most + 1))
             with open(report) as file:
                 check(f"plan: {most + 1} do not", r.returncode == 1 and json.load(file)["total_bytes"] > 3e6, r)
+    # What run then takes on every rank is what the plan said, to the byte.
+    sizes = ("codes_bytes", "scales_bytes", "prepared_bytes", "exchange_bytes", "scratch_bytes", "total_bytes")
+    for transport in ("inproc", "ipc"):
+        for mode, recipe, tokens in (("low-latency", "direct", "7"), ("normal", "bf16-static", "5"),
+                                     ("normal", "direct", "1"), ("low-latency", "static", "64")):
+            r = run("plan", "--config", os.path.join(model, "config.json"), "--ranks", "2", "--mode", mode, "--recipe",
+                    recipe, "--tokens", tokens, "--json", report)
+            with open(report) as file:
+                plan = json.load(file)
+            r = run("run", "--checkpoint", model, "--ranks", "2", "--mode", mode, "--recipe", recipe, "--tokens",
+                    f"{tokens},1", "--transport", transport, "--json", report)
+            with open(report) as file:
+                ranks = json.load(file)["ranks"]
+            check(f"run takes what plan names: {transport} {mode} {recipe}", r.returncode == 0 and len(ranks) == 2
+                  and all(rank["memory"][size] == plan[size] for rank in ranks for size in sizes)
+                  and "exchange " in r.stdout, r)
     r = run("plan", "--preset", "tiny", "--memory", "1MB", "--ranks", "3")
     check("plan refuses ranks that do not divide", r.returncode == 2 and "3 ranks" in r.stderr, r)
     r = run("plan", "--preset", "tiny", "--memory", "much")
@@ -77,6 +93,11 @@ with tempfile.TemporaryDirectory() as folder:
             "--ranks", "2", "--budget", "100%", "--html", page, "--json", report)
     with open(report) as file:
         data = json.load(file)
+    check("accuracy proves and judges every layer", all(
+        one["budget"]["passed"] and one["budget"]["recipe"] == "direct" and one["budget"]["budget_percent"] == 100
+        and [p["mode"] for p in one["identity"]] == ["low-latency", "normal"]
+        and all(p["passed"] and p["direct"] == p["direct_bf16"] == p["definition"] for p in one["identity"])
+        for one in data["layers"]), r)
     check("accuracy of all layers", r.returncode == 0 and "all 3: PASS" in r.stdout
           and [one["layer"] for one in data["layers"]] == [3, 4, 5]
           and all(one["engines"]["passed"] and one["engines"]["runs"] == 12 for one in data["layers"])

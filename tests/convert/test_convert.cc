@@ -282,7 +282,7 @@ TEST(ConvertRefusal, OptionsThatDoNotFitTheSource) {
   expect_refused(o, code, {"scale rule mse", "w4afp8", "nothing is quantized"});
   o = int4;
   o.group_size = 32;
-  expect_refused(o, code, {"group size 32", "groups of 128"});
+  expect_refused(o, code, {"group size 32", "groups of 128", "unless a scale rule"});
   o = int4;
   o.format = "gguf";
   expect_refused(o, code, {"'gguf'", "w4afp8, compressed-tensors"});

@@ -54,15 +54,24 @@ def convert(folder, source, name, layout, *arguments):
     return path
 
 
-def write_config(path, group):
-    """As compressed-tensors' own compressor would be described."""
-    weights = {"num_bits": 4, "type": "int", "symmetric": True, "strategy": "group", "group_size": group}
+# quantization_config as compressed-tensors 0.20.1 itself dumps it, for the schemes W4AFP8 (of its own
+# presets) and symmetric INT4 without activations (Kimi-K2's, with groups of 32).
+PACKAGE_CONFIG = {
+    "config_groups": {"group_0": {
+        "targets": ["Linear"],
+        "weights": {"num_bits": 4, "type": "int", "symmetric": True, "group_size": 128, "strategy": "group",
+                    "dynamic": False},
+        "input_activations": {"num_bits": 8, "type": "float", "symmetric": True, "group_size": None,
+                              "strategy": "token", "dynamic": True},
+        "output_activations": None, "format": None}},
+    "quant_method": "compressed-tensors", "kv_cache_scheme": None, "format": "pack-quantized",
+    "quantization_status": "compressed", "global_compression_ratio": None, "ignore": ["lm_head"],
+    "moe_sparsity_config": None}
+
+
+def write_config(path, quantization):
     config = {"model_type": "made_by_python", "hidden_size": HIDDEN, "moe_intermediate_size": INTERMEDIATE,
-              "n_routed_experts": EXPERTS, "num_experts_per_tok": 1,
-              "quantization_config": {
-                  "quant_method": "compressed-tensors", "format": "pack-quantized",
-                  "config_groups": {"group_0": {"targets": ["Linear"], "weights": weights,
-                                                "input_activations": None}}}}
+              "n_routed_experts": EXPERTS, "num_experts_per_tok": 1, "quantization_config": quantization}
     with open(os.path.join(path, "config.json"), "w", encoding="utf-8") as file:
         json.dump(config, file)
 
@@ -168,17 +177,44 @@ def with_safetensors():
                 tensors[prefix(e, stem) + "weight_scale"] = scales
                 tensors[prefix(e, stem) + "weight_shape"] = np.array([n, k], np.int64)
         save_file(tensors, os.path.join(path, "model.safetensors"))
-        write_config(path, 128)
+        write_config(path, PACKAGE_CONFIG)
         out = sluice("inspect", path)
-        check("inspect names it", "compressed-tensors" in out and "stored as the format says" in out)
-        check("python to w4afp8", same(expected, experts(convert(folder, path, "python-w4", "w4afp8"), "w4afp8")))
+        check("inspect names it", "compressed-tensors" in out and "stored as the format says" in out
+              and "groups of 128, dynamic e4m3 activations" in out)
+        w4afp8 = convert(folder, path, "python-w4", "w4afp8")
+        check("python to w4afp8", same(expected, experts(w4afp8, "w4afp8")))
+
+        # A user's own dump, replayed.
+        dump, report = os.path.join(folder, "dump.safetensors"), os.path.join(folder, "accuracy.json")
+        tokens = {"x": random.normal(0, 1, (9, HIDDEN)).astype(np.float32),
+                  "topk_idx": np.array([[t % EXPERTS] for t in range(9)], np.int64),
+                  "topk_weights": np.ones((9, 1), np.float32)}
+        tokens["topk_idx"][4, 0] = -1
+        save_file(tokens, dump)
+        out = sluice("accuracy", "--checkpoint", w4afp8, "--replay", dump, "--ranks", "2", "--budget", "50%",
+                     "--json", report)
+        with open(report, encoding="utf-8") as file:
+            data = json.load(file)
+        suite = data["suites"][0]
+        check("accuracy --replay", len(data["suites"]) == 1 and suite["name"] == "replay" and suite["num_tokens"] == 9
+              and suite["num_rows"] == 8 and data["passed"] and "replay: 9 tokens, 8 rows" in out)
+        # GEMM1's input of `direct`, by plain NumPy on the same tokens: amax / 448 of each 128, to 3 bits.
+        x = (tokens["x"].view(np.uint32) + 0x7fff + (tokens["x"].view(np.uint32) >> 16 & 1)) >> 16 << 16
+        x = x.astype(np.uint32).view(np.float32).astype(np.float64).reshape(9, -1, 128)
+        scale = np.abs(x).max(-1, keepdims=True) / 448
+        step = 2.0 ** np.maximum(np.floor(np.log2(np.maximum(np.abs(x / scale), 2.0 ** -9))) - 3, -9)
+        error = np.linalg.norm(np.rint(x / scale / step) * step * scale - x) / np.linalg.norm(x)
+        direct = next(r for r in suite["recipes"] if r["name"] == "direct")
+        check(f"direct's activation error is NumPy's {error:.6f}",
+              abs(direct["activation1"]["relative_l2"] / error - 1) < 1e-3)
 
 
 def with_compressed_tensors():
     try:
         import torch
         from compressed_tensors.compressors import PackedQuantizationCompressor as compressor
-        from compressed_tensors.quantization import QuantizationArgs, QuantizationConfig, QuantizationScheme
+        from compressed_tensors.quantization import (QuantizationArgs, QuantizationConfig, QuantizationScheme,
+                                                     preset_name_to_scheme)
         from safetensors.torch import load_file, save_file
     except ImportError as error:
         skip(f"{error}; compressed-tensors needs PyTorch, which scripts/setup.sh does not install")
@@ -243,8 +279,13 @@ def with_compressed_tensors():
                     for part, tensor in state.items():
                         tensors[prefix(e, stem) + part] = tensor.contiguous()
             save_file(tensors, os.path.join(path, "model.safetensors"))
-            write_config(path, group)
-            check(f"inspect, groups of {group}", f"groups of {group}" in sluice("inspect", path))
+            activations = preset_name_to_scheme("W4AFP8", ["Linear"]).input_activations if group == 128 else None
+            own = scheme(group).model_copy(update={"input_activations": activations})
+            quantization = QuantizationConfig(config_groups={"group_0": own}, format="pack-quantized",
+                                              quantization_status="compressed", ignore=["lm_head"])
+            write_config(path, quantization.model_dump(mode="json"))
+            expected_text = f"groups of {group}, {'dynamic e4m3' if activations else 'no scheme for'} activations"
+            check(f"inspect, groups of {group}", expected_text in sluice("inspect", path))
             layout = "w4afp8" if group == 128 else "compressed-tensors"
             made = load(convert(folder, path, f"back-{group}", layout))
             check(f"package to {layout}, groups of {group}", all(

@@ -27,7 +27,8 @@ void expect_found(const std::string& format, std::optional<ScaleRule> rule,
   raw.write(dir / "bad");
   const CheckpointData source = CheckpointData::open(dir / "from");
   ThreadPool pool(2, available_cores());
-  const VerifySpec spec = {.layers = {3}, .expects_input_scales = !rule};
+  const VerifySpec spec = {
+      .layers = {3}, .is_requantized = rule.has_value(), .expects_input_scales = !rule};
   (void)verify_result(source, CheckpointData::open(dir / "same"), spec, pool, [](double) {});
   expect_error(ErrorCode::kCorruptFile, parts, [&] {
     (void)verify_result(source, CheckpointData::open(dir / "bad"), spec, pool, [](double) {});

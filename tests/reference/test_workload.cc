@@ -86,21 +86,31 @@ TEST(Workload, InputsHaveTheirStatistics) {
   EXPECT_NEAR(squares / n, 1.0, 0.02);
 
   spec.input = InputKind::kOutliers;
-  const Workload outliers = make_workload(spec, 0, 100);
-  int large = 0;
-  for (int c = 0; c < 1024; ++c) {
-    double power = 0;
-    for (int t = 0; t < 100; ++t)
-      power += std::pow(bf16_to_float(outliers.x[t * 1024 + c]), 2) / 100;
-    large += power > 400;
-  }
-  EXPECT_EQ(large, 8);
+  const auto large_channels = [&] {
+    const Workload outliers = make_workload(spec, 0, 100);
+    std::vector<int> large;
+    for (int c = 0; c < 1024; ++c) {
+      double power = 0;
+      for (int t = 0; t < 100; ++t)
+        power += std::pow(bf16_to_float(outliers.x[t * 1024 + c]), 2) / 100;
+      if (power > 400) large.push_back(c);
+    }
+    return large;
+  };
+  EXPECT_EQ(large_channels(), (std::vector<int>{3, 131, 259, 387, 515, 643, 771, 899}));
+  spec.num_outlier_places = 3;
+  EXPECT_EQ(large_channels(), (std::vector<int>{3, 4, 5, 344, 345, 346, 685, 686}));
 }
 
 TEST(Workload, NonsenseIsRefused) {
   EXPECT_THROW((void)make_workload({}, 0, 1), Error);
   EXPECT_THROW((void)make_workload(kSpec, 0, -1), Error);
   EXPECT_THROW((void)parse_routing("random"), Error);
+  for (const int places : {0, 9}) {
+    WorkloadSpec spec = kSpec;
+    spec.num_outlier_places = places;
+    EXPECT_THROW((void)make_workload(spec, 0, 1), Error);
+  }
 }
 
 }  // namespace

@@ -152,6 +152,10 @@ std::optional<Recognised> recognise_compressed_tensors(const FormatClues& clues)
     refuse(config, "format", "'" + format + "'", "only 'pack-quantized' is supported");
   }
   if (config.has_sparsity) refuse(config, "sparsity_config", "{...}", "only dense is supported");
+  if (config.has_expert_sparsity) {
+    refuse(config, "moe_sparsity_config", "{...}",
+           "experts that are pruned or replaced layer by layer are not supported");
+  }
   if (config.has_transforms) {
     refuse(config, "transform_config", "{...}", "rotated or scaled weights are not supported");
   }

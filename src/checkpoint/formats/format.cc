@@ -40,6 +40,19 @@ Int4Matrix Format::load(const ExpertTensors&, const MatrixLayout&, ExpertStorage
   fail(ErrorCode::kInternal, "{} has no int4 weights", name());
 }
 
+std::vector<float> Format::input_factors(const ExpertTensors&, const MatrixLayout&) const {
+  return {};
+}
+
+std::string Format::inexact(const ExpertTensors&, const MatrixLayout&) const {
+  return {};
+}
+
+Int4Matrix Format::load_unscaled(const ExpertTensors& expert, const MatrixLayout& matrix,
+                                 ExpertStorage& storage) const {
+  return load(expert, matrix, storage);
+}
+
 void Format::load_floats(const ExpertTensors&, const MatrixLayout&, std::span<float>) const {
   fail(ErrorCode::kInternal, "{} has int4 weights", name());
 }

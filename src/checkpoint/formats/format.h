@@ -80,7 +80,18 @@ class Format {
   /// Views point into the mapped files or into `storage`.
   [[nodiscard]] virtual Int4Matrix load(const ExpertTensors& expert, const MatrixLayout& matrix,
                                         ExpertStorage& storage) const;
-  /// [n, k] weights, exactly as the checkpoint defines them, in float32.
+  /// Factors of the input's channels, [k], which load() cannot fold into codes and scales exactly
+  /// and therefore refuses; empty where it does not.
+  [[nodiscard]] virtual std::vector<float> input_factors(const ExpertTensors& expert,
+                                                         const MatrixLayout& matrix) const;
+  /// Why input_factors() cannot be folded, naming file and tensor; empty if there are none.
+  [[nodiscard]] virtual std::string inexact(const ExpertTensors& expert,
+                                            const MatrixLayout& matrix) const;
+  /// As load(), but for input_factors(), which are left to the caller.
+  [[nodiscard]] virtual Int4Matrix load_unscaled(const ExpertTensors& expert,
+                                                 const MatrixLayout& matrix,
+                                                 ExpertStorage& storage) const;
+  /// Of formats without int4: [n, k] weights, exactly as the checkpoint defines them, in float32.
   virtual void load_floats(const ExpertTensors& expert, const MatrixLayout& matrix,
                            std::span<float> out) const;
 };

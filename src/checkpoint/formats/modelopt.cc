@@ -65,51 +65,94 @@ class ModeloptFormat final : public Format {
 
   [[nodiscard]] float input_scale(const ExpertTensors& expert,
                                   const MatrixLayout& matrix) const override {
+    if (const std::string why = inexact(expert, matrix); !why.empty()) {
+      fail(ErrorCode::kUnsupported,
+           "{}, nor taken out of the input scale, which is of the scaled input; `sluice convert "
+           "--scale ... --drop-input-scales` quantizes the weights times it anew",
+           why);
+    }
     // e4m3(x * p * (1 / s)) = e4m3(x * (1 / (s / p))) for a power of two p.
-    return Format::input_scale(expert, matrix) / uniform_pre_scale(expert, matrix);
+    return Format::input_scale(expert, matrix) / uniform_factor(expert, matrix);
   }
 
   [[nodiscard]] Int4Matrix load(const ExpertTensors& expert, const MatrixLayout& matrix,
                                 ExpertStorage& storage) const override {
+    if (const std::string why = inexact(expert, matrix); !why.empty()) {
+      fail(ErrorCode::kUnsupported,
+           "{}; `sluice convert --scale ... --drop-input-scales` quantizes the weights times it "
+           "anew",
+           why);
+    }
+    Int4Matrix result = load_unscaled(expert, matrix, storage);
+    if (const float factor = uniform_factor(expert, matrix); factor != 1) {
+      result.scales =
+          multiplied(result.scales, factor, part_of(expert, matrix.part("weight_scale")), storage);
+    }
+    return result;
+  }
+
+  [[nodiscard]] Int4Matrix load_unscaled(const ExpertTensors& expert, const MatrixLayout& matrix,
+                                         ExpertStorage& storage) const override {
     const TensorRef& weight = part_of(expert, matrix.part("weight"));
     const TensorRef& scale = part_of(expert, matrix.part("weight_scale"));
     MappedFile::will_need(weight.bytes());
     const auto codes = allocate(storage, weight.bytes().size());
     repack_rows(weight.bytes().data(), matrix.n, matrix.k, codes.data());
     MappedFile::release(weight.bytes());
-    Int4Matrix result = {.codes = {codes.data(), DType::kPackedInt4, {matrix.n, matrix.k / 2}},
-                         .scales = load_scales(scale, matrix.n, matrix.k / group_, storage),
-                         .group_size = group_};
+    const Int4Matrix result = {
+        .codes = {codes.data(), DType::kPackedInt4, {matrix.n, matrix.k / 2}},
+        .scales = load_scales(scale, matrix.n, matrix.k / group_, storage),
+        .group_size = group_};
     check_second_scale(part_of(expert, matrix.part("weight_scale_2")), scale, result.scales);
-    if (const float factor = uniform_pre_scale(expert, matrix); factor != 1) {
-      result.scales = multiplied(result.scales, factor, scale, storage);
-    }
     return result;
   }
 
- private:
-  /// pre_quant_scale, if it is one power of two for all channels; 1 if there is none. (q * s) * x *
-  /// p is then (q * (s * p)) * x with the same bits. Anything else cannot be folded exactly: not
-  /// into the weight scales, which span a group, nor into the input scale, which spans all.
-  static float uniform_pre_scale(const ExpertTensors& expert, const MatrixLayout& matrix) {
+  [[nodiscard]] std::vector<float> input_factors(const ExpertTensors& expert,
+                                                 const MatrixLayout& matrix) const override {
+    if (inexact(expert, matrix).empty()) return {};
+    const TensorRef& tensor = part_of(expert, matrix.part("pre_quant_scale"));
+    std::vector<float> factors;
+    for (std::int64_t i = 0; i < matrix.k; ++i) {
+      const float value = element(tensor, i);
+      if (!std::isfinite(value) || !(value > 0)) {
+        fail(ErrorCode::kCorruptFile, "{}: pre_quant_scale [{}] = {} is not finite and positive",
+             place(tensor), i, value);
+      }
+      factors.push_back(value);
+    }
+    return factors;
+  }
+
+  /// One power of two for all channels can be folded: (q * s) * x * p is (q * (s * p)) * x with the
+  /// same bits. Anything else cannot: not into the weight scales, which span a group, nor into the
+  /// input scale, which spans all.
+  [[nodiscard]] std::string inexact(const ExpertTensors& expert,
+                                    const MatrixLayout& matrix) const override {
     const TensorRef* const tensor = expert.find(matrix.part("pre_quant_scale"));
-    if (!tensor) return 1;
+    if (!tensor) return {};
     const float first = element(*tensor, 0);
     if (!is_pow2(first)) {
-      fail(ErrorCode::kUnsupported,
-           "{}: element 0 = {} is not a power of two, so it cannot be folded into the weights "
-           "exactly; canonical experts have no place for it",
-           place(*tensor), first);
+      return fmt::format(
+          "{}: element 0 = {} is not a power of two, so it cannot be folded into the weights "
+          "exactly",
+          place(*tensor), first);
     }
     for (std::int64_t i = 1; i < matrix.k; ++i) {
       const float value = element(*tensor, i);
       if (value == first) continue;
-      fail(ErrorCode::kUnsupported,
-           "{}: element {} = {} differs from element 0 = {}, so it cannot be folded into the "
-           "weights and the input scale exactly; canonical experts have no place for it",
-           place(*tensor), i, value, first);
+      return fmt::format(
+          "{}: element {} = {} differs from element 0 = {}, so it cannot be folded into the "
+          "weights exactly",
+          place(*tensor), i, value, first);
     }
-    return first;
+    return {};
+  }
+
+ private:
+  /// pre_quant_scale where inexact() has nothing against it; 1 if there is none.
+  static float uniform_factor(const ExpertTensors& expert, const MatrixLayout& matrix) {
+    const TensorRef* const tensor = expert.find(matrix.part("pre_quant_scale"));
+    return tensor ? element(*tensor, 0) : 1;
   }
 
   /// `scales` times a power of two, in float32.

@@ -126,6 +126,8 @@ void read_quantization_config(JsonReader& json, QuantizationConfig& config) {
       read_groups(json, config.groups);
     } else if (key == "sparsity_config") {
       config.has_sparsity = read_is_filled(json);
+    } else if (key == "moe_sparsity_config") {
+      config.has_expert_sparsity = read_is_filled(json);
     } else if (key == "transform_config") {
       config.has_transforms = read_is_filled(json);
     } else {

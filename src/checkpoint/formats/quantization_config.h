@@ -40,7 +40,7 @@ struct QuantizationConfig {
   std::optional<std::uint64_t> group_size;
   std::vector<std::uint64_t> weight_block_size;
   std::vector<QuantizationGroup> groups;
-  bool has_sparsity = false, has_transforms = false;
+  bool has_sparsity = false, has_expert_sparsity = false, has_transforms = false;
 
   std::string algo_file;  ///< hf_quant_config.json, with its directory; empty if there is none.
   std::string algo;       ///< Its quantization.quant_algo.

@@ -185,6 +185,7 @@ void DeviceExchange::check_limits(int ranks) const {
 /// Every rank allocates its window, clears its flags, and only then shows it to the others.
 void DeviceExchange::share_window(Transport& transport) {
   const std::shared_ptr<DeviceBuffer> memory = backend_.allocate(layout_.window_bytes());
+  held_bytes = private_->bytes() + state_->bytes() + memory->bytes();
   const auto queue = static_cast<cudaStream_t>(backend_.stream().handle);
   for (int s = 0; s < layout_.num_slots; ++s) {
     std::byte* const slot = memory->data() + static_cast<std::size_t>(s) * layout_.slot_bytes;
