@@ -1,10 +1,12 @@
 // micro_w4a8.cu - what the card can do for the W4A8 kernels: results stand in
 // docs/performance-gpu.md.
 //
-//   ring     GB/s of cp.async.bulk into a ring of stages, one producer thread, consumers that only
-//   wait wgmma    cycles of four m64nNk32 with A in registers (K = 128), commit and wait each time
+//   ring     GB/s of cp.async.bulk into a ring of stages: one producer thread, consumers only wait
+//   wgmma    cycles of four m64nNk32 with A in registers (K = 128), commit and wait each time
+//   mix      what products and the instructions of other warpgroups cost each other
 #include <algorithm>
 #include <cstring>
+#include <utility>
 
 #include "backend/cuda/ptx/copy.cuh"
 #include "backend/cuda/ptx/sync.cuh"
@@ -62,7 +64,7 @@ __global__ void wgmma_kernel(long long* cycles, float* sink) {
   clear(acc);
   Fragments f;
   for (int i = 0; i < 16; ++i) f.a[i / 4][i % 4] = threadIdx.x * 0x01010101u & 0x87878787u;
-  const std::uint64_t x = ptx::smem_descriptor(ptx::shared_address(raw));
+  const std::uint32_t x = ptx::smem_descriptor(ptx::shared_address(raw));
   const long long begin = clock64();
 #pragma unroll 1
   for (int i = 0; i < kRepeats; ++i) {
@@ -112,18 +114,108 @@ void bench_wgmma(long long* cycles, float* sink) {
   std::printf(" cycles\n");
 }
 
+/// What a warpgroup that does not multiply runs.
+enum class Alu { kPromote, kWiden, kLoad };
+
+template <Alu Kind>
+__device__ __forceinline__ void run_alu(float (&acc)[32], float (&sum)[32], float (&xs)[16],
+                                        std::uint32_t (&w)[8], const float* shared) {
+  if constexpr (Kind == Alu::kPromote) {
+#pragma unroll
+    for (int i = 0; i < 32; ++i)
+      sum[i] = __fmaf_rn(__fmul_rn(acc[i], xs[i / 2 % 2]), xs[i / 4 * 2 + i % 2], sum[i]);
+#pragma unroll
+    for (int i = 0; i < 32; ++i) acc[i] = __int_as_float(__float_as_int(acc[i]) ^ 1);
+  } else if constexpr (Kind == Alu::kWiden) {
+#pragma unroll
+    for (int i = 0; i < 32; ++i) w[i % 8] = __funnelshift_r(w[i % 8], w[i % 8], 4) & 0xf7f7f7f7u;
+  } else {
+#pragma unroll
+    for (int i = 0; i < 8; ++i) {
+      float x, y;
+      asm volatile("ld.volatile.shared.v2.f32 {%0, %1}, [%2];"
+                   : "=f"(x), "=f"(y)
+                   : "r"(ptx::shared_address(shared + 8 * i + threadIdx.x % 4 * 2)));
+      xs[i] += x;
+      xs[8 + i] += y;
+    }
+  }
+}
+
+/// Warpgroups below `tensor` multiply, the others run `Kind`; cycles of each.
+template <int N, Alu Kind>
+__global__ void __launch_bounds__(512, 1) mix_kernel(int tensor, long long* cycles, float* sink) {
+  constexpr int kRounds = 256, kAluRounds = 8 * kRounds;
+  extern __shared__ __align__(1024) std::uint8_t raw[];
+  for (int i = threadIdx.x; i < 128 * 128; i += blockDim.x) raw[i] = hash(i) & 0x77;
+  ptx::fence_proxy_async();
+  __syncthreads();
+  const int warpgroup = threadIdx.x / 128;
+  float result = 0.0f;
+  const long long begin = clock64();
+  if (warpgroup < tensor) {
+    float acc[N / 2];
+    clear(acc);
+    Fragments f;
+    for (int i = 0; i < 16; ++i) f.a[i / 4][i % 4] = hash(threadIdx.x * 16 + i) & 0x87878787u;
+    const std::uint32_t x = ptx::smem_descriptor(ptx::shared_address(raw));
+#pragma unroll 1
+    for (int i = 0; i < kRounds; ++i) {
+      ptx::wgmma_fence();
+#pragma unroll
+      for (int j = 0; j < 16; ++j) ptx::wgmma_m64k32(acc, f.a[j % 4], x + 2 * (j % 4), true);
+      ptx::wgmma_commit();
+      await<0>(acc);
+    }
+    result = acc[0];
+  } else {
+    float acc[32], sum[32], xs[16];
+    std::uint32_t w[8];
+    for (int i = 0; i < 32; ++i) acc[i] = threadIdx.x * 1e-3f + i, sum[i] = i;
+    for (int i = 0; i < 16; ++i) xs[i] = 1.0f + threadIdx.x * 1e-7f * i, w[i / 2] = hash(i);
+#pragma unroll 1
+    for (int i = 0; i < kAluRounds; ++i)
+      run_alu<Kind>(acc, sum, xs, w, reinterpret_cast<const float*>(raw));
+    for (int i = 0; i < 32; ++i) result += acc[i] + sum[i];
+    for (int i = 0; i < 16; ++i) result += xs[i] + w[i / 2];
+  }
+  if (threadIdx.x % 128 == 0 && blockIdx.x == 0) {
+    cycles[warpgroup] = (clock64() - begin) / (warpgroup < tensor ? kRounds : kAluRounds);
+  }
+  sink[threadIdx.x] = result;
+}
+
+template <int N, Alu Kind>
+void bench_mix(const char* name, long long* cycles, float* sink) {
+  std::printf("mix N %3d, %-26s", N, name);
+  for (const auto& [tensor, alu] : {std::pair{2, 0}, {0, 1}, {0, 2}, {1, 1}, {2, 1}, {2, 2}}) {
+    mix_kernel<N, Kind><<<132, 128 * (tensor + alu), 16384>>>(tensor, cycles, sink);
+    long long c[4] = {};
+    SLUICE_CUDA_CHECK(cudaMemcpy(c, cycles, sizeof(c), cudaMemcpyDeviceToHost));
+    std::printf("  %d+%d:", tensor, alu);
+    if (tensor > 0) std::printf(" %lld", c[0] / 16);
+    if (alu > 0) std::printf(" /%lld", c[tensor]);
+  }
+  std::printf("\n");
+}
+
 void bench_all() {
   Buffer<std::uint8_t> pool(std::size_t{480} << 20);
   random_codes<<<1024, 256>>>(pool.data, pool.size, 9, false, Data::kUniform);
   SLUICE_CUDA_CHECK(cudaDeviceSynchronize());
   bench_ring(pool);
-  Buffer<long long> cycles(1);
+  Buffer<long long> cycles(4);
   Buffer<float> sink(1024);
   bench_wgmma<8>(cycles.data, sink.data);
   bench_wgmma<16>(cycles.data, sink.data);
   bench_wgmma<32>(cycles.data, sink.data);
   bench_wgmma<64>(cycles.data, sink.data);
   bench_wgmma<128>(cycles.data, sink.data);
+  std::printf("mix: T + A warpgroups multiply + run others; cycles of a wgmma / of a round\n");
+  bench_mix<64, Alu::kPromote>("32 fmul + 32 fma + 32 xor", cycles.data, sink.data);
+  bench_mix<128, Alu::kPromote>("32 fmul + 32 fma + 32 xor", cycles.data, sink.data);
+  bench_mix<128, Alu::kWiden>("32 shift + 32 and", cycles.data, sink.data);
+  bench_mix<128, Alu::kLoad>("8 8-byte loads + 16 fadd", cycles.data, sink.data);
 }
 
 }  // namespace

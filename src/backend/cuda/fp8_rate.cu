@@ -36,7 +36,7 @@ __global__ void __launch_bounds__(128 * kWarpgroups) fp8_kernel(float* sink) {
   }
   float acc[kColumns / 2];
   clear(acc);
-  const std::uint64_t x = ptx::smem_descriptor(ptx::shared_address(tile));
+  const std::uint32_t x = ptx::smem_descriptor(ptx::shared_address(tile));
 #pragma unroll 1
   for (int step = 0; step < kSteps; ++step) {
     ptx::wgmma_fence();

@@ -45,7 +45,11 @@ struct Config {
   static constexpr int kSlabBytes = slab_bytes(Scale, Group);
   static constexpr int kWeightBytes = kSlabsPerTile * kSlabBytes;  // per stage
   static constexpr int kTokenBytes = kMaxTokens * kStepK;          // per stage
-  static constexpr int kStageBytes = kWeightBytes + kTokenBytes + kMaxTokens * 4;
+  // Scales of a stage's tokens as the math role reads them: a thread's columns 8 j + 2 c + i, c its
+  // column pair, lie side by side; the pairs' parts start in different banks.
+  static constexpr int kScalePitch = kMaxTokens / 4 + 4;
+  static constexpr int kScaleFloats = 4 * kScalePitch;
+  static constexpr int kStageBytes = kWeightBytes + kTokenBytes + 4 * kScaleFloats;
   // Codes of one finished tile, padded so that the four tokens of a store hit different banks.
   static constexpr int kHiddenPitch = 128 + 16;
   static constexpr int kFixedBytes =
@@ -103,9 +107,9 @@ struct Params {
 template <class C>
 struct Shared {
   static constexpr int kTileSlots = 4;
-  alignas(1024) std::uint8_t x[C::kStages][C::kTokenBytes];  // (token, k) swizzled
-  alignas(128) std::uint8_t w[C::kStages][C::kWeightBytes];  // packed stream, one step
-  alignas(16) float x_scale[C::kStages][C::kMaxTokens];
+  alignas(1024) std::uint8_t x[C::kStages][C::kTokenBytes];     // (token, k) swizzled
+  alignas(128) std::uint8_t w[C::kStages][C::kWeightBytes];     // packed stream, one step
+  alignas(16) float x_scale[C::kStages][C::kScaleFloats];       // see kScalePitch
   alignas(16) std::uint8_t h[C::kMaxTokens * C::kHiddenPitch];  // (token, channel) e4m3
   float amax[C::kMathWarps][C::kMaxTokens];
   float h_inv[C::kMaxTokens];

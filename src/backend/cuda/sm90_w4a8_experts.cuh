@@ -20,7 +20,8 @@
 //                               +---------------------+
 //             256 weight rows   | 4 slabs of 64 rows  |   K in steps of 128
 //                               +---------------------+
-//           decode: 4 math warpgroups, a slab each; prefill: 2, two slabs each.
+//           decode: 4 math warpgroups, a slab each; prefill: 2, two slabs each. What overlaps with
+//           what along K: sm90_w4a8_mainloop.cuh.
 //
 // Warps     math warpgroups: widen, wgmma, promote, epilogue           104 / 232 registers
 //           last warpgroup, producers:                                  64 /  40 registers
@@ -28,8 +29,8 @@
 //             scales; warp 3 idles
 //           640 or 384 threads, one CTA per SM, set by registers and shared memory.
 //
-// Shared    bf16, group 128, decode:  stage = w 16896 + x 8192 + xs 256 = 25344 B, 8 stages 203 KB
-//                          prefill:  stage = w 16896 + x 16384 + xs 512 = 33792 B, 6 stages 203 KB
+// Shared    bf16, group 128, decode:  stage = w 16896 + x 8192 + xs 320 = 25408 B, 8 stages 203 KB
+//                          prefill:  stage = w 16896 + x 16384 + xs 576 = 33856 B, 6 stages 203 KB
 //           + finished tile 9 / 18 KB + amax 4 KB + expert prefix and counts 4 KB: of 227 KB
 //
 // Barriers  full[s]   producers -> math: weights, activations (both also count bytes), scales
@@ -41,7 +42,8 @@
 //           Between its wait and its arrive a role owns the bytes; no one else touches them.
 //
 // Needs     n, K multiples of 128 (n of 256 for kSwiglu), at most 512 experts; checked on the host.
-// Bound     decode: bytes of w. Prefill: tensor-core rate. Numbers: docs/performance-gpu.md
+// Bound     decode: bytes of w. Prefill: instructions around the products (two for each accumulator
+//           and 128 of K), which tensor cores slow down. Numbers: docs/performance-gpu.md
 #pragma once
 
 #include "backend/cuda/check.h"

@@ -1,161 +1,26 @@
-// sm90_w4a8_mainloop.cuh - math along K: widen int4, multiply, promote to f32.
+// sm90_w4a8_mainloop.cuh - math along K: all units of a tile, and what overlaps with what.
 //
-// A unit is one slab of one step: four wgmma of k = 32 on a fresh accumulator, then added to the
-// running sums with its scales. Every loop below adds the units of one (row, column) in order of k:
-// same bits whichever runs.
+// Every loop adds the units of one (row, column) in order of k: same bits whichever runs.
+//
+//   decode, 8 or 16 columns   multiply_slab_ahead   next weights are widened during a product
+//   decode, 32 or 64          multiply_slab         nothing; four warpgroups fill the gaps
+//   prefill, up to 64         multiply_two_slabs    each product runs while the one before is
+//   promoted prefill, 128              multiply_wide         the next stage is awaited during a
+//   product groups of 32              multiply_group32      prefill: as two slabs, but by k steps
+//   of 32
+//
+// ptxas serializes products (an error here, see ptxas_guard.sh) unless
+//   - the fragments of all products that will be in flight together are finished (pin) first;
+//   - an accumulator that is read during other products was made by a product, not by an
+//     assignment: hence the first step of two slabs stands before its loop;
+//   - no product is in flight across a loop's back edge, or across a wait that lanes may leave one
+//   by
+//     one: await_stage() votes. Finished accumulators may cross both.
 #pragma once
 
-#include "backend/cuda/ptx/mbarrier.cuh"
-#include "backend/cuda/ptx/wgmma.cuh"
-#include "backend/cuda/sm90_w4a8_config.cuh"
-#include "backend/cuda/sm90_w4a8_producer.cuh"  // wait()
+#include "backend/cuda/sm90_w4a8_unit.cuh"
 
 namespace sluice::cuda {
-
-/// Where a math thread sits, and what that makes it read.
-struct MathLane {
-  int warpgroup;     // 0..kMathWarpgroups-1
-  int thread;        // in the warpgroup
-  int warp;          // in the warpgroup
-  int row;           // l / 4: first fragment row of its warp's 16
-  int column;        // 2 (l % 4): first of its two columns in each group of 8 tokens
-  int code_offset;   // of its first codes in a stage's weights
-  int scale_offset;  // of its first scale pair in a stage's weights
-};
-
-template <class C>
-__device__ __forceinline__ MathLane make_math_lane() {
-  const int thread = static_cast<int>(threadIdx.x) % 128, lane = thread % 32;
-  MathLane m{.warpgroup = static_cast<int>(threadIdx.x) / 128,
-             .thread = thread,
-             .warp = thread / 32,
-             .row = lane / 4,
-             .column = 2 * (lane % 4)};
-  const int slab = m.warpgroup * C::kSlabsPerWarpgroup * C::kSlabBytes;
-  constexpr int kPairBytes = C::kScale == ScaleType::kBf16 ? 4 : 8;
-  m.code_offset = slab + thread * 16;
-  m.scale_offset = slab + kSlabCodeBytes + (m.warp * 8 + m.row) * kPairBytes;
-  // NOTE: opaque, or the compiler computes them anew in every step, on the integer pipe that
-  // widening needs. Prefill has no registers to keep them.
-  if constexpr (C::kIsDecode) asm volatile("" : "+r"(m.code_offset), "+r"(m.scale_offset));
-  return m;
-}
-
-/// One word of the stream -> the e4m3 bytes of rows r (`lo`) and r + 8 (`hi`), scaled by 2^-9.
-template <WeightCode Code>
-__device__ __forceinline__ void widen(std::uint32_t word, std::uint32_t& lo, std::uint32_t& hi) {
-  const std::uint32_t turned = __funnelshift_r(word, word, 4);
-  lo = word & 0x87878787u;
-  hi = turned & 0x87878787u;
-  if constexpr (Code == WeightCode::kOnesComplement) {
-    lo += (word & 0x80808080u) >> 7;  // no carry leaves a byte: 0x87 + 1 = 0x88 = -8
-    hi += (turned & 0x80808080u) >> 7;
-  }
-}
-
-/// Scales of rows r and r + 8 for group `g` of the step; `scales` is this thread's first pair.
-template <class C>
-__device__ __forceinline__ float2 load_weight_scales(const std::uint8_t* scales, int g) {
-  if constexpr (C::kScale == ScaleType::kBf16) {
-    const std::uint32_t bits = reinterpret_cast<const std::uint32_t*>(scales)[32 * g];
-    return {__uint_as_float(bits << 16), __uint_as_float(bits & 0xffff0000u)};
-  } else {
-    return reinterpret_cast<const float2*>(scales)[32 * g];
-  }
-}
-
-/// The A fragments of one slab and step: [k step of 32][register].
-struct Fragments {
-  std::uint32_t a[4][4];
-};
-
-/// This thread's 64 weights of a slab and step.
-struct Codes {
-  uint4 lo, hi;
-};
-
-/// What the units of one stage read. Slab b is b * kSlabBytes further.
-struct StageView {
-  const std::uint8_t* codes;   // this thread's, slab 0
-  const std::uint8_t* scales;  // this thread's first pair, slab 0
-  const float* x_scale;        // first column of this thread
-  std::uint64_t x;             // descriptor of the activation tile
-};
-
-template <class C>
-__device__ __forceinline__ StageView view_stage(const Shared<C>& s, int stage,
-                                                const MathLane& lane) {
-  return {.codes = s.w[stage] + lane.code_offset,
-          .scales = s.w[stage] + lane.scale_offset,
-          .x_scale = s.x_scale[stage] + lane.column,
-          .x = ptx::smem_descriptor(ptx::shared_address(s.x[stage]))};
-}
-
-__device__ __forceinline__ Codes load_codes(const std::uint8_t* codes) {
-  return {*reinterpret_cast<const uint4*>(codes), *reinterpret_cast<const uint4*>(codes + 2048)};
-}
-
-template <WeightCode Code>
-__device__ __forceinline__ void widen(const Codes& c, Fragments& f) {
-  widen<Code>(c.lo.x, f.a[0][0], f.a[0][1]);
-  widen<Code>(c.lo.y, f.a[0][2], f.a[0][3]);
-  widen<Code>(c.lo.z, f.a[1][0], f.a[1][1]);
-  widen<Code>(c.lo.w, f.a[1][2], f.a[1][3]);
-  widen<Code>(c.hi.x, f.a[2][0], f.a[2][1]);
-  widen<Code>(c.hi.y, f.a[2][2], f.a[2][3]);
-  widen<Code>(c.hi.z, f.a[3][0], f.a[3][1]);
-  widen<Code>(c.hi.w, f.a[3][2], f.a[3][3]);
-}
-
-/// acc = slab * x over 128 of K; asynchronous, one commit group. acc has R = columns / 2 registers.
-template <int R>
-__device__ __forceinline__ void multiply(float (&acc)[R], const Fragments& f, std::uint64_t x) {
-  constexpr std::uint64_t kStep32 = 32 >> 4;  // descriptor units are 16 B
-  ptx::wgmma_fence();
-#pragma unroll
-  for (int i = 0; i < 4; ++i) ptx::wgmma_m64k32(acc, f.a[i], x + i * kStep32, i > 0);
-  ptx::wgmma_commit();
-}
-
-/// Waits until at most `Pending` younger units are in flight; `acc` may be read from here on. The
-/// empty asm ties the registers to this place, or the compiler reads them early and ptxas
-/// serializes.
-template <int Pending, int R>
-__device__ __forceinline__ void await(float (&acc)[R]) {
-  ptx::wgmma_wait<Pending>();
-#pragma unroll
-  for (int i = 0; i < R; ++i) asm volatile("" : "+f"(acc[i])::"memory");
-}
-
-/// sum += acc * (weight scale * activation scale): the only place where scales meet sums.
-template <class C, int R>
-__device__ __forceinline__ void promote(const float (&acc)[R], const std::uint8_t* scales,
-                                        const float* x_scale, int group, float (&sum)[R]) {
-  const float2 ws = load_weight_scales<C>(scales, group);
-#pragma unroll
-  for (int j = 0; j < R / 4; ++j) {
-    // NOTE: keeps the scheduler from loading every scale at once, which spills with 128 sums.
-    if (R == 64 && j % 4 == 0) asm volatile("" ::: "memory");
-    const float2 xs = *reinterpret_cast<const float2*>(x_scale + 8 * j);
-    sum[4 * j + 0] = __fmaf_rn(acc[4 * j + 0], __fmul_rn(ws.x, xs.x), sum[4 * j + 0]);
-    sum[4 * j + 1] = __fmaf_rn(acc[4 * j + 1], __fmul_rn(ws.x, xs.y), sum[4 * j + 1]);
-    sum[4 * j + 2] = __fmaf_rn(acc[4 * j + 2], __fmul_rn(ws.y, xs.x), sum[4 * j + 2]);
-    sum[4 * j + 3] = __fmaf_rn(acc[4 * j + 3], __fmul_rn(ws.y, xs.y), sum[4 * j + 3]);
-  }
-}
-
-/// Gives a stage back; this warp reads it no more.
-template <class C>
-__device__ __forceinline__ void release(Shared<C>& s, int stage) {
-  __syncwarp();
-  if (threadIdx.x % 32 == 0) ptx::mbarrier_arrive(&s.empty[stage]);
-}
-
-template <int R>
-__device__ __forceinline__ void clear(float (&v)[R]) {
-#pragma unroll
-  for (int i = 0; i < R; ++i) v[i] = 0.0f;
-}
 
 /// Waits for the next stage of the ring and returns its index.
 template <class C>
@@ -166,31 +31,43 @@ __device__ __forceinline__ int acquire(Shared<C>& s, Ring& ring) {
   return stage;
 }
 
-/// All slabs of this warpgroup, one unit after the other; other warpgroups fill the gaps.
+/// The same for a warp that may have products in flight: its lanes leave together.
+template <class C>
+__device__ __forceinline__ int acquire_together(Shared<C>& s, Ring& ring) {
+  const int stage = ring.stage;
+  while (!__all_sync(0xffffffffu, ptx::mbarrier_try_wait(&s.full[stage], ring.parity))) {
+  }
+  ring.advance<C::kStages>();
+  return stage;
+}
+
+/// A value that all lanes share, where the compiler cannot know it: goes to a uniform register.
+__device__ __forceinline__ int uniform(int v) {
+  return static_cast<int>(__reduce_or_sync(0xffffffffu, static_cast<unsigned>(v)));
+}
+__device__ __forceinline__ Ring uniform(const Ring& ring) {
+  return {uniform(ring.stage), static_cast<std::uint32_t>(uniform(static_cast<int>(ring.parity)))};
+}
+
+/// One slab, one unit after the other; other warpgroups fill the gaps.
 template <class C, int N>
-__device__ __forceinline__ void multiply_slabs(Shared<C>& s, Ring& ring, int num_steps,
-                                               const MathLane& lane,
-                                               float (&sum)[C::kSlabsPerWarpgroup][N / 2]) {
+__device__ __forceinline__ void multiply_slab(Shared<C>& s, Ring& ring, int num_steps,
+                                              const MathLane& lane, float (&sum)[1][N / 2]) {
   float acc[N / 2];
   clear(acc);
   for (int k = 0; k < num_steps; ++k) {
     const int stage = acquire(s, ring);
     const StageView v = view_stage(s, stage, lane);
-#pragma unroll
-    for (int b = 0; b < C::kSlabsPerWarpgroup; ++b) {
-      Fragments f;
-      widen<C::kCode>(load_codes(v.codes + b * C::kSlabBytes), f);
-      multiply(acc, f, v.x);
-      await<0>(acc);
-      promote<C>(acc, v.scales + b * C::kSlabBytes, v.x_scale, 0, sum[b]);
-    }
+    Fragments f;
+    widen<C::kCode>(load_codes(v.codes), f);
+    multiply(acc, f, v.x);
+    await<0>(acc);
+    promote<2>(acc, load_weight_scales<C>(v.scales, 0), v.x_scale, sum[0]);
     release(s, stage);
   }
 }
 
 /// One slab, few columns: the next step's weights are widened while this step is multiplied.
-/// NOTE: the next stage is waited for first, and the fragments pinned after that, because ptxas
-/// serializes products whose operands it prepares before a spinning wait.
 template <class C, int N>
 __device__ __forceinline__ void multiply_slab_ahead(Shared<C>& s, Ring& ring, int num_steps,
                                                     const MathLane& lane, float (&sum)[1][N / 2]) {
@@ -202,65 +79,161 @@ __device__ __forceinline__ void multiply_slab_ahead(Shared<C>& s, Ring& ring, in
   for (int k = num_steps; k > 0; --k) {
     const int next_stage = k == 1 ? stage : acquire(s, ring);
     const StageView v = view_stage(s, stage, lane);
-#pragma unroll
-    for (int i = 0; i < 16; ++i) asm volatile("" : "+r"(now.a[i / 4][i % 4]));
+    pin(now);
     multiply(acc, now, v.x);
     widen<C::kCode>(load_codes(view_stage(s, next_stage, lane).codes), next);
     await<0>(acc);
-    promote<C>(acc, v.scales, v.x_scale, 0, sum[0]);
+    promote<2>(acc, load_weight_scales<C>(v.scales, 0), v.x_scale, sum[0]);
     release(s, stage);
     stage = next_stage;
     now = next;
   }
 }
 
-/// Two slabs, up to 64 columns: slab 0 is promoted while slab 1 is multiplied.
-/// NOTE: ptxas serializes a pipeline that is in flight across a spinning wait or a loop's back
-/// edge, so each step drains.
+/// Two slabs, up to 64 columns: slab 0 is promoted while slab 1 is multiplied, slab 1 while slab 0
+/// of the next step is.
 template <class C, int N>
-__device__ __forceinline__ void multiply_two_slabs(Shared<C>& s, Ring& ring, int num_steps,
+__device__ __forceinline__ void multiply_two_slabs(Shared<C>& s, Ring& ring, int steps,
                                                    const MathLane& lane, float (&sum)[2][N / 2]) {
-  float acc0[N / 2], acc1[N / 2];
+  float acc0[N / 2], acc1[N / 2], xs[2][N / 4];
+  float2 ws0, ws1[2];
   Fragments f0, f1;
   clear(acc0);
   clear(acc1);
-  for (int k = num_steps; k > 0; --k) {
-    const int stage = acquire(s, ring);
-    const StageView v = view_stage(s, stage, lane);
-    widen<C::kCode>(load_codes(v.codes), f0);
+  const int num_steps = uniform(steps);
+  Ring at = uniform(ring);
+  int stage = 0;
+  // From the next stage to registers: what a step's products and their promotion read.
+  auto load = [&](const StageView& v, int parity) {
+    const Codes codes0 = load_codes(v.codes), codes1 = load_codes(v.codes + C::kSlabBytes);
+    load_token_scales(v.x_scale, xs[parity]);
+    ws0 = load_weight_scales<C>(v.scales, 0);
+    ws1[parity] = load_weight_scales<C>(v.scales + C::kSlabBytes, 0);
+    widen<C::kCode>(codes0, f0);
+    widen<C::kCode>(codes1, f1);
+    pin(f0);
+    pin(f1);
+  };
+  auto finish = [&](int parity) {
+    promote_columns(0, acc1, ws1[parity], xs[parity], sum[1]);
+    pin(sum[1]);
+    release(s, stage);
+  };
+  auto step = [&](int parity, bool is_first) {
+    const int next_stage = acquire(s, at);
+    const StageView v = view_stage(s, next_stage, lane);
+    load(v, parity);
     multiply(acc0, f0, v.x);
-    widen<C::kCode>(load_codes(v.codes + C::kSlabBytes), f1);
+    if (!is_first) finish(1 - parity);
+    stage = next_stage;
     multiply(acc1, f1, v.x);
     await<1>(acc0);
-    promote<C>(acc0, v.scales, v.x_scale, 0, sum[0]);
+    promote_columns(0, acc0, ws0, xs[parity], sum[0]);
     await<0>(acc1);
-    promote<C>(acc1, v.scales + C::kSlabBytes, v.x_scale, 0, sum[1]);
-    release(s, stage);
+  };
+  step(0, true);
+  int k = 1;
+  for (; k + 1 < num_steps; k += 2) {
+    step(1, false);
+    step(0, false);
   }
+  if (k < num_steps) {
+    step(1, false);
+    finish(1);
+  } else {
+    finish(0);
+  }
+  ring = at;
 }
 
-/// Groups of 32: every wgmma is a unit of its own. Plain, not pipelined.
+/// Two slabs, 128 columns: one unit after the other, since two accumulators do not fit beside 128
+/// sums.
+template <class C, int N>
+__device__ __forceinline__ void multiply_wide(Shared<C>& s, Ring& ring, int steps,
+                                              const MathLane& lane, float (&sum)[2][N / 2]) {
+  float acc[N / 2];
+  clear(acc);
+  const int num_steps = uniform(steps);
+  Ring at = uniform(ring);
+  int stage = acquire_together(s, at);
+  for (int k = 1; k <= num_steps; ++k) {
+    int next_stage = stage;
+#pragma unroll
+    for (int b = 0; b < 2; ++b) {
+      // NOTE: a StageView anew for each use: one that lives through the step spills.
+      Fragments f;
+      widen<C::kCode>(load_codes(view_stage(s, stage, lane).codes + b * C::kSlabBytes), f);
+      pin(f);
+      multiply(acc, f, view_stage(s, stage, lane).x);
+      const float2 ws =
+          load_weight_scales<C>(view_stage(s, stage, lane).scales + b * C::kSlabBytes, 0);
+      if (b == 1 && k < num_steps) next_stage = acquire_together(s, at);
+      await<0>(acc);
+      promote<4>(acc, ws, view_stage(s, stage, lane).x_scale, sum[b]);
+      pin(sum[b]);
+    }
+    release(s, stage);
+    stage = next_stage;
+  }
+  ring = at;
+}
+
+/// Groups of 32, one slab: every wgmma is promoted by itself.
 template <class C, int N>
 __device__ __forceinline__ void multiply_group32(Shared<C>& s, Ring& ring, int num_steps,
-                                                 const MathLane& lane,
-                                                 float (&sum)[C::kSlabsPerWarpgroup][N / 2]) {
+                                                 const MathLane& lane, float (&sum)[1][N / 2]) {
   float acc[N / 2];
   clear(acc);
   for (int k = 0; k < num_steps; ++k) {
     const int stage = acquire(s, ring);
     const StageView v = view_stage(s, stage, lane);
+    Fragments f;
+    widen<C::kCode>(load_codes(v.codes), f);
 #pragma unroll
-    for (int b = 0; b < C::kSlabsPerWarpgroup; ++b) {
-      Fragments f;
-      widen<C::kCode>(load_codes(v.codes + b * C::kSlabBytes), f);
+    for (int i = 0; i < 4; ++i) {
+      multiply_step32(acc, f, v.x, i);
+      await<0>(acc);
+      promote<2>(acc, load_weight_scales<C>(v.scales, i), v.x_scale, sum[0]);
+    }
+    release(s, stage);
+  }
+}
+
+/// Groups of 32, two slabs: one wgmma is promoted while the next runs.
+template <class C, int N>
+__device__ __forceinline__ void multiply_group32(Shared<C>& s, Ring& ring, int num_steps,
+                                                 const MathLane& lane, float (&sum)[2][N / 2]) {
+  float acc0[N / 2], acc1[N / 2], xs[N / 4];
+  clear(acc0);
+  clear(acc1);
+  for (int k = 0; k < num_steps; ++k) {
+    const int stage = acquire(s, ring);
+    const StageView v = view_stage(s, stage, lane);
+    Fragments f[2];
+    widen<C::kCode>(load_codes(v.codes), f[0]);
+    widen<C::kCode>(load_codes(v.codes + C::kSlabBytes), f[1]);
+    load_token_scales(v.x_scale, xs);
+    pin(f[0]);
+    pin(f[1]);
+    multiply_step32(acc0, f[0], v.x, 0);
 #pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        ptx::wgmma_fence();
-        ptx::wgmma_m64k32(acc, f.a[i], v.x + i * (32 >> 4), false);
-        ptx::wgmma_commit();
-        await<0>(acc);
-        promote<C>(acc, v.scales + b * C::kSlabBytes, v.x_scale, i, sum[b]);
+    for (int unit = 0; unit < 8; unit += 2) {  // units 0..3 of slab 0, then of slab 1
+      const int slab = unit / 4, i = unit % 4;
+      const std::uint8_t* scales = v.scales + slab * C::kSlabBytes;
+      multiply_step32(acc1, f[slab], v.x, i + 1);
+      const float2 even = load_weight_scales<C>(scales, i);
+      await<1>(acc0);
+      promote_columns(0, acc0, even, xs, sum[slab]);
+      pin(sum[slab]);
+      if (unit < 6) multiply_step32(acc0, f[(unit + 2) / 4], v.x, (unit + 2) % 4);
+      const float2 odd = load_weight_scales<C>(scales, i + 1);
+      if (unit < 6) {
+        await<1>(acc1);
+      } else {
+        await<0>(acc1);
       }
+      promote_columns(0, acc1, odd, xs, sum[slab]);
+      pin(sum[slab]);
     }
     release(s, stage);
   }
@@ -277,12 +250,14 @@ __device__ __forceinline__ void multiply_tile(Shared<C>& s, Ring& ring, int num_
     for (int k = 0; k < num_steps; ++k) release(s, acquire(s, ring));
   } else if constexpr (C::kGroup == 32) {
     multiply_group32<C, N>(s, ring, num_steps, lane, sum);
-  } else if constexpr (C::kSlabsPerWarpgroup == 1 && N <= 16) {
+  } else if constexpr (C::kIsDecode && N <= 16) {
     multiply_slab_ahead<C, N>(s, ring, num_steps, lane, sum);
-  } else if constexpr (C::kSlabsPerWarpgroup == 2 && N <= 64) {
+  } else if constexpr (C::kIsDecode) {
+    multiply_slab<C, N>(s, ring, num_steps, lane, sum);
+  } else if constexpr (N <= 64) {
     multiply_two_slabs<C, N>(s, ring, num_steps, lane, sum);
   } else {
-    multiply_slabs<C, N>(s, ring, num_steps, lane, sum);
+    multiply_wide<C, N>(s, ring, num_steps, lane, sum);
   }
 }
 

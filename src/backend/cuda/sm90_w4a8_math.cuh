@@ -116,17 +116,24 @@ __device__ __forceinline__ void store_swiglu(Shared<C>& s, const Params& p, cons
   }
 }
 
+/// Whether the tile has rows for this warpgroup: the last one of an odd n may not.
+template <class C>
+__device__ __forceinline__ bool has_slabs(const TileInfo& t, const MathLane& lane) {
+  return lane.warpgroup * C::kSlabsPerWarpgroup < t.num_slabs;
+}
+
 template <class C, int N>
 __device__ __forceinline__ void compute_tile(Shared<C>& s, const Params& p, const TileInfo& t,
                                              const MathLane& lane, Ring& ring) {
   const Phase& phase = p.phase[t.phase];
-  const bool has_slabs = lane.warpgroup * C::kSlabsPerWarpgroup < t.num_slabs;
   float sum[C::kSlabsPerWarpgroup][N / 2];
-  multiply_tile<C, N>(s, ring, phase.num_steps, has_slabs, lane, sum);
+  multiply_tile<C, N>(s, ring, phase.num_steps, has_slabs<C>(t, lane), lane, sum);
+  // Made and read again: along K registers are for sums.
+  const MathLane again = make_math_lane<C>();
   if (phase.epilogue == Epilogue::kSwiglu) {
-    store_swiglu<C, N>(s, p, phase, t, lane, sum);
-  } else if (has_slabs) {
-    store_bf16<C, N>(phase, t, lane, sum);
+    store_swiglu<C, N>(s, p, phase, t, again, sum);
+  } else if (has_slabs<C>(t, again)) {
+    store_bf16<C, N>(phase, t, again, sum);
   }
 }
 

@@ -7,26 +7,31 @@
 #include "backend/cuda/ptx/copy.cuh"
 #include "backend/cuda/ptx/mbarrier.cuh"
 #include "backend/cuda/ptx/sync.cuh"
+#include "backend/cuda/ptx/system.cuh"
 #include "backend/cuda/sm90_w4a8_config.cuh"
 
 namespace sluice::cuda {
 
-/// A wait inside the kernel lasts microseconds; one that misses this often (seconds at least)
-/// hangs.
-constexpr int kMaxMisses = 20'000'000;
+/// A wait inside the kernel lasts microseconds; one that lasts this long hangs.
+constexpr std::uint64_t kMaxWaitNs = 20'000'000'000;
 
-/// Ends the launch with an error instead of hanging.
-__device__ __forceinline__ void count_miss(int& misses) {
-  if (++misses < kMaxMisses) return;
+/// Ends the launch with an error, instead of hanging, if a wait that began at `begin` lasts too
+/// long.
+__device__ __forceinline__ void check_wait(std::uint64_t begin) {
+  if (ptx::global_timer() - begin < kMaxWaitNs) return;
 #ifdef SLUICE_DEVICE_CHECK
   printf("stuck: block %d thread %d\n", blockIdx.x, threadIdx.x);
 #endif
   __trap();
 }
 
-/// Waits for a phase of a barrier, for a bounded time.
+/// Waits for a phase of a barrier, for a bounded time. Suspended meanwhile: polling would take
+/// issue slots from the math warps.
 __device__ __forceinline__ void wait_bounded(std::uint64_t* bar, std::uint32_t parity) {
-  for (int misses = 0; !ptx::mbarrier_try_wait(bar, parity);) count_miss(misses);
+  constexpr std::uint32_t kSuspendNs = 1'000'000;
+  if (ptx::mbarrier_try_wait_for(bar, parity, kSuspendNs)) return;
+  const std::uint64_t begin = ptx::global_timer();
+  while (!ptx::mbarrier_try_wait_for(bar, parity, kSuspendNs)) check_wait(begin);
 }
 
 /// For math warps, whose registers are full: even a count here spills. The producers they wait for
@@ -138,9 +143,10 @@ __device__ __forceinline__ void stream_weights(Shared<C>& s, const Params& p, in
 __device__ __forceinline__ void wait_for_rows(const Params& p, const TileInfo& t, int lane) {
   if (lane == 0) {
     const int* const finished = &p.sync[kSyncHeader + t.expert];
-    for (int misses = 0; ptx::load_acquire_gpu(finished) < t.ready_count;) {
+    const std::uint64_t begin = ptx::global_timer();
+    while (ptx::load_acquire_gpu(finished) < t.ready_count) {
       __nanosleep(20);
-      count_miss(misses);
+      check_wait(begin);
     }
     ptx::fence_proxy_async();
   }
@@ -195,7 +201,8 @@ __device__ __forceinline__ void fetch_activations(Shared<C>& s, const Params& p,
 template <class C>
 __device__ __forceinline__ void fetch_scales(Shared<C>& s, const Params& p, int lane) {
   constexpr int kRows = C::kMaxTokens / 32;
-  constexpr int kChunk = kRows >= 4 ? 2 : 8;  // NOTE: kRows * kChunk registers of 40 or 64
+  constexpr int kChunk = (C::kIsDecode ? 16 : 8) / kRows;  // NOTE: registers, of 64 or 40
+  const int place = lane / 2 % 4 * C::kScalePitch + lane / 8 * 2 + lane % 2;  // of token `lane`
   Ring ring, slots;
   for (;;) {
     const TileInfo t = next_tile(s, slots, lane);
@@ -219,7 +226,7 @@ __device__ __forceinline__ void fetch_scales(Shared<C>& s, const Params& p, int 
         if (k0 + j == num_steps) break;
         wait_bounded(&s.empty[ring.stage], ring.parity ^ 1);
 #pragma unroll
-        for (int i = 0; i < kRows; ++i) s.x_scale[ring.stage][lane + 32 * i] = scale[i][j];
+        for (int i = 0; i < kRows; ++i) s.x_scale[ring.stage][place + 8 * i] = scale[i][j];
         __syncwarp();
         if (lane < kScaleArrivals) ptx::mbarrier_arrive(&s.full[ring.stage]);
         ring.advance<C::kStages>();

@@ -112,8 +112,8 @@ struct HiddenBuffer {
 
 /// Kernel size class.
 enum class KernelConfig : std::uint8_t {
-  kDecode,   ///< 4 math warpgroups, token tiles of 8, 16, 32, 64: one pass over weights to 64 rows.
-  kPrefill,  ///< 2 math warpgroups, token tiles up to 128.
+  kDecode,   ///< 4 math warpgroups, token tiles of 8, 16, 32, 64: one slab of weights each.
+  kPrefill,  ///< 2 math warpgroups, token tiles up to 128: two slabs each, which overlap.
 };
 
 struct ConfigProblem {

@@ -7,21 +7,23 @@
 namespace sluice::cuda {
 
 namespace {
-constexpr int kDecodeTokens = 64;  // widest token tile of the decode kernels
-}
+// Up to here weight bytes decide; beyond, how well products and promotion overlap.
+constexpr int kDecodeTokens = 32;
+}  // namespace
 
 ConfigChoice choose_config(const ConfigProblem& problem, const ConfigDevice& device) {
   ConfigChoice choice;
   choice.num_ctas = std::max(1, device.num_sms);
   if (problem.max_rows > 0 && problem.max_rows <= kDecodeTokens) {
     choice.config = KernelConfig::kDecode;
-    choice.reason = "no expert can have more than 64 rows: every weight is read and widened once";
+    choice.reason =
+        "no expert can have more than 32 rows: weight bytes decide, four warpgroups widen fastest";
   } else if (problem.expected_m <= kDecodeTokens) {
     choice.config = KernelConfig::kDecode;
-    choice.reason = "at most 64 rows expected: weight bytes decide, four warpgroups widen fastest";
+    choice.reason = "at most 32 rows expected: weight bytes decide, four warpgroups widen fastest";
   } else {
     choice.config = KernelConfig::kPrefill;
-    choice.reason = "more than 64 rows expected: 128-row tiles halve the widening per product";
+    choice.reason = "more than 32 rows expected: two accumulators overlap products and promotion";
   }
   return choice;
 }

@@ -51,4 +51,18 @@ __device__ __forceinline__ bool mbarrier_try_wait(std::uint64_t* bar, std::uint3
   return done != 0;
 }
 
+/// The same; suspends the thread for up to `ns` nanoseconds.
+__device__ __forceinline__ bool mbarrier_try_wait_for(std::uint64_t* bar, std::uint32_t parity,
+                                                      std::uint32_t ns) {
+  std::uint32_t done;
+  asm volatile(
+      "{\n.reg .pred p;\n"
+      "mbarrier.try_wait.parity.shared::cta.b64 p, [%1], %2, %3;\n"
+      "selp.u32 %0, 1, 0, p;\n}\n"
+      : "=r"(done)
+      : "r"(shared_address(bar)), "r"(parity), "r"(ns)
+      : "memory");
+  return done != 0;
+}
+
 }  // namespace sluice::cuda::ptx

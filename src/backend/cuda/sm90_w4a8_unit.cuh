@@ -1,0 +1,214 @@
+// sm90_w4a8_unit.cuh - one slab of one step in pieces: from the stage to fragments, to products, to
+// sums.
+//
+// A unit is 64 weight rows x 128 of K x the tile's tokens: four wgmma of k = 32 on a fresh
+// accumulator, which is then added to the running sums with its scales ("promoted"). The main loops
+// are made of these pieces and decide what overlaps with what.
+#pragma once
+
+#include "backend/cuda/ptx/mbarrier.cuh"
+#include "backend/cuda/ptx/wgmma.cuh"
+#include "backend/cuda/sm90_w4a8_config.cuh"
+#include "backend/cuda/sm90_w4a8_producer.cuh"  // wait()
+
+namespace sluice::cuda {
+
+/// Where a math thread sits, and what that makes it read.
+struct MathLane {
+  int warpgroup;     // 0..kMathWarpgroups-1
+  int thread;        // in the warpgroup
+  int warp;          // in the warpgroup
+  int row;           // l / 4: first fragment row of its warp's 16
+  int column;        // 2 (l % 4): first of its two columns in each group of 8 tokens
+  int code_offset;   // of its first codes in a stage's weights
+  int scale_offset;  // of its first scale pair in a stage's weights
+};
+
+template <class C>
+__device__ __forceinline__ MathLane make_math_lane() {
+  int id;  // read anew each time: nothing of a lane stays in registers along K that is not used
+           // there
+  asm volatile("mov.u32 %0, %%tid.x;" : "=r"(id));
+  const int thread = id % 128, lane = thread % 32;
+  MathLane m{.warpgroup = id / 128,
+             .thread = thread,
+             .warp = thread / 32,
+             .row = lane / 4,
+             .column = 2 * (lane % 4)};
+  const int slab = m.warpgroup * C::kSlabsPerWarpgroup * C::kSlabBytes;
+  constexpr int kPairBytes = C::kScale == ScaleType::kBf16 ? 4 : 8;
+  m.code_offset = slab + thread * 16;
+  m.scale_offset = slab + kSlabCodeBytes + (m.warp * 8 + m.row) * kPairBytes;
+  // NOTE: opaque, or the compiler computes them anew in every step, on the integer pipe that
+  // widening needs. Prefill has no registers to keep them.
+  if constexpr (C::kIsDecode) asm volatile("" : "+r"(m.code_offset), "+r"(m.scale_offset));
+  return m;
+}
+
+/// One word of the stream -> the e4m3 bytes of rows r (`lo`) and r + 8 (`hi`), scaled by 2^-9.
+template <WeightCode Code>
+__device__ __forceinline__ void widen(std::uint32_t word, std::uint32_t& lo, std::uint32_t& hi) {
+  const std::uint32_t turned = __funnelshift_r(word, word, 4);
+  lo = word & 0x87878787u;
+  hi = turned & 0x87878787u;
+  if constexpr (Code == WeightCode::kOnesComplement) {
+    lo += (word & 0x80808080u) >> 7;  // no carry leaves a byte: 0x87 + 1 = 0x88 = -8
+    hi += (turned & 0x80808080u) >> 7;
+  }
+}
+
+/// Scales of rows r and r + 8 for group `g` of the step; `scales` is this thread's first pair.
+template <class C>
+__device__ __forceinline__ float2 load_weight_scales(const std::uint8_t* scales, int g) {
+  if constexpr (C::kScale == ScaleType::kBf16) {
+    const std::uint32_t bits = reinterpret_cast<const std::uint32_t*>(scales)[32 * g];
+    return {__uint_as_float(bits << 16), __uint_as_float(bits & 0xffff0000u)};
+  } else {
+    return reinterpret_cast<const float2*>(scales)[32 * g];
+  }
+}
+
+/// The A fragments of one slab and step: [k step of 32][register].
+struct Fragments {
+  std::uint32_t a[4][4];
+};
+
+/// This thread's 64 weights of a slab and step.
+struct Codes {
+  uint4 lo, hi;
+};
+
+/// What the units of one stage read. Slab b is b * kSlabBytes further.
+struct StageView {
+  const std::uint8_t* codes;   // this thread's, slab 0
+  const std::uint8_t* scales;  // this thread's first pair, slab 0
+  const float* x_scale;        // of this thread's columns
+  std::uint32_t x;             // descriptor of the activation tile
+};
+
+template <class C>
+__device__ __forceinline__ StageView view_stage(const Shared<C>& s, int stage,
+                                                const MathLane& lane) {
+  return {.codes = s.w[stage] + lane.code_offset,
+          .scales = s.w[stage] + lane.scale_offset,
+          .x_scale = s.x_scale[stage] + lane.column / 2 * C::kScalePitch,
+          .x = ptx::smem_descriptor(ptx::shared_address(s.x[stage]))};
+}
+
+__device__ __forceinline__ Codes load_codes(const std::uint8_t* codes) {
+  return {*reinterpret_cast<const uint4*>(codes), *reinterpret_cast<const uint4*>(codes + 2048)};
+}
+
+template <WeightCode Code>
+__device__ __forceinline__ void widen(const Codes& c, Fragments& f) {
+  widen<Code>(c.lo.x, f.a[0][0], f.a[0][1]);
+  widen<Code>(c.lo.y, f.a[0][2], f.a[0][3]);
+  widen<Code>(c.lo.z, f.a[1][0], f.a[1][1]);
+  widen<Code>(c.lo.w, f.a[1][2], f.a[1][3]);
+  widen<Code>(c.hi.x, f.a[2][0], f.a[2][1]);
+  widen<Code>(c.hi.y, f.a[2][2], f.a[2][3]);
+  widen<Code>(c.hi.z, f.a[3][0], f.a[3][1]);
+  widen<Code>(c.hi.w, f.a[3][2], f.a[3][3]);
+}
+
+/// acc = slab * x over 128 of K; asynchronous, one commit group. acc has R = columns / 2 registers.
+template <int R>
+__device__ __forceinline__ void multiply(float (&acc)[R], const Fragments& f, std::uint32_t x) {
+  constexpr std::uint32_t kStep32 = 32 >> 4;  // descriptor units are 16 B
+  ptx::wgmma_fence();
+#pragma unroll
+  for (int i = 0; i < 4; ++i) ptx::wgmma_m64k32(acc, f.a[i], x + i * kStep32, i > 0);
+  ptx::wgmma_commit();
+}
+
+/// The same over 32 of K, k step `i` of the unit.
+template <int R>
+__device__ __forceinline__ void multiply_step32(float (&acc)[R], const Fragments& f,
+                                                std::uint32_t x, int i) {
+  ptx::wgmma_fence();
+  ptx::wgmma_m64k32(acc, f.a[i], x + i * (32 >> 4), false);
+  ptx::wgmma_commit();
+}
+
+/// Waits until at most `Pending` younger units are in flight; `acc` may be read from here on. The
+/// empty asm ties the registers to this place, or the compiler reads them early and ptxas
+/// serializes.
+template <int Pending, int R>
+__device__ __forceinline__ void await(float (&acc)[R]) {
+  ptx::wgmma_wait<Pending>();
+#pragma unroll
+  for (int i = 0; i < R; ++i) asm volatile("" : "+f"(acc[i])::"memory");
+}
+
+/// Scales of this thread's next columns: two for each 8 tokens.
+template <int Count>
+__device__ __forceinline__ void load_token_scales(const float* x_scale, float (&xs)[Count]) {
+  if constexpr (Count == 2) {
+    const float2 v = *reinterpret_cast<const float2*>(x_scale);
+    xs[0] = v.x, xs[1] = v.y;
+  } else {
+#pragma unroll
+    for (int i = 0; i < Count; i += 4) {
+      const float4 v = *reinterpret_cast<const float4*>(x_scale + i);
+      xs[i] = v.x, xs[i + 1] = v.y, xs[i + 2] = v.z, xs[i + 3] = v.w;
+    }
+  }
+}
+
+/// sum += acc * (weight scale * activation scale), for this thread's columns from `first` (a
+/// constant) on: the only place where scales meet sums.
+template <int Count, int R>
+__device__ __forceinline__ void promote_columns(const int first, const float (&acc)[R], float2 ws,
+                                                const float (&xs)[Count], float (&sum)[R]) {
+#pragma unroll
+  for (int i = 0; i < Count; i += 2) {
+    const int at = 2 * (first + i);
+    sum[at + 0] = __fmaf_rn(acc[at + 0], __fmul_rn(ws.x, xs[i]), sum[at + 0]);
+    sum[at + 1] = __fmaf_rn(acc[at + 1], __fmul_rn(ws.x, xs[i + 1]), sum[at + 1]);
+    sum[at + 2] = __fmaf_rn(acc[at + 2], __fmul_rn(ws.y, xs[i]), sum[at + 2]);
+    sum[at + 3] = __fmaf_rn(acc[at + 3], __fmul_rn(ws.y, xs[i + 1]), sum[at + 3]);
+  }
+}
+
+/// The same for all columns. The scales of `Chunk` of them are loaded while those before are used.
+template <int Chunk, int R>
+__device__ __forceinline__ void promote(const float (&acc)[R], float2 ws, const float* x_scale,
+                                        float (&sum)[R]) {
+  constexpr int kCount = R / 2 < Chunk ? R / 2 : Chunk;
+  float xs[2][kCount];
+  load_token_scales(x_scale, xs[0]);
+#pragma unroll
+  for (int c = 0; c < R / 2; c += kCount) {
+    const int at = c / kCount % 2;
+    if (c + kCount < R / 2) load_token_scales(x_scale + c + kCount, xs[1 - at]);
+    promote_columns(c, acc, ws, xs[at], sum);
+    // NOTE: keeps the scheduler from loading every scale at once, which spills with 128 sums.
+    if constexpr (R == 64) asm volatile("" ::: "memory");
+  }
+}
+
+/// Whatever makes these values is done before this place.
+template <int R>
+__device__ __forceinline__ void pin(float (&v)[R]) {
+#pragma unroll
+  for (int i = 0; i < R; ++i) asm volatile("" : "+f"(v[i])::"memory");
+}
+__device__ __forceinline__ void pin(Fragments& f) {
+#pragma unroll
+  for (int i = 0; i < 16; ++i) asm volatile("" : "+r"(f.a[i / 4][i % 4])::"memory");
+}
+
+/// Gives a stage back; this warp reads it no more.
+template <class C>
+__device__ __forceinline__ void release(Shared<C>& s, int stage) {
+  __syncwarp();
+  if (threadIdx.x % 32 == 0) ptx::mbarrier_arrive(&s.empty[stage]);
+}
+
+template <int R>
+__device__ __forceinline__ void clear(float (&v)[R]) {
+#pragma unroll
+  for (int i = 0; i < R; ++i) v[i] = 0.0f;
+}
+
+}  // namespace sluice::cuda
