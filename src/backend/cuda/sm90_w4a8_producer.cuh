@@ -2,8 +2,6 @@
 // scales.
 #pragma once
 
-#include <cstdio>
-
 #include "backend/cuda/ptx/copy.cuh"
 #include "backend/cuda/ptx/mbarrier.cuh"
 #include "backend/cuda/ptx/sync.cuh"
@@ -19,9 +17,6 @@ constexpr std::uint64_t kMaxWaitNs = 20'000'000'000;
 /// long.
 __device__ __forceinline__ void check_wait(std::uint64_t begin) {
   if (ptx::global_timer() - begin < kMaxWaitNs) return;
-#ifdef SLUICE_DEVICE_CHECK
-  printf("stuck: block %d thread %d\n", blockIdx.x, threadIdx.x);
-#endif
   __trap();
 }
 
