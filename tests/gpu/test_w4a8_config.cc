@@ -6,8 +6,9 @@
 namespace sluice::cuda {
 namespace {
 
-KernelConfig choose(int expected_m, int max_rows) {
-  return choose_config({.num_experts = 32, .expected_m = expected_m, .max_rows = max_rows}, {})
+KernelConfig choose(int expected_m, int max_rows, int num_experts = 32) {
+  return choose_config({.num_experts = num_experts, .expected_m = expected_m, .max_rows = max_rows},
+                       {})
       .config;
 }
 
@@ -22,6 +23,12 @@ TEST(W4A8Config, ACapacityOfFewRowsDecidesAlone) {
   EXPECT_EQ(choose(1024, 32), KernelConfig::kDecode);
   EXPECT_EQ(choose(1024, 33), KernelConfig::kPrefill);
   EXPECT_EQ(choose(8, 1024), KernelConfig::kDecode);
+}
+
+TEST(W4A8Config, FewExpertsKeepSmallTilesUpTo64Rows) {
+  EXPECT_EQ(choose(64, 0, 8), KernelConfig::kDecode);
+  EXPECT_EQ(choose(65, 0, 8), KernelConfig::kPrefill);
+  EXPECT_EQ(choose(64, 0, 9), KernelConfig::kPrefill);
 }
 
 TEST(W4A8Config, OneCtaForEachSmAndAReason) {

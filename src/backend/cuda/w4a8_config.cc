@@ -9,6 +9,10 @@ namespace sluice::cuda {
 namespace {
 // Up to here weight bytes decide; beyond, how well products and promotion overlap.
 constexpr int kDecodeTokens = 32;
+// R1's gate_up of 8 experts is 128 tiles for 132 SMs. At 64 rows each, prefill takes 62 us instead
+// of 67; at 64 by Zipf, 98 instead of 79 (docs/performance-gpu.md).
+constexpr int kFewExperts = 8;
+constexpr int kFewExpertsTokens = 64;
 }  // namespace
 
 ConfigChoice choose_config(const ConfigProblem& problem, const ConfigDevice& device) {
@@ -21,6 +25,10 @@ ConfigChoice choose_config(const ConfigProblem& problem, const ConfigDevice& dev
   } else if (problem.expected_m <= kDecodeTokens) {
     choice.config = KernelConfig::kDecode;
     choice.reason = "at most 32 rows expected: weight bytes decide, four warpgroups widen fastest";
+  } else if (problem.num_experts <= kFewExperts && problem.expected_m <= kFewExpertsTokens) {
+    choice.config = KernelConfig::kDecode;
+    choice.reason =
+        "few experts: tiles of 64 rows spread uneven ones over more SMs than tiles of 128";
   } else {
     choice.config = KernelConfig::kPrefill;
     choice.reason = "more than 32 rows expected: two accumulators overlap products and promotion";
