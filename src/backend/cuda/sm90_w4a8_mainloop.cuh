@@ -2,20 +2,18 @@
 //
 // Every loop adds the units of one (row, column) in order of k: same bits whichever runs.
 //
-//   decode, 8 or 16 columns   multiply_slab_ahead   next weights are widened during a product
-//   decode, 32 or 64          multiply_slab         nothing; four warpgroups fill the gaps
-//   prefill, up to 64         multiply_two_slabs    each product runs while the one before is
-//   promoted prefill, 128              multiply_wide         the next stage is awaited during a
-//   product groups of 32              multiply_group32      prefill: as two slabs, but by k steps
-//   of 32
+//   decode, 8 or 16 columns  multiply_slab_ahead  next weights are widened during a product
+//   decode, 32 or 64         multiply_slab        nothing; four warpgroups fill the gaps
+//   prefill, up to 64        multiply_two_slabs   a product runs while the one before is promoted
+//   prefill, 128             multiply_wide        the next stage is awaited during a product
+//   groups of 32             multiply_group32     prefill: as two slabs, by k steps of 32
 //
 // ptxas serializes products (an error here, see ptxas_guard.sh) unless
 //   - the fragments of all products that will be in flight together are finished (pin) first;
 //   - an accumulator that is read during other products was made by a product, not by an
 //     assignment: hence the first step of two slabs stands before its loop;
-//   - no product is in flight across a loop's back edge, or across a wait that lanes may leave one
-//   by
-//     one: await_stage() votes. Finished accumulators may cross both.
+//   - no product is in flight across a loop's back edge, or across a wait that lanes may leave
+//     one by one: acquire_together() votes. Finished accumulators may cross both.
 #pragma once
 
 #include "backend/cuda/sm90_w4a8_unit.cuh"
@@ -157,19 +155,18 @@ __device__ __forceinline__ void multiply_wide(Shared<C>& s, Ring& ring, int step
   Ring at = uniform(ring);
   int stage = acquire_together(s, at);
   for (int k = 1; k <= num_steps; ++k) {
+    const StageView v = view_stage(s, stage, lane);
     int next_stage = stage;
 #pragma unroll
     for (int b = 0; b < 2; ++b) {
-      // NOTE: a StageView anew for each use: one that lives through the step spills.
       Fragments f;
-      widen<C::kCode>(load_codes(view_stage(s, stage, lane).codes + b * C::kSlabBytes), f);
+      widen<C::kCode>(load_codes(v.codes + b * C::kSlabBytes), f);
       pin(f);
-      multiply(acc, f, view_stage(s, stage, lane).x);
-      const float2 ws =
-          load_weight_scales<C>(view_stage(s, stage, lane).scales + b * C::kSlabBytes, 0);
+      multiply(acc, f, v.x);
+      const float2 ws = load_weight_scales<C>(v.scales + b * C::kSlabBytes, 0);
       if (b == 1 && k < num_steps) next_stage = acquire_together(s, at);
       await<0>(acc);
-      promote<4>(acc, ws, view_stage(s, stage, lane).x_scale, sum[b]);
+      promote<4>(acc, ws, v.x_scale, sum[b]);
       pin(sum[b]);
     }
     release(s, stage);
