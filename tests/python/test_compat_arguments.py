@@ -188,6 +188,8 @@ def test_devices_and_kinds(case):
     if not isinstance(case.space, Torch):
         return
     plain = [a.numpy() for a in (case.idx, case.weights, case.counts)]
+    refused("x: expected torch's memory on cpu, got numpy's", case.buffer.dispatch, case.space.bits(case.x),
+            handle=case.dispatch()[4])
     away = case.x.to("meta")
     refused("topk_idx: expected torch's memory on cpu, got numpy's", case.low_latency_dispatch, None, plain[0])
     refused("topk_weights: expected torch's memory on cpu, got numpy's", case.low_latency_combine, None, plain[1])

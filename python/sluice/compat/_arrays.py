@@ -64,7 +64,6 @@ class NumpySpace:
         named = {"bf16": "bfloat16", "e4m3": "float8_e4m3fn"}.get(dtype)
         return array.dtype == numpy.dtype(_NUMPY_TYPES[dtype]) or array.dtype.name == named
 
-
     def name_of(self, dtype: str) -> str:
         return {"bf16": "bfloat16 (or its bits as uint16)", "e4m3": "e4m3 (as uint8)"}.get(
             dtype, _NUMPY_TYPES[dtype])

@@ -205,8 +205,8 @@ class Buffer:
 
         x: as recv_x, bfloat16; not read with zero_copy. topk_idx: as dispatched; topk_weights:
         [num_tokens, num_topk] float32. use_logfmt: accepted; rows stay bfloat16, which loses less.
-        combine_wait_recv_cost_stats: as dispatch's. With return_recv_hook, combined is filled by hook(). A second combine of one handle routes
-        again, at the price of a dispatch.
+        combine_wait_recv_cost_stats: as dispatch's. With return_recv_hook, combined is filled by hook().
+        A second combine of one handle routes again, at the price of a dispatch.
         """
         operation = "low_latency_combine"
         _check_extra(operation, extra)

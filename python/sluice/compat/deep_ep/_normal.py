@@ -86,7 +86,8 @@ class Normal:
 
     def again(self, x: Any, scale: Any, handle: NormalHandle) -> tuple[Any, Any]:
         """Other values over the routes of an earlier dispatch."""
-        space, before = space_of(x), self._flight_of(handle)
+        before = self._flight_of(handle)
+        space = before.lane.space
         _num_scales(space, x, scale)
         if int(x.shape[0]) != before.num_tokens:
             raise Error("invalid_argument", f"x: expected {before.num_tokens} tokens, as in "
