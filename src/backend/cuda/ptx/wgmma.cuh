@@ -31,7 +31,7 @@ __device__ __forceinline__ void wgmma_wait() {
 
 /// Low word of the descriptor of a K-major e4m3 tile with 128-byte rows and 128 B swizzle, rows in
 /// groups of 8 that are 1024 B apart. `address` is a shared address, 1024 B aligned; k step i of 32
-/// adds 2 i. The high word is the same for all such tiles: kDescriptorHigh (swizzle, stride).
+/// adds 2 i. The high word is the same for all such tiles: 0x40000040 (swizzle, stride) below.
 __device__ __forceinline__ std::uint32_t smem_descriptor(std::uint32_t address) {
   constexpr std::uint32_t kLeading = 1u << 16;  // ignored for swizzled K-major
   return kLeading | ((address & 0x3ffff) >> 4);
