@@ -109,6 +109,45 @@ TEST(Int4Anew, APreQuantScaleIsFoldedIn) {
   EXPECT_NEAR(report.relative_error, std::sqrt(errors / squares), 1e-9);
 }
 
+/// A factor that load() can fold is in the floats too, where other groups force a second rounding.
+TEST(Int4Anew, AUniformPreQuantScaleIsNotLost) {
+  const TempDir dir;
+  SyntheticCheckpoint spec = small_spec("modelopt-w4a8-awq");
+  spec.with_pre_quant_scale = true;
+  write_synthetic_checkpoint(spec, dir / "awq");
+  RawCheckpoint raw(dir / "awq");
+  for (auto& [file_name, file] : raw.files) {
+    for (auto& [name, tensor] : file) {
+      if (!name.ends_with("pre_quant_scale")) continue;
+      for (std::size_t i = 0; i < tensor.bytes.size(); i += 2) {
+        tensor.bytes.replace(i, 2, std::string("\x00\x3e", 2));  // 2^-3 as BF16.
+      }
+    }
+  }
+  raw.write(dir / "uniform");
+  const ConvertReport report = convert_checkpoint({.from = dir / "uniform",
+                                                   .to = dir / "to",
+                                                   .format = "compressed-tensors",
+                                                   .scale_rule = ScaleRule::kAmax7,
+                                                   .group_size = 32});
+  EXPECT_EQ(report.requantized_because, "groups of 128 become groups of 32");
+  const Checkpoint from = Checkpoint::open(dir / "uniform");
+  const ExpertWeights source = from.load_experts(3, 0, 4);
+  const ExpertWeights made = Checkpoint::open(dir / "to").load_experts(3, 0, 4);
+  constexpr std::array kRoles = {MatrixRole::kGate, MatrixRole::kUp, MatrixRole::kDown};
+  double errors = 0, squares = 0;
+  for (std::size_t e = 0; e < 4; ++e) {
+    for (std::size_t m = 0; m < kMembers.size(); ++m) {
+      const std::vector<float> w = dequantized(source.experts[e].*kMembers[m]);
+      std::vector<float> floats(w.size());
+      from.load_floats(3, static_cast<int>(e), kRoles[m], floats);
+      ASSERT_EQ(floats, w);
+      expect_quantized(w, made.experts[e].*kMembers[m], ScaleRule::kAmax7, errors, squares);
+    }
+  }
+  EXPECT_NEAR(report.relative_error, std::sqrt(errors / squares), 1e-9);
+}
+
 /// Verification of what was INT4 and is quantized anew finds one code that is not the nearest.
 TEST(Int4Anew, IsVerifiedWeightByWeight) {
   const TempDir dir;

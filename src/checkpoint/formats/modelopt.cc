@@ -83,12 +83,7 @@ class ModeloptFormat final : public Format {
            "anew",
            why);
     }
-    Int4Matrix result = load_unscaled(expert, matrix, storage);
-    if (const float factor = uniform_factor(expert, matrix); factor != 1) {
-      result.scales =
-          multiplied(result.scales, factor, part_of(expert, matrix.part("weight_scale")), storage);
-    }
-    return result;
+    return load_unscaled(expert, matrix, storage);
   }
 
   [[nodiscard]] Int4Matrix load_unscaled(const ExpertTensors& expert, const MatrixLayout& matrix,
@@ -99,11 +94,14 @@ class ModeloptFormat final : public Format {
     const auto codes = allocate(storage, weight.bytes().size());
     repack_rows(weight.bytes().data(), matrix.n, matrix.k, codes.data());
     MappedFile::release(weight.bytes());
-    const Int4Matrix result = {
-        .codes = {codes.data(), DType::kPackedInt4, {matrix.n, matrix.k / 2}},
-        .scales = load_scales(scale, matrix.n, matrix.k / group_, storage),
-        .group_size = group_};
+    Int4Matrix result = {.codes = {codes.data(), DType::kPackedInt4, {matrix.n, matrix.k / 2}},
+                         .scales = load_scales(scale, matrix.n, matrix.k / group_, storage),
+                         .group_size = group_};
     check_second_scale(part_of(expert, matrix.part("weight_scale_2")), scale, result.scales);
+    if (!inexact(expert, matrix).empty()) return result;
+    if (const float factor = uniform_factor(expert, matrix); factor != 1) {
+      result.scales = multiplied(result.scales, factor, scale, storage);
+    }
     return result;
   }
 
