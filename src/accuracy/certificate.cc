@@ -94,7 +94,7 @@ std::optional<double> added_percent(const Evaluator& evaluator, const ErrorSums&
   const ErrorSums bf16_input(exact, evaluator.y(RecipeVariants(recipe).bf16_input), width);
   const double with = std::hypot(weights.error_norm(), output.error_norm());
   const double without = std::hypot(weights.error_norm(), bf16_input.error_norm());
-  if (!(without > 0)) return std::nullopt;
+  if (without == 0) return std::nullopt;  // Not NaN, which fails every budget.
   return 100 * (with / without - 1);
 }
 
@@ -216,6 +216,11 @@ BudgetVerdict judge_budget(const std::vector<SuiteCertificate>& suites, RecipeNa
   BudgetVerdict verdict;
   verdict.recipe = recipe;
   verdict.budget_percent = budget_percent;
+  // NaN is the worst there is, and stays it.
+  const auto is_worse = [&](double added) {
+    return verdict.worst_suite.empty() ||
+           (!std::isnan(verdict.worst_percent) && !(added <= verdict.worst_percent));
+  };
   for (const SuiteCertificate& suite : suites) {
     for (const RecipeCertificate& r : suite.recipes) {
       if (r.name != recipe) continue;
@@ -223,8 +228,7 @@ BudgetVerdict judge_budget(const std::vector<SuiteCertificate>& suites, RecipeNa
         const std::optional<double> added = !is_of_engine ? r.added_percent
                                             : r.engine    ? r.engine->added_percent
                                                           : std::nullopt;
-        // Written so that NaN is the worst there is.
-        if (!added || (!verdict.worst_suite.empty() && *added <= verdict.worst_percent)) continue;
+        if (!added || !is_worse(*added)) continue;
         verdict.worst_percent = *added;
         verdict.worst_suite = suite.name;
         verdict.is_of_engine = is_of_engine;

@@ -155,6 +155,27 @@ TEST_F(Certified, TheGateBothWays) {
   EXPECT_THROW((void)judge_budget({}, RecipeName::kDirect, 2), Error);
 }
 
+/// Whatever comes before or after it, of the definition or of what ran.
+TEST_F(Certified, ANumberThatIsNoneFailsTheGate) {
+  AccuracyConfig config;
+  config.recipes = {RecipeName::kDirect};
+  const std::vector<SuiteCertificate> good(3, run("gaussian", config));
+  ASSERT_TRUE(judge_budget(good, RecipeName::kDirect, 100).passed);
+  for (std::size_t i = 0; i < good.size(); ++i) {
+    for (const bool is_of_engine : {false, true}) {
+      std::vector<SuiteCertificate> suites = good;
+      RecipeCertificate& r = suites[i].recipes[0];
+      suites[i].name = "spoiled";
+      if (is_of_engine) r.engine.emplace();
+      (is_of_engine ? r.engine->added_percent : r.added_percent) = std::nan("");
+      const BudgetVerdict verdict = judge_budget(suites, RecipeName::kDirect, 100);
+      EXPECT_FALSE(verdict.passed) << i;
+      EXPECT_EQ(verdict.worst_suite, "spoiled");
+      EXPECT_EQ(verdict.is_of_engine, is_of_engine);
+    }
+  }
+}
+
 TEST_F(Certified, ADirectThatRoundsTwiceFailsTheBudget) {
   AccuracyConfig config;
   config.recipes = {RecipeName::kDirect};
