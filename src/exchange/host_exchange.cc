@@ -21,7 +21,7 @@ HostExchange::HostExchange(const ExchangeConfig& config_in, Transport& transport
       expanded_.push_back(backend_.allocate(layout.rows_x_bytes + layout.rows_scale_bytes));
     }
   }
-  held_bytes = layout.window_bytes() + staging_->bytes();
+  held_bytes = protocol_.window_bytes() + staging_->bytes();
   for (const auto& buffer : expanded_) held_bytes += buffer->bytes();
   const auto ranks = static_cast<std::size_t>(num_ranks);
   counters_.dispatch_bytes.resize(ranks);

@@ -27,6 +27,8 @@ class HostProtocol {
 
   [[nodiscard]] const HostLayout& layout() const noexcept { return layout_; }
   [[nodiscard]] int rank() const noexcept { return rank_; }
+  /// Of the window there is, which the layout asked for.
+  [[nodiscard]] std::size_t window_bytes() const noexcept { return window_->bytes(); }
 
   /// A slot in use for one epoch.
   struct Use {
