@@ -46,10 +46,11 @@ class W4afp8Target final : public TargetFormat {
 
   void check(const TargetSpec& spec, const std::string& source) const override {
     if (spec.geometry.group_size == 128) return;
-    fail(ErrorCode::kUnsupported,
-         "{}: its weights are in groups of {}; w4afp8 has groups of 128 (a scale rule quantizes "
-         "them anew)",
-         source, spec.geometry.group_size);
+    fail(
+        ErrorCode::kUnsupported,
+        "{}: weights in groups of {}; w4afp8 has groups of 128 (without a group size, a scale rule "
+        "quantizes them anew)",
+        source, spec.geometry.group_size);
   }
 
   [[nodiscard]] std::vector<SafetensorsEntry> tensors(const TargetSpec& spec) const override {
