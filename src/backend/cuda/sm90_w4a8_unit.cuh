@@ -7,6 +7,7 @@
 #pragma once
 
 #include "backend/cuda/ptx/mbarrier.cuh"
+#include "backend/cuda/ptx/sync.cuh"
 #include "backend/cuda/ptx/wgmma.cuh"
 #include "backend/cuda/sm90_w4a8_config.cuh"
 #include "backend/cuda/sm90_w4a8_producer.cuh"  // wait()
@@ -26,9 +27,8 @@ struct MathLane {
 
 template <class C>
 __device__ __forceinline__ MathLane make_math_lane() {
-  int id;  // read anew each time: nothing of a lane stays in registers along K that is not used
-           // there
-  asm volatile("mov.u32 %0, %%tid.x;" : "=r"(id));
+  // Read anew each time: no part of a lane stays in registers along K that is not used there.
+  const int id = ptx::thread_index();
   const int thread = id % 128, lane = thread % 32;
   MathLane m{.warpgroup = id / 128,
              .thread = thread,
