@@ -155,18 +155,19 @@ __device__ __forceinline__ void multiply_wide(Shared<C>& s, Ring& ring, int step
   Ring at = uniform(ring);
   int stage = acquire_together(s, at);
   for (int k = 1; k <= num_steps; ++k) {
-    const StageView v = view_stage(s, stage, lane);
     int next_stage = stage;
 #pragma unroll
     for (int b = 0; b < 2; ++b) {
+      // A StageView anew for each use: registers are for sums.
       Fragments f;
-      widen<C::kCode>(load_codes(v.codes + b * C::kSlabBytes), f);
+      widen<C::kCode>(load_codes(view_stage(s, stage, lane).codes + b * C::kSlabBytes), f);
       pin(f);
-      multiply(acc, f, v.x);
-      const float2 ws = load_weight_scales<C>(v.scales + b * C::kSlabBytes, 0);
+      multiply(acc, f, view_stage(s, stage, lane).x);
+      const float2 ws =
+          load_weight_scales<C>(view_stage(s, stage, lane).scales + b * C::kSlabBytes, 0);
       if (b == 1 && k < num_steps) next_stage = acquire_together(s, at);
       await<0>(acc);
-      promote<4>(acc, ws, v.x_scale, sum[b]);
+      promote<4>(acc, ws, view_stage(s, stage, lane).x_scale, sum[b]);
       pin(sum[b]);
     }
     release(s, stage);
