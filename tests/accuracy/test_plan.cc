@@ -51,16 +51,8 @@ TEST_F(Plan, IsWhatAnEngineTakes) {
             CountingBackend backend({.num_threads = 1});
             CountingTransport transport(*transports[static_cast<std::size_t>(r)]);
             const Engine engine = Engine::create(config, checkpoint, transport, backend);
-            EXPECT_EQ(engine.weight_bytes(), plan.prepared_bytes);
-            const EngineMemory memory = engine.memory();
-            EXPECT_EQ(memory.prepared_bytes, plan.prepared_bytes);
-            EXPECT_EQ(memory.codes_bytes, plan.codes_bytes);
-            EXPECT_EQ(memory.scales_bytes, plan.scales_bytes);
-            EXPECT_EQ(memory.exchange_bytes, plan.exchange_bytes);
-            EXPECT_EQ(memory.scratch_bytes, plan.scratch_bytes);
-            EXPECT_EQ(backend.allocated_bytes + transport.window_bytes,
-                      plan.exchange_bytes + plan.scratch_bytes)
-                << num_ranks << " ranks";
+            SCOPED_TRACE(::testing::Message() << num_ranks << " ranks");
+            expect_taken(engine, backend, transport, plan);
             const ExpertWeights weights =
                 checkpoint.load_experts(config.layer, 0, geometry.num_experts / num_ranks);
             EXPECT_EQ(weights.bytes(), plan.codes_bytes + plan.scales_bytes);

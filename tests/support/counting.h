@@ -1,10 +1,13 @@
 // counting.h - a backend and a transport that count the bytes taken from them.
 #pragma once
 
+#include <gtest/gtest.h>
+
 #include <memory>
 #include <vector>
 
 #include "backend/ops.h"
+#include "sluice/engine.h"
 #include "sluice/transport.h"
 
 namespace sluice::testing {
@@ -83,5 +86,19 @@ class CountingTransport final : public Transport {
  private:
   Transport* real_;
 };
+
+/// An engine says that it took what was planned, and that is what was counted.
+inline void expect_taken(const Engine& engine, const CountingBackend& backend,
+                         const CountingTransport& transport, const EngineMemory& plan) {
+  EXPECT_EQ(engine.weight_bytes(), plan.prepared_bytes);
+  const EngineMemory memory = engine.memory();
+  EXPECT_EQ(memory.prepared_bytes, plan.prepared_bytes);
+  EXPECT_EQ(memory.codes_bytes, plan.codes_bytes);
+  EXPECT_EQ(memory.scales_bytes, plan.scales_bytes);
+  EXPECT_EQ(memory.exchange_bytes, plan.exchange_bytes);
+  EXPECT_EQ(memory.scratch_bytes, plan.scratch_bytes);
+  EXPECT_EQ(backend.allocated_bytes + transport.window_bytes,
+            plan.exchange_bytes + plan.scratch_bytes);
+}
 
 }  // namespace sluice::testing

@@ -9,7 +9,7 @@
 //           Two phases: h of the first is x of the second.
 //
 // Operands  x   [rows, K] e4m3, K fastest, 16 B aligned        tensor copy, 128 B swizzle
-//           xs  [rows, K/128] f32, or one static scale         4-byte cp.async
+//           xs  [rows, K/128] f32, or one static scale         loads and shared stores, by a warp
 //           w   packed stream with its scales (sm90_w4a8_layout.cuh)   one bulk copy per stage
 //           h   [rows, n/2] e4m3 and [rows, n/256] f32         16-byte stores
 //           y   [rows, n] bf16                                 32-byte sectors per warp
