@@ -2,8 +2,8 @@
 //
 // For each case: h against SwiGLU of the float64 product (per element: e4m3 rounding + a constant
 // times the terms' magnitudes), y against the float64 product of the device's own h (bf16 rounding
-// + constant
-// * sum |a||w|), untouched padding, same bits twice, and same bits from both kernel configurations.
+// + constant * sum |a||w|), untouched padding, same bits twice, and same bits from both kernel
+// configurations.
 // Exit status 0 only if everything holds. Prints the worst constant seen.
 #include <cmath>
 #include <cstring>

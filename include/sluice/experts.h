@@ -56,10 +56,10 @@ class Experts {
   /// router's weights are not applied. batch.x is in recipe.wire format.
   ///
   /// batch:    num_rows [num_experts] int32 is needed; row_begin [num_experts] int64 may be empty
-  /// in
-  ///           the masked layout, and in host memory also in the contiguous one.
+  ///           in the masked layout, and in host memory also in the contiguous one.
   /// expert_y: [num_experts, max_m, hidden] or [max_rows, hidden] bf16; other rows stay as they
-  /// are. Stream:   asynchronous on CUDA; may be captured once a batch of the same shape has run.
+  ///           are.
+  /// Stream:   asynchronous on CUDA; may be captured once a batch of the same shape has run.
   /// Throws:   kInvalidArgument naming tensor or recipe; in host memory also for row counts that do
   ///           not fit.
   void forward(const Recipe& recipe, const ExpertBatch& batch, MutableTensorView expert_y,

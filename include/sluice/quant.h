@@ -3,11 +3,13 @@
 // These functions *are* the formats: every backend must reproduce their bytes. All arithmetic is in
 // float32, in exactly the order written here, so that the wire format is the one DeepEP sends.
 //
-//   group   m = max(amax, 1e-4f)   scale = m * (1.0f / 448.0f)          code = e4m3(x * (448.0f /
-//   m)) pow2    m as above             scale = 2^ceil(log2(m * (1/448)))    code = e4m3(x * (1 /
-//   scale)) static  scale s is given                                            code = e4m3(x *
-//   (1.0f / s)) requantize                                                          code = e4m3((q
-//   * scale) * (1.0f / s1))
+//   m = max(amax, 1e-4f)        amax: largest |x| of the group
+//
+//   format      stored scale                         code
+//   group       m * (1.0f / 448.0f)                  e4m3(x * (448.0f / m))
+//   pow2        2^ceil(log2(m * (1.0f / 448.0f)))    e4m3(x * (1.0f / scale))
+//   static      s, given                             e4m3(x * (1.0f / s))
+//   requantize  s1, given                            e4m3((q * scale) * (1.0f / s1))
 //
 // A group is 128 consecutive channels of one token. amax skips NaN (a NaN element becomes a NaN
 // code and leaves its neighbours alone). An infinity makes its group's scale infinite: the infinite

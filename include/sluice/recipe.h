@@ -77,9 +77,9 @@ struct Recipe {
 
 /// The dispatch policy, in one place. `scales` is empty when the checkpoint has no static scales
 /// for this layer. An override is honoured only if GEMM1 still sees the very bytes the recipe
-/// promises. Throws: kUnsupported naming recipe, mode, variable and reason; kInvalidArgument for a
-/// scale that is
-///   not finite and positive. `layer_name` (e.g. "model.layers.3.mlp.experts") goes into messages.
+/// promises. `layer_name` (e.g. "model.layers.3.mlp.experts") goes into messages.
+/// Throws: kUnsupported naming recipe, mode, variable and reason; kInvalidArgument for a scale that
+///   is not finite and positive.
 [[nodiscard]] Recipe resolve_recipe(RecipeName name, Mode mode, DispatchDtype override_dtype,
                                     const std::optional<StaticScales>& scales,
                                     std::string_view layer_name);

@@ -102,10 +102,9 @@ class Transport {
                                                             int num_ranks = 0);
 
 /// The last call of every process, with no transport left; before the program's own MPI_Finalize,
-/// if it started MPI. Says goodbye to all processes and ends MPI if the first
-/// transport started it. False:
-/// some process did not say goodbye within `timeout`; then MPI is left as it is, since MPI_Finalize
-/// would wait for it without bound, and the program should just exit.
+/// if it started MPI. Says goodbye to all processes and ends MPI if the first transport started it.
+/// False: some process did not say goodbye within `timeout`; then MPI is left as it is, since
+/// MPI_Finalize would wait for it without bound, and the program should just exit.
 [[nodiscard]] bool end_mpi(std::chrono::milliseconds timeout);
 
 /// Where the processes of one host meet.
@@ -118,8 +117,9 @@ struct IpcConfig {
 /// Ranks as processes of one user on one host, at most 64. Windows are memory that all of them map,
 /// device memory is shared through CUDA IPC. Nothing has a name in a file system, so nothing is
 /// left behind. A rank whose process ends is noticed at once, one that stops by its peers'
-/// timeouts. Ranks: collective; the same transports in the same order. Throws: kPeerTimeout naming
-/// the ranks that did not come; kTransport if ranks disagree on version
+/// timeouts.
+/// Ranks: collective; the same transports in the same order.
+/// Throws: kPeerTimeout naming the ranks that did not come; kTransport if ranks disagree on version
 ///   or num_ranks, or two claim one rank; kInvalidArgument.
 [[nodiscard]] std::unique_ptr<Transport> make_ipc_transport(const IpcConfig& config,
                                                             std::chrono::milliseconds timeout);

@@ -4,13 +4,22 @@
 // until its Dispatched is gone. Offsets depend on the configuration alone, never on a call's token
 // count.
 //
-//   slot, low-latency                          slot, normal
-//     counts  [R, E] i32                         counts   [R] i32        token copies from each
-//     source x       [L, max_m, payload]                x        [R, T, payload] scale   [L, max_m,
-//     hidden/128] f32         scale    [R, T, hidden/128] f32 origin  [L, max_m] i32  token*k +
-//     slot     experts  [R, T, k] i32  local expert of slot, or -1
-//                                                token    [R, T] i32     index at the source
-//     home    [T, k, hidden] bf16                home     [T, k, hidden] bf16
+//   slot, low-latency
+//     counts   [R, E] i32                    rows that source rank r sends to expert e
+//     x        [L, max_m, payload]           rows in the wire format
+//     scale    [L, max_m, hidden / 128] f32  their scales, if the wire format has them
+//     origin   [L, max_m] i32                where a row came from: token * k + its place in top-k
+//     home     [T, k, hidden] bf16           rows that came back, for combine
+//
+//   slot, normal
+//     counts   [R] i32                       token copies from each source rank
+//     x        [R, T, payload]               token copies in the wire format
+//     scale    [R, T, hidden / 128] f32      their scales, if the wire format has them
+//     experts  [R, T, k] i32                 local expert of each top-k entry, or -1
+//     token    [R, T] i32                    the token's index at its source
+//     home     [T, k, hidden] bf16           rows that came back, for combine
+//
+//   R ranks, E experts, L local experts, T max_tokens_per_rank, k num_topk.
 //
 // Normal mode expands its token copies into rows by expert in memory of its own, behind the window.
 #pragma once

@@ -1,10 +1,11 @@
 // elementwise.cu - quantize bf16 rows and move codes to a static scale.
 //
-// Maths     quantize    m = max(amax over 128 channels, 1e-4), scale = m * (1/448), code = e4m3(x *
-// (448 / m))
-//                       pow2: scale = 2^ceil(log2(m * (1/448))), code = e4m3(x / scale); static:
-//                       e4m3(x * (1/s))
-//           requantize  code = e4m3((q * scale) * (1 / s1))
+// Maths     m = max(amax over 128 channels, 1e-4)
+//           format      scale                               code
+//           group       m * (1 / 448)                       e4m3(x * (448 / m))
+//           pow2        2^ceil(log2(m * (1 / 448)))         e4m3(x * (1 / scale))
+//           static      s, given                            e4m3(x * (1 / s))
+//           requantize  s1, given                           e4m3((q * scale) * (1 / s1))
 //           All in f32, each operation rounded by itself, as sluice/quant.h defines it.
 // Operands  rows of bf16 or e4m3, channels fastest.
 // Tile      A vector is 16 B of one row: 8 channels of bf16, 16 of e4m3. Vectors are numbered over

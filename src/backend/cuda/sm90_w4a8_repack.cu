@@ -1,9 +1,7 @@
-// sm90_w4a8_repack.cu - canonical int4 + scales -> the packed stream (sm90_w4a8_layout.cuh), at
-// load.
+// sm90_w4a8_repack.cu - at load: canonical int4 + scales -> packed stream (sm90_w4a8_layout.cuh).
 //
 // Maths     none: a permutation, a change of sign code, and scales * 2^9 (exact; undoes the 2^-9
-// that
-//           a magnitude has as an e4m3 code).
+//           that a magnitude has as an e4m3 code).
 // Operands  weight [n, k/2] u8, k fastest; scale [n, k/group]; packed stream, 128 B aligned.
 // Tile      one block per slab of 64 rows and K step of 128; each thread writes its own 8 words.
 // Warps     4, as the warpgroup that will read the slab.

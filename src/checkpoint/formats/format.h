@@ -2,8 +2,7 @@
 // has, and how they become canonical ones.
 //
 //   config.json, tensor names, dtypes --recognise()--> Format
-//   tensors of one matrix             --load()-------> signed int4 [N, K / 2] + scales [N, K /
-//   group]
+//   tensors of one matrix             --load()-------> int4 [N, K / 2], scales [N, K / group]
 //                                     --load_floats()> [N, K] float32, for formats without int4
 //
 // One file per format in this folder. docs/formats.md describes the bytes.

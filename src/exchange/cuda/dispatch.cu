@@ -1,7 +1,8 @@
 // dispatch.cu - every row to its final place in the memory of the rank that owns its expert.
 //
-// Maths     row(t, k) = begin(e) + sum over lower ranks of count(r, e) + #{(t', k') before (t, k)
-//           on this rank with the same expert e};  x[row] = quantize(x[t]), once per token
+// Maths     row(t, k) = begin(e) + sum over lower ranks r of count(r, e)
+//                     + #{(t', k') before (t, k) on this rank with the same expert e}
+//           x[row(t, k)] = quantize(x[t]), quantized once per token
 // Operands  x [T, hidden] bf16; topk_idx [T, k]; the window of device_layout.h.
 // Tile      each CTA owns a range of tokens, in chunks of a few tokens: loaded and quantized into
 //           shared memory, then one bulk copy per row. Work does not depend on the number of
@@ -14,8 +15,8 @@
 //   1 histogram of all of this rank's slots, and of those before its own tokens
 //   2 counts to every rank: one word each that carries its epoch, so no flag follows
 //   3 the first chunk is quantized while the counts travel
-//   4 counts of every rank: where its rows begin, and whether a capacity is exceeded (all ranks see
-//     the same counts and so refuse alike)
+//   4 counts of every rank: where its rows begin, and whether a capacity is exceeded
+//     (all ranks see the same counts and so refuse alike)
 //   5 rows; the last CTA to finish raises this rank's flag at every rank
 //   6 that CTA waits for every rank's flag and publishes num_rows
 // Reuse: counts are overwritten only after every rank returned the slot's last use (kReuse); rows

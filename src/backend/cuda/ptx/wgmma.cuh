@@ -1,14 +1,13 @@
-// wgmma.cuh - warpgroup matrix multiply: A (e4m3) in registers, B (e4m3) in shared memory, f32
-// sums.
+// wgmma.cuh - warpgroup matrix multiply: A e4m3 in registers, B e4m3 in shared memory, f32 sums.
 //
 // One function per shape, one instruction per function. A is [64, 32], B is [32, N] stored as N
-// rows of K-major bytes (128 B swizzle), D is [64, N]. Thread t of the warpgroup (w = t / 32, l = t
-// % 32) holds
+// rows of K-major bytes (128 B swizzle), D is [64, N].
+// Thread t of the warpgroup holds, with w = t / 32 and l = t % 32:
 //   a[0] rows 16w + l/4      k 4(l%4)..+3        a[1] the same k, row + 8
 //   a[2] as a[0], k + 16                         a[3] as a[1], k + 16
 //   d[4j + i] row 16w + l/4 + 8(i/2), column 8j + 2(l%4) + i%2
-// `accumulate` false starts from zero. See the PTX manual, "Register Fragments for
-// wgmma.mma_async".
+// `accumulate` false starts from zero.
+// See the PTX manual, "Register Fragments for wgmma.mma_async".
 #pragma once
 
 #include <cstdint>
