@@ -191,7 +191,7 @@ void fill_json(Output& output, const LayerRunConfig& config, const LayerRunResul
   }
 }
 
-/// The recipe whose GEMM1 must see the same bytes by another road.
+/// The recipe with another wire format whose GEMM1 must read the same bytes.
 RecipeName twin(RecipeName name) {
   switch (name) {
     case RecipeName::kDirect:

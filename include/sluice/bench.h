@@ -15,10 +15,10 @@ class Backend;
 
 /// One case for every combination of `num_experts`, `routing` and `rows_per_expert`.
 struct ExpertsBenchConfig {
-  ModelGeometry geometry;                ///< num_experts: where the list below is empty.
+  ModelGeometry geometry;                ///< Sizes; its num_experts is used if the list is empty.
   DType scale_dtype = DType::kBFloat16;  ///< Of the weights.
   bool has_minus8 = false;               ///< Weights use all 16 int4 values, not -7..7 only.
-  std::vector<int> num_experts = {};     ///< Local experts of this one rank.
+  std::vector<int> num_experts = {};     ///< A list: local experts of this one rank.
   std::vector<RoutingKind> routing = {RoutingKind::kUniform};  ///< kUniform, kZipf or kOneExpert.
   std::vector<int> rows_per_expert = {1, 4, 16, 64};  ///< Mean; rows * num_experts rows in all.
   int repeats = 7;

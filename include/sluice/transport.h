@@ -65,7 +65,8 @@ class Transport {
   [[nodiscard]] virtual int num_ranks() const noexcept = 0;
   [[nodiscard]] virtual std::string name() const = 0;  ///< "inproc", "mpi", ...
 
-  /// Collective: same arguments on every rank (checked). Not destroyed collectively.
+  /// Collective: same arguments on every rank (checked). Destroying the window is not collective:
+  /// each rank destroys its own when it likes, and waits for nobody.
   /// Throws: kTransport if the ranks disagree, kPeerTimeout, kOutOfMemory.
   [[nodiscard]] virtual std::unique_ptr<Window> make_window(std::size_t bytes, int num_flags,
                                                             std::chrono::milliseconds timeout) = 0;

@@ -41,11 +41,11 @@ struct WorkloadSpec {
   RoutingKind routing = RoutingKind::kUniform;
   InputKind input = InputKind::kRealistic;
   std::uint64_t seed = 1;
-  /// kOutliers, kTokenSpread: the eight large channels lie side by side in so many places, evenly
-  /// apart; 1 to 8. The largest of a group of 128 is exact under a scale of the group's own, so
-  /// this decides what such scales cost.
+  /// kOutliers, kTokenSpread: the eight large channels form this many clusters, 1 to 8. Clusters
+  /// are evenly apart; channels of one cluster are neighbours. It matters for scales per group of
+  /// 128: only the largest channel of a group is exact, so fewer clusters mean a larger error.
   int num_outlier_places = 8;
-  /// kTokenSpread: a calibration set that misses the tail has 1 here and sees the quiet half.
+  /// kTokenSpread: limit of a token's factor. 1 makes a calibration set without the large tokens.
   double max_token_scale = std::numeric_limits<double>::infinity();
 };
 

@@ -73,8 +73,10 @@ void check_config(const EngineConfig& config, const Checkpoint& checkpoint, int 
   check_geometry(config, checkpoint.geometry(), num_ranks);
 }
 
-/// forward() has one dispatch in flight. On the CPU a second slot spares a wait for the slowest
-/// rank's release; on CUDA reuse waits for nothing, and slots are dear.
+/// forward() has one dispatch in flight, so one buffer slot would do. On the CPU a second slot lets
+/// a rank dispatch before the slowest rank has released the first. On CUDA a second slot would save
+/// no wait, since combine has already waited for every rank's `returned` flag, and it would cost as
+/// much device memory as the first.
 ExchangeConfig exchange_config(const EngineConfig& config, const ModelGeometry& geometry,
                                const Recipe& recipe, Device::Kind device) {
   return {.mode = recipe.mode,
@@ -152,7 +154,8 @@ Engine Engine::create(const EngineConfig& config, const Checkpoint& checkpoint,
       backend);
   impl->expert_y =
       backend.allocate(expert_y_bytes(impl->geometry, max_rows, backend.device().kind));
-  // No rank's kernels may wait for a rank that still allocates: that would wait for the device.
+  // Allocating waits for the device. If rank A's kernel already waited for rank B while B still
+  // allocated, neither would end. So all ranks meet here before any of them can start a kernel.
   (void)transport.all_gather({}, config.peer_timeout);
   return Engine(std::move(impl));
 }

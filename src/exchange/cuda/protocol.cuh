@@ -39,7 +39,9 @@ __device__ inline void fail_exchange(const SlotParams& p, const DeviceFault& fau
   *static_cast<volatile int*>(&p.state->failed) = 1;
 }
 
-/// What a flag of operation `op` must hold. `returned` flags count in halves of an epoch.
+/// What a flag of operation `op` must hold. A `returned` flag is 2 * epoch when expert_y may be
+/// read, and 2 * epoch + 1 when the rank dropped that dispatch instead (device_layout.h). Combine
+/// waits for this epoch's value; a new dispatch waits until the last epoch was returned either way.
 __device__ inline std::uint64_t wanted(Operation op, std::uint64_t epoch) {
   if (op == kCombineRows) return 2 * epoch;
   if (op == kReuse) return 2 * (epoch - 1);
