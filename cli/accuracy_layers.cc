@@ -7,7 +7,7 @@
 #include <optional>
 
 #include "accuracy_html.h"
-#include "command.h"
+#include "report.h"
 #include "svg_plot.h"
 
 namespace sluice::cli {

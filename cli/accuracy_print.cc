@@ -4,7 +4,7 @@
 
 #include <algorithm>
 
-#include "command.h"
+#include "report.h"
 
 namespace sluice::cli {
 namespace {

@@ -14,6 +14,7 @@
 #include "accuracy_print.h"
 #include "accuracy_report.h"
 #include "command.h"
+#include "report.h"
 #include "sluice/accuracy.h"
 #include "sluice/config.h"
 #include "sluice/error.h"
@@ -299,42 +300,42 @@ void accuracy(const Options& options, Output& output) {
 
 }  // namespace
 
-void add_accuracy(CLI::App& app, Output& output) {
-  CLI::App* command =
-      app.add_subcommand("accuracy", "Measure what each rounding costs, recipe by recipe");
+void add_accuracy(Command& program, Output& output) {
+  Command command =
+      program.add_subcommand("accuracy", "Measure what each rounding costs, recipe by recipe");
   const auto options = std::make_shared<Options>();
-  command->add_option("--checkpoint", options->checkpoint, "Checkpoint directory")
-      ->check(CLI::ExistingDirectory);
-  command->add_option("--preset", options->preset, "Synthetic weights of this geometry instead");
+  command.add_option("--checkpoint", options->checkpoint, "Checkpoint directory")
+      .existing_directory();
+  command.add_option("--preset", options->preset, "Synthetic weights of this geometry instead");
   command
-      ->add_option("--original", options->original,
-                   "Checkpoint that this one was quantized from, in any layout: total errors are "
-                   "against its weights. Default: weights that round to these")
-      ->check(CLI::ExistingDirectory);
-  command->add_option("--layer", options->layer,
-                      "Layer index, or all; default: the first with experts");
-  command->add_option("--tokens", options->tokens, "Tokens per suite")
-      ->check(CLI::Range(1, 1 << 20))
-      ->capture_default_str();
-  command->add_option("--suite", options->suites, "all, or suites by name")->delimiter(',');
-  command->add_option("--replay", options->replay, "Dump with x, topk_idx, topk_weights")
-      ->check(CLI::ExistingFile);
-  command->add_option("--recipe", options->recipes, "all, or recipes by name")->delimiter(',');
-  command->add_option("--backend", options->backend, "Where engines run: cpu | cuda")
-      ->check(CLI::IsMember({"cpu", "cuda"}))
-      ->capture_default_str();
-  command->add_option("--ranks", options->ranks, "Ranks of the engines")
-      ->check(CLI::Range(1, 1024))
-      ->capture_default_str();
-  command->add_option("--budget", options->budget, "Fail if FP8 dispatch adds more, e.g. 2%");
-  command->add_option("--gate", options->gate, "Recipe the budget judges")->capture_default_str();
-  command->add_flag("--calibrate", options->calibrate,
-                    "Static scales from each suite's calibration tokens, not the checkpoint");
-  command->add_option("--html", options->html, "Write the report to FILE")->type_name("FILE");
-  command->add_option("--seed", options->seed, "Seed of tokens and weights")->capture_default_str();
-  command->add_option("--threads", options->threads, "Worker threads; default: every core")
-      ->check(CLI::Range(0, 1024));
-  command->callback([options, &output] { accuracy(*options, output); });
+      .add_option("--original", options->original,
+                  "Checkpoint that this one was quantized from, in any layout: total errors are "
+                  "against its weights. Default: weights that round to these")
+      .existing_directory();
+  command.add_option("--layer", options->layer,
+                     "Layer index, or all; default: the first with experts");
+  command.add_option("--tokens", options->tokens, "Tokens per suite")
+      .range(1, 1 << 20)
+      .shows_default();
+  command.add_option("--suite", options->suites, "all, or suites by name").comma_separated();
+  command.add_option("--replay", options->replay, "Dump with x, topk_idx, topk_weights")
+      .existing_file();
+  command.add_option("--recipe", options->recipes, "all, or recipes by name").comma_separated();
+  command.add_option("--backend", options->backend, "Where engines run: cpu | cuda")
+      .one_of({"cpu", "cuda"})
+      .shows_default();
+  command.add_option("--ranks", options->ranks, "Ranks of the engines")
+      .range(1, 1024)
+      .shows_default();
+  command.add_option("--budget", options->budget, "Fail if FP8 dispatch adds more, e.g. 2%");
+  command.add_option("--gate", options->gate, "Recipe the budget judges").shows_default();
+  command.add_flag("--calibrate", options->calibrate,
+                   "Static scales from each suite's calibration tokens, not the checkpoint");
+  command.add_option("--html", options->html, "Write the report to FILE").type_name("FILE");
+  command.add_option("--seed", options->seed, "Seed of tokens and weights").shows_default();
+  command.add_option("--threads", options->threads, "Worker threads; default: every core")
+      .range(0, 1024);
+  command.on_parsed([options, &output] { accuracy(*options, output); });
 }
 
 }  // namespace sluice::cli

@@ -6,6 +6,7 @@
 #include <thread>
 
 #include "command.h"
+#include "report.h"
 #include "sluice/backend.h"
 #include "sluice/bench.h"
 
@@ -127,49 +128,48 @@ void bench_experts_command(const Options& options, Output& output) {
 
 }  // namespace
 
-void add_bench(CLI::App& app, Output& output) {
-  CLI::App* bench = app.add_subcommand("bench", "Measure parts of the layer by themselves");
-  bench->require_subcommand(1);
-  add_bench_exchange(*bench, output);
-  CLI::App* command = bench->add_subcommand(
+void add_bench(Command& program, Output& output) {
+  Command bench = program.add_subcommand("bench", "Measure parts of the layer by themselves");
+  bench.require_subcommand();
+  add_bench_exchange(bench, output);
+  Command command = bench.add_subcommand(
       "experts",
       "GEMM1, SwiGLU, quantization and GEMM2 of one rank's experts; checked, then timed");
   const auto options = std::make_shared<Options>();
-  command->add_option("--backend", options->backend, "cpu | cuda")
-      ->check(CLI::IsMember({"cpu", "cuda"}))
-      ->capture_default_str();
-  command->add_option("--preset", options->preset, "Geometry")->capture_default_str();
+  command.add_option("--backend", options->backend, "cpu | cuda")
+      .one_of({"cpu", "cuda"})
+      .shows_default();
+  command.add_option("--preset", options->preset, "Geometry").shows_default();
   command
-      ->add_option("--experts", options->experts, "Local experts, instead of the preset's; a list")
-      ->delimiter(',')
-      ->check(CLI::Range(1, 512));
-  command->add_option("--hidden", options->hidden, "Instead of the preset's");
-  command->add_option("--intermediate", options->intermediate, "Instead of the preset's");
-  command->add_option("--rows", options->rows, "Mean rows per expert, one case each")
-      ->delimiter(',')
-      ->check(CLI::Range(1, 1 << 20))
-      ->capture_default_str();
-  command->add_option("--routing", options->routing, "uniform | zipf | one-expert; a list")
-      ->delimiter(',')
-      ->capture_default_str();
-  command->add_flag("--sweep", options->sweep,
-                    "8, 16 and 32 experts, 1 to 1024 rows, every routing: 81 cases");
-  command->add_option("--group-size", options->group_size, "Weights of one scale: 128 | 32")
-      ->check(CLI::IsMember({128, 32}));
-  command->add_flag("--minus8", options->has_minus8, "Weights that use -8 too, not -7..7 only");
-  command->add_option("--rest", options->rest_ms, "CUDA: ms of rest before each GEMM's timing")
-      ->check(CLI::Range(0.0, 10000.0))
-      ->capture_default_str();
-  command->add_option("--scale-dtype", options->scale_dtype, "Of the weights: bf16 | f32")
-      ->check(CLI::IsMember({"bf16", "f32"}))
-      ->capture_default_str();
-  command->add_option("--threads", options->threads, "CPU threads; default: all")
-      ->check(CLI::Range(1, 4096));
-  command->add_option("--repeat", options->repeats, "Timed repeats")
-      ->check(CLI::Range(1, 100000))
-      ->capture_default_str();
-  command->add_option("--seed", options->seed, "Seed of weights and rows")->capture_default_str();
-  command->callback([options, &output] { bench_experts_command(*options, output); });
+      .add_option("--experts", options->experts, "Local experts, instead of the preset's; a list")
+      .comma_separated()
+      .range(1, 512);
+  command.add_option("--hidden", options->hidden, "Instead of the preset's");
+  command.add_option("--intermediate", options->intermediate, "Instead of the preset's");
+  command.add_option("--rows", options->rows, "Mean rows per expert, one case each")
+      .comma_separated()
+      .range(1, 1 << 20)
+      .shows_default();
+  command.add_option("--routing", options->routing, "uniform | zipf | one-expert; a list")
+      .comma_separated()
+      .shows_default();
+  command.add_flag("--sweep", options->sweep,
+                   "8, 16 and 32 experts, 1 to 1024 rows, every routing: 81 cases");
+  command.add_option("--group-size", options->group_size, "Weights of one scale: 128 | 32")
+      .one_of({128, 32});
+  command.add_flag("--minus8", options->has_minus8, "Weights that use -8 too, not -7..7 only");
+  command.add_option("--rest", options->rest_ms, "CUDA: ms of rest before each GEMM's timing")
+      .range(0.0, 10000.0)
+      .shows_default();
+  command.add_option("--scale-dtype", options->scale_dtype, "Of the weights: bf16 | f32")
+      .one_of({"bf16", "f32"})
+      .shows_default();
+  command.add_option("--threads", options->threads, "CPU threads; default: all").range(1, 4096);
+  command.add_option("--repeat", options->repeats, "Timed repeats")
+      .range(1, 100000)
+      .shows_default();
+  command.add_option("--seed", options->seed, "Seed of weights and rows").shows_default();
+  command.on_parsed([options, &output] { bench_experts_command(*options, output); });
 }
 
 }  // namespace sluice::cli

@@ -4,6 +4,7 @@
 #include <memory>
 
 #include "command.h"
+#include "report.h"
 #include "sluice/exchange_bench.h"
 #include "sluice/recipe.h"
 
@@ -115,45 +116,44 @@ void run(const Options& options, Output& output) {
 
 }  // namespace
 
-void add_bench_exchange(CLI::App& bench, Output& output) {
-  CLI::App* command = bench.add_subcommand(
+void add_bench_exchange(Command& bench, Output& output) {
+  Command command = bench.add_subcommand(
       "exchange", "Dispatch and combine over ranks of this process; checked, then timed");
   const auto options = std::make_shared<Options>();
   command
-      ->add_option("--devices", options->devices,
-                   "GPUs to spread ranks over; default: all there are")
-      ->check(CLI::Range(1, 64));
-  command->add_option("--backend", options->backend, "cpu | cuda (ranks as streams of its devices)")
-      ->check(CLI::IsMember({"cpu", "cuda"}))
-      ->capture_default_str();
-  command->add_option("--ranks", options->ranks, "Expert-parallel ranks")
-      ->check(CLI::Range(1, 64))
-      ->capture_default_str();
-  command->add_option("--tokens", options->tokens, "Tokens per rank, one case each")
-      ->delimiter(',')
-      ->check(CLI::Range(1, 1 << 20))
-      ->capture_default_str();
-  command->add_option("--mode", options->mode, "low-latency | normal")->capture_default_str();
-  command->add_option("--wire", options->wire, "fp8 | pow2 | static | bf16")
-      ->check(CLI::IsMember({"fp8", "pow2", "static", "bf16"}))
-      ->capture_default_str();
-  command->add_option("--experts", options->experts, "Over all ranks")->capture_default_str();
-  command->add_option("--topk", options->topk, "Experts per token")->capture_default_str();
-  command->add_option("--hidden", options->hidden, "Channels per token")->capture_default_str();
-  command->add_option("--routing", options->routing, "uniform | zipf | one-expert")
-      ->capture_default_str();
-  command->add_option("--pairs", options->pairs, "Dispatch-combine pairs of one recording")
-      ->check(CLI::Range(2, 10000))
-      ->capture_default_str();
-  command->add_option("--repeat", options->repeats, "Replays of each recording")
-      ->check(CLI::Range(1, 10000))
-      ->capture_default_str();
-  command->add_option("--sms", options->sms, "CUDA: SMs of one rank's operation; 0 = even share")
-      ->capture_default_str();
-  command->add_option("--seed", options->seed, "Seed of values and routing")->capture_default_str();
-  command->add_flag("--no-all-gather", options->without_all_gather,
-                    "Leave the all-gather + reduce-scatter baseline out");
-  command->callback([options, &output] { run(*options, output); });
+      .add_option("--devices", options->devices,
+                  "GPUs to spread ranks over; default: all there are")
+      .range(1, 64);
+  command.add_option("--backend", options->backend, "cpu | cuda (ranks as streams of its devices)")
+      .one_of({"cpu", "cuda"})
+      .shows_default();
+  command.add_option("--ranks", options->ranks, "Expert-parallel ranks")
+      .range(1, 64)
+      .shows_default();
+  command.add_option("--tokens", options->tokens, "Tokens per rank, one case each")
+      .comma_separated()
+      .range(1, 1 << 20)
+      .shows_default();
+  command.add_option("--mode", options->mode, "low-latency | normal").shows_default();
+  command.add_option("--wire", options->wire, "fp8 | pow2 | static | bf16")
+      .one_of({"fp8", "pow2", "static", "bf16"})
+      .shows_default();
+  command.add_option("--experts", options->experts, "Over all ranks").shows_default();
+  command.add_option("--topk", options->topk, "Experts per token").shows_default();
+  command.add_option("--hidden", options->hidden, "Channels per token").shows_default();
+  command.add_option("--routing", options->routing, "uniform | zipf | one-expert").shows_default();
+  command.add_option("--pairs", options->pairs, "Dispatch-combine pairs of one recording")
+      .range(2, 10000)
+      .shows_default();
+  command.add_option("--repeat", options->repeats, "Replays of each recording")
+      .range(1, 10000)
+      .shows_default();
+  command.add_option("--sms", options->sms, "CUDA: SMs of one rank's operation; 0 = even share")
+      .shows_default();
+  command.add_option("--seed", options->seed, "Seed of values and routing").shows_default();
+  command.add_flag("--no-all-gather", options->without_all_gather,
+                   "Leave the all-gather + reduce-scatter baseline out");
+  command.on_parsed([options, &output] { run(*options, output); });
 }
 
 }  // namespace sluice::cli

@@ -6,6 +6,7 @@
 #include <chrono>
 
 #include "command.h"
+#include "report.h"
 #include "sluice/convert.h"
 #include "sluice/error.h"
 
@@ -154,50 +155,48 @@ void convert(const Options& options, Output& output) {
 
 }  // namespace
 
-void add_convert(CLI::App& app, Output& output) {
+void add_convert(Command& program, Output& output) {
   auto options = std::make_shared<Options>();
-  CLI::App* command =
-      app.add_subcommand("convert",
-                         "Rewrite a checkpoint in another layout, expert by expert, verified. "
-                         "Interrupted? Run it again: it goes on, to the same bytes");
-  command->add_option("--from", options->from, "Checkpoint in any layout that inspect names")
-      ->required();
-  command->add_option("--to", options->to, "Directory to make; must not hold anything yet")
-      ->required();
-  command->add_option("--format", options->format, "Layout of the result")
-      ->required()
-      ->check(CLI::IsMember({"w4afp8", "compressed-tensors"}));
+  Command command =
+      program.add_subcommand("convert",
+                             "Rewrite a checkpoint in another layout, expert by expert, verified. "
+                             "Interrupted? Run it again: it goes on, to the same bytes");
+  command.add_option("--from", options->from, "Checkpoint in any layout that inspect names")
+      .required();
+  command.add_option("--to", options->to, "Directory to make; must not hold anything yet")
+      .required();
+  command.add_option("--format", options->format, "Layout of the result")
+      .required()
+      .one_of({"w4afp8", "compressed-tensors"});
   command
-      ->add_option("--scale", options->scale,
-                   "How BF16 and FP8 weights get their INT4 scales; required for them, refused for "
-                   "INT4 sources that can keep theirs")
-      ->check(CLI::IsMember({"amax7", "amax8", "mse"}));
+      .add_option("--scale", options->scale,
+                  "How BF16 and FP8 weights get their INT4 scales; required for them, refused for "
+                  "INT4 sources that can keep theirs")
+      .one_of({"amax7", "amax8", "mse"});
   command
-      ->add_option("--group-size", options->group_size,
-                   "Weights per scale, when weights are quantized (128, and as an INT4 source in "
-                   "compressed-tensors, unless given)")
-      ->check(CLI::IsMember({32, 128}));
+      .add_option("--group-size", options->group_size,
+                  "Weights per scale, when weights are quantized (128, and as an INT4 source in "
+                  "compressed-tensors, unless given)")
+      .one_of({32, 128});
   command
-      ->add_option(
-          "--scale-dtype", options->scale_dtype,
-          "auto: as the source, or f32 (w4afp8) and bf16 (compressed-tensors) when weights "
-          "are quantized. bf16 is refused where it would round")
-      ->check(CLI::IsMember({"auto", "f32", "bf16"}))
-      ->capture_default_str();
-  command->add_option("--layer", options->convert.layers,
-                      "Convert this layer only; may be given several times");
-  command->add_option("--experts", options->experts,
-                      "A:B converts experts A to B - 1 of each layer now; the result is complete "
-                      "when all have been, by this or other runs, in any order or side by side");
-  command->add_flag("--experts-only", options->convert.experts_only,
-                    "Leave out all other tensors and files of the model");
-  command->add_flag("--drop-input-scales", options->convert.drop_input_scales,
-                    "Leave out static activation scales");
-  command->add_flag("--no-verify,!--verify", options->no_verify,
-                    "Do not read the result back and compare it with the source");
-  command->add_option("--shard-bytes", options->shard_bytes, "Largest shard")
-      ->capture_default_str();
-  command->callback([options, &output] { convert(*options, output); });
+      .add_option("--scale-dtype", options->scale_dtype,
+                  "auto: as the source, or f32 (w4afp8) and bf16 (compressed-tensors) when weights "
+                  "are quantized. bf16 is refused where it would round")
+      .one_of({"auto", "f32", "bf16"})
+      .shows_default();
+  command.add_option("--layer", options->convert.layers,
+                     "Convert this layer only; may be given several times");
+  command.add_option("--experts", options->experts,
+                     "A:B converts experts A to B - 1 of each layer now; the result is complete "
+                     "when all have been, by this or other runs, in any order or side by side");
+  command.add_flag("--experts-only", options->convert.experts_only,
+                   "Leave out all other tensors and files of the model");
+  command.add_flag("--drop-input-scales", options->convert.drop_input_scales,
+                   "Leave out static activation scales");
+  command.add_flag("--no-verify,!--verify", options->no_verify,
+                   "Do not read the result back and compare it with the source");
+  command.add_option("--shard-bytes", options->shard_bytes, "Largest shard").shows_default();
+  command.on_parsed([options, &output] { convert(*options, output); });
 }
 
 }  // namespace sluice::cli

@@ -6,6 +6,7 @@
 #include <span>
 
 #include "command.h"
+#include "report.h"
 #include "sluice/checkpoint.h"
 #include "sluice/error.h"
 #include "sluice/quant.h"
@@ -296,18 +297,18 @@ void inspect(const Options& options, Output& output) {
 
 }  // namespace
 
-void add_inspect(CLI::App& app, Output& output) {
+void add_inspect(Command& program, Output& output) {
   auto options = std::make_shared<Options>();
-  CLI::App* command = app.add_subcommand("inspect", "Say what is in a checkpoint");
-  command->add_option("dir", options->dir, "Directory of the checkpoint")->required();
+  Command command = program.add_subcommand("inspect", "Say what is in a checkpoint");
+  command.add_option("dir", options->dir, "Directory of the checkpoint").required();
   command
-      ->add_option("--max-layers", options->max_layers, "Layers to look at, spread evenly; 0 = all")
-      ->capture_default_str();
+      .add_option("--max-layers", options->max_layers, "Layers to look at, spread evenly; 0 = all")
+      .shows_default();
   command
-      ->add_option("--max-experts", options->max_experts,
-                   "Experts per layer whose weights are read; 0 = all")
-      ->capture_default_str();
-  command->callback([options, &output] { inspect(*options, output); });
+      .add_option("--max-experts", options->max_experts,
+                  "Experts per layer whose weights are read; 0 = all")
+      .shows_default();
+  command.on_parsed([options, &output] { inspect(*options, output); });
 }
 
 }  // namespace sluice::cli

@@ -4,6 +4,7 @@
 #include <chrono>
 
 #include "command.h"
+#include "report.h"
 #include "sluice/checkpoint.h"
 #include "sluice/error.h"
 
@@ -104,43 +105,41 @@ void make_checkpoint(const Options& options, Output& output) {
 
 }  // namespace
 
-void add_make_checkpoint(CLI::App& app, Output& output) {
+void add_make_checkpoint(Command& program, Output& output) {
   auto options = std::make_shared<Options>();
-  CLI::App* command = app.add_subcommand(
+  Command command = program.add_subcommand(
       "make-checkpoint", "Write a synthetic checkpoint in a published layout, fixed by its seed");
-  command->add_option("--preset", options->preset, "Geometry to write")
-      ->required()
-      ->check(CLI::IsMember(preset_names()));
-  command->add_option("--out", options->out, "Directory to make; must not hold anything yet")
-      ->required();
-  command->add_option("--format", options->format, "Layout")
-      ->check(CLI::IsMember(synthetic_format_names()))
-      ->capture_default_str();
+  command.add_option("--preset", options->preset, "Geometry to write")
+      .required()
+      .one_of(preset_names());
+  command.add_option("--out", options->out, "Directory to make; must not hold anything yet")
+      .required();
+  command.add_option("--format", options->format, "Layout")
+      .one_of(synthetic_format_names())
+      .shows_default();
   command
-      ->add_option("--group-size", options->group_size,
-                   "Weights per scale: 128, or 32 in compressed-tensors, kimi-int4 (always) and "
-                   "modelopt-w4a8-awq")
-      ->check(CLI::IsMember({32, 128}));
-  command->add_option("--seed", options->seed, "Same seed, same bytes")->capture_default_str();
-  command->add_option("--layers", options->layers, "MoE layers, numbered from 3")
-      ->capture_default_str();
-  command->add_option("--experts", options->experts, "Experts instead of the preset's");
-  command->add_option("--hidden", options->hidden, "Hidden size instead of the preset's");
-  command->add_option("--intermediate", options->intermediate,
-                      "Intermediate size instead of the preset's");
-  command->add_option("--scale-dtype", options->scale_dtype, "Of weight scales")
-      ->check(CLI::IsMember({"f32", "bf16"}))
-      ->capture_default_str();
-  command->add_flag("--no-input-scales", options->no_input_scales,
-                    "Leave out static activation scales");
-  command->add_flag("--static-activations", options->static_activations,
-                    "compressed-tensors: static e4m3 input scales instead of dynamic ones");
-  command->add_flag("--pre-quant-scale", options->pre_quant_scale,
-                    "modelopt-w4a8-awq: AWQ's factors of the input's channels, which only "
-                    "`sluice convert --scale` can take");
-  command->add_option("--shard-bytes", options->shard_bytes, "Largest shard")
-      ->capture_default_str();
-  command->callback([options, &output] { make_checkpoint(*options, output); });
+      .add_option("--group-size", options->group_size,
+                  "Weights per scale: 128, or 32 in compressed-tensors, kimi-int4 (always) and "
+                  "modelopt-w4a8-awq")
+      .one_of({32, 128});
+  command.add_option("--seed", options->seed, "Same seed, same bytes").shows_default();
+  command.add_option("--layers", options->layers, "MoE layers, numbered from 3").shows_default();
+  command.add_option("--experts", options->experts, "Experts instead of the preset's");
+  command.add_option("--hidden", options->hidden, "Hidden size instead of the preset's");
+  command.add_option("--intermediate", options->intermediate,
+                     "Intermediate size instead of the preset's");
+  command.add_option("--scale-dtype", options->scale_dtype, "Of weight scales")
+      .one_of({"f32", "bf16"})
+      .shows_default();
+  command.add_flag("--no-input-scales", options->no_input_scales,
+                   "Leave out static activation scales");
+  command.add_flag("--static-activations", options->static_activations,
+                   "compressed-tensors: static e4m3 input scales instead of dynamic ones");
+  command.add_flag("--pre-quant-scale", options->pre_quant_scale,
+                   "modelopt-w4a8-awq: AWQ's factors of the input's channels, which only "
+                   "`sluice convert --scale` can take");
+  command.add_option("--shard-bytes", options->shard_bytes, "Largest shard").shows_default();
+  command.on_parsed([options, &output] { make_checkpoint(*options, output); });
 }
 
 }  // namespace sluice::cli

@@ -5,6 +5,7 @@
 #include <fstream>
 
 #include "command.h"
+#include "report.h"
 #include "sluice/checkpoint.h"
 #include "sluice/engine.h"
 #include "sluice/error.h"
@@ -223,36 +224,36 @@ void plan(const Options& options, Output& output) {
 
 }  // namespace
 
-void add_plan(CLI::App& app, Output& output) {
-  CLI::App* command = app.add_subcommand("plan", "Memory of a layer on each rank; what would fit");
+void add_plan(Command& program, Output& output) {
+  Command command =
+      program.add_subcommand("plan", "Memory of a layer on each rank; what would fit");
   const auto options = std::make_shared<Options>();
-  command->add_option("--preset", options->preset, "Geometry by name");
-  command->add_option("--config", options->config, "Geometry from a model's config.json")
-      ->check(CLI::ExistingFile);
-  command->add_option("--checkpoint", options->checkpoint, "Geometry and scales of this checkpoint")
-      ->check(CLI::ExistingDirectory);
-  command->add_option("--ranks", options->ranks, "Expert-parallel ranks")
-      ->check(CLI::Range(1, 1024))
-      ->capture_default_str();
-  command->add_option("--tokens", options->tokens, "Largest number of tokens per rank")
-      ->check(CLI::Range(1, 1 << 20))
-      ->capture_default_str();
-  command->add_option("--recipe", options->recipe, "What is rounded where")->capture_default_str();
-  command->add_option("--mode", options->mode, "low-latency | normal | both")
-      ->capture_default_str();
-  command->add_option("--layers", options->layers, "MoE layers, each with buffers of its own")
-      ->check(CLI::Range(1, 1000))
-      ->capture_default_str();
-  command->add_option("--backend", options->backend, "cpu | cuda")
-      ->check(CLI::IsMember({"cpu", "cuda"}))
-      ->capture_default_str();
+  command.add_option("--preset", options->preset, "Geometry by name");
+  command.add_option("--config", options->config, "Geometry from a model's config.json")
+      .existing_file();
+  command.add_option("--checkpoint", options->checkpoint, "Geometry and scales of this checkpoint")
+      .existing_directory();
+  command.add_option("--ranks", options->ranks, "Expert-parallel ranks")
+      .range(1, 1024)
+      .shows_default();
+  command.add_option("--tokens", options->tokens, "Largest number of tokens per rank")
+      .range(1, 1 << 20)
+      .shows_default();
+  command.add_option("--recipe", options->recipe, "What is rounded where").shows_default();
+  command.add_option("--mode", options->mode, "low-latency | normal | both").shows_default();
+  command.add_option("--layers", options->layers, "MoE layers, each with buffers of its own")
+      .range(1, 1000)
+      .shows_default();
+  command.add_option("--backend", options->backend, "cpu | cuda")
+      .one_of({"cpu", "cuda"})
+      .shows_default();
   command
-      ->add_option("--scale-dtype", options->scale_dtype,
-                   "f32 (default) | bf16: the weights' scales, which neither preset nor config say")
-      ->check(CLI::IsMember({"f32", "bf16"}));
-  command->add_option("--memory", options->memory,
-                      "Bytes there are on a rank, e.g. 80GB: fail if the plan does not fit");
-  command->callback([options, &output] { plan(*options, output); });
+      .add_option("--scale-dtype", options->scale_dtype,
+                  "f32 (default) | bf16: the weights' scales, which neither preset nor config say")
+      .one_of({"f32", "bf16"});
+  command.add_option("--memory", options->memory,
+                     "Bytes there are on a rank, e.g. 80GB: fail if the plan does not fit");
+  command.on_parsed([options, &output] { plan(*options, output); });
 }
 
 }  // namespace sluice::cli

@@ -8,6 +8,7 @@
 #include "command.h"
 #include "launch.h"
 #include "layer_run.h"
+#include "report.h"
 #include "run_stats.h"
 #include "sluice/config.h"
 #include "sluice/error.h"
@@ -354,58 +355,58 @@ void run(const Options& options, Output& output) {
 
 }  // namespace
 
-void add_run(CLI::App& app, Output& output) {
-  CLI::App* command = app.add_subcommand("run", "Run one MoE layer over ranks, timed and verified");
+void add_run(Command& program, Output& output) {
+  Command command =
+      program.add_subcommand("run", "Run one MoE layer over ranks, timed and verified");
   const auto options = std::make_shared<Options>();
-  command->add_option("--checkpoint", options->checkpoint, "Checkpoint directory")
-      ->required()
-      ->check(CLI::ExistingDirectory);
-  command->add_option("--layer", options->layer, "Layer index; default: the first with experts")
-      ->check(CLI::NonNegativeNumber);
+  command.add_option("--checkpoint", options->checkpoint, "Checkpoint directory")
+      .required()
+      .existing_directory();
+  command.add_option("--layer", options->layer, "Layer index; default: the first with experts")
+      .non_negative();
   command
-      ->add_option("--ranks", options->ranks,
-                   "Expert-parallel ranks; default: 1, or one for each process of a job")
-      ->check(CLI::Range(1, 1024));
-  command->add_option("--tokens", options->tokens, "Tokens per rank: one value, or one per rank")
-      ->delimiter(',')
-      ->check(CLI::Range(0, 1 << 20));
-  command->add_option("--mode", options->mode, "low-latency | normal")->capture_default_str();
-  command->add_option("--recipe", options->recipe, "What is rounded where")->capture_default_str();
-  command->add_option("--backend", options->backend, "cpu | cuda")
-      ->check(CLI::IsMember({"cpu", "cuda"}))
-      ->capture_default_str();
+      .add_option("--ranks", options->ranks,
+                  "Expert-parallel ranks; default: 1, or one for each process of a job")
+      .range(1, 1024);
+  command.add_option("--tokens", options->tokens, "Tokens per rank: one value, or one per rank")
+      .comma_separated()
+      .range(0, 1 << 20);
+  command.add_option("--mode", options->mode, "low-latency | normal").shows_default();
+  command.add_option("--recipe", options->recipe, "What is rounded where").shows_default();
+  command.add_option("--backend", options->backend, "cpu | cuda")
+      .one_of({"cpu", "cuda"})
+      .shows_default();
   command
-      ->add_option("--devices", options->devices,
-                   "GPUs of each host to spread its ranks over; default: all there are")
-      ->check(CLI::Range(1, 64));
+      .add_option("--devices", options->devices,
+                  "GPUs of each host to spread its ranks over; default: all there are")
+      .range(1, 64);
   command
-      ->add_option("--transport", options->transport,
-                   "inproc (ranks are threads) | ipc (ranks are processes of this host, started "
-                   "here, by torchrun, mpirun or srun) | mpi (ranks are the processes of mpirun)")
-      ->check(CLI::IsMember({"inproc", "mpi", "ipc"}))
-      ->capture_default_str();
-  command->add_option("--routing", options->routing, "uniform | zipf | one-expert")
-      ->capture_default_str();
-  command->add_option("--seed", options->seed, "Seed of tokens and routing")->capture_default_str();
-  command->add_option("--repeat", options->repeats, "Timed repeats; the median is shown")
-      ->check(CLI::Range(1, 100000))
-      ->capture_default_str();
-  command->add_option("--verify", options->verify, "Tokens compared with the float64 reference")
-      ->check(CLI::Range(1, 1 << 24))
-      ->capture_default_str();
+      .add_option("--transport", options->transport,
+                  "inproc (ranks are threads) | ipc (ranks are processes of this host, started "
+                  "here, by torchrun, mpirun or srun) | mpi (ranks are the processes of mpirun)")
+      .one_of({"inproc", "mpi", "ipc"})
+      .shows_default();
+  command.add_option("--routing", options->routing, "uniform | zipf | one-expert").shows_default();
+  command.add_option("--seed", options->seed, "Seed of tokens and routing").shows_default();
+  command.add_option("--repeat", options->repeats, "Timed repeats; the median is shown")
+      .range(1, 100000)
+      .shows_default();
+  command.add_option("--verify", options->verify, "Tokens compared with the float64 reference")
+      .range(1, 1 << 24)
+      .shows_default();
   command
-      ->add_option("--routed-scaling-factor", options->routed_scaling_factor,
-                   "Applied once, by combine")
-      ->capture_default_str();
-  command->add_flag("--prove", options->prove,
-                    "Also run the recipe's twin and compare the bytes GEMM1 consumes");
-  command->add_flag("--stats", options->stats,
-                    "Also print bytes, rows and waits between each pair of ranks");
+      .add_option("--routed-scaling-factor", options->routed_scaling_factor,
+                  "Applied once, by combine")
+      .shows_default();
+  command.add_flag("--prove", options->prove,
+                   "Also run the recipe's twin and compare the bytes GEMM1 consumes");
+  command.add_flag("--stats", options->stats,
+                   "Also print bytes, rows and waits between each pair of ranks");
   command
-      ->add_option("--metrics", options->metrics_path,
-                   "Write the counters to FILE in Prometheus text format")
-      ->type_name("FILE");
-  command->callback([options, &output] { run(*options, output); });
+      .add_option("--metrics", options->metrics_path,
+                  "Write the counters to FILE in Prometheus text format")
+      .type_name("FILE");
+  command.on_parsed([options, &output] { run(*options, output); });
 }
 
 }  // namespace sluice::cli

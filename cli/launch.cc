@@ -11,6 +11,8 @@
 #include <optional>
 #include <thread>
 
+#include "command.h"
+#include "report.h"
 #include "sluice/config.h"
 
 namespace sluice::cli {

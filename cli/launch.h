@@ -8,11 +8,12 @@
 #include <string>
 #include <vector>
 
-#include "command.h"
 #include "sluice/error.h"
 #include "sluice/transport.h"
 
 namespace sluice::cli {
+
+struct Output;
 
 class Launch {
  public:

@@ -10,8 +10,8 @@
 #include <numeric>
 #include <thread>
 
-#include "command.h"
 #include "launch.h"
+#include "report.h"
 #include "sluice/backend.h"
 #include "sluice/transport.h"
 

@@ -5,6 +5,7 @@
 #include <fstream>
 
 #include "command.h"
+#include "report.h"
 #include "sluice/config.h"
 #include "sluice/error.h"
 
@@ -13,24 +14,25 @@ int main(int argc, char** argv) {
   // launch may stop to load a kernel. The CUDA runtime reads these before its first call.
   setenv("CUDA_DEVICE_MAX_CONNECTIONS", "32", /*overwrite=*/0);
   setenv("CUDA_MODULE_LOADING", "EAGER", /*overwrite=*/0);
-  CLI::App app{"Mixture-of-experts layers with INT4 weights and FP8 activations, expert-parallel."};
-  app.set_version_flag("--version", sluice::version());
-  app.require_subcommand(1);
+  sluice::cli::Parser parser(
+      "Mixture-of-experts layers with INT4 weights and FP8 activations, expert-parallel.",
+      sluice::version());
+  sluice::cli::Command program = parser.program();
+  program.require_subcommand();
 
   sluice::cli::Output output;
-  app.add_option("--json", output.json_path, "Write everything printed to FILE as JSON")
-      ->type_name("FILE");
-  app.fallthrough();
-  sluice::cli::add_make_checkpoint(app, output);
-  sluice::cli::add_inspect(app, output);
-  sluice::cli::add_convert(app, output);
-  sluice::cli::add_run(app, output);
-  sluice::cli::add_bench(app, output);
-  sluice::cli::add_accuracy(app, output);
-  sluice::cli::add_plan(app, output);
+  program.add_option("--json", output.json_path, "Write everything printed to FILE as JSON")
+      .type_name("FILE");
+  sluice::cli::add_make_checkpoint(program, output);
+  sluice::cli::add_inspect(program, output);
+  sluice::cli::add_convert(program, output);
+  sluice::cli::add_run(program, output);
+  sluice::cli::add_bench(program, output);
+  sluice::cli::add_accuracy(program, output);
+  sluice::cli::add_plan(program, output);
 
   try {
-    app.parse(argc, argv);
+    if (const auto status = parser.parse(argc, argv)) return *status;
     if (!output.json_path.empty()) {
       std::ofstream file(output.json_path);
       file << output.json.dump(2) << '\n';
@@ -39,9 +41,6 @@ int main(int argc, char** argv) {
       }
     }
     return output.exit_status;
-  } catch (const CLI::ParseError& error) {
-    const int status = app.exit(error);
-    return status == 0 ? 0 : 2;
   } catch (const sluice::Error& error) {
     if (!output.is_silent) sluice::cli::print_error(error);
     return exit_status(error.code());

@@ -6,7 +6,7 @@
 #include <fstream>
 #include <numeric>
 
-#include "command.h"
+#include "report.h"
 #include "sluice/error.h"
 
 namespace sluice::cli {

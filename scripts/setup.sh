@@ -6,7 +6,7 @@
 #
 # Also sourced by the other scripts for its functions.
 
-sluice_packages_build=(cmake ninja-build g++ git libhwy-dev libcli11-dev libfmt-dev
+sluice_packages_build=(cmake ninja-build ccache g++ git libhwy-dev libcli11-dev libfmt-dev
   nlohmann-json3-dev)
 sluice_packages_test=(python3 python3-dev python3-venv libgtest-dev libgmock-dev librapidcheck-dev libbenchmark-dev
   openmpi-bin libopenmpi-dev iproute2 chromium fonts-dejavu-core)

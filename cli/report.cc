@@ -1,4 +1,4 @@
-#include "command.h"
+#include "report.h"
 
 #include <fmt/core.h>
 #include <unistd.h>

@@ -1,0 +1,115 @@
+#include "options.h"
+
+#include <CLI/CLI.hpp>
+#include <utility>
+
+namespace sluice::cli {
+
+Option Option::required() {
+  option_->required();
+  return *this;
+}
+
+Option Option::range(int low, int high) {
+  option_->check(CLI::Range(low, high));
+  return *this;
+}
+
+Option Option::range(double low, double high) {
+  option_->check(CLI::Range(low, high));
+  return *this;
+}
+
+Option Option::non_negative() {
+  option_->check(CLI::NonNegativeNumber);
+  return *this;
+}
+
+Option Option::one_of(const std::vector<std::string>& values) {
+  option_->check(CLI::IsMember(values));
+  return *this;
+}
+
+Option Option::one_of(std::initializer_list<int> values) {
+  option_->check(CLI::IsMember(std::vector<int>(values)));
+  return *this;
+}
+
+Option Option::existing_file() {
+  option_->check(CLI::ExistingFile);
+  return *this;
+}
+
+Option Option::existing_directory() {
+  option_->check(CLI::ExistingDirectory);
+  return *this;
+}
+
+Option Option::comma_separated() {
+  option_->delimiter(',');
+  return *this;
+}
+
+Option Option::type_name(const char* name) {
+  option_->type_name(name);
+  return *this;
+}
+
+Option Option::shows_default() {
+  option_->capture_default_str();
+  return *this;
+}
+
+Command Command::add_subcommand(const char* name, const char* help) {
+  return Command(app_->add_subcommand(name, help));
+}
+
+void Command::require_subcommand() {
+  app_->require_subcommand(1);
+}
+
+template <class Value>
+Option Command::add_option(const char* name, Value& value, const char* help) {
+  return Option(app_->add_option(name, value, help));
+}
+
+template Option Command::add_option(const char*, int&, const char*);
+template Option Command::add_option(const char*, std::int64_t&, const char*);
+template Option Command::add_option(const char*, std::uint64_t&, const char*);
+template Option Command::add_option(const char*, float&, const char*);
+template Option Command::add_option(const char*, double&, const char*);
+template Option Command::add_option(const char*, std::string&, const char*);
+template Option Command::add_option(const char*, std::vector<int>&, const char*);
+template Option Command::add_option(const char*, std::vector<std::int64_t>&, const char*);
+template Option Command::add_option(const char*, std::vector<std::string>&, const char*);
+
+Option Command::add_flag(const char* name, bool& value, const char* help) {
+  return Option(app_->add_flag(name, value, help));
+}
+
+void Command::on_parsed(std::function<void()> action) {
+  app_->callback(std::move(action));
+}
+
+Parser::Parser(const char* description, const std::string& version)
+    : app_(std::make_unique<CLI::App>(description)) {
+  app_->set_version_flag("--version", version);
+  app_->fallthrough();
+}
+
+Parser::~Parser() = default;
+
+Command Parser::program() {
+  return Command(app_.get());
+}
+
+std::optional<int> Parser::parse(int argc, char** argv) {
+  try {
+    app_->parse(argc, argv);
+  } catch (const CLI::ParseError& error) {
+    return app_->exit(error) == 0 ? 0 : 2;
+  }
+  return std::nullopt;
+}
+
+}  // namespace sluice::cli

@@ -1,0 +1,42 @@
+// report.h - what the sub-commands print for people: errors, tables, progress, sizes.
+#pragma once
+
+#include <string>
+#include <vector>
+
+#include "sluice/error.h"
+
+namespace sluice::cli {
+
+/// "sluice: peer timeout: ..." on standard error.
+void print_error(const Error& error);
+
+/// A table for people: first column left-aligned, the others right-aligned, two spaces between.
+class Table {
+ public:
+  explicit Table(std::vector<std::string> header);
+  void add(std::vector<std::string> row);
+  /// Lines with a rule under the header, each ending in a newline.
+  [[nodiscard]] std::string to_string() const;
+
+ private:
+  std::vector<std::vector<std::string>> rows_;
+};
+
+/// A line on standard error that is rewritten in place; silent unless standard error is a terminal.
+class ProgressLine {
+ public:
+  explicit ProgressLine(std::string label);
+  ~ProgressLine();
+  void update(double fraction);  ///< 0 .. 1
+
+ private:
+  std::string label_;
+  bool is_terminal_;
+  int last_percent_ = -1;
+};
+
+/// 748.2 MB, 1.5 GB: decimal units, as link and memory rates are quoted.
+[[nodiscard]] std::string human_bytes(double bytes);
+
+}  // namespace sluice::cli
