@@ -33,11 +33,11 @@ PyExchange& exchange_of(PyDispatched& d, const char* operation) {
   return *d.exchange;
 }
 
-using DispatchFunction = Dispatched (Exchange::*)(TensorView, const Routing&, Stream);
+using DispatchFunction = Dispatched (Exchange::*)(TensorView, const Routing&, Stream, float);
 
 PyDispatched dispatch(nb::handle_t<PyExchange> exchange, const Array& x,
-                      nb::handle_t<PyRouting> routing, const StreamArgument& stream,
-                      DispatchFunction function) {
+                      nb::handle_t<PyRouting> routing, float static_scale,
+                      const StreamArgument& stream, DispatchFunction function) {
   auto& e = nb::cast<PyExchange&>(exchange);
   const auto& r = nb::cast<const PyRouting&>(routing);
   const Input tokens = import_tokens(x, e.exchange->config().hidden, e.backend->device());
@@ -45,7 +45,7 @@ PyDispatched dispatch(nb::handle_t<PyExchange> exchange, const Array& x,
   std::optional<Dispatched> value;
   {
     const Call call(*e.backend);
-    value.emplace(((*e.exchange).*function)(tokens.view, r.view(), queue));
+    value.emplace(((*e.exchange).*function)(tokens.view, r.view(), queue, static_scale));
   }
   return {.exchange_object = nb::borrow(exchange),
           .routing_object = nb::borrow(routing),
@@ -133,7 +133,6 @@ std::size_t workspace_bytes(int num_experts, int num_topk, int hidden, int max_t
                             int num_in_flight, std::string_view device) {
   return Exchange::workspace_bytes({.mode = parse_mode(mode),
                                     .wire = parse_wire(wire),
-                                    .static_scale = 1.0f,
                                     .num_experts = num_experts,
                                     .num_topk = num_topk,
                                     .hidden = hidden,
@@ -286,13 +285,12 @@ void bind_exchange(nb::module_& m) {
           "__init__",
           [](PyExchange* self, nb::handle_t<PyTransport> transport, nb::handle_t<PyBackend> backend,
              int num_experts, int num_topk, int hidden, int max_tokens_per_rank,
-             std::string_view mode, std::string_view wire, float static_scale, int max_m,
-             float routed_scaling_factor, int num_in_flight, std::optional<int> timeout_ms) {
+             std::string_view mode, std::string_view wire, int max_m, float routed_scaling_factor,
+             int num_in_flight, std::optional<int> timeout_ms) {
             auto& t = nb::cast<PyTransport&>(transport);
             auto& b = nb::cast<PyBackend&>(backend);
             const ExchangeConfig config{.mode = parse_mode(mode),
                                         .wire = parse_wire(wire),
-                                        .static_scale = static_scale,
                                         .num_experts = num_experts,
                                         .num_topk = num_topk,
                                         .hidden = hidden,
@@ -313,11 +311,11 @@ void bind_exchange(nb::module_& m) {
           },
           "transport"_a, "backend"_a, nb::kw_only(), "num_experts"_a, "num_topk"_a, "hidden"_a,
           "max_tokens_per_rank"_a, "mode"_a = "low-latency",
-          "wire"_a = to_string(WireFormat::kE4m3Group), "static_scale"_a = 0.0f, "max_m"_a = 0,
+          "wire"_a = to_string(WireFormat::kE4m3Group), "max_m"_a = 0,
           "routed_scaling_factor"_a = 1.0f, "num_in_flight"_a = 2, "timeout_ms"_a = nb::none(),
           "Collective.\n\n"
           "num_experts: over all ranks. mode: 'low-latency' (masked) or 'normal' (contiguous).\n"
-          "wire: Recipe.wire; static_scale: s1, for the static one only.\n"
+          "wire: Recipe.wire.\n"
           "max_m: low-latency, rows reserved for each expert; 0 for the worst case.\n"
           "routed_scaling_factor: applied once, by combine. num_in_flight: Dispatched alive at "
           "once.\n"
@@ -351,21 +349,25 @@ void bind_exchange(nb::module_& m) {
       .def(
           "dispatch_send",
           [](nb::handle_t<PyExchange> self, const Array& x, nb::handle_t<PyRouting> routing,
-             const StreamArgument& stream) {
-            return dispatch(self, x, routing, stream, &Exchange::dispatch_send);
+             float static_scale, const StreamArgument& stream) {
+            return dispatch(self, x, routing, static_scale, stream, &Exchange::dispatch_send);
           },
-          "x"_a, "routing"_a, nb::kw_only(), "stream"_a = nb::none(),
+          "x"_a, "routing"_a, nb::kw_only(), "static_scale"_a = 0.0f, "stream"_a = nb::none(),
           "First half of dispatch(); Dispatched.receive() is the second.");
 
   m.def(
       "dispatch",
       [](nb::handle_t<PyExchange> exchange, const Array& x, nb::handle_t<PyRouting> routing,
-         const StreamArgument& stream) {
-        return dispatch(exchange, x, routing, stream, &Exchange::dispatch);
+         float static_scale, const StreamArgument& stream) {
+        return dispatch(exchange, x, routing, static_scale, stream, &Exchange::dispatch);
       },
-      "exchange"_a, "x"_a, "routing"_a, nb::kw_only(), "stream"_a = nb::none(),
+      "exchange"_a, "x"_a, "routing"_a, nb::kw_only(), "static_scale"_a = 0.0f,
+      "stream"_a = nb::none(),
       "Quantizes x to the wire format and sends each token to its experts' ranks. Collective.\n\n"
       "x: [num_tokens, hidden] bfloat16 (or uint16), num_tokens <= max_tokens_per_rank.\n"
+      "static_scale: s1 of the layer (Recipe.s1), for the static wire; 0 for the others. Every "
+      "rank\n"
+      "gives the same.\n"
       "stream: handle of a CUDA stream, None: torch's current one for tensors of torch, else the\n"
       "default stream; the CPU backend returns when done. Arrays of the batch are of x's kind.\n\n"
       "Raises Error: invalid_argument before anything is sent, peer_timeout naming ranks.");

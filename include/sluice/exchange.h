@@ -35,7 +35,6 @@ class Transport;
 struct ExchangeConfig {
   Mode mode = Mode::kLowLatency;
   WireFormat wire = WireFormat::kE4m3Group;
-  float static_scale = 0;       ///< s1, for WireFormat::kE4m3Static only.
   int num_experts = 0;          ///< Over all ranks. Multiple of num_ranks.
   int num_topk = 0;             ///< Slots per token, 1 .. 32.
   int hidden = 0;               ///< Elements per token. Multiple of 128.
@@ -139,6 +138,11 @@ class Exchange {
   /// Quantizes `x` to the wire format and sends each token to its experts' ranks.
   ///
   /// x:       [num_tokens, hidden] bf16, num_tokens <= max_tokens_per_rank; 0 is fine.
+  /// static_scale: s1 of the layer, for WireFormat::kE4m3Static; 0 for the other formats. It
+  /// belongs
+  ///          to the dispatch because layers that share an exchange have scales of their own. It is
+  ///          not sent: whoever reads the rows knows the layer and its s1. Every rank gives the
+  ///          same value; the exchange does not compare them, Engine does when it makes a layer.
   /// Stream:  asynchronous on CUDA; the batch may be read by later work on `stream`. No allocation
   ///          and no host synchronization: may be captured in a CUDA graph and replayed, also
   ///          interleaved with other graphs of this exchange, in the same order on every rank.
@@ -146,7 +150,8 @@ class Exchange {
   ///          would receive more than its capacity. kPeerTimeout names operation, epoch and
   ///          missing ranks. On CUDA what the device finds is thrown by the next dispatch or by
   ///          check(): a refused dispatch has no rows and its combine gives rows of NaN.
-  [[nodiscard]] Dispatched dispatch(TensorView x, const Routing& routing, Stream stream);
+  [[nodiscard]] Dispatched dispatch(TensorView x, const Routing& routing, Stream stream,
+                                    float static_scale = 0);
 
   /// y[t] = routed_scaling_factor * sum_k topk_weights[t, k] * expert_y(row of t at topk_idx[t,
   /// k]), added in float32 in order of k, then rounded to bf16 once: the same bits on every run and
@@ -158,7 +163,8 @@ class Exchange {
 
   /// The halves of dispatch() and combine(): work queued between the two overlaps the transfer.
   /// batch() is valid after dispatch_receive(). A Dispatched passes through the four in this order.
-  [[nodiscard]] Dispatched dispatch_send(TensorView x, const Routing& routing, Stream stream);
+  [[nodiscard]] Dispatched dispatch_send(TensorView x, const Routing& routing, Stream stream,
+                                         float static_scale = 0);
   void dispatch_receive(Dispatched& dispatched, Stream stream);
   void combine_send(Dispatched& dispatched, TensorView expert_y, Stream stream);
   void combine_receive(Dispatched dispatched, MutableTensorView y, Stream stream);

@@ -18,6 +18,7 @@ struct ExchangeBenchConfig {
   int num_devices = 0;  ///< That the ranks spread over; 0 = all there are.
   /// mode, wire, num_experts, num_topk, hidden, num_in_flight; the rest is set for each case.
   ExchangeConfig exchange;
+  float static_scale = 0;  ///< Of every dispatch, for WireFormat::kE4m3Static.
   std::vector<int> tokens_per_rank = {1, 16, 64, 128};  ///< One case each.
   RoutingKind routing = RoutingKind::kUniform;
   int pairs = 20;    ///< Dispatch-combine pairs of one recording.

@@ -406,12 +406,12 @@ class Exchange:
     same calls in the same order. Keeps transport and backend alive.
     """
 
-    def __init__(self, transport: Transport, backend: Backend, *, num_experts: int, num_topk: int, hidden: int, max_tokens_per_rank: int, mode: str = 'low-latency', wire: str = 'e4m3 + f32 scale per 128', static_scale: float = 0.0, max_m: int = 0, routed_scaling_factor: float = 1.0, num_in_flight: int = 2, timeout_ms: int | None = None) -> None:
+    def __init__(self, transport: Transport, backend: Backend, *, num_experts: int, num_topk: int, hidden: int, max_tokens_per_rank: int, mode: str = 'low-latency', wire: str = 'e4m3 + f32 scale per 128', max_m: int = 0, routed_scaling_factor: float = 1.0, num_in_flight: int = 2, timeout_ms: int | None = None) -> None:
         """
         Collective.
 
         num_experts: over all ranks. mode: 'low-latency' (masked) or 'normal' (contiguous).
-        wire: Recipe.wire; static_scale: s1, for the static one only.
+        wire: Recipe.wire.
         max_m: low-latency, rows reserved for each expert; 0 for the worst case.
         routed_scaling_factor: applied once, by combine. num_in_flight: Dispatched alive at once.
         timeout_ms: longest wait for a peer; None: SLUICE_TIMEOUT_MS or 10 s.
@@ -442,14 +442,16 @@ class Exchange:
     def check(self) -> None:
         """Raises what earlier asynchronous calls found on the device."""
 
-    def dispatch_send(self, x: sluice._array.Array, routing: Routing, *, stream: int | None = None) -> Dispatched:
+    def dispatch_send(self, x: sluice._array.Array, routing: Routing, *, static_scale: float = 0.0, stream: int | None = None) -> Dispatched:
         """First half of dispatch(); Dispatched.receive() is the second."""
 
-def dispatch(exchange: Exchange, x: sluice._array.Array, routing: Routing, *, stream: int | None = None) -> Dispatched:
+def dispatch(exchange: Exchange, x: sluice._array.Array, routing: Routing, *, static_scale: float = 0.0, stream: int | None = None) -> Dispatched:
     """
     Quantizes x to the wire format and sends each token to its experts' ranks. Collective.
 
     x: [num_tokens, hidden] bfloat16 (or uint16), num_tokens <= max_tokens_per_rank.
+    static_scale: s1 of the layer (Recipe.s1), for the static wire; 0 for the others. Every rank
+    gives the same.
     stream: handle of a CUDA stream, None: torch's current one for tensors of torch, else the
     default stream; the CPU backend returns when done. Arrays of the batch are of x's kind.
 

@@ -51,6 +51,7 @@ void on_every_rank(int num_ranks, const Body& body) {
 /// Tokens and routing of every rank, and the bytes that each token is on the wire.
 struct Traffic {
   ExchangeConfig config;
+  float static_scale = 0;
   int num_ranks = 1;
   std::int64_t tokens = 0;  // Of each rank.
   std::size_t row_bytes = 0, payload_bytes = 0;
@@ -83,7 +84,7 @@ void fill_tokens(Traffic& t, int r, std::uint64_t seed) {
       continue;
     }
     if (t.config.wire == WireFormat::kE4m3Static) {
-      quantize_static(values, t.config.static_scale, codes);
+      quantize_static(values, t.static_scale, codes);
     }
     for (std::size_t g = 0; g < hidden && t.row_bytes > t.payload_bytes; g += kActivationGroup) {
       const std::span in(values.data() + g, kActivationGroup);
@@ -99,7 +100,10 @@ void fill_tokens(Traffic& t, int r, std::uint64_t seed) {
 
 Traffic make_traffic(const ExchangeBenchConfig& bench, const ExchangeConfig& config, int tokens,
                      bool all_gather) {
-  Traffic t{.config = config, .num_ranks = bench.num_ranks, .tokens = tokens};
+  Traffic t{.config = config,
+            .static_scale = bench.static_scale,
+            .num_ranks = bench.num_ranks,
+            .tokens = tokens};
   t.row_bytes = wire_bytes_per_token(config.wire, config.hidden);
   t.payload_bytes =
       static_cast<std::size_t>(config.hidden) * (config.wire == WireFormat::kBf16 ? 2u : 1u);
@@ -165,7 +169,7 @@ class BenchRank {
         {x_->data(), DType::kBFloat16, Shape{traffic_.tokens, c.hidden}, device},
         {.topk_idx = {idx_->data(), DType::kInt32, slots, device},
          .topk_weights = {weights_->data(), DType::kFloat32, slots, device}},
-        backend_.stream());
+        backend_.stream(), traffic_.static_scale);
   }
   void combine(Dispatched d) {
     const MutableTensorView rows = rows_of(d);

@@ -81,7 +81,6 @@ ExchangeConfig exchange_config(const EngineConfig& config, const ModelGeometry& 
                                const Recipe& recipe, Device::Kind device) {
   return {.mode = recipe.mode,
           .wire = recipe.wire,
-          .static_scale = recipe.wire == WireFormat::kE4m3Static ? recipe.s1 : 0.0f,
           .num_experts = geometry.num_experts,
           .num_topk = geometry.num_topk,
           .hidden = geometry.hidden,
@@ -228,7 +227,8 @@ void Engine::forward(Mode mode, TensorView x, const Routing& routing, MutableTen
   const Clock::time_point begin = Clock::now();
   Clock::time_point mark = begin;
 
-  Dispatched dispatched = lane.exchange.dispatch(x, routing, stream);
+  Dispatched dispatched = lane.exchange.dispatch(
+      x, routing, stream, lane.recipe.wire == WireFormat::kE4m3Static ? lane.recipe.s1 : 0.0f);
   const ExpertBatch& batch = dispatched.batch();
   stats.times.dispatch_us = self.stage_us(mark, stream);
 

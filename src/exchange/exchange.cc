@@ -39,17 +39,12 @@ void check_config(const ExchangeConfig& c, int num_ranks) {
                  c.peer_timeout.count());
   check_argument(std::isfinite(c.routed_scaling_factor), "routed_scaling_factor {} is not finite",
                  c.routed_scaling_factor);
-  if (c.wire == WireFormat::kE4m3Static) {
-    check_argument(std::isnormal(c.static_scale) && c.static_scale > 0,
-                   "static_scale {} is not a positive normal number", c.static_scale);
-  }
 }
 
 Agreement exchange_agreement(const ExchangeConfig& c) {
   return {{"version", version()},
           {"mode", to_string(c.mode)},
           {"wire", to_string(c.wire)},
-          {"static_scale", fmt::format("{:a}", c.static_scale)},
           {"num_experts", std::to_string(c.num_experts)},
           {"num_topk", std::to_string(c.num_topk)},
           {"hidden", std::to_string(c.hidden)},
@@ -70,7 +65,14 @@ void check_tensor(const char* name, const TensorView& t, DType dtype, const Shap
 }
 
 void check_dispatch(const ExchangeConfig& c, const TensorView& x, const Routing& routing,
-                    const Device& device) {
+                    float static_scale, const Device& device) {
+  if (c.wire == WireFormat::kE4m3Static) {
+    check_argument(std::isnormal(static_scale) && static_scale > 0,
+                   "static_scale {} is not a positive normal number", static_scale);
+  } else {
+    check_argument(static_scale == 0, "static_scale {} is given, but rows of {} have none",
+                   static_scale, to_string(c.wire));
+  }
   check_argument(x.shape.rank() == 2, "x has shape {}, expected [num_tokens, {}]",
                  x.shape.to_string(), c.hidden);
   const std::int64_t tokens = x.dim(0);
@@ -159,18 +161,20 @@ void check_y(const Exchange::Impl& impl, const Dispatched::Route& route,
 
 }  // namespace
 
-Dispatched Exchange::dispatch(TensorView x, const Routing& routing, Stream stream) {
-  check_dispatch(impl_->config, x, routing, impl_->device);
-  auto route = impl_->dispatch(x, routing, stream);
+Dispatched Exchange::dispatch(TensorView x, const Routing& routing, Stream stream,
+                              float static_scale) {
+  check_dispatch(impl_->config, x, routing, static_scale, impl_->device);
+  auto route = impl_->dispatch(x, routing, static_scale, stream);
   route->stage = Stage::kReceived;
   route->num_tokens = x.dim(0);
   route->owner = impl_.get();
   return Dispatched(std::move(route));
 }
 
-Dispatched Exchange::dispatch_send(TensorView x, const Routing& routing, Stream stream) {
-  check_dispatch(impl_->config, x, routing, impl_->device);
-  auto route = impl_->dispatch_send(x, routing, stream);
+Dispatched Exchange::dispatch_send(TensorView x, const Routing& routing, Stream stream,
+                                   float static_scale) {
+  check_dispatch(impl_->config, x, routing, static_scale, impl_->device);
+  auto route = impl_->dispatch_send(x, routing, static_scale, stream);
   route->num_tokens = x.dim(0);
   route->owner = impl_.get();
   return Dispatched(std::move(route));

@@ -37,11 +37,11 @@ HostExchange::HostRoute::~HostRoute() {
 }
 
 std::unique_ptr<Dispatched::Route> HostExchange::dispatch_send(TensorView x, const Routing& routing,
-                                                               Stream stream) {
+                                                               float static_scale, Stream stream) {
   const std::vector<std::int32_t> idx = checked_indices(routing.topk_idx);
   auto route = std::make_unique<HostRoute>(*this, protocol_.begin());
   route->routing = routing;
-  stage(x, stream);
+  stage(x, static_scale, stream);
   send_rows(*route, x.dim(0), idx);
   counters_.wait_ns = protocol_.wait_ns();
   counters_.num_dispatches += 1;
@@ -88,7 +88,7 @@ std::vector<std::int32_t> HostExchange::checked_indices(const TensorView& topk_i
   return idx;
 }
 
-void HostExchange::stage(TensorView x, Stream stream) {
+void HostExchange::stage(TensorView x, float static_scale, Stream stream) {
   const auto num_tokens = static_cast<std::int32_t>(x.dim(0));
   if (num_tokens == 0) return;
   const HostLayout& layout = protocol_.layout();
@@ -109,11 +109,11 @@ void HostExchange::stage(TensorView x, Stream stream) {
       static_cast<std::size_t>(config.max_tokens_per_rank) * layout.payload_bytes;
   const QuantizedRows out{.codes = reinterpret_cast<std::uint8_t*>(staging_->data()),
                           .scale = is_static ? nullptr : reinterpret_cast<float*>(scales),
-                          .static_scale = is_static ? config.static_scale : 0.0f,
+                          .static_scale = static_scale,
                           .width = config.hidden};
   backend_.quantize(x.as<std::uint16_t>(), rows, config.wire == WireFormat::kE4m3Pow2, out, stream);
   if (!is_static) return;
-  const float inverse = 1.0f / config.static_scale;
+  const float inverse = 1.0f / static_scale;
   for (std::int64_t i = 0; i < x.shape.num_elements(); ++i) {
     const float v = std::fabs(bf16_to_float(x.as<std::uint16_t>()[i]) * inverse);
     counters_.saturated_values += v > kE4m3Max;

@@ -21,6 +21,7 @@ class HostExchange : public Exchange::Impl {
 
   [[nodiscard]] std::unique_ptr<Dispatched::Route> dispatch_send(TensorView x,
                                                                  const Routing& routing,
+                                                                 float static_scale,
                                                                  Stream stream) override;
   void dispatch_receive(Dispatched::Route& route, Stream stream) override;
   void combine_send(Dispatched::Route& route, TensorView expert_y, Stream stream) override;
@@ -66,7 +67,7 @@ class HostExchange : public Exchange::Impl {
 
  private:
   [[nodiscard]] std::vector<std::int32_t> checked_indices(const TensorView& topk_idx) const;
-  void stage(TensorView x, Stream stream);
+  void stage(TensorView x, float static_scale, Stream stream);
   void send_home(const HostRoute& route, TensorView expert_y);
   void sum_home(const HostRoute& route, MutableTensorView y);
 

@@ -24,8 +24,10 @@ struct Dispatched::Route {
 
 struct Exchange::Impl {
   virtual ~Impl() = default;
+  /// `static_scale`: for WireFormat::kE4m3Static, else 0.
   [[nodiscard]] virtual std::unique_ptr<Dispatched::Route> dispatch_send(TensorView x,
                                                                          const Routing& routing,
+                                                                         float static_scale,
                                                                          Stream stream) = 0;
   virtual void dispatch_receive(Dispatched::Route& route, Stream stream) = 0;
   virtual void combine_send(Dispatched::Route& route, TensorView expert_y, Stream stream) = 0;
@@ -34,8 +36,9 @@ struct Exchange::Impl {
   // Both halves at once, where that is cheaper than one after the other.
   [[nodiscard]] virtual std::unique_ptr<Dispatched::Route> dispatch(TensorView x,
                                                                     const Routing& routing,
+                                                                    float static_scale,
                                                                     Stream stream) {
-    auto route = dispatch_send(x, routing, stream);
+    auto route = dispatch_send(x, routing, static_scale, stream);
     dispatch_receive(*route, stream);
     return route;
   }

@@ -20,6 +20,7 @@ struct Traffic {
   std::vector<std::vector<std::uint16_t>> x = {};        // [rank][num_tokens * hidden]
   std::vector<std::vector<std::int32_t>> topk_idx = {};  // [rank][num_tokens * num_topk]
   std::vector<std::vector<float>> topk_weights = {};     // [rank][num_tokens * num_topk]
+  float s1 = 0.01f;                                      // Of the static wire.
 
   [[nodiscard]] int num_ranks() const { return static_cast<int>(num_tokens.size()); }
   [[nodiscard]] TensorView x_view(int r) const {
@@ -29,6 +30,10 @@ struct Traffic {
     const Shape shape{num_tokens[r], num_topk};
     return {.topk_idx = {topk_idx[r].data(), DType::kInt32, shape},
             .topk_weights = {topk_weights[r].data(), DType::kFloat32, shape}};
+  }
+  /// What dispatch() takes for this wire.
+  [[nodiscard]] float static_scale(WireFormat wire) const {
+    return wire == WireFormat::kE4m3Static ? s1 : 0.0f;
   }
 };
 
@@ -123,8 +128,8 @@ inline std::uint16_t expert_output(int e, const std::byte* row, std::size_t row_
 
 /// y of one token: float32, in order of the slots, scaled once, rounded once.
 inline std::vector<std::uint16_t> combined(const Traffic& t, int r, std::int64_t token,
-                                           WireFormat wire, float static_scale, float factor) {
-  const auto row = wire_bytes(&t.x[r][token * t.hidden], t.hidden, wire, static_scale);
+                                           WireFormat wire, float factor) {
+  const auto row = wire_bytes(&t.x[r][token * t.hidden], t.hidden, wire, t.s1);
   std::vector<std::uint16_t> y(static_cast<std::size_t>(t.hidden));
   for (int i = 0; i < t.hidden; ++i) {
     float sum = 0;
@@ -154,8 +159,8 @@ inline void check_batch(const Traffic& t, const ExchangeConfig& config, int r,
         << "expert " << expert;
     for (std::size_t i = 0; i < rows.size(); ++i) {
       const auto row = static_cast<std::size_t>(batch.row_begin.as<std::int64_t>()[e]) + i;
-      const auto expected = wire_bytes(&t.x[rows[i].rank][rows[i].token * t.hidden], t.hidden,
-                                       config.wire, config.static_scale);
+      const auto expected =
+          wire_bytes(&t.x[rows[i].rank][rows[i].token * t.hidden], t.hidden, config.wire, t.s1);
       std::vector<std::byte> actual(payload + scales);
       std::memcpy(actual.data(), batch.x.as<std::byte>() + row * payload, payload);
       if (scales > 0) {

@@ -23,7 +23,6 @@ ExchangeConfig config_for(const Traffic& t, Mode mode, WireFormat wire = WireFor
   const std::int64_t largest = *std::max_element(t.num_tokens.begin(), t.num_tokens.end());
   return {.mode = mode,
           .wire = wire,
-          .static_scale = wire == WireFormat::kE4m3Static ? 0.01f : 0.0f,
           .num_experts = t.num_experts,
           .num_topk = t.num_topk,
           .hidden = t.hidden,
@@ -43,7 +42,7 @@ MutableTensorView output_view(std::vector<std::uint16_t>& y, const Traffic& t, i
 void expect_combined(const Traffic& t, const ExchangeConfig& c, int r,
                      const std::vector<std::uint16_t>& y) {
   for (std::int64_t i = 0; i < t.num_tokens[r]; ++i) {
-    const auto expected = combined(t, r, i, c.wire, c.static_scale, c.routed_scaling_factor);
+    const auto expected = combined(t, r, i, c.wire, c.routed_scaling_factor);
     const std::vector<std::uint16_t> actual(y.begin() + i * t.hidden,
                                             y.begin() + (i + 1) * t.hidden);
     ASSERT_EQ(actual, expected) << "rank " << r << " token " << i;
@@ -52,7 +51,8 @@ void expect_combined(const Traffic& t, const ExchangeConfig& c, int r,
 
 /// One dispatch and combine of rank `transport.rank()`, checked element by element.
 void round_trip(Exchange& exchange, const Traffic& t, int r) {
-  Dispatched d = exchange.dispatch(t.x_view(r), t.routing(r), {});
+  Dispatched d =
+      exchange.dispatch(t.x_view(r), t.routing(r), {}, t.static_scale(exchange.config().wire));
   std::vector<std::uint16_t> expert_y, y;
   ASSERT_NO_FATAL_FAILURE(check_batch(t, exchange.config(), r, d.batch(), expert_y));
   const TensorView rows(expert_y.data(), DType::kBFloat16, d.batch().x.shape);
@@ -219,6 +219,34 @@ TEST(Exchange, TwoLayersInFlightInEitherOrder) {
           finish(b, std::move(second), rows_b), finish(a, std::move(first), rows_a);
         }
       }
+    });
+  }
+}
+
+// A static scale belongs to a dispatch: layers that share an exchange have scales of their own.
+TEST(Exchange, EachDispatchInFlightHasItsOwnStaticScale) {
+  const Traffic a = make_traffic({4, 3}, 6, 2, 128, 15);
+  Traffic b = a;
+  b.s1 = 0.037f;
+  for (const Mode mode : kModes) {
+    const ExchangeConfig config = config_for(a, mode, WireFormat::kE4m3Static);
+    run_ranks(2, [&](Transport& transport) {
+      const int r = transport.rank();
+      ScalarBackend backend;
+      Exchange exchange = Exchange::create(config, transport, backend);
+      Dispatched first = exchange.dispatch(a.x_view(r), a.routing(r), {}, a.s1);
+      Dispatched second = exchange.dispatch(b.x_view(r), b.routing(r), {}, b.s1);
+      std::vector<std::uint16_t> rows_a, rows_b, y;
+      ASSERT_NO_FATAL_FAILURE(check_batch(a, config, r, first.batch(), rows_a));
+      ASSERT_NO_FATAL_FAILURE(check_batch(b, config, r, second.batch(), rows_b));
+      EXPECT_NE(rows_a, rows_b);  // The codes do differ.
+      const Shape shape = first.batch().x.shape;
+      exchange.combine(std::move(second), {rows_b.data(), DType::kBFloat16, shape},
+                       output_view(y, b, r), {});
+      ASSERT_NO_FATAL_FAILURE(expect_combined(b, config, r, y));
+      exchange.combine(std::move(first), {rows_a.data(), DType::kBFloat16, shape},
+                       output_view(y, a, r), {});
+      ASSERT_NO_FATAL_FAILURE(expect_combined(a, config, r, y));
     });
   }
 }

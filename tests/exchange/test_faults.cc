@@ -347,9 +347,38 @@ TEST(Refusals, BadConfigurations) {
   EXPECT_THAT(refused([](auto& c) { c.max_m = -1; }), HasSubstr("max_m -1"));
   EXPECT_THAT(refused([](auto& c) { c.mode = Mode::kNormal, c.max_m = 3; }), HasSubstr("max_m 3"));
   EXPECT_THAT(refused([](auto& c) { c.num_in_flight = 9; }), HasSubstr("num_in_flight 9"));
-  EXPECT_THAT(refused([](auto& c) { c.wire = WireFormat::kE4m3Static; }),
-              HasSubstr("static_scale 0"));
   EXPECT_THAT(refused([](auto& c) { c.peer_timeout = 0ms; }), HasSubstr("peer_timeout 0"));
+}
+
+// A scale that a format does not have would be ignored; one that it needs cannot be guessed.
+TEST(Refusals, StaticScalesThatDoNotFitTheWire) {
+  const Traffic t = make_traffic({2}, 4, 2, 128, 1);
+  auto transports = make_inproc_transports(1);
+  ScalarBackend backend;
+  const auto refused = [&](WireFormat wire, float static_scale) {
+    ExchangeConfig config = small_config(Mode::kLowLatency);
+    config.wire = wire;
+    Exchange exchange = Exchange::create(config, *transports[0], backend);
+    std::string text;
+    for (const bool half : {false, true}) {
+      try {
+        (void)(half ? exchange.dispatch_send(t.x_view(0), t.routing(0), {}, static_scale)
+                    : exchange.dispatch(t.x_view(0), t.routing(0), {}, static_scale));
+        return std::string("(not refused)");
+      } catch (const Error& error) {
+        EXPECT_EQ(error.code(), ErrorCode::kInvalidArgument);
+        text = error.what();
+      }
+    }
+    return text;
+  };
+  EXPECT_THAT(refused(WireFormat::kE4m3Static, 0), HasSubstr("static_scale 0 is not"));
+  EXPECT_THAT(refused(WireFormat::kE4m3Static, -1), HasSubstr("static_scale -1"));
+  EXPECT_THAT(refused(WireFormat::kE4m3Static, std::nanf("")), HasSubstr("static_scale nan"));
+  EXPECT_THAT(refused(WireFormat::kE4m3Group, 0.5f), HasSubstr("static_scale 0.5 is given"));
+  EXPECT_THAT(refused(WireFormat::kBf16, 0.5f), HasSubstr("rows of bf16 have none"));
+  EXPECT_EQ(refused(WireFormat::kE4m3Static, 0.5f), "(not refused)");
+  EXPECT_EQ(refused(WireFormat::kE4m3Pow2, 0), "(not refused)");
 }
 
 TEST(Refusals, WorkspaceIsWhatTheFormulaSays) {

@@ -26,6 +26,7 @@ struct Rounds {
   std::uint64_t seed = 1;
   bool fresh_counts = false;  // Draw each round's counts from [0, num_tokens[rank]].
   int empty_in = 8;           // One slot in so many is empty.
+  float s1 = 0.01f;           // Of the static wire.
   [[nodiscard]] int num_ranks() const { return static_cast<int>(num_tokens.size()); }
   [[nodiscard]] std::int64_t max_tokens() const {
     std::int64_t most = 1;
@@ -253,7 +254,8 @@ class CudaRank {
   /// One dispatch and combine, every element checked.
   void round_trip(const Round& round, bool in_place = true) {
     load(round);
-    Dispatched d = exchange_->dispatch(x(), routing(), stream());
+    const bool is_static = exchange_->config().wire == WireFormat::kE4m3Static;
+    Dispatched d = exchange_->dispatch(x(), routing(), stream(), is_static ? rounds_.s1 : 0.0f);
     const MutableTensorView rows = in_place ? d.expert_y() : own_expert_y(d);
     ASSERT_NO_FATAL_FAILURE(check_batch(round, d, rows));
     exchange_->combine(std::move(d), rows, y(), stream());

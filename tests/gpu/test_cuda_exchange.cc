@@ -42,7 +42,6 @@ class CudaExchangeTest : public ::testing::Test {
                                    WireFormat wire = WireFormat::kE4m3Group) {
     return {.mode = mode,
             .wire = wire,
-            .static_scale = wire == WireFormat::kE4m3Static ? 0.01f : 0.0f,
             .num_experts = rounds.num_experts,
             .num_topk = rounds.num_topk,
             .hidden = rounds.hidden,
@@ -54,7 +53,7 @@ class CudaExchangeTest : public ::testing::Test {
   /// body(rank) on a thread per rank, each with an exchange of this configuration.
   template <class Body>
   void run(const Rounds& rounds, const ExchangeConfig& config, const Body& body) {
-    const TokenTable table(rounds, config.wire, config.static_scale, *backend_);
+    const TokenTable table(rounds, config.wire, rounds.s1, *backend_);
     run_ranks(rounds.num_ranks(), [&](Transport& transport) {
       CudaRank rank(rounds, table, config, transport);
       body(rank);

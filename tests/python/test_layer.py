@@ -74,7 +74,6 @@ def layer_by_parts(checkpoint, recipe_name, mode):
             backend,
             mode=mode,
             wire=recipe.wire,
-            static_scale=recipe.s1 if "static" in recipe.wire else 0,
             num_experts=g.num_experts,
             num_topk=g.num_topk,
             hidden=g.hidden,
@@ -83,7 +82,8 @@ def layer_by_parts(checkpoint, recipe_name, mode):
         )
         weights = checkpoint.load_experts(LAYER, rank * num_local, num_local)
         experts = sluice.repack(weights, backend, max_rows=exchange.max_rows)
-        dispatched = sluice.dispatch(exchange, x, routing)
+        s1_of_wire = recipe.s1 if "static" in recipe.wire else 0
+        dispatched = sluice.dispatch(exchange, x, routing, static_scale=s1_of_wire)
         batch = dispatched.batch
         assert batch.masked == (mode == "low-latency")
         assert batch.num_rows.dtype == np.int32 and len(batch.num_rows) == num_local

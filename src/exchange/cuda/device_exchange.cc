@@ -79,10 +79,12 @@ class DeviceExchange final : public Exchange::Impl {
 
   [[nodiscard]] std::unique_ptr<Dispatched::Route> dispatch_send(TensorView x,
                                                                  const Routing& routing,
+                                                                 float static_scale,
                                                                  Stream stream) override {
-    return send(x, routing, stream, false);
+    return send(x, routing, static_scale, stream, false);
   }
   [[nodiscard]] std::unique_ptr<Dispatched::Route> dispatch(TensorView x, const Routing& routing,
+                                                            float static_scale,
                                                             Stream stream) override;
   void dispatch_receive(Dispatched::Route& route, Stream stream) override;
   void combine_send(Dispatched::Route& route, TensorView expert_y, Stream stream) override;
@@ -113,7 +115,7 @@ class DeviceExchange final : public Exchange::Impl {
   [[nodiscard]] Slot& take_slot(Stream stream);
   void release(DeviceRoute& route) noexcept;
   [[nodiscard]] std::unique_ptr<DeviceRoute> send(TensorView x, const Routing& routing,
-                                                  Stream stream, bool receive);
+                                                  float static_scale, Stream stream, bool receive);
   void prepare_expert_y(const DeviceRoute& route, TensorView expert_y, Stream stream);
   void sum(DeviceRoute& route, MutableTensorView y, Stream stream, bool also_send);
   void fill_batch(DeviceRoute& route, std::int64_t num_tokens) const;
@@ -361,28 +363,28 @@ void DeviceExchange::release(DeviceRoute& route) noexcept {
 }
 
 std::unique_ptr<Dispatched::Route> DeviceExchange::dispatch(TensorView x, const Routing& routing,
-                                                            Stream stream) {
+                                                            float static_scale, Stream stream) {
   const bool fused = config.mode == Mode::kLowLatency;
-  auto route = send(x, routing, stream, fused);
+  auto route = send(x, routing, static_scale, stream, fused);
   if (!fused) dispatch_receive(*route, stream);
   return route;
 }
 
 std::unique_ptr<DeviceExchange::DeviceRoute> DeviceExchange::send(TensorView x,
                                                                   const Routing& routing,
-                                                                  Stream stream, bool receive) {
+                                                                  float static_scale, Stream stream,
+                                                                  bool receive) {
   throw_fault();
   check_stream(stream);
   use_device();
   Slot& slot = take_slot(stream);
   const std::int64_t num_tokens = x.dim(0);
-  const bool is_static = config.wire == WireFormat::kE4m3Static;
   cuda::launch_dispatch(slot.params,
                         {.x = x.as<std::uint16_t>(),
                          .topk_idx = routing.topk_idx.data,
                          .wide_idx = routing.topk_idx.dtype == DType::kInt64,
                          .num_tokens = static_cast<int>(num_tokens),
-                         .static_inverse = is_static ? 1.0f / config.static_scale : 0.0f,
+                         .static_inverse = static_scale != 0 ? 1.0f / static_scale : 0.0f,
                          .receive = receive},
                         config.wire, ctas_for(num_tokens), stream.handle);
   auto route = std::make_unique<DeviceRoute>(*this, slot, stream);
