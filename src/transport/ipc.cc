@@ -117,6 +117,7 @@ class IpcWindow final : public Window {
       }
       bell.num_waiters.fetch_sub(1, std::memory_order_seq_cst);
     }
+    (void)arrived();  // Flags may have come between the last look and a deadline that passed since.
     return below;
   }
 

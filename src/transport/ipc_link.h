@@ -2,6 +2,11 @@
 //
 // Parts go to rank 0 over Unix sockets and come back from it. The board says who has begun which
 // collective, so that every rank can name who is missing, and not only rank 0.
+//
+// A collective ends early when a rank breaks off: its process ends, it leaves, or it gives up. Then
+// whoever has not come *yet* may be about to come, and is not to blame. Blamed is the rank that
+// broke off; if it gave up, then those that it blamed, which it has left on the board. So all ranks
+// name the same ones. Only a rank that was waited for until the timeout is missing by being late.
 #pragma once
 
 #include <chrono>
@@ -10,6 +15,7 @@
 #include <memory>
 #include <optional>
 #include <span>
+#include <string>
 #include <vector>
 
 #include "sluice/error.h"
@@ -39,21 +45,34 @@ class IpcLink {
   [[nodiscard]] Gathered gather(std::span<const std::byte> mine, const char* operation,
                                 std::chrono::milliseconds timeout, int file = -1);
 
-  /// " 1 3": ranks whose process has ended without leaving; empty if there is none.
-  [[nodiscard]] std::vector<int> lost_ranks() const;
+  /// Ranks whose process has ended without leaving, in ascending order.
+  [[nodiscard]] std::vector<int> lost_ranks() const { return ranks_ended(membership_); }
   /// True if `rank`'s process has ended, or has left.
   [[nodiscard]] bool is_gone(int rank) const;
 
  private:
-  struct Header {
-    std::uint64_t number, bytes;
-  };
-  void send(int socket, std::span<const std::byte> bytes, Deadline deadline, int file);
-  [[nodiscard]] std::vector<std::byte> receive(int socket, Deadline deadline,
+  void send(int peer, std::span<const std::byte> bytes, Deadline deadline, int file);
+  [[nodiscard]] std::vector<std::byte> receive(Deadline deadline,
                                                std::vector<FileDescriptor>* files);
+  [[nodiscard]] std::vector<std::vector<std::byte>> receive_parts(Deadline deadline);
   [[nodiscard]] std::vector<std::byte> collect(std::span<const std::byte> mine, Deadline deadline,
                                                int file);
-  [[noreturn]] void give_up(Io io, std::chrono::milliseconds timeout);
+
+  /// A failed step of a collective, and the ranks that it waited for or that broke off.
+  struct Failed {
+    Io io;
+    std::vector<int> ranks;
+  };
+  /// Whom to blame for it, why, and in what words.
+  struct Blame {
+    Absence why;
+    std::vector<int> ranks;
+    std::string text;
+  };
+  [[nodiscard]] Blame blame_for_delay(const Failed& failed,
+                                      std::chrono::milliseconds timeout) const;
+  [[nodiscard]] Blame blame_for_break(int rank) const;
+  [[noreturn]] void give_up(const Failed& failed, std::chrono::milliseconds timeout);
 
   int rank_, num_ranks_;
   IpcMembership membership_;

@@ -2,20 +2,19 @@
 
 #include <fcntl.h>
 #include <poll.h>
-#include <sys/random.h>
 #include <sys/socket.h>
 
 #include <algorithm>
-#include <array>
+#include <bit>
 #include <cerrno>
 #include <cstring>
 #include <list>
-#include <optional>
 #include <thread>
 
 #include "core/fail.h"
 #include "core/sha256.h"
 #include "sluice/config.h"
+#include "transport/ipc_messages.h"
 #include "transport/socket_io.h"
 
 namespace sluice {
@@ -23,68 +22,31 @@ namespace {
 
 using Clock = std::chrono::steady_clock;
 using std::chrono::milliseconds;
-using Nonce = std::array<std::byte, 32>;
-using Proof = std::array<std::byte, 32>;
 
-constexpr char kGreeting[16] = "sluice ipc 1";
 /// How long a connection may take to say who it is.
 constexpr milliseconds kPatience{2'000};
 /// How much longer the others wait for rank 0, which knows who is missing.
 constexpr milliseconds kGrace{500};
+/// The longest time between two looks of rank 0 for ranks that want to join.
+constexpr milliseconds kLookOut{100};
 constexpr std::size_t kMaxStrangers = 64;
-
-struct Hello {
-  char greeting[16];
-  Nonce nonce;
-};
-
-struct Join {
-  char greeting[16];
-  char version[32];
-  std::int32_t rank, num_ranks;
-  Nonce nonce;
-  Proof proof;
-};
-
-enum class AnswerKind : std::uint32_t { kAccept = 1, kWelcome, kRefusal };
-
-struct Answer {
-  AnswerKind kind;
-  Proof proof;     // Of an acceptance.
-  char text[512];  // Of a refusal.
-};
 
 template <class T>
 std::span<std::byte> bytes_of(T& value) {
   return std::as_writable_bytes(std::span(&value, 1));
 }
 
-Nonce new_nonce() {
-  Nonce nonce;
-  if (getrandom(nonce.data(), nonce.size(), 0) != static_cast<ssize_t>(nonce.size())) {
-    fail(ErrorCode::kTransport, "getrandom: {}", std::strerror(errno));
+std::vector<int> ranks_not_joined(const IpcBoard& board, int num_ranks) {
+  std::vector<int> missing;
+  for (int r = 0; r < num_ranks; ++r) {
+    if (board.members[r].joined == 0) missing.push_back(r);
   }
-  return nonce;
+  return missing;
 }
 
-/// `who` keeps a proof from being sent back as another's.
-Proof prove(const IpcConfig& config, const char* who, const Nonce& host, const Nonce& guest,
-            int rank, int num_ranks) {
-  std::vector<std::byte> text;
-  const auto add = [&text](std::span<const std::byte> part) {
-    text.insert(text.end(), part.begin(), part.end());
-  };
-  add(std::as_bytes(std::span(who, std::strlen(who) + 1)));
-  add(host), add(guest);
-  const std::int32_t numbers[] = {rank, num_ranks};
-  add(std::as_bytes(std::span(numbers)));
-  return hmac_sha256(std::as_bytes(std::span(config.secret)), text);
-}
-
-bool same(const Proof& a, const Proof& b) {
-  std::byte difference{0};
-  for (std::size_t i = 0; i < a.size(); ++i) difference |= a[i] ^ b[i];
-  return difference == std::byte{0};
+/// True if rank 0 has looked for ranks that want to join within the last kGrace.
+bool rank_0_looks(const IpcBoard& board) {
+  return Clock::now().time_since_epoch() - std::chrono::nanoseconds(board.last_look_ns) < kGrace;
 }
 
 std::pair<FileDescriptor, FileDescriptor> make_lifeline() {
@@ -109,8 +71,10 @@ class Host {
   IpcMembership meet() {
     const Deadline deadline = Clock::now() + timeout_;
     while (num_joined_ < config_.num_ranks) {
-      if (Clock::now() >= deadline) give_up();
-      look(std::min(deadline, Clock::now() + kPatience));
+      // The clock first: who came while this process had no CPU has come in time.
+      const auto now = Clock::now();
+      const bool any = look(std::min(deadline, now + kLookOut));
+      if (now >= deadline && (!any || now >= deadline + kGrace)) give_up();
     }
     welcome(deadline + kGrace);
     membership_.lifelines[0].reset();  // One's own end is no news.
@@ -128,13 +92,17 @@ class Host {
     std::vector<FileDescriptor> files;
   };
 
-  void look(Deadline deadline) {
+  /// Hears who is there, until `deadline` if nobody is. False if nobody was.
+  bool look(Deadline deadline) {
+    membership_.board().last_look_ns =
+        std::chrono::nanoseconds(Clock::now().time_since_epoch()).count();
     std::vector<pollfd> entries = {{listener_.get(), POLLIN, 0}};
     for (const Guest& guest : guests_) {
       entries.push_back({guest.socket.get(), POLLIN, 0});
       deadline = std::min(deadline, guest.until);
     }
-    if (poll(entries.data(), entries.size(), ms_until(deadline)) < 0 && errno != EINTR) {
+    const int num_ready = poll(entries.data(), entries.size(), ms_until(deadline));
+    if (num_ready < 0 && errno != EINTR) {
       fail(ErrorCode::kTransport, "poll: {}", std::strerror(errno));
     }
     for (auto guest = guests_.begin(); guest != guests_.end();) {
@@ -142,6 +110,7 @@ class Host {
     }
     while (accept_one()) {
     }
+    return num_ready > 0;
   }
 
   bool accept_one() {
@@ -220,7 +189,14 @@ class Host {
   }
 
   [[noreturn]] void give_up() {
-    const std::vector<int> missing = ranks_not_joined(membership_.board(), config_.num_ranks);
+    IpcBoard& board = membership_.board();
+    std::vector<int> missing = ranks_not_joined(board, config_.num_ranks);
+    for (const int r : ranks_ended(membership_)) {
+      // One that gave up before rank 0 did has named the same ranks; it is missing for no other.
+      if (board.members[r].blamed == 0) missing.push_back(r);
+    }
+    std::ranges::sort(missing);
+    board.members[0].blamed = mask_of(missing);
     const std::string strangers =
         num_strangers_ == 0
             ? ""
@@ -272,7 +248,7 @@ class Visitor {
     IpcMembership membership;
     auto [reading, writing] = make_lifeline();
     membership.own_lifeline = std::move(writing);
-    std::optional<FileDescriptor> socket;
+    FileDescriptor socket;
     do {
       if (Clock::now() >= deadline_) {
         fail_of_ranks(ErrorCode::kPeerTimeout, {0}, "{}: after {} ms still missing rank(s) 0",
@@ -284,15 +260,17 @@ class Visitor {
     reading.reset();
     Answer answer{};
     const Io io =
-        receive_all(socket->get(), bytes_of(answer), deadline_ + kGrace, &membership.lifelines);
+        receive_all(socket.get(), bytes_of(answer), deadline_ + kGrace, &membership.lifelines);
     if (io == Io::kLate) {
-      const std::vector<int> missing = ranks_not_joined(membership.board(), config_.num_ranks);
+      // Whoever has not joined may well stand at the door of a rank 0 that has stopped.
+      std::vector<int> missing = ranks_not_joined(membership.board(), config_.num_ranks);
+      if (missing.empty() || !rank_0_looks(membership.board())) missing = {0};
+      membership.board().members[config_.rank].blamed = mask_of(missing);
       fail_of_ranks(ErrorCode::kPeerTimeout, missing, "{}: after {} ms still missing rank(s){}",
                     place(), timeout_.count(), list_of(missing));
     }
     if (io == Io::kClosed) {
-      fail_of_ranks(ErrorCode::kTransport, {0}, "{}: missing rank(s) 0, whose process has ended",
-                    place());
+      fail_of_ranks(ErrorCode::kTransport, {0}, "{}: missing rank(s) 0, which broke off", place());
     }
     if (answer.kind == AnswerKind::kRefusal) throw_refusal(answer, membership);
     if (answer.kind != AnswerKind::kWelcome ||
@@ -301,13 +279,14 @@ class Visitor {
            static_cast<unsigned>(answer.kind), membership.lifelines.size());
     }
     membership.lifelines[static_cast<std::size_t>(config_.rank)].reset();
-    membership.sockets.push_back(std::move(*socket));
+    membership.sockets.push_back(std::move(socket));
     return membership;
   }
 
  private:
-  /// Nothing if rank 0 does not listen yet, or left its door between two transports of the job.
-  std::optional<FileDescriptor> try_to_join(int lifeline, IpcMembership& membership) {
+  /// An empty one if rank 0 does not listen yet, or left its door between two transports of the
+  /// job.
+  FileDescriptor try_to_join(int lifeline, IpcMembership& membership) {
     FileDescriptor socket = connect_to(ipc_meeting_name(config_.job));
     if (!socket) return {};
     if (!is_same_user(socket.get())) {
@@ -347,8 +326,8 @@ class Visitor {
   [[noreturn]] void throw_refusal(const Answer& answer, const IpcMembership& membership) const {
     const std::string why(answer.text, strnlen(answer.text, sizeof(answer.text)));
     if (!why.starts_with("after")) fail(ErrorCode::kTransport, "{}: {}", place(), why);
-    fail_of_ranks(ErrorCode::kPeerTimeout, ranks_not_joined(membership.board(), config_.num_ranks),
-                  "{}: {}", place(), why);
+    fail_of_ranks(ErrorCode::kPeerTimeout, ranks_of(membership.board().members[0].blamed), "{}: {}",
+                  place(), why);
   }
 
   std::string place() const {
@@ -362,12 +341,29 @@ class Visitor {
 
 }  // namespace
 
-std::vector<int> ranks_not_joined(const IpcBoard& board, int num_ranks) {
-  std::vector<int> missing;
-  for (int r = 0; r < num_ranks; ++r) {
-    if (board.members[r].joined == 0) missing.push_back(r);
+std::uint64_t mask_of(const std::vector<int>& ranks) {
+  std::uint64_t mask = 0;
+  for (const int r : ranks) mask |= std::uint64_t{1} << r;
+  return mask;
+}
+
+std::vector<int> ranks_of(std::uint64_t mask) {
+  std::vector<int> ranks;
+  for (; mask != 0; mask &= mask - 1) ranks.push_back(std::countr_zero(mask));
+  return ranks;
+}
+
+std::vector<int> ranks_ended(const IpcMembership& membership) {
+  std::vector<pollfd> entries;
+  // An empty descriptor, one's own, is -1: poll() passes over it.
+  for (const FileDescriptor& end : membership.lifelines) entries.push_back({end.get(), 0, 0});
+  if (poll(entries.data(), entries.size(), 0) <= 0) return {};
+  std::vector<int> ended;
+  for (std::size_t r = 0; r < entries.size(); ++r) {
+    const bool has_ended = (entries[r].revents & POLLHUP) != 0;
+    if (has_ended && membership.board().members[r].left == 0) ended.push_back(static_cast<int>(r));
   }
-  return missing;
+  return ended;
 }
 
 std::string ipc_meeting_name(const std::string& job) {

@@ -29,6 +29,13 @@ namespace sluice {
 
 inline constexpr int kMaxIpcRanks = 64;
 
+/// Why a rank is missing. Only one that is kLate may still come.
+enum class Absence : std::uint32_t {
+  kLate = 1,  ///< It did not come within the timeout.
+  kLeft,      ///< It destroyed its transport.
+  kEnded,     ///< Its process ended before that.
+};
+
 /// Memory that all ranks map from the moment they join: who is where. Each element has one
 /// writer, but `let_go`.
 struct IpcBoard {
@@ -36,12 +43,21 @@ struct IpcBoard {
   struct alignas(64) Member {
     std::atomic<std::uint32_t> joined{0}, left{0};
     std::atomic<std::uint64_t> arrived{0};  ///< Collectives begun.
+    /// The ranks, a bit each, for which this rank gave up a collective or the meeting; 0 if it has
+    /// not. Written before its sockets are closed: whoever sees them closed learns here whom to
+    /// blame, instead of guessing from who has not come yet.
+    std::atomic<std::uint64_t> blamed{0};
+    std::atomic<Absence> blamed_for{};  ///< Written before `blamed`.
     /// Which peers, a bit each, have let go of this rank's device memory of share s, at
     /// s % kShares. The owner clears it when it frees that memory.
     std::atomic<std::uint64_t> let_go[kShares]{};
   };
   Member members[kMaxIpcRanks];
+  /// When rank 0 last looked who wants to join, in nanoseconds of the steady clock, which all
+  /// processes of a host share.
+  std::atomic<std::int64_t> last_look_ns{0};
 };
+static_assert(kMaxIpcRanks <= 64);  // A rank is a bit of `blamed` and of `let_go`.
 static_assert(std::atomic<std::uint64_t>::is_always_lock_free);
 
 /// What a rank has after the meeting.
@@ -60,8 +76,12 @@ struct IpcMembership {
 [[nodiscard]] IpcMembership meet_processes(const IpcConfig& config,
                                            std::chrono::milliseconds timeout);
 
-/// " 1 3": the ranks of the job that have not joined.
-[[nodiscard]] std::vector<int> ranks_not_joined(const IpcBoard& board, int num_ranks);
+/// `ranks` as bits, and the other way round.
+[[nodiscard]] std::uint64_t mask_of(const std::vector<int>& ranks);
+[[nodiscard]] std::vector<int> ranks_of(std::uint64_t mask);
+
+/// Ranks whose process has ended without leaving, in ascending order.
+[[nodiscard]] std::vector<int> ranks_ended(const IpcMembership& membership);
 
 /// The name that the ranks of a job meet at: the user's and the job's, and of no secret.
 [[nodiscard]] std::string ipc_meeting_name(const std::string& job);

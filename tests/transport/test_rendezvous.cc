@@ -10,6 +10,7 @@
 
 #include "core/sha256.h"
 #include "sluice/error.h"
+#include "support/child_process.h"
 #include "transport/ipc_rendezvous.h"
 #include "transport/socket_io.h"
 
@@ -64,6 +65,39 @@ TEST(Rendezvous, ARankThatNeverComesIsNamedByAll) {
     EXPECT_THAT(outcome.text, AllOf(HasSubstr("start of the ipc transport on rank"),
                                     HasSubstr("after 500 ms still missing rank(s) 1 3")));
     EXPECT_THAT(outcome.ranks, ElementsAre(1, 3));
+  }
+}
+
+// Rank 3 joined and then ended; rank 1 never comes.
+TEST(Rendezvous, ARankThatEndsBeforeAllHaveComeIsMissingToo) {
+  const IpcConfig three = job(3, 4);
+  const ChildProcess child([&] { (void)make_ipc_transport(three, 20s); });
+  auto zero = join(job(0, 4), 2s), two = join(job(2, 4), 2s);
+  // It is missing, whether it had joined by now or not.
+  std::this_thread::sleep_for(500ms);
+  child.send(SIGKILL);
+  for (auto* rank : {&zero, &two}) {
+    const Outcome outcome = rank->get();
+    EXPECT_EQ(outcome.code, ErrorCode::kPeerTimeout);
+    EXPECT_THAT(outcome.text, HasSubstr("after 2000 ms still missing rank(s) 1 3"));
+    EXPECT_THAT(outcome.ranks, ElementsAre(1, 3)) << outcome.text;
+  }
+}
+
+// Rank 1 has joined when rank 0 stops, and then ranks 2 and 3 stand at rank 0's door.
+TEST(Rendezvous, ARankZeroThatStopsIsNamedAndNotThoseThatWaitForIt) {
+  const IpcConfig host = job(0, 4);
+  const ChildProcess zero([&] { (void)make_ipc_transport(host, 20s); });
+  auto one = join(job(1, 4), 2s);
+  // It is to blame, whether rank 1 had joined by now or not.
+  std::this_thread::sleep_for(500ms);
+  zero.send(SIGSTOP);
+  auto two = join(job(2, 4), 2s), three = join(job(3, 4), 2s);
+  for (auto* rank : {&one, &two, &three}) {
+    const Outcome outcome = rank->get();
+    EXPECT_EQ(outcome.code, ErrorCode::kPeerTimeout);
+    EXPECT_THAT(outcome.text, HasSubstr("after 2000 ms still missing rank(s) 0"));
+    EXPECT_THAT(outcome.ranks, ElementsAre(0)) << outcome.text;
   }
 }
 
