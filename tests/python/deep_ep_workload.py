@@ -2,7 +2,7 @@
 
 Ranks know each other's tokens here (a workload is fixed by its seed), so that what must arrive can
 be written down: rows of an expert in order of source rank and token, quantized as the definition
-says, and sums in order of slots.
+says, and sums in order of top-k entries.
 """
 
 import numpy as np
@@ -20,7 +20,7 @@ def tokens(rank, num_tokens, hidden=HIDDEN, topk=TOPK, experts=EXPERTS):
     x, idx, weights = sluice.make_workload(geometry, num_tokens, first_token=100 * rank)
     idx = idx.astype(np.int64)
     if num_tokens > 2:
-        idx[1, 0] = -1  # An empty slot,
+        idx[1, 0] = -1  # An empty entry,
         idx[2] = -1  # and a token for nobody.
     return x, idx, weights
 

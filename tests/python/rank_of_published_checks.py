@@ -3,7 +3,7 @@
 test_low_latency.py and test_intranode.py of DeepEP, over the same calls and combinations of switches,
 with its sizes (shape `published`) or small ones. Where those compare scores over whole tensors, every
 element is compared here: received rows with the bytes that the definition of the format gives for
-their source, sums with a float32 sum in order of slots or ranks, calls that are repeated bit for bit.
+their source, sums with a float32 sum in order of top-k entries or ranks, calls that are repeated bit for bit.
 """
 
 import itertools
@@ -34,7 +34,7 @@ def rows_of(rank, num_tokens, hidden, device):
 
 
 def routing_of(rank, num_tokens, shape):
-    """Expert numbers and weights as DeepEP's tests draw them, ten slots empty."""
+    """Expert numbers and weights as DeepEP's tests draw them, ten entries empty."""
     draw = torch.Generator().manual_seed(1000 + rank)
     scores = torch.randn(num_tokens, shape.experts, generator=draw).abs() + 1
     idx = torch.topk(scores, shape.topk, dim=-1, sorted=False)[1]

@@ -121,7 +121,7 @@ def test_zero_copy_second_combine_and_many_in_flight(space):
 
 @pytest.mark.parametrize("hidden, topk, experts", [(128, 1, 4), (384, 32, 64), (3584, 8, 16)])
 def test_sizes(space, hidden, topk, experts):
-    """Any hidden multiple of 128, up to 32 slots, one rank or several, capacities that are tiny."""
+    """Any hidden multiple of 128, up to 32 top-k entries, one rank or several, capacities that are tiny."""
     for num_ranks, capacity in ((1, 1), (2, 3)):
         made, counts = buffers(num_ranks), [capacity] * num_ranks
         shape = {"hidden": hidden, "topk": topk, "experts": experts}

@@ -177,7 +177,7 @@ def test_e4m3_halves_the_bytes():
         buffer.low_latency_clean_mask_buffer()  # Exchanges anew, with counters from 0.
         buffer.dispatch(rows, is_token_in_rank=in_rank, num_tokens_per_expert=to_expert, topk_idx=idx,
                         topk_weights=weights)
-        counted = [lane.exchange.counters() for lane in buffer._normal._lanes.values()]
+        counted = [queue.exchange.counters() for queue in buffer._normal._queues.values()]
         sent.append(sum(c["dispatch_bytes"][0] for c in counted))
     assert sent[1] < 0.56 * sent[0], sent
 

@@ -165,7 +165,7 @@ def test_refusals(geometry, space, weights, backend):
 
 
 def test_the_sum_is_rounded_once(geometry, space, weights, backend):
-    """Against the rows themselves: weights in float32, in order of slots, then bf16."""
+    """Against the rows themselves: weights in float32, in order of entries, then bf16."""
     x, _, _ = sluice.make_workload(geometry, 2)
     one = lambda e: space.bits(w4a8.w4a8_moe_grouped(  # noqa: E731
         space.bf16(x), None, space.array(np.full((2, 1), e, np.int64)),

@@ -120,36 +120,36 @@ class W4A8Experts:
         space = space_of(x)
         check(space, "x", x, ("bf16", "e4m3"), ["rows", self.hidden])
         check(space, "topk_idx", topk_idx, ("i64", "i32"), [x.shape[0], "num_topk"])
-        slots = [int(n) for n in topk_idx.shape]
-        check(space, "topk_weights", topk_weights, ("f32",), slots)
+        shape = [int(n) for n in topk_idx.shape]
+        check(space, "topk_weights", topk_weights, ("f32",), shape)
         check_numbers(space, "topk_idx", topk_idx, self.num_experts)
         if x_scale is not None:
-            check(space, "x_scale", x_scale, ("f32",), [slots[0], self.hidden // 128])
-        if slots[0] == 0:
+            check(space, "x_scale", x_scale, ("f32",), [shape[0], self.hidden // 128])
+        if shape[0] == 0:
             return space.empty((0, self.hidden), "bf16")
-        num_slots = slots[0] * slots[1]
-        self._make_room(space, num_slots)
+        num_entries = shape[0] * shape[1]
+        self._make_room(space, num_entries)
         flat = space.to(topk_idx.reshape(-1), "i64")
-        # Empty slots last: rows that no expert counts.
+        # Empty entries last: rows that no expert counts.
         none = space.zeros((1,), "i64") + self.num_experts
         order = space.order(space.where((flat >= 0) & (flat < self.num_experts), flat, none))
         counts = space.count(flat, self.num_experts)
-        source = order // slots[1]
+        source = order // shape[1]
         batch = _core.ExpertBatch(
             _gather(space, x, source), counts, row_begin=space.begins(counts),
             x_scale=None if x_scale is None else _gather(space, x_scale, source),
         )
         resolved = self._recipe(recipe, "normal", space.is_e4m3(x), x_scale is not None)
         rows = _core.experts_grouped(
-            self._experts, batch, resolved, out=space.zeros((num_slots, self.hidden), "bf16")
+            self._experts, batch, resolved, out=space.zeros((num_entries, self.hidden), "bf16")
         )
-        place = space.zeros((num_slots,), "i64")
-        place[order] = space.to(space.arange(num_slots), "i64")
-        place = place.reshape(slots[0], slots[1])
-        total = space.zeros((slots[0], self.hidden), "f32")
-        for k in range(slots[1]):  # In order of slots, as combine sums.
+        position = space.zeros((num_entries,), "i64")
+        position[order] = space.to(space.arange(num_entries), "i64")
+        position = position.reshape(shape[0], shape[1])
+        total = space.zeros((shape[0], self.hidden), "f32")
+        for k in range(shape[1]):  # In order of entries, as combine sums.
             weight = space.where(topk_idx[:, k] >= 0, topk_weights[:, k], space.zeros((1,), "f32"))
-            total += weight[:, None] * space.float_of(rows[place[:, k]])
+            total += weight[:, None] * space.float_of(rows[position[:, k]])
         return space.bf16_of(total)
 
     def _make_room(self, space: Any, num_rows: int) -> None:
@@ -232,7 +232,7 @@ def w4a8_moe_grouped(
 
     x: [rows, H] bf16 or e4m3. x_scale: [rows, H / 128] float32, or None. topk_idx: [rows, num_topk],
     numbers of this rank's experts, -1 for others. topk_weights: float32, applied here, in order of
-    slots. No rows give bf16 [0, H].
+    entries. No rows give bf16 [0, H].
 
     Raises Error: invalid_argument naming the argument, unsupported naming the recipe.
     """

@@ -11,7 +11,7 @@ from ._config import Config
 from ._event import EventOverlap
 from ._low_latency import LowLatency, LowLatencyHandle
 from ._normal import Normal, NormalHandle
-from ._place import Place
+from ._rank_device import RankDevice
 
 _EXTRA = {
     # Of forks: name -> whether any value does no harm, else only None and False.
@@ -81,14 +81,14 @@ class Buffer:
         self.num_nvl_bytes, self.num_rdma_bytes = num_nvl_bytes, num_rdma_bytes
         self.low_latency_mode = low_latency_mode
         self.explicitly_destroy, self.enable_shrink = explicitly_destroy, enable_shrink
-        self._place = Place(self._transport, backend)
-        self._low_latency: Any = LowLatency(self._place)
-        self._normal: Any = Normal(self._place)
+        self._device = RankDevice(self._transport, backend)
+        self._low_latency: Any = LowLatency(self._device)
+        self._normal: Any = Normal(self._device)
         self._missing: set[int] = set()
 
     def destroy(self) -> None:
         """Lets go of all memory; not collective. Further calls are refused."""
-        self._low_latency = self._normal = self._transport = self._place = None
+        self._low_latency = self._normal = self._transport = self._device = None
 
     def _half(self, half: Any, operation: str) -> Any:
         if half is None:
@@ -172,7 +172,7 @@ class Buffer:
     ) -> tuple[Any, Any, LowLatencyHandle, EventOverlap, Callable[[], None] | None]:
         """(recv_x, recv_count, handle, event, hook).
 
-        x: [num_tokens, hidden] bfloat16. topk_idx: [num_tokens, num_topk], -1 for an empty slot.
+        x: [num_tokens, hidden] bfloat16. topk_idx: [num_tokens, num_topk], -1 for an empty entry.
         recv_x: bfloat16 [num_local_experts, num_ranks * num_max_dispatch_tokens_per_rank, hidden], or
         with use_fp8 the pair of e4m3 and scales [.., hidden / 128] float32 (use_ue8m0: [.., hidden /
         512] int32), rows densest. recv_count: [num_local_experts] int32.
@@ -250,7 +250,7 @@ class Buffer:
         new memory. Dispatches before it can no longer be combined."""
         self._half(self._low_latency, "low_latency_clean_mask_buffer")
         self._missing.clear()
-        self._low_latency, self._normal = LowLatency(self._place), Normal(self._place)
+        self._low_latency, self._normal = LowLatency(self._device), Normal(self._device)
 
     # --- Normal -----------------------------------------------------------------------------------
 

@@ -10,7 +10,7 @@ MOST = 2
 """Dispatches in flight; one more takes the place of the oldest."""
 
 
-class Lane:
+class DispatchQueue:
     """An exchange whose slots are handed out and taken back in the same order on every rank,
     whatever the callers keep alive."""
 
@@ -37,19 +37,19 @@ class Lane:
 class Flight:
     """One dispatch. Combining a second time, or after it had to make room, routes once more."""
 
-    def __init__(self, lane: Lane, num_tokens: int, topk_idx: Any, topk_weights: Any) -> None:
-        self.lane, self.num_tokens = lane, num_tokens
+    def __init__(self, queue: DispatchQueue, num_tokens: int, topk_idx: Any, topk_weights: Any) -> None:
+        self.queue, self.num_tokens = queue, num_tokens
         self.topk_idx, self.topk_weights = topk_idx, topk_weights
         self._dispatched: Any = None
         self.is_received = False
 
     def depart(self, x: Any, receive: bool) -> None:
-        self.lane.make_room(self)
+        self.queue.make_room(self)
         routing = _core.Routing(self.topk_idx, self.topk_weights)
         if receive:
-            self._dispatched = _core.dispatch(self.lane.exchange, x, routing)
+            self._dispatched = _core.dispatch(self.queue.exchange, x, routing)
         else:
-            self._dispatched = self.lane.exchange.dispatch_send(x, routing)
+            self._dispatched = self.queue.exchange.dispatch_send(x, routing)
         self.is_received = receive
 
     def _require_place(self) -> None:
@@ -98,9 +98,9 @@ class Flight:
 
     def _ready(self) -> None:
         if self._dispatched is None:
-            self.depart(self.lane.space.zeros((self.num_tokens, self.lane.hidden), "bf16"), True)
+            self.depart(self.queue.space.zeros((self.num_tokens, self.queue.hidden), "bf16"), True)
         self.receive()
 
     def _finish(self) -> None:
         self._dispatched = None
-        self.lane.landed(self)
+        self.queue.landed(self)

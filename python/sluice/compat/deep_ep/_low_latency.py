@@ -1,4 +1,4 @@
-"""The low-latency half of a Buffer: one Lane for each shape of call."""
+"""The low-latency half of a Buffer: one DispatchQueue for each shape of call."""
 
 from collections.abc import Callable
 from typing import Any
@@ -8,7 +8,7 @@ import numpy
 from ... import _core
 from ..._error import Error
 from .._arrays import check, space_of
-from ._flight import Lane
+from ._flight import DispatchQueue
 from ._waits import WaitStats
 
 _BF16 = _core.Recipe("direct-bf16").wire
@@ -47,7 +47,7 @@ class LowLatencyHandle:
 
 def _origins(flight: Any, max_tokens: int, transport: Any) -> tuple[Any, Any]:
     """src_info and layout_range, from the routing of all ranks."""
-    space, exchange = flight.lane.space, flight.lane.exchange
+    space, exchange = flight.queue.space, flight.queue.exchange
     if space.is_capturing():
         raise Error("invalid_argument", "handle: src_info and layout_range are exchanged by the hosts, "
                     "which a graph cannot capture")
@@ -86,15 +86,15 @@ def _once(body: Callable[[], None]) -> Callable[[], None]:
 class LowLatency:
     """Dispatch and combine in the masked layout."""
 
-    def __init__(self, place: Any) -> None:
-        self._place, transport = place, place.transport
+    def __init__(self, device: Any) -> None:
+        self._device, transport = device, device.transport
         self._num_ranks = transport.num_ranks
-        self._lanes: dict[tuple, Lane] = {}
+        self._queues: dict[tuple, DispatchQueue] = {}
 
-    def _lane(self, space: Any, max_tokens: int, num_experts: int, topk: int, hidden: int,
-              wire: str) -> Lane:
+    def _queue(self, space: Any, max_tokens: int, num_experts: int, topk: int, hidden: int,
+               wire: str) -> DispatchQueue:
         key = (max_tokens, num_experts, topk, hidden, wire)
-        if key not in self._lanes:
+        if key not in self._queues:
             if space.is_capturing():
                 raise Error(
                     "invalid_argument",
@@ -102,11 +102,11 @@ class LowLatency:
                     "cannot capture: call it once before the capture, on every rank",
                 )
             exchange = _core.Exchange(
-                self._place.transport, self._place.backend_for(space), num_experts=num_experts,
+                self._device.transport, self._device.backend_for(space), num_experts=num_experts,
                 num_topk=topk, hidden=hidden, max_tokens_per_rank=max_tokens, wire=wire,
             )
-            self._lanes[key] = Lane(exchange, space, hidden)
-        return self._lanes[key]
+            self._queues[key] = DispatchQueue(exchange, space, hidden)
+        return self._queues[key]
 
     def dispatch(self, x: Any, topk_idx: Any, max_tokens: int, num_experts: int, *,
                  use_fp8: bool, round_scale: bool, use_ue8m0: bool, with_hook: bool,
@@ -124,13 +124,13 @@ class LowLatency:
         if use_ue8m0 and hidden % 512 != 0:
             raise _wrong("x", "hidden a multiple of 512 for use_ue8m0", list(x.shape))
         wire = (_POWERS if round_scale else _GROUPS) if use_fp8 else _BF16
-        lane = self._lane(space, max_tokens, num_experts, topk, hidden, wire)
-        waits = WaitStats("dispatch_wait_recv_cost_stats", wait_stats, lane, self._num_ranks)
+        queue = self._queue(space, max_tokens, num_experts, topk, hidden, wire)
+        waits = WaitStats("dispatch_wait_recv_cost_stats", wait_stats, queue, self._num_ranks)
         weights = space.empty((num_tokens, topk), "f32")
         with waits.counting():
-            flight = lane.launch(space.bits(x), topk_idx, weights, receive=not with_hook)
+            flight = queue.launch(space.bits(x), topk_idx, weights, receive=not with_hook)
         received = _Received(flight, use_fp8, use_ue8m0, recv_stats, waits)
-        handle = LowLatencyHandle(self, flight, (max_tokens, hidden, num_experts), self._place.transport)
+        handle = LowLatencyHandle(self, flight, (max_tokens, hidden, num_experts), self._device.transport)
         if with_hook:
             return received.x, received.count, handle, _once(received.fill)
         received.fill()
@@ -139,10 +139,10 @@ class LowLatency:
     def combine(self, x: Any, topk_idx: Any, topk_weights: Any, handle: LowLatencyHandle, *,
                 zero_copy: bool, with_hook: bool, out: Any, wait_stats: Any) -> tuple[Any, Callable[[], None] | None]:
         flight = self._flight_of(handle)
-        space, slots = flight.lane.space, list(flight.topk_weights.shape)
-        check(space, "topk_idx", topk_idx, ("i64", "i32"), slots)
-        check(space, "topk_weights", topk_weights, ("f32",), slots)
-        waits = WaitStats("combine_wait_recv_cost_stats", wait_stats, flight.lane, self._num_ranks)
+        space, shape = flight.queue.space, list(flight.topk_weights.shape)
+        check(space, "topk_idx", topk_idx, ("i64", "i32"), shape)
+        check(space, "topk_weights", topk_weights, ("f32",), shape)
+        waits = WaitStats("combine_wait_recv_cost_stats", wait_stats, flight.queue, self._num_ranks)
         space.copy(flight.topk_weights, topk_weights)
         if zero_copy:
             rows = flight.expert_y() if space.on_device else handle.buffer
@@ -150,7 +150,7 @@ class LowLatency:
                 raise Error("invalid_argument", "zero_copy: write to the array of "
                             "get_next_low_latency_combine_buffer(handle) first")
         else:
-            exchange = flight.lane.exchange
+            exchange = flight.queue.exchange
             check(space, "x", x, ("bf16",), [exchange.num_local_experts, exchange.max_m, handle.sizes[1]])
             rows = space.bits(x)
         y = space.empty((flight.num_tokens, handle.sizes[1]), "bf16") if out is None else out
@@ -178,9 +178,9 @@ class LowLatency:
         flight = self._flight_of(handle)
         rows = flight.expert_y()
         if rows is None:
-            lane = flight.lane
-            shape = (lane.exchange.num_local_experts, lane.exchange.max_m, handle.sizes[1])
-            rows = handle.buffer = lane.space.zeros(shape, "bf16")
+            queue = flight.queue
+            shape = (queue.exchange.num_local_experts, queue.exchange.max_m, handle.sizes[1])
+            rows = handle.buffer = queue.space.zeros(shape, "bf16")
         return rows
 
 
@@ -192,9 +192,9 @@ class _Received:
 
     def __init__(self, flight: Any, use_fp8: bool, use_ue8m0: bool, stats: Any, waits: WaitStats) -> None:
         self._flight, self._ue8m0, self._stats, self._waits = flight, use_ue8m0, stats, waits
-        self._space = space = flight.lane.space
-        exchange = flight.lane.exchange
-        num_local, max_m, hidden = exchange.num_local_experts, exchange.max_m, flight.lane.hidden
+        self._space = space = flight.queue.space
+        exchange = flight.queue.exchange
+        num_local, max_m, hidden = exchange.num_local_experts, exchange.max_m, flight.queue.hidden
         if space.on_device:
             batch = flight.batch
             self._rows, self.count = batch.x, batch.num_rows

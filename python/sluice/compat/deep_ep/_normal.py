@@ -15,7 +15,7 @@ from typing import Any
 from ... import _core
 from ..._error import Error
 from .._arrays import check, check_numbers, space_of
-from ._flight import Flight, Lane
+from ._flight import DispatchQueue, Flight
 
 _MOST_RANKS = 32
 _ATTACHED = 128
@@ -39,10 +39,10 @@ class NormalHandle:
 class Normal:
     """Dispatch and combine of rows."""
 
-    def __init__(self, place: Any) -> None:
-        self._place, transport = place, place.transport
+    def __init__(self, device: Any) -> None:
+        self._device, transport = device, device.transport
         self._rank, self._num_ranks = transport.rank, transport.num_ranks
-        self._lanes: dict[tuple[int, str], Lane] = {}
+        self._queues: dict[tuple[int, str], DispatchQueue] = {}
         self._capacity = 0
 
     def layout(self, topk_idx: Any, num_experts: int) -> tuple[Any, Any, Any]:
@@ -74,12 +74,12 @@ class Normal:
         check(space, "is_token_in_rank", in_rank, ("bool",), [num_tokens, self._num_ranks])
         topk = self._check_routing(space, topk_idx, topk_weights, num_tokens, num_experts)
         self._grow(space, num_tokens, hidden, topk, num_scales, capacity, worst)
-        slots = space.where(in_rank, space.arange(self._num_ranks), space.arange(1) - 1)
-        slots = space.to(slots, "i32")
-        flight, rows, count = self._send(space, x, slots, worst)
+        rank_idx = space.where(in_rank, space.arange(self._num_ranks), space.arange(1) - 1)
+        rank_idx = space.to(rank_idx, "i32")
+        flight, rows, count = self._send(space, x, rank_idx, worst)
         got_scale = idx = weights = None
         if topk or num_scales:
-            extra = self._send_attached(space, topk_idx, topk_weights, scale, slots, len(rows))
+            extra = self._send_attached(space, topk_idx, topk_weights, scale, rank_idx, len(rows))
             idx, weights = self._detach(space, extra, count, topk, num_experts) if topk else (None, None)
             got_scale = _scales(space, extra, scale)
         return rows, got_scale, idx, weights, NormalHandle(self, flight, len(rows), topk)
@@ -87,33 +87,33 @@ class Normal:
     def again(self, x: Any, scale: Any, handle: NormalHandle) -> tuple[Any, Any]:
         """Other values over the routes of an earlier dispatch."""
         before = self._flight_of(handle)
-        space = before.lane.space
+        space = before.queue.space
         _num_scales(space, x, scale)
         if int(x.shape[0]) != before.num_tokens:
             raise Error("invalid_argument", f"x: expected {before.num_tokens} tokens, as in "
                         f"the handle's dispatch, got {x.shape[0]}")
         before.abandon()
-        slots, got_scale = before.topk_idx, None
-        handle.flight, rows, _ = self._send(space, x, slots, handle.num_rows)
+        rank_idx, got_scale = before.topk_idx, None
+        handle.flight, rows, _ = self._send(space, x, rank_idx, handle.num_rows)
         if scale is not None:
-            extra = self._send_attached(space, None, None, scale, slots, handle.num_rows)
+            extra = self._send_attached(space, None, None, scale, rank_idx, handle.num_rows)
             got_scale = _scales(space, extra, scale)
         return rows, got_scale
 
     def combine(self, x: Any, handle: NormalHandle, biases: tuple) -> Any:
         flight = self._flight_of(handle)
-        lane, space = flight.lane, flight.lane.space
-        check(space, "x", x, ("bf16",), [handle.num_rows, lane.hidden])
+        queue, space = flight.queue, flight.queue.space
+        check(space, "x", x, ("bf16",), [handle.num_rows, queue.hidden])
         if len(biases) > 2:
             raise Error("invalid_argument", f"bias: expected one or two arrays, got {len(biases)}")
         for bias in biases:
-            check(space, "bias", bias, ("bf16",), [flight.num_tokens, lane.hidden])
+            check(space, "bias", bias, ("bf16",), [flight.num_tokens, queue.hidden])
         rows = flight.expert_y()
         if rows is None:
-            rows = space.zeros((1, lane.exchange.max_m, lane.hidden), "bf16")
-        held = min(handle.num_rows, lane.exchange.max_m)
+            rows = space.zeros((1, queue.exchange.max_m, queue.hidden), "bf16")
+        held = min(handle.num_rows, queue.exchange.max_m)
         space.copy(rows[0, :held], space.bits(x)[:held])
-        y = space.empty((flight.num_tokens, lane.hidden), "bf16")
+        y = space.empty((flight.num_tokens, queue.hidden), "bf16")
         flight.combine(rows, y)
         if not biases:
             return y
@@ -123,19 +123,19 @@ class Normal:
         return space.bf16_of(space.float_of(y) + total)
 
     def combine_weights(self, weights: Any, handle: NormalHandle) -> Any:
-        """Sums over ranks of a weight for each row and slot, [num_tokens, topk] float32.
+        """Sums over ranks of a weight for each row and top-k entry, [num_tokens, topk] float32.
 
         Exact where one rank's weight is not 0, as dispatch gives them: a float32 is the sum of three
         bf16, which cross as a row.
         """
-        space, topk = self._flight_of(handle).lane.space, handle.topk
+        space, topk = self._flight_of(handle).queue.space, handle.topk
         if topk == 0:
             raise Error("invalid_argument", "combine: topk_weights for a dispatch without topk_idx")
         check(space, "topk_weights", weights, ("f32",), [handle.num_rows, topk])
-        num_tokens, slots = handle.flight.num_tokens, handle.flight.topk_idx
-        extra, _, _ = self._send(space, space.zeros((num_tokens, _ATTACHED), "bf16"), slots,
+        num_tokens, rank_idx = handle.flight.num_tokens, handle.flight.topk_idx
+        extra, _, _ = self._send(space, space.zeros((num_tokens, _ATTACHED), "bf16"), rank_idx,
                                  handle.num_rows)
-        rows = space.zeros((1, extra.lane.exchange.max_m, _ATTACHED), "bf16")
+        rows = space.zeros((1, extra.queue.exchange.max_m, _ATTACHED), "bf16")
         held = min(handle.num_rows, rows.shape[1])
         rest = weights[:held]
         for part in range(3):
@@ -178,7 +178,7 @@ class Normal:
         record = struct.Struct("<6q")
         everyone = [
             record.unpack(r)
-            for r in self._place.transport.all_gather(
+            for r in self._device.transport.all_gather(
                 record.pack(num_tokens, hidden, topk, capacity, worst, num_scales)
             )
         ]
@@ -194,33 +194,33 @@ class Normal:
         needed = max(max(r[0], r[3], 1) for r in everyone)
         if needed > self._capacity:
             self._capacity = 1 << (needed - 1).bit_length()
-            self._lanes.clear()
-        self._lane(space, hidden, _POWERS if num_scales else _BF16)
+            self._queues.clear()
+        self._queue(space, hidden, _POWERS if num_scales else _BF16)
         if topk or num_scales:
-            self._lane(space, _width_attached(num_scales))
+            self._queue(space, _width_attached(num_scales))
         if topk:
-            self._lane(space, _ATTACHED)
+            self._queue(space, _ATTACHED)
 
-    def _lane(self, space: Any, hidden: int, wire: str = _BF16) -> Lane:
+    def _queue(self, space: Any, hidden: int, wire: str = _BF16) -> DispatchQueue:
         key = hidden, wire
-        if key not in self._lanes:
+        if key not in self._queues:
             if self._num_ranks > _MOST_RANKS:
                 raise Error("unsupported", f"dispatch: {self._num_ranks} ranks, at most {_MOST_RANKS}")
             exchange = _core.Exchange(
-                self._place.transport, self._place.backend_for(space), num_experts=self._num_ranks,
+                self._device.transport, self._device.backend_for(space), num_experts=self._num_ranks,
                 num_topk=self._num_ranks, hidden=hidden, max_tokens_per_rank=self._capacity,
                 wire=wire,
             )
-            self._lanes[key] = Lane(exchange, space, hidden)
-        return self._lanes[key]
+            self._queues[key] = DispatchQueue(exchange, space, hidden)
+        return self._queues[key]
 
-    def _send(self, space: Any, x: Any, slots: Any, num_rows: int) -> tuple[Flight, Any, Any]:
+    def _send(self, space: Any, x: Any, rank_idx: Any, num_rows: int) -> tuple[Flight, Any, Any]:
         """The rows that came, as many as come or num_rows, of x's type; and their number [1]."""
         as_e4m3, hidden = space.is_e4m3(x), int(x.shape[1])
-        lane = self._lane(space, hidden, _POWERS if as_e4m3 else _BF16)
-        ones = space.zeros(tuple(slots.shape), "f32") + 1
+        queue = self._queue(space, hidden, _POWERS if as_e4m3 else _BF16)
+        ones = space.zeros(tuple(rank_idx.shape), "f32") + 1
         sent = space.bf16_of_e4m3(x) if as_e4m3 else space.bits(x)
-        flight = lane.launch(sent, slots, ones, receive=True)
+        flight = queue.launch(sent, rank_idx, ones, receive=True)
         batch = flight.batch
         if num_rows == 0:
             num_rows = int(batch.num_rows[0])  # Waits for the device.
@@ -228,17 +228,17 @@ class Normal:
         held = min(num_rows, batch.x.shape[1])
         if as_e4m3 and held:
             # The scale is a power of two, so that this undoes the sender's.
-            _core.requantize(self._place.backend_for(space), batch.x[0, :held], batch.x_scale[0, :held],
+            _core.requantize(self._device.backend_for(space), batch.x[0, :held], batch.x_scale[0, :held],
                              1.0, out=rows[:held])
         elif held:
             space.copy(rows[:held], batch.x[0, :held])
         return flight, (rows.view(x.dtype) if rows.dtype != x.dtype else rows), batch.num_rows
 
-    def _send_attached(self, space: Any, topk_idx: Any, topk_weights: Any, scale: Any, slots: Any,
+    def _send_attached(self, space: Any, topk_idx: Any, topk_weights: Any, scale: Any, rank_idx: Any,
                        num_rows: int) -> Any:
         """What belongs to the rows that came, [num_rows, ..] int32: numbers, weights, scales."""
         num_scales = 0 if scale is None else int(scale.shape[1])
-        attached = space.zeros((int(slots.shape[0]), _width_attached(num_scales) // 2), "i32")
+        attached = space.zeros((int(rank_idx.shape[0]), _width_attached(num_scales) // 2), "i32")
         if topk_idx is not None:
             topk = topk_idx.shape[1]
             attached[:, :topk] = space.to(topk_idx, "i32")
@@ -246,7 +246,7 @@ class Normal:
                 space.view(attached, "f32")[:, 32 : 32 + topk] = topk_weights
         if scale is not None:
             attached[:, 64 : 64 + num_scales] = space.view(scale, "i32")
-        flight, rows, _ = self._send(space, space.view(attached, "bf16"), slots, num_rows)
+        flight, rows, _ = self._send(space, space.view(attached, "bf16"), rank_idx, num_rows)
         flight.abandon()
         return space.view(rows, "i32")
 

@@ -16,19 +16,19 @@ class WaitStats:
     stream before and after, so this is for looking for a slow rank, not for every call.
     """
 
-    def __init__(self, name: str, array: Any, lane: Any, num_ranks: int) -> None:
-        self._array, self._lane = array, lane
+    def __init__(self, name: str, array: Any, queue: Any, num_ranks: int) -> None:
+        self._array, self._queue = array, queue
         if array is None:
             return
-        space = lane.space
+        space = queue.space
         check(space, name, array, ("i64",), [num_ranks])
         if space.is_capturing():
             raise Error("invalid_argument", f"{name}: the host reads what was waited, which a graph "
                         "cannot capture: leave it out of the capture")
 
     def _waited(self) -> list[int]:
-        self._lane.space.synchronize()
-        return self._lane.exchange.counters()["wait_ns"]
+        self._queue.space.synchronize()
+        return self._queue.exchange.counters()["wait_ns"]
 
     @contextmanager
     def counting(self) -> Iterator[None]:
@@ -38,4 +38,4 @@ class WaitStats:
         before = self._waited()
         yield
         added = [after - b for after, b in zip(self._waited(), before)]
-        self._array += self._lane.space.of_list(added, "i64")
+        self._array += self._queue.space.of_list(added, "i64")

@@ -15,7 +15,7 @@ def _device(space: Any) -> tuple[str, str]:
     return f"cuda:{index}", str(torch.cuda.get_device_properties(index).uuid)
 
 
-class Place:
+class RankDevice:
     """A transport, and a backend with this rank's share of what it has in common with others."""
 
     def __init__(self, transport: Any, backend: Any = None) -> None:
