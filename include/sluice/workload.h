@@ -18,9 +18,9 @@ namespace sluice {
 enum class RoutingKind {
   kUniform,     ///< num_topk distinct experts, all equally likely.
   kZipf,        ///< Distinct experts, popularity ~ 1 / (rank + 1), in a seeded order.
-  kOneExpert,   ///< Slot 0 of every token is expert 0, the other slots are empty.
+  kOneExpert,   ///< Entry 0 of every token is expert 0, the others are empty.
   kDeadExpert,  ///< As kUniform, but the last expert is never chosen.
-  kOneHot,      ///< Slot 0 is any expert, equally likely, with weight 1; the other slots are empty.
+  kOneHot,      ///< Entry 0 is any expert, equally likely, with weight 1; the others are empty.
 };
 
 enum class InputKind {

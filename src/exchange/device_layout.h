@@ -35,7 +35,7 @@ struct DeviceLayout {
   std::size_t payload_bytes = 0;  ///< One row without scales.
   std::size_t scale_bytes = 0;    ///< One row's scales.
   // Memory of one slot that only its own rank uses.
-  std::size_t slot_row_bytes = 0;  ///< [T, k] i64: where each slot's row went.
+  std::size_t slot_row_bytes = 0;  ///< [T, k] i64: where each entry's row went.
   std::size_t rows_bytes = 0;      ///< row_begin [L] i64, num_rows [L] i32.
 
   int num_slots = 1, num_local_experts = 1;

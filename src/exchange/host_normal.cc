@@ -66,7 +66,7 @@ class HostNormal final : public HostExchange {
     return reinterpret_cast<const T*>(protocol_.local(route.use) + offset);
   }
 
-  /// Calls body(copy, source, slot, local expert) in order of (source, token, slot).
+  /// Calls body(copy, source, entry, local expert) in order of (source, token, entry).
   template <class Body>
   void for_each_row(const HostRoute& route, const Body& body) {
     const HostLayout& layout = protocol_.layout();

@@ -27,7 +27,7 @@ constexpr int kMaxTopk = 32;
 constexpr int kRowsInFlight = 8;
 
 struct Rows {
-  const std::uint8_t* at[kTokens * kMaxTopk];  // Row, or null for an empty slot.
+  const std::uint8_t* at[kTokens * kMaxTopk];  // Row, or null for an empty entry.
   float weight[kTokens * kMaxTopk];
 };
 
@@ -70,9 +70,9 @@ __device__ uint4 sum_rows(const Rows& rows, int first, int num_topk, int offset,
 __device__ void find_rows(const SlotParams& p, const CombineParams& c, int first, int count,
                           Rows& rows, int* returned) {
   for (int i = static_cast<int>(threadIdx.x); i < count * p.num_topk; i += kThreads) {
-    const std::int64_t slot = std::int64_t{first} * p.num_topk + i;
-    const std::int64_t at = p.slot_row[slot];
-    rows.weight[i] = c.weights[slot];
+    const std::int64_t entry = std::int64_t{first} * p.num_topk + i;
+    const std::int64_t at = p.slot_row[entry];
+    rows.weight[i] = c.weights[entry];
     rows.at[i] = nullptr;
     if (at >= 0) {
       const int peer = static_cast<int>(at >> 32);

@@ -20,7 +20,7 @@ inline constexpr int kMaxPayloadBytes = 80 * 1024;
 
 enum FaultKind : int {
   kNoFault = 0,
-  kBadIndex,      // where = slot, value = topk_idx
+  kBadIndex,      // where = top-k entry, value = topk_idx
   kOverCapacity,  // where = expert, count = rows, value = max_m
   kPeerMissing,   // missing, expected, seen
   kOutOfStep,     // missing = the ranks whose flag is of a later epoch, expected, seen
@@ -101,7 +101,7 @@ struct CombineParams {
   bool send = false;           // First tell every rank that this one's expert_y is complete.
 };
 
-/// y[t] = factor * sum_k weight[t, k] * expert_y(row of slot k), rows read where they were made.
+/// y[t] = factor * sum_k weight[t, k] * expert_y(row of entry k), rows read where they were made.
 void launch_combine(const SlotParams& slot, const CombineParams& combine, int num_ctas,
                     void* stream);
 

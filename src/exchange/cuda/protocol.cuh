@@ -106,12 +106,13 @@ inline void prefer_shared_memory(const void* kernel) {
                                          cudaSharedmemCarveoutMaxShared));
 }
 
-/// Expert of one top-k slot, or -1 for an empty one. What is out of range is recorded and empty.
-__device__ inline int expert_of(const SlotParams& p, const DispatchParams& d, int slot) {
-  const long long e = d.wide_idx ? static_cast<const std::int64_t*>(d.topk_idx)[slot]
-                                 : static_cast<const std::int32_t*>(d.topk_idx)[slot];
+/// Expert of one top-k entry, or -1 for an empty one. One out of range is recorded and taken as
+/// empty.
+__device__ inline int expert_of(const SlotParams& p, const DispatchParams& d, int entry) {
+  const long long e = d.wide_idx ? static_cast<const std::int64_t*>(d.topk_idx)[entry]
+                                 : static_cast<const std::int32_t*>(d.topk_idx)[entry];
   if (e >= -1 && e < p.num_experts) return static_cast<int>(e);
-  record_fault(p, kRefusal, {.kind = kBadIndex, .where = slot, .value = e});
+  record_fault(p, kRefusal, {.kind = kBadIndex, .where = entry, .value = e});
   return -1;
 }
 

@@ -1,5 +1,5 @@
-// route.cuh - which row each slot gets: counts of all ranks, first rows of all experts, then one
-// slot after another.
+// route.cuh - which row each top-k entry gets: counts of all ranks, first rows of all experts, then
+// one entry after another.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -102,7 +102,7 @@ __device__ inline void place_contiguous(const SlotParams& p, const int* total, i
 }
 
 /// With every rank's counts: total[e] becomes the sum over ranks, next[e] the row of this CTA's
-/// first slot with expert e. All threads get the same answer.
+/// first entry with expert e. All threads get the same answer.
 __device__ inline Placement place_experts(const SlotParams& p, std::uint64_t epoch, int* total,
                                           int* next) {
   const unsigned long long missing = gather_counts(p, epoch, total, next);
@@ -129,7 +129,8 @@ __device__ inline Placement place_experts(const SlotParams& p, std::uint64_t epo
   return Placement::kPlaced;
 }
 
-/// One warp gives the slots [first, first + count) their rows, in order. `expert`: theirs, or null.
+/// One warp gives the entries [first, first + count) their rows, in order. `expert`: theirs, or
+/// null.
 __device__ inline void assign_rows(const SlotParams& p, const DispatchParams& d, int first,
                                    int count, const int* expert, int* next, std::int64_t* place) {
   const int lane = static_cast<int>(threadIdx.x) % 32;
