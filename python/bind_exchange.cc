@@ -167,7 +167,7 @@ void bind_routing(nb::module_& m) {
                                  .weights = std::move(weights)};
           },
           "topk_idx"_a, "topk_weights"_a,
-          "topk_idx: [num_tokens, num_topk] int32 or int64; -1 leaves a slot empty.\n"
+          "topk_idx: [num_tokens, num_topk] int32 or int64; -1 leaves an entry empty.\n"
           "topk_weights: [num_tokens, num_topk] float32, used as given.\n\n"
           "Raises Error: invalid_argument.")
       .def_ro("topk_idx", &PyRouting::idx_object, "As given.")

@@ -12,7 +12,7 @@
 // the Exchange: up to `num_in_flight` layers may be between dispatch and combine at once.
 //
 // Rank r owns experts [r * num_local_experts, (r + 1) * num_local_experts). A *row* is one token's
-// copy for one expert. Within an expert, rows are ordered by (source rank, token, slot), by prefix
+// copy for one expert. Within an expert, rows are ordered by (source rank, token, k), by prefix
 // sums: the same inputs give the same bytes in the same rows, every time, on every transport.
 #pragma once
 
@@ -36,7 +36,7 @@ struct ExchangeConfig {
   Mode mode = Mode::kLowLatency;
   WireFormat wire = WireFormat::kE4m3Group;
   int num_experts = 0;          ///< Over all ranks. Multiple of num_ranks.
-  int num_topk = 0;             ///< Slots per token, 1 .. 32.
+  int num_topk = 0;             ///< Experts per token, 1 .. 32.
   int hidden = 0;               ///< Elements per token. Multiple of 128.
   int max_tokens_per_rank = 0;  ///< Largest num_tokens of any dispatch().
   /// Low-latency: rows reserved per local expert; 0 = num_ranks * max_tokens_per_rank, which no
@@ -53,7 +53,7 @@ struct ExchangeConfig {
 /// The router's choice for each token. Read during dispatch() and again by combine(): the caller
 /// keeps the memory unchanged until combine() has run.
 struct Routing {
-  TensorView topk_idx;      ///< [num_tokens, num_topk] int32 or int64; -1 leaves a slot empty.
+  TensorView topk_idx;      ///< [num_tokens, num_topk] int32 or int64; -1 leaves an entry empty.
   TensorView topk_weights;  ///< [num_tokens, num_topk] float32; used as given.
 };
 
@@ -138,11 +138,11 @@ class Exchange {
   /// Quantizes `x` to the wire format and sends each token to its experts' ranks.
   ///
   /// x:       [num_tokens, hidden] bf16, num_tokens <= max_tokens_per_rank; 0 is fine.
-  /// static_scale: s1 of the layer, for WireFormat::kE4m3Static; 0 for the other formats. It
-  /// belongs
-  ///          to the dispatch because layers that share an exchange have scales of their own. It is
-  ///          not sent: whoever reads the rows knows the layer and its s1. Every rank gives the
-  ///          same value; the exchange does not compare them, Engine does when it makes a layer.
+  /// static_scale: s1 of the layer, for WireFormat::kE4m3Static; 0 for the other formats.
+  ///          It belongs to the dispatch because layers that share an exchange have scales of their
+  ///          own. It is not sent: whoever reads the rows knows the layer and its s1. Every rank
+  ///          gives the same value. The exchange does not compare them; Engine does when it makes
+  ///          a layer.
   /// Stream:  asynchronous on CUDA; the batch may be read by later work on `stream`. No allocation
   ///          and no host synchronization: may be captured in a CUDA graph and replayed, also
   ///          interleaved with other graphs of this exchange, in the same order on every rank.
@@ -153,9 +153,9 @@ class Exchange {
   [[nodiscard]] Dispatched dispatch(TensorView x, const Routing& routing, Stream stream,
                                     float static_scale = 0);
 
-  /// y[t] = routed_scaling_factor * sum_k topk_weights[t, k] * expert_y(row of t at topk_idx[t,
-  /// k]), added in float32 in order of k, then rounded to bf16 once: the same bits on every run and
-  /// for any number of ranks. A token with no expert gives a row of zeros.
+  /// y[t] = routed_scaling_factor * sum_k topk_weights[t, k] * expert_y(row of t at topk_idx[t, k])
+  /// It is added in float32 in order of k, then rounded to bf16 once: the same bits on every run
+  /// and for any number of ranks. A token with no expert gives a row of zeros.
   ///
   /// expert_y: [num_local_experts, max_m, hidden] or [max_rows, hidden] bf16, rows as batch().x.
   /// y:        [num_tokens, hidden] bf16.

@@ -315,7 +315,7 @@ class Routing:
 
     def __init__(self, topk_idx: sluice._array.Array, topk_weights: sluice._array.Array) -> None:
         """
-        topk_idx: [num_tokens, num_topk] int32 or int64; -1 leaves a slot empty.
+        topk_idx: [num_tokens, num_topk] int32 or int64; -1 leaves an entry empty.
         topk_weights: [num_tokens, num_topk] float32, used as given.
 
         Raises Error: invalid_argument.
