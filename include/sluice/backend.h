@@ -60,9 +60,9 @@ class Backend {
 /// Devices of this kind that the process sees: 1 for the host, 0 without CUDA.
 [[nodiscard]] int num_devices(Device::Kind kind) noexcept;
 
-/// Where rank `local_rank` of the `num_local_ranks` of this machine works if they spread evenly
-/// over its first `devices` devices, 0 = all: neighbours on different ones, as many as there are
-/// ranks. Throws: kInvalidArgument naming the number and the limit.
+/// The device of rank `local_rank`, and its share of it, if this machine's `num_local_ranks` ranks
+/// spread evenly over its first `devices` devices (0 = all). Rank i gets device i modulo their
+/// number. Throws: kInvalidArgument naming the number and the limit.
 [[nodiscard]] BackendConfig place_rank(Device::Kind kind, int local_rank, int num_local_ranks,
                                        int devices = 0);
 

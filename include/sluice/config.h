@@ -18,7 +18,7 @@ struct Environment {
 /// Throws: kInvalidArgument naming the variable, its value and what it may be.
 [[nodiscard]] Environment read_environment();
 
-/// This process's place in a job of one process per rank.
+/// Which rank this process is in a job of one process per rank.
 struct JobPlace {
   int rank = 0, num_ranks = 1;
   int num_ranks_on_host = 1;
@@ -26,7 +26,7 @@ struct JobPlace {
   std::string secret;  ///< What they prove to each other. SLUICE_SECRET, or else `job`.
 };
 
-/// The first launcher that has left its mark: sluice (SLUICE_RANK, SLUICE_WORLD_SIZE, SLUICE_JOB),
+/// The first launcher whose variables are set: sluice (SLUICE_RANK, SLUICE_WORLD_SIZE, SLUICE_JOB),
 /// torchrun (RANK, WORLD_SIZE, LOCAL_WORLD_SIZE, MASTER_ADDR, MASTER_PORT), mpirun
 /// (OMPI_COMM_WORLD_*, OMPI_MCA_ess_base_jobid) or srun (SLURM_*). Nothing if there was none.
 /// Throws: kInvalidArgument naming the variable, its value and what it may be.

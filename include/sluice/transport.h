@@ -79,7 +79,7 @@ class Transport {
 
   /// Collective: gives `mine`, a device allocation of `bytes` bytes, to the other ranks and returns
   /// every rank's, ordered by rank, at addresses that this rank's device can use. The memory lives
-  /// until the last rank has let go of it.
+  /// until the last rank has dropped its pointer to it.
   /// Throws: kUnsupported if this transport cannot reach device memory; kTransport, kPeerTimeout.
   [[nodiscard]] virtual std::vector<std::shared_ptr<std::byte>> share_device_memory(
       std::shared_ptr<std::byte> mine, std::size_t bytes, std::chrono::milliseconds timeout);
@@ -87,8 +87,8 @@ class Transport {
   [[nodiscard]] virtual TransportCounters counters() const = 0;
 };
 
-/// Ranks as threads of this process. Element r belongs to rank r; the set may be used from
-/// different threads, one per rank, and outlives none of its windows.
+/// Ranks as threads of this process. Element r belongs to rank r, whose thread alone uses it.
+/// A window may outlive the transport that made it.
 [[nodiscard]] std::vector<std::unique_ptr<Transport>> make_inproc_transports(int num_ranks);
 
 /// Ranks as the first `num_ranks` processes of an MPI job, 0 = all of them; null on the others. The
