@@ -25,13 +25,15 @@ MODULES = [
     ("device handles", "src/transport/device.cuh", ("public", "core"),                    ("cuda", "nvshmem")),
     ("device memory",  "src/transport/ipc_device", ("public", "core"),                    ("cuda",)),
     ("transport",      "src/transport/",       ("public", "core", "device handles", "device memory"), ("posix",)),
-    ("ops",            "src/backend/ops.h",    ("public", "core", "quant"),               ()),
-    ("cpu backend",    "src/backend/cpu/",     ("public", "core", "quant", "ops"),        ("posix", "hwy/", "simd")),
+    # What rows are: values that kernels take as arguments.
+    ("rows",           "src/backend/rows.h",   ("public",),                               ()),
+    ("ops",            "src/backend/ops.h",    ("public", "core", "quant", "rows"),       ()),
+    ("cpu backend",    "src/backend/cpu/",     ("public", "core", "quant", "rows", "ops"),        ("posix", "hwy/", "simd")),
     ("ptx",            "src/backend/cuda/ptx/", ("public", "core"),                       ("cuda",)),
     # What every CUDA file needs: error macro, formats as device functions.
     ("cuda support",   "src/backend/cuda/check.h",    ("public",),                        ("cuda",)),
     ("cuda formats",   "src/backend/cuda/swiglu.cuh", ("ptx",),                           ("cuda",)),
-    ("cuda backend",   "src/backend/cuda/",    ("public", "core", "quant", "ops", "ptx", "device handles",
+    ("cuda backend",   "src/backend/cuda/",    ("public", "core", "quant", "rows", "ops", "ptx", "device handles",
                                                 "cuda support", "cuda formats"),
                                                                                           ("cuda", "cute/", "cutlass/")),
     # The factory: the one place that names concrete backends.
@@ -52,6 +54,10 @@ MODULES = [
 ]
 # Tests may include anything but the engine's own files, which nothing may.
 CLOSED = {"engine"}
+# A type is found by its name: these folders define each one once, in whatever namespace.
+TYPE_FOLDERS = ("include/", "src/")
+TYPE = re.compile(r"(?:template\s*<.*>\s*)?(?:struct|class|union|enum(?:\s+class|\s+struct)?)\s+"
+                  r"(?:alignas\([^)]*\)\s*|\[\[[^\]]*\]\]\s*)*(\w+)\s*(?:final\s*)?(?::(?!:)|\{)")
 # Third-party headers that belong to exactly one file.
 ONLY_IN = {
     "mpi.h": ("src/transport/mpi_link.cc",),
@@ -96,6 +102,7 @@ class Scan:
     def __init__(self, root):
         self.root = Path(root)
         self.violations = []
+        self.types = {}  # name -> where it is defined
         self.long_files = []
 
     def report(self, path, line, rule, text):
@@ -165,6 +172,14 @@ class Scan:
         if Path(path).suffix in (".h", ".cuh", ".hpp") and not path.endswith("-inl.h") and "#pragma once" not in text:
             self.report(path, 1, "header", "no #pragma once")
 
+    def check_types(self, path, text):
+        """Types at namespace scope, which stands at the first column; nested ones are not looked at."""
+        for number, line in enumerate(text.splitlines(), 1):
+            if match := TYPE.match(line):
+                first = self.types.setdefault(match.group(1), f"{path}:{number}")
+                if first != f"{path}:{number}":
+                    self.report(path, number, "types", f"{match.group(1)} is also defined in {first}")
+
     def check_sizes(self, path, text):
         lines = text.count("\n")
         soft = SOFT_LIMIT_HEADER if path.endswith((".h", ".cuh")) else SOFT_LIMIT
@@ -194,6 +209,8 @@ class Scan:
                 text = data.decode("utf-8", "replace")
                 self.check_source(path, text)
                 self.check_sizes(path, text)
+                if path.startswith(TYPE_FOLDERS):
+                    self.check_types(path, text)
         self.check_names()
         return len(sources)
 

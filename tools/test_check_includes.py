@@ -99,6 +99,17 @@ class Planted(unittest.TestCase):
         self.assertEqual(len(found), 1)
         self.assertIn("two headers are called fail.h", found[0])
 
+    def test_type_names(self):
+        one = "namespace a {\nstruct Rows {\n  int n;\n};\n}\n"
+        for other in ("namespace b {\nclass Rows final : public Base {};\n}\n",
+                      "namespace {\nenum class Rows : int { kAll };\n}\n",
+                      "template <class T>\nstruct alignas(64) Rows {};\n"):
+            found = scan({"src/core/one.cc": one, "src/quant/two.cc": other}).violations
+            self.assertEqual(len(found), 1, other)
+            self.assertIn("types: Rows is also defined in src/core/one.cc:2", found[0])
+        for same in ("struct Rows;\n", "struct Rows::Impl {};\n", "struct Other {\n  struct Rows {};\n};\n"):
+            self.assertEqual(scan({"src/core/one.cc": one, "src/quant/two.cc": same}).violations, [])
+
     def test_pragma_once(self):
         self.expect("header", "src/core/bare.h", "int x;\n")
 

@@ -127,14 +127,13 @@ struct Bench {
     const int sets = kPool / experts;
     const std::size_t gu = packed_expert_bytes(w.gate_up().shape) * experts;
     const std::size_t dn = packed_expert_bytes(w.down().shape) * experts;
-    const ExpertRows rows{.num_experts = experts,
-                          .num_rows = num_rows.data,
-                          .max_m = kMaxM,
-                          .total_rows = std::int64_t{experts} * kMaxM};
+    const RowRanges rows{.num_experts = experts,
+                         .count = num_rows.data,
+                         .max_rows = std::int64_t{experts} * kMaxM,
+                         .max_rows_per_expert = kMaxM};
     const ConfigChoice choice{.config = config, .num_ctas = 132, .reason = ""};
-    const Activation in{x.data, is_static ? nullptr : x_scale.data, 0.002f};
-    const HiddenBuffer hidden{h.data, is_static ? nullptr : h_scale.data, 0.5f};
-    const Activation hidden_in{h.data, hidden.scale, 0.5f};
+    const Fp8RowsView in{x.data, is_static ? nullptr : x_scale.data, 0.002f, kHidden};
+    const Fp8Rows hidden{h.data, is_static ? nullptr : h_scale.data, 0.5f, kIntermediate};
     long long total = 0, active = 0;
     for (int c : counts) total += c, active += c > 0;
     const int per_graph = total > 4096 ? 2 : 8, replays = total > 4096 ? 7 : 15;
@@ -159,7 +158,7 @@ struct Bench {
       } else {
         launch_grouped_gemm({.weights = b,
                              .rows = rows,
-                             .x = hidden_in,
+                             .x = hidden,
                              .y = y.data,
                              .sync = sync.data,
                              .config = choice},

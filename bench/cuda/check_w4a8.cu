@@ -107,16 +107,15 @@ struct Device {
   Buffer<std::int64_t> row_offset;
 };
 
-Outputs run(const Case& c, const Weights& w, Device& d, const ExpertRows& rows, KernelConfig config,
+Outputs run(const Case& c, const Weights& w, Device& d, const RowRanges& rows, KernelConfig config,
             bool in_one_kernel) {
   d.h.fill(0xa5);
   d.h_scale.fill(0xa5);
   d.y.fill(0xff);
   const ConfigChoice choice{.config = config, .num_ctas = 132, .reason = "check"};
   const float s1 = 0.004f, s2 = 0.5f;
-  const Activation x{d.x.data, c.is_static ? nullptr : d.x_scale.data, s1};
-  const HiddenBuffer h{d.h.data, c.is_static ? nullptr : d.h_scale.data, s2};
-  const Activation h_in{d.h.data, h.scale, s2};
+  const Fp8RowsView x{d.x.data, c.is_static ? nullptr : d.x_scale.data, s1, c.hidden};
+  const Fp8Rows h{d.h.data, c.is_static ? nullptr : d.h_scale.data, s2, c.intermediate};
   Outputs out;
   if (in_one_kernel) {
     launch_experts({.gate_up = w.gate_up(),
@@ -138,7 +137,7 @@ Outputs run(const Case& c, const Weights& w, Device& d, const ExpertRows& rows, 
                    nullptr);
     launch_grouped_gemm({.weights = w.down(),
                          .rows = rows,
-                         .x = h_in,
+                         .x = h,
                          .y = d.y.data,
                          .sync = d.sync.data,
                          .config = choice},
@@ -271,11 +270,12 @@ bool run_case(const Case& c, int repeats = 1) {
   for (std::size_t row = 0; row < total; ++row)  // NaN in the padding must not spread
     if (!valid[row]) std::memset(&x[row * c.hidden], 0x7f, c.hidden);
   d.x.upload(x);
-  const ExpertRows rows{.num_experts = experts,
-                        .num_rows = d.num_rows.data,
-                        .row_offset = c.is_contiguous ? d.row_offset.data : nullptr,
-                        .max_m = max_m,
-                        .total_rows = static_cast<std::int64_t>(total)};
+  const RowRanges rows{
+      .num_experts = experts,
+      .begin = c.is_contiguous ? d.row_offset.data : nullptr,
+      .count = d.num_rows.data,
+      .max_rows = static_cast<std::int64_t>(total),
+      .max_rows_per_expert = c.is_contiguous ? static_cast<std::int64_t>(total) : max_m};
   const Outputs a = run(c, w, d, rows, KernelConfig::kDecode, true);
   bool twice = true;
   for (int i = 0; i < repeats; ++i) twice &= a == run(c, w, d, rows, KernelConfig::kDecode, true);

@@ -31,7 +31,7 @@ struct E4m3Rows {
 /// out = e4m3(rows.x), by group or static: the formats of quant.h.
 /// rows.x: [num_experts, max_m, width] or [num_rows, width] bf16, its valid rows told by num_rows
 /// and row_begin as in ExpertBatch; without num_rows every row is valid.
-/// Stream: asynchronous on CUDA; capturable if num_rows and row_begin are given.
+/// Stream: asynchronous on CUDA, without allocation or copies; may be captured once it has run.
 /// Throws: kInvalidArgument naming the tensor.
 void quantize(Backend& backend, const ExpertBatch& rows, const E4m3Rows& out, Stream stream);
 

@@ -7,20 +7,20 @@
 namespace sluice {
 namespace {
 
-struct Definition {
+struct SuiteDefinition {
   const char* name;
   InputKind input;
   RoutingKind routing;
 };
 
 constexpr std::array kDefinitions = {
-    Definition{"gaussian", InputKind::kGaussian, RoutingKind::kUniform},
-    Definition{"student-t", InputKind::kStudentT, RoutingKind::kUniform},
-    Definition{"outliers", InputKind::kOutliers, RoutingKind::kUniform},
-    Definition{"massive", InputKind::kMassive, RoutingKind::kUniform},
-    Definition{"token-spread", InputKind::kTokenSpread, RoutingKind::kUniform},
-    Definition{"dead-expert", InputKind::kGaussian, RoutingKind::kDeadExpert},
-    Definition{"one-hot", InputKind::kGaussian, RoutingKind::kOneHot},
+    SuiteDefinition{"gaussian", InputKind::kGaussian, RoutingKind::kUniform},
+    SuiteDefinition{"student-t", InputKind::kStudentT, RoutingKind::kUniform},
+    SuiteDefinition{"outliers", InputKind::kOutliers, RoutingKind::kUniform},
+    SuiteDefinition{"massive", InputKind::kMassive, RoutingKind::kUniform},
+    SuiteDefinition{"token-spread", InputKind::kTokenSpread, RoutingKind::kUniform},
+    SuiteDefinition{"dead-expert", InputKind::kGaussian, RoutingKind::kDeadExpert},
+    SuiteDefinition{"one-hot", InputKind::kGaussian, RoutingKind::kOneHot},
 };
 
 /// Three, three and two neighbours: with each outlier in a group of its own, scales per group would
@@ -36,7 +36,7 @@ constexpr std::int64_t kZeroTokenEvery = 16, kFirstZeroToken = 5;
 const std::vector<std::string>& suite_names() {
   static const std::vector<std::string> names = [] {
     std::vector<std::string> list;
-    for (const Definition& d : kDefinitions) list.emplace_back(d.name);
+    for (const SuiteDefinition& d : kDefinitions) list.emplace_back(d.name);
     return list;
   }();
   return names;
@@ -45,7 +45,7 @@ const std::vector<std::string>& suite_names() {
 TokenSuite make_suite(std::string_view name, const ModelGeometry& geometry, std::int64_t num_tokens,
                       std::uint64_t seed) {
   std::string known;
-  for (const Definition& d : kDefinitions) {
+  for (const SuiteDefinition& d : kDefinitions) {
     known += std::string(known.empty() ? "" : ", ") + d.name;
     if (name != d.name) continue;
     WorkloadSpec spec{.num_experts = geometry.num_experts,

@@ -1,4 +1,4 @@
-// ops.h - what every backend computes: four operations on the rows of an ExpertBatch.
+// ops.h - what every backend computes: four operations on the rows of an ExpertBatch (rows.h).
 //
 // Definitions are the scalar functions of sluice/quant.h; docs/design.md#arithmetic has the error
 // bound of the GEMMs. Operations are asynchronous on `stream` where the device has streams. They
@@ -11,6 +11,7 @@
 #include <memory>
 #include <vector>
 
+#include "backend/rows.h"
 #include "sluice/backend.h"
 #include "sluice/checkpoint.h"
 #include "sluice/recipe.h"
@@ -24,25 +25,6 @@ class PreparedExperts {
  public:
   virtual ~PreparedExperts() = default;
   [[nodiscard]] virtual std::size_t bytes() const noexcept = 0;
-};
-
-/// Which rows of a buffer belong to which local expert: expert e owns rows
-/// [row_begin[e], row_begin[e] + num_rows[e]). Both arrays live on the device.
-struct ExpertRows {
-  int num_local_experts = 0;
-  const std::int64_t* row_begin = nullptr;  ///< [num_local_experts]
-  const std::int32_t* num_rows = nullptr;   ///< [num_local_experts]
-  std::int64_t max_rows = 0;                ///< Rows of the buffers, for bounds.
-  std::int64_t max_rows_per_expert = 0;     ///< max_m, or max_rows.
-  int expected_m = 0;                       ///< Tuning hint.
-};
-
-/// e4m3 rows with their scales. Exactly one of `scale` and `static_scale` is used.
-struct QuantizedRows {
-  std::uint8_t* codes = nullptr;  ///< [max_rows, width] e4m3
-  float* scale = nullptr;         ///< [max_rows, width / 128] float32; null when static.
-  float static_scale = 0;
-  std::int64_t width = 0;  ///< hidden or intermediate. Multiple of 128.
 };
 
 /// Thread time inside one expert_stage(), for reports (CPU; zero on CUDA).
@@ -75,25 +57,24 @@ class BackendOps : public Backend {
   [[nodiscard]] virtual std::unique_ptr<Recording> record(Stream stream, MarkedWork work);
 
   /// codes, scale = quantize(x), x [max_rows, width] bf16, by group (pow2 if `pow2`) or static.
-  virtual void quantize(const std::uint16_t* x, const ExpertRows& rows, bool pow2,
-                        const QuantizedRows& out, Stream stream) = 0;
+  virtual void quantize(const std::uint16_t* x, const RowRanges& rows, bool pow2,
+                        const Fp8Rows& out, Stream stream) = 0;
 
   /// Moves group-scaled codes to out.static_scale. `out.codes` may not alias `in.codes`.
-  virtual void requantize(const QuantizedRows& in, const ExpertRows& rows, const QuantizedRows& out,
+  virtual void requantize(const Fp8RowsView& in, const RowRanges& rows, const Fp8Rows& out,
                           Stream stream) = 0;
 
   /// h = swiglu(in * w13^T) in float32, quantized into `h` (group or static, by which of its scales
   /// is set), then out[row] = bf16(h * w2^T). out: [max_rows, hidden] bf16. h is scratch of the
   /// caller.
-  virtual void expert_stage(const PreparedExperts& experts, const QuantizedRows& in,
-                            const ExpertRows& rows, const QuantizedRows& h, std::uint16_t* out,
+  virtual void expert_stage(const PreparedExperts& experts, const Fp8RowsView& in,
+                            const RowRanges& rows, const Fp8Rows& h, std::uint16_t* out,
                             Stream stream, ExpertStageTimes* times) = 0;
 
   /// One half of expert_stage() by itself, for measurements: kGateUp fills `h`, kDown reads it.
   /// Returns false, having done nothing, where halves do not exist (CPU: see ExpertStageTimes).
-  [[nodiscard]] virtual bool expert_half(ExpertHalf, const PreparedExperts&, const QuantizedRows&,
-                                         const ExpertRows&, const QuantizedRows&, std::uint16_t*,
-                                         Stream) {
+  [[nodiscard]] virtual bool expert_half(ExpertHalf, const PreparedExperts&, const Fp8RowsView&,
+                                         const RowRanges&, const Fp8Rows&, std::uint16_t*, Stream) {
     return false;
   }
 };

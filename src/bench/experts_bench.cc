@@ -95,9 +95,9 @@ class DeviceRows {
                             row_begin_.size() * sizeof(std::int64_t), stream_);
     backend_.copy_from_host(count_->data(), num_rows_.data(),
                             num_rows_.size() * sizeof(std::int32_t), stream_);
-    rows_ = {.num_local_experts = static_cast<int>(num_rows.size()),
-             .row_begin = as<std::int64_t>(begin_),
-             .num_rows = as<std::int32_t>(count_),
+    rows_ = {.num_experts = static_cast<int>(num_rows.size()),
+             .begin = as<std::int64_t>(begin_),
+             .count = as<std::int32_t>(count_),
              .max_rows = max_rows_,
              .max_rows_per_expert = max_rows_,
              .expected_m = mean};
@@ -172,8 +172,8 @@ class DeviceRows {
   Workload load_;
   std::unique_ptr<DeviceBuffer> x_, begin_, count_, codes_, scale_, requantized_, h_codes_,
       h_scale_, y_;
-  ExpertRows rows_;
-  QuantizedRows in_, h_;
+  RowRanges rows_;
+  Fp8Rows in_, h_;
 };
 
 using WeightSets = std::vector<std::unique_ptr<PreparedExperts>>;

@@ -19,13 +19,13 @@ constexpr const char* kStems[] = {"gate_proj", "up_proj", "down_proj"};
 
 enum class Family { kW4afp8, kCompressedTensors, kKimi, kAngelslim, kModelopt, kFp8Block, kBf16 };
 
-struct Definition {
+struct FormatDefinition {
   const char* name;
   Family family;
   bool allows_group_32, has_static_inputs;
 };
 
-constexpr Definition kDefinitions[] = {
+constexpr FormatDefinition kDefinitions[] = {
     {"w4afp8", Family::kW4afp8, false, true},
     {"compressed-tensors", Family::kCompressedTensors, true, false},
     {"kimi-int4", Family::kKimi, true, false},
@@ -35,9 +35,9 @@ constexpr Definition kDefinitions[] = {
     {"bf16", Family::kBf16, false, false},
 };
 
-const Definition& definition(const SyntheticCheckpoint& spec) {
+const FormatDefinition& definition(const SyntheticCheckpoint& spec) {
   std::string known;
-  for (const Definition& d : kDefinitions) {
+  for (const FormatDefinition& d : kDefinitions) {
     if (spec.format == d.name) return d;
     known += std::string(known.empty() ? "" : ", ") + d.name;
   }
@@ -206,7 +206,7 @@ Fp8Matrix fp8_blocks(const SyntheticMatrix& m) {
 
 std::vector<std::string> synthetic_format_names() {
   std::vector<std::string> names;
-  for (const Definition& d : kDefinitions) names.emplace_back(d.name);
+  for (const FormatDefinition& d : kDefinitions) names.emplace_back(d.name);
   return names;
 }
 
@@ -215,7 +215,7 @@ bool has_input_scales(const SyntheticCheckpoint& spec) {
 }
 
 void check_synthetic_format(const SyntheticCheckpoint& spec) {
-  const Definition& d = definition(spec);
+  const FormatDefinition& d = definition(spec);
   const int group = spec.geometry.group_size;
   if (d.family == Family::kKimi) {
     check_argument(group == 32, "group_size {}; kimi-int4 has 32", group);

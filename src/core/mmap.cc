@@ -11,6 +11,7 @@
 #include <utility>
 
 #include "core/fail.h"
+#include "core/file_descriptor.h"
 
 namespace sluice {
 namespace {
@@ -20,30 +21,22 @@ std::uintptr_t page_bytes() noexcept {
   return kBytes;
 }
 
-/// A descriptor that closes itself.
-struct Descriptor {
-  int fd;
-  ~Descriptor() {
-    if (fd >= 0) ::close(fd);
-  }
-};
-
 }  // namespace
 
 std::shared_ptr<const MappedFile> MappedFile::open(const std::filesystem::path& path) {
-  const Descriptor file{::open(path.c_str(), O_RDONLY | O_CLOEXEC)};
-  if (file.fd < 0) {
+  const FileDescriptor file(::open(path.c_str(), O_RDONLY | O_CLOEXEC));
+  if (!file) {
     fail(ErrorCode::kIo, "{}: cannot open: {}", path.string(), std::strerror(errno));
   }
   struct stat status {};
-  if (::fstat(file.fd, &status) != 0) {
+  if (::fstat(file.get(), &status) != 0) {
     fail(ErrorCode::kIo, "{}: cannot stat: {}", path.string(), std::strerror(errno));
   }
   if (!S_ISREG(status.st_mode)) fail(ErrorCode::kIo, "{}: not a regular file", path.string());
   const auto size = static_cast<std::size_t>(status.st_size);
   std::span<const std::byte> bytes;
   if (size > 0) {
-    void* const address = ::mmap(nullptr, size, PROT_READ, MAP_PRIVATE, file.fd, 0);
+    void* const address = ::mmap(nullptr, size, PROT_READ, MAP_PRIVATE, file.get(), 0);
     if (address == MAP_FAILED) {
       fail(ErrorCode::kIo, "{}: cannot map {} bytes: {}", path.string(), size,
            std::strerror(errno));

@@ -51,7 +51,7 @@ struct Engine::Impl {
 
   [[nodiscard]] Lane& lane(Mode mode);
   void record_rows(const ExpertBatch& batch, Stream stream);
-  void record_digest(const ExpertRows& rows, const QuantizedRows& in, Stream stream);
+  void record_digest(const RowRanges& rows, const Fp8RowsView& in, Stream stream);
   [[nodiscard]] double stage_us(Clock::time_point& start, Stream stream);
 };
 
@@ -232,14 +232,8 @@ void Engine::forward(Mode mode, TensorView x, const Routing& routing, MutableTen
   const ExpertBatch& batch = dispatched.batch();
   stats.times.dispatch_us = self.stage_us(mark, stream);
 
-  const bool masked = batch.layout == Mode::kLowLatency;
-  const ExpertRows rows{.num_local_experts = lane.exchange.num_local_experts(),
-                        .row_begin = batch.row_begin.as<std::int64_t>(),
-                        .num_rows = batch.num_rows.as<std::int32_t>(),
-                        .max_rows = lane.exchange.max_rows(),
-                        .max_rows_per_expert = masked ? batch.x.dim(1) : lane.exchange.max_rows(),
-                        .expected_m = batch.expected_m};
-  const QuantizedRows in = self.experts->gemm1_rows(lane.recipe, batch, rows, stream);
+  const RowRanges rows = row_ranges(batch);
+  const Fp8RowsView in = self.experts->gemm1_rows(lane.recipe, batch, rows, stream);
   stats.times.quantize_us = self.stage_us(mark, stream);
   if (self.records_digest) self.record_digest(rows, in, stream);
 
@@ -281,20 +275,26 @@ void Engine::Impl::record_rows(const ExpertBatch& batch, Stream stream) {
 }
 
 /// Sums one hash per row, so that the total over ranks does not depend on how experts are spread.
-void Engine::Impl::record_digest(const ExpertRows& rows, const QuantizedRows& in, Stream stream) {
-  const auto num_local = static_cast<std::size_t>(rows.num_local_experts);
+void Engine::Impl::record_digest(const RowRanges& rows, const Fp8RowsView& in, Stream stream) {
+  const auto num_local = static_cast<std::size_t>(rows.num_experts);
   std::vector<std::int64_t> begin(num_local);
   std::vector<std::int32_t> count(num_local);
-  backend->copy_to_host(begin.data(), rows.row_begin, num_local * sizeof(begin[0]), stream);
-  backend->copy_to_host(count.data(), rows.num_rows, num_local * sizeof(count[0]), stream);
+  RowRanges on_host = rows;
+  if (rows.begin != nullptr) {
+    backend->copy_to_host(begin.data(), rows.begin, num_local * sizeof(begin[0]), stream);
+    on_host.begin = begin.data();
+  }
+  backend->copy_to_host(count.data(), rows.count, num_local * sizeof(count[0]), stream);
+  on_host.count = count.data();
   const auto width = static_cast<std::size_t>(in.width);
   std::vector<std::uint8_t> codes(width);
   std::vector<float> scales(in.scale ? width / kActivationGroup : 0);
   digest = 0;
-  for (std::size_t e = 0; e < num_local; ++e) {
-    const std::uint64_t expert = static_cast<std::uint64_t>(rank) * num_local + e;
-    for (std::int64_t r = 0; r < count[e]; ++r) {
-      const auto source = static_cast<std::size_t>(begin[e] + r);
+  for (int e = 0; e < rows.num_experts; ++e) {
+    const std::uint64_t expert =
+        static_cast<std::uint64_t>(rank) * num_local + static_cast<std::uint64_t>(e);
+    for (std::int64_t r = 0; r < on_host.num_rows(e); ++r) {
+      const auto source = static_cast<std::size_t>(on_host.first_row(e) + r);
       backend->copy_to_host(codes.data(), in.codes + source * width, width, stream);
       if (in.scale) {
         backend->copy_to_host(scales.data(), in.scale + source * scales.size(),

@@ -10,14 +10,17 @@
 
 namespace sluice {
 
+/// The valid rows of a batch whose tensors are known to fit each other, as an exchange makes it.
+[[nodiscard]] RowRanges row_ranges(const ExpertBatch& batch);
+
 struct Experts::Impl {
   Impl(const ExpertWeights& weights, std::int64_t max_rows, Backend& backend);
 
   /// The rows GEMM1 consumes: the received bytes themselves, or what `recipe` makes of them here.
-  [[nodiscard]] QuantizedRows gemm1_rows(const Recipe& recipe, const ExpertBatch& batch,
-                                         const ExpertRows& rows, Stream stream);
+  [[nodiscard]] Fp8RowsView gemm1_rows(const Recipe& recipe, const ExpertBatch& batch,
+                                       const RowRanges& rows, Stream stream);
   /// GEMM1, SwiGLU, quantize, GEMM2.
-  void gemms(const Recipe& recipe, const QuantizedRows& in, const ExpertRows& rows,
+  void gemms(const Recipe& recipe, const Fp8RowsView& in, const RowRanges& rows,
              std::uint16_t* expert_y, Stream stream, ExpertStageTimes* times);
 
   /// Bytes of the buffers below, in their order.
@@ -32,10 +35,6 @@ struct Experts::Impl {
   std::unique_ptr<PreparedExperts> prepared;
   std::unique_ptr<DeviceBuffer> x_codes, x_scale;  // [max_rows, hidden], [max_rows, hidden / 128]
   std::unique_ptr<DeviceBuffer> h_codes, h_scale;  // [max_rows, intermediate], [.., / 128]
-
-  // row_begin of a masked layout, for callers who leave it out.
-  std::unique_ptr<DeviceBuffer> row_begin;
-  std::int64_t row_begin_max_m = -1;
 };
 
 }  // namespace sluice

@@ -6,6 +6,7 @@
 
 #include <cmath>
 
+#include "core/check_tensor.h"
 #include "core/fail.h"
 #include "exchange/agreement.h"
 #include "exchange/device_layout.h"
@@ -52,16 +53,6 @@ Agreement exchange_agreement(const ExchangeConfig& c) {
           {"max_m", std::to_string(c.max_m)},
           {"routed_scaling_factor", fmt::format("{:a}", c.routed_scaling_factor)},
           {"num_in_flight", std::to_string(c.num_in_flight)}};
-}
-
-void check_tensor(const char* name, const TensorView& t, DType dtype, const Shape& shape,
-                  const Device& device) {
-  check_argument(t.dtype == dtype, "{} is {}, expected {}", name, to_string(t.dtype),
-                 to_string(dtype));
-  check_argument(t.shape == shape, "{} has shape {}, expected {}", name, t.shape.to_string(),
-                 shape.to_string());
-  check_argument(t.data != nullptr || shape.num_elements() == 0, "{} has no data", name);
-  check_argument(t.device == device, "{} does not live on the exchange's device", name);
 }
 
 void check_dispatch(const ExchangeConfig& c, const TensorView& x, const Routing& routing,

@@ -96,21 +96,19 @@ void HostExchange::stage(TensorView x, float static_scale, Stream stream) {
     std::memcpy(staging_->data(), x.data, x.bytes());
     return;
   }
-  const std::int64_t begin = 0;
-  const ExpertRows rows{.num_local_experts = 1,
-                        .row_begin = &begin,
-                        .num_rows = &num_tokens,
-                        .max_rows = config.max_tokens_per_rank,
-                        .max_rows_per_expert = config.max_tokens_per_rank,
-                        .expected_m = num_tokens};
+  const RowRanges rows{.num_experts = 1,
+                       .count = &num_tokens,
+                       .max_rows = config.max_tokens_per_rank,
+                       .max_rows_per_expert = config.max_tokens_per_rank,
+                       .expected_m = num_tokens};
   const bool is_static = config.wire == WireFormat::kE4m3Static;
   std::byte* const scales =
       staging_->data() +
       static_cast<std::size_t>(config.max_tokens_per_rank) * layout.payload_bytes;
-  const QuantizedRows out{.codes = reinterpret_cast<std::uint8_t*>(staging_->data()),
-                          .scale = is_static ? nullptr : reinterpret_cast<float*>(scales),
-                          .static_scale = static_scale,
-                          .width = config.hidden};
+  const Fp8Rows out{.codes = reinterpret_cast<std::uint8_t*>(staging_->data()),
+                    .scale = is_static ? nullptr : reinterpret_cast<float*>(scales),
+                    .static_scale = static_scale,
+                    .width = config.hidden};
   backend_.quantize(x.as<std::uint16_t>(), rows, config.wire == WireFormat::kE4m3Pow2, out, stream);
   if (!is_static) return;
   const float inverse = 1.0f / static_scale;

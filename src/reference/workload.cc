@@ -12,7 +12,7 @@ namespace sluice {
 namespace {
 
 // Independent streams of one seed.
-enum Stream : std::uint64_t { kGainStream = 1, kOrderStream = 2, kTokenStream = 1000 };
+enum WorkloadStream : std::uint64_t { kGainStream = 1, kOrderStream = 2, kTokenStream = 1000 };
 
 constexpr double kGainSigma = 0.5;           // Log-normal spread of channel gains.
 constexpr double kOutlierChannels = 0.002;   // Share of channels with a large gain...

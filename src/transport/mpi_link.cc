@@ -62,7 +62,7 @@ bool complete_by(MPI_Request& request, Clock::time_point deadline) {
   }
 }
 
-struct Hello {
+struct MpiHello {
   char text[64] = {};
 };
 
@@ -70,16 +70,16 @@ struct Hello {
 void roll_call(int rank, int num_ranks, milliseconds timeout, const char* operation) {
   const auto deadline = Clock::now() + timeout;
   // Left to MPI when somebody is missing: it may still write there.
-  auto heard = std::make_unique<std::vector<Hello>>(static_cast<std::size_t>(num_ranks));
-  auto mine = std::make_unique<Hello>();
+  auto heard = std::make_unique<std::vector<MpiHello>>(static_cast<std::size_t>(num_ranks));
+  auto mine = std::make_unique<MpiHello>();
   fmt::format_to_n(mine->text, sizeof(mine->text) - 1, "sluice {}", version());
   std::vector<MPI_Request> in(heard->size(), MPI_REQUEST_NULL), out = in;
   for (int r = 0; r < num_ranks; ++r) {
     if (r == rank) continue;
     const auto i = static_cast<std::size_t>(r);
-    SLUICE_MPI(MPI_Irecv, (*heard)[i].text, sizeof(Hello), MPI_BYTE, r, kHelloTag, MPI_COMM_WORLD,
-               &in[i]);
-    SLUICE_MPI(MPI_Isend, mine->text, sizeof(Hello), MPI_BYTE, r, kHelloTag, MPI_COMM_WORLD,
+    SLUICE_MPI(MPI_Irecv, (*heard)[i].text, sizeof(MpiHello), MPI_BYTE, r, kHelloTag,
+               MPI_COMM_WORLD, &in[i]);
+    SLUICE_MPI(MPI_Isend, mine->text, sizeof(MpiHello), MPI_BYTE, r, kHelloTag, MPI_COMM_WORLD,
                &out[i]);
   }
   std::vector<int> missing;
@@ -96,8 +96,8 @@ void roll_call(int rank, int num_ranks, milliseconds timeout, const char* operat
   }
   (*heard)[static_cast<std::size_t>(rank)] = *mine;
   for (std::size_t r = 0; r < heard->size(); ++r) {
-    const Hello& theirs = (*heard)[r];
-    if (std::memcmp(&theirs, mine.get(), sizeof(Hello)) == 0) continue;
+    const MpiHello& theirs = (*heard)[r];
+    if (std::memcmp(&theirs, mine.get(), sizeof(MpiHello)) == 0) continue;
     fail(ErrorCode::kTransport, "ranks disagree on version: rank {} has '{}', rank {} has '{}'",
          rank, mine->text, r, std::string(theirs.text, strnlen(theirs.text, sizeof(theirs.text))));
   }

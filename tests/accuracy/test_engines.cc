@@ -111,12 +111,12 @@ void round_again(std::span<std::uint8_t> codes, std::span<float> scales) {
 /// once, the sender for none in particular.
 class TwiceRoundingBackend final : public ScalarBackend {
  public:
-  void quantize(const std::uint16_t* x, const ExpertRows& rows, bool pow2, const QuantizedRows& out,
+  void quantize(const std::uint16_t* x, const RowRanges& rows, bool pow2, const Fp8Rows& out,
                 Stream stream) override {
     ScalarBackend::quantize(x, rows, pow2, out, stream);
-    if (rows.num_local_experts != 1 || !out.scale) return;
+    if (rows.num_experts != 1 || !out.scale) return;
     const auto width = static_cast<std::size_t>(out.width);
-    const std::size_t count = static_cast<std::size_t>(rows.num_rows[0]) * width;
+    const std::size_t count = static_cast<std::size_t>(rows.num_rows(0)) * width;
     round_again({out.codes, count}, {out.scale, count / kActivationGroup});
   }
 };

@@ -31,7 +31,7 @@ struct StageBuffers {
   static constexpr std::uint8_t kSentinel = 0xa5;
 
   explicit StageBuffers(const StageCase& c)
-      : hidden(c.geometry.hidden), inner(c.geometry.intermediate) {
+      : hidden(c.geometry.hidden), inner(c.geometry.intermediate), max_m(c.max_m) {
     num_rows = c.rows;
     std::int64_t next = 0;
     for (std::size_t e = 0; e < c.rows.size(); ++e) {
@@ -57,22 +57,22 @@ struct StageBuffers {
     s1 = c.s1, s2 = c.s2;
   }
 
-  [[nodiscard]] ExpertRows rows() const {
-    return {.num_local_experts = static_cast<int>(num_rows.size()),
-            .row_begin = row_begin.data(),
-            .num_rows = num_rows.data(),
+  [[nodiscard]] RowRanges rows() const {
+    return {.num_experts = static_cast<int>(num_rows.size()),
+            .begin = max_m > 0 ? nullptr : row_begin.data(),
+            .count = num_rows.data(),
             .max_rows = max_rows,
-            .max_rows_per_expert = max_rows,
+            .max_rows_per_expert = max_m > 0 ? max_m : max_rows,
             .expected_m = 1};
   }
-  [[nodiscard]] QuantizedRows in() {
+  [[nodiscard]] Fp8Rows in() {
     return {codes.data(), s1 != 0 ? nullptr : scale.data(), s1, hidden};
   }
-  [[nodiscard]] QuantizedRows h() {
+  [[nodiscard]] Fp8Rows h() {
     return {h_codes.data(), s2 != 0 ? nullptr : h_scale.data(), s2, inner};
   }
 
-  std::int64_t hidden, inner, max_rows = 0;
+  std::int64_t hidden, inner, max_m, max_rows = 0;
   std::vector<std::int64_t> row_begin;
   std::vector<std::int32_t> num_rows;
   std::vector<std::uint8_t> codes, h_codes;

@@ -52,19 +52,19 @@ TEST_F(CudaBackendTest, QuantizeGivesTheDefinedBytesAndTouchesNothingElse) {
   for (const bool with_specials : {false, true}) {
     const auto x = every_pattern(layout.max_rows, with_specials);
     const auto dx = upload(x), begin = upload(layout.row_begin), count = upload(layout.num_rows);
-    const ExpertRows rows{.num_local_experts = 5,
-                          .row_begin = as<std::int64_t>(begin),
-                          .num_rows = as<std::int32_t>(count),
-                          .max_rows = layout.max_rows,
-                          .max_rows_per_expert = layout.max_rows,
-                          .expected_m = 10};
+    const RowRanges rows{.num_experts = 5,
+                         .begin = as<std::int64_t>(begin),
+                         .count = as<std::int32_t>(count),
+                         .max_rows = layout.max_rows,
+                         .max_rows_per_expert = layout.max_rows,
+                         .expected_m = 10};
     for (const int kind : {0, 1, 2}) {  // Group, power of two, static.
       const auto codes = upload(std::vector<std::uint8_t>(x.size(), 0xa5));
       const auto scale = upload(std::vector<float>(x.size() / 128, -7.0f));
-      const QuantizedRows out{.codes = as<std::uint8_t>(codes),
-                              .scale = kind == 2 ? nullptr : as<float>(scale),
-                              .static_scale = kind == 2 ? 0.013f : 0.0f,
-                              .width = kWidth};
+      const Fp8Rows out{.codes = as<std::uint8_t>(codes),
+                        .scale = kind == 2 ? nullptr : as<float>(scale),
+                        .static_scale = kind == 2 ? 0.013f : 0.0f,
+                        .width = kWidth};
       ops_->quantize(as<std::uint16_t>(dx), rows, kind == 1, out, stream_);
       const auto got = download<std::uint8_t>(*codes, x.size());
       const auto got_scale = download<float>(*scale, x.size() / 128);
@@ -100,12 +100,12 @@ TEST_F(CudaBackendTest, RequantizeGivesTheDefinedBytesAndTouchesNothingElse) {
   }
   const auto dq = upload(q), begin = upload(layout.row_begin), count = upload(layout.num_rows);
   const auto dscale = upload(scale);
-  const ExpertRows rows{.num_local_experts = 5,
-                        .row_begin = as<std::int64_t>(begin),
-                        .num_rows = as<std::int32_t>(count),
-                        .max_rows = layout.max_rows,
-                        .max_rows_per_expert = layout.max_rows,
-                        .expected_m = 10};
+  const RowRanges rows{.num_experts = 5,
+                       .begin = as<std::int64_t>(begin),
+                       .count = as<std::int32_t>(count),
+                       .max_rows = layout.max_rows,
+                       .max_rows_per_expert = layout.max_rows,
+                       .expected_m = 10};
   for (const float s1 : {0.013f, 0.0078125f}) {
     const auto codes = upload(std::vector<std::uint8_t>(q.size(), 0xa5));
     ops_->requantize({.codes = as<std::uint8_t>(dq), .scale = as<float>(dscale), .width = kWidth},
@@ -152,14 +152,13 @@ TEST_F(CudaBackendTest, ElementwiseKernelsFindEveryRowOfEveryExpert) {
     const auto codes = upload(std::vector<std::uint8_t>(x.size(), 0xa5));
     const auto moved = upload(std::vector<std::uint8_t>(x.size(), 0xa5));
     const auto scale = upload(std::vector<float>(x.size() / 128, -7.0f));
-    const ExpertRows rows{.num_local_experts = c.num_experts,
-                          .row_begin = as<std::int64_t>(begin),
-                          .num_rows = as<std::int32_t>(count),
-                          .max_rows = total,
-                          .max_rows_per_expert = total,
-                          .expected_m = c.expected_m};
-    const QuantizedRows q{
-        .codes = as<std::uint8_t>(codes), .scale = as<float>(scale), .width = c.width};
+    const RowRanges rows{.num_experts = c.num_experts,
+                         .begin = as<std::int64_t>(begin),
+                         .count = as<std::int32_t>(count),
+                         .max_rows = total,
+                         .max_rows_per_expert = total,
+                         .expected_m = c.expected_m};
+    const Fp8Rows q{.codes = as<std::uint8_t>(codes), .scale = as<float>(scale), .width = c.width};
     ops_->quantize(as<std::uint16_t>(dx), rows, false, q, stream_);
     ops_->requantize(q, rows,
                      {.codes = as<std::uint8_t>(moved), .static_scale = 0.01f, .width = c.width},

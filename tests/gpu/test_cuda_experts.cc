@@ -25,8 +25,8 @@ class CudaExpertsTest : public CudaBackendTest {
     std::vector<std::int32_t> num_rows;
     std::vector<std::int64_t> row_begin;
     std::unique_ptr<DeviceBuffer> x, begin, count, codes, scale, h_codes, h_scale, y;
-    ExpertRows rows;
-    QuantizedRows in, h;
+    RowRanges rows;
+    Fp8Rows in, h;
   };
 
   /// Masked: every expert has as many rows reserved as the largest needs.
@@ -50,9 +50,9 @@ class CudaExpertsTest : public CudaBackendTest {
     r.codes = backend_->allocate(elements), r.scale = backend_->allocate(elements / 32);
     r.h_codes = backend_->allocate(inner), r.h_scale = backend_->allocate(inner / 32);
     r.y = upload(std::vector<std::uint16_t>(elements, 0x7fc1));
-    r.rows = {.num_local_experts = g.num_experts,
-              .row_begin = as<std::int64_t>(r.begin),
-              .num_rows = as<std::int32_t>(r.count),
+    r.rows = {.num_experts = g.num_experts,
+              .begin = masked ? nullptr : as<std::int64_t>(r.begin),
+              .count = as<std::int32_t>(r.count),
               .max_rows = total,
               .max_rows_per_expert = masked ? max_m : total,
               .expected_m = static_cast<int>(total / count)};

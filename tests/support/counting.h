@@ -40,16 +40,16 @@ class CountingBackend final : public BackendOps {
   [[nodiscard]] std::unique_ptr<PreparedExperts> prepare(const ExpertWeights& weights) override {
     return ops(*real_).prepare(weights);
   }
-  void quantize(const std::uint16_t* x, const ExpertRows& rows, bool pow2, const QuantizedRows& out,
+  void quantize(const std::uint16_t* x, const RowRanges& rows, bool pow2, const Fp8Rows& out,
                 Stream stream) override {
     ops(*real_).quantize(x, rows, pow2, out, stream);
   }
-  void requantize(const QuantizedRows& in, const ExpertRows& rows, const QuantizedRows& out,
+  void requantize(const Fp8RowsView& in, const RowRanges& rows, const Fp8Rows& out,
                   Stream stream) override {
     ops(*real_).requantize(in, rows, out, stream);
   }
-  void expert_stage(const PreparedExperts& experts, const QuantizedRows& in, const ExpertRows& rows,
-                    const QuantizedRows& h, std::uint16_t* out, Stream stream,
+  void expert_stage(const PreparedExperts& experts, const Fp8RowsView& in, const RowRanges& rows,
+                    const Fp8Rows& h, std::uint16_t* out, Stream stream,
                     ExpertStageTimes* times) override {
     ops(*real_).expert_stage(experts, in, rows, h, out, stream, times);
   }

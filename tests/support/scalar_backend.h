@@ -33,7 +33,7 @@ class ScalarBackend : public BackendOps {
     return std::make_unique<Experts>(weights);
   }
 
-  void quantize(const std::uint16_t* x, const ExpertRows& rows, bool pow2, const QuantizedRows& out,
+  void quantize(const std::uint16_t* x, const RowRanges& rows, bool pow2, const Fp8Rows& out,
                 Stream) override {
     std::vector<float> values(static_cast<std::size_t>(out.width));
     for_each_row(rows, [&](std::int64_t row) {
@@ -43,7 +43,7 @@ class ScalarBackend : public BackendOps {
     });
   }
 
-  void requantize_rows(const QuantizedRows& in, std::int64_t row, const QuantizedRows& out) {
+  void requantize_rows(const Fp8RowsView& in, std::int64_t row, const Fp8Rows& out) {
     for (std::int64_t g = 0; g < in.width / kActivationGroup; ++g) {
       const std::int64_t at = row * in.width + g * kActivationGroup;
       sluice::requantize({in.codes + at, kActivationGroup},
@@ -51,19 +51,18 @@ class ScalarBackend : public BackendOps {
                          {out.codes + at, kActivationGroup});
     }
   }
-  void requantize(const QuantizedRows& in, const ExpertRows& rows, const QuantizedRows& out,
+  void requantize(const Fp8RowsView& in, const RowRanges& rows, const Fp8Rows& out,
                   Stream) override {
     for_each_row(rows, [&](std::int64_t row) { requantize_rows(in, row, out); });
   }
 
-  void expert_stage(const PreparedExperts& experts, const QuantizedRows& in, const ExpertRows& rows,
-                    const QuantizedRows& h, std::uint16_t* out, Stream,
-                    ExpertStageTimes*) override {
+  void expert_stage(const PreparedExperts& experts, const Fp8RowsView& in, const RowRanges& rows,
+                    const Fp8Rows& h, std::uint16_t* out, Stream, ExpertStageTimes*) override {
     const ExpertWeights& w = static_cast<const Experts&>(experts).weights;
-    for (int e = 0; e < rows.num_local_experts; ++e) {
+    for (int e = 0; e < rows.num_experts; ++e) {
       const Expert& expert = w.experts[static_cast<std::size_t>(e)];
-      for (std::int64_t r = 0; r < rows.num_rows[e]; ++r) {
-        const std::int64_t row = rows.row_begin[e] + r;
+      for (std::int64_t r = 0; r < rows.num_rows(e); ++r) {
+        const std::int64_t row = rows.first_row(e) + r;
         const std::vector<float> gate = multiply(expert.gate, in, row);
         const std::vector<float> up = multiply(expert.up, in, row);
         std::vector<float> product(gate.size());
@@ -98,14 +97,14 @@ class ScalarBackend : public BackendOps {
   };
 
   template <class Body>
-  static void for_each_row(const ExpertRows& rows, const Body& body) {
-    for (int e = 0; e < rows.num_local_experts; ++e) {
-      for (std::int64_t r = 0; r < rows.num_rows[e]; ++r) body(rows.row_begin[e] + r);
+  static void for_each_row(const RowRanges& rows, const Body& body) {
+    for (int e = 0; e < rows.num_experts; ++e) {
+      for (std::int64_t r = 0; r < rows.num_rows(e); ++r) body(rows.first_row(e) + r);
     }
   }
 
   static void quantize_row(const std::vector<float>& values, bool pow2, std::int64_t row,
-                           const QuantizedRows& out) {
+                           const Fp8Rows& out) {
     std::uint8_t* codes = out.codes + row * out.width;
     if (out.scale == nullptr) {
       quantize_static(values, out.static_scale, {codes, values.size()});
@@ -120,8 +119,7 @@ class ScalarBackend : public BackendOps {
     }
   }
 
-  std::vector<float> multiply(const Int4Matrix& m, const QuantizedRows& in,
-                              std::int64_t row) const {
+  std::vector<float> multiply(const Int4Matrix& m, const Fp8RowsView& in, std::int64_t row) const {
     const std::int64_t groups = m.k() / m.group_size;
     std::vector<double> a(static_cast<std::size_t>(m.group_size)), w(a.size());
     std::vector<float> out(static_cast<std::size_t>(m.n()));

@@ -57,29 +57,29 @@ std::unique_ptr<PreparedExperts> CpuBackend::prepare(const ExpertWeights& weight
   return std::make_unique<PreparedCpuExperts>(weights, pool_);
 }
 
-void CpuBackend::for_each_row(const ExpertRows& rows,
+void CpuBackend::for_each_row(const RowRanges& rows,
                               const std::function<void(std::int64_t row)>& body) {
   check_rows(rows);
   std::int64_t total = 0;
-  for (int e = 0; e < rows.num_local_experts; ++e) total += rows.num_rows[e];
+  for (int e = 0; e < rows.num_experts; ++e) total += rows.num_rows(e);
   const std::int64_t threads = pool_.num_threads();
   if (total == 0) return;
   pool_.run([&](int thread) {
     const std::int64_t first = total * thread / threads, last = total * (thread + 1) / threads;
     std::int64_t before = 0;  // Rows of the experts before e.
-    for (int e = 0; e < rows.num_local_experts && before < last; ++e) {
-      const std::int64_t count = rows.num_rows[e];
+    for (int e = 0; e < rows.num_experts && before < last; ++e) {
+      const std::int64_t count = rows.num_rows(e);
       const std::int64_t end = std::min(before + count, last);
       for (std::int64_t i = std::max(before, first); i < end; ++i) {
-        body(rows.row_begin[e] + i - before);
+        body(rows.first_row(e) + i - before);
       }
       before += count;
     }
   });
 }
 
-void CpuBackend::quantize(const std::uint16_t* x, const ExpertRows& rows, bool pow2,
-                          const QuantizedRows& out, Stream) {
+void CpuBackend::quantize(const std::uint16_t* x, const RowRanges& rows, bool pow2,
+                          const Fp8Rows& out, Stream) {
   check_argument(out.width > 0 && out.width % kGroup == 0, "width {} is not a multiple of {}",
                  out.width, kGroup);
   const GroupScale kind = pow2 ? GroupScale::kPow2 : GroupScale::kAmax;
@@ -94,8 +94,8 @@ void CpuBackend::quantize(const std::uint16_t* x, const ExpertRows& rows, bool p
   });
 }
 
-void CpuBackend::requantize(const QuantizedRows& in, const ExpertRows& rows,
-                            const QuantizedRows& out, Stream) {
+void CpuBackend::requantize(const Fp8RowsView& in, const RowRanges& rows, const Fp8Rows& out,
+                            Stream) {
   check_argument(in.width == out.width && in.width > 0 && in.width % kGroup == 0,
                  "widths {} and {} are not one multiple of {}", in.width, out.width, kGroup);
   check_argument(in.scale != nullptr, "requantize needs group-scaled rows");
@@ -105,9 +105,9 @@ void CpuBackend::requantize(const QuantizedRows& in, const ExpertRows& rows,
   });
 }
 
-void CpuBackend::expert_stage(const PreparedExperts& experts, const QuantizedRows& in,
-                              const ExpertRows& rows, const QuantizedRows& h, std::uint16_t* out,
-                              Stream, ExpertStageTimes* times) {
+void CpuBackend::expert_stage(const PreparedExperts& experts, const Fp8RowsView& in,
+                              const RowRanges& rows, const Fp8Rows& h, std::uint16_t* out, Stream,
+                              ExpertStageTimes* times) {
   stage_.run(static_cast<const PreparedCpuExperts&>(experts), in, rows, h, out, times);
 }
 

@@ -33,19 +33,19 @@ class CpuBackend final : public BackendOps {
   void copy_on_device(void* to, const void* from, std::size_t bytes, Stream) override;
 
   [[nodiscard]] std::unique_ptr<PreparedExperts> prepare(const ExpertWeights& weights) override;
-  void quantize(const std::uint16_t* x, const ExpertRows& rows, bool pow2, const QuantizedRows& out,
+  void quantize(const std::uint16_t* x, const RowRanges& rows, bool pow2, const Fp8Rows& out,
                 Stream stream) override;
-  void requantize(const QuantizedRows& in, const ExpertRows& rows, const QuantizedRows& out,
+  void requantize(const Fp8RowsView& in, const RowRanges& rows, const Fp8Rows& out,
                   Stream stream) override;
-  void expert_stage(const PreparedExperts& experts, const QuantizedRows& in, const ExpertRows& rows,
-                    const QuantizedRows& h, std::uint16_t* out, Stream stream,
+  void expert_stage(const PreparedExperts& experts, const Fp8RowsView& in, const RowRanges& rows,
+                    const Fp8Rows& h, std::uint16_t* out, Stream stream,
                     ExpertStageTimes* times) override;
 
   [[nodiscard]] ThreadPool& pool() noexcept { return pool_; }
 
  private:
   /// body(row) for every valid row, shared among the threads.
-  void for_each_row(const ExpertRows& rows, const std::function<void(std::int64_t row)>& body);
+  void for_each_row(const RowRanges& rows, const std::function<void(std::int64_t row)>& body);
 
   ThreadPool pool_;
   ExpertStage stage_;

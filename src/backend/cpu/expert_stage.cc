@@ -22,11 +22,6 @@ double us_since(Clock::time_point start) {
   return std::chrono::duration<double, std::micro>(Clock::now() - start).count();
 }
 
-float scale_of(const QuantizedRows& rows, std::int64_t row, std::int64_t group) {
-  return rows.scale != nullptr ? rows.scale[row * (rows.width / kGroup) + group]
-                               : rows.static_scale;
-}
-
 /// acc [8][rows][16] -> the 128 channels of one row.
 void gather_row(const float* acc, int rows, int row, float* out) {
   for (int b = 0; b < kTaskBlocks; ++b) {
@@ -38,14 +33,14 @@ void gather_row(const float* acc, int rows, int row, float* out) {
 
 struct ExpertStage::Call {
   const PreparedCpuExperts& experts;
-  const QuantizedRows& in;
-  const QuantizedRows& h;
+  const Fp8RowsView& in;
+  const Fp8Rows& h;
   std::uint16_t* out;
 };
 
-void check_rows(const ExpertRows& rows) {
-  for (int e = 0; e < rows.num_local_experts; ++e) {
-    const std::int64_t first = rows.row_begin[e], count = rows.num_rows[e];
+void check_rows(const RowRanges& rows) {
+  for (int e = 0; e < rows.num_experts; ++e) {
+    const std::int64_t first = rows.first_row(e), count = rows.num_rows(e);
     check_argument(count >= 0 && first >= 0 && first + count <= rows.max_rows,
                    "expert {}: rows [{}, {}) are not in [0, max_rows {})", e, first, first + count,
                    rows.max_rows);
@@ -69,11 +64,11 @@ DigitRows ExpertStage::Digits::of(const Item& item) const {
           .rows = item.rows};
 }
 
-void ExpertStage::run(const PreparedCpuExperts& experts, const QuantizedRows& in,
-                      const ExpertRows& rows, const QuantizedRows& h, std::uint16_t* out,
+void ExpertStage::run(const PreparedCpuExperts& experts, const Fp8RowsView& in,
+                      const RowRanges& rows, const Fp8Rows& h, std::uint16_t* out,
                       ExpertStageTimes* times) {
-  check_argument(rows.num_local_experts == experts.num_experts(),
-                 "rows of {} experts, but {} are prepared", rows.num_local_experts,
+  check_argument(rows.num_experts == experts.num_experts(),
+                 "rows of {} experts, but {} are prepared", rows.num_experts,
                  experts.num_experts());
   check_argument(in.width == experts.hidden(), "input width {} is not hidden {}", in.width,
                  experts.hidden());
@@ -88,8 +83,8 @@ void ExpertStage::run(const PreparedCpuExperts& experts, const QuantizedRows& in
   ExpertStageTimes sum;
   wave_.clear();
   std::int64_t wave_rows = 0;
-  for (int e = 0; e < rows.num_local_experts; ++e) {
-    const std::int64_t count = rows.num_rows[e];
+  for (int e = 0; e < rows.num_experts; ++e) {
+    const std::int64_t count = rows.num_rows(e);
     const std::int64_t num_items = (count + kMaxTileRows - 1) / kMaxTileRows;
     for (std::int64_t i = 0; i < num_items; ++i) {
       const std::int64_t first = count * i / num_items, last = count * (i + 1) / num_items;
@@ -99,7 +94,7 @@ void ExpertStage::run(const PreparedCpuExperts& experts, const QuantizedRows& in
         wave_rows = 0;
       }
       wave_.push_back({.expert = e,
-                       .first_row = rows.row_begin[e] + first,
+                       .first_row = rows.first_row(e) + first,
                        .rows = static_cast<int>(last - first),
                        .wave_row = wave_rows});
       wave_rows += last - first;
@@ -150,7 +145,7 @@ void ExpertStage::split_input(const Call& call, std::int64_t wave_row) const {
   const std::int64_t row = item.first_row + r;
   const std::uint8_t* codes = call.in.codes + row * call.in.width;
   for (std::int64_t g = 0; g < call.in.width / kGroup; ++g) {
-    digits.set(g, r, codes + g * kGroup, scale_of(call.in, row, g));
+    digits.set(g, r, codes + g * kGroup, call.in.scale_of(row, g));
   }
 }
 

@@ -22,14 +22,14 @@ class ThreadPool;
 namespace sluice::cpu {
 
 /// Checks that every expert's rows lie in the buffers. Throws: kInvalidArgument naming the expert.
-void check_rows(const ExpertRows& rows);
+void check_rows(const RowRanges& rows);
 
 class ExpertStage {
  public:
   explicit ExpertStage(ThreadPool& pool) : pool_(pool) {}
 
-  void run(const PreparedCpuExperts& experts, const QuantizedRows& in, const ExpertRows& rows,
-           const QuantizedRows& h, std::uint16_t* out, ExpertStageTimes* times);
+  void run(const PreparedCpuExperts& experts, const Fp8RowsView& in, const RowRanges& rows,
+           const Fp8Rows& h, std::uint16_t* out, ExpertStageTimes* times);
 
  private:
   /// Up to kMaxTileRows rows of one expert.

@@ -57,13 +57,6 @@ struct CudaExperts final : PreparedExperts {
   int num_experts = 0;
 };
 
-cuda::RowRanges row_ranges(const ExpertRows& rows) {
-  return {.num_experts = rows.num_local_experts,
-          .row_begin = rows.row_begin,
-          .num_rows = rows.num_rows,
-          .expected_rows = std::int64_t{rows.num_local_experts} * std::max(1, rows.expected_m)};
-}
-
 class CudaBackend final : public BackendOps {
  public:
   /// `share`: one of how many ranks on this device. Each gets as many SMs as the others, so that
@@ -124,17 +117,16 @@ class CudaBackend final : public BackendOps {
   }
 
   [[nodiscard]] std::unique_ptr<PreparedExperts> prepare(const ExpertWeights& weights) override;
-  void quantize(const std::uint16_t* x, const ExpertRows& rows, bool pow2, const QuantizedRows& out,
+  void quantize(const std::uint16_t* x, const RowRanges& rows, bool pow2, const Fp8Rows& out,
                 Stream stream) override;
-  void requantize(const QuantizedRows& in, const ExpertRows& rows, const QuantizedRows& out,
+  void requantize(const Fp8RowsView& in, const RowRanges& rows, const Fp8Rows& out,
                   Stream stream) override;
-  void expert_stage(const PreparedExperts& experts, const QuantizedRows& in, const ExpertRows& rows,
-                    const QuantizedRows& h, std::uint16_t* out, Stream stream,
+  void expert_stage(const PreparedExperts& experts, const Fp8RowsView& in, const RowRanges& rows,
+                    const Fp8Rows& h, std::uint16_t* out, Stream stream,
                     ExpertStageTimes* times) override;
   [[nodiscard]] bool expert_half(ExpertHalf half, const PreparedExperts& prepared,
-                                 const QuantizedRows& in, const ExpertRows& rows,
-                                 const QuantizedRows& h, std::uint16_t* out,
-                                 Stream stream) override;
+                                 const Fp8RowsView& in, const RowRanges& rows, const Fp8Rows& h,
+                                 std::uint16_t* out, Stream stream) override;
 
  private:
   void use_device() const { SLUICE_CUDA_CHECK(cudaSetDevice(index_)); }
@@ -153,8 +145,8 @@ class CudaBackend final : public BackendOps {
     SLUICE_CUDA_CHECK(cudaMemcpyAsync(to, from, bytes, kind, queue));
     SLUICE_CUDA_CHECK(cudaStreamSynchronize(queue));
   }
-  [[nodiscard]] cuda::ExpertStage stage_of(const CudaExperts& experts, const QuantizedRows& in,
-                                           const ExpertRows& rows, const QuantizedRows& h,
+  [[nodiscard]] cuda::ExpertGemms gemms_of(const CudaExperts& experts, const Fp8RowsView& in,
+                                           const RowRanges& rows, const Fp8Rows& h,
                                            std::uint16_t* out) const;
   void repack_all(const ExpertWeights& weights, CudaExperts& experts);
   void repack(const Expert& expert, std::size_t index, const CudaExperts& experts,
@@ -255,90 +247,67 @@ void CudaBackend::repack(const Expert& expert, std::size_t index, const CudaExpe
       stream_);
 }
 
-void CudaBackend::quantize(const std::uint16_t* x, const ExpertRows& rows, bool pow2,
-                           const QuantizedRows& out, Stream stream) {
+void CudaBackend::quantize(const std::uint16_t* x, const RowRanges& rows, bool pow2,
+                           const Fp8Rows& out, Stream stream) {
   use_device();
-  const auto kind = out.scale == nullptr ? cuda::QuantizeScale::kStatic
-                    : pow2               ? cuda::QuantizeScale::kPow2
-                                         : cuda::QuantizeScale::kGroup;
-  cuda::launch_quantize({.x = x,
-                         .rows = row_ranges(rows),
-                         .width = static_cast<int>(out.width),
-                         .kind = kind,
-                         .codes = out.codes,
-                         .scale = out.scale,
-                         .static_scale = out.static_scale},
-                        num_sms_, stream.handle);
+  cuda::launch_quantize({.x = x, .rows = rows, .pow2 = pow2, .out = out}, num_sms_, stream.handle);
 }
 
-void CudaBackend::requantize(const QuantizedRows& in, const ExpertRows& rows,
-                             const QuantizedRows& out, Stream stream) {
+void CudaBackend::requantize(const Fp8RowsView& in, const RowRanges& rows, const Fp8Rows& out,
+                             Stream stream) {
   use_device();
-  cuda::launch_requantize({.in = in.codes,
-                           .in_scale = in.scale,
-                           .rows = row_ranges(rows),
-                           .width = static_cast<int>(in.width),
-                           .static_scale = out.static_scale,
-                           .out = out.codes},
-                          num_sms_, stream.handle);
+  cuda::launch_requantize({.in = in, .rows = rows, .out = out}, num_sms_, stream.handle);
 }
 
-cuda::ExpertStage CudaBackend::stage_of(const CudaExperts& experts, const QuantizedRows& in,
-                                        const ExpertRows& rows, const QuantizedRows& h,
+cuda::ExpertGemms CudaBackend::gemms_of(const CudaExperts& experts, const Fp8RowsView& in,
+                                        const RowRanges& rows, const Fp8Rows& h,
                                         std::uint16_t* out) const {
-  const bool masked = rows.max_rows == rows.num_local_experts * rows.max_rows_per_expert;
-  const int max_m = static_cast<int>(masked ? rows.max_rows_per_expert : 0);
   return {.gate_up = {.data = experts.gate_up->data(),
                       .shape = experts.gate_up_shape,
                       .code = experts.code},
           .down = {.data = experts.down->data(), .shape = experts.down_shape, .code = experts.code},
-          .rows = {.num_experts = rows.num_local_experts,
-                   .num_rows = rows.num_rows,
-                   .row_offset = masked ? nullptr : rows.row_begin,
-                   .max_m = max_m,
-                   .total_rows = rows.max_rows},
-          .x = {.codes = in.codes, .scale = in.scale, .static_scale = in.static_scale},
-          .h = {.codes = h.codes, .scale = h.scale, .static_scale = h.static_scale},
+          .rows = rows,
+          .x = in,
+          .h = h,
           .y = out,
           .sync = experts.sync->data(),
-          .config = cuda::choose_config({.num_experts = rows.num_local_experts,
+          .config = cuda::choose_config({.num_experts = rows.num_experts,
                                          .expected_m = std::max(1, rows.expected_m),
-                                         .max_rows = max_m},
+                                         .max_rows = static_cast<int>(rows.max_rows_per_expert)},
                                         {.num_sms = num_sms_})};
 }
 
-void CudaBackend::expert_stage(const PreparedExperts& prepared, const QuantizedRows& in,
-                               const ExpertRows& rows, const QuantizedRows& h, std::uint16_t* out,
+void CudaBackend::expert_stage(const PreparedExperts& prepared, const Fp8RowsView& in,
+                               const RowRanges& rows, const Fp8Rows& h, std::uint16_t* out,
                                Stream stream, ExpertStageTimes* times) {
   use_device();
   if (times != nullptr) *times = {};
   const auto& experts = static_cast<const CudaExperts&>(prepared);
-  cuda::launch_experts(stage_of(experts, in, rows, h, out), stream.handle);
+  cuda::launch_experts(gemms_of(experts, in, rows, h, out), stream.handle);
 }
 
 bool CudaBackend::expert_half(ExpertHalf half, const PreparedExperts& prepared,
-                              const QuantizedRows& in, const ExpertRows& rows,
-                              const QuantizedRows& h, std::uint16_t* out, Stream stream) {
+                              const Fp8RowsView& in, const RowRanges& rows, const Fp8Rows& h,
+                              std::uint16_t* out, Stream stream) {
   use_device();
-  const cuda::ExpertStage stage =
-      stage_of(static_cast<const CudaExperts&>(prepared), in, rows, h, out);
+  const cuda::ExpertGemms gemms =
+      gemms_of(static_cast<const CudaExperts&>(prepared), in, rows, h, out);
   if (half == ExpertHalf::kGateUp) {
-    cuda::launch_gate_up({.weights = stage.gate_up,
-                          .rows = stage.rows,
-                          .x = stage.x,
-                          .h = stage.h,
-                          .sync = stage.sync,
-                          .config = stage.config},
+    cuda::launch_gate_up({.weights = gemms.gate_up,
+                          .rows = gemms.rows,
+                          .x = gemms.x,
+                          .h = gemms.h,
+                          .sync = gemms.sync,
+                          .config = gemms.config},
                          stream.handle);
   } else {
-    cuda::launch_grouped_gemm(
-        {.weights = stage.down,
-         .rows = stage.rows,
-         .x = {.codes = h.codes, .scale = h.scale, .static_scale = h.static_scale},
-         .y = stage.y,
-         .sync = stage.sync,
-         .config = stage.config},
-        stream.handle);
+    cuda::launch_grouped_gemm({.weights = gemms.down,
+                               .rows = gemms.rows,
+                               .x = gemms.h,
+                               .y = gemms.y,
+                               .sync = gemms.sync,
+                               .config = gemms.config},
+                              stream.handle);
   }
   return true;
 }

@@ -36,22 +36,25 @@ constexpr int kDepth = 4;        // Vectors of one thread in flight.
 constexpr int kVectorBytes = 16;
 constexpr unsigned kAllLanes = 0xffffffffu;
 
-struct Shared {
+struct RowTable {
   long long shift[kMaxRowExperts];  // row of the buffers - number of the valid row
   int prefix[kMaxRowExperts + 1];   // valid rows of the experts before e
 };
 
-/// Inclusive scan of num_rows into s.prefix[1..]; one warp, 32 experts a step.
-__device__ void sum_rows(Shared& s, const RowRanges& rows) {
+/// Inclusive scan of the row counts into s.prefix[1..]; one warp, 32 experts a step.
+__device__ void sum_rows(RowTable& s, const RowRanges& rows) {
   if (threadIdx.x < 32) {
     const int lane = static_cast<int>(threadIdx.x);
     int carry = 0;
     if (lane == 0) s.prefix[0] = 0;
+#pragma unroll 4
     for (int base = 0; base < rows.num_experts; base += 32) {
       const int e = base + lane;
       const bool exists = e < rows.num_experts;
-      const int count = exists ? __ldcg(rows.num_rows + e) : 0;
-      const long long begin = exists ? __ldcg(rows.row_begin + e) : 0;
+      int count = exists ? static_cast<int>(rows.max_rows_per_expert) : 0;
+      if (exists && rows.count != nullptr) count = __ldcg(rows.count + e);
+      long long begin = e * rows.max_rows_per_expert;
+      if (exists && rows.begin != nullptr) begin = __ldcg(rows.begin + e);
       int sum = count;
       for (int d = 1; d < 32; d *= 2) {
         const int other = __shfl_up_sync(kAllLanes, sum, d);
@@ -76,7 +79,7 @@ struct Cursor {
 };
 
 /// Expert of the first valid row at or after which a warp works; all lanes ask for the same row.
-__device__ int find_expert(const Shared& s, int num_experts, int row) {
+__device__ int find_expert(const RowTable& s, int num_experts, int row) {
   const int lane = static_cast<int>(threadIdx.x % 32);
   int before = 0;  // experts that end at or before `row`
   for (int base = 0; base < num_experts; base += 32) {
@@ -92,7 +95,7 @@ __device__ int find_expert(const Shared& s, int num_experts, int row) {
 template <class Load, class Finish>
 __device__ void for_each_vector(const RowRanges& rows, unsigned vectors_per_row, const Load& load,
                                 const Finish& finish) {
-  __shared__ Shared s;
+  __shared__ RowTable s;
   sum_rows(s, rows);
   const unsigned total = static_cast<unsigned>(s.prefix[rows.num_experts]) * vectors_per_row;
   const unsigned share = ((total - 1) / gridDim.x + 32) / 32 * 32;  // >= total / gridDim.x
@@ -150,17 +153,20 @@ __device__ unsigned quantize4(const float* v, float factor) {
   return low | high << 16;
 }
 
+enum class QuantizeScale : std::uint8_t { kGroup, kPow2, kStatic };
+
 template <QuantizeScale Kind>
 __global__ void __launch_bounds__(kThreads, kBlocksPerSm)
     quantize_kernel(const __grid_constant__ Quantize p) {
   constexpr int kChannels = 8;  // Of a vector; 16 lanes hold one group.
   follow_predecessor();
+  const int width = static_cast<int>(p.out.width);
   const float static_factor =
-      Kind == QuantizeScale::kStatic ? __fdiv_rn(1.0f, p.static_scale) : 0.0f;
+      Kind == QuantizeScale::kStatic ? __fdiv_rn(1.0f, p.out.static_scale) : 0.0f;
   const auto load = [&](long long row, unsigned vector) {
-    return __ldcs(reinterpret_cast<const uint4*>(p.x + row * p.width) + vector);
+    return __ldcs(reinterpret_cast<const uint4*>(p.x + row * width) + vector);
   };
-  for_each_vector(p.rows, p.width / kChannels, load,
+  for_each_vector(p.rows, width / kChannels, load,
                   [&](const uint4& x, long long row, unsigned vector, bool is_valid) {
                     const unsigned words[4] = {x.x, x.y, x.z, x.w};
                     float v[kChannels];
@@ -184,10 +190,10 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerSm)
                         factor = __fdiv_rn(1.0f, scale);
                       }
                       if (is_valid && vector % 16 == 0)
-                        p.scale[row * (p.width / 128) + vector / 16] = scale;
+                        p.out.scale[row * (width / kActivationGroup) + vector / 16] = scale;
                     }
                     if (!is_valid) return;
-                    reinterpret_cast<uint2*>(p.codes + row * p.width)[vector] = {
+                    reinterpret_cast<uint2*>(p.out.codes + row * width)[vector] = {
                         quantize4(v, factor), quantize4(v + 4, factor)};
                   });
 }
@@ -213,28 +219,30 @@ struct ScaledCodes {
 __global__ void __launch_bounds__(kThreads, kBlocksPerSm)
     requantize_kernel(const __grid_constant__ Requantize p) {
   follow_predecessor();
-  const float inverse = __fdiv_rn(1.0f, p.static_scale);
+  const int width = static_cast<int>(p.in.width);
+  const float inverse = __fdiv_rn(1.0f, p.out.static_scale);
   // Rows that a dispatch has just written are in the L2 and stay there; what is written here is
   // read once, next, and may go first (docs/performance-gpu.md: 0.4 us at 64 rows).
   const auto load = [&](long long row, unsigned vector) {
     return ScaledCodes{
-        .codes = __ldcg(reinterpret_cast<const uint4*>(p.in + row * p.width) + vector),
-        .scale = __ldcg(p.in_scale + row * (p.width / 128) + vector / 8)};
+        .codes = __ldcg(reinterpret_cast<const uint4*>(p.in.codes + row * width) + vector),
+        .scale = __ldcg(p.in.scale + row * (width / kActivationGroup) + vector / 8)};
   };
-  for_each_vector(p.rows, p.width / 16, load,
+  for_each_vector(p.rows, width / 16, load,
                   [&](const ScaledCodes& in, long long row, unsigned vector, bool is_valid) {
                     if (!is_valid) return;
                     const uint4 out{requantize4(in.codes.x, in.scale, inverse),
                                     requantize4(in.codes.y, in.scale, inverse),
                                     requantize4(in.codes.z, in.scale, inverse),
                                     requantize4(in.codes.w, in.scale, inverse)};
-                    __stcs(reinterpret_cast<uint4*>(p.out + row * p.width) + vector, out);
+                    __stcs(reinterpret_cast<uint4*>(p.out.codes + row * width) + vector, out);
                   });
 }
 
 /// One vector per thread for few rows, for latency; for many, what the device holds at once.
-int num_blocks(const RowRanges& rows, int bytes_per_row, int num_sms) {
-  const std::int64_t vectors = rows.expected_rows * (bytes_per_row / kVectorBytes);
+int num_blocks(const RowRanges& rows, std::int64_t bytes_per_row, int num_sms) {
+  const std::int64_t expected = std::int64_t{rows.num_experts} * std::max(1, rows.expected_m);
+  const std::int64_t vectors = expected * (bytes_per_row / kVectorBytes);
   const std::int64_t blocks = (vectors + kThreads - 1) / kThreads;
   const std::int64_t most = static_cast<std::int64_t>(num_sms) * kBlocksPerSm;
   return static_cast<int>(std::clamp<std::int64_t>(blocks, std::min(num_sms, 64), most));
@@ -243,21 +251,21 @@ int num_blocks(const RowRanges& rows, int bytes_per_row, int num_sms) {
 }  // namespace
 
 void launch_quantize(const Quantize& args, int num_sms, StreamHandle stream) {
-  const LaunchSize size{.blocks = num_blocks(args.rows, 2 * args.width, num_sms),
+  const LaunchSize size{.blocks = num_blocks(args.rows, 2 * args.out.width, num_sms),
                         .threads = kThreads};
   const auto queue = static_cast<cudaStream_t>(stream);
-  switch (args.kind) {
-    case QuantizeScale::kGroup:
-      return launch_early(quantize_kernel<QuantizeScale::kGroup>, size, args, queue);
-    case QuantizeScale::kPow2:
-      return launch_early(quantize_kernel<QuantizeScale::kPow2>, size, args, queue);
-    case QuantizeScale::kStatic:
-      return launch_early(quantize_kernel<QuantizeScale::kStatic>, size, args, queue);
+  if (args.out.scale == nullptr) {
+    launch_early(quantize_kernel<QuantizeScale::kStatic>, size, args, queue);
+  } else if (args.pow2) {
+    launch_early(quantize_kernel<QuantizeScale::kPow2>, size, args, queue);
+  } else {
+    launch_early(quantize_kernel<QuantizeScale::kGroup>, size, args, queue);
   }
 }
 
 void launch_requantize(const Requantize& args, int num_sms, StreamHandle stream) {
-  const LaunchSize size{.blocks = num_blocks(args.rows, args.width, num_sms), .threads = kThreads};
+  const LaunchSize size{.blocks = num_blocks(args.rows, args.in.width, num_sms),
+                        .threads = kThreads};
   launch_early(requantize_kernel, size, args, static_cast<cudaStream_t>(stream));
 }
 

@@ -70,36 +70,37 @@ void check_scale(float s, const char* what) {
   }
 }
 
-Params make_params(const ExpertRows& rows, void* sync) {
+Params make_params(const RowRanges& rows, void* sync) {
   require(rows.num_experts >= 1 && rows.num_experts <= kMaxExperts, "num_experts", rows.num_experts,
           "must be 1..512");
-  require(rows.total_rows >= 0 && rows.total_rows < (1LL << 31), "total_rows", rows.total_rows,
+  require(rows.max_rows >= 0 && rows.max_rows < (1LL << 31), "max_rows", rows.max_rows,
           "must be below 2^31");
-  require_pointer(rows.num_rows, 4, "num_rows");
+  require_pointer(rows.count, 4, "num_rows");
   require_pointer(sync, 4, "sync");
-  if (rows.row_offset == nullptr) {
-    require(static_cast<std::int64_t>(rows.num_experts) * rows.max_m <= rows.total_rows, "max_m",
-            rows.max_m, "num_experts * max_m exceeds total_rows");
+  if (rows.begin == nullptr) {
+    require(rows.num_experts * rows.max_rows_per_expert <= rows.max_rows, "max_rows_per_expert",
+            rows.max_rows_per_expert, "num_experts * max_rows_per_expert exceeds max_rows");
   }
   Params p{};
   p.num_experts = rows.num_experts;
-  p.num_rows = rows.num_rows;
-  p.row_offset = rows.row_offset;
-  p.max_m = rows.max_m;
+  p.num_rows = rows.count;
+  p.row_offset = rows.begin;
+  p.max_m = static_cast<int>(rows.max_rows_per_expert);
   p.sync = static_cast<int*>(sync);
   return p;
 }
 
 /// Appends one grouped GEMM that reads `x`.
-Phase& add_phase(Params& p, const PackedWeights& weights, const ExpertRows& rows,
-                 const Activation& x) {
+Phase& add_phase(Params& p, const PackedWeights& weights, const RowRanges& rows,
+                 const Fp8RowsView& x) {
   const WeightShape& shape = weights.shape;
   check_shape(shape);
+  require(x.width == shape.k, "activation width", x.width, "must equal k");
   require_pointer(weights.data, 128, "packed weights");
   require_pointer(x.codes, 16, "activation codes");
   if (x.scale == nullptr) check_scale(x.static_scale, "static activation scale");
   for (int i = 0; i < kNumTokenBoxes; ++i) {
-    p.x_map[p.num_phases][i] = encode_map(x.codes, rows.total_rows, shape.k, 8 << i);
+    p.x_map[p.num_phases][i] = encode_map(x.codes, rows.max_rows, shape.k, 8 << i);
   }
   Phase& phase = p.phase[p.num_phases++];
   phase.weights = static_cast<const std::uint8_t*>(weights.data);
@@ -113,7 +114,7 @@ Phase& add_phase(Params& p, const PackedWeights& weights, const ExpertRows& rows
   return phase;
 }
 
-void add_bf16(Params& p, const PackedWeights& weights, const ExpertRows& rows, const Activation& x,
+void add_bf16(Params& p, const PackedWeights& weights, const RowRanges& rows, const Fp8RowsView& x,
               std::uint16_t* y) {
   require_pointer(y, 16, "y");
   Phase& phase = add_phase(p, weights, rows, x);
@@ -121,10 +122,11 @@ void add_bf16(Params& p, const PackedWeights& weights, const ExpertRows& rows, c
   phase.y = y;
 }
 
-void add_swiglu(Params& p, const PackedWeights& weights, const ExpertRows& rows,
-                const Activation& x, const HiddenBuffer& h) {
+void add_swiglu(Params& p, const PackedWeights& weights, const RowRanges& rows,
+                const Fp8RowsView& x, const Fp8Rows& h) {
   require(weights.shape.n % kTileRows == 0, "gate_up n", weights.shape.n,
           "must be 2 * intermediate, a multiple of 256");
+  require(2 * h.width == weights.shape.n, "h width", h.width, "must be half of gate_up n");
   require_pointer(h.codes, 16, "h codes");
   if (h.scale == nullptr) check_scale(h.static_scale, "static h scale");
   Phase& phase = add_phase(p, weights, rows, x);
@@ -161,10 +163,10 @@ void launch_code(const Params& p, const PackedWeights& w, int num_ctas, cudaStre
   }
 }
 
-void launch(const Params& p, const PackedWeights& w, const ExpertRows& rows,
+void launch(const Params& p, const PackedWeights& w, const RowRanges& rows,
             const ConfigChoice& config, StreamHandle handle) {
   require(config.num_ctas > 0, "config.num_ctas", config.num_ctas, "take it from choose_config()");
-  if (rows.total_rows == 0) return;
+  if (rows.max_rows == 0) return;
   const auto stream = static_cast<cudaStream_t>(handle);
   if (config.config == KernelConfig::kDecode) {
     launch_code<KernelConfig::kDecode>(p, w, config.num_ctas, stream);
@@ -176,21 +178,21 @@ void launch(const Params& p, const PackedWeights& w, const ExpertRows& rows,
 }  // namespace
 
 void launch_grouped_gemm(const GroupedGemm& args, StreamHandle stream) {
-  if (args.rows.total_rows == 0) return;
+  if (args.rows.max_rows == 0) return;
   Params p = make_params(args.rows, args.sync);
   add_bf16(p, args.weights, args.rows, args.x, args.y);
   launch(p, args.weights, args.rows, args.config, stream);
 }
 
 void launch_gate_up(const GateUpGemm& args, StreamHandle stream) {
-  if (args.rows.total_rows == 0) return;
+  if (args.rows.max_rows == 0) return;
   Params p = make_params(args.rows, args.sync);
   add_swiglu(p, args.weights, args.rows, args.x, args.h);
   launch(p, args.weights, args.rows, args.config, stream);
 }
 
-void launch_experts(const ExpertStage& args, StreamHandle stream) {
-  if (args.rows.total_rows == 0) return;
+void launch_experts(const ExpertGemms& args, StreamHandle stream) {
+  if (args.rows.max_rows == 0) return;
   const WeightShape& up = args.gate_up.shape;
   const WeightShape& down = args.down.shape;
   require(down.n == up.k, "down n", down.n, "must equal gate_up k (hidden)");
@@ -200,9 +202,7 @@ void launch_experts(const ExpertStage& args, StreamHandle stream) {
           "down group", down.group, "gate_up and down must share code, group and scale type");
   Params p = make_params(args.rows, args.sync);
   add_swiglu(p, args.gate_up, args.rows, args.x, args.h);
-  const Activation h{
-      .codes = args.h.codes, .scale = args.h.scale, .static_scale = args.h.static_scale};
-  add_bf16(p, args.down, args.rows, h, args.y);
+  add_bf16(p, args.down, args.rows, args.h, args.y);
   launch(p, args.gate_up, args.rows, args.config, stream);
 }
 

@@ -10,10 +10,10 @@
 // row counts are read on the device when the kernel runs. Pointers are device memory unless said
 // otherwise.
 //
-// Rows. Expert e owns rows [base(e), base(e) + num_rows[e]) of x, h and y, where base(e) is
-// row_offset[e] (contiguous layout) or e * max_m (masked layout, row_offset == nullptr). Rows of x
-// outside these ranges may be read (their values never matter); rows of h, h_scale and y outside
-// them are never written. Experts without rows cost nothing.
+// Rows. RowRanges (rows.h) says which rows of x, h and y an expert owns: 1..512 experts, `count` is
+// needed, max_rows < 2^31. Rows of x outside these ranges may be read (their values never matter);
+// rows of h and y outside them are never written. Experts without rows cost nothing. Codes are 16 B
+// aligned.
 //
 // Determinism. The bits of one output row depend on that row and its expert's weights alone: not on
 // the other rows, the row counts, the layout, or the KernelConfig. All kernels promote in the same
@@ -22,6 +22,8 @@
 
 #include <cstddef>
 #include <cstdint>
+
+#include "backend/rows.h"
 
 namespace sluice::cuda {
 
@@ -87,29 +89,6 @@ struct PackedWeights {
   WeightCode code = WeightCode::kOnesComplement;
 };
 
-/// Which rows belong to which expert; see "Rows" above.
-struct ExpertRows {
-  int num_experts = 0;                       ///< Local experts, 1..512.
-  const std::int32_t* num_rows = nullptr;    ///< [num_experts] (masked_m / counts).
-  const std::int64_t* row_offset = nullptr;  ///< [num_experts], or nullptr for the masked layout.
-  int max_m = 0;                             ///< Masked layout: rows reserved per expert.
-  std::int64_t total_rows = 0;  ///< Rows of the buffers (masked: num_experts * max_m). < 2^31.
-};
-
-/// An e4m3 GEMM input. Exactly one of `scale` and `static_scale` is used.
-struct Activation {
-  const std::uint8_t* codes = nullptr;  ///< [total_rows, k], 16 B aligned.
-  const float* scale = nullptr;         ///< [total_rows, k / 128], or nullptr: static.
-  float static_scale = 0;               ///< Used if scale is nullptr; finite, > 0.
-};
-
-/// The quantized SwiGLU product: GEMM1's output, GEMM2's input.
-struct HiddenBuffer {
-  std::uint8_t* codes = nullptr;  ///< [total_rows, intermediate], 16 B aligned.
-  float* scale = nullptr;         ///< [total_rows, intermediate / 128], or nullptr: static.
-  float static_scale = 0;         ///< s2; used if scale is nullptr.
-};
-
 /// Kernel size class.
 enum class KernelConfig : std::uint8_t {
   kDecode,   ///< 4 math warpgroups, token tiles of 8, 16, 32, 64: one slab of weights each.
@@ -139,9 +118,9 @@ struct ConfigChoice {
 /// y = GEMM of rows with plain-packed weights -> bf16.
 struct GroupedGemm {
   PackedWeights weights;
-  ExpertRows rows;
-  Activation x;
-  std::uint16_t* y = nullptr;  ///< [total_rows, weights.shape.n] bf16, 16 B aligned.
+  RowRanges rows;
+  Fp8RowsView x;
+  std::uint16_t* y = nullptr;  ///< [max_rows, weights.shape.n] bf16, 16 B aligned.
   void* sync = nullptr;        ///< sync_bytes(rows.num_experts)
   ConfigChoice config;
 };
@@ -150,25 +129,25 @@ void launch_grouped_gemm(const GroupedGemm& args, StreamHandle stream);
 /// h = quantize(silu(gate) * up), everything in f32 from the accumulators on.
 struct GateUpGemm {
   PackedWeights weights;  ///< shape {2 * intermediate, hidden}
-  ExpertRows rows;
-  Activation x;
-  HiddenBuffer h;
+  RowRanges rows;
+  Fp8RowsView x;
+  Fp8Rows h;
   void* sync = nullptr;
   ConfigChoice config;
 };
 void launch_gate_up(const GateUpGemm& args, StreamHandle stream);
 
 /// The whole expert stage in one kernel: gate_up, SwiGLU, quantize, down.
-struct ExpertStage {
+struct ExpertGemms {
   PackedWeights gate_up;  ///< shape {2 * intermediate, hidden}
   PackedWeights down;     ///< shape {hidden, intermediate}; scale_type, group, code as gate_up.
-  ExpertRows rows;
-  Activation x;
-  HiddenBuffer h;              ///< Scratch: also read back by the down GEMM.
-  std::uint16_t* y = nullptr;  ///< [total_rows, hidden] bf16, 16 B aligned.
+  RowRanges rows;
+  Fp8RowsView x;
+  Fp8Rows h;                   ///< Scratch: also read back by the down GEMM.
+  std::uint16_t* y = nullptr;  ///< [max_rows, hidden] bf16, 16 B aligned.
   void* sync = nullptr;
   ConfigChoice config;
 };
-void launch_experts(const ExpertStage& args, StreamHandle stream);
+void launch_experts(const ExpertGemms& args, StreamHandle stream);
 
 }  // namespace sluice::cuda

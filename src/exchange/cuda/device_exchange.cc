@@ -212,7 +212,7 @@ void DeviceExchange::share_window(Transport& transport) {
 }
 
 /// What tells devices and processes apart.
-struct Place {
+struct DeviceAndProcess {
   cudaUUID_t device;
   std::uint64_t process;
 };
@@ -242,11 +242,11 @@ bool loads_kernels_lazily() {
 int DeviceExchange::count_ranks_on_device(Transport& transport) const {
   cudaDeviceProp properties{};
   SLUICE_CUDA_CHECK(cudaGetDeviceProperties(&properties, device.index));
-  const Place mine{properties.uuid, this_process()};
+  const DeviceAndProcess mine{properties.uuid, this_process()};
   int on_device = 0, in_process = 0;
   for (const auto& bytes :
        transport.all_gather(std::as_bytes(std::span(&mine, 1)), config.peer_timeout)) {
-    Place theirs{};
+    DeviceAndProcess theirs{};
     std::memcpy(&theirs, bytes.data(), sizeof(theirs));
     if (std::memcmp(&theirs.device, &mine.device, sizeof(mine.device)) != 0) continue;
     on_device += 1;

@@ -1,0 +1,68 @@
+// rows.h - the rows that experts work on: which ones they are, and their e4m3 values.
+//
+// Plain values that a kernel may take as an argument: every operation of a backend (ops.h), every
+// kernel launcher and the exchange's staging use these three types. The arrays that they point at
+// live in the memory of the backend that works on them.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <type_traits>
+
+#include "sluice/quant.h"
+
+namespace sluice {
+
+/// Which rows of a buffer belong to which local expert, in one of two layouts:
+///
+///   contiguous   expert e owns rows [begin[e], begin[e] + count[e])
+///   masked       begin is null: expert e owns rows [e * max_rows_per_expert, .. + count[e])
+///
+/// Without `count` every expert has max_rows_per_expert rows; expert_stage() needs it.
+struct RowRanges {
+  int num_experts = 0;
+  const std::int64_t* begin = nullptr;   ///< [num_experts], or null: masked.
+  const std::int32_t* count = nullptr;   ///< [num_experts], or null: all rows.
+  std::int64_t max_rows = 0;             ///< Rows of the buffers, for bounds.
+  std::int64_t max_rows_per_expert = 0;  ///< Masked: max_m. Contiguous: max_rows.
+  int expected_m = 0;                    ///< Tuning hint: mean rows per expert.
+
+  /// For code that can read the arrays: for host memory.
+  [[nodiscard]] constexpr std::int64_t first_row(int e) const noexcept {
+    return begin != nullptr ? begin[e] : e * max_rows_per_expert;
+  }
+  [[nodiscard]] constexpr std::int64_t num_rows(int e) const noexcept {
+    return count != nullptr ? count[e] : max_rows_per_expert;
+  }
+};
+
+/// e4m3 rows to read. Exactly one of `scale` and `static_scale` is used.
+struct Fp8RowsView {
+  const std::uint8_t* codes = nullptr;  ///< [max_rows, width] e4m3.
+  const float* scale = nullptr;         ///< [max_rows, width / 128]; null: static.
+  float static_scale = 0;               ///< Used if `scale` is null; finite, > 0.
+  std::int64_t width = 0;               ///< hidden or intermediate. Multiple of 128.
+
+  /// The scale of one group of 128 channels, in host memory.
+  [[nodiscard]] constexpr float scale_of(std::int64_t row, std::int64_t group) const noexcept {
+    return scale != nullptr ? scale[row * (width / kActivationGroup) + group] : static_scale;
+  }
+};
+
+/// e4m3 rows to write, by group or with a static scale, as Fp8RowsView.
+struct Fp8Rows {
+  std::uint8_t* codes = nullptr;
+  float* scale = nullptr;
+  float static_scale = 0;
+  std::int64_t width = 0;
+
+  /// What may be written may be read; never the other way round.
+  constexpr operator Fp8RowsView() const noexcept {  // NOLINT(google-explicit-constructor)
+    return {.codes = codes, .scale = scale, .static_scale = static_scale, .width = width};
+  }
+};
+
+static_assert(std::is_trivially_copyable_v<RowRanges> && std::is_trivially_copyable_v<Fp8Rows> &&
+              std::is_trivially_copyable_v<Fp8RowsView>);
+
+}  // namespace sluice

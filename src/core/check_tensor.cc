@@ -1,0 +1,27 @@
+#include "core/check_tensor.h"
+
+#include <string>
+
+#include "core/fail.h"
+
+namespace sluice {
+namespace {
+
+std::string text_of(const Device& device) {
+  return device.kind == Device::Kind::kHost ? "host memory" : fmt::format("cuda:{}", device.index);
+}
+
+}  // namespace
+
+void check_tensor(const char* name, const TensorView& tensor, DType dtype, const Shape& shape,
+                  const Device& device) {
+  check_argument(tensor.dtype == dtype, "{} is {}, expected {}", name, to_string(tensor.dtype),
+                 to_string(dtype));
+  check_argument(tensor.shape == shape, "{} has shape {}, expected {}", name,
+                 tensor.shape.to_string(), shape.to_string());
+  check_argument(tensor.data != nullptr || shape.num_elements() == 0, "{} has no data", name);
+  check_argument(tensor.device == device, "{} lives in {}, expected {}", name,
+                 text_of(tensor.device), text_of(device));
+}
+
+}  // namespace sluice
