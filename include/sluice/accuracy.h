@@ -191,7 +191,7 @@ struct EngineOutcome {
                                         const Workload& tokens);
 /// How far an engine's output may be from the evaluator's, both roundings of the same sums: see
 /// docs/accuracy.md#engines.
-[[nodiscard]] double engine_limit(Device::Kind kind) noexcept;
+[[nodiscard]] double engine_limit(Device::Kind kind);
 
 struct AccuracyConfig {
   std::vector<RecipeName> recipes;            ///< Empty: all.

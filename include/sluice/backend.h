@@ -57,6 +57,19 @@ class Backend {
   virtual void synchronize(Stream stream) { (void)stream; }
 };
 
+/// The error a backend may make in each GEMM output, beyond what its inputs already carry.
+struct ErrorModel {
+  /// Of float32 sums: this times sum |a * w|.
+  double accumulation = 0x1p-20;
+  /// Of tensor cores, which add 32 products at a time: all of them and the running sum are aligned
+  /// to the largest exponent E, and bits below `alignment` * 2^E are dropped, as are those of the
+  /// new sum below `alignment` times itself. 0: products are summed as float32 or exactly.
+  /// docs/design.md#arithmetic derives what follows for a row.
+  double alignment = 0;
+};
+/// What backends of this kind keep to; a device is not needed. Throws: kInvalidArgument.
+[[nodiscard]] ErrorModel error_model(Device::Kind kind);
+
 /// Devices of this kind that the process sees: 1 for the host, 0 without CUDA.
 [[nodiscard]] int num_devices(Device::Kind kind) noexcept;
 

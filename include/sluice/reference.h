@@ -13,27 +13,13 @@
 #include <string>
 #include <vector>
 
+#include "sluice/backend.h"
 #include "sluice/checkpoint.h"
 #include "sluice/exchange.h"
 #include "sluice/recipe.h"
 #include "sluice/tensor.h"
 
 namespace sluice {
-
-/// The error a backend may make in each GEMM output, beyond what its inputs already carry.
-struct ErrorModel {
-  /// Of float32 sums: this times sum |a * w|.
-  double accumulation = 0x1p-20;
-  /// Of tensor cores, which add 32 products at a time: all of them and the running sum are aligned
-  /// to the largest exponent E, and bits below `alignment` * 2^E are dropped, as are those of the
-  /// new sum below `alignment` times itself. 0: products are summed as float32 or exactly.
-  /// docs/design.md#arithmetic derives what follows for a row.
-  double alignment = 0;
-};
-
-/// What each device keeps: float32 sums, and on Hopper's FP8 tensor cores an accumulator of 13
-/// fraction bits within each group of 128.
-[[nodiscard]] ErrorModel error_model(Device::Kind kind) noexcept;
 
 /// y and its admissible error, one token.
 struct ReferenceRow {

@@ -5,6 +5,7 @@
 #include <exception>
 #include <thread>
 
+#include "backend/traits.h"
 #include "core/fail.h"
 #include "core/row_digest.h"
 #include "sluice/backend.h"
@@ -154,8 +155,8 @@ EngineOutcome run_engines(const EngineRanks& ranks, RecipeName recipe, const Wor
   return outcome;
 }
 
-double engine_limit(Device::Kind kind) noexcept {
-  return kind == Device::Kind::kCuda ? 0x1p-6 : 0x1p-10;
+double engine_limit(Device::Kind kind) {
+  return traits_of(kind).engine_limit;
 }
 
 }  // namespace sluice

@@ -2,6 +2,8 @@
 #include <algorithm>
 
 #include "backend/cpu/cpu_backend.h"
+#include "backend/cpu/cpu_traits.h"
+#include "backend/cuda/cuda_traits.h"
 #include "core/fail.h"
 #include "sluice/backend.h"
 
@@ -12,6 +14,20 @@ namespace sluice {
 std::unique_ptr<Backend> make_cuda_backend(const BackendConfig& config);
 int num_cuda_devices() noexcept;
 #endif
+
+const BackendTraits& traits_of(Device::Kind kind) {
+  switch (kind) {
+    case Device::Kind::kHost:
+      return cpu::traits();
+    case Device::Kind::kCuda:
+      return cuda::traits();
+  }
+  fail(ErrorCode::kInvalidArgument, "unknown device kind {}", static_cast<int>(kind));
+}
+
+ErrorModel error_model(Device::Kind kind) {
+  return traits_of(kind).error;
+}
 
 int num_devices(Device::Kind kind) noexcept {
   if (kind == Device::Kind::kHost) return 1;

@@ -7,6 +7,7 @@
 #include <algorithm>
 #include <array>
 
+#include "backend/traits.h"
 #include "core/fail.h"
 #include "core/row_digest.h"
 #include "engine/experts_impl.h"
@@ -87,7 +88,7 @@ ExchangeConfig exchange_config(const EngineConfig& config, const ModelGeometry& 
           .max_tokens_per_rank = config.max_tokens_per_rank,
           .max_m = recipe.mode == Mode::kLowLatency ? config.max_m : 0,
           .routed_scaling_factor = config.routed_scaling_factor,
-          .num_in_flight = device == Device::Kind::kHost ? 2 : 1,
+          .num_in_flight = traits_of(device).engine_slots,
           .peer_timeout = config.peer_timeout};
 }
 
@@ -108,10 +109,9 @@ Agreement engine_agreement(const EngineConfig& config, const Checkpoint& checkpo
   return fields;
 }
 
-/// On CUDA the exchange has the rows of expert_y.
 std::size_t expert_y_bytes(const ModelGeometry& geometry, std::int64_t max_rows,
                            Device::Kind device) {
-  if (device != Device::Kind::kHost) return 0;
+  if (traits_of(device).exchange_keeps_expert_y) return 0;
   return static_cast<std::size_t>(max_rows) * static_cast<std::size_t>(geometry.hidden) *
          sizeof(std::uint16_t);
 }
@@ -159,23 +159,6 @@ Engine Engine::create(const EngineConfig& config, const Checkpoint& checkpoint,
   return Engine(std::move(impl));
 }
 
-namespace {
-
-/// PreparedExperts::bytes() of a backend that is not there yet; a test holds it against one. The
-/// CPU's matrices begin on pages of their own.
-std::size_t prepared_bytes(Device::Kind device, const ModelGeometry& geometry, int num_experts,
-                           DType scale_dtype) {
-  const std::size_t page = device == Device::Kind::kHost ? 4096 : 1;
-  const auto aligned = [&](std::size_t bytes) { return (bytes + page - 1) / page * page; };
-  const std::size_t elems =
-      static_cast<std::size_t>(geometry.hidden) * static_cast<std::size_t>(geometry.intermediate);
-  const std::size_t scales = elems / static_cast<std::size_t>(geometry.group_size);
-  return static_cast<std::size_t>(num_experts) * 3u *
-         (aligned(elems / 2) + aligned(scales * size_bytes(scale_dtype)));
-}
-
-}  // namespace
-
 EngineMemory Engine::plan_memory(const EngineConfig& config, const ModelGeometry& geometry,
                                  DType scale_dtype, Device::Kind device, int num_ranks) {
   check_geometry(config, geometry, num_ranks);
@@ -187,7 +170,7 @@ EngineMemory Engine::plan_memory(const EngineConfig& config, const ModelGeometry
   memory.codes_bytes = weights / 2;
   memory.scales_bytes =
       weights / static_cast<std::size_t>(geometry.group_size) * size_bytes(scale_dtype);
-  memory.prepared_bytes = prepared_bytes(device, geometry, num_local, scale_dtype);
+  memory.prepared_bytes = traits_of(device).prepared_bytes(geometry, num_local, scale_dtype);
   std::int64_t max_rows = 0;
   for (const auto& [mode, name] : {std::pair{Mode::kLowLatency, config.low_latency},
                                    std::pair{Mode::kNormal, config.normal}}) {

@@ -3,6 +3,7 @@
 
 #include <cmath>
 
+#include "backend/traits.h"
 #include "core/check_tensor.h"
 #include "core/fail.h"
 #include "engine/experts_impl.h"
@@ -71,7 +72,7 @@ RowRanges checked_rows(const ExpertBatch& batch, const Device& device,
     check_tensor("row_begin", batch.row_begin, DType::kInt64, shape, device);
   }
   RowRanges rows = row_ranges(batch);
-  if (device.kind == Device::Kind::kHost) {
+  if (traits_of(device.kind).has_host_memory) {
     check_in_host_memory(rows, batch.row_begin.as<std::int64_t>(), is_masked, begin);
   } else {
     check_argument(is_masked || rows.begin != nullptr,

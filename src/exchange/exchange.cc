@@ -6,10 +6,10 @@
 
 #include <cmath>
 
+#include "backend/traits.h"
 #include "core/check_tensor.h"
 #include "core/fail.h"
 #include "exchange/agreement.h"
-#include "exchange/device_layout.h"
 #include "exchange/host_layout.h"
 #include "exchange/impl.h"
 #include "sluice/backend.h"
@@ -95,8 +95,8 @@ std::size_t Exchange::workspace_bytes(const ExchangeConfig& config, int num_rank
                                       Device::Kind kind) {
   check_argument(num_ranks >= 1, "{} ranks; at least one", num_ranks);
   const ExchangeConfig checked = resolved(config, num_ranks);
-  return kind == Device::Kind::kHost ? HostLayout(checked, num_ranks).total_bytes()
-                                     : DeviceLayout(checked, num_ranks).total_bytes();
+  return traits_of(kind).has_host_memory ? host_workspace_bytes(checked, num_ranks)
+                                         : device_workspace_bytes(checked, num_ranks);
 }
 
 std::int64_t Exchange::max_rows(const ExchangeConfig& config, int num_ranks) {
@@ -108,7 +108,7 @@ Exchange Exchange::create(const ExchangeConfig& config, Transport& transport, Ba
   const ExchangeConfig checked = resolved(config, transport.num_ranks());
   require_agreement(transport, exchange_agreement(checked), checked.peer_timeout);
   std::unique_ptr<Impl> impl;
-  if (backend.device().kind == Device::Kind::kHost) {
+  if (traits_of(backend.device().kind).has_host_memory) {
     impl = make_host_exchange(checked, transport, backend);
   } else {
 #ifdef SLUICE_HAS_CUDA

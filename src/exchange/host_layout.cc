@@ -1,5 +1,6 @@
 #include "exchange/host_layout.h"
 
+#include "exchange/impl.h"
 #include "sluice/quant.h"
 
 namespace sluice {
@@ -47,6 +48,10 @@ HostLayout::HostLayout(const ExchangeConfig& config, int num_ranks_in)
   }
   place(home, tokens * topk * home_bytes);
   slot_bytes = at;
+}
+
+std::size_t host_workspace_bytes(const ExchangeConfig& config, int num_ranks) {
+  return HostLayout(config, num_ranks).total_bytes();
 }
 
 }  // namespace sluice

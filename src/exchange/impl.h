@@ -4,6 +4,7 @@
 // below may assume valid input.
 #pragma once
 
+#include <cstddef>
 #include <memory>
 
 #include "sluice/exchange.h"
@@ -58,6 +59,9 @@ struct Exchange::Impl {
   std::size_t held_bytes = 0;  ///< Of its buffers and window; set by the implementation.
 };
 
+// One implementation per kind of memory, and what it takes. Configurations are checked.
+[[nodiscard]] std::size_t host_workspace_bytes(const ExchangeConfig& config, int num_ranks);
+[[nodiscard]] std::size_t device_workspace_bytes(const ExchangeConfig& config, int num_ranks);
 [[nodiscard]] std::unique_ptr<Exchange::Impl> make_host_exchange(const ExchangeConfig& config,
                                                                  Transport& transport,
                                                                  Backend& backend);

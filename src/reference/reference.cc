@@ -236,10 +236,6 @@ Interval swiglu_interval(const Interval& gate, const Interval& up) {
 
 }  // namespace
 
-ErrorModel error_model(Device::Kind kind) noexcept {
-  return {.accumulation = 0x1p-20, .alignment = kind == Device::Kind::kCuda ? 0x1p-13 : 0};
-}
-
 LayerReference::LayerReference(ExpertWeights experts, Recipe recipe, float routed_scaling_factor,
                                ErrorModel model)
     : experts_(std::move(experts)),

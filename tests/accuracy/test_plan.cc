@@ -7,8 +7,8 @@
 #include <map>
 #include <thread>
 
+#include "exchange/cuda/device_layout.h"
 #include "exchange/cuda/exchange_kernels.h"
-#include "exchange/device_layout.h"
 #include "sluice/engine.h"
 #include "sluice/error.h"
 #include "sluice/transport.h"
@@ -67,18 +67,15 @@ TEST_F(Plan, IsWhatAnEngineTakes) {
 /// tests/gpu/test_cuda_plan.cc counts what is taken on a device; this much needs none.
 TEST_F(Plan, KnowsTheStateOfACudaExchange) {
   for (const int num_slots : {1, 3}) {
-    const DeviceLayout layout({.num_experts = 8,
-                               .num_topk = 2,
-                               .hidden = 256,
-                               .max_tokens_per_rank = 5,
-                               .max_m = 10,
-                               .num_in_flight = num_slots},
-                              2);
+    const ExchangeConfig config{.num_experts = 8,
+                                .num_topk = 2,
+                                .hidden = 256,
+                                .max_tokens_per_rank = 5,
+                                .max_m = 10,
+                                .num_in_flight = num_slots};
+    const DeviceLayout layout(config, 2);
     ASSERT_EQ(layout.num_slots, num_slots);
-    EXPECT_EQ(layout.state_bytes(),
-              sizeof(cuda::ExchangeState) +
-                  static_cast<std::size_t>(num_slots) * sizeof(cuda::SlotState));
-    EXPECT_EQ(layout.total_bytes(),
+    EXPECT_EQ(Exchange::workspace_bytes(config, 2, Device::Kind::kCuda),
               layout.window_bytes() + layout.private_bytes() + layout.state_bytes());
   }
 }

@@ -47,7 +47,7 @@ std::uint64_t sum_words(const std::byte* data, std::size_t bytes) {
 double read_bytes_per_second(ThreadPool& pool) {
   const PageBuffer buffer(buffer_bytes(), PageBuffer::Pages::kHuge);
   const auto threads = static_cast<std::size_t>(pool.num_threads());
-  const std::size_t share = buffer.bytes() / threads / 4096 * 4096;
+  const std::size_t share = buffer.bytes() / threads / kPageBytes * kPageBytes;
   pool.run([&](int t) {
     std::memset(buffer.data() + static_cast<std::size_t>(t) * share, t + 1, share);
   });

@@ -7,6 +7,8 @@
 
 namespace sluice::cpu {
 
+inline constexpr std::size_t kPageBytes = 4096;
+
 /// Zero-filled by the system when first touched.
 class PageBuffer final : public DeviceBuffer {
  public:

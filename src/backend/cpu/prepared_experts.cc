@@ -9,13 +9,8 @@
 namespace sluice::cpu {
 namespace {
 
-constexpr std::size_t kAlignment = 4096;
 /// w + 8 in every nibble: the sign bit of a two's complement nibble flips.
 constexpr std::uint32_t kFlipSigns = 0x88888888u;
-
-std::size_t aligned(std::int64_t bytes) {
-  return (static_cast<std::size_t>(bytes) + kAlignment - 1) / kAlignment * kAlignment;
-}
 
 void check_matrix(const Int4Matrix& m, std::int64_t n, std::int64_t k, int expert,
                   const char* name) {
@@ -97,7 +92,7 @@ PreparedCpuExperts::PreparedCpuExperts(const ExpertWeights& weights, ThreadPool&
     experts_.push_back({describe(e.gate), describe(e.up), describe(e.down)});
     for (const PreparedMatrix* m :
          {&experts_.back().gate, &experts_.back().up, &experts_.back().down}) {
-      total += aligned(m->code_bytes()) + aligned(m->scale_bytes());
+      total += m->memory_bytes();
     }
   }
   memory_ = PageBuffer(total, PageBuffer::Pages::kHuge);
@@ -105,9 +100,9 @@ PreparedCpuExperts::PreparedCpuExperts(const ExpertWeights& weights, ThreadPool&
   for (PreparedExpert& e : experts_) {
     for (PreparedMatrix* m : {&e.gate, &e.up, &e.down}) {
       m->codes = reinterpret_cast<const std::uint8_t*>(memory_.data() + offset);
-      offset += aligned(m->code_bytes());
+      offset += PreparedMatrix::whole_pages(m->code_bytes());
       m->scales = memory_.data() + offset;
-      offset += aligned(m->scale_bytes());
+      offset += PreparedMatrix::whole_pages(m->scale_bytes());
     }
   }
   constexpr std::int64_t kBlocksPerTask = 8;  // 128 channels, so that every N divides.

@@ -42,6 +42,13 @@ struct PreparedMatrix {
   [[nodiscard]] std::int64_t scale_bytes() const noexcept {
     return n * (k / group_size) * (scales_are_bf16 ? 2 : 4);
   }
+  /// Codes and scales begin on pages of their own.
+  [[nodiscard]] static std::size_t whole_pages(std::int64_t bytes) noexcept {
+    return (static_cast<std::size_t>(bytes) + kPageBytes - 1) / kPageBytes * kPageBytes;
+  }
+  [[nodiscard]] std::size_t memory_bytes() const noexcept {
+    return whole_pages(code_bytes()) + whole_pages(scale_bytes());
+  }
 };
 
 struct PreparedExpert {

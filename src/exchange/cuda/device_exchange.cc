@@ -16,8 +16,8 @@
 #include "backend/cuda/check.h"
 #include "backend/ops.h"
 #include "core/fail.h"
+#include "exchange/cuda/device_layout.h"
 #include "exchange/cuda/exchange_kernels.h"
-#include "exchange/device_layout.h"
 #include "exchange/impl.h"
 #include "sluice/quant.h"
 #include "sluice/transport.h"
@@ -152,8 +152,7 @@ DeviceExchange::DeviceExchange(const ExchangeConfig& config_in, Transport& trans
   check_limits(num_ranks);
   cuda::prepare_exchange_kernels();
   private_ = backend.allocate(layout_.private_bytes());
-  state_ = backend.allocate(sizeof(ExchangeState) +
-                            static_cast<std::size_t>(layout_.num_slots) * sizeof(SlotState));
+  state_ = backend.allocate(layout_.state_bytes());
   const auto queue = static_cast<cudaStream_t>(backend.stream().handle);
   SLUICE_CUDA_CHECK(cudaMemsetAsync(state_->data(), 0, state_->bytes(), queue));
   share_window(transport);

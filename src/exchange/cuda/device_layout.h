@@ -15,11 +15,14 @@
 //     expert_y   [rows, hidden] bf16          read by the tokens' home ranks
 //
 // rows = num_local_experts * max_m (low-latency), or R * T * k (normal).
+//
+// Plain C++, part of every build: plans for a GPU are made on machines without one.
 #pragma once
 
 #include <cstddef>
 #include <cstdint>
 
+#include "exchange/cuda/exchange_kernels.h"
 #include "sluice/exchange.h"
 
 namespace sluice {
@@ -47,10 +50,10 @@ struct DeviceLayout {
   [[nodiscard]] std::size_t private_bytes() const noexcept {
     return static_cast<std::size_t>(num_slots) * (slot_row_bytes + rows_bytes);
   }
-  /// Epochs, counters and what a failure leaves behind, of the exchange and of each slot: the sizes
-  /// of cuda::ExchangeState and cuda::SlotState, which only the CUDA side sees. A test holds them.
+  /// Epochs, counters and what a failure leaves behind, of the exchange and of each slot.
   [[nodiscard]] std::size_t state_bytes() const noexcept {
-    return 2072 + static_cast<std::size_t>(num_slots) * 16;
+    return sizeof(cuda::ExchangeState) +
+           static_cast<std::size_t>(num_slots) * sizeof(cuda::SlotState);
   }
   /// Everything a CUDA exchange reserves on one rank.
   [[nodiscard]] std::size_t total_bytes() const noexcept {

@@ -1,5 +1,6 @@
-#include "exchange/device_layout.h"
+#include "exchange/cuda/device_layout.h"
 
+#include "exchange/impl.h"
 #include "sluice/quant.h"
 
 namespace sluice {
@@ -42,6 +43,10 @@ DeviceLayout::DeviceLayout(const ExchangeConfig& config, int num_ranks)
   place(copy_of, masked ? 0 : rows * sizeof(std::int32_t));
   place(expert_y, rows * 2 * hidden);
   slot_bytes = at;
+}
+
+std::size_t device_workspace_bytes(const ExchangeConfig& config, int num_ranks) {
+  return DeviceLayout(config, num_ranks).total_bytes();
 }
 
 }  // namespace sluice

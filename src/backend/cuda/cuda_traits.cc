@@ -1,0 +1,38 @@
+#include "backend/cuda/cuda_traits.h"
+
+#include "backend/cuda/w4a8.h"
+#include "sluice/checkpoint.h"
+
+namespace sluice::cuda {
+namespace {
+
+std::size_t prepared_bytes(const ModelGeometry& geometry, int num_experts, DType scale_dtype) {
+  const auto bytes = [&](int n, int k) {
+    return packed_expert_bytes(
+        {.n = n,
+         .k = k,
+         .group = geometry.group_size,
+         .scale_type = scale_dtype == DType::kBFloat16 ? ScaleType::kBf16 : ScaleType::kF32});
+  };
+  const std::size_t gate_up = bytes(2 * geometry.intermediate, geometry.hidden);
+  const std::size_t down = bytes(geometry.hidden, geometry.intermediate);
+  return static_cast<std::size_t>(num_experts) * (gate_up + down);
+}
+
+}  // namespace
+
+const BackendTraits& traits() noexcept {
+  static constexpr BackendTraits kTraits{
+      .has_host_memory = false,
+      // It is in the window, where the tokens' home ranks read it.
+      .exchange_keeps_expert_y = true,
+      // Reuse of a slot waits for nothing, and a slot takes as much memory as all its rows.
+      .engine_slots = 1,
+      // Hopper's FP8 tensor cores keep 13 fraction bits within each group of 128.
+      .error = {.accumulation = 0x1p-20, .alignment = 0x1p-13},
+      .engine_limit = 0x1p-6,
+      .prepared_bytes = prepared_bytes};
+  return kTraits;
+}
+
+}  // namespace sluice::cuda

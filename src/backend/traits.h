@@ -1,0 +1,36 @@
+// traits.h - what is known of a kind of backend before there is one: for plans, limits and bounds.
+//
+// Each backend's folder defines its own, in plain C++ that every build compiles: a machine without
+// a GPU plans for one, and judges numbers that one has made.
+#pragma once
+
+#include <cstddef>
+
+#include "sluice/backend.h"
+#include "sluice/tensor.h"
+
+namespace sluice {
+
+struct ModelGeometry;
+
+struct BackendTraits {
+  /// Host code may read and write its memory. The exchange for host memory then works on it as it
+  /// is, and row counts are checked before work is queued.
+  bool has_host_memory = false;
+  /// Dispatched::expert_y() is memory of the exchange, so an engine reserves none of its own.
+  bool exchange_keeps_expert_y = false;
+  /// ExchangeConfig::num_in_flight of an engine, which has one dispatch in flight.
+  int engine_slots = 1;
+  /// What its GEMMs may add to a layer's error; docs/design.md#arithmetic derives it.
+  ErrorModel error;
+  /// How far a layer's output may be from the evaluator's: docs/accuracy.md#engines.
+  double engine_limit = 0;
+  /// PreparedExperts::bytes() of experts that are not there yet. A test holds it against one.
+  std::size_t (*prepared_bytes)(const ModelGeometry& geometry, int num_experts,
+                                DType scale_dtype) = nullptr;
+};
+
+/// Throws: kInvalidArgument for a kind without a backend.
+[[nodiscard]] const BackendTraits& traits_of(Device::Kind kind);
+
+}  // namespace sluice
