@@ -62,7 +62,7 @@ TYPE = re.compile(r"(?:template\s*<.*>\s*)?(?:struct|class|union|enum(?:\s+class
                   r"(?:alignas\([^)]*\)\s*|\[\[[^\]]*\]\]\s*)*(\w+)\s*(?:final\s*)?(?::(?!:)|\{)")
 # Third-party headers that belong to exactly one file.
 ONLY_IN = {
-    "mpi.h": ("src/transport/mpi_link.cc",),
+    "mpi.h": ("src/transport/mpi_start.h", "src/transport/mpi_link.cc"),
     "nccl.h": ("bench/cuda/bench_nccl.cu",),
     "nvshmem": ("src/transport/nvshmem.cc", "src/transport/device.cuh"),
 }

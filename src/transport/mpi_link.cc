@@ -7,11 +7,12 @@
 #include <deque>
 #include <map>
 #include <mutex>
+#include <optional>
 #include <thread>
 #include <tuple>
 
 #include "core/fail.h"
-#include "sluice/config.h"
+#include "transport/mpi_start.h"
 
 namespace sluice {
 namespace {
@@ -20,88 +21,9 @@ using Clock = std::chrono::steady_clock;
 using std::chrono::milliseconds;
 using Bytes = std::vector<std::byte>;
 
-/// Every call of MPI goes through here.
-void check_mpi(int status, const char* call) {
-  if (status == MPI_SUCCESS) return;
-  char text[MPI_MAX_ERROR_STRING];
-  int length = 0;
-  if (MPI_Error_string(status, text, &length) != MPI_SUCCESS) length = 0;
-  fail(ErrorCode::kTransport, "{}: {}", call,
-       std::string_view(text, static_cast<std::size_t>(length)));
-}
-#define SLUICE_MPI(function, ...) check_mpi(function(__VA_ARGS__), #function)
-
-constexpr int kHelloTag = 20941, kFrameTag = 20942;
+constexpr int kFrameTag = 20942;
 /// Frames on their way to one peer, 4 MiB: enough to cover a receiver that computes for a while.
 constexpr std::size_t kMaxInFlight = 32;
-
-/// Polls often at first, then sleeps: a rank that waits long leaves the core to the others.
-class Backoff {
- public:
-  void pause() {
-    if (++rounds_ < 50) {
-      std::this_thread::yield();
-    } else {
-      std::this_thread::sleep_for(std::chrono::microseconds(rounds_ < 500 ? 20 : 200));
-    }
-  }
-  void reset() noexcept { rounds_ = 0; }
-
- private:
-  int rounds_ = 0;
-};
-
-/// True once `request` is complete; bounded.
-bool complete_by(MPI_Request& request, Clock::time_point deadline) {
-  Backoff backoff;
-  for (int done = 0;;) {
-    SLUICE_MPI(MPI_Test, &request, &done, MPI_STATUS_IGNORE);
-    if (done) return true;
-    if (Clock::now() >= deadline) return false;
-    backoff.pause();
-  }
-}
-
-struct MpiHello {
-  char text[64] = {};
-};
-
-/// Each process sends its version to all and hears all. Throws: kPeerTimeout naming the missing.
-void roll_call(int rank, int num_ranks, milliseconds timeout, const char* operation) {
-  const auto deadline = Clock::now() + timeout;
-  // Left to MPI when somebody is missing: it may still write there.
-  auto heard = std::make_unique<std::vector<MpiHello>>(static_cast<std::size_t>(num_ranks));
-  auto mine = std::make_unique<MpiHello>();
-  fmt::format_to_n(mine->text, sizeof(mine->text) - 1, "sluice {}", version());
-  std::vector<MPI_Request> in(heard->size(), MPI_REQUEST_NULL), out = in;
-  for (int r = 0; r < num_ranks; ++r) {
-    if (r == rank) continue;
-    const auto i = static_cast<std::size_t>(r);
-    SLUICE_MPI(MPI_Irecv, (*heard)[i].text, sizeof(MpiHello), MPI_BYTE, r, kHelloTag,
-               MPI_COMM_WORLD, &in[i]);
-    SLUICE_MPI(MPI_Isend, mine->text, sizeof(MpiHello), MPI_BYTE, r, kHelloTag, MPI_COMM_WORLD,
-               &out[i]);
-  }
-  std::vector<int> missing;
-  for (std::size_t r = 0; r < in.size(); ++r) {
-    if (complete_by(in[r], deadline) && complete_by(out[r], deadline)) continue;
-    missing.push_back(static_cast<int>(r));
-  }
-  if (!missing.empty()) {
-    (void)heard.release();
-    (void)mine.release();
-    fail_of_ranks(ErrorCode::kPeerTimeout, missing,
-                  "{} on rank {}: after {} ms still missing rank(s){}", operation, rank,
-                  timeout.count(), list_of(missing));
-  }
-  (*heard)[static_cast<std::size_t>(rank)] = *mine;
-  for (std::size_t r = 0; r < heard->size(); ++r) {
-    const MpiHello& theirs = (*heard)[r];
-    if (std::memcmp(&theirs, mine.get(), sizeof(MpiHello)) == 0) continue;
-    fail(ErrorCode::kTransport, "ranks disagree on version: rank {} has '{}', rank {} has '{}'",
-         rank, mine->text, r, std::string(theirs.text, strnlen(theirs.text, sizeof(theirs.text))));
-  }
-}
 
 struct Sending {
   MPI_Request request = MPI_REQUEST_NULL;
@@ -130,9 +52,17 @@ struct Share {
 }  // namespace
 
 struct MpiLink::Impl {
-  int rank = 0, num_ranks = 0;
-  bool owns_mpi = false;
-  MPI_Comm comm = MPI_COMM_NULL;
+  explicit Impl(const MpiStart& start)
+      : rank(start.rank),
+        num_ranks(start.num_ranks),
+        owns_mpi(start.owns_mpi),
+        comm(start.comm),
+        peers(static_cast<std::size_t>(start.num_ranks)),
+        thread([this] { look_in(); }) {}
+
+  const int rank, num_ranks;
+  const bool owns_mpi;
+  MPI_Comm comm;
 
   std::mutex mutex;  // Everything below, and every call of MPI.
   std::vector<Peer> peers;
@@ -140,13 +70,12 @@ struct MpiLink::Impl {
   std::map<std::pair<std::uint16_t, std::uint32_t>, std::shared_ptr<WindowMemory>> windows;
   std::map<std::tuple<std::uint16_t, std::uint32_t, int>, Share> shares;
   std::uint32_t num_groups = 0;
-  std::string failure;  // First fatal error, empty while healthy.
+  std::optional<Error> failure;  // The first fatal one.
 
   std::condition_variable stopping;
   bool stop = false;
   std::thread thread;
 
-  void start(milliseconds timeout);
   void look_in();
   void stop_thread();
   bool pump();
@@ -160,46 +89,13 @@ struct MpiLink::Impl {
   [[nodiscard]] Peer& peer(int r) { return peers[static_cast<std::size_t>(r)]; }
 };
 
-void MpiLink::Impl::start(milliseconds timeout) {
-  int running = 0, ended = 0, level = 0;
-  SLUICE_MPI(MPI_Finalized, &ended);
-  if (ended) fail(ErrorCode::kUnsupported, "MPI has been finalized and cannot be started again");
-  SLUICE_MPI(MPI_Initialized, &running);
-  if (running) {
-    SLUICE_MPI(MPI_Query_thread, &level);
-  } else {
-    SLUICE_MPI(MPI_Init_thread, nullptr, nullptr, MPI_THREAD_SERIALIZED, &level);
-    owns_mpi = true;
-  }
-  if (level < MPI_THREAD_SERIALIZED) {
-    fail(ErrorCode::kUnsupported,
-         "MPI runs with thread level {}, the transport needs MPI_THREAD_SERIALIZED ({})", level,
-         static_cast<int>(MPI_THREAD_SERIALIZED));
-  }
-  SLUICE_MPI(MPI_Comm_set_errhandler, MPI_COMM_WORLD, MPI_ERRORS_RETURN);
-  SLUICE_MPI(MPI_Comm_rank, MPI_COMM_WORLD, &rank);
-  SLUICE_MPI(MPI_Comm_size, MPI_COMM_WORLD, &num_ranks);
-  roll_call(rank, num_ranks, timeout, "start of the MPI transport");
-  // A communicator of our own, so that the program's messages and ours cannot meet.
-  MPI_Request request = MPI_REQUEST_NULL;
-  SLUICE_MPI(MPI_Comm_idup, MPI_COMM_WORLD, &comm, &request);
-  if (!complete_by(request, Clock::now() + timeout)) {
-    roll_call(rank, num_ranks, milliseconds(500), "second roll call of the MPI transport");
-    fail(ErrorCode::kPeerTimeout, "MPI_Comm_idup on rank {}: not complete after {} ms", rank,
-         timeout.count());
-  }
-  SLUICE_MPI(MPI_Comm_set_errhandler, comm, MPI_ERRORS_RETURN);
-  peers = std::vector<Peer>(static_cast<std::size_t>(num_ranks));
-  thread = std::thread([this] { look_in(); });
-}
-
 /// Receives and completes sends while the rank is busy elsewhere.
 void MpiLink::Impl::look_in() {
   std::unique_lock lock(mutex);
   while (!stop) {
     bool busy = false;
     try {
-      busy = failure.empty() && pump();
+      busy = !failure && pump();
     } catch (const Error&) {
       busy = false;  // The rank's own thread will throw it.
     }
@@ -234,7 +130,7 @@ bool MpiLink::Impl::pump() {
     for (int source = 0; source < num_ranks; ++source) any |= pump_peer(source);
     return any;
   } catch (const Error& error) {
-    if (failure.empty()) failure = error.what();
+    if (!failure) failure = error;
     throw;
   }
 }
@@ -250,8 +146,9 @@ bool MpiLink::Impl::receive() {
     int size = 0;
     SLUICE_MPI(MPI_Get_count, &status, MPI_BYTE, &size);
     if (size < 0 || static_cast<std::size_t>(size) > kFrameBytes) {
-      fail(ErrorCode::kTransport, "a message of {} bytes from rank {}; none is larger than {}",
-           size, status.MPI_SOURCE, kFrameBytes);
+      fail_of_ranks(ErrorCode::kTransport, {status.MPI_SOURCE},
+                    "a message of {} bytes from rank {}; none is larger than {}", size,
+                    status.MPI_SOURCE, kFrameBytes);
     }
     Receiving& next = peer(status.MPI_SOURCE).receiving.emplace_back();
     next.bytes = take_spare();
@@ -270,7 +167,7 @@ bool MpiLink::Impl::pump_peer(int source) {
     const int status = MPI_Test(&p.sending.front().request, &done, MPI_STATUS_IGNORE);
     // One that said goodbye need not take what was still on its way.
     if (status != MPI_SUCCESS && !p.said_goodbye) {
-      check_mpi(status, fmt::format("sending to rank {}", source).c_str());
+      check_mpi(status, fmt::format("sending to rank {}", source).c_str(), {source});
     }
     if (status == MPI_SUCCESS && !done) break;
     spare.push_back(std::move(p.sending.front().bytes));
@@ -279,14 +176,16 @@ bool MpiLink::Impl::pump_peer(int source) {
   for (int done = 1; !p.receiving.empty(); any = true) {
     Receiving& first = p.receiving.front();
     check_mpi(MPI_Test(&first.request, &done, MPI_STATUS_IGNORE),
-              fmt::format("receiving from rank {}", source).c_str());
+              fmt::format("receiving from rank {}", source).c_str(), {source});
     if (!done) break;
     const std::string wrong =
         read_frame(std::span(first.bytes).first(first.size), p.next_received++,
                    [&](const Record& record, std::span<const std::byte> payload) {
                      apply(source, record, payload);
                    });
-    if (!wrong.empty()) fail(ErrorCode::kTransport, "from rank {}: {}", source, wrong);
+    if (!wrong.empty()) {
+      fail_of_ranks(ErrorCode::kTransport, {source}, "from rank {}: {}", source, wrong);
+    }
     spare.push_back(std::move(first.bytes));
     p.receiving.pop_front();
   }
@@ -301,8 +200,9 @@ void MpiLink::Impl::apply(int source, const Record& record, std::span<const std:
   if (record.kind == RecordKind::kPart) {
     Share& share = shares[{record.group, record.object, source}];
     if (record.at != share.arrived || payload.size() > record.total - record.at) {
-      fail(ErrorCode::kTransport, "from rank {}: part at {} of gather {}, expected at {} of {}",
-           source, record.at, record.object, share.arrived, record.total);
+      fail_of_ranks(ErrorCode::kTransport, {source},
+                    "from rank {}: part at {} of gather {}, expected at {} of {}", source,
+                    record.at, record.object, share.arrived, record.total);
     }
     share.bytes.resize(record.total);
     if (!payload.empty()) std::memcpy(&share.bytes[record.at], payload.data(), payload.size());
@@ -314,8 +214,9 @@ void MpiLink::Impl::apply(int source, const Record& record, std::span<const std:
   WindowMemory& window = *found->second;
   if (record.kind == RecordKind::kPut) {
     if (record.at > window.bytes || payload.size() > window.bytes - record.at) {
-      fail(ErrorCode::kTransport, "from rank {}: put of {} bytes at {} of a window of {}", source,
-           payload.size(), record.at, window.bytes);
+      fail_of_ranks(ErrorCode::kTransport, {source},
+                    "from rank {}: put of {} bytes at {} of a window of {}", source, payload.size(),
+                    record.at, window.bytes);
     }
     std::memcpy(window.pages.data() + record.at, payload.data(), payload.size());
   } else if (record.kind == RecordKind::kSignal && record.flag < window.flags.size()) {
@@ -325,13 +226,14 @@ void MpiLink::Impl::apply(int source, const Record& record, std::span<const std:
       flag.store(record.at, std::memory_order_release);
     }
   } else {
-    fail(ErrorCode::kTransport, "from rank {}: record of kind {}, flag {} for a window with {}",
-         source, static_cast<int>(record.kind), record.flag, window.flags.size());
+    fail_of_ranks(ErrorCode::kTransport, {source},
+                  "from rank {}: record of kind {}, flag {} for a window with {}", source,
+                  static_cast<int>(record.kind), record.flag, window.flags.size());
   }
 }
 
 void MpiLink::Impl::require_healthy() const {
-  if (!failure.empty()) fail(ErrorCode::kTransport, "{}", failure);
+  if (failure) fail_of_ranks(ErrorCode::kTransport, failure->ranks(), "{}", failure->what());
 }
 
 void MpiLink::Impl::ship(std::unique_lock<std::mutex>& lock, int to, milliseconds timeout) {
@@ -340,9 +242,10 @@ void MpiLink::Impl::ship(std::unique_lock<std::mutex>& lock, int to, millisecond
   if (p.open.empty()) return;
   Backoff backoff;
   for (const auto deadline = Clock::now() + timeout; p.sending.size() >= kMaxInFlight;) {
+    const bool is_last_look = Clock::now() >= deadline;
     if (pump()) backoff.reset();
     if (p.sending.size() < kMaxInFlight) break;
-    if (Clock::now() >= deadline) {
+    if (is_last_look) {
       fail_of_ranks(
           ErrorCode::kPeerTimeout, {to},
           "sending on rank {}: after {} ms {} messages to rank {} are still under way; missing "
@@ -373,9 +276,7 @@ std::unique_ptr<MpiLink>& the_link() {
 }
 }  // namespace
 
-MpiLink::MpiLink(milliseconds timeout) : impl_(std::make_unique<Impl>()) {
-  impl_->start(timeout);
-}
+MpiLink::MpiLink(milliseconds timeout) : impl_(std::make_unique<Impl>(start_mpi(timeout))) {}
 
 MpiLink::~MpiLink() {
   impl_->stop_thread();
@@ -471,13 +372,15 @@ void MpiLink::ship(int to, milliseconds timeout) {
 bool MpiLink::wait_until(Deadline deadline, const std::function<bool()>& arrived) {
   Backoff backoff;
   for (std::unique_lock lock(impl_->mutex);;) {
+    // The clock first: what came while this process had no CPU has come in time.
+    const bool is_last_look = Clock::now() >= deadline;
     if (arrived()) return true;
     impl_->require_healthy();
     if (impl_->pump()) {
       backoff.reset();
       continue;
     }
-    if (Clock::now() >= deadline) return false;
+    if (is_last_look) return false;
     lock.unlock();
     backoff.pause();
     lock.lock();

@@ -5,8 +5,11 @@
     fault_matrix.py [--short] --transport ipc FAULT_RANK
 
 Prints a table in Markdown. Exits with 1 if a survivor did not report an error that names rank,
-operation and epoch within the timeout plus one second, if anything hung, or if a process or a
+operation and epoch within the timeout plus one second, if it names any other rank than the one
+that was killed or stopped or sent a wrong message, if anything hung, or if a process or a
 shared-memory file was left behind.
+
+"kill, 3 late": rank 3 comes to the place of the fault later than the others. Nobody may name it.
 """
 import concurrent.futures
 import os
@@ -22,13 +25,14 @@ SHORT = ARGUMENTS[0] == "--short"
 ARGUMENTS = ARGUMENTS[SHORT:]
 IPC = ARGUMENTS[:2] == ["--transport", "ipc"]
 FAULT_RANK, *MPIRUN = ARGUMENTS[2 * IPC:]
-RANKS, VICTIM, ROUND = 4, 2, 3
+RANKS, VICTIM, LATE, ROUND = 4, 2, 3, 3
 TIMEOUT_MS = 2000
 LIMIT_MS = TIMEOUT_MS + 1000
+LATE_MS = TIMEOUT_MS * 3 // 10
 
 # (fault, place, what the message of a survivor must match, who must report; None = the survivors)
 GONE = rf"missing rank\(s\)(?:[^:]*\b){VICTIM}\b"
-PLACES = {"start": r"start of the MPI transport",
+PLACES = {"start": r"start of the MPI transport", "communicator": r"second roll call of the MPI transport",
           "before-creation": r"creation, comparing configurations: all_gather number \d+", "creation": r"creation.*make_window number \d+",
           "before-dispatch": r"dispatch.*epoch 4", "dispatch": r"dispatch.*epoch 4",
           "before-combine": r"combine, epoch 4", "combine": r"combine, epoch 4",
@@ -42,7 +46,7 @@ if IPC:
               "before-combine": r"(dispatch|combine).*epoch 4", "combine": r"(dispatch|combine).*epoch 4",
               "after-combine": r"(combine, epoch 4|dispatch.*epoch 5)"}
 CASES = [(fault, place, f"{operation}.*{GONE}", mode)
-         for fault in ("kill", "stop") for place, operation in PLACES.items()
+         for fault in ("kill", "stop", f"kill, {LATE} late", f"stop, {LATE} late") for place, operation in PLACES.items()
          for mode in ("low-latency", "normal")]
 CASES += [("slow", place, None, mode) for place in PLACES for mode in ("low-latency", "normal")]
 for mode in ("low-latency", "normal"):
@@ -58,19 +62,42 @@ CASES += [] if IPC else [("stranger", "start", rf"ranks disagree on version: ran
 if SHORT:
     CASES = [c for i, c in enumerate(CASES) if (c[0] in ("truncate", "corrupt", "lose", "order", "capacity", "stranger", "flood")) and c[3] == "normal"
              or c[0] in ("kill", "stop") and (c[1], c[3]) in (("start", "normal"), ("creation", "normal"), ("dispatch", "low-latency"), ("combine", "normal"))
+             or c[0] == f"kill, {LATE} late" and (c[1], c[3]) in (("communicator", "normal"), ("before-creation", "normal"), ("dispatch", "low-latency"), ("before-combine", "normal"))
              or c[0] == "slow" and (c[1], c[3]) == ("dispatch", "low-latency")]
 
 
-def leftovers():
-    shm = {f for f in os.listdir("/dev/shm")} if os.path.isdir("/dev/shm") else set()
-    return shm
+def shared_files():
+    return set(os.listdir("/dev/shm")) if os.path.isdir("/dev/shm") else set()
+
+
+def mapped_files():
+    """Names in /dev/shm that some process maps: those of other jobs are not left behind."""
+    names = set()
+    for entry in filter(str.isdigit, os.listdir("/proc")):
+        try:
+            with open(f"/proc/{entry}/maps") as file:
+                names.update(re.findall(r"/dev/shm/(\S+)", file.read()))
+        except OSError:
+            pass  # It has ended, or is another user's.
+    return names
+
+
+def leftovers(before):
+    """Files that are not in `before` and that nobody maps, for a second at least."""
+    left = shared_files() - before
+    deadline = time.monotonic() + 1
+    while left and time.monotonic() < deadline:
+        left &= shared_files() - mapped_files()
+        time.sleep(0.1)
+    return left
 
 
 def run_case(case):
     fault, place, pattern, mode = case
     launcher = [] if IPC else [*MPIRUN, "--enable-recovery", "-n", str(RANKS)]
+    fault, late = fault.split(",")[0], fault.endswith("late")
     command = [*launcher, FAULT_RANK, "--fault", fault, "--at", place, "--mode", mode,
-               "--timeout-ms", str(TIMEOUT_MS), "--transport", "ipc" if IPC else "mpi"]
+               *(["--late", str(LATE)] if late else []), "--timeout-ms", str(TIMEOUT_MS), "--transport", "ipc" if IPC else "mpi"]
     with tempfile.NamedTemporaryFile("w") as out, tempfile.TemporaryFile("w+") as err:
         job = subprocess.Popen(command, stdout=out, stderr=err, start_new_session=True)
         hung = wait_for(job, out.name, RANKS - (fault in ("kill", "stop", "flood")), fault in ("stop", "flood"))
@@ -123,9 +150,10 @@ def children_of(pid):
 
 def judge(case, out, err, hung, left):
     fault, place, pattern, mode = case
+    limit = LIMIT_MS + LATE_MS * fault.endswith("late")
     began = [int(m) for m in re.findall(r"fault_rank began at (\d+)", out)]
-    reports = {int(r): (int(at), code, text)
-               for r, at, code, text in re.findall(r"fault_rank (\d+): at (\d+) \[([^\]]*)\] ?(.*)", out)}
+    reports = {int(r): (int(at), code, [int(n) for n in ranks.split()], text)
+               for r, at, code, ranks, text in re.findall(r"fault_rank (\d+): at (\d+) \[([^\]]*)\] ranks([ \d]*): ?(.*)", out)}
     wrong = []
     if hung:
         wrong.append("hung")
@@ -139,7 +167,7 @@ def judge(case, out, err, hung, left):
         if r not in reports:
             wrong.append(f"rank {r} said nothing")
             continue
-        at, code, text = reports[r]
+        at, code, ranks, text = reports[r]
         if pattern is None:
             if code != "ok":
                 wrong.append(f"rank {r}: [{code}] {text}")
@@ -152,19 +180,22 @@ def judge(case, out, err, hung, left):
             wrong.append(f"rank {r}: [{code}] {text}")
         if not re.search(r"rank", text):
             wrong.append(f"rank {r} names nobody: {text}")
-    if pattern and not any(re.search(pattern, reports[r][2]) for r in survivors if r in reports):
+        is_named = fault.split(",")[0] in ("kill", "stop") or f"from rank {VICTIM}: message" in text
+        if is_named and ranks != [VICTIM]:
+            wrong.append(f"rank {r} names {ranks}, not {[VICTIM]}: {text}")
+    if pattern and not any(re.search(pattern, reports[r][3]) for r in survivors if r in reports):
         wrong.append("no survivor says what happened: " + "; ".join(
-            f"{r}: {reports[r][2]}" for r in survivors if r in reports))
-    if times and max(times) > LIMIT_MS:
-        wrong.append(f"{max(times)} ms after the fault, limit {LIMIT_MS}")
-    example = next((reports[r][2] for r in survivors
-                    if r in reports and pattern and re.search(pattern, reports[r][2])), "all finish, all rows right")
+            f"{r}: {reports[r][3]}" for r in survivors if r in reports))
+    if times and max(times) > limit:
+        wrong.append(f"{max(times)} ms after the fault, limit {limit}")
+    example = next((reports[r][3] for r in survivors
+                    if r in reports and pattern and re.search(pattern, reports[r][3])), "all finish, all rows right")
     seen = f"{min(times)}-{max(times)}" if times else "-"
     return case, seen, example, wrong, err
 
 
 def main():
-    before = leftovers()
+    before = shared_files()
     bad = 0
     print("| fault | where | mode | ms to error, first-last survivor | what a survivor says |")
     print("|---|---|---|---|---|")
@@ -175,7 +206,7 @@ def main():
             if wrong:
                 bad += 1
                 print(f"FAILED {fault} {place} {mode}: " + "\n    ".join(wrong) + "\n" + err, flush=True)
-    left = leftovers() - before
+    left = leftovers(before)
     if left:
         bad += 1
         print(f"FAILED left in /dev/shm: {sorted(left)}")

@@ -3,9 +3,10 @@
 // and combine, checked row by row, until the fault strikes; every rank then prints one line that
 // fault_matrix.py reads:
 //
-//   fault_rank 2: <ms since the fault began> <error code or ok> <message>
+//   fault_rank 1: at <ms> [<error code or ok>] ranks <Error::ranks()>: <message>
 //
-// A rank that is killed prints nothing.
+// The clock is the monotonic one. A rank that is killed prints nothing. `--late 3` lets rank 3 come
+// later to the place of the fault.
 #include <fmt/core.h>
 #include <gtest/gtest-spi.h>
 #include <mpi.h>
@@ -21,6 +22,7 @@
 #include <utility>
 
 #include "../cli/spawn.h"
+#include "core/fail.h"
 #include "exchange/exchange_model.h"
 #include "multirank/run_ranks.h"
 #include "support/scalar_backend.h"
@@ -36,9 +38,10 @@ using sluice::testing::Traffic;
 struct Options {
   std::string fault =
       "none";  // none kill stop slow truncate corrupt lose order capacity stranger flood
-  std::string at = "dispatch";  // start before-creation creation before-dispatch dispatch
-                                // before-combine combine after-combine
+  std::string at = "dispatch";  // start communicator before-creation creation before-dispatch
+                                // dispatch before-combine combine after-combine
   int victim = 2;
+  int late = -1;  // Another rank, or none.
   int round = 3;
   int timeout_ms = 2000;
   Mode mode = Mode::kLowLatency;
@@ -57,6 +60,8 @@ void note_fault() {
   fmt::print("fault_rank began at {}\n", now_ms());
   std::fflush(stdout);
 }
+
+void here(const char* place, int round);
 
 // --- Faults of messages: MPI's profiling interface lets a program stand between MPI and itself.
 std::atomic<bool> spoil_next{false};
@@ -90,13 +95,24 @@ extern "C" int MPI_Isend(const void* bytes, int count, MPI_Datatype type, int to
   return PMPI_Isend(bytes, count, type, to, tag, comm, request);
 }
 
+// Between the first messages of all processes and the transport's own communicator.
+extern "C" int MPI_Comm_idup(MPI_Comm comm, MPI_Comm* copy, MPI_Request* request) {
+  PMPI_Comm_rank(MPI_COMM_WORLD, &this_rank);
+  here("communicator", options.round);
+  return PMPI_Comm_idup(comm, copy, request);
+}
+
 namespace {
 
 /// Called at every place where the fault could strike.
 void here(const char* place, int round) {
   static bool struck = false;
-  if (this_rank != options.victim || round != options.round || options.at != place) return;
-  if (std::exchange(struck, true)) return;
+  if (this_rank != options.victim && this_rank != options.late) return;
+  if (round != options.round || options.at != place || std::exchange(struck, true)) return;
+  if (this_rank == options.late) {
+    std::this_thread::sleep_for(std::chrono::milliseconds(options.timeout_ms * 3 / 10));
+    return;
+  }
   if (options.fault == "kill" || options.fault == "stop" || options.fault == "flood") {
     note_fault();
     std::this_thread::sleep_for(20ms);  // mpirun still has to carry the line away.
@@ -222,6 +238,7 @@ void rounds(Transport& world) {
 
 int run() {
   std::string code = "ok", text;
+  std::vector<int> ranks;
   try {
     if (options.transport == "ipc") {
       this_rank = read_job_place().value().rank;
@@ -238,11 +255,12 @@ int run() {
     this_rank = world->rank();
     rounds(*world);
   } catch (const Error& error) {
-    code = to_string(error.code()), text = error.what();
+    code = to_string(error.code()), text = error.what(), ranks = error.ranks();
   } catch (const std::exception& error) {
     code = "wrong", text = error.what();
   }
-  fmt::print("fault_rank {}: at {} [{}] {}\n", this_rank, now_ms(), code, text);
+  fmt::print("fault_rank {}: at {} [{}] ranks{}: {}\n", this_rank, now_ms(), code, list_of(ranks),
+             text);
   std::fflush(stdout);
   if (options.transport == "ipc") return code == "ok" ? 0 : 4;
   // With a rank gone there is no end of MPI to wait for.
@@ -263,6 +281,7 @@ int main(int argc, char** argv) {
   for (int i = 1; i + 1 < argc; i += 2) given[argv[i]] = argv[i + 1];
   if (given.count("--fault")) options.fault = given["--fault"];
   if (given.count("--at")) options.at = given["--at"];
+  if (given.count("--late")) options.late = std::stoi(given["--late"]);
   if (given.count("--mode")) options.mode = parse_mode(given["--mode"]);
   if (given.count("--timeout-ms")) options.timeout_ms = std::stoi(given["--timeout-ms"]);
   if (given.count("--transport")) options.transport = given["--transport"];
