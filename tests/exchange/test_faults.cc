@@ -277,7 +277,7 @@ TEST(Refusals, BadTensorsByFieldValueAndLimit) {
   EXPECT_THAT(with_x({x.data, x.dtype, Shape{5, 128}}),
               HasSubstr("5 exceeds max_tokens_per_rank 4"));
   EXPECT_THAT(with_x({x.data, x.dtype, x.shape, Device{Device::Kind::kCuda, 0}}),
-              HasSubstr("device"));
+              HasSubstr("x lives in cuda:0, expected host memory"));
   EXPECT_THAT(with_x({nullptr, x.dtype, x.shape}), HasSubstr("no data"));
 
   const auto with_routing = [&](Routing bad) {
