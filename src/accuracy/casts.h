@@ -4,11 +4,12 @@
 #include <span>
 
 #include "sluice/accuracy.h"
+#include "sluice/quant.h"
 
 namespace sluice::accuracy {
 
 /// A scaled value beyond this would round past 448 if there were room: casting clips it.
-inline constexpr float kSaturates = 464.0f;
+inline constexpr float kSaturates = kE4m3Max + 16;  // Half of the largest values' step.
 
 /// How GEMM1's input is made; recipes that make it alike share an entry.
 enum class Gemm1Cast { kNone, kGroup, kStatic, kRequantized, kPow2 };

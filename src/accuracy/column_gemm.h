@@ -13,6 +13,7 @@
 #include <vector>
 
 #include "sluice/accuracy.h"
+#include "sluice/quant.h"
 
 namespace sluice {
 
@@ -47,9 +48,10 @@ class Columns {
   }
   /// Scales of a panel's columns in the 128-group that holds k.
   [[nodiscard]] const T* scales(int p, int k) const noexcept {
-    return scales_.data() + (static_cast<std::size_t>(p) * static_cast<std::size_t>(k_ / 128) +
-                             static_cast<std::size_t>(k / 128)) *
-                                kPanel;
+    return scales_.data() +
+           (static_cast<std::size_t>(p) * static_cast<std::size_t>(k_ / kActivationGroup) +
+            static_cast<std::size_t>(k / kActivationGroup)) *
+               kPanel;
   }
 
  private:

@@ -177,10 +177,10 @@ void check_original(const Checkpoint& checkpoint, const Checkpoint& original) {
 
 std::unique_ptr<LayerSource> make_synthetic_source(const ModelGeometry& geometry,
                                                    std::uint64_t seed) {
-  check_argument(geometry.hidden > 0 && geometry.hidden % 128 == 0 && geometry.intermediate > 0 &&
-                     geometry.intermediate % 128 == 0,
-                 "hidden {} and intermediate {} must be positive multiples of 128", geometry.hidden,
-                 geometry.intermediate);
+  const auto is_width = [](int n) { return n > 0 && n % kActivationGroup == 0; };
+  check_argument(is_width(geometry.hidden) && is_width(geometry.intermediate),
+                 "hidden {} and intermediate {} must be positive multiples of {}", geometry.hidden,
+                 geometry.intermediate, int{kActivationGroup});
   return std::make_unique<SyntheticSource>(geometry, seed);
 }
 

@@ -9,12 +9,13 @@
 #include "checkpoint/json_reader.h"
 #include "core/fail.h"
 #include "core/mmap.h"
+#include "sluice/quant.h"
 
 namespace sluice {
 namespace {
 
-/// Widths are multiples of this, for the largest group of weights and of activations.
-constexpr int kWidthUnit = 128;
+/// Widths are multiples of this, the group of activations and the largest of weights.
+constexpr int kWidthUnit = kActivationGroup;
 /// Far above any model there is; small enough that products of two sizes fit 64 bits.
 constexpr int kMaxSize = 1 << 20;
 

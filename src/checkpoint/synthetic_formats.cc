@@ -141,7 +141,7 @@ float second_scale(const SyntheticMatrix& m, const std::string& scale_dtype) {
       amax = std::max(amax, std::fabs(w));
     }
   }
-  return amax / 448.0f;
+  return amax / kE4m3Max;
 }
 
 /// Between 1/4 and 4, most near 1, as AWQ's search leaves them: no power of two for all.
@@ -192,7 +192,7 @@ Fp8Matrix fp8_blocks(const SyntheticMatrix& m) {
       };
       float amax = 0;
       for_each([&](std::size_t i) { amax = std::max(amax, std::fabs(w[i])); });
-      const float scale = amax / 448.0f;
+      const float scale = amax / kE4m3Max;
       out.scales.push_back(scale);
       for_each([&](std::size_t i) {
         out.codes[i] = static_cast<std::byte>(e4m3_from_float(w[i] / scale));

@@ -26,7 +26,7 @@ namespace {
 namespace fs = std::filesystem;
 
 /// Widths are multiples of this.
-constexpr int kWidthUnit = 128;
+constexpr int kWidthUnit = kActivationGroup;
 
 /// One file to be written: its tensors, and where their bytes begin.
 struct Shard {

@@ -12,6 +12,7 @@
 #include "exchange/agreement.h"
 #include "exchange/host_layout.h"
 #include "exchange/impl.h"
+#include "exchange/limits.h"
 #include "sluice/backend.h"
 #include "sluice/config.h"
 #include "sluice/quant.h"
@@ -23,7 +24,8 @@ namespace {
 void check_config(const ExchangeConfig& c, int num_ranks) {
   check_argument(c.num_experts > 0 && c.num_experts % num_ranks == 0,
                  "num_experts {} is not a positive multiple of {} ranks", c.num_experts, num_ranks);
-  check_argument(c.num_topk >= 1 && c.num_topk <= 32, "num_topk {} is not in [1, 32]", c.num_topk);
+  check_argument(c.num_topk >= 1 && c.num_topk <= kMaxTopk, "num_topk {} is not in [1, {}]",
+                 c.num_topk, int{kMaxTopk});
   check_argument(c.hidden > 0 && c.hidden % kActivationGroup == 0,
                  "hidden {} is not a positive multiple of {}", c.hidden, kActivationGroup);
   check_argument(c.max_tokens_per_rank > 0 && c.max_tokens_per_rank <= (1 << 24),
@@ -33,8 +35,8 @@ void check_config(const ExchangeConfig& c, int num_ranks) {
       c.max_m == 0 || c.mode == Mode::kLowLatency,
       "max_m {} is for the low-latency mode; normal mode has no rows per expert to reserve",
       c.max_m);
-  check_argument(c.num_in_flight >= 1 && c.num_in_flight <= 8, "num_in_flight {} is not in [1, 8]",
-                 c.num_in_flight);
+  check_argument(c.num_in_flight >= 1 && c.num_in_flight <= kMaxInFlight,
+                 "num_in_flight {} is not in [1, {}]", c.num_in_flight, int{kMaxInFlight});
   check_argument(c.num_sms >= 0, "num_sms {} is negative", c.num_sms);
   check_argument(c.peer_timeout.count() > 0, "peer_timeout {} ms is not positive",
                  c.peer_timeout.count());

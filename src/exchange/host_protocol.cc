@@ -25,7 +25,7 @@ HostProtocol::HostProtocol(const ExchangeConfig& config, Transport& transport)
       window_(make_window(transport, layout_, timeout_)),
       steps_(protocol_steps(config.mode == Mode::kLowLatency)),
       wait_ns_(static_cast<std::size_t>(layout_.num_ranks)) {
-  SLUICE_ASSERT(layout_.num_slots <= kMaxSlots);
+  SLUICE_ASSERT(layout_.num_slots <= kMaxInFlight);
 }
 
 HostProtocol::Use HostProtocol::begin() {

@@ -14,6 +14,7 @@
 #include <vector>
 
 #include "exchange/host_layout.h"
+#include "exchange/limits.h"
 #include "sluice/error.h"
 #include "sluice/transport.h"
 
@@ -21,8 +22,6 @@ namespace sluice {
 
 class HostProtocol {
  public:
-  static constexpr int kMaxSlots = 8;  ///< Of ExchangeConfig::num_in_flight.
-
   HostProtocol(const ExchangeConfig& config, Transport& transport);
 
   [[nodiscard]] const HostLayout& layout() const noexcept { return layout_; }
@@ -77,7 +76,7 @@ class HostProtocol {
   std::chrono::milliseconds timeout_;
   std::unique_ptr<Window> window_;
   std::span<const ProtocolStep> steps_;
-  SlotTable<std::uint64_t, kMaxSlots> slots_;
+  SlotTable<std::uint64_t, kMaxInFlight> slots_;
   std::vector<std::uint64_t> wait_ns_;  // [num_ranks]
   std::optional<Error> failure_;        // The first fatal one.
 };

@@ -12,12 +12,14 @@
 
 #include <cstdint>
 
+#include "sluice/quant.h"
+
 namespace sluice::cpu {
 
 inline constexpr int kMidShift = 3;    ///< Weight of `mid`: 8.
 inline constexpr int kHighShift = 11;  ///< Weight of `high`: 2048.
 
-inline constexpr int kGroup = 128;
+inline constexpr int kGroup = kActivationGroup;
 /// [line][mid of even k (4 bytes), high of even k, mid of odd k, high of odd k], 16 lines of 8 k.
 inline constexpr int kMainDigitBytes = 2 * kGroup;
 /// [line][low of even k, low of odd k]

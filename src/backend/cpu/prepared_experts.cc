@@ -80,9 +80,10 @@ void repack(const Int4Matrix& m, const PreparedMatrix& out, std::int64_t first, 
 
 PreparedCpuExperts::PreparedCpuExperts(const ExpertWeights& weights, ThreadPool& pool)
     : hidden_(weights.geometry.hidden), intermediate_(weights.geometry.intermediate) {
-  check_argument(hidden_ > 0 && hidden_ % 128 == 0, "hidden {} is not a multiple of 128", hidden_);
-  check_argument(intermediate_ > 0 && intermediate_ % 128 == 0,
-                 "intermediate {} is not a multiple of 128", intermediate_);
+  check_argument(hidden_ > 0 && hidden_ % kActivationGroup == 0,
+                 "hidden {} is not a multiple of {}", hidden_, int{kActivationGroup});
+  check_argument(intermediate_ > 0 && intermediate_ % kActivationGroup == 0,
+                 "intermediate {} is not a multiple of {}", intermediate_, int{kActivationGroup});
   std::size_t total = 0;
   for (std::size_t i = 0; i < weights.experts.size(); ++i) {
     const Expert& e = weights.experts[i];
@@ -105,17 +106,21 @@ PreparedCpuExperts::PreparedCpuExperts(const ExpertWeights& weights, ThreadPool&
       offset += PreparedMatrix::whole_pages(m->scale_bytes());
     }
   }
-  constexpr std::int64_t kBlocksPerTask = 8;  // 128 channels, so that every N divides.
+  // 128 channels, of which every N is a multiple.
+  constexpr std::int64_t kBlocksPerTask = kActivationGroup / kBlockN;
   for (std::size_t i = 0; i < experts_.size(); ++i) {
     const Expert& in = weights.experts[i];
     const PreparedExpert& out = experts_[i];
-    const std::int64_t inner = intermediate_ / 128;
-    pool.for_each_task(2 * inner + hidden_ / 128, [&](std::int64_t task, int) {
-      if (task < inner) return repack(in.gate, out.gate, task * 8, task * 8 + kBlocksPerTask);
+    const std::int64_t inner = intermediate_ / kActivationGroup;
+    pool.for_each_task(2 * inner + hidden_ / kActivationGroup, [&](std::int64_t task, int) {
+      const auto repack_task = [&](const Int4Matrix& from, const PreparedMatrix& to) {
+        repack(from, to, task * kBlocksPerTask, (task + 1) * kBlocksPerTask);
+      };
+      if (task < inner) return repack_task(in.gate, out.gate);
       task -= inner;
-      if (task < inner) return repack(in.up, out.up, task * 8, task * 8 + kBlocksPerTask);
+      if (task < inner) return repack_task(in.up, out.up);
       task -= inner;
-      repack(in.down, out.down, task * 8, task * 8 + kBlocksPerTask);
+      repack_task(in.down, out.down);
     });
     weights.release_pages(static_cast<int>(i));
   }

@@ -25,10 +25,11 @@ class ThreadPool;
 
 namespace sluice::cpu {
 
-inline constexpr int kBlockN = 16;      ///< Output channels side by side: one AVX-512 register.
-inline constexpr int kLineK = 8;        ///< k per line.
-inline constexpr int kLineBytes = 64;   ///< kBlockN * kLineK / 2
-inline constexpr int kGroupLines = 16;  ///< Lines of 128 k.
+inline constexpr int kBlockN = 16;  ///< Output channels side by side: one AVX-512 register.
+inline constexpr int kLineK = 8;    ///< k per line.
+inline constexpr int kLineBytes = kBlockN * kLineK / 2;
+inline constexpr int kGroupLines = kActivationGroup / kLineK;  ///< Lines of 128 k.
+static_assert(kLineBytes == 64, "a line of codes is one cache line");
 
 /// One matrix; views into PreparedCpuExperts::memory.
 struct PreparedMatrix {

@@ -139,13 +139,6 @@ __device__ void for_each_vector(const RowRanges& rows, unsigned vectors_per_row,
   }
 }
 
-/// Smallest power of two >= s; s is normal. Carries into the exponent on purpose.
-__device__ float ceil_pow2(float s) {
-  const unsigned bits = __float_as_uint(s);
-  const unsigned mantissa = bits & 0x007fffffu;
-  return __uint_as_float(mantissa == 0 ? bits : bits - mantissa + 0x00800000u);
-}
-
 /// Four codes of four products v[i] * factor.
 __device__ unsigned quantize4(const float* v, float factor) {
   const unsigned low = ptx::e4m3x2_from_float(__fmul_rn(v[1], factor), __fmul_rn(v[0], factor));

@@ -2,6 +2,7 @@
 
 #include <cuda_runtime_api.h>
 
+#include <string>
 #include <vector>
 
 #include "backend/cuda/check.h"
@@ -21,7 +22,8 @@ class GraphRecording final : public Recording {
     try {
       work([this] {
         if (num_marks_ == kMaxMarks) {
-          throw Error(ErrorCode::kInvalidArgument, "a recording has at most 4096 marks");
+          throw Error(ErrorCode::kInvalidArgument,
+                      "a recording has at most " + std::to_string(kMaxMarks) + " marks");
         }
         launch_stamp(stamps_ + num_marks_++, stream_);
       });

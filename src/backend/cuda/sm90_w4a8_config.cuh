@@ -21,7 +21,6 @@ inline constexpr int kScaleArrivals = 32;
 #else
 inline constexpr int kScaleArrivals = 1;
 #endif
-inline constexpr int kSyncHeader = 2;  ///< Words before the per-expert counters.
 
 /// One instantiation of the kernel.
 template <KernelConfig Size, WeightCode Code, ScaleType Scale, int Group>

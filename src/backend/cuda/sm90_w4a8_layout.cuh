@@ -28,11 +28,13 @@
 
 namespace sluice::cuda {
 
-inline constexpr int kStepK = 128;     ///< K per pipeline stage = activation group.
-inline constexpr int kTileRows = 256;  ///< Weight rows per tile.
-inline constexpr int kSlabRows = 64;   ///< Rows of one wgmma.
+inline constexpr int kStepK = kActivationGroup;  ///< K per pipeline stage.
+inline constexpr int kTileRows = 256;            ///< Weight rows per tile.
+inline constexpr int kSlabRows = 64;             ///< Rows of one wgmma.
 inline constexpr int kSlabsPerTile = kTileRows / kSlabRows;
 inline constexpr int kSlabCodeBytes = kSlabRows * kStepK / 2;
+
+inline constexpr int kSyncHeader = 2;  ///< Words of sync_bytes() before the experts' counters.
 
 constexpr int scale_bytes(ScaleType type) {
   return type == ScaleType::kBf16 ? 2 : 4;

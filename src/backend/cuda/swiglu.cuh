@@ -34,4 +34,11 @@ __device__ __forceinline__ float group_inverse(float amax) {
   return __fdiv_rn(kE4m3Limit, fmaxf(amax, kMinAmax));
 }
 
+/// Smallest power of two >= s; s is normal. Carries into the exponent on purpose.
+__device__ __forceinline__ float ceil_pow2(float s) {
+  const unsigned bits = __float_as_uint(s);
+  const unsigned mantissa = bits & 0x007fffffu;
+  return __uint_as_float(mantissa == 0 ? bits : bits - mantissa + 0x00800000u);
+}
+
 }  // namespace sluice::cuda

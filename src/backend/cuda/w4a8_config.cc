@@ -43,7 +43,7 @@ std::size_t packed_expert_bytes(const WeightShape& shape) {
 }
 
 std::size_t sync_bytes(int num_experts) {
-  return sizeof(std::int32_t) * static_cast<std::size_t>(num_experts + 2);
+  return sizeof(std::int32_t) * static_cast<std::size_t>(kSyncHeader + num_experts);
 }
 
 }  // namespace sluice::cuda

@@ -17,13 +17,13 @@
 #include "backend/cuda/check.h"
 #include "backend/cuda/ptx/math.cuh"
 #include "exchange/cuda/protocol.cuh"
+#include "exchange/limits.h"
 
 namespace sluice::cuda {
 namespace {
 
 constexpr int kThreads = 1024;
 constexpr int kTokens = 32;  // Whose rows and weights are in shared memory at a time.
-constexpr int kMaxTopk = 32;
 constexpr int kRowsInFlight = 8;
 
 struct Rows {

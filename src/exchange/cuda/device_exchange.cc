@@ -173,9 +173,9 @@ DeviceExchange::DeviceExchange(const ExchangeConfig& config_in, Transport& trans
 void DeviceExchange::check_limits(int ranks) const {
   check_argument(ranks <= kMaxDeviceRanks, "{} ranks over CUDA memory; at most {}", ranks,
                  int{kMaxDeviceRanks});
-  check_argument(config.num_experts <= cuda::kMaxExperts,
+  check_argument(config.num_experts <= cuda::kMaxExchangeExperts,
                  "num_experts {} over CUDA memory; at most {}", config.num_experts,
-                 int{cuda::kMaxExperts});
+                 int{cuda::kMaxExchangeExperts});
   check_argument(layout_.payload_bytes <= cuda::kMaxPayloadBytes,
                  "hidden {} makes rows of {} bytes; at most {} over CUDA memory", config.hidden,
                  layout_.payload_bytes, int{cuda::kMaxPayloadBytes});

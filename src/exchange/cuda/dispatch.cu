@@ -31,13 +31,13 @@
 #include "exchange/cuda/protocol.cuh"
 #include "exchange/cuda/route.cuh"
 #include "exchange/cuda/stage.cuh"
+#include "exchange/limits.h"
 
 namespace sluice::cuda {
 namespace {
 
 constexpr int kThreads = kDispatchThreads;
 constexpr int kWarps = kThreads / 32;
-constexpr int kMaxTopk = 32;
 
 /// Peers are spread over the CTAs, and a CTA's peers and their experts over its warps.
 __device__ void send_counts(const SlotParams& p, std::uint64_t epoch, const int* total) {
@@ -324,7 +324,7 @@ void launch_receive(const SlotParams& slot, WireFormat wire, int num_ctas, void*
   receive_kernel<<<static_cast<unsigned>(slot.max_m == 0 ? num_ctas : 1), kThreads, 0,
                    static_cast<cudaStream_t>(stream)>>>(
       slot, wire == WireFormat::kBf16 ? 2 * slot.hidden : slot.hidden,
-      scaled ? slot.hidden / 128 : 0);
+      scaled ? slot.hidden / kActivationGroup : 0);
   SLUICE_CUDA_CHECK(cudaGetLastError());
 }
 

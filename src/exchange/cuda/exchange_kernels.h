@@ -14,7 +14,7 @@
 namespace sluice::cuda {
 
 /// Most experts over all ranks: two counters of each live in shared memory.
-inline constexpr int kMaxExperts = 4096;
+inline constexpr int kMaxExchangeExperts = 4096;
 /// Most bytes of one row without scales: two of them must fit in shared memory.
 inline constexpr int kMaxPayloadBytes = 80 * 1024;
 

@@ -6,6 +6,7 @@
 #include "backend/cuda/swiglu.cuh"
 #include "exchange/cuda/exchange_kernels.h"
 #include "exchange/cuda/protocol.cuh"
+#include "sluice/quant.h"
 
 namespace sluice::cuda {
 
@@ -35,16 +36,10 @@ template <WireFormat Wire>
 __host__ __device__ Staging staging_of(int hidden) {
   Staging s{};
   s.payload_bytes = Wire == WireFormat::kBf16 ? 2 * hidden : hidden;
-  s.num_groups = kScaled<Wire> ? hidden / 128 : 0;
+  s.num_groups = kScaled<Wire> ? hidden / kActivationGroup : 0;
   const int fit = kStageBytes / (s.payload_bytes + s.scale_bytes());
   s.tokens = fit < 1 ? 1 : fit > kMaxChunk ? kMaxChunk : fit;
   return s;
-}
-
-__device__ inline float ceil_pow2(float s) {
-  const unsigned bits = __float_as_uint(s);
-  const unsigned mantissa = bits & 0x007fffffu;
-  return __uint_as_float(mantissa == 0 ? bits : bits - mantissa + 0x00800000u);
 }
 
 __device__ inline uint2 quantize8(const float (&v)[8], float factor) {
