@@ -158,6 +158,34 @@ TEST_F(CudaExpertsTest, OneKernelAndTwoGiveTheSameBitsInBothLayouts) {
   }
 }
 
+/// One expert's buffer is as long as its rows may be, yet its rows need not begin at the first.
+TEST_F(CudaExpertsTest, OneExpertsRowsBeginWhereTheRangesSay) {
+  ModelGeometry g = geometry(256, 128);
+  g.num_experts = 1;
+  const ExpertWeights weights = random_experts(g, DType::kBFloat16, 8);
+  const auto experts = ops_->prepare(weights);
+  const Rows all = make_rows(g, {12}, InputKind::kGaussian, false);
+  const auto expected = run(*experts, all);
+  const auto hidden = static_cast<std::size_t>(g.hidden);
+
+  Rows late = make_rows(g, {12}, InputKind::kGaussian, false);
+  const auto begin = upload(std::vector<std::int64_t>{3});
+  const auto count = upload(std::vector<std::int32_t>{9});
+  late.rows.begin = as<std::int64_t>(begin), late.rows.count = as<std::int32_t>(count);
+  const auto y = run(*experts, late);
+  for (std::size_t i = 0; i < y.size(); ++i) {
+    ASSERT_EQ(y[i], i < 3 * hidden ? 0x7fc1 : expected[i]) << "row " << i / hidden;
+  }
+
+  // Without begin and count every row is valid.
+  const auto codes = backend_->allocate(y.size()), scale = backend_->allocate(y.size() / 32);
+  ops_->quantize(as<std::uint16_t>(all.x),
+                 {.num_experts = 1, .max_rows = 12, .max_rows_per_expert = 12}, false,
+                 {.codes = as<std::uint8_t>(codes), .scale = as<float>(scale), .width = g.hidden},
+                 stream_);
+  EXPECT_EQ(download<std::uint8_t>(*codes, y.size()), download<std::uint8_t>(*all.codes, y.size()));
+}
+
 /// Kernels that start early must still see what the kernels before them wrote.
 TEST_F(CudaExpertsTest, ReplaysOfAChainGiveTheSameBits) {
   const ModelGeometry g = geometry(384, 384);
