@@ -62,7 +62,7 @@ ordered_json to_json(const EngineAgreement& e) {
 }
 
 ordered_json to_json(const RecipeCertificate& r) {
-  ordered_json json = {{"name", to_string(r.name)}};
+  ordered_json json = {{"name", to_string(r.recipe)}};
   if (!r.refused.empty()) {
     json["refused"] = r.refused;
     return json;

@@ -44,7 +44,7 @@ void print_suite(const SuiteCertificate& suite) {
   Table alone({"each rounding", "weights", "activation 1", "activation 2", "accumulation",
                "combine", "together", "root sum sq"});
   for (const RecipeCertificate& r : suite.recipes) {
-    const std::string name = to_string(r.name);
+    const std::string name = to_string(r.recipe);
     if (!r.refused.empty()) {
       errors.add({name, "refused"});
       continue;

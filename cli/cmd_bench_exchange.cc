@@ -24,7 +24,8 @@ WireFormat parse_wire(const std::string& name) {
   if (name == "bf16") return WireFormat::kBf16;
   if (name == "pow2") return WireFormat::kE4m3Pow2;
   if (name == "static") return WireFormat::kE4m3Static;
-  return WireFormat::kE4m3Group;
+  if (name == "fp8") return WireFormat::kE4m3Group;
+  throw Error(ErrorCode::kInvalidArgument, "--wire: '" + name + "' is unknown");
 }
 
 std::string us(double value) {

@@ -133,7 +133,7 @@ class Planner {
         scale_dtype_(subject.scale_dtype),
         device_(options.backend == "cuda" ? Device::Kind::kCuda : Device::Kind::kHost),
         num_ranks_(options.ranks) {
-    const RecipeName recipe = parse_recipe(options.recipe);
+    const Recipe recipe = parse_recipe(options.recipe);
     const bool both = options.mode == "both";
     config_.low_latency.reset(), config_.normal.reset();
     if (both || parse_mode(options.mode) == Mode::kLowLatency) config_.low_latency = recipe;

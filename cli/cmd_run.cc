@@ -163,7 +163,7 @@ void fill_json(Output& output, const LayerRunConfig& config, const LayerRunResul
   auto& json = output.json;
   json["backend"] = result.backend;
   json["read_bytes_per_s"] = result.read_bytes_per_s;
-  json["recipe"] = {{"name", to_string(result.recipe.name)},
+  json["recipe"] = {{"name", to_string(result.recipe)},
                     {"mode", to_string(result.recipe.mode)},
                     {"wire", to_string(result.recipe.wire)},
                     {"s1", result.recipe.s1},
@@ -192,23 +192,12 @@ void fill_json(Output& output, const LayerRunConfig& config, const LayerRunResul
   }
 }
 
-/// The recipe with another wire format whose GEMM1 must read the same bytes.
-RecipeName twin(RecipeName name) {
-  switch (name) {
-    case RecipeName::kDirect:
-      return RecipeName::kDirectBf16;
-    case RecipeName::kDirectBf16:
-      return RecipeName::kDirect;
-    case RecipeName::kStatic:
-      return RecipeName::kBf16Static;
-    case RecipeName::kBf16Static:
-      return RecipeName::kStatic;
-    default:
-      throw Error(
-          ErrorCode::kInvalidArgument,
-          fmt::format("--prove: recipe {} rounds twice; no other recipe gives the same bytes",
-                      to_string(name)));
-  }
+/// The recipe whose GEMM1 must see the same bytes, which travel in another format.
+Recipe proving_twin(const Recipe& recipe) {
+  if (const std::optional<Recipe> other = twin(recipe)) return *other;
+  throw Error(ErrorCode::kInvalidArgument,
+              fmt::format("--prove: recipe {} rounds twice; no other recipe gives the same bytes",
+                          to_string(recipe)));
 }
 
 std::uint64_t digest_of(const LayerRunResult& result) {
@@ -220,7 +209,7 @@ std::uint64_t digest_of(const LayerRunResult& result) {
 /// The run with which --prove compares.
 LayerRunConfig twin_of(const LayerRunConfig& config) {
   LayerRunConfig other = config;
-  other.recipe = twin(config.recipe);
+  other.recipe = proving_twin(config.recipe);
   other.repeats = 1;
   other.environment.dispatch_dtype = DispatchDtype::kAuto;
   return other;
@@ -332,7 +321,7 @@ void run(const Options& options, Output& output) {
   launch.together([&] {
     checkpoint = Checkpoint::open(options.checkpoint);
     config = resolve(options, environment, launch.num_ranks(), *checkpoint);
-    if (options.prove) (void)twin(config.recipe);  // Refuse before working.
+    if (options.prove) (void)proving_twin(config.recipe);  // Refuse before working.
     print_layer(options, config, *checkpoint);
   });
   LayerRunResult result = run_layer(config, *checkpoint, launch);

@@ -20,7 +20,7 @@ struct LayerRunConfig {
   int num_ranks = 1;
   std::vector<std::int64_t> tokens;  ///< [num_ranks]
   Mode mode = Mode::kLowLatency;
-  RecipeName recipe = RecipeName::kDirect;
+  Recipe recipe = {};  ///< direct
   Device::Kind backend = Device::Kind::kHost;
   int num_devices = 0;  ///< That the ranks of a host spread over; 0 = all there are.
   RoutingKind routing = RoutingKind::kUniform;
@@ -45,7 +45,7 @@ struct RankResult {
 };
 
 struct LayerRunResult {
-  Recipe recipe;
+  LayerRecipe recipe;
   std::string backend;           ///< Backend::description() of rank 0.
   double read_bytes_per_s = 0;   ///< Of rank 0's device; see measure_ceiling().
   std::vector<double> total_us;  ///< [repeats] slowest rank of each.

@@ -78,7 +78,9 @@ void bind_accuracy(nb::module_& m) {
               certify(*source, make_suite(suite, checkpoint.geometry(), num_tokens, seed), config);
         }
         nb::dict by_recipe;
-        for (const auto& r : certificate.recipes) by_recipe[to_string(r.name)] = recipe_dict(r);
+        for (const auto& r : certificate.recipes) {
+          by_recipe[to_string(r.recipe).c_str()] = recipe_dict(r);
+        }
         nb::dict d;
         d["suite"] = certificate.name;
         d["num_tokens"] = certificate.num_tokens;

@@ -13,7 +13,7 @@ namespace {
 
 using Name = std::optional<std::string_view>;
 
-std::optional<RecipeName> recipe_or_none(const Name& name) {
+std::optional<Recipe> recipe_or_none(const Name& name) {
   return name ? std::optional(parse_recipe(*name)) : std::nullopt;
 }
 

@@ -13,17 +13,6 @@ using namespace nb::literals;
 
 namespace {
 
-WireFormat parse_wire(std::string_view name) {
-  static constexpr std::array kAll{WireFormat::kBf16, WireFormat::kE4m3Group, WireFormat::kE4m3Pow2,
-                                   WireFormat::kE4m3Static};
-  std::string names;
-  for (const WireFormat wire : kAll) {
-    if (name == to_string(wire)) return wire;
-    names += (names.empty() ? "" : ", ") + std::string(to_string(wire));
-  }
-  throw Error(ErrorCode::kInvalidArgument, fmt::format("wire '{}' is not one of: {}", name, names));
-}
-
 PyExchange& exchange_of(PyDispatched& d, const char* operation) {
   if (!d.value) {
     throw Error(
@@ -132,7 +121,7 @@ std::size_t workspace_bytes(int num_experts, int num_topk, int hidden, int max_t
                             int num_ranks, std::string_view mode, std::string_view wire, int max_m,
                             int num_in_flight, std::string_view device) {
   return Exchange::workspace_bytes({.mode = parse_mode(mode),
-                                    .wire = parse_wire(wire),
+                                    .wire = parse_wire_format(wire),
                                     .num_experts = num_experts,
                                     .num_topk = num_topk,
                                     .hidden = hidden,
@@ -290,7 +279,7 @@ void bind_exchange(nb::module_& m) {
             auto& t = nb::cast<PyTransport&>(transport);
             auto& b = nb::cast<PyBackend&>(backend);
             const ExchangeConfig config{.mode = parse_mode(mode),
-                                        .wire = parse_wire(wire),
+                                        .wire = parse_wire_format(wire),
                                         .num_experts = num_experts,
                                         .num_topk = num_topk,
                                         .hidden = hidden,

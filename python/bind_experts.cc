@@ -88,7 +88,7 @@ Rows import_rows(const RowArrays& arrays, DType x_dtype, std::optional<bool> mas
   return rows;
 }
 
-nb::object run_experts(PyExperts& experts, const Recipe& recipe, const PyExpertBatch& batch,
+nb::object run_experts(PyExperts& experts, const LayerRecipe& recipe, const PyExpertBatch& batch,
                        const std::optional<Array>& out, const StreamArgument& stream, bool masked) {
   const Device device = experts.backend->device();
   const bool bf16 = recipe.wire == WireFormat::kBf16;
@@ -276,7 +276,7 @@ void bind_experts(nb::module_& m) {
       std::string(kCommon);
   m.def(
       "experts_masked",
-      [](PyExperts& experts, const PyExpertBatch& batch, const Recipe& recipe,
+      [](PyExperts& experts, const PyExpertBatch& batch, const LayerRecipe& recipe,
          const std::optional<Array>& out, const StreamArgument& stream) {
         return run_experts(experts, recipe, batch, out, stream, true);
       },
@@ -284,7 +284,7 @@ void bind_experts(nb::module_& m) {
       "stream"_a = nb::none(), masked_doc.c_str());
   m.def(
       "experts_grouped",
-      [](PyExperts& experts, const PyExpertBatch& batch, const Recipe& recipe,
+      [](PyExperts& experts, const PyExpertBatch& batch, const LayerRecipe& recipe,
          const std::optional<Array>& out, const StreamArgument& stream) {
         return run_experts(experts, recipe, batch, out, stream, false);
       },

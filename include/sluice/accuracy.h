@@ -112,9 +112,8 @@ struct EngineAgreement {
 };
 
 struct RecipeCertificate {
-  RecipeName name = RecipeName::kDirect;
-  std::string refused;  ///< Why it was not evaluated; empty if it was.
-  Recipe recipe;
+  LayerRecipe recipe;                      ///< Without static scales if it was refused.
+  std::string refused;                     ///< Why it was not evaluated; empty if it was.
   ErrorNumbers activation1;                ///< Input of GEMM1 against x.
   ErrorNumbers output;                     ///< Against exact arithmetic on the INT4 weights.
   std::optional<ErrorNumbers> total;       ///< Against the original weights, exact arithmetic.
@@ -163,9 +162,10 @@ struct Gemm1Row {
   CastCounts counts;
 };
 /// How `recipe` turns x [hidden] into GEMM1's input: the scalar definition.
-[[nodiscard]] Gemm1Row gemm1_row(const Recipe& recipe, const std::uint16_t* x, int hidden);
+[[nodiscard]] Gemm1Row gemm1_row(const LayerRecipe& recipe, const std::uint16_t* x, int hidden);
 
-using Gemm1Function = std::function<Gemm1Row(const Recipe&, const std::uint16_t* x, int hidden)>;
+using Gemm1Function =
+    std::function<Gemm1Row(const LayerRecipe&, const std::uint16_t* x, int hidden)>;
 
 /// Makes the backend of one rank; all ranks are threads of this process.
 using BackendFactory = std::function<std::unique_ptr<Backend>(int rank, int num_ranks)>;
@@ -187,14 +187,14 @@ struct EngineOutcome {
   std::uint64_t gemm1_digest = 0;  ///< Of GEMM1's input bytes, over all ranks.
 };
 /// Runs `recipe` on tokens that are spread evenly over the ranks in order. Throws: as Engine.
-[[nodiscard]] EngineOutcome run_engines(const EngineRanks& ranks, RecipeName recipe,
+[[nodiscard]] EngineOutcome run_engines(const EngineRanks& ranks, const Recipe& recipe,
                                         const Workload& tokens);
 /// How far an engine's output may be from the evaluator's, both roundings of the same sums: see
 /// docs/accuracy.md#engines.
 [[nodiscard]] double engine_limit(Device::Kind kind);
 
 struct AccuracyConfig {
-  std::vector<RecipeName> recipes;            ///< Empty: all.
+  std::vector<Recipe> recipes;                ///< Empty: all.
   std::optional<StaticScales> static_scales;  ///< Empty: from the suite's calibration tokens.
   std::vector<InputScales> expert_scales;     ///< Of each expert, for ScaleSafety; may be empty.
   Gemm1Function gemm1 = gemm1_row;            ///< A test plants a fault here.
@@ -212,7 +212,7 @@ struct AccuracyConfig {
 /// The gate over the suites of a certificate: `added_percent` of `recipe` against a budget; of the
 /// engine, too, where one ran.
 struct BudgetVerdict {
-  RecipeName recipe = RecipeName::kDirect;
+  Recipe recipe;
   double budget_percent = 0;
   double worst_percent = 0;
   std::string worst_suite;
@@ -221,7 +221,7 @@ struct BudgetVerdict {
 };
 /// Throws: kInvalidArgument if no suite has a total error for `recipe`.
 [[nodiscard]] BudgetVerdict judge_budget(const std::vector<SuiteCertificate>& suites,
-                                         RecipeName recipe, double budget_percent);
+                                         const Recipe& recipe, double budget_percent);
 
 /// GEMM1's input bytes over all ranks of a real Engine, one digest per recipe.
 struct IdentityProof {
@@ -236,7 +236,7 @@ struct IdentityProof {
   }
 };
 
-/// Runs `direct` and `direct-bf16` on the tokens of all suites.   Throws: as Engine.
+/// Runs `direct` and its twin() `direct-bf16` on the tokens of all suites.   Throws: as Engine.
 [[nodiscard]] IdentityProof prove_identity(const EngineRanks& ranks,
                                            const std::vector<TokenSuite>& suites,
                                            const Gemm1Function& gemm1 = gemm1_row);

@@ -26,8 +26,8 @@ class Transport;
 struct EngineConfig {
   int layer = 0;
   /// Recipe of each mode; a mode without one cannot be called. Two layers of one model may differ.
-  std::optional<RecipeName> low_latency = RecipeName::kDirect;
-  std::optional<RecipeName> normal = RecipeName::kDirect;
+  std::optional<Recipe> low_latency = Recipe{};         ///< direct
+  std::optional<Recipe> normal = Recipe{};              ///< direct
   DispatchDtype dispatch_dtype = DispatchDtype::kAuto;  ///< See Environment.
   int max_tokens_per_rank = 0;
   int max_m = 0;                       ///< ExchangeConfig::max_m.
@@ -90,7 +90,7 @@ class Engine {
   /// Throws what earlier calls found on the device: Exchange::check() of every mode.
   void check();
 
-  [[nodiscard]] const Recipe& recipe(Mode mode) const;
+  [[nodiscard]] const LayerRecipe& recipe(Mode mode) const;
   /// When on, forward() waits for the device after each stage to time it, and fills stats(). Off at
   /// creation: forward() then only queues work and may be captured in a CUDA graph.
   void record_stats(bool on) noexcept;

@@ -62,7 +62,7 @@ class Experts {
   /// Stream:   asynchronous on CUDA; may be captured once a batch of the same shape has run.
   /// Throws:   kInvalidArgument naming tensor or recipe; in host memory also for row counts that do
   ///           not fit.
-  void forward(const Recipe& recipe, const ExpertBatch& batch, MutableTensorView expert_y,
+  void forward(const LayerRecipe& recipe, const ExpertBatch& batch, MutableTensorView expert_y,
                Stream stream);
 
   [[nodiscard]] int num_experts() const noexcept;

@@ -1,7 +1,8 @@
 // reference.h - the layer in float64 from the checkpoint's own numbers, and element-wise error
 // bounds.
 //
-// The oracle of every backend: it shares the scalar formats of quant.h and nothing else with them.
+// The oracle of every backend: it walks the casts of the recipe with the scalar formats of
+// src/quant, and shares nothing else with them.
 //
 // Because GEMM2's input is quantized, a last-bit difference in h can flip one e4m3 code. The
 // reference therefore carries an interval: with |h - h_ref| <= delta (what float32 accumulation may
@@ -32,14 +33,14 @@ struct ReferenceRow {
 /// expert named (first_expert 0 .. num_experts of the layer).
 class LayerReference {
  public:
-  LayerReference(ExpertWeights experts, Recipe recipe, float routed_scaling_factor,
+  LayerReference(ExpertWeights experts, LayerRecipe recipe, float routed_scaling_factor,
                  ErrorModel model = {});
   [[nodiscard]] ReferenceRow row(const std::uint16_t* x, const std::int32_t* topk_idx,
                                  const float* topk_weights, int num_topk) const;
 
  private:
   ExpertWeights experts_;
-  Recipe recipe_;
+  LayerRecipe recipe_;
   float routed_scaling_factor_;
   ErrorModel model_;
 };

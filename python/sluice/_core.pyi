@@ -11,7 +11,7 @@ def version() -> str:
     """Version of the library, for example '0.1.0'."""
 
 def recipe_names() -> list[str]:
-    """Names of all recipes."""
+    """Names of all recipes that have one."""
 
 class Recipe:
     """What is rounded where, for one layer and mode."""
@@ -24,9 +24,20 @@ class Recipe:
         Raises Error: invalid_argument, unsupported.
         """
 
+    @staticmethod
+    def from_fields(*, wire: str, gemm1: str, gemm2: str, mode: str = 'low-latency', s1: float | None = None, s2: float | None = None) -> Recipe:
+        """
+        The recipe with these fields, whether or not it has a name.
+
+        wire: as the property of that name. gemm1, gemm2: 'none', 'group', 'group-pow2', 'static'
+        or 'static-pow2'. mode, s1, s2: as for Recipe().
+
+        Raises Error: invalid_argument; unsupported naming the fields that nothing computes.
+        """
+
     @property
     def name(self) -> str:
-        """One of recipe_names()."""
+        """One of recipe_names(), or the fields where no name stands for them."""
 
     @property
     def mode(self) -> str:
@@ -37,12 +48,16 @@ class Recipe:
         """Format of rows between ranks; Exchange takes it."""
 
     @property
-    def gemm1_as_sent(self) -> bool:
-        """Whether GEMM1 reads the received bytes."""
+    def gemm1(self) -> str:
+        """The receiver's cast before GEMM1; 'none' if GEMM1 reads the received bytes."""
+
+    @property
+    def gemm2(self) -> str:
+        """The cast of h before GEMM2."""
 
     @property
     def s1(self) -> float:
-        """Static scale of GEMM1's input, or 0."""
+        """Static scale of the wire or of GEMM1's input, or 0."""
 
     @property
     def s2(self) -> float:

@@ -15,25 +15,25 @@ namespace accuracy {
 namespace {
 
 const Variant kExact{};
-const Variant kOriginal{{.original_weights = true}, Gemm2Cast::kNone, false};
-const Variant kAccumulation{{.float32_sums = true}, Gemm2Cast::kNone, false};
-const Variant kCombine{{}, Gemm2Cast::kNone, true};
+const Variant kOriginal{{.original_weights = true}, Cast::kNone, false};
+const Variant kAccumulation{{.float32_sums = true}, Cast::kNone, false};
+const Variant kCombine{{}, Cast::kNone, true};
 
 /// A recipe's roundings as variants of the one evaluator.
 struct RecipeVariants {
   Variant activation1, activation2, together, bf16_input;
-  explicit RecipeVariants(RecipeName name)
-      : activation1{{.cast1 = gemm1_cast(name)}, Gemm2Cast::kNone, false},
-        activation2{{}, gemm2_cast(name), false},
-        together{{.cast1 = gemm1_cast(name), .float32_sums = true}, gemm2_cast(name), true},
-        bf16_input{{.float32_sums = true}, gemm2_cast(name), true} {}
+  explicit RecipeVariants(const Recipe& recipe)
+      : activation1{{.casts1 = gemm1_casts(recipe)}, Cast::kNone, false},
+        activation2{{}, recipe.gemm2, false},
+        together{{.casts1 = gemm1_casts(recipe), .float32_sums = true}, recipe.gemm2, true},
+        bf16_input{{.float32_sums = true}, recipe.gemm2, true} {}
 };
 
 std::set<Variant> variants_of(const std::vector<RecipeCertificate>& recipes) {
   std::set<Variant> wanted = {kExact, kOriginal, kAccumulation, kCombine};
   for (const RecipeCertificate& r : recipes) {
     if (!r.refused.empty()) continue;
-    const RecipeVariants v(r.name);
+    const RecipeVariants v(r.recipe);
     wanted.insert({v.activation1, v.activation2, v.together, v.bf16_input});
   }
   return wanted;
@@ -42,14 +42,17 @@ std::set<Variant> variants_of(const std::vector<RecipeCertificate>& recipes) {
 /// Resolves every recipe; one that needs scales there are none of is refused, by name and reason.
 std::vector<RecipeCertificate> resolve(const AccuracyConfig& config,
                                        const std::optional<StaticScales>& scales) {
-  std::vector<RecipeName> names = config.recipes;
-  if (names.empty()) names.assign(all_recipes().begin(), all_recipes().end());
+  std::vector<Recipe> wanted = config.recipes;
+  if (wanted.empty()) {
+    for (const NamedRecipe& row : named_recipes()) wanted.push_back(row.recipe);
+  }
   std::vector<RecipeCertificate> recipes;
-  for (const RecipeName name : names) {
+  for (const Recipe& recipe : wanted) {
     RecipeCertificate& r = recipes.emplace_back();
-    r.name = name;
+    r.recipe = {recipe, Mode::kLowLatency};
     try {
-      r.recipe = resolve_recipe(name, Mode::kLowLatency, DispatchDtype::kAuto, scales, "the layer");
+      r.recipe =
+          resolve_recipe(recipe, Mode::kLowLatency, DispatchDtype::kAuto, scales, "the layer");
     } catch (const Error& error) {
       if (error.code() != ErrorCode::kUnsupported) throw;
       r.refused = error.what();
@@ -60,21 +63,21 @@ std::vector<RecipeCertificate> resolve(const AccuracyConfig& config,
 
 void cast_inputs(Evaluator& evaluator, const std::vector<RecipeCertificate>& recipes,
                  const Workload& tokens, const AccuracyConfig& config) {
-  std::set<Gemm1Cast> done;
+  std::set<std::vector<Cast>> done;
   for (const RecipeCertificate& r : recipes) {
-    if (!r.refused.empty() || !done.insert(gemm1_cast(r.name)).second) continue;
+    if (!r.refused.empty() || !done.insert(gemm1_casts(r.recipe)).second) continue;
     std::vector<Gemm1Row> rows;
     for (std::int64_t t = 0; t < tokens.num_tokens; ++t) {
       rows.push_back(config.gemm1(r.recipe, &tokens.x[static_cast<std::size_t>(t * tokens.hidden)],
                                   tokens.hidden));
     }
-    evaluator.set_inputs(gemm1_cast(r.name), std::move(rows));
+    evaluator.set_inputs(gemm1_casts(r.recipe), std::move(rows));
   }
 }
 
 /// `direct` and `direct-bf16` share an entry of inputs(), as do the static pair.
 void judge_input(const Evaluator& evaluator, const Workload& tokens, RecipeCertificate& r) {
-  const auto& inputs = evaluator.inputs(gemm1_cast(r.name));
+  const auto& inputs = evaluator.inputs(gemm1_casts(r.recipe));
   const auto hidden = static_cast<std::size_t>(tokens.hidden);
   std::vector<double> x(tokens.x.size()), a(tokens.x.size());
   for (std::size_t i = 0; i < x.size(); ++i) x[i] = bf16_to_float(tokens.x[i]);
@@ -88,7 +91,7 @@ void judge_input(const Evaluator& evaluator, const Workload& tokens, RecipeCerti
 /// RecipeCertificate::added_percent of an output whose errors against exact arithmetic are
 /// `output`.
 std::optional<double> added_percent(const Evaluator& evaluator, const ErrorSums& output,
-                                    RecipeName recipe, std::int64_t width) {
+                                    const Recipe& recipe, std::int64_t width) {
   const auto exact = evaluator.y(kExact);
   const ErrorSums weights(evaluator.y(kOriginal), exact, width);
   const ErrorSums bf16_input(exact, evaluator.y(RecipeVariants(recipe).bf16_input), width);
@@ -99,7 +102,7 @@ std::optional<double> added_percent(const Evaluator& evaluator, const ErrorSums&
 }
 
 void judge_output(const Evaluator& evaluator, std::int64_t width, RecipeCertificate& r) {
-  const RecipeVariants v(r.name);
+  const RecipeVariants v(r.recipe);
   const auto exact = evaluator.y(kExact), original = evaluator.y(kOriginal);
   const auto error = [&](const Variant& variant) {
     return ErrorSums(exact, evaluator.y(variant), width).relative_l2();
@@ -121,19 +124,19 @@ void judge_output(const Evaluator& evaluator, std::int64_t width, RecipeCertific
   r.channel_errors = together.channel_errors();
   r.total = ErrorSums(original, evaluator.y(v.together), width).numbers();
   r.total_bf16 = ErrorSums(original, evaluator.y(v.bf16_input), width).numbers();
-  r.added_percent = added_percent(evaluator, together, r.name, width);
+  r.added_percent = added_percent(evaluator, together, r.recipe, width);
   r.cast2 = evaluator.cast2_counts(v.together);
 }
 
 /// The layer itself, where it would use the static scales that `r` was judged with.
 void judge_engine(const Evaluator& evaluator, const Workload& tokens, const EngineRanks& ranks,
                   const std::optional<StaticScales>& scales, RecipeCertificate& r) {
-  if (r.recipe.gemm1 == GemmInput::kStatic || r.recipe.gemm2 == GemmInput::kStatic) {
+  if (r.recipe.s1 != 0 || r.recipe.s2 != 0) {
     const std::optional<StaticScales> own = ranks.checkpoint->static_scales(ranks.layer);
     if (!own || own->s1 != scales->s1 || own->s2 != scales->s2) return;
   }
-  const EngineOutcome outcome = run_engines(ranks, r.name, tokens);
-  const Variant together = RecipeVariants(r.name).together;
+  const EngineOutcome outcome = run_engines(ranks, r.recipe, tokens);
+  const Variant together = RecipeVariants(r.recipe).together;
   const auto exact = evaluator.y(kExact), evaluated = evaluator.y(together);
   std::vector<double> y(outcome.y.size());
   std::ranges::transform(outcome.y, y.begin(), [](std::uint16_t bits) {
@@ -142,10 +145,10 @@ void judge_engine(const Evaluator& evaluator, const Workload& tokens, const Engi
   EngineAgreement& agreement = r.engine.emplace();
   agreement.same_bytes =
       outcome.gemm1_digest ==
-      definition_digest(evaluator.rows(), r.name, evaluator.inputs(gemm1_cast(r.name)));
+      definition_digest(evaluator.rows(), r.recipe, evaluator.inputs(gemm1_casts(r.recipe)));
   const ErrorSums output(exact, y, tokens.hidden);
   agreement.output = output.numbers();
-  agreement.added_percent = added_percent(evaluator, output, r.name, tokens.hidden);
+  agreement.added_percent = added_percent(evaluator, output, r.recipe, tokens.hidden);
   const double norm = ErrorSums(exact, exact, tokens.hidden).reference_norm();
   const double apart = ErrorSums(evaluated, y, tokens.hidden).error_norm();
   agreement.distance = apart == 0 ? 0 : apart / norm;
@@ -211,7 +214,7 @@ SuiteCertificate certify(const LayerSource& source, const TokenSuite& suite,
   return certificate;
 }
 
-BudgetVerdict judge_budget(const std::vector<SuiteCertificate>& suites, RecipeName recipe,
+BudgetVerdict judge_budget(const std::vector<SuiteCertificate>& suites, const Recipe& recipe,
                            double budget_percent) {
   BudgetVerdict verdict;
   verdict.recipe = recipe;
@@ -223,7 +226,7 @@ BudgetVerdict judge_budget(const std::vector<SuiteCertificate>& suites, RecipeNa
   };
   for (const SuiteCertificate& suite : suites) {
     for (const RecipeCertificate& r : suite.recipes) {
-      if (r.name != recipe) continue;
+      if (r.recipe != recipe) continue;
       for (const bool is_of_engine : {false, true}) {
         const std::optional<double> added = !is_of_engine ? r.added_percent
                                             : r.engine    ? r.engine->added_percent

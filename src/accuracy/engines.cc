@@ -20,7 +20,7 @@ namespace {
 /// What every rank of one run shares.
 struct Run {
   const EngineRanks* ranks;
-  RecipeName recipe;
+  Recipe recipe;
   const Workload* tokens;
   EngineOutcome* outcome;
 
@@ -40,7 +40,7 @@ std::unique_ptr<DeviceBuffer> upload(Backend& backend, const T* host, std::int64
 
 Engine make_engine(const Run& run, Transport& transport, Backend& backend) {
   const EngineRanks& ranks = *run.ranks;
-  const std::optional<RecipeName> recipe = run.recipe;
+  const std::optional<Recipe> recipe = run.recipe;
   const bool low_latency = ranks.mode == Mode::kLowLatency;
   const std::int64_t capacity = (run.tokens->num_tokens + ranks.num_ranks - 1) / ranks.num_ranks;
   return Engine::create(
@@ -105,9 +105,9 @@ void throw_cause(const std::vector<std::exception_ptr>& failures) {
 
 }  // namespace
 
-std::uint64_t definition_digest(const RowPlan& plan, RecipeName recipe,
+std::uint64_t definition_digest(const RowPlan& plan, const Recipe& recipe,
                                 const std::vector<Gemm1Row>& inputs) {
-  const bool has_scales = gemm1_cast(recipe) == Gemm1Cast::kGroup;
+  const bool has_scales = has_group_scales(gemm1_casts(recipe).back());
   std::uint64_t digest = 0;
   for (std::size_t e = 0; e + 1 < plan.expert_begin.size(); ++e) {
     for (int row = plan.expert_begin[e]; row < plan.expert_begin[e + 1]; ++row) {
@@ -128,7 +128,7 @@ BackendFactory backends_on(Device::Kind kind) {
   };
 }
 
-EngineOutcome run_engines(const EngineRanks& ranks, RecipeName recipe, const Workload& tokens) {
+EngineOutcome run_engines(const EngineRanks& ranks, const Recipe& recipe, const Workload& tokens) {
   check_argument(ranks.num_ranks >= 1, "num_ranks {} is not positive", ranks.num_ranks);
   check_argument(ranks.checkpoint != nullptr, "engines need a checkpoint");
   const auto n = static_cast<std::size_t>(ranks.num_ranks);

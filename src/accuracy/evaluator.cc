@@ -80,9 +80,9 @@ Evaluator::Evaluator(const LayerSource& source, const Workload& tokens, ThreadPo
       pool_(&pool),
       plan_(plan_rows(tokens, source.geometry().num_experts)) {}
 
-void Evaluator::set_inputs(Gemm1Cast cast, std::vector<Gemm1Row> inputs) {
+void Evaluator::set_inputs(const std::vector<Cast>& casts, std::vector<Gemm1Row> inputs) {
   SLUICE_ASSERT(inputs.size() == static_cast<std::size_t>(tokens_->num_tokens));
-  inputs_[cast] = std::move(inputs);
+  inputs_[casts] = std::move(inputs);
 }
 
 template <class T>
@@ -99,8 +99,8 @@ void Evaluator::gemm1_of_expert(int expert, const std::vector<Gemm1Variant>& var
     for (int r = 0; r < num_rows; ++r, ++column) {
       const auto token =
           static_cast<std::size_t>(plan_.rows[static_cast<std::size_t>(begin + r)].token);
-      if (variant.cast1 != Gemm1Cast::kNone) {
-        fill_column(columns, column, inputs_.at(variant.cast1)[token]);
+      if (!variant.casts1.empty()) {
+        fill_column(columns, column, inputs_.at(variant.casts1)[token]);
         continue;
       }
       const std::uint16_t* x = &tokens_->x[token * static_cast<std::size_t>(hidden)];
@@ -148,7 +148,7 @@ void Evaluator::gemm2_of_expert(int expert, const std::vector<Variant>& variants
   for (const Variant& variant : variants) {
     for (int r = 0; r < num_rows; ++r, ++column) {
       const double* h = &h_.at(variant)[static_cast<std::size_t>(begin + r) * width];
-      if (variant.cast2 == Gemm2Cast::kNone) {
+      if (variant.cast2 == Cast::kNone) {
         for (int k = 0; k < intermediate; ++k) columns.value(k, column) = static_cast<T>(h[k]);
         continue;
       }

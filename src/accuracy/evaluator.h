@@ -1,6 +1,6 @@
 // evaluator.h - the layer in float64, with a switch for every rounding.
 //
-//   x --cast1?--> GEMM1 (INT4 or original weights; float64 or float32 sums) --> h
+//   x --casts1?--> GEMM1 (INT4 or original weights; float64 or float32 sums) --> h
 //     --cast2?--> GEMM2 --> c2 --combine: float64, or bf16 payload, float32 sum, bf16 result--> y
 //
 // All variants of a token's row share each pass over the weights, which are read once per matrix.
@@ -23,7 +23,7 @@ namespace sluice::accuracy {
 
 /// Everything up to h.
 struct Gemm1Variant {
-  Gemm1Cast cast1 = Gemm1Cast::kNone;
+  std::vector<Cast> casts1 = {};  ///< From x to GEMM1's input, as gemm1_casts() gives them.
   bool original_weights = false;
   bool float32_sums = false;
   auto operator<=>(const Gemm1Variant&) const = default;
@@ -31,7 +31,7 @@ struct Gemm1Variant {
 
 /// Which roundings are on. Without any: exact arithmetic.
 struct Variant : Gemm1Variant {
-  Gemm2Cast cast2 = Gemm2Cast::kNone;
+  Cast cast2 = Cast::kNone;
   bool bf16_combine = false;
   auto operator<=>(const Variant&) const = default;
 };
@@ -54,10 +54,10 @@ class Evaluator {
   Evaluator(const LayerSource& source, const Workload& tokens, ThreadPool& pool);
 
   [[nodiscard]] const RowPlan& rows() const noexcept { return plan_; }
-  /// GEMM1's input by `cast`, one row per token.
-  void set_inputs(Gemm1Cast cast, std::vector<Gemm1Row> inputs);
-  [[nodiscard]] const std::vector<Gemm1Row>& inputs(Gemm1Cast cast) const {
-    return inputs_.at(cast);
+  /// GEMM1's input by `casts`, one row per token; recipes with the same casts share an entry.
+  void set_inputs(const std::vector<Cast>& casts, std::vector<Gemm1Row> inputs);
+  [[nodiscard]] const std::vector<Gemm1Row>& inputs(const std::vector<Cast>& casts) const {
+    return inputs_.at(casts);
   }
 
   /// Computes h of every row, for every variant wanted.
@@ -90,7 +90,7 @@ class Evaluator {
   const Workload* tokens_;
   ThreadPool* pool_;
   RowPlan plan_;
-  std::map<Gemm1Cast, std::vector<Gemm1Row>> inputs_;
+  std::map<std::vector<Cast>, std::vector<Gemm1Row>> inputs_;
   std::map<Gemm1Variant, std::vector<double>> h_;
   std::map<Variant, std::vector<double>> y_;
   std::map<Variant, std::vector<std::uint16_t>> payload_;  // [rows, hidden] bf16

@@ -27,14 +27,13 @@ Workload concatenate(const std::vector<TokenSuite>& suites) {
 /// What the digest must be, from the scalar definition alone.
 std::uint64_t digest_of_definition(const Workload& tokens, int num_experts,
                                    const Gemm1Function& gemm1) {
+  const LayerRecipe direct{};
   std::vector<Gemm1Row> inputs;
   for (std::int64_t t = 0; t < tokens.num_tokens; ++t) {
-    const Recipe direct{.name = RecipeName::kDirect};
     inputs.push_back(
         gemm1(direct, &tokens.x[static_cast<std::size_t>(t * tokens.hidden)], tokens.hidden));
   }
-  return accuracy::definition_digest(accuracy::plan_rows(tokens, num_experts), RecipeName::kDirect,
-                                     inputs);
+  return accuracy::definition_digest(accuracy::plan_rows(tokens, num_experts), direct, inputs);
 }
 
 }  // namespace
@@ -43,12 +42,13 @@ IdentityProof prove_identity(const EngineRanks& ranks, const std::vector<TokenSu
                              const Gemm1Function& gemm1) {
   check_argument(ranks.checkpoint != nullptr, "engines need a checkpoint");
   const Workload tokens = concatenate(suites);
+  const Recipe direct;  // Its twin quantizes at the receiver.
   return {
       .num_ranks = ranks.num_ranks,
       .mode = ranks.mode,
       .num_tokens = tokens.num_tokens,
-      .direct = run_engines(ranks, RecipeName::kDirect, tokens).gemm1_digest,
-      .direct_bf16 = run_engines(ranks, RecipeName::kDirectBf16, tokens).gemm1_digest,
+      .direct = run_engines(ranks, direct, tokens).gemm1_digest,
+      .direct_bf16 = run_engines(ranks, *twin(direct), tokens).gemm1_digest,
       .definition = digest_of_definition(tokens, ranks.checkpoint->geometry().num_experts, gemm1)};
 }
 

@@ -327,7 +327,7 @@ ExpertsBenchReport bench_experts(const ExpertsBenchConfig& config_in, Backend& b
   const ExpertWeights weights =
       random_experts(config.geometry, config.scale_dtype, config.seed,
                      config.has_minus8 ? CodeRange::kAll : CodeRange::kSymmetric);
-  const Recipe recipe{.mode = Mode::kNormal};  // direct
+  const LayerRecipe recipe{Recipe{}, Mode::kNormal};  // direct
   const LayerReference reference(weights, recipe, 1.0f, error_model(backend.device().kind));
   report.read_gbytes_per_s = backend.measure_read_bandwidth() * 1e-9;
   report.peak_tflops = backend.measure_arithmetic_rate() * 1e-12;

@@ -31,7 +31,7 @@ double microseconds_since(Clock::time_point& start) {
 
 /// One mode of the engine: its recipe and its exchange.
 struct Lane {
-  Recipe recipe;
+  LayerRecipe recipe;
   Exchange exchange;
 };
 
@@ -79,7 +79,7 @@ void check_config(const EngineConfig& config, const Checkpoint& checkpoint, int 
 /// no wait, since combine has already waited for every rank's `returned` flag, and it would cost as
 /// much device memory as the first.
 ExchangeConfig exchange_config(const EngineConfig& config, const ModelGeometry& geometry,
-                               const Recipe& recipe, Device::Kind device) {
+                               const LayerRecipe& recipe, Device::Kind device) {
   return {.mode = recipe.mode,
           .wire = recipe.wire,
           .num_experts = geometry.num_experts,
@@ -94,7 +94,7 @@ ExchangeConfig exchange_config(const EngineConfig& config, const ModelGeometry& 
 
 /// Everything in which ranks must not differ, as named text. The exchange checks its own part.
 Agreement engine_agreement(const EngineConfig& config, const Checkpoint& checkpoint,
-                           const std::array<std::optional<Recipe>, 2>& recipes) {
+                           const std::array<std::optional<LayerRecipe>, 2>& recipes) {
   Agreement fields;
   fields.emplace_back("version", version());
   fields.emplace_back("layer", std::to_string(config.layer));
@@ -128,7 +128,7 @@ Engine Engine::create(const EngineConfig& config, const Checkpoint& checkpoint,
 
   const std::optional<StaticScales> scales = checkpoint.static_scales(config.layer);
   const std::string layer_name = fmt::format("model.layers.{}.mlp.experts", config.layer);
-  std::array<std::optional<Recipe>, 2> recipes;
+  std::array<std::optional<LayerRecipe>, 2> recipes;
   for (const auto& [mode, name] : {std::pair{Mode::kLowLatency, config.low_latency},
                                    std::pair{Mode::kNormal, config.normal}}) {
     if (!name) continue;
@@ -176,7 +176,7 @@ EngineMemory Engine::plan_memory(const EngineConfig& config, const ModelGeometry
                                    std::pair{Mode::kNormal, config.normal}}) {
     if (!name) continue;
     // Sizes do not depend on the values of static scales.
-    const Recipe recipe =
+    const LayerRecipe recipe =
         resolve_recipe(*name, mode, config.dispatch_dtype, StaticScales{1, 1}, "the layer");
     const ExchangeConfig exchange = exchange_config(config, geometry, recipe, device);
     memory.exchange_bytes += Exchange::workspace_bytes(exchange, num_ranks, device);
@@ -210,8 +210,8 @@ void Engine::forward(Mode mode, TensorView x, const Routing& routing, MutableTen
   const Clock::time_point begin = Clock::now();
   Clock::time_point mark = begin;
 
-  Dispatched dispatched = lane.exchange.dispatch(
-      x, routing, stream, lane.recipe.wire == WireFormat::kE4m3Static ? lane.recipe.s1 : 0.0f);
+  Dispatched dispatched =
+      lane.exchange.dispatch(x, routing, stream, lane.recipe.wire_static_scale());
   const ExpertBatch& batch = dispatched.batch();
   stats.times.dispatch_us = self.stage_us(mark, stream);
 
@@ -288,7 +288,7 @@ void Engine::Impl::record_digest(const RowRanges& rows, const Fp8RowsView& in, S
   }
 }
 
-const Recipe& Engine::recipe(Mode mode) const {
+const LayerRecipe& Engine::recipe(Mode mode) const {
   return impl_->lane(mode).recipe;
 }
 const ForwardStats& Engine::stats() const noexcept {

@@ -107,7 +107,7 @@ void check_wire(const ExpertBatch& batch, WireFormat wire, std::int64_t width,
   const Shape& shape = batch.x.shape;
   check_tensor("x", batch.x, wire == WireFormat::kBf16 ? DType::kBFloat16 : DType::kFloat8E4M3,
                shape, device);
-  if (wire == WireFormat::kE4m3Group || wire == WireFormat::kE4m3Pow2) {
+  if (has_group_scales(sent_cast(wire))) {
     check_tensor("x_scale", batch.x_scale, DType::kFloat32,
                  with_width(shape, width / kActivationGroup), device);
   } else {
@@ -185,28 +185,28 @@ std::array<std::size_t, 4> Experts::Impl::scratch_bytes(const ModelGeometry& geo
           rows * intermediate / kActivationGroup * sizeof(float)};
 }
 
-Fp8RowsView Experts::Impl::gemm1_rows(const Recipe& recipe, const ExpertBatch& batch,
+Fp8RowsView Experts::Impl::gemm1_rows(const LayerRecipe& recipe, const ExpertBatch& batch,
                                       const RowRanges& rows, Stream stream) {
-  const Fp8RowsView received = received_rows(
-      batch, recipe.wire == WireFormat::kE4m3Static ? recipe.s1 : 0.0f, geometry.hidden);
-  if (recipe.gemm1_as_sent) return received;
+  const Fp8RowsView received = received_rows(batch, recipe.wire_static_scale(), geometry.hidden);
+  if (recipe.gemm1 == Cast::kNone) return received;
 
-  const bool grouped = recipe.gemm1 == GemmInput::kGroup;
+  const bool grouped = has_group_scales(recipe.gemm1);
   const Fp8Rows out{.codes = reinterpret_cast<std::uint8_t*>(x_codes->data()),
                     .scale = grouped ? reinterpret_cast<float*>(x_scale->data()) : nullptr,
                     .static_scale = grouped ? 0.0f : recipe.s1,
                     .width = geometry.hidden};
   if (recipe.wire == WireFormat::kBf16) {
-    backend->quantize(batch.x.as<std::uint16_t>(), rows, /*pow2=*/false, out, stream);
+    const bool pow2 = recipe.gemm1 == Cast::kGroupPow2;
+    backend->quantize(batch.x.as<std::uint16_t>(), rows, pow2, out, stream);
   } else {
     backend->requantize(received, rows, out, stream);
   }
   return out;
 }
 
-void Experts::Impl::gemms(const Recipe& recipe, const Fp8RowsView& in, const RowRanges& rows,
+void Experts::Impl::gemms(const LayerRecipe& recipe, const Fp8RowsView& in, const RowRanges& rows,
                           std::uint16_t* expert_y, Stream stream, ExpertStageTimes* times) {
-  const bool grouped = recipe.gemm2 == GemmInput::kGroup;
+  const bool grouped = has_group_scales(recipe.gemm2);
   const Fp8Rows h{.codes = reinterpret_cast<std::uint8_t*>(h_codes->data()),
                   .scale = grouped ? reinterpret_cast<float*>(h_scale->data()) : nullptr,
                   .static_scale = grouped ? 0.0f : recipe.s2,
@@ -221,8 +221,9 @@ Experts Experts::create(const ExpertWeights& weights, std::int64_t max_rows, Bac
   return Experts(std::make_unique<Impl>(weights, max_rows, backend));
 }
 
-void Experts::forward(const Recipe& recipe, const ExpertBatch& batch, MutableTensorView expert_y,
-                      Stream stream) {
+void Experts::forward(const LayerRecipe& recipe, const ExpertBatch& batch,
+                      MutableTensorView expert_y, Stream stream) {
+  check_recipe(recipe);
   Impl& self = *impl_;
   const Device device = self.backend->device();
   check_argument(!batch.num_rows.empty(), "num_rows is needed");

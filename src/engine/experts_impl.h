@@ -17,10 +17,10 @@ struct Experts::Impl {
   Impl(const ExpertWeights& weights, std::int64_t max_rows, Backend& backend);
 
   /// The rows GEMM1 consumes: the received bytes themselves, or what `recipe` makes of them here.
-  [[nodiscard]] Fp8RowsView gemm1_rows(const Recipe& recipe, const ExpertBatch& batch,
+  [[nodiscard]] Fp8RowsView gemm1_rows(const LayerRecipe& recipe, const ExpertBatch& batch,
                                        const RowRanges& rows, Stream stream);
   /// GEMM1, SwiGLU, quantize, GEMM2.
-  void gemms(const Recipe& recipe, const Fp8RowsView& in, const RowRanges& rows,
+  void gemms(const LayerRecipe& recipe, const Fp8RowsView& in, const RowRanges& rows,
              std::uint16_t* expert_y, Stream stream, ExpertStageTimes* times);
 
   /// Bytes of the buffers below, in their order.

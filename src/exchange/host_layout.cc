@@ -1,7 +1,6 @@
 #include "exchange/host_layout.h"
 
 #include "exchange/impl.h"
-#include "sluice/quant.h"
 
 namespace sluice {
 namespace {
@@ -18,9 +17,8 @@ HostLayout::HostLayout(const ExchangeConfig& config, int num_ranks_in)
   const auto tokens = static_cast<std::size_t>(config.max_tokens_per_rank);
   const auto topk = static_cast<std::size_t>(config.num_topk);
   const auto hidden = static_cast<std::size_t>(config.hidden);
-  const bool scaled = config.wire == WireFormat::kE4m3Group || config.wire == WireFormat::kE4m3Pow2;
-  payload_bytes = config.wire == WireFormat::kBf16 ? 2 * hidden : hidden;
-  scale_bytes = scaled ? hidden / kActivationGroup * sizeof(float) : 0;
+  payload_bytes = wire_payload_bytes(config.wire, config.hidden);
+  scale_bytes = wire_scale_bytes(config.wire, config.hidden);
   home_bytes = 2 * hidden;
   staging_bytes = tokens * (payload_bytes + scale_bytes);
 

@@ -6,6 +6,7 @@
 #include <limits>
 
 #include "core/fail.h"
+#include "quant/row_cast.h"
 #include "sluice/quant.h"
 
 namespace sluice {
@@ -147,41 +148,20 @@ std::vector<Interval> multiply(const Int4Matrix& m, const QuantizedVector& v,
   return out;
 }
 
-/// Dequantizes codes that are known exactly (GEMM1's input).
-QuantizedVector exact_values(const std::vector<std::uint8_t>& codes,
-                             const std::vector<float>& scales, std::size_t group) {
-  QuantizedVector v{std::vector<double>(codes.size()), std::vector<double>(codes.size(), 0.0)};
-  for (std::size_t i = 0; i < codes.size(); ++i) {
-    v.value[i] = static_cast<double>(e4m3_to_float(codes[i])) * scales[i / group];
-  }
-  return v;
-}
-
-/// GEMM1's input: the bytes the recipe defines, by the scalar formats.
-QuantizedVector gemm1_input(const std::uint16_t* x, std::size_t hidden, const Recipe& recipe) {
+/// GEMM1's input: x after the recipe's casts, by the scalar formats. Known exactly.
+QuantizedVector gemm1_input(const std::uint16_t* x, std::size_t hidden, const LayerRecipe& recipe) {
   std::vector<float> values(hidden);
   for (std::size_t i = 0; i < hidden; ++i) values[i] = bf16_to_float(x[i]);
-  std::vector<std::uint8_t> codes(hidden);
-
-  if (recipe.name == RecipeName::kBf16Static || recipe.name == RecipeName::kStatic) {
-    quantize_static(values, recipe.s1, codes);
-    return exact_values(codes, {recipe.s1}, hidden);
+  CastRow row;
+  for (const Cast cast : gemm1_casts(recipe)) {
+    row = cast_row(cast, values, recipe.s1);
+    values = row.values();
   }
-  std::vector<float> scales(hidden / kActivationGroup);
-  for (std::size_t g = 0; g < scales.size(); ++g) {
-    const auto in = std::span(values).subspan(g * kActivationGroup, kActivationGroup);
-    const auto out = std::span(codes).subspan(g * kActivationGroup, kActivationGroup);
-    const bool pow2 = recipe.name == RecipeName::kPow2Static;
-    scales[g] = pow2 ? quantize_group_pow2(in, out) : quantize_group(in, out);
+  QuantizedVector v{std::vector<double>(hidden), std::vector<double>(hidden, 0.0)};
+  for (std::size_t i = 0; i < hidden; ++i) {
+    v.value[i] = static_cast<double>(e4m3_to_float(row.codes[i])) * row.scale_of(i);
   }
-  if (recipe.gemm1 == GemmInput::kGroup) return exact_values(codes, scales, kActivationGroup);
-
-  std::vector<std::uint8_t> again(hidden);
-  for (std::size_t g = 0; g < scales.size(); ++g) {
-    requantize(std::span(codes).subspan(g * kActivationGroup, kActivationGroup), scales[g],
-               recipe.s1, std::span(again).subspan(g * kActivationGroup, kActivationGroup));
-  }
-  return exact_values(again, {recipe.s1}, hidden);
+  return v;
 }
 
 double round_e4m3(double t) {
@@ -204,14 +184,9 @@ void quantize_interval(std::span<const Interval> h, double scale, double scale_l
   }
 }
 
-/// GEMM2's input from h: static s2, or one dynamic scale per 128 channels.
-QuantizedVector gemm2_input(const std::vector<Interval>& h, const Recipe& recipe) {
+/// h with one scale for each 128 channels, which h's errors make uncertain, too.
+QuantizedVector quantize_groups(const std::vector<Interval>& h) {
   QuantizedVector v{std::vector<double>(h.size()), std::vector<double>(h.size())};
-  if (recipe.gemm2 == GemmInput::kStatic) {
-    const double s = recipe.s2;
-    quantize_interval(h, s, s, s, v.value.data(), v.deviation.data());
-    return v;
-  }
   for (std::size_t begin = 0; begin < h.size(); begin += kActivationGroup) {
     const auto group = std::span(h).subspan(begin, kActivationGroup);
     double amax = kMinGroupAmax, lo = kMinGroupAmax, hi = kMinGroupAmax;
@@ -226,6 +201,26 @@ QuantizedVector gemm2_input(const std::vector<Interval>& h, const Recipe& recipe
   return v;
 }
 
+/// GEMM2's input from h by the recipe's cast.
+QuantizedVector gemm2_input(const std::vector<Interval>& h, const LayerRecipe& recipe) {
+  switch (recipe.gemm2) {
+    case Cast::kNone:
+    case Cast::kGroupPow2:
+      break;
+    case Cast::kGroup:
+      return quantize_groups(h);
+    case Cast::kStatic:
+    case Cast::kStaticPow2: {
+      QuantizedVector v{std::vector<double>(h.size()), std::vector<double>(h.size())};
+      const double s = recipe.s2;
+      quantize_interval(h, s, s, s, v.value.data(), v.deviation.data());
+      return v;
+    }
+  }
+  fail(ErrorCode::kUnsupported, "the reference has no GEMM2 input by cast {}",
+       to_string(recipe.gemm2));
+}
+
 Interval swiglu_interval(const Interval& gate, const Interval& up) {
   const double silu = gate.value / (1 + std::exp(-gate.value));
   const double h = silu * up.value;
@@ -236,14 +231,15 @@ Interval swiglu_interval(const Interval& gate, const Interval& up) {
 
 }  // namespace
 
-LayerReference::LayerReference(ExpertWeights experts, Recipe recipe, float routed_scaling_factor,
-                               ErrorModel model)
+LayerReference::LayerReference(ExpertWeights experts, LayerRecipe recipe,
+                               float routed_scaling_factor, ErrorModel model)
     : experts_(std::move(experts)),
       recipe_(recipe),
       routed_scaling_factor_(routed_scaling_factor),
       model_(model) {
   check_argument(experts_.first_expert == 0,
                  "the reference needs the layer's experts from 0, not {}", experts_.first_expert);
+  check_recipe(recipe_);
 }
 
 ReferenceRow LayerReference::row(const std::uint16_t* x, const std::int32_t* topk_idx,

@@ -34,7 +34,7 @@ inline nlohmann::ordered_json report_example() {
   proof.direct = proof.direct_bf16 = proof.definition = 0xabcdef;
   json["identity"] = {cli::to_json(proof)};
   json["passed"] = false;
-  json["budget"] = cli::to_json(judge_budget(suites, RecipeName::kDirect, 0.0));
+  json["budget"] = cli::to_json(judge_budget(suites, parse_recipe("direct"), 0.0));
   return json;
 }
 

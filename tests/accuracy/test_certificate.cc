@@ -20,9 +20,9 @@ ModelGeometry wide_geometry() {
   return {.name = "wide", .num_experts = 4, .num_topk = 2, .hidden = 1024, .intermediate = 256};
 }
 
-const RecipeCertificate& of(const SuiteCertificate& suite, RecipeName name) {
+const RecipeCertificate& of(const SuiteCertificate& suite, const Recipe& recipe) {
   for (const RecipeCertificate& r : suite.recipes) {
-    if (r.name == name) return r;
+    if (r.recipe == recipe) return r;
   }
   throw std::runtime_error("no such recipe");
 }
@@ -40,11 +40,11 @@ LayerSource* Certified::source_ = nullptr;
 
 TEST_F(Certified, GaussianTokensCostWhatTheoryAndSimulationSay) {
   const SuiteCertificate suite = run("gaussian");
-  EXPECT_NEAR(of(suite, RecipeName::kDirect).activation1.relative_l2, 0.0257, 0.0007);
-  EXPECT_NEAR(of(suite, RecipeName::kStatic).activation1.relative_l2, 0.0265, 0.0007);
-  EXPECT_NEAR(of(suite, RecipeName::kRequantStatic).activation1.relative_l2, 0.0370, 0.0012);
-  EXPECT_NEAR(of(suite, RecipeName::kPow2Static).activation1.relative_l2, 0.0266, 0.0007);
-  const RecipeCertificate& direct = of(suite, RecipeName::kDirect);
+  EXPECT_NEAR(of(suite, parse_recipe("direct")).activation1.relative_l2, 0.0257, 0.0007);
+  EXPECT_NEAR(of(suite, parse_recipe("static")).activation1.relative_l2, 0.0265, 0.0007);
+  EXPECT_NEAR(of(suite, parse_recipe("requant-static")).activation1.relative_l2, 0.0370, 0.0012);
+  EXPECT_NEAR(of(suite, parse_recipe("pow2-static")).activation1.relative_l2, 0.0266, 0.0007);
+  const RecipeCertificate& direct = of(suite, parse_recipe("direct"));
   EXPECT_NEAR(direct.output.relative_l2, 0.0435, 0.004);
   EXPECT_NEAR(*direct.roundings.weights, 0.2, 0.02);
   EXPECT_NEAR(direct.roundings.combine, 0.0022, 0.0006);
@@ -57,7 +57,7 @@ TEST_F(Certified, GaussianTokensCostWhatTheoryAndSimulationSay) {
 TEST_F(Certified, IndependentRoundingsAddInSquares) {
   for (const char* name : {"gaussian", "outliers"}) {
     for (const RecipeCertificate& r : run(name).recipes) {
-      EXPECT_NEAR(r.roundings.together / r.roundings.quadrature, 1, 0.15) << to_string(r.name);
+      EXPECT_NEAR(r.roundings.together / r.roundings.quadrature, 1, 0.15) << to_string(r.recipe);
       const RoundingErrors& e = r.roundings;
       EXPECT_DOUBLE_EQ(e.quadrature, std::hypot(std::hypot(e.activation1, e.activation2),
                                                 std::hypot(e.accumulation, e.combine)));
@@ -82,7 +82,7 @@ TEST(Outliers, CostScalesPerGroupLess) {
   for (const int hidden : {1024, 7168}) {
     const ModelGeometry g = {.name = "", .num_experts = 4, .num_topk = 2, .hidden = hidden};
     const Workload tokens = make_suite("outliers", g, 400, 2).tokens;
-    const Recipe direct{.name = RecipeName::kDirect};
+    const LayerRecipe direct{};
     double errors = 0, squares = 0;
     for (std::size_t t = 0; t < 400; ++t) {
       const std::uint16_t* x = &tokens.x[t * static_cast<std::size_t>(hidden)];
@@ -101,18 +101,18 @@ TEST_F(Certified, OutlierChannelsFavourScalesPerGroup) {
   AccuracyConfig config;
   config.static_scales = StaticScales{0.4f, 0.4f};
   const SuiteCertificate suite = run("outliers", config);
-  EXPECT_NEAR(of(suite, RecipeName::kDirect).activation1.relative_l2, direct_among_outliers(1024),
-              0.0015);
-  EXPECT_GT(of(suite, RecipeName::kStatic).activation1.relative_l2, 0.022);
-  EXPECT_GT(of(suite, RecipeName::kRequantStatic).activation1.relative_l2, 0.028);
+  EXPECT_NEAR(of(suite, parse_recipe("direct")).activation1.relative_l2,
+              direct_among_outliers(1024), 0.0015);
+  EXPECT_GT(of(suite, parse_recipe("static")).activation1.relative_l2, 0.022);
+  EXPECT_GT(of(suite, parse_recipe("requant-static")).activation1.relative_l2, 0.028);
 }
 
 TEST_F(Certified, ACalibrationThatMissesTheTailIsCatastrophicAndSaysSo) {
   const SuiteCertificate suite = run("token-spread");
-  EXPECT_GT(of(suite, RecipeName::kStatic).activation1.relative_l2, 0.2);
-  EXPECT_GT(of(suite, RecipeName::kStatic).output.relative_l2, 0.3);
-  EXPECT_GT(of(suite, RecipeName::kStatic).cast1.saturated, 0u);
-  EXPECT_LT(of(suite, RecipeName::kDirect).output.relative_l2, 0.06);
+  EXPECT_GT(of(suite, parse_recipe("static")).activation1.relative_l2, 0.2);
+  EXPECT_GT(of(suite, parse_recipe("static")).output.relative_l2, 0.3);
+  EXPECT_GT(of(suite, parse_recipe("static")).cast1.saturated, 0u);
+  EXPECT_LT(of(suite, parse_recipe("direct")).output.relative_l2, 0.06);
   EXPECT_LT(suite.safety.headroom1, 1);
   EXPECT_GT(suite.safety.clip_rate1, 0);
   EXPECT_THAT(suite.safety.recommendation, HasSubstr("s1 clips"));
@@ -121,12 +121,12 @@ TEST_F(Certified, ACalibrationThatMissesTheTailIsCatastrophicAndSaysSo) {
 
 TEST_F(Certified, RecipesThatRoundAlikeAgreeToTheBit) {
   const SuiteCertificate suite = run("student-t");
-  const auto& direct = of(suite, RecipeName::kDirect);
-  const auto& bf16 = of(suite, RecipeName::kDirectBf16);
+  const auto& direct = of(suite, parse_recipe("direct"));
+  const auto& bf16 = of(suite, parse_recipe("direct-bf16"));
   EXPECT_EQ(direct.token_errors, bf16.token_errors);
   EXPECT_EQ(direct.channel_errors, bf16.channel_errors);
-  EXPECT_EQ(of(suite, RecipeName::kStatic).token_errors,
-            of(suite, RecipeName::kBf16Static).token_errors);
+  EXPECT_EQ(of(suite, parse_recipe("static")).token_errors,
+            of(suite, parse_recipe("bf16-static")).token_errors);
 }
 
 TEST_F(Certified, AddedErrorIsTheRatioOfTheTotals) {
@@ -134,33 +134,33 @@ TEST_F(Certified, AddedErrorIsTheRatioOfTheTotals) {
   for (const RecipeCertificate& r : suite.recipes) {
     // Of the measured totals but for chance correlation, and by hand from the single errors.
     const double measured = 100 * (r.total->relative_l2 / r.total_bf16->relative_l2 - 1);
-    EXPECT_NEAR(*r.added_percent, measured, 2.0) << to_string(r.name);
+    EXPECT_NEAR(*r.added_percent, measured, 2.0) << to_string(r.recipe);
     const double w = *r.roundings.weights, rest = r.roundings.activation2;
     const double by_hand = 100 * (std::hypot(w, r.roundings.together) / std::hypot(w, rest) - 1);
-    EXPECT_NEAR(*r.added_percent, by_hand, 0.3) << to_string(r.name);
+    EXPECT_NEAR(*r.added_percent, by_hand, 0.3) << to_string(r.recipe);
   }
 }
 
 TEST_F(Certified, TheGateBothWays) {
   const std::vector<SuiteCertificate> suites = {run("gaussian"), run("one-hot")};
-  const BudgetVerdict easy = judge_budget(suites, RecipeName::kDirect, 100);
+  const BudgetVerdict easy = judge_budget(suites, parse_recipe("direct"), 100);
   EXPECT_TRUE(easy.passed);
-  const double worst = std::max(*of(suites[0], RecipeName::kDirect).added_percent,
-                                *of(suites[1], RecipeName::kDirect).added_percent);
+  const double worst = std::max(*of(suites[0], parse_recipe("direct")).added_percent,
+                                *of(suites[1], parse_recipe("direct")).added_percent);
   EXPECT_EQ(easy.worst_percent, worst);
-  EXPECT_TRUE(judge_budget(suites, RecipeName::kDirect, worst).passed);
-  EXPECT_FALSE(judge_budget(suites, RecipeName::kDirect, worst - 1e-9).passed);
-  EXPECT_GT(judge_budget(suites, RecipeName::kRequantStatic, 2).worst_percent,
-            judge_budget(suites, RecipeName::kDirect, 2).worst_percent);
-  EXPECT_THROW((void)judge_budget({}, RecipeName::kDirect, 2), Error);
+  EXPECT_TRUE(judge_budget(suites, parse_recipe("direct"), worst).passed);
+  EXPECT_FALSE(judge_budget(suites, parse_recipe("direct"), worst - 1e-9).passed);
+  EXPECT_GT(judge_budget(suites, parse_recipe("requant-static"), 2).worst_percent,
+            judge_budget(suites, parse_recipe("direct"), 2).worst_percent);
+  EXPECT_THROW((void)judge_budget({}, parse_recipe("direct"), 2), Error);
 }
 
 /// Whatever comes before or after it, of the definition or of what ran.
 TEST_F(Certified, ANumberThatIsNoneFailsTheGate) {
   AccuracyConfig config;
-  config.recipes = {RecipeName::kDirect};
+  config.recipes = {parse_recipe("direct")};
   const std::vector<SuiteCertificate> good(3, run("gaussian", config));
-  ASSERT_TRUE(judge_budget(good, RecipeName::kDirect, 100).passed);
+  ASSERT_TRUE(judge_budget(good, parse_recipe("direct"), 100).passed);
   for (std::size_t i = 0; i < good.size(); ++i) {
     for (const bool is_of_engine : {false, true}) {
       std::vector<SuiteCertificate> suites = good;
@@ -168,7 +168,7 @@ TEST_F(Certified, ANumberThatIsNoneFailsTheGate) {
       suites[i].name = "spoiled";
       if (is_of_engine) r.engine.emplace();
       (is_of_engine ? r.engine->added_percent : r.added_percent) = std::nan("");
-      const BudgetVerdict verdict = judge_budget(suites, RecipeName::kDirect, 100);
+      const BudgetVerdict verdict = judge_budget(suites, parse_recipe("direct"), 100);
       EXPECT_FALSE(verdict.passed) << i;
       EXPECT_EQ(verdict.worst_suite, "spoiled");
       EXPECT_EQ(verdict.is_of_engine, is_of_engine);
@@ -178,10 +178,10 @@ TEST_F(Certified, ANumberThatIsNoneFailsTheGate) {
 
 TEST_F(Certified, ADirectThatRoundsTwiceFailsTheBudget) {
   AccuracyConfig config;
-  config.recipes = {RecipeName::kDirect};
+  config.recipes = {parse_recipe("direct")};
   const std::vector<SuiteCertificate> honest = {run("gaussian", config)};
   // The planted fault: codes go through a second, three times larger scale.
-  config.gemm1 = [](const Recipe& recipe, const std::uint16_t* x, int hidden) {
+  config.gemm1 = [](const LayerRecipe& recipe, const std::uint16_t* x, int hidden) {
     Gemm1Row row = gemm1_row(recipe, x, hidden);
     for (std::size_t i = 0; i < row.codes.size(); ++i) {
       row.codes[i] = e4m3_from_float(e4m3_to_float(row.codes[i]) * (1 / 3.0f));
@@ -192,8 +192,8 @@ TEST_F(Certified, ADirectThatRoundsTwiceFailsTheBudget) {
   const std::vector<SuiteCertificate> twice = {run("gaussian", config)};
   EXPECT_NEAR(twice[0].recipes[0].activation1.relative_l2, 0.036, 0.0025);
   const double budget = 2;
-  EXPECT_TRUE(judge_budget(honest, RecipeName::kDirect, budget).passed);
-  EXPECT_FALSE(judge_budget(twice, RecipeName::kDirect, budget).passed);
+  EXPECT_TRUE(judge_budget(honest, parse_recipe("direct"), budget).passed);
+  EXPECT_FALSE(judge_budget(twice, parse_recipe("direct"), budget).passed);
 }
 
 TEST_F(Certified, WithoutScalesOnlyStaticRecipesAreRefused) {
@@ -201,15 +201,15 @@ TEST_F(Certified, WithoutScalesOnlyStaticRecipesAreRefused) {
   suite.calibration = {};
   const SuiteCertificate certificate = certify(*source_, suite, {});
   for (const RecipeCertificate& r : certificate.recipes) {
-    const bool is_static = r.name != RecipeName::kDirect && r.name != RecipeName::kDirectBf16;
-    EXPECT_EQ(!r.refused.empty(), is_static) << to_string(r.name);
+    const bool is_static = has_static_scale(r.recipe.gemm2);
+    EXPECT_EQ(!r.refused.empty(), is_static) << to_string(r.recipe);
   }
   EXPECT_EQ(certificate.safety.origin, "none");
 }
 
 TEST_F(Certified, GivenScalesAreHeldAgainstTheTokens) {
   AccuracyConfig config;
-  config.recipes = {RecipeName::kStatic};
+  config.recipes = {parse_recipe("static")};
   config.static_scales = StaticScales{1.0f, 1.0f};
   config.expert_scales = {{1, 2, 3}, {}, {}, {}};
   const ScaleSafety safety = run("dead-expert", config).safety;
@@ -234,7 +234,7 @@ TEST_F(Certified, SafetyNamesTheExpertThatClips) {
       static_cast<std::size_t>(std::ranges::find(tokens.topk_idx, 2) - tokens.topk_idx.begin()) / 2;
   tokens.x[loud * 1024 + 5] = bf16_from_float(64);
   AccuracyConfig config;
-  config.recipes = {RecipeName::kStatic};
+  config.recipes = {parse_recipe("static")};
   config.static_scales = StaticScales{8.0f / 448, 100.0f};
   config.expert_scales.assign(4, {.w1 = 8.0f / 448, .w2 = 100.0f, .w3 = 4.0f / 448});
   config.expert_scales[0].w1 = 1.0f / 448;  // w3 is the larger one: 4.

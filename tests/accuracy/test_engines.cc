@@ -49,7 +49,7 @@ TEST_F(Engines, HaveTheBytesAndTheErrorOfTheirCertificate) {
     config.engine = &engines;
     for (const char* suite : {"gaussian", "massive", "token-spread", "dead-expert"}) {
       for (const RecipeCertificate& r : run(suite, config).recipes) {
-        SCOPED_TRACE(::testing::Message() << suite << ' ' << to_string(r.name));
+        SCOPED_TRACE(::testing::Message() << suite << ' ' << to_string(r.recipe));
         ASSERT_TRUE(r.engine);
         EXPECT_TRUE(r.engine->same_bytes);
         EXPECT_TRUE(r.engine->passed()) << r.engine->distance << " of " << r.engine->limit;
@@ -69,7 +69,7 @@ TEST_F(Engines, RunOnlyWithTheScalesOfTheCertificate) {
   AccuracyConfig config;  // Calibrates: not the checkpoint's scales.
   config.engine = &engines;
   for (const RecipeCertificate& r : run("gaussian", config).recipes) {
-    EXPECT_EQ(r.engine.has_value(), r.recipe.gemm2 == GemmInput::kGroup) << to_string(r.name);
+    EXPECT_EQ(r.engine.has_value(), r.recipe.gemm2 == Cast::kGroup) << to_string(r.recipe);
   }
 }
 
@@ -86,11 +86,11 @@ TEST_F(Engines, OnTensorCoresStayWithinTheirLimit) {
   AccuracyConfig config;
   config.static_scales = checkpoint_->static_scales(layer_);
   config.engine = &engines;
-  config.recipes = {RecipeName::kDirect, RecipeName::kRequantStatic};
+  config.recipes = {parse_recipe("direct"), parse_recipe("requant-static")};
   for (const char* suite : {"gaussian", "massive", "token-spread"}) {
     double farthest = 0, differ = 0;
     for (const RecipeCertificate& r : run(suite, config, 6).recipes) {
-      EXPECT_TRUE(r.engine->same_bytes) << suite << ' ' << to_string(r.name);
+      EXPECT_TRUE(r.engine->same_bytes) << suite << ' ' << to_string(r.recipe);
       farthest = std::max(farthest, r.engine->distance);
       differ = std::max(differ, std::fabs(r.engine->output.relative_l2 - r.output.relative_l2));
     }
@@ -133,19 +133,19 @@ TEST_F(Engines, ADirectThatRoundsTwiceFailsProofAndBudget) {
 
   // The honest certificate disowns that engine; one of the same fault owns it, over the budget.
   AccuracyConfig config;
-  config.recipes = {RecipeName::kDirect};
+  config.recipes = {parse_recipe("direct")};
   config.engine = &engines;
   const SuiteCertificate honest = run("gaussian", config);
   EXPECT_FALSE(honest.recipes[0].engine->same_bytes);
   EXPECT_FALSE(honest.recipes[0].engine->passed());
   EXPECT_GT(honest.recipes[0].engine->distance, 10 * honest.recipes[0].engine->limit);
   // The budget is for what runs: the engine's own output is past it, the definition's is not.
-  const BudgetVerdict ran = judge_budget({honest}, RecipeName::kDirect, 2);
+  const BudgetVerdict ran = judge_budget({honest}, parse_recipe("direct"), 2);
   EXPECT_FALSE(ran.passed);
   EXPECT_TRUE(ran.is_of_engine);
   EXPECT_GT(ran.worst_percent, 2.5);
   EXPECT_LT(*honest.recipes[0].added_percent, 2);
-  config.gemm1 = [](const Recipe& recipe, const std::uint16_t* x, int hidden) {
+  config.gemm1 = [](const LayerRecipe& recipe, const std::uint16_t* x, int hidden) {
     Gemm1Row row = gemm1_row(recipe, x, hidden);
     round_again(row.codes, row.scales);
     return row;
@@ -153,10 +153,10 @@ TEST_F(Engines, ADirectThatRoundsTwiceFailsProofAndBudget) {
   const SuiteCertificate twice = run("gaussian", config);
   EXPECT_TRUE(twice.recipes[0].engine->passed());
   EXPECT_NEAR(twice.recipes[0].activation1.relative_l2, 0.036, 0.0025);
-  EXPECT_FALSE(judge_budget({twice}, RecipeName::kDirect, 2).passed);
+  EXPECT_FALSE(judge_budget({twice}, parse_recipe("direct"), 2).passed);
   engines.make_backend = backends_on(Device::Kind::kHost);
   config.gemm1 = gemm1_row;
-  EXPECT_TRUE(judge_budget({run("gaussian", config)}, RecipeName::kDirect, 2).passed);
+  EXPECT_TRUE(judge_budget({run("gaussian", config)}, parse_recipe("direct"), 2).passed);
 }
 
 }  // namespace

@@ -101,19 +101,19 @@ TEST_F(Evaluated, WithoutRoundingsItIsThePlainLayer) {
 }
 
 TEST_F(Evaluated, WithAllRoundingsItIsWithinTheOraclesBoundsForEveryRecipe) {
-  for (const RecipeName name : all_recipes()) {
-    const Recipe recipe =
-        resolve_recipe(name, Mode::kLowLatency, DispatchDtype::kAuto, scales_, "test");
+  for (const NamedRecipe& row : named_recipes()) {
+    const LayerRecipe recipe =
+        resolve_recipe(row.recipe, Mode::kLowLatency, DispatchDtype::kAuto, scales_, "test");
     Evaluator evaluator(*source_, suite_.tokens, pool_);
     std::vector<Gemm1Row> inputs;
     const auto hidden = static_cast<std::size_t>(suite_.tokens.hidden);
     for (std::size_t t = 0; t < 4; ++t) {
       inputs.push_back(gemm1_row(recipe, &suite_.tokens.x[t * hidden], suite_.tokens.hidden));
     }
-    evaluator.set_inputs(gemm1_cast(name), std::move(inputs));
+    evaluator.set_inputs(gemm1_casts(recipe), std::move(inputs));
     Variant together{};
-    together.cast1 = gemm1_cast(name), together.float32_sums = true;
-    together.cast2 = gemm2_cast(name), together.bf16_combine = true;
+    together.casts1 = gemm1_casts(recipe), together.float32_sums = true;
+    together.cast2 = recipe.gemm2, together.bf16_combine = true;
     evaluator.run_gemm1({together}, {});
     evaluator.run_gemm2({together}, recipe.s2, {});
     const LayerReference reference(layer_.weights, recipe, 1.0f);
@@ -129,7 +129,7 @@ TEST_F(Evaluated, WithAllRoundingsItIsWithinTheOraclesBoundsForEveryRecipe) {
                                 &suite_.tokens.topk_weights[t * 3], 3),
                   y.data(), static_cast<std::int64_t>(t), report);
     }
-    EXPECT_TRUE(report.passed()) << to_string(name) << ' ' << report.worst_ratio;
+    EXPECT_TRUE(report.passed()) << row.name << ' ' << report.worst_ratio;
   }
 }
 

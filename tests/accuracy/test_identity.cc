@@ -52,8 +52,8 @@ TEST_F(Identity, HoldsInBothModesOverAnyNumberOfRanks) {
 }
 
 TEST_F(Identity, ADefinitionThatRoundsTwiceDiffers) {
-  const auto twice = [](const Recipe&, const std::uint16_t* x, int hidden) {
-    Recipe requant{.name = RecipeName::kRequantStatic, .s1 = 0.01f};
+  const auto twice = [](const LayerRecipe&, const std::uint16_t* x, int hidden) {
+    const LayerRecipe requant{parse_recipe("requant-static"), Mode::kLowLatency, /*s1=*/0.01f};
     return gemm1_row(requant, x, hidden);
   };
   const IdentityProof proof = prove(2, Mode::kLowLatency, twice);
@@ -62,7 +62,7 @@ TEST_F(Identity, ADefinitionThatRoundsTwiceDiffers) {
 }
 
 TEST_F(Identity, OneBitOfOneValueIsSeen) {
-  const auto flipped = [](const Recipe& recipe, const std::uint16_t* x, int hidden) {
+  const auto flipped = [](const LayerRecipe& recipe, const std::uint16_t* x, int hidden) {
     Gemm1Row row = gemm1_row(recipe, x, hidden);
     row.codes[17] ^= 1;
     return row;

@@ -51,7 +51,7 @@ std::vector<std::uint16_t> row_of(std::initializer_list<float> head) {
 }
 
 TEST(Casts, SaturationAndUnderflowAreCountedOnce) {
-  const Recipe fixed{.name = RecipeName::kStatic, .s1 = 1.0f};
+  const LayerRecipe fixed{parse_recipe("static"), Mode::kLowLatency, /*s1=*/1.0f};
   // 464 rounds to 448 by itself (a tie, to even); 480 had to be clipped. 2^-10 is half of the
   // smallest code and goes to zero, 2^-9 stays. Zero was zero before.
   const auto x = row_of({480, -480, 464, 448, 0x1p-10f, 0x1p-9f, 0});
@@ -63,7 +63,7 @@ TEST(Casts, SaturationAndUnderflowAreCountedOnce) {
 }
 
 TEST(Casts, RequantizingCountsValuesOnce) {
-  const Recipe twice{.name = RecipeName::kRequantStatic, .s1 = 0.5f};
+  const LayerRecipe twice{parse_recipe("requant-static"), Mode::kLowLatency, /*s1=*/0.5f};
   const auto x = row_of({448, 0x1p-12f});
   const Gemm1Row row = gemm1_row(twice, x.data(), 128);
   EXPECT_EQ(row.counts.values, 128u);
@@ -78,39 +78,32 @@ TEST(Casts, EveryRecipeByItsDefinition) {
     x[i] = bf16_from_float(std::sin(static_cast<float>(i)) * (i < 128 ? 3.0f : 70.0f));
     values[i] = bf16_to_float(x[i]);
   }
-  for (const RecipeName name : all_recipes()) {
-    const Recipe recipe =
-        resolve_recipe(name, Mode::kNormal, DispatchDtype::kAuto, StaticScales{0.2f, 0.3f}, "test");
+  const auto code = [](float v) { return e4m3_to_float(e4m3_from_float(v)); };
+  for (const auto& [label, fields] : named_recipes()) {
+    const std::string name = label;
+    const LayerRecipe recipe = resolve_recipe(fields, Mode::kNormal, DispatchDtype::kAuto,
+                                              StaticScales{0.2f, 0.3f}, "test");
     const Gemm1Row row = gemm1_row(recipe, x.data(), 256);
     std::vector<double> actual(256);
     dequantize(row, actual);
     for (std::size_t i = 0; i < values.size(); ++i) {
-      const auto group = std::span(values).subspan(i / 128 * 128, 128);
-      const float m = group_amax(group);
+      const float m = group_amax(std::span(values).subspan(i / 128 * 128, 128));
+      const float scale = m * (1 / 448.0f), sent = code(values[i] * (448.0f / m));
       double expected = 0;
-      switch (gemm1_cast(name)) {
-        case Gemm1Cast::kStatic:
-          expected =
-              static_cast<double>(e4m3_to_float(e4m3_from_float(values[i] * (1 / 0.2f)))) * 0.2f;
-          break;
-        case Gemm1Cast::kPow2: {
-          const float s = ceil_pow2(m * (1 / 448.0f)), s1 = 0.25f;
-          const float sent = e4m3_to_float(e4m3_from_float(values[i] / s)) * s;
-          expected = static_cast<double>(e4m3_to_float(e4m3_from_float(sent / s1))) * s1;
-          break;
-        }
-        default: {
-          const float scale = m * (1 / 448.0f);
-          const float sent = e4m3_to_float(e4m3_from_float(values[i] * (448.0f / m)));
-          expected = static_cast<double>(sent) * scale;
-          if (gemm1_cast(name) == Gemm1Cast::kRequantized) {
-            const float again = sent * scale;
-            expected =
-                static_cast<double>(e4m3_to_float(e4m3_from_float(again * (1 / 0.2f)))) * 0.2f;
-          }
-        }
+      if (name == "direct" || name == "direct-bf16") {
+        expected = static_cast<double>(sent) * scale;
+      } else if (name == "bf16-static" || name == "static") {
+        expected = static_cast<double>(code(values[i] * (1 / 0.2f))) * 0.2f;
+      } else if (name == "requant-static") {
+        const float again = sent * scale;
+        expected = static_cast<double>(code(again * (1 / 0.2f))) * 0.2f;
+      } else if (name == "pow2-static") {
+        const float s = ceil_pow2(scale), s1 = 0.25f;
+        expected = static_cast<double>(code(code(values[i] / s) * s / s1)) * s1;
+      } else {
+        FAIL() << "recipe " << name << " has no definition here";
       }
-      ASSERT_EQ(actual[i], expected) << to_string(name) << " element " << i;
+      ASSERT_EQ(actual[i], expected) << name << " element " << i;
     }
   }
 }

@@ -191,7 +191,7 @@ class CudaLayerTest : public CudaBackendTest {
     const ModelGeometry& g = checkpoint.geometry();
     auto transports = make_inproc_transports(1);
     const bool low_latency = c.mode == Mode::kLowLatency;
-    const std::optional<RecipeName> recipe = c.recipe;
+    const std::optional<Recipe> recipe = c.recipe;
     Engine engine = Engine::create(
         {.layer = checkpoint.moe_layers().front(),
          .low_latency = low_latency ? recipe : std::nullopt,
@@ -262,12 +262,12 @@ TEST_F(CudaLayerTest, EveryRecipeInBothModesAgainstFloat64) {
   for (const DType scale_dtype : {DType::kFloat32, DType::kBFloat16}) {
     const TemporaryCheckpoint files({.geometry = small_geometry(), .scale_dtype = scale_dtype});
     const Checkpoint checkpoint = Checkpoint::open(files.path());
-    for (const RecipeName recipe : all_recipes()) {
+    for (const auto& [name, recipe] : named_recipes()) {
       std::vector<std::uint16_t> first;
       for (const Mode mode : {Mode::kLowLatency, Mode::kNormal}) {
         for (const std::int64_t tokens : {1, 17, 130}) {
           SCOPED_TRACE(::testing::Message()
-                       << to_string(recipe) << ' ' << to_string(mode) << " tokens " << tokens);
+                       << name << ' ' << to_string(mode) << " tokens " << tokens);
           const LayerCase c{.tokens = {tokens}, .mode = mode, .recipe = recipe};
           const LayerOutcome outcome = run(checkpoint, c);
           const VerifyReport report = verify(checkpoint, c, outcome);
@@ -289,13 +289,13 @@ TEST_F(CudaLayerTest, EveryRecipeInBothModesAgainstFloat64) {
 TEST_F(CudaLayerTest, Gemm1ReadsTheSameBytesAsOnTheCpuAndByBothRoads) {
   const TemporaryCheckpoint files({.geometry = small_geometry()});
   const Checkpoint checkpoint = Checkpoint::open(files.path());
-  for (const RecipeName recipe : all_recipes()) {
+  for (const auto& [name, recipe] : named_recipes()) {
     const LayerCase c{.tokens = {33}, .recipe = recipe};
     const LayerOutcome cpu = run_layer(checkpoint, c);
-    EXPECT_EQ(run(checkpoint, c).digest, cpu.digest) << to_string(recipe);
+    EXPECT_EQ(run(checkpoint, c).digest, cpu.digest) << name;
   }
-  EXPECT_EQ(run(checkpoint, {.tokens = {33}, .recipe = RecipeName::kDirect}).digest,
-            run(checkpoint, {.tokens = {33}, .recipe = RecipeName::kDirectBf16}).digest);
+  EXPECT_EQ(run(checkpoint, {.tokens = {33}, .recipe = parse_recipe("direct")}).digest,
+            run(checkpoint, {.tokens = {33}, .recipe = parse_recipe("direct-bf16")}).digest);
 }
 
 TEST_F(CudaLayerTest, UglyCases) {

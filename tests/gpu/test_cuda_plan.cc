@@ -35,9 +35,9 @@ TEST_F(CudaPlanTest, IsWhatEnginesTake) {
     std::filesystem::remove_all(dir_);
     write_synthetic_checkpoint({.geometry = geometry, .scale_dtype = scale_dtype}, dir_);
     const Checkpoint checkpoint = Checkpoint::open(dir_);
-    const std::optional<RecipeName> direct = RecipeName::kDirect, none;
-    const std::optional<RecipeName> bf16 = RecipeName::kBf16Static,
-                                    twice = RecipeName::kRequantStatic;
+    const std::optional<Recipe> direct = parse_recipe("direct"), none;
+    const std::optional<Recipe> bf16 = parse_recipe("bf16-static"),
+                                twice = parse_recipe("requant-static");
     for (const auto& [low_latency, normal] : {std::pair{direct, none}, std::pair{none, direct},
                                               std::pair{bf16, none}, std::pair{twice, bf16}}) {
       for (const int num_ranks : {1, 2, 4}) {

@@ -55,7 +55,7 @@ class TemporaryCheckpoint {
 struct LayerCase {
   std::vector<std::int64_t> tokens = {5};  ///< One entry per rank.
   Mode mode = Mode::kLowLatency;
-  RecipeName recipe = RecipeName::kDirect;
+  Recipe recipe = {};  ///< direct
   DispatchDtype dispatch_dtype = DispatchDtype::kAuto;
   float routed_scaling_factor = 1.0f;
   int max_tokens_per_rank = 0;  ///< 0 = the largest of `tokens`.
@@ -74,7 +74,7 @@ struct LayerCase {
 };
 
 struct LayerOutcome {
-  Recipe recipe;
+  LayerRecipe recipe;
   std::vector<Workload> loads;                ///< [rank]
   std::vector<std::vector<std::uint16_t>> y;  ///< [rank][num_tokens * hidden]
   std::vector<ExchangeCounters> counters;     ///< [rank]
@@ -104,7 +104,7 @@ inline LayerOutcome try_layer(const Checkpoint& checkpoint, const LayerCase& c) 
   out.loads.resize(n), out.y.resize(n), out.counters.resize(n), out.stats.resize(n);
   out.failures.resize(n);
   std::vector<std::uint64_t> digests(n);
-  std::vector<Recipe> recipes(n);
+  std::vector<LayerRecipe> recipes(n);
   auto transports = make_inproc_transports(num_ranks);
   std::vector<std::thread> threads;
   for (int rank = 0; rank < num_ranks; ++rank) {
@@ -122,7 +122,7 @@ inline LayerOutcome try_layer(const Checkpoint& checkpoint, const LayerCase& c) 
         int max_tokens = c.max_tokens_per_rank ? c.max_tokens_per_rank : std::max(1, largest);
         if (c.own_max_tokens.contains(rank)) max_tokens = c.own_max_tokens.at(rank);
         const bool low_latency = c.mode == Mode::kLowLatency;
-        const std::optional<RecipeName> recipe = c.recipe;
+        const std::optional<Recipe> recipe = c.recipe;
         Engine engine = Engine::create({.layer = checkpoint.moe_layers().front(),
                                         .low_latency = low_latency ? recipe : std::nullopt,
                                         .normal = low_latency ? std::nullopt : recipe,

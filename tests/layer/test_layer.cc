@@ -43,12 +43,11 @@ std::vector<std::int64_t> spread(std::int64_t total, int num_ranks) {
 }
 
 TEST_F(Layer, EveryRecipeInBothModesOverAnyNumberOfRanks) {
-  for (const RecipeName recipe : all_recipes()) {
+  for (const auto& [name, recipe] : named_recipes()) {
     std::vector<std::uint16_t> first;
     for (const Mode mode : kModes) {
       for (const int num_ranks : {1, 2, 3, 4, 8}) {
-        SCOPED_TRACE(::testing::Message()
-                     << to_string(recipe) << ' ' << to_string(mode) << " R=" << num_ranks);
+        SCOPED_TRACE(::testing::Message() << name << ' ' << to_string(mode) << " R=" << num_ranks);
         const LayerCase c{.tokens = spread(11, num_ranks), .mode = mode, .recipe = recipe};
         const LayerOutcome outcome = run_layer(*checkpoint_, c);
         if (first.empty()) {
@@ -67,19 +66,20 @@ TEST_F(Layer, EveryRecipeInBothModesOverAnyNumberOfRanks) {
 TEST_F(Layer, DirectAndDirectBf16FeedGemm1TheSameBytes) {
   for (const Mode mode : kModes) {
     for (const int num_ranks : {1, 3, 4}) {
-      const LayerOutcome fp8 =
-          run_layer(*checkpoint_,
-                    {.tokens = spread(13, num_ranks), .mode = mode, .recipe = RecipeName::kDirect});
+      const LayerOutcome fp8 = run_layer(
+          *checkpoint_,
+          {.tokens = spread(13, num_ranks), .mode = mode, .recipe = parse_recipe("direct")});
       const LayerOutcome bf16 = run_layer(
           *checkpoint_,
-          {.tokens = spread(13, num_ranks), .mode = mode, .recipe = RecipeName::kDirectBf16});
+          {.tokens = spread(13, num_ranks), .mode = mode, .recipe = parse_recipe("direct-bf16")});
       EXPECT_NE(fp8.digest, 0u);
       EXPECT_EQ(fp8.digest, bf16.digest);
       EXPECT_EQ(fp8.all_y(), bf16.all_y());
       // ... and re-quantizing does not.
-      const LayerOutcome twice = run_layer(
-          *checkpoint_,
-          {.tokens = spread(13, num_ranks), .mode = mode, .recipe = RecipeName::kRequantStatic});
+      const LayerOutcome twice =
+          run_layer(*checkpoint_, {.tokens = spread(13, num_ranks),
+                                   .mode = mode,
+                                   .recipe = parse_recipe("requant-static")});
       EXPECT_NE(twice.digest, fp8.digest);
     }
   }
@@ -87,11 +87,41 @@ TEST_F(Layer, DirectAndDirectBf16FeedGemm1TheSameBytes) {
 
 TEST_F(Layer, StaticAndBf16StaticFeedGemm1TheSameBytes) {
   const LayerOutcome fp8 =
-      run_layer(*checkpoint_, {.tokens = {3, 4}, .recipe = RecipeName::kStatic});
+      run_layer(*checkpoint_, {.tokens = {3, 4}, .recipe = parse_recipe("static")});
   const LayerOutcome bf16 =
-      run_layer(*checkpoint_, {.tokens = {3, 4}, .recipe = RecipeName::kBf16Static});
+      run_layer(*checkpoint_, {.tokens = {3, 4}, .recipe = parse_recipe("bf16-static")});
   EXPECT_EQ(fp8.digest, bf16.digest);
   EXPECT_EQ(fp8.all_y(), bf16.all_y());
+}
+
+// Fields are what a recipe is: combinations without a name run, and are as right as the others.
+TEST_F(Layer, RecipesWithoutANameRunByTheirFields) {
+  for (const Recipe& recipe : {Recipe{WireFormat::kE4m3Group, Cast::kNone, Cast::kStatic},
+                               Recipe{WireFormat::kE4m3Static, Cast::kNone, Cast::kGroup},
+                               Recipe{WireFormat::kE4m3Pow2, Cast::kNone, Cast::kGroup},
+                               Recipe{WireFormat::kE4m3Pow2, Cast::kStatic, Cast::kStaticPow2},
+                               Recipe{WireFormat::kBf16, Cast::kGroupPow2, Cast::kGroup},
+                               Recipe{WireFormat::kBf16, Cast::kStaticPow2, Cast::kGroup}}) {
+    SCOPED_TRACE(to_string(recipe));
+    for (const NamedRecipe& row : named_recipes()) ASSERT_NE(recipe, row.recipe);
+    for (const Mode mode : kModes) {
+      expect_right({.tokens = {3, 4}, .mode = mode, .recipe = recipe});
+    }
+    const std::optional<Recipe> other = twin(recipe);
+    if (!other) continue;
+    const LayerOutcome mine = run_layer(*checkpoint_, {.tokens = {3, 4}, .recipe = recipe});
+    const LayerOutcome theirs = run_layer(*checkpoint_, {.tokens = {3, 4}, .recipe = *other});
+    EXPECT_EQ(mine.digest, theirs.digest);
+    EXPECT_EQ(mine.all_y(), theirs.all_y());
+  }
+}
+
+TEST_F(Layer, ARecipeThatNothingComputesIsRefusedByItsFields) {
+  const Recipe recipe{WireFormat::kE4m3Group, Cast::kGroupPow2, Cast::kGroup};
+  const auto failure = failure_of(try_layer(*checkpoint_, {.recipe = recipe}), 0);
+  ASSERT_TRUE(failure);
+  EXPECT_EQ(failure->code, ErrorCode::kUnsupported);
+  EXPECT_THAT(failure->text, ::testing::HasSubstr("gemm1 group-pow2"));
 }
 
 TEST_F(Layer, AnOverriddenWireChangesNoBit) {
@@ -115,7 +145,7 @@ TEST_F(Layer, NoTokensAnywhere) {
 }
 
 TEST_F(Layer, NoTokensOnSomeRankWithEveryRecipe) {
-  for (const RecipeName recipe : all_recipes()) {
+  for (const auto& [name, recipe] : named_recipes()) {
     for (const Mode mode : kModes) {
       expect_right({.tokens = {2, 0}, .mode = mode, .recipe = recipe});
     }
@@ -250,16 +280,16 @@ TEST_F(Layer, ASwappedWeightIsCaught) {
   // same.
   const TemporaryCheckpoint other({.geometry = small_geometry(), .seed = 2});
   const Checkpoint swapped = Checkpoint::open(other.path());
-  const LayerCase c{.tokens = {6}, .recipe = RecipeName::kDirect};
+  const LayerCase c{.tokens = {6}, .recipe = parse_recipe("direct")};
   const LayerOutcome outcome = run_layer(swapped, c);
   EXPECT_FALSE(verify_all(*checkpoint_, c, outcome).passed());
 }
 
 TEST_F(Layer, AScaleOfARanksOwnIsRefusedBeforeAnythingIsSent) {
   const TemporaryCheckpoint other({.geometry = small_geometry(), .seed = 2});
-  const LayerOutcome outcome = try_layer(
-      *checkpoint_,
-      {.tokens = {2, 2, 2}, .recipe = RecipeName::kStatic, .own_checkpoint = {{1, other.path()}}});
+  const LayerOutcome outcome = try_layer(*checkpoint_, {.tokens = {2, 2, 2},
+                                                        .recipe = parse_recipe("static"),
+                                                        .own_checkpoint = {{1, other.path()}}});
   for (int rank = 0; rank < 3; ++rank) {
     const auto failure = failure_of(outcome, rank);
     ASSERT_TRUE(failure) << rank;
@@ -306,7 +336,7 @@ TEST(LayerWithoutScales, StaticRecipesAreRefusedDirectOnesRun) {
   const LayerCase direct{.tokens = {3}};
   EXPECT_TRUE(verify_all(checkpoint, direct, run_layer(checkpoint, direct)).passed());
   const auto failure =
-      failure_of(try_layer(checkpoint, {.tokens = {3}, .recipe = RecipeName::kBf16Static}), 0);
+      failure_of(try_layer(checkpoint, {.tokens = {3}, .recipe = parse_recipe("bf16-static")}), 0);
   ASSERT_TRUE(failure);
   EXPECT_EQ(failure->code, ErrorCode::kUnsupported);
   EXPECT_THAT(failure->text, HasSubstr("bf16-static"));

@@ -143,6 +143,21 @@ def test_modes_and_recipes(checkpoint, backend, engine, workload, routing):
     refused("s1 and s2: give both or neither", sluice.Recipe, "static", s1=1.0)
     refused("static", sluice.Recipe, "static", code="unsupported")
     refused("s1", sluice.Recipe, "static", s1=-1.0, s2=1.0)
+
+
+def test_recipes_by_their_fields():
+    for name in sluice.recipe_names():
+        recipe = sluice.Recipe(name, s1=1.0, s2=1.0)
+        fields = {"wire": recipe.wire, "gemm1": recipe.gemm1, "gemm2": recipe.gemm2}
+        same = sluice.Recipe.from_fields(**fields, mode="normal", s1=1.0, s2=1.0)
+        assert same.name == name and same.mode == "normal" and (same.s1, same.s2) == (recipe.s1, recipe.s2)
+    make = sluice.Recipe.from_fields
+    unnamed = make(wire="bf16", gemm1="static-pow2", gemm2="group", s1=3.0, s2=1.0)
+    assert unnamed.name not in sluice.recipe_names() and (unnamed.s1, unnamed.s2) == (4.0, 0.0)
+    refused("gemm1 none", make, wire="bf16", gemm1="none", gemm2="group", code="unsupported")
+    refused("cast 'groups' is none of", make, wire="bf16", gemm1="groups", gemm2="group")
+    refused("wire 'fp8' is none of", make, wire="fp8", gemm1="none", gemm2="group")
+    refused("input_scale", make, wire="bf16", gemm1="static", gemm2="group", code="unsupported")
     refused("layer 99", sluice.Engine, checkpoint, sluice.Transport.inproc(1)[0], backend, layer=99,
             max_tokens_per_rank=1)
 

@@ -109,8 +109,8 @@ TEST(Reference, AgreesWithSumsWrittenOut) {
   const std::int32_t idx[] = {0};
   const float weight[] = {0.75f};
   for (const bool dynamic : {true, false}) {
-    const Recipe recipe =
-        resolve_recipe(dynamic ? RecipeName::kDirect : RecipeName::kStatic, Mode::kNormal,
+    const LayerRecipe recipe =
+        resolve_recipe(dynamic ? parse_recipe("direct") : parse_recipe("static"), Mode::kNormal,
                        DispatchDtype::kAuto, StaticScales{.s1 = 0.07f, .s2 = 0.002f}, "layer");
     const ReferenceRow row =
         LayerReference(m.weights(), recipe, 2.0f).row(x.data(), idx, weight, 1);
@@ -133,8 +133,8 @@ TEST(Reference, EmptySlotsAddNothing) {
   const auto x = some_token();
   const std::int32_t idx[] = {-1, -1};
   const float weight[] = {0.75f, 1.0f};
-  const Recipe recipe =
-      resolve_recipe(RecipeName::kDirect, Mode::kNormal, DispatchDtype::kAuto, {}, "layer");
+  const LayerRecipe recipe =
+      resolve_recipe(parse_recipe("direct"), Mode::kNormal, DispatchDtype::kAuto, {}, "layer");
   const ReferenceRow row = LayerReference(m.weights(), recipe, 1.0f).row(x.data(), idx, weight, 2);
   for (const double v : row.y) EXPECT_EQ(v, 0.0);
 }

@@ -111,7 +111,7 @@ double worst_ratio(const TensorCoreAdder& adder, int kind, const ErrorModel& mod
                           .intermediate = shape.intermediate,
                           .group_size = shape.group_size};
     const ExpertWeights weights = random_experts(g, DType::kFloat32, 5);
-    const LayerReference reference(weights, {.mode = Mode::kNormal}, 1.0f, model);
+    const LayerReference reference(weights, {Recipe{}, Mode::kNormal}, 1.0f, model);
     constexpr std::int64_t kTokens = 4;
     const auto hidden = static_cast<std::size_t>(shape.hidden);
     const auto x = make_tokens(kind, shape.hidden, kTokens);

@@ -90,15 +90,17 @@ class W4A8Experts:
         self._experts = _core.repack(self._weights, self._backend, max_rows=max(num_rows, 1))
 
     def _recipe(self, name: str | None, mode: str, is_e4m3: bool, has_scale: bool) -> Any:
-        if name is None:
-            static = bool(self._scales)
-            if not is_e4m3:
-                name = "bf16-static" if static else "direct-bf16"
-            elif has_scale:
-                name = "requant-static" if static else "direct"
-            else:
-                name = "static"
-        return _core.Recipe(name, mode, **self._scales)
+        """By its name or, without one, by what arrived and whether there are static scales."""
+        if name is not None:
+            return _core.Recipe(name, mode, **self._scales)
+        cast = "static" if self._scales or (is_e4m3 and not has_scale) else "group"
+        if not is_e4m3:
+            wire, gemm1 = "bf16", cast
+        elif has_scale:
+            wire, gemm1 = "e4m3 + f32 scale per 128", "none" if cast == "group" else cast
+        else:
+            wire, gemm1 = "e4m3, static s1", "none"
+        return _core.Recipe.from_fields(wire=wire, gemm1=gemm1, gemm2=cast, mode=mode, **self._scales)
 
     def masked(self, x: Any, x_scale: Any, num_rows: Any, *, recipe: str | None = None,
                expected_m: int = 0, out: Any = None) -> Any:

@@ -1,7 +1,6 @@
 #include "exchange/cuda/device_layout.h"
 
 #include "exchange/impl.h"
-#include "sluice/quant.h"
 
 namespace sluice {
 namespace {
@@ -19,9 +18,8 @@ DeviceLayout::DeviceLayout(const ExchangeConfig& config, int num_ranks)
   const auto ranks = static_cast<std::size_t>(num_ranks);
   const auto hidden = static_cast<std::size_t>(config.hidden);
   const bool masked = config.mode == Mode::kLowLatency;
-  const bool scaled = config.wire == WireFormat::kE4m3Group || config.wire == WireFormat::kE4m3Pow2;
-  payload_bytes = config.wire == WireFormat::kBf16 ? 2 * hidden : hidden;
-  scale_bytes = scaled ? hidden / kActivationGroup * sizeof(float) : 0;
+  payload_bytes = wire_payload_bytes(config.wire, config.hidden);
+  scale_bytes = wire_scale_bytes(config.wire, config.hidden);
   const std::int64_t tokens_slots = std::int64_t{config.max_tokens_per_rank} * config.num_topk;
   max_rows = masked ? std::int64_t{num_local_experts} * config.max_m : num_ranks * tokens_slots;
   slot_row_bytes = aligned(static_cast<std::size_t>(tokens_slots) * sizeof(std::int64_t));

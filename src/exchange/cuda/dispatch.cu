@@ -320,11 +320,10 @@ void launch_dispatch(const SlotParams& slot, const DispatchParams& dispatch, Wir
 }
 
 void launch_receive(const SlotParams& slot, WireFormat wire, int num_ctas, void* stream) {
-  const bool scaled = wire == WireFormat::kE4m3Group || wire == WireFormat::kE4m3Pow2;
+  const auto payload_bytes = static_cast<int>(wire_payload_bytes(wire, slot.hidden));
+  const auto num_groups = static_cast<int>(wire_scale_bytes(wire, slot.hidden) / sizeof(float));
   receive_kernel<<<static_cast<unsigned>(slot.max_m == 0 ? num_ctas : 1), kThreads, 0,
-                   static_cast<cudaStream_t>(stream)>>>(
-      slot, wire == WireFormat::kBf16 ? 2 * slot.hidden : slot.hidden,
-      scaled ? slot.hidden / kActivationGroup : 0);
+                   static_cast<cudaStream_t>(stream)>>>(slot, payload_bytes, num_groups);
   SLUICE_CUDA_CHECK(cudaGetLastError());
 }
 

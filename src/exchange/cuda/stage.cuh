@@ -30,12 +30,14 @@ struct Staging {
 };
 
 template <WireFormat Wire>
-inline constexpr bool kScaled = Wire == WireFormat::kE4m3Group || Wire == WireFormat::kE4m3Pow2;
+inline constexpr bool kScaled = wire_scale_bytes(Wire, kActivationGroup) > 0;
+template <WireFormat Wire>
+inline constexpr int kElementBytes = wire_payload_bytes(Wire, 1);
 
 template <WireFormat Wire>
 __host__ __device__ Staging staging_of(int hidden) {
   Staging s{};
-  s.payload_bytes = Wire == WireFormat::kBf16 ? 2 * hidden : hidden;
+  s.payload_bytes = kElementBytes<Wire> * hidden;
   s.num_groups = kScaled<Wire> ? hidden / kActivationGroup : 0;
   const int fit = kStageBytes / (s.payload_bytes + s.scale_bytes());
   s.tokens = fit < 1 ? 1 : fit > kMaxChunk ? kMaxChunk : fit;
