@@ -3,7 +3,7 @@
 
 #include <string>
 
-#include "sluice/accuracy.h"
+#include "sluice/lab/accuracy.h"
 
 namespace sluice::cli {
 

@@ -9,15 +9,16 @@
 #include <fstream>
 #include <memory>
 
-#include "accuracy_json.h"
-#include "accuracy_layers.h"
 #include "accuracy_print.h"
-#include "accuracy_report.h"
 #include "command.h"
 #include "report.h"
-#include "sluice/accuracy.h"
+#include "report/accuracy_json.h"
+#include "report/accuracy_layers.h"
+#include "report/accuracy_report.h"
 #include "sluice/config.h"
 #include "sluice/error.h"
+#include "sluice/lab/accuracy.h"
+#include "sluice/lab/synthetic.h"
 
 namespace sluice::cli {
 namespace {
@@ -146,7 +147,7 @@ bool prove(const Options& options, Subject& subject, const std::vector<TokenSuit
   for (const Mode mode : {Mode::kLowLatency, Mode::kNormal}) {
     const IdentityProof proof = prove_identity(subject.engines(options, mode), suites);
     if (options.layer != "all") print_identity(proof, options.backend);
-    json["identity"].push_back(to_json(proof));
+    json["identity"].push_back(report::to_json(proof));
     passed = passed && proof.passed();
   }
   return passed;
@@ -157,7 +158,7 @@ bool judge(const Options& options, const std::vector<SuiteCertificate>& certific
   const BudgetVerdict verdict =
       judge_budget(certificates, parse_recipe(options.gate), parse_budget(options.budget));
   if (options.layer != "all") print_budget(verdict);
-  json["budget"] = to_json(verdict);
+  json["budget"] = report::to_json(verdict);
   return verdict.passed;
 }
 
@@ -213,7 +214,7 @@ Json certify_layer(const Options& options, Subject& subject) {
     ProgressLine progress("evaluating " + suite.name);
     config.progress = [&](double fraction) { progress.update(fraction); };
     certificates.push_back(certify(subject.source(), suite, config));
-    json["suites"].push_back(to_json(certificates.back()));
+    json["suites"].push_back(report::to_json(certificates.back()));
   }
   if (options.layer != "all") {
     for (const SuiteCertificate& certificate : certificates) print_suite(certificate);
@@ -228,7 +229,7 @@ Json certify_layer(const Options& options, Subject& subject) {
 
 void write_html(const std::string& path, const Json& json) {
   std::ofstream file(path);
-  file << accuracy_report(json);
+  file << report::accuracy_report(json);
   if (!file.flush()) throw Error(ErrorCode::kIo, "cannot write --html " + path);
   fmt::print("report    {}\n", path);
 }
@@ -287,8 +288,8 @@ void accuracy(const Options& options, Output& output) {
       layers.push_back(certify_layer(options, subject));
     }
     if (options.layer == "all") {
-      json.update(join_layers(std::move(layers)));
-      print_layers(json);
+      json.update(report::join_layers(std::move(layers)));
+      fmt::print("{}", report::layers_text(json));
     } else {
       json.update(layers.front());
     }

@@ -8,7 +8,7 @@
 #include "command.h"
 #include "report.h"
 #include "sluice/backend.h"
-#include "sluice/bench.h"
+#include "sluice/lab/experts_bench.h"
 
 namespace sluice::cli {
 namespace {

@@ -5,7 +5,7 @@
 
 #include "command.h"
 #include "report.h"
-#include "sluice/exchange_bench.h"
+#include "sluice/lab/exchange_bench.h"
 #include "sluice/recipe.h"
 
 namespace sluice::cli {

@@ -7,8 +7,8 @@
 
 #include "command.h"
 #include "report.h"
-#include "sluice/convert.h"
 #include "sluice/error.h"
+#include "sluice/lab/convert.h"
 
 namespace sluice::cli {
 namespace {

@@ -7,6 +7,7 @@
 #include "report.h"
 #include "sluice/checkpoint.h"
 #include "sluice/error.h"
+#include "sluice/lab/synthetic.h"
 
 namespace sluice::cli {
 namespace {

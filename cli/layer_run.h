@@ -8,8 +8,8 @@
 #include "sluice/checkpoint.h"
 #include "sluice/config.h"
 #include "sluice/engine.h"
-#include "sluice/reference.h"
-#include "sluice/workload.h"
+#include "sluice/lab/reference.h"
+#include "sluice/lab/workload.h"
 
 namespace sluice::cli {
 

@@ -2,26 +2,16 @@
 #pragma once
 
 #include <string>
-#include <vector>
 
+#include "report/text_table.h"
 #include "sluice/error.h"
 
 namespace sluice::cli {
 
+using report::Table;
+
 /// "sluice: peer timeout: ..." on standard error.
 void print_error(const Error& error);
-
-/// A table for people: first column left-aligned, the others right-aligned, two spaces between.
-class Table {
- public:
-  explicit Table(std::vector<std::string> header);
-  void add(std::vector<std::string> row);
-  /// Lines with a rule under the header, each ending in a newline.
-  [[nodiscard]] std::string to_string() const;
-
- private:
-  std::vector<std::vector<std::string>> rows_;
-};
 
 /// A line on standard error that is rewritten in place; silent unless standard error is a terminal.
 class ProgressLine {

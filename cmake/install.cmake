@@ -4,7 +4,7 @@ include(CMakePackageConfigHelpers)
 
 set(package_dir ${CMAKE_INSTALL_LIBDIR}/cmake/sluice)
 install(DIRECTORY ${PROJECT_SOURCE_DIR}/include/sluice DESTINATION ${CMAKE_INSTALL_INCLUDEDIR})
-install(TARGETS sluice EXPORT sluice_targets INCLUDES DESTINATION ${CMAKE_INSTALL_INCLUDEDIR})
+install(TARGETS sluice sluice_lab EXPORT sluice_targets INCLUDES DESTINATION ${CMAKE_INSTALL_INCLUDEDIR})
 if(TARGET sluice_cuda_kernels)
   # Its headers are internal.
   set_property(TARGET sluice_cuda_kernels PROPERTY INTERFACE_INCLUDE_DIRECTORIES

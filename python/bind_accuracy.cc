@@ -4,7 +4,7 @@
 #include <nanobind/stl/vector.h>
 
 #include "bindings.h"
-#include "sluice/accuracy.h"
+#include "sluice/lab/accuracy.h"
 
 namespace sluice::python {
 

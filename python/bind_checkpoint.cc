@@ -10,6 +10,7 @@
 
 #include "bindings.h"
 #include "sluice/checkpoint.h"
+#include "sluice/lab/synthetic.h"
 
 namespace sluice::python {
 

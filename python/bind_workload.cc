@@ -3,7 +3,7 @@
 #include <nanobind/stl/string_view.h>
 
 #include "bindings.h"
-#include "sluice/workload.h"
+#include "sluice/lab/workload.h"
 
 namespace sluice::python {
 

@@ -15,7 +15,7 @@ case $("$format" --version) in
   *"version 14."*) ;;
   *) echo "skipped: $("$format" --version) is not release 14" && exit 77 ;;
 esac
-find include src cli tests bench python -type f \
+find include src lab cli tests python -type f \
   \( -name '*.h' -o -name '*.cc' -o -name '*.cuh' -o -name '*.cu' \) 2>/dev/null >/tmp/sluice_sources.$$
 mode="--dry-run --Werror"
 [ "${1:-}" = --fix ] && mode=-i

@@ -21,7 +21,6 @@ MODULES = [
     ("core",           "src/core/",            ("public",),                               ("posix",)),
     ("quant",          "src/quant/",           ("public", "core"),                        ()),
     ("checkpoint",     "src/checkpoint/",      ("public", "core", "quant"),               ("posix", "nlohmann/")),
-    ("convert",        "src/convert/",         ("public", "core", "quant", "checkpoint"), ("nlohmann/",)),
     ("device handles", "src/transport/device.cuh", ("public", "core"),                    ("cuda", "nvshmem")),
     ("device memory",  "src/transport/ipc_device", ("public", "core"),                    ("cuda",)),
     ("transport",      "src/transport/",       ("public", "core", "device handles", "device memory"), ("posix",)),
@@ -45,14 +44,18 @@ MODULES = [
                                                                                           ("cuda",)),
     ("exchange",       "src/exchange/",        ("public", "core", "quant", "traits", "ops"), ()),
     ("engine",         "src/engine/",          ("public", "core", "quant", "checkpoint", "traits", "ops", "exchange"), ()),
-    ("reference",      "src/reference/",       ("public", "core", "quant"),               ()),
-    ("accuracy",        "src/accuracy/",        ("public", "core", "quant", "checkpoint", "traits", "reference"), ()),
-    ("bench library",  "src/bench/",           ("public", "core", "quant", "ops"),        ("posix",)),
-    ("cli",            "cli/",                 ("public",),                               ("posix", "CLI/", "nlohmann/")),
-    ("python",         "python/",              ("public",),                               ("nanobind/",)),
+    # The laboratory stands on the runtime; no folder of src/ may include it.
+    ("files",          "lab/files/",           ("public", "core"),                        ("posix",)),
+    ("synthetic",      "lab/synthetic/",       ("public", "core", "quant", "checkpoint", "files"), ("posix", "nlohmann/")),
+    ("reference",      "lab/reference/",       ("public", "core", "quant"),               ()),
+    ("convert",        "lab/convert/",         ("public", "core", "quant", "checkpoint", "files"), ("nlohmann/",)),
+    ("accuracy",       "lab/accuracy/",        ("public", "core", "quant", "checkpoint", "traits", "reference"), ()),
+    ("report",         "lab/report/",          ("public",),                               ("nlohmann/",)),
     # Kernel benchmarks time what lies under the public surface.
-    ("cuda bench",     "bench/cuda/",          ("public", "core", "cuda backend", "cuda exchange", "cuda support", "cuda formats", "ptx"), ("posix", "cuda")),
-    ("bench",          "bench/",               ("public",),                               ("posix", "benchmark/", "nlohmann/")),
+    ("kernel bench",   "lab/bench/kernels/",   ("public", "core", "cuda backend", "cuda exchange", "cuda support", "cuda formats", "ptx"), ("posix", "cuda")),
+    ("bench",          "lab/bench/",           ("public", "core", "quant", "ops"),        ("posix",)),
+    ("cli",            "cli/",                 ("public", "report"),                      ("posix", "CLI/", "nlohmann/")),
+    ("python",         "python/",              ("public",),                               ("nanobind/",)),
 ]
 # Tests may include anything but the engine's own files, which nothing may.
 CLOSED = {"engine"}
@@ -63,7 +66,7 @@ TYPE = re.compile(r"(?:template\s*<.*>\s*)?(?:struct|class|union|enum(?:\s+class
 # Third-party headers that belong to exactly one file.
 ONLY_IN = {
     "mpi.h": ("src/transport/mpi_start.h", "src/transport/mpi_link.cc"),
-    "nccl.h": ("bench/cuda/bench_nccl.cu",),
+    "nccl.h": ("lab/bench/kernels/bench_nccl.cu",),
     "nvshmem": ("src/transport/nvshmem.cc", "src/transport/device.cuh"),
 }
 # Public headers that core may use: those whose functions it implements.
@@ -78,7 +81,7 @@ STANDARD = re.compile(r"[a-z_0-9]+$")
 
 SOURCE_SUFFIXES = {".h", ".cc", ".cuh", ".cu", ".hpp", ".cpp"}
 TEXT_SUFFIXES = SOURCE_SUFFIXES | {".py", ".sh", ".md", ".txt", ".cmake", ".json", ".yaml"}
-SOURCE_FOLDERS = ("include", "src", "cli", "python", "bench", "tests")
+SOURCE_FOLDERS = ("include", "src", "lab", "cli", "python", "tests")
 TEXT_FOLDERS = SOURCE_FOLDERS + ("docs", "tools", "scripts", "cmake")
 HARD_LIMIT, SOFT_LIMIT, SOFT_LIMIT_HEADER = 600, 400, 250
 
@@ -118,7 +121,7 @@ class Scan:
 
     def resolve(self, includer, name):
         """The file of this repository that `name` means, or None."""
-        for base in ("include", "src", str(Path(includer).parent), "."):
+        for base in ("include", "src", "lab", str(Path(includer).parent), "."):
             candidate = self.root / base / name
             if candidate.is_file():
                 return candidate.resolve().relative_to(self.root.resolve()).as_posix()
@@ -165,11 +168,11 @@ class Scan:
                 self.check_include(path, number, match.group(2))
                 continue
             code = re.sub(r'"(\\.|[^"\\])*"', '""', line).split("//")[0]
-            if module == "tests" or path.startswith("bench/"):
+            if module == "tests" or path.startswith("lab/bench/kernels/"):
                 continue
             if ENVIRONMENT.search(code) and path != "src/core/config.cc":
                 self.report(path, number, "environment", "only src/core/config.cc reads it")
-            if path.startswith("src/") and Path(path).suffix in (".cc", ".h") and LOUD.search(code):
+            if path.startswith(("src/", "lab/")) and Path(path).suffix in (".cc", ".h") and LOUD.search(code):
                 self.report(path, number, "silence", "the library does not print or end the process")
         if Path(path).suffix in (".h", ".cuh", ".hpp") and not path.endswith("-inl.h") and "#pragma once" not in text:
             self.report(path, 1, "header", "no #pragma once")
@@ -192,7 +195,7 @@ class Scan:
 
     def check_names(self):
         by_name = defaultdict(list)
-        for path, _ in self.files(("include", "src", "cli", "python", "bench"), {".h", ".cuh", ".hpp"}):
+        for path, _ in self.files(("include", "src", "lab", "cli", "python"), {".h", ".cuh", ".hpp"}):
             by_name[Path(path).name].append(path)
         for name, paths in by_name.items():
             if len(paths) > 1:

@@ -66,7 +66,7 @@ class Planted(unittest.TestCase):
         self.expect("layering", "src/exchange/side.cc", '#include "transport/device.cuh"\n')
 
     def test_nothing_includes_the_engine(self):
-        self.expect("layering", "src/reference/up.cc", '#include "engine/lane.h"\n')
+        self.expect("layering", "lab/reference/up.cc", '#include "engine/lane.h"\n')
         self.expect("layering", "tests/test_up.cc", '#include "engine/lane.h"\n')
 
     def test_command_line_uses_public_headers_only(self):

@@ -140,45 +140,7 @@ class Checkpoint {
   std::unique_ptr<Impl> impl_;
 };
 
-/// Names that SyntheticCheckpoint::format may have.
-[[nodiscard]] std::vector<std::string> synthetic_format_names();
-
-/// Writes a synthetic checkpoint in a published layout, with realistic statistics.
-struct SyntheticCheckpoint {
-  ModelGeometry geometry;
-  /// "w4afp8", "compressed-tensors", "kimi-int4" (compressed-tensors in groups of 32, without an
-  /// activation scheme), "angelslim", "modelopt-w4a8-awq", "fp8-block" or "bf16".
-  std::string format = "w4afp8";
-  int first_layer = 3;  ///< DeepSeek's first MoE layer.
-  int num_layers = 1;
-  std::uint64_t seed = 1;
-  DType scale_dtype = DType::kFloat32;   ///< Or kBFloat16.
-  bool with_input_scales = true;         ///< In formats that are published with them.
-  bool with_static_activations = false;  ///< compressed-tensors: static e4m3 input scales.
-  bool with_pre_quant_scale = false;     ///< modelopt-w4a8-awq: AWQ's factor of each input channel.
-  std::size_t max_shard_bytes = std::size_t{1} << 30;
-};
-
-/// Which tokens synthetic_activations() makes.
-struct SyntheticTokens {
-  std::uint64_t seed = 1;        ///< SyntheticCheckpoint::seed: fixes the channels' gains.
-  int layer = 3;                 ///< Gains differ from layer to layer.
-  std::uint64_t token_seed = 1;  ///< The stream of tokens.
-  std::int64_t first_token = 0;  ///< Position in the stream, so that ranks can take their own part.
-};
-
-/// Inputs of a MoE layer as models have them after RMSNorm: normal values times heavy-tailed
-/// channel gains (log-normal, and one channel in 512 at 10 to 50 times that); one token in 128 (the
-/// first among them) has a massive activation in one of three fixed channels. The checkpoint's
-/// input scales are calibrated on such tokens. Depends on nothing but the arguments. x:
-/// [num_tokens, hidden] bf16.   Throws: kInvalidArgument.
-void synthetic_activations(const SyntheticTokens& tokens, MutableTensorView x);
-
 /// Fraction done, 0 .. 1.
 using Progress = std::function<void(double)>;
-
-/// Throws: kInvalidArgument, kIo; refuses a directory that already holds a checkpoint.
-void write_synthetic_checkpoint(const SyntheticCheckpoint& spec, const std::filesystem::path& dir,
-                                const Progress& progress = {});
 
 }  // namespace sluice

@@ -65,10 +65,9 @@ struct Exchange::Impl {
 [[nodiscard]] std::unique_ptr<Exchange::Impl> make_host_exchange(const ExchangeConfig& config,
                                                                  Transport& transport,
                                                                  Backend& backend);
-#ifdef SLUICE_HAS_CUDA
+/// Defined where the CUDA backend is built.
 [[nodiscard]] std::unique_ptr<Exchange::Impl> make_cuda_exchange(const ExchangeConfig& config,
                                                                  Transport& transport,
                                                                  Backend& backend);
-#endif
 
 }  // namespace sluice

@@ -4,9 +4,9 @@
 #include <cmath>
 #include <vector>
 
-#include "sluice/accuracy.h"
+#include "sluice/lab/accuracy.h"
+#include "sluice/lab/reference.h"
 #include "sluice/quant.h"
-#include "sluice/reference.h"
 
 namespace sluice::testing {
 

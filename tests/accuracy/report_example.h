@@ -2,8 +2,8 @@
 #pragma once
 
 #include "accuracy_fixture.h"
-#include "accuracy_json.h"
-#include "accuracy_layers.h"
+#include "report/accuracy_json.h"
+#include "report/accuracy_layers.h"
 
 namespace sluice::testing {
 
@@ -28,13 +28,13 @@ inline nlohmann::ordered_json report_example() {
   std::vector<SuiteCertificate> suites;
   for (const char* name : {"gaussian", "token-spread"}) {
     suites.push_back(certify(*source, make_suite(name, accuracy_geometry(), 9, 1), {}));
-    json["suites"].push_back(cli::to_json(suites.back()));
+    json["suites"].push_back(report::to_json(suites.back()));
   }
   IdentityProof proof;
   proof.direct = proof.direct_bf16 = proof.definition = 0xabcdef;
-  json["identity"] = {cli::to_json(proof)};
+  json["identity"] = {report::to_json(proof)};
   json["passed"] = false;
-  json["budget"] = cli::to_json(judge_budget(suites, parse_recipe("direct"), 0.0));
+  json["budget"] = report::to_json(judge_budget(suites, parse_recipe("direct"), 0.0));
   return json;
 }
 
@@ -49,7 +49,7 @@ inline nlohmann::ordered_json layers_example() {
     layers.back()["passed"] = layer != 4;
   }
   nlohmann::ordered_json json = {{"command", "accuracy"}, {"version", "test"}};
-  json.update(cli::join_layers(std::move(layers)));
+  json.update(report::join_layers(std::move(layers)));
   return json;
 }
 

@@ -7,8 +7,9 @@
 #include <algorithm>
 
 #include "accuracy_fixture.h"
-#include "sluice/convert.h"
 #include "sluice/error.h"
+#include "sluice/lab/convert.h"
+#include "sluice/lab/synthetic.h"
 
 namespace sluice::testing {
 namespace {

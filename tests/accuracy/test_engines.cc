@@ -7,6 +7,7 @@
 #include <cstdio>
 
 #include "accuracy_fixture.h"
+#include "sluice/lab/synthetic.h"
 #include "support/scalar_backend.h"
 #include "support/tensor_core_adder.h"
 

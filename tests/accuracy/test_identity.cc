@@ -4,6 +4,7 @@
 #include <unistd.h>
 
 #include "accuracy_fixture.h"
+#include "sluice/lab/synthetic.h"
 
 namespace sluice::testing {
 namespace {

@@ -11,6 +11,7 @@
 #include "exchange/cuda/exchange_kernels.h"
 #include "sluice/engine.h"
 #include "sluice/error.h"
+#include "sluice/lab/synthetic.h"
 #include "sluice/transport.h"
 #include "support/counting.h"
 

@@ -8,8 +8,8 @@
 #include <span>
 
 #include "checkpoint/safetensors.h"
-#include "sluice/accuracy.h"
 #include "sluice/error.h"
+#include "sluice/lab/accuracy.h"
 #include "sluice/quant.h"
 
 namespace sluice::testing {

@@ -3,8 +3,8 @@
 #include <gmock/gmock.h>
 #include <gtest/gtest.h>
 
-#include "accuracy_html.h"
-#include "accuracy_report.h"
+#include "report/accuracy_html.h"
+#include "report/accuracy_report.h"
 #include "report_example.h"
 
 namespace sluice::testing {
@@ -54,7 +54,7 @@ TEST(AccuracyJson, Schema) {
 }
 
 TEST(AccuracyReport, IsOneFileThatPointsNowhere) {
-  const std::string html = cli::accuracy_report(report_example());
+  const std::string html = report::accuracy_report(report_example());
   for (const char* outside : {"http:", "https:", "//", "src=", "href=", "url(", "@import",
                               "<script", "<link", "<iframe"}) {
     EXPECT_THAT(html, Not(HasSubstr(outside)));
@@ -68,7 +68,7 @@ TEST(AccuracyReport, IsOneFileThatPointsNowhere) {
 /// Every number of a certificate is in the page, as the JSON has it.
 TEST(AccuracyReport, ShowsEveryNumberOfEveryRecipe) {
   const Json json = report_example();
-  const std::string html = cli::accuracy_report(json);
+  const std::string html = report::accuracy_report(json);
   for (const char* column : {"SQNR", "worst token", "p99 token", "p99 channel", "saturated",
                              "underflowed", "adds", "ratio"}) {
     EXPECT_THAT(html, HasSubstr(fmt::format("<th>{}</th>", column)));
@@ -76,7 +76,7 @@ TEST(AccuracyReport, ShowsEveryNumberOfEveryRecipe) {
   for (const Json& suite : json["suites"]) {
     for (const Json& r : suite["recipes"]) {
       EXPECT_THAT(html, HasSubstr(fmt::format("{:.1f} dB", r["output"]["sqnr_db"].get<double>())));
-      EXPECT_THAT(html, HasSubstr(cli::percent(r["output"]["p99_channel_error"])));
+      EXPECT_THAT(html, HasSubstr(report::percent(r["output"]["p99_channel_error"])));
       EXPECT_THAT(html,
                   HasSubstr(fmt::format(
                       "<td>{} + {}</td><td>{} + {}</td>", r["gemm1_casts"]["saturated"].dump(),
@@ -92,17 +92,17 @@ TEST(AccuracyReport, ShowsEveryNumberOfEveryRecipe) {
 TEST(AccuracyReport, SaysWhyARecipeWasRefused) {
   Json json = report_example();
   json["suites"][0]["recipes"][3] = {{"name", "requant-static"}, {"refused", "there are <none>"}};
-  EXPECT_THAT(cli::accuracy_report(json), HasSubstr("refused: there are &lt;none&gt;"));
+  EXPECT_THAT(report::accuracy_report(json), HasSubstr("refused: there are &lt;none&gt;"));
 }
 
 /// Scales of a calibration belong to the layer; a checkpoint's to each expert.
 TEST(AccuracyReport, ShowsExpertsOwnScalesWhereThereAreAny) {
   Json json = report_example();
-  EXPECT_THAT(cli::accuracy_report(json), Not(HasSubstr("<th>own headroom</th>")));
+  EXPECT_THAT(report::accuracy_report(json), Not(HasSubstr("<th>own headroom</th>")));
   for (Json& expert : json["suites"][0]["static_scales"]["experts"]) {
     expert["scale1"] = 0.125, expert["own_headroom1"] = 0.5;
   }
-  EXPECT_THAT(cli::accuracy_report(json), HasSubstr("<td>0.125</td><td class='w2'>0.5x</td>"));
+  EXPECT_THAT(report::accuracy_report(json), HasSubstr("<td>0.125</td><td class='w2'>0.5x</td>"));
 }
 
 /// Kimi's kind: no static scales at all, so nothing is drawn of them.
@@ -112,7 +112,7 @@ TEST(AccuracyReport, WithoutStaticScalesThereIsNoHeadroom) {
     suite["static_scales"]["origin"] = "none";
     suite["static_scales"]["recommendation"] = "no static scales: use direct";
   }
-  const std::string html = cli::accuracy_report(json);
+  const std::string html = report::accuracy_report(json);
   EXPECT_THAT(html, HasSubstr("no static scales: use direct"));
   EXPECT_THAT(html, Not(HasSubstr("Experts with the least headroom")));
 }
@@ -125,7 +125,7 @@ TEST(AccuracyReport, SurvivesWhatWasRefusedOrInfinite) {
   json["suites"][1]["recipes"][0]["total"] = nullptr;
   json["suites"][1]["recipes"][0]["added_percent"] = nullptr;
   json["suites"][1]["recipes"][0]["token_errors"][2] = nullptr;
-  EXPECT_THAT(cli::accuracy_report(json), HasSubstr("</html>"));
+  EXPECT_THAT(report::accuracy_report(json), HasSubstr("</html>"));
 }
 
 TEST(AccuracyLayers, TheWorstIsNamedAndShownInFull) {
@@ -134,13 +134,11 @@ TEST(AccuracyLayers, TheWorstIsNamedAndShownInFull) {
   EXPECT_EQ(json["worst_layer"], 4);
   EXPECT_EQ(json["passed"], false);
   EXPECT_EQ(json["budget"], json["layers"][1]["budget"]);
-  const std::string html = cli::accuracy_report(json);
+  const std::string html = report::accuracy_report(json);
   EXPECT_THAT(html, HasSubstr("All 3 layers: FAIL"));
   EXPECT_THAT(html, HasSubstr("Layer 4</h1>"));
   EXPECT_THAT(html, HasSubstr("layers 3 to 9"));
-  ::testing::internal::CaptureStdout();
-  cli::print_layers(json);
-  const std::string printed = ::testing::internal::GetCapturedStdout();
+  const std::string printed = report::layers_text(json);
   EXPECT_THAT(printed, HasSubstr("FAIL: 4\n"));
   // token-spread clips in every layer: the row shows its headroom, not that of the tame suite.
   const Json& spread = json["layers"][0]["suites"][1]["static_scales"];
@@ -155,10 +153,10 @@ TEST(AccuracyLayers, AFailedLayerIsWorseThanALargerError) {
   layers[1]["layer"] = 5;
   layers[1]["suites"][0]["recipes"][0]["added_percent"] = 0.1;
   layers[1]["suites"][1]["recipes"][0]["added_percent"] = 0.1;
-  EXPECT_EQ(cli::join_layers(layers)["worst_layer"], 5);
+  EXPECT_EQ(report::join_layers(layers)["worst_layer"], 5);
   layers[1]["passed"] = true;
-  EXPECT_EQ(cli::join_layers(layers)["worst_layer"], 3);
-  EXPECT_EQ(cli::join_layers(layers)["passed"], true);
+  EXPECT_EQ(report::join_layers(layers)["worst_layer"], 3);
+  EXPECT_EQ(report::join_layers(layers)["passed"], true);
 }
 
 }  // namespace

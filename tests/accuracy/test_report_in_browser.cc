@@ -8,7 +8,7 @@
 #include <fstream>
 #include <sstream>
 
-#include "accuracy_report.h"
+#include "report/accuracy_report.h"
 #include "report_example.h"
 
 namespace sluice::testing {
@@ -89,7 +89,7 @@ class ReportInBrowser : public ::testing::Test {
 };
 
 TEST_F(ReportInBrowser, EverythingIsDrawnAndNothingCollides) {
-  const std::string html = cli::accuracy_report(report_example());
+  const std::string html = report::accuracy_report(report_example());
   const Json found = measure(html, 1200);
   ASSERT_TRUE(found.is_object());
   EXPECT_EQ(found["width"], 1200);
@@ -110,7 +110,7 @@ TEST_F(ReportInBrowser, EverythingIsDrawnAndNothingCollides) {
 }
 
 TEST_F(ReportInBrowser, AllLayersAreDrawn) {
-  const Json found = measure(cli::accuracy_report(layers_example()), 1200);
+  const Json found = measure(report::accuracy_report(layers_example()), 1200);
   ASSERT_TRUE(found.is_object());
   EXPECT_LE(found["overflow"], 0);
   EXPECT_EQ(found["plots"], 2 + 2 + 2 * 3);  // One more for each suite.
@@ -121,14 +121,14 @@ TEST_F(ReportInBrowser, AllLayersAreDrawn) {
 }
 
 TEST_F(ReportInBrowser, FitsANarrowScreen) {
-  const Json found = measure(cli::accuracy_report(report_example()), 600);
+  const Json found = measure(report::accuracy_report(report_example()), 600);
   ASSERT_TRUE(found.is_object());
   EXPECT_LE(found["overflow"], 0);
 }
 
 /// The measuring itself: a label moved onto another, and one out of its plot, are seen.
 TEST_F(ReportInBrowser, SeesPlantedFlaws) {
-  std::string html = cli::accuracy_report(report_example());
+  std::string html = report::accuracy_report(report_example());
   const std::string svg =
       "<svg viewBox='0 0 900 100'><text x='20' y='50'>here</text><text x='22' y='52'>there</text>"
       "<text x='880' y='90'>beyond the edge</text></svg><div style='width:3000px'>wide</div>"
@@ -149,7 +149,7 @@ TEST_F(ReportInBrowser, IsNotABlankPicture) {
     (void)run(html, "--window-size=1200,2000 --screenshot=" + png.string());
     return std::filesystem::exists(png) ? std::filesystem::file_size(png) : 0;
   };
-  EXPECT_GT(bytes_of(cli::accuracy_report(report_example())), 5 * bytes_of("<p>Sluice</p>"));
+  EXPECT_GT(bytes_of(report::accuracy_report(report_example())), 5 * bytes_of("<p>Sluice</p>"));
 }
 
 }  // namespace

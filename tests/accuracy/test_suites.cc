@@ -5,8 +5,8 @@
 #include <cmath>
 #include <set>
 
-#include "sluice/accuracy.h"
 #include "sluice/error.h"
+#include "sluice/lab/accuracy.h"
 #include "sluice/quant.h"
 
 namespace sluice::testing {

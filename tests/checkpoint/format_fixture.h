@@ -10,11 +10,11 @@
 #include <vector>
 
 #include "checkpoint/checkpoint_impl.h"
-#include "checkpoint/synthetic.h"
 #include "expect_error.h"
 #include "raw_checkpoint.h"
 #include "sluice/checkpoint.h"
 #include "sluice/quant.h"
+#include "synthetic/random_weights.h"
 #include "temp_dir.h"
 
 namespace sluice::testing {

@@ -5,6 +5,7 @@
 #include "checkpoint/formats/part_readers.h"
 #include "format_fixture.h"
 #include "sluice/checkpoint.h"
+#include "sluice/lab/synthetic.h"
 
 namespace sluice {
 namespace {

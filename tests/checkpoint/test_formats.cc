@@ -7,6 +7,7 @@
 #include "checkpoint/formats/nibbles.h"
 #include "format_fixture.h"
 #include "sluice/checkpoint.h"
+#include "sluice/lab/synthetic.h"
 #include "sluice/quant.h"
 
 namespace sluice {

@@ -15,6 +15,7 @@
 #include "expect_error.h"
 #include "model_files.h"
 #include "sluice/checkpoint.h"
+#include "sluice/lab/synthetic.h"
 #include "temp_dir.h"
 
 namespace sluice {

@@ -8,11 +8,12 @@
 #include <cmath>
 #include <map>
 
-#include "checkpoint/synthetic.h"
 #include "expect_error.h"
 #include "model_files.h"
 #include "sluice/checkpoint.h"
+#include "sluice/lab/synthetic.h"
 #include "sluice/quant.h"
+#include "synthetic/random_weights.h"
 #include "temp_dir.h"
 
 namespace sluice {

@@ -11,7 +11,8 @@
 #include "expect_error.h"
 #include "raw_checkpoint.h"
 #include "sluice/checkpoint.h"
-#include "sluice/convert.h"
+#include "sluice/lab/convert.h"
+#include "sluice/lab/synthetic.h"
 #include "sluice/quant.h"
 #include "temp_dir.h"
 

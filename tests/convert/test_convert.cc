@@ -4,6 +4,7 @@
 
 #include "convert_fixture.h"
 #include "core/sha256.h"
+#include "sluice/lab/synthetic.h"
 
 namespace sluice {
 namespace {

@@ -7,6 +7,7 @@
 #include "convert/quantize_weights.h"
 #include "convert/verify.h"
 #include "convert_fixture.h"
+#include "sluice/lab/synthetic.h"
 
 namespace sluice {
 namespace {

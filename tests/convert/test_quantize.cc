@@ -4,9 +4,9 @@
 
 #include <cmath>
 
-#include "checkpoint/synthetic.h"
 #include "convert/quantize_weights.h"
 #include "convert_fixture.h"
+#include "synthetic/random_weights.h"
 
 namespace sluice {
 namespace {

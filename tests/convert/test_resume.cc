@@ -4,6 +4,7 @@
 
 #include "convert/journal.h"
 #include "convert_fixture.h"
+#include "sluice/lab/synthetic.h"
 
 namespace sluice {
 namespace {

@@ -7,7 +7,8 @@
 #include <filesystem>
 
 #include "gpu/cuda_fixture.h"
-#include "sluice/accuracy.h"
+#include "sluice/lab/accuracy.h"
+#include "sluice/lab/synthetic.h"
 
 namespace sluice::testing {
 namespace {

@@ -5,9 +5,9 @@
 
 #include "bench/random_experts.h"
 #include "gpu/cuda_fixture.h"
+#include "sluice/lab/reference.h"
+#include "sluice/lab/workload.h"
 #include "sluice/quant.h"
-#include "sluice/reference.h"
-#include "sluice/workload.h"
 
 namespace sluice::testing {
 namespace {

@@ -8,6 +8,7 @@
 
 #include "gpu/cuda_fixture.h"
 #include "sluice/engine.h"
+#include "sluice/lab/synthetic.h"
 #include "sluice/transport.h"
 #include "support/counting.h"
 

@@ -20,9 +20,10 @@
 #include "sluice/checkpoint.h"
 #include "sluice/engine.h"
 #include "sluice/error.h"
-#include "sluice/reference.h"
+#include "sluice/lab/reference.h"
+#include "sluice/lab/synthetic.h"
+#include "sluice/lab/workload.h"
 #include "sluice/transport.h"
-#include "sluice/workload.h"
 
 namespace sluice::testing {
 

@@ -1,18 +1,18 @@
 // Uses every public header, and links the parts that have third-party dependencies of their own.
 #include "sluice/backend.h"
-#include "sluice/bench.h"
 #include "sluice/checkpoint.h"
 #include "sluice/config.h"
 #include "sluice/engine.h"
 #include "sluice/error.h"
 #include "sluice/exchange.h"
+#include "sluice/lab/experts_bench.h"
+#include "sluice/lab/reference.h"
+#include "sluice/lab/workload.h"
 #include "sluice/quant.h"
 #include "sluice/recipe.h"
-#include "sluice/reference.h"
 #include "sluice/stream.h"
 #include "sluice/tensor.h"
 #include "sluice/transport.h"
-#include "sluice/workload.h"
 
 int main() {
   try {

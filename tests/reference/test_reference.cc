@@ -4,8 +4,8 @@
 #include <cmath>
 #include <limits>
 
+#include "sluice/lab/reference.h"
 #include "sluice/quant.h"
-#include "sluice/reference.h"
 
 namespace sluice {
 namespace {

@@ -6,9 +6,9 @@
 
 #include "bench/random_experts.h"
 #include "core/counter_rng.h"
+#include "sluice/lab/reference.h"
+#include "sluice/lab/workload.h"
 #include "sluice/quant.h"
-#include "sluice/reference.h"
-#include "sluice/workload.h"
 #include "support/tensor_core_adder.h"
 
 namespace sluice::testing {

@@ -6,8 +6,8 @@
 #include <set>
 
 #include "sluice/error.h"
+#include "sluice/lab/workload.h"
 #include "sluice/quant.h"
-#include "sluice/workload.h"
 
 namespace sluice {
 namespace {

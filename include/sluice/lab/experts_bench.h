@@ -1,0 +1,63 @@
+// bench.h - measurements behind `sluice bench`: each checks its result before it times anything.
+#pragma once
+
+#include <cstdint>
+#include <functional>
+#include <string>
+#include <vector>
+
+#include "sluice/checkpoint.h"
+#include "sluice/lab/workload.h"
+
+namespace sluice {
+
+class Backend;
+
+/// One case for every combination of `num_experts`, `routing` and `rows_per_expert`.
+struct ExpertsBenchConfig {
+  ModelGeometry geometry;                ///< Sizes; its num_experts is used if the list is empty.
+  DType scale_dtype = DType::kBFloat16;  ///< Of the weights.
+  bool has_minus8 = false;               ///< Weights use all 16 int4 values, not -7..7 only.
+  std::vector<int> num_experts = {};     ///< A list: local experts of this one rank.
+  std::vector<RoutingKind> routing = {RoutingKind::kUniform};  ///< kUniform, kZipf or kOneExpert.
+  std::vector<int> rows_per_expert = {1, 4, 16, 64};  ///< Mean; rows * num_experts rows in all.
+  int repeats = 7;
+  double rest_ms = 0;  ///< Before each GEMM measurement: GPUs run slower for a while after work.
+  std::uint64_t seed = 1;
+};
+
+/// One operation of a case. The bytes are the minimum: weights of experts with rows, rows in, rows
+/// out.
+struct ExpertsBenchKernel {
+  std::string name;
+  double median_us = 0, min_us = 0, max_us = 0;
+  double gbytes_per_s = 0;
+  double tflops = 0;  ///< 0 where nothing is multiplied.
+};
+
+struct ExpertsBenchCase {
+  int num_experts = 0;
+  RoutingKind routing = RoutingKind::kUniform;
+  int rows_per_expert = 0;
+  std::int64_t total_rows = 0;
+  double worst_error_ratio = 0;  ///< Against float64, |error| / bound, checked before timing.
+  /// "stage" (GEMM1, SwiGLU, quantization, GEMM2 on group-scaled e4m3 rows); its parts "gate_up"
+  /// (with SwiGLU and quantization), "down" and, on the CPU, "activation", there as shares of the
+  /// threads' time; "quantize" (bf16 -> group) and "requantize" (group -> static) of its input.
+  std::vector<ExpertsBenchKernel> kernels = {};
+};
+
+/// Ceilings measured in the same run.
+struct ExpertsBenchReport {
+  std::string device;
+  double read_gbytes_per_s = 0;
+  double peak_tflops = 0;  ///< Backend::measure_arithmetic_rate().
+  std::vector<ExpertsBenchCase> cases = {};
+};
+
+/// `on_progress`, if any, is told the fraction of the cases that is done.
+/// Throws: kInternal naming row and element if a result is wrong; nothing is timed then.
+[[nodiscard]] ExpertsBenchReport bench_experts(const ExpertsBenchConfig& config, Backend& backend,
+                                               const std::function<void(double)>& on_progress = {});
+
+}  // namespace sluice

@@ -1,0 +1,360 @@
+// The expert stage alone: rows of one rank's experts, no exchange.
+#include <algorithm>
+#include <chrono>
+#include <cmath>
+#include <numeric>
+#include <thread>
+
+#include "backend/ops.h"
+#include "bench/random_experts.h"
+#include "core/fail.h"
+#include "sluice/lab/experts_bench.h"
+#include "sluice/lab/reference.h"
+#include "sluice/quant.h"
+
+namespace sluice {
+namespace {
+
+constexpr std::int64_t kCheckedRows = 4;     // Of each case, compared with float64.
+constexpr std::int64_t kDistinctRows = 512;  // Of the input; further rows repeat them.
+// CUDA: launches recorded together last about this long, so that starting a replay is hidden, and
+// rotate through copies of the weights that the L2 cannot hold.
+constexpr double kReplayUs = 600;
+constexpr std::size_t kRotatedBytes = std::size_t{256} << 20;
+
+/// Rows per expert: `mean` * num_experts in all.
+std::vector<std::int32_t> spread_rows(RoutingKind routing, int num_experts, int mean) {
+  std::vector<std::int32_t> rows(static_cast<std::size_t>(num_experts), mean);
+  const std::int64_t total = std::int64_t{mean} * num_experts;
+  if (routing == RoutingKind::kOneExpert) {
+    std::fill(rows.begin(), rows.end(), 0);
+    rows[0] = static_cast<std::int32_t>(total);
+  } else if (routing == RoutingKind::kZipf) {
+    double harmonic = 0;
+    for (int e = 1; e <= num_experts; ++e) harmonic += 1.0 / e;
+    std::int64_t left = total;
+    for (int e = num_experts; e >= 1; --e) {
+      const auto share = static_cast<std::int64_t>(static_cast<double>(total) / (harmonic * e));
+      rows[static_cast<std::size_t>(e - 1)] = static_cast<std::int32_t>(e == 1 ? left : share);
+      left -= share;
+    }
+  }
+  return rows;
+}
+
+/// The first `num_experts` experts; shares the storage.
+ExpertWeights first_experts(const ExpertWeights& all, int num_experts) {
+  ExpertWeights out = all;
+  out.geometry.num_experts = num_experts;
+  out.experts.resize(static_cast<std::size_t>(num_experts));
+  return out;
+}
+
+/// The rows' buffers on the device, large enough for every case.
+class DeviceRows {
+ public:
+  DeviceRows(BackendOps& backend, const ExpertsBenchConfig& config, std::int64_t max_rows,
+             int max_experts)
+      : backend_(backend), stream_(backend.stream()), max_rows_(max_rows) {
+    const ModelGeometry& g = config.geometry;
+    const auto rows = static_cast<std::size_t>(max_rows);
+    const auto hidden = static_cast<std::size_t>(g.hidden);
+    const auto intermediate = static_cast<std::size_t>(g.intermediate);
+    load_ = make_workload({.num_experts = max_experts,
+                           .num_topk = 1,
+                           .hidden = g.hidden,
+                           .input = InputKind::kGaussian,
+                           .seed = config.seed},
+                          0, std::min(kDistinctRows, max_rows));
+    x_ = backend.allocate(rows * hidden * sizeof(std::uint16_t));
+    for (std::int64_t row = 0; row < max_rows; row += load_.num_tokens) {
+      const auto count = static_cast<std::size_t>(std::min(load_.num_tokens, max_rows - row));
+      backend.copy_from_host(x() + static_cast<std::size_t>(row) * hidden, load_.x.data(),
+                             count * hidden * sizeof(std::uint16_t), stream_);
+    }
+    begin_ = backend.allocate(static_cast<std::size_t>(max_experts) * sizeof(std::int64_t));
+    count_ = backend.allocate(static_cast<std::size_t>(max_experts) * sizeof(std::int32_t));
+    codes_ = backend.allocate(rows * hidden);
+    scale_ = backend.allocate(rows * hidden / kActivationGroup * sizeof(float));
+    requantized_ = backend.allocate(rows * hidden);
+    h_codes_ = backend.allocate(rows * intermediate);
+    h_scale_ = backend.allocate(rows * intermediate / kActivationGroup * sizeof(float));
+    y_ = backend.allocate(rows * hidden * sizeof(std::uint16_t));
+    in_ = {.codes = as<std::uint8_t>(codes_), .scale = as<float>(scale_), .width = g.hidden};
+    h_ = {
+        .codes = as<std::uint8_t>(h_codes_), .scale = as<float>(h_scale_), .width = g.intermediate};
+  }
+
+  /// Expert after expert without gaps.
+  void arrange(const std::vector<std::int32_t>& num_rows, int mean) {
+    num_rows_ = num_rows;
+    row_begin_.resize(num_rows.size());
+    std::exclusive_scan(num_rows.begin(), num_rows.end(), row_begin_.begin(), std::int64_t{0});
+    total_ = row_begin_.back() + num_rows.back();
+    backend_.copy_from_host(begin_->data(), row_begin_.data(),
+                            row_begin_.size() * sizeof(std::int64_t), stream_);
+    backend_.copy_from_host(count_->data(), num_rows_.data(),
+                            num_rows_.size() * sizeof(std::int32_t), stream_);
+    rows_ = {.num_experts = static_cast<int>(num_rows.size()),
+             .begin = as<std::int64_t>(begin_),
+             .count = as<std::int32_t>(count_),
+             .max_rows = max_rows_,
+             .max_rows_per_expert = max_rows_,
+             .expected_m = mean};
+  }
+
+  void quantize() { backend_.quantize(x(), rows_, false, in_, stream_); }
+  void requantize() {
+    backend_.requantize(
+        in_, rows_,
+        {.codes = as<std::uint8_t>(requantized_), .static_scale = 0.02f, .width = in_.width},
+        stream_);
+  }
+  void run(const PreparedExperts& experts, ExpertStageTimes* times) {
+    backend_.expert_stage(experts, in_, rows_, h_, as<std::uint16_t>(y_), stream_, times);
+  }
+  [[nodiscard]] bool run_half(ExpertHalf half, const PreparedExperts& experts) {
+    return backend_.expert_half(half, experts, in_, rows_, h_, as<std::uint16_t>(y_), stream_);
+  }
+  [[nodiscard]] std::int64_t total_rows() const { return total_; }
+  [[nodiscard]] std::int64_t active_experts() const {
+    return std::count_if(num_rows_.begin(), num_rows_.end(), [](auto n) { return n > 0; });
+  }
+
+  /// Compares a few rows, spread over all, with float64; the largest |error| / bound.
+  [[nodiscard]] double check(const LayerReference& reference) {
+    const auto hidden = static_cast<std::size_t>(in_.width);
+    const std::int64_t count = std::min(kCheckedRows, total_);
+    std::vector<ReferenceRow> expected(static_cast<std::size_t>(count));
+    std::vector<std::thread> threads;
+    for (std::int64_t i = 0; i < count; ++i) {
+      threads.emplace_back([&, i] {
+        const std::int64_t row = i * total_ / count;
+        const auto next = std::upper_bound(row_begin_.begin(), row_begin_.end(), row);
+        auto expert = static_cast<std::int32_t>(next - row_begin_.begin() - 1);
+        while (num_rows_[static_cast<std::size_t>(expert)] == 0) --expert;
+        const float weight = 1.0f;
+        const auto at = static_cast<std::size_t>(row % load_.num_tokens) * hidden;
+        expected[static_cast<std::size_t>(i)] = reference.row(&load_.x[at], &expert, &weight, 1);
+      });
+    }
+    for (std::thread& thread : threads) thread.join();
+    VerifyReport report;
+    std::vector<std::uint16_t> y(hidden);
+    for (std::int64_t i = 0; i < count; ++i) {
+      const std::int64_t row = i * total_ / count;
+      backend_.copy_to_host(y.data(),
+                            as<std::uint16_t>(y_) + static_cast<std::size_t>(row) * hidden,
+                            hidden * sizeof(std::uint16_t), stream_);
+      compare_row(expected[static_cast<std::size_t>(i)], y.data(), row, report);
+    }
+    if (!report.passed()) {
+      fail(ErrorCode::kInternal,
+           "row {}, element {}: {} where float64 has {} +- {}; nothing is timed",
+           report.worst_token, report.worst_element, report.worst_actual, report.worst_expected,
+           report.worst_bound);
+    }
+    return report.worst_ratio;
+  }
+
+ private:
+  template <class T>
+  static T* as(const std::unique_ptr<DeviceBuffer>& buffer) {
+    return reinterpret_cast<T*>(buffer->data());
+  }
+  [[nodiscard]] std::uint16_t* x() const { return as<std::uint16_t>(x_); }
+
+  BackendOps& backend_;
+  Stream stream_;
+  std::int64_t max_rows_, total_ = 0;
+  std::vector<std::int32_t> num_rows_;
+  std::vector<std::int64_t> row_begin_;
+  Workload load_;
+  std::unique_ptr<DeviceBuffer> x_, begin_, count_, codes_, scale_, requantized_, h_codes_,
+      h_scale_, y_;
+  RowRanges rows_;
+  Fp8Rows in_, h_;
+};
+
+using WeightSets = std::vector<std::unique_ptr<PreparedExperts>>;
+
+/// What an operation moves and multiplies at least.
+struct Work {
+  double bytes = 0, flops = 0;
+  Work operator+(const Work& o) const { return {bytes + o.bytes, flops + o.flops}; }
+};
+
+class CaseBench {
+ public:
+  CaseBench(const ExpertsBenchConfig& config, const ExpertsBenchReport& ceilings,
+            BackendOps& backend, DeviceRows& rows, const WeightSets& weights)
+      : config_(config),
+        ceilings_(ceilings),
+        backend_(backend),
+        rows_(rows),
+        weights_(weights),
+        on_device_(backend.device().kind != Device::Kind::kHost) {}
+
+  [[nodiscard]] std::vector<ExpertsBenchKernel> run() {
+    const ModelGeometry& g = config_.geometry;
+    const double rows = static_cast<double>(rows_.total_rows());
+    const double used = static_cast<double>(weights_.front()->bytes()) *
+                        static_cast<double>(rows_.active_experts()) /
+                        static_cast<double>(num_experts());
+    const double coded = 1 + 4.0 / kActivationGroup;  // e4m3 and its share of a scale.
+    const double product = rows * g.hidden * g.intermediate;
+    const Work gate_up{used * 2 / 3 + rows * coded * (g.hidden + g.intermediate), 4 * product};
+    const Work down{used / 3 + rows * (coded * g.intermediate + 2 * g.hidden), 2 * product};
+
+    ExpertStageTimes times;
+    std::vector<ExpertsBenchKernel> out;
+    out.push_back(time("stage", gate_up + down, true,
+                       [&](std::size_t set) { rows_.run(*weights_[set], &times); }));
+    if (rows_.run_half(ExpertHalf::kGateUp, *weights_.front())) {
+      for (const bool first : {true, false}) {
+        out.push_back(
+            time(first ? "gate_up" : "down", first ? gate_up : down, true, [&](std::size_t set) {
+              (void)rows_.run_half(first ? ExpertHalf::kGateUp : ExpertHalf::kDown, *weights_[set]);
+            }));
+      }
+    } else {
+      out.push_back(rate("gate_up", gate_up, {times.gemm1_us}));
+      out.push_back(rate("activation", {}, {times.activation_us}));
+      out.push_back(rate("down", down, {times.gemm2_us}));
+    }
+    out.push_back(time("quantize", {rows * g.hidden * (2 + coded), 0}, false,
+                       [&](std::size_t) { rows_.quantize(); }));
+    out.push_back(time("requantize", {rows * g.hidden * (coded + 1), 0}, false,
+                       [&](std::size_t) { rows_.requantize(); }));
+    return out;
+  }
+
+ private:
+  [[nodiscard]] int num_experts() const { return config_.geometry.num_experts; }
+
+  [[nodiscard]] static ExpertsBenchKernel rate(const char* name, const Work& work,
+                                               std::vector<double> us) {
+    std::sort(us.begin(), us.end());
+    ExpertsBenchKernel k{
+        .name = name, .median_us = us[us.size() / 2], .min_us = us.front(), .max_us = us.back()};
+    if (k.median_us > 0) {
+      k.gbytes_per_s = work.bytes / k.median_us * 1e-3, k.tflops = work.flops / k.median_us * 1e-6;
+    }
+    return k;
+  }
+
+  /// call(set) with each set of weights in turn.
+  template <class Call>
+  ExpertsBenchKernel time(const char* name, const Work& work, bool rests, const Call& call) {
+    int calls = 1;
+    if (on_device_) {
+      if (rests) {
+        std::this_thread::sleep_for(std::chrono::duration<double, std::milli>(config_.rest_ms));
+      }
+      const double floor_us = std::max(work.bytes / ceilings_.read_gbytes_per_s * 1e-3,
+                                       work.flops / ceilings_.peak_tflops * 1e-6);
+      calls = static_cast<int>(std::clamp(std::ceil(kReplayUs / floor_us), 2.0, 64.0));
+    }
+    const auto queue = [&] {
+      for (int i = 0; i < calls; ++i) call(static_cast<std::size_t>(i) % weights_.size());
+    };
+    const Stream stream = backend_.stream();
+    queue();  // A kernel's first launch loads it, which cannot be recorded.
+    backend_.synchronize(stream);
+    const auto recording = backend_.record(stream, [&](const std::function<void()>& mark) {
+      mark();
+      queue();
+      mark();
+    });
+    std::vector<double> us;
+    for (int i = 0; i <= config_.repeats; ++i) {
+      recording->replay();
+      const double one = recording->marks_us().front() / calls;
+      if (i > 0) us.push_back(one);  // The first replay is for warmth.
+    }
+    return rate(name, work, std::move(us));
+  }
+
+  const ExpertsBenchConfig& config_;
+  const ExpertsBenchReport& ceilings_;
+  BackendOps& backend_;
+  DeviceRows& rows_;
+  const WeightSets& weights_;
+  bool on_device_;
+};
+
+/// Copies of the same weights, on a GPU enough of them to be gone from its L2 when they come round.
+WeightSets prepare_sets(BackendOps& backend, const ExpertWeights& weights) {
+  constexpr std::size_t kMostSets = 16;
+  WeightSets sets;
+  sets.push_back(backend.prepare(weights));
+  while (backend.device().kind != Device::Kind::kHost && sets.size() < kMostSets &&
+         sets.size() * sets.front()->bytes() < kRotatedBytes) {
+    sets.push_back(backend.prepare(weights));
+  }
+  return sets;
+}
+
+void check_config(const ExpertsBenchConfig& config) {
+  check_argument(config.repeats >= 1, "{} repeats; at least one", config.repeats);
+  check_argument(!config.rows_per_expert.empty() && !config.routing.empty(), "no case to bench");
+  for (const int rows : config.rows_per_expert) {
+    check_argument(rows >= 1, "{} rows per expert; at least one", rows);
+  }
+  for (const int experts : config.num_experts) {
+    check_argument(experts >= 1, "{} experts; at least one", experts);
+  }
+  for (const RoutingKind routing : config.routing) {
+    check_argument(routing == RoutingKind::kUniform || routing == RoutingKind::kZipf ||
+                       routing == RoutingKind::kOneExpert,
+                   "routing is none of: uniform, zipf, one-expert");
+  }
+}
+
+}  // namespace
+
+ExpertsBenchReport bench_experts(const ExpertsBenchConfig& config_in, Backend& backend_in,
+                                 const std::function<void(double)>& on_progress) {
+  BackendOps& backend = ops(backend_in);
+  ExpertsBenchConfig config = config_in;
+  if (config.num_experts.empty()) config.num_experts = {config.geometry.num_experts};
+  check_config(config);
+  const int max_experts = *std::ranges::max_element(config.num_experts);
+  const int max_mean = *std::ranges::max_element(config.rows_per_expert);
+  config.geometry.num_experts = max_experts;
+
+  ExpertsBenchReport report{.device = backend.description()};
+  const ExpertWeights weights =
+      random_experts(config.geometry, config.scale_dtype, config.seed,
+                     config.has_minus8 ? CodeRange::kAll : CodeRange::kSymmetric);
+  const LayerRecipe recipe{Recipe{}, Mode::kNormal};  // direct
+  const LayerReference reference(weights, recipe, 1.0f, error_model(backend.device().kind));
+  report.read_gbytes_per_s = backend.measure_read_bandwidth() * 1e-9;
+  report.peak_tflops = backend.measure_arithmetic_rate() * 1e-12;
+  DeviceRows rows(backend, config, std::int64_t{max_mean} * max_experts, max_experts);
+
+  const double num_cases = static_cast<double>(config.num_experts.size() * config.routing.size() *
+                                               config.rows_per_expert.size());
+  for (const int num_experts : config.num_experts) {
+    config.geometry.num_experts = num_experts;
+    const WeightSets sets = prepare_sets(backend, first_experts(weights, num_experts));
+    for (const RoutingKind routing : config.routing) {
+      for (const int mean : config.rows_per_expert) {
+        rows.arrange(spread_rows(routing, num_experts, mean), mean);
+        ExpertsBenchCase& out =
+            report.cases.emplace_back(ExpertsBenchCase{.num_experts = num_experts,
+                                                       .routing = routing,
+                                                       .rows_per_expert = mean,
+                                                       .total_rows = rows.total_rows()});
+        rows.quantize();
+        rows.run(*sets.front(), nullptr);
+        out.worst_error_ratio = rows.check(reference);
+        out.kernels = CaseBench(config, report, backend, rows, sets).run();
+        if (on_progress) on_progress(static_cast<double>(report.cases.size()) / num_cases);
+      }
+    }
+  }
+  return report;
+}
+
+}  // namespace sluice

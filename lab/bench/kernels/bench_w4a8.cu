@@ -1,0 +1,261 @@
+// bench_w4a8.cu - times the expert stage and its two GEMMs; see docs/performance-gpu.md for
+// results.
+//
+// Every time is the median over replays of a CUDA graph of several launches that rotate through 32
+// experts' weights (727 MB, 12 x L2). Run check_w4a8 first: this program does not verify results.
+#include <algorithm>
+#include <chrono>
+#include <cstring>
+#include <string>
+#include <thread>
+
+#include "bench/kernels/layer.cuh"
+
+namespace sluice::cuda::bench {
+namespace {
+
+constexpr int kHidden = 7168, kIntermediate = 2048, kPool = 32, kMaxM = 1024;
+
+/// Plain reads: the ceiling that decode is held against.
+__global__ void read_all(const uint4* data, std::size_t n, int* sink) {
+  std::uint32_t sum = 0;
+  const std::size_t stride = std::size_t{gridDim.x} * blockDim.x;
+  std::size_t i = blockIdx.x * std::size_t{blockDim.x} + threadIdx.x;
+  for (; i + 7 * stride < n; i += 8 * stride) {
+    uint4 v[8];
+#pragma unroll
+    for (int j = 0; j < 8; ++j) v[j] = __ldcs(data + i + j * stride);
+#pragma unroll
+    for (int j = 0; j < 8; ++j) sum ^= v[j].x ^ v[j].y ^ v[j].z ^ v[j].w;
+  }
+  if (sum == 0x12345678) *sink = 1;
+}
+
+struct Timing {
+  double median_us, min_us, max_us;
+};
+
+/// Per launch, over `replays` replays of a graph with `per_graph` launches.
+template <class Launch>
+Timing time_graph(int per_graph, int replays, Launch launch) {
+  cudaStream_t stream;
+  SLUICE_CUDA_CHECK(cudaStreamCreate(&stream));
+  launch(stream, 0);
+  SLUICE_CUDA_CHECK(cudaStreamSynchronize(stream));
+  cudaGraph_t graph;
+  cudaGraphExec_t exec;
+  SLUICE_CUDA_CHECK(cudaStreamBeginCapture(stream, cudaStreamCaptureModeGlobal));
+  for (int i = 0; i < per_graph; ++i) launch(stream, i);
+  SLUICE_CUDA_CHECK(cudaStreamEndCapture(stream, &graph));
+  SLUICE_CUDA_CHECK(cudaGraphInstantiate(&exec, graph, 0));
+  cudaEvent_t begin, end;
+  SLUICE_CUDA_CHECK(cudaEventCreate(&begin));
+  SLUICE_CUDA_CHECK(cudaEventCreate(&end));
+  std::vector<double> us;
+  for (int r = -2; r < replays; ++r) {
+    SLUICE_CUDA_CHECK(cudaEventRecord(begin, stream));
+    SLUICE_CUDA_CHECK(cudaGraphLaunch(exec, stream));
+    SLUICE_CUDA_CHECK(cudaEventRecord(end, stream));
+    SLUICE_CUDA_CHECK(cudaEventSynchronize(end));
+    float ms = 0;
+    SLUICE_CUDA_CHECK(cudaEventElapsedTime(&ms, begin, end));
+    if (r >= 0) us.push_back(ms * 1e3 / per_graph);
+  }
+  std::sort(us.begin(), us.end());
+  cudaEventDestroy(begin);
+  cudaEventDestroy(end);
+  cudaGraphExecDestroy(exec);
+  cudaGraphDestroy(graph);
+  cudaStreamDestroy(stream);
+  return {us[us.size() / 2], us.front(), us.back()};
+}
+
+struct Bench {
+  Weights weights[2];  // by WeightCode
+  Buffer<std::uint8_t> x, h;
+  Buffer<float> x_scale, h_scale;
+  Buffer<std::uint16_t> y;
+  Buffer<std::int32_t> num_rows, sync;
+  double read_gbs = 0;
+  bool rests = true;
+
+  explicit Bench(Data data) {
+    for (int i = 0; i < 2; ++i) {
+      weights[i] = make_weights({.num_experts = kPool,
+                                 .hidden = kHidden,
+                                 .intermediate = kIntermediate,
+                                 .code = static_cast<WeightCode>(i),
+                                 .seed = 5,
+                                 .keep_canonical = false,
+                                 .data = data});
+    }
+    const std::size_t rows = std::size_t{kPool} * kMaxM;
+    x = Buffer<std::uint8_t>(rows * kHidden);
+    h = Buffer<std::uint8_t>(rows * kIntermediate);
+    x_scale = Buffer<float>(rows * kHidden / 128);
+    h_scale = Buffer<float>(rows * kIntermediate / 128);
+    y = Buffer<std::uint16_t>(rows * kHidden);
+    num_rows = Buffer<std::int32_t>(kPool);
+    sync = Buffer<std::int32_t>(sync_bytes(kPool) / 4);
+    sync.fill(0);
+    random_activations<<<4096, 256>>>(x.data, x.size, kHidden, 3, data);
+    random_activations<<<4096, 256>>>(h.data, h.size, kIntermediate, 4, data);
+    random_scales<<<1024, 256>>>(x_scale.data, x_scale.size, 5, false, 1e-3f, 1.0f);
+    random_scales<<<1024, 256>>>(h_scale.data, h_scale.size, 6, false, 1e-3f, 1.0f);
+    SLUICE_CUDA_CHECK(cudaDeviceSynchronize());
+  }
+
+  void measure_read() {
+    const Buffer<std::uint8_t>& pool = weights[0].packed_gate_up;
+    const Timing t = time_graph(4, 15, [&](cudaStream_t s, int) {
+      read_all<<<132 * 8, 512, 0, s>>>(reinterpret_cast<const uint4*>(pool.data), pool.size / 16,
+                                       sync.data);
+    });
+    read_gbs = pool.size / t.median_us * 1e-3;
+    std::printf("read rate: %.0f GB/s (%.1f us, %.1f..%.1f, %.0f MB)\n", read_gbs, t.median_us,
+                t.min_us, t.max_us, pool.size * 1e-6);
+  }
+
+  enum What { kStage, kGemm1, kGemm2 };
+
+  void run(What what, int experts, const std::vector<int>& counts, int expected, WeightCode code,
+           bool is_static, KernelConfig config, const char* label) {
+    // The card throttles for a while after heavy work: start every measurement from the same state.
+    if (rests) std::this_thread::sleep_for(std::chrono::milliseconds(300));
+    num_rows.upload(counts);
+    const Weights& w = weights[static_cast<int>(code)];
+    const int sets = kPool / experts;
+    const std::size_t gu = packed_expert_bytes(w.gate_up().shape) * experts;
+    const std::size_t dn = packed_expert_bytes(w.down().shape) * experts;
+    const RowRanges rows{.num_experts = experts,
+                         .count = num_rows.data,
+                         .max_rows = std::int64_t{experts} * kMaxM,
+                         .max_rows_per_expert = kMaxM};
+    const ConfigChoice choice{.config = config, .num_ctas = 132, .reason = ""};
+    const Fp8RowsView in{x.data, is_static ? nullptr : x_scale.data, 0.002f, kHidden};
+    const Fp8Rows hidden{h.data, is_static ? nullptr : h_scale.data, 0.5f, kIntermediate};
+    long long total = 0, active = 0;
+    for (int c : counts) total += c, active += c > 0;
+    const int per_graph = total > 4096 ? 2 : 8, replays = total > 4096 ? 7 : 15;
+    const Timing t = time_graph(per_graph, replays, [&](cudaStream_t s, int i) {
+      PackedWeights a = w.gate_up(), b = w.down();
+      a.data = static_cast<const std::uint8_t*>(a.data) + i % sets * gu;
+      b.data = static_cast<const std::uint8_t*>(b.data) + i % sets * dn;
+      if (what == kStage) {
+        launch_experts({.gate_up = a,
+                        .down = b,
+                        .rows = rows,
+                        .x = in,
+                        .h = hidden,
+                        .y = y.data,
+                        .sync = sync.data,
+                        .config = choice},
+                       s);
+      } else if (what == kGemm1) {
+        launch_gate_up(
+            {.weights = a, .rows = rows, .x = in, .h = hidden, .sync = sync.data, .config = choice},
+            s);
+      } else {
+        launch_grouped_gemm({.weights = b,
+                             .rows = rows,
+                             .x = hidden,
+                             .y = y.data,
+                             .sync = sync.data,
+                             .config = choice},
+                            s);
+      }
+    });
+    double bytes = 0, flops = 0;
+    if (what != kGemm2) {
+      bytes += 1.0 * gu / experts * active + total * (kHidden * 1.03 + kIntermediate);
+      flops += 2.0 * total * kHidden * 2 * kIntermediate;
+    }
+    if (what != kGemm1) {
+      bytes += 1.0 * dn / experts * active + total * (kIntermediate + 2.0 * kHidden);
+      flops += 2.0 * total * kHidden * kIntermediate;
+    }
+    std::printf(
+        "%-7s E %2d %-10s expected %5d %-7s %-7s %-6s %8.1f us (%.1f..%.1f) %6.0f GB/s %4.0f%% "
+        "%6.0f TFLOPS\n",
+        what == kStage   ? "stage"
+        : what == kGemm1 ? "gate_up"
+                         : "down",
+        experts, label, expected, config == KernelConfig::kDecode ? "decode" : "prefill",
+        code == WeightCode::kOnesComplement ? "7-instr" : "3-instr", is_static ? "static" : "group",
+        t.median_us, t.min_us, t.max_us, bytes / t.median_us * 1e-3,
+        bytes / t.median_us * 1e-1 / read_gbs, flops / t.median_us * 1e-6);
+    std::fflush(stdout);
+  }
+
+  void uniform(What what, int experts, int m, WeightCode code, bool is_static = false,
+               int force = -1) {
+    const ConfigChoice c = choose_config({.num_experts = experts, .expected_m = m}, {});
+    const KernelConfig config = force < 0 ? c.config : static_cast<KernelConfig>(force);
+    const std::string label = "m " + std::to_string(m);
+    run(what, experts, std::vector<int>(experts, m), m, code, is_static, config, label.c_str());
+  }
+};
+
+int bench_all(bool quick, bool rests, Data data) {
+  const auto k7 = WeightCode::kOnesComplement, k3 = WeightCode::kSignMagnitude;
+  std::printf("data: %s\n", data == Data::kNormal ? "normal" : "uniform codes");
+  Bench b(data);
+  b.rests = rests;
+  b.measure_read();
+  if (quick) {
+    for (int m : {1, 16, 32, 64}) b.uniform(Bench::kStage, 32, m, k3);
+    b.uniform(Bench::kStage, 32, 64, k3, false, 1);
+    b.uniform(Bench::kStage, 32, 16, k7);
+    for (int m : {128, 1024}) b.uniform(Bench::kStage, 32, m, k3);
+    b.uniform(Bench::kGemm1, 32, 1024, k3);
+    b.uniform(Bench::kGemm2, 32, 1024, k3);
+    b.uniform(Bench::kStage, 8, 16, k3);
+    return 0;
+  }
+  for (const WeightCode code : {k3, k7}) {
+    for (int m : {1, 8, 16, 32, 64, 128, 256, 512, 1024}) b.uniform(Bench::kStage, 32, m, code);
+    for (int m : {1, 16, 128, 1024}) {
+      b.uniform(Bench::kGemm1, 32, m, code);
+      b.uniform(Bench::kGemm2, 32, m, code);
+    }
+  }
+  for (int e : {8, 16}) {
+    for (int m : {1, 8, 16, 32, 64, 128, 1024}) b.uniform(Bench::kStage, e, m, k3);
+  }
+  for (int m : {16, 128, 1024}) b.uniform(Bench::kStage, 32, m, k3, true);
+  std::vector<int> zipf(32), one(32, 0);
+  for (int e = 0; e < 32; ++e) zipf[e] = static_cast<int>(126.0 / (e + 1));
+  one[7] = 512;
+  b.run(Bench::kStage, 32, zipf, 16, k3, false, KernelConfig::kDecode, "zipf 126/e");
+  b.run(Bench::kStage, 32, one, 16, k3, false, KernelConfig::kDecode, "one, 512");
+  b.measure_read();
+  return 0;
+}
+
+}  // namespace
+}  // namespace sluice::cuda::bench
+
+int main(int argc, char** argv) {
+  try {
+    if (argc > 5 &&
+        std::strcmp(argv[1], "--one") == 0) {  // experts, rows, config, code: for profilers
+      sluice::cuda::bench::Bench b(sluice::cuda::bench::Data::kNormal);
+      b.read_gbs = 1;
+      b.uniform(sluice::cuda::bench::Bench::kStage, std::atoi(argv[2]), std::atoi(argv[3]),
+                static_cast<sluice::cuda::WeightCode>(std::atoi(argv[5])), false,
+                std::atoi(argv[4]));
+      return 0;
+    }
+    bool quick = false, rests = true;
+    auto data = sluice::cuda::bench::Data::kNormal;
+    for (int i = 1; i < argc; ++i) {
+      if (std::strcmp(argv[i], "--quick") == 0) quick = true;
+      if (std::strcmp(argv[i], "--hot") == 0) rests = false;
+      if (std::strcmp(argv[i], "--uniform") == 0) data = sluice::cuda::bench::Data::kUniform;
+    }
+    return sluice::cuda::bench::bench_all(quick, rests, data);
+  } catch (const std::exception& e) {
+    std::printf("error: %s\n", e.what());
+    return 1;
+  }
+}

@@ -1,0 +1,362 @@
+// check_w4a8.cu - the W4A8 kernels against float64, over awkward shapes and row counts.
+//
+// For each case: h against SwiGLU of the float64 product (per element: e4m3 rounding + a constant
+// times the terms' magnitudes), y against the float64 product of the device's own h (bf16 rounding
+// + constant * sum |a||w|), untouched padding, same bits twice, and same bits from both kernel
+// configurations.
+// Exit status 0 only if everything holds. Prints the worst constant seen.
+#include <cmath>
+#include <cstring>
+#include <string>
+#include <thread>
+
+#include "bench/kernels/layer.cuh"
+
+namespace sluice::cuda::bench {
+namespace {
+
+constexpr double kAccumulator = 0x1p-12;  // stated constant: error / sum |a||w|
+constexpr int kSampledRows = 12, kSampledColumns = 160;
+
+double decode_e4m3(std::uint8_t c) {
+  const int e = (c >> 3) & 15, m = c & 7;
+  const double v = e == 0 ? std::ldexp(m, -9) : std::ldexp(8 + m, e - 10);
+  return (c & 0x80) != 0 ? -v : v;
+}
+double decode_bf16(std::uint16_t b) {
+  const std::uint32_t bits = std::uint32_t{b} << 16;
+  float f;
+  std::memcpy(&f, &bits, 4);
+  return f;
+}
+
+struct Case {
+  int hidden, intermediate;
+  std::vector<int> rows;
+  int group;
+  ScaleType scale_type;
+  WeightCode code;
+  bool is_contiguous, is_static;
+  std::string name() const {
+    return "H " + std::to_string(hidden) + " I " + std::to_string(intermediate) + " E " +
+           std::to_string(rows.size()) + " g" + std::to_string(group) +
+           (scale_type == ScaleType::kBf16 ? " bf16" : " f32") +
+           (code == WeightCode::kOnesComplement ? " 7-instr" : " 3-instr") +
+           (is_contiguous ? " contiguous" : " masked") + (is_static ? " static" : " group");
+  }
+};
+
+/// Host copy of one matrix of all experts.
+struct HostMatrix {
+  std::vector<std::uint8_t> codes, scales;
+  int n, k, group;
+  bool bf16;
+  double scale(std::size_t e, int row, int col) const {
+    const std::size_t at = (e * n + row) * (k / group) + col / group;
+    if (bf16) return decode_bf16(reinterpret_cast<const std::uint16_t*>(scales.data())[at]);
+    return reinterpret_cast<const float*>(scales.data())[at];
+  }
+  int weight(std::size_t e, int row, int col) const {
+    const int v = codes[((e * n + row) * k + col) / 2] >> (col % 2 * 4) & 15;
+    return v >= 8 ? v - 16 : v;
+  }
+};
+
+struct Sum {
+  double value = 0, magnitude = 0;
+};
+
+/// Row `row` of matrix times activation codes x with scales xs (per 128, or one).
+Sum dot(const HostMatrix& m, std::size_t e, int row, const std::uint8_t* x, const float* xs,
+        float static_scale) {
+  static const auto table = [] {
+    std::vector<double> t(256);
+    for (int i = 0; i < 256; ++i) t[i] = decode_e4m3(static_cast<std::uint8_t>(i));
+    return t;
+  }();
+  Sum sum;
+  for (int g = 0; g < m.k; g += m.group) {
+    double part = 0, magnitude = 0;
+    for (int k = g; k < g + m.group; ++k) {
+      const double t = table[x[k]] * m.weight(e, row, k);
+      part += t;
+      magnitude += std::fabs(t);
+    }
+    const double s = m.scale(e, row, g) * (xs != nullptr ? xs[g / 128] : static_scale);
+    sum.value += part * s;
+    sum.magnitude += magnitude * s;
+  }
+  return sum;
+}
+
+struct Outputs {
+  std::vector<std::uint8_t> h;
+  std::vector<float> h_scale;
+  std::vector<std::uint16_t> y, y_single;
+  bool operator==(const Outputs& o) const {
+    return h == o.h && y == o.y && y_single == o.y_single &&
+           std::memcmp(h_scale.data(), o.h_scale.data(), h_scale.size() * 4) == 0;
+  }
+};
+
+struct Device {
+  Buffer<std::uint8_t> x, h;
+  Buffer<float> x_scale, h_scale;
+  Buffer<std::uint16_t> y;
+  Buffer<std::int32_t> num_rows, sync;
+  Buffer<std::int64_t> row_offset;
+};
+
+Outputs run(const Case& c, const Weights& w, Device& d, const RowRanges& rows, KernelConfig config,
+            bool in_one_kernel) {
+  d.h.fill(0xa5);
+  d.h_scale.fill(0xa5);
+  d.y.fill(0xff);
+  const ConfigChoice choice{.config = config, .num_ctas = 132, .reason = "check"};
+  const float s1 = 0.004f, s2 = 0.5f;
+  const Fp8RowsView x{d.x.data, c.is_static ? nullptr : d.x_scale.data, s1, c.hidden};
+  const Fp8Rows h{d.h.data, c.is_static ? nullptr : d.h_scale.data, s2, c.intermediate};
+  Outputs out;
+  if (in_one_kernel) {
+    launch_experts({.gate_up = w.gate_up(),
+                    .down = w.down(),
+                    .rows = rows,
+                    .x = x,
+                    .h = h,
+                    .y = d.y.data,
+                    .sync = d.sync.data,
+                    .config = choice},
+                   nullptr);
+  } else {
+    launch_gate_up({.weights = w.gate_up(),
+                    .rows = rows,
+                    .x = x,
+                    .h = h,
+                    .sync = d.sync.data,
+                    .config = choice},
+                   nullptr);
+    launch_grouped_gemm({.weights = w.down(),
+                         .rows = rows,
+                         .x = h,
+                         .y = d.y.data,
+                         .sync = d.sync.data,
+                         .config = choice},
+                        nullptr);
+  }
+  SLUICE_CUDA_CHECK(cudaDeviceSynchronize());
+  out.h = d.h.download();
+  out.h_scale = d.h_scale.download();
+  out.y = d.y.download();
+  for (const int v : d.sync.download()) {
+    if (v != 0) std::printf("  sync words not zero after the launch\n"), std::exit(1);
+  }
+  return out;
+}
+
+struct Report {
+  double worst_y = 0, worst_h = 0;
+  long long checked = 0, failures = 0;
+  void fail(const char* what, int e, int row, int col, double got, double want) {
+    if (++failures <= 5)
+      std::printf("  FAIL %s expert %d row %d column %d: got %g want %g\n", what, e, row, col, got,
+                  want);
+  }
+};
+
+void check_values(const Case& c, const HostMatrix (&m)[3], const std::vector<std::uint8_t>& x,
+                  const std::vector<float>& xs, const std::vector<int>& base, const Outputs& out,
+                  int e, Report& r) {
+  const int hid = c.hidden, inter = c.intermediate;
+  for (int i = 0; i < std::min(kSampledRows, c.rows[e]); ++i) {
+    const int n = c.rows[e];
+    const int row = n <= kSampledRows ? i
+                    : i < 4           ? i
+                    : i < 8           ? n - 1 - (i - 4)
+                                      : static_cast<int>(hash(i * 977 + e) % n);
+    const std::size_t at = static_cast<std::size_t>(base[e]) + row;
+    const float* xrow = c.is_static ? nullptr : &xs[at * (hid / 128)];
+    const std::uint8_t* hrow = &out.h[at * inter];
+    const float* hs = c.is_static ? nullptr : &out.h_scale[at * (inter / 128)];
+    for (int j = 0; j < std::min(kSampledColumns, inter); ++j) {
+      const int col = inter <= kSampledColumns ? j : static_cast<int>(hash(j * 31 + i) % inter);
+      const Sum g = dot(m[0], e, col, &x[at * hid], xrow, 0.004f);
+      const Sum u = dot(m[1], e, col, &x[at * hid], xrow, 0.004f);
+      const double silu = g.value / (1 + std::exp(-g.value)), want = silu * u.value;
+      const double s = c.is_static ? 0.5 : hs[col / 128];
+      const double got = decode_e4m3(hrow[col]) * s;
+      const double input = 1.1 * g.magnitude * (std::fabs(u.value) + kAccumulator * u.magnitude) +
+                           std::fabs(silu) * u.magnitude;
+      const double round = std::max(std::fabs(want) * 0x1p-4, s * 0x1p-10) * 1.0001;
+      const bool saturated = std::fabs(want) > 447.9 * s && std::fabs(got) > 447 * s;
+      const double err = std::fabs(got - want);
+      ++r.checked;
+      if (!saturated && input > 0) r.worst_h = std::max(r.worst_h, (err - round) / input);
+      if (!saturated && !(err <= round + kAccumulator * input)) r.fail("h", e, row, col, got, want);
+    }
+    for (int j = 0; j < std::min(kSampledColumns, hid); ++j) {
+      const int col = hid <= kSampledColumns ? j : static_cast<int>(hash(j * 37 + i) % hid);
+      const Sum want = dot(m[2], e, col, hrow, hs, 0.5f);
+      const double got = decode_bf16(out.y[at * hid + col]);
+      const double err = std::fabs(got - want.value), round = std::fabs(want.value) * 0x1p-8;
+      ++r.checked;
+      if (want.magnitude > 0) r.worst_y = std::max(r.worst_y, (err - round) / want.magnitude);
+      if (!(err <= round + kAccumulator * want.magnitude))
+        r.fail("y", e, row, col, got, want.value);
+    }
+  }
+}
+
+/// Rows outside an expert's range keep their sentinel; rows inside are all written.
+void check_padding(const Case& c, const std::vector<int>& base, std::size_t total,
+                   const Outputs& out, Report& r) {
+  std::vector<char> valid(total, 0);
+  for (std::size_t e = 0; e < c.rows.size(); ++e) {
+    for (int i = 0; i < c.rows[e]; ++i) valid[base[e] + i] = 1;
+  }
+  for (std::size_t row = 0; row < total; ++row) {
+    for (int i = 0; i < c.hidden; ++i) {
+      const std::uint16_t v = out.y[row * c.hidden + i];
+      if ((v == 0xffff) == (valid[row] != 0)) {
+        r.fail(valid[row] ? "y unwritten" : "y padding", -1, static_cast<int>(row), i, v, 0);
+        break;
+      }
+    }
+    if (valid[row]) continue;
+    for (int i = 0; i < c.intermediate; ++i) {
+      if (out.h[row * c.intermediate + i] != 0xa5) {
+        r.fail("h padding", -1, static_cast<int>(row), i, 0, 0);
+        break;
+      }
+    }
+  }
+}
+
+bool run_case(const Case& c, int repeats = 1) {
+  const int experts = static_cast<int>(c.rows.size());
+  Weights w = make_weights({.num_experts = experts,
+                            .hidden = c.hidden,
+                            .intermediate = c.intermediate,
+                            .group = c.group,
+                            .scale_type = c.scale_type,
+                            .code = c.code,
+                            .seed = static_cast<std::uint64_t>(c.hidden + 3 * c.intermediate)});
+  int max_m = 1;
+  for (int n : c.rows) max_m = std::max(max_m, n);
+  std::vector<int> base(experts);
+  int next = c.is_contiguous ? 3 : 0;  // contiguous: gaps of 3 sentinel rows
+  for (int e = 0; e < experts; ++e) {
+    base[e] = c.is_contiguous ? next : e * max_m;
+    next += c.rows[e] + 3;
+  }
+  const std::size_t total = c.is_contiguous ? next : static_cast<std::size_t>(experts) * max_m;
+  Device d{.x = Buffer<std::uint8_t>(total * c.hidden),
+           .h = Buffer<std::uint8_t>(total * c.intermediate),
+           .x_scale = Buffer<float>(total * c.hidden / 128),
+           .h_scale = Buffer<float>(total * c.intermediate / 128),
+           .y = Buffer<std::uint16_t>(total * c.hidden),
+           .num_rows = Buffer<std::int32_t>(experts),
+           .sync = Buffer<std::int32_t>(sync_bytes(experts) / 4),
+           .row_offset = Buffer<std::int64_t>(experts)};
+  d.sync.fill(0);
+  d.num_rows.upload(c.rows);
+  d.row_offset.upload({base.begin(), base.end()});
+  random_activations<<<1024, 256>>>(d.x.data, d.x.size, c.hidden, 77, Data::kUniform);
+  random_scales<<<1024, 256>>>(d.x_scale.data, d.x_scale.size, 78, false, 1e-3f, 3.0f);
+  std::vector<std::uint8_t> x = d.x.download();
+  const std::vector<float> xs = d.x_scale.download();
+  std::vector<char> valid(total, 0);
+  for (int e = 0; e < experts; ++e)
+    for (int i = 0; i < c.rows[e]; ++i) valid[base[e] + i] = 1;
+  for (std::size_t row = 0; row < total; ++row)  // NaN in the padding must not spread
+    if (!valid[row]) std::memset(&x[row * c.hidden], 0x7f, c.hidden);
+  d.x.upload(x);
+  const RowRanges rows{
+      .num_experts = experts,
+      .begin = c.is_contiguous ? d.row_offset.data : nullptr,
+      .count = d.num_rows.data,
+      .max_rows = static_cast<std::int64_t>(total),
+      .max_rows_per_expert = c.is_contiguous ? static_cast<std::int64_t>(total) : max_m};
+  const Outputs a = run(c, w, d, rows, KernelConfig::kDecode, true);
+  bool twice = true;
+  for (int i = 0; i < repeats; ++i) twice &= a == run(c, w, d, rows, KernelConfig::kDecode, true);
+  const Outputs p = run(c, w, d, rows, KernelConfig::kPrefill, true);
+  const Outputs s = run(c, w, d, rows, KernelConfig::kDecode, false);
+  HostMatrix m[3];
+  for (int i = 0; i < 3; ++i) {
+    m[i] = {w.codes[i].download(),
+            w.scales[i].download(),
+            i < 2 ? c.intermediate : c.hidden,
+            i < 2 ? c.hidden : c.intermediate,
+            c.group,
+            c.scale_type == ScaleType::kBf16};
+  }
+  std::vector<Report> reports(experts);
+  std::vector<std::thread> threads;
+  for (int e = 0; e < experts; ++e) {
+    threads.emplace_back([&, e] { check_values(c, m, x, xs, base, a, e, reports[e]); });
+  }
+  for (auto& t : threads) t.join();
+  Report r;
+  check_padding(c, base, total, a, r);
+  for (const Report& one : reports) {
+    r.worst_h = std::max(r.worst_h, one.worst_h);
+    r.worst_y = std::max(r.worst_y, one.worst_y);
+    r.checked += one.checked;
+    r.failures += one.failures;
+  }
+  const bool configs = a == p, split = a == s;
+  const bool ok = r.failures == 0 && twice && configs && split;
+  std::printf(
+      "%s %-58s %8lld values, worst constant h 2^%.1f y 2^%.1f, bits: twice %s, configs %s, "
+      "two kernels %s\n",
+      ok ? "ok  " : "FAIL", c.name().c_str(), r.checked, std::log2(std::max(r.worst_h, 1e-9)),
+      std::log2(std::max(r.worst_y, 1e-9)), twice ? "same" : "DIFFER", configs ? "same" : "DIFFER",
+      split ? "same" : "DIFFER");
+  std::fflush(stdout);
+  return ok;
+}
+
+int check_all(bool is_short, bool is_tiny, int repeats) {
+  const std::vector<int> all{0, 1, 3, 7, 8, 9, 16, 17, 63, 64, 65, 127, 128, 129, 1000, 1024, 2, 0};
+  const std::vector<int> few{0, 5, 0, 9, 33, 70, 0};
+  const auto kBf16 = ScaleType::kBf16, kF32 = ScaleType::kF32;
+  const auto k7 = WeightCode::kOnesComplement, k3 = WeightCode::kSignMagnitude;
+  std::vector<Case> cases{
+      {128, 128, few, 128, kBf16, k7, false, false}, {384, 128, few, 128, kBf16, k3, true, false},
+      {128, 384, few, 128, kF32, k7, false, true},   {384, 1792, few, 32, kBf16, k7, true, false},
+      {384, 384, few, 32, kF32, k3, false, true},    {1792, 384, few, 128, kF32, k3, true, true},
+      {128, 128, {0}, 128, kBf16, k7, false, false}, {128, 128, {1}, 128, kBf16, k3, false, true},
+  };
+  if (is_tiny) cases.resize(2);
+  if (!is_short && !is_tiny) {
+    cases.push_back({1792, 384, all, 128, kBf16, k7, false, false});
+    cases.push_back({3584, 1792, all, 128, kBf16, k3, true, false});
+    cases.push_back({7168, 2048, all, 128, kBf16, k7, false, false});
+    cases.push_back({7168, 2048, all, 128, kBf16, k3, true, true});
+    cases.push_back({7168, 384, all, 32, kBf16, k7, false, false});
+    cases.push_back({1792, 7168, all, 128, kF32, k7, true, false});
+  }
+  int failed = 0;
+  for (const Case& c : cases) failed += run_case(c, repeats) ? 0 : 1;
+  std::printf("%d of %zu cases failed\n", failed, cases.size());
+  return failed == 0 ? 0 : 1;
+}
+
+}  // namespace
+}  // namespace sluice::cuda::bench
+
+int main(int argc, char** argv) {
+  try {
+    bool is_short = false, is_tiny = false;
+    int repeats = 1;
+    for (int i = 1; i < argc; ++i) {
+      if (std::strcmp(argv[i], "--short") == 0) is_short = true;  // small shapes
+      if (std::strcmp(argv[i], "--tiny") == 0) is_tiny = true;    // two cases, for sanitizers
+      if (std::strcmp(argv[i], "--repeats") == 0 && i + 1 < argc) repeats = std::atoi(argv[++i]);
+    }
+    return sluice::cuda::bench::check_all(is_short, is_tiny, repeats);
+  } catch (const std::exception& e) {
+    std::printf("error: %s\n", e.what());
+    return 1;
+  }
+}

@@ -1,0 +1,232 @@
+// micro_w4a8.cu - what the card can do for the W4A8 kernels: results stand in
+// docs/performance-gpu.md.
+//
+//   ring     GB/s of cp.async.bulk into a ring of stages: one producer thread, consumers only wait
+//   wgmma    cycles of four m64nNk32 with A in registers (K = 128), commit and wait each time
+//   mix      what products and the instructions of other warpgroups cost each other
+#include <algorithm>
+#include <cstring>
+#include <utility>
+
+#include "backend/cuda/ptx/copy.cuh"
+#include "backend/cuda/ptx/sync.cuh"
+#include "backend/cuda/ptx/wgmma.cuh"
+#include "backend/cuda/sm90_w4a8_mainloop.cuh"
+#include "bench/kernels/layer.cuh"
+
+namespace sluice::cuda::bench {
+namespace {
+
+constexpr int kMaxStages = 16, kRepeats = 512;
+
+struct RingShared {
+  std::uint64_t full[kMaxStages], empty[kMaxStages];
+  alignas(128) std::uint8_t data[1];
+};
+
+/// Each CTA streams its own contiguous part of `data`.
+__global__ void ring_kernel(const std::uint8_t* data, int stages, int bytes, int chunks) {
+  extern __shared__ __align__(1024) std::uint8_t raw[];
+  RingShared& s = *reinterpret_cast<RingShared*>(raw);
+  if (threadIdx.x == 0) {
+    for (int i = 0; i < stages; ++i) {
+      ptx::mbarrier_init(&s.full[i], 1);
+      ptx::mbarrier_init(&s.empty[i], 1);
+    }
+    ptx::fence_barrier_init();
+  }
+  __syncthreads();
+  const std::uint8_t* src = data + static_cast<long long>(blockIdx.x) * chunks * bytes;
+  if (threadIdx.x == 0) {
+    const std::uint64_t policy = ptx::policy_evict_first();
+    for (int i = 0; i < chunks; ++i) {
+      wait(&s.empty[i % stages], (i / stages & 1) ^ 1);
+      ptx::mbarrier_arrive_expect_tx(&s.full[i % stages], bytes);
+      ptx::bulk_copy(s.data + i % stages * bytes, src + static_cast<long long>(i) * bytes, bytes,
+                     &s.full[i % stages], policy);
+    }
+  } else if (threadIdx.x == 32) {
+    for (int i = 0; i < chunks; ++i) {
+      wait(&s.full[i % stages], i / stages & 1);
+      ptx::mbarrier_arrive(&s.empty[i % stages]);
+    }
+  }
+}
+
+template <int N>
+__global__ void wgmma_kernel(long long* cycles, float* sink) {
+  extern __shared__ __align__(1024) std::uint8_t raw[];
+  for (int i = threadIdx.x; i < 128 * 128; i += blockDim.x)
+    raw[i] = static_cast<std::uint8_t>(i % 0x70);
+  ptx::fence_proxy_async();
+  __syncthreads();
+  float acc[N / 2];
+  clear(acc);
+  Fragments f;
+  for (int i = 0; i < 16; ++i) f.a[i / 4][i % 4] = threadIdx.x * 0x01010101u & 0x87878787u;
+  const std::uint32_t x = ptx::smem_descriptor(ptx::shared_address(raw));
+  const long long begin = clock64();
+#pragma unroll 1
+  for (int i = 0; i < kRepeats; ++i) {
+    ptx::wgmma_fence();  // accumulates: ptxas drops results that are overwritten unread
+#pragma unroll
+    for (int j = 0; j < 4; ++j) ptx::wgmma_m64k32(acc, f.a[j], x + 2 * j, true);
+    ptx::wgmma_commit();
+    await<0>(acc);
+  }
+  if (threadIdx.x == 0 && blockIdx.x == 0) *cycles = clock64() - begin;
+  sink[threadIdx.x] = acc[0];
+}
+
+void bench_ring(const Buffer<std::uint8_t>& pool) {
+  cudaEvent_t begin, end;
+  cudaEventCreate(&begin);
+  cudaEventCreate(&end);
+  const int shapes[][2] = {{4, 8448}, {8, 8448}, {16, 8448}, {4, 16896}, {8, 16896}, {12, 16896}};
+  for (const auto& [stages, bytes] : shapes) {
+    const int shared = static_cast<int>(sizeof(RingShared)) + stages * bytes;
+    SLUICE_CUDA_CHECK(
+        cudaFuncSetAttribute(ring_kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared));
+    const int chunks = static_cast<int>(pool.size / 132 / bytes);
+    std::vector<float> ms(9);
+    for (float& t : ms) {
+      cudaEventRecord(begin);
+      ring_kernel<<<132, 64, shared>>>(pool.data, stages, bytes, chunks);
+      cudaEventRecord(end);
+      SLUICE_CUDA_CHECK(cudaEventSynchronize(end));
+      cudaEventElapsedTime(&t, begin, end);
+    }
+    std::sort(ms.begin(), ms.end());
+    std::printf("ring %2d x %5d B: %7.1f us, %5.0f GB/s\n", stages, bytes, ms[4] * 1e3,
+                132.0 * chunks * bytes / ms[4] * 1e-6);
+  }
+}
+
+template <int N>
+void bench_wgmma(long long* cycles, float* sink) {
+  std::printf("wgmma m64n%-3dk32 x 4, 1 / 2 / 4 warpgroups per SM:", N);
+  for (const int groups : {1, 2, 4}) {
+    wgmma_kernel<N><<<132, 128 * groups, 16384>>>(cycles, sink);
+    long long c = 0;
+    SLUICE_CUDA_CHECK(cudaMemcpy(&c, cycles, 8, cudaMemcpyDeviceToHost));
+    std::printf(" %5.0f", static_cast<double>(c) / kRepeats);
+  }
+  std::printf(" cycles\n");
+}
+
+/// What a warpgroup that does not multiply runs.
+enum class Alu { kPromote, kWiden, kLoad };
+
+template <Alu Kind>
+__device__ __forceinline__ void run_alu(float (&acc)[32], float (&sum)[32], float (&xs)[16],
+                                        std::uint32_t (&w)[8], const float* shared) {
+  if constexpr (Kind == Alu::kPromote) {
+#pragma unroll
+    for (int i = 0; i < 32; ++i)
+      sum[i] = __fmaf_rn(__fmul_rn(acc[i], xs[i / 2 % 2]), xs[i / 4 * 2 + i % 2], sum[i]);
+#pragma unroll
+    for (int i = 0; i < 32; ++i) acc[i] = __int_as_float(__float_as_int(acc[i]) ^ 1);
+  } else if constexpr (Kind == Alu::kWiden) {
+#pragma unroll
+    for (int i = 0; i < 32; ++i) w[i % 8] = __funnelshift_r(w[i % 8], w[i % 8], 4) & 0xf7f7f7f7u;
+  } else {
+#pragma unroll
+    for (int i = 0; i < 8; ++i) {
+      float x, y;
+      asm volatile("ld.volatile.shared.v2.f32 {%0, %1}, [%2];"
+                   : "=f"(x), "=f"(y)
+                   : "r"(ptx::shared_address(shared + 8 * i + threadIdx.x % 4 * 2)));
+      xs[i] += x;
+      xs[8 + i] += y;
+    }
+  }
+}
+
+/// Warpgroups below `tensor` multiply, the others run `Kind`; cycles of each.
+template <int N, Alu Kind>
+__global__ void __launch_bounds__(512, 1) mix_kernel(int tensor, long long* cycles, float* sink) {
+  constexpr int kRounds = 256, kAluRounds = 8 * kRounds;
+  extern __shared__ __align__(1024) std::uint8_t raw[];
+  for (int i = threadIdx.x; i < 128 * 128; i += blockDim.x) raw[i] = hash(i) & 0x77;
+  ptx::fence_proxy_async();
+  __syncthreads();
+  const int warpgroup = threadIdx.x / 128;
+  float result = 0.0f;
+  const long long begin = clock64();
+  if (warpgroup < tensor) {
+    float acc[N / 2];
+    clear(acc);
+    Fragments f;
+    for (int i = 0; i < 16; ++i) f.a[i / 4][i % 4] = hash(threadIdx.x * 16 + i) & 0x87878787u;
+    const std::uint32_t x = ptx::smem_descriptor(ptx::shared_address(raw));
+#pragma unroll 1
+    for (int i = 0; i < kRounds; ++i) {
+      ptx::wgmma_fence();
+#pragma unroll
+      for (int j = 0; j < 16; ++j) ptx::wgmma_m64k32(acc, f.a[j % 4], x + 2 * (j % 4), true);
+      ptx::wgmma_commit();
+      await<0>(acc);
+    }
+    result = acc[0];
+  } else {
+    float acc[32], sum[32], xs[16];
+    std::uint32_t w[8];
+    for (int i = 0; i < 32; ++i) acc[i] = threadIdx.x * 1e-3f + i, sum[i] = i;
+    for (int i = 0; i < 16; ++i) xs[i] = 1.0f + threadIdx.x * 1e-7f * i, w[i / 2] = hash(i);
+#pragma unroll 1
+    for (int i = 0; i < kAluRounds; ++i)
+      run_alu<Kind>(acc, sum, xs, w, reinterpret_cast<const float*>(raw));
+    for (int i = 0; i < 32; ++i) result += acc[i] + sum[i];
+    for (int i = 0; i < 16; ++i) result += xs[i] + w[i / 2];
+  }
+  if (threadIdx.x % 128 == 0 && blockIdx.x == 0) {
+    cycles[warpgroup] = (clock64() - begin) / (warpgroup < tensor ? kRounds : kAluRounds);
+  }
+  sink[threadIdx.x] = result;
+}
+
+template <int N, Alu Kind>
+void bench_mix(const char* name, long long* cycles, float* sink) {
+  std::printf("mix N %3d, %-26s", N, name);
+  for (const auto& [tensor, alu] : {std::pair{2, 0}, {0, 1}, {0, 2}, {1, 1}, {2, 1}, {2, 2}}) {
+    mix_kernel<N, Kind><<<132, 128 * (tensor + alu), 16384>>>(tensor, cycles, sink);
+    long long c[4] = {};
+    SLUICE_CUDA_CHECK(cudaMemcpy(c, cycles, sizeof(c), cudaMemcpyDeviceToHost));
+    std::printf("  %d+%d:", tensor, alu);
+    if (tensor > 0) std::printf(" %lld", c[0] / 16);
+    if (alu > 0) std::printf(" /%lld", c[tensor]);
+  }
+  std::printf("\n");
+}
+
+void bench_all() {
+  Buffer<std::uint8_t> pool(std::size_t{480} << 20);
+  random_codes<<<1024, 256>>>(pool.data, pool.size, 9, false, Data::kUniform);
+  SLUICE_CUDA_CHECK(cudaDeviceSynchronize());
+  bench_ring(pool);
+  Buffer<long long> cycles(4);
+  Buffer<float> sink(1024);
+  bench_wgmma<8>(cycles.data, sink.data);
+  bench_wgmma<16>(cycles.data, sink.data);
+  bench_wgmma<32>(cycles.data, sink.data);
+  bench_wgmma<64>(cycles.data, sink.data);
+  bench_wgmma<128>(cycles.data, sink.data);
+  std::printf("mix: T + A warpgroups multiply + run others; cycles of a wgmma / of a round\n");
+  bench_mix<64, Alu::kPromote>("32 fmul + 32 fma + 32 xor", cycles.data, sink.data);
+  bench_mix<128, Alu::kPromote>("32 fmul + 32 fma + 32 xor", cycles.data, sink.data);
+  bench_mix<128, Alu::kWiden>("32 shift + 32 and", cycles.data, sink.data);
+  bench_mix<128, Alu::kLoad>("8 8-byte loads + 16 fadd", cycles.data, sink.data);
+}
+
+}  // namespace
+}  // namespace sluice::cuda::bench
+
+int main() {
+  try {
+    sluice::cuda::bench::bench_all();
+  } catch (const std::exception& e) {
+    std::printf("error: %s\n", e.what());
+    return 1;
+  }
+  return 0;
+}

@@ -1,0 +1,311 @@
+// The float64 layer. Plain loops over one token at a time; every quantity carries its error bound.
+#include "sluice/lab/reference.h"
+
+#include <algorithm>
+#include <cmath>
+#include <limits>
+
+#include "core/fail.h"
+#include "quant/row_cast.h"
+#include "sluice/quant.h"
+
+namespace sluice {
+namespace {
+
+constexpr double kBf16HalfUlp = 0x1p-8;  // Largest relative error of rounding to bf16.
+constexpr double kF32Slack = 0x1p-22;    // A few float32 roundings, relative.
+constexpr double kSiluSlope = 1.1;       // max |d silu(x) / dx| = 1.0998 at x = 2.4.
+
+/// A number known up to +-error.
+struct Interval {
+  double value = 0, error = 0;
+};
+
+/// Values a quantized vector takes, and by how much each may differ from ours.
+struct QuantizedVector {
+  std::vector<double> value, deviation;
+};
+
+double scale_at(const Int4Matrix& m, std::int64_t n, std::int64_t g) {
+  const std::int64_t i = n * m.scales.dim(1) + g;
+  return m.scales.dtype == DType::kFloat32 ? m.scales.as<float>()[i]
+                                           : bf16_to_float(m.scales.as<std::uint16_t>()[i]);
+}
+
+constexpr std::int64_t kAlignedProducts = 32;  // Of one step; see ErrorModel::alignment.
+constexpr double kMaxCode = 8;                 // Of an int4 weight.
+
+/// Largest |v| + deviation of each step of 32.
+std::vector<double> step_peaks(const QuantizedVector& v) {
+  std::vector<double> peaks(v.value.size() / kAlignedProducts, 0.0);
+  for (std::size_t k = 0; k < v.value.size(); ++k) {
+    double& peak = peaks[k / kAlignedProducts];
+    peak = std::max(peak, std::fabs(v.value[k]) + v.deviation[k]);
+  }
+  return peaks;
+}
+
+/// What aligning may lose: the sum of independent parts of known sign, each from nothing to a known
+/// size.
+struct AlignmentLoss {
+  double most = 0;     ///< All parts whole and of one sign.
+  double mean = 0;     ///< All parts half.
+  double squares = 0;  ///< Of the parts' widths.
+
+  void add(double size, double sign) {
+    most += size;
+    mean += 0.5 * sign * size;
+    squares += sign == 0 ? 4 * size * size : size * size;
+  }
+};
+
+/// In one group of row `codes`, from k = begin on, in units of the weights' scale. The cut of a
+/// step is at most `cut`:
+///  - the running sum loses less than `cut` when it is aligned, the new one when it is shortened;
+///  - a product is a multiple of the lowest bit of v, which is more than |v| / 16: where that is
+///    not below the cut, nothing is lost; elsewhere no more than the cut, nor than the product.
+AlignmentLoss alignment_loss(const std::uint8_t* codes, std::int64_t begin, std::int64_t size,
+                             const QuantizedVector& v, const std::vector<double>& peaks,
+                             double alignment) {
+  AlignmentLoss loss;
+  double sum = 0, slack = 0;  // Running sum; what flipped codes may change of it.
+  const auto sign_of_sum = [&] {
+    return std::fabs(sum) <= slack + loss.most ? 0.0 : std::copysign(1.0, sum);
+  };
+  for (std::int64_t step = begin; step < begin + size; step += kAlignedProducts) {
+    const double peak = peaks[static_cast<std::size_t>(step / kAlignedProducts)];
+    const double before = std::fabs(sum) + slack + loss.most;
+    const double cut = alignment * std::max(kMaxCode * peak, before);
+    loss.add(std::min(cut, before), sign_of_sum());
+    for (std::int64_t k = step; k < step + kAlignedProducts; ++k) {
+      const auto i = static_cast<std::size_t>(k);
+      const double w = unpack_int4(codes, k), product = w * v.value[i];
+      const double magnitude = std::fabs(v.value[i]), deviation = v.deviation[i];
+      sum += product;
+      slack += std::fabs(w) * deviation;
+      if (w != 0 && magnitude - deviation < 16 * cut) {
+        loss.add(std::min(cut, std::fabs(w) * (magnitude + deviation)),
+                 deviation >= magnitude ? 0.0 : std::copysign(1.0, product));
+      }
+    }
+    loss.add(alignment * (std::fabs(sum) + slack + loss.most), sign_of_sum());
+  }
+  return loss;
+}
+
+/// Bounds the loss of a row: parts are independent, so by Hoeffding's inequality their sum strays
+/// from its mean by more than kHoeffding times the root sum square of their widths with a
+/// probability below 1e-12. Of each group's mean an unknown share counts, as `cut` is an upper
+/// limit.
+class RowLoss {
+ public:
+  void add(const AlignmentLoss& group, double scale) {
+    most_ += scale * group.most;
+    mean_ += scale * group.mean;
+    squares_ += scale * scale * group.squares;
+    mean_squares_ += scale * scale * group.mean * group.mean;
+  }
+  [[nodiscard]] double bound() const {
+    constexpr double kHoeffding = 3.77;  // sqrt(ln(2e12) / 2)
+    return std::min(
+        most_, std::fabs(mean_) + kHoeffding * (std::sqrt(squares_) + std::sqrt(mean_squares_)));
+  }
+
+ private:
+  double most_ = 0, mean_ = 0, squares_ = 0, mean_squares_ = 0;
+};
+
+/// out[n] = sum_k w[n, k] * v[k], with what `model` allows and sum |w| deviation as its error.
+std::vector<Interval> multiply(const Int4Matrix& m, const QuantizedVector& v,
+                               const ErrorModel& model) {
+  const std::int64_t num_groups = m.k() / m.group_size;
+  std::vector<Interval> out(static_cast<std::size_t>(m.n()));
+  const std::vector<double> peaks = step_peaks(v);
+  for (std::int64_t n = 0; n < m.n(); ++n) {
+    const std::uint8_t* codes = m.codes.as<std::uint8_t>() + n * m.codes.dim(1);
+    double sum = 0, magnitude = 0, flips = 0;
+    RowLoss lost;
+    for (std::int64_t g = 0; g < num_groups; ++g) {
+      double group_sum = 0, group_magnitude = 0, group_flips = 0;
+      for (std::int64_t k = g * m.group_size; k < (g + 1) * m.group_size; ++k) {
+        const double w = unpack_int4(codes, k);
+        const double product = w * v.value[static_cast<std::size_t>(k)];
+        group_sum += product;
+        group_magnitude += std::fabs(product);
+        group_flips += std::fabs(w) * v.deviation[static_cast<std::size_t>(k)];
+      }
+      const double scale = scale_at(m, n, g);
+      sum += scale * group_sum;
+      magnitude += scale * group_magnitude;
+      flips += scale * group_flips;
+      if (model.alignment > 0) {
+        lost.add(alignment_loss(codes, g * m.group_size, m.group_size, v, peaks, model.alignment),
+                 scale);
+      }
+    }
+    out[static_cast<std::size_t>(n)] = {sum, model.accumulation * magnitude + lost.bound() + flips};
+  }
+  return out;
+}
+
+/// GEMM1's input: x after the recipe's casts, by the scalar formats. Known exactly.
+QuantizedVector gemm1_input(const std::uint16_t* x, std::size_t hidden, const LayerRecipe& recipe) {
+  std::vector<float> values(hidden);
+  for (std::size_t i = 0; i < hidden; ++i) values[i] = bf16_to_float(x[i]);
+  CastRow row;
+  for (const Cast cast : gemm1_casts(recipe)) {
+    row = cast_row(cast, values, recipe.s1);
+    values = row.values();
+  }
+  QuantizedVector v{std::vector<double>(hidden), std::vector<double>(hidden, 0.0)};
+  for (std::size_t i = 0; i < hidden; ++i) {
+    v.value[i] = static_cast<double>(e4m3_to_float(row.codes[i])) * row.scale_of(i);
+  }
+  return v;
+}
+
+double round_e4m3(double t) {
+  return e4m3_to_float(e4m3_from_float(static_cast<float>(t)));
+}
+
+/// Quantizes h when each element is known up to its error and the scale lies in [lo, hi].
+void quantize_interval(std::span<const Interval> h, double scale, double scale_lo, double scale_hi,
+                       double* value, double* deviation) {
+  for (std::size_t i = 0; i < h.size(); ++i) {
+    const double nominal = round_e4m3(h[i].value / scale) * scale;
+    const double lo = h[i].value - h[i].error, hi = h[i].value + h[i].error;
+    double t_lo = lo / (lo >= 0 ? scale_hi : scale_lo), t_hi = hi / (hi >= 0 ? scale_lo : scale_hi);
+    t_lo -= std::fabs(t_lo) * kF32Slack, t_hi += std::fabs(t_hi) * kF32Slack;
+    const double c_lo = round_e4m3(t_lo), c_hi = round_e4m3(t_hi);
+    const double v_lo = c_lo * (c_lo >= 0 ? scale_lo : scale_hi);
+    const double v_hi = c_hi * (c_hi >= 0 ? scale_hi : scale_lo);
+    value[i] = nominal;
+    deviation[i] = std::max(v_hi - nominal, nominal - v_lo);
+  }
+}
+
+/// h with one scale for each 128 channels, which h's errors make uncertain, too.
+QuantizedVector quantize_groups(const std::vector<Interval>& h) {
+  QuantizedVector v{std::vector<double>(h.size()), std::vector<double>(h.size())};
+  for (std::size_t begin = 0; begin < h.size(); begin += kActivationGroup) {
+    const auto group = std::span(h).subspan(begin, kActivationGroup);
+    double amax = kMinGroupAmax, lo = kMinGroupAmax, hi = kMinGroupAmax;
+    for (const Interval& e : group) {
+      amax = std::max(amax, std::fabs(e.value));
+      lo = std::max(lo, std::fabs(e.value) - e.error);
+      hi = std::max(hi, std::fabs(e.value) + e.error);
+    }
+    quantize_interval(group, amax / kE4m3Max, lo / kE4m3Max * (1 - kF32Slack),
+                      hi / kE4m3Max * (1 + kF32Slack), &v.value[begin], &v.deviation[begin]);
+  }
+  return v;
+}
+
+/// GEMM2's input from h by the recipe's cast.
+QuantizedVector gemm2_input(const std::vector<Interval>& h, const LayerRecipe& recipe) {
+  switch (recipe.gemm2) {
+    case Cast::kNone:
+    case Cast::kGroupPow2:
+      break;
+    case Cast::kGroup:
+      return quantize_groups(h);
+    case Cast::kStatic:
+    case Cast::kStaticPow2: {
+      QuantizedVector v{std::vector<double>(h.size()), std::vector<double>(h.size())};
+      const double s = recipe.s2;
+      quantize_interval(h, s, s, s, v.value.data(), v.deviation.data());
+      return v;
+    }
+  }
+  fail(ErrorCode::kUnsupported, "the reference has no GEMM2 input by cast {}",
+       to_string(recipe.gemm2));
+}
+
+Interval swiglu_interval(const Interval& gate, const Interval& up) {
+  const double silu = gate.value / (1 + std::exp(-gate.value));
+  const double h = silu * up.value;
+  const double error = kSiluSlope * gate.error * (std::fabs(up.value) + up.error) +
+                       std::fabs(silu) * up.error + 4 * kF32Slack * std::fabs(h);
+  return {h, error};
+}
+
+}  // namespace
+
+LayerReference::LayerReference(ExpertWeights experts, LayerRecipe recipe,
+                               float routed_scaling_factor, ErrorModel model)
+    : experts_(std::move(experts)),
+      recipe_(recipe),
+      routed_scaling_factor_(routed_scaling_factor),
+      model_(model) {
+  check_argument(experts_.first_expert == 0,
+                 "the reference needs the layer's experts from 0, not {}", experts_.first_expert);
+  check_recipe(recipe_);
+}
+
+ReferenceRow LayerReference::row(const std::uint16_t* x, const std::int32_t* topk_idx,
+                                 const float* topk_weights, int num_topk) const {
+  const auto hidden = static_cast<std::size_t>(experts_.geometry.hidden);
+  const QuantizedVector a = gemm1_input(x, hidden, recipe_);
+  ReferenceRow row{std::vector<double>(hidden, 0.0), std::vector<double>(hidden, 0.0)};
+  std::vector<double> magnitude(hidden, 0.0);
+
+  for (int k = 0; k < num_topk; ++k) {
+    if (topk_idx[k] < 0) continue;
+    check_argument(static_cast<std::size_t>(topk_idx[k]) < experts_.experts.size(),
+                   "topk_idx {} but the reference holds {} experts", topk_idx[k],
+                   experts_.experts.size());
+    const Expert& expert = experts_.experts[static_cast<std::size_t>(topk_idx[k])];
+    const std::vector<Interval> gate = multiply(expert.gate, a, model_);
+    const std::vector<Interval> up = multiply(expert.up, a, model_);
+    std::vector<Interval> h(gate.size());
+    for (std::size_t i = 0; i < h.size(); ++i) h[i] = swiglu_interval(gate[i], up[i]);
+    const std::vector<Interval> c2 = multiply(expert.down, gemm2_input(h, recipe_), model_);
+
+    experts_.release_pages(
+        topk_idx[k]);  // A layer may be larger than memory; its tokens come one by one.
+
+    const double weight = static_cast<double>(topk_weights[k]) * routed_scaling_factor_;
+    for (std::size_t i = 0; i < hidden; ++i) {
+      const double error = c2[i].error + kBf16HalfUlp * (std::fabs(c2[i].value) + c2[i].error);
+      row.y[i] += weight * c2[i].value;
+      row.bound[i] += std::fabs(weight) * error;
+      magnitude[i] += std::fabs(weight) * (std::fabs(c2[i].value) + error);
+    }
+  }
+  for (std::size_t i = 0; i < hidden; ++i) {
+    row.bound[i] += kBf16HalfUlp * (std::fabs(row.y[i]) + row.bound[i]) +
+                    num_topk * 0x1p-23 * magnitude[i] + std::numeric_limits<float>::min();
+  }
+  return row;
+}
+
+void compare_row(const ReferenceRow& reference, const std::uint16_t* y, std::int64_t token,
+                 VerifyReport& report) {
+  // Relative L2 is kept as a running pair of sums of squares.
+  double error2 = report.relative_l2 * report.relative_l2 * report.sum_squares;
+  for (std::size_t i = 0; i < reference.y.size(); ++i) {
+    const double actual = bf16_to_float(y[i]);
+    const double expected = reference.y[i];
+    const double error = std::fabs(actual - expected);
+    // Written so that a NaN on one side only is wrong.
+    const bool both_nan = std::isnan(actual) && std::isnan(expected);
+    const double ratio = both_nan ? 0 : error / reference.bound[i];
+    const bool right = both_nan || error <= reference.bound[i];
+    report.num_wrong += right ? 0 : 1;
+    if (!(ratio <= report.worst_ratio) || report.worst_element < 0) {
+      report.worst_ratio = std::isnan(ratio) ? std::numeric_limits<double>::infinity() : ratio;
+      report.worst_token = token;
+      report.worst_element = static_cast<std::int64_t>(i);
+      report.worst_expected = expected;
+      report.worst_actual = actual;
+      report.worst_bound = reference.bound[i];
+    }
+    error2 += error * error;
+    report.sum_squares += expected * expected;
+  }
+  report.relative_l2 = report.sum_squares > 0 ? std::sqrt(error2 / report.sum_squares) : 0;
+  report.num_rows += 1;
+  report.num_elements += static_cast<std::int64_t>(reference.y.size());
+}
+
+}  // namespace sluice

@@ -1,0 +1,21 @@
+// text_table.h - a table for people, as lines of text.
+#pragma once
+
+#include <string>
+#include <vector>
+
+namespace sluice::report {
+
+/// First column left-aligned, the others right-aligned, two spaces between.
+class Table {
+ public:
+  explicit Table(std::vector<std::string> header);
+  void add(std::vector<std::string> row);
+  /// Lines with a rule under the header, each ending in a newline.
+  [[nodiscard]] std::string to_string() const;
+
+ private:
+  std::vector<std::vector<std::string>> rows_;
+};
+
+}  // namespace sluice::report
