@@ -230,6 +230,12 @@ LayerCheck check_layers(const Checkpoint& checkpoint) {
   return result;
 }
 
+/// "int4", or null for floats.
+nlohmann::ordered_json format_json(const Checkpoint& checkpoint) {
+  const std::optional<WeightFormat> format = checkpoint.weight_format();
+  return format ? nlohmann::ordered_json(to_string(*format)) : nlohmann::ordered_json();
+}
+
 nlohmann::ordered_json model_json(const Options& options, const Checkpoint& checkpoint,
                                   const LayerCheck& checked) {
   const ModelGeometry& g = checkpoint.geometry();
@@ -237,7 +243,8 @@ nlohmann::ordered_json model_json(const Options& options, const Checkpoint& chec
           {"directory", options.dir},
           {"format", checkpoint.format()},
           {"evidence", checkpoint.format_evidence()},
-          {"is_int4", checkpoint.is_int4()},
+          {"weight_format", format_json(checkpoint)},
+          {"activation", to_string(g.activation)},
           {"identity", fmt::format("{:016x}", checkpoint.identity())},
           {"model", g.name},
           {"num_experts", g.num_experts},
@@ -267,7 +274,7 @@ void inspect(const Options& options, Output& output) {
   const LayerCheck checked = check_layers(checkpoint);
   // A checkpoint with a layer that cannot be loaded is not in order.
   if (!checked.errors.empty()) output.exit_status = exit_status(ErrorCode::kCorruptFile);
-  if (!checkpoint.is_int4()) return inspect_floats(options, checkpoint, checked, output);
+  if (!checkpoint.weight_format()) return inspect_floats(options, checkpoint, checked, output);
   std::vector<LayerSample> samples;
   {
     ProgressLine line("reading " + options.dir);

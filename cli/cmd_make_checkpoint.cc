@@ -76,7 +76,7 @@ void make_checkpoint(const Options& options, Output& output) {
              checkpoint.format(), g.name, layer, checkpoint.moe_layers().back(), g.num_experts,
              g.num_topk, g.hidden, g.intermediate, spec.seed);
   if (scales) fmt::print("layer {}: s1 = {:.6g}, s2 = {:.6g}\n", layer, scales->s1, scales->s2);
-  if (!checkpoint.is_int4()) {
+  if (!checkpoint.weight_format()) {
     fmt::print("note: {} cannot be run; `sluice convert --scale ...` makes INT4 of it\n",
                checkpoint.format());
   } else if (options.pre_quant_scale) {

@@ -59,8 +59,10 @@ void import_matrix(const Matrix& matrix, MatrixNames names, std::array<std::int6
 }
 
 ExpertWeights weights_from_arrays(const Matrix& gate, const Matrix& up, const Matrix& down,
-                                  int group_size, std::optional<StaticScales> scales) {
-  if (group_size != 128 && group_size != 32) {
+                                  int group_size, std::optional<StaticScales> scales,
+                                  std::string_view weight_format, std::string_view activation) {
+  const WeightFormat format = parse_weight_format(weight_format);
+  if (!allows_group_size(format, group_size)) {
     throw Error(ErrorCode::kInvalidArgument,
                 fmt::format("group_size {} is not 128 or 32", group_size));
   }
@@ -81,9 +83,11 @@ ExpertWeights weights_from_arrays(const Matrix& gate, const Matrix& up, const Ma
                       .num_topk = 1,
                       .hidden = static_cast<int>(k),
                       .intermediate = static_cast<int>(n),
-                      .group_size = group_size};
+                      .group_size = group_size,
+                      .weight_format = format,
+                      .activation = parse_activation(activation)};
   const auto matrix = [&](std::size_t i, std::int64_t e) {
-    return Int4Matrix{expert_of(s[i].view, e), expert_of(s[i + 1].view, e), group_size};
+    return QuantMatrix{expert_of(s[i].view, e), expert_of(s[i + 1].view, e), group_size, format};
   };
   for (std::int64_t e = 0; e < num; ++e) {
     weights.experts.push_back({matrix(0, e), matrix(2, e), matrix(4, e)});
@@ -124,6 +128,12 @@ void bind_geometry(nb::module_& m) {
       .def_ro("intermediate", &ModelGeometry::intermediate, "Multiple of 128.")
       .def_ro("group_size", &ModelGeometry::group_size, "Weights that share a scale: 128 or 32.")
       .def_ro("routed_scaling_factor", &ModelGeometry::routed_scaling_factor, "Of config.json.")
+      .def_prop_ro(
+          "weight_format", [](const ModelGeometry& g) { return to_string(g.weight_format); },
+          "How the experts' weights are coded: 'int4'.")
+      .def_prop_ro(
+          "activation", [](const ModelGeometry& g) { return to_string(g.activation); },
+          "Function of gate and up: 'swiglu'.")
       .def("__repr__", [](const ModelGeometry& g) {
         return fmt::format(
             "<sluice.ModelGeometry {}: {} experts, top-{}, hidden {}, intermediate {}, group {}>",
@@ -139,20 +149,23 @@ void bind_weights(nb::module_& m) {
       .def_static(
           "from_arrays",
           [](const Matrix& gate, const Matrix& up, const Matrix& down, int group_size,
-             std::optional<float> s1, std::optional<float> s2) {
+             std::optional<float> s1, std::optional<float> s2, std::string_view weight_format,
+             std::string_view activation) {
             if (s1.has_value() != s2.has_value()) {
               throw Error(ErrorCode::kInvalidArgument, "s1 and s2: give both or neither");
             }
             return weights_from_arrays(gate, up, down, group_size,
-                                       s1 ? std::optional(StaticScales{*s1, *s2}) : std::nullopt);
+                                       s1 ? std::optional(StaticScales{*s1, *s2}) : std::nullopt,
+                                       weight_format, activation);
           },
           "gate"_a, "up"_a, "down"_a, nb::kw_only(), "group_size"_a = 128, "s1"_a = nb::none(),
-          "s2"_a = nb::none(),
+          "s2"_a = nb::none(), "weight_format"_a = "int4", "activation"_a = "swiglu",
           "Each matrix is a pair (codes, scales) in host memory, kept alive and not copied:\n"
           "codes [num_experts, n, k / 2] uint8 or int8, scales [num_experts, n, k / group_size]\n"
           "float32 or bfloat16. gate and up have n = intermediate and k = hidden, down the "
-          "reverse.\n\n"
-          "Raises Error: invalid_argument naming the matrix.")
+          "reverse.\nweight_format: 'int4'. activation: 'swiglu'.\n\n"
+          "Raises Error: invalid_argument naming the matrix; unsupported naming the format or the\n"
+          "activation that there is not.")
       .def_ro("layer", &ExpertWeights::layer, "Layer of the checkpoint.")
       .def_ro("first_expert", &ExpertWeights::first_expert, "Number of the first expert held.")
       .def_ro("geometry", &ExpertWeights::geometry, "Of the whole layer.")
@@ -174,7 +187,7 @@ void bind_weights(nb::module_& m) {
               throw Error(ErrorCode::kInvalidArgument,
                           fmt::format("matrix '{}' is not gate, up or down", name));
             }
-            const Int4Matrix& matrix = name == "gate" ? e.gate : name == "up" ? e.up : e.down;
+            const QuantMatrix& matrix = name == "gate" ? e.gate : name == "up" ? e.up : e.down;
             return nb::make_tuple(export_view(matrix.codes, self),
                                   export_view(matrix.scales, self));
           },

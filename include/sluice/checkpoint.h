@@ -18,8 +18,10 @@
 #include <string>
 #include <vector>
 
+#include "sluice/activation.h"
 #include "sluice/recipe.h"
 #include "sluice/tensor.h"
+#include "sluice/weight_format.h"
 
 namespace sluice {
 
@@ -32,25 +34,28 @@ struct ModelGeometry {
   int intermediate = 0;  ///< Multiple of 128.
   int group_size = 128;  ///< Weights per scale along K: 128 or 32.
   float routed_scaling_factor = 1.0f;
+  WeightFormat weight_format = WeightFormat::kInt4;  ///< Of gate, up and down.
+  ActivationFn activation = {};                      ///< Of gate and up.
 };
 
 /// tiny, r1-slice, r1-layer, kimi-k2, qwen3-235b, qwen3-30b. Throws: kInvalidArgument listing them.
 [[nodiscard]] ModelGeometry preset_geometry(const std::string& name);
 [[nodiscard]] std::vector<std::string> preset_names();
 
-/// One weight matrix of one expert: w[n, k] = codes[n, k] * scales[n, k / group_size].
-struct Int4Matrix {
+/// One weight matrix of one expert: w[n, k] = value of codes[n, k] * scales[n, k / group_size].
+struct QuantMatrix {
   TensorView codes;   ///< [N, K / 2] packed_int4, signed, even k in the low nibble.
   TensorView scales;  ///< [N, K / group_size] float32 or bfloat16, finite, > 0.
   int group_size = 128;
+  WeightFormat format = WeightFormat::kInt4;
   [[nodiscard]] std::int64_t n() const noexcept { return codes.dim(0); }
   [[nodiscard]] std::int64_t k() const noexcept { return codes.dim(1) * 2; }
 };
 
 struct Expert {
-  Int4Matrix gate;  ///< [intermediate, hidden]
-  Int4Matrix up;    ///< [intermediate, hidden]
-  Int4Matrix down;  ///< [hidden, intermediate]
+  QuantMatrix gate;  ///< [intermediate, hidden]
+  QuantMatrix up;    ///< [intermediate, hidden]
+  QuantMatrix down;  ///< [hidden, intermediate]
 };
 
 /// Experts [first_expert, first_expert + experts.size()) of one layer. Views point into `storage`
@@ -98,8 +103,8 @@ class Checkpoint {
   /// "w4afp8", "compressed-tensors", "angelslim", "modelopt-w4a8-awq", "fp8-block" or "bf16".
   [[nodiscard]] std::string format() const;
   [[nodiscard]] const std::string& format_evidence() const noexcept;  ///< Why we think so.
-  /// False for fp8-block and bf16: such experts can be converted, but not loaded.
-  [[nodiscard]] bool is_int4() const noexcept;
+  /// Empty for fp8-block and bf16: such experts can be converted, but not loaded.
+  [[nodiscard]] std::optional<WeightFormat> weight_format() const noexcept;
   [[nodiscard]] const ModelGeometry& geometry() const noexcept;
   /// Layers that hold routed experts, ascending.
   [[nodiscard]] const std::vector<int>& moe_layers() const noexcept;

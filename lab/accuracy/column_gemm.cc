@@ -63,7 +63,7 @@ Tile<T> best_tile() {
   return tile_baseline<T>;
 }
 
-float scale_at(const Int4Matrix& m, std::int64_t n, std::int64_t g) {
+float scale_at(const QuantMatrix& m, std::int64_t n, std::int64_t g) {
   const std::int64_t i = n * m.scales.dim(1) + g;
   return m.scales.dtype == DType::kFloat32 ? m.scales.as<float>()[i]
                                            : bf16_to_float(m.scales.as<std::uint16_t>()[i]);
@@ -74,7 +74,7 @@ float scale_at(const Int4Matrix& m, std::int64_t n, std::int64_t g) {
 template <class T>
 void unpack(const SourceMatrix& matrix, bool original, std::int64_t n, int rows, int k, int size,
             T* out) {
-  const Int4Matrix& m = matrix.quantized;
+  const QuantMatrix& m = matrix.quantized;
   for (int r = 0; r < rows; ++r) {
     T* const to = out + r / kTileN * size * kTileN + r % kTileN;
     const std::int64_t row = std::min(n + r, m.n() - 1);
@@ -83,7 +83,8 @@ void unpack(const SourceMatrix& matrix, bool original, std::int64_t n, int rows,
       for (int i = 0; i < size; ++i) to[i * kTileN] = static_cast<T>(from[i]);
     } else {
       const std::uint8_t* const codes = m.codes.as<std::uint8_t>() + row * m.codes.dim(1);
-      for (int i = 0; i < size; ++i) to[i * kTileN] = static_cast<T>(unpack_int4(codes, k + i));
+      for (int i = 0; i < size; ++i)
+        to[i * kTileN] = static_cast<T>(code_value(m.format, codes, k + i));
     }
   }
 }
@@ -93,7 +94,7 @@ template <class T>
 void multiply_block(const SourceMatrix& matrix, bool original, const Columns<T>& in, double* out,
                     std::int64_t n, Tile<T> tile) {
   constexpr int kPanel = Columns<T>::kPanel;
-  const Int4Matrix& m = matrix.quantized;
+  const QuantMatrix& m = matrix.quantized;
   const int size = original ? kActivationGroup : m.group_size;
   const auto rows = static_cast<int>(std::min<std::int64_t>(kBlockN, m.n() - n));
   const int padded_rows = (rows + kTileN - 1) / kTileN * kTileN;

@@ -20,18 +20,24 @@ void fill_column(Columns<T>& columns, int column, const Gemm1Row& row) {
   columns.set_scales(column, row.scales);
 }
 
-double silu_times(double gate, double up) {
-  return gate / (1 + std::exp(-gate)) * up;
+/// activate() in float64.
+double activate_exact(const ActivationFn& fn, double gate, double up) {
+  switch (fn.kind) {
+    case ActivationKind::kSwiglu:
+      return gate / (1 + std::exp(-gate)) * up;
+  }
+  fail(ErrorCode::kInternal, "activation {} does not exist", static_cast<int>(fn.kind));
 }
 
 /// h of `count` elements, as the arithmetic of T has it.
 template <class T>
-void activate(const double* gate, const double* up, std::size_t count, double* h) {
+void activate_all(const ActivationFn& fn, const double* gate, const double* up, std::size_t count,
+                  double* h) {
   for (std::size_t i = 0; i < count; ++i) {
     if constexpr (std::is_same_v<T, float>) {
-      h[i] = swiglu(static_cast<float>(gate[i]), static_cast<float>(up[i]));
+      h[i] = activate(fn, static_cast<float>(gate[i]), static_cast<float>(up[i]));
     } else {
-      h[i] = silu_times(gate[i], up[i]);
+      h[i] = activate_exact(fn, gate[i], up[i]);
     }
   }
 }
@@ -113,8 +119,8 @@ void Evaluator::gemm1_of_expert(int expert, const std::vector<Gemm1Variant>& var
   multiply(up, original, columns, c_up.data(), *pool_);
   const std::size_t block = static_cast<std::size_t>(num_rows) * width;
   for (std::size_t v = 0; v < variants.size(); ++v) {
-    activate<T>(&c_gate[v * block], &c_up[v * block], block,
-                &h_.at(variants[v])[static_cast<std::size_t>(begin) * width]);
+    activate_all<T>(source_->geometry().activation, &c_gate[v * block], &c_up[v * block], block,
+                    &h_.at(variants[v])[static_cast<std::size_t>(begin) * width]);
   }
 }
 

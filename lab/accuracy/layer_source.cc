@@ -30,7 +30,7 @@ struct MatrixMemory {
   std::shared_ptr<const void> owner;
 };
 
-SourceMatrix as_source(std::shared_ptr<MatrixMemory> memory, const Int4Matrix& quantized) {
+SourceMatrix as_source(std::shared_ptr<MatrixMemory> memory, const QuantMatrix& quantized) {
   const float* original = memory->original.data();
   return {.quantized = quantized, .original = original, .storage = std::move(memory)};
 }
@@ -69,9 +69,10 @@ class SyntheticSource final : public LayerSource {
         fill_group(rng, g, deviation, *memory);
       }
     });
-    const Int4Matrix quantized{.codes = {memory->codes.data(), DType::kPackedInt4, Shape{n, k / 2}},
-                               .scales = {memory->scales.data(), DType::kFloat32, Shape{n, groups}},
-                               .group_size = geometry_.group_size};
+    const QuantMatrix quantized{
+        .codes = {memory->codes.data(), DType::kPackedInt4, Shape{n, k / 2}},
+        .scales = {memory->scales.data(), DType::kFloat32, Shape{n, groups}},
+        .group_size = geometry_.group_size};
     return as_source(std::move(memory), quantized);
   }
 
@@ -131,9 +132,9 @@ class CheckpointSource final : public LayerSource {
 
   [[nodiscard]] SourceMatrix matrix(int expert, MatrixRole role) const override {
     const Expert& e = weights_.experts[static_cast<std::size_t>(expert)];
-    const Int4Matrix& m = role == MatrixRole::kGate ? e.gate
-                          : role == MatrixRole::kUp ? e.up
-                                                    : e.down;
+    const QuantMatrix& m = role == MatrixRole::kGate ? e.gate
+                           : role == MatrixRole::kUp ? e.up
+                                                     : e.down;
     auto memory = std::make_shared<MatrixMemory>();
     memory->owner = weights_.storage;
     memory->original.resize(static_cast<std::size_t>(m.n() * m.k()));
@@ -150,7 +151,8 @@ class CheckpointSource final : public LayerSource {
                                 ? m.scales.as<float>()[s]
                                 : bf16_to_float(m.scales.as<std::uint16_t>()[s]);
         const auto i = static_cast<std::uint64_t>(n * m.k() + k);
-        memory->original[i] = value_in_cell(unpack_int4(codes, k), rng.uniform(i)) * scale;
+        memory->original[i] =
+            value_in_cell(static_cast<int>(code_value(m.format, codes, k)), rng.uniform(i)) * scale;
       }
     });
     return as_source(std::move(memory), m);

@@ -40,9 +40,9 @@ class Carver {
   std::byte* at_;
 };
 
-Int4Matrix random_matrix(std::int64_t n, std::int64_t k, int group_size, DType scale_dtype,
-                         std::uint64_t seed, std::uint64_t stream, CodeRange range,
-                         Carver& memory) {
+QuantMatrix random_matrix(std::int64_t n, std::int64_t k, int group_size, DType scale_dtype,
+                          std::uint64_t seed, std::uint64_t stream, CodeRange range,
+                          Carver& memory) {
   const CounterRng code_rng(seed, 2 * stream), scale_rng(seed, 2 * stream + 1);
   const std::int64_t code_bytes = n * k / 2, num_scales = n * (k / group_size);
   std::byte* codes = memory.take(static_cast<std::size_t>(code_bytes));

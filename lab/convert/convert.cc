@@ -254,7 +254,7 @@ Expert Converter::exact_expert(const OutputJob& job, ExpertStorage& storage) con
   Expert expert = source_.load_expert(job.layer, job.expert, storage);
   const auto layouts = matrix_layouts(source_.geometry());
   std::size_t i = 0;
-  for (Int4Matrix* matrix : {&expert.gate, &expert.up, &expert.down}) {
+  for (QuantMatrix* matrix : {&expert.gate, &expert.up, &expert.down}) {
     const std::string name = fmt::format("{}: {}", source_.dir.string(),
                                          tensor_name(job.layer, job.expert, layouts[i++].stem()));
     matrix->scales = exact_scales(matrix->scales, resolved_.spec.scale_dtype, name, storage);
@@ -264,7 +264,7 @@ Expert Converter::exact_expert(const OutputJob& job, ExpertStorage& storage) con
 
 Expert Converter::quantized_expert(const OutputJob& job) {
   const int group = resolved_.rule->group_size;
-  std::array<Int4Matrix, 3> views;
+  std::array<QuantMatrix, 3> views;
   std::size_t i = 0;
   for (const MatrixLayout& layout : matrix_layouts(source_.geometry())) {
     const auto count = static_cast<std::size_t>(layout.n * layout.k);

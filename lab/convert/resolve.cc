@@ -65,7 +65,7 @@ void resolve_numbers(const ConvertOptions& options, const CheckpointData& source
         *options.scale_dtype == DType::kFloat32 || *options.scale_dtype == DType::kBFloat16,
         "scale_dtype {} is neither float32 nor bfloat16", to_string(*options.scale_dtype));
   }
-  if (!source.format->is_int4()) {
+  if (!source.format->weight_format()) {
     check_argument(options.scale_rule.has_value(),
                    "the source is {}: quantizing it needs a scale rule (amax7, amax8 or mse)",
                    format);

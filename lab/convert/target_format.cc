@@ -14,7 +14,7 @@ const char* scale_dtype_name(const TargetSpec& spec) {
   return spec.scale_dtype == DType::kBFloat16 ? "BF16" : "F32";
 }
 
-const Int4Matrix& matrix_of(const Expert& expert, std::size_t index) {
+const QuantMatrix& matrix_of(const Expert& expert, std::size_t index) {
   return index == 0 ? expert.gate : index == 1 ? expert.up : expert.down;
 }
 
@@ -73,7 +73,7 @@ class W4afp8Target final : public TargetFormat {
                                              const Expert& expert,
                                              const InputScales& inputs) const override {
     if (index >= 6) return bytes_of(std::vector<float>{input_scale_of(inputs, index - 6)});
-    const Int4Matrix& matrix = matrix_of(expert, index / 2);
+    const QuantMatrix& matrix = matrix_of(expert, index / 2);
     return copy_of(index % 2 == 0 ? matrix.codes : matrix.scales);
   }
 
@@ -113,7 +113,7 @@ class CompressedTensorsTarget final : public TargetFormat {
                                              const Expert& expert,
                                              const InputScales& inputs) const override {
     if (index >= 9) return bytes_of(std::vector<float>{input_scale_of(inputs, index - 9)});
-    const Int4Matrix& matrix = matrix_of(expert, index / 3);
+    const QuantMatrix& matrix = matrix_of(expert, index / 3);
     switch (index % 3) {
       case 0:
         return words(matrix);
@@ -158,7 +158,7 @@ class CompressedTensorsTarget final : public TargetFormat {
 
  private:
   /// Eight codes of a row to a word: q + 8 at bits 4 i.
-  static std::vector<std::byte> words(const Int4Matrix& matrix) {
+  static std::vector<std::byte> words(const QuantMatrix& matrix) {
     const auto* codes = matrix.codes.as<std::uint8_t>();
     std::vector<std::uint32_t> out(matrix.codes.bytes() / 4);
     for (std::size_t w = 0; w < out.size(); ++w) {

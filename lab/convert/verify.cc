@@ -15,13 +15,13 @@ namespace {
 
 constexpr std::int64_t kRowsPerTask = 16;
 
-float scale_at(const Int4Matrix& m, std::int64_t n, std::int64_t k) {
+float scale_at(const QuantMatrix& m, std::int64_t n, std::int64_t k) {
   const std::int64_t i = n * m.scales.dim(1) + k / m.group_size;
   return m.scales.dtype == DType::kFloat32 ? m.scales.as<float>()[i]
                                            : bf16_to_float(m.scales.as<std::uint16_t>()[i]);
 }
 
-std::array<const Int4Matrix*, 3> matrices_of(const Expert& expert) {
+std::array<const QuantMatrix*, 3> matrices_of(const Expert& expert) {
   return {&expert.gate, &expert.up, &expert.down};
 }
 
@@ -89,7 +89,7 @@ class Verifier {
     });
   }
 
-  void check_exact(const MatrixLayout& layout, const Int4Matrix& given, const Int4Matrix& made) {
+  void check_exact(const MatrixLayout& layout, const QuantMatrix& given, const QuantMatrix& made) {
     SLUICE_ASSERT(given.group_size == made.group_size);
     const std::int64_t group = given.group_size;
     const auto* a = given.codes.as<std::uint8_t>();
@@ -109,9 +109,9 @@ class Verifier {
     result_so_far_.weights_compared += layout.n * layout.k;
   }
 
-  void check_weight(const MatrixLayout& layout, const Int4Matrix& given, const Int4Matrix& made,
+  void check_weight(const MatrixLayout& layout, const QuantMatrix& given, const QuantMatrix& made,
                     std::int64_t n, std::int64_t k) const {
-    const auto value = [&](const Int4Matrix& m) {
+    const auto value = [&](const QuantMatrix& m) {
       const int code = unpack_int4(m.codes.as<std::uint8_t>(), n * layout.k + k);
       return static_cast<float>(code) * scale_at(m, n, k);
     };
@@ -121,7 +121,7 @@ class Verifier {
          weight_name(layer_, expert_, layout, n, k), a, b);
   }
 
-  void check_rounded(const MatrixLayout& layout, const Int4Matrix& made) {
+  void check_rounded(const MatrixLayout& layout, const QuantMatrix& made) {
     // Sums of whole rows in order: the same bits however many threads there are.
     std::vector<double> errors(static_cast<std::size_t>(layout.n)), squares(errors.size());
     for_each_row(layout.n, [&](std::int64_t n) {

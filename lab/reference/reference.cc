@@ -26,14 +26,13 @@ struct QuantizedVector {
   std::vector<double> value, deviation;
 };
 
-double scale_at(const Int4Matrix& m, std::int64_t n, std::int64_t g) {
+double scale_at(const QuantMatrix& m, std::int64_t n, std::int64_t g) {
   const std::int64_t i = n * m.scales.dim(1) + g;
   return m.scales.dtype == DType::kFloat32 ? m.scales.as<float>()[i]
                                            : bf16_to_float(m.scales.as<std::uint16_t>()[i]);
 }
 
 constexpr std::int64_t kAlignedProducts = 32;  // Of one step; see ErrorModel::alignment.
-constexpr double kMaxCode = 8;                 // Of an int4 weight.
 
 /// Largest |v| + deviation of each step of 32.
 std::vector<double> step_peaks(const QuantizedVector& v) {
@@ -64,9 +63,9 @@ struct AlignmentLoss {
 ///  - the running sum loses less than `cut` when it is aligned, the new one when it is shortened;
 ///  - a product is a multiple of the lowest bit of v, which is more than |v| / 16: where that is
 ///    not below the cut, nothing is lost; elsewhere no more than the cut, nor than the product.
-AlignmentLoss alignment_loss(const std::uint8_t* codes, std::int64_t begin, std::int64_t size,
-                             const QuantizedVector& v, const std::vector<double>& peaks,
-                             double alignment) {
+AlignmentLoss alignment_loss(WeightFormat format, const std::uint8_t* codes, std::int64_t begin,
+                             std::int64_t size, const QuantizedVector& v,
+                             const std::vector<double>& peaks, double alignment) {
   AlignmentLoss loss;
   double sum = 0, slack = 0;  // Running sum; what flipped codes may change of it.
   const auto sign_of_sum = [&] {
@@ -75,11 +74,11 @@ AlignmentLoss alignment_loss(const std::uint8_t* codes, std::int64_t begin, std:
   for (std::int64_t step = begin; step < begin + size; step += kAlignedProducts) {
     const double peak = peaks[static_cast<std::size_t>(step / kAlignedProducts)];
     const double before = std::fabs(sum) + slack + loss.most;
-    const double cut = alignment * std::max(kMaxCode * peak, before);
+    const double cut = alignment * std::max(max_code_value(format) * peak, before);
     loss.add(std::min(cut, before), sign_of_sum());
     for (std::int64_t k = step; k < step + kAlignedProducts; ++k) {
       const auto i = static_cast<std::size_t>(k);
-      const double w = unpack_int4(codes, k), product = w * v.value[i];
+      const double w = code_value(format, codes, k), product = w * v.value[i];
       const double magnitude = std::fabs(v.value[i]), deviation = v.deviation[i];
       sum += product;
       slack += std::fabs(w) * deviation;
@@ -116,7 +115,7 @@ class RowLoss {
 };
 
 /// out[n] = sum_k w[n, k] * v[k], with what `model` allows and sum |w| deviation as its error.
-std::vector<Interval> multiply(const Int4Matrix& m, const QuantizedVector& v,
+std::vector<Interval> multiply(const QuantMatrix& m, const QuantizedVector& v,
                                const ErrorModel& model) {
   const std::int64_t num_groups = m.k() / m.group_size;
   std::vector<Interval> out(static_cast<std::size_t>(m.n()));
@@ -128,7 +127,7 @@ std::vector<Interval> multiply(const Int4Matrix& m, const QuantizedVector& v,
     for (std::int64_t g = 0; g < num_groups; ++g) {
       double group_sum = 0, group_magnitude = 0, group_flips = 0;
       for (std::int64_t k = g * m.group_size; k < (g + 1) * m.group_size; ++k) {
-        const double w = unpack_int4(codes, k);
+        const double w = code_value(m.format, codes, k);
         const double product = w * v.value[static_cast<std::size_t>(k)];
         group_sum += product;
         group_magnitude += std::fabs(product);
@@ -139,7 +138,8 @@ std::vector<Interval> multiply(const Int4Matrix& m, const QuantizedVector& v,
       magnitude += scale * group_magnitude;
       flips += scale * group_flips;
       if (model.alignment > 0) {
-        lost.add(alignment_loss(codes, g * m.group_size, m.group_size, v, peaks, model.alignment),
+        lost.add(alignment_loss(m.format, codes, g * m.group_size, m.group_size, v, peaks,
+                                model.alignment),
                  scale);
       }
     }
@@ -229,6 +229,14 @@ Interval swiglu_interval(const Interval& gate, const Interval& up) {
   return {h, error};
 }
 
+Interval activate_interval(const ActivationFn& fn, const Interval& gate, const Interval& up) {
+  switch (fn.kind) {
+    case ActivationKind::kSwiglu:
+      return swiglu_interval(gate, up);
+  }
+  fail(ErrorCode::kInternal, "activation {} does not exist", static_cast<int>(fn.kind));
+}
+
 }  // namespace
 
 LayerReference::LayerReference(ExpertWeights experts, LayerRecipe recipe,
@@ -258,7 +266,9 @@ ReferenceRow LayerReference::row(const std::uint16_t* x, const std::int32_t* top
     const std::vector<Interval> gate = multiply(expert.gate, a, model_);
     const std::vector<Interval> up = multiply(expert.up, a, model_);
     std::vector<Interval> h(gate.size());
-    for (std::size_t i = 0; i < h.size(); ++i) h[i] = swiglu_interval(gate[i], up[i]);
+    for (std::size_t i = 0; i < h.size(); ++i) {
+      h[i] = activate_interval(experts_.geometry.activation, gate[i], up[i]);
+    }
     const std::vector<Interval> c2 = multiply(expert.down, gemm2_input(h, recipe_), model_);
 
     experts_.release_pages(

@@ -219,6 +219,14 @@ class ModelGeometry:
     def routed_scaling_factor(self) -> float:
         """Of config.json."""
 
+    @property
+    def weight_format(self) -> str:
+        """How the experts' weights are coded: 'int4'."""
+
+    @property
+    def activation(self) -> str:
+        """Function of gate and up: 'swiglu'."""
+
     def __repr__(self) -> str: ...
 
 class ExpertWeights:
@@ -228,13 +236,15 @@ class ExpertWeights:
     """
 
     @staticmethod
-    def from_arrays(gate: tuple[sluice._array.Array, sluice._array.Array], up: tuple[sluice._array.Array, sluice._array.Array], down: tuple[sluice._array.Array, sluice._array.Array], *, group_size: int = 128, s1: float | None = None, s2: float | None = None) -> ExpertWeights:
+    def from_arrays(gate: tuple[sluice._array.Array, sluice._array.Array], up: tuple[sluice._array.Array, sluice._array.Array], down: tuple[sluice._array.Array, sluice._array.Array], *, group_size: int = 128, s1: float | None = None, s2: float | None = None, weight_format: str = 'int4', activation: str = 'swiglu') -> ExpertWeights:
         """
         Each matrix is a pair (codes, scales) in host memory, kept alive and not copied:
         codes [num_experts, n, k / 2] uint8 or int8, scales [num_experts, n, k / group_size]
         float32 or bfloat16. gate and up have n = intermediate and k = hidden, down the reverse.
+        weight_format: 'int4'. activation: 'swiglu'.
 
-        Raises Error: invalid_argument naming the matrix.
+        Raises Error: invalid_argument naming the matrix; unsupported naming the format or the
+        activation that there is not.
         """
 
     @property

@@ -32,7 +32,7 @@ void check_nothing_else(const std::filesystem::path& dir, const Format& format,
   }
 }
 
-NibbleEvidence canonical_nibbles(const Int4Matrix& matrix) {
+NibbleEvidence canonical_nibbles(const QuantMatrix& matrix) {
   constexpr std::size_t kBytesPerMatrix = std::size_t{1} << 15;
   return nibble_evidence(std::span(matrix.codes.as<std::byte>(), matrix.codes.bytes()),
                          kBytesPerMatrix);
@@ -53,7 +53,7 @@ void check_nibbles(const CheckpointData& data, int layer, int expert,
 
 NibbleEvidence canonical_nibbles(const Expert& expert) {
   NibbleEvidence sum;
-  for (const Int4Matrix* matrix : {&expert.gate, &expert.up, &expert.down}) {
+  for (const QuantMatrix* matrix : {&expert.gate, &expert.up, &expert.down}) {
     sum.add(canonical_nibbles(*matrix));
   }
   return sum;
@@ -124,7 +124,7 @@ void CheckpointData::check_range(int first, int count) const {
 }
 
 void CheckpointData::require_int4() const {
-  if (format->is_int4()) return;
+  if (format->weight_format() == WeightFormat::kInt4) return;
   fail(ErrorCode::kUnsupported,
        "{}: the experts are {}; runs need INT4, which `sluice convert --scale ...` makes of them",
        dir.string(), format->name());
@@ -132,7 +132,7 @@ void CheckpointData::require_int4() const {
 
 Expert CheckpointData::load_expert(int layer, int expert, ExpertStorage& storage) const {
   const ExpertTensors& tensors = layer_tensors(layer).experts[static_cast<std::size_t>(expert)];
-  std::array<Int4Matrix, 3> matrices;
+  std::array<QuantMatrix, 3> matrices;
   std::size_t i = 0;
   for (const MatrixLayout& matrix : matrix_layouts(config.geometry)) {
     format->check_values(tensors, matrix);
@@ -147,9 +147,9 @@ void CheckpointData::load_floats(int layer, int expert, const MatrixLayout& matr
                                  std::span<float> out) const {
   const ExpertTensors& tensors = layer_tensors(layer).experts[static_cast<std::size_t>(expert)];
   format->check_values(tensors, matrix);
-  if (!format->is_int4()) return format->load_floats(tensors, matrix, out);
+  if (!format->weight_format()) return format->load_floats(tensors, matrix, out);
   ExpertStorage storage;
-  const Int4Matrix m = format->load_unscaled(tensors, matrix, storage);
+  const QuantMatrix m = format->load_unscaled(tensors, matrix, storage);
   check_nibbles(*this, layer, expert, canonical_nibbles(m));
   const std::vector<float> factors = format->input_factors(tensors, matrix);
   const auto* const codes = m.codes.as<std::uint8_t>();
@@ -159,7 +159,7 @@ void CheckpointData::load_floats(int layer, int expert, const MatrixLayout& matr
                             ? m.scales.as<float>()[g]
                             : bf16_to_float(m.scales.as<std::uint16_t>()[g]);
     float& w = out[static_cast<std::size_t>(i)];
-    w = static_cast<float>(unpack_int4(codes, i)) * scale;
+    w = code_value(m.format, codes, i) * scale;
     if (!factors.empty()) w *= factors[static_cast<std::size_t>(i % matrix.k)];
     if (std::isfinite(w)) continue;
     fail(ErrorCode::kCorruptFile, "{}: {} [{}, {}] = {} is not finite", dir.string(),
@@ -217,8 +217,8 @@ std::string Checkpoint::format() const {
 const std::string& Checkpoint::format_evidence() const noexcept {
   return impl_->evidence;
 }
-bool Checkpoint::is_int4() const noexcept {
-  return impl_->format->is_int4();
+std::optional<WeightFormat> Checkpoint::weight_format() const noexcept {
+  return impl_->format->weight_format();
 }
 const ModelGeometry& Checkpoint::geometry() const noexcept {
   return impl_->config.geometry;

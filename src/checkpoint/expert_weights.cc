@@ -8,7 +8,7 @@ namespace {
 
 template <class Function>
 void for_each_view(const Expert& expert, Function&& function) {
-  for (const Int4Matrix* matrix : {&expert.gate, &expert.up, &expert.down}) {
+  for (const QuantMatrix* matrix : {&expert.gate, &expert.up, &expert.down}) {
     function(matrix->codes);
     function(matrix->scales);
   }

@@ -25,6 +25,7 @@ struct Fields {
   std::map<std::string, std::uint64_t> counts;
   std::optional<double> routed_scaling_factor;
   std::string model_type;
+  std::string hidden_act;
   QuantizationConfig quantization;
 };
 
@@ -45,6 +46,7 @@ void merge(Fields&& text, Fields& out) {
   for (const auto& [key, value] : text.counts) out.counts[key] = value;
   if (text.routed_scaling_factor) out.routed_scaling_factor = text.routed_scaling_factor;
   if (out.model_type.empty()) out.model_type = std::move(text.model_type);
+  if (!text.hidden_act.empty()) out.hidden_act = std::move(text.hidden_act);
   if (text.quantization.is_present) out.quantization = std::move(text.quantization);
 }
 
@@ -60,6 +62,8 @@ Fields read_object(JsonReader& json, bool is_text_config) {
       fields.routed_scaling_factor = json.number();
     } else if (key == "model_type") {
       fields.model_type = json.string();
+    } else if (key == "hidden_act") {
+      fields.hidden_act = json.string();
     } else if (key == "quantization_config") {
       read_quantization_config(json, fields.quantization);
     } else if (key == "text_config" && !is_text_config) {
@@ -122,13 +126,23 @@ int width_field(const Fields& fields, const std::string& key) {
   return width;
 }
 
+/// Models name the function of the gate alone. Absent is SiLU, as all models here have it.
+ActivationFn activation_field(const Fields& fields) {
+  if (fields.hidden_act.empty() || fields.hidden_act == "silu") {
+    return {ActivationKind::kSwiglu};
+  }
+  fail(ErrorCode::kUnsupported, "{}: hidden_act = {} is not silu, the only one there is",
+       fields.file, fields.hidden_act);
+}
+
 ModelGeometry read_geometry(const Fields& fields) {
   ModelGeometry geometry{.name = fields.model_type.empty() ? "unnamed" : fields.model_type,
                          .num_experts = num_experts_field(fields),
                          .num_topk = count_field(fields, "num_experts_per_tok", 1, std::nullopt),
                          .hidden = width_field(fields, "hidden_size"),
                          .intermediate = width_field(fields, "moe_intermediate_size"),
-                         .routed_scaling_factor = 1.0f};
+                         .routed_scaling_factor = 1.0f,
+                         .activation = activation_field(fields)};
   if (geometry.num_topk > geometry.num_experts) {
     fail(ErrorCode::kCorruptFile, "{}: num_experts_per_tok = {} is above the {} experts there are",
          fields.file, geometry.num_topk, geometry.num_experts);

@@ -140,7 +140,7 @@ std::vector<CheckpointWarning> Checkpoint::warnings(int layer) const {
                                                      "(a prediction layer?)",
                                                      layer, config.num_layers)});
   }
-  if (!is_int4()) return result;
+  if (!weight_format()) return result;
   const int num_experts = config.geometry.num_experts;
   std::set<int> sampled;
   for (int i = 0; i < kNumSampledExperts; ++i) {

@@ -98,6 +98,11 @@ Agreement engine_agreement(const EngineConfig& config, const Checkpoint& checkpo
   Agreement fields;
   fields.emplace_back("version", version());
   fields.emplace_back("layer", std::to_string(config.layer));
+  const ModelGeometry& geometry = checkpoint.geometry();
+  fields.emplace_back(
+      "weight format",
+      fmt::format("{}, groups of {}", to_string(geometry.weight_format), geometry.group_size));
+  fields.emplace_back("activation", to_string(geometry.activation));
   fields.emplace_back("checkpoint identity", fmt::format("{:016x}", checkpoint.identity()));
   for (const Mode mode : {Mode::kLowLatency, Mode::kNormal}) {
     const auto& recipe = recipes[static_cast<std::size_t>(mode)];
@@ -167,7 +172,7 @@ EngineMemory Engine::plan_memory(const EngineConfig& config, const ModelGeometry
   const std::size_t weights = static_cast<std::size_t>(num_local) * 3u *
                               static_cast<std::size_t>(geometry.hidden) *
                               static_cast<std::size_t>(geometry.intermediate);
-  memory.codes_bytes = weights / 2;
+  memory.codes_bytes = code_bytes(geometry.weight_format, weights);
   memory.scales_bytes =
       weights / static_cast<std::size_t>(geometry.group_size) * size_bytes(scale_dtype);
   memory.prepared_bytes = traits_of(device).prepared_bytes(geometry, num_local, scale_dtype);

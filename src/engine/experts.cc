@@ -164,7 +164,7 @@ Experts::Impl::Impl(const ExpertWeights& weights, std::int64_t rows, Backend& b)
       max_rows(rows),
       prepared(backend->prepare(weights)) {
   for (const Expert& expert : weights.experts) {
-    for (const Int4Matrix* matrix : {&expert.gate, &expert.up, &expert.down}) {
+    for (const QuantMatrix* matrix : {&expert.gate, &expert.up, &expert.down}) {
       codes_bytes += matrix->codes.bytes();
       scales_bytes += matrix->scales.bytes();
     }

@@ -81,7 +81,7 @@ struct StageBuffers {
   float s1 = 0, s2 = 0;
 };
 
-inline double weight_scale(const Int4Matrix& m, std::int64_t n, std::int64_t group) {
+inline double weight_scale(const QuantMatrix& m, std::int64_t n, std::int64_t group) {
   const std::int64_t i = n * (m.k() / m.group_size) + group;
   return m.scales.dtype == DType::kFloat32 ? m.scales.as<float>()[i]
                                            : bf16_to_float(m.scales.as<std::uint16_t>()[i]);
@@ -94,7 +94,7 @@ struct DotProduct {
   float promised = 0;
 };
 
-inline DotProduct dot(const Int4Matrix& m, std::int64_t n, const std::uint8_t* codes,
+inline DotProduct dot(const QuantMatrix& m, std::int64_t n, const std::uint8_t* codes,
                       const float* scale, float static_scale) {
   DotProduct out;
   for (std::int64_t g = 0; g < m.k() / m.group_size; ++g) {

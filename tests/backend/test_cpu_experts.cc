@@ -7,6 +7,7 @@
 #include "backend/cpu/cpu_backend.h"
 #include "expert_fixture.h"
 #include "sluice/backend.h"
+#include "sluice/error.h"
 
 namespace sluice::testing {
 namespace {
@@ -133,6 +134,27 @@ TEST(CpuExperts, GroupsScalesAndLayouts) {
       }
     }
   }
+}
+
+/// prepare() refuses weights that `edit` has changed.
+template <class Edit>
+void expect_unsupported(const Edit& edit) {
+  ExpertWeights weights = random_experts(StageCase{}.geometry, DType::kFloat32, 1);
+  edit(weights);
+  const auto device = backend();
+  try {
+    (void)ops(*device).prepare(weights);
+    ADD_FAILURE() << "not refused";
+  } catch (const Error& error) {
+    EXPECT_EQ(error.code(), ErrorCode::kUnsupported) << error.what();
+  }
+}
+
+TEST(CpuExperts, OtherFormatsAndActivationsAreRefused) {
+  expect_unsupported(
+      [](ExpertWeights& w) { w.experts[0].down.format = static_cast<WeightFormat>(7); });
+  expect_unsupported(
+      [](ExpertWeights& w) { w.geometry.activation = {static_cast<ActivationKind>(7)}; });
 }
 
 }  // namespace

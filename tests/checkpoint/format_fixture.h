@@ -33,13 +33,13 @@ inline std::string name_of(int expert, const std::string& part) {
   return "model.layers.3.mlp.experts." + std::to_string(expert) + "." + part;
 }
 
-inline float scale_at(const Int4Matrix& m, std::int64_t i) {
+inline float scale_at(const QuantMatrix& m, std::int64_t i) {
   return m.scales.dtype == DType::kFloat32 ? m.scales.as<float>()[i]
                                            : bf16_to_float(m.scales.as<std::uint16_t>()[i]);
 }
 
 /// Codes byte for byte, scales as they are after rounding to their dtype, times `factor`.
-inline void expect_same(const Int4Matrix& m, const SyntheticMatrix& expected, DType stored,
+inline void expect_same(const QuantMatrix& m, const SyntheticMatrix& expected, DType stored,
                         float factor = 1) {
   ASSERT_EQ(m.group_size, expected.group);
   ASSERT_EQ(m.n(), expected.n);
@@ -75,7 +75,7 @@ inline void read_all(const std::filesystem::path& dir) {
     (void)data.input_scales(layer);
     for (int e = 0; e < data.geometry().num_experts; ++e) {
       ExpertStorage storage;
-      if (data.format->is_int4()) {
+      if (data.format->weight_format()) {
         (void)data.load_expert(layer, e, storage);
         continue;
       }

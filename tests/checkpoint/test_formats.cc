@@ -41,7 +41,7 @@ TEST_P(Int4Formats, ReadsWhatTheIndependentWriterMade) {
   write_synthetic_checkpoint(spec, dir / "model");
   const Checkpoint checkpoint = Checkpoint::open(dir / "model");
   EXPECT_EQ(checkpoint.format(), c.recognised);
-  EXPECT_TRUE(checkpoint.is_int4());
+  EXPECT_EQ(checkpoint.weight_format(), WeightFormat::kInt4);
   EXPECT_EQ(checkpoint.geometry().group_size, c.group);
   EXPECT_TRUE(checkpoint.warnings(kLayer).empty());
   expect_experts(checkpoint, spec);
@@ -101,7 +101,7 @@ TEST(Formats, FloatsAreRecognisedAndNotLoaded) {
     write_synthetic_checkpoint(spec_of(format), dir / "model");
     const Checkpoint checkpoint = Checkpoint::open(dir / "model");
     EXPECT_EQ(checkpoint.format(), format);
-    EXPECT_FALSE(checkpoint.is_int4());
+    EXPECT_EQ(checkpoint.weight_format(), std::nullopt);
     EXPECT_FALSE(checkpoint.static_scales(kLayer));
     checkpoint.check(kLayer);
     expect_error(ErrorCode::kUnsupported, {"the experts are " + std::string(format), "convert"},

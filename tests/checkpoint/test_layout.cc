@@ -52,7 +52,7 @@ TEST(Layout, HandsOutTheFilesBytes) {
   EXPECT_EQ(weights.first_expert, 1);
   EXPECT_EQ(weights.geometry.hidden, 256);
   const Expert& expert = weights.experts.front();
-  const std::pair<const char*, const Int4Matrix*> matrices[] = {
+  const std::pair<const char*, const QuantMatrix*> matrices[] = {
       {"gate_proj", &expert.gate}, {"up_proj", &expert.up}, {"down_proj", &expert.down}};
   for (const auto& [stem, matrix] : matrices) {
     const bool is_down = matrix == &expert.down;
@@ -246,6 +246,16 @@ TEST(Layout, KnowsThreeNamesForTheNumberOfExperts) {
     const Checkpoint checkpoint = open(dir, files);
     EXPECT_EQ(checkpoint.geometry().num_experts, 2) << key;
     EXPECT_EQ(checkpoint.geometry().routed_scaling_factor, 1.0f);
+  }
+}
+
+TEST(Layout, TheActivationIsPartOfTheGeometry) {
+  for (const char* const act : {"", "silu"}) {
+    const TempDir dir;
+    ModelFiles files;
+    if (*act) files.config["hidden_act"] = act;
+    EXPECT_EQ(open(dir, files).geometry().activation, ActivationFn{ActivationKind::kSwiglu});
+    EXPECT_EQ(open(dir, files).geometry().weight_format, WeightFormat::kInt4);
   }
 }
 

@@ -98,7 +98,7 @@ std::vector<bool> pages_of(const std::filesystem::path& path, int first, int las
 std::int64_t sum_bytes(const ExpertWeights& weights) {
   std::int64_t sum = 0;
   for (const Expert& expert : weights.experts) {
-    for (const Int4Matrix* m : {&expert.gate, &expert.up, &expert.down}) {
+    for (const QuantMatrix* m : {&expert.gate, &expert.up, &expert.down}) {
       const auto* codes = m->codes.as<std::uint8_t>();
       sum = std::accumulate(codes, codes + m->codes.bytes(), sum);
     }

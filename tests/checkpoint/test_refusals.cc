@@ -322,6 +322,22 @@ TEST(Refusal, ConfigFieldsOutOfRange) {
   }
 }
 
+// Computing them as SwiGLU would be wrong without a word.
+TEST(Refusal, ActivationsThatAreNotOurs) {
+  for (const char* const act : {"gelu", "situ", "relu2", "SiLU"}) {
+    ModelFiles files;
+    files.config["hidden_act"] = act;
+    expect_refused(ErrorCode::kUnsupported,
+                   {"config.json: hidden_act = " + std::string(act), "is not silu"}, files);
+    ModelFiles nested;
+    nested.config["text_config"] = {{"hidden_act", act}};
+    expect_refused(ErrorCode::kUnsupported, {"hidden_act = " + std::string(act)}, nested);
+  }
+  ModelFiles number;
+  number.config["hidden_act"] = 1;
+  expect_corrupt({"config.json: JSON, byte"}, number);
+}
+
 TEST(Refusal, QuantizationThatIsNotOurs) {
   ModelFiles fp8;
   fp8.config["quantization_config"]["quant_method"] = "fp8";

@@ -47,7 +47,7 @@ def named_and_run(folder):
         with open(report, encoding="utf-8") as file:
             data = json.load(file)
         is_int4 = layout not in ("fp8-block", "bf16")
-        check(f"inspect {layout} json", data["format"] == name and data["is_int4"] == is_int4
+        check(f"inspect {layout} json", data["format"] == name and data["weight_format"] == ("int4" if is_int4 else None)
               and "gate_proj" in data["evidence"])
         r = run("run", "--checkpoint", model, "--ranks", "2", "--tokens", "5", "--verify", "4", "--prove")
         if is_int4:

@@ -46,7 +46,7 @@ inline std::map<std::string, std::string> file_contents(const std::filesystem::p
   return result;
 }
 
-inline std::vector<float> dequantized(const Int4Matrix& m) {
+inline std::vector<float> dequantized(const QuantMatrix& m) {
   std::vector<float> values;
   for (std::int64_t i = 0; i < m.n() * m.k(); ++i) {
     const std::int64_t s = i / m.group_size;

@@ -23,7 +23,7 @@ constexpr std::array kMembers = {&Expert::gate, &Expert::up, &Expert::down};
 constexpr std::array kStems = {"gate_proj", "up_proj", "down_proj"};
 
 /// Codes and scales of `made` follow `rule` from the weights `w`; adds to the sums of squares.
-void expect_quantized(std::span<const float> w, const Int4Matrix& made, ScaleRule rule,
+void expect_quantized(std::span<const float> w, const QuantMatrix& made, ScaleRule rule,
                       double& errors, double& squares) {
   const auto group = static_cast<std::size_t>(made.group_size);
   for (std::size_t g = 0; g < w.size() / group; ++g) {

@@ -252,6 +252,12 @@ def test_weights_from_arrays(checkpoint):
     refused("down codes: expected shape", make, (codes, scales), (codes, scales), (codes, scales))
     refused("gate codes: expected dtype packed int4", make, (scales, scales), (codes, scales), down)
     refused("group_size 64", make, (codes, scales), (codes, scales), down, group_size=64)
+    geometry = make((codes, scales), (codes, scales), down, weight_format="int4", activation="swiglu").geometry
+    assert geometry.weight_format == "int4" and geometry.activation == "swiglu"
+    assert checkpoint.geometry.weight_format == "int4" and checkpoint.geometry.activation == "swiglu"
+    arrays = (codes, scales), (codes, scales), down
+    refused("'mxfp4' is none of: int4", make, *arrays, weight_format="mxfp4", code="unsupported")
+    refused("'gelu' is none of: swiglu", make, *arrays, activation="gelu", code="unsupported")
 
 
 def test_error_is_an_exception_like_others():

@@ -25,7 +25,7 @@ struct HandMade {
           scales(n_in * k_in / 128, 0.5f),
           n(n_in),
           k(k_in) {}
-    Int4Matrix view() {
+    QuantMatrix view() {
       pack_int4(values, codes);
       return {.codes = {codes.data(), DType::kPackedInt4, Shape{n, k / 2}},
               .scales = {scales.data(), DType::kFloat32, Shape{n, k / 128}},
@@ -126,6 +126,17 @@ TEST(Reference, AgreesWithSumsWrittenOut) {
       EXPECT_LE(row.bound[i], 0.03 * std::sqrt(norm / kHidden) + 0.01 * std::fabs(expected)) << i;
     }
   }
+}
+
+// The oracle must not certify an activation that it does not know as SwiGLU.
+TEST(Reference, AnUnknownActivationHasNoRow) {
+  HandMade m;
+  ExpertWeights weights = m.weights();
+  weights.geometry.activation = {static_cast<ActivationKind>(7)};
+  const LayerReference reference(weights, {Recipe{}, Mode::kNormal}, 1.0f);
+  const std::int32_t expert = 0;
+  const float weight = 1;
+  EXPECT_THROW((void)reference.row(some_token().data(), &expert, &weight, 1), Error);
 }
 
 TEST(Reference, EmptySlotsAddNothing) {

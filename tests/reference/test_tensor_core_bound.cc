@@ -15,7 +15,7 @@ namespace sluice::testing {
 namespace {
 
 /// out[n] = sum over groups, in float32, as the kernels promote them.
-std::vector<float> multiply(const TensorCoreAdder& adder, const Int4Matrix& m,
+std::vector<float> multiply(const TensorCoreAdder& adder, const QuantMatrix& m,
                             const std::vector<std::uint8_t>& codes,
                             const std::vector<float>& scales) {
   std::vector<double> a(codes.size()), w(codes.size());

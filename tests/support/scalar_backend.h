@@ -66,7 +66,9 @@ class ScalarBackend : public BackendOps {
         const std::vector<float> gate = multiply(expert.gate, in, row);
         const std::vector<float> up = multiply(expert.up, in, row);
         std::vector<float> product(gate.size());
-        for (std::size_t i = 0; i < product.size(); ++i) product[i] = swiglu(gate[i], up[i]);
+        for (std::size_t i = 0; i < product.size(); ++i) {
+          product[i] = activate(w.geometry.activation, gate[i], up[i]);
+        }
         quantize_row(product, false, row, h);
         const std::vector<float> y = multiply(expert.down, h, row);
         for (std::int64_t i = 0; i < in.width; ++i) out[row * in.width + i] = bf16_from_float(y[i]);
@@ -119,7 +121,7 @@ class ScalarBackend : public BackendOps {
     }
   }
 
-  std::vector<float> multiply(const Int4Matrix& m, const Fp8RowsView& in, std::int64_t row) const {
+  std::vector<float> multiply(const QuantMatrix& m, const Fp8RowsView& in, std::int64_t row) const {
     const std::int64_t groups = m.k() / m.group_size;
     std::vector<double> a(static_cast<std::size_t>(m.group_size)), w(a.size());
     std::vector<float> out(static_cast<std::size_t>(m.n()));
@@ -127,7 +129,7 @@ class ScalarBackend : public BackendOps {
       float sum = 0;
       for (std::int64_t g = 0; g < groups; ++g) {
         for (std::int64_t k = g * m.group_size, i = 0; i < m.group_size; ++k, ++i) {
-          w[i] = unpack_int4(m.codes.as<std::uint8_t>() + n * (m.k() / 2), k);
+          w[i] = code_value(m.format, m.codes.as<std::uint8_t>() + n * (m.k() / 2), k);
           a[i] = e4m3_to_float(in.codes[row * in.width + k]);
         }
         const float partial = sum_of_group(a.data(), w.data(), m.group_size);

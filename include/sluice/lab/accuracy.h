@@ -48,7 +48,7 @@ void write_dump(const std::filesystem::path& file, const Workload& tokens);
 
 /// One matrix of one expert; alive as long as `storage`.
 struct SourceMatrix {
-  Int4Matrix quantized;
+  QuantMatrix quantized;
   const float* original = nullptr;  ///< [n, k], or null where nothing is known of it.
   std::shared_ptr<const void> storage;
 };

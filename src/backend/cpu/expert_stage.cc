@@ -187,8 +187,8 @@ void ExpertStage::gemm1_task(const Call& call, std::int64_t task, ThreadState& s
     const std::int64_t row = item.first_row + r;
     std::uint8_t* codes = call.h.codes + row * call.h.width + group * kGroup;
     const bool dynamic = call.h.scale != nullptr;
-    const float scale =
-        swiglu_quantize_group(gate_row, up_row, dynamic ? 0.0f : call.h.static_scale, codes);
+    const float scale = activate_quantize_group(call.experts.activation(), gate_row, up_row,
+                                                dynamic ? 0.0f : call.h.static_scale, codes);
     if (dynamic) call.h.scale[row * groups + group] = scale;
     digits.set(group, r, codes, scale);
   }

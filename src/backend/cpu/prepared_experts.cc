@@ -12,12 +12,31 @@ namespace {
 /// w + 8 in every nibble: the sign bit of a two's complement nibble flips.
 constexpr std::uint32_t kFlipSigns = 0x88888888u;
 
-void check_matrix(const Int4Matrix& m, std::int64_t n, std::int64_t k, int expert,
+/// Digits and repacking below are of int4.
+void check_format(WeightFormat format) {
+  switch (format) {
+    case WeightFormat::kInt4:
+      return;
+  }
+  fail(ErrorCode::kUnsupported, "the CPU backend has no weight format {}",
+       static_cast<int>(format));
+}
+
+void check_activation(const ActivationFn& fn) {
+  switch (fn.kind) {
+    case ActivationKind::kSwiglu:
+      return;
+  }
+  fail(ErrorCode::kUnsupported, "the CPU backend has no activation {}", static_cast<int>(fn.kind));
+}
+
+void check_matrix(const QuantMatrix& m, std::int64_t n, std::int64_t k, int expert,
                   const char* name) {
+  check_format(m.format);
   check_argument(m.codes.dtype == DType::kPackedInt4 && m.codes.shape == Shape({n, k / 2}),
                  "expert {} {}: codes are {} {}, expected packed_int4 [{}, {}]", expert, name,
                  to_string(m.codes.dtype), m.codes.shape.to_string(), n, k / 2);
-  check_argument(m.group_size == 128 || m.group_size == 32,
+  check_argument(allows_group_size(m.format, m.group_size),
                  "expert {} {}: group_size {} is neither 128 nor 32", expert, name, m.group_size);
   check_argument(m.scales.dtype == DType::kFloat32 || m.scales.dtype == DType::kBFloat16,
                  "expert {} {}: scales are {}, expected float32 or bfloat16", expert, name,
@@ -27,7 +46,7 @@ void check_matrix(const Int4Matrix& m, std::int64_t n, std::int64_t k, int exper
                  m.scales.shape.to_string(), n, k / m.group_size);
 }
 
-PreparedMatrix describe(const Int4Matrix& m) {
+PreparedMatrix describe(const QuantMatrix& m) {
   PreparedMatrix out;
   out.scales_are_bf16 = m.scales.dtype == DType::kBFloat16;
   out.group_size = m.group_size;
@@ -37,7 +56,7 @@ PreparedMatrix describe(const Int4Matrix& m) {
 }
 
 /// Rows [16 * block, 16 * block + 16) of codes, four bytes of a row at a time.
-void repack_codes(const Int4Matrix& m, std::int64_t block, std::uint8_t* out) {
+void repack_codes(const QuantMatrix& m, std::int64_t block, std::uint8_t* out) {
   const std::int64_t row_bytes = m.k() / 2;
   const std::uint8_t* in = m.codes.as<std::uint8_t>() + block * kBlockN * row_bytes;
   for (std::int64_t line = 0; line < m.k() / kLineK; ++line) {
@@ -51,7 +70,7 @@ void repack_codes(const Int4Matrix& m, std::int64_t block, std::uint8_t* out) {
 }
 
 template <class T>
-void repack_scales(const Int4Matrix& m, std::int64_t block, T* out) {
+void repack_scales(const QuantMatrix& m, std::int64_t block, T* out) {
   const std::int64_t groups = m.k() / m.group_size;
   const T* in = m.scales.as<T>() + block * kBlockN * groups;
   for (std::int64_t g = 0; g < groups; ++g) {
@@ -60,7 +79,8 @@ void repack_scales(const Int4Matrix& m, std::int64_t block, T* out) {
 }
 
 /// Blocks [first, last) of one matrix into the memory its views point at.
-void repack(const Int4Matrix& m, const PreparedMatrix& out, std::int64_t first, std::int64_t last) {
+void repack(const QuantMatrix& m, const PreparedMatrix& out, std::int64_t first,
+            std::int64_t last) {
   const std::int64_t code_stride = kBlockN * m.k() / 2;
   const std::int64_t scale_stride = kBlockN * (m.k() / m.group_size);
   auto* codes = const_cast<std::uint8_t*>(out.codes);
@@ -79,7 +99,10 @@ void repack(const Int4Matrix& m, const PreparedMatrix& out, std::int64_t first, 
 }  // namespace
 
 PreparedCpuExperts::PreparedCpuExperts(const ExpertWeights& weights, ThreadPool& pool)
-    : hidden_(weights.geometry.hidden), intermediate_(weights.geometry.intermediate) {
+    : hidden_(weights.geometry.hidden),
+      intermediate_(weights.geometry.intermediate),
+      activation_(weights.geometry.activation) {
+  check_activation(activation_);
   check_argument(hidden_ > 0 && hidden_ % kActivationGroup == 0,
                  "hidden {} is not a multiple of {}", hidden_, int{kActivationGroup});
   check_argument(intermediate_ > 0 && intermediate_ % kActivationGroup == 0,
@@ -113,7 +136,7 @@ PreparedCpuExperts::PreparedCpuExperts(const ExpertWeights& weights, ThreadPool&
     const PreparedExpert& out = experts_[i];
     const std::int64_t inner = intermediate_ / kActivationGroup;
     pool.for_each_task(2 * inner + hidden_ / kActivationGroup, [&](std::int64_t task, int) {
-      const auto repack_task = [&](const Int4Matrix& from, const PreparedMatrix& to) {
+      const auto repack_task = [&](const QuantMatrix& from, const PreparedMatrix& to) {
         repack(from, to, task * kBlocksPerTask, (task + 1) * kBlocksPerTask);
       };
       if (task < inner) return repack_task(in.gate, out.gate);

@@ -68,11 +68,13 @@ class PreparedCpuExperts final : public PreparedExperts {
   }
   [[nodiscard]] std::int64_t hidden() const noexcept { return hidden_; }
   [[nodiscard]] std::int64_t intermediate() const noexcept { return intermediate_; }
+  [[nodiscard]] const ActivationFn& activation() const noexcept { return activation_; }
 
  private:
   PageBuffer memory_;
   std::vector<PreparedExpert> experts_;
   std::int64_t hidden_ = 0, intermediate_ = 0;
+  ActivationFn activation_;
 };
 
 }  // namespace sluice::cpu

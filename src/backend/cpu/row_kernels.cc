@@ -3,6 +3,7 @@
 #include <bit>
 #include <cmath>
 
+#include "core/fail.h"
 #include "sluice/quant.h"
 
 #undef HWY_TARGET_INCLUDE
@@ -202,9 +203,13 @@ void requantize_row(const std::uint8_t* codes, const float* scale, std::int64_t 
                     std::uint8_t* out) {
   HWY_DYNAMIC_DISPATCH(requantize_row_impl)(codes, scale, width, s1, out);
 }
-float swiglu_quantize_group(const float* gate, const float* up, float static_scale,
-                            std::uint8_t* codes) {
-  return HWY_DYNAMIC_DISPATCH(swiglu_quantize_group_impl)(gate, up, static_scale, codes);
+float activate_quantize_group(const ActivationFn& fn, const float* gate, const float* up,
+                              float static_scale, std::uint8_t* codes) {
+  switch (fn.kind) {
+    case ActivationKind::kSwiglu:
+      return HWY_DYNAMIC_DISPATCH(swiglu_quantize_group_impl)(gate, up, static_scale, codes);
+  }
+  fail(ErrorCode::kInternal, "activation {} does not exist", static_cast<int>(fn.kind));
 }
 void round_to_bf16(const float* x, std::int64_t n, std::uint16_t* out) {
   HWY_DYNAMIC_DISPATCH(round_to_bf16_impl)(x, n, out);

@@ -7,6 +7,7 @@
 #include <cstdint>
 
 #include "backend/cpu/digits.h"
+#include "sluice/activation.h"
 
 namespace sluice::cpu {
 
@@ -21,10 +22,10 @@ void quantize_row_static(const std::uint16_t* x, std::int64_t width, float s, st
 void requantize_row(const std::uint8_t* codes, const float* scale, std::int64_t width, float s1,
                     std::uint8_t* out);
 
-/// 128 channels: swiglu(gate, up) in float32, quantized with a scale of its own (returned) if
+/// 128 channels: activate(fn, gate, up) in float32, quantized with a scale of its own (returned) if
 /// `static_scale` is 0, else with `static_scale`.
-float swiglu_quantize_group(const float* gate, const float* up, float static_scale,
-                            std::uint8_t* codes);
+float activate_quantize_group(const ActivationFn& fn, const float* gate, const float* up,
+                              float static_scale, std::uint8_t* codes);
 
 /// x [n] -> bf16; n a multiple of 16.
 void round_to_bf16(const float* x, std::int64_t n, std::uint16_t* out);

@@ -54,6 +54,7 @@ struct CudaExperts final : PreparedExperts {
   std::unique_ptr<CudaBuffer> sync;  // cuda::sync_bytes(): zero between launches.
   cuda::WeightShape gate_up_shape, down_shape;
   cuda::WeightCode code = cuda::WeightCode::kSignMagnitude;
+  ActivationFn activation;
   int num_experts = 0;
 };
 
@@ -159,7 +160,7 @@ class CudaBackend final : public BackendOps {
 };
 
 /// Bytes of one matrix on the device while it is being repacked; sections are 256-byte aligned.
-std::size_t staging_bytes(const Int4Matrix& m) {
+std::size_t staging_bytes(const QuantMatrix& m) {
   return (m.codes.bytes() + 255) / 256 * 256 + (m.scales.bytes() + 255) / 256 * 256;
 }
 
@@ -171,11 +172,17 @@ std::unique_ptr<PreparedExperts> CudaBackend::prepare(const ExpertWeights& weigh
   const auto hidden = static_cast<int>(first.gate.k());
   const auto intermediate = static_cast<int>(first.gate.n());
   const int group = first.gate.group_size;
+  const WeightFormat format = first.gate.format;
   auto experts = std::make_unique<CudaExperts>();
   experts->num_experts = static_cast<int>(weights.experts.size());
-  experts->gate_up_shape = {
-      .n = 2 * intermediate, .k = hidden, .group = group, .scale_type = scale_type};
-  experts->down_shape = {.n = hidden, .k = intermediate, .group = group, .scale_type = scale_type};
+  experts->gate_up_shape = {.n = 2 * intermediate,
+                            .k = hidden,
+                            .group = group,
+                            .scale_type = scale_type,
+                            .format = format};
+  experts->down_shape = {
+      .n = hidden, .k = intermediate, .group = group, .scale_type = scale_type, .format = format};
+  experts->activation = weights.geometry.activation;
   const std::size_t count = weights.experts.size();
   experts->gate_up = make_buffer(count * cuda::packed_expert_bytes(experts->gate_up_shape));
   experts->down = make_buffer(count * cuda::packed_expert_bytes(experts->down_shape));
@@ -198,7 +205,7 @@ void CudaBackend::repack_all(const ExpertWeights& weights, CudaExperts& experts)
     for (std::size_t e = 0; e < weights.experts.size(); ++e) {
       const Expert& expert = weights.experts[e];
       std::byte* at = staging->data();
-      for (const Int4Matrix* m : {&expert.gate, &expert.up, &expert.down}) {
+      for (const QuantMatrix* m : {&expert.gate, &expert.up, &expert.down}) {
         copy(at, m->codes.data, m->codes.bytes(), cudaMemcpyHostToDevice, {stream_});
         cuda::launch_find_minus8(reinterpret_cast<std::uint8_t*>(at), m->codes.bytes(),
                                  reinterpret_cast<std::int32_t*>(found->data()), stream_);
@@ -219,7 +226,7 @@ void CudaBackend::repack_all(const ExpertWeights& weights, CudaExperts& experts)
 void CudaBackend::repack(const Expert& expert, std::size_t index, const CudaExperts& experts,
                          std::byte* staging) const {
   const auto codes_at = [](std::byte* at) { return reinterpret_cast<const std::uint8_t*>(at); };
-  const auto scales_at = [](std::byte* at, const Int4Matrix& m) -> const void* {
+  const auto scales_at = [](std::byte* at, const QuantMatrix& m) -> const void* {
     return at + (m.codes.bytes() + 255) / 256 * 256;
   };
   std::byte* const gate = staging;
@@ -274,7 +281,8 @@ cuda::ExpertGemms CudaBackend::gemms_of(const CudaExperts& experts, const Fp8Row
           .config = cuda::choose_config({.num_experts = rows.num_experts,
                                          .expected_m = std::max(1, rows.expected_m),
                                          .max_rows = static_cast<int>(rows.max_rows_per_expert)},
-                                        {.num_sms = num_sms_})};
+                                        {.num_sms = num_sms_}),
+          .activation = experts.activation};
 }
 
 void CudaBackend::expert_stage(const PreparedExperts& prepared, const Fp8RowsView& in,
@@ -298,7 +306,8 @@ bool CudaBackend::expert_half(ExpertHalf half, const PreparedExperts& prepared,
                           .x = gemms.x,
                           .h = gemms.h,
                           .sync = gemms.sync,
-                          .config = gemms.config},
+                          .config = gemms.config,
+                          .activation = gemms.activation},
                          stream.handle);
   } else {
     cuda::launch_grouped_gemm({.weights = gemms.down,

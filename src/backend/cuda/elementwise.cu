@@ -21,11 +21,11 @@
 #include <algorithm>
 
 #include "backend/cuda/check.h"
+#include "backend/cuda/e4m3_group.cuh"
 #include "backend/cuda/elementwise.h"
 #include "backend/cuda/launch.cuh"
 #include "backend/cuda/ptx/e4m3.cuh"
 #include "backend/cuda/ptx/math.cuh"
-#include "backend/cuda/swiglu.cuh"
 
 namespace sluice::cuda {
 namespace {

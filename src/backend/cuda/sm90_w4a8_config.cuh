@@ -23,12 +23,17 @@ inline constexpr int kScaleArrivals = 1;
 #endif
 
 /// One instantiation of the kernel.
-template <KernelConfig Size, WeightCode Code, ScaleType Scale, int Group>
+template <KernelConfig Size, WeightCode Code, ScaleType Scale, int Group,
+          WeightFormat Format = WeightFormat::kInt4,
+          ActivationKind Activation = ActivationKind::kSwiglu>
 struct Config {
+  static_assert(Format == WeightFormat::kInt4, "the main loop widens int4");
   static constexpr bool kIsDecode = Size == KernelConfig::kDecode;
+  static constexpr WeightFormat kFormat = Format;
   static constexpr WeightCode kCode = Code;
   static constexpr ScaleType kScale = Scale;
   static constexpr int kGroup = Group;
+  static constexpr ActivationKind kActivation = Activation;
   static constexpr int kMathWarpgroups = kIsDecode ? 4 : 2;
   static constexpr int kSlabsPerWarpgroup = kSlabsPerTile / kMathWarpgroups;
   // Groups of 32 keep four weight scales alive beside the sums: 128 columns would spill.
@@ -73,7 +78,7 @@ struct TileInfo {
 };
 static_assert(sizeof(TileInfo) == 32);
 
-enum class Epilogue : int { kBf16, kSwiglu };
+enum class Epilogue : int { kBf16, kHidden };
 
 /// One grouped GEMM.
 struct Phase {
@@ -87,8 +92,8 @@ struct Phase {
   float x_static;
   Epilogue epilogue;
   float h_inv_static;  // 1 / s2
-  std::uint8_t* h;     // [rows, n/2] e4m3          kSwiglu
-  float* h_scale;      // [rows, n/256] or nullptr  kSwiglu
+  std::uint8_t* h;     // [rows, n/2] e4m3          kHidden
+  float* h_scale;      // [rows, n/256] or nullptr  kHidden
   std::uint16_t* y;    // [rows, n] bf16            kBf16
 };
 

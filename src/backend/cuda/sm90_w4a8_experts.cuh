@@ -4,7 +4,8 @@
 //             c[m,n] = sum_g xs[m,g/..] * ws[n,g] * sum_{k in g} x[m,k] * w[n,k]
 //           g: weight groups of 128 (or 32) along K; xs per 128. Inner sum on tensor cores on a
 //           fresh accumulator, outer sum in f32 fma, in order of g. Then, by phase:
-//             kSwiglu  h = silu(c[gate]) * c[up] in f32 -> e4m3 with a scale per (m, 128) or static
+//             kHidden  h = activate(c[gate], c[up]) in f32 -> e4m3 with a scale per (m, 128) or
+//                      static
 //             kBf16    y = bf16(c)
 //           Two phases: h of the first is x of the second.
 //
@@ -41,7 +42,7 @@
 //                     which running CTAs hold, so any number of resident CTAs makes progress.
 //           Between its wait and its arrive a role owns the bytes; no one else touches them.
 //
-// Needs     n, K multiples of 128 (n of 256 for kSwiglu), at most 512 experts; checked on the host.
+// Needs     n, K multiples of 128 (n of 256 for kHidden), at most 512 experts; checked on the host.
 // Bound     decode: bytes of w. Prefill: instructions around the products (two for each accumulator
 //           and 128 of K), which tensor cores slow down. Numbers: docs/performance-gpu.md
 #pragma once

@@ -57,10 +57,33 @@ CUtensorMap encode_map(const std::uint8_t* codes, std::int64_t rows, int k, int 
   return map;
 }
 
+/// A value without an instantiation: another one is another argument of Config, chosen below.
+[[noreturn]] void refuse(const char* what, int value) {
+  throw Error(ErrorCode::kUnsupported,
+              std::string(what) + " " + std::to_string(value) + " has no CUDA kernel");
+}
+
+void check_format(WeightFormat format) {
+  switch (format) {
+    case WeightFormat::kInt4:
+      return;
+  }
+  refuse("weight format", static_cast<int>(format));
+}
+
+void check_activation(const ActivationFn& fn) {
+  switch (fn.kind) {
+    case ActivationKind::kSwiglu:
+      return;
+  }
+  refuse("activation", static_cast<int>(fn.kind));
+}
+
 void check_shape(const WeightShape& shape) {
+  check_format(shape.format);
   require(shape.n > 0 && shape.n % 128 == 0, "n", shape.n, "must be a positive multiple of 128");
   require(shape.k > 0 && shape.k % 128 == 0, "k", shape.k, "must be a positive multiple of 128");
-  require(shape.group == 128 || shape.group == 32, "group", shape.group, "must be 128 or 32");
+  require(allows_group_size(shape.format, shape.group), "group", shape.group, "must be 128 or 32");
 }
 
 void check_scale(float s, const char* what) {
@@ -122,15 +145,16 @@ void add_bf16(Params& p, const PackedWeights& weights, const RowRanges& rows, co
   phase.y = y;
 }
 
-void add_swiglu(Params& p, const PackedWeights& weights, const RowRanges& rows,
-                const Fp8RowsView& x, const Fp8Rows& h) {
+void add_hidden(Params& p, const PackedWeights& weights, const RowRanges& rows,
+                const Fp8RowsView& x, const Fp8Rows& h, const ActivationFn& activation) {
+  check_activation(activation);
   require(weights.shape.n % kTileRows == 0, "gate_up n", weights.shape.n,
           "must be 2 * intermediate, a multiple of 256");
   require(2 * h.width == weights.shape.n, "h width", h.width, "must be half of gate_up n");
   require_pointer(h.codes, 16, "h codes");
   if (h.scale == nullptr) check_scale(h.static_scale, "static h scale");
   Phase& phase = add_phase(p, weights, rows, x);
-  phase.epilogue = Epilogue::kSwiglu;
+  phase.epilogue = Epilogue::kHidden;
   phase.h = h.codes;
   phase.h_scale = h.scale;
   phase.h_inv_static = h.scale == nullptr ? 1.0f / h.static_scale : 0.0f;
@@ -187,7 +211,7 @@ void launch_grouped_gemm(const GroupedGemm& args, StreamHandle stream) {
 void launch_gate_up(const GateUpGemm& args, StreamHandle stream) {
   if (args.rows.max_rows == 0) return;
   Params p = make_params(args.rows, args.sync);
-  add_swiglu(p, args.weights, args.rows, args.x, args.h);
+  add_hidden(p, args.weights, args.rows, args.x, args.h, args.activation);
   launch(p, args.weights, args.rows, args.config, stream);
 }
 
@@ -201,7 +225,7 @@ void launch_experts(const ExpertGemms& args, StreamHandle stream) {
               down.scale_type == up.scale_type,
           "down group", down.group, "gate_up and down must share code, group and scale type");
   Params p = make_params(args.rows, args.sync);
-  add_swiglu(p, args.gate_up, args.rows, args.x, args.h);
+  add_hidden(p, args.gate_up, args.rows, args.x, args.h, args.activation);
   add_bf16(p, args.down, args.rows, args.h, args.y);
   launch(p, args.gate_up, args.rows, args.config, stream);
 }

@@ -1,12 +1,13 @@
 // sm90_w4a8_math.cuh - math role: tiles from the main loop to their finished rows.
 #pragma once
 
+#include "backend/cuda/activation.cuh"
+#include "backend/cuda/e4m3_group.cuh"
 #include "backend/cuda/ptx/math.cuh"
 #include "backend/cuda/ptx/mbarrier.cuh"
 #include "backend/cuda/ptx/sync.cuh"
 #include "backend/cuda/sm90_w4a8_config.cuh"
 #include "backend/cuda/sm90_w4a8_mainloop.cuh"
-#include "backend/cuda/swiglu.cuh"
 
 namespace sluice::cuda {
 
@@ -68,10 +69,10 @@ __device__ __forceinline__ void scale_hidden(Shared<C>& s, const Phase& phase, c
   ptx::named_barrier(kMathBarrier, C::kMathThreads);
 }
 
-/// h = silu(gate) * up in f32, quantized, through shared memory to whole 128-byte rows; then counts
-/// the tile as finished.
+/// h = activate(gate, up) in f32, quantized, through shared memory to whole 128-byte rows; then
+/// counts the tile as finished.
 template <class C, int N>
-__device__ __forceinline__ void store_swiglu(Shared<C>& s, const Params& p, const Phase& phase,
+__device__ __forceinline__ void store_hidden(Shared<C>& s, const Params& p, const Phase& phase,
                                              const TileInfo& t, const MathLane& lane,
                                              const float (&sum)[C::kSlabsPerWarpgroup][N / 2]) {
   float h[C::kSlabsPerWarpgroup][N / 4];
@@ -80,7 +81,7 @@ __device__ __forceinline__ void store_swiglu(Shared<C>& s, const Params& p, cons
 #pragma unroll
     for (int i = 0; i < N / 4; ++i) {
       const int at = 4 * (i / 2) + i % 2;
-      h[b][i] = swiglu(sum[b][at], sum[b][at + 2]);
+      h[b][i] = activate<C::kActivation>(sum[b][at], sum[b][at + 2]);
     }
   }
   const bool dynamic = phase.h_scale != nullptr;
@@ -130,8 +131,8 @@ __device__ __forceinline__ void compute_tile(Shared<C>& s, const Params& p, cons
   multiply_tile<C, N>(s, ring, phase.num_steps, has_slabs<C>(t, lane), lane, sum);
   // Made and read again: along K registers are for sums.
   const MathLane again = make_math_lane<C>();
-  if (phase.epilogue == Epilogue::kSwiglu) {
-    store_swiglu<C, N>(s, p, phase, t, again, sum);
+  if (phase.epilogue == Epilogue::kHidden) {
+    store_hidden<C, N>(s, p, phase, t, again, sum);
   } else if (has_slabs<C>(t, again)) {
     store_bf16<C, N>(phase, t, again, sum);
   }

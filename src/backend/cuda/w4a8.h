@@ -2,7 +2,7 @@
 //
 //   canonical int4 + scales --repack--> packed stream (per expert)       once, at load
 //
-//   x e4m3 --[gate_up: GEMM, SwiGLU, quantize]--> h e4m3 --[down: GEMM]--> y bf16     per step
+//   x e4m3 --[gate_up: GEMM, activation, quantize]--> h e4m3 --[down: GEMM]--> y bf16     per step
 //                    launch_experts() is both boxes in one persistent kernel
 //
 // Plain C++: no CUDA header is needed to include this. Every launcher is asynchronous on the given
@@ -24,6 +24,8 @@
 #include <cstdint>
 
 #include "backend/rows.h"
+#include "sluice/activation.h"
+#include "sluice/weight_format.h"
 
 namespace sluice::cuda {
 
@@ -45,6 +47,7 @@ struct WeightShape {
   int k = 0;        ///< Input channels.
   int group = 128;  ///< Weights per scale along k: 128 or 32.
   ScaleType scale_type = ScaleType::kBf16;
+  WeightFormat format = WeightFormat::kInt4;
 };
 
 /// Bytes of one expert's packed stream; a multiple of 128. Experts follow each other without gaps.
@@ -126,7 +129,7 @@ struct GroupedGemm {
 };
 void launch_grouped_gemm(const GroupedGemm& args, StreamHandle stream);
 
-/// h = quantize(silu(gate) * up), everything in f32 from the accumulators on.
+/// h = quantize(activate(gate, up)), everything in f32 from the accumulators on.
 struct GateUpGemm {
   PackedWeights weights;  ///< shape {2 * intermediate, hidden}
   RowRanges rows;
@@ -134,10 +137,11 @@ struct GateUpGemm {
   Fp8Rows h;
   void* sync = nullptr;
   ConfigChoice config;
+  ActivationFn activation = {};
 };
 void launch_gate_up(const GateUpGemm& args, StreamHandle stream);
 
-/// The whole expert stage in one kernel: gate_up, SwiGLU, quantize, down.
+/// The whole expert stage in one kernel: gate_up, activation, quantize, down.
 struct ExpertGemms {
   PackedWeights gate_up;  ///< shape {2 * intermediate, hidden}
   PackedWeights down;     ///< shape {hidden, intermediate}; scale_type, group, code as gate_up.
@@ -147,6 +151,7 @@ struct ExpertGemms {
   std::uint16_t* y = nullptr;  ///< [max_rows, hidden] bf16, 16 B aligned.
   void* sync = nullptr;
   ConfigChoice config;
+  ActivationFn activation = {};
 };
 void launch_experts(const ExpertGemms& args, StreamHandle stream);
 

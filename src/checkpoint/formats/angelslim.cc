@@ -24,10 +24,10 @@ class AngelslimFormat final : public Format {
             {.name = matrix.part("weight_scale"), .dtypes = {"BF16", "F32"}, .shape = {}}};
   }
 
-  [[nodiscard]] Int4Matrix load(const ExpertTensors& expert, const MatrixLayout& matrix,
-                                ExpertStorage& storage) const override {
+  [[nodiscard]] QuantMatrix load(const ExpertTensors& expert, const MatrixLayout& matrix,
+                                 ExpertStorage& storage) const override {
     const TensorRef& scale = part_of(expert, matrix.part("weight_scale.int4"));
-    const Int4Matrix result = {
+    const QuantMatrix result = {
         .codes = view_codes(part_of(expert, matrix.part("qweight")), matrix, storage),
         .scales = load_scales(scale, matrix.n, matrix.k / kGroup, storage),
         .group_size = kGroup};

@@ -13,7 +13,7 @@ namespace {
 class Bf16Format final : public Format {
  public:
   [[nodiscard]] std::string_view name() const noexcept override { return "bf16"; }
-  [[nodiscard]] bool is_int4() const noexcept override { return false; }
+  [[nodiscard]] std::optional<WeightFormat> weight_format() const noexcept override { return {}; }
 
   [[nodiscard]] std::vector<PartSpec> parts(const MatrixLayout& matrix) const override {
     return {

@@ -59,8 +59,8 @@ class CompressedTensorsFormat final : public Format {
          place(tensor), shape[0], shape[1], matrix.n, matrix.k);
   }
 
-  [[nodiscard]] Int4Matrix load(const ExpertTensors& expert, const MatrixLayout& matrix,
-                                ExpertStorage& storage) const override {
+  [[nodiscard]] QuantMatrix load(const ExpertTensors& expert, const MatrixLayout& matrix,
+                                 ExpertStorage& storage) const override {
     // Little-endian words: byte j of a row holds elements 2j and 2j + 1, low nibble first.
     return {
         .codes = load_offset_codes(part_of(expert, matrix.part("weight_packed")), matrix, storage),

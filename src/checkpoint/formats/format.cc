@@ -36,7 +36,7 @@ float Format::input_scale(const ExpertTensors& expert, const MatrixLayout& matri
   return read_positive(part_of(expert, input_scale_part(matrix)), "input scale");
 }
 
-Int4Matrix Format::load(const ExpertTensors&, const MatrixLayout&, ExpertStorage&) const {
+QuantMatrix Format::load(const ExpertTensors&, const MatrixLayout&, ExpertStorage&) const {
   fail(ErrorCode::kInternal, "{} has no int4 weights", name());
 }
 
@@ -48,8 +48,8 @@ std::string Format::inexact(const ExpertTensors&, const MatrixLayout&) const {
   return {};
 }
 
-Int4Matrix Format::load_unscaled(const ExpertTensors& expert, const MatrixLayout& matrix,
-                                 ExpertStorage& storage) const {
+QuantMatrix Format::load_unscaled(const ExpertTensors& expert, const MatrixLayout& matrix,
+                                  ExpertStorage& storage) const {
   return load(expert, matrix, storage);
 }
 

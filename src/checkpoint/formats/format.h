@@ -54,8 +54,10 @@ class Format {
 
   /// As Checkpoint::format() gives it.
   [[nodiscard]] virtual std::string_view name() const noexcept = 0;
-  /// False: the experts are floats, for `sluice convert` to quantize.
-  [[nodiscard]] virtual bool is_int4() const noexcept { return true; }
+  /// Empty: the experts are floats, for `sluice convert` to quantize.
+  [[nodiscard]] virtual std::optional<WeightFormat> weight_format() const noexcept {
+    return WeightFormat::kInt4;
+  }
   /// Weights per scale along K. Of floats: what they are quantized with unless asked otherwise.
   [[nodiscard]] virtual int group_size() const noexcept { return 128; }
   /// True if -8 is an ordinary value: scales of amax / 8 or amax / 7.5.
@@ -77,8 +79,8 @@ class Format {
 
   /// Requires: checked headers. Throws: kCorruptFile, kUnsupported, naming file and tensor.
   /// Views point into the mapped files or into `storage`.
-  [[nodiscard]] virtual Int4Matrix load(const ExpertTensors& expert, const MatrixLayout& matrix,
-                                        ExpertStorage& storage) const;
+  [[nodiscard]] virtual QuantMatrix load(const ExpertTensors& expert, const MatrixLayout& matrix,
+                                         ExpertStorage& storage) const;
   /// Factors of the input's channels, [k], which load() cannot fold into codes and scales exactly
   /// and therefore refuses; empty where it does not.
   [[nodiscard]] virtual std::vector<float> input_factors(const ExpertTensors& expert,
@@ -87,10 +89,10 @@ class Format {
   [[nodiscard]] virtual std::string inexact(const ExpertTensors& expert,
                                             const MatrixLayout& matrix) const;
   /// As load(), but for input_factors(), which are left to the caller.
-  [[nodiscard]] virtual Int4Matrix load_unscaled(const ExpertTensors& expert,
-                                                 const MatrixLayout& matrix,
-                                                 ExpertStorage& storage) const;
-  /// Of formats without int4: [n, k] weights, exactly as the checkpoint defines them, in float32.
+  [[nodiscard]] virtual QuantMatrix load_unscaled(const ExpertTensors& expert,
+                                                  const MatrixLayout& matrix,
+                                                  ExpertStorage& storage) const;
+  /// Of formats of floats: [n, k] weights, exactly as the checkpoint defines them, in float32.
   virtual void load_floats(const ExpertTensors& expert, const MatrixLayout& matrix,
                            std::span<float> out) const;
 };

@@ -15,7 +15,7 @@ constexpr std::int64_t kBlock = 128;
 class Fp8BlockFormat final : public Format {
  public:
   [[nodiscard]] std::string_view name() const noexcept override { return "fp8-block"; }
-  [[nodiscard]] bool is_int4() const noexcept override { return false; }
+  [[nodiscard]] std::optional<WeightFormat> weight_format() const noexcept override { return {}; }
 
   [[nodiscard]] std::vector<PartSpec> parts(const MatrixLayout& matrix) const override {
     const auto n = static_cast<std::uint64_t>(matrix.n), k = static_cast<std::uint64_t>(matrix.k);

@@ -75,8 +75,8 @@ class ModeloptFormat final : public Format {
     return Format::input_scale(expert, matrix) / uniform_factor(expert, matrix);
   }
 
-  [[nodiscard]] Int4Matrix load(const ExpertTensors& expert, const MatrixLayout& matrix,
-                                ExpertStorage& storage) const override {
+  [[nodiscard]] QuantMatrix load(const ExpertTensors& expert, const MatrixLayout& matrix,
+                                 ExpertStorage& storage) const override {
     if (const std::string why = inexact(expert, matrix); !why.empty()) {
       fail(ErrorCode::kUnsupported,
            "{}; `sluice convert --scale ... --drop-input-scales` quantizes the weights times it "
@@ -86,17 +86,17 @@ class ModeloptFormat final : public Format {
     return load_unscaled(expert, matrix, storage);
   }
 
-  [[nodiscard]] Int4Matrix load_unscaled(const ExpertTensors& expert, const MatrixLayout& matrix,
-                                         ExpertStorage& storage) const override {
+  [[nodiscard]] QuantMatrix load_unscaled(const ExpertTensors& expert, const MatrixLayout& matrix,
+                                          ExpertStorage& storage) const override {
     const TensorRef& weight = part_of(expert, matrix.part("weight"));
     const TensorRef& scale = part_of(expert, matrix.part("weight_scale"));
     MappedFile::will_need(weight.bytes());
     const auto codes = allocate(storage, weight.bytes().size());
     repack_rows(weight.bytes().data(), matrix.n, matrix.k, codes.data());
     MappedFile::release(weight.bytes());
-    Int4Matrix result = {.codes = {codes.data(), DType::kPackedInt4, {matrix.n, matrix.k / 2}},
-                         .scales = load_scales(scale, matrix.n, matrix.k / group_, storage),
-                         .group_size = group_};
+    QuantMatrix result = {.codes = {codes.data(), DType::kPackedInt4, {matrix.n, matrix.k / 2}},
+                          .scales = load_scales(scale, matrix.n, matrix.k / group_, storage),
+                          .group_size = group_};
     check_second_scale(part_of(expert, matrix.part("weight_scale_2")), scale, result.scales);
     if (!inexact(expert, matrix).empty()) return result;
     if (const float factor = uniform_factor(expert, matrix); factor != 1) {

@@ -32,8 +32,8 @@ class W4afp8Format final : public Format {
                                       : "w2.input_scale";
   }
 
-  [[nodiscard]] Int4Matrix load(const ExpertTensors& expert, const MatrixLayout& matrix,
-                                ExpertStorage& storage) const override {
+  [[nodiscard]] QuantMatrix load(const ExpertTensors& expert, const MatrixLayout& matrix,
+                                 ExpertStorage& storage) const override {
     const TensorRef& weight = part_of(expert, matrix.part("weight"));
     return {.codes = has_offset_ ? load_offset_codes(weight, matrix, storage)
                                  : view_codes(weight, matrix, storage),

@@ -3,7 +3,8 @@
 
 #include <cuda_runtime.h>
 
-#include "backend/cuda/swiglu.cuh"
+#include "backend/cuda/e4m3_group.cuh"
+#include "backend/cuda/ptx/math.cuh"
 #include "exchange/cuda/exchange_kernels.h"
 #include "exchange/cuda/protocol.cuh"
 #include "sluice/quant.h"
@@ -85,7 +86,7 @@ __device__ int stage_vector(const uint4& in, int v, float static_inverse, std::u
     if (v % 16 == 0) scale[v / 16] = s;
   } else {
 #pragma unroll
-    for (int i = 0; i < 8; ++i) clipped += fabsf(__fmul_rn(value[i], factor)) > kE4m3Limit;
+    for (int i = 0; i < 8; ++i) clipped += fabsf(__fmul_rn(value[i], factor)) > kE4m3Max;
   }
   reinterpret_cast<uint2*>(payload)[v] = quantize8(value, factor);
   return clipped;

@@ -1,0 +1,35 @@
+// e4m3_group.cuh - scales of a group of 128 channels, as every CUDA kernel computes them.
+//
+// The definition is sluice/quant.h: the same float32 operations in the same order, each rounded by
+// itself, on its constants.
+#pragma once
+
+#include <cuda_runtime.h>
+
+#include "sluice/quant.h"
+
+namespace sluice::cuda {
+
+// Kernels hold a group in 16 neighbouring threads of 8 channels, or as half of a tile's 256 rows.
+static_assert(kActivationGroup == 128);
+// 1 / 448 is rounded once, at compile time, as in quantize_group().
+inline constexpr float kInverseE4m3Max = 1.0f / kE4m3Max;
+
+/// Stored scale of a group whose largest magnitude is `amax`, NaN skipped.
+__device__ __forceinline__ float group_scale(float amax) {
+  return __fmul_rn(fmaxf(amax, kMinGroupAmax), kInverseE4m3Max);
+}
+
+/// What the group's elements are multiplied by before the cast.
+__device__ __forceinline__ float group_inverse(float amax) {
+  return __fdiv_rn(kE4m3Max, fmaxf(amax, kMinGroupAmax));
+}
+
+/// Smallest power of two >= s; s is normal. Carries into the exponent on purpose.
+__device__ __forceinline__ float ceil_pow2(float s) {
+  const unsigned bits = __float_as_uint(s);
+  const unsigned mantissa = bits & 0x007fffffu;
+  return __uint_as_float(mantissa == 0 ? bits : bits - mantissa + 0x00800000u);
+}
+
+}  // namespace sluice::cuda
