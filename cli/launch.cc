@@ -9,11 +9,11 @@
 #include <exception>
 #include <mutex>
 #include <optional>
-#include <thread>
 
 #include "command.h"
 #include "report.h"
 #include "sluice/config.h"
+#include "sluice/lab/ranks.h"
 
 namespace sluice::cli {
 namespace {
@@ -67,32 +67,6 @@ std::unique_ptr<Transport> make_ipc_world(milliseconds timeout) {
 }
 
 }  // namespace
-
-void on_every_rank(int count, const std::function<void(int)>& body) {
-  std::vector<std::exception_ptr> failures(static_cast<std::size_t>(count));
-  std::vector<std::thread> threads;
-  for (int r = 0; r < count; ++r) {
-    threads.emplace_back([&, r] {
-      try {
-        body(r);
-      } catch (...) {
-        failures[static_cast<std::size_t>(r)] = std::current_exception();
-      }
-    });
-  }
-  for (std::thread& thread : threads) thread.join();
-  std::exception_ptr consequence;
-  for (const std::exception_ptr& failure : failures) {
-    if (!failure) continue;
-    try {
-      std::rethrow_exception(failure);
-    } catch (const Error& error) {
-      if (error.code() != ErrorCode::kPeerTimeout) throw;
-      if (!consequence) consequence = failure;
-    }
-  }
-  if (consequence) std::rethrow_exception(consequence);
-}
 
 Launch::Launch(const std::string& transport, int num_ranks, milliseconds timeout, Output& output)
     : num_ranks_(std::max(1, num_ranks)), timeout_(timeout), output_(output) {

@@ -59,8 +59,4 @@ class Launch {
   std::unique_ptr<Transport> world_;  // Null where ranks are threads, and after finish().
 };
 
-/// Runs body(i) on a thread for each of `count` and rethrows the first failure that is a cause
-/// rather than a consequence: ranks waiting for a failed one time out.
-void on_every_rank(int count, const std::function<void(int)>& body);
-
 }  // namespace sluice::cli

@@ -13,6 +13,7 @@
 #include "launch.h"
 #include "report.h"
 #include "sluice/backend.h"
+#include "sluice/lab/ranks.h"
 #include "sluice/transport.h"
 
 namespace sluice::cli {

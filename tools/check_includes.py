@@ -45,6 +45,7 @@ MODULES = [
     ("exchange",       "src/exchange/",        ("public", "core", "quant", "traits", "ops"), ()),
     ("engine",         "src/engine/",          ("public", "core", "quant", "checkpoint", "traits", "ops", "exchange"), ()),
     # The laboratory stands on the runtime; no folder of src/ may include it.
+    ("ranks",          "lab/ranks/",           ("public",),                               ()),
     ("files",          "lab/files/",           ("public", "core"),                        ("posix",)),
     ("synthetic",      "lab/synthetic/",       ("public", "core", "quant", "checkpoint", "files"), ("posix", "nlohmann/")),
     ("reference",      "lab/reference/",       ("public", "core", "quant"),               ()),
@@ -69,8 +70,23 @@ ONLY_IN = {
     "nccl.h": ("lab/bench/kernels/bench_nccl.cu",),
     "nvshmem": ("src/transport/nvshmem.cc", "src/transport/device.cuh"),
 }
-# Public headers that core may use: those whose functions it implements.
-CORE_PUBLIC = {"tensor.h", "error.h", "config.h", "recipe.h", "quant.h", "stream.h"}
+# Public headers, in layers of their own. A folder of src/ may use those that it implements and those
+# below them; it never sees a layer above, nor anything of the laboratory.
+BASE = {"tensor.h", "error.h", "config.h", "stream.h"}
+VALUES = BASE | {"quant.h", "recipe.h", "activation.h", "weight_format.h"}
+BACKEND = VALUES | {"checkpoint.h", "backend.h"}
+PUBLIC_OF = {
+    "core": BASE,
+    "quant": VALUES,
+    "checkpoint": VALUES | {"checkpoint.h"},
+    "device handles": BASE | {"transport.h"},
+    "device memory": BASE | {"transport.h"},
+    "transport": BASE | {"transport.h"},
+    "rows": BACKEND, "traits": BACKEND, "ops": BACKEND, "cpu backend": BACKEND, "ptx": BASE,
+    "cuda support": BASE, "cuda formats": VALUES, "cuda backend": BACKEND, "backend": BACKEND,
+    "cuda exchange": BACKEND | {"transport.h", "exchange.h"},
+    "exchange": BACKEND | {"transport.h", "exchange.h"},
+}
 
 OUTSIDE = {
     "posix": re.compile(r"(sys/\w+|unistd|fcntl|sched|pthread|dirent|poll|signal|errno|linux/\w+)\.h$"),
@@ -100,6 +116,8 @@ def module_of(path):
     return "tests" if path.startswith("tests/") else None
 
 
+# Everything but the laboratory and what stands on it.
+RUNTIME = {name for name, prefix, _, _ in MODULES if prefix.startswith("src/")} | {"public"}
 RULES = {name: (may, outside) for name, _, may, outside in MODULES}
 
 
@@ -127,6 +145,12 @@ class Scan:
                 return candidate.resolve().relative_to(self.root.resolve()).as_posix()
         return None
 
+    @staticmethod
+    def may_use_public(module, header):
+        if module in PUBLIC_OF:
+            return header in PUBLIC_OF[module]
+        return module not in RUNTIME or not header.startswith("lab/")
+
     def check_include(self, path, line, name):
         module = module_of(path)
         target = self.resolve(path, name)
@@ -136,12 +160,16 @@ class Scan:
         other = module_of(target)
         if other in CLOSED and module != other:
             self.report(path, line, "layering", f"nothing may include {other}: {name}")
-        elif module in ("tests", other) or other is None:
+        elif module == "tests" or other is None:
             return
+        elif module == other:
+            # A header of the runtime's may not show one of the laboratory's.
+            if module == "public" and "/lab/" in target and "/lab/" not in path:
+                self.report(path, line, "layering", f"the runtime may not include {name}")
         elif other not in RULES[module][0]:
             self.report(path, line, "layering", f"{module} may not include {other}: {name}")
-        elif module == "core" and other == "public" and Path(target).name not in CORE_PUBLIC:
-            self.report(path, line, "layering", f"core may not include {name}")
+        elif other == "public" and not self.may_use_public(module, target.removeprefix("include/sluice/")):
+            self.report(path, line, "layering", f"{module} may not include the public header {name}")
 
     def check_outside(self, path, line, module, name):
         for prefix, owners in ONLY_IN.items():

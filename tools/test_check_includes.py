@@ -10,6 +10,10 @@ HEADER = "#pragma once\n"
 CLEAN = {
     "include/sluice/tensor.h": HEADER + "#include <cstdint>\n",
     "include/sluice/engine.h": HEADER + '#include "sluice/tensor.h"\n',
+    "include/sluice/exchange.h": HEADER + '#include "sluice/tensor.h"\n',
+    "include/sluice/lab/accuracy.h": HEADER + '#include "sluice/engine.h"\n',
+    "lab/accuracy/metrics.h": HEADER,
+    "lab/accuracy/metrics.cc": '#include "sluice/lab/accuracy.h"\n',
     "src/core/fail.h": HEADER + "#include <fmt/core.h>\n#include \"sluice/tensor.h\"\n",
     "src/core/config.cc": "#include <cstdlib>\nauto v = std::getenv(\"X\");\n",
     "src/core/mmap.cc": "#include <sys/mman.h>\n",
@@ -58,6 +62,19 @@ class Planted(unittest.TestCase):
         self.expect("layering", "src/quant/back.cc", '#include "backend/ops.h"\n')
         self.expect("layering", "src/transport/back.cc", '#include "exchange/impl.h"\n')
         self.expect("layering", "src/core/back.cc", '#include "sluice/engine.h"\n')
+
+    def test_a_folder_uses_a_public_header_from_above(self):
+        self.expect("layering", "src/transport/frame.cc", '#include "sluice/engine.h"\n')
+        self.expect("layering", "src/transport/frame.cc", '#include "sluice/exchange.h"\n')
+        self.expect("layering", "src/backend/cpu/digits.cc", '#include "sluice/exchange.h"\n')
+        self.expect("layering", "src/exchange/up.cc", '#include "sluice/engine.h"\n')
+
+    def test_the_runtime_uses_the_laboratory(self):
+        self.expect("layering", "src/backend/cpu/digits.cc", '#include "sluice/lab/accuracy.h"\n')
+        self.expect("layering", "src/engine/up.cc", '#include "sluice/lab/accuracy.h"\n')
+        self.expect("layering", "src/engine/up.cc", '#include "accuracy/metrics.h"\n')
+        self.expect("layering", "include/sluice/exchange.h",
+                    HEADER + '#include "sluice/lab/accuracy.h"\n')
 
     def test_sideways(self):
         self.expect("layering", "src/backend/cpu/side.cc", '#include "backend/cuda/w4a8.h"\n')

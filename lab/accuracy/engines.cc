@@ -2,8 +2,6 @@
 #include "accuracy/engines.h"
 
 #include <algorithm>
-#include <exception>
-#include <thread>
 
 #include "backend/traits.h"
 #include "core/fail.h"
@@ -11,6 +9,7 @@
 #include "sluice/backend.h"
 #include "sluice/config.h"
 #include "sluice/engine.h"
+#include "sluice/lab/ranks.h"
 #include "sluice/transport.h"
 
 namespace sluice {
@@ -88,21 +87,6 @@ std::uint64_t run_rank(const Run& run, int r, Transport& transport) {
   return engine.gemm_input_digest();
 }
 
-/// Throws the first failure that is not merely a wait for a failed peer.
-void throw_cause(const std::vector<std::exception_ptr>& failures) {
-  std::exception_ptr timeout;
-  for (const std::exception_ptr& failure : failures) {
-    if (!failure) continue;
-    try {
-      std::rethrow_exception(failure);
-    } catch (const Error& error) {
-      if (error.code() != ErrorCode::kPeerTimeout) throw;
-      timeout = failure;
-    }
-  }
-  if (timeout) std::rethrow_exception(timeout);
-}
-
 }  // namespace
 
 std::uint64_t definition_digest(const RowPlan& plan, const Recipe& recipe,
@@ -138,19 +122,10 @@ EngineOutcome run_engines(const EngineRanks& ranks, const Recipe& recipe, const 
       .ranks = &ranks, .recipe = recipe, .tokens = &tokens, .outcome = &outcome};
   auto transports = make_inproc_transports(ranks.num_ranks);
   std::vector<std::uint64_t> digests(n);
-  std::vector<std::exception_ptr> failures(n);
-  std::vector<std::thread> threads;
-  for (std::size_t r = 0; r < n; ++r) {
-    threads.emplace_back([&, r] {
-      try {
-        digests[r] = accuracy::run_rank(run, static_cast<int>(r), *transports[r]);
-      } catch (...) {
-        failures[r] = std::current_exception();
-      }
-    });
-  }
-  for (std::thread& thread : threads) thread.join();
-  accuracy::throw_cause(failures);
+  on_every_rank(ranks.num_ranks, [&](int rank) {
+    const auto r = static_cast<std::size_t>(rank);
+    digests[r] = accuracy::run_rank(run, rank, *transports[r]);
+  });
   for (const std::uint64_t digest : digests) outcome.gemm1_digest += digest;
   return outcome;
 }

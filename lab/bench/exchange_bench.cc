@@ -4,13 +4,12 @@
 
 #include <algorithm>
 #include <cstring>
-#include <exception>
 #include <numeric>
-#include <thread>
 
 #include "backend/ops.h"
 #include "core/counter_rng.h"
 #include "core/fail.h"
+#include "sluice/lab/ranks.h"
 #include "sluice/quant.h"
 #include "sluice/transport.h"
 
@@ -18,35 +17,6 @@ namespace sluice {
 namespace {
 
 constexpr std::chrono::milliseconds kSetUpTimeout{60'000};
-
-/// Runs body(rank) on a thread each; throws what the first failing rank threw, a cause rather than
-/// a consequence: ranks that wait for a failed one time out.
-template <class Body>
-void on_every_rank(int num_ranks, const Body& body) {
-  std::vector<std::exception_ptr> failures(static_cast<std::size_t>(num_ranks));
-  std::vector<std::thread> threads;
-  for (int r = 0; r < num_ranks; ++r) {
-    threads.emplace_back([&, r] {
-      try {
-        body(r);
-      } catch (...) {
-        failures[static_cast<std::size_t>(r)] = std::current_exception();
-      }
-    });
-  }
-  for (std::thread& thread : threads) thread.join();
-  std::exception_ptr consequence;
-  for (const auto& failure : failures) {
-    if (!failure) continue;
-    try {
-      std::rethrow_exception(failure);
-    } catch (const Error& error) {
-      if (error.code() != ErrorCode::kPeerTimeout) throw;
-      if (!consequence) consequence = failure;
-    }
-  }
-  if (consequence) std::rethrow_exception(consequence);
-}
 
 /// Tokens and routing of every rank, and the bytes that each token is on the wire.
 struct Traffic {

@@ -13,13 +13,13 @@
 #include <numeric>
 #include <optional>
 #include <string>
-#include <thread>
 #include <vector>
 
 #include "sluice/backend.h"
 #include "sluice/checkpoint.h"
 #include "sluice/engine.h"
 #include "sluice/error.h"
+#include "sluice/lab/ranks.h"
 #include "sluice/lab/reference.h"
 #include "sluice/lab/synthetic.h"
 #include "sluice/lab/workload.h"
@@ -103,61 +103,52 @@ inline LayerOutcome try_layer(const Checkpoint& checkpoint, const LayerCase& c) 
   LayerOutcome out;
   const auto n = c.tokens.size();
   out.loads.resize(n), out.y.resize(n), out.counters.resize(n), out.stats.resize(n);
-  out.failures.resize(n);
   std::vector<std::uint64_t> digests(n);
   std::vector<LayerRecipe> recipes(n);
   auto transports = make_inproc_transports(num_ranks);
-  std::vector<std::thread> threads;
-  for (int rank = 0; rank < num_ranks; ++rank) {
-    threads.emplace_back([&, rank] {
-      const auto r = static_cast<std::size_t>(rank);
-      try {
-        std::unique_ptr<Transport> transport = std::move(transports[r]);
-        if (c.wrap) transport = c.wrap(rank, std::move(transport));
-        const auto backend = make_backend({.num_threads = c.num_threads});
-        std::optional<Checkpoint> own;
-        if (c.own_checkpoint.contains(rank)) {
-          own.emplace(Checkpoint::open(c.own_checkpoint.at(rank)));
-        }
-        const auto largest = static_cast<int>(*std::max_element(c.tokens.begin(), c.tokens.end()));
-        int max_tokens = c.max_tokens_per_rank ? c.max_tokens_per_rank : std::max(1, largest);
-        if (c.own_max_tokens.contains(rank)) max_tokens = c.own_max_tokens.at(rank);
-        const bool low_latency = c.mode == Mode::kLowLatency;
-        const std::optional<Recipe> recipe = c.recipe;
-        Engine engine = Engine::create({.layer = checkpoint.moe_layers().front(),
-                                        .low_latency = low_latency ? recipe : std::nullopt,
-                                        .normal = low_latency ? std::nullopt : recipe,
-                                        .dispatch_dtype = c.dispatch_dtype,
-                                        .max_tokens_per_rank = max_tokens,
-                                        .max_m = c.max_m,
-                                        .routed_scaling_factor = c.routed_scaling_factor,
-                                        .peer_timeout = c.timeout},
-                                       own ? *own : checkpoint, *transport, *backend);
-        const std::int64_t first =
-            std::accumulate(c.tokens.begin(), c.tokens.begin() + rank, std::int64_t{0});
-        Workload& load = out.loads[r] = make_workload({.num_experts = g.num_experts,
-                                                       .num_topk = g.num_topk,
-                                                       .hidden = g.hidden,
-                                                       .routing = c.routing,
-                                                       .seed = 7},
-                                                      first, c.tokens[r]);
-        if (c.edit) c.edit(rank, load);
-        out.y[r].assign(load.x.size(), 0x7fc1);  // Poison: a NaN that nothing writes.
-        MutableTensorView y;
-        y.data = out.y[r].data(), y.dtype = DType::kBFloat16, y.shape = load.x_view().shape;
-        engine.record_stats(true);
-        engine.record_gemm_input_digest(true);
-        engine.forward(c.mode, load.x_view(), load.routing_view(), y, {});
-        digests[r] = engine.gemm_input_digest();
-        recipes[r] = engine.recipe(c.mode);
-        out.counters[r] = engine.exchange_counters(c.mode);
-        out.stats[r] = engine.stats();
-      } catch (...) {
-        out.failures[r] = std::current_exception();
-      }
-    });
-  }
-  for (auto& thread : threads) thread.join();
+  out.failures = try_on_every_rank(num_ranks, [&](int rank) {
+    const auto r = static_cast<std::size_t>(rank);
+    std::unique_ptr<Transport> transport = std::move(transports[r]);
+    if (c.wrap) transport = c.wrap(rank, std::move(transport));
+    const auto backend = make_backend({.num_threads = c.num_threads});
+    std::optional<Checkpoint> own;
+    if (c.own_checkpoint.contains(rank)) {
+      own.emplace(Checkpoint::open(c.own_checkpoint.at(rank)));
+    }
+    const auto largest = static_cast<int>(*std::max_element(c.tokens.begin(), c.tokens.end()));
+    int max_tokens = c.max_tokens_per_rank ? c.max_tokens_per_rank : std::max(1, largest);
+    if (c.own_max_tokens.contains(rank)) max_tokens = c.own_max_tokens.at(rank);
+    const bool low_latency = c.mode == Mode::kLowLatency;
+    const std::optional<Recipe> recipe = c.recipe;
+    Engine engine = Engine::create({.layer = checkpoint.moe_layers().front(),
+                                    .low_latency = low_latency ? recipe : std::nullopt,
+                                    .normal = low_latency ? std::nullopt : recipe,
+                                    .dispatch_dtype = c.dispatch_dtype,
+                                    .max_tokens_per_rank = max_tokens,
+                                    .max_m = c.max_m,
+                                    .routed_scaling_factor = c.routed_scaling_factor,
+                                    .peer_timeout = c.timeout},
+                                   own ? *own : checkpoint, *transport, *backend);
+    const std::int64_t first =
+        std::accumulate(c.tokens.begin(), c.tokens.begin() + rank, std::int64_t{0});
+    Workload& load = out.loads[r] = make_workload({.num_experts = g.num_experts,
+                                                   .num_topk = g.num_topk,
+                                                   .hidden = g.hidden,
+                                                   .routing = c.routing,
+                                                   .seed = 7},
+                                                  first, c.tokens[r]);
+    if (c.edit) c.edit(rank, load);
+    out.y[r].assign(load.x.size(), 0x7fc1);  // Poison: a NaN that nothing writes.
+    MutableTensorView y;
+    y.data = out.y[r].data(), y.dtype = DType::kBFloat16, y.shape = load.x_view().shape;
+    engine.record_stats(true);
+    engine.record_gemm_input_digest(true);
+    engine.forward(c.mode, load.x_view(), load.routing_view(), y, {});
+    digests[r] = engine.gemm_input_digest();
+    recipes[r] = engine.recipe(c.mode);
+    out.counters[r] = engine.exchange_counters(c.mode);
+    out.stats[r] = engine.stats();
+  });
   for (const std::uint64_t digest : digests) out.digest += digest;
   out.recipe = recipes[0];
   return out;

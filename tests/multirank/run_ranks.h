@@ -9,11 +9,11 @@
 #include <memory>
 #include <optional>
 #include <string>
-#include <thread>
 #include <vector>
 
 #include "sluice/config.h"
 #include "sluice/error.h"
+#include "sluice/lab/ranks.h"
 #include "sluice/transport.h"
 
 namespace sluice::testing {
@@ -173,16 +173,11 @@ std::vector<std::exception_ptr> try_ranks(int num_ranks, const Body& body,
                                           const WrapTransport& wrap = {}) {
   if (ranks_are_processes()) return try_processes(num_ranks, body, wrap);
   auto transports = make_inproc_transports(num_ranks);
-  std::vector<std::exception_ptr> failures(transports.size());
-  std::vector<std::thread> threads;
-  for (int rank = 0; rank < num_ranks; ++rank) {
-    threads.emplace_back([&, rank] {
-      const auto r = static_cast<std::size_t>(rank);
-      failures[r] = try_rank(rank, std::move(transports[r]), body, wrap);
-    });
-  }
-  for (std::thread& thread : threads) thread.join();
-  return failures;
+  return try_on_every_rank(num_ranks, [&](int rank) {
+    std::unique_ptr<Transport> transport = std::move(transports[static_cast<std::size_t>(rank)]);
+    if (wrap) transport = wrap(rank, std::move(transport));
+    body(*transport);
+  });
 }
 
 template <class Body>
