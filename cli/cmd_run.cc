@@ -12,7 +12,7 @@
 #include "run_stats.h"
 #include "sluice/config.h"
 #include "sluice/error.h"
-#include "spawn.h"
+#include "sluice/lab/ranks.h"
 
 namespace sluice::cli {
 namespace {

@@ -45,7 +45,7 @@ MODULES = [
     ("exchange",       "src/exchange/",        ("public", "core", "quant", "traits", "ops"), ()),
     ("engine",         "src/engine/",          ("public", "core", "quant", "checkpoint", "traits", "ops", "exchange"), ()),
     # The laboratory stands on the runtime; no folder of src/ may include it.
-    ("ranks",          "lab/ranks/",           ("public",),                               ()),
+    ("ranks",          "lab/ranks/",           ("public",),                               ("posix",)),
     ("files",          "lab/files/",           ("public", "core"),                        ("posix",)),
     ("synthetic",      "lab/synthetic/",       ("public", "core", "quant", "checkpoint", "files"), ("posix", "nlohmann/")),
     ("reference",      "lab/reference/",       ("public", "core", "quant"),               ()),

@@ -21,10 +21,10 @@
 #include <thread>
 #include <utility>
 
-#include "../cli/spawn.h"
 #include "core/fail.h"
 #include "exchange/exchange_model.h"
 #include "multirank/run_ranks.h"
+#include "sluice/lab/ranks.h"
 #include "support/scalar_backend.h"
 
 namespace {
@@ -287,7 +287,7 @@ int main(int argc, char** argv) {
   if (given.count("--transport")) options.transport = given["--transport"];
   if (options.transport == "ipc" && !read_job_place()) {
     // Longer than any survivor needs, so that none is ended before it speaks.
-    return sluice::cli::run_as_processes(4, std::chrono::milliseconds(options.timeout_ms + 2'000));
+    return sluice::run_as_processes(4, std::chrono::milliseconds(options.timeout_ms + 2'000));
   }
   prctl(PR_SET_PDEATHSIG, SIGKILL);  // A stopped rank does not outlive its launcher.
   return run();

@@ -7,8 +7,8 @@
 #include <map>
 #include <string>
 
-#include "../cli/spawn.h"
 #include "multirank/run_ranks.h"
+#include "sluice/lab/ranks.h"
 
 namespace sluice::testing {
 namespace {
@@ -57,8 +57,8 @@ int main(int argc, char** argv) {
     if (given.count(argv[i])) given[argv[i]] = argv[i + 1];
   }
   if (given["--transport"] == "ipc" && !sluice::read_job_place()) {
-    return sluice::cli::run_as_processes(std::stoi(given["--processes"]),
-                                         sluice::testing::kProcessTimeout);
+    return sluice::run_as_processes(std::stoi(given["--processes"]),
+                                    sluice::testing::kProcessTimeout);
   }
   ::testing::InitGoogleMock(&argc, argv);
   if (given["--transport"] == "inproc") return RUN_ALL_TESTS();

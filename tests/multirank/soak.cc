@@ -15,9 +15,9 @@
 #include <map>
 #include <random>
 
-#include "../cli/spawn.h"
 #include "exchange/exchange_model.h"
 #include "multirank/run_ranks.h"
+#include "sluice/lab/ranks.h"
 #include "support/scalar_backend.h"
 
 namespace sluice::testing {
@@ -158,7 +158,7 @@ class Soak {
 
 int run(int rounds, int num_ranks, const std::string& transport_name) {
   if (transport_name == "ipc" && !read_job_place()) {
-    return cli::run_as_processes(num_ranks, kProcessTimeout);
+    return run_as_processes(num_ranks, kProcessTimeout);
   }
   const bool over_processes = transport_name != "inproc";
   if (over_processes) {

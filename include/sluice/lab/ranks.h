@@ -1,6 +1,7 @@
-// ranks.h - ranks of one process: a thread for each, and which of their failures is the cause.
+// ranks.h - ranks as threads of this process, or as processes of this host.
 #pragma once
 
+#include <chrono>
 #include <exception>
 #include <functional>
 #include <vector>
@@ -18,5 +19,13 @@ void throw_cause(const std::vector<std::exception_ptr>& failures);
 
 /// Both: runs body on every rank and throws the cause, if any rank failed.
 void on_every_rank(int num_ranks, const std::function<void(int)>& body);
+
+/// Starts this program `num_ranks` times with its own arguments and SLUICE_RANK, SLUICE_WORLD_SIZE,
+/// SLUICE_JOB and SLUICE_SECRET, the last two fresh, and waits for all. Once one has failed the
+/// others have `patience` to say so themselves; then they are killed, stopped ones too. They end
+/// with this process, however it ends. Call before any thread is started. Returns the exit status
+/// of rank 0, or of the first other one that failed; 4 for a killed one. Throws: kIo with what the
+/// system said.
+[[nodiscard]] int run_as_processes(int num_ranks, std::chrono::milliseconds patience);
 
 }  // namespace sluice

@@ -1,5 +1,3 @@
-#include "spawn.h"
-
 #include <fmt/core.h>
 #include <signal.h>
 #include <sys/prctl.h>
@@ -17,8 +15,9 @@
 #include <vector>
 
 #include "sluice/error.h"
+#include "sluice/lab/ranks.h"
 
-namespace sluice::cli {
+namespace sluice {
 namespace {
 
 constexpr int kKilled = 4;
@@ -124,4 +123,4 @@ int run_as_processes(int num_ranks, std::chrono::milliseconds patience) {
   return children.worst();
 }
 
-}  // namespace sluice::cli
+}  // namespace sluice
