@@ -39,11 +39,13 @@ MODULES = [
                                                                                           ("cuda", "cute/", "cutlass/")),
     # The factory: the one place that names concrete backends.
     ("backend",        "src/backend/",         ("public", "core", "traits", "ops", "cpu backend", "cuda backend"), ("cuda",)),
-    ("cuda exchange",  "src/exchange/cuda/",   ("public", "core", "quant", "ops", "ptx", "device handles", "exchange",
+    # Which rank has an expert: a value for host code and kernels.
+    ("placement",      "src/exchange/placement.h", (),                                    ()),
+    ("cuda exchange",  "src/exchange/cuda/",   ("public", "core", "quant", "ops", "ptx", "device handles", "placement", "exchange",
                                                 "cuda support", "cuda formats"),
                                                                                           ("cuda",)),
-    ("exchange",       "src/exchange/",        ("public", "core", "quant", "traits", "ops"), ()),
-    ("engine",         "src/engine/",          ("public", "core", "quant", "checkpoint", "traits", "ops", "exchange"), ()),
+    ("exchange",       "src/exchange/",        ("public", "core", "quant", "traits", "ops", "placement"), ()),
+    ("engine",         "src/engine/",          ("public", "core", "quant", "checkpoint", "traits", "ops", "placement", "exchange"), ()),
     # The laboratory stands on the runtime; no folder of src/ may include it.
     ("ranks",          "lab/ranks/",           ("public",),                               ("posix",)),
     ("files",          "lab/files/",           ("public", "core"),                        ("posix",)),
@@ -54,7 +56,7 @@ MODULES = [
     ("report",         "lab/report/",          ("public",),                               ("nlohmann/",)),
     # Kernel benchmarks time what lies under the public surface.
     ("kernel bench",   "lab/bench/kernels/",   ("public", "core", "cuda backend", "cuda exchange", "cuda support", "cuda formats", "ptx"), ("posix", "cuda")),
-    ("bench",          "lab/bench/",           ("public", "core", "quant", "ops"),        ("posix",)),
+    ("bench",          "lab/bench/",           ("public", "core", "quant", "ops", "placement"), ("posix",)),
     ("cli",            "cli/",                 ("public", "report"),                      ("posix", "CLI/", "nlohmann/")),
     ("python",         "python/",              ("public",),                               ("nanobind/",)),
 ]

@@ -9,6 +9,7 @@
 #include "backend/ops.h"
 #include "core/counter_rng.h"
 #include "core/fail.h"
+#include "exchange/placement.h"
 #include "sluice/lab/ranks.h"
 #include "sluice/quant.h"
 #include "sluice/transport.h"
@@ -202,15 +203,15 @@ class BenchRank {
 std::int64_t BenchRank::check_rows(const Dispatched& d) {
   const ExpertBatch& batch = d.batch();
   const Stream stream = backend_.stream();
-  const auto num_local = static_cast<std::size_t>(exchange_->num_local_experts());
+  const ExpertPlacement placement(traffic_.config.num_experts, transport_.num_ranks());
+  const auto num_local = static_cast<std::size_t>(placement.num_local());
   const auto hidden = static_cast<std::size_t>(traffic_.config.hidden);
   const auto topk = static_cast<std::size_t>(traffic_.config.num_topk);
   std::vector<std::vector<std::size_t>> tokens(num_local);  // Of each expert, in order.
   for (std::size_t i = 0; i < traffic_.topk_idx.size(); ++i) {
     const std::int32_t e = traffic_.topk_idx[i];
-    if (e < 0 || static_cast<std::size_t>(e) / num_local != static_cast<std::size_t>(rank_))
-      continue;
-    tokens[static_cast<std::size_t>(e) % num_local].push_back(i / topk);
+    if (e < 0 || placement.rank_of(e) != rank_) continue;
+    tokens[static_cast<std::size_t>(placement.local_of(e))].push_back(i / topk);
   }
   std::vector<std::int32_t> num_rows(num_local);
   std::vector<std::int64_t> row_begin(num_local);
@@ -236,7 +237,7 @@ std::int64_t BenchRank::check_rows(const Dispatched& d) {
       backend_.copy_to_host(have_scales.data(), batch.x_scale.as<std::byte>() + begin * scales,
                             have_scales.size(), stream);
     }
-    const auto expert = static_cast<std::int32_t>(static_cast<std::size_t>(rank_) * num_local + e);
+    const std::int32_t expert = placement.expert_of(rank_, static_cast<int>(e));
     for (std::size_t i = 0; i < n; ++i) {
       const std::byte* const want = &traffic_.wire[tokens[e][i] * traffic_.row_bytes];
       if (std::memcmp(&have_payload[i * payload], want, payload) != 0 ||

@@ -208,7 +208,7 @@ const ExchangeConfig& Exchange::config() const noexcept {
   return impl_->config;
 }
 int Exchange::num_local_experts() const noexcept {
-  return impl_->config.num_experts / impl_->num_ranks;
+  return impl_->placement.num_local();
 }
 std::int64_t Exchange::max_rows() const noexcept {
   return impl_->max_rows;

@@ -14,6 +14,7 @@ HostExchange::HostExchange(const ExchangeConfig& config_in, Transport& transport
   rank = transport.rank();
   num_ranks = transport.num_ranks();
   const HostLayout& layout = protocol_.layout();
+  placement = layout.placement;
   max_rows = layout.max_rows();
   staging_ = backend_.allocate(layout.staging_bytes);
   if (layout.expanded_rows > 0) {
@@ -147,7 +148,7 @@ void HostExchange::fill_batch(HostRoute& route, std::byte* x, std::byte* scale, 
         scale, DType::kFloat32,
         shape.rank() == 3 ? Shape{shape[0], shape[1], groups} : Shape{shape[0], groups}};
   }
-  const std::int64_t num_local = protocol_.layout().num_local_experts;
+  const std::int64_t num_local = placement.num_local();
   batch.num_rows = {route.num_rows.data(), DType::kInt32, Shape{num_local}};
   batch.row_begin = {route.row_begin.data(), DType::kInt64, Shape{num_local}};
 }

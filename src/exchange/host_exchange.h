@@ -54,9 +54,6 @@ class HostExchange : public Exchange::Impl {
 
   [[nodiscard]] std::span<const std::byte> staged_payload(std::int64_t token) const;
   [[nodiscard]] std::span<const std::byte> staged_scales(std::int64_t token) const;
-  [[nodiscard]] int home_of(std::int32_t expert) const {
-    return expert / protocol_.layout().num_local_experts;
-  }
   void count_sent(int peer, std::size_t bytes, std::uint64_t rows);
   void fill_batch(HostRoute& route, std::byte* x, std::byte* scale, Shape shape) const;
 

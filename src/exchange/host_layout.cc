@@ -11,8 +11,8 @@ constexpr std::size_t kAlignment = 128;
 
 HostLayout::HostLayout(const ExchangeConfig& config, int num_ranks_in)
     : num_ranks(num_ranks_in),
-      num_local_experts(config.num_experts / num_ranks_in),
-      num_slots(config.num_in_flight) {
+      num_slots(config.num_in_flight),
+      placement(config.num_experts, num_ranks_in) {
   const auto ranks = static_cast<std::size_t>(num_ranks);
   const auto tokens = static_cast<std::size_t>(config.max_tokens_per_rank);
   const auto topk = static_cast<std::size_t>(config.num_topk);
@@ -28,7 +28,7 @@ HostLayout::HostLayout(const ExchangeConfig& config, int num_ranks_in)
     at += (bytes + kAlignment - 1) / kAlignment * kAlignment;
   };
   const bool masked = config.mode == Mode::kLowLatency;
-  window_rows = masked ? std::int64_t{num_local_experts} * config.max_m
+  window_rows = masked ? std::int64_t{placement.num_local()} * config.max_m
                        : static_cast<std::int64_t>(ranks * tokens);
   const auto rows = static_cast<std::size_t>(window_rows);
   place(counts, ranks * (masked ? static_cast<std::size_t>(config.num_experts) : 1) * 4);

@@ -27,6 +27,7 @@
 #include <cstddef>
 #include <cstdint>
 
+#include "exchange/placement.h"
 #include "exchange/slot_rules.h"
 #include "sluice/exchange.h"
 
@@ -46,7 +47,8 @@ struct HostLayout {
   std::size_t scale_bytes = 0;    ///< One row's scales.
   std::size_t home_bytes = 0;     ///< One row on its way home.
 
-  int num_ranks = 1, num_local_experts = 1, num_slots = 1;
+  int num_ranks = 1, num_slots = 1;
+  ExpertPlacement placement;
   std::int64_t window_rows = 0;  ///< Rows of x in the window.
   std::int64_t expanded_rows = 0;
 

@@ -40,7 +40,7 @@ class HostLowLatency final : public HostExchange {
     read_routes(route, received_counts(route));
     std::byte* const slot = protocol_.local(route.use);
     fill_batch(route, slot + layout.x, slot + layout.scale,
-               Shape{layout.num_local_experts, config.max_m, config.hidden});
+               Shape{placement.num_local(), config.max_m, config.hidden});
   }
 
  private:
@@ -86,9 +86,9 @@ class HostLowLatency final : public HostExchange {
   void send_row(const HostRoute& route, std::int64_t token, std::int32_t token_slot,
                 std::int32_t expert, std::int64_t row_of_expert) {
     const HostLayout& layout = protocol_.layout();
-    const int peer = home_of(expert);
+    const int peer = placement.rank_of(expert);
     const auto row = static_cast<std::size_t>(
-        std::int64_t{expert % layout.num_local_experts} * config.max_m + row_of_expert);
+        std::int64_t{placement.local_of(expert)} * config.max_m + row_of_expert);
     const auto payload = staged_payload(token);
     const auto scales = staged_scales(token);
     protocol_.put(route.use, peer, layout.x + row * payload.size(), payload);
@@ -100,17 +100,17 @@ class HostLowLatency final : public HostExchange {
 
   void read_routes(HostRoute& route, const std::int32_t* counts) {
     const HostLayout& layout = protocol_.layout();
-    const auto num_local = static_cast<std::size_t>(layout.num_local_experts);
+    const auto num_local = static_cast<std::size_t>(placement.num_local());
     const auto* token_slot =
         reinterpret_cast<const std::int32_t*>(protocol_.local(route.use) + layout.origin);
     route.num_rows.resize(num_local);
     route.row_begin.resize(num_local);
     for (std::size_t e = 0; e < num_local; ++e) {
       const std::int64_t begin = static_cast<std::int64_t>(e) * config.max_m;
+      const int expert = placement.expert_of(rank, static_cast<int>(e));
       std::int32_t row = 0;
       for (int source = 0; source < num_ranks; ++source) {
-        const std::int32_t end =
-            row + count(counts, source, static_cast<std::size_t>(rank) * num_local + e);
+        const std::int32_t end = row + count(counts, source, static_cast<std::size_t>(expert));
         for (; row < end; ++row) route.origin.push_back({source, token_slot[begin + row]});
       }
       route.num_rows[e] = row;

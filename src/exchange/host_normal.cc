@@ -39,8 +39,8 @@ class HostNormal final : public HostExchange {
       bool needed = false;
       for (std::size_t k = 0; k < topk; ++k) {
         const std::int32_t expert = idx[static_cast<std::size_t>(t) * topk + k];
-        const bool here = expert >= 0 && home_of(expert) == peer;
-        experts[k] = here ? expert % layout.num_local_experts : -1;
+        const bool here = expert >= 0 && placement.rank_of(expert) == peer;
+        experts[k] = here ? placement.local_of(expert) : -1;
         needed |= here;
       }
       if (!needed) continue;
@@ -87,7 +87,7 @@ class HostNormal final : public HostExchange {
   }
 
   void count_rows(HostRoute& route) {
-    const auto num_local = static_cast<std::size_t>(protocol_.layout().num_local_experts);
+    const auto num_local = static_cast<std::size_t>(placement.num_local());
     route.num_rows.assign(num_local, 0);
     route.row_begin.assign(num_local, 0);
     for_each_row(route, [&](std::size_t, int, int, std::size_t e) { ++route.num_rows[e]; });

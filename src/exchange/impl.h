@@ -7,6 +7,7 @@
 #include <cstddef>
 #include <memory>
 
+#include "exchange/placement.h"
 #include "sluice/exchange.h"
 
 namespace sluice {
@@ -55,6 +56,7 @@ struct Exchange::Impl {
   int rank = 0;
   int num_ranks = 0;
   Device device;
+  ExpertPlacement placement;   ///< Set by the implementation.
   std::int64_t max_rows = 0;   ///< Rows of batch().x; set by the implementation.
   std::size_t held_bytes = 0;  ///< Of its buffers and window; set by the implementation.
 };

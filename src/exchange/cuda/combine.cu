@@ -129,7 +129,7 @@ __global__ void return_kernel(const __grid_constant__ SlotParams p, bool dropped
 
 __global__ void __launch_bounds__(kThreads, 1)
     copy_rows_kernel(const __grid_constant__ SlotParams p, const std::uint16_t* expert_y) {
-  const int num_local = p.num_experts / p.window.num_ranks, vectors = p.hidden / 8;
+  const int num_local = p.placement.num_local(), vectors = p.hidden / 8;
   uint4* const to = p.window.own<uint4>(p.expert_y);
   const uint4* const from = reinterpret_cast<const uint4*>(expert_y);
   for (int e = 0; e < num_local; ++e) {

@@ -147,6 +147,7 @@ DeviceExchange::DeviceExchange(const ExchangeConfig& config_in, Transport& trans
   rank = transport.rank();
   num_ranks = transport.num_ranks();
   device = backend.device();
+  placement = layout_.placement;
   max_rows = layout_.max_rows;
   use_device();
   check_limits(num_ranks);
@@ -280,7 +281,7 @@ void DeviceExchange::make_slots() {
     p.scale = base + layout_.scale;
     p.copy_of = base + layout_.copy_of;
     p.expert_y = base + layout_.expert_y;
-    p.num_experts = config.num_experts;
+    p.placement = placement;
     p.num_topk = config.num_topk;
     p.hidden = config.hidden;
     p.max_m = config.max_m;
@@ -290,7 +291,7 @@ void DeviceExchange::make_slots() {
     p.faults = faults_.device();
     p.slot_row = slot_row;
     p.row_begin = row_begin;
-    p.num_rows = reinterpret_cast<std::int32_t*>(row_begin + layout_.num_local_experts);
+    p.num_rows = reinterpret_cast<std::int32_t*>(row_begin + placement.num_local());
     slots_[s].released = std::make_unique<Event>();
   }
 }
@@ -450,7 +451,7 @@ void DeviceExchange::fill_batch(DeviceRoute& route, std::int64_t num_tokens) con
   const SlotParams& p = route.slot.params;
   std::byte* const window = windows_[static_cast<std::size_t>(rank)].get();
   const bool masked = config.mode == Mode::kLowLatency;
-  const std::int64_t num_local = layout_.num_local_experts;
+  const std::int64_t num_local = placement.num_local();
   const auto shape = [&](std::int64_t width) {
     return masked ? Shape{num_local, config.max_m, width} : Shape{max_rows, width};
   };

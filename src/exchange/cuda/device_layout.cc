@@ -14,16 +14,16 @@ constexpr std::size_t aligned(std::size_t bytes) {
 }  // namespace
 
 DeviceLayout::DeviceLayout(const ExchangeConfig& config, int num_ranks)
-    : num_slots(config.num_in_flight), num_local_experts(config.num_experts / num_ranks) {
+    : num_slots(config.num_in_flight), placement(config.num_experts, num_ranks) {
   const auto ranks = static_cast<std::size_t>(num_ranks);
   const auto hidden = static_cast<std::size_t>(config.hidden);
   const bool masked = config.mode == Mode::kLowLatency;
   payload_bytes = wire_payload_bytes(config.wire, config.hidden);
   scale_bytes = wire_scale_bytes(config.wire, config.hidden);
   const std::int64_t tokens_slots = std::int64_t{config.max_tokens_per_rank} * config.num_topk;
-  max_rows = masked ? std::int64_t{num_local_experts} * config.max_m : num_ranks * tokens_slots;
+  max_rows = masked ? std::int64_t{placement.num_local()} * config.max_m : num_ranks * tokens_slots;
   slot_row_bytes = aligned(static_cast<std::size_t>(tokens_slots) * sizeof(std::int64_t));
-  rows_bytes = aligned(static_cast<std::size_t>(num_local_experts) *
+  rows_bytes = aligned(static_cast<std::size_t>(placement.num_local()) *
                        (sizeof(std::int64_t) + sizeof(std::int32_t)));
 
   std::size_t at = 0;

@@ -14,7 +14,7 @@
 //     copy_of    [rows] i32   normal mode: the row whose bytes this one repeats, or -1
 //     expert_y   [rows, hidden] bf16          read by the tokens' home ranks
 //
-// rows = num_local_experts * max_m (low-latency), or R * T * k (normal).
+// rows = num_local * max_m (low-latency), or R * T * k (normal).
 //
 // Plain C++, part of every build: plans for a GPU are made on machines without one.
 #pragma once
@@ -23,6 +23,7 @@
 #include <cstdint>
 
 #include "exchange/cuda/exchange_kernels.h"
+#include "exchange/placement.h"
 #include "sluice/exchange.h"
 
 namespace sluice {
@@ -41,7 +42,8 @@ struct DeviceLayout {
   std::size_t slot_row_bytes = 0;  ///< [T, k] i64: where each entry's row went.
   std::size_t rows_bytes = 0;      ///< row_begin [L] i64, num_rows [L] i32.
 
-  int num_slots = 1, num_local_experts = 1;
+  int num_slots = 1;
+  ExpertPlacement placement;
   std::int64_t max_rows = 0;
 
   [[nodiscard]] std::size_t window_bytes() const noexcept {

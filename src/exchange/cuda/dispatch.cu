@@ -47,10 +47,10 @@ __device__ void send_counts(const SlotParams& p, std::uint64_t epoch, const int*
   const int parts = max(1, kWarps / max(1, peers));
   for (int job = warp; job < peers * parts; job += kWarps) {
     const int turn = job / parts, part = job - turn * parts;
-    std::uint64_t* const to =
-        p.window.at<std::uint64_t>(cta + turn * num_ctas, p.counts) + p.window.rank * p.num_experts;
+    std::uint64_t* const to = p.window.at<std::uint64_t>(cta + turn * num_ctas, p.counts) +
+                              p.window.rank * p.placement.num_experts();
 #pragma unroll 4
-    for (int e = part * 32 + lane; e < p.num_experts; e += parts * 32) {
+    for (int e = part * 32 + lane; e < p.placement.num_experts(); e += parts * 32) {
       ptx::store_relaxed_sys(to + e, epoch << 32 | static_cast<unsigned>(total[e]));
     }
   }
@@ -114,7 +114,7 @@ __device__ bool arrive_last(const SlotParams& p) {
 }
 
 __device__ void forget_rows(const SlotParams& p) {
-  const int num_local = p.num_experts / p.window.num_ranks;
+  const int num_local = p.placement.num_local();
   for (int e = static_cast<int>(threadIdx.x); e < num_local; e += static_cast<int>(blockDim.x)) {
     p.num_rows[e] = 0;
   }
@@ -130,8 +130,8 @@ __global__ void __launch_bounds__(kThreads, 1)
   __shared__ int first_expert[kMaxChunk * kMaxTopk];  // Of the first chunk's slots.
   const Staging s = staging_of<Wire>(p.hidden);
   int* const total = reinterpret_cast<int*>(shared);
-  int* const next = total + p.num_experts;
-  std::uint8_t* const buffers = shared + s.counters_bytes(p.num_experts);
+  int* const next = total + p.placement.num_experts();
+  std::uint8_t* const buffers = shared + s.counters_bytes(p.placement.num_experts());
   const int tid = static_cast<int>(threadIdx.x), lane = tid % 32;
   const int num_ctas = static_cast<int>(gridDim.x), cta = static_cast<int>(blockIdx.x);
   const int begin = static_cast<int>(std::int64_t{d.num_tokens} * cta / num_ctas);
@@ -156,7 +156,7 @@ __global__ void __launch_bounds__(kThreads, 1)
   }
   const int num_slots = d.num_tokens * p.num_topk;
   int expert = tid < num_slots ? expert_of(p, d, tid) : -1;
-  for (int e = tid; e < 2 * p.num_experts; e += kThreads) total[e] = 0;
+  for (int e = tid; e < 2 * p.placement.num_experts(); e += kThreads) total[e] = 0;
   if (tid < 2 * kMaxDeviceRanks) sent[tid] = 0;
   if (__syncthreads_or(failed) != 0) {
     forget_rows(p);
@@ -176,9 +176,9 @@ __global__ void __launch_bounds__(kThreads, 1)
   if (ok) send_counts(p, epoch, total);
   int clipped = stage_chunk<Wire>(p, d, begin, first_count, batch, payload_of(0), scale_of(0));
   __syncthreads();  // total[] is about to become the sum over ranks.
-  const Placement placement = ok ? place_experts(p, epoch, total, next) : Placement::kMissing;
-  ok = placement != Placement::kMissing;
-  const bool refused = placement == Placement::kRefused;
+  const RouteResult routed = ok ? place_experts(p, epoch, total, next) : RouteResult::kMissing;
+  ok = routed != RouteResult::kMissing;
+  const bool refused = routed == RouteResult::kRefused;
 
   int buffer = 0;
   for (int t = begin; ok && t < end; t += s.tokens, buffer ^= 1) {
@@ -220,9 +220,9 @@ __global__ void __launch_bounds__(kThreads, 1)
   if (stopped || !last) return;
 
   if (tid == 0) p.slot->epoch = epoch, p.slot->refused = refused;
-  const int num_local = p.num_experts / p.window.num_ranks;
+  const int num_local = p.placement.num_local();
   for (int e = tid; e < num_local; e += kThreads) {
-    p.num_rows[e] = refused ? 0 : total[p.window.rank * num_local + e];
+    p.num_rows[e] = refused ? 0 : total[p.placement.expert_of(p.window.rank, e)];
   }
   if (d.receive && !wait_for_all(p, p.dispatched, kDispatchRows, epoch)) forget_rows(p);
 }
@@ -231,7 +231,7 @@ __global__ void __launch_bounds__(kThreads, 1)
 __device__ void repeat_rows(const SlotParams& p, int payload_bytes, int num_groups) {
   constexpr int kBatch = 7;
   const int lane = static_cast<int>(threadIdx.x) % 32;
-  const int num_local = p.num_experts / p.window.num_ranks;
+  const int num_local = p.placement.num_local();
   const std::int64_t num_rows = p.row_begin[num_local - 1] + p.num_rows[num_local - 1];
   std::uint8_t* const x = p.window.own<std::uint8_t>(p.x);
   float* const scale = p.window.own<float>(p.scale);
@@ -273,7 +273,7 @@ __global__ void __launch_bounds__(kThreads, 1)
 template <WireFormat Wire>
 void launch(const SlotParams& slot, const DispatchParams& dispatch, int num_ctas,
             cudaStream_t stream) {
-  const int bytes = staging_of<Wire>(slot.hidden).total_bytes(slot.num_experts);
+  const int bytes = staging_of<Wire>(slot.hidden).total_bytes(slot.placement.num_experts());
   dispatch_kernel<Wire>
       <<<static_cast<unsigned>(num_ctas), kThreads, bytes, stream>>>(slot, dispatch);
 }

@@ -8,6 +8,7 @@
 #include <cstddef>
 #include <cstdint>
 
+#include "exchange/placement.h"
 #include "sluice/recipe.h"
 #include "transport/device.cuh"
 
@@ -64,7 +65,8 @@ struct ExchangeState {
 struct SlotParams {
   DeviceWindow window;
   std::size_t dispatched, returned, counts, x, scale, copy_of, expert_y;  // Offsets in a window.
-  int num_experts, num_topk, hidden;
+  ExpertPlacement placement;
+  int num_topk, hidden;
   int max_m;  // Masked layout; 0: contiguous rows, token copies cross once per rank.
   std::uint64_t timeout_ns;
   SlotState* slot;

@@ -111,7 +111,7 @@ inline void prefer_shared_memory(const void* kernel) {
 __device__ inline int expert_of(const SlotParams& p, const DispatchParams& d, int entry) {
   const long long e = d.wide_idx ? static_cast<const std::int64_t*>(d.topk_idx)[entry]
                                  : static_cast<const std::int32_t*>(d.topk_idx)[entry];
-  if (e >= -1 && e < p.num_experts) return static_cast<int>(e);
+  if (e >= -1 && e < p.placement.num_experts()) return static_cast<int>(e);
   record_fault(p, kRefusal, {.kind = kBadIndex, .where = entry, .value = e});
   return -1;
 }

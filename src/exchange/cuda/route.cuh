@@ -8,7 +8,8 @@
 
 namespace sluice::cuda {
 
-enum class Placement { kPlaced, kRefused, kMissing };
+/// Rows have been given; a capacity is exceeded; counts of a rank did not arrive.
+enum class RouteResult { kPlaced, kRefused, kMissing };
 
 /// Thread i's share of experts: every rank's counts of them, waited for. Adds those of lower ranks
 /// to next[e] and replaces total[e] by the sum over all. Returns the ranks whose counts did not
@@ -20,7 +21,8 @@ __device__ inline unsigned long long gather_counts(const SlotParams& p, std::uin
   const auto tag = static_cast<std::uint32_t>(epoch);
   unsigned long long missing = 0;
   const std::uint64_t begin = ptx::global_timer();
-  for (int e = static_cast<int>(threadIdx.x); e < p.num_experts; e += kDispatchThreads) {
+  for (int e = static_cast<int>(threadIdx.x); e < p.placement.num_experts();
+       e += kDispatchThreads) {
     int below = 0, all = 0;
     for (int r0 = 0; r0 < ranks; r0 += kBatch) {
       std::uint64_t word[kBatch];
@@ -30,7 +32,7 @@ __device__ inline unsigned long long gather_counts(const SlotParams& p, std::uin
         for (int i = 0; i < kBatch; ++i) {
           if (r0 + i < ranks) {
             word[i] = ptx::load_relaxed_sys(p.window.own<const std::uint64_t>(p.counts) +
-                                            (r0 + i) * p.num_experts + e);
+                                            (r0 + i) * p.placement.num_experts() + e);
           }
         }
 #pragma unroll
@@ -62,12 +64,12 @@ __device__ inline unsigned long long gather_counts(const SlotParams& p, std::uin
 /// Low-latency: expert e's rows begin at its own max_m; the experts are those of gather_counts(),
 /// so no barrier lies between. True: a capacity is exceeded.
 __device__ inline bool place_masked(const SlotParams& p, const int* total, int* next) {
-  const int num_local = p.num_experts / p.window.num_ranks;
   bool over = false;
-  for (int e = static_cast<int>(threadIdx.x); e < p.num_experts; e += kDispatchThreads) {
-    const int owner = e / num_local, local = e - owner * num_local, begin = local * p.max_m;
+  for (int e = static_cast<int>(threadIdx.x); e < p.placement.num_experts();
+       e += kDispatchThreads) {
+    const int local = p.placement.local_of(e), begin = local * p.max_m;
     next[e] += begin;
-    if (blockIdx.x == 0 && owner == p.window.rank) p.row_begin[local] = begin;
+    if (blockIdx.x == 0 && p.placement.rank_of(e) == p.window.rank) p.row_begin[local] = begin;
     if (total[e] <= p.max_m) continue;
     over = true;
     if (blockIdx.x == 0) {
@@ -81,11 +83,11 @@ __device__ inline bool place_masked(const SlotParams& p, const int* total, int* 
 /// Normal mode: the experts of a rank one after another, by a scan of one warp for each rank.
 __device__ inline void place_contiguous(const SlotParams& p, const int* total, int* next) {
   const int tid = static_cast<int>(threadIdx.x), lane = tid % 32;
-  const int num_local = p.num_experts / p.window.num_ranks;
+  const int num_local = p.placement.num_local();
   for (int r = tid / 32; r < p.window.num_ranks; r += kDispatchThreads / 32) {
     int carry = 0;
     for (int base = 0; base < num_local; base += 32) {
-      const int local = base + lane, e = r * num_local + local;
+      const int local = base + lane, e = p.placement.expert_of(r, local);
       const int mine = local < num_local ? total[e] : 0;
       int sum = mine;
       for (int d = 1; d < 32; d *= 2) {
@@ -103,8 +105,8 @@ __device__ inline void place_contiguous(const SlotParams& p, const int* total, i
 
 /// With every rank's counts: total[e] becomes the sum over ranks, next[e] the row of this CTA's
 /// first entry with expert e. All threads get the same answer.
-__device__ inline Placement place_experts(const SlotParams& p, std::uint64_t epoch, int* total,
-                                          int* next) {
+__device__ inline RouteResult place_experts(const SlotParams& p, std::uint64_t epoch, int* total,
+                                            int* next) {
   const unsigned long long missing = gather_counts(p, epoch, total, next);
   const bool over = missing == 0 && p.max_m > 0 && place_masked(p, total, next);
   if (__syncthreads_or(missing != 0) != 0) {
@@ -121,12 +123,13 @@ __device__ inline Placement place_experts(const SlotParams& p, std::uint64_t epo
                         .expected = epoch,
                         .seen = 0});
     }
-    return Placement::kMissing;
+    return RouteResult::kMissing;
   }
-  if (p.max_m > 0) return __syncthreads_or(over) != 0 ? Placement::kRefused : Placement::kPlaced;
+  if (p.max_m > 0)
+    return __syncthreads_or(over) != 0 ? RouteResult::kRefused : RouteResult::kPlaced;
   place_contiguous(p, total, next);
   __syncthreads();
-  return Placement::kPlaced;
+  return RouteResult::kPlaced;
 }
 
 /// One warp gives the entries [first, first + count) their rows, in order. `expert`: theirs, or
@@ -134,14 +137,13 @@ __device__ inline Placement place_experts(const SlotParams& p, std::uint64_t epo
 __device__ inline void assign_rows(const SlotParams& p, const DispatchParams& d, int first,
                                    int count, const int* expert, int* next, std::int64_t* place) {
   const int lane = static_cast<int>(threadIdx.x) % 32;
-  const int num_local = p.num_experts / p.window.num_ranks;
   for (int base = 0; base < count; base += 32) {
     const int i = base + lane;
     const int e = i >= count ? -1 : expert != nullptr ? expert[i] : expert_of(p, d, first + i);
     const unsigned same = __match_any_sync(kAllLanes, e);
     const int before = __popc(same & ((1u << lane) - 1));
     std::int64_t at = -1;
-    if (e >= 0) at = std::int64_t{e / num_local} << 32 | (next[e] + before);
+    if (e >= 0) at = std::int64_t{p.placement.rank_of(e)} << 32 | (next[e] + before);
     __syncwarp();
     if (e >= 0 && before == 0) next[e] += __popc(same);
     __syncwarp();

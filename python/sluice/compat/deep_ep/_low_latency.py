@@ -9,6 +9,7 @@ from ... import _core
 from ..._error import Error
 from .._arrays import check, space_of
 from ._flight import DispatchQueue
+from ._placement import ExpertPlacement
 from ._waits import WaitStats
 
 _BF16 = _core.Recipe("direct-bf16").wire
@@ -54,13 +55,15 @@ def _origins(flight: Any, max_tokens: int, transport: Any) -> tuple[Any, Any]:
     mine = numpy.full((max_tokens, flight.topk_idx.shape[1]), -1, numpy.int64)
     mine[: flight.num_tokens] = numpy.asarray(space.on_host(flight.topk_idx))
     num_local = exchange.num_local_experts
+    placement = ExpertPlacement(num_local * transport.num_ranks, transport.num_ranks)
     source_token = numpy.full((num_local, exchange.max_m), -1, numpy.int32)
     ranges = numpy.zeros((num_local, transport.num_ranks), numpy.int64)
     begin = numpy.zeros(num_local, numpy.int64)
     for source, theirs in enumerate(transport.all_gather(mine.tobytes())):
-        experts = numpy.frombuffer(theirs, numpy.int64) - transport.rank * num_local
+        experts = numpy.frombuffer(theirs, numpy.int64)
         for expert in range(num_local):
-            tokens = numpy.flatnonzero(experts == expert) // mine.shape[1]
+            here = experts == placement.expert_of(transport.rank, expert)
+            tokens = numpy.flatnonzero(here) // mine.shape[1]
             ranges[expert, source] = begin[expert] << 32 | len(tokens)
             source_token[expert, begin[expert] : begin[expert] + len(tokens)] = tokens
             begin[expert] += len(tokens)
@@ -117,7 +120,7 @@ class LowLatency:
         check(space, "topk_idx", topk_idx, ("i64", "i32"), [num_tokens, "num_topk"])
         topk = topk_idx.shape[1]
         if recv_stats is not None:
-            num_local = num_experts // self._num_ranks
+            num_local = ExpertPlacement(num_experts, self._num_ranks).num_local
             check(space, "cumulative_local_expert_recv_stats", recv_stats, ("i32",), [num_local])
         if use_ue8m0 and not (round_scale and use_fp8):
             raise _wrong("use_ue8m0", "use_fp8 and round_scale with it", use_ue8m0)

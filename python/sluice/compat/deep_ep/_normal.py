@@ -16,6 +16,7 @@ from ... import _core
 from ..._error import Error
 from .._arrays import check, check_numbers, space_of
 from ._flight import DispatchQueue, Flight
+from ._placement import ExpertPlacement
 
 _MOST_RANKS = 32
 _ATTACHED = 128
@@ -54,11 +55,10 @@ class Normal:
             raise Error("invalid_argument",
                         f"num_experts {num_experts} is not a multiple of {self._num_ranks} ranks")
         check_numbers(space, "topk_idx", topk_idx, num_experts)
-        per_rank = num_experts // self._num_ranks
+        ranks = ExpertPlacement(num_experts, self._num_ranks).rank_of(topk_idx)
         in_rank = space.zeros((topk_idx.shape[0], self._num_ranks), "bool")
         for rank in range(self._num_ranks):
-            here = (topk_idx >= rank * per_rank) & (topk_idx < (rank + 1) * per_rank)
-            in_rank[:, rank] = here.any(1)
+            in_rank[:, rank] = (ranks == rank).any(1)
         return space.to(in_rank.sum(0), "i32"), space.count(topk_idx, num_experts), in_rank
 
     def dispatch(self, x: Any, scale: Any, in_rank: Any, topk_idx: Any, topk_weights: Any,
@@ -255,12 +255,11 @@ class Normal:
         """Expert numbers of this rank, -1 for others, and weights, 0 for others."""
         idx = space.to(numbers[:, :topk], "i64")
         weights = space.view(numbers, "f32")[:, 32 : 32 + topk]
-        per_rank = num_experts // self._num_ranks
-        local = idx - self._rank * per_rank
+        placement = ExpertPlacement(num_experts, self._num_ranks)
         has_come = space.arange(len(numbers))[:, None] < count
-        mine = (local >= 0) & (local < per_rank) & (idx >= 0) & has_come
+        mine = (placement.rank_of(idx) == self._rank) & has_come
         none = space.zeros((1,), "i64") - 1
-        return space.where(mine, local, none), space.where(mine, weights, space.zeros((1,), "f32"))
+        return space.where(mine, placement.local_of(idx), none), space.where(mine, weights, space.zeros((1,), "f32"))
 
 
 def _num_scales(space: Any, x: Any, scale: Any) -> int:
