@@ -1,22 +1,24 @@
-// sluice plan - what a layer takes on each rank, before anything is loaded; and what would fit.
+// sluice plan - what layers take on each rank, before anything is loaded; and what would fit.
 #include <fmt/core.h>
 
+#include <charconv>
 #include <filesystem>
 #include <fstream>
+#include <vector>
 
 #include "command.h"
 #include "report.h"
 #include "sluice/checkpoint.h"
-#include "sluice/engine.h"
 #include "sluice/error.h"
+#include "sluice/layer.h"
 
 namespace sluice::cli {
 namespace {
 
 struct Options {
   std::string preset, config, checkpoint, recipe = "direct", mode = "low-latency", backend = "cpu",
-                                          scale_dtype, memory;
-  int ranks = 1, tokens = 128, layers = 1;
+                                          scale_dtype, memory, layers = "1";
+  int ranks = 1, tokens = 128;
 };
 
 /// The first of `names` that is there. Throws: naming all of them.
@@ -100,11 +102,40 @@ double parse_memory(const std::string& text) {
   return value * factor;
 }
 
-/// What is planned for: sizes, and the weights' scales.
+/// What is planned for: sizes, and the weights' scales of each layer.
 struct Subject {
   ModelGeometry geometry;
-  DType scale_dtype = DType::kFloat32;
+  std::vector<DType> scale_dtypes = {};
 };
+
+/// The number behind --layers; 0 for "all".
+int parse_layers(const std::string& text) {
+  if (text == "all") return 0;
+  int layers = 0;
+  const auto [end, error] = std::from_chars(text.data(), text.data() + text.size(), layers);
+  if (error != std::errc() || end != text.data() + text.size() || layers < 1 || layers > 1000) {
+    throw Error(ErrorCode::kInvalidArgument,
+                fmt::format("--layers '{}' is not 'all' and not in [1, 1000]", text));
+  }
+  return layers;
+}
+
+/// The first `count` layers with experts, 0 = all of them: each with the scales it has.
+Subject read_checkpoint(const std::string& dir, int count) {
+  const Checkpoint checkpoint = Checkpoint::open(dir);
+  const auto there = static_cast<int>(checkpoint.moe_layers().size());
+  if (count > there) {
+    throw Error(ErrorCode::kInvalidArgument,
+                fmt::format("--layers {}: {} has {} layers with experts", count, dir, there));
+  }
+  Subject subject{checkpoint.geometry()};
+  for (int i = 0; i < (count == 0 ? there : count); ++i) {
+    const int layer = checkpoint.moe_layers()[static_cast<std::size_t>(i)];
+    const ExpertWeights one = checkpoint.load_experts(layer, 0, 1);
+    subject.scale_dtypes.push_back(one.experts.front().gate.scales.dtype);
+  }
+  return subject;
+}
 
 Subject read_subject(const Options& options) {
   const int given = (options.preset.empty() ? 0 : 1) + (options.config.empty() ? 0 : 1) +
@@ -112,75 +143,81 @@ Subject read_subject(const Options& options) {
   if (given != 1) {
     throw Error(ErrorCode::kInvalidArgument, "give one of --preset, --config and --checkpoint");
   }
+  const int layers = parse_layers(options.layers);
   if (!options.checkpoint.empty()) {
-    const Checkpoint checkpoint = Checkpoint::open(options.checkpoint);
     if (!options.scale_dtype.empty()) {
       throw Error(ErrorCode::kInvalidArgument,
                   fmt::format("--scale-dtype {}: a checkpoint's scales have the dtype they have",
                               options.scale_dtype));
     }
-    const ExpertWeights one = checkpoint.load_experts(checkpoint.moe_layers().front(), 0, 1);
-    return {checkpoint.geometry(), one.experts.front().gate.scales.dtype};
+    return read_checkpoint(options.checkpoint, layers);
+  }
+  if (layers == 0) {
+    throw Error(ErrorCode::kInvalidArgument,
+                "--layers all is for --checkpoint; a preset or a config needs a number");
   }
   return {options.preset.empty() ? read_geometry(options.config) : preset_geometry(options.preset),
-          options.scale_dtype == "bf16" ? DType::kBFloat16 : DType::kFloat32};
+          std::vector<DType>(static_cast<std::size_t>(layers),
+                             options.scale_dtype == "bf16" ? DType::kBFloat16 : DType::kFloat32)};
 }
 
+/// One group of layers, for any number of tokens.
 class Planner {
  public:
-  Planner(const Options& options, Subject subject)
-      : geometry_(std::move(subject.geometry)),
-        scale_dtype_(subject.scale_dtype),
+  Planner(const Options& options, const Subject& subject)
+      : geometry_(subject.geometry),
         device_(options.backend == "cuda" ? Device::Kind::kCuda : Device::Kind::kHost),
-        num_ranks_(options.ranks) {
-    const Recipe recipe = parse_recipe(options.recipe);
-    const bool both = options.mode == "both";
-    config_.low_latency.reset(), config_.normal.reset();
-    if (both || parse_mode(options.mode) == Mode::kLowLatency) config_.low_latency = recipe;
-    if (both || parse_mode(options.mode) == Mode::kNormal) config_.normal = recipe;
+        num_ranks_(options.ranks),
+        has_low_latency_(options.mode == "both" || parse_mode(options.mode) == Mode::kLowLatency),
+        has_normal_(options.mode == "both" || parse_mode(options.mode) == Mode::kNormal) {
+    ModeRecipes recipes;
+    if (has_low_latency_) recipes.low_latency = parse_recipe(options.recipe);
+    if (has_normal_) recipes.normal = parse_recipe(options.recipe);
+    for (const DType dtype : subject.scale_dtypes) {
+      layers_.push_back({.recipes = recipes,
+                         .weight_format = geometry_.weight_format,
+                         .scale_dtype = dtype,
+                         .group_size = geometry_.group_size});
+    }
   }
 
-  [[nodiscard]] EngineMemory at(int tokens) const {
-    EngineConfig config = config_;
-    config.max_tokens_per_rank = tokens;
-    return Engine::plan_memory(config, geometry_, scale_dtype_, device_, num_ranks_);
+  [[nodiscard]] LayerGroupMemory at(int tokens) const {
+    LayerGroupConfig config{.geometry = geometry_};
+    if (has_low_latency_) config.low_latency.max_tokens_per_rank = tokens;
+    if (has_normal_) config.normal.max_tokens_per_rank = tokens;
+    return LayerGroup::plan_memory(config, layers_, device_, num_ranks_);
   }
 
-  /// The most tokens per rank of `layers` layers that fit; 0 if none.
-  [[nodiscard]] int most_tokens(double memory, int layers) const {
+  /// The most tokens per rank that fit; 0 if none.
+  [[nodiscard]] int most_tokens(double memory) const {
     constexpr int kMost = 1 << 20;
     int fits = 0, too_many = kMost + 1;
     while (too_many - fits > 1) {
       const int middle = fits + (too_many - fits) / 2;
-      (total(at(middle), layers) <= memory ? fits : too_many) = middle;
+      (static_cast<double>(at(middle).total_bytes()) <= memory ? fits : too_many) = middle;
     }
     return fits;
   }
 
-  /// Each layer is an engine of its own, buffers included.
-  [[nodiscard]] static double total(const EngineMemory& m, int layers) {
-    return static_cast<double>(m.total_bytes()) * layers;
-  }
-
-  [[nodiscard]] const ModelGeometry& geometry() const { return geometry_; }
-  [[nodiscard]] DType scale_dtype() const { return scale_dtype_; }
-
  private:
   ModelGeometry geometry_;
-  DType scale_dtype_;
+  std::vector<PlannedLayer> layers_;
   Device::Kind device_;
   int num_ranks_;
-  EngineConfig config_;
+  bool has_low_latency_, has_normal_;
 };
 
 void plan(const Options& options, Output& output) {
-  const Planner planner(options, read_subject(options));
-  const ModelGeometry& g = planner.geometry();
-  const EngineMemory m = planner.at(options.tokens);
-  const double total = Planner::total(m, options.layers);
-  fmt::print("layer     {}: {} experts, top-{}, hidden {}, intermediate {}, {} scale per {}\n",
-             g.name, g.num_experts, g.num_topk, g.hidden, g.intermediate,
-             to_string(planner.scale_dtype()), g.group_size);
+  const Subject subject = read_subject(options);
+  const Planner planner(options, subject);
+  const ModelGeometry& g = subject.geometry;
+  const char* const scale_dtype = to_string(subject.scale_dtypes.front());
+  const LayerGroupMemory m = planner.at(options.tokens);
+  const auto total = static_cast<double>(m.total_bytes());
+  fmt::print(
+      "layers    {} of {}: {} experts, top-{}, hidden {}, intermediate {}, {} scale per {}\n",
+      m.num_layers, g.name, g.num_experts, g.num_topk, g.hidden, g.intermediate, scale_dtype,
+      g.group_size);
   fmt::print("plan      recipe {}, {} mode, {} ranks of {} experts, up to {} tokens each, {}\n",
              options.recipe, options.mode, options.ranks, g.num_experts / options.ranks,
              options.tokens, options.backend);
@@ -191,10 +228,9 @@ void plan(const Options& options, Output& output) {
   add("codes", static_cast<double>(m.codes_bytes));
   add("scales", static_cast<double>(m.scales_bytes));
   add("weights, prepared", static_cast<double>(m.prepared_bytes));
-  add("exchange", static_cast<double>(m.exchange_bytes));
-  add("scratch", static_cast<double>(m.scratch_bytes));
-  add("total", static_cast<double>(m.total_bytes()));
-  if (options.layers > 1) add("total, all layers", total);
+  add("exchange, shared", static_cast<double>(m.exchange_bytes));
+  add("scratch, shared", static_cast<double>(m.scratch_bytes));
+  add("total", total);
   fmt::print("{}", table.to_string());
   output.json = {{"command", "plan"},
                  {"model", g.name},
@@ -202,18 +238,18 @@ void plan(const Options& options, Output& output) {
                  {"mode", options.mode},
                  {"ranks", options.ranks},
                  {"tokens_per_rank", options.tokens},
-                 {"layers", options.layers},
+                 {"layers", m.num_layers},
                  {"group_size", g.group_size},
-                 {"scale_dtype", to_string(planner.scale_dtype())},
+                 {"scale_dtype", scale_dtype},
                  {"codes_bytes", m.codes_bytes},
                  {"scales_bytes", m.scales_bytes},
                  {"prepared_bytes", m.prepared_bytes},
                  {"exchange_bytes", m.exchange_bytes},
                  {"scratch_bytes", m.scratch_bytes},
-                 {"total_bytes", total}};
+                 {"total_bytes", m.total_bytes()}};
   if (options.memory.empty()) return;
   const double memory = parse_memory(options.memory);
-  const int most = planner.most_tokens(memory, options.layers);
+  const int most = planner.most_tokens(memory);
   output.json["memory_bytes"] = memory;
   output.json["most_tokens_per_rank"] = most;
   output.json["fits"] = total <= memory;
@@ -225,8 +261,7 @@ void plan(const Options& options, Output& output) {
 }  // namespace
 
 void add_plan(Command& program, Output& output) {
-  Command command =
-      program.add_subcommand("plan", "Memory of a layer on each rank; what would fit");
+  Command command = program.add_subcommand("plan", "Memory of layers on each rank; what would fit");
   const auto options = std::make_shared<Options>();
   command.add_option("--preset", options->preset, "Geometry by name");
   command.add_option("--config", options->config, "Geometry from a model's config.json")
@@ -241,8 +276,9 @@ void add_plan(Command& program, Output& output) {
       .shows_default();
   command.add_option("--recipe", options->recipe, "What is rounded where").shows_default();
   command.add_option("--mode", options->mode, "low-latency | normal | both").shows_default();
-  command.add_option("--layers", options->layers, "MoE layers, each with buffers of its own")
-      .range(1, 1000)
+  command
+      .add_option("--layers", options->layers,
+                  "MoE layers, which share their buffers; all: every layer of --checkpoint")
       .shows_default();
   command.add_option("--backend", options->backend, "cpu | cuda")
       .one_of({"cpu", "cuda"})

@@ -152,7 +152,7 @@ nlohmann::ordered_json to_json(const StageTimes& t) {
 }
 
 /// With the names of `sluice plan`.
-nlohmann::ordered_json to_json(const EngineMemory& m) {
+nlohmann::ordered_json to_json(const LayerGroupMemory& m) {
   return {{"codes_bytes", m.codes_bytes},       {"scales_bytes", m.scales_bytes},
           {"prepared_bytes", m.prepared_bytes}, {"exchange_bytes", m.exchange_bytes},
           {"scratch_bytes", m.scratch_bytes},   {"total_bytes", m.total_bytes()}};
@@ -298,7 +298,7 @@ void print_memory(const LayerRunConfig& config, const LayerRunResult& result, bo
              has_processes ? fmt::format(" in {} processes", config.num_ranks) : "",
              human_bytes(experts_bytes));
   // Every rank has the same sizes.
-  const EngineMemory& m = result.ranks.front().memory;
+  const LayerGroupMemory& m = result.ranks.front().memory;
   const auto human = [](std::size_t bytes) { return human_bytes(static_cast<double>(bytes)); };
   fmt::print("          each rank: prepared {}, exchange {}, scratch {}; {} in all\n",
              human(m.prepared_bytes), human(m.exchange_bytes), human(m.scratch_bytes),

@@ -39,7 +39,7 @@ struct RankResult {
   std::vector<std::uint64_t> transport_bytes;  ///< [num_ranks] that the transport put in one.
   std::vector<std::uint16_t> y;
   Workload load;
-  EngineMemory memory;  ///< That its engine took.
+  LayerGroupMemory memory;  ///< That its engine took.
   std::uint64_t digest = 0;
   double peak_resident_bytes = 0;  ///< Of its process, experts included.
 };

@@ -150,20 +150,26 @@ void bind_weights(nb::module_& m) {
           "from_arrays",
           [](const Matrix& gate, const Matrix& up, const Matrix& down, int group_size,
              std::optional<float> s1, std::optional<float> s2, std::string_view weight_format,
-             std::string_view activation) {
+             std::string_view activation, int first_expert) {
             if (s1.has_value() != s2.has_value()) {
               throw Error(ErrorCode::kInvalidArgument, "s1 and s2: give both or neither");
             }
-            return weights_from_arrays(gate, up, down, group_size,
-                                       s1 ? std::optional(StaticScales{*s1, *s2}) : std::nullopt,
-                                       weight_format, activation);
+            ExpertWeights weights =
+                weights_from_arrays(gate, up, down, group_size,
+                                    s1 ? std::optional(StaticScales{*s1, *s2}) : std::nullopt,
+                                    weight_format, activation);
+            weights.first_expert = first_expert;
+            return weights;
           },
           "gate"_a, "up"_a, "down"_a, nb::kw_only(), "group_size"_a = 128, "s1"_a = nb::none(),
           "s2"_a = nb::none(), "weight_format"_a = "int4", "activation"_a = "swiglu",
+          "first_expert"_a = 0,
           "Each matrix is a pair (codes, scales) in host memory, kept alive and not copied:\n"
           "codes [num_experts, n, k / 2] uint8 or int8, scales [num_experts, n, k / group_size]\n"
           "float32 or bfloat16. gate and up have n = intermediate and k = hidden, down the "
-          "reverse.\nweight_format: 'int4'. activation: 'swiglu'.\n\n"
+          "reverse.\nweight_format: 'int4'. activation: 'swiglu'.\n"
+          "first_expert: number of the first one in its layer; LayerGroup.add_layer() wants this "
+          "rank's.\n\n"
           "Raises Error: invalid_argument naming the matrix; unsupported naming the format or the\n"
           "activation that there is not.")
       .def_ro("layer", &ExpertWeights::layer, "Layer of the checkpoint.")

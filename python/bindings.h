@@ -9,15 +9,16 @@
 #include <atomic>
 #include <chrono>
 #include <optional>
+#include <string_view>
 
 #include "arrays.h"
 #include "sluice/backend.h"
 #include "sluice/checkpoint.h"
 #include "sluice/config.h"
-#include "sluice/engine.h"
 #include "sluice/error.h"
 #include "sluice/exchange.h"
 #include "sluice/experts.h"
+#include "sluice/layer.h"
 #include "sluice/transport.h"
 
 namespace sluice::python {
@@ -99,14 +100,35 @@ struct PyExperts {
   std::optional<Experts> experts;
 };
 
-struct PyEngine {
+struct PyLayerGroup {
   nb::object transport_object, backend_object;
   PyBackend* backend;
   PyTransport* transport;
-  int hidden, num_topk;
-  std::optional<Mode> only_mode;
-  std::optional<Engine> engine;
+  std::optional<LayerGroup> group;
 };
+
+struct PyLayer {
+  nb::object transport_object, backend_object;
+  PyBackend* backend;
+  int hidden;
+  std::optional<Mode> only_mode;
+  std::optional<Layer> layer;
+};
+
+/// A Layer in a group of its own.
+struct PyEngine : PyLayer {};
+
+using Name = std::optional<std::string_view>;
+
+[[nodiscard]] inline std::optional<Recipe> recipe_or_none(const Name& name) {
+  return name ? std::optional(parse_recipe(*name)) : std::nullopt;
+}
+/// As Python names them; without a dtype, what the environment says.
+[[nodiscard]] ModeRecipes recipes_of(const Name& low_latency, const Name& normal,
+                                     const Name& dispatch_dtype);
+[[nodiscard]] PyLayer make_layer(nb::object transport, nb::object backend_object,
+                                 PyBackend* backend, const LayerGroupConfig& config, Layer layer);
+[[nodiscard]] nb::dict memory_dict(const LayerGroupMemory& memory);
 
 /// Positive milliseconds, or what the environment says.
 [[nodiscard]] inline std::chrono::milliseconds timeout_or_environment(std::optional<int> ms) {
@@ -129,6 +151,7 @@ void bind_transport(nb::module_& m);
 void bind_checkpoint(nb::module_& m);
 void bind_exchange(nb::module_& m);
 void bind_experts(nb::module_& m);
+void bind_layer(nb::module_& m);
 void bind_engine(nb::module_& m);
 void bind_workload(nb::module_& m);
 void bind_accuracy(nb::module_& m);

@@ -29,6 +29,7 @@
 namespace sluice {
 
 class Backend;
+class Layer;
 class Transport;
 
 /// Limits of an Exchange. The same on every rank; create() checks that they agree.
@@ -88,6 +89,7 @@ class Dispatched {
 
  private:
   friend class Exchange;
+  friend class Layer;
   explicit Dispatched(std::unique_ptr<Route> route) noexcept;
   std::unique_ptr<Route> route_;
 };
@@ -141,8 +143,8 @@ class Exchange {
   /// static_scale: s1 of the layer, for WireFormat::kE4m3Static; 0 for the other formats.
   ///          It belongs to the dispatch because layers that share an exchange have scales of their
   ///          own. It is not sent: whoever reads the rows knows the layer and its s1. Every rank
-  ///          gives the same value. The exchange does not compare them; Engine does when it makes
-  ///          a layer.
+  ///          gives the same value. The exchange does not compare them; LayerGroup does when it
+  ///          makes a layer.
   /// Stream:  asynchronous on CUDA; the batch may be read by later work on `stream`. No allocation
   ///          and no host synchronization: may be captured in a CUDA graph and replayed, also
   ///          interleaved with other graphs of this exchange, in the same order on every rank.

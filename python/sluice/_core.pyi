@@ -49,7 +49,9 @@ class Recipe:
 
     @property
     def gemm1(self) -> str:
-        """The receiver's cast before GEMM1; 'none' if GEMM1 reads the received bytes."""
+        """
+        The receiver's cast before GEMM1; 'none' if GEMM1 reads the received bytes.
+        """
 
     @property
     def gemm2(self) -> str:
@@ -236,12 +238,13 @@ class ExpertWeights:
     """
 
     @staticmethod
-    def from_arrays(gate: tuple[sluice._array.Array, sluice._array.Array], up: tuple[sluice._array.Array, sluice._array.Array], down: tuple[sluice._array.Array, sluice._array.Array], *, group_size: int = 128, s1: float | None = None, s2: float | None = None, weight_format: str = 'int4', activation: str = 'swiglu') -> ExpertWeights:
+    def from_arrays(gate: tuple[sluice._array.Array, sluice._array.Array], up: tuple[sluice._array.Array, sluice._array.Array], down: tuple[sluice._array.Array, sluice._array.Array], *, group_size: int = 128, s1: float | None = None, s2: float | None = None, weight_format: str = 'int4', activation: str = 'swiglu', first_expert: int = 0) -> ExpertWeights:
         """
         Each matrix is a pair (codes, scales) in host memory, kept alive and not copied:
         codes [num_experts, n, k / 2] uint8 or int8, scales [num_experts, n, k / group_size]
         float32 or bfloat16. gate and up have n = intermediate and k = hidden, down the reverse.
         weight_format: 'int4'. activation: 'swiglu'.
+        first_expert: number of the first one in its layer; LayerGroup.add_layer() wants this rank's.
 
         Raises Error: invalid_argument naming the matrix; unsupported naming the format or the
         activation that there is not.
@@ -569,24 +572,18 @@ def requantize(backend: Backend, codes: sluice._array.Array, scale: sluice._arra
     Raises Error: invalid_argument.
     """
 
-class Engine:
+class Layer:
     """
-    One MoE layer of a checkpoint, ready to run under expert parallelism.
-    Construction and moe_forward() are collective. Keeps transport and backend
-    alive; the checkpoint is not needed afterwards.
+    One MoE layer; made by LayerGroup.add_layer(). Keeps the group's buffers,
+    transport and backend alive.
     """
 
-    def __init__(self, checkpoint: Checkpoint, transport: Transport, backend: Backend, *, layer: int, max_tokens_per_rank: int, low_latency: str | None = 'direct', normal: str | None = 'direct', max_m: int = 0, routed_scaling_factor: float = 1.0, dispatch_dtype: str | None = None, timeout_ms: int | None = None) -> None:
-        """
-        low_latency, normal: recipe of each mode; None for a mode that is not called.
-        max_m: low-latency, rows reserved for each expert; 0 for the worst case.
-        routed_scaling_factor: 1 where the host model applies it.
-        dispatch_dtype: 'auto', 'bf16', 'fp8' or 'fp8-static'; None: SLUICE_DISPATCH_DTYPE.
-        timeout_ms: longest wait for a peer; None: SLUICE_TIMEOUT_MS or 10 s.
+    @property
+    def name(self) -> str:
+        """As messages have it."""
 
-        Raises Error: transport naming ranks and field if ranks differ, and whatever Recipe,
-        Checkpoint and Exchange raise.
-        """
+    def forward(self, x: sluice._array.Array, routing: Routing, *, mode: str | None = None, out: sluice._array.Array | None = None, stream: int | None = None) -> object:
+        """moe_forward() of this layer."""
 
     def recipe(self, mode: str | None = None) -> Recipe:
         """Recipe of a mode."""
@@ -616,11 +613,56 @@ class Engine:
     def check(self) -> None:
         """Raises what earlier asynchronous calls found on the device."""
 
-def moe_forward(engine: Engine, x: sluice._array.Array, routing: Routing, *, mode: str | None = None, out: sluice._array.Array | None = None, stream: int | None = None) -> object:
+class LayerGroup:
+    """
+    What the layers of a model share: transport, backend, one exchange for each mode and wire
+    format, and the memory between the stages. Layers keep it alive. Construction, add_layer()
+    and moe_forward() are collective; one thread at a time.
+    """
+
+    def __init__(self, transport: Transport, backend: Backend, *, geometry: ModelGeometry, low_latency_tokens: int = 0, normal_tokens: int = 0, max_m: int = 0, routed_scaling_factor: float = 1.0, num_in_flight: int = 0, timeout_ms: int | None = None) -> None:
+        """
+        geometry: num_experts, num_topk, hidden and intermediate of every layer.
+        low_latency_tokens, normal_tokens: most tokens of a rank in a call of that mode; 0 for a
+        mode that no layer has.
+        max_m: low-latency, rows reserved for each expert; 0 for the worst case.
+        routed_scaling_factor: 1 where the host model applies it.
+        num_in_flight: calls of one mode and wire format at once; 0: as many as moe_forward() needs.
+        timeout_ms: longest wait for a peer; None: SLUICE_TIMEOUT_MS or 10 s.
+
+        Raises Error: invalid_argument naming the field, transport naming ranks and field if ranks
+        differ, out_of_memory, peer_timeout.
+        """
+
+    def add_layer(self, checkpoint: Checkpoint | None = None, *, layer: int | None = None, weights: ExpertWeights | None = None, name: str = '', identity: int = 0, low_latency: str | None = None, normal: str | None = None, dispatch_dtype: str | None = None) -> Layer:
+        """
+        A Layer, from a checkpoint and a layer's number or from weights. Collective; no call of
+        the group may be queued on any rank.
+
+        weights: ExpertWeights of this rank's experts, with the static scales of the whole layer;
+        not needed afterwards. name: for messages. identity: a number that tells these weights
+        from others; ranks compare both.
+        low_latency, normal: recipe of a mode that the group has; None: 'direct'.
+        dispatch_dtype: 'auto', 'bf16', 'fp8' or 'fp8-static'; None: SLUICE_DISPATCH_DTYPE.
+
+        Raises Error: invalid_argument for weights that do not fit the group, transport naming
+        ranks and field if ranks differ, and whatever Recipe, Checkpoint and Exchange raise.
+        """
+
+    def memory(self) -> dict:
+        """
+        dict of the bytes that the group and its layers hold on this rank, as plan() names them.
+        """
+
+    def check(self) -> None:
+        """Raises what earlier asynchronous calls found on the device."""
+
+def moe_forward(engine: Layer, x: sluice._array.Array, routing: Routing, *, mode: str | None = None, out: sluice._array.Array | None = None, stream: int | None = None) -> object:
     """
     The whole layer, y = combine(experts(dispatch(x))): y [num_tokens, hidden] bfloat16.
     Collective.
 
+    engine: an Engine, or a Layer of a LayerGroup.
     x: [num_tokens, hidden] bfloat16 (or uint16), num_tokens <= max_tokens_per_rank; 0 is fine.
     mode: 'low-latency' or 'normal'; None where the engine has one.
     out: y's memory; None makes a new array: torch's for tensors of torch, else numpy uint16.
@@ -630,14 +672,33 @@ def moe_forward(engine: Engine, x: sluice._array.Array, routing: Routing, *, mod
     Raises Error: invalid_argument naming the argument, peer_timeout naming ranks.
     """
 
-def stats(engine: Engine) -> dict:
+def stats(engine: Layer) -> dict:
     """Engine.stats()."""
 
-def plan(geometry: ModelGeometry, *, num_ranks: int, max_tokens_per_rank: int, low_latency: str | None = 'direct', normal: str | None = 'direct', max_m: int = 0, scale_dtype: str = 'f32', device: str = 'cpu') -> dict:
+class Engine(Layer):
     """
-    dict of the bytes an Engine takes on each rank, before anything is loaded: codes_bytes,
-    scales_bytes, prepared_bytes, exchange_bytes, scratch_bytes, total_bytes (of the last
-    three).
+    One MoE layer of a checkpoint, ready to run under expert parallelism: a Layer in a group of
+    its own. Construction and moe_forward() are collective. Keeps transport and backend alive;
+    the checkpoint is not needed afterwards.
+    """
+
+    def __init__(self, checkpoint: Checkpoint, transport: Transport, backend: Backend, *, layer: int, max_tokens_per_rank: int, low_latency: str | None = 'direct', normal: str | None = 'direct', max_m: int = 0, routed_scaling_factor: float = 1.0, dispatch_dtype: str | None = None, timeout_ms: int | None = None) -> None:
+        """
+        low_latency, normal: recipe of each mode; None for a mode that is not called.
+        max_m: low-latency, rows reserved for each expert; 0 for the worst case.
+        routed_scaling_factor: 1 where the host model applies it.
+        dispatch_dtype: 'auto', 'bf16', 'fp8' or 'fp8-static'; None: SLUICE_DISPATCH_DTYPE.
+        timeout_ms: longest wait for a peer; None: SLUICE_TIMEOUT_MS or 10 s.
+
+        Raises Error: transport naming ranks and field if ranks differ, and whatever Recipe,
+        Checkpoint and Exchange raise.
+        """
+
+def plan(geometry: ModelGeometry, *, num_ranks: int, max_tokens_per_rank: int, low_latency: str | None = 'direct', normal: str | None = 'direct', max_m: int = 0, scale_dtype: str = 'f32', device: str = 'cpu', layers: int = 1) -> dict:
+    """
+    dict of the bytes that a LayerGroup of so many layers takes on each rank, before anything is
+    loaded: num_layers; codes_bytes, scales_bytes and prepared_bytes of all layers together;
+    exchange_bytes and scratch_bytes, which they share; total_bytes of the last three.
 
     Raises Error: invalid_argument.
     """

@@ -44,6 +44,19 @@ class Recording {
 /// Queues work, calling its argument at the points in time that are of interest.
 using MarkedWork = std::function<void(const std::function<void()>& mark)>;
 
+/// Orders uses of memory that calls on several streams share. This one is for devices without
+/// streams, whose calls return when they are done.
+class StreamOrder {
+ public:
+  virtual ~StreamOrder() = default;
+  /// Work queued on `stream` from here on begins when everything has ended that the last after() on
+  /// another stream covers. While a stream is captured, only uses in the same capture count: graphs
+  /// are ordered by whoever launches them.
+  virtual void before(Stream stream) { (void)stream; }
+  /// Ends a use: covers what was queued on `stream` so far.
+  virtual void after(Stream stream) { (void)stream; }
+};
+
 /// The GEMMs of expert_stage().
 enum class ExpertHalf : std::uint8_t { kGateUp, kDown };
 
@@ -55,6 +68,10 @@ class BackendOps : public Backend {
 
   /// Records what `work` queues on `stream`. A GPU needs every kernel in it to have run before.
   [[nodiscard]] virtual std::unique_ptr<Recording> record(Stream stream, MarkedWork work);
+
+  [[nodiscard]] virtual std::unique_ptr<StreamOrder> make_stream_order() {
+    return std::make_unique<StreamOrder>();
+  }
 
   /// codes, scale = quantize(x), x [max_rows, width] bf16, by group (pow2 if `pow2`) or static.
   virtual void quantize(const std::uint16_t* x, const RowRanges& rows, bool pow2,

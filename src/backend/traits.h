@@ -17,9 +17,9 @@ struct BackendTraits {
   /// Host code may read and write its memory. The exchange for host memory then works on it as it
   /// is, and row counts are checked before work is queued.
   bool has_host_memory = false;
-  /// Dispatched::expert_y() is memory of the exchange, so an engine reserves none of its own.
+  /// Dispatched::expert_y() is memory of the exchange, so a layer group reserves none of its own.
   bool exchange_keeps_expert_y = false;
-  /// ExchangeConfig::num_in_flight of an engine, which has one dispatch in flight.
+  /// ExchangeConfig::num_in_flight where one dispatch is in flight.
   int engine_slots = 1;
   /// What its GEMMs may add to a layer's error; docs/design.md#arithmetic derives it.
   ErrorModel error;

@@ -157,32 +157,40 @@ void requantize(Backend& backend, const ExpertBatch& rows, const E4m3Rows& out, 
                           checked_output(out, rows.x.shape, width, backend.device()), stream);
 }
 
-Experts::Impl::Impl(const ExpertWeights& weights, std::int64_t rows, Backend& b)
+std::size_t Fp8Buffers::planned_bytes(std::int64_t max_rows, std::int64_t width) {
+  const auto elems = static_cast<std::size_t>(max_rows) * static_cast<std::size_t>(width);
+  return elems + elems / kActivationGroup * sizeof(float);
+}
+
+void Fp8Buffers::allocate(Backend& backend, std::int64_t max_rows, std::int64_t width) {
+  const auto elems = static_cast<std::size_t>(max_rows) * static_cast<std::size_t>(width);
+  codes = backend.allocate(elems);
+  scale = backend.allocate(elems / kActivationGroup * sizeof(float));
+}
+
+Fp8Rows Fp8Buffers::rows(std::int64_t width, bool is_grouped, float static_scale) const {
+  return {.codes = reinterpret_cast<std::uint8_t*>(codes->data()),
+          .scale = is_grouped ? reinterpret_cast<float*>(scale->data()) : nullptr,
+          .static_scale = is_grouped ? 0.0f : static_scale,
+          .width = width};
+}
+
+std::size_t Fp8Buffers::bytes() const noexcept {
+  return codes ? codes->bytes() + scale->bytes() : 0;
+}
+
+Experts::Impl::Impl(const ExpertWeights& weights, std::shared_ptr<ExpertScratch> shared, Backend& b)
     : backend(&ops(b)),
       geometry(weights.geometry),
       num_experts(static_cast<int>(weights.experts.size())),
-      max_rows(rows),
-      prepared(backend->prepare(weights)) {
+      prepared(backend->prepare(weights)),
+      scratch(std::move(shared)) {
   for (const Expert& expert : weights.experts) {
     for (const QuantMatrix* matrix : {&expert.gate, &expert.up, &expert.down}) {
       codes_bytes += matrix->codes.bytes();
       scales_bytes += matrix->scales.bytes();
     }
   }
-  const auto bytes = scratch_bytes(geometry, max_rows);
-  std::size_t i = 0;
-  for (auto* buffer : {&x_codes, &x_scale, &h_codes, &h_scale}) {
-    *buffer = backend->allocate(bytes[i++]);
-  }
-}
-
-std::array<std::size_t, 4> Experts::Impl::scratch_bytes(const ModelGeometry& geometry,
-                                                        std::int64_t max_rows) {
-  const auto rows = static_cast<std::size_t>(max_rows);
-  const auto hidden = static_cast<std::size_t>(geometry.hidden);
-  const auto intermediate = static_cast<std::size_t>(geometry.intermediate);
-  return {rows * hidden, rows * hidden / kActivationGroup * sizeof(float), rows * intermediate,
-          rows * intermediate / kActivationGroup * sizeof(float)};
 }
 
 Fp8RowsView Experts::Impl::gemm1_rows(const LayerRecipe& recipe, const ExpertBatch& batch,
@@ -191,10 +199,7 @@ Fp8RowsView Experts::Impl::gemm1_rows(const LayerRecipe& recipe, const ExpertBat
   if (recipe.gemm1 == Cast::kNone) return received;
 
   const bool grouped = has_group_scales(recipe.gemm1);
-  const Fp8Rows out{.codes = reinterpret_cast<std::uint8_t*>(x_codes->data()),
-                    .scale = grouped ? reinterpret_cast<float*>(x_scale->data()) : nullptr,
-                    .static_scale = grouped ? 0.0f : recipe.s1,
-                    .width = geometry.hidden};
+  const Fp8Rows out = scratch->x.rows(geometry.hidden, grouped, recipe.s1);
   if (recipe.wire == WireFormat::kBf16) {
     const bool pow2 = recipe.gemm1 == Cast::kGroupPow2;
     backend->quantize(batch.x.as<std::uint16_t>(), rows, pow2, out, stream);
@@ -207,10 +212,7 @@ Fp8RowsView Experts::Impl::gemm1_rows(const LayerRecipe& recipe, const ExpertBat
 void Experts::Impl::gemms(const LayerRecipe& recipe, const Fp8RowsView& in, const RowRanges& rows,
                           std::uint16_t* expert_y, Stream stream, ExpertStageTimes* times) {
   const bool grouped = has_group_scales(recipe.gemm2);
-  const Fp8Rows h{.codes = reinterpret_cast<std::uint8_t*>(h_codes->data()),
-                  .scale = grouped ? reinterpret_cast<float*>(h_scale->data()) : nullptr,
-                  .static_scale = grouped ? 0.0f : recipe.s2,
-                  .width = geometry.intermediate};
+  const Fp8Rows h = scratch->h.rows(geometry.intermediate, grouped, recipe.s2);
   backend->expert_stage(*prepared, in, rows, h, expert_y, stream, times);
 }
 
@@ -218,7 +220,11 @@ Experts Experts::create(const ExpertWeights& weights, std::int64_t max_rows, Bac
   check_argument(!weights.experts.empty(), "weights hold no expert");
   check_argument(max_rows > 0 && max_rows <= (std::int64_t{1} << 30),
                  "max_rows {} is not in [1, 2^30]", max_rows);
-  return Experts(std::make_unique<Impl>(weights, max_rows, backend));
+  auto scratch = std::make_shared<ExpertScratch>();
+  scratch->max_rows = max_rows;
+  scratch->x.allocate(backend, max_rows, weights.geometry.hidden);
+  scratch->h.allocate(backend, max_rows, weights.geometry.intermediate);
+  return Experts(std::make_unique<Impl>(weights, std::move(scratch), backend));
 }
 
 void Experts::forward(const LayerRecipe& recipe, const ExpertBatch& batch,
@@ -235,8 +241,8 @@ void Experts::forward(const LayerRecipe& recipe, const ExpertBatch& batch,
                  self.num_experts);
   check_argument(width == self.geometry.hidden, "x has rows of {}, the weights take {}", width,
                  self.geometry.hidden);
-  check_argument(rows.max_rows <= self.max_rows, "x has {} rows, more than max_rows {}",
-                 rows.max_rows, self.max_rows);
+  check_argument(rows.max_rows <= self.scratch->max_rows, "x has {} rows, more than max_rows {}",
+                 rows.max_rows, self.scratch->max_rows);
   check_wire(batch, recipe.wire, width, device);
   check_tensor("expert_y", expert_y, DType::kBFloat16, batch.x.shape, device);
   const Fp8RowsView in = self.gemm1_rows(recipe, batch, rows, stream);
@@ -248,7 +254,7 @@ int Experts::num_experts() const noexcept {
   return impl_->num_experts;
 }
 std::int64_t Experts::max_rows() const noexcept {
-  return impl_->max_rows;
+  return impl_->scratch->max_rows;
 }
 const ModelGeometry& Experts::geometry() const noexcept {
   return impl_->geometry;

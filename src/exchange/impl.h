@@ -22,6 +22,9 @@ struct Dispatched::Route {
   Stage stage = Stage::kSent;
   std::int64_t num_tokens = 0;
   const void* owner = nullptr;  ///< The Exchange::Impl that made it.
+  // Set by Layer::dispatch_send():
+  const void* layer = nullptr;  ///< The Layer::Impl that made it.
+  Mode mode = Mode::kLowLatency;
 };
 
 struct Exchange::Impl {

@@ -88,6 +88,21 @@ with tempfile.TemporaryDirectory() as folder:
     several = os.path.join(folder, "several")
     r = run("make-checkpoint", "--preset", "tiny", "--layers", "3", "--out", several)
     check("make-checkpoint of three layers", r.returncode == 0, r)
+    # Layers share their buffers: only the experts are there for each.
+    plans = {}
+    for layers in ("1", "2", "3", "all"):
+        r = run("plan", "--checkpoint", several, "--ranks", "2", "--mode", "both", "--layers", layers, "--json", report)
+        with open(report) as file:
+            plan = plans[layers] = json.load(file)
+        count = 3 if layers == "all" else int(layers)
+        check(f"plan of {layers} layers", r.returncode == 0 and plan["layers"] == count
+              and all(plan[size] == plans["1"][size] for size in ("exchange_bytes", "scratch_bytes"))
+              and all(plan[size] == count * plans["1"][size] for size in sizes[:3])
+              and plan["total_bytes"] == sum(plan[size] for size in sizes[2:5]), r)
+    for arguments in (("--checkpoint", several, "--layers", "4"), ("--preset", "tiny", "--layers", "all"),
+                      ("--preset", "tiny", "--layers", "0"), ("--preset", "tiny", "--layers", "2x")):
+        r = run("plan", *arguments)
+        check(f"plan refuses {arguments}", r.returncode == 2 and f"--layers {arguments[3]}" in r.stderr.replace("'", ""), r)
     page = os.path.join(folder, "accuracy.html")
     r = run("accuracy", "--checkpoint", several, "--layer", "all", "--tokens", "6", "--suite", "gaussian,outliers",
             "--ranks", "2", "--budget", "100%", "--html", page, "--json", report)

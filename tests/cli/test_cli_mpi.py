@@ -126,7 +126,7 @@ with tempfile.TemporaryDirectory() as folder:
     differences = {
         "checkpoint identity": ["--checkpoint", other],
         "low-latency recipe": ["--recipe", "static"],
-        "max_tokens_per_rank": ["--tokens", "5,0,3,7"],
+        "low-latency max_tokens_per_rank": ["--tokens", "5,0,3,7"],
         "routed_scaling_factor": ["--routed-scaling-factor", "2.5"],
     }
     for field, arguments in differences.items():

@@ -46,8 +46,8 @@ TEST_F(CudaPlanTest, IsWhatEnginesTake) {
                                   .low_latency = low_latency,
                                   .normal = normal,
                                   .max_tokens_per_rank = 37};
-        const EngineMemory plan = Engine::plan_memory(config, checkpoint.geometry(), scale_dtype,
-                                                      Device::Kind::kCuda, num_ranks);
+        const LayerGroupMemory plan = Engine::plan_memory(
+            config, checkpoint.geometry(), scale_dtype, Device::Kind::kCuda, num_ranks);
         auto transports = make_inproc_transports(num_ranks);
         std::vector<std::thread> ranks;
         for (int r = 0; r < num_ranks; ++r) {

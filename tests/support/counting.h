@@ -37,6 +37,9 @@ class CountingBackend final : public BackendOps {
   void copy_on_device(void* to, const void* from, std::size_t bytes, Stream stream) override {
     real_->copy_on_device(to, from, bytes, stream);
   }
+  [[nodiscard]] std::unique_ptr<StreamOrder> make_stream_order() override {
+    return ops(*real_).make_stream_order();
+  }
   [[nodiscard]] std::unique_ptr<PreparedExperts> prepare(const ExpertWeights& weights) override {
     return ops(*real_).prepare(weights);
   }
@@ -89,9 +92,9 @@ class CountingTransport final : public Transport {
 
 /// An engine says that it took what was planned, and that is what was counted.
 inline void expect_taken(const Engine& engine, const CountingBackend& backend,
-                         const CountingTransport& transport, const EngineMemory& plan) {
+                         const CountingTransport& transport, const LayerGroupMemory& plan) {
   EXPECT_EQ(engine.weight_bytes(), plan.prepared_bytes);
-  const EngineMemory memory = engine.memory();
+  const LayerGroupMemory memory = engine.memory();
   EXPECT_EQ(memory.prepared_bytes, plan.prepared_bytes);
   EXPECT_EQ(memory.codes_bytes, plan.codes_bytes);
   EXPECT_EQ(memory.scales_bytes, plan.scales_bytes);

@@ -11,6 +11,7 @@
 #include "backend/cuda/fp8_rate.h"
 #include "backend/cuda/graph_recording.h"
 #include "backend/cuda/read_rate.h"
+#include "backend/cuda/stream_order.h"
 #include "backend/cuda/w4a8.h"
 #include "backend/ops.h"
 #include "core/fail.h"
@@ -115,6 +116,10 @@ class CudaBackend final : public BackendOps {
   [[nodiscard]] std::unique_ptr<Recording> record(Stream stream, MarkedWork work) override {
     use_device();
     return cuda::record_graph(stream.handle, work);
+  }
+  [[nodiscard]] std::unique_ptr<StreamOrder> make_stream_order() override {
+    use_device();
+    return cuda::make_stream_order(index_);
   }
 
   [[nodiscard]] std::unique_ptr<PreparedExperts> prepare(const ExpertWeights& weights) override;

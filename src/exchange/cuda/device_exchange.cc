@@ -53,24 +53,11 @@ class MappedFaults {
   DeviceFault* faults_ = nullptr;
 };
 
-class Event {
- public:
-  Event() { SLUICE_CUDA_CHECK(cudaEventCreateWithFlags(&event_, cudaEventDisableTiming)); }
-  ~Event() { (void)cudaEventDestroy(event_); }
-  Event(const Event&) = delete;
-  Event& operator=(const Event&) = delete;
-  [[nodiscard]] cudaEvent_t get() const noexcept { return event_; }
-
- private:
-  cudaEvent_t event_ = nullptr;
-};
-
 /// One of the dispatches that may be in flight.
 struct Slot {
   SlotParams params{};
   bool busy = false;
-  std::unique_ptr<Event> released;  // Recorded after the last use outside a capture,
-  void* stream = nullptr;           // on this stream; null: not yet.
+  std::unique_ptr<StreamOrder> order;  // One dispatch after the other, whatever their streams.
 };
 
 class DeviceExchange final : public Exchange::Impl {
@@ -292,7 +279,7 @@ void DeviceExchange::make_slots() {
     p.slot_row = slot_row;
     p.row_begin = row_begin;
     p.num_rows = reinterpret_cast<std::int32_t*>(row_begin + placement.num_local());
-    slots_[s].released = std::make_unique<Event>();
+    slots_[s].order = ops(backend_).make_stream_order();
   }
 }
 
@@ -330,35 +317,19 @@ Slot& DeviceExchange::take_slot(Stream stream) {
   check_argument(found != slots_.end(),
                  "{} dispatches are in flight, num_in_flight is {}: combine or destroy one first",
                  slots_.size(), config.num_in_flight);
-  const auto queue = static_cast<cudaStream_t>(stream.handle);
-  if (found->stream != nullptr && found->stream != stream.handle) {
-    cudaStreamCaptureStatus capturing{};
-    SLUICE_CUDA_CHECK(cudaStreamIsCapturing(queue, &capturing));
-    // A graph is ordered by whoever launches it.
-    if (capturing == cudaStreamCaptureStatusNone) {
-      SLUICE_CUDA_CHECK(cudaStreamWaitEvent(queue, found->released->get(), 0));
-    }
-  }
+  found->order->before(stream);
   return *found;
 }
 
 void DeviceExchange::release(DeviceRoute& route) noexcept {
   Slot& slot = route.slot;
   slot.busy = false;
-  const auto queue = static_cast<cudaStream_t>(route.stream.handle);
   if (cudaSetDevice(device.index) != cudaSuccess) return;
-  if (!route.returned) {
-    try {
-      cuda::launch_return(slot.params, true, route.stream.handle);
-    } catch (const Error&) {
-      return;  // Peers find out by their own bounded waits.
-    }
-  }
-  cudaStreamCaptureStatus capturing{};
-  if (cudaStreamIsCapturing(queue, &capturing) == cudaSuccess &&
-      capturing == cudaStreamCaptureStatusNone &&
-      cudaEventRecord(slot.released->get(), queue) == cudaSuccess) {
-    slot.stream = route.stream.handle;
+  try {
+    if (!route.returned) cuda::launch_return(slot.params, true, route.stream.handle);
+    slot.order->after(route.stream);
+  } catch (const Error&) {
+    // Peers find out by their own bounded waits.
   }
 }
 

@@ -1,0 +1,225 @@
+// layer.h - MoE layers that share their buffers, as the layers of a model do.
+//
+//   LayerGroup   transport, backend, one Exchange per (mode, wire format), scratch: once
+//      |
+//      +-- Layer "model.layers.3.mlp.experts"   experts, recipes, static scales
+//      +-- Layer "model.layers.4.mlp.experts"
+//      ...
+//
+//   Layer::forward:  x --dispatch--> rows --quantize?--> GEMM1, SwiGLU, quantize --> GEMM2
+//                      --combine--> y
+//
+// The layers of a model run one after the other, so one set of buffers serves all of them. Only the
+// experts are held for each layer.
+//
+// Buffers are made by LayerGroup::create() and by the first layer that needs them, and never move:
+// a CUDA graph that was captured over some layers stays valid when more are added.
+//
+// Threads: one at a time, for a group and all its layers together.
+// Ranks: create(), add_layer(), forward(), dispatch_send() and finish() are collective. Every rank
+// makes the same calls in the same order, of the same layers.
+// Streams: layers of one group may be called on different streams. What they share is then ordered
+// on the device: the experts of one call begin when those of the call before have ended. The same
+// holds for the streams of one graph capture. Graphs are ordered by whoever launches them: replay
+// the graphs of one group one after the other, in the same order on every rank.
+#pragma once
+
+#include <chrono>
+#include <cstdint>
+#include <memory>
+#include <optional>
+#include <span>
+#include <string>
+#include <vector>
+
+#include "sluice/checkpoint.h"
+#include "sluice/exchange.h"
+#include "sluice/recipe.h"
+#include "sluice/stream.h"
+#include "sluice/tensor.h"
+
+namespace sluice {
+
+class Backend;
+class Transport;
+
+/// How much one mode of a group can hold.
+struct ModeCapacity {
+  /// Largest num_tokens of any call in this mode; 0: the group does not have the mode.
+  int max_tokens_per_rank = 0;
+  int max_m = 0;  ///< ExchangeConfig::max_m; low-latency only.
+};
+
+/// What the layers of a group have in common. The same on every rank; create() checks that.
+struct LayerGroupConfig {
+  /// num_experts, num_topk, hidden and intermediate of every layer. The rest is a layer's own.
+  ModelGeometry geometry = {};
+  ModeCapacity low_latency = {}, normal = {};
+  float routed_scaling_factor = 1.0f;  ///< 1: the host model applies it.
+  /// Calls of one mode and wire format between dispatch_send() and finish(); ExchangeConfig has the
+  /// limit. 0: what forward() needs on this device, 1 on CUDA, and 2 on the CPU, where a second
+  /// slot spares a wait for the slowest rank's release. Each costs the buffers of one dispatch.
+  int num_in_flight = 0;
+  std::chrono::milliseconds peer_timeout{10'000};  ///< Longest wait for any one peer.
+};
+
+/// What one layer rounds where. Layers of one group may differ.
+struct ModeRecipes {
+  /// Of each mode that the group has; empty: direct. A recipe for another mode is refused.
+  std::optional<Recipe> low_latency = {}, normal = {};
+  DispatchDtype dispatch_dtype = DispatchDtype::kAuto;  ///< See Environment.
+};
+
+/// One layer as its maker holds it: from a Checkpoint (read_layer) or from anywhere else.
+struct LayerSpec {
+  std::string name = {};  ///< For messages; the same on every rank. Empty: by weights.layer.
+  /// This rank's experts, [rank * num_local_experts, (rank + 1) * num_local_experts) of the layer,
+  /// and the static scales of the whole layer. Host memory, not needed after add_layer().
+  ExpertWeights weights = {};
+  /// Tells one set of weights from another: Checkpoint::identity(), or a digest of the caller's.
+  /// The same on every rank. 0: nothing tells them apart.
+  std::uint64_t identity = 0;
+};
+
+/// Rank `rank`'s part of a layer of `checkpoint`.
+/// Throws: kInvalidArgument for a layer without routed experts and for a number of ranks that does
+///   not divide the experts; whatever Checkpoint::load_experts() throws.
+[[nodiscard]] LayerSpec read_layer(const Checkpoint& checkpoint, int layer, int rank,
+                                   int num_ranks);
+
+/// Wall time of the stages of one forward(), microseconds. Where GEMM1 and activation are one fused
+/// kernel, the time is split by what each of its threads measured (CPU) or reported as GEMM1
+/// (CUDA).
+struct StageTimes {
+  double dispatch_us = 0, quantize_us = 0, gemm1_us = 0, activation_us = 0, gemm2_us = 0,
+         combine_us = 0, total_us = 0;
+};
+
+/// What one forward() did on this rank.
+struct ForwardStats {
+  StageTimes times;
+  std::vector<std::int64_t> rows_per_expert;  ///< [num_local_experts]
+  std::uint64_t weight_bytes_read = 0;        ///< Codes and scales of experts that had rows.
+  std::uint64_t flops = 0;                    ///< 2 * rows * 3 * hidden * intermediate.
+};
+
+/// Bytes that a group and its layers hold on one rank. The first three are sums over the layers.
+struct LayerGroupMemory {
+  int num_layers = 0;
+  std::size_t codes_bytes = 0;     ///< INT4 codes of the rank's experts, as the maker had them.
+  std::size_t scales_bytes = 0;    ///< Their group scales.
+  std::size_t prepared_bytes = 0;  ///< Both, in the backend's own order: what stays resident.
+  std::size_t exchange_bytes = 0;  ///< Buffers of the exchanges, one per mode and wire format.
+  std::size_t scratch_bytes = 0;   ///< Rows between the stages.
+  [[nodiscard]] std::size_t total_bytes() const noexcept {
+    return prepared_bytes + exchange_bytes + scratch_bytes;
+  }
+};
+
+/// What plan_memory() has to know of a layer that is not there yet.
+struct PlannedLayer {
+  ModeRecipes recipes = {};
+  WeightFormat weight_format = WeightFormat::kInt4;
+  DType scale_dtype = DType::kFloat32;  ///< Of the weights' group scales.
+  int group_size = 128;                 ///< Weights per scale.
+};
+
+/// One layer of a group. Keeps the group's buffers alive. Its destructor gives back the experts'
+/// memory, which waits for the device: no rank may have calls queued then.
+class Layer {
+ public:
+  Layer(Layer&&) noexcept;
+  Layer& operator=(Layer&&) noexcept;
+  ~Layer();
+
+  /// The whole layer: y = combine(experts(dispatch(x))).
+  /// x, y:   [num_tokens, hidden] bf16, num_tokens <= max_tokens_per_rank of the mode; 0 is fine.
+  /// Stream: asynchronous on CUDA; may be captured in a graph: nothing is allocated.
+  /// Throws: as Exchange::dispatch(); kInvalidArgument for a mode that the group does not have.
+  void forward(Mode mode, TensorView x, const Routing& routing, MutableTensorView y, Stream stream);
+
+  /// forward() in two parts, so that the tokens of up to num_in_flight calls travel at once.
+  /// dispatch_send() sends the tokens; finish() receives, runs the experts and combines. The same
+  /// bits as forward(). `routing` stays unchanged until finish() has run.
+  /// Throws: as forward(); finish() kInvalidArgument if another layer made `dispatched`.
+  [[nodiscard]] Dispatched dispatch_send(Mode mode, TensorView x, const Routing& routing,
+                                         Stream stream);
+  void finish(Dispatched dispatched, MutableTensorView y, Stream stream);
+
+  /// Throws what earlier calls found on the device: Exchange::check() of this layer's modes.
+  void check();
+
+  [[nodiscard]] const std::string& name() const noexcept;
+  /// Throws: kInvalidArgument for a mode that the group does not have.
+  [[nodiscard]] const LayerRecipe& recipe(Mode mode) const;
+  /// Of the exchange that `mode` uses; other layers with the same wire format count there too.
+  [[nodiscard]] ExchangeCounters exchange_counters(Mode mode) const;
+  /// Bytes of prepared weights held by this rank's backend.
+  [[nodiscard]] std::size_t weight_bytes() const noexcept;
+
+  /// When on, forward() waits for the device after each stage to time it, and fills stats(). Off at
+  /// creation: forward() then only queues work and may be captured in a CUDA graph.
+  void record_stats(bool on) noexcept;
+  /// Of the last forward() with record_stats(true).
+  [[nodiscard]] const ForwardStats& stats() const noexcept;
+  /// When on, forward() also computes a digest of the bytes GEMM1 consumes (codes and scales of
+  /// every valid row, in order of expert and row). `direct` and `direct-bf16` give the same digest.
+  void record_gemm_input_digest(bool on) noexcept;
+  [[nodiscard]] std::uint64_t gemm_input_digest() const noexcept;
+
+  struct Impl;  ///< Internal.
+
+ private:
+  friend class LayerGroup;
+  explicit Layer(std::unique_ptr<Impl> impl) noexcept;
+  std::unique_ptr<Impl> impl_;
+};
+
+/// What layers share. The layers keep it alive: a LayerGroup may go before them.
+class LayerGroup {
+ public:
+  /// What a group with these layers takes on each of `num_ranks` ranks. Needs neither weights nor
+  /// device.   Throws: as create() and add_layer().
+  [[nodiscard]] static LayerGroupMemory plan_memory(const LayerGroupConfig& config,
+                                                    std::span<const PlannedLayer> layers,
+                                                    Device::Kind device, int num_ranks);
+
+  /// Makes the scratch that every recipe needs, for the larger of the group's modes. Borrows
+  /// `transport` and `backend` until the last layer is gone.
+  /// Throws: kInvalidArgument (names the field), kOutOfMemory; kTransport naming ranks and field if
+  ///   version or configuration differ between ranks; kPeerTimeout naming the missing ranks.
+  [[nodiscard]] static LayerGroup create(const LayerGroupConfig& config, Transport& transport,
+                                         Backend& backend);
+
+  LayerGroup(LayerGroup&&) noexcept;
+  LayerGroup& operator=(LayerGroup&&) noexcept;
+  ~LayerGroup();
+
+  /// Resolves the recipes, lets the ranks compare notes, repacks the experts for the backend, and
+  /// makes what this layer is the first to need: exchanges for its modes and wire formats, rows for
+  /// recipes that quantize at the receiver.
+  /// Stream: allocates, which waits for the device; so no rank may have calls of this group queued.
+  /// Throws: kInvalidArgument (weights that do not fit the group, a recipe for a mode that it does
+  ///   not have), whatever resolve_recipe() and Exchange::create() throw; kTransport naming ranks
+  ///   and field if version, layer, identity, recipes or static scales differ between ranks. After
+  ///   one of these on every rank the group is as it was. After kPeerTimeout, kOutOfMemory or an
+  ///   error on some ranks only, ranks may be out of step: make a new group.
+  [[nodiscard]] Layer add_layer(const LayerSpec& spec, const ModeRecipes& recipes = {});
+
+  [[nodiscard]] const LayerGroupConfig& config() const noexcept;
+  [[nodiscard]] int rank() const noexcept;
+  [[nodiscard]] int num_ranks() const noexcept;
+  /// Of the group and the layers that are alive, counted from the buffers there are: what
+  /// plan_memory() named.
+  [[nodiscard]] LayerGroupMemory memory() const noexcept;
+  /// Throws what earlier calls found on the device: Exchange::check() of every exchange.
+  void check();
+
+  struct Impl;  ///< Internal.
+
+ private:
+  explicit LayerGroup(std::shared_ptr<Impl> impl) noexcept;
+  std::shared_ptr<Impl> impl_;
+};
+
+}  // namespace sluice

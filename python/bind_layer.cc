@@ -1,0 +1,266 @@
+#include <fmt/format.h>
+#include <nanobind/stl/optional.h>
+#include <nanobind/stl/string.h>
+#include <nanobind/stl/string_view.h>
+
+#include "bindings.h"
+
+namespace sluice::python {
+
+using namespace nb::literals;
+
+namespace {
+
+Mode mode_of(const PyLayer& layer, const Name& mode) {
+  if (mode) return parse_mode(*mode);
+  if (layer.only_mode) return *layer.only_mode;
+  throw Error(ErrorCode::kInvalidArgument,
+              "mode: expected 'low-latency' or 'normal', as this layer has both; got None");
+}
+
+nb::object moe_forward(PyLayer& layer, const Array& x, const PyRouting& routing, const Name& mode,
+                       const std::optional<Array>& out, const StreamArgument& stream) {
+  const Mode m = mode_of(layer, mode);
+  const Device device = layer.backend->device();
+  const Input tokens = import_tokens(x, layer.hidden, device);
+  const std::int64_t num_tokens = tokens.view.dim(0);
+  const Output y = output_or_new(out,
+                                 {.name = "out",
+                                  .dtypes = {DType::kBFloat16},
+                                  .dims = {num_tokens, layer.hidden},
+                                  .shape = "[num_tokens, hidden], as x",
+                                  .device = device},
+                                 tokens.framework, *layer.backend->backend);
+  const Stream queue = to_stream(stream, tokens.framework, device);
+  {
+    const Call call(*layer.backend);
+    layer.layer->forward(m, tokens.view, routing.view(), y.view, queue);
+  }
+  return y.object;
+}
+
+nb::dict stats_dict(const PyLayer& layer) {
+  const ForwardStats& s = layer.layer->stats();
+  nb::dict times;
+  times["dispatch_us"] = s.times.dispatch_us;
+  times["quantize_us"] = s.times.quantize_us;
+  times["gemm1_us"] = s.times.gemm1_us;
+  times["activation_us"] = s.times.activation_us;
+  times["gemm2_us"] = s.times.gemm2_us;
+  times["combine_us"] = s.times.combine_us;
+  times["total_us"] = s.times.total_us;
+  nb::list rows;
+  for (const std::int64_t n : s.rows_per_expert) rows.append(n);
+  nb::dict d;
+  d["times"] = times;
+  d["rows_per_expert"] = rows;
+  d["weight_bytes_read"] = s.weight_bytes_read;
+  d["flops"] = s.flops;
+  return d;
+}
+
+/// Of the checkpoint's layer, or of the weights as the caller holds them: exactly one is given.
+LayerSpec spec_of(const PyLayerGroup& group, const Checkpoint* checkpoint, std::optional<int> layer,
+                  const ExpertWeights* weights, std::string name, std::uint64_t identity) {
+  if ((checkpoint == nullptr) == (weights == nullptr)) {
+    throw Error(ErrorCode::kInvalidArgument, "checkpoint, weights: give one of the two");
+  }
+  if (weights != nullptr) {
+    if (layer) {
+      throw Error(ErrorCode::kInvalidArgument,
+                  "layer: is for a checkpoint; weights are those of one layer");
+    }
+    return {.name = std::move(name), .weights = *weights, .identity = identity};
+  }
+  if (!layer) throw Error(ErrorCode::kInvalidArgument, "layer: a checkpoint needs the number");
+  if (!name.empty() || identity != 0) {
+    throw Error(ErrorCode::kInvalidArgument, "name, identity: a checkpoint has its own");
+  }
+  return read_layer(*checkpoint, *layer, group.group->rank(), group.group->num_ranks());
+}
+
+PyLayer add_layer(PyLayerGroup& group, const Checkpoint* checkpoint, std::optional<int> layer,
+                  const ExpertWeights* weights, std::string name, std::uint64_t identity,
+                  const Name& low_latency, const Name& normal, const Name& dispatch_dtype) {
+  const ModeRecipes recipes = recipes_of(low_latency, normal, dispatch_dtype);
+  std::optional<Layer> made;
+  {
+    const Call call(*group.backend, *group.transport);
+    made.emplace(group.group->add_layer(
+        spec_of(group, checkpoint, layer, weights, std::move(name), identity), recipes));
+  }
+  return make_layer(group.transport_object, group.backend_object, group.backend,
+                    group.group->config(), std::move(*made));
+}
+
+void init_group(PyLayerGroup* self, nb::handle transport, nb::handle backend,
+                const LayerGroupConfig& config) {
+  auto& t = nb::cast<PyTransport&>(transport);
+  auto& b = nb::cast<PyBackend&>(backend);
+  std::optional<LayerGroup> group;
+  {
+    const Call call(b, t);
+    group.emplace(LayerGroup::create(config, *t.transport, *b.backend));
+  }
+  new (self) PyLayerGroup{.transport_object = nb::borrow(transport),
+                          .backend_object = nb::borrow(backend),
+                          .backend = &b,
+                          .transport = &t,
+                          .group = std::move(group)};
+}
+
+void bind_layer_class(nb::module_& m) {
+  nb::class_<PyLayer>(m, "Layer",
+                      "One MoE layer; made by LayerGroup.add_layer(). Keeps the group's buffers,\n"
+                      "transport and backend alive.")
+      .def_prop_ro(
+          "name", [](const PyLayer& l) { return l.layer->name(); }, "As messages have it.")
+      .def("forward", &moe_forward, "x"_a, "routing"_a, nb::kw_only(), "mode"_a = nb::none(),
+           "out"_a = nb::none(), "stream"_a = nb::none(), "moe_forward() of this layer.")
+      .def(
+          "recipe",
+          [](const PyLayer& l, const Name& mode) { return l.layer->recipe(mode_of(l, mode)); },
+          "mode"_a = nb::none(), "Recipe of a mode.")
+      .def(
+          "record_stats", [](PyLayer& l, bool on) { l.layer->record_stats(on); }, "on"_a = true,
+          "When on, moe_forward() times its stages; it then waits for the device after each.")
+      .def("stats", &stats_dict,
+           "dict of the last moe_forward() with record_stats(): times (microseconds of each "
+           "stage),\n"
+           "rows_per_expert, weight_bytes_read, flops.")
+      .def(
+          "record_gemm_input_digest",
+          [](PyLayer& l, bool on) { l.layer->record_gemm_input_digest(on); }, "on"_a = true,
+          "When on, moe_forward() digests the bytes that GEMM1 reads.")
+      .def_prop_ro(
+          "gemm_input_digest", [](const PyLayer& l) { return l.layer->gemm_input_digest(); },
+          "Sum over rows; 'direct' and 'direct-bf16' give the same.")
+      .def_prop_ro(
+          "weight_bytes", [](const PyLayer& l) { return l.layer->weight_bytes(); },
+          "Of the repacked weights of this rank.")
+      .def(
+          "check",
+          [](PyLayer& l) {
+            const Call call(*l.backend);
+            l.layer->check();
+          },
+          "Raises what earlier asynchronous calls found on the device.");
+}
+
+void bind_group_class(nb::module_& m) {
+  nb::class_<PyLayerGroup>(
+      m, "LayerGroup",
+      "What the layers of a model share: transport, backend, one exchange for each mode and wire\n"
+      "format, and the memory between the stages. Layers keep it alive. Construction, add_layer()\n"
+      "and moe_forward() are collective; one thread at a time.")
+      .def(
+          "__init__",
+          [](PyLayerGroup* self, nb::handle_t<PyTransport> transport,
+             nb::handle_t<PyBackend> backend, const ModelGeometry& geometry, int low_latency_tokens,
+             int normal_tokens, int max_m, float routed_scaling_factor, int num_in_flight,
+             std::optional<int> timeout_ms) {
+            init_group(self, transport, backend,
+                       {.geometry = geometry,
+                        .low_latency = {.max_tokens_per_rank = low_latency_tokens, .max_m = max_m},
+                        .normal = {.max_tokens_per_rank = normal_tokens},
+                        .routed_scaling_factor = routed_scaling_factor,
+                        .num_in_flight = num_in_flight,
+                        .peer_timeout = timeout_or_environment(timeout_ms)});
+          },
+          "transport"_a, "backend"_a, nb::kw_only(), "geometry"_a, "low_latency_tokens"_a = 0,
+          "normal_tokens"_a = 0, "max_m"_a = 0, "routed_scaling_factor"_a = 1.0f,
+          "num_in_flight"_a = 0, "timeout_ms"_a = nb::none(),
+          "geometry: num_experts, num_topk, hidden and intermediate of every layer.\n"
+          "low_latency_tokens, normal_tokens: most tokens of a rank in a call of that mode; 0 for "
+          "a\n"
+          "mode that no layer has.\n"
+          "max_m: low-latency, rows reserved for each expert; 0 for the worst case.\n"
+          "routed_scaling_factor: 1 where the host model applies it.\n"
+          "num_in_flight: calls of one mode and wire format at once; 0: as many as moe_forward() "
+          "needs.\n"
+          "timeout_ms: longest wait for a peer; None: SLUICE_TIMEOUT_MS or 10 s.\n\n"
+          "Raises Error: invalid_argument naming the field, transport naming ranks and field if "
+          "ranks\n"
+          "differ, out_of_memory, peer_timeout.")
+      .def(
+          "add_layer", &add_layer, "checkpoint"_a = nb::none(), nb::kw_only(),
+          "layer"_a = nb::none(), "weights"_a = nb::none(), "name"_a = "", "identity"_a = 0,
+          "low_latency"_a = nb::none(), "normal"_a = nb::none(), "dispatch_dtype"_a = nb::none(),
+          "A Layer, from a checkpoint and a layer's number or from weights. Collective; no call "
+          "of\n"
+          "the group may be queued on any rank.\n\n"
+          "weights: ExpertWeights of this rank's experts, with the static scales of the whole "
+          "layer;\n"
+          "not needed afterwards. name: for messages. identity: a number that tells these weights\n"
+          "from others; ranks compare both.\n"
+          "low_latency, normal: recipe of a mode that the group has; None: 'direct'.\n"
+          "dispatch_dtype: 'auto', 'bf16', 'fp8' or 'fp8-static'; None: SLUICE_DISPATCH_DTYPE.\n\n"
+          "Raises Error: invalid_argument for weights that do not fit the group, transport naming\n"
+          "ranks and field if ranks differ, and whatever Recipe, Checkpoint and Exchange raise.")
+      .def(
+          "memory", [](const PyLayerGroup& g) { return memory_dict(g.group->memory()); },
+          "dict of the bytes that the group and its layers hold on this rank, as plan() names "
+          "them.")
+      .def(
+          "check",
+          [](PyLayerGroup& g) {
+            const Call call(*g.backend);
+            g.group->check();
+          },
+          "Raises what earlier asynchronous calls found on the device.");
+}
+
+}  // namespace
+
+ModeRecipes recipes_of(const Name& low_latency, const Name& normal, const Name& dispatch_dtype) {
+  return {.low_latency = recipe_or_none(low_latency),
+          .normal = recipe_or_none(normal),
+          .dispatch_dtype = dispatch_dtype ? parse_dispatch_dtype(*dispatch_dtype)
+                                           : read_environment().dispatch_dtype};
+}
+
+PyLayer make_layer(nb::object transport, nb::object backend_object, PyBackend* backend,
+                   const LayerGroupConfig& config, Layer layer) {
+  std::optional<Mode> only;
+  if (config.normal.max_tokens_per_rank == 0) only = Mode::kLowLatency;
+  if (config.low_latency.max_tokens_per_rank == 0) only = Mode::kNormal;
+  return {.transport_object = std::move(transport),
+          .backend_object = std::move(backend_object),
+          .backend = backend,
+          .hidden = config.geometry.hidden,
+          .only_mode = only,
+          .layer = std::move(layer)};
+}
+
+nb::dict memory_dict(const LayerGroupMemory& m) {
+  nb::dict d;
+  d["num_layers"] = m.num_layers;
+  d["codes_bytes"] = m.codes_bytes;
+  d["scales_bytes"] = m.scales_bytes;
+  d["prepared_bytes"] = m.prepared_bytes;
+  d["exchange_bytes"] = m.exchange_bytes;
+  d["scratch_bytes"] = m.scratch_bytes;
+  d["total_bytes"] = m.total_bytes();
+  return d;
+}
+
+void bind_layer(nb::module_& m) {
+  bind_layer_class(m);
+  bind_group_class(m);
+  m.def(
+      "moe_forward", &moe_forward, "engine"_a, "x"_a, "routing"_a, nb::kw_only(),
+      "mode"_a = nb::none(), "out"_a = nb::none(), "stream"_a = nb::none(),
+      "The whole layer, y = combine(experts(dispatch(x))): y [num_tokens, hidden] bfloat16.\n"
+      "Collective.\n\n"
+      "engine: an Engine, or a Layer of a LayerGroup.\n"
+      "x: [num_tokens, hidden] bfloat16 (or uint16), num_tokens <= max_tokens_per_rank; 0 is "
+      "fine.\n"
+      "mode: 'low-latency' or 'normal'; None where the engine has one.\n"
+      "out: y's memory; None makes a new array: torch's for tensors of torch, else numpy uint16.\n"
+      "stream: handle of a CUDA stream, None: torch's current one for tensors of torch, else the\n"
+      "default stream; the CPU backend returns when done.\n\n"
+      "Raises Error: invalid_argument naming the argument, peer_timeout naming ranks.");
+  m.def("stats", &stats_dict, "engine"_a, "Engine.stats().");
+}
+
+}  // namespace sluice::python

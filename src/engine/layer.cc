@@ -1,0 +1,198 @@
+// One forward pass: exchange, experts, exchange. Nothing here allocates device memory.
+#include "sluice/layer.h"
+
+#include <chrono>
+
+#include "core/fail.h"
+#include "core/row_digest.h"
+#include "engine/layer_impl.h"
+#include "exchange/impl.h"
+#include "sluice/quant.h"
+#include "sluice/transport.h"
+
+namespace sluice {
+
+Layer::Impl::Impl(std::shared_ptr<LayerGroup::Impl> shared, std::string layer_name,
+                  const ExpertWeights& weights)
+    : group(std::move(shared)),
+      name(std::move(layer_name)),
+      experts(weights, group->scratch, *group->backend) {
+  LayerGroupMemory& sum = group->layers;
+  sum.num_layers += 1;
+  sum.codes_bytes += experts.codes_bytes;
+  sum.scales_bytes += experts.scales_bytes;
+  sum.prepared_bytes += experts.prepared->bytes();
+}
+
+Layer::Impl::~Impl() {
+  LayerGroupMemory& sum = group->layers;
+  sum.num_layers -= 1;
+  sum.codes_bytes -= experts.codes_bytes;
+  sum.scales_bytes -= experts.scales_bytes;
+  sum.prepared_bytes -= experts.prepared->bytes();
+}
+
+Layer::Impl::ModeOfLayer& Layer::Impl::mode(Mode mode) {
+  auto& found = modes[static_cast<std::size_t>(mode)];
+  check_argument(found.has_value(), "{} was made without a recipe for {} mode", name,
+                 to_string(mode));
+  return *found;
+}
+
+double Layer::Impl::stage_us(Clock::time_point& start, Stream stream) {
+  if (!records_stats) return 0;
+  group->backend->synchronize(stream);
+  const Clock::time_point now = Clock::now();
+  const double us = std::chrono::duration<double, std::micro>(now - start).count();
+  start = now;
+  return us;
+}
+
+void Layer::forward(Mode mode, TensorView x, const Routing& routing, MutableTensorView y,
+                    Stream stream) {
+  Impl& self = *impl_;
+  Impl::ModeOfLayer& m = self.mode(mode);
+  self.stats = {};
+  self.started = self.mark = Impl::Clock::now();
+  Dispatched dispatched = m.exchange->dispatch(x, routing, stream, m.recipe.wire_static_scale());
+  self.stats.times.dispatch_us = self.stage_us(self.mark, stream);
+  self.run(m, std::move(dispatched), y, stream);
+}
+
+Dispatched Layer::dispatch_send(Mode mode, TensorView x, const Routing& routing, Stream stream) {
+  Impl::ModeOfLayer& m = impl_->mode(mode);
+  Dispatched dispatched =
+      m.exchange->dispatch_send(x, routing, stream, m.recipe.wire_static_scale());
+  dispatched.route_->layer = impl_.get();
+  dispatched.route_->mode = mode;
+  return dispatched;
+}
+
+void Layer::finish(Dispatched dispatched, MutableTensorView y, Stream stream) {
+  Impl& self = *impl_;
+  check_argument(dispatched.route_ != nullptr, "finish of a Dispatched that was moved away");
+  check_argument(dispatched.route_->layer == impl_.get(),
+                 "finish of a Dispatched that {} did not make", self.name);
+  Impl::ModeOfLayer& m = self.mode(dispatched.route_->mode);
+  self.stats = {};
+  self.started = self.mark = Impl::Clock::now();
+  m.exchange->dispatch_receive(dispatched, stream);
+  self.stats.times.dispatch_us = self.stage_us(self.mark, stream);
+  self.run(m, std::move(dispatched), y, stream);
+}
+
+void Layer::Impl::run(ModeOfLayer& m, Dispatched dispatched, MutableTensorView y, Stream stream) {
+  const ExpertBatch& batch = dispatched.batch();
+  const RowRanges rows = row_ranges(batch);
+  group->order->before(stream);
+  const Fp8RowsView in = experts.gemm1_rows(m.recipe, batch, rows, stream);
+  stats.times.quantize_us = stage_us(mark, stream);
+  if (records_digest) record_digest(rows, in, stream);
+
+  // Where the exchange has memory of its own for the experts' rows, combine need not copy them.
+  MutableTensorView expert_y = dispatched.expert_y();
+  if (expert_y.empty()) {
+    expert_y.data = group->expert_y->data(), expert_y.dtype = DType::kBFloat16;
+    expert_y.shape = batch.x.shape, expert_y.device = group->backend->device();
+  }
+  ExpertStageTimes split;
+  mark = Clock::now();
+  experts.gemms(m.recipe, in, rows, expert_y.as<std::uint16_t>(), stream, &split);
+  group->order->after(stream);
+  const double gemms_us = stage_us(mark, stream);
+  const double split_us = split.gemm1_us + split.activation_us + split.gemm2_us;
+  const double share = split_us > 0 ? gemms_us / split_us : 0;
+  stats.times.gemm1_us = split_us > 0 ? split.gemm1_us * share : gemms_us;
+  stats.times.activation_us = split.activation_us * share;
+  stats.times.gemm2_us = split.gemm2_us * share;
+
+  if (records_stats) record_rows(batch, stream);
+  mark = Clock::now();
+  m.exchange->combine(std::move(dispatched), expert_y, y, stream);
+  stats.times.combine_us = stage_us(mark, stream);
+  stats.times.total_us = std::chrono::duration<double, std::micro>(Clock::now() - started).count();
+}
+
+void Layer::Impl::record_rows(const ExpertBatch& batch, Stream stream) {
+  const auto num_local = static_cast<std::size_t>(group->num_local_experts);
+  std::vector<std::int32_t> rows(num_local);
+  group->backend->copy_to_host(rows.data(), batch.num_rows.data, num_local * sizeof(std::int32_t),
+                               stream);
+  stats.rows_per_expert.assign(rows.begin(), rows.end());
+  std::int64_t total = 0, active = 0;
+  for (const std::int32_t n : rows) total += n, active += n > 0;
+  stats.weight_bytes_read =
+      experts.prepared->bytes() / num_local * static_cast<std::size_t>(active);
+  stats.flops = static_cast<std::uint64_t>(total) * 6u *
+                static_cast<std::uint64_t>(experts.geometry.hidden) *
+                static_cast<std::uint64_t>(experts.geometry.intermediate);
+}
+
+/// Sums one hash per row, so that the total over ranks does not depend on how experts are spread.
+void Layer::Impl::record_digest(const RowRanges& rows, const Fp8RowsView& in, Stream stream) {
+  BackendOps& backend = *group->backend;
+  const auto num_local = static_cast<std::size_t>(rows.num_experts);
+  std::vector<std::int64_t> begin(num_local);
+  std::vector<std::int32_t> count(num_local);
+  RowRanges on_host = rows;
+  if (rows.begin != nullptr) {
+    backend.copy_to_host(begin.data(), rows.begin, num_local * sizeof(begin[0]), stream);
+    on_host.begin = begin.data();
+  }
+  backend.copy_to_host(count.data(), rows.count, num_local * sizeof(count[0]), stream);
+  on_host.count = count.data();
+  const auto width = static_cast<std::size_t>(in.width);
+  std::vector<std::uint8_t> codes(width);
+  std::vector<float> scales(in.scale ? width / kActivationGroup : 0);
+  const auto rank = static_cast<std::uint64_t>(group->transport->rank());
+  digest = 0;
+  for (int e = 0; e < rows.num_experts; ++e) {
+    const std::uint64_t expert = rank * num_local + static_cast<std::uint64_t>(e);
+    for (std::int64_t r = 0; r < on_host.num_rows(e); ++r) {
+      const auto source = static_cast<std::size_t>(on_host.first_row(e) + r);
+      backend.copy_to_host(codes.data(), in.codes + source * width, width, stream);
+      if (in.scale) {
+        backend.copy_to_host(scales.data(), in.scale + source * scales.size(),
+                             scales.size() * sizeof(float), stream);
+      }
+      digest += row_digest(expert, static_cast<std::uint64_t>(r), codes, scales);
+    }
+  }
+}
+
+void Layer::check() {
+  for (auto& mode : impl_->modes) {
+    if (mode) mode->exchange->check();
+  }
+}
+const std::string& Layer::name() const noexcept {
+  return impl_->name;
+}
+const LayerRecipe& Layer::recipe(Mode mode) const {
+  return impl_->mode(mode).recipe;
+}
+ExchangeCounters Layer::exchange_counters(Mode mode) const {
+  return impl_->mode(mode).exchange->counters();
+}
+std::size_t Layer::weight_bytes() const noexcept {
+  return impl_->experts.prepared->bytes();
+}
+void Layer::record_stats(bool on) noexcept {
+  impl_->records_stats = on;
+}
+const ForwardStats& Layer::stats() const noexcept {
+  return impl_->stats;
+}
+void Layer::record_gemm_input_digest(bool on) noexcept {
+  impl_->records_digest = on;
+}
+std::uint64_t Layer::gemm_input_digest() const noexcept {
+  return impl_->digest;
+}
+
+Layer::Layer(std::unique_ptr<Impl> impl) noexcept : impl_(std::move(impl)) {}
+Layer::Layer(Layer&&) noexcept = default;
+Layer& Layer::operator=(Layer&&) noexcept = default;
+Layer::~Layer() = default;
+
+}  // namespace sluice

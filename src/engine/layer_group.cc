@@ -1,0 +1,246 @@
+// What layers share, and how a layer is made: ranks agree first, and allocate afterwards.
+#include <fmt/core.h>
+
+#include <algorithm>
+#include <array>
+
+#include "backend/traits.h"
+#include "core/fail.h"
+#include "engine/layer_impl.h"
+#include "exchange/agreement.h"
+#include "sluice/config.h"
+#include "sluice/layer.h"
+#include "sluice/quant.h"
+#include "sluice/transport.h"
+
+namespace sluice {
+namespace {
+
+constexpr std::array kModes{Mode::kLowLatency, Mode::kNormal};
+
+const ModeCapacity& capacity_of(const LayerGroupConfig& config, Mode mode) {
+  return mode == Mode::kLowLatency ? config.low_latency : config.normal;
+}
+
+void check_divisible(const ModelGeometry& geometry, int num_ranks) {
+  check_argument(num_ranks > 0 && geometry.num_experts % num_ranks == 0,
+                 "{} experts are not divisible by {} ranks", geometry.num_experts, num_ranks);
+}
+
+/// Everything in a configuration in which ranks must not differ, as named text.
+Agreement group_agreement(const LayerGroupConfig& c) {
+  Agreement fields{{"version", version()},
+                   {"num_experts", std::to_string(c.geometry.num_experts)},
+                   {"num_topk", std::to_string(c.geometry.num_topk)},
+                   {"hidden", std::to_string(c.geometry.hidden)},
+                   {"intermediate", std::to_string(c.geometry.intermediate)}};
+  for (const Mode mode : kModes) {
+    const ModeCapacity& capacity = capacity_of(c, mode);
+    fields.emplace_back(fmt::format("{} max_tokens_per_rank", to_string(mode)),
+                        std::to_string(capacity.max_tokens_per_rank));
+    fields.emplace_back(fmt::format("{} max_m", to_string(mode)), std::to_string(capacity.max_m));
+  }
+  fields.emplace_back("routed_scaling_factor", fmt::format("{:a}", c.routed_scaling_factor));
+  fields.emplace_back("num_in_flight", std::to_string(c.num_in_flight));
+  return fields;
+}
+
+/// The same of one layer. An exchange that has to be made compares its own part as well.
+Agreement layer_agreement(const LayerSpec& spec, const std::string& name,
+                          const std::array<std::optional<LayerRecipe>, 2>& recipes) {
+  const ModelGeometry& geometry = spec.weights.geometry;
+  Agreement fields{
+      {"version", version()},
+      {"layer", name},
+      {"checkpoint identity", fmt::format("{:016x}", spec.identity)},
+      {"weight format",
+       fmt::format("{}, groups of {}", to_string(geometry.weight_format), geometry.group_size)},
+      {"activation", to_string(geometry.activation)}};
+  for (const Mode mode : kModes) {
+    const auto& recipe = recipes[static_cast<std::size_t>(mode)];
+    fields.emplace_back(
+        fmt::format("{} recipe", to_string(mode)),
+        recipe ? fmt::format("{}, s1 {:a}, s2 {:a}", recipe->describe(), recipe->s1, recipe->s2)
+               : "none");
+  }
+  return fields;
+}
+
+/// That these are this rank's experts of a layer of this group.
+void check_weights(const ExpertWeights& weights, const std::string& name,
+                   const LayerGroupConfig& config, int rank, int num_local) {
+  const auto count = static_cast<int>(weights.experts.size());
+  check_argument(weights.first_expert == rank * num_local && count == num_local,
+                 "{}: the weights are experts [{}, {}), rank {} has experts [{}, {})", name,
+                 weights.first_expert, weights.first_expert + count, rank, rank * num_local,
+                 (rank + 1) * num_local);
+  check_argument(weights.geometry.hidden == config.geometry.hidden,
+                 "{}: hidden {}, the group has {}", name, weights.geometry.hidden,
+                 config.geometry.hidden);
+  check_argument(weights.geometry.intermediate == config.geometry.intermediate,
+                 "{}: intermediate {}, the group has {}", name, weights.geometry.intermediate,
+                 config.geometry.intermediate);
+}
+
+}  // namespace
+
+LayerSpec read_layer(const Checkpoint& checkpoint, int layer, int rank, int num_ranks) {
+  check_argument(std::ranges::binary_search(checkpoint.moe_layers(), layer),
+                 "layer {} of {} holds no routed experts", layer, checkpoint.path().string());
+  check_divisible(checkpoint.geometry(), num_ranks);
+  check_argument(rank >= 0 && rank < num_ranks, "rank {} is not in [0, {})", rank, num_ranks);
+  const int num_local = checkpoint.geometry().num_experts / num_ranks;
+  return {.name = fmt::format("model.layers.{}.mlp.experts", layer),
+          .weights = checkpoint.load_experts(layer, rank * num_local, num_local),
+          .identity = checkpoint.identity()};
+}
+
+ExchangeConfig exchange_config(const LayerGroupConfig& config, Mode mode, WireFormat wire,
+                               Device::Kind device) {
+  const ModeCapacity& capacity = capacity_of(config, mode);
+  return {.mode = mode,
+          .wire = wire,
+          .num_experts = config.geometry.num_experts,
+          .num_topk = config.geometry.num_topk,
+          .hidden = config.geometry.hidden,
+          .max_tokens_per_rank = capacity.max_tokens_per_rank,
+          .max_m = capacity.max_m,
+          .routed_scaling_factor = config.routed_scaling_factor,
+          .num_in_flight =
+              config.num_in_flight != 0 ? config.num_in_flight : traits_of(device).engine_slots,
+          .peer_timeout = config.peer_timeout};
+}
+
+std::int64_t checked_max_rows(const LayerGroupConfig& config, int num_ranks, Device::Kind device) {
+  check_divisible(config.geometry, num_ranks);
+  check_argument(
+      config.geometry.intermediate > 0 && config.geometry.intermediate % kActivationGroup == 0,
+      "intermediate {} is not a positive multiple of {}", config.geometry.intermediate,
+      kActivationGroup);
+  std::int64_t max_rows = 0;
+  for (const Mode mode : kModes) {
+    const ModeCapacity& capacity = capacity_of(config, mode);
+    check_argument(capacity.max_tokens_per_rank >= 0, "{} max_tokens_per_rank {} is negative",
+                   to_string(mode), capacity.max_tokens_per_rank);
+    if (capacity.max_tokens_per_rank == 0) {
+      check_argument(capacity.max_m == 0, "{} max_m {} is given without max_tokens_per_rank",
+                     to_string(mode), capacity.max_m);
+      continue;
+    }
+    // No wire format changes the number of rows.
+    const ExchangeConfig exchange = exchange_config(config, mode, WireFormat::kE4m3Group, device);
+    max_rows = std::max(max_rows, Exchange::max_rows(exchange, num_ranks));
+  }
+  check_argument(max_rows > 0,
+                 "the group has neither mode: set max_tokens_per_rank of low_latency, of normal or "
+                 "of both");
+  return max_rows;
+}
+
+std::size_t expert_y_bytes(const LayerGroupConfig& config, std::int64_t max_rows,
+                           Device::Kind device) {
+  if (traits_of(device).exchange_keeps_expert_y) return 0;
+  return static_cast<std::size_t>(max_rows) * static_cast<std::size_t>(config.geometry.hidden) *
+         sizeof(std::uint16_t);
+}
+
+std::array<std::optional<LayerRecipe>, 2> resolve_recipes(const LayerGroupConfig& config,
+                                                          const ModeRecipes& recipes,
+                                                          const std::optional<StaticScales>& scales,
+                                                          const std::string& layer_name) {
+  std::array<std::optional<LayerRecipe>, 2> resolved;
+  for (const Mode mode : kModes) {
+    const auto& name = mode == Mode::kLowLatency ? recipes.low_latency : recipes.normal;
+    if (capacity_of(config, mode).max_tokens_per_rank == 0) {
+      check_argument(!name, "{}: recipe {} is for {} mode, which the group does not have",
+                     layer_name, name ? to_string(*name) : std::string(), to_string(mode));
+      continue;
+    }
+    resolved[static_cast<std::size_t>(mode)] =
+        resolve_recipe(name.value_or(Recipe{}), mode, recipes.dispatch_dtype, scales, layer_name);
+  }
+  return resolved;
+}
+
+LayerGroup LayerGroup::create(const LayerGroupConfig& config, Transport& transport,
+                              Backend& backend) {
+  const Device::Kind device = backend.device().kind;
+  const std::int64_t max_rows = checked_max_rows(config, transport.num_ranks(), device);
+  require_agreement(transport, group_agreement(config), config.peer_timeout);
+  auto impl = std::make_shared<Impl>();
+  impl->config = config;
+  impl->transport = &transport;
+  impl->backend = &ops(backend);
+  impl->num_local_experts = config.geometry.num_experts / transport.num_ranks();
+  impl->scratch = std::make_shared<ExpertScratch>();
+  impl->scratch->max_rows = max_rows;
+  impl->scratch->h.allocate(backend, max_rows, config.geometry.intermediate);
+  impl->expert_y = backend.allocate(expert_y_bytes(config, max_rows, device));
+  impl->order = impl->backend->make_stream_order();
+  return LayerGroup(std::move(impl));
+}
+
+Exchange& LayerGroup::Impl::exchange_for(const LayerRecipe& recipe) {
+  const std::pair key{recipe.mode, recipe.wire};
+  const auto found = exchanges.find(key);
+  if (found != exchanges.end()) return found->second;
+  const Device::Kind device = backend->device().kind;
+  return exchanges
+      .emplace(key, Exchange::create(exchange_config(config, recipe.mode, recipe.wire, device),
+                                     *transport, *backend))
+      .first->second;
+}
+
+Layer LayerGroup::add_layer(const LayerSpec& spec, const ModeRecipes& recipes) {
+  Impl& self = *impl_;
+  Transport& transport = *self.transport;
+  const std::string name =
+      spec.name.empty() ? fmt::format("layer {}", spec.weights.layer) : spec.name;
+  check_weights(spec.weights, name, self.config, transport.rank(), self.num_local_experts);
+  const auto resolved = resolve_recipes(self.config, recipes, spec.weights.static_scales, name);
+  require_agreement(transport, layer_agreement(spec, name, resolved), self.config.peer_timeout);
+
+  std::array<Exchange*, 2> exchanges{};
+  for (std::size_t i = 0; i < resolved.size(); ++i) {
+    if (!resolved[i]) continue;
+    exchanges[i] = &self.exchange_for(*resolved[i]);
+    if (resolved[i]->gemm1 == Cast::kNone || self.scratch->x.codes) continue;
+    self.scratch->x.allocate(*self.backend, self.scratch->max_rows, self.config.geometry.hidden);
+  }
+  auto layer = std::make_unique<Layer::Impl>(impl_, name, spec.weights);
+  for (std::size_t i = 0; i < resolved.size(); ++i) {
+    if (resolved[i]) layer->modes[i].emplace(*resolved[i], exchanges[i]);
+  }
+  // Allocating waits for the device. If a kernel of rank A already waited for rank B while B still
+  // allocates, neither would end. So all ranks meet here before any of them can queue a call.
+  (void)transport.all_gather({}, self.config.peer_timeout);
+  return Layer(std::move(layer));
+}
+
+const LayerGroupConfig& LayerGroup::config() const noexcept {
+  return impl_->config;
+}
+int LayerGroup::rank() const noexcept {
+  return impl_->transport->rank();
+}
+int LayerGroup::num_ranks() const noexcept {
+  return impl_->transport->num_ranks();
+}
+void LayerGroup::check() {
+  for (auto& [key, exchange] : impl_->exchanges) exchange.check();
+}
+LayerGroupMemory LayerGroup::memory() const noexcept {
+  LayerGroupMemory memory = impl_->layers;
+  for (const auto& [key, exchange] : impl_->exchanges)
+    memory.exchange_bytes += exchange.held_bytes();
+  memory.scratch_bytes =
+      impl_->expert_y->bytes() + impl_->scratch->x.bytes() + impl_->scratch->h.bytes();
+  return memory;
+}
+
+LayerGroup::LayerGroup(std::shared_ptr<Impl> impl) noexcept : impl_(std::move(impl)) {}
+LayerGroup::LayerGroup(LayerGroup&&) noexcept = default;
+LayerGroup& LayerGroup::operator=(LayerGroup&&) noexcept = default;
+LayerGroup::~LayerGroup() = default;
+
+}  // namespace sluice

@@ -1,0 +1,52 @@
+// What a group will take, counted from the same sizes that its buffers are made with.
+#include <set>
+#include <utility>
+
+#include "backend/traits.h"
+#include "core/fail.h"
+#include "engine/layer_impl.h"
+#include "sluice/layer.h"
+
+namespace sluice {
+LayerGroupMemory LayerGroup::plan_memory(const LayerGroupConfig& config,
+                                         std::span<const PlannedLayer> layers, Device::Kind device,
+                                         int num_ranks) {
+  const ModelGeometry& g = config.geometry;
+  const std::int64_t max_rows = checked_max_rows(config, num_ranks, device);
+  const int num_local = g.num_experts / num_ranks;
+  LayerGroupMemory memory;
+  memory.num_layers = static_cast<int>(layers.size());
+  memory.scratch_bytes = expert_y_bytes(config, max_rows, device) +
+                         Fp8Buffers::planned_bytes(max_rows, g.intermediate);
+  const std::size_t weights = static_cast<std::size_t>(num_local) * 3u *
+                              static_cast<std::size_t>(g.hidden) *
+                              static_cast<std::size_t>(g.intermediate);
+  std::set<std::pair<Mode, WireFormat>> exchanges;
+  bool has_x = false;
+  for (const PlannedLayer& layer : layers) {
+    check_argument(layer.group_size == 128 || layer.group_size == 32,
+                   "group_size {} is not 128 or 32", layer.group_size);
+    memory.codes_bytes += code_bytes(layer.weight_format, weights);
+    memory.scales_bytes +=
+        weights / static_cast<std::size_t>(layer.group_size) * size_bytes(layer.scale_dtype);
+    ModelGeometry own = g;
+    own.weight_format = layer.weight_format;
+    own.group_size = layer.group_size;
+    memory.prepared_bytes += traits_of(device).prepared_bytes(own, num_local, layer.scale_dtype);
+    // Sizes do not depend on the values of static scales.
+    for (const auto& recipe :
+         resolve_recipes(config, layer.recipes, StaticScales{1, 1}, "the layer")) {
+      if (!recipe) continue;
+      exchanges.emplace(recipe->mode, recipe->wire);
+      has_x = has_x || recipe->gemm1 != Cast::kNone;
+    }
+  }
+  for (const auto& [mode, wire] : exchanges) {
+    memory.exchange_bytes +=
+        Exchange::workspace_bytes(exchange_config(config, mode, wire, device), num_ranks, device);
+  }
+  if (has_x) memory.scratch_bytes += Fp8Buffers::planned_bytes(max_rows, g.hidden);
+  return memory;
+}
+
+}  // namespace sluice
