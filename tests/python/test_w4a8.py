@@ -123,6 +123,40 @@ def test_repacked_once_and_dropped_with_the_weights(geometry, space, arrays, mon
     assert len(w4a8._cache) == size - 1
 
 
+def test_what_differs_from_the_first_call_is_refused(geometry, space, arrays, backend):
+    w13, s13, w2, s2 = (space.array(a.copy()) for a in arrays)
+    x, num_rows = masked_input(geometry)
+    valid = np.arange(MAX_M) < num_rows[:, None]
+    valid_bits = lambda rows: space.bits(rows)[valid]  # noqa: E731
+    x, num_rows = space.bf16(x), space.array(num_rows)
+    given = {"w13_scale": s13, "w2_scale": s2, "a1_scale": 0.5, "a2_scale": 0.25, "backend": backend}
+
+    def run(**changed):
+        now = {**given, **changed}
+        return valid_bits(w4a8.w4a8_moe_masked(
+            x, None, num_rows, w13, now["w13_scale"], w2, now["w2_scale"], a1_scale=now["a1_scale"],
+            a2_scale=now["a2_scale"], backend=now["backend"]))
+
+    first = run()
+    others = {"w13_scale": space.array(arrays[1] * 2), "w2_scale": space.array(arrays[3].copy()),
+              "a1_scale": 0.75, "a2_scale": None, "backend": sluice.Backend("cpu", num_threads=1)}
+    for name, other in others.items():
+        with pytest.raises(sluice.Error, match=f"^{name}: not what the first call") as caught:
+            run(**{name: other})
+        assert caught.value.code == "invalid_argument"
+    with pytest.raises(sluice.Error, match="^w2_scale, a1_scale: not what"):
+        run(w2_scale=others["w2_scale"], a1_scale=None)
+    # Another view of the same memory is the same; so is a call that leaves the backend to the first.
+    assert np.array_equal(run(w13_scale=s13[:], backend=None), first)
+    # Each object has scales of its own.
+    make = lambda scale: w4a8.W4A8Experts(w13, scale, w2, s2, a1_scale=0.5, a2_scale=0.25, backend=backend)  # noqa: E731
+    one, two = make(s13), make(others["w13_scale"])
+    assert np.array_equal(valid_bits(one.masked(x, None, num_rows)), first)
+    assert not np.array_equal(valid_bits(two.masked(x, None, num_rows)), first)
+    w4a8.forget(w13, w2)
+    run(a1_scale=0.75)
+
+
 def test_after_a_dispatch_of_deep_ep(checkpoint, geometry, backend, space, weights):
     """The layer of an engine whose parts these are: the bytes of Sluice's own layer."""
     from sluice.compat.deep_ep import Buffer

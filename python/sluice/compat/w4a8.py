@@ -5,7 +5,9 @@
 
 Weights are as checkpoints publish them (W4AFP8): int4 in two's complement, two to a byte with even k
 low, gate rows before up rows, scales for groups of 128 (or 32) along k; they may lie on the GPU or on
-the host. They are repacked once, at the first call with them.
+the host. They are repacked once, at the first call with them. A later call with the same w13 and w2
+gives the same scales and static scales, and the same backend or none: what differs is refused by name.
+An object of W4A8Experts is its own cache; make one for each set of scales or for each backend.
 
 E experts, hidden H, intermediate I, group G:
     w13 [E, 2 I, H / 2] int8     w13_scale [E, 2 I, H / G] float32 or bfloat16
@@ -44,7 +46,10 @@ def _static_scale(name: str, scale: Any) -> float | None:
 
 
 class W4A8Experts:
-    """Experts of one layer on one device, repacked. Arguments as the module says."""
+    """Experts of one layer on one device, repacked. Arguments as the module says.
+
+    backend: the Backend that they were repacked for.
+    """
 
     def __init__(self, w13: Any, w13_scale: Any, w2: Any, w2_scale: Any, *, a1_scale: Any = None,
                  a2_scale: Any = None, backend: Any, max_rows: int = 1) -> None:
@@ -60,7 +65,7 @@ class W4A8Experts:
             raise Error("invalid_argument", "a1_scale and a2_scale: give both or neither")
         self._scales = {} if s1 is None else {"s1": s1, "s2": s2}
         self._weights = self._import(w13, w13_scale, w2, w2_scale)
-        self._backend = backend
+        self.backend = backend
         self._experts: Any = None
         self._reserve(max_rows)
 
@@ -87,7 +92,7 @@ class W4A8Experts:
         if self._experts is not None and num_rows <= self._experts.max_rows:
             return
         self._experts = None  # Its memory first.
-        self._experts = _core.repack(self._weights, self._backend, max_rows=max(num_rows, 1))
+        self._experts = _core.repack(self._weights, self.backend, max_rows=max(num_rows, 1))
 
     def _recipe(self, name: str | None, mode: str, is_e4m3: bool, has_scale: bool) -> Any:
         """By its name or, without one, by what arrived and whether there are static scales."""
@@ -170,7 +175,50 @@ def _gather(space: Any, array: Any, rows: Any) -> Any:
     return space.view(space.view(array, "u8")[rows], "e4m3")
 
 
-_cache: dict[tuple[int, int], W4A8Experts] = {}
+class _Array:
+    """What tells an array from another: itself, or the memory that it is a view of."""
+
+    def __init__(self, array: Any) -> None:
+        self._there = weakref.ref(array)
+        self._memory = _memory_of(array)
+
+    def is_same(self, array: Any) -> bool:
+        there = self._there()
+        return there is array or (there is not None and _memory_of(array) == self._memory)
+
+
+def _memory_of(array: Any) -> tuple:
+    pointer = array.data_ptr() if hasattr(array, "data_ptr") else array.ctypes.data
+    return pointer, tuple(array.shape), str(array.dtype)
+
+
+def _is_same(first: Any, now: Any) -> bool:
+    is_array = hasattr(now, "shape")
+    if isinstance(first, _Array) or is_array:
+        return isinstance(first, _Array) and is_array and first.is_same(now)
+    return first == now
+
+
+class _FirstCall:
+    """The experts of some weights, and the arguments that they were made with."""
+
+    def __init__(self, experts: W4A8Experts, arguments: dict[str, Any]) -> None:
+        self.experts = experts
+        self._arguments = {name: _Array(value) if hasattr(value, "shape") else value
+                           for name, value in arguments.items()}
+
+    def check(self, arguments: dict[str, Any], backend: Any) -> None:
+        """Refuses, by name, what differs: the experts were made with the first."""
+        differs = [name for name, first in self._arguments.items()
+                   if not _is_same(first, arguments[name])]
+        if backend is not None and backend is not self.experts.backend:
+            differs.append("backend")
+        if differs:
+            raise Error("invalid_argument", f"{', '.join(differs)}: not what the first call with this "
+                        "w13 and w2 gave; make W4A8Experts for each, or forget(w13, w2) first")
+
+
+_cache: dict[tuple[int, int], _FirstCall] = {}
 _cache_lock = threading.Lock()
 _of_thread = threading.local()
 
@@ -188,22 +236,26 @@ def _backend_for(x: Any) -> Any:
 
 def _experts_for(x: Any, w13: Any, w13_scale: Any, w2: Any, w2_scale: Any, a1_scale: Any,
                  a2_scale: Any, backend: Any) -> W4A8Experts:
-    """Repacked weights by the identity of w13 and w2, until either is gone."""
+    """What the first call with w13 and w2 repacked, until either is gone."""
     key = (id(w13), id(w2))
+    arguments = {"w13_scale": w13_scale, "w2_scale": w2_scale, "a1_scale": a1_scale,
+                 "a2_scale": a2_scale}
     with _cache_lock:
-        experts = _cache.get(key)
-    if experts is None:
-        experts = W4A8Experts(w13, w13_scale, w2, w2_scale, a1_scale=a1_scale, a2_scale=a2_scale,
-                              backend=backend or _backend_for(x))
-        with _cache_lock:
-            _cache[key] = experts
-        for array in (w13, w2):
-            weakref.finalize(array, _cache.pop, key, None).atexit = False
+        first = _cache.get(key)
+    if first is not None:
+        first.check(arguments, backend)
+        return first.experts
+    experts = W4A8Experts(w13, w13_scale, w2, w2_scale, a1_scale=a1_scale, a2_scale=a2_scale,
+                          backend=_backend_for(x) if backend is None else backend)
+    with _cache_lock:
+        _cache[key] = _FirstCall(experts, arguments)
+    for array in (w13, w2):
+        weakref.finalize(array, _cache.pop, key, None).atexit = False
     return experts
 
 
 def forget(w13: Any, w2: Any) -> None:
-    """Drops what was repacked of these: call it after changing weights or static scales in place."""
+    """Drops what was repacked of these: call it after changing weights or scales in place."""
     with _cache_lock:
         _cache.pop((id(w13), id(w2)), None)
 
