@@ -21,7 +21,7 @@ MODULES = [
     ("core",           "src/core/",            ("public",),                               ("posix",)),
     ("quant",          "src/quant/",           ("public", "core"),                        ()),
     ("checkpoint",     "src/checkpoint/",      ("public", "core", "quant"),               ("posix", "nlohmann/")),
-    ("device handles", "src/transport/device.cuh", ("public", "core"),                    ("cuda", "nvshmem")),
+    ("device handles", "src/transport/device.cuh", ("public", "core", "ptx"),             ("cuda", "nvshmem")),
     ("device memory",  "src/transport/ipc_device", ("public", "core"),                    ("cuda",)),
     ("transport",      "src/transport/",       ("public", "core", "device handles", "device memory"), ("posix",)),
     # What rows are: values that kernels take as arguments.

@@ -76,7 +76,7 @@ __device__ void find_rows(const SlotParams& p, const CombineParams& c, int first
     rows.at[i] = nullptr;
     if (at >= 0) {
       const int peer = static_cast<int>(at >> 32);
-      rows.at[i] = p.window.at<std::uint8_t>(peer, p.expert_y) + (at & 0xffffffff) * 2 * p.hidden;
+      rows.at[i] = p.window.pull<std::uint8_t>(peer, p.expert_y) + (at & 0xffffffff) * 2 * p.hidden;
       atomicAdd(&returned[peer], 1);
     }
   }

@@ -26,7 +26,6 @@
 #include <algorithm>
 
 #include "backend/cuda/check.h"
-#include "backend/cuda/ptx/bulk_store.cuh"
 #include "backend/cuda/ptx/sync.cuh"
 #include "exchange/cuda/protocol.cuh"
 #include "exchange/cuda/route.cuh"
@@ -47,11 +46,10 @@ __device__ void send_counts(const SlotParams& p, std::uint64_t epoch, const int*
   const int parts = max(1, kWarps / max(1, peers));
   for (int job = warp; job < peers * parts; job += kWarps) {
     const int turn = job / parts, part = job - turn * parts;
-    std::uint64_t* const to = p.window.at<std::uint64_t>(cta + turn * num_ctas, p.counts) +
-                              p.window.rank * p.placement.num_experts();
+    const int peer = cta + turn * num_ctas, begin = p.window.rank * p.placement.num_experts();
 #pragma unroll 4
     for (int e = part * 32 + lane; e < p.placement.num_experts(); e += parts * 32) {
-      ptx::store_relaxed_sys(to + e, epoch << 32 | static_cast<unsigned>(total[e]));
+      p.window.put_word(peer, p.counts, begin + e, epoch << 32 | static_cast<unsigned>(total[e]));
     }
   }
 }
@@ -76,24 +74,24 @@ __device__ void send_chunk(const SlotParams& p, const Staging& s, int first, int
       if (same != 0) {
         from = static_cast<std::int32_t>(place[token * p.num_topk + __ffs(same) - 1] & 0xffffffff);
       }
-      if (lane == 0) p.window.at<std::int32_t>(peer, p.copy_of)[row] = from;
+      if (lane == 0) p.window.put(peer, p.copy_of, row, from);
       if (from >= 0) {
         if (lane == 0) atomicAdd(&sent[kMaxDeviceRanks + peer], 1);
         continue;
       }
     }
     if (lane == 0) {
-      ptx::bulk_store(p.window.at<std::uint8_t>(peer, p.x) + row * s.payload_bytes,
-                      payload + token * s.payload_bytes,
-                      static_cast<std::uint32_t>(s.payload_bytes));
+      p.window.put_bulk(peer, p.x, row * s.payload_bytes, payload + token * s.payload_bytes,
+                        static_cast<std::uint32_t>(s.payload_bytes));
       atomicAdd(&sent[peer], 1);
     }
     if constexpr (kScaled<Wire>) {
-      float* const to = p.window.at<float>(peer, p.scale) + row * s.num_groups;
-      for (int g = lane; g < s.num_groups; g += 32) to[g] = scale[token * s.num_groups + g];
+      for (int g = lane; g < s.num_groups; g += 32) {
+        p.window.put(peer, p.scale, row * s.num_groups + g, scale[token * s.num_groups + g]);
+      }
     }
   }
-  if (lane == 0) ptx::bulk_commit();
+  if (lane == 0) p.window.close_puts();
 }
 
 /// True for all threads of the CTA that finishes last; then everything the others did is visible.
@@ -151,8 +149,7 @@ __global__ void __launch_bounds__(kThreads, 1)
   const std::uint64_t epoch = *static_cast<volatile std::uint64_t*>(&p.slot->epoch) + 1;
   bool reusable = true;
   if (tid < p.window.num_ranks) {
-    reusable = ptx::load_relaxed_sys(p.window.own<const std::uint64_t>(p.returned) + tid) >=
-               wanted(kReuse, epoch);
+    reusable = p.window.word(p.returned, tid) >= wanted(kReuse, epoch);
   }
   const int num_slots = d.num_tokens * p.num_topk;
   int expert = tid < num_slots ? expert_of(p, d, tid) : -1;
@@ -199,13 +196,13 @@ __global__ void __launch_bounds__(kThreads, 1)
     if (t + s.tokens < end) {
       const int next_count = min(s.tokens, end - t - s.tokens);
       load_batch(p, d, t + s.tokens, next_count * (p.hidden / 8), tid, batch);
-      if (lane == 0) ptx::bulk_wait_read<1>();  // The other buffer's copies have read it.
+      if (lane == 0) p.window.wait_sources<1>();  // The other buffer's copies have read it.
       __syncthreads();
       clipped += stage_chunk<Wire>(p, d, t + s.tokens, next_count, batch, payload_of(buffer ^ 1),
                                    scale_of(buffer ^ 1));
     }
   }
-  if (lane == 0) ptx::bulk_wait<0>();  // Makes the copies visible to this thread, which signals.
+  if (lane == 0) p.window.wait_puts();  // Makes the copies visible to this thread, which signals.
   if (clipped > 0) atomicAdd(&p.state->stats.saturated, static_cast<unsigned long long>(clipped));
   const bool last = arrive_last(p);
   // Other CTAs may have failed; this one alone would know.

@@ -59,14 +59,12 @@ __device__ inline bool wait_for_all(const SlotParams& p, std::size_t flags, Oper
   __syncthreads();
   const std::uint64_t want = wanted(op, epoch);
   if (r < p.window.num_ranks) {
-    const std::uint64_t* const flag = p.window.own<const std::uint64_t>(flags) + r;
     const std::uint64_t begin = ptx::global_timer();
-    std::uint64_t value = ptx::load_acquire_sys(flag), waited = 0;
-    while (value < want) {
+    std::uint64_t waited = 0;
+    const std::uint64_t value = p.window.wait(flags, r, want, [&] {
       waited = ptx::global_timer() - begin;
-      if (waited > p.timeout_ns || has_failed(p)) break;
-      value = ptx::load_acquire_sys(flag);
-    }
+      return waited > p.timeout_ns || has_failed(p);
+    });
     seen[r] = value;
     const std::uint64_t newest = op == kReuse ? want + 1 : op == kCombineRows ? want + 1 : want;
     if (value < want) atomicOr(&missing, 1ull << r);
@@ -96,7 +94,7 @@ __device__ inline bool wait_for_all(const SlotParams& p, std::size_t flags, Oper
 __device__ inline void signal_all(const SlotParams& p, std::size_t flags, std::uint64_t value) {
   const int r = static_cast<int>(threadIdx.x);
   if (r >= p.window.num_ranks) return;
-  ptx::store_release_sys(p.window.at<std::uint64_t>(r, flags) + p.window.rank, value);
+  p.window.signal(r, flags, value);
 }
 
 /// The exchange's kernels ask for the same split of an SM's memory as the experts' kernels:

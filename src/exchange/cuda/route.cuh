@@ -31,8 +31,7 @@ __device__ inline unsigned long long gather_counts(const SlotParams& p, std::uin
 #pragma unroll
         for (int i = 0; i < kBatch; ++i) {
           if (r0 + i < ranks) {
-            word[i] = ptx::load_relaxed_sys(p.window.own<const std::uint64_t>(p.counts) +
-                                            (r0 + i) * p.placement.num_experts() + e);
+            word[i] = p.window.word(p.counts, (r0 + i) * p.placement.num_experts() + e);
           }
         }
 #pragma unroll
