@@ -114,7 +114,7 @@ void Layer::Impl::run(ModeOfLayer& m, Dispatched dispatched, MutableTensorView y
 }
 
 void Layer::Impl::record_rows(const ExpertBatch& batch, Stream stream) {
-  const auto num_local = static_cast<std::size_t>(group->num_local_experts);
+  const auto num_local = static_cast<std::size_t>(group->placement.num_local());
   std::vector<std::int32_t> rows(num_local);
   group->backend->copy_to_host(rows.data(), batch.num_rows.data, num_local * sizeof(std::int32_t),
                                stream);
@@ -144,10 +144,10 @@ void Layer::Impl::record_digest(const RowRanges& rows, const Fp8RowsView& in, St
   const auto width = static_cast<std::size_t>(in.width);
   std::vector<std::uint8_t> codes(width);
   std::vector<float> scales(in.scale ? width / kActivationGroup : 0);
-  const auto rank = static_cast<std::uint64_t>(group->transport->rank());
+  const int rank = group->transport->rank();
   digest = 0;
   for (int e = 0; e < rows.num_experts; ++e) {
-    const std::uint64_t expert = rank * num_local + static_cast<std::uint64_t>(e);
+    const auto expert = static_cast<std::uint64_t>(group->placement.expert_of(rank, e));
     for (std::int64_t r = 0; r < on_host.num_rows(e); ++r) {
       const auto source = static_cast<std::size_t>(on_host.first_row(e) + r);
       backend.copy_to_host(codes.data(), in.codes + source * width, width, stream);

@@ -68,12 +68,13 @@ Agreement layer_agreement(const LayerSpec& spec, const std::string& name,
 
 /// That these are this rank's experts of a layer of this group.
 void check_weights(const ExpertWeights& weights, const std::string& name,
-                   const LayerGroupConfig& config, int rank, int num_local) {
+                   const LayerGroupConfig& config, const ExpertPlacement& placement, int rank) {
   const auto count = static_cast<int>(weights.experts.size());
-  check_argument(weights.first_expert == rank * num_local && count == num_local,
+  const int first = placement.expert_of(rank, 0), num_local = placement.num_local();
+  check_argument(weights.first_expert == first && count == num_local,
                  "{}: the weights are experts [{}, {}), rank {} has experts [{}, {})", name,
-                 weights.first_expert, weights.first_expert + count, rank, rank * num_local,
-                 (rank + 1) * num_local);
+                 weights.first_expert, weights.first_expert + count, rank, first,
+                 first + num_local);
   check_argument(weights.geometry.hidden == config.geometry.hidden,
                  "{}: hidden {}, the group has {}", name, weights.geometry.hidden,
                  config.geometry.hidden);
@@ -89,9 +90,10 @@ LayerSpec read_layer(const Checkpoint& checkpoint, int layer, int rank, int num_
                  "layer {} of {} holds no routed experts", layer, checkpoint.path().string());
   check_divisible(checkpoint.geometry(), num_ranks);
   check_argument(rank >= 0 && rank < num_ranks, "rank {} is not in [0, {})", rank, num_ranks);
-  const int num_local = checkpoint.geometry().num_experts / num_ranks;
+  const ExpertPlacement placement(checkpoint.geometry().num_experts, num_ranks);
   return {.name = fmt::format("model.layers.{}.mlp.experts", layer),
-          .weights = checkpoint.load_experts(layer, rank * num_local, num_local),
+          .weights =
+              checkpoint.load_experts(layer, placement.expert_of(rank, 0), placement.num_local()),
           .identity = checkpoint.identity()};
 }
 
@@ -171,7 +173,7 @@ LayerGroup LayerGroup::create(const LayerGroupConfig& config, Transport& transpo
   impl->config = config;
   impl->transport = &transport;
   impl->backend = &ops(backend);
-  impl->num_local_experts = config.geometry.num_experts / transport.num_ranks();
+  impl->placement = {config.geometry.num_experts, transport.num_ranks()};
   impl->scratch = std::make_shared<ExpertScratch>();
   impl->scratch->max_rows = max_rows;
   impl->scratch->h.allocate(backend, max_rows, config.geometry.intermediate);
@@ -196,7 +198,7 @@ Layer LayerGroup::add_layer(const LayerSpec& spec, const ModeRecipes& recipes) {
   Transport& transport = *self.transport;
   const std::string name =
       spec.name.empty() ? fmt::format("layer {}", spec.weights.layer) : spec.name;
-  check_weights(spec.weights, name, self.config, transport.rank(), self.num_local_experts);
+  check_weights(spec.weights, name, self.config, self.placement, transport.rank());
   const auto resolved = resolve_recipes(self.config, recipes, spec.weights.static_scales, name);
   require_agreement(transport, layer_agreement(spec, name, resolved), self.config.peer_timeout);
 

@@ -10,6 +10,7 @@
 
 #include "backend/ops.h"
 #include "engine/experts_impl.h"
+#include "exchange/placement.h"
 #include "sluice/layer.h"
 
 namespace sluice {
@@ -18,7 +19,7 @@ struct LayerGroup::Impl {
   LayerGroupConfig config;
   Transport* transport = nullptr;
   BackendOps* backend = nullptr;
-  int num_local_experts = 0;
+  ExpertPlacement placement;
 
   /// By what tells them apart. Layers point at the exchanges: a map does not move them.
   std::map<std::pair<Mode, WireFormat>, Exchange> exchanges;

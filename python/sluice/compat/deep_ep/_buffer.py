@@ -11,6 +11,7 @@ from ._config import Config
 from ._event import EventOverlap
 from ._low_latency import LowLatency, LowLatencyHandle
 from ._normal import Normal, NormalHandle
+from ._placement import ExpertPlacement
 from ._rank_device import RankDevice
 
 _EXTRA = {
@@ -315,7 +316,8 @@ class Buffer:
         if num_worst_tokens:
             counts = []
         elif idx is not None:
-            counts = space_of(idx).count(idx, num_experts // self.group_size).tolist()
+            num_local = ExpertPlacement(num_experts, self.group_size).num_local
+            counts = space_of(idx).count(idx, num_local).tolist()
             counts = [-(-c // expert_alignment) * expert_alignment for c in counts]
         both = got if scale is None else (got, got_scale)
         return both, idx, weights, counts, handle, self._event(rows, async_finish)
