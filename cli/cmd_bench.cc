@@ -14,7 +14,7 @@ namespace sluice::cli {
 namespace {
 
 struct Options {
-  std::string preset = "r1-slice", backend = "cpu", scale_dtype = "bf16";
+  std::string preset = "r1-slice", backend = "cpu", scale_dtype = "bf16", recipe = "direct";
   std::vector<std::string> routing = {"uniform"};
   std::vector<int> experts, rows = {1, 4, 16, 64};
   int hidden = 0, intermediate = 0, group_size = 0, threads = 0, repeats = 7;
@@ -28,6 +28,7 @@ ExpertsBenchConfig bench_config(const Options& options) {
       .geometry = preset_geometry(options.preset),
       .scale_dtype = options.scale_dtype == "f32" ? DType::kFloat32 : DType::kBFloat16,
       .has_minus8 = options.has_minus8,
+      .recipe = parse_recipe(options.recipe),
       .num_experts = options.experts,
       .routing = {},
       .rows_per_expert = options.rows,
@@ -101,9 +102,11 @@ void bench_experts_command(const Options& options, Output& output) {
 
   const ModelGeometry& g = config.geometry;
   const double unit_us = cuda ? 1 : 1000;
-  fmt::print("experts   hidden {}, intermediate {}, groups of {}, {} scales, int4 values {}..7\n",
-             g.hidden, g.intermediate, g.group_size, options.scale_dtype,
-             config.has_minus8 ? -8 : -7);
+  fmt::print(
+      "experts   hidden {}, intermediate {}, groups of {}, {} scales, int4 values {}..7, recipe "
+      "{}\n",
+      g.hidden, g.intermediate, g.group_size, options.scale_dtype, config.has_minus8 ? -8 : -7,
+      options.recipe);
   fmt::print("device    {}: reads {:.1f} GB/s, {:.{}f} TFLOPS of {}\n", report.device,
              report.read_gbytes_per_s, report.peak_tflops, cuda ? 0 : 3,
              cuda ? "FP8" : "float32 multiply-adds");
@@ -122,6 +125,7 @@ void bench_experts_command(const Options& options, Output& output) {
                              {"intermediate", g.intermediate},
                              {"group_size", g.group_size},
                              {"scale_dtype", options.scale_dtype}};
+  output.json["recipe"] = options.recipe;
   output.json["read_gbytes_per_s"] = report.read_gbytes_per_s;
   output.json["peak_tflops"] = report.peak_tflops;
 }
@@ -157,6 +161,12 @@ void add_bench(Command& program, Output& output) {
                    "8, 16 and 32 experts, 1 to 1024 rows, every routing: 81 cases");
   command.add_option("--group-size", options->group_size, "Weights of one scale: 128 | 32")
       .one_of({128, 32});
+  command
+      .add_option("--recipe", options->recipe,
+                  "direct: activation scales per 128 | bf16-static: static scales, as in the GEMMs "
+                  "of every static recipe")
+      .one_of({"direct", "bf16-static"})
+      .shows_default();
   command.add_flag("--minus8", options->has_minus8, "Weights that use -8 too, not -7..7 only");
   command.add_option("--rest", options->rest_ms, "CUDA: ms of rest before each GEMM's timing")
       .range(0.0, 10000.0)

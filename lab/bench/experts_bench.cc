@@ -3,6 +3,7 @@
 #include <chrono>
 #include <cmath>
 #include <numeric>
+#include <optional>
 #include <thread>
 
 #include "backend/ops.h"
@@ -101,6 +102,22 @@ class DeviceRows {
              .max_rows = max_rows_,
              .max_rows_per_expert = max_rows_,
              .expected_m = mean};
+  }
+
+  /// Static scales instead of one per 128: the largest that the rows of this case need.
+  StaticScales use_static(const PreparedExperts& experts) {
+    in_.scale = as<float>(scale_), h_.scale = as<float>(h_scale_);
+    quantize();
+    run(experts, nullptr);
+    backend_.synchronize(stream_);
+    float amax = 0;
+    for (const std::uint16_t v : load_.x) amax = std::max(amax, std::fabs(bf16_to_float(v)));
+    std::vector<float> h_scale(static_cast<std::size_t>(total_ * (h_.width / kActivationGroup)));
+    backend_.copy_to_host(h_scale.data(), h_.scale, h_scale.size() * sizeof(float), stream_);
+    const StaticScales scales{amax / kE4m3Max, *std::ranges::max_element(h_scale)};
+    in_.scale = nullptr, in_.static_scale = scales.s1;
+    h_.scale = nullptr, h_.static_scale = scales.s2;
+    return scales;
   }
 
   void quantize() { backend_.quantize(x(), rows_, false, in_, stream_); }
@@ -224,6 +241,7 @@ class CaseBench {
     }
     out.push_back(time("quantize", {rows * g.hidden * (2 + coded), 0}, false,
                        [&](std::size_t) { rows_.quantize(); }));
+    if (config_.recipe != Recipe{}) return out;
     out.push_back(time("requantize", {rows * g.hidden * (coded + 1), 0}, false,
                        [&](std::size_t) { rows_.requantize(); }));
     return out;
@@ -304,6 +322,10 @@ void check_config(const ExpertsBenchConfig& config) {
   for (const int experts : config.num_experts) {
     check_argument(experts >= 1, "{} experts; at least one", experts);
   }
+  check_argument(
+      config.recipe == Recipe{} || config.recipe == parse_recipe("bf16-static"),
+      "recipe {}: the GEMMs of every recipe are those of direct or bf16-static, bench one of them",
+      to_string(config.recipe));
   for (const RoutingKind routing : config.routing) {
     check_argument(routing == RoutingKind::kUniform || routing == RoutingKind::kZipf ||
                        routing == RoutingKind::kOneExpert,
@@ -327,8 +349,11 @@ ExpertsBenchReport bench_experts(const ExpertsBenchConfig& config_in, Backend& b
   const ExpertWeights weights =
       random_experts(config.geometry, config.scale_dtype, config.seed,
                      config.has_minus8 ? CodeRange::kAll : CodeRange::kSymmetric);
-  const LayerRecipe recipe{Recipe{}, Mode::kNormal};  // direct
-  const LayerReference reference(weights, recipe, 1.0f, error_model(backend.device().kind));
+  const auto reference_of = [&](const std::optional<StaticScales>& scales) {
+    const LayerRecipe recipe =
+        resolve_recipe(config.recipe, Mode::kNormal, DispatchDtype::kAuto, scales, "bench experts");
+    return LayerReference(weights, recipe, 1.0f, error_model(backend.device().kind));
+  };
   report.read_gbytes_per_s = backend.measure_read_bandwidth() * 1e-9;
   report.peak_tflops = backend.measure_arithmetic_rate() * 1e-12;
   DeviceRows rows(backend, config, std::int64_t{max_mean} * max_experts, max_experts);
@@ -346,9 +371,11 @@ ExpertsBenchReport bench_experts(const ExpertsBenchConfig& config_in, Backend& b
                                                        .routing = routing,
                                                        .rows_per_expert = mean,
                                                        .total_rows = rows.total_rows()});
+        std::optional<StaticScales> scales;
+        if (config.recipe != Recipe{}) scales = rows.use_static(*sets.front());
         rows.quantize();
         rows.run(*sets.front(), nullptr);
-        out.worst_error_ratio = rows.check(reference);
+        out.worst_error_ratio = rows.check(reference_of(scales));
         out.kernels = CaseBench(config, report, backend, rows, sets).run();
         if (on_progress) on_progress(static_cast<double>(report.cases.size()) / num_cases);
       }

@@ -8,6 +8,7 @@
 
 #include "sluice/checkpoint.h"
 #include "sluice/lab/workload.h"
+#include "sluice/recipe.h"
 
 namespace sluice {
 
@@ -18,7 +19,10 @@ struct ExpertsBenchConfig {
   ModelGeometry geometry;                ///< Sizes; its num_experts is used if the list is empty.
   DType scale_dtype = DType::kBFloat16;  ///< Of the weights.
   bool has_minus8 = false;               ///< Weights use all 16 int4 values, not -7..7 only.
-  std::vector<int> num_experts = {};     ///< A list: local experts of this one rank.
+  /// `direct`: activation scales per 128 channels. `bf16-static`: static scales s1 and s2, as every
+  /// static recipe has them in its GEMMs, taken from the rows so that nothing saturates.
+  Recipe recipe = {};
+  std::vector<int> num_experts = {};  ///< A list: local experts of this one rank.
   std::vector<RoutingKind> routing = {RoutingKind::kUniform};  ///< kUniform, kZipf or kOneExpert.
   std::vector<int> rows_per_expert = {1, 4, 16, 64};  ///< Mean; rows * num_experts rows in all.
   int repeats = 7;
@@ -41,9 +45,9 @@ struct ExpertsBenchCase {
   int rows_per_expert = 0;
   std::int64_t total_rows = 0;
   double worst_error_ratio = 0;  ///< Against float64, |error| / bound, checked before timing.
-  /// "stage" (GEMM1, SwiGLU, quantization, GEMM2 on group-scaled e4m3 rows); its parts "gate_up"
-  /// (with SwiGLU and quantization), "down" and, on the CPU, "activation", there as shares of the
-  /// threads' time; "quantize" (bf16 -> group) and "requantize" (group -> static) of its input.
+  /// "stage" (GEMM1, SwiGLU, quantization, GEMM2 on e4m3 rows); its parts "gate_up" (with SwiGLU
+  /// and quantization), "down" and, on the CPU, "activation", there as shares of the threads' time;
+  /// "quantize" (bf16 -> e4m3) and, for `direct`, "requantize" (group -> static) of its input.
   std::vector<ExpertsBenchKernel> kernels = {};
 };
 
