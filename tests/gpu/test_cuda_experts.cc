@@ -1,6 +1,9 @@
 // The expert stage on a CUDA device against float64, by shape, rows per expert and kind of input.
 #include <gtest/gtest.h>
 
+#include <algorithm>
+#include <cmath>
+#include <optional>
 #include <thread>
 
 #include "bench/random_experts.h"
@@ -8,6 +11,7 @@
 #include "sluice/lab/reference.h"
 #include "sluice/lab/workload.h"
 #include "sluice/quant.h"
+#include "sluice/recipe.h"
 
 namespace sluice::testing {
 namespace {
@@ -69,11 +73,33 @@ class CudaExpertsTest : public CudaBackendTest {
     return download<std::uint16_t>(*r.y, r.load.x.size());
   }
 
+  /// Gives the same rows static scales, the smallest at which nothing saturates.
+  StaticScales make_static(const PreparedExperts& experts, Rows& r) {
+    (void)run(experts, r);
+    float amax = 0;
+    for (const std::uint16_t v : r.load.x) amax = std::max(amax, std::fabs(bf16_to_float(v)));
+    const auto groups = static_cast<std::size_t>(r.rows.max_rows * (r.h.width / kActivationGroup));
+    const std::vector<float> h_scale = download<float>(*r.h_scale, groups);
+    const StaticScales scales{amax / kE4m3Max, *std::ranges::max_element(h_scale)};
+    r.in.scale = nullptr, r.in.static_scale = scales.s1;
+    r.h.scale = nullptr, r.h.static_scale = scales.s2;
+    ops_->quantize(as<std::uint16_t>(r.x), r.rows, false, r.in, stream_);
+    return scales;
+  }
+
   /// Element by element, a few rows of each expert; the rest only against NaN.
   static VerifyReport verify(const ExpertWeights& weights, const Rows& r,
-                             const std::vector<std::uint16_t>& y) {
-    const LayerReference reference(weights, {.mode = Mode::kNormal}, 1.0f,
-                                   error_model(Device::Kind::kCuda));
+                             const std::vector<std::uint16_t>& y,
+                             const std::optional<StaticScales>& scales = {}) {
+    return verify_recipe(parse_recipe(scales ? "bf16-static" : "direct"), weights, r, y, scales);
+  }
+
+  static VerifyReport verify_recipe(const Recipe& recipe, const ExpertWeights& weights,
+                                    const Rows& r, const std::vector<std::uint16_t>& y,
+                                    const std::optional<StaticScales>& scales) {
+    const LayerRecipe resolved =
+        resolve_recipe(recipe, Mode::kNormal, DispatchDtype::kAuto, scales, "test");
+    const LayerReference reference(weights, resolved, 1.0f, error_model(Device::Kind::kCuda));
     const auto hidden = static_cast<std::size_t>(r.in.width);
     std::vector<VerifyReport> reports(r.num_rows.size());
     std::vector<std::thread> threads;
@@ -126,17 +152,45 @@ TEST_F(CudaExpertsTest, EveryShapeAndInputWithinItsBound) {
       for (const CodeRange range : {CodeRange::kAll, CodeRange::kSymmetric}) {
         const ExpertWeights weights = random_experts(g, DType::kBFloat16, 5, range);
         const auto experts = ops_->prepare(weights);
-        const Rows r = make_rows(g, kRows, kind, false);
-        const VerifyReport report = verify(weights, r, run(*experts, r));
-        EXPECT_TRUE(report.passed())
-            << "hidden " << g.hidden << " intermediate " << g.intermediate << " groups of "
-            << g.group_size << " input " << static_cast<int>(kind) << ": row " << report.worst_token
-            << " element " << report.worst_element << " has " << report.worst_ratio
-            << " of its bound";
-        worst = std::max(worst, report.worst_ratio);
+        Rows r = make_rows(g, kRows, kind, false);
+        std::optional<StaticScales> scales;
+        for (const bool is_static : {false, true}) {
+          if (is_static) scales = make_static(*experts, r);
+          const VerifyReport report = verify(weights, r, run(*experts, r), scales);
+          EXPECT_TRUE(report.passed())
+              << "hidden " << g.hidden << " intermediate " << g.intermediate << " groups of "
+              << g.group_size << (is_static ? " static" : "") << " input " << static_cast<int>(kind)
+              << ": row " << report.worst_token << " element " << report.worst_element << " has "
+              << report.worst_ratio << " of its bound";
+          worst = std::max(worst, report.worst_ratio);
+        }
       }
     }
     std::printf("input %d: worst error %.3f of its bound\n", static_cast<int>(kind), worst);
+  }
+}
+
+/// A stage whose GEMMs have different kinds of activation scales runs as two kernels.
+TEST_F(CudaExpertsTest, AStaticScaleForOneGemmAndOwnScalesForTheOther) {
+  for (const int group_size : {128, 32}) {
+    const ModelGeometry g = geometry(384, 256, group_size);
+    const ExpertWeights weights = random_experts(g, DType::kBFloat16, 9);
+    const auto experts = ops_->prepare(weights);
+    for (const bool x_is_static : {false, true}) {
+      Rows r = make_rows(g, kRows, InputKind::kRealistic, false);
+      const StaticScales scales = make_static(*experts, r);
+      if (x_is_static) {
+        r.h.scale = as<float>(r.h_scale), r.h.static_scale = 0;
+      } else {
+        r.in.scale = as<float>(r.scale), r.in.static_scale = 0;
+        ops_->quantize(as<std::uint16_t>(r.x), r.rows, false, r.in, stream_);
+      }
+      const Recipe recipe{.wire = WireFormat::kBf16,
+                          .gemm1 = x_is_static ? Cast::kStatic : Cast::kGroup,
+                          .gemm2 = x_is_static ? Cast::kGroup : Cast::kStatic};
+      EXPECT_TRUE(verify_recipe(recipe, weights, r, run(*experts, r), scales).passed())
+          << "groups of " << group_size << ", " << to_string(recipe);
+    }
   }
 }
 

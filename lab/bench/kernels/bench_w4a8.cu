@@ -3,9 +3,14 @@
 //
 // Every time is the median over replays of a CUDA graph of several launches that rotate through 32
 // experts' weights (727 MB, 12 x L2). Run check_w4a8 first: this program does not verify results.
+//
+//   bench_w4a8 [--quick]          a fixed list of cases, weights in groups of 128
+//   bench_w4a8 --rows 16,64,128   the stage at these rows per expert; narrowed by
+//       --experts 8 --group 32 --static --code 7 --config decode|prefill
 #include <algorithm>
 #include <chrono>
 #include <cstring>
+#include <stdexcept>
 #include <string>
 #include <thread>
 
@@ -79,11 +84,12 @@ struct Bench {
   double read_gbs = 0;
   bool rests = true;
 
-  explicit Bench(Data data) {
+  explicit Bench(Data data, int group = 128) {
     for (int i = 0; i < 2; ++i) {
       weights[i] = make_weights({.num_experts = kPool,
                                  .hidden = kHidden,
                                  .intermediate = kIntermediate,
+                                 .group = group,
                                  .code = static_cast<WeightCode>(i),
                                  .seed = 5,
                                  .keep_canonical = false,
@@ -232,6 +238,37 @@ int bench_all(bool quick, bool rests, Data data) {
   return 0;
 }
 
+/// Chosen cases instead of the fixed list.
+struct Choice {
+  std::vector<int> rows;
+  int experts = 32, group = 128, config = -1;  // -1: choose_config()
+  bool is_static = false;
+  WeightCode code = WeightCode::kSignMagnitude;
+};
+
+int bench_chosen(const Choice& c, bool rests, Data data) {
+  std::printf("groups of %d\n", c.group);
+  Bench b(data, c.group);
+  b.rests = rests;
+  b.measure_read();
+  for (const int m : c.rows) {
+    b.uniform(Bench::kStage, c.experts, m, c.code, c.is_static, c.config);
+  }
+  return 0;
+}
+
+std::vector<int> parse_list(const char* text) {
+  std::vector<int> out;
+  for (char* end = nullptr; *text != 0; text = *end == ',' ? end + 1 : end) {
+    const long value = std::strtol(text, &end, 10);
+    if (end == text || value < 1 || value > kMaxM) {
+      throw std::runtime_error(std::string("--rows ") + text + ": rows are 1..1024");
+    }
+    out.push_back(static_cast<int>(value));
+  }
+  return out;
+}
+
 }  // namespace
 }  // namespace sluice::cuda::bench
 
@@ -248,11 +285,23 @@ int main(int argc, char** argv) {
     }
     bool quick = false, rests = true;
     auto data = sluice::cuda::bench::Data::kNormal;
+    sluice::cuda::bench::Choice choice;
     for (int i = 1; i < argc; ++i) {
-      if (std::strcmp(argv[i], "--quick") == 0) quick = true;
-      if (std::strcmp(argv[i], "--hot") == 0) rests = false;
-      if (std::strcmp(argv[i], "--uniform") == 0) data = sluice::cuda::bench::Data::kUniform;
+      const std::string arg = argv[i];
+      const char* value = i + 1 < argc ? argv[i + 1] : "";
+      if (arg == "--quick") quick = true;
+      if (arg == "--hot") rests = false;
+      if (arg == "--uniform") data = sluice::cuda::bench::Data::kUniform;
+      if (arg == "--static") choice.is_static = true;
+      if (arg == "--rows") choice.rows = sluice::cuda::bench::parse_list(value);
+      if (arg == "--experts") choice.experts = std::atoi(value);
+      if (arg == "--group") choice.group = std::atoi(value);
+      if (arg == "--code" && std::string("7") == value) {
+        choice.code = sluice::cuda::WeightCode::kOnesComplement;
+      }
+      if (arg == "--config") choice.config = std::string("prefill") == value;
     }
+    if (!choice.rows.empty()) return sluice::cuda::bench::bench_chosen(choice, rests, data);
     return sluice::cuda::bench::bench_all(quick, rests, data);
   } catch (const std::exception& e) {
     std::printf("error: %s\n", e.what());

@@ -327,13 +327,14 @@ int check_all(bool is_short, bool is_tiny, int repeats) {
       {384, 384, few, 32, kF32, k3, false, true},    {1792, 384, few, 128, kF32, k3, true, true},
       {128, 128, {0}, 128, kBf16, k7, false, false}, {128, 128, {1}, 128, kBf16, k3, false, true},
   };
-  if (is_tiny) cases.resize(2);
+  if (is_tiny) cases.resize(5);  // both kinds of activation scales, both groups, both codes
   if (!is_short && !is_tiny) {
     cases.push_back({1792, 384, all, 128, kBf16, k7, false, false});
     cases.push_back({3584, 1792, all, 128, kBf16, k3, true, false});
     cases.push_back({7168, 2048, all, 128, kBf16, k7, false, false});
     cases.push_back({7168, 2048, all, 128, kBf16, k3, true, true});
     cases.push_back({7168, 384, all, 32, kBf16, k7, false, false});
+    cases.push_back({7168, 384, all, 32, kBf16, k3, true, true});
     cases.push_back({1792, 7168, all, 128, kF32, k7, true, false});
   }
   int failed = 0;
@@ -351,7 +352,7 @@ int main(int argc, char** argv) {
     int repeats = 1;
     for (int i = 1; i < argc; ++i) {
       if (std::strcmp(argv[i], "--short") == 0) is_short = true;  // small shapes
-      if (std::strcmp(argv[i], "--tiny") == 0) is_tiny = true;    // two cases, for sanitizers
+      if (std::strcmp(argv[i], "--tiny") == 0) is_tiny = true;    // five cases, for sanitizers
       if (std::strcmp(argv[i], "--repeats") == 0 && i + 1 < argc) repeats = std::atoi(argv[++i]);
     }
     return sluice::cuda::bench::check_all(is_short, is_tiny, repeats);

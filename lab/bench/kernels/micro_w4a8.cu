@@ -199,6 +199,86 @@ void bench_mix(const char* name, long long* cycles, float* sink) {
   std::printf("\n");
 }
 
+/// How a unit of k = 32 is added to the sums.
+enum class Add { kPerRow, kJoined, kPromote };
+
+/// Warpgroups do what the main loop of groups of 32 does between its loads: a product on one
+/// accumulator runs while the other is added. Cycles of one unit of 64 x N x 32.
+template <int N, Add How>
+__global__ void __launch_bounds__(N == 64 ? 256 : 512, 1)
+    unit_kernel(long long* cycles, float* sink) {
+  constexpr int kSteps = 512;
+  extern __shared__ __align__(1024) std::uint8_t raw[];
+  for (int i = threadIdx.x; i < N * 128; i += blockDim.x) raw[i] = hash(i) & 0x77;
+  ptx::fence_proxy_async();
+  __syncthreads();
+  float acc[2][N / 2], joined[N / 2], sum[N / 2], xs[N / 4];
+  clear(acc[0]);
+  clear(acc[1]);
+  clear(joined);
+  clear(sum);
+  Fragments f;
+  for (int i = 0; i < 16; ++i) f.a[i / 4][i % 4] = hash(threadIdx.x * 16 + i) & 0x87878787u;
+  for (int i = 0; i < N / 4; ++i) xs[i] = 1.0f + threadIdx.x * 1e-7f * i;
+  float2 ws{1.0f + threadIdx.x * 1e-7f, 1.0f - threadIdx.x * 1e-7f};
+  const std::uint32_t x = ptx::smem_descriptor(ptx::shared_address(raw));
+  const long long begin = clock64();
+#pragma unroll 1
+  for (int k = 0; k < kSteps; ++k) {
+    pin(f);
+    multiply_step32(acc[0], f, x, 0);
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      float(&done)[N / 2] = acc[i % 2];
+      if (i < 3) {
+        multiply_step32(acc[(i + 1) % 2], f, x, i + 1);
+        await<1>(done);
+      } else {
+        await<0>(done);
+      }
+      pin(done);
+      asm volatile("" : "+f"(ws.x), "+f"(ws.y));  // as if loaded
+      if constexpr (How == Add::kPerRow) {
+#pragma unroll
+        for (int at = 0; at < N / 2; ++at) {
+          sum[at] = __fmaf_rn(done[at], at % 4 < 2 ? ws.x : ws.y, sum[at]);
+        }
+      } else if constexpr (How == Add::kJoined) {
+        join(i, done, ws, joined);
+        if (i == 3) add_joined(0, 0, joined, xs, sum);
+      } else if constexpr (How == Add::kPromote) {
+        promote_columns<XScale::kPerGroup>(0, done, ws, xs, sum);
+      }
+      pin(sum);
+      pin(joined);
+    }
+  }
+  if (threadIdx.x == 0 && blockIdx.x == 0) *cycles = (clock64() - begin) / (4 * kSteps);
+  float result = 0.0f;
+  for (int i = 0; i < N / 2; ++i) result += sum[i] + joined[i] + acc[0][i] + acc[1][i];
+  sink[threadIdx.x] = result;
+}
+
+template <int N, Add How>
+void bench_unit(const char* name, long long* cycles, float* sink) {
+  std::printf("unit 64x%dx32, %-28s", N, name);
+  for (const int groups : {1, 2, 4}) {
+    if (N == 64 && groups == 4) continue;
+    unit_kernel<N, How><<<132, 128 * groups, 16384>>>(cycles, sink);
+    long long c = 0;
+    SLUICE_CUDA_CHECK(cudaMemcpy(&c, cycles, 8, cudaMemcpyDeviceToHost));
+    std::printf(" %lld", c);
+  }
+  std::printf(" cycles\n");
+}
+
+template <int N>
+void bench_units(long long* cycles, float* sink) {
+  bench_unit<N, Add::kPerRow>("1 fma", cycles, sink);
+  bench_unit<N, Add::kJoined>("1 product or fma + 1/4 fma", cycles, sink);
+  bench_unit<N, Add::kPromote>("1 product + 1 fma", cycles, sink);
+}
+
 void bench_all() {
   Buffer<std::uint8_t> pool(std::size_t{480} << 20);
   random_codes<<<1024, 256>>>(pool.data, pool.size, 9, false, Data::kUniform);
@@ -211,6 +291,9 @@ void bench_all() {
   bench_wgmma<32>(cycles.data, sink.data);
   bench_wgmma<64>(cycles.data, sink.data);
   bench_wgmma<128>(cycles.data, sink.data);
+  std::printf("units: cycles of one with 1 / 2 / 4 warpgroups per SM\n");
+  bench_units<32>(cycles.data, sink.data);
+  bench_units<64>(cycles.data, sink.data);
   std::printf("mix: T + A warpgroups multiply + run others; cycles of a wgmma / of a round\n");
   bench_mix<64, Alu::kPromote>("32 fmul + 32 fma + 32 xor", cycles.data, sink.data);
   bench_mix<128, Alu::kPromote>("32 fmul + 32 fma + 32 xor", cycles.data, sink.data);

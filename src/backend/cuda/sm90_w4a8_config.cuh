@@ -14,16 +14,24 @@ namespace sluice::cuda {
 inline constexpr int kMaxExperts = 512;
 inline constexpr int kNumTokenBoxes = 5;     ///< Tensor maps for boxes of 8 << i tokens.
 inline constexpr int kSharedLimit = 232448;  ///< Dynamic shared memory of one CTA on sm_90.
-/// Arrivals of the scale warp per stage. One lane speaks for the warp after __syncwarp(); racecheck
-/// does not follow that, so checked builds let every lane arrive.
+/// Arrivals of a warp where one lane speaks for it after __syncwarp(): of the scale warp when a
+/// stage is full, of a decode kernel's math warp when it is empty. racecheck does not follow that,
+/// so checked builds let every lane arrive. (It follows prefill's math warps, which wait for
+/// products together and have no register for more.)
 #ifdef SLUICE_DEVICE_CHECK
-inline constexpr int kScaleArrivals = 32;
+inline constexpr int kWarpArrivals = 32;
 #else
-inline constexpr int kScaleArrivals = 1;
+inline constexpr int kWarpArrivals = 1;
 #endif
 
+/// Where the scales of x and h meet the sums.
+enum class XScale : int {
+  kPerGroup,  ///< One per row and 128 of K: a factor of every unit.
+  kPerRow,    ///< One per row (today: one for all rows): multiplies the finished sums.
+};
+
 /// One instantiation of the kernel.
-template <KernelConfig Size, WeightCode Code, ScaleType Scale, int Group,
+template <KernelConfig Size, WeightCode Code, ScaleType Scale, int Group, XScale X,
           WeightFormat Format = WeightFormat::kInt4,
           ActivationKind Activation = ActivationKind::kSwiglu>
 struct Config {
@@ -32,6 +40,7 @@ struct Config {
   static constexpr WeightFormat kFormat = Format;
   static constexpr WeightCode kCode = Code;
   static constexpr ScaleType kScale = Scale;
+  static constexpr XScale kXScale = X;
   static constexpr int kGroup = Group;
   static constexpr ActivationKind kActivation = Activation;
   static constexpr int kMathWarpgroups = kIsDecode ? 4 : 2;
@@ -40,6 +49,7 @@ struct Config {
   static constexpr int kMaxTokens = kIsDecode || Group == 32 ? 64 : 128;
   static constexpr int kMathWarps = 4 * kMathWarpgroups;
   static constexpr int kMathThreads = 32 * kMathWarps;
+  static constexpr int kReleaseArrivals = kIsDecode ? kWarpArrivals : 1;  // of a math warp
   static constexpr int kThreads = kMathThreads + 128;
   // NOTE: setmaxnreg only moves registers within what the CTA got at launch: the largest multiple
   // of 8 per thread that fits. Asking for more blocks forever.

@@ -3,11 +3,16 @@
 
 namespace sluice::cuda {
 
-template void
-launch_kernel<Config<KernelConfig::kDecode, WeightCode::kOnesComplement, ScaleType::kF32, 32>>(
-    const Params&, int, cudaStream_t);
-template void
-launch_kernel<Config<KernelConfig::kDecode, WeightCode::kSignMagnitude, ScaleType::kF32, 32>>(
-    const Params&, int, cudaStream_t);
+template <WeightCode Code, XScale X>
+using C = Config<KernelConfig::kDecode, Code, ScaleType::kF32, 32, X>;
+
+template void launch_kernel<C<WeightCode::kOnesComplement, XScale::kPerGroup>>(const Params&, int,
+                                                                               cudaStream_t);
+template void launch_kernel<C<WeightCode::kSignMagnitude, XScale::kPerGroup>>(const Params&, int,
+                                                                              cudaStream_t);
+template void launch_kernel<C<WeightCode::kOnesComplement, XScale::kPerRow>>(const Params&, int,
+                                                                             cudaStream_t);
+template void launch_kernel<C<WeightCode::kSignMagnitude, XScale::kPerRow>>(const Params&, int,
+                                                                            cudaStream_t);
 
 }  // namespace sluice::cuda

@@ -3,7 +3,9 @@
 // Maths     per phase (one grouped GEMM), local expert e, row m of e, output channel n:
 //             c[m,n] = sum_g xs[m,g/..] * ws[n,g] * sum_{k in g} x[m,k] * w[n,k]
 //           g: weight groups of 128 (or 32) along K; xs per 128. Inner sum on tensor cores on a
-//           fresh accumulator, outer sum in f32 fma, in order of g. Then, by phase:
+//           fresh accumulator, outer sum in f32 fma, in order of g. Groups of 32: the four of a 128
+//           are first joined by ws, then meet xs. Static xs: XScale::kPerRow kernels, in which the
+//           outer sum has no xs, and c is it times xs. Then, by phase:
 //             kHidden  h = activate(c[gate], c[up]) in f32 -> e4m3 with a scale per (m, 128) or
 //                      static
 //             kBf16    y = bf16(c)
@@ -43,8 +45,9 @@
 //           Between its wait and its arrive a role owns the bytes; no one else touches them.
 //
 // Needs     n, K multiples of 128 (n of 256 for kHidden), at most 512 experts; checked on the host.
-// Bound     decode: bytes of w. Prefill: instructions around the products (two for each accumulator
-//           and 128 of K), which tensor cores slow down. Numbers: docs/performance-gpu.md
+// Bound     decode: bytes of w. Prefill: instructions around the products, which tensor cores slow
+//           down: for each accumulator and 128 of K two (static: one), in groups of 32 five (four).
+//           Numbers: docs/performance-gpu.md
 #pragma once
 
 #include "backend/cuda/check.h"
@@ -58,8 +61,8 @@ namespace sluice::cuda {
 template <class C>
 __device__ __forceinline__ void init_barriers(Shared<C>& s) {
   for (int i = 0; i < C::kStages; ++i) {
-    ptx::mbarrier_init(&s.full[i], 2 + kScaleArrivals);
-    ptx::mbarrier_init(&s.empty[i], C::kMathWarps);
+    ptx::mbarrier_init(&s.full[i], 2 + kWarpArrivals);
+    ptx::mbarrier_init(&s.empty[i], C::kMathWarps * C::kReleaseArrivals);
   }
   for (int i = 0; i < Shared<C>::kTileSlots; ++i) {
     ptx::mbarrier_init(&s.tile_full[i], 1);

@@ -160,12 +160,21 @@ void add_hidden(Params& p, const PackedWeights& weights, const RowRanges& rows,
   phase.h_inv_static = h.scale == nullptr ? 1.0f / h.static_scale : 0.0f;
 }
 
+template <KernelConfig Size, WeightCode Code, ScaleType Scale, int Group>
+void launch_x_scale(const Params& p, int num_ctas, cudaStream_t stream) {
+  if (p.phase[0].x_scale == nullptr) {
+    launch_kernel<Config<Size, Code, Scale, Group, XScale::kPerRow>>(p, num_ctas, stream);
+  } else {
+    launch_kernel<Config<Size, Code, Scale, Group, XScale::kPerGroup>>(p, num_ctas, stream);
+  }
+}
+
 template <KernelConfig Size, WeightCode Code, ScaleType Scale>
 void launch_group(const Params& p, int group, int num_ctas, cudaStream_t stream) {
   if (group == 128) {
-    launch_kernel<Config<Size, Code, Scale, 128>>(p, num_ctas, stream);
+    launch_x_scale<Size, Code, Scale, 128>(p, num_ctas, stream);
   } else {
-    launch_kernel<Config<Size, Code, Scale, 32>>(p, num_ctas, stream);
+    launch_x_scale<Size, Code, Scale, 32>(p, num_ctas, stream);
   }
 }
 
@@ -224,6 +233,24 @@ void launch_experts(const ExpertGemms& args, StreamHandle stream) {
   require(args.down.code == args.gate_up.code && down.group == up.group &&
               down.scale_type == up.scale_type,
           "down group", down.group, "gate_up and down must share code, group and scale type");
+  if ((args.x.scale == nullptr) != (args.h.scale == nullptr)) {  // a kernel has one kind of scales
+    launch_gate_up({.weights = args.gate_up,
+                    .rows = args.rows,
+                    .x = args.x,
+                    .h = args.h,
+                    .sync = args.sync,
+                    .config = args.config,
+                    .activation = args.activation},
+                   stream);
+    launch_grouped_gemm({.weights = args.down,
+                         .rows = args.rows,
+                         .x = args.h,
+                         .y = args.y,
+                         .sync = args.sync,
+                         .config = args.config},
+                        stream);
+    return;
+  }
   Params p = make_params(args.rows, args.sync);
   add_hidden(p, args.gate_up, args.rows, args.x, args.h, args.activation);
   add_bf16(p, args.down, args.rows, args.h, args.y);

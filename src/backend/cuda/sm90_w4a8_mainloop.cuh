@@ -1,12 +1,14 @@
 // sm90_w4a8_mainloop.cuh - math along K: all units of a tile, and what overlaps with what.
 //
-// Every loop adds the units of one (row, column) in order of k: same bits whichever runs.
+// Every loop adds the units of one (row, column) in order of k: same bits whichever runs. Each has
+// two versions: scales of activations per 128 of K are a factor of every unit (XScale::kPerGroup);
+// one scale per row multiplies the finished sums (XScale::kPerRow).
 //
 //   decode, 8 or 16 columns  multiply_slab_ahead  next weights are widened during a product
 //   decode, 32 or 64         multiply_slab        nothing; four warpgroups fill the gaps
 //   prefill, up to 64        multiply_two_slabs   a product runs while the one before is promoted
 //   prefill, 128             multiply_wide        the next stage is awaited during a product
-//   groups of 32             multiply_group32     prefill: as two slabs, by k steps of 32
+//   groups of 32             multiply_group32     sm90_w4a8_group32.cuh
 //
 // ptxas serializes products (an error here, see ptxas_guard.sh) unless
 //   - the fragments of all products that will be in flight together are finished (pin) first;
@@ -16,36 +18,11 @@
 //     one by one: acquire_together() votes. Finished accumulators may cross both.
 #pragma once
 
+#include "backend/cuda/sm90_w4a8_group32.cuh"
+#include "backend/cuda/sm90_w4a8_ring.cuh"
 #include "backend/cuda/sm90_w4a8_unit.cuh"
 
 namespace sluice::cuda {
-
-/// Waits for the next stage of the ring and returns its index.
-template <class C>
-__device__ __forceinline__ int acquire(Shared<C>& s, Ring& ring) {
-  const int stage = ring.stage;
-  wait(&s.full[stage], ring.parity);
-  ring.advance<C::kStages>();
-  return stage;
-}
-
-/// The same for a warp that may have products in flight: its lanes leave together.
-template <class C>
-__device__ __forceinline__ int acquire_together(Shared<C>& s, Ring& ring) {
-  const int stage = ring.stage;
-  while (!__all_sync(0xffffffffu, ptx::mbarrier_try_wait(&s.full[stage], ring.parity))) {
-  }
-  ring.advance<C::kStages>();
-  return stage;
-}
-
-/// A value that all lanes share, where the compiler cannot know it: goes to a uniform register.
-__device__ __forceinline__ int uniform(int v) {
-  return static_cast<int>(__reduce_or_sync(0xffffffffu, static_cast<unsigned>(v)));
-}
-__device__ __forceinline__ Ring uniform(const Ring& ring) {
-  return {uniform(ring.stage), static_cast<std::uint32_t>(uniform(static_cast<int>(ring.parity)))};
-}
 
 /// One slab, one unit after the other; other warpgroups fill the gaps.
 template <class C, int N>
@@ -60,7 +37,7 @@ __device__ __forceinline__ void multiply_slab(Shared<C>& s, Ring& ring, int num_
     widen<C::kCode>(load_codes(v.codes), f);
     multiply(acc, f, v.x);
     await<0>(acc);
-    promote<2>(acc, load_weight_scales<C>(v.scales, 0), v.x_scale, sum[0]);
+    promote<C::kXScale, 2>(acc, load_weight_scales<C>(v.scales, 0), v.x_scale, sum[0]);
     release(s, stage);
   }
 }
@@ -81,7 +58,7 @@ __device__ __forceinline__ void multiply_slab_ahead(Shared<C>& s, Ring& ring, in
     multiply(acc, now, v.x);
     widen<C::kCode>(load_codes(view_stage(s, next_stage, lane).codes), next);
     await<0>(acc);
-    promote<2>(acc, load_weight_scales<C>(v.scales, 0), v.x_scale, sum[0]);
+    promote<C::kXScale, 2>(acc, load_weight_scales<C>(v.scales, 0), v.x_scale, sum[0]);
     release(s, stage);
     stage = next_stage;
     now = next;
@@ -104,7 +81,7 @@ __device__ __forceinline__ void multiply_two_slabs(Shared<C>& s, Ring& ring, int
   // From the next stage to registers: what a step's products and their promotion read.
   auto load = [&](const StageView& v, int parity) {
     const Codes codes0 = load_codes(v.codes), codes1 = load_codes(v.codes + C::kSlabBytes);
-    load_token_scales(v.x_scale, xs[parity]);
+    load_token_scales<C::kXScale>(v.x_scale, xs[parity]);
     ws0 = load_weight_scales<C>(v.scales, 0);
     ws1[parity] = load_weight_scales<C>(v.scales + C::kSlabBytes, 0);
     widen<C::kCode>(codes0, f0);
@@ -113,7 +90,7 @@ __device__ __forceinline__ void multiply_two_slabs(Shared<C>& s, Ring& ring, int
     pin(f1);
   };
   auto finish = [&](int parity) {
-    promote_columns(0, acc1, ws1[parity], xs[parity], sum[1]);
+    promote_columns<C::kXScale>(0, acc1, ws1[parity], xs[parity], sum[1]);
     pin(sum[1]);
     release(s, stage);
   };
@@ -126,7 +103,7 @@ __device__ __forceinline__ void multiply_two_slabs(Shared<C>& s, Ring& ring, int
     stage = next_stage;
     multiply(acc1, f1, v.x);
     await<1>(acc0);
-    promote_columns(0, acc0, ws0, xs[parity], sum[0]);
+    promote_columns<C::kXScale>(0, acc0, ws0, xs[parity], sum[0]);
     await<0>(acc1);
   };
   step(0, true);
@@ -167,74 +144,13 @@ __device__ __forceinline__ void multiply_wide(Shared<C>& s, Ring& ring, int step
           load_weight_scales<C>(view_stage(s, stage, lane).scales + b * C::kSlabBytes, 0);
       if (b == 1 && k < num_steps) next_stage = acquire_together(s, at);
       await<0>(acc);
-      promote<4>(acc, ws, view_stage(s, stage, lane).x_scale, sum[b]);
+      promote<C::kXScale, 4>(acc, ws, view_stage(s, stage, lane).x_scale, sum[b]);
       pin(sum[b]);
     }
     release(s, stage);
     stage = next_stage;
   }
   ring = at;
-}
-
-/// Groups of 32, one slab: every wgmma is promoted by itself.
-template <class C, int N>
-__device__ __forceinline__ void multiply_group32(Shared<C>& s, Ring& ring, int num_steps,
-                                                 const MathLane& lane, float (&sum)[1][N / 2]) {
-  float acc[N / 2];
-  clear(acc);
-  for (int k = 0; k < num_steps; ++k) {
-    const int stage = acquire(s, ring);
-    const StageView v = view_stage(s, stage, lane);
-    Fragments f;
-    widen<C::kCode>(load_codes(v.codes), f);
-#pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      multiply_step32(acc, f, v.x, i);
-      await<0>(acc);
-      promote<2>(acc, load_weight_scales<C>(v.scales, i), v.x_scale, sum[0]);
-    }
-    release(s, stage);
-  }
-}
-
-/// Groups of 32, two slabs: one wgmma is promoted while the next runs.
-template <class C, int N>
-__device__ __forceinline__ void multiply_group32(Shared<C>& s, Ring& ring, int num_steps,
-                                                 const MathLane& lane, float (&sum)[2][N / 2]) {
-  float acc0[N / 2], acc1[N / 2], xs[N / 4];
-  clear(acc0);
-  clear(acc1);
-  for (int k = 0; k < num_steps; ++k) {
-    const int stage = acquire(s, ring);
-    const StageView v = view_stage(s, stage, lane);
-    Fragments f[2];
-    widen<C::kCode>(load_codes(v.codes), f[0]);
-    widen<C::kCode>(load_codes(v.codes + C::kSlabBytes), f[1]);
-    load_token_scales(v.x_scale, xs);
-    pin(f[0]);
-    pin(f[1]);
-    multiply_step32(acc0, f[0], v.x, 0);
-#pragma unroll
-    for (int unit = 0; unit < 8; unit += 2) {  // units 0..3 of slab 0, then of slab 1
-      const int slab = unit / 4, i = unit % 4;
-      const std::uint8_t* scales = v.scales + slab * C::kSlabBytes;
-      multiply_step32(acc1, f[slab], v.x, i + 1);
-      const float2 even = load_weight_scales<C>(scales, i);
-      await<1>(acc0);
-      promote_columns(0, acc0, even, xs, sum[slab]);
-      pin(sum[slab]);
-      if (unit < 6) multiply_step32(acc0, f[(unit + 2) / 4], v.x, (unit + 2) % 4);
-      const float2 odd = load_weight_scales<C>(scales, i + 1);
-      if (unit < 6) {
-        await<1>(acc1);
-      } else {
-        await<0>(acc1);
-      }
-      promote_columns(0, acc1, odd, xs, sum[slab]);
-      pin(sum[slab]);
-    }
-    release(s, stage);
-  }
 }
 
 /// All K steps of a tile. A warpgroup without slabs in this tile only keeps the ring turning.

@@ -128,7 +128,12 @@ __device__ __forceinline__ void compute_tile(Shared<C>& s, const Params& p, cons
                                              const MathLane& lane, Ring& ring) {
   const Phase& phase = p.phase[t.phase];
   float sum[C::kSlabsPerWarpgroup][N / 2];
-  multiply_tile<C, N>(s, ring, phase.num_steps, has_slabs<C>(t, lane), lane, sum);
+  const bool busy = has_slabs<C>(t, make_math_lane<C>());
+  multiply_tile<C, N>(s, ring, phase.num_steps, busy, lane, sum);
+  if constexpr (C::kXScale == XScale::kPerRow) {
+#pragma unroll
+    for (int b = 0; b < C::kSlabsPerWarpgroup; ++b) scale_rows(sum[b], phase.x_static);
+  }
   // Made and read again: along K registers are for sums.
   const MathLane again = make_math_lane<C>();
   if (phase.epilogue == Epilogue::kHidden) {

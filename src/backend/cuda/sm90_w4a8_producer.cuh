@@ -194,36 +194,49 @@ __device__ __forceinline__ void fetch_activations(Shared<C>& s, const Params& p,
 /// rows at once (they share a sector) and hands them out step by step. Past the last valid token it
 /// repeats it.
 template <class C>
-__device__ __forceinline__ void fetch_scales(Shared<C>& s, const Params& p, int lane) {
+__device__ __forceinline__ void fetch_tile_scales(Shared<C>& s, const Phase& phase,
+                                                  const TileInfo& t, Ring& ring, int lane) {
   constexpr int kRows = C::kMaxTokens / 32;
   constexpr int kChunk = (C::kIsDecode ? 16 : 8) / kRows;  // NOTE: registers, of 64 or 40
   const int place = lane / 2 % 4 * C::kScalePitch + lane / 8 * 2 + lane % 2;  // of token `lane`
+  const int num_steps = phase.num_steps;
+  const float* rows = phase.x_scale + static_cast<long long>(t.row0) * num_steps;
+  for (int k0 = 0; k0 < num_steps; k0 += kChunk) {
+    float scale[kRows][kChunk];
+#pragma unroll
+    for (int i = 0; i < kRows; ++i) {
+      const float* row = rows + min(lane + 32 * i, t.num_tokens - 1) * num_steps;
+#pragma unroll
+      for (int j = 0; j < kChunk; ++j) scale[i][j] = row[min(k0 + j, num_steps - 1)];
+    }
+#pragma unroll
+    for (int j = 0; j < kChunk; ++j) {
+      if (k0 + j == num_steps) break;
+      wait_bounded(&s.empty[ring.stage], ring.parity ^ 1);
+#pragma unroll
+      for (int i = 0; i < kRows; ++i) s.x_scale[ring.stage][place + 8 * i] = scale[i][j];
+      __syncwarp();
+      if (lane < kWarpArrivals) ptx::mbarrier_arrive(&s.full[ring.stage]);
+      ring.advance<C::kStages>();
+    }
+  }
+}
+
+/// The warp that owns the stages' scales. Where the main loops need none, it only says so.
+template <class C>
+__device__ __forceinline__ void fetch_scales(Shared<C>& s, const Params& p, int lane) {
   Ring ring, slots;
   for (;;) {
     const TileInfo t = next_tile(s, slots, lane);
     if (t.phase < 0) return;
-    if (t.phase == 1) wait_for_rows(p, t, lane);
     const Phase& phase = p.phase[t.phase];
-    const int num_steps = phase.num_steps;
-    const float* rows = phase.x_scale + static_cast<long long>(t.row0) * num_steps;
-    for (int k0 = 0; k0 < num_steps; k0 += kChunk) {
-      float scale[kRows][kChunk];
-#pragma unroll
-      for (int i = 0; i < kRows; ++i) {
-        const float* row = rows + min(lane + 32 * i, t.num_tokens - 1) * num_steps;
-#pragma unroll
-        for (int j = 0; j < kChunk; ++j) {
-          scale[i][j] = phase.x_scale == nullptr ? phase.x_static : row[min(k0 + j, num_steps - 1)];
-        }
-      }
-#pragma unroll
-      for (int j = 0; j < kChunk; ++j) {
-        if (k0 + j == num_steps) break;
+    if constexpr (C::kXScale == XScale::kPerGroup) {
+      if (t.phase == 1) wait_for_rows(p, t, lane);
+      fetch_tile_scales(s, phase, t, ring, lane);
+    } else {
+      for (int k = 0; k < phase.num_steps; ++k) {
         wait_bounded(&s.empty[ring.stage], ring.parity ^ 1);
-#pragma unroll
-        for (int i = 0; i < kRows; ++i) s.x_scale[ring.stage][place + 8 * i] = scale[i][j];
-        __syncwarp();
-        if (lane < kScaleArrivals) ptx::mbarrier_arrive(&s.full[ring.stage]);
+        if (lane < kWarpArrivals) ptx::mbarrier_arrive(&s.full[ring.stage]);
         ring.advance<C::kStages>();
       }
     }

@@ -140,10 +140,13 @@ __device__ __forceinline__ void await(float (&acc)[R]) {
   for (int i = 0; i < R; ++i) asm volatile("" : "+f"(acc[i])::"memory");
 }
 
-/// Scales of this thread's next columns: two for each 8 tokens.
-template <int Count>
+/// Scales of this thread's next columns: two for each 8 tokens. With one scale per row the loops
+/// need none.
+template <XScale X, int Count>
 __device__ __forceinline__ void load_token_scales(const float* x_scale, float (&xs)[Count]) {
-  if constexpr (Count == 2) {
+  if constexpr (X == XScale::kPerRow) {
+    return;
+  } else if constexpr (Count == 2) {
     const float2 v = *reinterpret_cast<const float2*>(x_scale);
     xs[0] = v.x, xs[1] = v.y;
   } else {
@@ -155,36 +158,50 @@ __device__ __forceinline__ void load_token_scales(const float* x_scale, float (&
   }
 }
 
-/// sum += acc * (weight scale * activation scale), for this thread's columns from `first` (a
-/// constant) on: the only place where scales meet sums.
-template <int Count, int R>
+/// sum += acc * scales, for this thread's columns from `first` (a constant) on: the only place
+/// where the scales of a unit meet sums. One scale per row comes later: scale_rows().
+template <XScale X, int Count, int R>
 __device__ __forceinline__ void promote_columns(const int first, const float (&acc)[R], float2 ws,
                                                 const float (&xs)[Count], float (&sum)[R]) {
 #pragma unroll
   for (int i = 0; i < Count; i += 2) {
     const int at = 2 * (first + i);
-    sum[at + 0] = __fmaf_rn(acc[at + 0], __fmul_rn(ws.x, xs[i]), sum[at + 0]);
-    sum[at + 1] = __fmaf_rn(acc[at + 1], __fmul_rn(ws.x, xs[i + 1]), sum[at + 1]);
-    sum[at + 2] = __fmaf_rn(acc[at + 2], __fmul_rn(ws.y, xs[i]), sum[at + 2]);
-    sum[at + 3] = __fmaf_rn(acc[at + 3], __fmul_rn(ws.y, xs[i + 1]), sum[at + 3]);
+    if constexpr (X == XScale::kPerGroup) {
+      sum[at + 0] = __fmaf_rn(acc[at + 0], __fmul_rn(ws.x, xs[i]), sum[at + 0]);
+      sum[at + 1] = __fmaf_rn(acc[at + 1], __fmul_rn(ws.x, xs[i + 1]), sum[at + 1]);
+      sum[at + 2] = __fmaf_rn(acc[at + 2], __fmul_rn(ws.y, xs[i]), sum[at + 2]);
+      sum[at + 3] = __fmaf_rn(acc[at + 3], __fmul_rn(ws.y, xs[i + 1]), sum[at + 3]);
+    } else {
+#pragma unroll
+      for (int j = 0; j < 4; ++j) {
+        sum[at + j] = __fmaf_rn(acc[at + j], j < 2 ? ws.x : ws.y, sum[at + j]);
+      }
+    }
   }
 }
 
 /// The same for all columns. The scales of `Chunk` of them are loaded while those before are used.
-template <int Chunk, int R>
+template <XScale X, int Chunk, int R>
 __device__ __forceinline__ void promote(const float (&acc)[R], float2 ws, const float* x_scale,
                                         float (&sum)[R]) {
   constexpr int kCount = R / 2 < Chunk ? R / 2 : Chunk;
   float xs[2][kCount];
-  load_token_scales(x_scale, xs[0]);
+  load_token_scales<X>(x_scale, xs[0]);
 #pragma unroll
   for (int c = 0; c < R / 2; c += kCount) {
     const int at = c / kCount % 2;
-    if (c + kCount < R / 2) load_token_scales(x_scale + c + kCount, xs[1 - at]);
-    promote_columns(c, acc, ws, xs[at], sum);
+    if (c + kCount < R / 2) load_token_scales<X>(x_scale + c + kCount, xs[1 - at]);
+    promote_columns<X>(c, acc, ws, xs[at], sum);
     // NOTE: keeps the scheduler from loading every scale at once, which spills with 128 sums.
-    if constexpr (R == 64) asm volatile("" ::: "memory");
+    if constexpr (R == 64 && X == XScale::kPerGroup) asm volatile("" ::: "memory");
   }
+}
+
+/// One scale for all rows of x, after the last step.
+template <int R>
+__device__ __forceinline__ void scale_rows(float (&sum)[R], float x_scale) {
+#pragma unroll
+  for (int i = 0; i < R; ++i) sum[i] = __fmul_rn(sum[i], x_scale);
 }
 
 /// Whatever makes these values is done before this place.
@@ -202,7 +219,7 @@ __device__ __forceinline__ void pin(Fragments& f) {
 template <class C>
 __device__ __forceinline__ void release(Shared<C>& s, int stage) {
   __syncwarp();
-  if (threadIdx.x % 32 == 0) ptx::mbarrier_arrive(&s.empty[stage]);
+  if (threadIdx.x % 32 < C::kReleaseArrivals) ptx::mbarrier_arrive(&s.empty[stage]);
 }
 
 template <int R>

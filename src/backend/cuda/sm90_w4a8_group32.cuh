@@ -1,0 +1,215 @@
+// sm90_w4a8_group32.cuh - math along K for weights in groups of 32: four units for each activation
+// group of 128.
+//
+// A unit is one wgmma of k = 32 on a fresh accumulator. With activation scales per 128 the four
+// units of a step are first joined by their weight scales (a product and three fma), and the joined
+// value meets the activation scale once (one fma): five instructions for each sum and step, where
+// promoting each unit by itself takes eight. With one scale per row each unit is one fma. All loops
+// have the same order of k and the same grouping: same bits whichever runs.
+#pragma once
+
+#include "backend/cuda/sm90_w4a8_ring.cuh"
+#include "backend/cuda/sm90_w4a8_unit.cuh"
+
+namespace sluice::cuda {
+
+/// Joins the four units of a step by their weight scales: joined = acc * ws for unit 0, then += .
+template <int R>
+__device__ __forceinline__ void join(const int i, const float (&acc)[R], float2 ws,
+                                     float (&joined)[R]) {
+#pragma unroll
+  for (int at = 0; at < R; ++at) {
+    const float scale = at % 4 < 2 ? ws.x : ws.y;
+    joined[at] = i == 0 ? __fmul_rn(acc[at], scale) : __fmaf_rn(acc[at], scale, joined[at]);
+  }
+}
+
+/// sum += joined * activation scale, for `Count` of this thread's columns from `first` (a constant)
+/// on; the first of `joined` belongs to column `origin`.
+template <int Count, int J, int R>
+__device__ __forceinline__ void add_joined(const int first, const int origin,
+                                           const float (&joined)[J], const float (&xs)[Count],
+                                           float (&sum)[R]) {
+#pragma unroll
+  for (int i = 0; i < 2 * Count; ++i) {
+    const int at = 2 * first + i;
+    sum[at] = __fmaf_rn(joined[at - 2 * origin], xs[i / 4 * 2 + i % 2], sum[at]);
+  }
+}
+
+/// Adds unit `i` (0..3) of a step: to `joined`, or, where no scale is met on the way, to the sums
+/// from column `first` (a constant) on.
+template <XScale X, int J, int R>
+__device__ __forceinline__ void add_unit(const int i, const int first, const float (&acc)[J],
+                                         float2 ws, float (&joined)[J], float (&sum)[R]) {
+  if constexpr (X == XScale::kPerGroup) {
+    join(i, acc, ws, joined);
+  } else {
+#pragma unroll
+    for (int at = 0; at < J; ++at) {
+      const float scale = at % 4 < 2 ? ws.x : ws.y;
+      sum[2 * first + at] = __fmaf_rn(acc[at], scale, sum[2 * first + at]);
+    }
+  }
+}
+
+/// After the last unit of a step: the joined sums of columns `first` (a constant) on meet their
+/// activation scales.
+template <XScale X, int Chunk, int J, int R>
+__device__ __forceinline__ void finish_step(const int first, const float (&joined)[J],
+                                            const float* x_scale, float (&sum)[R]) {
+  if constexpr (X == XScale::kPerGroup) {
+    constexpr int kCount = J / 2 < Chunk ? J / 2 : Chunk;
+#pragma unroll
+    for (int c = first; c < first + J / 2; c += kCount) {
+      float xs[kCount];
+      load_token_scales<X>(x_scale + c, xs);
+      add_joined(c, first, joined, xs, sum);
+    }
+  }
+}
+
+/// One slab, 8 or 16 columns: the four units of a step are multiplied together.
+template <class C, int N>
+__device__ __forceinline__ void multiply_group32_few(Shared<C>& s, Ring& ring, int num_steps,
+                                                     const MathLane& lane, float (&sum)[1][N / 2]) {
+  float acc[4][N / 2], joined[N / 2];
+#pragma unroll
+  for (int i = 0; i < 4; ++i) clear(acc[i]);
+  for (int k = 0; k < num_steps; ++k) {
+    const int stage = acquire(s, ring);
+    const StageView v = view_stage(s, stage, lane);
+    Fragments f;
+    widen<C::kCode>(load_codes(v.codes), f);
+    ptx::wgmma_fence();
+#pragma unroll
+    for (int i = 0; i < 4; ++i) ptx::wgmma_m64k32(acc[i], f.a[i], v.x + i * (32 >> 4), false);
+    ptx::wgmma_commit();
+#pragma unroll
+    for (int i = 0; i < 4; ++i) await<0>(acc[i]);
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      add_unit<C::kXScale>(i, 0, acc[i], load_weight_scales<C>(v.scales, i), joined, sum[0]);
+    }
+    finish_step<C::kXScale, 4>(0, joined, v.x_scale, sum[0]);
+    release(s, stage);
+  }
+}
+
+/// One slab, 32 or 64 columns, 32 at a time: one unit is added while the next is multiplied, where
+/// registers allow two accumulators.
+template <class C, int N>
+__device__ __forceinline__ void multiply_group32_slab(Shared<C>& s, Ring& ring, int num_steps,
+                                                      const MathLane& lane,
+                                                      float (&sum)[1][N / 2]) {
+  constexpr int kParts = N / 32, kUnits = 4 * kParts;
+  constexpr int kPartRows = 32 * kStepK >> 4;  // of x, in units of a descriptor
+  constexpr int kAhead = N == 64 && C::kXScale == XScale::kPerGroup ? 0 : 1;
+  float acc[1 + kAhead][16], joined[16];
+#pragma unroll
+  for (int i = 0; i <= kAhead; ++i) clear(acc[i]);
+  for (int k = 0; k < num_steps; ++k) {
+    const int stage = acquire(s, ring);
+    const StageView v = view_stage(s, stage, lane);
+    Fragments f;
+    widen<C::kCode>(load_codes(v.codes), f);
+    pin(f);
+#pragma unroll
+    for (int unit = -kAhead; unit < kUnits; ++unit) {
+      const int next = unit + kAhead;
+      if (next < kUnits) {
+        multiply_step32(acc[next % (1 + kAhead)], f, v.x + next / 4 * kPartRows, next % 4);
+      }
+      if (unit < 0) continue;
+      float(&done)[16] = acc[unit % (1 + kAhead)];
+      const float2 ws = load_weight_scales<C>(v.scales, unit % 4);
+      if (kAhead == 1 && next < kUnits) {
+        await<1>(done);
+      } else {
+        await<0>(done);
+      }
+      add_unit<C::kXScale>(unit % 4, unit / 4 * 8, done, ws, joined, sum[0]);
+      if (unit % 4 == 3) finish_step<C::kXScale, 4>(unit / 4 * 8, joined, v.x_scale, sum[0]);
+    }
+    release(s, stage);
+  }
+}
+
+/// Two slabs: one unit is added while the next is multiplied, the last of a step while the first of
+/// the next step is.
+template <class C, int N>
+__device__ __forceinline__ void multiply_group32_two_slabs(Shared<C>& s, Ring& ring, int steps,
+                                                           const MathLane& lane,
+                                                           float (&sum)[2][N / 2]) {
+  float acc[2][N / 2], joined[N / 2];
+  float2 last_ws;
+  Fragments f[2];
+  clear(acc[0]);
+  clear(acc[1]);
+  int left = uniform(steps);
+  Ring at = uniform(ring);
+  int stage = acquire_together(s, at), last_stage = stage;
+  // A StageView anew for each use: registers are for sums.
+  auto load = [&](int slab) {
+    return load_codes(view_stage(s, stage, lane).codes + slab * C::kSlabBytes);
+  };
+  auto finish = [&] {
+    add_unit<C::kXScale>(3, 0, acc[1], last_ws, joined, sum[1]);
+    finish_step<C::kXScale, 4>(0, joined, view_stage(s, last_stage, lane).x_scale, sum[1]);
+    pin(sum[1]);
+    release(s, last_stage);
+  };
+  auto step = [&](bool is_first) {
+    const StageView v = view_stage(s, stage, lane);
+    pin(f[0]);
+    multiply_step32(acc[0], f[0], v.x, 0);
+    if (!is_first) finish();
+    last_stage = stage;
+    pin(f[1]);
+    Codes codes;
+#pragma unroll
+    for (int unit = 0; unit < 7; ++unit) {  // units 0..3 of slab 0, then of slab 1
+      const int slab = unit / 4, i = unit % 4, next = unit + 1;
+      multiply_step32(acc[next % 2], f[next / 4], v.x, next % 4);
+      const float2 ws = load_weight_scales<C>(v.scales + slab * C::kSlabBytes, i);
+      if (unit == 4) {  // slab 0 is done, its fragments are free
+        if (--left > 0) stage = acquire_together(s, at);
+        codes = load(0);  // after the last step: of the same stage, in vain
+      }
+      await<1>(acc[unit % 2]);
+      add_unit<C::kXScale>(i, 0, acc[unit % 2], ws, joined, sum[slab]);
+      if (i == 3) finish_step<C::kXScale, 4>(0, joined, v.x_scale, sum[slab]);
+      if (unit == 4) widen<C::kCode>(codes, f[0]);
+      if (i < 3 && C::kXScale == XScale::kPerGroup) {
+        pin(joined);
+      } else {
+        pin(sum[slab]);
+      }
+    }
+    last_ws = load_weight_scales<C>(v.scales + C::kSlabBytes, 3);
+    codes = load(1);
+    await<0>(acc[1]);
+    widen<C::kCode>(codes, f[1]);
+  };
+  widen<C::kCode>(load(0), f[0]);
+  widen<C::kCode>(load(1), f[1]);
+  step(true);
+  while (left > 0) step(false);
+  finish();
+  ring = at;
+}
+
+template <class C, int N>
+__device__ __forceinline__ void multiply_group32(Shared<C>& s, Ring& ring, int num_steps,
+                                                 const MathLane& lane,
+                                                 float (&sum)[C::kSlabsPerWarpgroup][N / 2]) {
+  if constexpr (C::kSlabsPerWarpgroup == 2) {
+    multiply_group32_two_slabs<C, N>(s, ring, num_steps, lane, sum);
+  } else if constexpr (N <= 16) {
+    multiply_group32_few<C, N>(s, ring, num_steps, lane, sum);
+  } else {
+    multiply_group32_slab<C, N>(s, ring, num_steps, lane, sum);
+  }
+}
+
+}  // namespace sluice::cuda

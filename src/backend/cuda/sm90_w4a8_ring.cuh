@@ -1,0 +1,35 @@
+// sm90_w4a8_ring.cuh - how math warps take stages from the ring.
+#pragma once
+
+#include "backend/cuda/sm90_w4a8_unit.cuh"
+
+namespace sluice::cuda {
+
+/// Waits for the next stage of the ring and returns its index.
+template <class C>
+__device__ __forceinline__ int acquire(Shared<C>& s, Ring& ring) {
+  const int stage = ring.stage;
+  wait(&s.full[stage], ring.parity);
+  ring.advance<C::kStages>();
+  return stage;
+}
+
+/// The same for a warp that may have products in flight: its lanes leave together.
+template <class C>
+__device__ __forceinline__ int acquire_together(Shared<C>& s, Ring& ring) {
+  const int stage = ring.stage;
+  while (!__all_sync(0xffffffffu, ptx::mbarrier_try_wait(&s.full[stage], ring.parity))) {
+  }
+  ring.advance<C::kStages>();
+  return stage;
+}
+
+/// A value that all lanes share, where the compiler cannot know it: goes to a uniform register.
+__device__ __forceinline__ int uniform(int v) {
+  return static_cast<int>(__reduce_or_sync(0xffffffffu, static_cast<unsigned>(v)));
+}
+__device__ __forceinline__ Ring uniform(const Ring& ring) {
+  return {uniform(ring.stage), static_cast<std::uint32_t>(uniform(static_cast<int>(ring.parity)))};
+}
+
+}  // namespace sluice::cuda
