@@ -77,7 +77,7 @@ TEST_F(CudaAccuracyTest, CpuAndCudaHaveOneCertificate) {
         for (std::size_t run = 0; run < certificates.size(); ++run) {
           SCOPED_TRACE(::testing::Message()
                        << "groups of " << checkpoint.geometry().group_size << ' ' << name << ' '
-                       << to_string(cpu.name) << " run " << run);
+                       << to_string(cpu.recipe) << " run " << run);
           const RecipeCertificate& r = certificates[run].recipes[i];
           ASSERT_TRUE(r.engine);
           EXPECT_TRUE(r.engine->same_bytes);
