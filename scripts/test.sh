@@ -29,13 +29,15 @@ build() {
 }
 
 # `pip install .` as users do it, but for the CUDA backend: its minutes of compiling would prove
-# nothing that the module of the release build, which has it, has not been through already.
+# nothing that the module of the release build, which has it, has not been through already. The flags
+# are those of the release build, so that its objects come from ccache.
 test_wheel() {
   local venv=build/wheel-venv
   say "test pip install ($(minutes))"
   build/test-venv/bin/python -m venv --clear "$venv"  # An interpreter with headers.
   CMAKE_BUILD_PARALLEL_LEVEL=$jobs "$venv/bin/python" -m pip install -q --disable-pip-version-check \
-    --config-settings=cmake.define.SLUICE_CUDA=OFF '.[test]'
+    --config-settings=cmake.define.SLUICE_CUDA=OFF \
+    --config-settings=cmake.define.SLUICE_WERROR=ON '.[test]'
   "$venv/bin/python" -m pip install -q --disable-pip-version-check ./python/deep_ep_shim
   SLUICE_COMMAND=$PWD/build/ci/cli/sluice "$venv/bin/python" -m pytest -q -p no:cacheprovider
 }
@@ -59,3 +61,5 @@ if [ $with_python = ON ]; then
 else
   say "not tested: the Python package, as its build tools could not be installed"
 fi
+say "done ($(minutes))"
+if command -v ccache >/dev/null; then ccache --show-stats | head -n 4; fi

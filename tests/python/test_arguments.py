@@ -143,6 +143,8 @@ def test_modes_and_recipes(checkpoint, backend, engine, workload, routing):
     refused("s1 and s2: give both or neither", sluice.Recipe, "static", s1=1.0)
     refused("static", sluice.Recipe, "static", code="unsupported")
     refused("s1", sluice.Recipe, "static", s1=-1.0, s2=1.0)
+    refused("layer 99", sluice.Engine, checkpoint, sluice.Transport.inproc(1)[0], backend, layer=99,
+            max_tokens_per_rank=1)
 
 
 def test_recipes_by_their_fields():
@@ -158,8 +160,6 @@ def test_recipes_by_their_fields():
     refused("cast 'groups' is none of", make, wire="bf16", gemm1="groups", gemm2="group")
     refused("wire 'fp8' is none of", make, wire="fp8", gemm1="none", gemm2="group")
     refused("input_scale", make, wire="bf16", gemm1="static", gemm2="group", code="unsupported")
-    refused("layer 99", sluice.Engine, checkpoint, sluice.Transport.inproc(1)[0], backend, layer=99,
-            max_tokens_per_rank=1)
 
 
 def test_checkpoint(tmp_path, checkpoint, geometry):
@@ -192,7 +192,7 @@ def test_exchange(exchange, workload, routing, geometry, backend):
         **{**dict(num_experts=8, num_topk=2, hidden=256, max_tokens_per_rank=8), **k})
     refused("hidden 200", make, hidden=200)
     refused("num_topk 33", make, num_topk=33)
-    refused("wire 'fp4' is not one of", make, wire="fp4")
+    refused("wire 'fp4' is none of", make, wire="fp4")
     refused("num_in_flight 9", make, num_in_flight=9)
     refused("num_ranks 0", sluice.Transport.inproc, 0)
 
