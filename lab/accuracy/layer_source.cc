@@ -104,13 +104,16 @@ class SyntheticSource final : public LayerSource {
   mutable ThreadPool pool_;
 };
 
-/// A value that rounds to `code`, in units of the scale; the outermost codes are reached from
-/// inside.
-float value_in_cell(int code, double uniform) {
-  const double offset = uniform - 0.5;
-  if (code >= 7) return static_cast<float>(code - uniform / 2);
-  if (code <= -7) return static_cast<float>(code + uniform / 2);
-  return static_cast<float>(code + offset);
+/// A value that rounds to the code worth `code`, in units of the scale; the outermost codes are
+/// reached from inside.
+float value_in_cell(WeightFormat format, double code, double uniform) {
+  switch (format) {
+    case WeightFormat::kInt4:
+      if (code >= 7) return static_cast<float>(code - uniform / 2);
+      if (code <= -7) return static_cast<float>(code + uniform / 2);
+      return static_cast<float>(code + (uniform - 0.5));
+  }
+  fail(ErrorCode::kInternal, "weight format {} does not exist", static_cast<int>(format));
 }
 
 class CheckpointSource final : public LayerSource {
@@ -152,7 +155,7 @@ class CheckpointSource final : public LayerSource {
                                 : bf16_to_float(m.scales.as<std::uint16_t>()[s]);
         const auto i = static_cast<std::uint64_t>(n * m.k() + k);
         memory->original[i] =
-            value_in_cell(static_cast<int>(code_value(m.format, codes, k)), rng.uniform(i)) * scale;
+            value_in_cell(m.format, code_value(m.format, codes, k), rng.uniform(i)) * scale;
       }
     });
     return as_source(std::move(memory), m);

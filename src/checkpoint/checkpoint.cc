@@ -106,6 +106,7 @@ CheckpointData CheckpointData::open(const std::filesystem::path& dir) {
       {.config = data.config.quantization, .index = data.index, .geometry = data.config.geometry});
   data.format = std::move(recognised.format);
   data.config.geometry.group_size = data.format->group_size();
+  if (const auto own = data.format->weight_format()) data.config.geometry.weight_format = *own;
   // One layer's tensors must bear out the config; every other is checked when it is loaded.
   const int first = data.moe_layers.front();
   data.check_layer(first);

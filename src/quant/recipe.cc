@@ -19,6 +19,55 @@ constexpr std::array kNamedRecipes = {
     NamedRecipe{"pow2-static", {WireFormat::kE4m3Pow2, Cast::kStaticPow2, Cast::kStatic}},
 };
 
+// The texts of the enumerations; null for what is no value of them.
+constexpr const char* name_of(WireFormat wire) {
+  switch (wire) {
+    case WireFormat::kBf16:
+      return "bf16";
+    case WireFormat::kE4m3Group:
+      return "e4m3 + f32 scale per 128";
+    case WireFormat::kE4m3Pow2:
+      return "e4m3 + power-of-two scale per 128";
+    case WireFormat::kE4m3Static:
+      return "e4m3, static s1";
+  }
+  return nullptr;
+}
+
+constexpr const char* name_of(Cast cast) {
+  switch (cast) {
+    case Cast::kNone:
+      return "none";
+    case Cast::kGroup:
+      return "group";
+    case Cast::kGroupPow2:
+      return "group-pow2";
+    case Cast::kStatic:
+      return "static";
+    case Cast::kStaticPow2:
+      return "static-pow2";
+  }
+  return nullptr;
+}
+
+constexpr const char* name_of(DispatchDtype dtype) {
+  switch (dtype) {
+    case DispatchDtype::kAuto:
+      return "auto";
+    case DispatchDtype::kBf16:
+      return "bf16";
+    case DispatchDtype::kFp8:
+      return "fp8";
+    case DispatchDtype::kFp8Static:
+      return "fp8-static";
+  }
+  return nullptr;
+}
+
+const char* or_unknown(const char* name) {
+  return name != nullptr ? name : "unknown";
+}
+
 // Every value of each enumeration, for what parses or searches.
 constexpr std::array kModes = {Mode::kLowLatency, Mode::kNormal};
 constexpr std::array kWires = {WireFormat::kBf16, WireFormat::kE4m3Group, WireFormat::kE4m3Pow2,
@@ -27,6 +76,18 @@ constexpr std::array kCasts = {Cast::kNone, Cast::kGroup, Cast::kGroupPow2, Cast
                                Cast::kStaticPow2};
 constexpr std::array kDispatchDtypes = {DispatchDtype::kAuto, DispatchDtype::kBf16,
                                         DispatchDtype::kFp8, DispatchDtype::kFp8Static};
+
+/// Whether `values` has every value that name_of() knows. Its switches have no default, so that the
+/// compiler asks for the name of a new enumerator; with a name, it is missed here.
+template <class Values>
+constexpr bool is_complete(const Values& values) {
+  using Value = typename Values::value_type;
+  for (std::size_t i = 0; i < values.size(); ++i) {
+    if (values[i] != static_cast<Value>(i)) return false;
+  }
+  return name_of(static_cast<Value>(values.size())) == nullptr;
+}
+static_assert(is_complete(kWires) && is_complete(kCasts) && is_complete(kDispatchDtypes));
 
 /// The value that to_string() calls `name`.
 template <class Values>
@@ -130,47 +191,13 @@ const char* to_string(Mode mode) noexcept {
 }
 
 const char* to_string(WireFormat wire) noexcept {
-  switch (wire) {
-    case WireFormat::kBf16:
-      return "bf16";
-    case WireFormat::kE4m3Group:
-      return "e4m3 + f32 scale per 128";
-    case WireFormat::kE4m3Pow2:
-      return "e4m3 + power-of-two scale per 128";
-    case WireFormat::kE4m3Static:
-      return "e4m3, static s1";
-  }
-  return "unknown";
+  return or_unknown(name_of(wire));
 }
-
 const char* to_string(Cast cast) noexcept {
-  switch (cast) {
-    case Cast::kNone:
-      return "none";
-    case Cast::kGroup:
-      return "group";
-    case Cast::kGroupPow2:
-      return "group-pow2";
-    case Cast::kStatic:
-      return "static";
-    case Cast::kStaticPow2:
-      return "static-pow2";
-  }
-  return "unknown";
+  return or_unknown(name_of(cast));
 }
-
 const char* to_string(DispatchDtype dtype) noexcept {
-  switch (dtype) {
-    case DispatchDtype::kAuto:
-      return "auto";
-    case DispatchDtype::kBf16:
-      return "bf16";
-    case DispatchDtype::kFp8:
-      return "fp8";
-    case DispatchDtype::kFp8Static:
-      return "fp8-static";
-  }
-  return "unknown";
+  return or_unknown(name_of(dtype));
 }
 
 Mode parse_mode(std::string_view name) {

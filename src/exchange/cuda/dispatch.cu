@@ -24,6 +24,7 @@
 #include <cuda_runtime.h>
 
 #include <algorithm>
+#include <string>
 
 #include "backend/cuda/check.h"
 #include "backend/cuda/ptx/sync.cuh"
@@ -273,6 +274,7 @@ void launch(const SlotParams& slot, const DispatchParams& dispatch, int num_ctas
   const int bytes = staging_of<Wire>(slot.hidden).total_bytes(slot.placement.num_experts());
   dispatch_kernel<Wire>
       <<<static_cast<unsigned>(num_ctas), kThreads, bytes, stream>>>(slot, dispatch);
+  SLUICE_CUDA_CHECK(cudaGetLastError());
 }
 
 template <WireFormat Wire>
@@ -301,19 +303,16 @@ void launch_dispatch(const SlotParams& slot, const DispatchParams& dispatch, Wir
   const auto queue = static_cast<cudaStream_t>(stream);
   switch (wire) {
     case WireFormat::kBf16:
-      launch<WireFormat::kBf16>(slot, dispatch, num_ctas, queue);
-      break;
+      return launch<WireFormat::kBf16>(slot, dispatch, num_ctas, queue);
     case WireFormat::kE4m3Group:
-      launch<WireFormat::kE4m3Group>(slot, dispatch, num_ctas, queue);
-      break;
+      return launch<WireFormat::kE4m3Group>(slot, dispatch, num_ctas, queue);
     case WireFormat::kE4m3Pow2:
-      launch<WireFormat::kE4m3Pow2>(slot, dispatch, num_ctas, queue);
-      break;
+      return launch<WireFormat::kE4m3Pow2>(slot, dispatch, num_ctas, queue);
     case WireFormat::kE4m3Static:
-      launch<WireFormat::kE4m3Static>(slot, dispatch, num_ctas, queue);
-      break;
+      return launch<WireFormat::kE4m3Static>(slot, dispatch, num_ctas, queue);
   }
-  SLUICE_CUDA_CHECK(cudaGetLastError());
+  throw Error(ErrorCode::kInternal, std::string("the exchange has no kernel for wire format ") +
+                                        std::to_string(static_cast<int>(wire)));
 }
 
 void launch_receive(const SlotParams& slot, WireFormat wire, int num_ctas, void* stream) {
