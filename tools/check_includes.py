@@ -21,7 +21,7 @@ MODULES = [
     ("core",           "src/core/",            ("public",),                               ("posix",)),
     ("quant",          "src/quant/",           ("public", "core"),                        ()),
     ("checkpoint",     "src/checkpoint/",      ("public", "core", "quant"),               ("posix", "nlohmann/")),
-    ("device handles", "src/transport/device.cuh", ("public", "core", "ptx"),             ("cuda", "nvshmem")),
+    ("device handles", "src/transport/device.cuh", ("public", "core", "ptx"),             ("cuda",)),
     ("device memory",  "src/transport/ipc_device", ("public", "core"),                    ("cuda",)),
     ("transport",      "src/transport/",       ("public", "core", "device handles", "device memory"), ("posix",)),
     # What rows are: values that kernels take as arguments.
@@ -70,7 +70,6 @@ TYPE = re.compile(r"(?:template\s*<.*>\s*)?(?:struct|class|union|enum(?:\s+class
 ONLY_IN = {
     "mpi.h": ("src/transport/mpi_start.h", "src/transport/mpi_link.cc"),
     "nccl.h": ("lab/bench/kernels/bench_nccl.cu",),
-    "nvshmem": ("src/transport/nvshmem.cc", "src/transport/device.cuh"),
 }
 # Public headers, in layers of their own. A folder of src/ may use those that it implements and those
 # below them; it never sees a layer above, nor anything of the laboratory.

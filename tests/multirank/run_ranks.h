@@ -31,6 +31,9 @@ inline std::unique_ptr<Transport>& control_transport() {
 inline std::unique_ptr<Transport> make_process_transport(const std::string& name, int num_ranks,
                                                          std::chrono::milliseconds timeout) {
   if (name == "mpi") return make_mpi_transport(timeout, num_ranks);
+  if (name != "ipc") {
+    throw Error(ErrorCode::kInvalidArgument, "transport '" + name + "' is neither mpi nor ipc");
+  }
   const JobPlace place = read_job_place().value();
   if (num_ranks == 0) num_ranks = place.num_ranks;
   if (place.rank >= num_ranks) return nullptr;

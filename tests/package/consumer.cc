@@ -1,18 +1,27 @@
-// Uses every public header, and links the parts that have third-party dependencies of their own.
+// Includes every public header, and links the parts with third-party dependencies of their own.
+#include "sluice/activation.h"
 #include "sluice/backend.h"
 #include "sluice/checkpoint.h"
 #include "sluice/config.h"
 #include "sluice/engine.h"
 #include "sluice/error.h"
 #include "sluice/exchange.h"
+#include "sluice/experts.h"
+#include "sluice/lab/accuracy.h"
+#include "sluice/lab/convert.h"
+#include "sluice/lab/exchange_bench.h"
 #include "sluice/lab/experts_bench.h"
+#include "sluice/lab/ranks.h"
 #include "sluice/lab/reference.h"
+#include "sluice/lab/synthetic.h"
 #include "sluice/lab/workload.h"
+#include "sluice/layer.h"
 #include "sluice/quant.h"
 #include "sluice/recipe.h"
 #include "sluice/stream.h"
 #include "sluice/tensor.h"
 #include "sluice/transport.h"
+#include "sluice/weight_format.h"
 
 int main() {
   try {
