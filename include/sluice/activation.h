@@ -5,7 +5,7 @@
 // A function is its kind and the kind's parameters. SwiGLU, the only kind there is, has none. The
 // value is part of a layer's geometry: checkpoint, reference, backends, the agreement between ranks
 // and Python read it from there. A switch over kinds has no default, so that the compiler names
-// every place that a new kind must answer for.
+// those that lack a new one; docs/adding-a-format.md lists what else must answer for it.
 #pragma once
 
 #include <cstdint>

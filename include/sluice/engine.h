@@ -13,7 +13,7 @@ struct EngineConfig {
   /// Recipe of each mode; a mode without one cannot be called. Two layers of one model may differ.
   std::optional<Recipe> low_latency = Recipe{};         ///< direct
   std::optional<Recipe> normal = Recipe{};              ///< direct
-  DispatchDtype dispatch_dtype = DispatchDtype::kAuto;  ///< See Environment.
+  DispatchDtype dispatch_dtype = DispatchDtype::kAuto;  ///< As in ModeRecipes.
   int max_tokens_per_rank = 0;                          ///< Of either mode.
   int max_m = 0;                       ///< ExchangeConfig::max_m of the low-latency mode.
   float routed_scaling_factor = 1.0f;  ///< 1: the host model applies it.

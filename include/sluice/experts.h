@@ -1,8 +1,8 @@
 // experts.h - a rank's experts on one device, and what they do to rows: the middle of a layer.
 //
-//   ExpertBatch --quantize?--> GEMM1, SwiGLU, quantize --> GEMM2 --> expert_y
+//   ExpertBatch --quantize?--> GEMM1, activation, quantize --> GEMM2 --> expert_y
 //
-// For callers that bring an exchange of their own; Engine is these and Exchange together.
+// For callers that bring an exchange of their own; a Layer is these and an Exchange together.
 #pragma once
 
 #include <cstddef>

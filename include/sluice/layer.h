@@ -6,7 +6,7 @@
 //      +-- Layer "model.layers.4.mlp.experts"
 //      ...
 //
-//   Layer::forward:  x --dispatch--> rows --quantize?--> GEMM1, SwiGLU, quantize --> GEMM2
+//   Layer::forward:  x --dispatch--> rows --quantize?--> GEMM1, activation, quantize --> GEMM2
 //                      --combine--> y
 //
 // The layers of a model run one after the other, so one set of buffers serves all of them. Only the
@@ -67,7 +67,7 @@ struct LayerGroupConfig {
 struct ModeRecipes {
   /// Of each mode that the group has; empty: direct. A recipe for another mode is refused.
   std::optional<Recipe> low_latency = {}, normal = {};
-  DispatchDtype dispatch_dtype = DispatchDtype::kAuto;  ///< See Environment.
+  DispatchDtype dispatch_dtype = DispatchDtype::kAuto;  ///< Or read_environment().dispatch_dtype.
 };
 
 /// One layer as its maker holds it: from a Checkpoint (read_layer) or from anywhere else.

@@ -19,7 +19,7 @@
 //   static          kE4m3Static  kNone        kStatic  quantized by the sender with s1
 //   pow2-static     kE4m3Pow2    kStaticPow2  kStatic  exponents shifted to a power of two >= s1
 //
-// A recipe is chosen per layer and per mode, and gets the layer's scales when an engine is made
+// A recipe is chosen per layer and per mode, and gets the layer's scales when the layer is added
 // (LayerRecipe). Nothing falls back to another recipe.
 #pragma once
 

@@ -3,7 +3,7 @@
 //   w[n, k] = code_value(format, codes of row n, k) * scales[n, k / group_size]
 //
 // INT4 is the only format there is. A switch over formats has no default, so that the compiler
-// names every place that a new format must answer for.
+// names those that lack a new one; docs/adding-a-format.md lists what else must answer for it.
 #pragma once
 
 #include <cstddef>

@@ -1,4 +1,4 @@
-// ops.h - what every backend computes: four operations on the rows of an ExpertBatch (rows.h).
+// ops.h - what every backend computes: three operations on the rows of an ExpertBatch (rows.h).
 //
 // Definitions are the scalar functions of sluice/quant.h; docs/design.md#arithmetic has the error
 // bound of the GEMMs. Operations are asynchronous on `stream` where the device has streams. They
@@ -81,9 +81,9 @@ class BackendOps : public Backend {
   virtual void requantize(const Fp8RowsView& in, const RowRanges& rows, const Fp8Rows& out,
                           Stream stream) = 0;
 
-  /// h = swiglu(in * w13^T) in float32, quantized into `h` (group or static, by which of its scales
-  /// is set), then out[row] = bf16(h * w2^T). out: [max_rows, hidden] bf16. h is scratch of the
-  /// caller.
+  /// h = activate(gate, up), the halves of in * w13^T, in float32, quantized into `h` (group or
+  /// static, by which of its scales is set), then out[row] = bf16(h * w2^T).
+  /// out: [max_rows, hidden] bf16. h is scratch of the caller.
   virtual void expert_stage(const PreparedExperts& experts, const Fp8RowsView& in,
                             const RowRanges& rows, const Fp8Rows& h, std::uint16_t* out,
                             Stream stream, ExpertStageTimes* times) = 0;
