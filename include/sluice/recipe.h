@@ -65,7 +65,7 @@ enum class Cast : std::uint8_t {
 /// Whether the cast uses a static scale of the layer (kStatic, kStaticPow2).
 [[nodiscard]] bool has_static_scale(Cast cast);
 
-/// SLUICE_DISPATCH_DTYPE.
+/// Asks for another wire format than the recipe's: what SLUICE_DISPATCH_DTYPE may say.
 enum class DispatchDtype { kAuto, kBf16, kFp8, kFp8Static };
 
 /// Which casts a token goes through. The default is `direct`.
