@@ -28,13 +28,14 @@ MODULES = [
     ("rows",           "src/backend/rows.h",   ("public",),                               ()),
     # What is known of a backend before there is one; each backend's folder defines its own.
     ("traits",         "src/backend/traits.h", ("public",),                               ()),
+    ("experts check",  "src/backend/check_experts", ("public", "core"),                   ()),
     ("ops",            "src/backend/ops.h",    ("public", "core", "quant", "rows"),       ()),
-    ("cpu backend",    "src/backend/cpu/",     ("public", "core", "quant", "rows", "traits", "ops"),        ("posix", "hwy/", "simd")),
+    ("cpu backend",    "src/backend/cpu/",     ("public", "core", "quant", "rows", "traits", "ops", "experts check"), ("posix", "hwy/", "simd")),
     ("ptx",            "src/backend/cuda/ptx/", ("public", "core"),                       ("cuda",)),
     # What every CUDA file needs: error macro, formats as device functions.
     ("cuda support",   "src/backend/cuda/check.h",    ("public",),                        ("cuda",)),
     ("cuda formats",   "src/backend/cuda/e4m3_group.cuh", ("public",),                    ("cuda",)),
-    ("cuda backend",   "src/backend/cuda/",    ("public", "core", "quant", "rows", "traits", "ops", "ptx", "device handles",
+    ("cuda backend",   "src/backend/cuda/",    ("public", "core", "quant", "rows", "traits", "ops", "ptx", "experts check", "device handles",
                                                 "cuda support", "cuda formats"),
                                                                                           ("cuda", "cute/", "cutlass/")),
     # The factory: the one place that names concrete backends.
@@ -45,7 +46,7 @@ MODULES = [
                                                 "cuda support", "cuda formats"),
                                                                                           ("cuda",)),
     ("exchange",       "src/exchange/",        ("public", "core", "quant", "traits", "ops", "placement"), ()),
-    ("engine",         "src/engine/",          ("public", "core", "quant", "checkpoint", "traits", "ops", "placement", "exchange"), ()),
+    ("engine",         "src/engine/",          ("public", "core", "quant", "checkpoint", "traits", "ops", "placement", "experts check", "exchange"), ()),
     # The laboratory stands on the runtime; no folder of src/ may include it.
     ("ranks",          "lab/ranks/",           ("public",),                               ("posix",)),
     ("files",          "lab/files/",           ("public", "core"),                        ("posix",)),
@@ -83,7 +84,7 @@ PUBLIC_OF = {
     "device handles": BASE | {"transport.h"},
     "device memory": BASE | {"transport.h"},
     "transport": BASE | {"transport.h"},
-    "rows": BACKEND, "traits": BACKEND, "ops": BACKEND, "cpu backend": BACKEND, "ptx": BASE,
+    "rows": BACKEND, "traits": BACKEND, "experts check": BACKEND, "ops": BACKEND, "cpu backend": BACKEND, "ptx": BASE,
     "cuda support": BASE, "cuda formats": VALUES, "cuda backend": BACKEND, "backend": BACKEND,
     "cuda exchange": BACKEND | {"transport.h", "exchange.h"},
     "exchange": BACKEND | {"transport.h", "exchange.h"},

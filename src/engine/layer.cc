@@ -1,6 +1,7 @@
 // One forward pass: exchange, experts, exchange. Nothing here allocates device memory.
 #include "sluice/layer.h"
 
+#include <atomic>
 #include <chrono>
 
 #include "core/fail.h"
@@ -11,10 +12,16 @@
 #include "sluice/transport.h"
 
 namespace sluice {
+namespace {
+
+std::atomic<std::uint64_t> num_layers_made{0};
+
+}  // namespace
 
 Layer::Impl::Impl(std::shared_ptr<LayerGroup::Impl> shared, std::string layer_name,
                   const ExpertWeights& weights)
     : group(std::move(shared)),
+      id(++num_layers_made),
       name(std::move(layer_name)),
       experts(weights, group->scratch, *group->backend) {
   LayerGroupMemory& sum = group->layers;
@@ -54,16 +61,21 @@ void Layer::forward(Mode mode, TensorView x, const Routing& routing, MutableTens
   Impl::ModeOfLayer& m = self.mode(mode);
   self.stats = {};
   self.started = self.mark = Impl::Clock::now();
+  // Whole calls take turns: on two streams, a dispatch of one mode could hold the processors that a
+  // combine of the other needs, on one rank, while another rank has them the other way round.
+  self.group->order->before(stream);
   Dispatched dispatched = m.exchange->dispatch(x, routing, stream, m.recipe.wire_static_scale());
   self.stats.times.dispatch_us = self.stage_us(self.mark, stream);
   self.run(m, std::move(dispatched), y, stream);
+  self.group->order->after(stream);
 }
 
 Dispatched Layer::dispatch_send(Mode mode, TensorView x, const Routing& routing, Stream stream) {
   Impl::ModeOfLayer& m = impl_->mode(mode);
   Dispatched dispatched =
       m.exchange->dispatch_send(x, routing, stream, m.recipe.wire_static_scale());
-  dispatched.route_->layer = impl_.get();
+  dispatched.route_->layer = impl_->id;
+  dispatched.route_->keeps = impl_->group;
   dispatched.route_->mode = mode;
   return dispatched;
 }
@@ -71,7 +83,7 @@ Dispatched Layer::dispatch_send(Mode mode, TensorView x, const Routing& routing,
 void Layer::finish(Dispatched dispatched, MutableTensorView y, Stream stream) {
   Impl& self = *impl_;
   check_argument(dispatched.route_ != nullptr, "finish of a Dispatched that was moved away");
-  check_argument(dispatched.route_->layer == impl_.get(),
+  check_argument(dispatched.route_->layer == impl_->id,
                  "finish of a Dispatched that {} did not make", self.name);
   Impl::ModeOfLayer& m = self.mode(dispatched.route_->mode);
   self.stats = {};

@@ -4,6 +4,7 @@
 #include <algorithm>
 #include <array>
 
+#include "backend/check_experts.h"
 #include "backend/traits.h"
 #include "core/fail.h"
 #include "engine/layer_impl.h"
@@ -81,6 +82,7 @@ void check_weights(const ExpertWeights& weights, const std::string& name,
   check_argument(weights.geometry.intermediate == config.geometry.intermediate,
                  "{}: intermediate {}, the group has {}", name, weights.geometry.intermediate,
                  config.geometry.intermediate);
+  check_experts(weights);
 }
 
 }  // namespace
@@ -179,6 +181,8 @@ LayerGroup LayerGroup::create(const LayerGroupConfig& config, Transport& transpo
   impl->scratch->h.allocate(backend, max_rows, config.geometry.intermediate);
   impl->expert_y = backend.allocate(expert_y_bytes(config, max_rows, device));
   impl->order = impl->backend->make_stream_order();
+  // As at the end of add_layer(): no rank queues a call while another one still allocates.
+  (void)transport.all_gather({}, config.peer_timeout);
   return LayerGroup(std::move(impl));
 }
 
@@ -202,16 +206,13 @@ Layer LayerGroup::add_layer(const LayerSpec& spec, const ModeRecipes& recipes) {
   const auto resolved = resolve_recipes(self.config, recipes, spec.weights.static_scales, name);
   require_agreement(transport, layer_agreement(spec, name, resolved), self.config.peer_timeout);
 
-  std::array<Exchange*, 2> exchanges{};
-  for (std::size_t i = 0; i < resolved.size(); ++i) {
-    if (!resolved[i]) continue;
-    exchanges[i] = &self.exchange_for(*resolved[i]);
-    if (resolved[i]->gemm1 == Cast::kNone || self.scratch->x.codes) continue;
-    self.scratch->x.allocate(*self.backend, self.scratch->max_rows, self.config.geometry.hidden);
-  }
+  // First what may be refused: a layer that is not made leaves no exchange behind.
   auto layer = std::make_unique<Layer::Impl>(impl_, name, spec.weights);
   for (std::size_t i = 0; i < resolved.size(); ++i) {
-    if (resolved[i]) layer->modes[i].emplace(*resolved[i], exchanges[i]);
+    if (!resolved[i]) continue;
+    layer->modes[i].emplace(*resolved[i], &self.exchange_for(*resolved[i]));
+    if (resolved[i]->gemm1 == Cast::kNone || self.scratch->x.codes) continue;
+    self.scratch->x.allocate(*self.backend, self.scratch->max_rows, self.config.geometry.hidden);
   }
   // Allocating waits for the device. If a kernel of rank A already waited for rank B while B still
   // allocates, neither would end. So all ranks meet here before any of them can queue a call.

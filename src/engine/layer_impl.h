@@ -50,6 +50,7 @@ struct Layer::Impl {
   void run(ModeOfLayer& mode, Dispatched dispatched, MutableTensorView y, Stream stream);
 
   std::shared_ptr<LayerGroup::Impl> group;
+  std::uint64_t id;  ///< Of this layer alone in this process; an address may be used again.
   std::string name;
   Experts::Impl experts;
   std::array<std::optional<ModeOfLayer>, 2> modes;  ///< By Mode.

@@ -23,7 +23,8 @@ struct Dispatched::Route {
   std::int64_t num_tokens = 0;
   const void* owner = nullptr;  ///< The Exchange::Impl that made it.
   // Set by Layer::dispatch_send():
-  const void* layer = nullptr;  ///< The Layer::Impl that made it.
+  std::uint64_t layer = 0;            ///< Layer::Impl::id of the one that made it.
+  std::shared_ptr<const void> keeps;  ///< What holds the exchange; goes after ~Route of the rest.
   Mode mode = Mode::kLowLatency;
 };
 

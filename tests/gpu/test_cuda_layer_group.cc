@@ -135,6 +135,19 @@ TEST_F(CudaLayerGroupTest, CallsOnTwoStreamsTakeTurns) {
   }
 }
 
+/// The kernels take one kind of scales for all experts of a layer; others would be misread.
+TEST_F(CudaLayerGroupTest, ExpertsWithScalesOfTwoKindsAreRefused) {
+  LayerGroup group = LayerGroup::create(group_config(), *transports_[0], *backend_);
+  LayerSpec mixed = read_layer(files_.checkpoint(), files_.layer(0), 0, 1);
+  mixed.weights.experts[1].down.scales.dtype = DType::kBFloat16;
+  try {
+    (void)group.add_layer(mixed);
+    FAIL() << "accepted";
+  } catch (const Error& error) {
+    EXPECT_EQ(error.code(), ErrorCode::kUnsupported) << error.what();
+  }
+}
+
 TEST_F(CudaLayerGroupTest, AGraphOfAllLayersStaysValidWhenOthersAreAdded) {
   LayerGroup group = LayerGroup::create(group_config(), *transports_[0], *backend_);
   std::vector<Layer> layers = make_layers(group, 2);

@@ -224,6 +224,51 @@ void expect_disagreement(const std::vector<std::exception_ptr>& failures, const 
   }
 }
 
+TEST_F(LayerGroupTest, ADispatchedMayGoAfterItsLayerAndGroup) {
+  run_ranks(1, [&](Transport& transport) {
+    const auto backend = make_backend({.num_threads = 1});
+    const Workload load = tokens_of(0);
+    std::optional<Dispatched> late;
+    {
+      LayerGroup group = LayerGroup::create(group_config(), transport, *backend);
+      Layer layer = group.add_layer(spec(0, transport), recipes(0));
+      late = layer.dispatch_send(Mode::kLowLatency, load.x_view(), load.routing_view(), {});
+    }
+    late.reset();  // Its rows lie in a buffer of the exchange, to which it returns them.
+  });
+}
+
+TEST_F(LayerGroupTest, AMatrixThatIsNotWhatTheGeometrySaysIsRefusedByName) {
+  run_ranks(1, [&](Transport& transport) {
+    const auto backend = make_backend({.num_threads = 1});
+    LayerGroup group = LayerGroup::create(group_config(), transport, *backend);
+    const auto refusal = [&](const auto& change) -> std::string {
+      LayerSpec changed = spec(0, transport);
+      change(changed.weights.experts[1]);
+      try {
+        (void)group.add_layer(changed, recipes(0));
+      } catch (const Error& error) {
+        EXPECT_EQ(error.code(), ErrorCode::kInvalidArgument);
+        return error.what();
+      }
+      return "accepted";
+    };
+    EXPECT_THAT(refusal([](Expert& e) { e.down = e.gate; }), HasSubstr("expert 1 down"));
+    EXPECT_THAT(refusal([](Expert& e) {
+                  e.up.codes.shape = Shape{64, 128};
+                }),
+                HasSubstr("expert 1 up: codes"));
+    EXPECT_THAT(refusal([](Expert& e) { e.gate.group_size = 32; }),
+                HasSubstr("expert 1 gate: scales"));
+    EXPECT_THAT(refusal([](Expert& e) { e.gate.scales.dtype = DType::kInt32; }),
+                HasSubstr("expert 1 gate: scales are int32"));
+    // Nothing is left behind, and the group works on.
+    EXPECT_EQ(group.memory().exchange_bytes, 0u);
+    Layer layer = group.add_layer(spec(0, transport), recipes(0));
+    (void)forward(layer, Mode::kNormal, tokens_of(0));
+  });
+}
+
 TEST_F(LayerGroupTest, RanksThatDifferInTheGroupAreNamed) {
   const auto disagree = [](const char* field, auto change) {
     expect_disagreement(try_ranks(3,

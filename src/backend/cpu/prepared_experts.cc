@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <cstring>
 
+#include "backend/check_experts.h"
 #include "core/fail.h"
 #include "core/threads.h"
 
@@ -28,22 +29,6 @@ void check_activation(const ActivationFn& fn) {
       return;
   }
   fail(ErrorCode::kUnsupported, "the CPU backend has no activation {}", static_cast<int>(fn.kind));
-}
-
-void check_matrix(const QuantMatrix& m, std::int64_t n, std::int64_t k, int expert,
-                  const char* name) {
-  check_format(m.format);
-  check_argument(m.codes.dtype == DType::kPackedInt4 && m.codes.shape == Shape({n, k / 2}),
-                 "expert {} {}: codes are {} {}, expected packed_int4 [{}, {}]", expert, name,
-                 to_string(m.codes.dtype), m.codes.shape.to_string(), n, k / 2);
-  check_argument(allows_group_size(m.format, m.group_size),
-                 "expert {} {}: group_size {} is neither 128 nor 32", expert, name, m.group_size);
-  check_argument(m.scales.dtype == DType::kFloat32 || m.scales.dtype == DType::kBFloat16,
-                 "expert {} {}: scales are {}, expected float32 or bfloat16", expert, name,
-                 to_string(m.scales.dtype));
-  check_argument(m.scales.shape == Shape({n, k / m.group_size}),
-                 "expert {} {}: scales are {}, expected [{}, {}]", expert, name,
-                 m.scales.shape.to_string(), n, k / m.group_size);
 }
 
 PreparedMatrix describe(const QuantMatrix& m) {
@@ -107,12 +92,12 @@ PreparedCpuExperts::PreparedCpuExperts(const ExpertWeights& weights, ThreadPool&
                  "hidden {} is not a multiple of {}", hidden_, int{kActivationGroup});
   check_argument(intermediate_ > 0 && intermediate_ % kActivationGroup == 0,
                  "intermediate {} is not a multiple of {}", intermediate_, int{kActivationGroup});
+  for (const Expert& e : weights.experts) {
+    for (const QuantMatrix* m : {&e.gate, &e.up, &e.down}) check_format(m->format);
+  }
+  check_experts(weights);
   std::size_t total = 0;
-  for (std::size_t i = 0; i < weights.experts.size(); ++i) {
-    const Expert& e = weights.experts[i];
-    check_matrix(e.gate, intermediate_, hidden_, static_cast<int>(i), "gate");
-    check_matrix(e.up, intermediate_, hidden_, static_cast<int>(i), "up");
-    check_matrix(e.down, hidden_, intermediate_, static_cast<int>(i), "down");
+  for (const Expert& e : weights.experts) {
     experts_.push_back({describe(e.gate), describe(e.up), describe(e.down)});
     for (const PreparedMatrix* m :
          {&experts_.back().gate, &experts_.back().up, &experts_.back().down}) {

@@ -6,6 +6,7 @@
 #include <algorithm>
 #include <utility>
 
+#include "backend/check_experts.h"
 #include "backend/cuda/check.h"
 #include "backend/cuda/elementwise.h"
 #include "backend/cuda/fp8_rate.h"
@@ -171,7 +172,21 @@ std::size_t staging_bytes(const QuantMatrix& m) {
 
 std::unique_ptr<PreparedExperts> CudaBackend::prepare(const ExpertWeights& weights) {
   check_argument(!weights.experts.empty(), "no experts to prepare");
+  check_experts(weights);
   const Expert& first = weights.experts.front();
+  for (const Expert& expert : weights.experts) {
+    for (const QuantMatrix* m : {&expert.gate, &expert.up, &expert.down}) {
+      if (m->scales.dtype == first.gate.scales.dtype && m->group_size == first.gate.group_size &&
+          m->format == first.gate.format) {
+        continue;
+      }
+      fail(ErrorCode::kUnsupported,
+           "experts of one layer with {} scales per {} weights and {} scales per {}: the CUDA "
+           "backend wants one kind",
+           to_string(first.gate.scales.dtype), first.gate.group_size, to_string(m->scales.dtype),
+           m->group_size);
+    }
+  }
   const auto scale_type =
       first.gate.scales.dtype == DType::kFloat32 ? cuda::ScaleType::kF32 : cuda::ScaleType::kBf16;
   const auto hidden = static_cast<int>(first.gate.k());

@@ -19,6 +19,7 @@
 #include <cuda_runtime.h>
 
 #include <algorithm>
+#include <string>
 
 #include "backend/cuda/check.h"
 #include "backend/cuda/e4m3_group.cuh"
@@ -241,9 +242,18 @@ int num_blocks(const RowRanges& rows, std::int64_t bytes_per_row, int num_sms) {
   return static_cast<int>(std::clamp<std::int64_t>(blocks, std::min(num_sms, 64), most));
 }
 
+void check_rows(const RowRanges& rows) {
+  if (rows.num_experts > kMaxRowExperts) {
+    throw Error(ErrorCode::kUnsupported, "num_experts " + std::to_string(rows.num_experts) +
+                                             ": at most " + std::to_string(kMaxRowExperts) +
+                                             " on one rank");
+  }
+}
+
 }  // namespace
 
 void launch_quantize(const Quantize& args, int num_sms, StreamHandle stream) {
+  check_rows(args.rows);
   const LaunchSize size{.blocks = num_blocks(args.rows, 2 * args.out.width, num_sms),
                         .threads = kThreads};
   const auto queue = static_cast<cudaStream_t>(stream);
@@ -257,6 +267,7 @@ void launch_quantize(const Quantize& args, int num_sms, StreamHandle stream) {
 }
 
 void launch_requantize(const Requantize& args, int num_sms, StreamHandle stream) {
+  check_rows(args.rows);
   const LaunchSize size{.blocks = num_blocks(args.rows, args.in.width, num_sms),
                         .threads = kThreads};
   launch_early(requantize_kernel, size, args, static_cast<cudaStream_t>(stream));

@@ -236,6 +236,7 @@ __device__ __forceinline__ void fetch_scales(Shared<C>& s, const Params& p, int 
     } else {
       for (int k = 0; k < phase.num_steps; ++k) {
         wait_bounded(&s.empty[ring.stage], ring.parity ^ 1);
+        __syncwarp();
         if (lane < kWarpArrivals) ptx::mbarrier_arrive(&s.full[ring.stage]);
         ring.advance<C::kStages>();
       }

@@ -1,0 +1,36 @@
+#include "backend/check_experts.h"
+
+#include "core/fail.h"
+
+namespace sluice {
+namespace {
+
+void check_matrix(const QuantMatrix& m, std::int64_t n, std::int64_t k, int expert,
+                  const char* name) {
+  check_argument(m.codes.dtype == DType::kPackedInt4 && m.codes.shape == Shape({n, k / 2}),
+                 "expert {} {}: codes are {} {}, expected packed_int4 [{}, {}]", expert, name,
+                 to_string(m.codes.dtype), m.codes.shape.to_string(), n, k / 2);
+  check_argument(allows_group_size(m.format, m.group_size),
+                 "expert {} {}: group_size {} is neither 128 nor 32", expert, name, m.group_size);
+  check_argument(m.scales.dtype == DType::kFloat32 || m.scales.dtype == DType::kBFloat16,
+                 "expert {} {}: scales are {}, expected float32 or bfloat16", expert, name,
+                 to_string(m.scales.dtype));
+  check_argument(m.scales.shape == Shape({n, k / m.group_size}),
+                 "expert {} {}: scales are {}, expected [{}, {}]", expert, name,
+                 m.scales.shape.to_string(), n, k / m.group_size);
+}
+
+}  // namespace
+
+void check_experts(const ExpertWeights& weights) {
+  const std::int64_t hidden = weights.geometry.hidden, inter = weights.geometry.intermediate;
+  for (std::size_t i = 0; i < weights.experts.size(); ++i) {
+    const Expert& expert = weights.experts[i];
+    const int index = weights.first_expert + static_cast<int>(i);
+    check_matrix(expert.gate, inter, hidden, index, "gate");
+    check_matrix(expert.up, inter, hidden, index, "up");
+    check_matrix(expert.down, hidden, inter, index, "down");
+  }
+}
+
+}  // namespace sluice
