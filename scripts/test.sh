@@ -37,6 +37,7 @@ test_wheel() {
   build/test-venv/bin/python -m venv --clear "$venv"  # An interpreter with headers.
   CMAKE_BUILD_PARALLEL_LEVEL=$jobs "$venv/bin/python" -m pip install -q --disable-pip-version-check \
     --config-settings=cmake.define.SLUICE_CUDA=OFF \
+    --config-settings=cmake.define.CMAKE_CXX_COMPILER=c++ \
     --config-settings=cmake.define.SLUICE_WERROR=ON '.[test]'
   "$venv/bin/python" -m pip install -q --disable-pip-version-check ./python/deep_ep_shim
   SLUICE_COMMAND=$PWD/build/ci/cli/sluice "$venv/bin/python" -m pytest -q -p no:cacheprovider

@@ -21,7 +21,9 @@
 // Streams: layers of one group may be called on different streams. What they share is then ordered
 // on the device: the experts of one call begin when those of the call before have ended. The same
 // holds for the streams of one graph capture. Graphs are ordered by whoever launches them: replay
-// the graphs of one group one after the other, in the same order on every rank.
+// the graphs of one group one after the other, in the same order on every rank. On CUDA, calls of
+// different modes that are under way together belong on one stream: on two, a dispatch may hold the
+// processors that another rank's combine waits for. A stream outlives the calls queued on it.
 #pragma once
 
 #include <chrono>

@@ -61,13 +61,9 @@ void Layer::forward(Mode mode, TensorView x, const Routing& routing, MutableTens
   Impl::ModeOfLayer& m = self.mode(mode);
   self.stats = {};
   self.started = self.mark = Impl::Clock::now();
-  // Whole calls take turns: on two streams, a dispatch of one mode could hold the processors that a
-  // combine of the other needs, on one rank, while another rank has them the other way round.
-  self.group->order->before(stream);
   Dispatched dispatched = m.exchange->dispatch(x, routing, stream, m.recipe.wire_static_scale());
   self.stats.times.dispatch_us = self.stage_us(self.mark, stream);
   self.run(m, std::move(dispatched), y, stream);
-  self.group->order->after(stream);
 }
 
 Dispatched Layer::dispatch_send(Mode mode, TensorView x, const Routing& routing, Stream stream) {

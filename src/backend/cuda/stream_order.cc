@@ -26,7 +26,7 @@ class Event {
 /// The last use, outside captures or in one.
 struct Use {
   Event event = {};
-  unsigned long long stream = 0;  // Its id: handles are used again, and one stands for many.
+  cudaStream_t stream = nullptr;
   unsigned long long capture = 0;
   bool is_recorded = false;
 };
@@ -39,13 +39,6 @@ unsigned long long capture_of(cudaStream_t stream) {
   return status == cudaStreamCaptureStatusActive ? id : 0;
 }
 
-/// No two streams of a process have the same, whatever their handles.
-unsigned long long id_of(cudaStream_t stream) {
-  unsigned long long id = 0;
-  SLUICE_CUDA_CHECK(cudaStreamGetId(stream, &id));
-  return id;
-}
-
 class CudaStreamOrder final : public StreamOrder {
  public:
   explicit CudaStreamOrder(int index) : index_(index) {}
@@ -55,7 +48,7 @@ class CudaStreamOrder final : public StreamOrder {
     const auto queue = static_cast<cudaStream_t>(stream.handle);
     const unsigned long long capture = capture_of(queue);
     const Use& last = capture == 0 ? outside_ : captured_;
-    if (!last.is_recorded || last.stream == id_of(queue) || last.capture != capture) return;
+    if (!last.is_recorded || last.stream == queue || last.capture != capture) return;
     SLUICE_CUDA_CHECK(cudaStreamWaitEvent(queue, last.event.get(), 0));
   }
 
@@ -65,7 +58,7 @@ class CudaStreamOrder final : public StreamOrder {
     const unsigned long long capture = capture_of(queue);
     Use& use = capture == 0 ? outside_ : captured_;
     SLUICE_CUDA_CHECK(cudaEventRecord(use.event.get(), queue));
-    use.stream = id_of(queue), use.capture = capture, use.is_recorded = true;
+    use.stream = queue, use.capture = capture, use.is_recorded = true;
   }
 
  private:
