@@ -5,12 +5,12 @@
 
 #include <filesystem>
 #include <map>
-#include <thread>
 
 #include "exchange/cuda/device_layout.h"
 #include "exchange/cuda/exchange_kernels.h"
 #include "sluice/engine.h"
 #include "sluice/error.h"
+#include "sluice/lab/ranks.h"
 #include "sluice/lab/synthetic.h"
 #include "sluice/transport.h"
 #include "support/counting.h"
@@ -46,26 +46,22 @@ TEST_F(Plan, IsWhatAnEngineTakes) {
         const LayerGroupMemory plan = Engine::plan_memory(
             config, checkpoint.geometry(), scale_dtype, Device::Kind::kHost, num_ranks);
         auto transports = make_inproc_transports(num_ranks);
-        std::vector<std::thread> ranks;
-        for (int r = 0; r < num_ranks; ++r) {
-          ranks.emplace_back([&, r] {
-            CountingBackend backend({.num_threads = 1});
-            CountingTransport transport(*transports[static_cast<std::size_t>(r)]);
-            const Engine engine = Engine::create(config, checkpoint, transport, backend);
-            SCOPED_TRACE(::testing::Message() << num_ranks << " ranks");
-            expect_taken(engine, backend, transport, plan);
-            const ExpertWeights weights =
-                checkpoint.load_experts(config.layer, 0, geometry.num_experts / num_ranks);
-            EXPECT_EQ(weights.bytes(), plan.codes_bytes + plan.scales_bytes);
-          });
-        }
-        for (std::thread& rank : ranks) rank.join();
+        on_every_rank(num_ranks, [&](int r) {
+          CountingBackend backend({.num_threads = 1});
+          CountingTransport transport(*transports[static_cast<std::size_t>(r)]);
+          const Engine engine = Engine::create(config, checkpoint, transport, backend);
+          SCOPED_TRACE(::testing::Message() << num_ranks << " ranks");
+          expect_taken(engine, backend, transport, plan);
+          const ExpertWeights weights =
+              checkpoint.load_experts(config.layer, 0, geometry.num_experts / num_ranks);
+          EXPECT_EQ(weights.bytes(), plan.codes_bytes + plan.scales_bytes);
+        });
       }
     }
   }
 }
 
-/// tests/gpu/test_cuda_plan.cc counts what is taken on a device; this much needs none.
+/// tests/accuracy/test_cuda_plan.cc counts what is taken on a device; this much needs none.
 TEST_F(Plan, KnowsTheStateOfACudaExchange) {
   for (const int num_slots : {1, 3}) {
     const ExchangeConfig config{.num_experts = 8,

@@ -2,10 +2,10 @@
 #include <gtest/gtest.h>
 
 #include <array>
-#include <thread>
 #include <vector>
 
 #include "layer/group_fixture.h"
+#include "sluice/lab/ranks.h"
 #include "support/counting.h"
 
 namespace sluice::testing {
@@ -43,40 +43,35 @@ TEST(GroupPlan, IsWhatAGroupTakesLayerByLayer) {
   for (const LayerGroupConfig& config : configs()) {
     for (const int num_ranks : {1, 2, 4}) {
       auto transports = make_inproc_transports(num_ranks);
-      std::vector<std::thread> ranks;
-      for (int r = 0; r < num_ranks; ++r) {
-        ranks.emplace_back([&, r] {
-          CountingBackend backend({.num_threads = 1});
-          CountingTransport transport(*transports[static_cast<std::size_t>(r)]);
-          LayerGroup group = LayerGroup::create(config, transport, backend);
-          std::vector<PlannedLayer> planned;
-          std::vector<Layer> layers;
-          for (std::size_t i = 0; i < recipes.size(); ++i) {
-            SCOPED_TRACE(::testing::Message() << num_ranks << " ranks, layer " << i);
-            const bool is_bf16 = i == 1;
-            const LayersOnDisk& source = is_bf16 ? bf16 : f32;
-            PlannedLayer layer{.scale_dtype = is_bf16 ? DType::kBFloat16 : DType::kFloat32};
-            if (config.low_latency.max_tokens_per_rank > 0) layer.recipes.low_latency = recipes[i];
-            if (config.normal.max_tokens_per_rank > 0) layer.recipes.normal = recipes[i];
-            planned.push_back(layer);
-            layers.push_back(
-                group.add_layer(read_layer(source.checkpoint(),
-                                           source.layer(static_cast<int>(i) % 2), r, num_ranks),
-                                layer.recipes));
-            const LayerGroupMemory plan =
-                LayerGroup::plan_memory(config, planned, Device::Kind::kHost, num_ranks);
-            expect_equal(group.memory(), plan);
-            EXPECT_EQ(backend.allocated_bytes + transport.window_bytes,
-                      plan.exchange_bytes + plan.scratch_bytes);
-          }
-          const std::size_t all = group.memory().prepared_bytes;
-          const std::size_t last = layers.back().weight_bytes();
-          layers.pop_back();
-          EXPECT_EQ(group.memory().prepared_bytes, all - last);
-          EXPECT_EQ(group.memory().num_layers, 3);
-        });
-      }
-      for (std::thread& rank : ranks) rank.join();
+      on_every_rank(num_ranks, [&](int r) {
+        CountingBackend backend({.num_threads = 1});
+        CountingTransport transport(*transports[static_cast<std::size_t>(r)]);
+        LayerGroup group = LayerGroup::create(config, transport, backend);
+        std::vector<PlannedLayer> planned;
+        std::vector<Layer> layers;
+        for (std::size_t i = 0; i < recipes.size(); ++i) {
+          SCOPED_TRACE(::testing::Message() << num_ranks << " ranks, layer " << i);
+          const bool is_bf16 = i == 1;
+          const LayersOnDisk& source = is_bf16 ? bf16 : f32;
+          PlannedLayer layer{.scale_dtype = is_bf16 ? DType::kBFloat16 : DType::kFloat32};
+          if (config.low_latency.max_tokens_per_rank > 0) layer.recipes.low_latency = recipes[i];
+          if (config.normal.max_tokens_per_rank > 0) layer.recipes.normal = recipes[i];
+          planned.push_back(layer);
+          layers.push_back(group.add_layer(
+              read_layer(source.checkpoint(), source.layer(static_cast<int>(i) % 2), r, num_ranks),
+              layer.recipes));
+          const LayerGroupMemory plan =
+              LayerGroup::plan_memory(config, planned, Device::Kind::kHost, num_ranks);
+          expect_equal(group.memory(), plan);
+          EXPECT_EQ(backend.allocated_bytes + transport.window_bytes,
+                    plan.exchange_bytes + plan.scratch_bytes);
+        }
+        const std::size_t all = group.memory().prepared_bytes;
+        const std::size_t last = layers.back().weight_bytes();
+        layers.pop_back();
+        EXPECT_EQ(group.memory().prepared_bytes, all - last);
+        EXPECT_EQ(group.memory().num_layers, 3);
+      });
     }
   }
 }

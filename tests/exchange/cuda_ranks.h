@@ -11,8 +11,8 @@
 #include <string>
 #include <vector>
 
+#include "exchange/exchange_check.h"
 #include "exchange/exchange_model.h"
-#include "gpu/exchange_check.h"
 #include "multirank/run_ranks.h"
 #include "sluice/backend.h"
 #include "sluice/transport.h"

@@ -7,11 +7,11 @@
 #include <thread>
 
 #include "bench/random_experts.h"
-#include "gpu/cuda_fixture.h"
 #include "sluice/lab/reference.h"
 #include "sluice/lab/workload.h"
 #include "sluice/quant.h"
 #include "sluice/recipe.h"
+#include "support/cuda_fixture.h"
 
 namespace sluice::testing {
 namespace {

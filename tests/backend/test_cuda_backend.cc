@@ -9,9 +9,9 @@
 
 #include "backend/ops.h"
 #include "core/counter_rng.h"
-#include "gpu/cuda_fixture.h"
 #include "layer/layer_fixture.h"
 #include "sluice/quant.h"
+#include "support/cuda_fixture.h"
 
 namespace sluice::testing {
 namespace {

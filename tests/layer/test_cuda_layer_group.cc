@@ -5,12 +5,12 @@
 
 #include <functional>
 #include <memory>
-#include <thread>
 #include <vector>
 
-#include "gpu/cuda_fixture.h"
 #include "layer/group_fixture.h"
+#include "sluice/lab/ranks.h"
 #include "support/counting.h"
+#include "support/cuda_fixture.h"
 
 namespace sluice::testing {
 namespace {
@@ -239,33 +239,29 @@ TEST_F(CudaLayerGroupTest, TwoLayersInFlightOnTwoStreams) {
 TEST_F(CudaLayerGroupTest, ThePlanIsWhatAGroupTakesLayerByLayer) {
   constexpr int kRanks = 2;
   auto transports = make_inproc_transports(kRanks);
-  std::vector<std::thread> ranks;
-  for (int r = 0; r < kRanks; ++r) {
-    ranks.emplace_back([&, r] {
-      CountingBackend backend(
-          {.device = {Device::Kind::kCuda, 0}, .local_rank = r, .num_local_ranks = kRanks});
-      CountingTransport transport(*transports[static_cast<std::size_t>(r)]);
-      LayerGroup group = LayerGroup::create(group_config(), transport, backend);
-      std::vector<PlannedLayer> planned;
-      std::vector<Layer> layers;
-      for (int i = 0; i < kNumLayers; ++i) {
-        planned.push_back({.recipes = recipes(i)});
-        layers.push_back(group.add_layer(
-            read_layer(files_.checkpoint(), files_.layer(i), r, kRanks), recipes(i)));
-        const LayerGroupMemory plan =
-            LayerGroup::plan_memory(group_config(), planned, Device::Kind::kCuda, kRanks);
-        const LayerGroupMemory taken = group.memory();
-        EXPECT_EQ(taken.prepared_bytes, plan.prepared_bytes);
-        EXPECT_EQ(taken.exchange_bytes, plan.exchange_bytes);
-        EXPECT_EQ(taken.scratch_bytes, plan.scratch_bytes);
-        EXPECT_EQ(backend.allocated_bytes + transport.window_bytes,
-                  plan.exchange_bytes + plan.scratch_bytes);
-      }
-      // Giving memory back waits for the device: every rank first.
-      (void)transport.all_gather({}, group.config().peer_timeout);
-    });
-  }
-  for (std::thread& rank : ranks) rank.join();
+  on_every_rank(kRanks, [&](int r) {
+    CountingBackend backend(
+        {.device = {Device::Kind::kCuda, 0}, .local_rank = r, .num_local_ranks = kRanks});
+    CountingTransport transport(*transports[static_cast<std::size_t>(r)]);
+    LayerGroup group = LayerGroup::create(group_config(), transport, backend);
+    std::vector<PlannedLayer> planned;
+    std::vector<Layer> layers;
+    for (int i = 0; i < kNumLayers; ++i) {
+      planned.push_back({.recipes = recipes(i)});
+      layers.push_back(
+          group.add_layer(read_layer(files_.checkpoint(), files_.layer(i), r, kRanks), recipes(i)));
+      const LayerGroupMemory plan =
+          LayerGroup::plan_memory(group_config(), planned, Device::Kind::kCuda, kRanks);
+      const LayerGroupMemory taken = group.memory();
+      EXPECT_EQ(taken.prepared_bytes, plan.prepared_bytes);
+      EXPECT_EQ(taken.exchange_bytes, plan.exchange_bytes);
+      EXPECT_EQ(taken.scratch_bytes, plan.scratch_bytes);
+      EXPECT_EQ(backend.allocated_bytes + transport.window_bytes,
+                plan.exchange_bytes + plan.scratch_bytes);
+    }
+    // Giving memory back waits for the device: every rank first.
+    (void)transport.all_gather({}, group.config().peer_timeout);
+  });
 }
 
 }  // namespace

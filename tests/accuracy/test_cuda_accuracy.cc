@@ -6,9 +6,9 @@
 #include <cstdio>
 #include <filesystem>
 
-#include "gpu/cuda_fixture.h"
 #include "sluice/lab/accuracy.h"
 #include "sluice/lab/synthetic.h"
+#include "support/cuda_fixture.h"
 
 namespace sluice::testing {
 namespace {

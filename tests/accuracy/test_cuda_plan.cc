@@ -4,13 +4,13 @@
 #include <unistd.h>
 
 #include <filesystem>
-#include <thread>
 
-#include "gpu/cuda_fixture.h"
 #include "sluice/engine.h"
+#include "sluice/lab/ranks.h"
 #include "sluice/lab/synthetic.h"
 #include "sluice/transport.h"
 #include "support/counting.h"
+#include "support/cuda_fixture.h"
 
 namespace sluice::testing {
 namespace {
@@ -49,20 +49,15 @@ TEST_F(CudaPlanTest, IsWhatEnginesTake) {
         const LayerGroupMemory plan = Engine::plan_memory(
             config, checkpoint.geometry(), scale_dtype, Device::Kind::kCuda, num_ranks);
         auto transports = make_inproc_transports(num_ranks);
-        std::vector<std::thread> ranks;
-        for (int r = 0; r < num_ranks; ++r) {
-          ranks.emplace_back([&, r] {
-            CountingBackend backend({.device = {Device::Kind::kCuda, 0},
-                                     .local_rank = r,
-                                     .num_local_ranks = num_ranks});
-            CountingTransport transport(*transports[static_cast<std::size_t>(r)]);
-            const Engine engine = Engine::create(config, checkpoint, transport, backend);
-            SCOPED_TRACE(::testing::Message() << num_ranks << " ranks");
-            expect_taken(engine, backend, transport, plan);
-            (void)transport.all_gather({}, config.peer_timeout);
-          });
-        }
-        for (std::thread& rank : ranks) rank.join();
+        on_every_rank(num_ranks, [&](int r) {
+          CountingBackend backend(
+              {.device = {Device::Kind::kCuda, 0}, .local_rank = r, .num_local_ranks = num_ranks});
+          CountingTransport transport(*transports[static_cast<std::size_t>(r)]);
+          const Engine engine = Engine::create(config, checkpoint, transport, backend);
+          SCOPED_TRACE(::testing::Message() << num_ranks << " ranks");
+          expect_taken(engine, backend, transport, plan);
+          (void)transport.all_gather({}, config.peer_timeout);
+        });
       }
     }
   }

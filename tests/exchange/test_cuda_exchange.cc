@@ -7,7 +7,7 @@
 #include <cstdlib>
 #include <thread>
 
-#include "gpu/cuda_ranks.h"
+#include "exchange/cuda_ranks.h"
 
 namespace sluice::testing {
 namespace {

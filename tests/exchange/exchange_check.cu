@@ -3,7 +3,7 @@
 #include <cstddef>
 
 #include "backend/cuda/check.h"
-#include "gpu/exchange_check.h"
+#include "exchange/exchange_check.h"
 
 namespace sluice::testing {
 namespace {
