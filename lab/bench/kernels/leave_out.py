@@ -1,0 +1,131 @@
+#!/usr/bin/env python3
+"""What each part of the W4A8 main loops costs: builds with one part left out, timed in one run.
+
+Widening cannot be left out this way: ptxas then runs the products one after the other (C7513), and
+ptxas_guard.sh refuses the object, as it refuses one that spills.
+
+    cmake --build build/cuda --target bench_w4a8
+    lab/bench/kernels/leave_out.py build/cuda [--out DIR] [bench_w4a8's options]
+
+Each variant is a copy of src/backend/cuda with a few lines replaced. The script fails when a line
+is not there exactly once, so a changed main loop cannot be measured by mistake. It compiles the two
+kernels of bf16 scales in groups of 128 with the commands of BUILD (a Ninja build), in parallel,
+links them before the library that holds the real ones, and runs the programs in turn. RESULTS OF
+ALL VARIANTS BUT THE FIRST ARE WRONG ON PURPOSE; the source tree and BUILD stay as they are.
+"""
+
+import argparse
+import concurrent.futures
+import os
+import pathlib
+import shutil
+import subprocess
+import sys
+
+ROOT = pathlib.Path(__file__).resolve().parents[3]
+KERNELS = ("sm90_w4a8_decode_bf16_g128.cu", "sm90_w4a8_prefill_bf16_g128.cu")
+UNIT, LOOP = "sm90_w4a8_unit.cuh", "sm90_w4a8_mainloop.cuh"
+
+NO_TOKEN_SCALES = [
+    (UNIT, f"__fmul_rn(ws.{row}, xs[{column}])", f"ws.{row}")
+    for row in "xy"
+    for column in ("i", "i + 1")
+]
+NO_PROMOTION = [
+    (
+        UNIT,
+        "    const int at = 2 * (first + i);\n",
+        "    const int at = 2 * (first + i);\n    if (at > 2) continue;\n",
+    )
+]
+ONE_PRODUCT = [
+    (
+        UNIT,
+        "for (int i = 0; i < 4; ++i) ptx::wgmma_m64k32",
+        "for (int i = 0; i < 1; ++i) ptx::wgmma_m64k32",
+    )
+]
+NO_ARITHMETIC = [(LOOP, "  if (!has_slabs) {\n", "  if (has_slabs || !has_slabs) {\n")]
+
+VARIANTS = {
+    "nothing left out": [],
+    "one fma (no token scales)": NO_TOKEN_SCALES,
+    "promotion of all but two columns": NO_PROMOTION,
+    "three of four products": ONE_PRODUCT,
+    "all arithmetic along K": NO_ARITHMETIC,
+}
+
+
+def make_sources(edits, folder):
+    """Copies the kernels' folder to `folder`/src and makes the edits there."""
+    target = folder / "src" / "backend" / "cuda"
+    shutil.copytree(ROOT / "src" / "backend" / "cuda", target)
+    for file, old, new in edits:
+        text = (target / file).read_text()
+        if text.count(old) != 1:
+            sys.exit(f"leave_out.py: {file} has {text.count(old)} times, not once: {old.strip()}")
+        (target / file).write_text(text.replace(old, new))
+
+
+def ninja_commands(build):
+    """The commands that make bench_w4a8, one a line."""
+    lines = subprocess.run(
+        ["ninja", "-C", build, "-t", "commands", "bench_w4a8"],
+        check=True,
+        capture_output=True,
+        text=True,
+    )
+    return lines.stdout.splitlines()[0 if "Entering" not in lines.stdout[:60] else 1 :]
+
+
+def compile_kernel(commands, build, kernel, folder):
+    """Compiles `folder`'s copy of one kernel with the command of the build; returns the object."""
+    (command,) = [c for c in commands if f" -c {ROOT}/src/backend/cuda/{kernel} " in c]
+    made = command.split(" -o ")[1].split()[0]
+    real, copy = f"{ROOT}/src/backend/cuda/{kernel}", f"{folder}/src/backend/cuda/{kernel}"
+    command = command.replace(made, f"{folder}/{kernel}.o").replace(real, copy)
+    command = command.replace(" -I", f" -I{folder}/src -I", 1)
+    subprocess.run(command, shell=True, cwd=build, check=True)
+    return f"{folder}/{kernel}.o"
+
+
+def link(commands, build, objects, folder):
+    """Links bench_w4a8 with `objects` before everything else; returns the program."""
+    command = commands[-1]
+    made = command.split(" -o ")[1].split()[0]
+    program = f"{folder}/bench_w4a8"
+    command = command.replace(f" -o {made}", f" {' '.join(objects)} -o {program}", 1)
+    subprocess.run(command, shell=True, cwd=build, check=True)
+    return program
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("build", type=pathlib.Path, help="a Ninja build of this tree")
+    parser.add_argument("--out", type=pathlib.Path, help="made anew (BUILD/leave_out)")
+    args, options = parser.parse_known_args()
+    build = args.build.resolve()
+    out = (args.out or build / "leave_out").resolve()
+    shutil.rmtree(out, ignore_errors=True)
+    commands = ninja_commands(build)
+    folders = {name: out / str(i) for i, name in enumerate(VARIANTS)}
+    for name, folder in folders.items():
+        make_sources(VARIANTS[name], folder)
+    with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
+        jobs = {
+            name: [pool.submit(compile_kernel, commands, build, k, folder) for k in KERNELS]
+            for name, folder in folders.items()
+        }
+        failed = [n for n, list_ in jobs.items() if any(job.exception() for job in list_)]
+    for name, folder in folders.items():
+        print(f"\n== left out: {name}", flush=True)
+        if name in failed:
+            print("does not compile: see above")
+            continue
+        program = link(commands, build, [job.result() for job in jobs[name]], folder)
+        subprocess.run([program, *(options or ["--rows", "64,128,1024"])], check=True)
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
