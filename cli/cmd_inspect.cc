@@ -53,7 +53,6 @@ struct LayerSample {
   std::array<std::int64_t, 16> codes{};  // by value + 8
   std::size_t expert_bytes = 0;
   DType scale_dtype = DType::kFloat32;
-  std::vector<CheckpointWarning> warnings;
 };
 
 void count_codes(const TensorView& codes, std::array<std::int64_t, 16>& counts) {
@@ -100,7 +99,6 @@ LayerSample sample_layer(const Checkpoint& checkpoint, int layer, int max_expert
   sample.w1 = range_of(std::move(w1));
   sample.w2 = range_of(std::move(w2));
   sample.w3 = range_of(std::move(w3));
-  sample.warnings = checkpoint.warnings(layer);
   return sample;
 }
 
@@ -143,10 +141,6 @@ nlohmann::ordered_json to_json(const LayerSample& s) {
   if (s.static_scales) {
     json["input_scales"] = {{"w1", to_json(s.w1)}, {"w2", to_json(s.w2)}, {"w3", to_json(s.w3)}};
     json["static_scales"] = {{"s1", s.static_scales->s1}, {"s2", s.static_scales->s2}};
-  }
-  json["warnings"] = nlohmann::ordered_json::array();
-  for (const auto& w : s.warnings) {
-    json["warnings"].push_back({{"tensor", w.tensor}, {"text", w.text}});
   }
   return json;
 }
@@ -268,37 +262,71 @@ void inspect_floats(const Options& options, const Checkpoint& checkpoint, const 
   output.json = model_json(options, checkpoint, checked);
 }
 
+/// Warnings first, then notes, then what cannot be loaded.
+void print_review(const CheckpointReview& review, const LayerCheck& checked) {
+  std::size_t num_notes = 0;
+  for (const bool notes : {false, true}) {
+    for (const CheckpointWarning& w : review.warnings) {
+      if (w.is_note != notes) continue;
+      fmt::print("{}: {}: {}\n", notes ? "note" : "warning", w.tensor, w.text);
+      num_notes += notes;
+    }
+  }
+  for (const std::string& error : checked.errors) fmt::print("error: {}\n", error);
+  fmt::print("looked at the weights of {} experts in {} layers: {} warnings, {} notes\n",
+             review.num_experts, review.num_layers, review.warnings.size() - num_notes, num_notes);
+}
+
+nlohmann::ordered_json to_json(const CheckpointReview& review) {
+  nlohmann::ordered_json list = nlohmann::ordered_json::array();
+  for (const CheckpointWarning& w : review.warnings) {
+    list.push_back({{"kind", w.kind},
+                    {"severity", w.is_note ? "note" : "warning"},
+                    {"count", w.count},
+                    {"tensor", w.tensor},
+                    {"text", w.text}});
+  }
+  return list;
+}
+
+bool has_unreadable(const CheckpointReview& review) {
+  return std::ranges::any_of(review.warnings,
+                             [](const CheckpointWarning& w) { return w.kind == "unreadable"; });
+}
+
 void inspect(const Options& options, Output& output) {
   const Checkpoint checkpoint = Checkpoint::open(options.dir);
-  const auto& layers = checkpoint.moe_layers();
   const LayerCheck checked = check_layers(checkpoint);
-  // A checkpoint with a layer that cannot be loaded is not in order.
-  if (!checked.errors.empty()) output.exit_status = exit_status(ErrorCode::kCorruptFile);
-  if (!checkpoint.weight_format()) return inspect_floats(options, checkpoint, checked, output);
+  if (!checkpoint.weight_format()) {
+    if (!checked.errors.empty()) output.exit_status = exit_status(ErrorCode::kCorruptFile);
+    return inspect_floats(options, checkpoint, checked, output);
+  }
   std::vector<LayerSample> samples;
+  CheckpointReview review;
   {
     ProgressLine line("reading " + options.dir);
     const auto picks = spread(static_cast<int>(checked.good.size()), options.max_layers);
     for (const int i : picks) {
       samples.push_back(
           sample_layer(checkpoint, checked.good[static_cast<std::size_t>(i)], options.max_experts));
-      line.update(static_cast<double>(samples.size()) / static_cast<double>(picks.size()));
+      line.update(static_cast<double>(samples.size()) / static_cast<double>(picks.size() + 1));
     }
+    review = checkpoint.review(checked.good);
+  }
+  // A checkpoint with a layer that cannot be loaded is not in order.
+  if (!checked.errors.empty() || has_unreadable(review)) {
+    output.exit_status = exit_status(ErrorCode::kCorruptFile);
   }
   print_head(checkpoint, samples.front());
   print_layers(samples, checkpoint.geometry().num_experts);
-  std::size_t num_warnings = 0;
-  for (const LayerSample& s : samples) {
-    for (const auto& w : s.warnings) fmt::print("warning: {}: {}\n", w.tensor, w.text);
-    num_warnings += s.warnings.size();
-  }
-  for (const std::string& error : checked.errors) fmt::print("error: {}\n", error);
-  fmt::print("{} of {} layers are complete; weights of {} looked at; {} warnings\n",
-             checked.good.size(), layers.size(), samples.size(), num_warnings);
+  print_review(review, checked);
+  fmt::print("{} of {} layers are complete\n", checked.good.size(), checkpoint.moe_layers().size());
 
   output.json = model_json(options, checkpoint, checked);
   output.json["scale_dtype"] = to_string(samples.front().scale_dtype);
   output.json["bytes_per_expert"] = samples.front().expert_bytes;
+  output.json["experts_looked_at"] = review.num_experts;
+  output.json["warnings"] = to_json(review);
   for (const LayerSample& s : samples) output.json["layers"].push_back(to_json(s));
 }
 

@@ -256,7 +256,7 @@ void print_layer(const Options& options, const LayerRunConfig& config,
              config.layer, options.checkpoint, checkpoint.format(), g.num_experts, g.num_topk,
              g.hidden, g.intermediate);
   for (const CheckpointWarning& w : checkpoint.warnings(config.layer)) {
-    fmt::print("warning   {}: {}\n", w.tensor, w.text);
+    fmt::print("{}   {}: {}\n", w.is_note ? "note   " : "warning", w.tensor, w.text);
   }
 }
 

@@ -87,6 +87,16 @@ enum class MatrixRole { kGate, kUp, kDown };
 struct CheckpointWarning {
   std::string tensor;
   std::string text;
+  std::string kind = {};  ///< "layer-sizes", "input-scales-one"...: docs/formats.md lists them.
+  int count = 1;          ///< Places with a warning of this kind; the worst is `tensor`.
+  bool is_note = false;   ///< True of what is normal in some published files.
+};
+
+/// What Checkpoint::review() found, and what it read for that.
+struct CheckpointReview {
+  std::vector<CheckpointWarning> warnings;  ///< At most one of each kind.
+  int num_layers = 0;                       ///< Layers whose weights were looked at.
+  int num_experts = 0;                      ///< Experts of all these layers together.
 };
 
 class Checkpoint {
@@ -135,8 +145,14 @@ class Checkpoint {
   /// expert, size of `out`), kCorruptFile.
   void load_floats(int layer, int expert, MatrixRole role, std::span<float> out) const;
 
-  /// Warnings for one layer: uncalibrated input scales (all exactly 1.0), a value of -8 where the
-  /// quantizer should not make one, scales far from their neighbours...
+  /// Compares the input scales of all experts of `layers`, and the weights of some experts: of each
+  /// matrix by itself, of gate, up and down, of experts, of layers. Looked at are 4 experts of each
+  /// layer, fewer if that were more than 64, and at least 1; of a layer that then stands out, 4. Of
+  /// FP8 and BF16 experts no weights are looked at. Thresholds: docs/formats.md.
+  /// Throws: kInvalidArgument for a layer that is not there. A layer that cannot be loaded is a
+  ///   warning of kind "unreadable".
+  [[nodiscard]] CheckpointReview review(std::span<const int> layers) const;
+  /// review() of one layer. Throws: as load_experts().
   [[nodiscard]] std::vector<CheckpointWarning> warnings(int layer) const;
 
  private:

@@ -1,27 +1,22 @@
-// What loads but deserves a look. Input scales are read for all experts, weights for a few only.
+// A review of a checkpoint: what loads but deserves a look. Input scales are read for all experts,
+// weights for a few only.
 #include <algorithm>
 #include <array>
+#include <cmath>
 #include <cstdint>
 #include <set>
 #include <span>
 
 #include "checkpoint/checkpoint_impl.h"
+#include "checkpoint/findings.h"
+#include "checkpoint/weight_warnings.h"
 #include "core/fail.h"
-#include "sluice/quant.h"
 
 namespace sluice {
 namespace {
 
-/// Scales this many times above or below the median of their kind are worth a word.
-constexpr float kFarFactor = 1000.0f;
-/// Weights with scales below this contribute nothing; experts that were never routed to in training
-/// look like this, and other engines turn them into NaN.
-constexpr float kDeadScale = 1e-12f;
-constexpr int kNumSampledExperts = 4;
-/// Codes looked at per matrix.
-constexpr std::size_t kMaxSampledBytes = std::size_t{1} << 18;
-
-using Warnings = std::vector<CheckpointWarning>;
+/// Experts whose weights are looked at: of one layer, and in all where there are many layers.
+constexpr int kExpertsPerLayer = 4, kExpertsInAll = 64;
 
 float median_of(std::vector<float> values) {
   const auto middle = values.begin() + static_cast<std::ptrdiff_t>(values.size() / 2);
@@ -46,112 +41,160 @@ struct Names {
   }
 };
 
-void check_input_scales(const Names& names, const std::vector<InputScales>& scales, Warnings& out) {
+Names names_of(const CheckpointData& data, int layer) {
+  return {.format = *data.format, .layouts = matrix_layouts(data.config.geometry), .layer = layer};
+}
+
+/// gate, up, down.
+constexpr std::array kInputMembers = {&InputScales::w1, &InputScales::w3, &InputScales::w2};
+
+/// Gate and up read the same input, so their scales are the same unless something went wrong.
+void check_pairs(const Names& names, const std::vector<InputScales>& scales, Findings& out) {
+  for (std::size_t e = 0; e < scales.size(); ++e) {
+    const InputScales& s = scales[e];
+    if (s.w1 == s.w3 || s.w1 == 1 || s.w3 == 1) continue;
+    out.add(WarningKind::kInputScalePair, std::fabs(std::log(s.w1 / s.w3)),
+            names.input_scale(static_cast<int>(e), 0),
+            fmt::format("{:.4g}, but w3's is {:.4g}, though both have the same input; the largest "
+                        "of the layer is used",
+                        s.w1, s.w3));
+  }
+}
+
+void check_input_scales(const Names& names, const std::vector<InputScales>& scales, Findings& out) {
   if (scales.empty()) return;
-  const bool is_uncalibrated = std::ranges::all_of(
-      scales, [](const InputScales& s) { return s.w1 == 1 && s.w2 == 1 && s.w3 == 1; });
-  if (is_uncalibrated) {
-    out.push_back({.tensor = names.input_scale(0, 0),
-                   .text = "every input scale of the layer is exactly 1.0: uncalibrated"});
+  if (std::ranges::all_of(
+          scales, [](const InputScales& s) { return s.w1 == 1 && s.w2 == 1 && s.w3 == 1; })) {
+    out.add(WarningKind::kInputScalesOne, 0, names.input_scale(0, 0),
+            "every input scale of the layer is exactly 1.0, so they were never calibrated: use the "
+            "recipe `direct`, which needs none");
     return;
   }
-  const std::array members = {&InputScales::w1, &InputScales::w3, &InputScales::w2};
-  for (std::size_t m = 0; m < members.size(); ++m) {
+  for (std::size_t m = 0; m < kInputMembers.size(); ++m) {
     std::vector<float> values;
-    for (const InputScales& s : scales) values.push_back(s.*members[m]);
+    for (const InputScales& s : scales) values.push_back(s.*kInputMembers[m]);
     const float median = median_of(values);
     for (std::size_t e = 0; e < values.size(); ++e) {
-      if (values[e] <= median * kFarFactor && values[e] >= median / kFarFactor) continue;
-      out.push_back(
-          {.tensor = names.input_scale(static_cast<int>(e), m),
-           .text = fmt::format("{:.4g} is far from the layer's median {:.4g}", values[e], median)});
+      const std::string tensor = names.input_scale(static_cast<int>(e), m);
+      const float ratio = values[e] / median;
+      if (values[e] == 1) {
+        out.add(WarningKind::kInputScaleOne, 0, tensor,
+                "exactly 1.0, though others of the layer are not: not calibrated? The largest of "
+                "the layer is used");
+      } else if (!(ratio <= kFarScale && ratio >= 1 / kFarScale)) {
+        out.add(WarningKind::kInputScaleFar, std::fabs(std::log(ratio)), tensor,
+                fmt::format("{:.4g} is far from the layer's median {:.4g}", values[e], median));
+      }
     }
   }
+  check_pairs(names, scales, out);
 }
 
-void check_codes(const std::string& tensor, const TensorView& codes, bool expects_minus_eight,
-                 Warnings& out) {
-  std::array<std::int64_t, 256> bytes{};
-  const std::size_t count = std::min(codes.bytes(), kMaxSampledBytes);
-  for (const std::uint8_t byte : std::span(codes.as<std::uint8_t>(), count)) ++bytes[byte];
-  std::array<std::int64_t, 16> nibbles{};
-  for (std::size_t b = 0; b < bytes.size(); ++b) {
-    nibbles[b & 0xf] += bytes[b];
-    nibbles[b >> 4] += bytes[b];
-  }
-  const auto total = static_cast<std::int64_t>(2 * count);
-  if (nibbles[0] == total) {
-    out.push_back({.tensor = tensor, .text = "every weight looked at is 0"});
-  } else if (nibbles[8] > nibbles[0]) {
-    // Around zero lie most weights: code 0 if signed, code 8 if stored with an offset of 8.
-    out.push_back({.tensor = tensor,
-                   .text = fmt::format("-8 occurs {} times and 0 only {} times: codes with an "
-                                       "offset of 8 instead of signed ones?",
-                                       nibbles[8], nibbles[0])});
-  } else if (nibbles[8] > 0 && !expects_minus_eight) {
-    out.push_back({.tensor = tensor,
-                   .text = fmt::format("-8 occurs {} times in {} weights; amax / 7 rounding makes "
-                                       "none",
-                                       nibbles[8], total)});
+void check_expected(const Names& names, const ModelConfig& config, Findings& out) {
+  const int layer = names.layer;
+  if (layer < config.first_k_dense_replace) {
+    out.add(WarningKind::kUnexpectedLayer, 0, names.weight(0, 0),
+            fmt::format("layer {} has routed experts, though first_k_dense_replace = {}", layer,
+                        config.first_k_dense_replace));
+  } else if (config.num_layers > 0 && layer >= config.num_layers) {
+    out.add(WarningKind::kPredictionLayer, 0, names.weight(0, 0),
+            fmt::format("layer {} is past the model's {} layers (a prediction layer?)", layer,
+                        config.num_layers));
   }
 }
 
-void check_scales(const std::string& tensor, const TensorView& scales, Warnings& out) {
-  std::vector<float> values(static_cast<std::size_t>(scales.shape.num_elements()));
-  for (std::size_t i = 0; i < values.size(); ++i) {
-    values[i] = scales.dtype == DType::kFloat32 ? scales.as<float>()[i]
-                                                : bf16_to_float(scales.as<std::uint16_t>()[i]);
-  }
-  const float largest = std::ranges::max(values);
-  const float median = median_of(std::move(values));
-  if (largest < kDeadScale) {
-    out.push_back(
-        {.tensor = tensor, .text = fmt::format("largest scale is {:.4g}: a dead expert", largest)});
-  } else if (largest > median * kFarFactor) {
-    out.push_back({.tensor = tensor,
-                   .text = fmt::format("largest scale {:.4g} is far from the median {:.4g}",
-                                       largest, median)});
-  }
+/// `count` of the layer's experts, first and last included; if it is one, another in each layer.
+std::set<int> experts_to_look_at(int num_experts, int count, std::size_t layer_position) {
+  if (count == 1)
+    return {static_cast<int>(layer_position * 37 % static_cast<unsigned>(num_experts))};
+  std::set<int> picks;
+  for (int i = 0; i < count; ++i) picks.insert((num_experts - 1) * i / (count - 1));
+  return picks;
 }
 
-void check_weights(const Names& names, int index, const Expert& expert, Warnings& out) {
-  const std::array matrices = {&expert.gate, &expert.up, &expert.down};
-  for (std::size_t i = 0; i < matrices.size(); ++i) {
-    check_codes(names.weight(index, i), matrices[i]->codes, names.format.makes_minus_eight(), out);
-    check_scales(names.scale(index, i), matrices[i]->scales, out);
+/// Looks at layers and remembers which experts it has seen.
+class Reviewer {
+ public:
+  explicit Reviewer(const CheckpointData& data) : data_(data) {}
+
+  /// Throws: as Checkpoint::load_experts().
+  void look_at_layer(int layer, const std::set<int>& experts) {
+    const Names names = names_of(data_, layer);
+    check_input_scales(names, data_.input_scales(layer), findings_);
+    check_expected(names, data_.config, findings_);
+    look_at_experts(layer, experts);
   }
-}
+
+  void look_at_layers(std::span<const int> layers) {
+    const int count = std::clamp(kExpertsInAll / std::max(1, static_cast<int>(layers.size())), 1,
+                                 kExpertsPerLayer);
+    for (std::size_t i = 0; i < layers.size(); ++i) {
+      (void)data_.layer_tensors(layers[i]);  // Throws if the layer is not there.
+      try {
+        look_at_layer(layers[i], experts_to_look_at(data_.geometry().num_experts, count, i));
+      } catch (const Error& error) {
+        findings_.add(WarningKind::kUnreadable, 0, names_of(data_, layers[i]).weight(0, 0),
+                      error.what());
+      }
+    }
+    // One expert of a layer may be no good example of it.
+    for (const int layer : outlying_layers(looks_)) {
+      look_at_experts(layer, experts_to_look_at(data_.geometry().num_experts, kExpertsPerLayer, 0));
+    }
+  }
+
+  [[nodiscard]] CheckpointReview finish() {
+    const WeightNames names = {
+        .codes = [this](int layer, int e,
+                        std::size_t m) { return names_of(data_, layer).weight(e, m); },
+        .scales = [this](int layer, int e,
+                         std::size_t m) { return names_of(data_, layer).scale(e, m); }};
+    check_weights(looks_, names, data_.format->makes_minus_eight(), findings_);
+    std::set<int> layers;
+    for (const ExpertLook& look : looks_) layers.insert(look.layer);
+    return {.warnings = findings_.take(),
+            .num_layers = static_cast<int>(layers.size()),
+            .num_experts = static_cast<int>(looks_.size())};
+  }
+
+ private:
+  void look_at_experts(int layer, const std::set<int>& experts) {
+    if (!data_.format->weight_format()) return;
+    data_.check_layer(layer);
+    for (const int e : experts) {
+      const auto is_this = [&](const ExpertLook& l) { return l.layer == layer && l.expert == e; };
+      if (std::ranges::any_of(looks_, is_this)) continue;
+      ExpertStorage storage;
+      const Expert expert = data_.load_expert(layer, e, storage);
+      looks_.push_back({.layer = layer,
+                        .expert = e,
+                        .matrices = {weight_stats(expert.gate), weight_stats(expert.up),
+                                     weight_stats(expert.down)}});
+      // Looking must not make the layer resident.
+      const ExpertTensors& tensors =
+          data_.layer_tensors(layer).experts[static_cast<std::size_t>(e)];
+      for (const auto& part : tensors.parts) MappedFile::release(part.tensor.bytes());
+    }
+  }
+
+  const CheckpointData& data_;
+  std::vector<ExpertLook> looks_;
+  Findings findings_;
+};
 
 }  // namespace
 
+CheckpointReview Checkpoint::review(std::span<const int> layers) const {
+  Reviewer reviewer(*impl_);
+  reviewer.look_at_layers(layers);
+  return reviewer.finish();
+}
+
 std::vector<CheckpointWarning> Checkpoint::warnings(int layer) const {
-  Warnings result;
-  const Names names{
-      .format = *impl_->format, .layouts = matrix_layouts(impl_->config.geometry), .layer = layer};
-  check_input_scales(names, input_scales(layer), result);
-  const ModelConfig& config = impl_->config;
-  const bool is_dense = layer < config.first_k_dense_replace;
-  if (is_dense || (config.num_layers > 0 && layer >= config.num_layers)) {
-    result.push_back({.tensor = names.weight(0, 0),
-                      .text = is_dense ? fmt::format("layer {} has routed experts, though "
-                                                     "first_k_dense_replace = {}",
-                                                     layer, config.first_k_dense_replace)
-                                       : fmt::format("layer {} is past the model's {} layers "
-                                                     "(a prediction layer?)",
-                                                     layer, config.num_layers)});
-  }
-  if (!weight_format()) return result;
-  const int num_experts = config.geometry.num_experts;
-  std::set<int> sampled;
-  for (int i = 0; i < kNumSampledExperts; ++i) {
-    sampled.insert((num_experts - 1) * i / (kNumSampledExperts - 1));
-  }
-  for (const int e : sampled) {
-    const ExpertWeights weights = load_experts(layer, e, 1);
-    check_weights(names, e, weights.experts.front(), result);
-    weights.release_pages(0);  // Looking must not make the layer resident.
-  }
-  return result;
+  Reviewer reviewer(*impl_);
+  const int num_experts = impl_->geometry().num_experts;
+  reviewer.look_at_layer(layer, experts_to_look_at(num_experts, kExpertsPerLayer, 0));
+  return reviewer.finish().warnings;
 }
 
 }  // namespace sluice
