@@ -2,14 +2,16 @@
 #include <fmt/core.h>
 
 #include <algorithm>
-#include <array>
-#include <span>
+#include <optional>
+#include <string>
+#include <vector>
 
 #include "command.h"
+#include "inspect_runs.h"
+#include "inspect_sample.h"
 #include "report.h"
 #include "sluice/checkpoint.h"
 #include "sluice/error.h"
-#include "sluice/quant.h"
 
 namespace sluice::cli {
 namespace {
@@ -19,141 +21,17 @@ struct Options {
   int max_layers = 4, max_experts = 8;
 };
 
-struct Range {
-  float min = 0, median = 0, max = 0;
-};
-
-Range range_of(std::vector<float> values) {
-  if (values.empty()) return {};
-  std::ranges::sort(values);
-  return {values.front(), values[values.size() / 2], values.back()};
-}
-
-nlohmann::ordered_json to_json(const Range& r) {
-  return {{"min", r.min}, {"median", r.median}, {"max", r.max}};
-}
-
-/// At most `limit` of 0 .. count - 1, first and last included.
-std::vector<int> spread(int count, int limit) {
-  std::vector<int> picks;
-  if (limit <= 0 || limit >= count) limit = count;
-  for (int i = 0; i < limit; ++i) {
-    picks.push_back(
-        limit == 1 ? 0 : static_cast<int>(static_cast<std::int64_t>(count - 1) * i / (limit - 1)));
-  }
-  return picks;
-}
-
-/// Gathered from the sampled experts of one layer.
-struct LayerSample {
-  int layer = 0, num_sampled = 0;
-  std::array<Range, 3> weight_scales;  // gate, up, down
-  Range w1, w2, w3;
-  std::optional<StaticScales> static_scales;
-  std::array<std::int64_t, 16> codes{};  // by value + 8
-  std::size_t expert_bytes = 0;
-  DType scale_dtype = DType::kFloat32;
-};
-
-void count_codes(const TensorView& codes, std::array<std::int64_t, 16>& counts) {
-  std::array<std::int64_t, 256> bytes{};
-  for (const std::uint8_t byte : std::span(codes.as<std::uint8_t>(), codes.bytes())) ++bytes[byte];
-  for (unsigned b = 0; b < bytes.size(); ++b) {
-    counts[(b & 0xf) ^ 8] += bytes[b];
-    counts[(b >> 4) ^ 8] += bytes[b];
-  }
-}
-
-void append_scales(const TensorView& scales, std::vector<float>& out) {
-  for (std::int64_t i = 0; i < scales.shape.num_elements(); ++i) {
-    out.push_back(scales.dtype == DType::kFloat32 ? scales.as<float>()[i]
-                                                  : bf16_to_float(scales.as<std::uint16_t>()[i]));
-  }
-}
-
-LayerSample sample_layer(const Checkpoint& checkpoint, int layer, int max_experts) {
-  LayerSample sample;
-  sample.layer = layer;
-  std::array<std::vector<float>, 3> scales;
-  for (const int e : spread(checkpoint.geometry().num_experts, max_experts)) {
-    const ExpertWeights weights = checkpoint.load_experts(layer, e, 1);
-    const Expert& expert = weights.experts.front();
-    const std::array matrices = {&expert.gate, &expert.up, &expert.down};
-    for (std::size_t i = 0; i < matrices.size(); ++i) {
-      append_scales(matrices[i]->scales, scales[i]);
-      count_codes(matrices[i]->codes, sample.codes);
-    }
-    sample.expert_bytes = weights.bytes();
-    sample.scale_dtype = expert.gate.scales.dtype;
-    sample.static_scales = weights.static_scales;
-    ++sample.num_sampled;
-    weights.release_pages(0);
-  }
-  for (std::size_t i = 0; i < scales.size(); ++i) {
-    sample.weight_scales[i] = range_of(std::move(scales[i]));
-  }
-  std::vector<float> w1, w2, w3;
-  for (const InputScales& s : checkpoint.input_scales(layer)) {
-    w1.push_back(s.w1), w2.push_back(s.w2), w3.push_back(s.w3);
-  }
-  sample.w1 = range_of(std::move(w1));
-  sample.w2 = range_of(std::move(w2));
-  sample.w3 = range_of(std::move(w3));
-  return sample;
-}
-
-/// Share of the sampled weights that have `value`.
-double share(const LayerSample& sample, int value) {
-  std::int64_t total = 0;
-  for (const std::int64_t count : sample.codes) total += count;
-  return static_cast<double>(sample.codes[static_cast<std::size_t>(value + 8)]) /
-         static_cast<double>(total);
-}
-
-/// Weights crowd around 0, so a sample read the right way has few codes at the ends. The opposite
-/// is refused when experts are loaded.
-struct NibbleShares {
-  double near_0 = 0;     ///< Codes -1, 0, 1.
-  double near_ends = 0;  ///< Codes 7, -8, -7: what those would be, stored the other way.
-  [[nodiscard]] bool is_borne_out() const { return near_0 > 2 * near_ends; }
-};
-
-NibbleShares nibble_shares(const LayerSample& s) {
-  return {.near_0 = share(s, -1) + share(s, 0) + share(s, 1),
-          .near_ends = share(s, 7) + share(s, -8) + share(s, -7)};
-}
-
-nlohmann::ordered_json to_json(const LayerSample& s) {
-  const NibbleShares nibbles = nibble_shares(s);
-  nlohmann::ordered_json json = {
-      {"layer", s.layer},
-      {"experts_sampled", s.num_sampled},
-      {"weight_scales",
-       {{"gate", to_json(s.weight_scales[0])},
-        {"up", to_json(s.weight_scales[1])},
-        {"down", to_json(s.weight_scales[2])}}},
-      {"codes", s.codes},
-      {"nibbles",
-       {{"near_0", nibbles.near_0},
-        {"near_ends", nibbles.near_ends},
-        {"borne_out", nibbles.is_borne_out()}}},
-  };
-  if (s.static_scales) {
-    json["input_scales"] = {{"w1", to_json(s.w1)}, {"w2", to_json(s.w2)}, {"w3", to_json(s.w3)}};
-    json["static_scales"] = {{"s1", s.static_scales->s1}, {"s2", s.static_scales->s2}};
-  }
-  return json;
-}
-
 void print_model(const Checkpoint& checkpoint) {
   const ModelGeometry& g = checkpoint.geometry();
   const auto& layers = checkpoint.moe_layers();
   fmt::print("{}\n", checkpoint.path().string());
   fmt::print("format    {} ({})\n", checkpoint.format(), checkpoint.format_evidence());
-  fmt::print("model     {}: {} experts, top-{}, hidden {}, intermediate {}, scaling factor {}\n",
-             g.name, g.num_experts, g.num_topk, g.hidden, g.intermediate, g.routed_scaling_factor);
-  fmt::print("layers    {} with routed experts: {}..{}\n", layers.size(), layers.front(),
-             layers.back());
+  fmt::print(
+      "model     {}: {} experts, top-{}, hidden {}, intermediate {}, scaling factor {}, activation "
+      "{}\n",
+      g.name, g.num_experts, g.num_topk, g.hidden, g.intermediate, g.routed_scaling_factor,
+      to_string(g.activation));
+  fmt::print("layers    {} with routed experts: {}\n", layers.size(), layer_list(layers));
 }
 
 void print_head(const Checkpoint& checkpoint, const LayerSample& sample) {
@@ -168,36 +46,9 @@ void print_head(const Checkpoint& checkpoint, const LayerSample& sample) {
                                     : "no evidence for or against how the format stores them");
   fmt::print("weights   signed int4, {} scale per {} along K\n", to_string(sample.scale_dtype),
              g.group_size);
-  fmt::print("size      {} per expert, {} per layer, {} in all\n\n", human_bytes(expert_bytes),
+  fmt::print("size      {} per expert, {} per layer, {} in all\n", human_bytes(expert_bytes),
              human_bytes(expert_bytes * g.num_experts),
              human_bytes(expert_bytes * g.num_experts * static_cast<double>(layers.size())));
-}
-
-void print_layers(const std::vector<LayerSample>& samples, int num_experts) {
-  Table table({"scales", "min", "median", "max", "of"});
-  for (const LayerSample& s : samples) {
-    const auto add = [&](const char* what, const Range& r, int of) {
-      table.add({fmt::format("layer {} {}", s.layer, what), fmt::format("{:.4g}", r.min),
-                 fmt::format("{:.4g}", r.median), fmt::format("{:.4g}", r.max),
-                 fmt::format("{} of {} experts", of, num_experts)});
-    };
-    const char* const names[] = {"gate weights", "up weights", "down weights"};
-    for (std::size_t i = 0; i < 3; ++i) add(names[i], s.weight_scales[i], s.num_sampled);
-    if (!s.static_scales) continue;
-    add("w1 input", s.w1, num_experts);
-    add("w3 input", s.w3, num_experts);
-    add("w2 input", s.w2, num_experts);
-  }
-  fmt::print("{}\n", table.to_string());
-  for (const LayerSample& s : samples) {
-    if (s.static_scales) {
-      fmt::print("layer {}: s1 = {:.6g} (w1, w3), s2 = {:.6g} (w2)\n", s.layer, s.static_scales->s1,
-                 s.static_scales->s2);
-    }
-    fmt::print("layer {}: codes 0 {:.1f} %, +-7 {:.2f} %, -8 {}\n", s.layer, 100 * share(s, 0),
-               100 * (share(s, 7) + share(s, -7)),
-               s.codes[0] == 0 ? "never" : fmt::format("{:.4f} %", 100 * share(s, -8)));
-  }
 }
 
 /// Layers whose headers and input scales are in order; what is wrong with the others.
@@ -294,9 +145,43 @@ bool has_unreadable(const CheckpointReview& review) {
                              [](const CheckpointWarning& w) { return w.kind == "unreadable"; });
 }
 
+/// Looks into some of the layers that `checked` calls good. Those whose weights cannot be loaded go
+/// to its errors.   Throws: what loading throws, if there is no layer that can be loaded.
+std::vector<LayerSample> sample_layers(const Options& options, const Checkpoint& checkpoint,
+                                       LayerCheck& checked, ProgressLine& line) {
+  std::vector<LayerSample> samples;
+  const std::vector<int> good = checked.good;
+  const auto picks = spread(static_cast<int>(good.size()), options.max_layers);
+  for (std::size_t i = 0; i < picks.size(); ++i) {
+    const int layer = good[static_cast<std::size_t>(picks[i])];
+    try {
+      samples.push_back(sample_layer(checkpoint, layer, options.max_experts));
+    } catch (const Error& error) {
+      if (samples.empty() && i + 1 == picks.size()) {
+        print_model(checkpoint);
+        throw;
+      }
+      checked.errors.push_back(fmt::format("layer {}: {}", layer, error.what()));
+      std::erase(checked.good, layer);
+    }
+    line.update(static_cast<double>(i + 1) / static_cast<double>(picks.size() + 1));
+  }
+  return samples;
+}
+
+/// Empty, with an error more, if no group of layers can have these sizes.
+std::vector<RankMemory> plan(const Checkpoint& checkpoint, DType scale_dtype, LayerCheck& checked) {
+  try {
+    return memory_by_ranks(checkpoint, scale_dtype);
+  } catch (const Error& error) {
+    checked.errors.emplace_back(error.what());
+    return {};
+  }
+}
+
 void inspect(const Options& options, Output& output) {
   const Checkpoint checkpoint = Checkpoint::open(options.dir);
-  const LayerCheck checked = check_layers(checkpoint);
+  LayerCheck checked = check_layers(checkpoint);
   if (!checkpoint.weight_format()) {
     if (!checked.errors.empty()) output.exit_status = exit_status(ErrorCode::kCorruptFile);
     return inspect_floats(options, checkpoint, checked, output);
@@ -305,28 +190,32 @@ void inspect(const Options& options, Output& output) {
   CheckpointReview review;
   {
     ProgressLine line("reading " + options.dir);
-    const auto picks = spread(static_cast<int>(checked.good.size()), options.max_layers);
-    for (const int i : picks) {
-      samples.push_back(
-          sample_layer(checkpoint, checked.good[static_cast<std::size_t>(i)], options.max_experts));
-      line.update(static_cast<double>(samples.size()) / static_cast<double>(picks.size() + 1));
-    }
+    samples = sample_layers(options, checkpoint, checked, line);
     review = checkpoint.review(checked.good);
   }
+  const DType scale_dtype = samples.front().scale_dtype;
+  const std::vector<RankMemory> memory = plan(checkpoint, scale_dtype, checked);
   // A checkpoint with a layer that cannot be loaded is not in order.
-  if (!checked.errors.empty() || has_unreadable(review)) {
-    output.exit_status = exit_status(ErrorCode::kCorruptFile);
-  }
+  const bool runs = checked.errors.empty() && !has_unreadable(review);
+  if (!runs) output.exit_status = exit_status(ErrorCode::kCorruptFile);
+  const std::vector<RecipeGroup> recipes = recipe_groups(checkpoint, checked.good);
+  const CodeKind codes = code_kind(samples);
   print_head(checkpoint, samples.front());
+  print_runs(recipes, codes);
+  if (!memory.empty()) print_memory(memory);
   print_layers(samples, checkpoint.geometry().num_experts);
   print_review(review, checked);
-  fmt::print("{} of {} layers are complete\n", checked.good.size(), checkpoint.moe_layers().size());
+  fmt::print("{} of {} layers can be run\n", checked.good.size(), checkpoint.moe_layers().size());
 
   output.json = model_json(options, checkpoint, checked);
-  output.json["scale_dtype"] = to_string(samples.front().scale_dtype);
+  output.json["runs"] = runs;
+  output.json["scale_dtype"] = to_string(scale_dtype);
   output.json["bytes_per_expert"] = samples.front().expert_bytes;
+  output.json["codes"] = to_json(codes);
   output.json["experts_looked_at"] = review.num_experts;
   output.json["warnings"] = to_json(review);
+  for (const RecipeGroup& group : recipes) output.json["recipes"].push_back(to_json(group));
+  for (const RankMemory& m : memory) output.json["memory"].push_back(to_json(m));
   for (const LayerSample& s : samples) output.json["layers"].push_back(to_json(s));
 }
 

@@ -1,0 +1,60 @@
+// inspect_runs.h - how a checkpoint can be run: recipes by layer, the kernel's code, memory.
+#pragma once
+
+#include <nlohmann/json.hpp>
+#include <span>
+#include <string>
+#include <vector>
+
+#include "inspect_sample.h"
+#include "sluice/checkpoint.h"
+#include "sluice/layer.h"
+
+namespace sluice::cli {
+
+/// Layers that can have the same recipes.
+struct RecipeGroup {
+  std::vector<int> layers;
+  std::vector<std::string> recipes;  ///< Names, in either mode.
+  std::string static_scales;         ///< "none", "uncalibrated" or "calibrated".
+};
+
+/// `direct` has the smallest error of all recipes and needs no static scales (docs/accuracy.md).
+constexpr const char* kRecommendedRecipe = "direct";
+
+/// Of `layers`, which Checkpoint::check() has passed.
+[[nodiscard]] std::vector<RecipeGroup> recipe_groups(const Checkpoint& checkpoint,
+                                                     std::span<const int> layers);
+
+/// Codes that were looked at, and how the CUDA backend stores them.
+struct CodeKind {
+  std::int64_t num_codes = 0, num_minus_eight = 0;
+  /// The cheaper code has no -8. The backend looks at all codes when it loads them.
+  [[nodiscard]] bool fits_sign_magnitude() const noexcept { return num_minus_eight == 0; }
+};
+[[nodiscard]] CodeKind code_kind(std::span<const LayerSample> samples);
+
+/// One number of expert-parallel ranks.
+struct RankMemory {
+  int num_ranks = 1, num_local_experts = 0;
+  LayerGroupMemory memory;
+};
+
+/// Tokens per rank that memory is planned for.
+constexpr int kPlannedTokens = 128;
+
+/// What all layers take on each of 1, 2, 4 .. 64 ranks, as far as they divide the experts: CUDA,
+/// recommended recipe, low-latency mode, kPlannedTokens.
+[[nodiscard]] std::vector<RankMemory> memory_by_ranks(const Checkpoint& checkpoint,
+                                                      DType scale_dtype);
+
+void print_runs(std::span<const RecipeGroup> groups, const CodeKind& codes);
+void print_memory(std::span<const RankMemory> memory);
+[[nodiscard]] nlohmann::ordered_json to_json(const RecipeGroup& group);
+[[nodiscard]] nlohmann::ordered_json to_json(const CodeKind& codes);
+[[nodiscard]] nlohmann::ordered_json to_json(const RankMemory& memory);
+
+/// "3..60" where they follow each other, else "3, 4, 6".
+[[nodiscard]] std::string layer_list(std::span<const int> layers);
+
+}  // namespace sluice::cli

@@ -1,0 +1,107 @@
+#!/usr/bin/env python3
+"""What `sluice inspect` answers: does a checkpoint run, how, and is it sound. usage: test_inspect_cli.py SLUICE"""
+import json
+import os
+import struct
+import subprocess
+import sys
+import tempfile
+
+sluice = sys.argv[1]
+failures = []
+
+
+def run(*arguments):
+    return subprocess.run([sluice, *arguments], capture_output=True, text=True, timeout=300)
+
+
+def check(name, ok, result=None):
+    if not ok:
+        failures.append(name)
+        print(f"FAILED {name}" + (f": exit {result.returncode}\n{result.stdout}{result.stderr}" if result else ""))
+
+
+def make(folder, name, *arguments):
+    path = os.path.join(folder, name)
+    r = run("make-checkpoint", "--preset", "tiny", "--out", path, *arguments)
+    check(f"make {name}", r.returncode == 0, r)
+    return path
+
+
+def inspect(path):
+    report = path + ".json"
+    r = run("inspect", path, "--json", report)
+    with open(report, encoding="utf-8") as file:
+        return r, json.load(file)
+
+
+def map_scales(path, part, change):
+    """Applies `change` to every F32 scale of the tensors whose name contains `part`."""
+    shard = os.path.join(path, "model-00001-of-00001.safetensors")
+    with open(shard, "rb") as file:
+        data = bytearray(file.read())
+    begin = 8 + struct.unpack("<Q", data[:8])[0]
+    count = 0
+    for name, tensor in json.loads(data[8:begin]).items():
+        if part in name and name.endswith("weight_scale_inv"):
+            for i in range(begin + tensor["data_offsets"][0], begin + tensor["data_offsets"][1], 4):
+                struct.pack_into("<f", data, i, change(struct.unpack_from("<f", data, i)[0]))
+                count += 1
+    assert count > 0, part
+    with open(shard, "wb") as file:
+        file.write(data)
+
+
+def lines_of(result, word):
+    return [line for line in result.stdout.splitlines() if line.startswith(word + ": ")]
+
+
+def sound(folder):
+    model = make(folder, "w4afp8", "--layers", "3")
+    r, data = inspect(model)
+    check("sound", r.returncode == 0 and data["runs"] and data["warnings"] == [] and data["errors"] == []
+          and "3 of 3 layers can be run" in r.stdout and "activation swiglu" in r.stdout, r)
+    check("recipes", len(data["recipes"]) == 1 and data["recipes"][0]["layers"] == [3, 4, 5]
+          and "pow2-static" in data["recipes"][0]["recipes"] and data["recipes"][0]["recommended"] == "direct"
+          and data["recipes"][0]["static_scales"] == "calibrated", r)
+    check("codes", data["codes"]["minus_eight"] == 0 and data["codes"]["cuda_code"] == "sign-magnitude"
+          and data["codes"]["looked_at"] == 3 * 8 * 3 * 256 * 128, r)
+    check("ranks", [m["ranks"] for m in data["memory"]] == [1, 2, 4, 8], r)
+    for m in data["memory"]:
+        report = os.path.join(folder, "plan.json")
+        r = run("plan", "--checkpoint", model, "--layers", "all", "--ranks", str(m["ranks"]), "--tokens", "128",
+                "--backend", "cuda", "--json", report)
+        with open(report, encoding="utf-8") as file:
+            plan = json.load(file)
+        check(f"memory of {m['ranks']} ranks is the plan's", plan["total_bytes"] == m["total_bytes"]
+              and plan["prepared_bytes"] == m["prepared_bytes"], r)
+    r, data = inspect(make(folder, "kimi-int4", "--format", "kimi-int4"))
+    check("no static scales", r.returncode == 0 and data["recipes"][0]["recipes"] == ["direct", "direct-bf16"]
+          and data["recipes"][0]["static_scales"] == "none", r)
+
+
+def faulty(folder):
+    scaled = make(folder, "scaled", "--layers", "3")
+    map_scales(scaled, "layers.4.", lambda s: s * 118)
+    r, data = inspect(scaled)
+    warnings = {w["kind"]: w for w in data["warnings"]}
+    check("a layer 118 times too large runs and is named", r.returncode == 0 and data["runs"]
+          and set(warnings) == {"weight-size", "layer-sizes"} and "layers.4." in warnings["layer-sizes"]["tensor"]
+          and warnings["layer-sizes"]["severity"] == "warning" and len(lines_of(r, "warning")) == 2, r)
+    broken = make(folder, "broken", "--layers", "3")
+    map_scales(broken, "layers.5.", lambda s: float("nan"))
+    r, data = inspect(broken)
+    check("one layer cannot be loaded", r.returncode == 3 and not data["runs"] and len(lines_of(r, "error")) == 1
+          and "layer 5" in lines_of(r, "error")[0] and "2 of 3 layers can be run" in r.stdout
+          and data["recipes"][0]["layers"] == [3, 4], r)
+    map_scales(broken, "layers.", lambda s: float("nan"))
+    r = run("inspect", broken)
+    check("no layer can be loaded", r.returncode == 3 and "format    w4afp8" in r.stdout
+          and "weight_scale_inv" in r.stderr, r)
+
+
+with tempfile.TemporaryDirectory() as folder:
+    sound(folder)
+    faulty(folder)
+print(f"{len(failures)} failures")
+sys.exit(1 if failures else 0)
