@@ -22,9 +22,23 @@ void fill_column(Columns<T>& columns, int column, const Gemm1Row& row) {
 
 /// activate() in float64.
 double activate_exact(const ActivationFn& fn, double gate, double up) {
+  const double limit = fn.limit, b = fn.beta, lb = fn.linear_beta;
+  // Written so that a NaN passes, as activate() does it.
+  const auto at_most = [&](double x) { return x > limit ? limit : x; };
+  const auto clamped = [&](double x) { return x < -limit ? -limit : at_most(x); };
   switch (fn.kind) {
     case ActivationKind::kSwiglu:
       return gate / (1 + std::exp(-gate)) * up;
+    case ActivationKind::kSwigluLimit: {
+      const double g = at_most(gate);
+      return g / (1 + std::exp(-g)) * clamped(up);
+    }
+    case ActivationKind::kSwigluOai: {
+      const double g = at_most(gate);
+      return g / (1 + std::exp(-fn.alpha * g)) * (clamped(up) + 1);
+    }
+    case ActivationKind::kSitu:
+      return b * std::tanh(gate / b) / (1 + std::exp(-gate)) * (lb * std::tanh(up / lb));
   }
   fail(ErrorCode::kInternal, "activation {} does not exist", static_cast<int>(fn.kind));
 }

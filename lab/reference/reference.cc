@@ -14,7 +14,11 @@ namespace {
 
 constexpr double kBf16HalfUlp = 0x1p-8;  // Largest relative error of rounding to bf16.
 constexpr double kF32Slack = 0x1p-22;    // A few float32 roundings, relative.
-constexpr double kSiluSlope = 1.1;       // max |d silu(x) / dx| = 1.0998 at x = 2.4.
+/// Of x s(a x), s the logistic function, for any a > 0: it is silu(a x) / a, and max |silu'(x)| is
+/// 1.0998 at x = 2.4. SiTU's b tanh(x / b) s(x) has the slope sech^2 s + b tanh s (1 - s). As b
+/// |tanh(x / b)| <= |x|, that is at most silu'(x) for x > 0, and below s + |x| s (1 - s) <= 0.5
+/// for x < 0. So one number serves every kind.
+constexpr double kGateSlope = 1.1;
 
 /// A number known up to +-error.
 struct Interval {
@@ -221,18 +225,55 @@ QuantizedVector gemm2_input(const std::vector<Interval>& h, const LayerRecipe& r
        to_string(recipe.gemm2));
 }
 
-Interval swiglu_interval(const Interval& gate, const Interval& up) {
-  const double silu = gate.value / (1 + std::exp(-gate.value));
-  const double h = silu * up.value;
-  const double error = kSiluSlope * gate.error * (std::fabs(up.value) + up.error) +
-                       std::fabs(silu) * up.error + 4 * kF32Slack * std::fabs(h);
+/// The image of x under a function that never falls: its ends are the images of x's ends. So a
+/// limit costs nothing where it bites for all of x, and where it bites for a part of x (no
+/// derivative there) the part beyond it collapses to one point. A NaN stays one.
+template <class Function>
+Interval image(const Interval& x, const Function& f) {
+  const double value = f(x.value), low = f(x.value - x.error), high = f(x.value + x.error);
+  return {value, std::max(value - low, high - value)};
+}
+
+/// a(gate) * u, where |a'| <= kGateSlope. `slack` is relative, of the float32 operations.
+Interval gated(double a, const Interval& gate, const Interval& u, double slack) {
+  const double h = a * u.value;
+  const double error = kGateSlope * gate.error * (std::fabs(u.value) + u.error) +
+                       std::fabs(a) * u.error + slack * std::fabs(h);
   return {h, error};
 }
 
+double logistic(double x) {
+  return 1 / (1 + std::exp(-x));
+}
+
 Interval activate_interval(const ActivationFn& fn, const Interval& gate, const Interval& up) {
+  constexpr double kSlack = 4 * kF32Slack;
+  const double limit = fn.limit;
+  // Written so that a NaN passes, as activate() does it.
+  const auto at_most = [&](double x) { return x > limit ? limit : x; };
+  const auto clamped = [&](double x) { return x < -limit ? -limit : at_most(x); };
   switch (fn.kind) {
     case ActivationKind::kSwiglu:
-      return swiglu_interval(gate, up);
+      return gated(gate.value / (1 + std::exp(-gate.value)), gate, up, kSlack);
+    case ActivationKind::kSwigluLimit: {
+      const Interval g = image(gate, at_most);
+      return gated(g.value / (1 + std::exp(-g.value)), g, image(up, clamped), kSlack);
+    }
+    case ActivationKind::kSwigluOai: {
+      const Interval g = image(gate, at_most);
+      const double t = static_cast<double>(fn.alpha) * g.value;
+      const Interval u = image(up, [&](double x) { return clamped(x) + 1; });
+      // alpha * gate is rounded before exp(), which makes |t| roundings of it where t is far below
+      // 0: d s(t) / s(t) = (1 - s(t)) dt.
+      const double slack = kSlack + (1 - logistic(t)) * std::fabs(t) * 0x1p-24;
+      return gated(g.value / (1 + std::exp(-t)), g, u, slack);
+    }
+    case ActivationKind::kSitu: {
+      const double b = fn.beta, lb = fn.linear_beta;
+      const double a = b * std::tanh(gate.value / b) * logistic(gate.value);
+      const Interval u = image(up, [&](double x) { return lb * std::tanh(x / lb); });
+      return gated(a, gate, u, 2 * kSlack);  // Two tanh() and about as many roundings again.
+    }
   }
   fail(ErrorCode::kInternal, "activation {} does not exist", static_cast<int>(fn.kind));
 }

@@ -46,7 +46,8 @@ void check_row(const StageCase& c, const Expert& expert, StageBuffers& b, std::i
       const DotProduct gate = dot(expert.gate, first + i, x, xs, c.s1);
       const DotProduct up = dot(expert.up, first + i, x, xs, c.s1);
       ASSERT_LE(std::fabs(gate.promised - gate.exact), 0x1p-20 * gate.magnitude);
-      value[static_cast<std::size_t>(i)] = swiglu(gate.promised, up.promised);
+      value[static_cast<std::size_t>(i)] =
+          activate(c.geometry.activation, gate.promised, up.promised);
     }
     float scale = c.s2;
     std::vector<std::uint8_t> codes(128);

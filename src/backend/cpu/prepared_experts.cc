@@ -23,9 +23,13 @@ void check_format(WeightFormat format) {
        static_cast<int>(format));
 }
 
-void check_activation(const ActivationFn& fn) {
+void check_kind(const ActivationFn& fn) {
   switch (fn.kind) {
     case ActivationKind::kSwiglu:
+    case ActivationKind::kSwigluLimit:
+    case ActivationKind::kSwigluOai:
+    case ActivationKind::kSitu:
+      check_activation(fn);
       return;
   }
   fail(ErrorCode::kUnsupported, "the CPU backend has no activation {}", static_cast<int>(fn.kind));
@@ -87,7 +91,7 @@ PreparedCpuExperts::PreparedCpuExperts(const ExpertWeights& weights, ThreadPool&
     : hidden_(weights.geometry.hidden),
       intermediate_(weights.geometry.intermediate),
       activation_(weights.geometry.activation) {
-  check_activation(activation_);
+  check_kind(activation_);
   check_argument(hidden_ > 0 && hidden_ % kActivationGroup == 0,
                  "hidden {} is not a multiple of {}", hidden_, int{kActivationGroup});
   check_argument(intermediate_ > 0 && intermediate_ % kActivationGroup == 0,

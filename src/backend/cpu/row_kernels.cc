@@ -145,15 +145,79 @@ HWY_INLINE VF exponential(VF x) {
   return hn::Mul(hn::Mul(p, power(half)), power(hn::Sub(e, half)));
 }
 
-float swiglu_quantize_group_impl(const float* gate, const float* up, float static_scale,
-                                 std::uint8_t* codes) {
+/// x / (1 + exp(-t))
+HWY_INLINE VF gated(VF x, VF t) {
+  return hn::Div(x, hn::Add(hn::Set(DF(), 1.0f), exponential(hn::Neg(t))));
+}
+
+/// min(x, limit) and clamp(x, -limit, limit) where a NaN stays one; Min() may drop it.
+HWY_INLINE VF at_most(VF x, VF limit) {
+  return hn::IfThenElse(hn::Gt(x, limit), limit, x);
+}
+HWY_INLINE VF clamped(VF x, VF limit) {
+  const VF low = hn::Neg(limit);
+  return hn::IfThenElse(hn::Lt(x, low), low, at_most(x, limit));
+}
+
+/// tanh(x) to about 4 ulp; a NaN stays one. By its series below 1/4, where 1 - exp(-2 |x|) would
+/// cancel; the first term left out is below 2^-28 of x there.
+HWY_INLINE VF hyperbolic_tangent(VF x) {
   const DF df;
-  const VF one = hn::Set(df, 1.0f);
+  const VF magnitude = hn::Abs(x), one = hn::Set(df, 1.0f);
+  const VF z = hn::Mul(x, x);
+  VF p = hn::Set(df, -1382.0f / 155925);
+  for (const float c : {62.0f / 2835, -17.0f / 315, 2.0f / 15, -1.0f / 3}) {
+    p = hn::Add(hn::Mul(p, z), hn::Set(df, c));
+  }
+  const VF near = hn::Mul(x, hn::Add(one, hn::Mul(z, p)));  // -0 stays -0.
+  const VF e = exponential(hn::Mul(magnitude, hn::Set(df, -2.0f)));
+  const VF far = hn::CopySign(hn::Div(hn::Sub(one, e), hn::Add(one, e)), x);
+  const VF y = hn::IfThenElse(hn::Lt(magnitude, hn::Set(df, 0.25f)), near, far);
+  return hn::IfThenElse(hn::IsNaN(x), x, y);
+}
+
+/// activate(), lane by lane: of each kind what its name says.
+struct Swiglu {
+  explicit Swiglu(const ActivationFn&) {}
+  HWY_INLINE VF operator()(VF g, VF u) const { return hn::Mul(gated(g, g), u); }
+};
+struct SwigluLimit {
+  explicit SwigluLimit(const ActivationFn& fn) : limit(fn.limit) {}
+  HWY_INLINE VF operator()(VF gate, VF up) const {
+    const VF l = hn::Set(DF(), limit), g = at_most(gate, l);
+    return hn::Mul(gated(g, g), clamped(up, l));
+  }
+  float limit;
+};
+struct SwigluOai {
+  explicit SwigluOai(const ActivationFn& fn) : alpha(fn.alpha), limit(fn.limit) {}
+  HWY_INLINE VF operator()(VF gate, VF up) const {
+    const DF df;
+    const VF l = hn::Set(df, limit), g = at_most(gate, l);
+    const VF u = hn::Add(clamped(up, l), hn::Set(df, 1.0f));
+    return hn::Mul(gated(g, hn::Mul(g, hn::Set(df, alpha))), u);
+  }
+  float alpha, limit;
+};
+struct Situ {
+  explicit Situ(const ActivationFn& fn) : beta(fn.beta), linear_beta(fn.linear_beta) {}
+  HWY_INLINE VF operator()(VF g, VF u) const {
+    const DF df;
+    const VF b = hn::Set(df, beta), lb = hn::Set(df, linear_beta);
+    const VF a = gated(hn::Mul(b, hyperbolic_tangent(hn::Div(g, b))), g);
+    return hn::Mul(a, hn::Mul(lb, hyperbolic_tangent(hn::Div(u, lb))));
+  }
+  float beta, linear_beta;
+};
+
+template <class Activation>
+float activate_quantize_group_as(const ActivationFn& fn, const float* gate, const float* up,
+                                 float static_scale, std::uint8_t* codes) {
+  const DF df;
+  const Activation activation(fn);
   HWY_ALIGN float values[kGroup];
   for (std::size_t i = 0; i < kGroup; i += hn::Lanes(df)) {
-    const VF g = hn::LoadU(df, gate + i);
-    const VF silu = hn::Div(g, hn::Add(one, exponential(hn::Neg(g))));
-    hn::StoreU(hn::Mul(silu, hn::LoadU(df, up + i)), df, values + i);
+    hn::StoreU(activation(hn::LoadU(df, gate + i), hn::LoadU(df, up + i)), df, values + i);
   }
   if (static_scale == 0) return quantize_128(values, GroupScale::kAmax, codes);
   const VF inverse = hn::Set(df, 1.0f / static_scale);
@@ -161,6 +225,21 @@ float swiglu_quantize_group_impl(const float* gate, const float* up, float stati
     store_e4m3(hn::Mul(hn::LoadU(df, values + i), inverse), codes + i);
   }
   return static_scale;
+}
+
+float activate_quantize_group_impl(const ActivationFn& fn, const float* gate, const float* up,
+                                   float static_scale, std::uint8_t* codes) {
+  switch (fn.kind) {
+    case ActivationKind::kSwiglu:
+      return activate_quantize_group_as<Swiglu>(fn, gate, up, static_scale, codes);
+    case ActivationKind::kSwigluLimit:
+      return activate_quantize_group_as<SwigluLimit>(fn, gate, up, static_scale, codes);
+    case ActivationKind::kSwigluOai:
+      return activate_quantize_group_as<SwigluOai>(fn, gate, up, static_scale, codes);
+    case ActivationKind::kSitu:
+      return activate_quantize_group_as<Situ>(fn, gate, up, static_scale, codes);
+  }
+  fail(ErrorCode::kInternal, "activation {} does not exist", static_cast<int>(fn.kind));
 }
 
 void round_to_bf16_impl(const float* x, std::int64_t n, std::uint16_t* out) {
@@ -189,7 +268,7 @@ namespace sluice::cpu {
 HWY_EXPORT(quantize_row_impl);
 HWY_EXPORT(quantize_row_static_impl);
 HWY_EXPORT(requantize_row_impl);
-HWY_EXPORT(swiglu_quantize_group_impl);
+HWY_EXPORT(activate_quantize_group_impl);
 HWY_EXPORT(round_to_bf16_impl);
 
 void quantize_row(const std::uint16_t* x, std::int64_t width, GroupScale kind, std::uint8_t* codes,
@@ -205,11 +284,7 @@ void requantize_row(const std::uint8_t* codes, const float* scale, std::int64_t 
 }
 float activate_quantize_group(const ActivationFn& fn, const float* gate, const float* up,
                               float static_scale, std::uint8_t* codes) {
-  switch (fn.kind) {
-    case ActivationKind::kSwiglu:
-      return HWY_DYNAMIC_DISPATCH(swiglu_quantize_group_impl)(gate, up, static_scale, codes);
-  }
-  fail(ErrorCode::kInternal, "activation {} does not exist", static_cast<int>(fn.kind));
+  return HWY_DYNAMIC_DISPATCH(activate_quantize_group_impl)(fn, gate, up, static_scale, codes);
 }
 void round_to_bf16(const float* x, std::int64_t n, std::uint16_t* out) {
   HWY_DYNAMIC_DISPATCH(round_to_bf16_impl)(x, n, out);
