@@ -71,12 +71,17 @@ void check_format(WeightFormat format) {
   refuse("weight format", static_cast<int>(format));
 }
 
-void check_activation(const ActivationFn& fn) {
+void check_has_kernel(const ActivationFn& fn) {
   switch (fn.kind) {
     case ActivationKind::kSwiglu:
       return;
+    case ActivationKind::kSwigluLimit:
+    case ActivationKind::kSwigluOai:
+    case ActivationKind::kSitu:
+      break;
   }
-  refuse("activation", static_cast<int>(fn.kind));
+  throw Error(ErrorCode::kUnsupported,
+              "activation " + to_string(fn) + " has no CUDA kernel; only swiglu has one");
 }
 
 void check_shape(const WeightShape& shape) {
@@ -147,7 +152,7 @@ void add_bf16(Params& p, const PackedWeights& weights, const RowRanges& rows, co
 
 void add_hidden(Params& p, const PackedWeights& weights, const RowRanges& rows,
                 const Fp8RowsView& x, const Fp8Rows& h, const ActivationFn& activation) {
-  check_activation(activation);
+  check_has_kernel(activation);
   require(weights.shape.n % kTileRows == 0, "gate_up n", weights.shape.n,
           "must be 2 * intermediate, a multiple of 256");
   require(2 * h.width == weights.shape.n, "h width", h.width, "must be half of gate_up n");
