@@ -77,13 +77,15 @@ class BackendOps : public Backend {
   virtual void quantize(const std::uint16_t* x, const RowRanges& rows, bool pow2,
                         const Fp8Rows& out, Stream stream) = 0;
 
-  /// Moves group-scaled codes to out.static_scale. `out.codes` may not alias `in.codes`.
+  /// Moves group-scaled codes to out.static_scale. The rows of `out` may not overlap those of `in`.
   virtual void requantize(const Fp8RowsView& in, const RowRanges& rows, const Fp8Rows& out,
                           Stream stream) = 0;
 
   /// h = activate(gate, up), the halves of in * w13^T, in float32, quantized into `h` (group or
   /// static, by which of its scales is set), then out[row] = bf16(h * w2^T).
-  /// out: [max_rows, hidden] bf16. h is scratch of the caller.
+  /// out: [max_rows, hidden] bf16. h is scratch of the caller; its rows are dense.
+  /// The codes of `in` may lie in `out`, each row at the beginning of its own row of `out`: an
+  /// expert's rows of `out` are written only after GEMM1 has read all of its rows of `in`.
   virtual void expert_stage(const PreparedExperts& experts, const Fp8RowsView& in,
                             const RowRanges& rows, const Fp8Rows& h, std::uint16_t* out,
                             Stream stream, ExpertStageTimes* times) = 0;

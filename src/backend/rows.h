@@ -11,6 +11,12 @@
 
 #include "sluice/quant.h"
 
+#ifdef __CUDACC__
+#define SLUICE_HOST_DEVICE __host__ __device__
+#else
+#define SLUICE_HOST_DEVICE
+#endif
+
 namespace sluice {
 
 /// Which rows of a buffer belong to which local expert, in one of two layouts:
@@ -38,11 +44,20 @@ struct RowRanges {
 
 /// e4m3 rows to read. Exactly one of `scale` and `static_scale` is used.
 struct Fp8RowsView {
-  const std::uint8_t* codes = nullptr;  ///< [max_rows, width] e4m3.
-  const float* scale = nullptr;         ///< [max_rows, width / 128]; null: static.
+  const std::uint8_t* codes = nullptr;  ///< [max_rows, width] e4m3, `stride` bytes apart.
+  const float* scale = nullptr;         ///< [max_rows, width / 128], dense; null: static.
   float static_scale = 0;               ///< Used if `scale` is null; finite, > 0.
   std::int64_t width = 0;               ///< hidden or intermediate. Multiple of 128.
+  /// Bytes from one row of codes to the next, at least `width` and a multiple of 16. 0: `width`.
+  std::int64_t stride = 0;
 
+  [[nodiscard]] SLUICE_HOST_DEVICE constexpr std::int64_t row_bytes() const noexcept {
+    return stride != 0 ? stride : width;
+  }
+  [[nodiscard]] SLUICE_HOST_DEVICE constexpr const std::uint8_t* row(
+      std::int64_t r) const noexcept {
+    return codes + r * row_bytes();
+  }
   /// The scale of one group of 128 channels, in host memory.
   [[nodiscard]] constexpr float scale_of(std::int64_t row, std::int64_t group) const noexcept {
     return scale != nullptr ? scale[row * (width / kActivationGroup) + group] : static_scale;
@@ -55,10 +70,21 @@ struct Fp8Rows {
   float* scale = nullptr;
   float static_scale = 0;
   std::int64_t width = 0;
+  std::int64_t stride = 0;
 
+  [[nodiscard]] SLUICE_HOST_DEVICE constexpr std::int64_t row_bytes() const noexcept {
+    return stride != 0 ? stride : width;
+  }
+  [[nodiscard]] SLUICE_HOST_DEVICE constexpr std::uint8_t* row(std::int64_t r) const noexcept {
+    return codes + r * row_bytes();
+  }
   /// What may be written may be read; never the other way round.
   constexpr operator Fp8RowsView() const noexcept {  // NOLINT(google-explicit-constructor)
-    return {.codes = codes, .scale = scale, .static_scale = static_scale, .width = width};
+    return {.codes = codes,
+            .scale = scale,
+            .static_scale = static_scale,
+            .width = width,
+            .stride = stride};
   }
 };
 
@@ -66,3 +92,5 @@ static_assert(std::is_trivially_copyable_v<RowRanges> && std::is_trivially_copya
               std::is_trivially_copyable_v<Fp8RowsView>);
 
 }  // namespace sluice
+
+#undef SLUICE_HOST_DEVICE

@@ -157,26 +157,22 @@ void requantize(Backend& backend, const ExpertBatch& rows, const E4m3Rows& out, 
                           checked_output(out, rows.x.shape, width, backend.device()), stream);
 }
 
-std::size_t Fp8Buffers::planned_bytes(std::int64_t max_rows, std::int64_t width) {
-  const auto elems = static_cast<std::size_t>(max_rows) * static_cast<std::size_t>(width);
-  return elems + elems / kActivationGroup * sizeof(float);
+std::size_t fp8_code_bytes(std::int64_t max_rows, std::int64_t width) {
+  return static_cast<std::size_t>(max_rows) * static_cast<std::size_t>(width);
 }
-
-void Fp8Buffers::allocate(Backend& backend, std::int64_t max_rows, std::int64_t width) {
-  const auto elems = static_cast<std::size_t>(max_rows) * static_cast<std::size_t>(width);
-  codes = backend.allocate(elems);
-  scale = backend.allocate(elems / kActivationGroup * sizeof(float));
+std::size_t fp8_scale_bytes(std::int64_t max_rows, std::int64_t width) {
+  return fp8_code_bytes(max_rows, width) / kActivationGroup * sizeof(float);
 }
 
 Fp8Rows Fp8Buffers::rows(std::int64_t width, bool is_grouped, float static_scale) const {
-  return {.codes = reinterpret_cast<std::uint8_t*>(codes->data()),
+  return {.codes = codes ? reinterpret_cast<std::uint8_t*>(codes->data()) : nullptr,
           .scale = is_grouped ? reinterpret_cast<float*>(scale->data()) : nullptr,
           .static_scale = is_grouped ? 0.0f : static_scale,
           .width = width};
 }
 
 std::size_t Fp8Buffers::bytes() const noexcept {
-  return codes ? codes->bytes() + scale->bytes() : 0;
+  return (codes ? codes->bytes() : 0) + (scale ? scale->bytes() : 0);
 }
 
 Experts::Impl::Impl(const ExpertWeights& weights, std::shared_ptr<ExpertScratch> shared, Backend& b)
@@ -194,12 +190,17 @@ Experts::Impl::Impl(const ExpertWeights& weights, std::shared_ptr<ExpertScratch>
 }
 
 Fp8RowsView Experts::Impl::gemm1_rows(const LayerRecipe& recipe, const ExpertBatch& batch,
-                                      const RowRanges& rows, Stream stream) {
+                                      const RowRanges& rows, std::uint16_t* expert_y,
+                                      Stream stream) {
   const Fp8RowsView received = received_rows(batch, recipe.wire_static_scale(), geometry.hidden);
   if (recipe.gemm1 == Cast::kNone) return received;
 
   const bool grouped = has_group_scales(recipe.gemm1);
-  const Fp8Rows out = scratch->x.rows(geometry.hidden, grouped, recipe.s1);
+  Fp8Rows out = scratch->x.rows(geometry.hidden, grouped, recipe.s1);
+  if (out.codes == nullptr) {
+    out.codes = reinterpret_cast<std::uint8_t*>(expert_y);
+    out.stride = out.width * static_cast<std::int64_t>(sizeof(std::uint16_t));
+  }
   if (recipe.wire == WireFormat::kBf16) {
     const bool pow2 = recipe.gemm1 == Cast::kGroupPow2;
     backend->quantize(batch.x.as<std::uint16_t>(), rows, pow2, out, stream);
@@ -222,8 +223,13 @@ Experts Experts::create(const ExpertWeights& weights, std::int64_t max_rows, Bac
                  "max_rows {} is not in [1, 2^30]", max_rows);
   auto scratch = std::make_shared<ExpertScratch>();
   scratch->max_rows = max_rows;
-  scratch->x.allocate(backend, max_rows, weights.geometry.hidden);
-  scratch->h.allocate(backend, max_rows, weights.geometry.intermediate);
+  const auto allocate = [&](std::int64_t width) {
+    return Fp8Buffers{.codes = backend.allocate(fp8_code_bytes(max_rows, width)),
+                      .scale = backend.allocate(fp8_scale_bytes(max_rows, width))};
+  };
+  // Here expert_y is a tensor of the caller, who may pass x itself: x is not quantized into it.
+  scratch->x = allocate(weights.geometry.hidden);
+  scratch->h = allocate(weights.geometry.intermediate);
   return Experts(std::make_unique<Impl>(weights, std::move(scratch), backend));
 }
 
@@ -245,9 +251,10 @@ void Experts::forward(const LayerRecipe& recipe, const ExpertBatch& batch,
                  rows.max_rows, self.scratch->max_rows);
   check_wire(batch, recipe.wire, width, device);
   check_tensor("expert_y", expert_y, DType::kBFloat16, batch.x.shape, device);
-  const Fp8RowsView in = self.gemm1_rows(recipe, batch, rows, stream);
+  auto* const y = expert_y.as<std::uint16_t>();
+  const Fp8RowsView in = self.gemm1_rows(recipe, batch, rows, y, stream);
   ExpertStageTimes times;
-  self.gemms(recipe, in, rows, expert_y.as<std::uint16_t>(), stream, &times);
+  self.gemms(recipe, in, rows, y, stream, &times);
 }
 
 int Experts::num_experts() const noexcept {

@@ -12,13 +12,14 @@ namespace sluice {
 /// The valid rows of a batch whose tensors are known to fit each other, as an exchange makes it.
 [[nodiscard]] RowRanges row_ranges(const ExpertBatch& batch);
 
-/// Memory for e4m3 rows [max_rows, width] and their group scales; none until allocate().
+/// Bytes of the codes of e4m3 rows [max_rows, width], and of their group scales.
+[[nodiscard]] std::size_t fp8_code_bytes(std::int64_t max_rows, std::int64_t width);
+[[nodiscard]] std::size_t fp8_scale_bytes(std::int64_t max_rows, std::int64_t width);
+
+/// Memory for e4m3 rows and their group scales; none until a part is allocated.
 struct Fp8Buffers {
-  void allocate(Backend& backend, std::int64_t max_rows, std::int64_t width);
   [[nodiscard]] Fp8Rows rows(std::int64_t width, bool is_grouped, float static_scale) const;
   [[nodiscard]] std::size_t bytes() const noexcept;
-  /// What allocate() takes.
-  [[nodiscard]] static std::size_t planned_bytes(std::int64_t max_rows, std::int64_t width);
 
   std::unique_ptr<DeviceBuffer> codes, scale;
 };
@@ -26,17 +27,22 @@ struct Fp8Buffers {
 /// The rows between the stages of one call. Layers that run one after the other share them.
 struct ExpertScratch {
   std::int64_t max_rows = 0;
-  Fp8Buffers x;  ///< [max_rows, hidden], for recipes that quantize at the receiver.
+  /// [max_rows, hidden], for recipes that quantize at the receiver; the scales for those that then
+  /// have one per group. Without codes a row of x lies in its row of expert_y, which is twice as
+  /// long: GEMM1 has read all rows of an expert before GEMM2 writes one.
+  Fp8Buffers x;
   Fp8Buffers h;  ///< [max_rows, intermediate]
 };
 
 struct Experts::Impl {
-  /// `scratch.x` may be missing if every recipe used has Cast::kNone for gemm1.
+  /// What `scratch.x` lacks, no recipe used may need.
   Impl(const ExpertWeights& weights, std::shared_ptr<ExpertScratch> scratch, Backend& backend);
 
-  /// The rows GEMM1 consumes: the received bytes themselves, or what `recipe` makes of them here.
+  /// The rows GEMM1 consumes: the received bytes themselves, or what `recipe` makes of them here,
+  /// in the scratch or in the rows of `expert_y`.
   [[nodiscard]] Fp8RowsView gemm1_rows(const LayerRecipe& recipe, const ExpertBatch& batch,
-                                       const RowRanges& rows, Stream stream);
+                                       const RowRanges& rows, std::uint16_t* expert_y,
+                                       Stream stream);
   /// GEMM1, SwiGLU, quantize, GEMM2.
   void gemms(const LayerRecipe& recipe, const Fp8RowsView& in, const RowRanges& rows,
              std::uint16_t* expert_y, Stream stream, ExpertStageTimes* times);

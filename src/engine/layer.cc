@@ -92,17 +92,20 @@ void Layer::finish(Dispatched dispatched, MutableTensorView y, Stream stream) {
 void Layer::Impl::run(ModeOfLayer& m, Dispatched dispatched, MutableTensorView y, Stream stream) {
   const ExpertBatch& batch = dispatched.batch();
   const RowRanges rows = row_ranges(batch);
-  group->order->before(stream);
-  const Fp8RowsView in = experts.gemm1_rows(m.recipe, batch, rows, stream);
-  stats.times.quantize_us = stage_us(mark, stream);
-  if (records_digest) record_digest(rows, in, stream);
-
   // Where the exchange has memory of its own for the experts' rows, combine need not copy them.
   MutableTensorView expert_y = dispatched.expert_y();
   if (expert_y.empty()) {
     expert_y.data = group->expert_y->data(), expert_y.dtype = DType::kBFloat16;
     expert_y.shape = batch.x.shape, expert_y.device = group->backend->device();
   }
+  // Until GEMM2 writes them, the rows of expert_y hold what the receiver quantizes. No peer reads
+  // the last call's rows any more: every rank's flag of this dispatch follows its last combine.
+  group->order->before(stream);
+  const Fp8RowsView in =
+      experts.gemm1_rows(m.recipe, batch, rows, expert_y.as<std::uint16_t>(), stream);
+  stats.times.quantize_us = stage_us(mark, stream);
+  if (records_digest) record_digest(rows, in, stream);
+
   ExpertStageTimes split;
   mark = Clock::now();
   experts.gemms(m.recipe, in, rows, expert_y.as<std::uint16_t>(), stream, &split);
@@ -158,7 +161,7 @@ void Layer::Impl::record_digest(const RowRanges& rows, const Fp8RowsView& in, St
     const auto expert = static_cast<std::uint64_t>(group->placement.expert_of(rank, e));
     for (std::int64_t r = 0; r < on_host.num_rows(e); ++r) {
       const auto source = static_cast<std::size_t>(on_host.first_row(e) + r);
-      backend.copy_to_host(codes.data(), in.codes + source * width, width, stream);
+      backend.copy_to_host(codes.data(), in.row(static_cast<std::int64_t>(source)), width, stream);
       if (in.scale) {
         backend.copy_to_host(scales.data(), in.scale + source * scales.size(),
                              scales.size() * sizeof(float), stream);

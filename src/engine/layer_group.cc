@@ -178,7 +178,9 @@ LayerGroup LayerGroup::create(const LayerGroupConfig& config, Transport& transpo
   impl->placement = {config.geometry.num_experts, transport.num_ranks()};
   impl->scratch = std::make_shared<ExpertScratch>();
   impl->scratch->max_rows = max_rows;
-  impl->scratch->h.allocate(backend, max_rows, config.geometry.intermediate);
+  const std::int64_t intermediate = config.geometry.intermediate;
+  impl->scratch->h.codes = backend.allocate(fp8_code_bytes(max_rows, intermediate));
+  impl->scratch->h.scale = backend.allocate(fp8_scale_bytes(max_rows, intermediate));
   impl->expert_y = backend.allocate(expert_y_bytes(config, max_rows, device));
   impl->order = impl->backend->make_stream_order();
   // As at the end of add_layer(): no rank queues a call while another one still allocates.
@@ -211,8 +213,9 @@ Layer LayerGroup::add_layer(const LayerSpec& spec, const ModeRecipes& recipes) {
   for (std::size_t i = 0; i < resolved.size(); ++i) {
     if (!resolved[i]) continue;
     layer->modes[i].emplace(*resolved[i], &self.exchange_for(*resolved[i]));
-    if (resolved[i]->gemm1 == Cast::kNone || self.scratch->x.codes) continue;
-    self.scratch->x.allocate(*self.backend, self.scratch->max_rows, self.config.geometry.hidden);
+    if (!has_group_scales(resolved[i]->gemm1) || self.scratch->x.scale) continue;
+    self.scratch->x.scale = self.backend->allocate(
+        fp8_scale_bytes(self.scratch->max_rows, self.config.geometry.hidden));
   }
   // Allocating waits for the device. If a kernel of rank A already waited for rank B while B still
   // allocates, neither would end. So all ranks meet here before any of them can queue a call.

@@ -17,12 +17,13 @@ LayerGroupMemory LayerGroup::plan_memory(const LayerGroupConfig& config,
   LayerGroupMemory memory;
   memory.num_layers = static_cast<int>(layers.size());
   memory.scratch_bytes = expert_y_bytes(config, max_rows, device) +
-                         Fp8Buffers::planned_bytes(max_rows, g.intermediate);
+                         fp8_code_bytes(max_rows, g.intermediate) +
+                         fp8_scale_bytes(max_rows, g.intermediate);
   const std::size_t weights = static_cast<std::size_t>(num_local) * 3u *
                               static_cast<std::size_t>(g.hidden) *
                               static_cast<std::size_t>(g.intermediate);
   std::set<std::pair<Mode, WireFormat>> exchanges;
-  bool has_x = false;
+  bool has_x_scale = false;
   for (const PlannedLayer& layer : layers) {
     check_argument(layer.group_size == 128 || layer.group_size == 32,
                    "group_size {} is not 128 or 32", layer.group_size);
@@ -38,14 +39,15 @@ LayerGroupMemory LayerGroup::plan_memory(const LayerGroupConfig& config,
          resolve_recipes(config, layer.recipes, StaticScales{1, 1}, "the layer")) {
       if (!recipe) continue;
       exchanges.emplace(recipe->mode, recipe->wire);
-      has_x = has_x || recipe->gemm1 != Cast::kNone;
+      has_x_scale = has_x_scale || has_group_scales(recipe->gemm1);
     }
   }
   for (const auto& [mode, wire] : exchanges) {
     memory.exchange_bytes +=
         Exchange::workspace_bytes(exchange_config(config, mode, wire, device), num_ranks, device);
   }
-  if (has_x) memory.scratch_bytes += Fp8Buffers::planned_bytes(max_rows, g.hidden);
+  // Their codes lie in expert_y.
+  if (has_x_scale) memory.scratch_bytes += fp8_scale_bytes(max_rows, g.hidden);
   return memory;
 }
 

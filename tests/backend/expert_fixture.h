@@ -68,6 +68,13 @@ struct StageBuffers {
   [[nodiscard]] Fp8Rows in() {
     return {codes.data(), s1 != 0 ? nullptr : scale.data(), s1, hidden};
   }
+  /// The same codes in the rows of `out`, each at the beginning of its row of out.
+  [[nodiscard]] Fp8Rows in_out() {
+    Fp8Rows rows = in();
+    rows.codes = reinterpret_cast<std::uint8_t*>(out.data());
+    rows.stride = 2 * hidden;
+    return rows;
+  }
   [[nodiscard]] Fp8Rows h() {
     return {h_codes.data(), s2 != 0 ? nullptr : h_scale.data(), s2, inner};
   }

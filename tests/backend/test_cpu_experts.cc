@@ -137,6 +137,71 @@ TEST(CpuExperts, GroupsScalesAndLayouts) {
   }
 }
 
+/// One expert has more rows than are read at once; others follow it.
+TEST(CpuExperts, RowsThatLieInTheOutputGiveTheSameBits) {
+  for (const bool is_static : {false, true}) {
+    StageCase c;
+    c.geometry.num_experts = 4;
+    c.geometry.hidden = 256, c.geometry.intermediate = 128;
+    c.rows = {5, 700, 0, 9};
+    if (is_static) c.s1 = 0.0087f, c.s2 = 0.31f;
+    for (const std::int64_t max_m : {std::int64_t{0}, std::int64_t{701}}) {
+      c.max_m = max_m;
+      const auto device = backend(2);
+      const StageBuffers apart = run(c, *device);
+      StageBuffers b(c);
+      const auto width = static_cast<std::size_t>(b.hidden);
+      for (std::size_t e = 0; e < c.rows.size(); ++e) {
+        for (std::int64_t r = 0; r < c.rows[e]; ++r) {
+          const std::int64_t row = b.row_begin[e] + r;
+          std::memcpy(b.in_out().row(row), &b.codes[static_cast<std::size_t>(row) * width], width);
+        }
+      }
+      const auto prepared = ops(*device).prepare(random_experts(c.geometry, c.scale_dtype, c.seed));
+      ops(*device).expert_stage(*prepared, b.in_out(), b.rows(), b.h(), b.out.data(), {}, nullptr);
+      EXPECT_TRUE(b.out == apart.out) << "static " << is_static << " max_m " << max_m;
+      EXPECT_TRUE(b.h_codes == apart.h_codes) << "static " << is_static << " max_m " << max_m;
+    }
+  }
+}
+
+TEST(CpuExperts, RowsAreQuantizedAtAnyStride) {
+  const auto device = backend(2);
+  constexpr std::int64_t kRows = 9, kWidth = 384, kStride = 800;
+  std::vector<std::uint16_t> x(kRows * kWidth);
+  for (std::size_t i = 0; i < x.size(); ++i) {
+    x[i] = bf16_from_float(static_cast<float>(i * 37 % 1009) * 0.01f - 5.0f);
+  }
+  const std::int32_t count = kRows - 1;  // The last row is not valid.
+  const RowRanges rows{
+      .num_experts = 1, .count = &count, .max_rows = kRows, .max_rows_per_expert = kRows};
+  for (const bool pow2 : {false, true}) {
+    std::vector<std::uint8_t> dense(kRows * kWidth, 0xa5), apart(kRows * kStride, 0xa5);
+    std::vector<std::uint8_t> moved(kRows * kWidth, 0xa5), moved_apart(kRows * kStride, 0xa5);
+    std::vector<float> scale(kRows * kWidth / 128, -7), scale_apart = scale;
+    const Fp8Rows a{.codes = dense.data(), .scale = scale.data(), .width = kWidth};
+    const Fp8Rows b{
+        .codes = apart.data(), .scale = scale_apart.data(), .width = kWidth, .stride = kStride};
+    ops(*device).quantize(x.data(), rows, pow2, a, {});
+    ops(*device).quantize(x.data(), rows, pow2, b, {});
+    EXPECT_TRUE(scale == scale_apart);
+    const Fp8Rows c{.codes = moved.data(), .static_scale = 0.01f, .width = kWidth};
+    const Fp8Rows d{
+        .codes = moved_apart.data(), .static_scale = 0.01f, .width = kWidth, .stride = kStride};
+    ops(*device).requantize(a, rows, c, {});
+    ops(*device).requantize(b, rows, d, {});
+    for (std::int64_t row = 0; row < kRows; ++row) {
+      ASSERT_EQ(std::memcmp(a.row(row), b.row(row), kWidth), 0) << row;
+      ASSERT_EQ(std::memcmp(c.row(row), d.row(row), kWidth), 0) << row;
+      for (std::int64_t i = kWidth; i < kStride; ++i) {
+        ASSERT_EQ(b.row(row)[i], 0xa5) << "row " << row << " byte " << i;
+        ASSERT_EQ(d.row(row)[i], 0xa5) << "row " << row << " byte " << i;
+      }
+    }
+    ASSERT_NE(std::memcmp(b.row(0), b.row(count), kWidth), 0);  // Something was written.
+  }
+}
+
 /// prepare() refuses weights that `edit` has changed.
 template <class Edit>
 void expect_unsupported(const Edit& edit) {

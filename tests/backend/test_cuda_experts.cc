@@ -212,6 +212,51 @@ TEST_F(CudaExpertsTest, OneKernelAndTwoGiveTheSameBitsInBothLayouts) {
   }
 }
 
+/// What the receiver quantizes lies in the rows that GEMM2 then writes: one kernel and two (static
+/// scale for GEMM1, groups for GEMM2), many token tiles of one expert, again and again.
+TEST_F(CudaExpertsTest, RowsThatLieInTheOutputGiveTheSameBits) {
+  const ModelGeometry g = geometry(1792, 384);
+  const ExpertWeights weights = random_experts(g, DType::kBFloat16, 12);
+  const auto experts = ops_->prepare(weights);
+  const std::vector<std::int32_t> many = {4, 0, 9, 1, 64, 0, 2, 2, 2, 700, 1, 1, 1, 0, 0, 129, 33};
+  for (const auto& num_rows : {kRows, many}) {
+    for (const bool masked : {false, true}) {
+      Rows r = make_rows(g, num_rows, InputKind::kRealistic, masked);
+      const auto moved = upload(std::vector<std::uint8_t>(r.load.x.size(), 0xa5));
+      for (const int kind : {0, 1, 2}) {  // Groups; static scales; static by way of groups.
+        if (kind == 1) (void)make_static(*experts, r);
+        if (kind == 2) r.h.scale = as<float>(r.h_scale), r.h.static_scale = 0;
+        Fp8Rows in_y = r.in;
+        in_y.codes = as<std::uint8_t>(r.y), in_y.stride = 2 * r.in.width;
+        Fp8Rows sent = r.in;  // What kind 2 moves to its static scale.
+        sent.scale = as<float>(r.scale), sent.static_scale = 0;
+        if (kind == 2) {
+          ops_->quantize(as<std::uint16_t>(r.x), r.rows, false, sent, stream_);
+          Fp8Rows dense = r.in;
+          dense.codes = as<std::uint8_t>(moved);
+          ops_->requantize(sent, r.rows, dense, stream_);
+          ops_->expert_stage(*experts, dense, r.rows, r.h, as<std::uint16_t>(r.y), stream_,
+                             nullptr);
+        } else {
+          ops_->quantize(as<std::uint16_t>(r.x), r.rows, false, r.in, stream_);
+          ops_->expert_stage(*experts, r.in, r.rows, r.h, as<std::uint16_t>(r.y), stream_, nullptr);
+        }
+        const auto expected = download<std::uint16_t>(*r.y, r.load.x.size());
+        for (int i = 0; i < 50; ++i) {
+          if (kind == 2) {
+            ops_->requantize(sent, r.rows, in_y, stream_);
+          } else {
+            ops_->quantize(as<std::uint16_t>(r.x), r.rows, false, in_y, stream_);
+          }
+          ops_->expert_stage(*experts, in_y, r.rows, r.h, as<std::uint16_t>(r.y), stream_, nullptr);
+          ASSERT_TRUE(download<std::uint16_t>(*r.y, expected.size()) == expected)
+              << "kind " << kind << " masked " << masked << " round " << i;
+        }
+      }
+    }
+  }
+}
+
 /// One expert's buffer is as long as its rows may be, yet its rows need not begin at the first.
 TEST_F(CudaExpertsTest, OneExpertsRowsBeginWhereTheRangesSay) {
   ModelGeometry g = geometry(256, 128);

@@ -45,10 +45,10 @@ class ScalarBackend : public BackendOps {
 
   void requantize_rows(const Fp8RowsView& in, std::int64_t row, const Fp8Rows& out) {
     for (std::int64_t g = 0; g < in.width / kActivationGroup; ++g) {
-      const std::int64_t at = row * in.width + g * kActivationGroup;
-      sluice::requantize({in.codes + at, kActivationGroup},
+      const std::int64_t at = g * kActivationGroup;
+      sluice::requantize({in.row(row) + at, kActivationGroup},
                          in.scale[row * (in.width / kActivationGroup) + g], out.static_scale,
-                         {out.codes + at, kActivationGroup});
+                         {out.row(row) + at, kActivationGroup});
     }
   }
   void requantize(const Fp8RowsView& in, const RowRanges& rows, const Fp8Rows& out,
@@ -107,7 +107,7 @@ class ScalarBackend : public BackendOps {
 
   static void quantize_row(const std::vector<float>& values, bool pow2, std::int64_t row,
                            const Fp8Rows& out) {
-    std::uint8_t* codes = out.codes + row * out.width;
+    std::uint8_t* codes = out.row(row);
     if (out.scale == nullptr) {
       quantize_static(values, out.static_scale, {codes, values.size()});
       return;
@@ -130,7 +130,7 @@ class ScalarBackend : public BackendOps {
       for (std::int64_t g = 0; g < groups; ++g) {
         for (std::int64_t k = g * m.group_size, i = 0; i < m.group_size; ++k, ++i) {
           w[i] = code_value(m.format, m.codes.as<std::uint8_t>() + n * (m.k() / 2), k);
-          a[i] = e4m3_to_float(in.codes[row * in.width + k]);
+          a[i] = e4m3_to_float(in.row(row)[k]);
         }
         const float partial = sum_of_group(a.data(), w.data(), m.group_size);
         const float ws = m.scales.dtype == DType::kFloat32

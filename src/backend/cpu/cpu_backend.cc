@@ -84,7 +84,7 @@ void CpuBackend::quantize(const std::uint16_t* x, const RowRanges& rows, bool po
                  out.width, kGroup);
   const GroupScale kind = pow2 ? GroupScale::kPow2 : GroupScale::kAmax;
   for_each_row(rows, [&](std::int64_t row) {
-    std::uint8_t* codes = out.codes + row * out.width;
+    std::uint8_t* codes = out.row(row);
     const std::uint16_t* in = x + row * out.width;
     if (out.scale != nullptr) {
       quantize_row(in, out.width, kind, codes, out.scale + row * (out.width / kGroup));
@@ -100,8 +100,8 @@ void CpuBackend::requantize(const Fp8RowsView& in, const RowRanges& rows, const 
                  "widths {} and {} are not one multiple of {}", in.width, out.width, kGroup);
   check_argument(in.scale != nullptr, "requantize needs group-scaled rows");
   for_each_row(rows, [&](std::int64_t row) {
-    requantize_row(in.codes + row * in.width, in.scale + row * (in.width / kGroup), in.width,
-                   out.static_scale, out.codes + row * out.width);
+    requantize_row(in.row(row), in.scale + row * (in.width / kGroup), in.width, out.static_scale,
+                   out.row(row));
   });
 }
 

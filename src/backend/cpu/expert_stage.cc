@@ -104,6 +104,7 @@ void ExpertStage::run(const PreparedCpuExperts& experts, const Fp8RowsView& in,
   if (times != nullptr) *times = sum;
 }
 
+/// All rows of a wave are read before any row of it is written: `in` may lie in the rows of `out`.
 void ExpertStage::run_wave(const Call& call, ExpertStageTimes& times) {
   const auto num_items = static_cast<std::int64_t>(wave_.size());
   for (ThreadState& state : threads_) state.gemm1_us = state.activation_us = 0;
@@ -143,7 +144,7 @@ void ExpertStage::split_input(const Call& call, std::int64_t wave_row) const {
   const DigitRows digits = x_.of(item);
   const auto r = static_cast<int>(wave_row - item.wave_row);
   const std::int64_t row = item.first_row + r;
-  const std::uint8_t* codes = call.in.codes + row * call.in.width;
+  const std::uint8_t* codes = call.in.row(row);
   for (std::int64_t g = 0; g < call.in.width / kGroup; ++g) {
     digits.set(g, r, codes + g * kGroup, call.in.scale_of(row, g));
   }
@@ -185,7 +186,7 @@ void ExpertStage::gemm1_task(const Call& call, std::int64_t task, ThreadState& s
     gather_row(gate, item.rows, r, gate_row);
     gather_row(up, item.rows, r, up_row);
     const std::int64_t row = item.first_row + r;
-    std::uint8_t* codes = call.h.codes + row * call.h.width + group * kGroup;
+    std::uint8_t* codes = call.h.row(row) + group * kGroup;
     const bool dynamic = call.h.scale != nullptr;
     const float scale = activate_quantize_group(call.experts.activation(), gate_row, up_row,
                                                 dynamic ? 0.0f : call.h.static_scale, codes);

@@ -187,8 +187,8 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerSm)
                         p.out.scale[row * (width / kActivationGroup) + vector / 16] = scale;
                     }
                     if (!is_valid) return;
-                    reinterpret_cast<uint2*>(p.out.codes + row * width)[vector] = {
-                        quantize4(v, factor), quantize4(v + 4, factor)};
+                    reinterpret_cast<uint2*>(p.out.row(row))[vector] = {quantize4(v, factor),
+                                                                        quantize4(v + 4, factor)};
                   });
 }
 
@@ -218,9 +218,8 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerSm)
   // Rows that a dispatch has just written are in the L2 and stay there; what is written here is
   // read once, next, and may go first (docs/performance-gpu.md: 0.4 us at 64 rows).
   const auto load = [&](long long row, unsigned vector) {
-    return ScaledCodes{
-        .codes = __ldcg(reinterpret_cast<const uint4*>(p.in.codes + row * width) + vector),
-        .scale = __ldcg(p.in.scale + row * (width / kActivationGroup) + vector / 8)};
+    return ScaledCodes{.codes = __ldcg(reinterpret_cast<const uint4*>(p.in.row(row)) + vector),
+                       .scale = __ldcg(p.in.scale + row * (width / kActivationGroup) + vector / 8)};
   };
   for_each_vector(p.rows, width / 16, load,
                   [&](const ScaledCodes& in, long long row, unsigned vector, bool is_valid) {
@@ -229,7 +228,7 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerSm)
                                     requantize4(in.codes.y, in.scale, inverse),
                                     requantize4(in.codes.z, in.scale, inverse),
                                     requantize4(in.codes.w, in.scale, inverse)};
-                    __stcs(reinterpret_cast<uint4*>(p.out.codes + row * width) + vector, out);
+                    __stcs(reinterpret_cast<uint4*>(p.out.row(row)) + vector, out);
                   });
 }
 

@@ -17,14 +17,14 @@ struct Quantize {
   const std::uint16_t* x = nullptr;  ///< [rows, width] bf16, 16 B aligned.
   RowRanges rows;                    ///< At most kMaxRowExperts experts.
   bool pow2 = false;                 ///< Group scales are powers of two.
-  Fp8Rows out;                       ///< codes 8 B aligned.
+  Fp8Rows out;                       ///< codes 8 B aligned, stride a multiple of 8 B.
 };
 void launch_quantize(const Quantize& args, int num_sms, StreamHandle stream);
 
 struct Requantize {
-  Fp8RowsView in;  ///< By group; codes 16 B aligned.
+  Fp8RowsView in;  ///< By group; codes 16 B aligned, stride a multiple of 16 B.
   RowRanges rows;  ///< At most kMaxRowExperts experts.
-  Fp8Rows out;     ///< Static; codes 16 B aligned, may not alias in.codes.
+  Fp8Rows out;     ///< Static; aligned alike; may not overlap the rows of `in`.
 };
 void launch_requantize(const Requantize& args, int num_sms, StreamHandle stream);
 

@@ -39,17 +39,17 @@ EncodeTiled find_encoder() {
   return reinterpret_cast<EncodeTiled>(entry);
 }
 
-/// [rows, k] e4m3 in boxes of (128, tokens), 128 B swizzle.
-CUtensorMap encode_map(const std::uint8_t* codes, std::int64_t rows, int k, int tokens) {
+/// [rows, width] e4m3, rows row_bytes() apart, in boxes of (128, tokens), 128 B swizzle.
+CUtensorMap encode_map(const Fp8RowsView& x, std::int64_t rows, int tokens) {
   static const EncodeTiled encode = find_encoder();
   CUtensorMap map;
-  const cuuint64_t dims[2] = {static_cast<cuuint64_t>(k), static_cast<cuuint64_t>(rows)};
-  const cuuint64_t strides[1] = {static_cast<cuuint64_t>(k)};
+  const cuuint64_t dims[2] = {static_cast<cuuint64_t>(x.width), static_cast<cuuint64_t>(rows)};
+  const cuuint64_t strides[1] = {static_cast<cuuint64_t>(x.row_bytes())};
   const cuuint32_t box[2] = {static_cast<cuuint32_t>(kStepK), static_cast<cuuint32_t>(tokens)};
   const cuuint32_t element_strides[2] = {1, 1};
   const CUresult status = encode(
-      &map, CU_TENSOR_MAP_DATA_TYPE_UINT8, 2, const_cast<std::uint8_t*>(codes), dims, strides, box,
-      element_strides, CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B,
+      &map, CU_TENSOR_MAP_DATA_TYPE_UINT8, 2, const_cast<std::uint8_t*>(x.codes), dims, strides,
+      box, element_strides, CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B,
       CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
   if (status != CUDA_SUCCESS) {
     throw Error(ErrorCode::kCuda, "cuTensorMapEncodeTiled failed: " + std::to_string(status));
@@ -126,9 +126,11 @@ Phase& add_phase(Params& p, const PackedWeights& weights, const RowRanges& rows,
   require(x.width == shape.k, "activation width", x.width, "must equal k");
   require_pointer(weights.data, 128, "packed weights");
   require_pointer(x.codes, 16, "activation codes");
+  require(x.row_bytes() >= x.width && x.row_bytes() % 16 == 0, "activation stride", x.stride,
+          "must be 0 or a multiple of 16, at least the width");
   if (x.scale == nullptr) check_scale(x.static_scale, "static activation scale");
   for (int i = 0; i < kNumTokenBoxes; ++i) {
-    p.x_map[p.num_phases][i] = encode_map(x.codes, rows.max_rows, shape.k, 8 << i);
+    p.x_map[p.num_phases][i] = encode_map(x, rows.max_rows, 8 << i);
   }
   Phase& phase = p.phase[p.num_phases++];
   phase.weights = static_cast<const std::uint8_t*>(weights.data);
@@ -157,6 +159,7 @@ void add_hidden(Params& p, const PackedWeights& weights, const RowRanges& rows,
           "must be 2 * intermediate, a multiple of 256");
   require(2 * h.width == weights.shape.n, "h width", h.width, "must be half of gate_up n");
   require_pointer(h.codes, 16, "h codes");
+  require(h.row_bytes() == h.width, "h stride", h.stride, "rows of h are dense");
   if (h.scale == nullptr) check_scale(h.static_scale, "static h scale");
   Phase& phase = add_phase(p, weights, rows, x);
   phase.epilogue = Epilogue::kHidden;
