@@ -18,12 +18,13 @@
 // Threads: one at a time, for a group and all its layers together.
 // Ranks: create(), add_layer(), forward(), dispatch_send() and finish() are collective. Every rank
 // makes the same calls in the same order, of the same layers.
-// Streams: layers of one group may be called on different streams. What they share is then ordered
-// on the device: the experts of one call begin when those of the call before have ended. The same
-// holds for the streams of one graph capture. Graphs are ordered by whoever launches them: replay
-// the graphs of one group one after the other, in the same order on every rank. On CUDA, calls of
-// different modes that are under way together belong on one stream: on two, a dispatch may hold the
-// processors that another rank's combine waits for. A stream outlives the calls queued on it.
+// Streams: layers of one group may be called on different streams. The device then takes the calls
+// one after the other, in the order in which they were made: forward(), dispatch_send() and
+// finish() each begin when the one before has ended. They share rows, and their kernels hold
+// processors while they wait for other ranks, so that two at once could wait for each other for
+// ever. The same holds for the streams of one graph capture. Graphs are ordered by whoever launches
+// them: replay the graphs of one group one after the other, in the same order on every rank. A
+// stream outlives the calls queued on it.
 #pragma once
 
 #include <chrono>

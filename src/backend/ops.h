@@ -44,7 +44,7 @@ class Recording {
 /// Queues work, calling its argument at the points in time that are of interest.
 using MarkedWork = std::function<void(const std::function<void()>& mark)>;
 
-/// Orders uses of memory that calls on several streams share. This one is for devices without
+/// Orders the uses of what calls on several streams share. This one is for devices without
 /// streams, whose calls return when they are done.
 class StreamOrder {
  public:

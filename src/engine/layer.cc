@@ -61,15 +61,19 @@ void Layer::forward(Mode mode, TensorView x, const Routing& routing, MutableTens
   Impl::ModeOfLayer& m = self.mode(mode);
   self.stats = {};
   self.started = self.mark = Impl::Clock::now();
+  self.group->order->before(stream);
   Dispatched dispatched = m.exchange->dispatch(x, routing, stream, m.recipe.wire_static_scale());
   self.stats.times.dispatch_us = self.stage_us(self.mark, stream);
   self.run(m, std::move(dispatched), y, stream);
+  self.group->order->after(stream);
 }
 
 Dispatched Layer::dispatch_send(Mode mode, TensorView x, const Routing& routing, Stream stream) {
   Impl::ModeOfLayer& m = impl_->mode(mode);
+  impl_->group->order->before(stream);
   Dispatched dispatched =
       m.exchange->dispatch_send(x, routing, stream, m.recipe.wire_static_scale());
+  impl_->group->order->after(stream);
   dispatched.route_->layer = impl_->id;
   dispatched.route_->keeps = impl_->group;
   dispatched.route_->mode = mode;
@@ -84,9 +88,11 @@ void Layer::finish(Dispatched dispatched, MutableTensorView y, Stream stream) {
   Impl::ModeOfLayer& m = self.mode(dispatched.route_->mode);
   self.stats = {};
   self.started = self.mark = Impl::Clock::now();
+  self.group->order->before(stream);
   m.exchange->dispatch_receive(dispatched, stream);
   self.stats.times.dispatch_us = self.stage_us(self.mark, stream);
   self.run(m, std::move(dispatched), y, stream);
+  self.group->order->after(stream);
 }
 
 void Layer::Impl::run(ModeOfLayer& m, Dispatched dispatched, MutableTensorView y, Stream stream) {
@@ -100,7 +106,6 @@ void Layer::Impl::run(ModeOfLayer& m, Dispatched dispatched, MutableTensorView y
   }
   // Until GEMM2 writes them, the rows of expert_y hold what the receiver quantizes. No peer reads
   // the last call's rows any more: every rank's flag of this dispatch follows its last combine.
-  group->order->before(stream);
   const Fp8RowsView in =
       experts.gemm1_rows(m.recipe, batch, rows, expert_y.as<std::uint16_t>(), stream);
   stats.times.quantize_us = stage_us(mark, stream);
@@ -109,7 +114,6 @@ void Layer::Impl::run(ModeOfLayer& m, Dispatched dispatched, MutableTensorView y
   ExpertStageTimes split;
   mark = Clock::now();
   experts.gemms(m.recipe, in, rows, expert_y.as<std::uint16_t>(), stream, &split);
-  group->order->after(stream);
   const double gemms_us = stage_us(mark, stream);
   const double split_us = split.gemm1_us + split.activation_us + split.gemm2_us;
   const double share = split_us > 0 ? gemms_us / split_us : 0;

@@ -26,7 +26,7 @@ struct LayerGroup::Impl {
   std::shared_ptr<ExpertScratch> scratch;
   std::unique_ptr<DeviceBuffer>
       expert_y;                        ///< [max_rows, hidden] bf16; where the exchange has none.
-  std::unique_ptr<StreamOrder> order;  ///< Of the uses of scratch and expert_y.
+  std::unique_ptr<StreamOrder> order;  ///< Of calls: they share scratch, SMs and peers.
   LayerGroupMemory layers;             ///< Of the layers that are alive: the sums over layers.
 
   /// Collective. Makes the exchange if this is the first layer that needs it.
