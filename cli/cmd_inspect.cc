@@ -102,35 +102,31 @@ nlohmann::ordered_json model_json(const Options& options, const Checkpoint& chec
           {"errors", checked.errors}};
 }
 
-/// FP8 and BF16: headers only, for that is all a run could use.
-void inspect_floats(const Options& options, const Checkpoint& checkpoint, const LayerCheck& checked,
-                    Output& output) {
-  print_model(checkpoint);
-  fmt::print("weights   not INT4: `sluice convert --scale ...` makes INT4 of them\n\n");
-  for (const std::string& error : checked.errors) fmt::print("error: {}\n", error);
-  fmt::print("{} of {} layers are complete; weights were not looked at\n", checked.good.size(),
-             checkpoint.moe_layers().size());
-  output.json = model_json(options, checkpoint, checked);
-}
-
 /// Warnings first, then notes, then what cannot be loaded.
-void print_review(const CheckpointReview& review, const LayerCheck& checked) {
+/// Returns the number of notes.
+std::size_t print_warnings(const std::vector<CheckpointWarning>& warnings,
+                           const LayerCheck& checked) {
   std::size_t num_notes = 0;
   for (const bool notes : {false, true}) {
-    for (const CheckpointWarning& w : review.warnings) {
+    for (const CheckpointWarning& w : warnings) {
       if (w.is_note != notes) continue;
       fmt::print("{}: {}: {}\n", notes ? "note" : "warning", w.tensor, w.text);
       num_notes += notes;
     }
   }
   for (const std::string& error : checked.errors) fmt::print("error: {}\n", error);
+  return num_notes;
+}
+
+void print_review(const CheckpointReview& review, const LayerCheck& checked) {
+  const std::size_t num_notes = print_warnings(review.warnings, checked);
   fmt::print("looked at the weights of {} experts in {} layers: {} warnings, {} notes\n",
              review.num_experts, review.num_layers, review.warnings.size() - num_notes, num_notes);
 }
 
-nlohmann::ordered_json to_json(const CheckpointReview& review) {
+nlohmann::ordered_json to_json(const std::vector<CheckpointWarning>& warnings) {
   nlohmann::ordered_json list = nlohmann::ordered_json::array();
-  for (const CheckpointWarning& w : review.warnings) {
+  for (const CheckpointWarning& w : warnings) {
     list.push_back({{"kind", w.kind},
                     {"severity", w.is_note ? "note" : "warning"},
                     {"count", w.count},
@@ -138,6 +134,18 @@ nlohmann::ordered_json to_json(const CheckpointReview& review) {
                     {"text", w.text}});
   }
   return list;
+}
+
+/// FP8 and BF16: headers only, for that is all a run could use.
+void inspect_floats(const Options& options, const Checkpoint& checkpoint, const LayerCheck& checked,
+                    Output& output) {
+  print_model(checkpoint);
+  fmt::print("weights   not INT4: `sluice convert --scale ...` makes INT4 of them\n\n");
+  (void)print_warnings(checkpoint.warnings(), checked);
+  fmt::print("{} of {} layers are complete; weights were not looked at\n", checked.good.size(),
+             checkpoint.moe_layers().size());
+  output.json = model_json(options, checkpoint, checked);
+  output.json["warnings"] = to_json(checkpoint.warnings());
 }
 
 bool has_unreadable(const CheckpointReview& review) {
@@ -192,6 +200,8 @@ void inspect(const Options& options, Output& output) {
     ProgressLine line("reading " + options.dir);
     samples = sample_layers(options, checkpoint, checked, line);
     review = checkpoint.review(checked.good);
+    const auto& whole = checkpoint.warnings();
+    review.warnings.insert(review.warnings.begin(), whole.begin(), whole.end());
   }
   const DType scale_dtype = samples.front().scale_dtype;
   const std::vector<RankMemory> memory = plan(checkpoint, scale_dtype, checked);
@@ -213,7 +223,7 @@ void inspect(const Options& options, Output& output) {
   output.json["bytes_per_expert"] = samples.front().expert_bytes;
   output.json["codes"] = to_json(codes);
   output.json["experts_looked_at"] = review.num_experts;
-  output.json["warnings"] = to_json(review);
+  output.json["warnings"] = to_json(review.warnings);
   for (const RecipeGroup& group : recipes) output.json["recipes"].push_back(to_json(group));
   for (const RankMemory& m : memory) output.json["memory"].push_back(to_json(m));
   for (const LayerSample& s : samples) output.json["layers"].push_back(to_json(s));

@@ -255,8 +255,10 @@ void print_layer(const Options& options, const LayerRunConfig& config,
   fmt::print("layer     {} of {}: {}, {} experts, top-{}, hidden {}, intermediate {}\n",
              config.layer, options.checkpoint, checkpoint.format(), g.num_experts, g.num_topk,
              g.hidden, g.intermediate);
-  for (const CheckpointWarning& w : checkpoint.warnings(config.layer)) {
-    fmt::print("{}   {}: {}\n", w.is_note ? "note   " : "warning", w.tensor, w.text);
+  for (const auto& warnings : {checkpoint.warnings(), checkpoint.warnings(config.layer)}) {
+    for (const CheckpointWarning& w : warnings) {
+      fmt::print("{}   {}: {}\n", w.is_note ? "note   " : "warning", w.tensor, w.text);
+    }
   }
 }
 

@@ -85,7 +85,7 @@ enum class MatrixRole { kGate, kUp, kDown };
 
 /// Something in the checkpoint that loads but deserves a look.
 struct CheckpointWarning {
-  std::string tensor;
+  std::string tensor;  ///< Or a key: "config.json: num_nextn_predict_layers".
   std::string text;
   std::string kind = {};  ///< "layer-sizes", "input-scales-one"...: docs/formats.md lists them.
   int count = 1;          ///< Places with a warning of this kind; the worst is `tensor`.
@@ -102,7 +102,7 @@ struct CheckpointReview {
 class Checkpoint {
  public:
   /// Reads config and safetensors headers. Throws: kIo, kCorruptFile (file, tensor, value, limit),
-  /// kUnsupported for a quantization method that is not one of ours.
+  /// kUnsupported for a quantization method, a size or a key of config.json that is not supported.
   [[nodiscard]] static Checkpoint open(const std::filesystem::path& dir);
 
   Checkpoint(Checkpoint&&) noexcept;
@@ -144,6 +144,10 @@ class Checkpoint {
   /// as code * scale, times its pre_quant_scale if it has one. Throws: kInvalidArgument (layer,
   /// expert, size of `out`), kCorruptFile.
   void load_floats(int layer, int expert, MatrixRole role, std::span<float> out) const;
+
+  /// Of the checkpoint as a whole, found by open(): keys of config.json that are not known, latent
+  /// widths, prediction layers that are not there, exclusions of experts that are quantized.
+  [[nodiscard]] const std::vector<CheckpointWarning>& warnings() const noexcept;
 
   /// Compares the input scales of all experts of `layers`, and the weights of some experts: of each
   /// matrix by itself, of gate, up and down, of experts, of layers. Looked at are 4 experts of each

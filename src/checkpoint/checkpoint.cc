@@ -115,6 +115,7 @@ CheckpointData CheckpointData::open(const std::filesystem::path& dir) {
   data.evidence = fmt::format("{}; {} is {} {}", recognised.evidence, gate.entry.name,
                               gate.entry.dtype, to_string(gate.entry.shape));
   data.identity = digest_bytes(std::as_bytes(std::span(data.config.text)), data.index.digest);
+  data.warnings = config_warnings(data);
   return data;
 }
 
@@ -229,6 +230,10 @@ const std::vector<int>& Checkpoint::moe_layers() const noexcept {
 }
 std::uint64_t Checkpoint::identity() const noexcept {
   return impl_->identity;
+}
+
+const std::vector<CheckpointWarning>& Checkpoint::warnings() const noexcept {
+  return impl_->warnings;
 }
 
 std::vector<InputScales> Checkpoint::input_scales(int layer) const {

@@ -23,6 +23,7 @@ struct CheckpointData {
   std::vector<int> moe_layers;
   std::string evidence;
   std::uint64_t identity = 0;
+  std::vector<CheckpointWarning> warnings;  ///< Of the checkpoint as a whole.
 
   /// As Checkpoint::open().
   [[nodiscard]] static CheckpointData open(const std::filesystem::path& dir);
@@ -46,6 +47,10 @@ struct CheckpointData {
 };
 
 struct Checkpoint::Impl : CheckpointData {};
+
+/// What config.json says that the tensors do not bear out: prediction layers that are not there,
+/// exclusions of experts that are quantized; and what read_model_config() had to say.
+[[nodiscard]] std::vector<CheckpointWarning> config_warnings(const CheckpointData& data);
 
 /// Canonical codes of some matrices, by nibble. Reads a little of each.
 [[nodiscard]] NibbleEvidence canonical_nibbles(const Expert& expert);

@@ -254,6 +254,13 @@ void JsonReader::skip() {
   }
 }
 
+std::string_view JsonReader::raw() {
+  skip_space();
+  const std::size_t begin = at_;
+  skip();
+  return text_.substr(begin, at_ - begin);
+}
+
 void JsonReader::finish() {
   skip_space();
   if (at_ != text_.size()) error("something follows the end of the document");

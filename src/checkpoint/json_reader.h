@@ -55,6 +55,8 @@ class JsonReader {
   [[nodiscard]] bool boolean();
   /// Consumes any one value.
   void skip();
+  /// Consumes any one value and gives its text as it stands.
+  [[nodiscard]] std::string_view raw();
   /// Only whitespace may follow.
   void finish();
 

@@ -1,12 +1,14 @@
 #include "checkpoint/model_config.h"
 
+#include <algorithm>
 #include <cmath>
+#include <limits>
 #include <map>
 #include <optional>
 #include <string_view>
 #include <utility>
 
-#include "checkpoint/json_reader.h"
+#include "checkpoint/config_fields.h"
 #include "core/fail.h"
 #include "core/mmap.h"
 #include "sluice/quant.h"
@@ -14,148 +16,184 @@
 namespace sluice {
 namespace {
 
+using Kind = ConfigKeyKind;
+
 /// Widths are multiples of this, the group of activations and the largest of weights.
 constexpr int kWidthUnit = kActivationGroup;
 /// Far above any model there is; small enough that products of two sizes fit 64 bits.
 constexpr int kMaxSize = 1 << 20;
 
-/// The few fields we need, each where it was found. Absent and null are the same.
-struct Fields {
-  std::string file;
-  std::map<std::string, std::uint64_t> counts;
-  std::optional<double> routed_scaling_factor;
-  std::string model_type;
-  std::string hidden_act;
-  QuantizationConfig quantization;
-};
-
-constexpr std::string_view kCountNames[] = {
-    "hidden_size",       "moe_intermediate_size", "n_routed_experts",  "num_experts",
-    "num_local_experts", "num_experts_per_tok",   "num_hidden_layers", "first_k_dense_replace",
-};
-
-bool is_count(std::string_view key) {
-  for (const std::string_view name : kCountNames) {
-    if (key == name) return true;
-  }
-  return false;
-}
-
-/// What a model with other senses says of its language model.
-void merge(Fields&& text, Fields& out) {
-  for (const auto& [key, value] : text.counts) out.counts[key] = value;
-  if (text.routed_scaling_factor) out.routed_scaling_factor = text.routed_scaling_factor;
-  if (out.model_type.empty()) out.model_type = std::move(text.model_type);
-  if (!text.hidden_act.empty()) out.hidden_act = std::move(text.hidden_act);
-  if (text.quantization.is_present) out.quantization = std::move(text.quantization);
-}
-
-Fields read_object(JsonReader& json, bool is_text_config) {
-  Fields fields;
-  std::optional<Fields> text;
-  json.object([&](const std::string& key) {
-    if (json.peek() == JsonReader::Kind::kNull) {
-      json.skip();
-    } else if (is_count(key)) {
-      fields.counts[key] = json.unsigned_integer();
-    } else if (key == "routed_scaling_factor") {
-      fields.routed_scaling_factor = json.number();
-    } else if (key == "model_type") {
-      fields.model_type = json.string();
-    } else if (key == "hidden_act") {
-      fields.hidden_act = json.string();
-    } else if (key == "quantization_config") {
-      read_quantization_config(json, fields.quantization);
-    } else if (key == "text_config" && !is_text_config) {
-      text = read_object(json, true);
-    } else {
-      json.skip();
-    }
-  });
-  if (text) merge(std::move(*text), fields);
-  return fields;
-}
-
-Fields read_fields(std::string_view text, const std::string& file) {
-  JsonReader json(text, file);
-  Fields fields = read_object(json, false);
-  json.finish();
-  fields.file = file;
-  return fields;
-}
-
-int count_field(const Fields& fields, const std::string& key, int low, std::optional<int> absent) {
-  const auto at = fields.counts.find(key);
-  if (at == fields.counts.end()) {
-    if (absent) return *absent;
-    fail(ErrorCode::kCorruptFile, "{}: {} is missing", fields.file, key);
-  }
-  if (at->second < static_cast<std::uint64_t>(low) || at->second > kMaxSize) {
-    fail(ErrorCode::kCorruptFile, "{}: {} = {} is outside [{}, {}]", fields.file, key, at->second,
-         low, kMaxSize);
-  }
-  return static_cast<int>(at->second);
-}
-
-/// The same number has three names in the field; those that are present must agree.
-int num_experts_field(const Fields& fields) {
-  std::string found;
+/// A value and the key that gave it.
+struct Named {
+  std::string key;
   int value = 0;
-  for (const char* const key : {"n_routed_experts", "num_experts", "num_local_experts"}) {
-    if (!fields.counts.contains(key)) continue;
-    const int here = count_field(fields, key, 1, std::nullopt);
-    if (!found.empty() && here != value) {
-      fail(ErrorCode::kCorruptFile, "{}: {} = {} contradicts {} = {}", fields.file, key, here,
-           found, value);
-    }
-    found = key, value = here;
+};
+
+Named checked(const ConfigFields& fields, const std::string& key, const ConfigNumbers& numbers,
+              int low) {
+  if (numbers.values.empty()) {
+    fail(ErrorCode::kCorruptFile, "{}: {} = [], which is no number", fields.file, key);
   }
-  if (found.empty()) {
-    fail(ErrorCode::kCorruptFile,
-         "{}: none of n_routed_experts, num_experts, num_local_experts is given", fields.file);
+  const std::uint64_t value = numbers.values.front();
+  for (const std::uint64_t other : numbers.values) {
+    if (other == value) continue;
+    fail(ErrorCode::kUnsupported,
+         "{}: {} holds {} and {}; experts of different sizes in one model are not supported",
+         fields.file, key, value, other);
   }
-  return value;
+  if (value < static_cast<std::uint64_t>(low)) {
+    fail(ErrorCode::kCorruptFile, "{}: {} = {} is outside [{}, {}]", fields.file, key, value, low,
+         kMaxSize);
+  }
+  if (value > kMaxSize) {
+    fail(ErrorCode::kUnsupported, "{}: {} = {} is above {}, the largest supported", fields.file,
+         key, value, kMaxSize);
+  }
+  return {key, static_cast<int>(value)};
 }
 
-int width_field(const Fields& fields, const std::string& key) {
-  const int width = count_field(fields, key, kWidthUnit, std::nullopt);
-  if (width % kWidthUnit != 0) {
-    fail(ErrorCode::kCorruptFile, "{}: {} = {} is not a multiple of {}", fields.file, key, width,
-         kWidthUnit);
+/// The same number may have several names; those that are present must agree.
+std::optional<Named> agreed(const ConfigFields& fields, Kind kind, int low) {
+  const auto at = fields.numbers.find(kind);
+  if (at == fields.numbers.end()) return std::nullopt;
+  std::optional<Named> found;
+  for (const auto& [key, numbers] : at->second) {
+    const Named here = checked(fields, key, numbers, low);
+    if (found && found->value != here.value) {
+      fail(ErrorCode::kCorruptFile, "{}: {} = {} contradicts {} = {}", fields.file, here.key,
+           here.value, found->key, found->value);
+    }
+    if (!found) found = here;
   }
-  return width;
+  return found;
+}
+
+Named required(const ConfigFields& fields, Kind kind, const char* what) {
+  if (const auto found = agreed(fields, kind, 1)) return *found;
+  fail(ErrorCode::kUnsupported, "{}: no key gives {}; the names known are {}", fields.file, what,
+       config_key_names(kind));
+}
+
+int width(const ConfigFields& fields, const Named& named) {
+  if (named.value % kWidthUnit == 0) return named.value;
+  fail(ErrorCode::kUnsupported,
+       "{}: {} = {} is not a multiple of {}, as scales need it; pad the experts' tensors with zero "
+       "channels to {}",
+       fields.file, named.key, named.value, kWidthUnit,
+       (named.value / kWidthUnit + 1) * kWidthUnit);
+}
+
+/// Width of the experts' inputs and outputs.
+int hidden_width(const ConfigFields& fields, ModelConfig& config) {
+  const Named hidden = required(fields, Kind::kHidden, "the width");
+  const std::optional<Named> latent = agreed(fields, Kind::kLatent, 1);
+  if (!latent) return width(fields, hidden);
+  config.warnings.push_back(
+      {.tensor = "config.json: " + latent->key,
+       .text = fmt::format("latent: {} of {}; the experts see the narrow rows, and projecting the "
+                           "model's to them and back is the caller's",
+                           latent->value, hidden.value),
+       .kind = "latent-width",
+       .is_note = true});
+  return width(fields, *latent);
+}
+
+/// The experts' own width, or that of dense layers in models that have no others (Mixtral).
+int intermediate_width(const ConfigFields& fields) {
+  if (const auto own = agreed(fields, Kind::kIntermediate, 1)) return width(fields, *own);
+  if (const auto dense = agreed(fields, Kind::kDense, 1)) return width(fields, *dense);
+  fail(ErrorCode::kUnsupported, "{}: no key gives the experts' width; the names known are {}, {}",
+       fields.file, config_key_names(Kind::kIntermediate), config_key_names(Kind::kDense));
 }
 
 /// Models name the function of the gate alone. Absent is SiLU, as all models here have it.
-ActivationFn activation_field(const Fields& fields) {
-  if (fields.hidden_act.empty() || fields.hidden_act == "silu") {
-    return {ActivationKind::kSwiglu};
+ActivationFn activation_field(const ConfigFields& fields) {
+  for (const auto& [key, value] : fields.activation) {
+    if (key == "hidden_act" ? value.empty() || value == "silu"
+                            : value == "silu" || value == "0" || value == "0.0" ||
+                                  value == "false" || value == "[]") {
+      continue;
+    }
+    fail(ErrorCode::kUnsupported, "{}: {} = {} is not silu, the only one there is", fields.file,
+         key, value);
   }
-  fail(ErrorCode::kUnsupported, "{}: hidden_act = {} is not silu, the only one there is",
-       fields.file, fields.hidden_act);
+  return {ActivationKind::kSwiglu};
 }
 
-ModelGeometry read_geometry(const Fields& fields) {
-  ModelGeometry geometry{.name = fields.model_type.empty() ? "unnamed" : fields.model_type,
-                         .num_experts = num_experts_field(fields),
-                         .num_topk = count_field(fields, "num_experts_per_tok", 1, std::nullopt),
-                         .hidden = width_field(fields, "hidden_size"),
-                         .intermediate = width_field(fields, "moe_intermediate_size"),
-                         .routed_scaling_factor = 1.0f,
-                         .activation = activation_field(fields)};
-  if (geometry.num_topk > geometry.num_experts) {
-    fail(ErrorCode::kCorruptFile, "{}: num_experts_per_tok = {} is above the {} experts there are",
-         fields.file, geometry.num_topk, geometry.num_experts);
-  }
-  if (fields.routed_scaling_factor) {
-    const double factor = *fields.routed_scaling_factor;
+float scaling_factor(const ConfigFields& fields) {
+  std::optional<std::pair<std::string, double>> found;
+  for (const auto& [key, factor] : fields.scales) {
     if (!(factor > 0) || !std::isfinite(static_cast<float>(factor))) {
-      fail(ErrorCode::kCorruptFile, "{}: routed_scaling_factor = {} is not a positive float32",
-           fields.file, factor);
+      fail(ErrorCode::kCorruptFile, "{}: {} = {} is not a positive float32", fields.file, key,
+           factor);
     }
-    geometry.routed_scaling_factor = static_cast<float>(factor);
+    if (found && found->second != factor) {
+      fail(ErrorCode::kCorruptFile, "{}: {} = {} contradicts {} = {}", fields.file, key, factor,
+           found->first, found->second);
+    }
+    found = {key, factor};
   }
-  return geometry;
+  return found ? static_cast<float>(found->second) : 1.0f;
+}
+
+void read_geometry(const ConfigFields& fields, ModelConfig& config) {
+  const Named experts = required(fields, Kind::kNumExperts, "the number of routed experts");
+  const Named topk = required(fields, Kind::kNumTopk, "the experts per token");
+  config.geometry = {.name = fields.model_type.empty() ? "unnamed" : fields.model_type,
+                     .num_experts = experts.value,
+                     .num_topk = topk.value,
+                     .hidden = hidden_width(fields, config),
+                     .intermediate = intermediate_width(fields),
+                     .routed_scaling_factor = scaling_factor(fields),
+                     .activation = activation_field(fields)};
+  if (topk.value > experts.value) {
+    fail(ErrorCode::kCorruptFile, "{}: {} = {} is above the {} experts there are", fields.file,
+         topk.key, topk.value, experts.value);
+  }
+}
+
+std::vector<int> small_numbers(const ConfigFields& fields, const std::string& key,
+                               const ConfigNumbers& numbers) {
+  std::vector<int> result;
+  for (const std::uint64_t value : numbers.values) {
+    if (value > kMaxSize) {
+      fail(ErrorCode::kCorruptFile, "{}: {} holds {}, above {}", fields.file, key, value, kMaxSize);
+    }
+    result.push_back(static_cast<int>(value));
+  }
+  return result;
+}
+
+/// Which layers should have experts. The files decide; what differs from this is a warning.
+void read_layers(const ConfigFields& fields, ModelConfig& config) {
+  const auto value = [&](Kind kind, int low) {
+    const auto found = agreed(fields, kind, low);
+    return found ? found->value : 0;
+  };
+  config.num_layers = value(Kind::kNumLayers, 1);
+  config.num_prediction_layers = value(Kind::kNumPrediction, 0);
+  config.first_k_dense_replace = value(Kind::kFirstMoe, 0);
+  if (const auto at = fields.numbers.find(Kind::kLayerStep); at != fields.numbers.end()) {
+    const auto& [key, numbers] = *at->second.begin();
+    config.step_key = key;
+    config.layer_step = small_numbers(fields, key, numbers);
+    config.is_step_list = numbers.is_list;
+  }
+  if (const auto at = fields.numbers.find(Kind::kDenseLayers); at != fields.numbers.end()) {
+    const auto& [key, numbers] = *at->second.begin();
+    config.dense_layers = small_numbers(fields, key, numbers);
+  }
+}
+
+void warn_of_unknown(const ConfigFields& fields, ModelConfig& config) {
+  if (fields.unknown.empty()) return;
+  std::string list;
+  for (const std::string& key : fields.unknown) list += (list.empty() ? "" : ", ") + key;
+  config.warnings.push_back(
+      {.tensor = "config.json",
+       .text =
+           fmt::format("keys that are not known, taken to say nothing of routed experts: {}", list),
+       .kind = "unknown-keys"});
 }
 
 std::string read_text(const std::filesystem::path& path) {
@@ -166,12 +204,29 @@ std::string read_text(const std::filesystem::path& path) {
 
 }  // namespace
 
+std::string ModelConfig::dense_reason(int layer) const {
+  if (layer < first_k_dense_replace) {
+    return fmt::format("first_k_dense_replace = {}", first_k_dense_replace);
+  }
+  if (std::ranges::find(dense_layers, layer) != dense_layers.end()) {
+    return fmt::format("mlp_only_layers holds {}", layer);
+  }
+  const auto at = static_cast<std::size_t>(layer);
+  if (is_step_list) {
+    if (at >= layer_step.size() || layer_step[at] != 0) return {};
+    return fmt::format("{} [{}] = 0", step_key, layer);
+  }
+  if (layer_step.empty() || layer_step.front() <= 1) return {};
+  // moe_layer_freq counts from layer 0, the others from layer 1.
+  const int step = layer_step.front(), position = step_key == "moe_layer_freq" ? layer : layer + 1;
+  return position % step == 0 ? std::string() : fmt::format("{} = {}", step_key, step);
+}
+
 ModelConfig read_model_config(const std::filesystem::path& dir) {
   const auto file = dir / "config.json";
   ModelConfig config;
   config.text = read_text(file);
-  Fields fields = read_fields(config.text, file.string());
-  fields.quantization.file = file.string();
+  ConfigFields fields = read_config_fields(config.text, file.string());
 
   const auto algo_file = dir / "hf_quant_config.json";
   if (std::filesystem::exists(algo_file)) {
@@ -179,9 +234,9 @@ ModelConfig read_model_config(const std::filesystem::path& dir) {
     read_algo_config(text, algo_file.string(), fields.quantization);
     config.text += text;
   }
-  config.geometry = read_geometry(fields);
-  config.num_layers = count_field(fields, "num_hidden_layers", 1, 0);
-  config.first_k_dense_replace = count_field(fields, "first_k_dense_replace", 0, 0);
+  read_geometry(fields, config);
+  read_layers(fields, config);
+  warn_of_unknown(fields, config);
   config.quantization = std::move(fields.quantization);
   return config;
 }

@@ -3,6 +3,7 @@
 
 #include <filesystem>
 #include <string>
+#include <vector>
 
 #include "checkpoint/formats/quantization_config.h"
 #include "sluice/checkpoint.h"
@@ -12,13 +13,26 @@ namespace sluice {
 struct ModelConfig {
   ModelGeometry geometry;
   int num_layers = 0;             ///< 0 if not given.
+  int num_prediction_layers = 0;  ///< Announced behind the others (MTP).
   int first_k_dense_replace = 0;  ///< Layers below this have no routed experts.
   QuantizationConfig quantization;
+  std::vector<CheckpointWarning> warnings;  ///< `tensor` is "config.json: KEY".
   std::string text;  ///< The bytes of the files read, for Checkpoint::identity().
+
+  /// Why the config has a layer below num_layers without routed experts: "decoder_sparse_step = 2";
+  /// empty if it expects them there.
+  [[nodiscard]] std::string dense_reason(int layer) const;
+
+  /// Keys of which layers have experts, as written.
+  std::string step_key;         ///< "moe_layer_freq" or one of its kin; empty if there is none.
+  std::vector<int> layer_step;  ///< One number, or 0 and 1 by layer.
+  bool is_step_list = false;
+  std::vector<int> dense_layers;  ///< mlp_only_layers
 };
 
 /// Throws: kIo (no config.json), kCorruptFile (not JSON, a field of the wrong kind or out of range,
-/// two fields that contradict each other). The geometry's group_size is for the format to say.
+/// two fields that contradict each other), kUnsupported (a size or key that is not handled, a size
+/// that is not given under any known name). The geometry's group_size is for the format to say.
 [[nodiscard]] ModelConfig read_model_config(const std::filesystem::path& dir);
 
 }  // namespace sluice

@@ -92,14 +92,13 @@ void check_input_scales(const Names& names, const std::vector<InputScales>& scal
 
 void check_expected(const Names& names, const ModelConfig& config, Findings& out) {
   const int layer = names.layer;
-  if (layer < config.first_k_dense_replace) {
-    out.add(WarningKind::kUnexpectedLayer, 0, names.weight(0, 0),
-            fmt::format("layer {} has routed experts, though first_k_dense_replace = {}", layer,
-                        config.first_k_dense_replace));
-  } else if (config.num_layers > 0 && layer >= config.num_layers) {
+  if (config.num_layers > 0 && layer >= config.num_layers) {
     out.add(WarningKind::kPredictionLayer, 0, names.weight(0, 0),
             fmt::format("layer {} is past the model's {} layers (a prediction layer?)", layer,
                         config.num_layers));
+  } else if (const std::string dense = config.dense_reason(layer); !dense.empty()) {
+    out.add(WarningKind::kUnexpectedLayer, 0, names.weight(0, 0),
+            fmt::format("layer {} has routed experts, though {}", layer, dense));
   }
 }
 

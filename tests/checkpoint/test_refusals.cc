@@ -301,9 +301,7 @@ struct ConfigCase {
 
 TEST(Refusal, ConfigFieldsOutOfRange) {
   const ConfigCase cases[] = {
-      {"hidden_size", 200, {"config.json: hidden_size = 200", "multiple of 128"}},
-      {"hidden_size", 0, {"hidden_size = 0", "[128, 1048576]"}},
-      {"moe_intermediate_size", 1 << 21, {"moe_intermediate_size = 2097152"}},
+      {"hidden_size", 0, {"hidden_size = 0", "[1, 1048576]"}},
       {"n_routed_experts", 0, {"n_routed_experts = 0"}},
       {"num_experts_per_tok", 3, {"num_experts_per_tok = 3", "2 experts"}},
       {"num_experts", 4, {"num_experts = 4 contradicts n_routed_experts = 2"}},
@@ -312,8 +310,6 @@ TEST(Refusal, ConfigFieldsOutOfRange) {
       {"routed_scaling_factor", "2", {"config.json: JSON, byte"}},
       {"hidden_size", -256, {"config.json: JSON, byte"}},
       {"hidden_size", 256.5, {"config.json: JSON, byte", "256.5"}},
-      {"hidden_size", nullptr, {"hidden_size is missing"}},
-      {"n_routed_experts", nullptr, {"none of n_routed_experts, num_experts"}},
   };
   for (const ConfigCase& c : cases) {
     ModelFiles files;

@@ -1,9 +1,11 @@
 // compressed-tensors "pack-quantized" INT4: I32 [N, K / 8], q + 8 in nibble i % 8 counted from the
 // lowest bits, along K; scales [N, K / group] for groups of 128 or 32; weight_shape = [N, K].
 // Kimi-K2's own INT4 is this with groups of 32 and no activation scheme. Sources: docs/formats.md.
+#include <algorithm>
 #include <cstring>
 
 #include "checkpoint/formats/format.h"
+#include "checkpoint/formats/module_match.h"
 #include "checkpoint/formats/part_readers.h"
 #include "core/fail.h"
 
@@ -76,7 +78,7 @@ class CompressedTensorsFormat final : public Format {
 
 /// A refusal that names the field, its value and what is supported.
 [[noreturn]] void refuse(const QuantizationConfig& config, const std::string& field,
-                         const std::string& value, const char* supported) {
+                         const std::string& value, const std::string& supported) {
   fail(ErrorCode::kUnsupported, "{}: quantization_config.{} = {}; {}", config.file, field, value,
        supported);
 }
@@ -130,26 +132,79 @@ bool check_inputs(const QuantizationConfig& config, const std::string& at,
   return true;
 }
 
+/// The name of a module of the first expert, without the tensor's own: "...experts.0.gate_proj".
+std::string module_of(const FormatClues& clues) {
+  for (const char* const what : {"weight_packed", "weight_scale", "weight"}) {
+    const TensorRef* const tensor = clues.first_gate(what);
+    if (!tensor) continue;
+    const std::string& name = tensor->entry.name;
+    return name.substr(0, name.rfind('.'));
+  }
+  return {};
+}
+
+/// The most precise of a group's targets. A group without any may mean every module.
+ModuleMatch match_of(const QuantizationConfig& config, const QuantizationGroup& group,
+                     const std::string& module) {
+  const std::string where =
+      fmt::format("{}: quantization_config.config_groups.{}.targets", config.file, group.name);
+  ModuleMatch best = group.targets.empty() ? ModuleMatch::kClass : ModuleMatch::kNone;
+  for (const std::string& target : group.targets) {
+    best = std::max(best, match_target(target, module, where));
+  }
+  return best;
+}
+
+bool is_same(const QuantizationGroup& a, const QuantizationGroup& b) {
+  return a.weights == b.weights && a.input_activations == b.input_activations &&
+         a.format == b.format;
+}
+
+/// The group whose targets name the routed experts most precisely. Groups that say the same, or one
+/// alone, need no targets: the tensors bear it out.
+const QuantizationGroup& group_of_experts(const FormatClues& clues) {
+  const QuantizationConfig& config = clues.config;
+  const QuantizationGroup& first = config.groups.front();
+  if (std::ranges::all_of(config.groups, [&](const auto& g) { return is_same(g, first); })) {
+    return first;
+  }
+  const std::string module = module_of(clues);
+  const QuantizationGroup* best = nullptr;
+  const QuantizationGroup* rival = nullptr;  // As precise as the best, and not the same.
+  ModuleMatch precision = ModuleMatch::kNone;
+  for (const QuantizationGroup& group : config.groups) {
+    const ModuleMatch here = match_of(config, group, module);
+    if (here > precision) {
+      best = &group, rival = nullptr, precision = here;
+    } else if (best && here == precision && !is_same(*best, group)) {
+      rival = &group;
+    }
+  }
+  if (rival) {
+    refuse(config, "config_groups",
+           fmt::format("'{}' and '{}', which differ and both target {}", best->name, rival->name,
+                       module),
+           "which of them the experts use cannot be told");
+  }
+  if (best) return *best;
+  refuse(config, "config_groups",
+         fmt::format("'{}' and others, which differ, and none targets {}", first.name, module),
+         "which of them the experts use cannot be told");
+}
+
 }  // namespace
 
 std::optional<Recognised> recognise_compressed_tensors(const FormatClues& clues) {
   const QuantizationConfig& config = clues.config;
   if (config.quant_method != "compressed-tensors") return std::nullopt;
   if (config.groups.empty()) refuse(config, "config_groups", "{}", "the experts need one");
-  const QuantizationGroup& group = config.groups.front();
+  const QuantizationGroup& group = group_of_experts(clues);
   const std::string at = "config_groups." + group.name;
-  for (const QuantizationGroup& other : config.groups) {
-    if (other.weights == group.weights && other.input_activations == group.input_activations &&
-        other.format == group.format) {
-      continue;
-    }
-    refuse(config, "config_groups",
-           fmt::format("'{}' and '{}', which differ", group.name, other.name),
-           "which of them the experts use cannot be told");
-  }
   const std::string& format = group.format.empty() ? config.format : group.format;
   if (format != "pack-quantized") {
-    refuse(config, "format", "'" + format + "'", "only 'pack-quantized' is supported");
+    const std::string help = container_help(format);
+    refuse(config, group.format.empty() ? "format" : at + ".format", "'" + format + "'",
+           "only 'pack-quantized' is supported" + (help.empty() ? "" : ": " + help));
   }
   if (config.has_sparsity) refuse(config, "sparsity_config", "{...}", "only dense is supported");
   if (config.has_expert_sparsity) {

@@ -65,6 +65,104 @@ const TensorRef* FormatClues::first_gate(std::string_view what) const noexcept {
   return nullptr;
 }
 
+namespace {
+
+constexpr const char* kSupported =
+    "w4afp8, compressed-tensors (pack-quantized INT4), w4a8_awq (AngelSlim), modelopt (W4A8_AWQ), "
+    "fp8 (128x128 blocks), or no quantization with BF16 weights";
+
+/// A container that is known, but not read.
+struct Container {
+  std::string_view name;  ///< quant_method, quant_algo or format; lower case.
+  const char* help;
+};
+
+constexpr const char* kFromFloats =
+    "`sluice convert` makes INT4 of the model's BF16 or FP8 weights instead";
+constexpr const char* kInt4Only = "the experts' weights must be symmetric INT4";
+
+constexpr Container kContainers[] = {
+    {"gptq", "export the experts as compressed-tensors pack-quantized INT4, without desc_act"},
+    {"awq", "export the experts as compressed-tensors pack-quantized INT4, without zero points"},
+    {"auto-round", "export with AutoRound's compressed-tensors (llm_compressor) format"},
+    {"bitsandbytes", kFromFloats},
+    {"fbgemm_fp8", "it has FP8 scales by row; fp8 in 128x128 blocks can be converted"},
+    {"quark", kFromFloats},
+    {"hqq", kFromFloats},
+    {"eetq", kFromFloats},
+    {"aqlm", kFromFloats},
+    {"torchao", kFromFloats},
+    {"mxfp4", "MXFP4 experts (E2M1 with E8M0 scales) are not supported; convert BF16 weights"},
+    {"mxfp8", "it has scales by 32; fp8 in 128x128 blocks can be converted"},
+    {"nvfp4", "NVFP4 experts (E2M1 with E4M3 scales) are not supported; convert BF16 weights"},
+    {"modelopt_fp4", "NVFP4 experts are not supported; convert BF16 weights"},
+    {"w4a16_awq", "ModelOpt's W4A8_AWQ is read; export with that"},
+    {"int4_awq", "ModelOpt's W4A8_AWQ is read; export with that"},
+    {"w8a8_int8", kInt4Only},
+    {"w4a8_mxfp4_fp8", kFromFloats},
+    {"w4a8_nvfp4_fp8", kFromFloats},
+    {"int-quantized", kInt4Only},
+    {"float-quantized", "FP8 experts in 128x128 blocks can be converted, others cannot"},
+    {"naive-quantized", kInt4Only},
+    {"nvfp4-pack-quantized", "NVFP4 experts are not supported; convert BF16 weights"},
+    {"mxfp4-pack-quantized", "MXFP4 experts are not supported; convert BF16 weights"},
+    {"marlin-24", "sparse weights are not supported"},
+};
+
+std::string lower(std::string text) {
+  for (char& c : text) {
+    if (c >= 'A' && c <= 'Z') c = static_cast<char>(c - 'A' + 'a');
+  }
+  return text;
+}
+
+/// I8 or U8 codes with weight_scale_inv are what w4afp8 looks like.
+std::string undeclared_hint(const FormatClues& clues, const TensorRef* gate) {
+  if (!gate) return {};
+  const std::string seen = fmt::format(", and {} is {}", gate->entry.name, gate->entry.dtype);
+  const bool is_bytes = gate->entry.dtype == "I8" || gate->entry.dtype == "U8";
+  if (!is_bytes || !clues.first_gate("weight_scale_inv")) return seen;
+  return seen +
+         ", which with weight_scale_inv looks like w4afp8: if it is, add \"quantization_config\": "
+         "{\"quant_method\": \"w4afp8\"} to config.json";
+}
+
+[[noreturn]] void refuse_unknown(const FormatClues& clues) {
+  const QuantizationConfig& config = clues.config;
+  const std::string algo = config.algo_file.empty() ? ""
+                                                    : fmt::format(" ({} says quant_algo = '{}')",
+                                                                  config.algo_file, config.algo);
+  if (!config.quant_method.empty()) {
+    std::string help = container_help(config.quant_algo);
+    if (help.empty()) help = container_help(config.algo);
+    if (help.empty()) help = container_help(config.quant_method);
+    const std::string own =
+        config.quant_algo.empty() ? "" : fmt::format(", quant_algo = '{}'", config.quant_algo);
+    fail(ErrorCode::kUnsupported,
+         "{}: quantization_config.quant_method = '{}'{}{}{}; supported are {}", config.file,
+         config.quant_method, own, algo, help.empty() ? "" : ": " + help, kSupported);
+  }
+  if (!config.algo_file.empty()) {
+    const std::string help = container_help(config.algo);
+    fail(ErrorCode::kUnsupported, "{}: quantization.quant_algo = '{}'{}; supported are {}",
+         config.algo_file, config.algo, help.empty() ? "" : ": " + help, kSupported);
+  }
+  fail(ErrorCode::kUnsupported,
+       "{}: no quantization_config.quant_method, and no quantization.quant_algo in "
+       "hf_quant_config.json{}; supported are {}",
+       config.file, undeclared_hint(clues, clues.first_gate("weight")), kSupported);
+}
+
+}  // namespace
+
+std::string container_help(const std::string& name) {
+  const std::string wanted = lower(name);
+  for (const Container& container : kContainers) {
+    if (container.name == wanted) return container.help;
+  }
+  return {};
+}
+
 Recognised recognise(const FormatClues& clues) {
   // What the checkpoint declares decides; bf16 is what declares nothing.
   for (const auto& recogniser :
@@ -72,28 +170,7 @@ Recognised recognise(const FormatClues& clues) {
         recognise_fp8_block, recognise_bf16}) {
     if (std::optional<Recognised> found = recogniser(clues)) return std::move(*found);
   }
-  constexpr const char* kSupported =
-      "w4afp8, compressed-tensors (pack-quantized INT4), w4a8_awq (AngelSlim), modelopt "
-      "(W4A8_AWQ), "
-      "fp8 (128x128 blocks), or no quantization with BF16 weights";
-  const QuantizationConfig& config = clues.config;
-  const std::string algo = config.algo_file.empty() ? ""
-                                                    : fmt::format(" ({} says quant_algo = '{}')",
-                                                                  config.algo_file, config.algo);
-  if (!config.quant_method.empty()) {
-    fail(ErrorCode::kUnsupported, "{}: quantization_config.quant_method = '{}'{}; supported are {}",
-         config.file, config.quant_method, algo, kSupported);
-  }
-  if (!config.algo_file.empty()) {
-    fail(ErrorCode::kUnsupported, "{}: quantization.quant_algo = '{}'; supported are {}",
-         config.algo_file, config.algo, kSupported);
-  }
-  const TensorRef* const gate = clues.first_gate("weight");
-  fail(ErrorCode::kUnsupported,
-       "{}: no quantization_config.quant_method, and no quantization.quant_algo in "
-       "hf_quant_config.json{}; supported are {}",
-       config.file, gate ? fmt::format(", and {} is {}", gate->entry.name, gate->entry.dtype) : "",
-       kSupported);
+  refuse_unknown(clues);
 }
 
 }  // namespace sluice

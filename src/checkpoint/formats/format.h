@@ -117,6 +117,9 @@ struct FormatClues {
 /// Throws: kUnsupported naming the file, the field and what is supported.
 [[nodiscard]] Recognised recognise(const FormatClues& clues);
 
+/// What would help with a container that is known by this name and not read; empty for others.
+[[nodiscard]] std::string container_help(const std::string& name);
+
 /// Each is empty if the checkpoint is not of this family, and throws if it is but cannot be read.
 [[nodiscard]] std::optional<Recognised> recognise_w4afp8(const FormatClues& clues);
 [[nodiscard]] std::optional<Recognised> recognise_compressed_tensors(const FormatClues& clues);

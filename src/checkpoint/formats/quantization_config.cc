@@ -1,5 +1,10 @@
 #include "checkpoint/formats/quantization_config.h"
 
+#include <map>
+#include <utility>
+
+#include "core/fail.h"
+
 namespace sluice {
 namespace {
 
@@ -17,6 +22,28 @@ void read_string(JsonReader& json, std::string& out) {
 void read_count(JsonReader& json, std::optional<std::uint64_t>& out) {
   if (json.peek() == Kind::kNumber) {
     out = json.unsigned_integer();
+  } else {
+    json.skip();
+  }
+}
+
+bool is_exclusion(std::string_view key) {
+  return key == "ignore" || key == "ignored_layers" || key == "exclude_modules" ||
+         key == "modules_to_not_convert" || key == "llm_int8_skip_modules";
+}
+
+/// Appends the strings of a list; a lone string is a list of one.
+void read_strings(JsonReader& json, std::vector<std::string>& out) {
+  if (json.peek() == Kind::kString) {
+    out.push_back(json.string());
+  } else if (json.peek() == Kind::kArray) {
+    json.array([&] {
+      if (json.peek() == Kind::kString) {
+        out.push_back(json.string());
+      } else {
+        json.skip();
+      }
+    });
   } else {
     json.skip();
   }
@@ -92,6 +119,8 @@ void read_groups(JsonReader& json, std::vector<QuantizationGroup>& groups) {
         read_args(json, group.input_activations);
       } else if (key == "format") {
         read_string(json, group.format);
+      } else if (key == "targets") {
+        read_strings(json, group.targets);
       } else {
         json.skip();
       }
@@ -102,6 +131,41 @@ void read_groups(JsonReader& json, std::vector<QuantizationGroup>& groups) {
 void read_block_size(JsonReader& json, std::vector<std::uint64_t>& out) {
   if (json.peek() != Kind::kArray) return json.skip();
   json.array([&] { out.push_back(json.unsigned_integer()); });
+}
+
+std::string text_of(const std::optional<std::uint64_t>& value) {
+  return value ? std::to_string(*value) : "";
+}
+
+std::string text_of(const QuantizationArgs& args) {
+  if (!args.is_present) return "none";
+  return fmt::format("{}-bit '{}', strategy '{}', groups of {}, dynamic '{}', symmetric {}",
+                     text_of(args.num_bits), args.type, args.strategy, text_of(args.group_size),
+                     args.dynamic, args.is_symmetric.value_or(true));
+}
+
+/// The fields that are given, as text.
+std::map<std::string, std::string> fields_of(const QuantizationConfig& config) {
+  std::map<std::string, std::string> fields;
+  const auto add = [&](std::string_view name, std::string value) {
+    if (!value.empty()) fields.emplace(name, std::move(value));
+  };
+  add("quant_method", config.quant_method);
+  add("quant_algo", config.quant_algo);
+  add("activation_scheme", config.activation_scheme);
+  add("format", config.format);
+  add("group_size", text_of(config.group_size));
+  std::string block;
+  for (const std::uint64_t size : config.weight_block_size) {
+    block += (block.empty() ? "[" : ", ") + std::to_string(size);
+  }
+  add("weight_block_size", block.empty() ? block : block + "]");
+  for (const QuantizationGroup& group : config.groups) {
+    add("config_groups." + group.name + ".weights", text_of(group.weights));
+    add("config_groups." + group.name + ".input_activations", text_of(group.input_activations));
+    add("config_groups." + group.name + ".format", group.format);
+  }
+  return fields;
 }
 
 }  // namespace
@@ -130,6 +194,8 @@ void read_quantization_config(JsonReader& json, QuantizationConfig& config) {
       config.has_expert_sparsity = read_is_filled(json);
     } else if (key == "transform_config") {
       config.has_transforms = read_is_filled(json);
+    } else if (is_exclusion(key)) {
+      read_strings(json, config.exclusions);
     } else {
       json.skip();
     }
@@ -144,6 +210,8 @@ void read_algo_config(std::string_view text, const std::string& file, Quantizati
     json.object([&](const std::string& inner) {
       if (inner == "quant_algo") {
         read_string(json, config.algo);
+      } else if (is_exclusion(inner)) {
+        read_strings(json, config.exclusions);
       } else if (inner == "group_size") {
         read_count(json, config.algo_group_size);
       } else if (inner == "has_zero_point" && json.peek() == Kind::kBool) {
@@ -154,6 +222,24 @@ void read_algo_config(std::string_view text, const std::string& file, Quantizati
     });
   });
   json.finish();
+  const auto refuse = [&](std::string_view field, const std::string& ours, std::string_view key,
+                          const std::string& theirs) {
+    if (ours.empty() || theirs.empty() || ours == theirs) return;
+    fail(ErrorCode::kCorruptFile, "{}: quantization_config.{} = {}, but {} has {} = {}",
+         config.file, field, ours, file, key, theirs);
+  };
+  refuse("quant_algo", config.quant_algo, "quant_algo", config.algo);
+  refuse("group_size", text_of(config.group_size), "group_size", text_of(config.algo_group_size));
+}
+
+std::optional<Contradiction> contradiction(const QuantizationConfig& a,
+                                           const QuantizationConfig& b) {
+  const auto first = fields_of(a), second = fields_of(b);
+  for (const auto& [field, value] : first) {
+    const auto at = second.find(field);
+    if (at != second.end() && at->second != value) return Contradiction{field, value, at->second};
+  }
+  return std::nullopt;
 }
 
 }  // namespace sluice

@@ -27,6 +27,7 @@ struct QuantizationArgs {
 /// One entry of config_groups.
 struct QuantizationGroup {
   std::string name, format;
+  std::vector<std::string> targets;  ///< Names, "re:" patterns or classes of modules.
   QuantizationArgs weights, input_activations;
 };
 
@@ -40,6 +41,7 @@ struct QuantizationConfig {
   std::optional<std::uint64_t> group_size;
   std::vector<std::uint64_t> weight_block_size;
   std::vector<QuantizationGroup> groups;
+  std::vector<std::string> exclusions;  ///< `ignore` and its other names, in both files.
   bool has_sparsity = false, has_expert_sparsity = false, has_transforms = false;
 
   std::string algo_file;  ///< hf_quant_config.json, with its directory; empty if there is none.
@@ -48,10 +50,19 @@ struct QuantizationConfig {
   bool has_zero_point = false;
 };
 
+/// A field that two descriptions of the same checkpoint give differently, and both values.
+struct Contradiction {
+  std::string field, first, second;
+};
+
+/// What one of them leaves out contradicts nothing.
+[[nodiscard]] std::optional<Contradiction> contradiction(const QuantizationConfig& a,
+                                                         const QuantizationConfig& b);
+
 /// Reads the value of the key quantization_config. Throws: kCorruptFile.
 void read_quantization_config(JsonReader& json, QuantizationConfig& config);
 
-/// Reads all of hf_quant_config.json. Throws: kCorruptFile.
+/// Reads all of hf_quant_config.json. Throws: kCorruptFile (also if it contradicts `config`).
 void read_algo_config(std::string_view text, const std::string& file, QuantizationConfig& config);
 
 }  // namespace sluice

@@ -50,9 +50,15 @@ class W4afp8Format final : public Format {
 
 std::optional<Recognised> recognise_w4afp8(const FormatClues& clues) {
   const QuantizationConfig& config = clues.config;
-  const bool by_method = config.quant_method.find("w4afp8") != std::string::npos;
+  const bool by_method = config.quant_method == "w4afp8";
   const bool by_algo = config.quant_method.empty() && config.algo == "MIXED_PRECISION";
   if (!by_method && !by_algo) return std::nullopt;
+  if (by_method && !config.algo.empty() && config.algo != "MIXED_PRECISION") {
+    fail(ErrorCode::kCorruptFile,
+         "{}: quantization_config.quant_method = 'w4afp8', but {} has quant_algo = '{}'; w4afp8 "
+         "goes with 'MIXED_PRECISION'",
+         config.file, config.algo_file, config.algo);
+  }
   if (config.group_size && *config.group_size != kGroup) {
     fail(ErrorCode::kUnsupported, "{}: quantization_config.group_size = {}; w4afp8 has {}",
          config.file, *config.group_size, kGroup);

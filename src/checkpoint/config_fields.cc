@@ -1,0 +1,132 @@
+#include "checkpoint/config_fields.h"
+
+#include <algorithm>
+#include <array>
+#include <optional>
+#include <utility>
+
+#include "checkpoint/json_reader.h"
+#include "core/fail.h"
+
+namespace sluice {
+namespace {
+
+using Kind = ConfigKeyKind;
+using Json = JsonReader::Kind;
+
+/// Long values are cut in messages.
+std::string shown(std::string_view value) {
+  constexpr std::size_t kMaxLength = 60;
+  return value.size() <= kMaxLength ? std::string(value)
+                                    : std::string(value.substr(0, kMaxLength)) + "...";
+}
+
+bool is_off(std::string_view value) {
+  constexpr std::array<std::string_view, 9> kOff = {"null", "false", "0",        "0.0",     "[]",
+                                                    "{}",   "\"\"",  "\"none\"", "\"None\""};
+  return std::ranges::find(kOff, value) != kOff.end();
+}
+
+ConfigNumbers read_numbers(JsonReader& json) {
+  ConfigNumbers numbers;
+  numbers.is_list = json.peek() == Json::kArray;
+  if (numbers.is_list) {
+    json.array([&] { numbers.values.push_back(json.unsigned_integer()); });
+  } else {
+    numbers.values.push_back(json.unsigned_integer());
+  }
+  return numbers;
+}
+
+/// What a model with other senses says of its language model.
+void merge(ConfigFields&& inner, ConfigFields& out) {
+  for (auto& [kind, keys] : inner.numbers) {
+    for (auto& [key, numbers] : keys) out.numbers[kind][key] = std::move(numbers);
+  }
+  for (const auto& [key, value] : inner.scales) out.scales[key] = value;
+  for (auto& [key, value] : inner.activation) out.activation[key] = std::move(value);
+  if (out.model_type.empty()) out.model_type = std::move(inner.model_type);
+  for (std::string& key : inner.unknown) {
+    if (std::ranges::find(out.unknown, key) == out.unknown.end()) {
+      out.unknown.push_back(std::move(key));
+    }
+  }
+  if (!inner.quantization.is_present) return;
+  if (out.quantization.is_present) {
+    if (const auto found = contradiction(out.quantization, inner.quantization)) {
+      fail(ErrorCode::kCorruptFile,
+           "{}: quantization_config.{} = {}, but the language model's quantization_config has {}",
+           out.file, found->field, found->first, found->second);
+    }
+  }
+  out.quantization = std::move(inner.quantization);
+}
+
+/// A key that the table does not have, or one that is only good while it is off.
+void read_other(JsonReader& json, const std::string& key, Kind kind, ConfigFields& fields) {
+  const std::string_view value = json.raw();
+  if (kind == Kind::kMustBeOff) {
+    if (is_off(value)) return;
+    fail(ErrorCode::kUnsupported,
+         "{}: {} = {} would change what routed experts compute, and is not supported", fields.file,
+         key, shown(value));
+  }
+  if (!is_suspicious(key)) {
+    fields.unknown.push_back(key);
+    return;
+  }
+  fail(ErrorCode::kUnsupported,
+       "{}: {} = {}: the key is not known, and its name sounds as though it changes what routed "
+       "experts compute; remove it if it does not",
+       fields.file, key, shown(value));
+}
+
+ConfigFields read_object(JsonReader& json, const std::string& file, bool is_inner) {
+  ConfigFields fields;
+  fields.file = file;
+  std::vector<ConfigFields> inner;
+  json.object([&](const std::string& key) {
+    if (json.peek() == Json::kNull) return json.skip();
+    switch (const Kind kind = config_key_kind(key); kind) {
+      case Kind::kScale:
+        fields.scales[key] = json.number();
+        return;
+      case Kind::kActivation:
+        fields.activation[key] = json.peek() == Json::kString || key == "hidden_act"
+                                     ? json.string()
+                                     : std::string(json.raw());
+        return;
+      case Kind::kModelType:
+        fields.model_type = json.string();
+        return;
+      case Kind::kQuantization:
+        return read_quantization_config(json, fields.quantization);
+      case Kind::kLanguage:
+        // A language model has no language model of its own.
+        if (is_inner || json.peek() != Json::kObject) return json.skip();
+        inner.push_back(read_object(json, file, true));
+        return;
+      case Kind::kIrrelevant:
+        return json.skip();
+      case Kind::kMustBeOff:
+      case Kind::kUnknown:
+        return read_other(json, key, kind, fields);
+      default:
+        fields.numbers[kind][key] = read_numbers(json);
+    }
+  });
+  for (ConfigFields& each : inner) merge(std::move(each), fields);
+  return fields;
+}
+
+}  // namespace
+
+ConfigFields read_config_fields(std::string_view text, const std::string& file) {
+  JsonReader json(text, file);
+  ConfigFields fields = read_object(json, file, false);
+  json.finish();
+  fields.quantization.file = file;
+  return fields;
+}
+
+}  // namespace sluice

@@ -1,0 +1,39 @@
+// config_fields.h - config.json as it stands: the keys that matter, each with the spelling it has.
+//
+//   {"hidden_size": .., "text_config": {..}} --read_config_fields()--> ConfigFields
+//
+// A nested language model's config takes precedence, key by key. null is the same as absent.
+#pragma once
+
+#include <cstdint>
+#include <map>
+#include <string>
+#include <string_view>
+#include <vector>
+
+#include "checkpoint/config_keys.h"
+#include "checkpoint/formats/quantization_config.h"
+
+namespace sluice {
+
+/// A number, or a list of them (by layer, or by sense of a model).
+struct ConfigNumbers {
+  std::vector<std::uint64_t> values;
+  bool is_list = false;
+};
+
+struct ConfigFields {
+  std::string file;
+  std::map<ConfigKeyKind, std::map<std::string, ConfigNumbers>> numbers;  ///< By kind, then key.
+  std::map<std::string, double> scales;
+  std::map<std::string, std::string> activation;  ///< Key to JSON text; strings without quotes.
+  std::string model_type;
+  std::vector<std::string> unknown;  ///< Keys that are in no list and do not sound like experts'.
+  QuantizationConfig quantization;
+};
+
+/// Throws: kCorruptFile (not JSON, a value of the wrong kind, two quantization_configs that
+/// contradict each other), kUnsupported (a key that would change results, with its value).
+[[nodiscard]] ConfigFields read_config_fields(std::string_view text, const std::string& file);
+
+}  // namespace sluice

@@ -1,0 +1,75 @@
+// What config.json says and the tensors do not bear out. The tensors decide.
+#include <algorithm>
+#include <string>
+#include <vector>
+
+#include "checkpoint/checkpoint_impl.h"
+#include "checkpoint/formats/module_match.h"
+#include "core/fail.h"
+
+namespace sluice {
+namespace {
+
+using Warnings = std::vector<CheckpointWarning>;
+
+bool is_prediction(const TensorRef& tensor) {
+  const std::string& name = tensor.entry.name;
+  return name.starts_with("mtp.") || name.find(".mtp.") != std::string::npos ||
+         name.find("nextn") != std::string::npos;
+}
+
+void check_prediction_layers(const CheckpointData& data, Warnings& out) {
+  const ModelConfig& config = data.config;
+  if (config.num_prediction_layers == 0 || config.num_layers == 0) return;
+  const bool has_layer = data.index.layers.rbegin()->first >= config.num_layers;
+  if (has_layer || std::ranges::any_of(data.index.others, is_prediction)) return;
+  out.push_back({.tensor = "config.json: num_nextn_predict_layers",
+                 .text = fmt::format("{} prediction layers are announced, but the files have no "
+                                     "layer {}",
+                                     config.num_prediction_layers, config.num_layers),
+                 .kind = "no-prediction-layer"});
+}
+
+/// "...experts.0.gate_proj" of the layer's first expert, if its weight is as the format has it.
+std::string quantized_module(const CheckpointData& data, const LayerTensors& layer) {
+  const MatrixLayout gate = matrix_layouts(data.config.geometry)[0];
+  const PartSpec weight = data.format->parts(gate)[0];
+  const TensorRef* const tensor = layer.experts.front().find(weight.name);
+  if (!tensor || std::ranges::find(weight.dtypes, tensor->entry.dtype) == weight.dtypes.end()) {
+    return {};
+  }
+  const std::string& name = tensor->entry.name;
+  return name.substr(0, name.rfind('.'));
+}
+
+/// One line, with the first entry and layer: a list may have hundreds of both.
+void check_exclusions(const CheckpointData& data, Warnings& out) {
+  if (!data.format->weight_format()) return;
+  std::vector<std::string> modules;
+  for (const auto& [layer, tensors] : data.index.layers) {
+    modules.push_back(quantized_module(data, tensors));
+  }
+  for (const std::string& entry : data.config.quantization.exclusions) {
+    const auto at = std::ranges::find_if(modules, [&](const std::string& module) {
+      return !module.empty() && is_excluded(entry, module);
+    });
+    if (at == modules.end()) continue;
+    out.push_back({.tensor = "config.json: quantization_config",
+                   .text = fmt::format("the exclusion '{}' covers {}, which is quantized all the "
+                                       "same; it is read as it is stored",
+                                       entry, *at),
+                   .kind = "excluded-experts"});
+    return;
+  }
+}
+
+}  // namespace
+
+std::vector<CheckpointWarning> config_warnings(const CheckpointData& data) {
+  Warnings result = data.config.warnings;
+  check_prediction_layers(data, result);
+  check_exclusions(data, result);
+  return result;
+}
+
+}  // namespace sluice

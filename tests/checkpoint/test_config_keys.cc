@@ -1,0 +1,253 @@
+// Keys of config.json, one by one, on a checkpoint that is otherwise good: each with its verdict.
+#include <gmock/gmock.h>
+#include <gtest/gtest.h>
+
+#include <string>
+#include <vector>
+
+#include "expect_error.h"
+#include "model_files.h"
+#include "sluice/checkpoint.h"
+#include "temp_dir.h"
+
+namespace sluice {
+namespace {
+
+using ::testing::AllOf;
+using testing::expect_error;
+using ::testing::HasSubstr;
+using testing::ModelFiles;
+using testing::TempDir;
+
+/// Merged into the config of ModelFiles; null removes a key there. hidden 256, intermediate 128,
+/// two experts, top-2, layer 5 of six.
+struct Row {
+  const char* patch;
+  std::vector<std::string> parts;
+};
+
+ModelFiles patched(const char* patch) {
+  ModelFiles files;
+  files.config.merge_patch(nlohmann::ordered_json::parse(patch));
+  return files;
+}
+
+std::string warnings_of(const Checkpoint& checkpoint) {
+  std::string text;
+  for (const CheckpointWarning& w : checkpoint.warnings()) text += w.tensor + ": " + w.text + "\n";
+  return text;
+}
+
+void expect_refused(ErrorCode code, const Row& row) {
+  SCOPED_TRACE(row.patch);
+  const TempDir dir;
+  patched(row.patch).write(dir.path());
+  std::vector<std::string> parts = row.parts;
+  parts.emplace_back("config.json: ");
+  expect_error(code, parts, [&] { (void)Checkpoint::open(dir.path()); });
+}
+
+/// Loads, with all parts among the warnings; with none if there are no parts.
+void expect_loads(const Row& row) {
+  SCOPED_TRACE(row.patch);
+  const TempDir dir;
+  patched(row.patch).write(dir.path());
+  const Checkpoint checkpoint = Checkpoint::open(dir.path());
+  EXPECT_EQ(checkpoint.geometry().hidden, ModelFiles::kHidden);
+  EXPECT_EQ(checkpoint.geometry().intermediate, ModelFiles::kIntermediate);
+  EXPECT_EQ(checkpoint.geometry().num_topk, 2);
+  EXPECT_EQ(checkpoint.load_experts(ModelFiles::kLayer, 0, 2).experts.size(), 2U);
+  const std::string warnings = warnings_of(checkpoint);
+  if (row.parts.empty()) {
+    EXPECT_EQ(warnings, "");
+  }
+  for (const std::string& part : row.parts) EXPECT_THAT(warnings, HasSubstr(part));
+}
+
+TEST(ConfigKeys, SpellingsThatLoad) {
+  const Row rows[] = {
+      {R"({})", {}},
+      {R"({"num_experts_per_tok": null, "num_experts_per_token": 2})", {}},
+      {R"({"num_experts_per_tok": null, "moe_topk": 2})", {}},
+      {R"({"num_experts_per_tok": null, "moe_topk": [2, 2, 2, 2, 2, 2]})", {}},
+      {R"({"num_experts_per_tok": null, "moe_router_topk": 2})", {}},
+      {R"({"num_experts_per_tok": null, "moe_k": 2})", {}},
+      {R"({"num_experts_per_tok": null, "moe_top_k": 2})", {}},
+      {R"({"num_experts_per_tok": null, "num_selected_experts": 2})", {}},
+      {R"({"num_experts_per_tok": null, "experts_per_token": 2})", {}},
+      {R"({"num_experts_per_tok": null, "top_k_experts": 2})", {}},
+      {R"({"num_experts_per_tok": 2, "experts_per_token": 2})", {}},
+      {R"({"n_routed_experts": null, "num_experts": 2})", {}},
+      {R"({"n_routed_experts": null, "num_local_experts": 2})", {}},
+      {R"({"n_routed_experts": null, "moe_num_experts": 2})", {}},
+      {R"({"n_routed_experts": null, "moe_num_experts": [2, 2]})", {}},
+      {R"({"moe_intermediate_size": null, "moe_ffn_hidden_size": 128})", {}},
+      {R"({"moe_intermediate_size": null, "expert_ffn_hidden_size": 128})", {}},
+      {R"({"moe_intermediate_size": null, "intermediate_size": 128})", {}},
+      {R"({"intermediate_size": 18432})", {}},
+      {R"({"intermediate_size": 200})", {}},
+      {R"({"routed_scaling_factor": null, "moe_router_topk_scaling_factor": 2.5})", {}},
+      {R"({"top_k": 50, "temperature": 0.6})", {}},
+  };
+  for (const Row& row : rows) expect_loads(row);
+}
+
+TEST(ConfigKeys, NestedLanguageModels) {
+  const Row rows[] = {
+      {R"({"hidden_size": 1152, "text_config": {"hidden_size": 256}})", {}},
+      {R"({"hidden_size": null, "language_config": {"hidden_size": 256}})", {}},
+      {R"({"hidden_size": null, "llm_config": {"hidden_size": 256}})", {}},
+      {R"({"vision_config": {"hidden_size": 1152, "mlp_bias": true, "hidden_act": "gelu"}})", {}},
+      {R"({"text_config": {"brand_new": 1}})", {"config.json", "brand_new"}},
+  };
+  for (const Row& row : rows) expect_loads(row);
+  expect_refused(ErrorCode::kUnsupported,
+                 {R"({"text_config": {"moe_brand_new": 1}})", {"moe_brand_new = 1"}});
+  expect_refused(ErrorCode::kUnsupported, {R"({"text_config": {"hidden_act": "gelu"}})", {"gelu"}});
+}
+
+TEST(ConfigKeys, KeysThatWouldChangeResults) {
+  const Row rows[] = {
+      {R"({"mlp_bias": true})", {"mlp_bias = true"}},
+      {R"({"use_bias": true})", {"use_bias = true"}},
+      {R"({"add_bias_linear": true})", {"add_bias_linear = true"}},
+      {R"({"moe_use_bias": true})", {"moe_use_bias = true"}},
+      {R"({"zero_expert_num": 128})", {"zero_expert_num = 128"}},
+      {R"({"zero_expert_type": "identity"})", {"zero_expert_type = \"identity\""}},
+      {R"({"block_configs": [{"ffn": {}}]})", {"block_configs = [{"}},
+      {R"({"num_experts_per_layer": [2, 4]})", {"num_experts_per_layer = [2,4]"}},
+      {R"({"apply_router_weight_on_input": true})", {"apply_router_weight_on_input = true"}},
+      // Unknown, and not what one would like to leave out.
+      {R"({"expert_dropout_shape": 3})", {"expert_dropout_shape = 3", "not known"}},
+      {R"({"moe_brand_new": true})", {"moe_brand_new = true"}},
+      {R"({"router_magic": "x"})", {"router_magic = \"x\""}},
+      {R"({"ffn_multiplier": 2})", {"ffn_multiplier = 2"}},
+      {R"({"mlp_multiplier": 2})", {"mlp_multiplier = 2"}},
+      {R"({"gate_clamp": 7.0})", {"gate_clamp = 7.0"}},
+      {R"({"latent_dim": 64})", {"latent_dim = 64"}},
+      {R"({"up_proj_bias": true})", {"up_proj_bias = true"}},
+      {R"({"down_scale": [1, 2]})", {"down_scale = [1,2]"}},
+      {R"({"MoEStyle": {"a": 1}})", {"MoEStyle = {"}},
+      // Activations that are not there.
+      {R"({"swiglu_brand_new": 0.01})", {"swiglu_brand_new = 0.01"}},
+      {R"({"activation_brand_new": 4.0})", {"activation_brand_new = 4.0"}},
+      {R"({"hidden_act": "gelu_pytorch_tanh"})", {"hidden_act = gelu_pytorch_tanh"}},
+      {R"({"hidden_activation": "gelu"})", {"hidden_activation = gelu"}},
+      {R"({"mlp_hidden_act": "relu2"})", {"mlp_hidden_act = relu2"}},
+      // Sizes.
+      {R"({"hidden_size": 2880})", {"hidden_size = 2880", "multiple of 128", "2944"}},
+      {R"({"hidden_size": 64})", {"hidden_size = 64", "multiple of 128"}},
+      {R"({"moe_intermediate_size": 2880})", {"moe_intermediate_size = 2880", "128"}},
+      {R"({"moe_intermediate_size": 2097152})", {"moe_intermediate_size = 2097152", "1048576"}},
+      {R"({"moe_intermediate_size": [128, 256]})", {"moe_intermediate_size holds 128 and 256"}},
+      {R"({"moe_topk": [2, 1]})", {"moe_topk holds 2 and 1"}},
+      {R"({"routed_expert_hidden_size": 200})", {"routed_expert_hidden_size = 200"}},
+      // Sizes that no known key gives.
+      {R"({"hidden_size": null})", {"no key gives the width", "hidden_size"}},
+      {R"({"n_routed_experts": null})", {"routed experts", "n_routed_experts, num_experts"}},
+      {R"({"num_experts_per_tok": null})", {"experts per token", "num_experts_per_token"}},
+      {R"({"moe_intermediate_size": null})", {"experts' width", "moe_intermediate_size"}},
+  };
+  for (const Row& row : rows) expect_refused(ErrorCode::kUnsupported, row);
+}
+
+TEST(ConfigKeys, Contradictions) {
+  const Row rows[] = {
+      {R"({"num_experts_per_token": 1})", {"num_experts_per_token = 1", "num_experts_per_tok = 2"}},
+      {R"({"num_local_experts": 4})", {"num_local_experts = 4", "n_routed_experts = 2"}},
+      {R"({"moe_ffn_hidden_size": 256})", {"moe_intermediate_size = 128", "= 256"}},
+      {R"({"moe_router_topk_scaling_factor": 1.0})", {"routed_scaling_factor = 2.5", "= 1"}},
+      {R"({"num_experts_per_tok": null, "moe_k": 3})", {"moe_k = 3", "2 experts"}},
+      {R"({"num_experts_per_tok": []})", {"num_experts_per_tok = []"}},
+      {R"({"hidden_size": "256"})", {"JSON, byte"}},
+      {R"({"hidden_size": 0})", {"hidden_size = 0"}},
+      {R"({"quantization_config": 7})", {"JSON, byte"}},
+  };
+  for (const Row& row : rows) expect_refused(ErrorCode::kCorruptFile, row);
+}
+
+TEST(ConfigKeys, OffIsAsGoodAsAbsent) {
+  for (const char* const key : {"mlp_bias", "use_bias", "zero_expert_num", "zero_expert_type",
+                                "block_configs", "moe_use_bias", "swiglu_limit"}) {
+    for (const char* const value : {"null", "false", "0", "0.0", "[]"}) {
+      const std::string patch = std::string("{\"") + key + "\": " + value + "}";
+      expect_loads({patch.c_str(), {}});
+    }
+  }
+  expect_loads({R"({"zero_expert_type": ""})", {}});
+}
+
+TEST(ConfigKeys, RoutingAndTheRestOfTheModelSayNothing) {
+  const Row rows[] = {
+      {R"({"scoring_func": "sigmoid", "topk_method": "noaux_tc", "norm_topk_prob": true})", {}},
+      {R"({"moe_renormalize": true, "n_group": 8, "topk_group": 4, "use_expert_bias": true})", {}},
+      {R"({"n_shared_experts": 1, "shared_expert_intermediate_size": 512})", {}},
+      {R"({"rope_scaling": {"type": "yarn", "factor": 40}, "attention_bias": true})", {}},
+      {R"({"kv_lora_rank": 512, "mla_scale_q_lora": true, "linear_attn_config": {"a": 1}})", {}},
+      {R"({"torch_dtype": "bfloat16", "activation_dropout": 0.1, "ep_size": 8})", {}},
+  };
+  for (const Row& row : rows) expect_loads(row);
+}
+
+TEST(ConfigKeys, UnknownKeysAreNamed) {
+  const Row rows[] = {
+      {R"({"brand_new": 1, "other_one": {"deep": [1]}})",
+       {"config.json: keys that are not known", "brand_new, other_one"}},
+      {R"({"attention_brand_scale": 2})", {"attention_brand_scale"}},
+      {R"({"rope_brand_bias": 2})", {"rope_brand_bias"}},
+  };
+  for (const Row& row : rows) expect_loads(row);
+}
+
+TEST(ConfigKeys, LatentWidth) {
+  const Row rows[] = {
+      {R"({"hidden_size": 512, "routed_expert_hidden_size": 256})",
+       {"config.json: routed_expert_hidden_size: latent: 256 of 512"}},
+      {R"({"hidden_size": 2880, "moe_latent_size": 256})", {"moe_latent_size: latent: 256 of"}},
+  };
+  for (const Row& row : rows) expect_loads(row);
+}
+
+TEST(ConfigKeys, PredictionLayersThatAreNotThere) {
+  expect_loads({R"({"num_nextn_predict_layers": 1})",
+                {"num_nextn_predict_layers", "1 prediction layers are announced", "no layer 6"}});
+  expect_loads({R"({"num_nextn_predict_layers": 0})", {}});
+  expect_loads({R"({"num_nextn_predict_layers": 1, "num_hidden_layers": 5})", {}});
+}
+
+/// Layers with experts where the config has none.
+TEST(ConfigKeys, LayersThatShouldBeDense) {
+  struct Layers {
+    const char* patch;
+    const char* part;  // Empty: no warning.
+  };
+  const Layers rows[] = {
+      {R"({"first_k_dense_replace": 6})", "though first_k_dense_replace = 6"},
+      {R"({"mlp_only_layers": [1, 5]})", "though mlp_only_layers holds 5"},
+      {R"({"mlp_only_layers": [1, 4]})", ""},
+      {R"({"moe_layer_freq": [0, 1, 1, 1, 1, 0]})", "though moe_layer_freq [5] = 0"},
+      {R"({"moe_layer_freq": [0, 1, 1, 1, 1, 1]})", ""},
+      {R"({"moe_layer_freq": 2})", "though moe_layer_freq = 2"},
+      {R"({"moe_layer_freq": 5})", ""},
+      {R"({"moe_layer_freq": 1})", ""},
+      {R"({"decoder_sparse_step": 2})", ""},
+      {R"({"decoder_sparse_step": 4})", "though decoder_sparse_step = 4"},
+      {R"({"interleave_moe_layer_step": 4})", "though interleave_moe_layer_step = 4"},
+      {R"({"num_hidden_layers": 5})", "layer 5 is past the model's 5 layers"},
+  };
+  for (const Layers& row : rows) {
+    SCOPED_TRACE(row.patch);
+    const TempDir dir;
+    patched(row.patch).write(dir.path());
+    std::string text;
+    for (const auto& w : Checkpoint::open(dir.path()).warnings(ModelFiles::kLayer)) text += w.text;
+    if (*row.part) {
+      EXPECT_THAT(text, HasSubstr(row.part));
+    } else {
+      EXPECT_THAT(text, Not(AllOf(HasSubstr("layer 5"), HasSubstr("though"))));
+    }
+  }
+}
+
+}  // namespace
+}  // namespace sluice
