@@ -55,8 +55,7 @@ bool is_excluded(const std::string& entry, const std::string& module) {
   while (name.ends_with('*') || name.ends_with('.')) name.remove_suffix(1);
   while (name.starts_with('*') || name.starts_with('.')) name.remove_prefix(1);
   if (name.empty()) return false;
-  const std::string dotted = "." + module + ".";
-  return dotted.find("." + std::string(name) + ".") != std::string::npos;
+  return fmt::format(".{}.", module).find(fmt::format(".{}.", name)) != std::string::npos;
 }
 
 }  // namespace sluice
