@@ -43,7 +43,7 @@ struct Experts::Impl {
   [[nodiscard]] Fp8RowsView gemm1_rows(const LayerRecipe& recipe, const ExpertBatch& batch,
                                        const RowRanges& rows, std::uint16_t* expert_y,
                                        Stream stream);
-  /// GEMM1, SwiGLU, quantize, GEMM2.
+  /// GEMM1, activation, quantize, GEMM2.
   void gemms(const LayerRecipe& recipe, const Fp8RowsView& in, const RowRanges& rows,
              std::uint16_t* expert_y, Stream stream, ExpertStageTimes* times);
 

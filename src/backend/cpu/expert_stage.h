@@ -1,9 +1,9 @@
 // expert_stage.h - both GEMMs of all experts, in waves of rows that share one workspace.
 //
 //   wave: rows of one or more experts, at most kWaveRows, in items of up to 64 rows of one expert
-//     1  digits of x            one task per row
-//     2  GEMM1, SwiGLU, quantize, digits of h      one task per (item, 128 channels of h)
-//     3  GEMM2, bf16            one task per (item, 128 channels of the output)
+//     1  digits of x                               one task per row
+//     2  GEMM1, activation, quantize, digits of h  one task per (item, 128 channels of h)
+//     3  GEMM2, bf16                               one task per (item, 128 channels of the output)
 //
 // Each weight is read once per item, in the order in which it lies in memory.
 #pragma once
