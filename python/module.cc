@@ -49,6 +49,11 @@ NB_MODULE(_core, m) {
         }
       },
       nullptr);
+  // What a thread still holds when the interpreter ends, or a cache of another extension module, is
+  // not freed, and is no fault of this module: nanobind would print a page about it at exit.
+  nb::set_leak_warnings(false);
+  m.def("_report_leaks", &nb::set_leak_warnings, nb::arg("on"),
+        "For tests: whether instances that are alive at exit are printed to stderr.");
   m.def("version", &sluice::version, "Version of the library, for example '0.1.0'.");
   sluice::python::bind_recipe(m);
   sluice::python::bind_backend(m);

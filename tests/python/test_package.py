@@ -2,6 +2,7 @@
 
 import importlib.metadata
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -14,9 +15,13 @@ ROOT = Path(__file__).parents[2]
 SOURCES = ROOT / "python" / "sluice"
 
 
-def in_a_process(code, **environment):
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120,
+def process(code, **environment):
+    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120,
                           env={**os.environ, **environment})
+
+
+def in_a_process(code, **environment):
+    done = process(code, **environment)
     assert done.returncode == 0, done.stderr
     return done.stdout
 
@@ -30,6 +35,69 @@ def test_importing_loads_no_driver_and_no_torch():
     assert "_core" in mapped
     for library in ("libcuda.so", "libcudart", "libtorch", "libc10", "libpython_torch"):
         assert library not in mapped, library
+
+
+def test_the_module_exports_its_init_function_alone():
+    """Any other symbol could replace one of a library that is loaded later, torch's for example."""
+    nm = shutil.which("nm") or pytest.skip("nm of binutils is not installed")
+    listed = subprocess.run([nm, "-D", "--defined-only", sluice._core.__file__], capture_output=True,
+                            text=True, check=True)
+    assert [line.split()[1:] for line in listed.stdout.splitlines()] == [["T", "PyInit__core"]]
+
+
+@pytest.mark.parametrize("order", ["sluice, torch", "torch, sluice"])
+def test_either_order_of_imports(order):
+    """With an exception through each library, and its streams, which are what once broke."""
+    pytest.importorskip("torch", reason="torch is not installed")
+    out = in_a_process(
+        f"import {order}\n"
+        "for fail in (lambda: sluice.Recipe('none'), lambda: torch.zeros(2) @ torch.zeros(3)):\n"
+        "    try:\n"
+        "        fail()\n"
+        "        raise SystemExit('accepted')\n"
+        "    except (sluice.Error, RuntimeError) as error:\n"
+        "        assert str(error)\n"
+        "print(torch.arange(6.0).reshape(2, 3), sluice.Backend('cpu'))\n")
+    assert "3., 4., 5." in out
+
+
+# Everything that a layer is made of, alive when the interpreter ends.
+MADE = """
+import sluice, sluice.compat.deep_ep, sluice.compat.w4a8
+sluice._core._report_leaks({report})
+checkpoint = sluice.make_checkpoint({folder!r}, sluice.ModelGeometry.preset("tiny"))
+x, *routing = sluice.make_workload(checkpoint.geometry, 4)
+backend = sluice.Backend("cpu", num_threads=1)
+engine = sluice.Engine(checkpoint, sluice.Transport.inproc(1)[0], backend, layer=3, max_tokens_per_rank=4)
+y = sluice.moe_forward(engine, x, sluice.Routing(*routing), mode="low-latency")
+"""
+ENDINGS = {
+    "in globals": "",
+    "in a cycle": "class Holder: pass\nholder = Holder()\nholder.engine, holder.me = engine, holder\ndel holder",
+    "in another module": "import json\njson.kept = engine",
+    "in a cache": "import functools\nfunctools.lru_cache(lambda key: engine)(1)",
+    "at exit": "import atexit\natexit.register(print, engine, end='')",
+    "in an error": "try:\n    sluice.moe_forward(engine, x[:, :5], None, mode='low-latency')\n"
+                   "except Exception as error:\n    kept = error",
+}
+HELD_BY_A_THREAD = """
+import threading
+threading.Thread(target=lambda held: threading.Event().wait(), args=(engine,), daemon=True).start()
+"""
+
+
+@pytest.mark.parametrize("ending", ENDINGS)
+def test_nothing_is_leaked_at_exit(ending, tmp_path):
+    done = process(MADE.format(report=True, folder=str(tmp_path / "model")) + ENDINGS[ending])
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+@pytest.mark.parametrize("report", [False, True])
+def test_a_thread_that_never_ends_is_not_reported(report, tmp_path):
+    """It does hold its objects: the report that is off otherwise says so."""
+    done = process(MADE.format(report=report, folder=str(tmp_path / "model")) + HELD_BY_A_THREAD)
+    assert done.returncode == 0 and ("nanobind: leaked" in done.stderr) == report, done.stderr
+    assert report or done.stderr == ""
 
 
 def test_without_a_gpu_only_its_backend_is_refused():
