@@ -68,6 +68,7 @@ struct Summary {
   StageTimes slowest;
   std::uint64_t weight_bytes = 0, wire_bytes = 0, remote_bytes = 0, flops = 0;
   std::int64_t rows = 0, min_rows = 0, max_rows = 0;
+  double num_devices = 0;  // That the ranks share; CPU ranks of one host share one.
   double experts_us = 0, gbytes_per_s = 0, share_of_read = 0, imbalance_max_over_mean = 0;
 };
 
@@ -87,6 +88,7 @@ Summary summarize(const LayerRunResult& result) {
     s.experts_us = std::max(s.experts_us, t.gemm1_us + t.activation_us + t.gemm2_us);
     s.weight_bytes += rank.stats.weight_bytes_read;
     s.flops += rank.stats.flops;
+    s.num_devices += 1.0 / rank.num_ranks_on_device;
     for (std::size_t peer = 0; peer < result.ranks.size(); ++peer) {
       const std::uint64_t bytes =
           rank.counters.dispatch_bytes[peer] + rank.counters.combine_bytes[peer];
@@ -101,7 +103,7 @@ Summary summarize(const LayerRunResult& result) {
     }
   }
   s.gbytes_per_s = static_cast<double>(s.weight_bytes) / s.experts_us * 1e-3;
-  s.share_of_read = s.gbytes_per_s * 1e9 / result.read_bytes_per_s;
+  s.share_of_read = s.gbytes_per_s * 1e9 / (s.num_devices * result.read_bytes_per_s);
   const double mean = static_cast<double>(s.rows) / static_cast<double>(num_experts);
   s.imbalance_max_over_mean = mean > 0 ? static_cast<double>(s.max_rows) / mean : 0;
   return s;
@@ -137,10 +139,11 @@ void print_ranks(const LayerRunConfig& config, const LayerRunResult& result, con
              ms(t.total_us)});
   fmt::print("{}", table.to_string());
   fmt::print(
-      "experts   {} of weights in {} ms: {:.1f} GB/s, {:.0f} % of the {:.1f} GB/s this machine "
+      "experts   {} of weights in {} ms: {:.1f} GB/s, {:.0f} % of the {}{:.1f} GB/s this machine "
       "reads; {:.3g} TFLOPS\n",
       human_bytes(static_cast<double>(s.weight_bytes)), ms(s.experts_us), s.gbytes_per_s,
-      s.share_of_read * 100, result.read_bytes_per_s * 1e-9, s.flops / s.experts_us * 1e-6);
+      s.share_of_read * 100, s.num_devices > 1.5 ? fmt::format("{:.0f} x ", s.num_devices) : "",
+      result.read_bytes_per_s * 1e-9, s.flops / s.experts_us * 1e-6);
   fmt::print("balance   fullest expert has {:.2f} x the mean rows\n", s.imbalance_max_over_mean);
 }
 
@@ -162,7 +165,8 @@ void fill_json(Output& output, const LayerRunConfig& config, const LayerRunResul
                const Summary& s) {
   auto& json = output.json;
   json["backend"] = result.backend;
-  json["read_bytes_per_s"] = result.read_bytes_per_s;
+  json["read_bytes_per_s"] = result.read_bytes_per_s;  // Of one device.
+  json["num_devices"] = s.num_devices;
   json["recipe"] = {{"name", to_string(result.recipe)},
                     {"mode", to_string(result.recipe.mode)},
                     {"wire", to_string(result.recipe.wire)},

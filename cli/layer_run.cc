@@ -84,7 +84,8 @@ std::string encode(const RankResult& r) {
                       {r.memory.codes_bytes, r.memory.scales_bytes, r.memory.prepared_bytes,
                        r.memory.exchange_bytes, r.memory.scratch_bytes}},
                      {"digest", r.digest},
-                     {"peak_resident_bytes", r.peak_resident_bytes}};
+                     {"peak_resident_bytes", r.peak_resident_bytes},
+                     {"num_ranks_on_device", r.num_ranks_on_device}};
   std::string bytes;
   Json::to_cbor(json, bytes);
   return bytes;
@@ -108,7 +109,8 @@ RankResult decode(const std::string& bytes) {
                           .exchange_bytes = j["memory"][3],
                           .scratch_bytes = j["memory"][4]},
                .digest = j["digest"],
-               .peak_resident_bytes = j["peak_resident_bytes"]};
+               .peak_resident_bytes = j["peak_resident_bytes"],
+               .num_ranks_on_device = j["num_ranks_on_device"]};
   const auto& y = j["y"].get_binary();
   r.y.resize(y.size() / sizeof(r.y[0]));
   if (!y.empty()) std::memcpy(r.y.data(), y.data(), y.size());
@@ -207,10 +209,13 @@ LayerRunResult run_layer(const LayerRunConfig& config, const Checkpoint& checkpo
   LayerRunResult result;
   const auto parts = launch.run_ranks([&](int r, Transport& transport) {
     const Launch::Place place = launch.place_of(r);
-    const auto backend = make_backend(
-        place_rank(config.backend, place.local_rank, place.num_local_ranks, config.num_devices));
+    const BackendConfig device =
+        place_rank(config.backend, place.local_rank, place.num_local_ranks, config.num_devices);
+    const auto backend = make_backend(device);
     if (r == 0) result.backend = backend->description();
-    return encode(run_rank(config, checkpoint, r, transport, *backend, result));
+    RankResult mine = run_rank(config, checkpoint, r, transport, *backend, result);
+    mine.num_ranks_on_device = device.num_local_ranks;
+    return encode(mine);
   });
   if (!launch.is_reporter()) return result;
   for (int r = 0; r < config.num_ranks; ++r) {

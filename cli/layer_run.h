@@ -42,6 +42,7 @@ struct RankResult {
   LayerGroupMemory memory;  ///< That its engine took.
   std::uint64_t digest = 0;
   double peak_resident_bytes = 0;  ///< Of its process, experts included.
+  int num_ranks_on_device = 1;     ///< That share its device, itself included.
 };
 
 struct LayerRunResult {

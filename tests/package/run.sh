@@ -1,5 +1,5 @@
 #!/bin/sh
-# run.sh BUILD CXX - installs Sluice from its build folder, builds the consumer against it, runs it.
+# run.sh BUILD CXX - installs Sluice from its build folder, builds its users against it, runs them.
 set -eu
 here=$(cd "$(dirname "$0")" && pwd)
 prefix=$1/package_test
@@ -8,4 +8,5 @@ cmake --install "$1" --component Unspecified --prefix "$prefix/installed" >/dev/
 cmake -S "$here" -B "$prefix/build" -G Ninja -DCMAKE_CXX_COMPILER="$2" -DCMAKE_BUILD_TYPE=Release \
   -DCMAKE_PREFIX_PATH="$prefix/installed" >/dev/null
 cmake --build "$prefix/build"
+"$prefix/build/server"
 "$prefix/build/consumer"
