@@ -74,6 +74,7 @@ class Experts {
   struct Impl;  ///< Internal.
 
  private:
+  friend class LocalGroup;
   explicit Experts(std::unique_ptr<Impl> impl) noexcept;
   std::unique_ptr<Impl> impl_;
 };

@@ -1,4 +1,5 @@
-// ops.h - what every backend computes: three operations on the rows of an ExpertBatch (rows.h).
+// ops.h - what every backend computes: operations on the rows of an ExpertBatch (rows.h), and those
+// that make rows of tokens and tokens of rows where no exchange does.
 //
 // Definitions are the scalar functions of sluice/quant.h; docs/design.md#arithmetic has the error
 // bound of the GEMMs. Operations are asynchronous on `stream` where the device has streams. They
@@ -89,6 +90,17 @@ class BackendOps : public Backend {
   virtual void expert_stage(const PreparedExperts& experts, const Fp8RowsView& in,
                             const RowRanges& rows, const Fp8Rows& h, std::uint16_t* out,
                             Stream stream, ExpertStageTimes* times) = 0;
+
+  /// Gives every entry of `entries` its row, or none, and writes the entry's token into that row of
+  /// `out`, cast as `tokens` says. A token is cast once, however many rows it has.
+  /// out.scale is set where the last cast has group scales; `second` and a static `first` use
+  /// out.static_scale.
+  virtual void gather_tokens(const TokenRows& tokens, const EntryRows& entries, const Fp8Rows& out,
+                             Stream stream) = 0;
+
+  /// y[t] = bf16(factor * sum_k weights[t, k] * rows[row_of[t, k]]), in order of k over the entries
+  /// that have a row: float32, where product, sum and the last product are each rounded.
+  virtual void sum_entries(const EntrySums& sums, Stream stream) = 0;
 
   /// One half of expert_stage() by itself, for measurements: kGateUp fills `h`, kDown reads it.
   /// Returns false, having done nothing, where halves do not exist (CPU: see ExpertStageTimes).

@@ -1,8 +1,8 @@
 // rows.h - the rows that experts work on: which ones they are, and their e4m3 values.
 //
 // Plain values that a kernel may take as an argument: every operation of a backend (ops.h), every
-// kernel launcher and the exchange's staging use these three types. The arrays that they point at
-// live in the memory of the backend that works on them.
+// kernel launcher and the exchange's staging use these types. The arrays that they point at live in
+// the memory of the backend that works on them.
 #pragma once
 
 #include <cstddef>
@@ -10,6 +10,7 @@
 #include <type_traits>
 
 #include "sluice/quant.h"
+#include "sluice/recipe.h"
 
 #ifdef __CUDACC__
 #define SLUICE_HOST_DEVICE __host__ __device__
@@ -88,8 +89,46 @@ struct Fp8Rows {
   }
 };
 
+/// Tokens, and the casts that make GEMM1's input of them, one after the other (recipe.h).
+struct TokenRows {
+  const std::uint16_t* x = nullptr;  ///< [num_tokens, width] bf16; null: `coded` has the tokens.
+  Fp8RowsView coded = {};            ///< [num_tokens, width], in some wire format.
+  /// Of bf16 tokens the first cast gives e4m3. A further one moves group scales to a static scale.
+  /// Coded tokens have that one at most, as `second`; `first` is then kNone.
+  Cast first = Cast::kNone, second = Cast::kNone;
+};
+
+/// The top-k entries of a call, and the rows that they get. An entry has a row if its expert is in
+/// [first_expert, first_expert + num_experts); any other number is an expert that lives elsewhere,
+/// or none. Rows follow each other without gaps, expert after expert, and those of one expert in
+/// order of (token, k).
+struct EntryRows {
+  const void* topk_idx = nullptr;  ///< [num_tokens, num_topk] int64 if `wide_idx`, else int32.
+  bool wide_idx = false;
+  std::int64_t num_tokens = 0;  ///< num_tokens * num_topk < 2^31
+  int num_topk = 0;
+  int first_expert = 0, num_experts = 0;
+  std::int32_t* row_of = nullptr;  ///< [num_tokens, num_topk] filled; -1: no row.
+  std::int64_t* begin = nullptr;   ///< [num_experts] filled, as RowRanges::begin.
+  std::int32_t* count = nullptr;   ///< [num_experts] filled, as RowRanges::count.
+};
+
+/// The way home: which rows make up a token, and with which weights.
+struct EntrySums {
+  const std::uint16_t* rows = nullptr;   ///< [.., width] bf16
+  const std::int32_t* row_of = nullptr;  ///< [num_tokens, num_topk]; -1: nothing to add.
+  const float* weights = nullptr;        ///< [num_tokens, num_topk]
+  std::int64_t num_tokens = 0;
+  int num_topk = 0;
+  std::int64_t width = 0;
+  float factor = 1;
+  std::uint16_t* y = nullptr;  ///< [num_tokens, width] bf16
+};
+
 static_assert(std::is_trivially_copyable_v<RowRanges> && std::is_trivially_copyable_v<Fp8Rows> &&
-              std::is_trivially_copyable_v<Fp8RowsView>);
+              std::is_trivially_copyable_v<Fp8RowsView> &&
+              std::is_trivially_copyable_v<TokenRows> && std::is_trivially_copyable_v<EntryRows> &&
+              std::is_trivially_copyable_v<EntrySums>);
 
 }  // namespace sluice
 

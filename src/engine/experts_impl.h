@@ -51,7 +51,7 @@ struct Experts::Impl {
   ModelGeometry geometry;
   int num_experts;
   std::size_t codes_bytes = 0, scales_bytes = 0;  // As the checkpoint has them.
-  std::unique_ptr<PreparedExperts> prepared;
+  std::shared_ptr<PreparedExperts> prepared;      ///< Shared with LocalExperts.
   std::shared_ptr<ExpertScratch> scratch;
 };
 

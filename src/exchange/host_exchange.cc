@@ -171,26 +171,21 @@ void HostExchange::send_home(const HostRoute& route, TensorView expert_y) {
 
 void HostExchange::sum_home(const HostRoute& route, MutableTensorView y) {
   const HostLayout& layout = protocol_.layout();
-  const auto* home =
-      reinterpret_cast<const std::uint16_t*>(protocol_.local(route.use) + layout.home);
-  const std::vector<std::int32_t> idx = checked_indices(route.routing.topk_idx);
-  const float* weights = route.routing.topk_weights.as<float>();
-  const auto hidden = static_cast<std::size_t>(config.hidden);
-  const auto topk = static_cast<std::size_t>(config.num_topk);
-  std::vector<float> sum(hidden);
-  for (std::size_t t = 0; t < static_cast<std::size_t>(y.dim(0)); ++t) {
-    std::fill(sum.begin(), sum.end(), 0.0f);
-    for (std::size_t k = 0; k < topk; ++k) {
-      if (idx[t * topk + k] < 0) continue;
-      const float weight = weights[t * topk + k];
-      const std::uint16_t* row = home + (t * topk + k) * hidden;
-      for (std::size_t i = 0; i < hidden; ++i) sum[i] += weight * bf16_to_float(row[i]);
-    }
-    std::uint16_t* out = y.as<std::uint16_t>() + t * hidden;
-    for (std::size_t i = 0; i < hidden; ++i) {
-      out[i] = bf16_from_float(sum[i] * config.routed_scaling_factor);
-    }
+  // An entry's row came home to the entry's own place.
+  std::vector<std::int32_t> row_of = checked_indices(route.routing.topk_idx);
+  for (std::size_t i = 0; i < row_of.size(); ++i) {
+    if (row_of[i] >= 0) row_of[i] = static_cast<std::int32_t>(i);
   }
+  backend_.sum_entries(
+      {.rows = reinterpret_cast<const std::uint16_t*>(protocol_.local(route.use) + layout.home),
+       .row_of = row_of.data(),
+       .weights = route.routing.topk_weights.as<float>(),
+       .num_tokens = y.dim(0),
+       .num_topk = config.num_topk,
+       .width = config.hidden,
+       .factor = config.routed_scaling_factor,
+       .y = y.as<std::uint16_t>()},
+      {});
 }
 
 std::unique_ptr<Exchange::Impl> make_host_exchange(const ExchangeConfig& config,

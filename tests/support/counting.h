@@ -56,6 +56,13 @@ class CountingBackend final : public BackendOps {
                     ExpertStageTimes* times) override {
     ops(*real_).expert_stage(experts, in, rows, h, out, stream, times);
   }
+  void gather_tokens(const TokenRows& tokens, const EntryRows& entries, const Fp8Rows& out,
+                     Stream stream) override {
+    ops(*real_).gather_tokens(tokens, entries, out, stream);
+  }
+  void sum_entries(const EntrySums& sums, Stream stream) override {
+    ops(*real_).sum_entries(sums, stream);
+  }
 
  private:
   std::unique_ptr<Backend> real_;

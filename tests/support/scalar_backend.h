@@ -6,6 +6,7 @@
 #include <vector>
 
 #include "backend/ops.h"
+#include "quant/row_cast.h"
 #include "sluice/quant.h"
 
 namespace sluice::testing {
@@ -76,6 +77,38 @@ class ScalarBackend : public BackendOps {
     }
   }
 
+  void gather_tokens(const TokenRows& tokens, const EntryRows& entries, const Fp8Rows& out,
+                     Stream) override {
+    std::int32_t next = 0;
+    for (int e = 0; e < entries.num_experts; ++e) {
+      entries.begin[e] = next;
+      for (std::int64_t i = 0; i < entries.num_tokens * entries.num_topk; ++i) {
+        const std::int64_t id = entries.wide_idx
+                                    ? static_cast<const std::int64_t*>(entries.topk_idx)[i]
+                                    : static_cast<const std::int32_t*>(entries.topk_idx)[i];
+        const bool is_first = e == 0;
+        if (is_first) entries.row_of[i] = -1;
+        if (id != entries.first_expert + e) continue;
+        entries.row_of[i] = next;
+        write_token(tokens, i / entries.num_topk, out, next++);
+      }
+      entries.count[e] = next - static_cast<std::int32_t>(entries.begin[e]);
+    }
+  }
+
+  void sum_entries(const EntrySums& s, Stream) override {
+    for (std::int64_t t = 0; t < s.num_tokens; ++t) {
+      for (std::int64_t i = 0; i < s.width; ++i) {
+        float sum = 0;
+        for (std::int64_t entry = t * s.num_topk; entry < (t + 1) * s.num_topk; ++entry) {
+          if (s.row_of[entry] < 0) continue;
+          sum += s.weights[entry] * bf16_to_float(s.rows[s.row_of[entry] * s.width + i]);
+        }
+        s.y[t * s.width + i] = bf16_from_float(sum * s.factor);
+      }
+    }
+  }
+
  protected:
   /// sum a[k] * w[k] of one scale group.
   [[nodiscard]] virtual float sum_of_group(const double* a, const double* w, int size) const {
@@ -97,6 +130,30 @@ class ScalarBackend : public BackendOps {
     [[nodiscard]] std::size_t bytes() const noexcept override { return weights.bytes(); }
     ExpertWeights weights;
   };
+
+  static void write_token(const TokenRows& tokens, std::int64_t t, const Fp8Rows& out,
+                          std::int64_t row) {
+    CastRow cast;
+    std::vector<float> values(static_cast<std::size_t>(out.width));
+    for (std::int64_t i = 0; i < out.width; ++i) {
+      values[i] = tokens.x != nullptr ? bf16_to_float(tokens.x[t * out.width + i]) : 0;
+    }
+    if (tokens.x != nullptr) {
+      cast = cast_row(tokens.first, values, out.static_scale);
+    } else {
+      cast.codes.assign(tokens.coded.row(t), tokens.coded.row(t) + out.width);
+      for (std::int64_t g = 0; g < out.width / kActivationGroup; ++g) {
+        cast.scales.push_back(tokens.coded.scale_of(t, g));
+      }
+    }
+    if (tokens.second != Cast::kNone) {
+      cast = cast_row(tokens.second, cast.values(), out.static_scale);
+    }
+    std::memcpy(out.row(row), cast.codes.data(), cast.codes.size());
+    if (out.scale == nullptr) return;
+    std::memcpy(out.scale + row * (out.width / kActivationGroup), cast.scales.data(),
+                cast.scales.size() * sizeof(float));
+  }
 
   template <class Body>
   static void for_each_row(const RowRanges& rows, const Body& body) {

@@ -40,6 +40,9 @@ class CpuBackend final : public BackendOps {
   void expert_stage(const PreparedExperts& experts, const Fp8RowsView& in, const RowRanges& rows,
                     const Fp8Rows& h, std::uint16_t* out, Stream stream,
                     ExpertStageTimes* times) override;
+  void gather_tokens(const TokenRows& tokens, const EntryRows& entries, const Fp8Rows& out,
+                     Stream stream) override;
+  void sum_entries(const EntrySums& sums, Stream stream) override;
 
   [[nodiscard]] ThreadPool& pool() noexcept { return pool_; }
 

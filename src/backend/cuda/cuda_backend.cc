@@ -131,6 +131,9 @@ class CudaBackend final : public BackendOps {
   void expert_stage(const PreparedExperts& experts, const Fp8RowsView& in, const RowRanges& rows,
                     const Fp8Rows& h, std::uint16_t* out, Stream stream,
                     ExpertStageTimes* times) override;
+  void gather_tokens(const TokenRows& tokens, const EntryRows& entries, const Fp8Rows& out,
+                     Stream stream) override;
+  void sum_entries(const EntrySums& sums, Stream stream) override;
   [[nodiscard]] bool expert_half(ExpertHalf half, const PreparedExperts& prepared,
                                  const Fp8RowsView& in, const RowRanges& rows, const Fp8Rows& h,
                                  std::uint16_t* out, Stream stream) override;
@@ -312,6 +315,14 @@ void CudaBackend::expert_stage(const PreparedExperts& prepared, const Fp8RowsVie
   if (times != nullptr) *times = {};
   const auto& experts = static_cast<const CudaExperts&>(prepared);
   cuda::launch_experts(gemms_of(experts, in, rows, h, out), stream.handle);
+}
+
+void CudaBackend::gather_tokens(const TokenRows&, const EntryRows&, const Fp8Rows&, Stream) {
+  fail(ErrorCode::kUnsupported, "the local call has no CUDA kernels yet");
+}
+
+void CudaBackend::sum_entries(const EntrySums&, Stream) {
+  fail(ErrorCode::kUnsupported, "the local call has no CUDA kernels yet");
 }
 
 bool CudaBackend::expert_half(ExpertHalf half, const PreparedExperts& prepared,
