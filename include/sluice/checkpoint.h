@@ -145,8 +145,9 @@ class Checkpoint {
   /// expert, size of `out`), kCorruptFile.
   void load_floats(int layer, int expert, MatrixRole role, std::span<float> out) const;
 
-  /// Of the checkpoint as a whole, found by open(): keys of config.json that are not known, latent
-  /// widths, prediction layers that are not there, exclusions of experts that are quantized.
+  /// Of the checkpoint as a whole, found by open(): tensors that lie in another shard than the
+  /// index says, keys of config.json that are not known, latent widths, prediction layers that are
+  /// not there, exclusions of experts that are quantized. One for each kind, with a count.
   [[nodiscard]] const std::vector<CheckpointWarning>& warnings() const noexcept;
 
   /// Compares the input scales of all experts of `layers`, and the weights of some experts: of each

@@ -255,8 +255,9 @@ Expert Converter::exact_expert(const OutputJob& job, ExpertStorage& storage) con
   const auto layouts = matrix_layouts(source_.geometry());
   std::size_t i = 0;
   for (QuantMatrix* matrix : {&expert.gate, &expert.up, &expert.down}) {
-    const std::string name = fmt::format("{}: {}", source_.dir.string(),
-                                         tensor_name(job.layer, job.expert, layouts[i++].stem()));
+    const std::string name =
+        fmt::format("{}: {}", source_.dir.string(),
+                    source_.index.spelling.name(job.layer, job.expert, layouts[i++].stem()));
     matrix->scales = exact_scales(matrix->scales, resolved_.spec.scale_dtype, name, storage);
   }
   return expert;

@@ -10,16 +10,15 @@ namespace {
 /// Fills shards in order; offsets are known only when all names are.
 class PlanBuilder {
  public:
-  PlanBuilder(std::string prefix, std::size_t max_shard_bytes)
-      : prefix_(std::move(prefix)), max_shard_bytes_(max_shard_bytes) {}
+  PlanBuilder(const ExpertSpelling& spelling, std::size_t max_shard_bytes)
+      : spelling_(spelling), max_shard_bytes_(max_shard_bytes) {}
 
   void add_expert(int layer, int expert, const std::vector<SafetensorsEntry>& tensors) {
     OutputJob& job = plan_.jobs.emplace_back();
     job.layer = layer, job.expert = expert;
     for (const SafetensorsEntry& t : tensors) {
-      add_tensor(job, {.name = prefix_ + tensor_name(layer, expert, t.name),
-                       .dtype = t.dtype,
-                       .shape = t.shape});
+      add_tensor(
+          job, {.name = spelling_.name(layer, expert, t.name), .dtype = t.dtype, .shape = t.shape});
     }
   }
 
@@ -71,7 +70,7 @@ class PlanBuilder {
     files_.back().push_back(std::move(entry));
   }
 
-  std::string prefix_;
+  ExpertSpelling spelling_;
   std::size_t max_shard_bytes_;
   OutputPlan plan_;
   std::vector<std::vector<SafetensorsEntry>> files_;
@@ -105,7 +104,7 @@ std::uint64_t OutputPlan::digest() const {
 OutputPlan plan_output(const CheckpointData& source, const TargetFormat& target,
                        const TargetSpec& spec, const std::vector<int>& layers, bool experts_only,
                        std::size_t max_shard_bytes) {
-  PlanBuilder builder(source.index.prefix, max_shard_bytes);
+  PlanBuilder builder(source.index.spelling, max_shard_bytes);
   const std::vector<SafetensorsEntry> tensors = target.tensors(spec);
   for (const int layer : layers) {
     for (int e = 0; e < spec.geometry.num_experts; ++e) builder.add_expert(layer, e, tensors);

@@ -25,12 +25,6 @@ std::array<const QuantMatrix*, 3> matrices_of(const Expert& expert) {
   return {&expert.gate, &expert.up, &expert.down};
 }
 
-/// Names a weight: "model.layers.3.mlp.experts.5.up_proj [7, 130]".
-std::string weight_name(int layer, int expert, const MatrixLayout& matrix, std::int64_t n,
-                        std::int64_t k) {
-  return fmt::format("{} [{}, {}]", tensor_name(layer, expert, matrix.stem()), n, k);
-}
-
 class Verifier {
  public:
   Verifier(const CheckpointData& source, const CheckpointData& result, bool is_requantized,
@@ -118,7 +112,7 @@ class Verifier {
     const float a = value(given), b = value(made);
     if (std::bit_cast<std::uint32_t>(a) == std::bit_cast<std::uint32_t>(b)) return;
     fail(ErrorCode::kCorruptFile, "verification: {} is {} in the source, {} in the result",
-         weight_name(layer_, expert_, layout, n, k), a, b);
+         weight_name(layout, n, k), a, b);
   }
 
   void check_rounded(const MatrixLayout& layout, const QuantMatrix& made) {
@@ -138,7 +132,7 @@ class Verifier {
           fail(ErrorCode::kCorruptFile,
                "verification: {} is {} in the source and {} * {} in the result, more than half a "
                "step away",
-               weight_name(layer_, expert_, layout, n, k), w, code, scale);
+               weight_name(layout, n, k), w, code, scale);
         }
         errors[row] += error * error;
         squares[row] += w * w;
@@ -151,8 +145,18 @@ class Verifier {
     const double relative = square > 0 ? std::sqrt(error / square) : 0;
     if (relative > result_so_far_.worst_relative_error) {
       result_so_far_.worst_relative_error = relative;
-      result_so_far_.worst_matrix = tensor_name(layer_, expert_, layout.stem());
+      result_so_far_.worst_matrix = matrix_name(layout);
     }
+  }
+
+  /// In the checkpoint's own spelling: "model.layers.3.mlp.experts.5.up_proj".
+  [[nodiscard]] std::string matrix_name(const MatrixLayout& matrix) const {
+    return source_.index.spelling.name(layer_, expert_, matrix.stem());
+  }
+  /// The same with the weight's place: "model.layers.3.mlp.experts.5.up_proj [7, 130]".
+  [[nodiscard]] std::string weight_name(const MatrixLayout& matrix, std::int64_t n,
+                                        std::int64_t k) const {
+    return fmt::format("{} [{}, {}]", matrix_name(matrix), n, k);
   }
 
   /// Pages of mapped files that were read for this expert.

@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <array>
 #include <cmath>
+#include <iterator>
 #include <span>
 #include <utility>
 
@@ -27,7 +28,7 @@ void check_nothing_else(const std::filesystem::path& dir, const Format& format,
     for (const ExpertTensors::Part& part : expert.parts) {
       if (std::ranges::find(known, part.name) != known.end()) continue;
       fail(ErrorCode::kUnsupported, "{}: tensor {} {}", dir.string(), part.tensor.entry.name,
-           format.refusal(part.name));
+           format.refusal(part));
     }
   }
 }
@@ -45,8 +46,8 @@ void check_nibbles(const CheckpointData& data, int layer, int expert,
   fail(ErrorCode::kCorruptFile,
        "{}: {}: read as {}, codes near -8 and 7 occur {} times and those near 0 only {} times: its "
        "nibbles are not stored as the format says",
-       data.dir.string(), tensor_name(layer, expert, "*"), data.format->name(), nibbles.around_8(),
-       nibbles.around_0());
+       data.dir.string(), data.index.spelling.name(layer, expert, "*"), data.format->name(),
+       nibbles.around_8(), nibbles.around_0());
 }
 
 }  // namespace
@@ -64,14 +65,20 @@ const LayerTensors& CheckpointData::layer_tensors(int layer) const {
   if (at != index.layers.end()) return at->second;
   std::string list;
   for (const int l : moe_layers) list += (list.empty() ? "" : ", ") + std::to_string(l);
-  fail(ErrorCode::kInvalidArgument, "{}: layer {} has no routed experts; those that have: {}",
-       dir.string(), layer, list);
+  const auto is_fused = index.fused.contains(layer);
+  fail(is_fused ? ErrorCode::kUnsupported : ErrorCode::kInvalidArgument,
+       "{}: layer {} has no routed experts; those that have: {}{}", dir.string(), layer, list,
+       is_fused || !index.unread.empty() ? index.hint(layer) : "");
 }
 
 /// Headers only, of all experts: a checkpoint that lacks an expert of another rank is no good here.
 void CheckpointData::check_layer(int layer) const {
   const LayerTensors& tensors = layer_tensors(layer);
   const ModelGeometry& g = config.geometry;
+  if (const auto at = index.fused.find(layer); at != index.fused.end()) {
+    fail(ErrorCode::kUnsupported, "{}: tensor {} is of all experts beside tensors of each{}",
+         dir.string(), at->second, index.hint(layer));
+  }
   check_nothing_else(dir, *format, g, tensors);
   std::vector<PartSpec> specs;
   for (const MatrixLayout& matrix : matrix_layouts(g)) {
@@ -82,10 +89,14 @@ void CheckpointData::check_layer(int layer) const {
     for (const PartSpec& spec : specs) {
       const TensorRef* const tensor = expert.find(spec.name);
       if (!tensor && !spec.is_optional) {
+        const std::string name = index.spelling.name(layer, e, spec.name);
+        const auto left_out = index.left_out.find(name);
         fail(ErrorCode::kCorruptFile,
-             "{}: tensor {} is missing; the config has {} experts per layer, and {} needs it",
-             dir.string(), index.prefix + tensor_name(layer, e, spec.name), g.num_experts,
-             format->name());
+             "{}: tensor {} is missing; the config has {} experts per layer, and {} needs it{}",
+             dir.string(), name, g.num_experts, format->name(),
+             left_out == index.left_out.end()
+                 ? ""
+                 : fmt::format("; {} has it, but the index does not name it", left_out->second));
       }
       if (tensor) check_part(*tensor, spec);
     }
@@ -99,8 +110,8 @@ CheckpointData CheckpointData::open(const std::filesystem::path& dir) {
   data.index = read_tensor_index(dir, data.config.geometry.num_experts);
   for (const auto& [layer, tensors] : data.index.layers) data.moe_layers.push_back(layer);
   if (data.moe_layers.empty()) {
-    fail(ErrorCode::kCorruptFile, "{}: no tensor named model.layers.L.mlp.experts.E.*",
-         dir.string());
+    fail(ErrorCode::kUnsupported, "{}: no tensor named model.layers.L.mlp.experts.E.*{}",
+         dir.string(), data.index.hint(-1));
   }
   Recognised recognised = recognise(
       {.config = data.config.quantization, .index = data.index, .geometry = data.config.geometry});
@@ -115,7 +126,8 @@ CheckpointData CheckpointData::open(const std::filesystem::path& dir) {
   data.evidence = fmt::format("{}; {} is {} {}", recognised.evidence, gate.entry.name,
                               gate.entry.dtype, to_string(gate.entry.shape));
   data.identity = digest_bytes(std::as_bytes(std::span(data.config.text)), data.index.digest);
-  data.warnings = config_warnings(data);
+  data.warnings = data.index.warnings;
+  std::ranges::move(config_warnings(data), std::back_inserter(data.warnings));
   return data;
 }
 
@@ -165,7 +177,7 @@ void CheckpointData::load_floats(int layer, int expert, const MatrixLayout& matr
     if (!factors.empty()) w *= factors[static_cast<std::size_t>(i % matrix.k)];
     if (std::isfinite(w)) continue;
     fail(ErrorCode::kCorruptFile, "{}: {} [{}, {}] = {} is not finite", dir.string(),
-         tensor_name(layer, expert, matrix.stem()), i / matrix.k, i % matrix.k, w);
+         index.spelling.name(layer, expert, matrix.stem()), i / matrix.k, i % matrix.k, w);
   }
 }
 
@@ -181,7 +193,7 @@ std::vector<InputScales> CheckpointData::input_scales(int layer) const {
         check_part(*tensor, {.name = part, .dtypes = {"F32", "BF16", "F16"}, .shape = {}});
         ++num_present;
       } else if (missing.empty()) {
-        missing = index.prefix + tensor_name(layer, static_cast<int>(e), part);
+        missing = index.spelling.name(layer, static_cast<int>(e), part);
       }
     }
   }

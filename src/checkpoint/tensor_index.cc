@@ -1,7 +1,6 @@
 #include "checkpoint/tensor_index.h"
 
 #include <algorithm>
-#include <charconv>
 #include <optional>
 #include <set>
 #include <string_view>
@@ -16,47 +15,14 @@ namespace {
 
 constexpr std::string_view kIndexFile = "model.safetensors.index.json";
 constexpr std::string_view kSuffix = ".safetensors";
-/// Kimi-K2.5 and later call their text model this.
-constexpr std::string_view kLanguageModel = "language_model.";
-
-/// Takes a decimal number without leading zeros, and the text after it, off the front of `text`.
-std::optional<int> take_number(std::string_view& text, std::string_view after) {
-  int value = 0;
-  const auto [end, problem] = std::from_chars(text.data(), text.data() + text.size(), value);
-  const auto length = static_cast<std::size_t>(end - text.data());
-  if (problem != std::errc{} || value < 0 || (length > 1 && text[0] == '0')) return std::nullopt;
-  if (!text.substr(length).starts_with(after)) return std::nullopt;
-  text.remove_prefix(length + after.size());
-  return value;
-}
-
-struct ExpertName {
-  int layer = 0, expert = 0;
-  std::string_view part, prefix;
-};
-
-/// Empty if `name` is no tensor of a routed expert.
-std::optional<ExpertName> parse_expert_name(std::string_view name) {
-  constexpr std::string_view kPrefix = "model.layers.";
-  ExpertName result;
-  if (name.starts_with(kLanguageModel)) {
-    result.prefix = kLanguageModel;
-    name.remove_prefix(kLanguageModel.size());
-  }
-  if (!name.starts_with(kPrefix)) return std::nullopt;
-  name.remove_prefix(kPrefix.size());
-  const auto layer = take_number(name, ".mlp.experts.");
-  if (!layer) return std::nullopt;
-  const auto expert = take_number(name, ".");
-  if (!expert) return std::nullopt;
-  result.layer = *layer, result.expert = *expert, result.part = name;
-  return result;
-}
+/// Names listed in a message.
+constexpr std::size_t kMaxNames = 3;
 
 /// Where the index says a tensor is, and whether it was there.
 struct MapEntry {
   std::string file;
   bool is_found = false;
+  std::string other_file;  ///< Another that has a tensor of this name.
 };
 using WeightMap = std::unordered_map<std::string, MapEntry>;  // by tensor name
 
@@ -76,7 +42,7 @@ WeightMap read_weight_map(const std::filesystem::path& path, std::uint64_t& dige
         json.error(fmt::format("tensor {}: '{}' is not the name of a *{} file in this directory",
                                tensor, file, kSuffix));
       }
-      map.emplace(tensor, MapEntry{std::move(file)});
+      map.emplace(tensor, MapEntry{.file = std::move(file), .other_file = {}});
     });
   });
   json.finish();
@@ -116,8 +82,16 @@ class IndexBuilder {
     index_.digest = digest_bytes(file->bytes().first(header.data_begin), index_.digest);
     index_.files.push_back(name);
     for (SafetensorsEntry& entry : header.tensors) {
-      if (is_indexed) check_against_map(entry.name, name);
-      add_tensor(TensorRef{file, std::move(entry), header.data_begin}, is_indexed);
+      TensorRef tensor{file, std::move(entry), header.data_begin};
+      const Place where = place_of(tensor.entry.name, name);
+      if (where == Place::kHere || is_input_scale(tensor.entry.name)) {
+        add_tensor(std::move(tensor), where);
+      } else if (is_indexed) {
+        (where == Place::kElsewhere ? elsewhere_ : unnamed_).add(tensor);
+        if (where == Place::kNowhere && looks_like_expert(tensor.entry.name)) {
+          index_.left_out.emplace(tensor.entry.name, name);
+        }
+      }
     }
   }
 
@@ -126,66 +100,150 @@ class IndexBuilder {
     if (!weight_map_) return;
     for (const auto& [tensor, entry] : *weight_map_) {
       if (!entry.is_found) {
-        fail(ErrorCode::kCorruptFile, "{}: tensor {} is missing; {} says that it is there",
-             (dir_ / entry.file).string(), tensor, kIndexFile);
+        fail(ErrorCode::kCorruptFile, "{}: tensor {} is missing; {} says that it is there{}",
+             (dir_ / entry.file).string(), tensor, kIndexFile,
+             entry.other_file.empty() ? "" : ", but it is in " + entry.other_file);
       }
     }
   }
 
-  [[nodiscard]] TensorIndex take() && { return std::move(index_); }
+  [[nodiscard]] TensorIndex take() && {
+    if (index_.spelling.has_numbered_stems) {
+      for (auto& [layer, tensors] : index_.layers) {
+        for (ExpertTensors& expert : tensors.experts) {
+          for (ExpertTensors::Part& part : expert.parts) part.name = canonical_part(part.name);
+        }
+      }
+    }
+    elsewhere_.report(index_, "indexed-elsewhere",
+                      fmt::format("{} gives it to another file, whose tensor is used", kIndexFile));
+    unnamed_.report(index_, "not-indexed",
+                    fmt::format("{} does not name it, so it is left out", kIndexFile));
+    input_scales_.report(
+        index_, "input-scale-twice",
+        fmt::format("differs from the one that {} names, which is used", kIndexFile));
+    predictions_.report(index_, "separate-prediction-layer",
+                        "of a prediction layer with a number of its own (mtp.*); not loaded");
+    return std::move(index_);
+  }
   [[nodiscard]] std::uint64_t& digest() { return index_.digest; }
 
  private:
-  void check_against_map(const std::string& tensor, const std::string& file) {
-    if (!weight_map_) return;
+  /// In relation to the file that is being read.
+  enum class Place { kHere, kElsewhere, kNowhere };
+
+  /// Tensors of one kind that deserve one warning together.
+  struct Kind {
+    std::size_t count = 0;
+    std::string first, file;
+
+    void add(const TensorRef& tensor) {
+      if (count++ == 0) first = tensor.entry.name, file = tensor.file->path().filename().string();
+    }
+    void report(TensorIndex& index, const std::string& kind, const std::string& what) const {
+      if (count == 0) return;
+      std::string text = fmt::format("in {}: {}", file, what);
+      if (count > 1) text += fmt::format(" ({} tensors like this)", count);
+      index.warnings.push_back({.tensor = first,
+                                .text = std::move(text),
+                                .kind = kind,
+                                .count = static_cast<int>(count),
+                                .is_note = kind == "separate-prediction-layer"});
+    }
+  };
+
+  Place place_of(const std::string& tensor, const std::string& file) {
+    if (!weight_map_) return Place::kHere;
     const auto at = weight_map_->find(tensor);
-    if (at == weight_map_->end()) return;
+    if (at == weight_map_->end()) return Place::kNowhere;
     if (at->second.file != file) {
-      fail(ErrorCode::kCorruptFile, "{}: holds tensor {}, which {} says is in {}",
-           (dir_ / file).string(), tensor, kIndexFile, at->second.file);
+      at->second.other_file = file;
+      return Place::kElsewhere;
     }
     at->second.is_found = true;
+    return Place::kHere;
   }
 
-  void add_tensor(TensorRef tensor, bool is_indexed) {
+  /// One checkpoint has one prefix, one container and one kind of stem.
+  void check_spelling(const ExpertName& name, const TensorRef& tensor) {
+    ExpertSpelling& known = index_.spelling;
+    if (first_name_.empty()) {
+      known.prefix = name.prefix, known.container = name.container;
+      first_name_ = tensor.entry.name;
+    }
+    if (known.prefix != name.prefix || known.container != name.container) {
+      fail(ErrorCode::kUnsupported,
+           "{}: another expert's tensor is called {}; one model has one prefix and one name for "
+           "its experts",
+           place(tensor), first_name_);
+    }
+    const StemKind stem = stem_kind(name.part);
+    if (stem == StemKind::kNone) return;
+    if (stem_ == StemKind::kNone) {
+      stem_ = stem, first_stem_ = tensor.entry.name;
+      known.has_numbered_stems = stem == StemKind::kNumbers;
+    }
+    if (stem != stem_) {
+      fail(ErrorCode::kUnsupported,
+           "{}: {} is there, too; gate_proj, up_proj, down_proj and w1, w3, w2 name the same "
+           "matrices, and a checkpoint has one of the two",
+           place(tensor), first_stem_);
+    }
+  }
+
+  void add_other(TensorRef tensor) {
+    const std::string& name = tensor.entry.name;
+    if (looks_like_expert(name)) {
+      if (is_separate_prediction_layer(name)) predictions_.add(tensor);
+      if (const auto layer = fused_experts_layer(name)) index_.fused.emplace(*layer, name);
+      if (index_.unread.size() < kMaxNames) index_.unread.push_back(name);
+    }
+    index_.others.push_back(std::move(tensor));
+  }
+
+  void add_tensor(TensorRef tensor, Place where) {
     const auto name = parse_expert_name(tensor.entry.name);
     if (!name) {
-      if (is_indexed) index_.others.push_back(std::move(tensor));
+      if (where == Place::kHere) add_other(std::move(tensor));
       return;
     }
-    if (!is_indexed && !is_input_scale(name->part)) return;
     const std::string path = tensor.file->path().string();
     if (name->expert >= num_experts_) {
       fail(ErrorCode::kCorruptFile, "{}: tensor {}: expert {} of a model with {} experts", path,
            tensor.entry.name, name->expert, num_experts_);
     }
-    if (index_.layers.empty()) index_.prefix = name->prefix;
-    if (name->prefix != index_.prefix) {
-      fail(ErrorCode::kCorruptFile,
-           "{}: tensor {}: other experts are called '{}model.layers...'; one model has one prefix",
-           path, tensor.entry.name, index_.prefix);
-    }
+    check_spelling(*name, tensor);
     LayerTensors& layer = index_.layers[name->layer];
     layer.experts.resize(static_cast<std::size_t>(num_experts_));
     ExpertTensors& expert = layer.experts[static_cast<std::size_t>(name->expert)];
-    const TensorRef* const other = expert.find(name->part);
-    if (!other) {
+    const auto other = std::ranges::find(expert.parts, name->part, &ExpertTensors::Part::name);
+    if (other == expert.parts.end()) {
       expert.parts.push_back({.name = std::string(name->part), .tensor = std::move(tensor)});
+      if (where == Place::kElsewhere) provisional_.insert(expert.parts.back().tensor.entry.name);
       return;
     }
     // The same input scale in a shard and again in act_scales.safetensors does no harm.
-    const bool is_same = is_input_scale(name->part) && other->entry.dtype == tensor.entry.dtype &&
-                         std::ranges::equal(other->bytes(), tensor.bytes());
-    if (!is_same) {
+    const bool is_same = is_input_scale(name->part) &&
+                         other->tensor.entry.dtype == tensor.entry.dtype &&
+                         std::ranges::equal(other->tensor.bytes(), tensor.bytes());
+    const bool replaces = where == Place::kHere && provisional_.erase(tensor.entry.name) > 0;
+    if (!is_same && !replaces && where != Place::kElsewhere) {
       fail(ErrorCode::kCorruptFile, "{}: tensor {} is also in {}", path, tensor.entry.name,
-           other->file->path().string());
+           other->tensor.file->path().string());
     }
+    if (!is_same) input_scales_.add(replaces ? other->tensor : tensor);
+    if (replaces) other->tensor = std::move(tensor);
   }
 
   std::filesystem::path dir_;
   int num_experts_;
   std::optional<WeightMap> weight_map_;
   TensorIndex index_;
+  std::string first_name_, first_stem_;
+  StemKind stem_ = StemKind::kNone;
+  /// Input scales read before the file that the index says they are in.
+  std::set<std::string> provisional_;
+  Kind elsewhere_, unnamed_, input_scales_, predictions_;
 };
 
 }  // namespace
@@ -202,7 +260,22 @@ const TensorRef* ExpertTensors::find(std::string_view part) const noexcept {
 }
 
 std::string tensor_name(int layer, int expert, std::string_view part) {
-  return fmt::format("model.layers.{}.mlp.experts.{}.{}", layer, expert, part);
+  return ExpertSpelling{}.name(layer, expert, part);
+}
+
+std::string TensorIndex::hint(int layer) const {
+  if (!fused.empty()) {
+    const auto own = fused.find(layer);
+    return fmt::format(
+        "; {} holds the weights of all experts in one tensor, which is not supported: the file "
+        "does not say whether gate or up comes first in it; export the experts one by one "
+        "(...experts.E.gate_proj, up_proj, down_proj)",
+        (own == fused.end() ? fused.begin() : own)->second);
+  }
+  std::string text;
+  for (const std::string& name : unread) text += (text.empty() ? "" : ", ") + name;
+  if (!text.empty()) return "; names that look like experts' and are not known: " + text;
+  return "; no tensor's name has '.experts.' in it";
 }
 
 std::string place(const TensorRef& tensor) {

@@ -10,15 +10,17 @@
 #include <string_view>
 #include <vector>
 
+#include "checkpoint/expert_names.h"
 #include "checkpoint/safetensors.h"
 #include "core/mmap.h"
+#include "sluice/checkpoint.h"
 #include "sluice/tensor.h"
 
 namespace sluice {
 
 inline constexpr std::uint64_t kDigestSeed = 0xcbf29ce484222325U;
 
-/// "model.layers.3.mlp.experts.17.gate_proj.weight"
+/// "model.layers.3.mlp.experts.17.gate_proj.weight", whatever a checkpoint's own spelling is.
 [[nodiscard]] std::string tensor_name(int layer, int expert, std::string_view part);
 
 /// A tensor in its file. Empty if the checkpoint has none of this name.
@@ -36,7 +38,8 @@ struct TensorRef {
 /// Says where a tensor is, for messages: "DIR/model-00001-of-00002.safetensors: tensor NAME".
 [[nodiscard]] std::string place(const TensorRef& tensor);
 
-/// What an expert has, by the part of the name after "experts.17.": "gate_proj.weight", ...
+/// What an expert has, by the canonical part of the name after "experts.17.": "gate_proj.weight"
+/// also where the file says "w1.weight". TensorRef::entry has the file's own name.
 struct ExpertTensors {
   struct Part {
     std::string name;
@@ -55,10 +58,20 @@ struct LayerTensors {
 struct TensorIndex {
   std::map<int, LayerTensors> layers;  ///< Those with at least one routed expert.
   std::vector<TensorRef> others;       ///< What is no part of a routed expert.
-  /// Before "model.layers": "" or, in models with other senses beside language, "language_model.".
-  std::string prefix;
-  std::vector<std::string> files;      ///< Names, in the order read.
+  ExpertSpelling spelling;             ///< Of all experts.
+  /// Layers that have weights of all experts in one tensor, with the name of the first such.
+  /// -1: the name does not tell the layer in a known place.
+  std::map<int, std::string> fused;
+  /// Some names that look like experts' and were not read, for messages.
+  std::vector<std::string> unread;
+  /// Experts' tensors that the index does not name, with the file of each.
+  std::map<std::string, std::string> left_out;
+  std::vector<CheckpointWarning> warnings;  ///< One for each kind, with a count.
+  std::vector<std::string> files;           ///< Names, in the order read.
   std::uint64_t digest = kDigestSeed;  ///< Of the files' names, sizes and headers, and the index.
+
+  /// What there is instead of the experts of `layer` that a message misses; begins with "; ".
+  [[nodiscard]] std::string hint(int layer) const;
 };
 
 /// 64-bit FNV-1a, continued from `seed`.
@@ -68,10 +81,11 @@ struct TensorIndex {
 /// Input scales may lie in a file that the index does not name, and in two files.
 [[nodiscard]] bool is_input_scale(std::string_view part) noexcept;
 
-/// Reads every header. With model.safetensors.index.json, the shards are those it names; any other
-/// *.safetensors file contributes its input scales only (act_scales.safetensors is published
-/// beside the index). Without it, every *.safetensors file counts.
-/// Throws: kIo, kCorruptFile.
+/// Reads every header. With model.safetensors.index.json, the shards are those it names, and a
+/// tensor is where it says: another of that name, or one that it does not name, is left out with a
+/// warning. Any other *.safetensors file contributes its input scales only (act_scales.safetensors
+/// is published beside the index). Without it, every *.safetensors file counts.
+/// Throws: kIo, kCorruptFile, kUnsupported (two spellings in one checkpoint).
 [[nodiscard]] TensorIndex read_tensor_index(const std::filesystem::path& dir, int num_experts);
 
 }  // namespace sluice

@@ -28,21 +28,25 @@ float median_of(std::vector<float> values) {
 struct Names {
   const Format& format;
   std::array<MatrixLayout, 3> layouts;  // gate, up, down
+  const ExpertSpelling& spelling;
   int layer;
 
   [[nodiscard]] std::string input_scale(int expert, std::size_t matrix) const {
-    return tensor_name(layer, expert, format.input_scale_part(layouts[matrix]));
+    return spelling.name(layer, expert, format.input_scale_part(layouts[matrix]));
   }
   [[nodiscard]] std::string weight(int expert, std::size_t matrix) const {
-    return tensor_name(layer, expert, format.parts(layouts[matrix])[0].name);
+    return spelling.name(layer, expert, format.parts(layouts[matrix])[0].name);
   }
   [[nodiscard]] std::string scale(int expert, std::size_t matrix) const {
-    return tensor_name(layer, expert, format.parts(layouts[matrix])[1].name);
+    return spelling.name(layer, expert, format.parts(layouts[matrix])[1].name);
   }
 };
 
 Names names_of(const CheckpointData& data, int layer) {
-  return {.format = *data.format, .layouts = matrix_layouts(data.config.geometry), .layer = layer};
+  return {.format = *data.format,
+          .layouts = matrix_layouts(data.config.geometry),
+          .spelling = data.index.spelling,
+          .layer = layer};
 }
 
 /// gate, up, down.

@@ -35,6 +35,10 @@ void expect_corrupt(const std::vector<std::string>& parts, const ModelFiles& fil
   expect_refused(ErrorCode::kCorruptFile, parts, files);
 }
 
+void expect_unsupported(const std::vector<std::string>& parts, const ModelFiles& files) {
+  expect_refused(ErrorCode::kUnsupported, parts, files);
+}
+
 TEST(Refusal, ShardCutAtEveryByteOfItsHeaderAndInItsData) {
   const TempDir dir;
   const ModelFiles files;
@@ -75,7 +79,8 @@ TEST(Refusal, NoRoutedExperts) {
   ModelFiles files;
   files.files.clear();
   files.files["model.safetensors"]["model.embed_tokens.weight"] = {"F32", {1}, f32_bytes({1})};
-  expect_corrupt({"no tensor named model.layers.L.mlp.experts.E"}, files);
+  expect_refused(ErrorCode::kUnsupported,
+                 {"no tensor named model.layers.L.mlp.experts.E", "no tensor's name has"}, files);
 }
 
 TEST(Refusal, MissingExpert) {
@@ -125,16 +130,16 @@ TEST(Refusal, ExpertPastTheConfigsNumber) {
 TEST(Refusal, WrongDtype) {
   ModelFiles files;
   files.tensor(0, "gate_proj.weight").dtype = "F8_E4M3";
-  expect_corrupt({ModelFiles::shard_name(0), "experts.0.gate_proj.weight", "F8_E4M3", "I8 or U8"},
-                 files);
+  expect_unsupported(
+      {ModelFiles::shard_name(0), "experts.0.gate_proj.weight", "F8_E4M3", "I8 or U8"}, files);
   ModelFiles scales;
   scales.tensor(1, "up_proj.weight_scale_inv").dtype = "I32";
-  expect_corrupt(
-      {ModelFiles::shard_name(1), "experts.1.up_proj.weight_scale_inv", "dtype I32", "F32 or BF16"},
-      scales);
+  expect_unsupported({ModelFiles::shard_name(1), "experts.1.up_proj.weight_scale_inv", "dtype I32",
+                      "F32 or BF16 or F16"},
+                     scales);
   ModelFiles input;
   input.tensor(1, "w3.input_scale").dtype = "U32";
-  expect_corrupt({"act_scales.safetensors", "experts.1.w3.input_scale", "dtype U32"}, input);
+  expect_unsupported({"act_scales.safetensors", "experts.1.w3.input_scale", "dtype U32"}, input);
 }
 
 TEST(Refusal, WrongShape) {
@@ -267,10 +272,10 @@ TEST(Refusal, IndexThatNamesATensorThatIsNotThere) {
 TEST(Refusal, IndexThatNamesTheWrongShard) {
   auto map = ModelFiles().weight_map();
   map[ModelFiles::name(0, "up_proj.weight")] = ModelFiles::shard_name(1);
-  expect_bad_index(
-      ErrorCode::kCorruptFile,
-      {ModelFiles::shard_name(0), "experts.0.up_proj.weight", "is in " + ModelFiles::shard_name(1)},
-      nlohmann::json{{"weight_map", map}}.dump());
+  expect_bad_index(ErrorCode::kCorruptFile,
+                   {ModelFiles::shard_name(1), "experts.0.up_proj.weight is missing",
+                    "it is in " + ModelFiles::shard_name(0)},
+                   nlohmann::json{{"weight_map", map}}.dump());
 }
 
 TEST(Refusal, IndexThatNamesAMissingShard) {

@@ -111,7 +111,7 @@ TEST(Convert, KeepsTheNamesOfALanguageModelAmongOthers) {
   const std::string stray = "model.layers.3.mlp.experts.0.up_proj.bias";
   raw.add(stray, {"F32", {}, "abcd"});
   raw.write(dir / "mixed");
-  expect_error(ErrorCode::kCorruptFile, {".safetensors", stray, "one prefix"},
+  expect_error(ErrorCode::kUnsupported, {".safetensors", stray, "one prefix"},
                [&] { (void)Checkpoint::open(dir / "mixed"); });
   renamed.erase("language_model.model.layers.3.mlp.experts.1.up_proj.weight_packed");
   raw.files.begin()->second = renamed;
@@ -119,6 +119,44 @@ TEST(Convert, KeepsTheNamesOfALanguageModelAmongOthers) {
   expect_error(ErrorCode::kCorruptFile,
                {"tensor language_model.model.layers.3.mlp.experts.1.up_proj.weight_packed is"},
                [&] { (void)Checkpoint::open(dir / "missing"); });
+}
+
+/// Converting changes what tensors hold, not how a family of models calls them.
+TEST(Convert, KeepsPrefixContainerAndStems) {
+  const TempDir dir;
+  write_synthetic_checkpoint(small_spec("kimi-int4", 32), dir / "plain");
+  RawCheckpoint raw(dir / "plain");
+  auto& file = raw.files.begin()->second;
+  testing::RawFile renamed;
+  for (const auto& [plain, tensor] : file) {
+    std::string name = plain;
+    for (const auto& [from, to] : {std::pair<std::string, std::string>{"model.", "language_model."},
+                                   {"mlp.", "block_sparse_moe."},
+                                   {"gate_proj", "w1"},
+                                   {"up_proj", "w3"},
+                                   {"down_proj", "w2"}}) {
+      if (const auto at = name.find(from); at != name.npos) name.replace(at, from.size(), to);
+    }
+    renamed[name] = tensor;
+  }
+  ASSERT_TRUE(
+      renamed.contains("language_model.layers.3.block_sparse_moe.experts.1.w3.weight_scale"));
+  file = renamed;
+  raw.write(dir / "from");
+  expect_same_weights(dir / "plain", dir / "from");
+  (void)convert_checkpoint(
+      {.from = dir / "from", .to = dir / "to", .format = "compressed-tensors"});
+  expect_same_tensors(dir / "from", dir / "to");
+  // What the report says of a matrix is the checkpoint's own name, too.
+  const ConvertReport report = convert_checkpoint({.from = dir / "from",
+                                                   .to = dir / "coarse",
+                                                   .format = "compressed-tensors",
+                                                   .scale_rule = ScaleRule::kAmax7,
+                                                   .group_size = 128});
+  EXPECT_TRUE(report.worst_matrix.starts_with("language_model.layers.3.block_sparse_moe.experts."))
+      << report.worst_matrix;
+  EXPECT_EQ(report.worst_matrix.substr(report.worst_matrix.size() - 3, 2), ".w")
+      << report.worst_matrix;
 }
 
 TEST(Convert, DropsInputScalesOnlyWhenAsked) {

@@ -6,6 +6,7 @@
 
 #include "checkpoint/formats/format.h"
 #include "checkpoint/formats/module_match.h"
+#include "checkpoint/formats/nibbles.h"
 #include "checkpoint/formats/part_readers.h"
 #include "core/fail.h"
 
@@ -14,26 +15,36 @@ namespace {
 
 class CompressedTensorsFormat final : public Format {
  public:
-  CompressedTensorsFormat(int group, bool has_static_inputs)
-      : group_(group), has_static_inputs_(has_static_inputs) {}
+  /// How the codes lie in weight_packed.
+  enum class Codes { kWords, kOffsetBytes, kSignedBytes };
+
+  CompressedTensorsFormat(int group, bool has_static_inputs, Codes codes)
+      : group_(group), has_static_inputs_(has_static_inputs), codes_(codes) {}
 
   [[nodiscard]] std::string_view name() const noexcept override { return "compressed-tensors"; }
   [[nodiscard]] int group_size() const noexcept override { return group_; }
 
   [[nodiscard]] std::vector<PartSpec> parts(const MatrixLayout& matrix) const override {
     const auto n = static_cast<std::uint64_t>(matrix.n), k = static_cast<std::uint64_t>(matrix.k);
-    return {{.name = matrix.part("weight_packed"), .dtypes = {"I32"}, .shape = {n, k / 8}},
+    const bool has_words = codes_ == Codes::kWords;
+    return {{.name = matrix.part("weight_packed"),
+             .dtypes = {has_words ? "I32" : "U8"},
+             .shape = {n, has_words ? k / 8 : k / 2}},
             {.name = matrix.part("weight_scale"),
              .dtypes = {"BF16", "F16", "F32"},
              .shape = {n, k / static_cast<std::uint64_t>(group_)}},
-            {.name = matrix.part("weight_shape"), .dtypes = {"I64", "I32"}, .shape = {2}}};
+            {.name = matrix.part("weight_shape"),
+             .dtypes = {"I64", "I32"},
+             .shape = {2},
+             .is_optional = true}};
   }
 
   [[nodiscard]] std::string input_scale_part(const MatrixLayout& matrix) const override {
     return has_static_inputs_ ? matrix.part("input_scale") : "";
   }
 
-  [[nodiscard]] std::string refusal(std::string_view part) const override {
+  [[nodiscard]] std::string refusal(const ExpertTensors::Part& extra) const override {
+    const std::string& part = extra.name;
     if (part.ends_with("weight_zero_point")) {
       return "holds zero points; only symmetric INT4 is supported";
     }
@@ -43,11 +54,21 @@ class CompressedTensorsFormat final : public Format {
     if (part.ends_with("input_scale")) {
       return "is an input scale, but quantization_config declares no static input_activations";
     }
-    return Format::refusal(part);
+    if (part.ends_with(".weight")) {
+      const std::string& dtype = extra.tensor.entry.dtype;
+      return dtype == "I32" || dtype == "U8" || dtype == "I8"
+                 ? fmt::format("is {}; {}_packed is what compressed-tensors calls INT4 weights",
+                               dtype, part)
+                 : fmt::format("is {}, but quantization_config declares INT4 ({}_packed)", dtype,
+                               part);
+    }
+    return Format::refusal(extra);
   }
 
   void check_values(const ExpertTensors& expert, const MatrixLayout& matrix) const override {
-    const TensorRef& tensor = part_of(expert, matrix.part("weight_shape"));
+    const TensorRef* const optional = expert.find(matrix.part("weight_shape"));
+    if (!optional) return;  // check_part() has held codes and scales against the config's sizes.
+    const TensorRef& tensor = *optional;
     std::int64_t shape[2];
     if (tensor.entry.dtype == "I64") {
       std::memcpy(shape, tensor.bytes().data(), sizeof shape);
@@ -64,17 +85,36 @@ class CompressedTensorsFormat final : public Format {
   [[nodiscard]] QuantMatrix load(const ExpertTensors& expert, const MatrixLayout& matrix,
                                  ExpertStorage& storage) const override {
     // Little-endian words: byte j of a row holds elements 2j and 2j + 1, low nibble first.
-    return {
-        .codes = load_offset_codes(part_of(expert, matrix.part("weight_packed")), matrix, storage),
-        .scales = load_scales(part_of(expert, matrix.part("weight_scale")), matrix.n,
-                              matrix.k / group_, storage),
-        .group_size = group_};
+    const TensorRef& packed = part_of(expert, matrix.part("weight_packed"));
+    return {.codes = codes_ == Codes::kSignedBytes ? view_codes(packed, matrix, storage)
+                                                   : load_offset_codes(packed, matrix, storage),
+            .scales = load_scales(part_of(expert, matrix.part("weight_scale")), matrix.n,
+                                  matrix.k / group_, storage),
+            .group_size = group_};
   }
 
  private:
   int group_;
   bool has_static_inputs_;
+  Codes codes_;
 };
+
+/// Words hold q + 8 by definition. Bytes may hold either, so the first gate matrix decides.
+CompressedTensorsFormat::Codes find_codes(const FormatClues& clues, std::string& evidence) {
+  using Codes = CompressedTensorsFormat::Codes;
+  const TensorRef* const gate = clues.first_gate("weight_packed");
+  if (!gate || gate->entry.dtype != "U8") return Codes::kWords;
+  const NibbleEvidence nibbles = nibble_evidence(gate->bytes());
+  if (nibbles.verdict == NibbleEvidence::Verdict::kNone) {
+    fail(ErrorCode::kUnsupported,
+         "{}: dtype U8 does not say whether nibbles are signed or have an offset of 8, and neither "
+         "do they: {}",
+         place(*gate), nibbles.text());
+  }
+  evidence += "; U8 nibbles: " + nibbles.text();
+  return nibbles.verdict == NibbleEvidence::Verdict::kOffset ? Codes::kOffsetBytes
+                                                             : Codes::kSignedBytes;
+}
 
 /// A refusal that names the field, its value and what is supported.
 [[noreturn]] void refuse(const QuantizationConfig& config, const std::string& field,
@@ -217,16 +257,21 @@ std::optional<Recognised> recognise_compressed_tensors(const FormatClues& clues)
   check_weights(config, at + ".weights", group.weights);
   const bool is_static = check_inputs(config, at + ".input_activations", group.input_activations);
   const int group_size = static_cast<int>(*group.weights.group_size);
+  std::string how;
+  const auto codes = find_codes(clues, how);
   return Recognised{
-      .format = std::make_unique<CompressedTensorsFormat>(group_size, is_static),
-      .evidence = fmt::format(
-          "config.json: quant_method = 'compressed-tensors', format 'pack-quantized', symmetric "
-          "INT4 in groups of {}, {} activations{}",
-          group_size,
-          !group.input_activations.is_present ? "no scheme for"
-          : is_static                         ? "static e4m3"
-                                              : "dynamic e4m3",
-          group_size == 32 && !group.input_activations.is_present ? " (as Kimi-K2's INT4)" : "")};
+      .format = std::make_unique<CompressedTensorsFormat>(group_size, is_static, codes),
+      .evidence = fmt::format("config.json: quant_method = 'compressed-tensors', format "
+                              "'pack-quantized', symmetric "
+                              "INT4 in groups of {}, {} activations{}",
+                              group_size,
+                              !group.input_activations.is_present ? "no scheme for"
+                              : is_static                         ? "static e4m3"
+                                                                  : "dynamic e4m3",
+                              group_size == 32 && !group.input_activations.is_present
+                                  ? " (as Kimi-K2's INT4)"
+                                  : "") +
+                  how};
 }
 
 }  // namespace sluice

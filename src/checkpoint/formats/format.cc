@@ -26,7 +26,8 @@ std::string Format::input_scale_part(const MatrixLayout& matrix) const {
   return matrix.part("input_scale");
 }
 
-std::string Format::refusal(std::string_view) const {
+std::string Format::refusal(const ExpertTensors::Part& part) const {
+  if (part.name.ends_with("bias")) return "is a bias; experts with biases are not supported";
   return fmt::format("is not part of {}; ignoring it could change results", name());
 }
 

@@ -68,7 +68,7 @@ class Format {
   /// Name of the static scale of the matrix's input; empty if the format has none.
   [[nodiscard]] virtual std::string input_scale_part(const MatrixLayout& matrix) const;
   /// Why a tensor that is none of the above makes a layer unsupported.
-  [[nodiscard]] virtual std::string refusal(std::string_view part) const;
+  [[nodiscard]] virtual std::string refusal(const ExpertTensors::Part& part) const;
   /// Things about one matrix that the headers cannot show and that cost a few bytes to read. Called
   /// for matrices that are loaded, and for all of a layer whose input scales are asked for.
   virtual void check_values(const ExpertTensors& expert, const MatrixLayout& matrix) const;

@@ -4,6 +4,7 @@
 #include <bit>
 #include <cmath>
 #include <cstring>
+#include <ranges>
 #include <string>
 
 #include "core/fail.h"
@@ -76,12 +77,13 @@ void check_part(const TensorRef& tensor, const PartSpec& spec) {
     for (const std::string_view name : spec.dtypes) {
       list += (list.empty() ? "" : " or ") + std::string(name);
     }
-    fail(ErrorCode::kCorruptFile, "{}: dtype {}, not {}", place(tensor), entry.dtype, list);
+    fail(ErrorCode::kUnsupported, "{}: dtype {}, not {}", place(tensor), entry.dtype, list);
   }
   if (std::ranges::equal(entry.shape, spec.shape)) return;
   if (!spec.shape.empty()) {
-    fail(ErrorCode::kCorruptFile, "{}: shape {}, but the config's sizes need {}", place(tensor),
-         to_string(entry.shape), to_string(spec.shape));
+    const bool is_transposed = std::ranges::equal(entry.shape, std::views::reverse(spec.shape));
+    fail(ErrorCode::kCorruptFile, "{}: shape {}, but the config's sizes need {}{}", place(tensor),
+         to_string(entry.shape), to_string(spec.shape), is_transposed ? " (transposed?)" : "");
   }
   if (entry.shape != std::vector<std::uint64_t>{1}) {
     fail(ErrorCode::kCorruptFile, "{}: shape {}, but one number has [] or [1]", place(tensor),

@@ -17,7 +17,8 @@ namespace sluice {
 /// Requires: the part exists, which check_parts() has seen to.
 [[nodiscard]] const TensorRef& part_of(const ExpertTensors& expert, std::string_view part);
 
-/// Throws: kCorruptFile naming file, tensor, what is there and what is expected.
+/// Throws: kUnsupported for another dtype and kCorruptFile for a shape that contradicts the config,
+/// naming file, tensor, what is there and what is expected.
 void check_part(const TensorRef& tensor, const PartSpec& spec);
 
 /// One number, F32, F16 or BF16, finite and positive. Throws: kCorruptFile calling it `what`.

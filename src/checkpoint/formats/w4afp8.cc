@@ -12,7 +12,8 @@ constexpr int kGroup = 128;
 
 class W4afp8Format final : public Format {
  public:
-  explicit W4afp8Format(bool has_offset) : has_offset_(has_offset) {}
+  W4afp8Format(bool has_offset, bool has_own_inputs)
+      : has_offset_(has_offset), has_own_inputs_(has_own_inputs) {}
 
   [[nodiscard]] std::string_view name() const noexcept override { return "w4afp8"; }
   [[nodiscard]] bool makes_minus_eight() const noexcept override { return false; }
@@ -21,11 +22,12 @@ class W4afp8Format final : public Format {
     const auto n = static_cast<std::uint64_t>(matrix.n), k = static_cast<std::uint64_t>(matrix.k);
     return {{.name = matrix.part("weight"), .dtypes = {"I8", "U8"}, .shape = {n, k / 2}},
             {.name = matrix.part("weight_scale_inv"),
-             .dtypes = {"F32", "BF16"},
+             .dtypes = {"F32", "BF16", "F16"},
              .shape = {n, k / kGroup}}};
   }
 
   [[nodiscard]] std::string input_scale_part(const MatrixLayout& matrix) const override {
+    if (has_own_inputs_) return matrix.part("input_scale");
     using Role = MatrixLayout::Role;
     return matrix.role == Role::kGate ? "w1.input_scale"
            : matrix.role == Role::kUp ? "w3.input_scale"
@@ -44,6 +46,8 @@ class W4afp8Format final : public Format {
 
  private:
   bool has_offset_;  // U8 codes of q + 8, which the format's definition does not foresee.
+  /// Input scales have the weights' stem. Published files have w1 beside gate_proj.
+  bool has_own_inputs_;
 };
 
 }  // namespace
@@ -80,8 +84,9 @@ std::optional<Recognised> recognise_w4afp8(const FormatClues& clues) {
     has_offset = nibbles.verdict == NibbleEvidence::Verdict::kOffset;
     evidence += "; U8 nibbles: " + nibbles.text();
   }
-  return Recognised{.format = std::make_unique<W4afp8Format>(has_offset),
-                    .evidence = std::move(evidence)};
+  return Recognised{
+      .format = std::make_unique<W4afp8Format>(has_offset, clues.first_gate("input_scale")),
+      .evidence = std::move(evidence)};
 }
 
 }  // namespace sluice
