@@ -1,13 +1,17 @@
 #include "layer_run.h"
 
+#include <fmt/core.h>
 #include <sys/resource.h>
 
 #include <algorithm>
 #include <atomic>
+#include <chrono>
 #include <cstring>
 #include <mutex>
 #include <nlohmann/json.hpp>
 #include <numeric>
+#include <optional>
+#include <span>
 #include <thread>
 
 #include "launch.h"
@@ -66,33 +70,29 @@ ExchangeCounters counters_from(const Json& j) {
           .saturated_values = j[5]};
 }
 
-/// A result on its way from one process to another; the workload is made again over there.
-std::string encode(const RankResult& r) {
+/// A result on its way from one process to another.
+Json to_json(const RankResult& r) {
   const StageTimes& t = r.stats.times;
   const auto* y = reinterpret_cast<const std::uint8_t*>(r.y.data());
-  const Json json = {{"times",
-                      {t.dispatch_us, t.quantize_us, t.gemm1_us, t.activation_us, t.gemm2_us,
-                       t.combine_us, t.total_us}},
-                     {"rows_per_expert", r.stats.rows_per_expert},
-                     {"weight_bytes_read", r.stats.weight_bytes_read},
-                     {"flops", r.stats.flops},
-                     {"counters", to_json(r.counters)},
-                     {"totals", to_json(r.totals)},
-                     {"transport_bytes", r.transport_bytes},
-                     {"y", Json::binary({y, y + r.y.size() * sizeof(r.y[0])})},
-                     {"memory",
-                      {r.memory.codes_bytes, r.memory.scales_bytes, r.memory.prepared_bytes,
-                       r.memory.exchange_bytes, r.memory.scratch_bytes}},
-                     {"digest", r.digest},
-                     {"peak_resident_bytes", r.peak_resident_bytes},
-                     {"num_ranks_on_device", r.num_ranks_on_device}};
-  std::string bytes;
-  Json::to_cbor(json, bytes);
-  return bytes;
+  return {{"times",
+           {t.dispatch_us, t.quantize_us, t.gemm1_us, t.activation_us, t.gemm2_us, t.combine_us,
+            t.total_us}},
+          {"rows_per_expert", r.stats.rows_per_expert},
+          {"weight_bytes_read", r.stats.weight_bytes_read},
+          {"flops", r.stats.flops},
+          {"counters", to_json(r.counters)},
+          {"totals", to_json(r.totals)},
+          {"transport_bytes", r.transport_bytes},
+          {"y", Json::binary({y, y + r.y.size() * sizeof(r.y[0])})},
+          {"memory",
+           {r.memory.codes_bytes, r.memory.scales_bytes, r.memory.prepared_bytes,
+            r.memory.exchange_bytes, r.memory.scratch_bytes}},
+          {"digest", r.digest},
+          {"peak_resident_bytes", r.peak_resident_bytes},
+          {"num_ranks_on_device", r.num_ranks_on_device}};
 }
 
-RankResult decode(const std::string& bytes) {
-  const Json j = Json::from_cbor(bytes);
+RankResult result_from(const Json& j) {
   const Json& t = j["times"];
   RankResult r{.stats = {.times = {t[0], t[1], t[2], t[3], t[4], t[5], t[6]},
                          .rows_per_expert = j["rows_per_expert"],
@@ -102,7 +102,6 @@ RankResult decode(const std::string& bytes) {
                .totals = counters_from(j["totals"]),
                .transport_bytes = j["transport_bytes"],
                .y = {},
-               .load = {},
                .memory = {.codes_bytes = j["memory"][0],
                           .scales_bytes = j["memory"][1],
                           .prepared_bytes = j["memory"][2],
@@ -117,79 +116,202 @@ RankResult decode(const std::string& bytes) {
   return r;
 }
 
-RankResult run_rank(const LayerRunConfig& config, const Checkpoint& checkpoint, int rank,
-                    Transport& transport, Backend& backend, LayerRunResult& shared) {
-  const ModelGeometry& geometry = checkpoint.geometry();
-  const bool low_latency = config.mode == Mode::kLowLatency;
-  const auto recipe = std::optional(config.recipe);
-  Engine engine = Engine::create({.layer = config.layer,
-                                  .low_latency = low_latency ? recipe : std::nullopt,
-                                  .normal = low_latency ? std::nullopt : recipe,
-                                  .dispatch_dtype = config.environment.dispatch_dtype,
-                                  .max_tokens_per_rank = static_cast<int>(
-                                      std::max<std::int64_t>(1, std::ranges::max(config.tokens))),
-                                  .routed_scaling_factor = config.routed_scaling_factor,
-                                  .peer_timeout = config.environment.peer_timeout},
-                                 checkpoint, transport, backend);
+ExchangeCounters minus(ExchangeCounters a, const ExchangeCounters& b) {
+  const auto subtract = [](std::vector<std::uint64_t>& from, const std::vector<std::uint64_t>& n) {
+    for (std::size_t i = 0; i < n.size(); ++i) from[i] -= n[i];
+  };
+  subtract(a.dispatch_bytes, b.dispatch_bytes);
+  subtract(a.combine_bytes, b.combine_bytes);
+  subtract(a.dispatch_rows, b.dispatch_rows);
+  subtract(a.wait_ns, b.wait_ns);
+  a.num_dispatches -= b.num_dispatches;
+  a.saturated_values -= b.saturated_values;
+  return a;
+}
 
+/// One rank of the run: a group, its layers, and one set of tensors for all of them.
+class RankRun {
+ public:
+  RankRun(const LayerRunConfig& config, const Checkpoint& checkpoint, int rank,
+          Transport& transport, Backend& backend)
+      : config_(config),
+        rank_(rank),
+        transport_(transport),
+        backend_(backend),
+        stream_(backend.stream()),
+        load_(workload_of(config, checkpoint.geometry(), rank)),
+        tensors_(backend, load_, stream_),
+        group_(LayerGroup::create(group_config(config, checkpoint), transport, backend)) {
+    const Shape x_shape{load_.num_tokens, load_.hidden};
+    const Shape topk_shape{load_.num_tokens, load_.num_topk};
+    const Device device = backend.device();
+    x_ = {tensors_.x->data(), DType::kBFloat16, x_shape, device};
+    routing_ = {
+        .topk_idx = {tensors_.topk_idx->data(), DType::kInt32, topk_shape, device},
+        .topk_weights = {tensors_.topk_weights->data(), DType::kFloat32, topk_shape, device}};
+    y_.data = tensors_.y->data(), y_.dtype = DType::kBFloat16, y_.shape = x_shape;
+    y_.device = device;
+    load_layers(checkpoint);
+  }
+
+  [[nodiscard]] double load_us() const noexcept { return load_us_; }
+  [[nodiscard]] LayerGroupMemory memory() const noexcept { return group_.memory(); }
+
+  /// Layer `index` by itself. Fills recipe and times of `shared`, which is rank 0's.
+  RankResult run_layer(std::size_t index, LayerRunResult& shared);
+
+  /// All layers in a row, `repeats` times: microseconds of each, the slowest rank's.
+  std::vector<double> run_passes() {
+    std::vector<double> mine;
+    for (Layer& layer : layers_) layer.record_stats(false);
+    for (int i = 0; i < config_.repeats; ++i) {
+      (void)transport_.all_gather({}, config_.environment.peer_timeout);
+      const auto begin = std::chrono::steady_clock::now();
+      for (Layer& layer : layers_) layer.forward(config_.mode, x_, routing_, y_, stream_);
+      backend_.synchronize(stream_);
+      mine.push_back(microseconds_since(begin));
+      group_.check();
+    }
+    return slowest_of(mine);
+  }
+
+ private:
+  static LayerGroupConfig group_config(const LayerRunConfig& config, const Checkpoint& checkpoint) {
+    LayerGroupConfig group{.geometry = checkpoint.geometry(),
+                           .routed_scaling_factor = config.routed_scaling_factor,
+                           .peer_timeout = config.environment.peer_timeout};
+    const ModeCapacity capacity{.max_tokens_per_rank = static_cast<int>(
+                                    std::max<std::int64_t>(1, std::ranges::max(config.tokens)))};
+    (config.mode == Mode::kLowLatency ? group.low_latency : group.normal) = capacity;
+    return group;
+  }
+
+  static double microseconds_since(std::chrono::steady_clock::time_point begin) {
+    return std::chrono::duration<double, std::micro>(std::chrono::steady_clock::now() - begin)
+        .count();
+  }
+
+  void load_layers(const Checkpoint& checkpoint) {
+    ModeRecipes recipes{.dispatch_dtype = config_.environment.dispatch_dtype};
+    (config_.mode == Mode::kLowLatency ? recipes.low_latency : recipes.normal) = config_.recipe;
+    std::optional<ProgressLine> progress;
+    if (rank_ == 0 && config_.layers.size() > 1) progress.emplace("loading");
+    const auto begin = std::chrono::steady_clock::now();
+    for (const int layer : config_.layers) {
+      layers_.push_back(group_.add_layer(
+          read_layer(checkpoint, layer, group_.rank(), group_.num_ranks()), recipes));
+      if (progress) {
+        progress->update(static_cast<double>(layers_.size()) /
+                         static_cast<double>(config_.layers.size()));
+      }
+    }
+    load_us_ = microseconds_since(begin);
+  }
+
+  /// The largest of every rank's values, at each index.
+  [[nodiscard]] std::vector<double> slowest_of(const std::vector<double>& mine) {
+    std::vector<double> slowest(mine.size(), 0.0);
+    for (const auto& bytes :
+         transport_.all_gather(std::as_bytes(std::span(mine)), config_.environment.peer_timeout)) {
+      const auto* times = reinterpret_cast<const double*>(bytes.data());
+      for (std::size_t i = 0; i < slowest.size(); ++i) slowest[i] = std::max(slowest[i], times[i]);
+    }
+    return slowest;
+  }
+
+  const LayerRunConfig& config_;
+  int rank_;
+  Transport& transport_;
+  Backend& backend_;
+  Stream stream_;
+  Workload load_;
+  DeviceTensors tensors_;
+  TensorView x_;
+  Routing routing_;
+  MutableTensorView y_;
+  LayerGroup group_;
+  std::vector<Layer> layers_;
+  double load_us_ = 0;
+};
+
+RankResult RankRun::run_layer(std::size_t index, LayerRunResult& shared) {
+  Layer& layer = layers_[index];
   RankResult result;
-  const Workload load = workload_of(config, geometry, rank);
-  const Stream stream = backend.stream();
-  const DeviceTensors tensors(backend, load, stream);
-  const Device device = backend.device();
-  const Shape x_shape{load.num_tokens, load.hidden}, topk_shape{load.num_tokens, load.num_topk};
-  const TensorView x(tensors.x->data(), DType::kBFloat16, x_shape, device);
-  const Routing routing{
-      .topk_idx = {tensors.topk_idx->data(), DType::kInt32, topk_shape, device},
-      .topk_weights = {tensors.topk_weights->data(), DType::kFloat32, topk_shape, device}};
-  MutableTensorView y;
-  y.data = tensors.y->data(), y.dtype = DType::kBFloat16, y.shape = x_shape, y.device = device;
-
-  engine.record_stats(true);
+  layer.record_stats(true);
+  const ExchangeCounters at_begin = layer.exchange_counters(config_.mode);
   std::vector<ForwardStats> repeats;
-  for (int i = 0; i < config.repeats; ++i) {
+  std::vector<double> total_us;
+  for (int i = 0; i < config_.repeats; ++i) {
     // Ranks start together, so that waiting for a late one is not counted as dispatch.
-    (void)transport.all_gather({}, config.environment.peer_timeout);
-    engine.record_gemm_input_digest(config.with_digest && i == 0);
-    const TransportCounters before = transport.counters();
-    engine.forward(config.mode, x, routing, y, stream);
+    (void)transport_.all_gather({}, config_.environment.peer_timeout);
+    layer.record_gemm_input_digest(config_.with_digest && i == 0);
+    const TransportCounters before = transport_.counters();
+    layer.forward(config_.mode, x_, routing_, y_, stream_);
     if (i == 0) {
-      result.counters = engine.exchange_counters(config.mode);
-      result.transport_bytes = transport.counters().bytes_put;
+      result.counters = minus(layer.exchange_counters(config_.mode), at_begin);
+      result.transport_bytes = transport_.counters().bytes_put;
       for (std::size_t p = 0; p < before.bytes_put.size(); ++p) {
         result.transport_bytes[p] -= before.bytes_put[p];
       }
     }
-    repeats.push_back(engine.stats());
-    engine.check();  // Before the next wait, which would come on top of one that failed.
+    repeats.push_back(layer.stats());
+    total_us.push_back(layer.stats().times.total_us);
+    layer.check();  // Before the next wait, which would come on top of one that failed.
   }
   // Every rank reports the same repeat: the one whose slowest rank is the median.
-  std::vector<double> mine(repeats.size());
-  std::ranges::transform(repeats, mine.begin(), [](const auto& s) { return s.times.total_us; });
-  const auto all =
-      transport.all_gather(std::as_bytes(std::span(mine)), config.environment.peer_timeout);
-  std::vector<double> slowest(mine.size(), 0.0);
-  for (const auto& bytes : all) {
-    const auto* times = reinterpret_cast<const double*>(bytes.data());
-    for (std::size_t i = 0; i < slowest.size(); ++i) slowest[i] = std::max(slowest[i], times[i]);
-  }
+  const std::vector<double> slowest = slowest_of(total_us);
   std::vector<std::size_t> order(slowest.size());
   std::iota(order.begin(), order.end(), std::size_t{0});
   std::ranges::stable_sort(order, {}, [&](std::size_t i) { return slowest[i]; });
   result.stats = repeats[order[order.size() / 2]];
-  result.totals = engine.exchange_counters(config.mode);
-  result.memory = engine.memory();
-  result.digest = engine.gemm_input_digest();
-  result.y.resize(load.x.size());
+  result.totals = minus(layer.exchange_counters(config_.mode), at_begin);
+  result.memory = group_.memory();
+  result.digest = layer.gemm_input_digest();
+  result.y.resize(load_.x.size());
   if (!result.y.empty()) {
-    backend.copy_to_host(result.y.data(), y.data, result.y.size() * sizeof(result.y[0]), stream);
+    backend_.copy_to_host(result.y.data(), y_.data, result.y.size() * sizeof(result.y[0]), stream_);
   }
   result.peak_resident_bytes = peak_resident_bytes();
-  if (rank == 0) {
-    shared.recipe = engine.recipe(config.mode);
+  if (rank_ == 0) {
+    shared.recipe = layer.recipe(config_.mode);
     shared.total_us = slowest;
   }
   return result;
+}
+
+/// Everything that rank `rank` does. What only rank 0 knows goes into `shared`.
+std::string run_rank(const LayerRunConfig& config, const Checkpoint& checkpoint, int rank,
+                     Transport& transport, const BackendConfig& device, RunResult& shared) {
+  const auto backend = make_backend(device);
+  RankRun run(config, checkpoint, rank, transport, *backend);
+  Json layers = Json::array();
+  for (std::size_t i = 0; i < config.layers.size(); ++i) {
+    RankResult mine = run.run_layer(i, shared.layers[i]);
+    mine.num_ranks_on_device = device.num_local_ranks;
+    layers.push_back(to_json(mine));
+  }
+  std::vector<double> pass_us;
+  if (config.layers.size() > 1) pass_us = run.run_passes();
+  if (rank == 0) {
+    shared.pass_us = pass_us;
+    for (LayerRunResult& layer : shared.layers) layer.backend = backend->description();
+  }
+  std::string bytes;
+  Json::to_cbor(Json{{"layers", std::move(layers)}, {"load_us", run.load_us()}}, bytes);
+  return bytes;
+}
+
+void check_output_bytes(const LayerRunConfig& config, const ModelGeometry& geometry) {
+  const std::int64_t tokens =
+      std::accumulate(config.tokens.begin(), config.tokens.end(), std::int64_t{0});
+  const auto layers = static_cast<std::int64_t>(config.layers.size());
+  const std::int64_t bytes = tokens * geometry.hidden * 2 * layers;
+  if (bytes <= kMaxOutputBytes) return;
+  throw Error(ErrorCode::kInvalidArgument,
+              fmt::format("{} tokens through {} layers: {} of outputs to verify, more than {}; run "
+                          "fewer tokens or layers",
+                          tokens, layers, human_bytes(static_cast<double>(bytes)),
+                          human_bytes(static_cast<double>(kMaxOutputBytes))));
 }
 
 }  // namespace
@@ -204,31 +326,34 @@ double measure_ceiling(const LayerRunConfig& config) {
   return make_backend({.device = {config.backend, 0}})->measure_read_bandwidth();
 }
 
-LayerRunResult run_layer(const LayerRunConfig& config, const Checkpoint& checkpoint,
-                         Launch& launch) {
-  LayerRunResult result;
+RunResult run_layers(const LayerRunConfig& config, const Checkpoint& checkpoint, Launch& launch) {
+  check_output_bytes(config, checkpoint.geometry());
+  RunResult result;
+  for (const int layer : config.layers) result.layers.push_back({.layer = layer});
   const auto parts = launch.run_ranks([&](int r, Transport& transport) {
     const Launch::Place place = launch.place_of(r);
-    const BackendConfig device =
-        place_rank(config.backend, place.local_rank, place.num_local_ranks, config.num_devices);
-    const auto backend = make_backend(device);
-    if (r == 0) result.backend = backend->description();
-    RankResult mine = run_rank(config, checkpoint, r, transport, *backend, result);
-    mine.num_ranks_on_device = device.num_local_ranks;
-    return encode(mine);
+    return run_rank(
+        config, checkpoint, r, transport,
+        place_rank(config.backend, place.local_rank, place.num_local_ranks, config.num_devices),
+        result);
   });
   if (!launch.is_reporter()) return result;
   for (int r = 0; r < config.num_ranks; ++r) {
-    result.ranks.push_back(decode(parts[static_cast<std::size_t>(r)]));
-    result.ranks.back().load = workload_of(config, checkpoint.geometry(), r);
+    const Json part = Json::from_cbor(parts[static_cast<std::size_t>(r)]);
+    result.load_us = std::max<double>(result.load_us, part["load_us"]);
+    for (std::size_t i = 0; i < result.layers.size(); ++i) {
+      result.layers[i].ranks.push_back(result_from(part["layers"][i]));
+    }
+    result.loads.push_back(workload_of(config, checkpoint.geometry(), r));
   }
   return result;
 }
 
-VerifyReport verify_run(const LayerRunConfig& config, const Checkpoint& checkpoint,
-                        const LayerRunResult& result, std::int64_t num_rows) {
+VerifyReport verify_layer(const LayerRunConfig& config, const Checkpoint& checkpoint,
+                          const LayerRunResult& result, const std::vector<Workload>& loads,
+                          std::int64_t num_rows) {
   const ModelGeometry& geometry = checkpoint.geometry();
-  const LayerReference reference(checkpoint.load_experts(config.layer, 0, geometry.num_experts),
+  const LayerReference reference(checkpoint.load_experts(result.layer, 0, geometry.num_experts),
                                  result.recipe, config.routed_scaling_factor,
                                  error_model(config.backend));
   struct Place {
@@ -252,11 +377,11 @@ VerifyReport verify_run(const LayerRunConfig& config, const Checkpoint& checkpoi
       const std::int64_t index = i * total / num_rows;
       const auto [r, t] = places[static_cast<std::size_t>(index)];
       const RankResult& rank = result.ranks[r];
+      const Workload& load = loads[r];
       const auto hidden = static_cast<std::size_t>(geometry.hidden);
       const auto topk = static_cast<std::size_t>(geometry.num_topk);
-      const ReferenceRow row =
-          reference.row(&rank.load.x[t * hidden], &rank.load.topk_idx[t * topk],
-                        &rank.load.topk_weights[t * topk], geometry.num_topk);
+      const ReferenceRow row = reference.row(&load.x[t * hidden], &load.topk_idx[t * topk],
+                                             &load.topk_weights[t * topk], geometry.num_topk);
       const std::lock_guard lock(mutex);
       compare_row(row, &rank.y[t * hidden], index, report);
       progress.update(static_cast<double>(report.num_rows) / static_cast<double>(num_rows));

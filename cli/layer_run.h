@@ -1,4 +1,4 @@
-// layer_run.h - one MoE layer over R ranks: the work behind `sluice run`.
+// layer_run.h - MoE layers of one checkpoint over R ranks: the work behind `sluice run`.
 #pragma once
 
 #include <cstdint>
@@ -7,16 +7,16 @@
 
 #include "sluice/checkpoint.h"
 #include "sluice/config.h"
-#include "sluice/engine.h"
 #include "sluice/lab/reference.h"
 #include "sluice/lab/workload.h"
+#include "sluice/layer.h"
 
 namespace sluice::cli {
 
 class Launch;
 
 struct LayerRunConfig {
-  int layer = 0;
+  std::vector<int> layers = {};  ///< Share one LayerGroup; run one after the other.
   int num_ranks = 1;
   std::vector<std::int64_t> tokens;  ///< [num_ranks]
   Mode mode = Mode::kLowLatency;
@@ -38,25 +38,37 @@ struct RankResult {
   ExchangeCounters totals;                     ///< Of all repeats.
   std::vector<std::uint64_t> transport_bytes;  ///< [num_ranks] that the transport put in one.
   std::vector<std::uint16_t> y;
-  Workload load;
-  LayerGroupMemory memory;  ///< That its engine took.
+  LayerGroupMemory memory;  ///< Of all layers of the run together.
   std::uint64_t digest = 0;
   double peak_resident_bytes = 0;  ///< Of its process, experts included.
   int num_ranks_on_device = 1;     ///< That share its device, itself included.
 };
 
+/// One layer of the run.
 struct LayerRunResult {
-  LayerRecipe recipe;
-  std::string backend;           ///< Backend::description() of rank 0.
-  double read_bytes_per_s = 0;   ///< Of rank 0's device; see measure_ceiling().
-  std::vector<double> total_us;  ///< [repeats] slowest rank of each.
-  std::vector<RankResult> ranks;
+  int layer = 0;
+  LayerRecipe recipe = {};
+  std::string backend = {};           ///< Backend::description() of rank 0.
+  double read_bytes_per_s = 0;        ///< Of rank 0's device; see measure_ceiling().
+  std::vector<double> total_us = {};  ///< [repeats] slowest rank of each.
+  std::vector<RankResult> ranks = {};
 };
 
-/// Runs the layer on every rank. All ranks fail or none; the first cause is thrown. The result is
-/// the reporter's; other processes get an empty one.
-[[nodiscard]] LayerRunResult run_layer(const LayerRunConfig& config, const Checkpoint& checkpoint,
-                                       Launch& launch);
+struct RunResult {
+  std::vector<LayerRunResult> layers;  ///< In the order of LayerRunConfig::layers.
+  std::vector<Workload> loads;         ///< [num_ranks] tokens and routing, of every layer alike.
+  double load_us = 0;  ///< Reading and repacking all layers' experts; the slowest rank.
+  /// [repeats] all layers once, queued without a wait between them; the slowest rank of each.
+  std::vector<double> pass_us;
+};
+
+/// Runs the layers on every rank: each by itself, `repeats` times, then all of them in a row. All
+/// ranks fail or none; the first cause is thrown. The result is the reporter's; other processes
+/// get an empty one.
+/// Throws: kInvalidArgument for more outputs than kMaxOutputBytes; they are kept to be verified.
+[[nodiscard]] RunResult run_layers(const LayerRunConfig& config, const Checkpoint& checkpoint,
+                                   Launch& launch);
+inline constexpr std::int64_t kMaxOutputBytes = std::int64_t{8} << 30;
 
 /// What the device of rank 0 can read, measured while no rank runs.
 [[nodiscard]] double measure_ceiling(const LayerRunConfig& config);
@@ -65,7 +77,8 @@ struct LayerRunResult {
 [[nodiscard]] double peak_resident_bytes();
 
 /// Compares `num_rows` tokens, spread evenly over all, with the float64 reference.
-[[nodiscard]] VerifyReport verify_run(const LayerRunConfig& config, const Checkpoint& checkpoint,
-                                      const LayerRunResult& result, std::int64_t num_rows);
+[[nodiscard]] VerifyReport verify_layer(const LayerRunConfig& config, const Checkpoint& checkpoint,
+                                        const LayerRunResult& result,
+                                        const std::vector<Workload>& loads, std::int64_t num_rows);
 
 }  // namespace sluice::cli

@@ -112,8 +112,8 @@ void print_stats(const LayerRunResult& result, const ModelGeometry& geometry) {
              balance.imbalance_max_over_mean, saturated);
 }
 
-void write_metrics(const std::string& path, const LayerRunConfig& config,
-                   const LayerRunResult& result, const ModelGeometry& geometry) {
+void write_metrics(const std::string& path, const LayerRunResult& result,
+                   const ModelGeometry& geometry) {
   std::string text;
   const auto per_pair = [&](const char* name, const char* help, const char* peer_label,
                             const auto& value) {
@@ -121,7 +121,7 @@ void write_metrics(const std::string& path, const LayerRunConfig& config,
     for (std::size_t r = 0; r < result.ranks.size(); ++r) {
       for (std::size_t p = 0; p < result.ranks.size(); ++p) {
         family.add(
-            fmt::format("layer=\"{}\",rank=\"{}\",{}=\"{}\"", config.layer, r, peer_label, p),
+            fmt::format("layer=\"{}\",rank=\"{}\",{}=\"{}\"", result.layer, r, peer_label, p),
             value(result.ranks[r].totals, p));
       }
     }
@@ -129,7 +129,7 @@ void write_metrics(const std::string& path, const LayerRunConfig& config,
   const auto per_rank = [&](const char* name, const char* help, const auto& value) {
     Family family(text, name, "counter", help);
     for (std::size_t r = 0; r < result.ranks.size(); ++r) {
-      family.add(fmt::format("layer=\"{}\",rank=\"{}\"", config.layer, r),
+      family.add(fmt::format("layer=\"{}\",rank=\"{}\"", result.layer, r),
                  value(result.ranks[r].totals));
     }
   };
@@ -153,12 +153,12 @@ void write_metrics(const std::string& path, const LayerRunConfig& config,
   {
     Family family(text, "sluice_expert_rows", "gauge", "Rows of each expert in the last forward.");
     for (std::size_t e = 0; e < balance.rows_per_expert.size(); ++e) {
-      family.add(fmt::format("layer=\"{}\",expert=\"{}\"", config.layer, e),
+      family.add(fmt::format("layer=\"{}\",expert=\"{}\"", result.layer, e),
                  balance.rows_per_expert[e]);
     }
   }
   Family(text, "sluice_imbalance_max_over_mean", "gauge", "Fullest expert over the mean expert.")
-      .add(fmt::format("layer=\"{}\"", config.layer), balance.imbalance_max_over_mean);
+      .add(fmt::format("layer=\"{}\"", result.layer), balance.imbalance_max_over_mean);
 
   std::ofstream file(path);
   file << text;

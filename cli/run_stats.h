@@ -17,7 +17,7 @@ namespace sluice::cli {
 void print_stats(const LayerRunResult& result, const ModelGeometry& geometry);
 
 /// Prometheus text format.   Throws: kIo naming the file.
-void write_metrics(const std::string& path, const LayerRunConfig& config,
-                   const LayerRunResult& result, const ModelGeometry& geometry);
+void write_metrics(const std::string& path, const LayerRunResult& result,
+                   const ModelGeometry& geometry);
 
 }  // namespace sluice::cli

@@ -99,6 +99,41 @@ with tempfile.TemporaryDirectory() as folder:
               and all(plan[size] == plans["1"][size] for size in ("exchange_bytes", "scratch_bytes"))
               and all(plan[size] == count * plans["1"][size] for size in sizes[:3])
               and plan["total_bytes"] == sum(plan[size] for size in sizes[2:5]), r)
+    # All layers on one set of buffers: each gives the bytes that it gives alone, and together they take what the plan
+    # of all layers names.
+    alone = {}
+    for layer in ("3", "4", "5"):
+        run("run", "--checkpoint", several, "--layer", layer, "--ranks", "2", "--tokens", "4,3", "--json", report)
+        with open(report) as file:
+            alone[int(layer)] = json.load(file)["outputs_digest"]
+    run("plan", "--checkpoint", several, "--ranks", "2", "--tokens", "4", "--layers", "all", "--json", report)
+    with open(report) as file:
+        plan = json.load(file)
+    for transport in ("inproc", "ipc"):
+        r = run("run", "--checkpoint", several, "--layers", "all", "--ranks", "2", "--tokens", "4,3", "--prove",
+                "--verify", "7", "--transport", transport, "--json", report)
+        with open(report) as file:
+            data = json.load(file)
+        check(f"run of all layers over {transport}", r.returncode == 0 and "in a row  3 layers" in r.stdout
+              and data["verify"]["rows"] == 21 and data["verify"]["passed"] and data["identity"]["same"]
+              and len(data["pass_us"]) == 5 and data["load_us"] > 0
+              and {layer["layer"]: layer["outputs_digest"] for layer in data["layers"]} == alone
+              and len(set(alone.values())) == 3, r)
+        check(f"all layers take what plan names, over {transport}", all(
+            rank["memory"][size] == plan[size] for rank in data["layers"][-1]["ranks"] for size in sizes), r)
+    r = run("run", "--checkpoint", several, "--layers", "5,3-4", "--tokens", "2", "--json", report)
+    with open(report) as file:
+        check("run of layers in the order given", [layer["layer"] for layer in json.load(file)["layers"]] == [5, 3, 4], r)
+    for layers, why in (("4-3", "3 is before 4"), ("2", "no experts in layer 2"), ("6-9", "no experts in layer 6 to 9"),
+                        ("4,3-5", "layer 4 is there twice"), ("4x", "nothing is known of 'x'"),
+                        ("some", "neither 'all' nor a list")):
+        r = run("run", "--checkpoint", several, "--layers", layers)
+        check(f"run refuses --layers {layers}", r.returncode == 2 and f"--layers '{layers}'" in r.stderr
+              and why in r.stderr, r)
+    for option in (("--stats",), ("--metrics", os.path.join(folder, "metrics")), ("--layer", "3")):
+        r = run("run", "--checkpoint", several, "--layers", "all", *option)
+        check(f"run refuses --layers with {option[0]}", r.returncode == 2 and option[0] in r.stderr
+              and not os.path.exists(os.path.join(folder, "metrics")), r)
     for arguments in (("--checkpoint", several, "--layers", "4"), ("--preset", "tiny", "--layers", "all"),
                       ("--preset", "tiny", "--layers", "0"), ("--preset", "tiny", "--layers", "2x")):
         r = run("plan", *arguments)
