@@ -99,6 +99,7 @@ void bench_experts_command(const Options& options, Output& output) {
   ProgressLine progress("bench experts");
   const ExpertsBenchReport report =
       bench_experts(config, *backend, [&](double fraction) { progress.update(fraction); });
+  check_ceiling(report);
 
   const ModelGeometry& g = config.geometry;
   const double unit_us = cuda ? 1 : 1000;
@@ -109,14 +110,14 @@ void bench_experts_command(const Options& options, Output& output) {
       options.recipe);
   fmt::print("device    {}: reads {:.1f} GB/s, {:.{}f} TFLOPS of {}\n", report.device,
              report.read_gbytes_per_s, report.peak_tflops, cuda ? 0 : 3,
-             cuda ? "FP8" : "float32 multiply-adds");
+             cuda ? "FP8" : "byte dot products");
   fmt::print("times     {}, median, smallest and largest of {}{}\n", cuda ? "us" : "ms",
              options.repeats,
              cuda ? fmt::format(" replays of a graph, {:.0f} ms of rest before each GEMM's",
                                 options.rest_ms)
                   : "; gate_up, activation and down: shares of the threads' time");
   Table table({"experts", "routing", "rows/expert", "kernel", cuda ? "us" : "ms", "min", "max",
-               "GB/s", "% of read", "TFLOPS", cuda ? "% of FP8" : "% of f32", "error/bound"});
+               "GB/s", "% of read", "TFLOPS", cuda ? "% of FP8" : "% of dots", "error/bound"});
   for (const ExpertsBenchCase& c : report.cases) report_case(c, report, unit_us, table, output);
   fmt::print("{}", table.to_string());
   output.json["command"] = "bench experts";

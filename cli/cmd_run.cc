@@ -218,7 +218,8 @@ void report_layers(const LayerRunConfig& config, const RunResult& result,
 
 /// Everything after the run itself: only the reporter does this, the other ranks are gone.
 void report(const Options& options, const LayerRunConfig& config, const Checkpoint& checkpoint,
-            const RunResult& result, const RunResult& twin, bool has_processes, Output& output) {
+            const RunResult& result, const RunResult& twin, double peak, bool has_processes,
+            Output& output) {
   const LayerRunResult& first = result.layers.front();
   const bool is_one = result.layers.size() == 1;
   fmt::print("recipe    {}\n", first.recipe.describe());
@@ -240,7 +241,7 @@ void report(const Options& options, const LayerRunConfig& config, const Checkpoi
   if (!is_one) report_layers(config, result, verified, output);
   print_verification(all);
   output.json["verify"] = to_json(all);
-  print_memory(config, result.layers.back().ranks, has_processes, output.json);
+  print_memory(config, result.layers.back().ranks, peak, has_processes, output.json);
   output.exit_status = passed && all.passed() ? 0 : 1;
 }
 
@@ -267,9 +268,10 @@ void run(const Options& options, Output& output) {
   launch.finish();
   if (!launch.is_reporter()) return;
 
-  const double read_bytes_per_s = measure_ceiling(config);
+  const double peak = peak_of_ranks(result.layers.back().ranks, launch.has_processes());
+  const double read_bytes_per_s = measure_ceiling(config);  // Takes 128 MiB or more.
   for (LayerRunResult& layer : result.layers) layer.read_bytes_per_s = read_bytes_per_s;
-  report(options, config, *checkpoint, result, twin, launch.has_processes(), output);
+  report(options, config, *checkpoint, result, twin, peak, launch.has_processes(), output);
 }
 
 }  // namespace

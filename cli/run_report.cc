@@ -222,14 +222,19 @@ nlohmann::ordered_json to_json(const VerifyReport& report) {
           {"passed", report.passed()}};
 }
 
-void print_memory(const LayerRunConfig& config, const std::vector<RankResult>& ranks,
+double peak_of_ranks(const std::vector<RankResult>& ranks, bool has_processes) {
+  if (!has_processes) return peak_resident_bytes();
+  double sum = 0;
+  for (const RankResult& rank : ranks) sum += rank.peak_resident_bytes;
+  return sum;
+}
+
+void print_memory(const LayerRunConfig& config, const std::vector<RankResult>& ranks, double peak,
                   bool has_processes, nlohmann::ordered_json& json) {
-  double experts_bytes = 0, peak = 0;
+  double experts_bytes = 0;
   for (const RankResult& rank : ranks) {
     experts_bytes += static_cast<double>(rank.memory.prepared_bytes);
-    peak += rank.peak_resident_bytes;
   }
-  if (!has_processes) peak = peak_resident_bytes();
   fmt::print("memory    peak resident {}{}, experts {}\n", human_bytes(peak),
              has_processes ? fmt::format(" in {} processes", config.num_ranks) : "",
              human_bytes(experts_bytes));

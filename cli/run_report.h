@@ -37,8 +37,12 @@ void print_verification(const VerifyReport& report);
 void fill_json(nlohmann::ordered_json& json, const LayerRunConfig& config,
                const LayerRunResult& result, const Summary& s);
 
-/// Returns what the ranks hold together, in bytes: peak resident and experts.
-void print_memory(const LayerRunConfig& config, const std::vector<RankResult>& ranks,
+/// Resident memory of all ranks' processes. To be asked before anything else takes memory: a
+/// process has one peak.
+[[nodiscard]] double peak_of_ranks(const std::vector<RankResult>& ranks, bool has_processes);
+
+/// What the ranks hold together: `peak` of peak_of_ranks(), and experts.
+void print_memory(const LayerRunConfig& config, const std::vector<RankResult>& ranks, double peak,
                   bool has_processes, nlohmann::ordered_json& json);
 
 }  // namespace sluice::cli

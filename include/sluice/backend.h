@@ -41,7 +41,7 @@ class Backend {
   /// Bytes per second this device reads from main memory, measured now (about 0.2 s).
   [[nodiscard]] virtual double measure_read_bandwidth() = 0;
   /// Operations per second, two for each multiply-add, of the arithmetic that bounds experts with
-  /// many rows, measured now: FP8 tensor cores on CUDA, float32 of all threads on the CPU.
+  /// many rows, measured now: FP8 tensor cores on CUDA, byte dot products of all threads on a CPU.
   [[nodiscard]] virtual double measure_arithmetic_rate() = 0;
 
   /// Throws: kOutOfMemory. Contents unspecified.

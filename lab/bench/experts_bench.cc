@@ -384,4 +384,18 @@ ExpertsBenchReport bench_experts(const ExpertsBenchConfig& config_in, Backend& b
   return report;
 }
 
+void check_ceiling(const ExpertsBenchReport& report) {
+  constexpr double kMostShare = 1.05;
+  for (const ExpertsBenchCase& c : report.cases) {
+    for (const ExpertsBenchKernel& k : c.kernels) {
+      if (k.tflops <= kMostShare * report.peak_tflops) continue;
+      fail(ErrorCode::kInternal,
+           "the arithmetic ceiling is wrong: {} of {} experts with {} rows each computes {:.4g} "
+           "TFLOPS, {:.0f} % of the {:.4g} TFLOPS measured as the most of {}",
+           k.name, c.num_experts, c.rows_per_expert, k.tflops, 100 * k.tflops / report.peak_tflops,
+           report.peak_tflops, report.device);
+    }
+  }
+}
+
 }  // namespace sluice

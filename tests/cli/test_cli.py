@@ -45,9 +45,13 @@ with tempfile.TemporaryDirectory() as folder:
                   and data["recipe"]["name"] == recipe and len(data["ranks"]) == 4, r)
 
     # The plan's experts are those that run then holds; the most tokens that fit do, one more does not.
-    run("run", "--checkpoint", model, "--ranks", "4", "--tokens", "3", "--json", report)
+    r = run("run", "--checkpoint", model, "--ranks", "4", "--tokens", "3", "--json", report)
     with open(report) as file:
-        experts_bytes = json.load(file)["experts_bytes"]
+        data = json.load(file)
+    experts_bytes = data["experts_bytes"]
+    # Of the ranks, not of the buffer of 128 MiB or more from which the read rate is measured afterwards.
+    check(f"peak resident {data['peak_resident_bytes']}",
+          experts_bytes < data["peak_resident_bytes"] < 100e6 and data["read_bytes_per_s"] > 0, r)
     for backend in ("cpu", "cuda"):
         for mode, recipe in (("low-latency", "direct"), ("normal", "bf16-static"), ("both", "requant-static")):
             plan = ("plan", "--config", os.path.join(model, "config.json"), "--ranks", "4", "--backend", backend,
@@ -199,6 +203,6 @@ with tempfile.TemporaryDirectory() as folder:
     check("shard cut in half", r.returncode == 3 and os.path.basename(shard) in r.stderr, r)
 
 r = run("bench", "experts", "--preset", "tiny", "--rows", "1,3", "--repeat", "1")
-check("bench experts", r.returncode == 0 and "error/bound" in r.stdout, r)
+check("bench experts", r.returncode == 0 and "error/bound" in r.stdout and "of byte dot products" in r.stdout, r)
 print(f"{len(failures)} failures")
 sys.exit(1 if failures else 0)

@@ -55,7 +55,7 @@ struct ExpertsBenchCase {
 struct ExpertsBenchReport {
   std::string device;
   double read_gbytes_per_s = 0;
-  double peak_tflops = 0;  ///< Backend::measure_arithmetic_rate().
+  double peak_tflops = 0;  ///< Of Backend::measure_arithmetic_rate(): what no kernel can pass.
   std::vector<ExpertsBenchCase> cases = {};
 };
 
@@ -63,5 +63,10 @@ struct ExpertsBenchReport {
 /// Throws: kInternal naming row and element if a result is wrong; nothing is timed then.
 [[nodiscard]] ExpertsBenchReport bench_experts(const ExpertsBenchConfig& config, Backend& backend,
                                                const std::function<void(double)>& on_progress = {});
+
+/// Throws: kInternal naming the first kernel that computes more than 105 % of `report.peak_tflops`.
+/// No kernel does, so that ceiling is wrong, and every share of it. The two are measured one after
+/// the other, and the clock may differ by some percent in between.
+void check_ceiling(const ExpertsBenchReport& report);
 
 }  // namespace sluice

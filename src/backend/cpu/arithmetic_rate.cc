@@ -1,63 +1,167 @@
+// The byte dot products of gemm_tile.cc by themselves: in registers, without scales.
 #include <algorithm>
 #include <atomic>
 #include <chrono>
-#include <cmath>
+#include <cstdint>
+#include <ctime>
+#include <thread>
+#include <vector>
 
 #include "backend/cpu/ceilings.h"
 #include "core/threads.h"
 
+#undef HWY_TARGET_INCLUDE
+#define HWY_TARGET_INCLUDE "backend/cpu/arithmetic_rate.cc"
+#include <hwy/foreach_target.h>
+#include <hwy/highway.h>
+
+#include "backend/cpu/byte_dot-inl.h"
+
+HWY_BEFORE_NAMESPACE();
+namespace sluice::cpu::HWY_NAMESPACE {
+
+// Every sum is a named variable, so that no optimizer has to find out that it may stay in a
+// register. The barrier makes each step load its weights again: a product of two operands that
+// never change could be taken out of the loop.
+inline constexpr int kSteps = 1024;  // Of one call: microseconds, the resolution of an interval.
+
+#if HWY_TARGET == HWY_SCALAR
+
+/// Operations: two for each multiply-add of a value, as in gemm_tile.cc. `sink` gets their sum.
+std::int64_t dot_steps_impl(const std::uint8_t* bytes, std::uint32_t* sink) {
+  std::uint32_t s0 = 0, s1 = 0, s2 = 0, s3 = 0, s4 = 0, s5 = 0, s6 = 0, s7 = 0;
+  const std::uint32_t a0 = bytes[2], a1 = bytes[3], a2 = bytes[4], a3 = bytes[5];
+  for (int step = 0; step < kSteps; ++step) {
+    asm volatile("" ::: "memory");
+    const std::uint32_t w0 = bytes[0], w1 = bytes[1];
+    s0 += w0 * a0, s1 += w0 * a1, s2 += w0 * a2, s3 += w0 * a3;
+    s4 += w1 * a0, s5 += w1 * a1, s6 += w1 * a2, s7 += w1 * a3;
+  }
+  *sink += s0 + s1 + s2 + s3 + s4 + s5 + s6 + s7;
+  return std::int64_t{kSteps} * 8 * 2;
+}
+
+#else
+
+/// As PairDot::add(): an addition follows each product, so few sums are enough.
+struct PairSum {
+  VI16 v;
+  HWY_INLINE PairSum() : v(hn::Zero(kI16)) {}
+  HWY_INLINE void add(VU8 w, VI8 a) { v = hn::Add(v, dot_pairs(w, a)); }
+  HWY_INLINE VI32 total() const { return hn::BitCast(kI32, v); }
+};
+
+#if SLUICE_BYTE_DOT_HAS_VNNI
+/// As VnniDot::add(), but for the operand, which lies in a register.
+struct VnniSum {
+  VI32 v;
+  HWY_INLINE VnniSum() : v(hn::Zero(kI32)) {}
+  HWY_INLINE void add(VU8 w, VI8 a) {
+    asm("vpdpbusd %2, %1, %0" : "+v"(v.raw) : "v"(w.raw), "v"(a.raw));
+  }
+  HWY_INLINE VI32 total() const { return v; }
+};
+#endif
+
+/// kSteps * 12 dot products. Twelve sums, because a processor that begins two products in a cycle
+/// and takes five cycles for each has ten under way.
+template <class Sum>
+HWY_INLINE VI32 dot_steps(const std::uint8_t* bytes) {
+  Sum s0, s1, s2, s3, s4, s5, s6, s7, s8, s9, s10, s11;
+  const VI8 a0 = repeat_quad(bytes), a1 = repeat_quad(bytes + 4);
+  const auto load = [&](int i) HWY_ATTR { return hn::LoadU(kU8, bytes + i * kRegBytes); };
+  for (int step = 0; step < kSteps; ++step) {
+    asm volatile("" ::: "memory");
+    VU8 w = load(0);
+    s0.add(w, a0), s1.add(w, a1), w = load(1);
+    s2.add(w, a0), s3.add(w, a1), w = load(2);
+    s4.add(w, a0), s5.add(w, a1), w = load(3);
+    s6.add(w, a0), s7.add(w, a1), w = load(4);
+    s8.add(w, a0), s9.add(w, a1), w = load(5);
+    s10.add(w, a0), s11.add(w, a1);
+  }
+  const VI32 low = hn::Add(hn::Add(s0.total(), s1.total()), hn::Add(s2.total(), s3.total()));
+  const VI32 mid = hn::Add(hn::Add(s4.total(), s5.total()), hn::Add(s6.total(), s7.total()));
+  const VI32 high = hn::Add(hn::Add(s8.total(), s9.total()), hn::Add(s10.total(), s11.total()));
+  return hn::Add(hn::Add(low, mid), high);
+}
+
+/// Operations: two for each multiply-add of a value, whose two digits are a byte product each.
+/// `sink` gets a sum of all lanes.
+std::int64_t dot_steps_impl(const std::uint8_t* bytes, std::uint32_t* sink) {
+#if SLUICE_BYTE_DOT_HAS_VNNI
+  const bool has_vnni = __builtin_cpu_supports("avx512vnni") != 0;
+  const VI32 sum = has_vnni ? dot_steps<VnniSum>(bytes) : dot_steps<PairSum>(bytes);
+#else
+  const VI32 sum = dot_steps<PairSum>(bytes);
+#endif
+  *sink += static_cast<std::uint32_t>(hn::GetLane(hn::SumOfLanes(kI32, sum)));
+  return std::int64_t{kSteps} * 12 * kRegBytes;
+}
+
+#endif
+
+}  // namespace sluice::cpu::HWY_NAMESPACE
+HWY_AFTER_NAMESPACE();
+
+#if HWY_ONCE
 namespace sluice::cpu {
 namespace {
 
-constexpr int kChains = 96;  // Floats in flight: enough independent registers for any vector width.
-constexpr int kSteps = 4'000'000;
+HWY_EXPORT(dot_steps_impl);
 
-/// kSteps multiply-adds on kChains independent sums. Inlined into a function for each instruction
-/// set.
-inline __attribute__((always_inline)) float run_chains(float factor) {
-  float sum[kChains];
-  for (int i = 0; i < kChains; ++i) sum[i] = static_cast<float>(i) * factor;
-  for (int step = 0; step < kSteps; ++step) {
-    for (int i = 0; i < kChains; ++i) sum[i] = __builtin_fmaf(sum[i], factor, 1.0f);
-  }
-  float total = 0;
-  for (int i = 0; i < kChains; ++i) total += sum[i];
-  return total;
+using Clock = std::chrono::steady_clock;
+
+/// Of this thread so far.
+double cpu_seconds() {
+  timespec t{};
+  clock_gettime(CLOCK_THREAD_CPUTIME_ID, &t);
+  return static_cast<double>(t.tv_sec) + static_cast<double>(t.tv_nsec) * 1e-9;
 }
 
-#ifdef __x86_64__
-__attribute__((target("avx512f,prefer-vector-width=512"))) float run_avx512(float factor) {
-  return run_chains(factor);
-}
-__attribute__((target("avx2,fma"))) float run_avx2(float factor) {
-  return run_chains(factor);
-}
-#endif
-float run_baseline(float factor) {
-  return run_chains(factor);
-}
+struct alignas(64) DotShare {
+  double operations = 0, seconds = 0;
+};
 
-float (*best_chains())(float) {
-#ifdef __x86_64__
-  if (__builtin_cpu_supports("avx512f")) return run_avx512;
-  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) return run_avx2;
-#endif
-  return run_baseline;
+/// All threads work from one time to another, so that they share what cores share. What counts is
+/// the time they had a core for: another program takes from that, but not from what a core can do.
+double flops_per_second(ThreadPool& pool, std::chrono::milliseconds interval) {
+  alignas(64) std::uint8_t bytes[6 * 64];
+  for (int i = 0; i < 6 * 64; ++i) bytes[i] = static_cast<std::uint8_t>(i % 16);
+  std::vector<DotShare> shares(static_cast<std::size_t>(pool.num_threads()));
+  std::atomic<int> missing{pool.num_threads()};
+  std::atomic<Clock::rep> begin{0};
+  std::atomic<std::uint32_t> sums{0};
+  pool.run([&](int t) {
+    std::uint32_t sum = 0;
+    (void)HWY_DYNAMIC_DISPATCH(dot_steps_impl)(bytes, &sum);  // Wide vectors take time to wake.
+    if (missing.fetch_sub(1) == 1) begin = Clock::now().time_since_epoch().count();
+    while (begin == 0) std::this_thread::yield();
+    const Clock::time_point end = Clock::time_point(Clock::duration(begin.load())) + interval;
+    const double start = cpu_seconds();
+    std::int64_t done = 0;
+    while (Clock::now() < end) done += HWY_DYNAMIC_DISPATCH(dot_steps_impl)(bytes, &sum);
+    shares[static_cast<std::size_t>(t)] = {static_cast<double>(done), cpu_seconds() - start};
+    sums += sum;
+  });
+  volatile std::uint32_t sink = sums;  // Keeps the sums from being optimized away.
+  (void)sink;
+  DotShare all;
+  for (const DotShare& s : shares) all.operations += s.operations, all.seconds += s.seconds;
+  const std::size_t cores = std::min(shares.size(), available_cores().size());
+  return all.seconds > 0 ? all.operations / all.seconds * static_cast<double>(cores) : 0;
 }
 
 }  // namespace
 
-double fma_flops_per_second(ThreadPool& pool) {
-  float (*const run)(float) = best_chains();
+double dot_flops_per_second(ThreadPool& pool) {
+  constexpr int kIntervals = 10;
   double best = 0;
-  for (int pass = 0; pass < 5; ++pass) {
-    std::atomic<float> sink{0};
-    const auto start = std::chrono::steady_clock::now();
-    pool.run([&](int t) { sink = run(0.5f + 0.001f * static_cast<float>(t)); });
-    const std::chrono::duration<double> elapsed = std::chrono::steady_clock::now() - start;
-    best = std::max(best, 2.0 * kChains * kSteps * pool.num_threads() / elapsed.count());
+  for (int i = 0; i < kIntervals; ++i) {
+    best = std::max(best, flops_per_second(pool, std::chrono::milliseconds(15)));
   }
   return best;
 }
 
 }  // namespace sluice::cpu
+#endif

@@ -34,7 +34,7 @@ double CpuBackend::measure_read_bandwidth() {
 }
 
 double CpuBackend::measure_arithmetic_rate() {
-  return fma_flops_per_second(pool_);
+  return dot_flops_per_second(pool_);
 }
 
 std::unique_ptr<DeviceBuffer> CpuBackend::allocate(std::size_t bytes) {
