@@ -13,24 +13,26 @@ namespace sluice::cli {
 namespace {
 
 struct Options {
-  std::string preset, out, format = "w4afp8", scale_dtype = "f32";
+  std::string preset, out, format, scale_dtype, spelling;
   std::uint64_t seed = 1, shard_bytes = std::uint64_t{1} << 30;
   int layers = 1, experts = 0, hidden = 0, intermediate = 0, group_size = 0;
   bool no_input_scales = false, static_activations = false, pre_quant_scale = false;
 };
 
 SyntheticCheckpoint make_spec(const Options& options) {
-  SyntheticCheckpoint spec{
-      .geometry = preset_geometry(options.preset),
-      .format = options.format,
-      .num_layers = options.layers,
-      .seed = options.seed,
-      .scale_dtype = options.scale_dtype == "bf16" ? DType::kBFloat16 : DType::kFloat32,
-      .with_input_scales = !options.no_input_scales,
-      .with_static_activations = options.static_activations,
-      .with_pre_quant_scale = options.pre_quant_scale,
-      .max_shard_bytes = options.shard_bytes};
-  if (options.format == "kimi-int4") spec.geometry.group_size = 32;
+  SyntheticCheckpoint spec = synthetic_preset(options.preset);
+  spec.num_layers = options.layers;
+  spec.seed = options.seed;
+  spec.max_shard_bytes = options.shard_bytes;
+  spec.with_static_activations = options.static_activations;
+  spec.with_pre_quant_scale = options.pre_quant_scale;
+  if (options.no_input_scales) spec.with_input_scales = false;
+  if (!options.format.empty()) spec.format = options.format;
+  if (!options.spelling.empty()) spec.spelling = options.spelling;
+  if (!options.scale_dtype.empty()) {
+    spec.scale_dtype = options.scale_dtype == "bf16" ? DType::kBFloat16 : DType::kFloat32;
+  }
+  if (spec.format == "kimi-int4") spec.geometry.group_size = 32;
   if (options.group_size != 0) spec.geometry.group_size = options.group_size;
   if (options.experts != 0) spec.geometry.num_experts = options.experts;
   if (options.hidden != 0) spec.geometry.hidden = options.hidden;
@@ -53,6 +55,10 @@ std::optional<StaticScales> scales_of(const Options& options, const Checkpoint& 
                                       int layer) {
   if (options.pre_quant_scale) return std::nullopt;
   return checkpoint.static_scales(layer);
+}
+
+bool is_published_in_mxfp4(const std::string& preset) {
+  return preset.starts_with("deepseek-v4") || preset == "kimi-k3";
 }
 
 void make_checkpoint(const Options& options, Output& output) {
@@ -85,10 +91,14 @@ void make_checkpoint(const Options& options, Output& output) {
     fmt::print("note: Kimi-K2's own INT4 has groups of 32 (--format kimi-int4); this has {}\n",
                g.group_size);
   }
+  if (is_published_in_mxfp4(options.preset)) {
+    fmt::print("note: {} is published in MXFP4; this is INT4\n", options.preset);
+  }
   output.json = {{"command", "make-checkpoint"},
                  {"directory", options.out},
                  {"preset", options.preset},
                  {"format", checkpoint.format()},
+                 {"spelling", spec.spelling},
                  {"seed", spec.seed},
                  {"layers", checkpoint.moe_layers()},
                  {"num_experts", g.num_experts},
@@ -115,9 +125,12 @@ void add_make_checkpoint(Command& program, Output& output) {
       .one_of(preset_names());
   command.add_option("--out", options->out, "Directory to make; must not hold anything yet")
       .required();
-  command.add_option("--format", options->format, "Layout")
-      .one_of(synthetic_format_names())
-      .shows_default();
+  command.add_option("--format", options->format, "Layout instead of the preset's own")
+      .one_of(synthetic_format_names());
+  command
+      .add_option("--spelling", options->spelling,
+                  "Whose tensor names and config keys, instead of the preset's own")
+      .one_of(synthetic_spelling_names());
   command
       .add_option("--group-size", options->group_size,
                   "Weights per scale: 128, or 32 in compressed-tensors, kimi-int4 (always) and "
@@ -129,9 +142,10 @@ void add_make_checkpoint(Command& program, Output& output) {
   command.add_option("--hidden", options->hidden, "Hidden size instead of the preset's");
   command.add_option("--intermediate", options->intermediate,
                      "Intermediate size instead of the preset's");
-  command.add_option("--scale-dtype", options->scale_dtype, "Of weight scales")
-      .one_of({"f32", "bf16"})
-      .shows_default();
+  command
+      .add_option("--scale-dtype", options->scale_dtype,
+                  "Of weight scales, instead of the preset's own")
+      .one_of({"f32", "bf16"});
   command.add_flag("--no-input-scales", options->no_input_scales,
                    "Leave out static activation scales");
   command.add_flag("--static-activations", options->static_activations,

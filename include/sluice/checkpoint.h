@@ -38,7 +38,7 @@ struct ModelGeometry {
   ActivationFn activation = {};                      ///< Of gate and up.
 };
 
-/// tiny, r1-slice, r1-layer, kimi-k2, qwen3-235b, qwen3-30b. Throws: kInvalidArgument listing them.
+/// Sizes and activation of a published model's layer. Throws: kInvalidArgument listing the names.
 [[nodiscard]] ModelGeometry preset_geometry(const std::string& name);
 [[nodiscard]] std::vector<std::string> preset_names();
 

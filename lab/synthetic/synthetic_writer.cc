@@ -12,7 +12,6 @@
 #include <utility>
 
 #include "checkpoint/safetensors.h"
-#include "checkpoint/tensor_index.h"
 #include "core/fail.h"
 #include "files/file_write.h"
 #include "files/output_dir.h"
@@ -20,6 +19,7 @@
 #include "sluice/quant.h"
 #include "synthetic/random_weights.h"
 #include "synthetic/synthetic_formats.h"
+#include "synthetic/synthetic_spelling.h"
 
 namespace sluice {
 namespace {
@@ -45,6 +45,7 @@ struct Place {
 void check_spec(const SyntheticCheckpoint& spec) {
   const ModelGeometry& g = spec.geometry;
   check_synthetic_format(spec);
+  check_synthetic_spelling(spec);
   check_argument(g.num_experts >= 1 && g.num_experts <= 4096, "num_experts {} is outside [1, 4096]",
                  g.num_experts);
   check_argument(g.num_topk >= 1 && g.num_topk <= g.num_experts,
@@ -86,7 +87,7 @@ class SyntheticWriter {
 
   void write() {
     for (const Shard& shard : shards_) create_file(shard);
-    for (int i = 0; i < spec_.num_layers && has_input_scales_; ++i) {
+    for (int i = 0; i < spec_.num_layers && is_calibrated(); ++i) {
       calibrations_.emplace_back(spec_, spec_.first_layer + i);
     }
     run_workers();
@@ -100,6 +101,9 @@ class SyntheticWriter {
            static_cast<std::size_t>(spec_.geometry.num_experts);
   }
 
+  [[nodiscard]] bool is_calibrated() const {
+    return has_input_scales_ && !spec_.with_unit_input_scales;
+  }
   void plan_shards();
   void create_file(const Shard& shard) const;
   void run_workers();
@@ -136,10 +140,10 @@ void SyntheticWriter::plan_shards() {
       if (used > 0 && used + size > spec_.max_shard_bytes) files.emplace_back(), used = 0;
       used += size;
       places_[job].push_back({.shard = files.size() - 1});
-      files.back().push_back(
-          {.name = tensor_name(layer, static_cast<int>(job % per_layer), tensor.part),
-           .dtype = tensor.dtype,
-           .shape = tensor.shape});
+      files.back().push_back({.name = synthetic_tensor_name(
+                                  spec_, layer, static_cast<int>(job % per_layer), tensor.part),
+                              .dtype = tensor.dtype,
+                              .shape = tensor.shape});
     }
   }
   check_argument(files.size() <= 99'999, "max_shard_bytes {} needs {} shards; at most 99999",
@@ -186,7 +190,9 @@ void SyntheticWriter::work(bool reports) {
       const int index = static_cast<int>(job % per_layer);
       fill_expert(spec_, spec_.first_layer + static_cast<int>(layer), index, expert);
       if (has_input_scales_) {
-        input_scales_[job] = calibrations_[layer].input_scales(index, expert);
+        input_scales_[job] = spec_.with_unit_input_scales
+                                 ? InputScales{.w1 = 1, .w2 = 1, .w3 = 1}
+                                 : calibrations_[layer].input_scales(index, expert);
       }
       write_expert(job, expert);
       const std::size_t done = done_jobs_.fetch_add(1) + 1;
@@ -221,9 +227,10 @@ void SyntheticWriter::write_input_scales() const {
     const InputScales& s = input_scales_[job];
     for (const auto& [part, value] :
          {std::pair{"w1.input_scale", s.w1}, {"w2.input_scale", s.w2}, {"w3.input_scale", s.w3}}) {
-      shard.tensors.push_back({.name = tensor_name(layer, static_cast<int>(job % per_layer), part),
-                               .dtype = "F32",
-                               .shape = {1}});
+      shard.tensors.push_back(
+          {.name = synthetic_tensor_name(spec_, layer, static_cast<int>(job % per_layer), part),
+           .dtype = "F32",
+           .shape = {1}});
       values.push_back(value);
     }
   }
@@ -233,21 +240,7 @@ void SyntheticWriter::write_input_scales() const {
 }
 
 void SyntheticWriter::write_json() const {
-  const ModelGeometry& g = spec_.geometry;
-  nlohmann::ordered_json config = {
-      {"model_type", g.name},
-      {"hidden_size", g.hidden},
-      {"moe_intermediate_size", g.intermediate},
-      {"n_routed_experts", g.num_experts},
-      {"num_experts_per_tok", g.num_topk},
-      {"routed_scaling_factor", g.routed_scaling_factor},
-      {"first_k_dense_replace", spec_.first_layer},
-      {"num_hidden_layers", spec_.first_layer + spec_.num_layers},
-  };
-  if (auto quantization = synthetic_quantization_config(spec_); !quantization.is_null()) {
-    config["quantization_config"] = std::move(quantization);
-  }
-  config["sluice_synthetic"] = {{"seed", spec_.seed}};
+  const nlohmann::ordered_json config = synthetic_model_config(spec_);
   if (const auto algo = synthetic_algo_config(spec_); !algo.is_null()) {
     write_text(dir_ / "hf_quant_config.json", algo.dump(2) + "\n");
   }

@@ -10,13 +10,32 @@ struct Preset {
   const char* name;
   int num_experts, num_topk, hidden, intermediate;
   float routed_scaling_factor;
+  int group_size = 128;
+  ActivationFn activation = {};
 };
 
-/// Group 128 throughout, because w4afp8 knows no other; Kimi-K2's own INT4 has groups of 32.
+constexpr ActivationFn kV4Activation = {.kind = ActivationKind::kSwigluLimit, .limit = 10};
+constexpr ActivationFn kK3Activation = {
+    .kind = ActivationKind::kSitu, .beta = 4, .linear_beta = 25};
+
+/// Sizes as TensorRT-LLM's tests/microbenchmarks/bench_moe/specs.py has them. Kimi-K2's own INT4
+/// has groups of 32 (kimi-k2-int4, kimi-k2.5); `kimi-k2` is a repack in groups of 128. `hidden` is
+/// what the experts see: Kimi-K3's model is twice as wide. GLM-5 has GLM-4.5's factor; the factors
+/// of DeepSeek-V4, Kimi-K3 and Qwen3.8 have no source here and are 1.
 constexpr std::array kPresets = {
-    Preset{"tiny", 8, 2, 256, 128, 2.5f},           Preset{"r1-slice", 32, 8, 7168, 2048, 2.5f},
-    Preset{"r1-layer", 256, 8, 7168, 2048, 2.5f},   Preset{"kimi-k2", 384, 8, 7168, 2048, 2.827f},
-    Preset{"qwen3-235b", 128, 8, 4096, 1536, 1.0f}, Preset{"qwen3-30b", 128, 8, 2048, 768, 1.0f},
+    Preset{"tiny", 8, 2, 256, 128, 2.5f},
+    Preset{"r1-slice", 32, 8, 7168, 2048, 2.5f},
+    Preset{"r1-layer", 256, 8, 7168, 2048, 2.5f},
+    Preset{"kimi-k2", 384, 8, 7168, 2048, 2.827f},
+    Preset{"kimi-k2-int4", 384, 8, 7168, 2048, 2.827f, 32},
+    Preset{"kimi-k2.5", 384, 8, 7168, 2048, 2.827f, 32},
+    Preset{"kimi-k3", 896, 16, 3584, 3072, 1.0f, 32, kK3Activation},
+    Preset{"glm-5", 256, 8, 6144, 2048, 2.5f},
+    Preset{"deepseek-v4-flash", 256, 6, 4096, 2048, 1.0f, 128, kV4Activation},
+    Preset{"deepseek-v4-pro", 384, 6, 7168, 3072, 1.0f, 128, kV4Activation},
+    Preset{"qwen3.8", 512, 10, 8192, 2048, 1.0f},
+    Preset{"qwen3-235b", 128, 8, 4096, 1536, 1.0f},
+    Preset{"qwen3-30b", 128, 8, 2048, 768, 1.0f},
 };
 
 }  // namespace
@@ -36,8 +55,9 @@ ModelGeometry preset_geometry(const std::string& name) {
               .num_topk = p.num_topk,
               .hidden = p.hidden,
               .intermediate = p.intermediate,
-              .group_size = 128,
-              .routed_scaling_factor = p.routed_scaling_factor};
+              .group_size = p.group_size,
+              .routed_scaling_factor = p.routed_scaling_factor,
+              .activation = p.activation};
     }
     known += std::string(known.empty() ? "" : ", ") + p.name;
   }

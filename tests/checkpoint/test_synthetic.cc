@@ -53,8 +53,9 @@ TEST(Synthetic, WrittenCheckpointLoads) {
 }
 
 TEST(Synthetic, EveryPresetHasAWholeGeometry) {
-  EXPECT_THAT(preset_names(),
-              ElementsAre("tiny", "r1-slice", "r1-layer", "kimi-k2", "qwen3-235b", "qwen3-30b"));
+  EXPECT_THAT(preset_names(), ElementsAre("tiny", "r1-slice", "r1-layer", "kimi-k2", "kimi-k2-int4",
+                                          "kimi-k2.5", "kimi-k3", "glm-5", "deepseek-v4-flash",
+                                          "deepseek-v4-pro", "qwen3.8", "qwen3-235b", "qwen3-30b"));
   for (const std::string& name : preset_names()) {
     const ModelGeometry g = preset_geometry(name);
     EXPECT_EQ(g.name, name);
@@ -64,6 +65,11 @@ TEST(Synthetic, EveryPresetHasAWholeGeometry) {
   }
   EXPECT_EQ(preset_geometry("r1-layer").num_experts, 256);
   EXPECT_EQ(preset_geometry("kimi-k2").num_experts, 384);
+  EXPECT_EQ(preset_geometry("kimi-k2").group_size, 128);
+  EXPECT_EQ(preset_geometry("kimi-k2-int4").group_size, 32);
+  EXPECT_EQ(to_string(preset_geometry("glm-5").activation), "swiglu");
+  EXPECT_EQ(to_string(preset_geometry("deepseek-v4-pro").activation), "swiglu:limit=10");
+  EXPECT_EQ(to_string(preset_geometry("kimi-k3").activation), "situ:beta=4,linear_beta=25");
   expect_error(ErrorCode::kInvalidArgument, {"'huge'", "tiny, r1-slice"},
                [] { (void)preset_geometry("huge"); });
 }

@@ -20,15 +20,26 @@ struct SyntheticCheckpoint {
   /// "w4afp8", "compressed-tensors", "kimi-int4" (compressed-tensors in groups of 32, without an
   /// activation scheme), "angelslim", "modelopt-w4a8-awq", "fp8-block" or "bf16".
   std::string format = "w4afp8";
+  /// Whose names tensors and keys of config.json have: synthetic_spelling_names().
+  std::string spelling = "deepseek";
   int first_layer = 3;  ///< DeepSeek's first MoE layer.
   int num_layers = 1;
   std::uint64_t seed = 1;
   DType scale_dtype = DType::kFloat32;   ///< Or kBFloat16.
   bool with_input_scales = true;         ///< In formats that are published with them.
+  bool with_unit_input_scales = false;   ///< All 1.0 instead of calibrated, as GLM-5's.
   bool with_static_activations = false;  ///< compressed-tensors: static e4m3 input scales.
   bool with_pre_quant_scale = false;     ///< modelopt-w4a8-awq: AWQ's factor of each input channel.
   std::size_t max_shard_bytes = std::size_t{1} << 30;
 };
+
+/// "deepseek", "glm-5", "deepseek-v4", "kimi-k2.5", "kimi-k3", "qwen3", "qwen3.8": docs/formats.md.
+[[nodiscard]] std::vector<std::string> synthetic_spelling_names();
+
+/// Geometry, layout and spelling that a preset's model is published with in INT4. Models that are
+/// published in MXFP4 (DeepSeek-V4, Kimi-K3) get an INT4 layout that repacks of theirs have.
+/// Throws: as preset_geometry().
+[[nodiscard]] SyntheticCheckpoint synthetic_preset(const std::string& preset);
 
 /// Which tokens synthetic_activations() makes.
 struct SyntheticTokens {

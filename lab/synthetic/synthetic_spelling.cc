@@ -1,0 +1,187 @@
+#include "synthetic/synthetic_spelling.h"
+
+#include <array>
+#include <utility>
+
+#include "core/fail.h"
+#include "synthetic/synthetic_formats.h"
+
+namespace sluice {
+namespace {
+
+using Json = nlohmann::ordered_json;
+
+/// How a family's config.json says which layers have no experts.
+enum class DenseKey { kFirst, kList, kNone };
+
+struct Spelling {
+  const char* name;
+  const char* prefix;
+  const char* container;
+  bool has_numbered_stems;  // w1, w3, w2
+  bool is_nested;           // Keys in text_config.
+  const char* model_type;   // Null: the geometry's name.
+  const char* num_experts;
+  const char* num_topk;
+  DenseKey dense;
+};
+
+constexpr std::array kSpellings = {
+    Spelling{"deepseek", "model.layers.", ".mlp.experts.", false, false, nullptr,
+             "n_routed_experts", "num_experts_per_tok", DenseKey::kFirst},
+    Spelling{"glm-5", "model.layers.", ".mlp.experts.", false, false, "glm_moe_dsa",
+             "n_routed_experts", "num_experts_per_tok", DenseKey::kFirst},
+    Spelling{"deepseek-v4", "layers.", ".ffn.experts.", true, false, "deepseek_v4",
+             "n_routed_experts", "num_experts_per_tok", DenseKey::kNone},
+    Spelling{"kimi-k2.5", "language_model.model.layers.", ".mlp.experts.", false, true, "kimi_k2",
+             "n_routed_experts", "num_experts_per_tok", DenseKey::kFirst},
+    Spelling{"kimi-k3", "language_model.model.layers.", ".block_sparse_moe.experts.", true, true,
+             "kimi_linear", "num_experts", "num_experts_per_token", DenseKey::kFirst},
+    Spelling{"qwen3", "model.layers.", ".mlp.experts.", false, false, "qwen3_moe", "num_experts",
+             "num_experts_per_tok", DenseKey::kList},
+    Spelling{"qwen3.8", "model.language_model.layers.", ".mlp.experts.", false, true,
+             "qwen3_5_moe_text", "num_experts", "num_experts_per_tok", DenseKey::kList},
+};
+
+const Spelling& spelling_of(const SyntheticCheckpoint& spec) {
+  std::string known;
+  for (const Spelling& s : kSpellings) {
+    if (spec.spelling == s.name) return s;
+    known += std::string(known.empty() ? "" : ", ") + s.name;
+  }
+  fail(ErrorCode::kInvalidArgument, "spelling '{}' is none of: {}", spec.spelling, known);
+}
+
+/// What a preset's model is published with, beyond its sizes.
+struct Published {
+  const char* preset;
+  const char* format;
+  const char* spelling;
+  DType scale_dtype = DType::kFloat32;
+  bool has_unit_input_scales = false;
+};
+
+constexpr std::array kPublished = {
+    Published{"kimi-k2-int4", "kimi-int4", "deepseek", DType::kBFloat16},
+    Published{"kimi-k2.5", "kimi-int4", "kimi-k2.5", DType::kBFloat16},
+    Published{"kimi-k3", "kimi-int4", "kimi-k3", DType::kBFloat16},
+    Published{"glm-5", "w4afp8", "glm-5", DType::kBFloat16, true},
+    Published{"deepseek-v4-flash", "w4afp8", "deepseek-v4"},
+    Published{"deepseek-v4-pro", "w4afp8", "deepseek-v4"},
+    Published{"qwen3.8", "compressed-tensors", "qwen3.8", DType::kBFloat16},
+    Published{"qwen3-235b", "w4afp8", "qwen3"},
+    Published{"qwen3-30b", "w4afp8", "qwen3"},
+};
+
+void add_dense_layers(const SyntheticCheckpoint& spec, DenseKey key, Json& model) {
+  switch (key) {
+    case DenseKey::kFirst:
+      model["first_k_dense_replace"] = spec.first_layer;
+      return;
+    case DenseKey::kList:
+      model["decoder_sparse_step"] = 1;
+      model["mlp_only_layers"] = Json::array();
+      for (int l = 0; l < spec.first_layer; ++l) model["mlp_only_layers"].push_back(l);
+      return;
+    case DenseKey::kNone:
+      return;
+  }
+}
+
+/// config.json of the "deepseek" spelling has never named SwiGLU, and it is part of
+/// Checkpoint::identity().
+void add_activation(const ActivationFn& fn, bool names_swiglu, Json& model) {
+  switch (fn.kind) {
+    case ActivationKind::kSwiglu:
+      if (names_swiglu) model["hidden_act"] = "silu";
+      return;
+    case ActivationKind::kSwigluLimit:
+      model["hidden_act"] = "silu";
+      model["swiglu_limit"] = fn.limit;
+      return;
+    case ActivationKind::kSitu:
+      model["hidden_act"] = "situ";
+      model["activation_situ_beta"] = fn.beta;
+      model["activation_situ_linear_beta"] = fn.linear_beta;
+      return;
+    case ActivationKind::kSwigluOai:
+      break;
+  }
+  fail(ErrorCode::kUnsupported, "no spelling here has keys for the activation {}", to_string(fn));
+}
+
+/// The language model's own keys.
+Json model_keys(const SyntheticCheckpoint& spec, const Spelling& spelling) {
+  const ModelGeometry& g = spec.geometry;
+  Json model = {{"model_type", spelling.model_type ? spelling.model_type : g.name.c_str()}};
+  if (spec.spelling == "kimi-k3") {
+    // The experts' inputs are half as wide as the model.
+    model["hidden_size"] = 2 * g.hidden;
+    model["routed_expert_hidden_size"] = g.hidden;
+  } else {
+    model["hidden_size"] = g.hidden;
+  }
+  model["moe_intermediate_size"] = g.intermediate;
+  model[spelling.num_experts] = g.num_experts;
+  model[spelling.num_topk] = g.num_topk;
+  model["routed_scaling_factor"] = g.routed_scaling_factor;
+  add_dense_layers(spec, spelling.dense, model);
+  model["num_hidden_layers"] = spec.first_layer + spec.num_layers;
+  add_activation(g.activation, spec.spelling != "deepseek", model);
+  return model;
+}
+
+}  // namespace
+
+std::vector<std::string> synthetic_spelling_names() {
+  std::vector<std::string> names;
+  for (const Spelling& s : kSpellings) names.emplace_back(s.name);
+  return names;
+}
+
+SyntheticCheckpoint synthetic_preset(const std::string& preset) {
+  SyntheticCheckpoint spec{.geometry = preset_geometry(preset)};
+  for (const Published& p : kPublished) {
+    if (preset != p.preset) continue;
+    spec.format = p.format;
+    spec.spelling = p.spelling;
+    spec.scale_dtype = p.scale_dtype;
+    spec.with_unit_input_scales = p.has_unit_input_scales;
+  }
+  return spec;
+}
+
+void check_synthetic_spelling(const SyntheticCheckpoint& spec) {
+  Json unused;
+  (void)spelling_of(spec);
+  add_activation(spec.geometry.activation, true, unused);
+}
+
+std::string synthetic_tensor_name(const SyntheticCheckpoint& spec, int layer, int expert,
+                                  const std::string& part) {
+  const Spelling& spelling = spelling_of(spec);
+  std::string own = part;
+  if (spelling.has_numbered_stems) {
+    for (const auto& [words, number] :
+         {std::pair{"gate_proj", "w1"}, {"up_proj", "w3"}, {"down_proj", "w2"}}) {
+      if (const std::string stem = words; part.starts_with(stem + ".")) {
+        own = number + part.substr(stem.size());
+      }
+    }
+  }
+  return spelling.prefix + std::to_string(layer) + spelling.container + std::to_string(expert) +
+         "." + own;
+}
+
+Json synthetic_model_config(const SyntheticCheckpoint& spec) {
+  const Spelling& spelling = spelling_of(spec);
+  Json config = model_keys(spec, spelling);
+  if (spelling.is_nested) config = {{"model_type", spec.spelling}, {"text_config", config}};
+  if (auto quantization = synthetic_quantization_config(spec); !quantization.is_null()) {
+    config["quantization_config"] = std::move(quantization);
+  }
+  config["sluice_synthetic"] = {{"seed", spec.seed}};
+  return config;
+}
+
+}  // namespace sluice
