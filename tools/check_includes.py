@@ -34,7 +34,7 @@ MODULES = [
     ("ptx",            "src/backend/cuda/ptx/", ("public", "core"),                       ("cuda",)),
     # What every CUDA file needs: error macro, formats as device functions.
     ("cuda support",   "src/backend/cuda/check.h",    ("public",),                        ("cuda",)),
-    ("cuda formats",   "src/backend/cuda/e4m3_group.cuh", ("public",),                    ("cuda",)),
+    ("cuda formats",   "src/backend/cuda/e4m3_group.cuh", ("public", "ptx"),             ("cuda",)),
     ("cuda backend",   "src/backend/cuda/",    ("public", "core", "quant", "rows", "traits", "ops", "ptx", "experts check", "device handles",
                                                 "cuda support", "cuda formats"),
                                                                                           ("cuda", "cute/", "cutlass/")),

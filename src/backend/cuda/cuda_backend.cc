@@ -13,6 +13,7 @@
 #include "backend/cuda/graph_recording.h"
 #include "backend/cuda/read_rate.h"
 #include "backend/cuda/stream_order.h"
+#include "backend/cuda/token_rows.h"
 #include "backend/cuda/w4a8.h"
 #include "backend/ops.h"
 #include "core/fail.h"
@@ -76,6 +77,7 @@ class CudaBackend final : public BackendOps {
                    "{} ranks share cuda:{} and its {} SMs", share, index,
                    properties_.multiProcessorCount);
     num_sms_ = properties_.multiProcessorCount / share;
+    cuda::prepare_token_kernels();
     SLUICE_CUDA_CHECK(cudaStreamCreateWithFlags(&stream_, cudaStreamNonBlocking));
   }
   ~CudaBackend() override {
@@ -317,12 +319,16 @@ void CudaBackend::expert_stage(const PreparedExperts& prepared, const Fp8RowsVie
   cuda::launch_experts(gemms_of(experts, in, rows, h, out), stream.handle);
 }
 
-void CudaBackend::gather_tokens(const TokenRows&, const EntryRows&, const Fp8Rows&, Stream) {
-  fail(ErrorCode::kUnsupported, "the local call has no CUDA kernels yet");
+void CudaBackend::gather_tokens(const TokenRows& tokens, const EntryRows& entries,
+                                const Fp8Rows& out, Stream stream) {
+  use_device();
+  cuda::launch_gather_tokens({.tokens = tokens, .entries = entries, .out = out}, num_sms_,
+                             stream.handle);
 }
 
-void CudaBackend::sum_entries(const EntrySums&, Stream) {
-  fail(ErrorCode::kUnsupported, "the local call has no CUDA kernels yet");
+void CudaBackend::sum_entries(const EntrySums& sums, Stream stream) {
+  use_device();
+  cuda::launch_sum_entries(sums, stream.handle);
 }
 
 bool CudaBackend::expert_half(ExpertHalf half, const PreparedExperts& prepared,

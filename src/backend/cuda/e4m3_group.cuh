@@ -1,4 +1,4 @@
-// e4m3_group.cuh - scales of a group of 128 channels, as every CUDA kernel computes them.
+// e4m3_group.cuh - scales and codes of a group of 128 channels, as every CUDA kernel computes them.
 //
 // The definition is sluice/quant.h: the same float32 operations in the same order, each rounded by
 // itself, on its constants.
@@ -6,6 +6,8 @@
 
 #include <cuda_runtime.h>
 
+#include "backend/cuda/ptx/e4m3.cuh"
+#include "backend/cuda/ptx/math.cuh"
 #include "sluice/quant.h"
 
 namespace sluice::cuda {
@@ -30,6 +32,25 @@ __device__ __forceinline__ float ceil_pow2(float s) {
   const unsigned bits = __float_as_uint(s);
   const unsigned mantissa = bits & 0x007fffffu;
   return __uint_as_float(mantissa == 0 ? bits : bits - mantissa + 0x00800000u);
+}
+
+/// Four codes of four products v[i] * factor.
+__device__ __forceinline__ unsigned quantize4(const float* v, float factor) {
+  const unsigned low = ptx::e4m3x2_from_float(__fmul_rn(v[1], factor), __fmul_rn(v[0], factor));
+  const unsigned high = ptx::e4m3x2_from_float(__fmul_rn(v[3], factor), __fmul_rn(v[2], factor));
+  return low | high << 16;
+}
+
+/// Four codes moved from `scale` to the static scale: two roundings, in the order of the
+/// definition.
+__device__ __forceinline__ unsigned requantize4(unsigned codes, float scale, float inverse) {
+  float v[4];
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    const unsigned pair = ptx::f16x2_from_e4m3x2(static_cast<std::uint16_t>(codes >> (i / 2 * 16)));
+    v[i] = __fmul_rn(ptx::float_from_f16(static_cast<std::uint16_t>(pair >> (i % 2 * 16))), scale);
+  }
+  return quantize4(v, inverse);
 }
 
 }  // namespace sluice::cuda

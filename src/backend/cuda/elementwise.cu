@@ -25,8 +25,6 @@
 #include "backend/cuda/e4m3_group.cuh"
 #include "backend/cuda/elementwise.h"
 #include "backend/cuda/launch.cuh"
-#include "backend/cuda/ptx/e4m3.cuh"
-#include "backend/cuda/ptx/math.cuh"
 
 namespace sluice::cuda {
 namespace {
@@ -140,13 +138,6 @@ __device__ void for_each_vector(const RowRanges& rows, unsigned vectors_per_row,
   }
 }
 
-/// Four codes of four products v[i] * factor.
-__device__ unsigned quantize4(const float* v, float factor) {
-  const unsigned low = ptx::e4m3x2_from_float(__fmul_rn(v[1], factor), __fmul_rn(v[0], factor));
-  const unsigned high = ptx::e4m3x2_from_float(__fmul_rn(v[3], factor), __fmul_rn(v[2], factor));
-  return low | high << 16;
-}
-
 enum class QuantizeScale : std::uint8_t { kGroup, kPow2, kStatic };
 
 template <QuantizeScale Kind>
@@ -190,18 +181,6 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerSm)
                     reinterpret_cast<uint2*>(p.out.row(row))[vector] = {quantize4(v, factor),
                                                                         quantize4(v + 4, factor)};
                   });
-}
-
-/// Four codes moved from `scale` to the static scale: two roundings, in the order of the
-/// definition.
-__device__ unsigned requantize4(unsigned codes, float scale, float inverse) {
-  float v[4];
-#pragma unroll
-  for (int i = 0; i < 4; ++i) {
-    const unsigned pair = ptx::f16x2_from_e4m3x2(static_cast<std::uint16_t>(codes >> (i / 2 * 16)));
-    v[i] = __fmul_rn(ptx::float_from_f16(static_cast<std::uint16_t>(pair >> (i % 2 * 16))), scale);
-  }
-  return quantize4(v, inverse);
 }
 
 /// 16 codes of one group, and the group's scale.

@@ -22,7 +22,7 @@ __device__ __forceinline__ void follow_predecessor() {
 }
 
 struct LaunchSize {
-  int blocks = 1, threads = 1, shared_bytes = 0;
+  int blocks = 1, threads = 1, shared_bytes = 0, blocks_y = 1;
 };
 
 template <class Params>
@@ -32,7 +32,7 @@ void launch_early(void (*kernel)(Params), const LaunchSize& size, const Params& 
   attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
   attribute.val.programmaticStreamSerializationAllowed = 1;
   cudaLaunchConfig_t config{};
-  config.gridDim = dim3(static_cast<unsigned>(size.blocks));
+  config.gridDim = dim3(static_cast<unsigned>(size.blocks), static_cast<unsigned>(size.blocks_y));
   config.blockDim = dim3(static_cast<unsigned>(size.threads));
   config.dynamicSmemBytes = static_cast<std::size_t>(size.shared_bytes);
   config.stream = stream;
