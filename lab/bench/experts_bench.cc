@@ -7,6 +7,7 @@
 #include <thread>
 
 #include "backend/ops.h"
+#include "bench/local_calls.h"
 #include "bench/random_experts.h"
 #include "core/fail.h"
 #include "sluice/lab/experts_bench.h"
@@ -204,12 +205,13 @@ struct Work {
 class CaseBench {
  public:
   CaseBench(const ExpertsBenchConfig& config, const ExpertsBenchReport& ceilings,
-            BackendOps& backend, DeviceRows& rows, const WeightSets& weights)
+            BackendOps& backend, DeviceRows& rows, const WeightSets& weights, LocalCalls& local)
       : config_(config),
         ceilings_(ceilings),
         backend_(backend),
         rows_(rows),
         weights_(weights),
+        local_(local),
         on_device_(backend.device().kind != Device::Kind::kHost) {}
 
   [[nodiscard]] std::vector<ExpertsBenchKernel> run() {
@@ -244,11 +246,20 @@ class CaseBench {
     if (config_.recipe != Recipe{}) return out;
     out.push_back(time("requantize", {rows * g.hidden * (coded + 1), 0}, false,
                        [&](std::size_t) { rows_.requantize(); }));
+    // Beside the stage: x once, each row's codes and output written and read, y once.
+    const Work moved{rows * g.hidden * (coded + 2) + 4.0 * g.hidden * local_tokens(), 0};
+    out.push_back(
+        time("local", gate_up + down + moved, true, [&](std::size_t set) { local_.forward(set); }));
+    if (!on_device_) return out;
+    std::vector<double> host_us;
+    for (int i = 0; i < config_.repeats; ++i) host_us.push_back(local_.host_us());
+    out.push_back(rate("local_host", {}, std::move(host_us)));
     return out;
   }
 
  private:
   [[nodiscard]] int num_experts() const { return config_.geometry.num_experts; }
+  [[nodiscard]] double local_tokens() const { return static_cast<double>(local_.num_tokens()); }
 
   [[nodiscard]] static ExpertsBenchKernel rate(const char* name, const Work& work,
                                                std::vector<double> us) {
@@ -298,6 +309,7 @@ class CaseBench {
   BackendOps& backend_;
   DeviceRows& rows_;
   const WeightSets& weights_;
+  LocalCalls& local_;
   bool on_device_;
 };
 
@@ -357,12 +369,16 @@ ExpertsBenchReport bench_experts(const ExpertsBenchConfig& config_in, Backend& b
   report.read_gbytes_per_s = backend.measure_read_bandwidth() * 1e-9;
   report.peak_tflops = backend.measure_arithmetic_rate() * 1e-12;
   DeviceRows rows(backend, config, std::int64_t{max_mean} * max_experts, max_experts);
+  const bool has_local = config.recipe == Recipe{};
+  LocalCalls local(backend, config.geometry, has_local ? std::int64_t{max_mean} * max_experts : 1,
+                   config.seed);
 
   const double num_cases = static_cast<double>(config.num_experts.size() * config.routing.size() *
                                                config.rows_per_expert.size());
   for (const int num_experts : config.num_experts) {
     config.geometry.num_experts = num_experts;
     const WeightSets sets = prepare_sets(backend, first_experts(weights, num_experts));
+    if (has_local) local.use(first_experts(weights, num_experts), sets.size());
     for (const RoutingKind routing : config.routing) {
       for (const int mean : config.rows_per_expert) {
         rows.arrange(spread_rows(routing, num_experts, mean), mean);
@@ -376,7 +392,12 @@ ExpertsBenchReport bench_experts(const ExpertsBenchConfig& config_in, Backend& b
         rows.quantize();
         rows.run(*sets.front(), nullptr);
         out.worst_error_ratio = rows.check(reference_of(scales));
-        out.kernels = CaseBench(config, report, backend, rows, sets).run();
+        if (has_local) {
+          local.arrange(spread_rows(routing, num_experts, mean));
+          out.worst_error_ratio =
+              std::max(out.worst_error_ratio, local.check(reference_of(scales)));
+        }
+        out.kernels = CaseBench(config, report, backend, rows, sets, local).run();
         if (on_progress) on_progress(static_cast<double>(report.cases.size()) / num_cases);
       }
     }

@@ -47,7 +47,9 @@ struct ExpertsBenchCase {
   double worst_error_ratio = 0;  ///< Against float64, |error| / bound, checked before timing.
   /// "stage" (GEMM1, SwiGLU, quantization, GEMM2 on e4m3 rows); its parts "gate_up" (with SwiGLU
   /// and quantization), "down" and, on the CPU, "activation", there as shares of the threads' time;
-  /// "quantize" (bf16 -> e4m3) and, for `direct`, "requantize" (group -> static) of its input.
+  /// "quantize" (bf16 -> e4m3) and, for `direct`, "requantize" (group -> static) of its input; for
+  /// `direct` also "local", LocalExperts on bf16 tokens with these rows (its num_topk for each
+  /// token), and on a GPU "local_host", the host's time for one such call.
   std::vector<ExpertsBenchKernel> kernels = {};
 };
 
