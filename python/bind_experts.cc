@@ -238,6 +238,18 @@ void bind_experts(nb::module_& m) {
       .def_prop_ro(
           "max_rows", [](const PyExperts& e) { return e.experts->max_rows(); },
           "Largest batch, padding included.")
+      .def(
+          "reserve",
+          [](PyExperts& e, std::int64_t max_rows) {
+            const Call call(*e.backend);
+            e.experts->reserve(max_rows);
+          },
+          "max_rows"_a,
+          "Makes room for batches of more rows; the weights stay as they are. Graphs that were\n"
+          "captured before stay valid, since the smaller buffers are kept. Allocates: not during "
+          "a\n"
+          "capture.\n\n"
+          "Raises Error: out_of_memory.")
       .def_prop_ro(
           "geometry", [](const PyExperts& e) { return e.experts->geometry(); }, "Of the layer.")
       .def_prop_ro(

@@ -152,6 +152,7 @@ void bind_checkpoint(nb::module_& m);
 void bind_exchange(nb::module_& m);
 void bind_experts(nb::module_& m);
 void bind_layer(nb::module_& m);
+void bind_local(nb::module_& m);
 void bind_engine(nb::module_& m);
 void bind_workload(nb::module_& m);
 void bind_accuracy(nb::module_& m);

@@ -65,6 +65,12 @@ class Experts {
   void forward(const LayerRecipe& recipe, const ExpertBatch& batch, MutableTensorView expert_y,
                Stream stream);
 
+  /// Makes room for batches of more rows: afterwards max_rows() is at least `max_rows`. Memory that
+  /// calls used before is kept until the experts are gone, since a captured graph may use it.
+  /// Stream: allocates, which waits for the device; not during a capture.
+  /// Throws: kInvalidArgument, kOutOfMemory.
+  void reserve(std::int64_t max_rows);
+
   [[nodiscard]] int num_experts() const noexcept;
   [[nodiscard]] std::int64_t max_rows() const noexcept;
   [[nodiscard]] const ModelGeometry& geometry() const noexcept;

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 import os
 import pathlib
+from typing import overload
 
 import sluice._array
 
@@ -509,6 +510,15 @@ class Experts:
     def max_rows(self) -> int:
         """Largest batch, padding included."""
 
+    def reserve(self, max_rows: int) -> None:
+        """
+        Makes room for batches of more rows; the weights stay as they are. Graphs that were
+        captured before stay valid, since the smaller buffers are kept. Allocates: not during a
+        capture.
+
+        Raises Error: out_of_memory.
+        """
+
     @property
     def geometry(self) -> ModelGeometry:
         """Of the layer."""
@@ -674,6 +684,109 @@ def moe_forward(engine: Layer, x: sluice._array.Array, routing: Routing, *, mode
 
 def stats(engine: Layer) -> dict:
     """Engine.stats()."""
+
+class LocalExperts:
+    """
+    Experts of one layer on a rank's own tokens, without an exchange: for one device, or for a
+    stack whose ranks add up their results. Keeps its group's buffers and backend alive.
+    """
+
+    def __init__(self, weights: ExpertWeights, backend: Backend, *, max_entries: int, recipe: str = 'direct', routed_scaling_factor: float = 1.0) -> None:
+        """
+        In a LocalGroup of its own.
+
+        weights: experts [first, first + count) of a layer, as Checkpoint.load_experts() or
+        ExpertWeights.from_arrays() give them; not needed afterwards.
+        max_entries: most top-k entries of a call, num_tokens * num_topk.
+        routed_scaling_factor: 1 where the host model applies it.
+
+        Raises Error: invalid_argument naming the field, unsupported naming the recipe,
+        out_of_memory.
+        """
+
+    def forward(self, x: sluice._array.Array, routing: Routing, *, x_scale: sluice._array.Array | None = None, out: sluice._array.Array | None = None, stream: int | None = None) -> object:
+        """
+        y[t] = sum over k of topk_weights[t, k] * expert topk_idx[t, k] of x[t]: bfloat16
+        [num_tokens, hidden]. Entries whose expert is not here are skipped: those of other
+        experts, -1, and any other number. Summed in float32 in order of k, rounded once; with
+        all experts of a layer the bits of an Engine.
+
+        x: [num_tokens, hidden] bfloat16 (or uint16), or e4m3 in the recipe's wire format;
+        0 tokens are fine.
+        x_scale: [num_tokens, hidden / 128] float32, for e4m3 with group scales.
+        out: y's memory, which may be x; None makes a new array: torch's for tensors of torch,
+        else numpy uint16.
+        stream: handle of a CUDA stream, None: torch's current one for tensors of torch, else
+        the default stream. Asynchronous on CUDA, and capturable once a call has run; the CPU
+        backend returns when done.
+
+        Raises Error: invalid_argument naming the argument.
+        """
+
+    def __len__(self) -> int:
+        """Experts here."""
+
+    @property
+    def name(self) -> str:
+        """As messages have it."""
+
+    @property
+    def recipe(self) -> Recipe:
+        """Of the layer."""
+
+    @property
+    def first_expert(self) -> int:
+        """Number of the first expert here."""
+
+    @property
+    def weight_bytes(self) -> int:
+        """Of the repacked weights."""
+
+class LocalGroup:
+    """
+    What the LocalExperts of several layers share: the backend and the rows between the stages.
+    They run one after the other, and keep it alive. One thread at a time.
+    """
+
+    def __init__(self, backend: Backend, *, hidden: int, intermediate: int, max_entries: int, routed_scaling_factor: float = 1.0) -> None:
+        """
+        hidden, intermediate: of every layer. max_entries, routed_scaling_factor: as for
+        LocalExperts.
+
+        Raises Error: invalid_argument naming the field, out_of_memory.
+        """
+
+    @overload
+    def add_layer(self, weights: ExpertWeights, *, recipe: str = 'direct', name: str = '') -> LocalExperts:
+        """
+        LocalExperts of these weights, which are repacked and not needed afterwards. name: for
+        messages.
+
+        Raises Error: invalid_argument for weights that do not fit the group, unsupported
+        naming the recipe, out_of_memory.
+        """
+
+    @overload
+    def add_layer(self, experts: Experts, *, recipe: Recipe, first_expert: int = 0, name: str = '') -> LocalExperts:
+        """
+        The same of experts that repack() made with this backend; shares their memory. recipe:
+        a Recipe. first_expert: number of the first one.
+        """
+
+    def reserve(self, max_entries: int) -> None:
+        """
+        Makes room for calls of more top-k entries. Graphs that were captured before stay valid,
+        since the smaller buffers are kept. Allocates: not during a capture.
+
+        Raises Error: out_of_memory.
+        """
+
+    @property
+    def max_entries(self) -> int:
+        """Most top-k entries of a call."""
+
+    def memory(self) -> dict:
+        """dict of the bytes that the group and its layers hold."""
 
 class Engine(Layer):
     """

@@ -2,6 +2,7 @@
 #include "sluice/experts.h"
 
 #include <cmath>
+#include <utility>
 
 #include "backend/traits.h"
 #include "core/check_tensor.h"
@@ -124,6 +125,23 @@ Fp8RowsView received_rows(const ExpertBatch& batch, float static_scale, std::int
           .width = width};
 }
 
+/// For batches of a caller. Throws: kInvalidArgument, kOutOfMemory.
+std::shared_ptr<ExpertScratch> make_scratch(const ModelGeometry& geometry, std::int64_t max_rows,
+                                            Backend& backend) {
+  check_argument(max_rows > 0 && max_rows <= (std::int64_t{1} << 30),
+                 "max_rows {} is not in [1, 2^30]", max_rows);
+  auto scratch = std::make_shared<ExpertScratch>();
+  scratch->max_rows = max_rows;
+  const auto allocate = [&](std::int64_t width) {
+    return Fp8Buffers{.codes = backend.allocate(fp8_code_bytes(max_rows, width)),
+                      .scale = backend.allocate(fp8_scale_bytes(max_rows, width))};
+  };
+  // Here expert_y is a tensor of the caller, who may pass x itself: x is not quantized into it.
+  scratch->x = allocate(geometry.hidden);
+  scratch->h = allocate(geometry.intermediate);
+  return scratch;
+}
+
 }  // namespace
 
 RowRanges row_ranges(const ExpertBatch& batch) {
@@ -219,18 +237,16 @@ void Experts::Impl::gemms(const LayerRecipe& recipe, const Fp8RowsView& in, cons
 
 Experts Experts::create(const ExpertWeights& weights, std::int64_t max_rows, Backend& backend) {
   check_argument(!weights.experts.empty(), "weights hold no expert");
-  check_argument(max_rows > 0 && max_rows <= (std::int64_t{1} << 30),
-                 "max_rows {} is not in [1, 2^30]", max_rows);
-  auto scratch = std::make_shared<ExpertScratch>();
-  scratch->max_rows = max_rows;
-  const auto allocate = [&](std::int64_t width) {
-    return Fp8Buffers{.codes = backend.allocate(fp8_code_bytes(max_rows, width)),
-                      .scale = backend.allocate(fp8_scale_bytes(max_rows, width))};
-  };
-  // Here expert_y is a tensor of the caller, who may pass x itself: x is not quantized into it.
-  scratch->x = allocate(weights.geometry.hidden);
-  scratch->h = allocate(weights.geometry.intermediate);
-  return Experts(std::make_unique<Impl>(weights, std::move(scratch), backend));
+  return Experts(
+      std::make_unique<Impl>(weights, make_scratch(weights.geometry, max_rows, backend), backend));
+}
+
+void Experts::reserve(std::int64_t max_rows) {
+  Impl& self = *impl_;
+  if (max_rows <= self.scratch->max_rows) return;
+  self.outgrown.reserve(self.outgrown.size() + 1);
+  auto larger = make_scratch(self.geometry, max_rows, *self.backend);
+  self.outgrown.push_back(std::exchange(self.scratch, std::move(larger)));
 }
 
 void Experts::forward(const LayerRecipe& recipe, const ExpertBatch& batch,

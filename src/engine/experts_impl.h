@@ -2,6 +2,7 @@
 #pragma once
 
 #include <memory>
+#include <vector>
 
 #include "backend/ops.h"
 #include "sluice/checkpoint.h"
@@ -53,6 +54,7 @@ struct Experts::Impl {
   std::size_t codes_bytes = 0, scales_bytes = 0;  // As the checkpoint has them.
   std::shared_ptr<PreparedExperts> prepared;      ///< Shared with LocalExperts.
   std::shared_ptr<ExpertScratch> scratch;
+  std::vector<std::shared_ptr<ExpertScratch>> outgrown;  ///< Graphs may use it.
 };
 
 }  // namespace sluice

@@ -96,14 +96,6 @@ class NumpySpace:
         counted = values[(values >= 0) & (values < num)]
         return numpy.bincount(counted.ravel(), minlength=num).astype(numpy.int32)
 
-    def order(self, values: Any) -> Any:
-        """Positions that sort the values, equal ones as they stand."""
-        return numpy.argsort(values, kind="stable")
-
-    def begins(self, counts: Any) -> Any:
-        """Sums of all counts before each."""
-        return (numpy.cumsum(counts) - counts).astype(numpy.int64)
-
     def float_of(self, array: Any) -> Any:
         """float32 of bf16."""
         return (self.bits(array).astype(numpy.uint32) << 16).view(numpy.float32)
@@ -206,12 +198,6 @@ class TorchSpace:
         ones = self.torch.ones_like(flat, dtype=self.torch.int32)
         counted = (flat >= 0) & (flat < num)
         return counts.scatter_add_(0, flat.where(counted, num), ones)[:num]
-
-    def order(self, values: Any) -> Any:
-        return self.torch.argsort(values, stable=True)
-
-    def begins(self, counts: Any) -> Any:
-        return self.torch.cumsum(counts, 0) - counts
 
     def float_of(self, array: Any) -> Any:
         return array.float()

@@ -25,7 +25,7 @@ from typing import Any
 
 from .. import _core
 from .._error import Error
-from ._arrays import check, check_numbers, space_of
+from ._arrays import check, space_of
 
 __all__ = ["W4A8Experts", "forget", "w4a8_moe_grouped", "w4a8_moe_masked"]
 
@@ -46,9 +46,12 @@ def _static_scale(name: str, scale: Any) -> float | None:
 
 
 class W4A8Experts:
-    """Experts of one layer on one device, repacked. Arguments as the module says.
+    """Experts of one layer on one device, repacked once. Arguments as the module says.
 
     backend: the Backend that they were repacked for.
+    max_rows: rows of the largest call, to take the memory between the stages at once: num_experts *
+    max_m for masked(), rows * num_topk for grouped(). Without it that memory grows with the calls, to
+    twice what it was at least. For grouped() all experts of one backend and size share it.
     """
 
     def __init__(self, w13: Any, w13_scale: Any, w2: Any, w2_scale: Any, *, a1_scale: Any = None,
@@ -64,10 +67,10 @@ class W4A8Experts:
         if (s1 is None) != (s2 is None):
             raise Error("invalid_argument", "a1_scale and a2_scale: give both or neither")
         self._scales = {} if s1 is None else {"s1": s1, "s2": s2}
-        self._weights = self._import(w13, w13_scale, w2, w2_scale)
-        self.backend = backend
-        self._experts: Any = None
-        self._reserve(max_rows)
+        self.backend, self._max_rows = backend, max_rows
+        self._experts = _core.repack(self._import(w13, w13_scale, w2, w2_scale), backend, max_rows=1)
+        self._group: Any = None
+        self._layers: dict[tuple, Any] = {}  # By what decides the recipe.
 
     def _import(self, w13: Any, w13_scale: Any, w2: Any, w2_scale: Any) -> Any:
         space = space_of(w13)
@@ -86,13 +89,6 @@ class W4A8Experts:
             pair(w13, w13_scale, 0, middle), pair(w13, w13_scale, middle, 2 * middle),
             pair(w2, w2_scale, 0, self.hidden), group_size=group, **self._scales,
         )
-
-    def _reserve(self, num_rows: int) -> None:
-        """Makes room for batches of num_rows rows; the weights are repacked again for a larger one."""
-        if self._experts is not None and num_rows <= self._experts.max_rows:
-            return
-        self._experts = None  # Its memory first.
-        self._experts = _core.repack(self._weights, self.backend, max_rows=max(num_rows, 1))
 
     def _recipe(self, name: str | None, mode: str, is_e4m3: bool, has_scale: bool) -> Any:
         """By its name or, without one, by what arrived and whether there are static scales."""
@@ -115,64 +111,64 @@ class W4A8Experts:
         check(space, "masked_m", num_rows, ("i32",), [self.num_experts])
         if x_scale is not None:
             check(space, "x_scale", x_scale, ("f32",), [*x.shape[:2], self.hidden // 128])
-        self._make_room(space, int(x.shape[0] * x.shape[1]))
+        _make_room(space, self._experts.reserve, self._experts.max_rows,
+                   int(x.shape[0] * x.shape[1]), self._max_rows)
         scale = None if x_scale is None else space.row_major(x_scale)
         resolved = self._recipe(recipe, "low-latency", space.is_e4m3(x), scale is not None)
         batch = _core.ExpertBatch(x, num_rows, x_scale=scale, expected_m=expected_m)
         return _core.experts_masked(self._experts, batch, resolved, out=out)
 
     def grouped(self, x: Any, x_scale: Any, topk_idx: Any, topk_weights: Any, *,
-                recipe: str | None = None) -> Any:
+                recipe: str | None = None, out: Any = None) -> Any:
         """See w4a8_moe_grouped()."""
         space = space_of(x)
         check(space, "x", x, ("bf16", "e4m3"), ["rows", self.hidden])
         check(space, "topk_idx", topk_idx, ("i64", "i32"), [x.shape[0], "num_topk"])
-        shape = [int(n) for n in topk_idx.shape]
-        check(space, "topk_weights", topk_weights, ("f32",), shape)
-        check_numbers(space, "topk_idx", topk_idx, self.num_experts)
+        check(space, "topk_weights", topk_weights, ("f32",), [int(n) for n in topk_idx.shape])
         if x_scale is not None:
-            check(space, "x_scale", x_scale, ("f32",), [shape[0], self.hidden // 128])
-        if shape[0] == 0:
-            return space.empty((0, self.hidden), "bf16")
-        num_entries = shape[0] * shape[1]
-        self._make_room(space, num_entries)
-        flat = space.to(topk_idx.reshape(-1), "i64")
-        # Empty entries last: rows that no expert counts.
-        none = space.zeros((1,), "i64") + self.num_experts
-        order = space.order(space.where((flat >= 0) & (flat < self.num_experts), flat, none))
-        counts = space.count(flat, self.num_experts)
-        source = order // shape[1]
-        batch = _core.ExpertBatch(
-            _gather(space, x, source), counts, row_begin=space.begins(counts),
-            x_scale=None if x_scale is None else _gather(space, x_scale, source),
-        )
-        resolved = self._recipe(recipe, "normal", space.is_e4m3(x), x_scale is not None)
-        rows = _core.experts_grouped(
-            self._experts, batch, resolved, out=space.zeros((num_entries, self.hidden), "bf16")
-        )
-        position = space.zeros((num_entries,), "i64")
-        position[order] = space.to(space.arange(num_entries), "i64")
-        position = position.reshape(shape[0], shape[1])
-        total = space.zeros((shape[0], self.hidden), "f32")
-        for k in range(shape[1]):  # In order of entries, as combine sums.
-            weight = space.where(topk_idx[:, k] >= 0, topk_weights[:, k], space.zeros((1,), "f32"))
-            total += weight[:, None] * space.float_of(rows[position[:, k]])
-        return space.bf16_of(total)
+            check(space, "x_scale", x_scale, ("f32",), [int(x.shape[0]), self.hidden // 128])
+            x_scale = space.row_major(x_scale)
+        layer = self._layer(recipe, space.is_e4m3(x), x_scale is not None)
+        num_entries = int(topk_idx.shape[0]) * int(topk_idx.shape[1])
+        _make_room(space, self._group.reserve, self._group.max_entries, num_entries, self._max_rows)
+        routing = _core.Routing(space.row_major(topk_idx), space.row_major(topk_weights))
+        return layer.forward(space.row_major(x), routing, x_scale=x_scale, out=out)
 
-    def _make_room(self, space: Any, num_rows: int) -> None:
-        grows = num_rows > self._experts.max_rows
-        if grows and space.is_capturing():
-            raise Error("invalid_argument", f"x has {num_rows} rows, room is for "
-                        f"{self._experts.max_rows}: a graph cannot capture an allocation, so make "
-                        "a call of this size before the capture")
-        self._reserve(num_rows)
+    def _layer(self, name: str | None, is_e4m3: bool, has_scale: bool) -> Any:
+        """The local call with one recipe; all of them share the repacked weights."""
+        key = name, is_e4m3, has_scale
+        layer = self._layers.get(key)
+        if layer is None:
+            if self._group is None:
+                self._group = _group_for(self.backend, self.hidden, self.intermediate)
+            recipe = self._recipe(name, "normal", is_e4m3, has_scale)
+            layer = self._layers[key] = self._group.add_layer(self._experts, recipe=recipe)
+        return layer
 
 
-def _gather(space: Any, array: Any, rows: Any) -> Any:
-    """Rows of an array in another order; e4m3 moves as bytes, which frameworks can index."""
-    if not space.is_e4m3(array):
-        return array[rows]
-    return space.view(space.view(array, "u8")[rows], "e4m3")
+def _make_room(space: Any, reserve: Any, there_are: int, num_rows: int, wanted: int) -> None:
+    """Memory between the stages for num_rows rows; for `wanted` at once, if there is none yet."""
+    if num_rows <= there_are:
+        return
+    if space.is_capturing():
+        raise Error("invalid_argument", f"x has {num_rows} rows, room is for {there_are}: a graph cannot "
+                    "capture an allocation, so make a call of this size before the capture")
+    reserve(max(num_rows, wanted, 2 * there_are))
+
+
+_groups: "weakref.WeakValueDictionary[tuple[int, int, int], Any]" = weakref.WeakValueDictionary()
+_groups_lock = threading.Lock()
+
+
+def _group_for(backend: Any, hidden: int, intermediate: int) -> Any:
+    """One for all experts of a backend and size, which run one after the other."""
+    key = id(backend), hidden, intermediate  # The group keeps the backend, and so its id, alive.
+    with _groups_lock:
+        group = _groups.get(key)
+        if group is None:
+            group = _groups[key] = _core.LocalGroup(
+                backend, hidden=hidden, intermediate=intermediate, max_entries=1)
+        return group
 
 
 class _Array:
@@ -280,15 +276,16 @@ def w4a8_moe_masked(
 def w4a8_moe_grouped(
     x: Any, x_scale: Any, topk_idx: Any, topk_weights: Any, w13: Any, w13_scale: Any, w2: Any,
     w2_scale: Any, *, a1_scale: Any = None, a2_scale: Any = None, recipe: str | None = None,
-    backend: Any = None,
+    out: Any = None, backend: Any = None,
 ) -> Any:
     """Every expert on its rows after a normal dispatch, summed for each row: bf16 [rows, H].
 
     x: [rows, H] bf16 or e4m3. x_scale: [rows, H / 128] float32, or None. topk_idx: [rows, num_topk],
-    numbers of this rank's experts, -1 for others. topk_weights: float32, applied here, in order of
-    entries. No rows give bf16 [0, H].
+    numbers of this rank's experts; any other number, -1 or E say, is an expert elsewhere and skipped.
+    topk_weights: float32, applied here, in order of entries. out: the result's memory. No rows give
+    bf16 [0, H]. Asynchronous on a GPU; capturable once a call of the size has run.
 
     Raises Error: invalid_argument naming the argument, unsupported naming the recipe.
     """
     experts = _experts_for(x, w13, w13_scale, w2, w2_scale, a1_scale, a2_scale, backend)
-    return experts.grouped(x, x_scale, topk_idx, topk_weights, recipe=recipe)
+    return experts.grouped(x, x_scale, topk_idx, topk_weights, recipe=recipe, out=out)

@@ -1,0 +1,220 @@
+#include <fmt/format.h>
+#include <nanobind/stl/optional.h>
+#include <nanobind/stl/string.h>
+#include <nanobind/stl/string_view.h>
+
+#include "bindings.h"
+#include "sluice/local_experts.h"
+
+namespace sluice::python {
+
+using namespace nb::literals;
+
+namespace {
+
+struct PyLocalGroup {
+  nb::object backend_object;
+  PyBackend* backend;
+  std::optional<LocalGroup> group;
+};
+
+struct PyLocalExperts {
+  nb::object backend_object;
+  PyBackend* backend;
+  int hidden;
+  std::optional<LocalExperts> experts;
+};
+
+nb::object forward(PyLocalExperts& self, const Array& x, const PyRouting& routing,
+                   const std::optional<Array>& x_scale, const std::optional<Array>& out,
+                   const StreamArgument& stream) {
+  const Device device = self.backend->device();
+  const std::string shape = fmt::format("[num_tokens, {}]", self.hidden);
+  const auto import = [&](std::initializer_list<DType> dtypes) {
+    return import_input(x, {.name = "x",
+                            .dtypes = dtypes,
+                            .dims = {-1, self.hidden},
+                            .shape = shape.c_str(),
+                            .device = device});
+  };
+  const bool sends_bf16 = self.experts->recipe().wire == WireFormat::kBf16;
+  const Input tokens =
+      sends_bf16 ? import({DType::kBFloat16}) : import({DType::kBFloat16, DType::kFloat8E4M3});
+  const std::int64_t num_tokens = tokens.view.dim(0);
+  Input scale;
+  if (x_scale) {
+    scale = import_input(*x_scale, {.name = "x_scale",
+                                    .dtypes = {DType::kFloat32},
+                                    .dims = {num_tokens, self.hidden / 128},
+                                    .shape = "[num_tokens, hidden / 128], as x",
+                                    .device = device});
+  }
+  const Output y = output_or_new(out,
+                                 {.name = "out",
+                                  .dtypes = {DType::kBFloat16},
+                                  .dims = {num_tokens, self.hidden},
+                                  .shape = "[num_tokens, hidden], as x",
+                                  .device = device},
+                                 tokens.framework, *self.backend->backend);
+  const Stream queue = to_stream(stream, tokens.framework, device);
+  {
+    const Call call(*self.backend);
+    self.experts->forward(tokens.view, routing.view(), y.view, queue, scale.view);
+  }
+  return y.object;
+}
+
+PyLocalExperts add_weights(PyLocalGroup& self, const ExpertWeights& weights,
+                           std::string_view recipe, std::string name) {
+  std::optional<LocalExperts> experts;
+  {
+    const Call call(*self.backend);
+    experts.emplace(self.group->add_layer(weights, parse_recipe(recipe), std::move(name)));
+  }
+  return {self.backend_object, self.backend, self.group->config().hidden, std::move(experts)};
+}
+
+PyLocalExperts add_experts(PyLocalGroup& self, const PyExperts& repacked, const LayerRecipe& recipe,
+                           int first_expert, std::string name) {
+  std::optional<LocalExperts> experts;
+  {
+    const Call call(*self.backend);
+    experts.emplace(
+        self.group->add_layer(*repacked.experts, recipe, first_expert, std::move(name)));
+  }
+  return {self.backend_object, self.backend, self.group->config().hidden, std::move(experts)};
+}
+
+void bind_local_experts(nb::module_& m) {
+  nb::class_<PyLocalExperts>(
+      m, "LocalExperts",
+      "Experts of one layer on a rank's own tokens, without an exchange: for one device, or for a\n"
+      "stack whose ranks add up their results. Keeps its group's buffers and backend alive.")
+      .def(
+          "__init__",
+          [](PyLocalExperts* self, const ExpertWeights& weights, nb::handle_t<PyBackend> backend,
+             std::int64_t max_entries, std::string_view recipe, float routed_scaling_factor) {
+            auto& b = nb::cast<PyBackend&>(backend);
+            const LocalGroupConfig config{.hidden = weights.geometry.hidden,
+                                          .intermediate = weights.geometry.intermediate,
+                                          .max_entries = max_entries,
+                                          .routed_scaling_factor = routed_scaling_factor};
+            std::optional<LocalExperts> experts;
+            {
+              const Call call(b);
+              experts.emplace(
+                  LocalExperts::create(config, weights, *b.backend, parse_recipe(recipe)));
+            }
+            new (self) PyLocalExperts{nb::borrow(backend), &b, config.hidden, std::move(experts)};
+          },
+          "weights"_a, "backend"_a, nb::kw_only(), "max_entries"_a, "recipe"_a = "direct",
+          "routed_scaling_factor"_a = 1.0f,
+          "In a LocalGroup of its own.\n\n"
+          "weights: experts [first, first + count) of a layer, as Checkpoint.load_experts() or\n"
+          "ExpertWeights.from_arrays() give them; not needed afterwards.\n"
+          "max_entries: most top-k entries of a call, num_tokens * num_topk.\n"
+          "routed_scaling_factor: 1 where the host model applies it.\n\n"
+          "Raises Error: invalid_argument naming the field, unsupported naming the recipe,\n"
+          "out_of_memory.")
+      .def(
+          "forward", &forward, "x"_a, "routing"_a, nb::kw_only(), "x_scale"_a = nb::none(),
+          "out"_a = nb::none(), "stream"_a = nb::none(),
+          "y[t] = sum over k of topk_weights[t, k] * expert topk_idx[t, k] of x[t]: bfloat16\n"
+          "[num_tokens, hidden]. Entries whose expert is not here are skipped: those of other\n"
+          "experts, -1, and any other number. Summed in float32 in order of k, rounded once; with\n"
+          "all experts of a layer the bits of an Engine.\n\n"
+          "x: [num_tokens, hidden] bfloat16 (or uint16), or e4m3 in the recipe's wire format;\n"
+          "0 tokens are fine.\n"
+          "x_scale: [num_tokens, hidden / 128] float32, for e4m3 with group scales.\n"
+          "out: y's memory, which may be x; None makes a new array: torch's for tensors of torch,\n"
+          "else numpy uint16.\n"
+          "stream: handle of a CUDA stream, None: torch's current one for tensors of torch, else\n"
+          "the default stream. Asynchronous on CUDA, and capturable once a call has run; the CPU\n"
+          "backend returns when done.\n\n"
+          "Raises Error: invalid_argument naming the argument.")
+      .def(
+          "__len__", [](const PyLocalExperts& e) { return e.experts->num_experts(); },
+          "Experts here.")
+      .def_prop_ro(
+          "name", [](const PyLocalExperts& e) { return e.experts->name(); }, "As messages have it.")
+      .def_prop_ro(
+          "recipe", [](const PyLocalExperts& e) { return e.experts->recipe(); }, "Of the layer.")
+      .def_prop_ro(
+          "first_expert", [](const PyLocalExperts& e) { return e.experts->first_expert(); },
+          "Number of the first expert here.")
+      .def_prop_ro(
+          "weight_bytes", [](const PyLocalExperts& e) { return e.experts->weight_bytes(); },
+          "Of the repacked weights.");
+}
+
+}  // namespace
+
+void bind_local(nb::module_& m) {
+  bind_local_experts(m);
+  nb::class_<PyLocalGroup>(
+      m, "LocalGroup",
+      "What the LocalExperts of several layers share: the backend and the rows between the "
+      "stages.\n"
+      "They run one after the other, and keep it alive. One thread at a time.",
+      nb::is_weak_referenceable())
+      .def(
+          "__init__",
+          [](PyLocalGroup* self, nb::handle_t<PyBackend> backend, int hidden, int intermediate,
+             std::int64_t max_entries, float routed_scaling_factor) {
+            auto& b = nb::cast<PyBackend&>(backend);
+            std::optional<LocalGroup> group;
+            {
+              const Call call(b);
+              group.emplace(LocalGroup::create({.hidden = hidden,
+                                                .intermediate = intermediate,
+                                                .max_entries = max_entries,
+                                                .routed_scaling_factor = routed_scaling_factor},
+                                               *b.backend));
+            }
+            new (self) PyLocalGroup{nb::borrow(backend), &b, std::move(group)};
+          },
+          "backend"_a, nb::kw_only(), "hidden"_a, "intermediate"_a, "max_entries"_a,
+          "routed_scaling_factor"_a = 1.0f,
+          "hidden, intermediate: of every layer. max_entries, routed_scaling_factor: as for\n"
+          "LocalExperts.\n\n"
+          "Raises Error: invalid_argument naming the field, out_of_memory.")
+      .def("add_layer", &add_weights, "weights"_a, nb::kw_only(), "recipe"_a = "direct",
+           "name"_a = "",
+           "LocalExperts of these weights, which are repacked and not needed afterwards. name: "
+           "for\n"
+           "messages.\n\n"
+           "Raises Error: invalid_argument for weights that do not fit the group, unsupported\n"
+           "naming the recipe, out_of_memory.")
+      .def("add_layer", &add_experts, "experts"_a, nb::kw_only(), "recipe"_a, "first_expert"_a = 0,
+           "name"_a = "",
+           "The same of experts that repack() made with this backend; shares their memory. "
+           "recipe:\n"
+           "a Recipe. first_expert: number of the first one.")
+      .def(
+          "reserve",
+          [](PyLocalGroup& g, std::int64_t max_entries) {
+            const Call call(*g.backend);
+            g.group->reserve(max_entries);
+          },
+          "max_entries"_a,
+          "Makes room for calls of more top-k entries. Graphs that were captured before stay "
+          "valid,\n"
+          "since the smaller buffers are kept. Allocates: not during a capture.\n\n"
+          "Raises Error: out_of_memory.")
+      .def_prop_ro(
+          "max_entries", [](const PyLocalGroup& g) { return g.group->config().max_entries; },
+          "Most top-k entries of a call.")
+      .def(
+          "memory",
+          [](const PyLocalGroup& g) {
+            const LocalGroupMemory memory = g.group->memory();
+            nb::dict d;
+            d["num_layers"] = memory.num_layers;
+            d["prepared_bytes"] = memory.prepared_bytes;
+            d["scratch_bytes"] = memory.scratch_bytes;
+            return d;
+          },
+          "dict of the bytes that the group and its layers hold.");
+}
+
+}  // namespace sluice::python

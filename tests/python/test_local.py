@@ -1,0 +1,164 @@
+"""LocalExperts and LocalGroup: the engine's bits without an exchange, and what they share."""
+
+import gc
+import weakref
+
+import numpy as np
+import pytest
+from conftest import LAYER, one_rank_engine
+from spaces import as_float
+
+import sluice
+from sluice.compat import w4a8
+
+TOKENS = 9
+
+
+def entries(geometry, tokens=TOKENS):
+    return tokens * geometry.num_topk
+
+
+def all_experts(checkpoint, geometry):
+    return checkpoint.load_experts(LAYER, 0, geometry.num_experts)
+
+
+@pytest.mark.parametrize("recipe", ["direct", "direct-bf16", "bf16-static", "requant-static", "static", "pow2-static"])
+def test_the_bits_of_an_engine(checkpoint, geometry, backend, space, recipe):
+    x, idx, weights = sluice.make_workload(geometry, TOKENS)
+    engine = one_rank_engine(checkpoint, backend, TOKENS, normal=recipe, low_latency=None,
+                             routed_scaling_factor=2.5)
+    expected = sluice.moe_forward(engine, x, sluice.Routing(idx, weights))
+    local = sluice.LocalExperts(all_experts(checkpoint, geometry), backend, max_entries=entries(geometry),
+                                recipe=recipe, routed_scaling_factor=2.5)
+    assert len(local) == geometry.num_experts and local.first_expert == 0
+    assert local.recipe.name == recipe and local.weight_bytes > 0
+    routing = sluice.Routing(space.array(idx.astype(np.int64)), space.array(weights))
+    y = local.forward(space.bf16(x), routing)
+    assert np.array_equal(space.bits(y), expected) and np.any(expected)
+    out = space.bf16(np.zeros_like(x))
+    assert local.forward(space.bf16(x), routing, out=out) is out
+    assert np.array_equal(space.bits(out), expected)
+
+
+def test_parts_and_sentinels(checkpoint, geometry, backend):
+    x, idx, weights = sluice.make_workload(geometry, TOKENS)
+    make = lambda first, count: sluice.LocalExperts(  # noqa: E731
+        checkpoint.load_experts(LAYER, first, count), backend, max_entries=entries(geometry))
+    whole, part = make(0, geometry.num_experts), make(2, 3)
+    assert (part.first_expert, len(part)) == (2, 3)
+    here = (idx >= 2) & (idx < 5)
+    assert here.any() and not here.all()
+    expected = whole.forward(x, sluice.Routing(np.where(here, idx, -1), weights))
+    for elsewhere in (-1, geometry.num_experts, 2**31 - 1, -5):
+        marked = np.where(here, idx, elsewhere).astype(np.int32)
+        assert np.array_equal(part.forward(x, sluice.Routing(marked, weights)), expected)
+    assert np.array_equal(part.forward(x, sluice.Routing(idx, weights)), expected)
+    # Two halves, as a stack that all-reduces adds them up; each is rounded to bf16 first.
+    half = geometry.num_experts // 2
+    routing = sluice.Routing(idx, weights)
+    total = sum(as_float(make(first, half).forward(x, routing)) for first in (0, half))
+    y = as_float(whole.forward(x, routing))
+    assert np.linalg.norm(total - y) < 0.01 * np.linalg.norm(y)
+
+
+def test_e4m3_of_a_dispatch(checkpoint, geometry, backend):
+    x, idx, weights = sluice.make_workload(geometry, TOKENS)
+    routing = sluice.Routing(idx, weights)
+    local = sluice.LocalExperts(all_experts(checkpoint, geometry), backend, max_entries=entries(geometry))
+    codes, scale = sluice.quantize(backend, x)
+    assert np.array_equal(local.forward(codes, routing, x_scale=scale), local.forward(x, routing))
+    with pytest.raises(sluice.Error, match="x_scale"):
+        local.forward(codes, routing)
+    with pytest.raises(sluice.Error, match="x_scale is given"):
+        local.forward(x, routing, x_scale=scale)
+
+
+def test_a_group_shares_and_grows(checkpoint, geometry, backend):
+    group = sluice.LocalGroup(backend, hidden=geometry.hidden, intermediate=geometry.intermediate,
+                              max_entries=entries(geometry, 2))
+    first = group.add_layer(all_experts(checkpoint, geometry), name="first")
+    experts = sluice.repack(all_experts(checkpoint, geometry), backend, max_rows=1)
+    s1, s2 = checkpoint.static_scales(LAYER)
+    second = group.add_layer(experts, recipe=sluice.Recipe("bf16-static", s1=s1, s2=s2))
+    memory = group.memory()
+    assert first.name == "first" and memory["num_layers"] == 2
+    assert memory["prepared_bytes"] == first.weight_bytes + experts.weight_bytes
+    x, idx, weights = sluice.make_workload(geometry, TOKENS)
+    routing = sluice.Routing(idx, weights)
+    with pytest.raises(sluice.Error, match="exceed max_entries"):
+        first.forward(x, routing)
+    group.reserve(entries(geometry))
+    assert group.max_entries == entries(geometry)
+    assert group.memory()["scratch_bytes"] > memory["scratch_bytes"]
+    for layer, recipe in ((first, "direct"), (second, "bf16-static")):
+        engine = one_rank_engine(checkpoint, backend, TOKENS, normal=recipe, low_latency=None)
+        assert np.array_equal(layer.forward(x, routing), sluice.moe_forward(engine, x, routing))
+    # The layers keep what they use.
+    del group, experts
+    gc.collect()
+    assert np.any(second.forward(x, routing))
+
+
+def test_refusals(checkpoint, geometry, backend):
+    make = lambda **k: sluice.LocalExperts(  # noqa: E731
+        all_experts(checkpoint, geometry), backend, **{"max_entries": entries(geometry), **k})
+    for text, call in {
+        "max_entries 0": lambda: make(max_entries=0),
+        "none of: direct": lambda: make(recipe="fastest"),
+        "routed_scaling_factor": lambda: make(routed_scaling_factor=float("inf")),
+        "hidden 100": lambda: sluice.LocalGroup(backend, hidden=100, intermediate=128, max_entries=1),
+        "hidden .* the group has 128": lambda: sluice.LocalGroup(
+            backend, hidden=128, intermediate=geometry.intermediate,
+            max_entries=1).add_layer(all_experts(checkpoint, geometry)),
+    }.items():
+        with pytest.raises(sluice.Error, match=text):
+            call()
+    local, (x, idx, weights) = make(), sluice.make_workload(geometry, TOKENS)
+    routing = sluice.Routing(idx, weights)
+    for text, call in {
+        r"x: expected shape \[num_tokens, ": lambda: local.forward(x[:, :128].copy(), routing),
+        "topk_idx has shape": lambda: local.forward(x[1:], routing),
+        "x: expected dtype": lambda: make(recipe="direct-bf16").forward(x.view(np.uint8), routing),
+        "out: ": lambda: local.forward(x, routing, out=np.zeros((1, 1), np.uint16)),
+    }.items():
+        with pytest.raises(sluice.Error, match=text) as caught:
+            call()
+        assert caught.value.code == "invalid_argument"
+
+
+def published(checkpoint, geometry):
+    weights = all_experts(checkpoint, geometry)
+    gate, up, down = ([np.stack(a) for a in zip(*(weights.matrix(e, name) for e in range(len(weights))), strict=True)]
+                      for name in ("gate", "up", "down"))
+    return np.concatenate([gate[0], up[0]], 1), np.concatenate([gate[1], up[1]], 1), *down
+
+
+def test_w4a8_experts_repack_once_and_share(checkpoint, geometry, monkeypatch):
+    """Larger and larger calls of two layers: one repacking each, one set of buffers."""
+    backend = sluice.Backend("cpu", num_threads=1)
+    repacks = []
+    repack = sluice._core.repack
+    monkeypatch.setattr(w4a8._core, "repack", lambda *a, **k: repacks.append(k) or repack(*a, **k))
+    layers = [w4a8.W4A8Experts(*published(checkpoint, geometry), backend=backend) for _ in range(2)]
+    whole = sluice.LocalExperts(all_experts(checkpoint, geometry), backend, max_entries=entries(geometry, 40),
+                                recipe="direct-bf16")
+    for tokens in (1, 3, 8, 40, 2):
+        x, idx, weights = sluice.make_workload(geometry, tokens)
+        expected = whole.forward(x, sluice.Routing(idx, weights))
+        sentinel = np.concatenate([idx, np.full((tokens, 1), geometry.num_experts, np.int32)], 1)
+        padded = np.concatenate([weights, np.ones((tokens, 1), np.float32)], 1)
+        for layer in layers:
+            assert np.array_equal(layer.grouped(x, None, idx, weights), expected)
+            out = np.zeros_like(x)
+            assert layer.grouped(x, None, sentinel, padded, out=out) is out
+            assert np.array_equal(out, expected)
+        num_rows = np.full(geometry.num_experts, tokens, np.int32)
+        masked = np.repeat(x[None], geometry.num_experts, 0)
+        assert np.any(layers[0].masked(masked, None, num_rows))
+    assert len(repacks) == 2
+    assert layers[0]._group is layers[1]._group
+    assert layers[0]._group.memory()["num_layers"] == 2
+    gone = weakref.ref(layers[0]._group)
+    del layers, layer
+    gc.collect()
+    assert gone() is None
