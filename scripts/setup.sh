@@ -55,8 +55,7 @@ and use the CMake presets directly (cmake --preset cpu): ${wanted[*]}"
 
 # Python packages: those that define file formats, for the tests that read and write through them,
 # and what the bindings are built and tested with (pyproject.toml has the same bounds). What needs
-# them is left out, and says so, where they cannot be had. compressed-tensors and the tests with
-# tensors need PyTorch, which is left to those who have it: cmake -DSLUICE_TEST_PYTHON=...
+# them is left out, and says so, where they cannot be had.
 sluice_test_venv() {
   local venv=build/test-venv python=python3
   "$venv/bin/python" -c 'import numpy, safetensors, nanobind, ml_dtypes, pytest' 2>/dev/null && return
@@ -70,6 +69,20 @@ raise SystemExit(not os.path.exists(sysconfig.get_path("include") + "/Python.h")
       'safetensors>=0.4,<1' 'numpy>=1.26,<3' 'nanobind>=3.1,<3.2' 'ml_dtypes>=0.4' 'pytest>=7'; }; then
     printf 'note: no Python packages; what needs them is left out: bindings and their tests\n'
   fi
+}
+
+# What the tests with tensors and whole models need, in an environment of its own: the one above
+# shows that the package works without. The package index has no PyTorch for CPUs alone, and the one
+# it has does not load without the CUDA libraries that it brings (libtorch_cuda.so needs each): 3 GB
+# to fetch, 5.6 GB on disk, 2 to 3 minutes of one core. So scripts/test.sh does this while it builds.
+# The versions are those that the tests were run with.
+sluice_torch_venv() {
+  local venv=build/torch-venv
+  "$venv/bin/python" -c 'import torch, transformers, compressed_tensors, ml_dtypes, pytest' 2>/dev/null && return
+  build/test-venv/bin/python -m venv --clear "$venv" &&
+    "$venv/bin/python" -m pip install -q --disable-pip-version-check \
+      'torch==2.15.*' 'transformers==5.24.*' 'compressed-tensors==0.20.*' 'safetensors>=0.4,<1' \
+      'numpy>=1.26,<3' 'ml_dtypes>=0.4' 'pytest>=7'
 }
 
 sluice_check_tools() {

@@ -3,13 +3,15 @@
 #
 #   scripts/test.sh                  everything
 #   SLUICE_SANITIZERS=0 ...          without the sanitizer builds
+#   SLUICE_TORCH=0 ...               without PyTorch and transformers, and the tests that need them
 #   SLUICE_JOBS=n ...                jobs at a time; default: one for each core
 #
 # In order: the tests under ASan + UBSan, those with threads under TSan, then all tests of the
 # release build, among them the checks of the tree (layering, format, links). The CUDA parts are
 # built where there is an nvcc; their tests report themselves skipped where there is no GPU. Tests
 # with MPI run as processes of this machine; one of them makes network namespaces if it may. Last,
-# the Python package is installed into a virtual environment of its own and tested from there.
+# the Python package is installed beside PyTorch and transformers and tested from there. The release
+# build's tests have run it without them.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 # shellcheck source=scripts/setup.sh
@@ -19,6 +21,22 @@ sluice_setup all
 jobs=${SLUICE_JOBS:-$(nproc)}
 started=$SECONDS
 minutes() { printf '%d:%02d' $(((SECONDS - started) / 60)) $(((SECONDS - started) % 60)); }
+
+# PyTorch is fetched while the sanitizer builds are made.
+with_torch=${SLUICE_TORCH:-1}
+if [ "$with_torch" != 0 ]; then
+  timeout 2400 bash -c 'set -euo pipefail; source scripts/setup.sh; sluice_torch_venv' \
+    >build/torch-venv.log 2>&1 &
+  torch_job=$!
+fi
+wait_for_torch() {
+  [ "$with_torch" != 0 ] || return 0
+  say "wait for PyTorch ($(minutes))"
+  wait "$torch_job" && return
+  with_torch=0
+  cat build/torch-venv.log
+  printf 'note: no PyTorch or transformers; the tests that need them are left out\n'
+}
 
 # $1: preset; the rest: options for cmake
 build() {
@@ -32,9 +50,12 @@ build() {
 # nothing that the module of the release build, which has it, has not been through already. The flags
 # are those of the release build, so that its objects come from ccache.
 test_wheel() {
-  local venv=build/wheel-venv
+  local venv=build/torch-venv
   say "test pip install ($(minutes))"
-  build/test-venv/bin/python -m venv --clear "$venv"  # An interpreter with headers.
+  if [ "$with_torch" = 0 ]; then
+    venv=build/wheel-venv
+    build/test-venv/bin/python -m venv --clear "$venv"  # An interpreter with headers.
+  fi
   CMAKE_BUILD_PARALLEL_LEVEL=$jobs "$venv/bin/python" -m pip install -q --disable-pip-version-check \
     --config-settings=cmake.define.SLUICE_CUDA=OFF \
     --config-settings=cmake.define.CMAKE_CXX_COMPILER=c++ \
@@ -51,9 +72,11 @@ if [ "${SLUICE_SANITIZERS:-1}" != 0 ]; then
   done
 fi
 
-with_python=ON
+wait_for_torch
+with_python=ON test_python=
+[ "$with_torch" = 0 ] || test_python=$PWD/build/torch-venv/bin/python
 build/test-venv/bin/python -c 'import nanobind' 2>/dev/null || with_python=OFF
-build ci -DSLUICE_PYTHON=$with_python
+build ci -DSLUICE_PYTHON=$with_python -DSLUICE_TEST_PYTHON="$test_python"
 say "test ci ($(minutes))"
 ctest --preset ci -j "$jobs"
 
