@@ -2,17 +2,25 @@
 #include <fmt/core.h>
 
 #include <memory>
+#include <optional>
 
 #include "command.h"
+#include "launch.h"
 #include "report.h"
+#include "sluice/config.h"
 #include "sluice/lab/exchange_bench.h"
+#include "sluice/lab/ranks.h"
 #include "sluice/recipe.h"
 
 namespace sluice::cli {
 namespace {
 
+/// What ranks that failed may take to say so, beyond their timeouts.
+constexpr std::chrono::milliseconds kPatience{10'000};
+
 struct Options {
-  std::string backend = "cpu", mode = "low-latency", wire = "fp8", routing = "uniform";
+  std::string backend = "cpu", transport = "inproc", mode = "low-latency", wire = "fp8",
+              routing = "uniform";
   int ranks = 8, experts = 256, topk = 8, hidden = 7168, pairs = 20, repeats = 10, sms = 0,
       devices = 0;
   std::vector<int> tokens = {1, 16, 64, 128};
@@ -36,6 +44,8 @@ nlohmann::ordered_json to_json(const ExchangeBenchTimes& t) {
   return {{"pair_us", t.pair_us},
           {"dispatch_us", t.dispatch_us},
           {"combine_us", t.combine_us},
+          {"dispatch_call_us", t.dispatch_call_us},
+          {"combine_call_us", t.combine_call_us},
           {"dispatch_bytes", t.dispatch_bytes},
           {"combine_bytes", t.combine_bytes},
           {"off_rank_share", t.off_rank_share}};
@@ -49,84 +59,136 @@ std::string share_of_link(const ExchangeBenchTimes& t, const ExchangeBenchReport
   return fmt::format("{:.0f} %", 100 * gbytes_per_s / report.link_gbytes_per_s);
 }
 
-void run(const Options& options, Output& output) {
+ExchangeBenchConfig resolve(const Options& options) {
   const WireFormat wire = parse_wire(options.wire);
-  const ExchangeBenchConfig config{
-      .device = options.backend == "cuda" ? Device::Kind::kCuda : Device::Kind::kHost,
-      .num_ranks = options.ranks,
-      .num_devices = options.devices,
-      .exchange = {.mode = parse_mode(options.mode),
-                   .wire = wire,
-                   .num_experts = options.experts,
-                   .num_topk = options.topk,
-                   .hidden = options.hidden,
-                   .num_in_flight = 1,
-                   .num_sms = options.sms},
-      .static_scale = wire == WireFormat::kE4m3Static ? 0.05f : 0.0f,
-      .tokens_per_rank = options.tokens,
-      .routing = parse_routing(options.routing),
-      .pairs = options.pairs,
-      .repeats = options.repeats,
-      .with_all_gather = !options.without_all_gather,
-      .seed = options.seed};
-  ProgressLine progress("bench exchange");
-  const ExchangeBenchReport report =
-      bench_exchange(config, [&](double fraction) { progress.update(fraction); });
-  fmt::print("exchange  {} ranks, {} mode, {} out, bf16 home; {} experts, top-{}, hidden {}; {}\n",
-             options.ranks, options.mode, to_string(wire), options.experts, options.topk,
-             options.hidden, options.routing);
+  return {.device = options.backend == "cuda" ? Device::Kind::kCuda : Device::Kind::kHost,
+          .num_ranks = options.ranks,
+          .num_devices = options.devices,
+          .exchange = {.mode = parse_mode(options.mode),
+                       .wire = wire,
+                       .num_experts = options.experts,
+                       .num_topk = options.topk,
+                       .hidden = options.hidden,
+                       .num_in_flight = 1,
+                       .num_sms = options.sms},
+          .static_scale = wire == WireFormat::kE4m3Static ? 0.05f : 0.0f,
+          .tokens_per_rank = options.tokens,
+          .routing = parse_routing(options.routing),
+          .pairs = options.pairs,
+          .repeats = options.repeats,
+          .with_all_gather = !options.without_all_gather,
+          .seed = options.seed};
+}
+
+void print_header(const Options& options, const ExchangeBenchConfig& config,
+                  const ExchangeBenchReport& report) {
+  fmt::print(
+      "exchange  {} ranks over {}, {} mode, {} out, bf16 home; {} experts, top-{}, hidden {}; {}\n",
+      options.ranks, options.transport, options.mode, to_string(config.exchange.wire),
+      options.experts, options.topk, options.hidden, options.routing);
   fmt::print("device    {}: copies {:.0f} GB/s (read and written), reads {:.0f} GB/s\n",
              report.device, report.copy_gbytes_per_s, report.read_gbytes_per_s);
   if (report.num_devices > 1) {
-    fmt::print("link      {} devices; one copies {:.0f} GB/s from another\n", report.num_devices,
-               report.link_gbytes_per_s);
+    fmt::print(
+        "link      {} devices; one copies {:.0f} GB/s from another, {:.0f} while each copies from "
+        "the next\n",
+        report.num_devices, report.link_gbytes_per_s, report.links_together_gbytes_per_s);
   }
-  fmt::print("times     us, slowest rank, medians; pair: {} free-running pairs, no host between\n",
-             options.pairs);
-  Table table({"tokens/rank", "rows", "dispatch", "combine", "pair", "out MB", "home MB",
+  fmt::print(
+      "times     us, slowest rank, medians; pair: {} free-running pairs, no host between; calls: "
+      "host time\n",
+      options.pairs);
+}
+
+void print_cases(const ExchangeBenchConfig& config, const ExchangeBenchReport& report) {
+  Table table({"tokens/rank", "rows", "dispatch", "combine", "pair", "calls", "out MB", "home MB",
                "pair GB/s", "of link", "AG", "RS", "AG+RS", "workspace"});
   for (const ExchangeBenchCase& c : report.cases) {
     const ExchangeBenchTimes& t = c.exchange;
     const bool ag = config.with_all_gather;
     table.add({fmt::format("{}", c.tokens_per_rank), fmt::format("{}", c.rows), us(t.dispatch_us),
-               us(t.combine_us), us(t.pair_us), fmt::format("{:.2f}", t.dispatch_bytes * 1e-6),
+               us(t.combine_us), us(t.pair_us),
+               us(t.dispatch_call_us) + " + " + us(t.combine_call_us),
+               fmt::format("{:.2f}", t.dispatch_bytes * 1e-6),
                fmt::format("{:.2f}", t.combine_bytes * 1e-6),
                fmt::format("{:.0f}", (t.dispatch_bytes + t.combine_bytes) / t.pair_us * 1e-3),
                share_of_link(t, report), ag ? us(c.all_gather.dispatch_us) : "-",
                ag ? us(c.all_gather.combine_us) : "-", ag ? us(c.all_gather.pair_us) : "-",
                human_bytes(static_cast<double>(c.workspace_bytes))});
-    nlohmann::ordered_json row = {{"tokens_per_rank", c.tokens_per_rank},
-                                  {"rows", c.rows},
-                                  {"checked_elements", c.checked_elements},
-                                  {"workspace_bytes", c.workspace_bytes},
-                                  {"exchange", to_json(t)}};
-    if (ag) row["all_gather"] = to_json(c.all_gather);
-    output.json["cases"].push_back(row);
   }
   fmt::print("{}", table.to_string());
   std::int64_t checked = 0;
   for (const ExchangeBenchCase& c : report.cases) checked += c.checked_elements;
   fmt::print("checked   {} elements before timing, all equal to the definition\n", checked);
+}
+
+void fill_json(const Options& options, const ExchangeBenchReport& report, Output& output) {
   output.json["command"] = "bench exchange";
+  output.json["transport"] = options.transport;
+  output.json["num_ranks"] = options.ranks;
+  output.json["mode"] = options.mode;
+  output.json["hidden"] = options.hidden;
+  for (const ExchangeBenchCase& c : report.cases) {
+    nlohmann::ordered_json row = {{"tokens_per_rank", c.tokens_per_rank},
+                                  {"rows", c.rows},
+                                  {"checked_elements", c.checked_elements},
+                                  {"workspace_bytes", c.workspace_bytes},
+                                  {"exchange", to_json(c.exchange)}};
+    if (!options.without_all_gather) row["all_gather"] = to_json(c.all_gather);
+    output.json["cases"].push_back(row);
+  }
   output.json["device"] = report.device;
   output.json["copy_gbytes_per_s"] = report.copy_gbytes_per_s;
   output.json["read_gbytes_per_s"] = report.read_gbytes_per_s;
   output.json["num_devices"] = report.num_devices;
   output.json["link_gbytes_per_s"] = report.link_gbytes_per_s;
+  output.json["links_together_gbytes_per_s"] = report.links_together_gbytes_per_s;
+}
+
+void run(const Options& options, Output& output) {
+  const Environment environment = read_environment();
+  const ExchangeBenchConfig config = resolve(options);
+  if (options.transport == "ipc" && !read_job_place()) {
+    output.exit_status = run_as_processes(options.ranks, 2 * environment.peer_timeout + kPatience);
+    output.json_path.clear();  // Rank 0 has written it.
+    return;
+  }
+  Launch launch(options.transport, options.ranks, environment.peer_timeout, output);
+  std::optional<ProgressLine> progress;
+  if (launch.is_reporter()) progress.emplace("bench exchange");
+  const ExchangeBenchReport report = bench_exchange(
+      config,
+      [&](double fraction) {
+        if (progress) progress->update(fraction);
+      },
+      [&](const auto& body) { return launch.run_ranks(body); });
+  launch.finish();
+  if (!launch.is_reporter()) return;
+  print_header(options, config, report);
+  print_cases(config, report);
+  fill_json(options, report, output);
 }
 
 }  // namespace
 
 void add_bench_exchange(Command& bench, Output& output) {
   Command command = bench.add_subcommand(
-      "exchange", "Dispatch and combine over ranks of this process; checked, then timed");
+      "exchange", "Dispatch and combine over ranks of this host; checked, then timed");
   const auto options = std::make_shared<Options>();
   command
       .add_option("--devices", options->devices,
                   "GPUs to spread ranks over; default: all there are")
       .range(1, 64);
-  command.add_option("--backend", options->backend, "cpu | cuda (ranks as streams of its devices)")
+  command
+      .add_option("--backend", options->backend,
+                  "cpu | cuda (rank r on device r modulo their number)")
       .one_of({"cpu", "cuda"})
+      .shows_default();
+  command
+      .add_option("--transport", options->transport,
+                  "inproc (ranks are threads, on CUDA streams of one process) | ipc (ranks are "
+                  "processes)")
+      .one_of({"inproc", "ipc"})
       .shows_default();
   command.add_option("--ranks", options->ranks, "Expert-parallel ranks")
       .range(1, 64)
@@ -144,7 +206,7 @@ void add_bench_exchange(Command& bench, Output& output) {
   command.add_option("--hidden", options->hidden, "Channels per token").shows_default();
   command.add_option("--routing", options->routing, "uniform | zipf | one-expert").shows_default();
   command.add_option("--pairs", options->pairs, "Dispatch-combine pairs of one recording")
-      .range(2, 10000)
+      .range(1, 1000)
       .shows_default();
   command.add_option("--repeat", options->repeats, "Replays of each recording")
       .range(1, 10000)

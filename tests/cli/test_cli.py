@@ -202,6 +202,27 @@ with tempfile.TemporaryDirectory() as folder:
     r = run("run", "--checkpoint", model)
     check("shard cut in half", r.returncode == 3 and os.path.basename(shard) in r.stderr, r)
 
+# Both kinds of ranks check every element first, move the same bytes and report the same fields.
+moved = {}
+with tempfile.TemporaryDirectory() as folder:
+    report = os.path.join(folder, "exchange.json")
+    for transport in ("inproc", "ipc"):
+        for mode in ("low-latency", "normal"):
+            r = run("bench", "exchange", "--transport", transport, "--ranks", "3", "--tokens", "1,8", "--hidden", "256",
+                    "--experts", "12", "--topk", "4", "--pairs", "2", "--repeat", "2", "--mode", mode, "--json", report)
+            with open(report) as file:
+                data = json.load(file)
+            check(f"bench exchange {transport} {mode}", r.returncode == 0 and f"3 ranks over {transport}" in r.stdout
+                  and "all equal to the definition" in r.stdout and r.stdout.count("checked") == 1
+                  and all(c["checked_elements"] > 0 and c["exchange"]["dispatch_call_us"] > 0 for c in data["cases"]), r)
+            moved[transport, mode] = [(c["rows"], c["checked_elements"], c["exchange"]["dispatch_bytes"],
+                                       c["exchange"]["combine_bytes"], c["exchange"]["off_rank_share"])
+                                      for c in data["cases"]]
+    check("bench exchange: the same bytes over both", len(moved["ipc", "normal"]) == 2
+          and all(moved["inproc", mode] == moved["ipc", mode] for mode in ("low-latency", "normal")), r)
+r = run("bench", "exchange", "--transport", "ipc", "--ranks", "3", "--experts", "8", "--tokens", "1")
+check("bench exchange ipc: refused once", r.returncode == 2
+      and r.stderr.count("num_experts 8 is not a positive multiple of 3 ranks") == 1, r)
 r = run("bench", "experts", "--preset", "tiny", "--rows", "1,3", "--repeat", "1")
 check("bench experts", r.returncode == 0 and "error/bound" in r.stdout and "of byte dot products" in r.stdout, r)
 print(f"{len(failures)} failures")

@@ -9,6 +9,7 @@
 #include "sluice/exchange.h"
 #include "sluice/lab/workload.h"
 #include "sluice/tensor.h"
+#include "sluice/transport.h"
 
 namespace sluice {
 
@@ -21,7 +22,9 @@ struct ExchangeBenchConfig {
   float static_scale = 0;  ///< Of every dispatch, for WireFormat::kE4m3Static.
   std::vector<int> tokens_per_rank = {1, 16, 64, 128};  ///< One case each.
   RoutingKind routing = RoutingKind::kUniform;
-  int pairs = 20;    ///< Dispatch-combine pairs of one recording.
+  /// Dispatch-combine pairs of one recording that count; one more comes first, in which ranks that
+  /// were launched early wait for the others.
+  int pairs = 20;
   int repeats = 10;  ///< Replays of each recording.
   /// Also time what stacks do without an exchange: every token to every rank, every rank's partial
   /// sum home. It is the same exchange with one expert per rank, chosen by every token.
@@ -34,6 +37,8 @@ struct ExchangeBenchTimes {
   double pair_us = 0;      ///< Free-running pairs, nothing between: the honest figure.
   double dispatch_us = 0;  ///< Between time stamps, less what two stamps with nothing between take.
   double combine_us = 0;
+  double dispatch_call_us = 0;  ///< Host time of one call that is not captured.
+  double combine_call_us = 0;
   double dispatch_bytes = 0;  ///< Put by all ranks in one dispatch, own memory included.
   double combine_bytes = 0;
   double off_rank_share = 0;  ///< Of those bytes, to other ranks.
@@ -53,13 +58,23 @@ struct ExchangeBenchReport {
   double read_gbytes_per_s = 0;
   int num_devices = 1;           ///< Used.
   double link_gbytes_per_s = 0;  ///< Copied from device 1 to device 0; 0 with one device.
+  /// The slowest device's copy while each copies from the next one: both directions of its link.
+  double links_together_gbytes_per_s = 0;
   std::vector<ExchangeBenchCase> cases = {};
 };
 
-/// Ranks are threads of this process; on CUDA, streams of its devices.
+/// Runs body(rank, transport) for each rank that is in this process, and returns what the bodies of
+/// all ranks returned, in order of the ranks. Throws the cause if a rank of any process failed.
+using RunRanks = std::function<std::vector<std::string>(
+    const std::function<std::string(int rank, Transport& transport)>& body)>;
+
+/// Ranks are threads of this process, or what `run_ranks` makes of them, on one host; on CUDA, rank
+/// r is a stream of device r % num_devices. Over processes every one calls this with the same
+/// configuration and gets the same report.
 /// `on_progress`, if any, is told the fraction that is done.
 /// Throws: kInternal naming rank, row and byte if anything arrives wrong; nothing is timed then.
 [[nodiscard]] ExchangeBenchReport bench_exchange(
-    const ExchangeBenchConfig& config, const std::function<void(double)>& on_progress = {});
+    const ExchangeBenchConfig& config, const std::function<void(double)>& on_progress = {},
+    const RunRanks& run_ranks = {});
 
 }  // namespace sluice

@@ -1,0 +1,59 @@
+// exchange_bench_rank.h - one rank of `bench exchange`: its tensors, its exchange, its check.
+#pragma once
+
+#include <chrono>
+#include <cstdint>
+#include <memory>
+
+#include "backend/ops.h"
+#include "bench/exchange_traffic.h"
+#include "sluice/exchange.h"
+#include "sluice/transport.h"
+
+namespace sluice {
+
+/// For collectives of the measurement itself; ranks check large batches at their own pace.
+inline constexpr std::chrono::milliseconds kBenchTimeout{60'000};
+
+class BenchRank {
+ public:
+  /// Collective. Borrows all three.
+  BenchRank(const Traffic& traffic, Transport& transport, BackendOps& backend);
+
+  void barrier() { (void)transport_.all_gather({}, kBenchTimeout); }
+  [[nodiscard]] Exchange& exchange() { return *exchange_; }
+
+  [[nodiscard]] Dispatched dispatch();
+  void combine(Dispatched d);
+
+  /// One pair, every byte compared; returns how many elements were. Throws: kInternal naming rank,
+  /// row and element of the first difference.
+  [[nodiscard]] std::int64_t check();
+
+  /// One pair that is not marked, in which ranks that were launched early wait for the others; then
+  /// `pairs` between two marks, or with a mark after each operation.
+  [[nodiscard]] std::unique_ptr<Recording> record(int pairs, bool mark_operations);
+
+  /// Host time of the two calls, medians over `pairs` calls that wait for nothing.
+  struct CallTimes {
+    double dispatch_us = 0, combine_us = 0;
+  };
+  [[nodiscard]] CallTimes time_calls(int pairs);
+
+ private:
+  [[nodiscard]] std::unique_ptr<DeviceBuffer> upload(const void* host, std::size_t bytes);
+  [[nodiscard]] MutableTensorView rows_of(const Dispatched& d) const;
+  [[nodiscard]] std::int64_t check_rows(const Dispatched& d);
+  [[nodiscard]] std::int64_t check_sums();
+
+  const Traffic& traffic_;
+  Transport& transport_;
+  BackendOps& backend_;
+  int rank_;
+  std::unique_ptr<DeviceBuffer> x_, idx_, weights_, y_, rows_;
+  std::unique_ptr<Exchange> exchange_;
+};
+
+[[nodiscard]] double median(std::vector<double> values);
+
+}  // namespace sluice
