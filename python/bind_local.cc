@@ -150,6 +150,12 @@ void bind_local_experts(nb::module_& m) {
 }  // namespace
 
 void bind_local(nb::module_& m) {
+  m.def(
+      "slice_experts", &slice_experts, "weights"_a, "slice"_a, "num_slices"_a,
+      "ExpertWeights: slice `slice` of `num_slices` of each expert, for tensor parallelism. It is\n"
+      "the expert's intermediate channels from slice * intermediate / num_slices on. The outputs\n"
+      "of all slices add up to those of the experts.\n\n"
+      "Raises Error: invalid_argument if slices are no multiples of 128 channels.");
   bind_local_experts(m);
   nb::class_<PyLocalGroup>(
       m, "LocalGroup",

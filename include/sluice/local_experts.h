@@ -37,6 +37,13 @@ namespace sluice {
 
 class Backend;
 
+/// Slice `slice` of `num_slices` of each expert, for tensor parallelism: its intermediate channels
+/// [slice * n, (slice + 1) * n), where n = intermediate / num_slices. The outputs of all slices add
+/// up to those of the experts; a rank's own are rounded to bf16 before they are added.
+/// gate and up are views of what `experts` view; down is copied, 1 / num_slices of it.
+/// Throws: kInvalidArgument if n is no multiple of 128.
+[[nodiscard]] ExpertWeights slice_experts(const ExpertWeights& experts, int slice, int num_slices);
+
 /// What the LocalExperts of a group have in common.
 struct LocalGroupConfig {
   int hidden = 0;        ///< Multiple of 128.

@@ -685,6 +685,15 @@ def moe_forward(engine: Layer, x: sluice._array.Array, routing: Routing, *, mode
 def stats(engine: Layer) -> dict:
     """Engine.stats()."""
 
+def slice_experts(weights: ExpertWeights, slice: int, num_slices: int) -> ExpertWeights:
+    """
+    ExpertWeights: slice `slice` of `num_slices` of each expert, for tensor parallelism. It is
+    the expert's intermediate channels from slice * intermediate / num_slices on. The outputs
+    of all slices add up to those of the experts.
+
+    Raises Error: invalid_argument if slices are no multiples of 128 channels.
+    """
+
 class LocalExperts:
     """
     Experts of one layer on a rank's own tokens, without an exchange: for one device, or for a

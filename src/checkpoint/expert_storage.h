@@ -9,10 +9,12 @@
 
 namespace sluice {
 
-/// Files that the views point into, and copies of scales that lie misaligned in their file.
+/// Files that the views point into, and copies of what does not lie in its file as it is wanted:
+/// misaligned scales, columns of a matrix.
 struct ExpertStorage {
   std::vector<std::shared_ptr<const MappedFile>> files;
   std::vector<std::unique_ptr<std::byte[]>> copies;
+  std::shared_ptr<const void> base = {};  ///< Of the weights that these are a part of, if any.
 };
 
 /// Deleter of ExpertWeights::storage. Its type tells release_pages() that the weights are mapped:

@@ -2,11 +2,13 @@
 // here, whatever the other entries say, and however calls share their memory.
 #include <gmock/gmock.h>
 
+#include <cmath>
 #include <limits>
 
 #include "layer_fixture.h"
 #include "sluice/experts.h"
 #include "sluice/local_experts.h"
+#include "sluice/quant.h"
 #include "support/counting.h"
 
 namespace sluice::testing {
@@ -37,6 +39,16 @@ std::vector<Recipe> all_recipes() {
     }
   }
   return recipes;
+}
+
+template <class Call>
+void expect_refused(const char* text, const Call& call) {
+  try {
+    call();
+    ADD_FAILURE() << "not refused: " << text;
+  } catch (const Error& error) {
+    EXPECT_THAT(error.what(), HasSubstr(text));
+  }
 }
 
 class LocalExpertsTest : public ::testing::Test {
@@ -204,6 +216,69 @@ TEST_F(LocalExpertsTest, UnusualCalls) {
   EXPECT_EQ(in_place.x, all);
 }
 
+// Tensor parallelism: every slice is the float64 layer of its own channels, and they add up.
+TEST_F(LocalExpertsTest, SlicesOfExpertsAddUp) {
+  for (const int group_size : {128, 32}) {
+    const ModelGeometry g{.name = "wide",
+                          .num_experts = 6,
+                          .num_topk = 3,
+                          .hidden = 256,
+                          .intermediate = 512,
+                          .group_size = group_size};
+    const TemporaryCheckpoint files(
+        {.geometry = g, .format = group_size == 32 ? "kimi-int4" : "w4afp8"});
+    const Checkpoint checkpoint = Checkpoint::open(files.path());
+    const auto all = [&] {
+      return checkpoint.load_experts(checkpoint.moe_layers().front(), 0, g.num_experts);
+    };
+    const LocalGroupConfig config{.hidden = g.hidden, .intermediate = 512, .max_entries = 15};
+    const Workload load =
+        make_workload({.num_experts = 6, .num_topk = 3, .hidden = g.hidden, .seed = 3}, 0, 5);
+    const auto run = [&](const ExpertWeights& weights, const Recipe& recipe) {
+      LocalGroupConfig own = config;
+      own.intermediate = weights.geometry.intermediate;
+      LocalExperts layer = LocalExperts::create(own, weights, *backend_, recipe);
+      std::vector<std::uint16_t> y(load.x.size(), kPoison);
+      MutableTensorView view;
+      view.data = y.data(), view.dtype = DType::kBFloat16, view.shape = load.x_view().shape;
+      layer.forward(load.x_view(), load.routing_view(), view, {});
+      const LayerReference reference(weights, layer.recipe(), 1.0f,
+                                     error_model(Device::Kind::kHost));
+      VerifyReport report;
+      for (std::size_t t = 0; t < 5; ++t) {
+        compare_row(
+            reference.row(&load.x[t * 256], &load.topk_idx[t * 3], &load.topk_weights[t * 3], 3),
+            &y[t * 256], static_cast<std::int64_t>(t), report);
+      }
+      EXPECT_TRUE(report.passed()) << report.worst_ratio;
+      return y;
+    };
+    for (const char* name : {"direct", "static"}) {
+      const Recipe recipe = parse_recipe(name);
+      if (group_size == 32 && recipe != Recipe{}) continue;  // Published without static scales.
+      const auto whole = run(all(), recipe);
+      EXPECT_EQ(run(slice_experts(all(), 0, 1), recipe), whole);
+      for (const int num_slices : {2, 4}) {
+        std::vector<double> sum(whole.size());
+        for (int slice = 0; slice < num_slices; ++slice) {
+          const auto part = run(slice_experts(all(), slice, num_slices), recipe);
+          for (std::size_t i = 0; i < sum.size(); ++i) sum[i] += bf16_to_float(part[i]);
+        }
+        double error = 0, norm = 0;
+        for (std::size_t i = 0; i < sum.size(); ++i) {
+          const double y = bf16_to_float(whole[i]);
+          error += (sum[i] - y) * (sum[i] - y), norm += y * y;
+        }
+        // bf16 rounds rows and sums to 2^-9: some of these for each slice.
+        EXPECT_LT(std::sqrt(error / norm), 0x1p-7) << name << ", " << num_slices << " slices";
+      }
+    }
+    expect_refused("intermediate 512 cut in 8: slices are multiples of 128",
+                   [&] { (void)slice_experts(all(), 0, 8); });
+    expect_refused("slice 2 is not in [0, 2)", [&] { (void)slice_experts(all(), 2, 2); });
+  }
+}
+
 TEST_F(LocalExpertsTest, LayersOfAGroupShareItsScratch) {
   CountingBackend backend({.num_threads = 2});
   LocalGroup group = LocalGroup::create(config(), backend);
@@ -260,16 +335,6 @@ TEST_F(LocalExpertsTest, ReserveMakesRoom) {
   // A captured graph could still use the first.
   EXPECT_EQ(group.memory().scratch_bytes,
             LocalGroup::scratch_bytes(config(3)) + LocalGroup::scratch_bytes(config()));
-}
-
-template <class Call>
-void expect_refused(const char* text, const Call& call) {
-  try {
-    call();
-    ADD_FAILURE() << "not refused: " << text;
-  } catch (const Error& error) {
-    EXPECT_THAT(error.what(), HasSubstr(text));
-  }
 }
 
 TEST_F(LocalExpertsTest, WhatDoesNotFitIsRefused) {

@@ -61,6 +61,23 @@ def test_parts_and_sentinels(checkpoint, geometry, backend):
     assert np.linalg.norm(total - y) < 0.01 * np.linalg.norm(y)
 
 
+def test_slices_add_up(tmp_path, backend):
+    """Tensor parallelism: intermediate channels cut in as many parts as groups of 128 allow."""
+    geometry = sluice.ModelGeometry(num_experts=8, num_topk=2, hidden=256, intermediate=512)
+    experts = all_experts(sluice.make_checkpoint(tmp_path / "wide", geometry), geometry)
+    x, idx, weights = sluice.make_workload(geometry, TOKENS)
+    routing = sluice.Routing(idx, weights)
+    make = lambda part: sluice.LocalExperts(part, backend, max_entries=entries(geometry))  # noqa: E731
+    y = as_float(make(experts).forward(x, routing))
+    for num in (2, 4):
+        parts = [sluice.slice_experts(experts, i, num) for i in range(num)]
+        assert all(part.geometry.intermediate == 512 // num for part in parts)
+        total = sum(as_float(make(part).forward(x, routing)) for part in parts)
+        assert np.linalg.norm(total - y) < 0.01 * np.linalg.norm(y)
+    with pytest.raises(sluice.Error, match="slices are multiples of 128"):
+        sluice.slice_experts(experts, 0, 8)
+
+
 def test_e4m3_of_a_dispatch(checkpoint, geometry, backend):
     x, idx, weights = sluice.make_workload(geometry, TOKENS)
     routing = sluice.Routing(idx, weights)
