@@ -78,11 +78,11 @@ raise SystemExit(not os.path.exists(sysconfig.get_path("include") + "/Python.h")
 # The versions are those that the tests were run with.
 sluice_torch_venv() {
   local venv=build/torch-venv
-  "$venv/bin/python" -c 'import torch, transformers, compressed_tensors, ml_dtypes, pytest' 2>/dev/null && return
+  "$venv/bin/python" -c 'import torch, transformers, accelerate, compressed_tensors, ml_dtypes, pytest' 2>/dev/null && return
   build/test-venv/bin/python -m venv --clear "$venv" &&
     "$venv/bin/python" -m pip install -q --disable-pip-version-check \
-      'torch==2.15.*' 'transformers==5.24.*' 'compressed-tensors==0.20.*' 'safetensors>=0.4,<1' \
-      'numpy>=1.26,<3' 'ml_dtypes>=0.4' 'pytest>=7'
+      'torch==2.15.*' 'transformers==5.24.*' 'accelerate==1.15.*' 'compressed-tensors==0.20.*' \
+      'safetensors>=0.4,<1' 'numpy>=1.26,<3' 'ml_dtypes>=0.4' 'pytest>=7'
 }
 
 sluice_check_tools() {

@@ -1,0 +1,361 @@
+"""Models of Hugging Face's transformers (version 5) whose routed experts Sluice computes.
+
+    import sluice.integrations.transformers
+    model = AutoModelForCausalLM.from_pretrained("model-w4afp8")     # experts in INT4
+    model.generate(...)
+
+Importing this registers
+
+- the quantization method "w4afp8", and a quantizer for "compressed-tensors" in place of the one of
+  transformers. A checkpoint whose routed experts are INT4 (in groups of 128; compressed-tensors also
+  of 32) loads with SluiceExperts in place of the experts. The rest is what transformers makes of it,
+  as is every checkpoint without such experts.
+- "sluice" in ALL_EXPERTS_FUNCTIONS, for a model in bfloat16 that is loaded already:
+  model.set_experts_implementation("sluice"). Each layer's weights are quantized at its first call.
+
+The experts of all layers share one backend and the memory between their stages. They are for
+inference: a backward pass is refused. docs/transformers.md has the rest.
+"""
+
+import os
+import re
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from torch import nn
+from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
+from transformers.quantizers.auto import (
+    AUTO_QUANTIZER_MAPPING,
+    register_quantization_config,
+    register_quantizer,
+)
+from transformers.quantizers.quantizer_compressed_tensors import CompressedTensorsHfQuantizer
+from transformers.quantizers.quantizer_finegrained_fp8 import FineGrainedFP8HfQuantizer
+from transformers.utils import logging
+from transformers.utils.quantization_config import FineGrainedFP8Config
+
+from .. import _core
+from .._error import Error
+
+__all__ = ["SluiceExperts", "W4AFP8Config", "W4AFP8Quantizer", "sluice_experts_forward"]
+
+_logger = logging.get_logger(__name__)
+
+
+# --- What both ways have in common ----------------------------------------------------------------
+
+
+def _refuse(module: nn.Module, what: str) -> None:
+    raise Error("unsupported", f"{type(module).__name__}: {what}")
+
+
+def _check_supported(module: nn.Module) -> None:
+    """Raises Error: unsupported, naming the class and what its experts have that Sluice's have not."""
+    if module.has_bias:
+        _refuse(module, "experts with biases")
+    if module.is_transposed:
+        _refuse(module, "experts whose matrices are transposed")
+    if not module.has_gate:
+        _refuse(module, "experts without a gate matrix")
+    if not module.is_concatenated:
+        _refuse(module, "experts whose gate and up rows alternate")
+    if getattr(module, "has_post_expert_norm", False):
+        _refuse(module, "experts with a norm after each")
+    if type(module)._apply_gate.__module__ != "transformers.integrations.moe":
+        _refuse(module, "an activation of its own (_apply_gate); only SwiGLU, silu(gate) * up, is supported")
+    name = type(module.act_fn).__name__
+    if name not in ("SiLU", "SiLUActivation"):
+        _refuse(module, f"activation {name}; only silu is supported")
+
+
+class _Buffers:
+    """A backend for each device, and a LocalGroup for each width of layers on it."""
+
+    def __init__(self) -> None:
+        self._backends: dict[str, Any] = {}
+        self._groups: dict[tuple[str, int, int], Any] = {}
+
+    def group(self, device: torch.device, hidden: int, intermediate: int) -> Any:
+        name = "cpu" if device.type == "cpu" else f"{device.type}:{device.index or 0}"
+        if name not in self._backends:
+            self._backends[name] = _core.Backend(name)
+        key = name, hidden, intermediate
+        if key not in self._groups:
+            self._groups[key] = _core.LocalGroup(
+                self._backends[name], hidden=hidden, intermediate=intermediate, max_entries=1024)
+        return self._groups[key]
+
+
+class _Layer:
+    """One layer's experts, and the group that they share memory in."""
+
+    def __init__(self, group: Any, device: torch.device, weights: Any, name: str) -> None:
+        self._group, self._device = group, device
+        self._experts = group.add_layer(weights, name=name)
+        self.weight_bytes = self._experts.weight_bytes
+
+    def run(self, x: torch.Tensor, idx: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+        """x [T, H] bfloat16, idx [T, K] int, weights [T, K] -> [T, H]; other ids than ours are skipped."""
+        if x.dtype != torch.bfloat16:
+            raise Error("invalid_argument", f"hidden states: expected torch.bfloat16, got {x.dtype}; "
+                                            "load the model with dtype=torch.bfloat16")
+        if x.device != self._device:
+            raise Error("invalid_argument", f"hidden states: expected on {self._device}, where the experts are, "
+                                            f"got {x.device}; name the device in from_pretrained(device_map=...)")
+        if idx.numel() > self._group.max_entries:
+            self._group.reserve(max(idx.numel(), 2 * self._group.max_entries))
+        routing = _core.Routing(idx.contiguous(), weights.float().contiguous())
+        return self._experts.forward(x.contiguous(), routing)
+
+
+class _Inference(torch.autograd.Function):
+    """A call whose gradient is refused when somebody asks for it, not left out."""
+
+    @staticmethod
+    def forward(ctx: Any, layer: _Layer, x: torch.Tensor, idx: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+        return layer.run(x, idx, weights)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: torch.Tensor) -> None:
+        raise Error("unsupported", "experts in Sluice have no backward pass; use another experts_implementation")
+
+
+# --- Checkpoints with INT4 experts ----------------------------------------------------------------
+
+
+class SluiceExperts(nn.Module):
+    """The routed experts of one layer, in Sluice: (hidden_states [T, H] bfloat16, top_k_index [T, K],
+    top_k_weights [T, K]) -> [T, H]. Has no parameters; they stay where from_pretrained() put them.
+
+    Each output row depends on its own token alone: the same bits in prefill and in decoding, alone
+    and in a batch. Raises Error: invalid_argument for another dtype or device.
+    """
+
+    def __init__(self, num_experts: int, hidden: int, intermediate: int) -> None:
+        super().__init__()
+        self.num_experts, self.hidden_dim, self.intermediate_dim = num_experts, hidden, intermediate
+        self._layer: _Layer | None = None
+
+    @property
+    def weight_bytes(self) -> int:
+        """Of the repacked weights; 0 before they are loaded."""
+        return self._layer.weight_bytes if self._layer else 0
+
+    def extra_repr(self) -> str:
+        return f"num_experts={self.num_experts}, hidden={self.hidden_dim}, intermediate={self.intermediate_dim}"
+
+    def load(self, checkpoint: Any, layer: int, buffers: _Buffers, device: torch.device) -> None:
+        """All experts of a layer of the checkpoint, repacked for the device."""
+        sizes = {"experts": (self.num_experts, checkpoint.geometry.num_experts),
+                 "hidden size": (self.hidden_dim, checkpoint.geometry.hidden),
+                 "intermediate size": (self.intermediate_dim, checkpoint.geometry.intermediate)}
+        for name, (model, stored) in sizes.items():
+            if model != stored:
+                raise Error("invalid_argument", f"layer {layer}: {name} is {model} in the model and {stored} in "
+                                                f"{checkpoint.path}")
+        weights = checkpoint.load_experts(layer, 0, self.num_experts)
+        group = buffers.group(device, self.hidden_dim, self.intermediate_dim)
+        self._layer = _Layer(group, device, weights, f"layer {layer}")
+
+    def forward(self, hidden_states: torch.Tensor, top_k_index: torch.Tensor,
+                top_k_weights: torch.Tensor) -> torch.Tensor:
+        if self._layer is None:
+            raise Error("invalid_argument", "SluiceExperts without weights: only from_pretrained() loads them")
+        return _Inference.apply(self._layer, hidden_states, top_k_index, top_k_weights)
+
+
+_OF_AN_EXPERT = re.compile(r"\.experts\.\d+\.")
+
+
+def _names_in(files: list[str]) -> list[str]:
+    names: list[str] = []
+    for path in files:
+        with safe_open(path, framework="pt") as file:
+            names += file.keys()
+    return names
+
+
+def _is_experts(module: nn.Module) -> bool:
+    """Whether transformers dispatches the module's forward (use_experts_implementation)."""
+    return all(hasattr(module, name) for name in ("is_transposed", "has_gate", "has_bias", "gate_up_proj"))
+
+
+class _RoutedExperts:
+    """Of a quantizer: the routed experts are SluiceExperts and are read by Sluice."""
+
+    _modules: list[str] = []
+    _directory = ""
+
+    def _experts_of(self, model: Any, files: list[str] | None) -> dict[str, nn.Module]:
+        """By name. Checks them, and that the checkpoint is one that Sluice reads."""
+        modules = {name: module for name, module in model.named_modules() if _is_experts(module)}
+        if not modules or not files:
+            raise Error("unsupported", f"{type(model).__name__}: no routed experts as transformers 5 has them "
+                                       "(gate_up_proj and down_proj of all experts in one module)")
+        for module in modules.values():
+            _check_supported(module)
+        split = getattr(model.config, "distributed_config", None)
+        for name in ("tp_size", "ep_size", "tp_plan", "enable_expert_parallel"):
+            value = getattr(split, name, None)
+            if value and (value is True or value != 1):
+                raise Error("unsupported", f"distributed_config: {name}={value!r}; INT4 experts are not split over "
+                                           "ranks by transformers yet")
+        self._directory = os.path.dirname(files[0])
+        return modules
+
+    def _replace(self, model: Any, modules: dict[str, nn.Module]) -> None:
+        # Their tensors are read afterwards, not by transformers: it must neither miss nor report them.
+        ignored = {re.escape(name.removeprefix("model.")) + r"\.\d+\." for name in modules}
+        model._keys_to_ignore_on_load_unexpected = ignored.union(model._keys_to_ignore_on_load_unexpected or ())
+        for name, module in modules.items():
+            _, rows, hidden = module.gate_up_proj.shape
+            model.set_submodule(name, SluiceExperts(module.num_experts, hidden, rows // 2))
+        self._modules = list(modules)
+
+    def update_weight_conversions(self, weight_conversions: list, model: Any) -> list:
+        if self._modules:
+            merged = re.compile(r"experts\.(gate_up_proj|down_proj)$")
+            weight_conversions = [c for c in weight_conversions
+                                  if not any(merged.search(p) for p in getattr(c, "target_patterns", []))]
+        return super().update_weight_conversions(weight_conversions, model)
+
+    def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
+        model = super()._process_model_after_weight_loading(model, **kwargs) or model
+        if self._modules:
+            checkpoint, buffers = _core.Checkpoint(self._directory), _Buffers()
+            for name in self._modules:
+                layer = re.search(r"layers\.(\d+)\.", name)
+                if layer is None:
+                    raise Error("unsupported", f"{name}: no layer number in the name")
+                block = model.get_submodule(name.rpartition(".")[0])
+                device = next(block.parameters()).device  # Of the router.
+                model.get_submodule(name).load(checkpoint, int(layer[1]), buffers, device)
+        return model
+
+    def is_serializable(self) -> bool:
+        return not self._modules and super().is_serializable()
+
+    @property
+    def is_trainable(self) -> bool:
+        return not self._modules and super().is_trainable
+
+    @property
+    def is_compileable(self) -> bool:
+        return not self._modules and super().is_compileable
+
+
+@register_quantization_config("w4afp8")
+class W4AFP8Config(FineGrainedFP8Config):
+    """INT4 experts in groups of 128; the other matrices are FP8 in blocks, or as in the model."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**{**options, "quant_method": "w4afp8"})
+
+
+@register_quantizer("w4afp8")
+class W4AFP8Quantizer(_RoutedExperts, FineGrainedFP8HfQuantizer):
+    """Loads W4AFP8: experts through Sluice, FP8 matrices as transformers does."""
+
+    _has_fp8 = False
+
+    def validate_environment(self, *args: Any, **kwargs: Any) -> None:
+        if not self.pre_quantized:
+            raise Error("unsupported", "w4afp8: only checkpoints that are quantized already; make one with "
+                                       "`sluice convert --format w4afp8`")
+        self._environment = kwargs  # What FP8 needs is asked for when there is some.
+
+    def _process_model_before_weight_loading(self, model: Any, checkpoint_files: Any = None, **kwargs: Any) -> None:
+        modules = self._experts_of(model, checkpoint_files)
+        names = _names_in(checkpoint_files)
+        self._has_fp8 = any(n.endswith("weight_scale_inv") and not _OF_AN_EXPERT.search(n) for n in names)
+        if self._has_fp8:
+            super().validate_environment(**self._environment)
+            super()._process_model_before_weight_loading(model, **kwargs)
+        else:
+            self.serialized_names = {}
+        self._replace(model, modules)
+
+    def get_load_operations(self) -> dict:
+        return super().get_load_operations() if self._has_fp8 else {}
+
+    def update_weight_conversions(self, weight_conversions: list, model: Any) -> list:
+        return super().update_weight_conversions(weight_conversions, model)
+
+
+class CompressedTensorsQuantizer(_RoutedExperts, CompressedTensorsHfQuantizer):
+    """As transformers', but for INT4 experts in groups, which are Sluice's."""
+
+    def _has_int4_experts(self, files: list[str] | None) -> bool:
+        scheme = self.quantization_config.quantization_config
+        groups = scheme.config_groups.values() if scheme and not self.quantization_config.dequantize else ()
+        weights = [group.weights for group in groups if group.weights is not None]
+        is_int4 = any(w.num_bits == 4 and w.type == "int" and w.group_size in (32, 128) for w in weights)
+        return is_int4 and bool(files) and files[0].endswith(".safetensors") and any(
+            n.endswith("weight_packed") and _OF_AN_EXPERT.search(n) for n in _names_in(files))
+
+    def _process_model_before_weight_loading(self, model: Any, checkpoint_files: Any = None, **kwargs: Any) -> None:
+        if self._has_int4_experts(checkpoint_files):
+            self._replace(model, self._experts_of(model, checkpoint_files))
+        super()._process_model_before_weight_loading(model, **kwargs)
+
+
+AUTO_QUANTIZER_MAPPING["compressed-tensors"] = CompressedTensorsQuantizer
+
+
+# --- Models in bfloat16 ---------------------------------------------------------------------------
+
+
+def _int4_of(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """(codes [E, n, k / 2] uint8, scales [E, n, k / 128] float32) of [E, n, k]: scale = amax / 7."""
+    experts, n, k = weight.shape
+    codes = torch.empty(experts, n, k // 2, dtype=torch.uint8)
+    scales = torch.empty(experts, n, k // 128)
+    for e in range(experts):
+        groups = weight[e].detach().cpu().float().reshape(n, k // 128, 128)
+        scale = groups.abs().amax(-1) / 7
+        is_zero = scale == 0
+        q = torch.round(groups / scale.masked_fill(is_zero, 1)[..., None]).clamp(-8, 7).to(torch.int8)
+        q = q.reshape(n, k // 2, 2).bitwise_and(0xF).to(torch.uint8)
+        codes[e] = q[..., 0] | q[..., 1] << 4
+        scales[e] = scale.masked_fill(is_zero, 2.0**-24)
+    return codes, scales
+
+
+_buffers = _Buffers()
+
+
+def _quantized(module: nn.Module) -> _Layer:
+    """Made at the first call, and again when the weights have changed."""
+    parameters = module.gate_up_proj, module.down_proj
+    state = [(p.data_ptr(), p._version, p.device) for p in parameters]
+    kept = module.__dict__.get("_sluice_layer")
+    if kept is not None and kept[0] == state:
+        return kept[1]
+    _check_supported(module)
+    _, rows, hidden = module.gate_up_proj.shape
+    for name, width in ("hidden", hidden), ("intermediate", rows // 2):
+        if width % 128:
+            _refuse(module, f"{name} size {width} is no multiple of 128")
+    _logger.warning_once(
+        f"{type(module).__name__}: experts are quantized to INT4 at the first call of each layer (scale = amax / 7 "
+        "of 128 weights), and computed by Sluice. The bfloat16 weights stay as they are.")
+    gate, up = (_int4_of(half) for half in module.gate_up_proj.chunk(2, dim=1))
+    weights = _core.ExpertWeights.from_arrays(gate, up, _int4_of(module.down_proj))
+    device = module.gate_up_proj.device
+    layer = _Layer(_buffers.group(device, hidden, rows // 2), device, weights, type(module).__name__)
+    module.__dict__["_sluice_layer"] = state, layer
+    return layer
+
+
+def sluice_experts_forward(self: nn.Module, hidden_states: torch.Tensor, top_k_index: torch.Tensor,
+                           top_k_weights: torch.Tensor) -> torch.Tensor:
+    """experts_implementation="sluice": [T, H], [T, K], [T, K] -> [T, H]. Ids >= num_experts, which mark
+    other ranks' experts under expert parallelism, are skipped.
+
+    Raises Error: unsupported, naming the class and what its experts have that Sluice's have not.
+    """
+    return _Inference.apply(_quantized(self), hidden_states, top_k_index, top_k_weights)
+
+
+ALL_EXPERTS_FUNCTIONS.register("sluice", sluice_experts_forward)

@@ -1,0 +1,295 @@
+"""sluice.integrations.transformers: tiny models with random weights, made by transformers itself, converted
+by the command line, loaded and run."""
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import types
+from pathlib import Path
+
+import numpy as np
+import pytest
+from conftest import on_every_rank
+
+import sluice
+
+torch = pytest.importorskip("torch", reason="torch is not installed")
+transformers = pytest.importorskip("transformers", reason="transformers is not installed")
+if int(transformers.__version__.split(".")[0]) < 5:
+    pytest.skip("transformers 4: the seams are those of 5", allow_module_level=True)
+
+import safetensors.torch as safetensors_torch  # noqa: E402
+
+from sluice.integrations import transformers as integration  # noqa: E402
+
+ROOT = Path(__file__).parents[2]
+
+COMMON = {"vocab_size": 256, "hidden_size": 256, "intermediate_size": 256, "moe_intermediate_size": 128,
+          "num_attention_heads": 4, "num_experts_per_tok": 4, "max_position_embeddings": 256,
+          "bos_token_id": 0, "eos_token_id": None, "dtype": "bfloat16"}
+MODELS = {
+    "deepseek_v3": {"num_hidden_layers": 3, "num_key_value_heads": 4, "n_routed_experts": 16, "n_group": 4,
+                    "topk_group": 2, "first_k_dense_replace": 1, "q_lora_rank": 64, "kv_lora_rank": 64,
+                    "qk_rope_head_dim": 32, "qk_nope_head_dim": 32, "v_head_dim": 32},
+    "qwen3_moe": {"num_hidden_layers": 2, "num_key_value_heads": 2, "head_dim": 64, "num_experts": 16},
+}
+FORMATS = {"w4afp8": ["w4afp8"], "ct-128": ["compressed-tensors", "--group-size", "128"],
+           "ct-32": ["compressed-tensors", "--group-size", "32"]}
+PROMPT = torch.arange(2 * 9).reshape(2, 9) * 7 % 256
+
+
+def load(path, **options):
+    return transformers.AutoModelForCausalLM.from_pretrained(path, **options)
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory, command_line):
+    """model, format -> folder; "bf16" is what transformers saved."""
+    pytest.importorskip("compressed_tensors", reason="compressed-tensors is not installed")
+    folder = tmp_path_factory.mktemp("transformers")
+    paths = {}
+    for name, sizes in MODELS.items():
+        torch.manual_seed(0)
+        config = transformers.AutoConfig.for_model(name, **COMMON, **sizes)
+        paths[name, "bf16"] = folder / name
+        transformers.AutoModelForCausalLM.from_config(config).bfloat16().save_pretrained(folder / name)
+        for form, options in FORMATS.items():
+            paths[name, form] = folder / f"{name}-{form}"
+            subprocess.run([command_line, "convert", "--from", folder / name, "--to", paths[name, form],
+                            "--scale", "amax7", "--format", *options], check=True, capture_output=True)
+    return paths
+
+
+def experts_of(model):
+    return {name: module for name, module in model.named_modules()
+            if isinstance(module, integration.SluiceExperts)}
+
+
+def moe_layers(name):
+    return list(range(MODELS[name].get("first_k_dense_replace", 0), MODELS[name]["num_hidden_layers"]))
+
+
+def call_of(geometry, num_tokens, seed=1):
+    """x, ids and weights of a call, as transformers' routers give them; some ids of another rank."""
+    draw = torch.Generator().manual_seed(seed)
+    x = torch.randn(num_tokens, geometry.hidden, generator=draw).bfloat16()
+    idx = torch.rand(num_tokens, geometry.num_experts, generator=draw).argsort(1)[:, : geometry.num_topk]
+    weights = torch.rand(idx.shape, generator=draw)
+    return x, idx, weights
+
+
+def bits(tensor):
+    return tensor.contiguous().view(torch.int16).numpy().view(np.uint16)
+
+
+@pytest.mark.parametrize("form", FORMATS)
+@pytest.mark.parametrize("name", MODELS)
+def test_a_checkpoint_loads_and_generates(models, name, form):
+    model, info = load(models[name, form], output_loading_info=True)
+    assert not info["missing_keys"] and not info["unexpected_keys"], info
+    assert list(experts_of(model)) == [f"model.layers.{n}.mlp.experts" for n in moe_layers(name)]
+    assert not any("gate_up_proj" in n for n, _ in model.named_parameters())
+    same = {n: p for n, p in load(models[name, "bf16"]).named_parameters() if ".mlp.experts." not in n}
+    assert {n for n, _ in model.named_parameters()} == set(same)
+    assert all(torch.equal(p, same[n]) for n, p in model.named_parameters())
+    options = {"max_new_tokens": 32, "do_sample": False, "output_logits": True, "return_dict_in_generate": True}
+    first, second = (model.generate(PROMPT, **options) for _ in range(2))
+    assert first.sequences.shape == (2, PROMPT.shape[1] + 32) and torch.equal(first.sequences, second.sequences)
+    assert all(torch.isfinite(step).all() for step in first.logits)
+
+
+@pytest.mark.parametrize("form", FORMATS)
+def test_experts_give_the_bits_of_the_engine_over_any_ranks(models, form):
+    path = models["deepseek_v3", form]
+    checkpoint, layer = sluice.Checkpoint(path), moe_layers("deepseek_v3")[0]
+    geometry = checkpoint.geometry
+    experts = load(path).get_submodule(f"model.layers.{layer}.mlp.experts")
+    x, idx, weights = call_of(geometry, 24)
+    with torch.no_grad():
+        y = experts(x, idx, weights)
+    for ranks in (1, 2, 4):
+        transports = sluice.Transport.inproc(ranks)
+
+        def run(rank):
+            engine = sluice.Engine(checkpoint, transports[rank], sluice.Backend(num_threads=1), layer=layer,
+                                   max_tokens_per_rank=24)
+            mine = slice(rank * 24 // ranks, (rank + 1) * 24 // ranks)
+            routing = sluice.Routing(idx[mine].contiguous(), weights[mine].contiguous())
+            return sluice.moe_forward(engine, x[mine].contiguous(), routing, mode="normal")
+
+        assert np.array_equal(bits(torch.cat(on_every_rank(ranks, run))), bits(y)), ranks
+    # A token's row is the same bits alone, in any batch, and beside entries that are another rank's.
+    with torch.no_grad():
+        for rows in (slice(0, 1), slice(5, 6), slice(3, 20)):
+            assert torch.equal(experts(x[rows], idx[rows], weights[rows]), y[rows])
+        elsewhere = torch.cat([idx, torch.full((24, 1), geometry.num_experts)], 1)
+        assert torch.equal(experts(x, elsewhere, torch.cat([weights, torch.ones(24, 1)], 1)), y)
+
+
+@pytest.mark.parametrize("form", FORMATS)
+def test_layers_are_near_the_float_model_with_the_same_weights(models, form):
+    """Against transformers' own eager experts in float32 on dequantized weights: what e4m3 costs, twice."""
+    path = models["deepseek_v3", form]
+    model, checkpoint = load(path), sluice.Checkpoint(path)
+    geometry = checkpoint.geometry
+    eager = load(models["deepseek_v3", "bf16"], dtype=torch.float32, experts_implementation="eager")
+    for layer in moe_layers("deepseek_v3"):
+        weights = checkpoint.load_experts(layer, 0, geometry.num_experts)
+        reference = eager.get_submodule(f"model.layers.{layer}.mlp.experts")
+        for e in range(geometry.num_experts):
+            parts = [dequantized(*weights.matrix(e, which)) for which in ("gate", "up", "down")]
+            reference.gate_up_proj.data[e], reference.down_proj.data[e] = torch.cat(parts[:2]), parts[2]
+        x, idx, w = call_of(geometry, 64, seed=layer)
+        with torch.no_grad():
+            y, expected = model.get_submodule(f"model.layers.{layer}.mlp.experts")(x, idx, w), reference(x.float(), idx, w)
+        error = ((y.float() - expected).norm() / expected.norm()).item()
+        assert 0.01 < error < 0.055, (layer, error)
+
+
+def dequantized(codes, scales):
+    low, high = (codes & 0xF).astype(np.int8), (codes >> 4).astype(np.int8)
+    q = np.stack([low, high], -1).reshape(codes.shape[0], -1)
+    q = np.where(q > 7, q - 16, q).astype(np.float32)
+    if scales.dtype == np.uint16:
+        scales = (scales.astype(np.uint32) << 16).view(np.float32)
+    return torch.from_numpy(q * np.repeat(scales, q.shape[1] // scales.shape[1], 1))
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_a_bf16_model_gives_what_its_converted_checkpoint_gives(models, name):
+    quantized, model = load(models[name, "w4afp8"]), load(models[name, "bf16"])
+    model.set_experts_implementation("sluice")
+    with torch.no_grad():
+        wanted, got = quantized(PROMPT).logits, model(PROMPT).logits
+        assert torch.equal(wanted, got) and torch.equal(model(PROMPT).logits, got)
+        # Of transformers' own experts another result, and the same again after switching back.
+        model.set_experts_implementation("eager")
+        assert not torch.equal(model(PROMPT).logits, got)
+        model.set_experts_implementation("sluice")
+        assert torch.equal(model(PROMPT).logits, got)
+        # Weights that change are quantized again.
+        model.get_submodule(f"model.layers.{moe_layers(name)[0]}.mlp.experts").down_proj.mul_(-2)
+        assert not torch.equal(model(PROMPT).logits, got)
+
+
+def test_compressed_tensors_may_still_be_dequantized_by_transformers(models):
+    config = transformers.CompressedTensorsConfig(dequantize=True)
+    model = load(models["qwen3_moe", "ct-128"], quantization_config=config)
+    assert not experts_of(model) and any("gate_up_proj" in n for n, _ in model.named_parameters())
+    ours = load(models["qwen3_moe", "ct-128"])
+    assert len(experts_of(ours)) == len(moe_layers("qwen3_moe"))
+
+
+REFUSED = {
+    "biases": {"has_bias": True},
+    "transposed": {"is_transposed": True},
+    "without a gate": {"has_gate": False},
+    "alternate": {"is_concatenated": False},
+    "a norm after each": {"has_post_expert_norm": True},
+    "GELU": {"act_fn": transformers.activations.ACT2FN["gelu"]},
+    "hidden size 192": {"gate_up_proj": torch.nn.Parameter(torch.zeros(16, 256, 192).bfloat16())},
+    "intermediate size 64": {"gate_up_proj": torch.nn.Parameter(torch.zeros(16, 128, 256).bfloat16())},
+}
+
+
+@pytest.mark.parametrize("what", REFUSED)
+def test_other_experts_are_refused_by_name(models, what):
+    model = load(models["qwen3_moe", "bf16"], experts_implementation="sluice")
+    experts = model.get_submodule("model.layers.1.mlp.experts")
+    for name, value in REFUSED[what].items():
+        setattr(experts, name, value)
+    with pytest.raises(sluice.Error, match=f"Qwen3MoeExperts: .*{what}") as caught, torch.no_grad():
+        model(PROMPT)
+    assert caught.value.code == "unsupported"
+
+
+def test_an_activation_of_a_models_own_is_refused():
+    config = transformers.GptOssConfig(
+        num_hidden_layers=1, hidden_size=256, intermediate_size=128, num_local_experts=4, vocab_size=64,
+        num_attention_heads=4, num_key_value_heads=4, head_dim=64, num_experts_per_tok=2)
+    model = transformers.GptOssForCausalLM(config).bfloat16()
+    model.set_experts_implementation("sluice")
+    with pytest.raises(sluice.Error, match="GptOssExperts: experts with biases"), torch.no_grad():
+        model(PROMPT % 64)
+    experts = model.model.layers[0].mlp.experts
+    experts.has_bias = experts.is_transposed = False
+    experts.is_concatenated = True
+    with pytest.raises(sluice.Error, match="GptOssExperts: an activation of its own"), torch.no_grad():
+        model(PROMPT % 64)
+
+
+def test_what_a_loaded_model_refuses(models, tmp_path):
+    model = load(models["qwen3_moe", "w4afp8"])
+    with pytest.raises(sluice.Error, match="no backward pass"):
+        model(PROMPT).logits.float().sum().backward()
+    with pytest.raises(ValueError, match="not serializable|can't be saved|cannot be saved"):
+        model.save_pretrained(tmp_path / "saved")
+    wide = load(models["qwen3_moe", "w4afp8"], dtype=torch.float32)
+    with pytest.raises(sluice.Error, match="expected torch.bfloat16, got torch.float32"), torch.no_grad():
+        wide(PROMPT)
+    alone = integration.SluiceExperts(4, 256, 128)
+    with pytest.raises(sluice.Error, match="without weights"):
+        alone(torch.zeros(1, 256).bfloat16(), torch.zeros(1, 2, dtype=torch.int64), torch.ones(1, 2))
+    with pytest.raises(sluice.Error, match="only checkpoints that are quantized already"):
+        load(models["qwen3_moe", "bf16"], quantization_config=integration.W4AFP8Config())
+
+
+def test_fp8_matrices_beside_the_experts_are_what_transformers_makes_of_them(models, tmp_path):
+    """As W4AFP8 is published: attention and shared experts in FP8 with a scale for each block of 128 x 128. On a
+    CPU transformers turns those into bfloat16."""
+    pytest.importorskip("accelerate", reason="accelerate is not installed")
+    path = tmp_path / "model"
+    shutil.copytree(models["qwen3_moe", "w4afp8"], path)
+    (shard,) = path.glob("*.safetensors")
+    tensors, dequantized_weights = safetensors_torch.load_file(shard), {}
+    for name in [n for n in tensors if re.search(r"self_attn\.[qkvo]_proj\.weight$", n)]:
+        blocks = tensors[name].float().unflatten(0, (-1, 128)).unflatten(2, (-1, 128))  # [n / 128, 128, k / 128, 128]
+        scale = blocks.abs().amax((1, 3)) / 448
+        codes = (blocks / scale[:, None, :, None]).to(torch.float8_e4m3fn)
+        tensors[name], tensors[name + "_scale_inv"] = codes.flatten(2, 3).flatten(0, 1), scale
+        dequantized_weights[name] = (codes.float() * scale[:, None, :, None]).flatten(2, 3).flatten(0, 1).bfloat16()
+    safetensors_torch.save_file(tensors, shard, metadata={"format": "pt"})
+    (path / "model.safetensors.index.json").write_text(
+        json.dumps({"metadata": {}, "weight_map": dict.fromkeys(tensors, shard.name)}))
+    model, info = load(path, output_loading_info=True)
+    assert not info["missing_keys"] and not info["unexpected_keys"] and experts_of(model)
+    assert len(dequantized_weights) == 4 * MODELS["qwen3_moe"]["num_hidden_layers"]
+    if not torch.cuda.is_available():
+        parameters = dict(model.named_parameters())
+        assert all(torch.equal(parameters[n], w) for n, w in dequantized_weights.items())
+        assert torch.isfinite(model.generate(PROMPT, max_new_tokens=4, do_sample=False)).all()
+
+
+def test_the_page(models, tmp_path, monkeypatch):
+    """Every block of docs/transformers.md in order, in a folder with the models that it names."""
+    monkeypatch.chdir(tmp_path)
+    os.symlink(models["deepseek_v3", "bf16"], "model")
+    os.symlink(models["deepseek_v3", "w4afp8"], "model-int4")
+    text, namespace = (ROOT / "docs" / "transformers.md").read_text(), {}
+    blocks = re.findall(r"^```python\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)
+    for block in blocks:
+        exec(compile(block, "docs/transformers.md", "exec"), namespace)
+    assert len(blocks) >= 2
+
+
+@pytest.mark.parametrize("split", [{"tp_size": 2}, {"ep_size": 2}, {"tp_plan": "auto"}, {"enable_expert_parallel": True}])
+def test_a_split_over_ranks_is_refused(models, split):
+    """Every rank would hold all experts, and their sums would be added up."""
+    config = transformers.AutoConfig.from_pretrained(models["qwen3_moe", "w4afp8"])
+    config.distributed_config = types.SimpleNamespace(**split)
+    model = transformers.AutoModelForCausalLM.from_config(config)
+    quantizer = integration.W4AFP8Quantizer(integration.W4AFP8Config())
+    with pytest.raises(sluice.Error, match=f"distributed_config: {next(iter(split))}="):
+        quantizer._experts_of(model, [str(models["qwen3_moe", "w4afp8"] / "model-00001-of-00001.safetensors")])
+
+
+def test_a_larger_call_makes_room(models):
+    experts = next(iter(experts_of(load(models["qwen3_moe", "w4afp8"])).values()))
+    geometry = types.SimpleNamespace(hidden=256, num_experts=16, num_topk=4)
+    x, idx, weights = call_of(geometry, 700)
+    with torch.no_grad():
+        y = experts(x, idx, weights)
+        assert torch.equal(experts(x[:3], idx[:3], weights[:3]), y[:3])
+        assert experts(x[:0], idx[:0], weights[:0]).shape == (0, 256)
