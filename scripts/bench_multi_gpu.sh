@@ -1,19 +1,33 @@
 #!/usr/bin/env bash
-# bench_multi_gpu.sh - the exchange and the whole DeepSeek-R1 layer over the GPUs of this host:
-# first every element, then times. About ten minutes; needs no network and installs nothing.
+# bench_multi_gpu.sh - the exchange and the whole DeepSeek-R1 layer over the GPUs of this host, ranks
+# as streams of one process and as one process for each GPU: first every element, then times. Needs
+# no network and installs nothing.
 #
-#   scripts/bench_multi_gpu.sh [BUILD_DIR] [OUT_DIR]
+#   scripts/bench_multi_gpu.sh [BUILD_DIR [OUT_DIR [PART ...]]]
 #
 # BUILD_DIR (build/cuda) holds what `cmake --preset cuda && cmake --build --preset cuda` and
-# `cmake --build --preset cuda --target bench_nccl` made; a folder with copies of the programs
-# does as well. OUT_DIR (out/multi_gpu) gets a log and one JSON file for each table.
+# `cmake --build --preset cuda --target cuda_benches cuda_planted_faults` made; a folder with copies
+# of the programs does as well. OUT_DIR (out/multi_gpu) gets a log and one JSON file for each table.
+# PART, by default all of them, each under four minutes on two H200s:
+#
+#   check     every element, streams and processes, both modes, all formats; a thousand rounds
+#   faults    planted faults are noticed; a rank that is killed or stopped is named
+#   recipes   every recipe against float64, the identity proof over processes
+#   link      what copies, loads and stores of kernels get from the link; NCCL's collectives
+#   streams   dispatch, combine and pairs, ranks as streams: hidden 7168, 6144 and 3584
+#   processes the same, one process for each rank
+#   layer     the whole layer, 256 experts, stage by stage, streams and processes
+#
 # With one GPU the ranks share it, and there is no NCCL baseline and no link to measure.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 build=${1:-build/cuda} out=${2:-out/multi_gpu}
+shift $(($# < 2 ? $# : 2))
+parts=("$@")
+[ ${#parts[@]} -gt 0 ] || parts=(check faults recipes link streams processes layer)
 export CUDA_DEVICE_MAX_CONNECTIONS=32 CUDA_MODULE_LOADING=EAGER NCCL_NVLS_ENABLE=0
 mkdir -p "$out"
-exec > >(tee "$out/log.txt") 2>&1
+exec > >(tee -a "$out/log.txt") 2>&1
 
 say() { printf '\n== %s (%d s)\n' "$*" "$SECONDS"; }
 find_program() {
@@ -23,52 +37,138 @@ find_program() {
   printf '%s\n' "$found"
 }
 sluice=$(find_program sluice)
-check=$(find_program test_cuda_exchange)
-nccl=$(find_program bench_nccl || true)
 gpus=$(nvidia-smi --query-gpu=name --format=csv,noheader | wc -l)
-date -u '+%F %T UTC'
-nvidia-smi --query-gpu=name,driver_version --format=csv,noheader | sort | uniq -c
-git log -1 --format='commit %h' 2>/dev/null || true
-
-say "every element: ranks spread over $gpus GPU(s), both modes, all formats on the wire"
-"$check" --gtest_brief=1 --gtest_filter='*AnyNumberOfRanks:*FewRanks*:*NoTokens*:*Capacity*'
-say "a thousand rounds of 1, 17 and 128 tokens on 8 ranks, fresh routing each, every element"
-"$check" --gtest_brief=1 --gtest_filter='*AThousandRounds/0:*AThousandRounds/1:*AThousandRounds/2'
-
-checkpoint=$(mktemp -d)
-trap 'rm -rf "$checkpoint"' EXIT
-"$sluice" make-checkpoint --preset r1-slice --out "$checkpoint/slice" | tail -n 1
-say "every recipe, verified against float64"
-for recipe in direct direct-bf16 bf16-static requant-static static pow2-static; do
-  mode=low-latency
-  "$sluice" run --checkpoint "$checkpoint/slice" --backend cuda --ranks 8 --tokens 64 --mode $mode \
-    --recipe $recipe --repeat 3 | grep -E '^(recipe|verified|outputs)'
-done
-"$sluice" run --checkpoint "$checkpoint/slice" --backend cuda --ranks 8 --tokens 64 --repeat 3 --prove |
-  grep -E '^identity'
-
 # Ranks: as many as GPUs, which is what the figures are about; on one GPU, 8 that share it.
 rank_counts=()
 for ranks in 2 4 8; do [ "$ranks" -le "$gpus" ] && rank_counts+=("$ranks"); done
 [ ${#rank_counts[@]} -gt 0 ] || rank_counts=(8)
-for ranks in "${rank_counts[@]}"; do
-  say "dispatch and combine, $ranks ranks: low-latency, then normal"
-  "$sluice" --json "$out/exchange-low-latency-$ranks.json" bench exchange --backend cuda \
-    --ranks "$ranks" --tokens 1,16,64,128,256,1024 --repeat 20
-  "$sluice" --json "$out/exchange-normal-$ranks.json" bench exchange --backend cuda \
-    --ranks "$ranks" --mode normal --tokens 1024,4096 --pairs 4 --no-all-gather
-  if [ -n "$nccl" ] && [ "$gpus" -ge "$ranks" ]; then
-    say "all-gather and reduce-scatter through NCCL, $ranks GPUs"
-    "$nccl" --devices "$ranks" --json "$out/nccl-$ranks.json"
-  fi
-done
+# Processes of one GPU take turns of milliseconds, so there are few of them.
+process_counts=("${rank_counts[@]}")
+[ "$gpus" -gt 1 ] || process_counts=(2)
+most=${process_counts[-1]}
+checkpoints=$(mktemp -d)
+trap 'rm -rf "$checkpoints"' EXIT
 
-say "the whole DeepSeek-R1 layer, 256 experts"
-"$sluice" make-checkpoint --preset r1-layer --out "$checkpoint/layer" | tail -n 1
-for ranks in "${rank_counts[@]}"; do
-  for tokens in 1 32 128; do
-    "$sluice" --json "$out/layer-$ranks-$tokens.json" run --checkpoint "$checkpoint/layer" \
-      --backend cuda --ranks "$ranks" --tokens $tokens --repeat 20 | grep -E '^(ranks|slowest|experts|verified)'
+check() {
+  local check rounds
+  check=$(find_program test_cuda_exchange) rounds=$(find_program test_cuda_rounds)
+  say "every element: ranks as streams over $gpus GPU(s), both modes, all formats on the wire"
+  "$check" --gtest_brief=1
+  "$rounds" --gtest_brief=1 --gtest_filter='*FewRanks*'
+  say "a thousand rounds of up to 1, 17, 128 and 1024 tokens: 8 ranks, then one for each GPU"
+  "$rounds" --gtest_brief=1 \
+    --gtest_filter='*RepeatTest*/0:*RepeatTest*/1:*RepeatTest*/2:*DeviceRanks*'
+  for n in "${process_counts[@]}"; do
+    say "the same, $n processes"
+    "$rounds" --transport ipc --processes "$n" --gtest_brief=1 --gtest_filter='*DeviceRanks*'
+    "$check" --transport ipc --processes "$n" --gtest_brief=1 \
+      --gtest_filter='*Capacity*:*Index*:*Counters*'
   done
+}
+
+# Runs the rounds of a build with a fault, in which elements must differ: a crash or a timeout alone
+# does not count.
+run_fault() {
+  local fault=$1 size=$2 program text
+  shift 2
+  program=$(find_program "test_cuda_rounds_fault_$fault")
+  printf 'fault %s, size %s %s: ' "$fault" "$size" "$*"
+  if text=$("$program" "$@" --gtest_filter="*DeviceRanks*/$size" 2>&1); then
+    printf 'not noticed in 2000 rounds\n'
+    return 0
+  fi
+  grep -oE -m 1 'rank [0-9]+: [0-9]+ elements differ.*' <<<"$text" || { tail -n 5 <<<"$text"; return 0; }
+  grep -oE -m 1 'round [0-9]+$' <<<"$text" || true
+  noticed=$((noticed + 1))
+}
+faults() {
+  say "planted: 1, the flag waits until rows have left, not arrived; 2, it comes before the rows"
+  local fault size missed=0
+  for fault in 1 2; do
+    noticed=0
+    for size in 1 2 3; do
+      run_fault $fault $size
+      [ "$gpus" -lt 2 ] || run_fault $fault $size --transport ipc --processes "$most"
+    done
+    printf 'fault %s: noticed in %d runs\n' "$fault" "$noticed"
+    [ $fault = 1 ] || [ "$noticed" -gt 0 ] || missed=1  # The first: see docs/performance-gpu.md.
+  done
+  say "a rank is killed, a rank is stopped"
+  python3 tests/multirank/test_lost_rank.py "$sluice" | tail -n 8
+  [ "$gpus" -lt 2 ] || [ $missed = 0 ] || { echo 'error: a planted fault was not noticed'; return 1; }
+}
+
+recipes() {
+  "$sluice" make-checkpoint --preset r1-slice --out "$checkpoints/slice" | tail -n 1
+  say "every recipe, verified against float64"
+  local recipe mode
+  for recipe in direct direct-bf16 bf16-static requant-static static pow2-static; do
+    for mode in low-latency normal; do
+      "$sluice" run --checkpoint "$checkpoints/slice" --backend cuda --ranks 8 --tokens 64 \
+        --mode $mode --recipe $recipe --repeat 3 | grep -E '^(recipe|verified|outputs)'
+    done
+  done
+  for n in "${process_counts[@]}"; do
+    say "the identity proof, $n processes"
+    "$sluice" run --checkpoint "$checkpoints/slice" --backend cuda --transport ipc --ranks "$n" \
+      --tokens 64 --repeat 3 --prove | grep -E '^(ranks|outputs|identity|verified)'
+  done
+}
+
+link() {
+  [ "$gpus" -gt 1 ] || { say "one GPU: no link"; return 0; }
+  say "what the link gives to copies and kernels"
+  "$(find_program bench_link)"
+  local nccl hidden
+  nccl=$(find_program bench_nccl)
+  for ranks in "${rank_counts[@]}"; do
+    for hidden in 7168 6144 3584; do
+      say "NCCL, $ranks GPUs, hidden $hidden"
+      "$nccl" --devices "$ranks" --hidden $hidden --json "$out/nccl-$ranks-$hidden.json"
+    done
+  done
+}
+
+exchange() {
+  local transport=$1 hidden
+  shift
+  for ranks in "$@"; do
+    for hidden in 7168 6144 3584; do
+      say "dispatch and combine, $ranks ranks over $transport, hidden $hidden: low-latency, then normal"
+      "$sluice" --json "$out/exchange-$transport-low-latency-$ranks-$hidden.json" bench exchange \
+        --backend cuda --transport "$transport" --ranks "$ranks" --hidden $hidden \
+        --tokens 1,16,64,128,256,1024,4096
+      "$sluice" --json "$out/exchange-$transport-normal-$ranks-$hidden.json" bench exchange \
+        --backend cuda --transport "$transport" --ranks "$ranks" --hidden $hidden --mode normal \
+        --tokens 128,1024,4096 --pairs 4 --no-all-gather
+    done
+  done
+}
+
+layer() {
+  say "the whole DeepSeek-R1 layer, 256 experts"
+  "$sluice" make-checkpoint --preset r1-layer --out "$checkpoints/layer" | tail -n 1
+  local transport tokens
+  for transport in inproc ipc; do
+    for ranks in "${process_counts[@]}"; do
+      for tokens in 1 32 128 1024; do
+        "$sluice" --json "$out/layer-$transport-$ranks-$tokens.json" run --checkpoint "$checkpoints/layer" \
+          --backend cuda --transport $transport --ranks "$ranks" --tokens $tokens --repeat 20 --verify 4 |
+          grep -E '^(ranks|slowest|experts|outputs|verified)'
+      done
+    done
+  done
+}
+
+date -u '+%F %T UTC'
+nvidia-smi --query-gpu=name,driver_version --format=csv,noheader | sort | uniq -c
+git log -1 --format='commit %h' 2>/dev/null || true
+for part in "${parts[@]}"; do
+  case $part in
+    check | faults | recipes | link | layer) $part ;;
+    streams) exchange inproc "${rank_counts[@]}" ;;
+    processes) exchange ipc "${process_counts[@]}" ;;
+    *) printf 'error: no part %s\n' "$part" >&2; exit 2 ;;
+  esac
 done
-say "done; tables in $out"
+say "done: ${parts[*]}; tables in $out"

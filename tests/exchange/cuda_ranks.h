@@ -1,6 +1,6 @@
-// cuda_ranks.h - ranks as streams of one process on one GPU, each with everything it needs
-// allocated before any of them starts: an allocation may wait for the device, and so for a rank
-// that waits.
+// cuda_ranks.h - ranks as streams of this process, or one of them of each process. Each has
+// everything it needs allocated before any of them starts: an allocation may wait for the device,
+// and so for a rank that waits.
 #pragma once
 
 #include <cuda_runtime_api.h>
@@ -13,63 +13,12 @@
 
 #include "exchange/exchange_check.h"
 #include "exchange/exchange_model.h"
+#include "exchange/rounds.h"
 #include "multirank/run_ranks.h"
 #include "sluice/backend.h"
 #include "sluice/transport.h"
 
 namespace sluice::testing {
-
-/// Tokens of all ranks; the routing of a round is drawn from (seed, round).
-struct Rounds {
-  std::vector<std::int64_t> num_tokens;  // [rank], of each round, unless fresh_counts
-  int num_experts = 8, num_topk = 2, hidden = 128;
-  std::uint64_t seed = 1;
-  bool fresh_counts = false;  // Draw each round's counts from [0, num_tokens[rank]].
-  int empty_in = 8;           // One slot in so many is empty.
-  float s1 = 0.01f;           // Of the static wire.
-  [[nodiscard]] int num_ranks() const { return static_cast<int>(num_tokens.size()); }
-  [[nodiscard]] std::int64_t max_tokens() const {
-    std::int64_t most = 1;
-    for (const std::int64_t n : num_tokens) most = std::max(most, n);
-    return most;
-  }
-  [[nodiscard]] std::int64_t first_token(int rank) const { return rank * max_tokens(); }
-};
-
-/// One round's routing of every rank.
-struct Round {
-  std::vector<std::int64_t> num_tokens;
-  std::vector<std::vector<std::int32_t>> topk_idx;
-  std::vector<std::vector<float>> weights;
-};
-
-inline Round make_round(const Rounds& rounds, int index) {
-  Round round;
-  for (int r = 0; r < rounds.num_ranks(); ++r) {
-    const CounterRng rng(rounds.seed * 1'000'003 + static_cast<std::uint64_t>(index),
-                         static_cast<std::uint64_t>(r));
-    std::int64_t n = rounds.num_tokens[static_cast<std::size_t>(r)];
-    if (rounds.fresh_counts)
-      n = static_cast<std::int64_t>(rng.bits(~0ull) % static_cast<std::uint64_t>(n + 1));
-    round.num_tokens.push_back(n);
-    auto& idx = round.topk_idx.emplace_back(static_cast<std::size_t>(n * rounds.num_topk));
-    auto& weights = round.weights.emplace_back(idx.size());
-    const auto experts = static_cast<std::uint64_t>(rounds.num_experts);
-    for (std::size_t i = 0; i < idx.size(); ++i) {
-      const auto t = i / static_cast<std::size_t>(rounds.num_topk);
-      const auto k = i % static_cast<std::size_t>(rounds.num_topk);
-      // Distinct experts of one token: a random start and an odd, random step modulo 2^m would need
-      // a power of two; steps of 1 or -1 do for any number.
-      const std::uint64_t draw = rng.bits(3 * t), word = rng.bits(3 * i + 1);
-      const std::uint64_t step = draw >> 40 & 1 ? 1 : experts - 1;
-      const bool empty = k >= experts || (rounds.empty_in > 0 &&
-                                          word % static_cast<std::uint64_t>(rounds.empty_in) == 0);
-      idx[i] = empty ? -1 : static_cast<std::int32_t>((draw % experts + step * k) % experts);
-      weights[i] = static_cast<float>(word >> 40) * 0x1p-24f;
-    }
-  }
-  return round;
-}
 
 /// Wire bytes of every token, by the scalar definitions, in device memory.
 struct TokenTable {
@@ -128,7 +77,7 @@ class CudaRank {
     weights_ = backend_->allocate(slots * sizeof(float));
     expected_ = backend_->allocate(slots * static_cast<std::size_t>(rounds.num_ranks()) *
                                    sizeof(ExpectedRow));
-    found_ = backend_->allocate(sizeof(Mismatches));
+    found_ = backend_->allocate(2 * sizeof(Mismatches));  // Of the batch, of the sums.
     const auto* const mine = &table.x[static_cast<std::size_t>(rounds.first_token(rank_)) * hidden];
     backend_->copy_from_host(x_->data(), mine, tokens * hidden * 2, stream());
     exchange_ = std::make_unique<Exchange>(Exchange::create(config, transport, *backend_));
@@ -184,9 +133,8 @@ class CudaRank {
     return view;
   }
 
-  /// Compares the batch with what `round` must deliver here and lets the experts write.
-  void check_batch(const Round& round, const Dispatched& d, MutableTensorView expert_y) {
-    const ExpertBatch& batch = d.batch();
+  /// Notes what `round` must deliver here. Before its dispatch.
+  void expect(const Round& round) {
     const auto num_local = static_cast<std::size_t>(exchange_->num_local_experts());
     std::vector<std::vector<std::int32_t>> tokens(num_local);
     for (int r = 0; r < rounds_.num_ranks(); ++r) {
@@ -199,27 +147,34 @@ class CudaRank {
             rounds_.first_token(r) + static_cast<std::int64_t>(i) / rounds_.num_topk));
       }
     }
-    std::vector<std::int32_t> num_rows(num_local);
-    std::vector<std::int64_t> row_begin(num_local);
-    backend_->copy_to_host(num_rows.data(), batch.num_rows.data, num_local * 4, stream());
-    backend_->copy_to_host(row_begin.data(), batch.row_begin.data, num_local * 8, stream());
     std::vector<ExpectedRow> expected;
+    want_rows_.clear(), want_begin_.clear();
     std::int64_t begin = 0;
     for (std::size_t e = 0; e < num_local; ++e) {
-      if (batch.layout == Mode::kLowLatency) begin = static_cast<std::int64_t>(e) * batch.x.dim(1);
-      ASSERT_EQ(num_rows[e], static_cast<int>(tokens[e].size()))
-          << "rank " << rank_ << " expert " << e;
-      ASSERT_EQ(row_begin[e], begin) << "rank " << rank_ << " expert " << e;
+      if (exchange_->config().mode == Mode::kLowLatency) {
+        begin = static_cast<std::int64_t>(e) * exchange_->config().max_m;
+      }
+      want_rows_.push_back(static_cast<std::int32_t>(tokens[e].size()));
+      want_begin_.push_back(begin);
       for (const std::int32_t token : tokens[e]) {
         expected.push_back(
             {static_cast<std::int32_t>(begin++), token, static_cast<std::int32_t>(e)});
       }
     }
+    num_expected_ = static_cast<int>(expected.size());
     backend_->copy_from_host(expected_->data(), expected.data(),
                              expected.size() * sizeof(ExpectedRow), stream());
-    clear_found();
+    ASSERT_EQ(cudaMemsetAsync(found_->data(), 0, 2 * sizeof(Mismatches),
+                              static_cast<cudaStream_t>(stream().handle)),
+              cudaSuccess);
+  }
+
+  /// Queues the comparison of the batch with what expect() noted, and lets the experts write.
+  void queue_batch_check(const Dispatched& d, MutableTensorView expert_y) {
+    const ExpertBatch& batch = d.batch();
+    num_rows_ = batch.num_rows.data, row_begin_ = batch.row_begin.data;
     launch_check_batch({.expected = as<ExpectedRow>(expected_),
-                        .num_expected = static_cast<int>(expected.size()),
+                        .num_expected = num_expected_,
                         .table = as<std::uint8_t>(table_.payload_memory),
                         .table_scale = as<float>(table_.scale_memory),
                         .x = batch.x.as<std::uint8_t>(),
@@ -227,15 +182,13 @@ class CudaRank {
                         .payload_bytes = static_cast<int>(table_.payload_bytes),
                         .num_groups = table_.num_groups,
                         .hidden = rounds_.hidden,
-                        .first_expert = rank_ * static_cast<int>(num_local),
+                        .first_expert = rank_ * exchange_->num_local_experts(),
                         .expert_y = expert_y.as<std::uint16_t>(),
                         .found = as<Mismatches>(found_)},
                        stream().handle);
-    expect_none("received row");
   }
 
-  void check_sum() {
-    clear_found();
+  void queue_sum_check() {
     launch_check_sum({.table = as<std::uint8_t>(table_.payload_memory),
                       .topk_idx = as<std::int32_t>(idx_),
                       .weights = as<float>(weights_),
@@ -246,35 +199,63 @@ class CudaRank {
                       .payload_bytes = static_cast<int>(table_.payload_bytes),
                       .first_token = static_cast<int>(rounds_.first_token(rank_)),
                       .factor = exchange_->config().routed_scaling_factor,
-                      .found = as<Mismatches>(found_)},
+                      .found = as<Mismatches>(found_) + 1},
                      stream().handle);
-    expect_none("token");
   }
 
-  /// One dispatch and combine, every element checked.
+  /// Compares the batch with what `round` must deliver here and lets the experts write.
+  void check_batch(const Round& round, const Dispatched& d, MutableTensorView expert_y) {
+    expect(round);
+    queue_batch_check(d, expert_y);
+    ASSERT_NO_FATAL_FAILURE(expect_counts());
+    expect_none_found();
+  }
+
+  void check_sum() {
+    ASSERT_EQ(cudaMemsetAsync(found_->data(), 0, 2 * sizeof(Mismatches),
+                              static_cast<cudaStream_t>(stream().handle)),
+              cudaSuccess);
+    queue_sum_check();
+    expect_none_found();
+  }
+
+  /// One dispatch and combine, every element checked. The host waits for nothing before the end:
+  /// each check is queued right behind what it checks, so that data which comes later than the flag
+  /// that announces it is seen to be missing.
   void round_trip(const Round& round, bool in_place = true) {
     load(round);
+    ASSERT_NO_FATAL_FAILURE(expect(round));
     const bool is_static = exchange_->config().wire == WireFormat::kE4m3Static;
     Dispatched d = exchange_->dispatch(x(), routing(), stream(), is_static ? rounds_.s1 : 0.0f);
     const MutableTensorView rows = in_place ? d.expert_y() : own_expert_y(d);
-    ASSERT_NO_FATAL_FAILURE(check_batch(round, d, rows));
+    queue_batch_check(d, rows);
     exchange_->combine(std::move(d), rows, y(), stream());
-    ASSERT_NO_FATAL_FAILURE(check_sum());
+    queue_sum_check();
+    ASSERT_NO_FATAL_FAILURE(expect_counts());
+    expect_none_found();
   }
 
  private:
-  void clear_found() {
-    ASSERT_EQ(cudaMemsetAsync(found_->data(), 0, sizeof(Mismatches),
-                              static_cast<cudaStream_t>(stream().handle)),
-              cudaSuccess);
+  void expect_counts() {
+    std::vector<std::int32_t> num_rows(want_rows_.size());
+    std::vector<std::int64_t> row_begin(want_rows_.size());
+    backend_->copy_to_host(num_rows.data(), num_rows_, num_rows.size() * 4, stream());
+    backend_->copy_to_host(row_begin.data(), row_begin_, row_begin.size() * 8, stream());
+    for (std::size_t e = 0; e < num_rows.size(); ++e) {
+      ASSERT_EQ(num_rows[e], want_rows_[e]) << "rank " << rank_ << " expert " << e;
+      ASSERT_EQ(row_begin[e], want_begin_[e]) << "rank " << rank_ << " expert " << e;
+    }
   }
-  void expect_none(const char* what) {
-    Mismatches found{};
-    backend_->copy_to_host(&found, found_->data(), sizeof(found), stream());
+  void expect_none_found() {
+    Mismatches found[2] = {};
+    backend_->copy_to_host(found, found_->data(), sizeof(found), stream());
     exchange_->check();
-    ASSERT_EQ(found.rows, 0) << "rank " << rank_ << ": " << found.elements
-                             << " elements differ; first: " << what << " " << found.first_row
-                             << ", element " << found.first_element;
+    for (const int i : {0, 1}) {
+      ASSERT_EQ(found[i].rows, 0) << "rank " << rank_ << ": " << found[i].elements
+                                  << " elements differ; first: " << (i ? "token" : "received row")
+                                  << " " << found[i].first_row << ", element "
+                                  << found[i].first_element;
+    }
   }
 
   const Rounds& rounds_;
@@ -282,6 +263,10 @@ class CudaRank {
   Transport& transport_;
   int rank_;
   std::int64_t num_tokens_ = 0;
+  std::vector<std::int32_t> want_rows_;   // [num_local_experts] of expect()
+  std::vector<std::int64_t> want_begin_;  // [num_local_experts]
+  int num_expected_ = 0;
+  const void *num_rows_ = nullptr, *row_begin_ = nullptr;  // The last batch's.
   std::unique_ptr<Backend> backend_;
   std::unique_ptr<DeviceBuffer> x_, y_, idx_, weights_, expected_, found_, own_expert_y_;
   std::unique_ptr<Exchange> exchange_;

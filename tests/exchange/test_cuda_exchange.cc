@@ -4,83 +4,14 @@
 #include <gmock/gmock.h>
 
 #include <chrono>
-#include <cstdlib>
-#include <thread>
 
-#include "exchange/cuda_ranks.h"
+#include "exchange/cuda_exchange_test.h"
 
 namespace sluice::testing {
 namespace {
 
 using ::testing::ElementsAre;
 using ::testing::HasSubstr;
-
-constexpr Mode kModes[] = {Mode::kLowLatency, Mode::kNormal};
-constexpr WireFormat kWires[] = {WireFormat::kBf16, WireFormat::kE4m3Group, WireFormat::kE4m3Pow2,
-                                 WireFormat::kE4m3Static};
-
-// Read by the CUDA runtime before its first call; see docs/design.md.
-const bool kEnvironment = [] {
-  setenv("CUDA_DEVICE_MAX_CONNECTIONS", "32", 0);
-  setenv("CUDA_MODULE_LOADING", "EAGER", 0);
-  return true;
-}();
-
-class CudaExchangeTest : public ::testing::Test {
- protected:
-  void SetUp() override {
-    try {
-      backend_ = make_backend({.device = {Device::Kind::kCuda, 0}});
-    } catch (const Error& error) {
-      if (error.code() != ErrorCode::kUnsupported) throw;
-      std::printf("skipped: %s\n", error.what());
-      GTEST_SKIP() << "no CUDA device on this machine";
-    }
-  }
-
-  static ExchangeConfig config_for(const Rounds& rounds, Mode mode,
-                                   WireFormat wire = WireFormat::kE4m3Group) {
-    return {.mode = mode,
-            .wire = wire,
-            .num_experts = rounds.num_experts,
-            .num_topk = rounds.num_topk,
-            .hidden = rounds.hidden,
-            .max_tokens_per_rank = static_cast<int>(rounds.max_tokens()),
-            .routed_scaling_factor = 2.5f,
-            .peer_timeout = std::chrono::milliseconds(20'000)};
-  }
-
-  /// body(rank) on a thread per rank, each with an exchange of this configuration.
-  template <class Body>
-  void run(const Rounds& rounds, const ExchangeConfig& config, const Body& body) {
-    const TokenTable table(rounds, config.wire, rounds.s1, *backend_);
-    run_ranks(rounds.num_ranks(), [&](Transport& transport) {
-      CudaRank rank(rounds, table, config, transport);
-      body(rank);
-    });
-  }
-
-  void expect_exact(const Rounds& rounds, const ExchangeConfig& config, int num_rounds) {
-    run(rounds, config, [&](CudaRank& rank) {
-      for (int i = 0; i < num_rounds; ++i) {
-        ASSERT_NO_FATAL_FAILURE(rank.round_trip(make_round(rounds, i), i % 4 != 3))
-            << "round " << i;
-      }
-    });
-  }
-
-  void expect_exact_everywhere(const Rounds& rounds, int num_rounds = 3) {
-    for (const Mode mode : kModes) {
-      for (const WireFormat wire : kWires) {
-        SCOPED_TRACE(::testing::Message() << to_string(mode) << ", " << to_string(wire));
-        expect_exact(rounds, config_for(rounds, mode, wire), num_rounds);
-        if (HasFatalFailure()) return;
-      }
-    }
-  }
-
-  std::unique_ptr<Backend> backend_;
-};
 
 TEST_F(CudaExchangeTest, AnyNumberOfRanks) {
   for (const int num_ranks : {1, 2, 3, 4, 8, 16}) {
@@ -132,51 +63,6 @@ TEST_F(CudaExchangeTest, ManyExpertsAndFew) {
       {.num_tokens = {33, 64}, .num_experts = 2048, .num_topk = 8, .hidden = 128});
   expect_exact_everywhere({.num_tokens = {33, 64}, .num_experts = 2, .num_topk = 2, .hidden = 512});
 }
-
-// Fresh counts and fresh routing each time, at the sizes that matter; every element, every time.
-class CudaExchangeRepeatTest : public CudaExchangeTest,
-                               public ::testing::WithParamInterface<int> {};
-
-TEST_P(CudaExchangeRepeatTest, AThousandRounds) {
-  const int tokens = GetParam();
-  for (const Mode mode : kModes) {
-    const Rounds rounds{.num_tokens = std::vector<std::int64_t>(8, tokens),
-                        .num_experts = 64,
-                        .num_topk = 8,
-                        .hidden = 256,
-                        .seed = static_cast<std::uint64_t>(tokens),
-                        .fresh_counts = true};
-    expect_exact(rounds, config_for(rounds, mode), 1000);
-  }
-}
-INSTANTIATE_TEST_SUITE_P(Tokens, CudaExchangeRepeatTest, ::testing::Values(1, 17, 128, 1024));
-
-// As many ranks as may be processes, too: on one GPU those take turns of milliseconds.
-class CudaExchangeFewRanksTest : public CudaExchangeTest,
-                                 public ::testing::WithParamInterface<int> {};
-
-TEST_P(CudaExchangeFewRanksTest, FiveHundredRoundsInEachMode) {
-  const auto num_ranks = static_cast<std::size_t>(GetParam());
-  for (const Mode mode : kModes) {
-    const Rounds rounds{.num_tokens = std::vector<std::int64_t>(num_ranks, 64),
-                        .num_experts = 36,
-                        .num_topk = 8,
-                        .hidden = 1024,
-                        .seed = 21,
-                        .fresh_counts = true};
-    expect_exact(rounds, config_for(rounds, mode), 500);
-  }
-}
-
-TEST_P(CudaExchangeFewRanksTest, EveryFormatOnTheWire) {
-  const auto num_ranks = static_cast<std::size_t>(GetParam());
-  expect_exact_everywhere({.num_tokens = std::vector<std::int64_t>(num_ranks, 37),
-                           .num_experts = 12,
-                           .num_topk = 4,
-                           .hidden = 384},
-                          8);
-}
-INSTANTIATE_TEST_SUITE_P(Ranks, CudaExchangeFewRanksTest, ::testing::Values(2, 3, 4));
 
 TEST_F(CudaExchangeTest, TwoInFlightInEitherOrder) {
   const Rounds rounds{.num_tokens = {9, 14, 3}, .num_experts = 12, .num_topk = 4, .seed = 5};
