@@ -3,8 +3,8 @@
 // Maths     y[t] = bf16(factor * sum_k weight[t, k] * expert_y[row(t, k)]): f32, product and sum
 //           rounded separately, in order of k, as on the CPU
 // Operands  expert_y of every rank, in its window; y [T, hidden] bf16.
-// Tile      each CTA owns a range of tokens; a thread sums 8 channels (16 B) of one token, its k
-//           loads in flight together.
+// Tile      each CTA owns a range of all tokens' vectors of 8 channels (16 B), so that a few tokens
+//           are spread over many SMs; a thread sums one vector, its k loads in flight together.
 // Needs     hidden % 128 == 0; all CTAs of all ranks of a device resident at once.
 // Bound     bytes: each row is read once, y written once. Rows are pulled: sending them first would
 //           write and read them once more.
@@ -25,6 +25,7 @@ namespace {
 constexpr int kThreads = 1024;
 constexpr int kTokens = 32;  // Whose rows and weights are in shared memory at a time.
 constexpr int kRowsInFlight = 8;
+constexpr int kUnit = 16;  // Vectors that one CTA has together: two lines of 128 B.
 
 struct Rows {
   const std::uint8_t* at[kTokens * kMaxTopk];  // Row, or null for an empty entry.
@@ -66,9 +67,10 @@ __device__ uint4 sum_rows(const Rows& rows, int first, int num_topk, int offset,
   return {out[0], out[1], out[2], out[3]};
 }
 
-/// Rows and weights of tokens [first, first + count), into shared memory.
+/// Rows and weights of tokens [first, first + count), into shared memory. Tokens from `counted` on
+/// begin in this CTA's range, which counts them.
 __device__ void find_rows(const SlotParams& p, const CombineParams& c, int first, int count,
-                          Rows& rows, int* returned) {
+                          int counted, Rows& rows, int* returned) {
   for (int i = static_cast<int>(threadIdx.x); i < count * p.num_topk; i += kThreads) {
     const std::int64_t entry = std::int64_t{first} * p.num_topk + i;
     const std::int64_t at = p.slot_row[entry];
@@ -77,7 +79,7 @@ __device__ void find_rows(const SlotParams& p, const CombineParams& c, int first
     if (at >= 0) {
       const int peer = static_cast<int>(at >> 32);
       rows.at[i] = p.window.pull<std::uint8_t>(peer, p.expert_y) + (at & 0xffffffff) * 2 * p.hidden;
-      atomicAdd(&returned[peer], 1);
+      if (first + i / p.num_topk >= counted) atomicAdd(&returned[peer], 1);
     }
   }
 }
@@ -94,21 +96,28 @@ __global__ void __launch_bounds__(kThreads, 1)
   if (__syncthreads_or(failed) != 0) return;
   if (c.send && blockIdx.x == 0) signal_all(p, p.returned, 2 * epoch);
 
-  const int begin = static_cast<int>(std::int64_t{c.num_tokens} * blockIdx.x / gridDim.x);
-  const int end = static_cast<int>(std::int64_t{c.num_tokens} * (blockIdx.x + 1) / gridDim.x);
   const int columns = p.hidden / 8;
+  const std::int64_t units = std::int64_t{c.num_tokens} * columns / kUnit;
+  const std::int64_t begin = units * blockIdx.x / gridDim.x * kUnit;
+  const std::int64_t end = units * (blockIdx.x + 1) / gridDim.x * kUnit;
+  const int first = static_cast<int>(begin / columns);
+  const int last = static_cast<int>((end + columns - 1) / columns);
+  const int counted = static_cast<int>((begin + columns - 1) / columns);
   // Where the first tokens' rows are is known before they are there.
-  find_rows(p, c, begin, min(kTokens, end - begin), rows, returned);
+  find_rows(p, c, first, min(kTokens, last - first), counted, rows, returned);
   if (!wait_for_all(p, p.returned, kCombineRows, epoch)) return;  // Ends with a barrier.
-  for (int t0 = begin; t0 < end; t0 += kTokens) {
-    const int count = min(kTokens, end - t0);
-    if (t0 != begin) {
+  for (int t0 = first; t0 < last; t0 += kTokens) {
+    const int count = min(kTokens, last - t0);
+    if (t0 != first) {
       __syncthreads();
-      find_rows(p, c, t0, count, rows, returned);
+      find_rows(p, c, t0, count, counted, rows, returned);
       __syncthreads();
     }
-    uint4* const y = reinterpret_cast<uint4*>(c.y) + std::int64_t{t0} * columns;
-    for (int v = tid; v < count * columns; v += kThreads) {
+    const std::int64_t base = std::int64_t{t0} * columns;
+    uint4* const y = reinterpret_cast<uint4*>(c.y) + base;
+    const int from = static_cast<int>(max(begin - base, std::int64_t{0}));
+    const int to = static_cast<int>(min(end - base, std::int64_t{count} * columns));
+    for (int v = from + tid; v < to; v += kThreads) {
       const int token = v / columns, column = v % columns;
       constexpr unsigned kNan = 0x7fc07fc0u;
       __stcs(y + v, refused

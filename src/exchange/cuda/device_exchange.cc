@@ -111,6 +111,12 @@ class DeviceExchange final : public Exchange::Impl {
   [[nodiscard]] int ctas_for(std::int64_t num_tokens) const {
     return static_cast<int>(std::clamp<std::int64_t>(num_tokens, 1, max_ctas_));
   }
+  /// Of a combine: a CTA for each token; fewer than 16 tokens are split, 2 kB of y for each CTA.
+  [[nodiscard]] int ctas_for_sum(std::int64_t num_tokens) const {
+    constexpr std::int64_t kEnough = 16;
+    const std::int64_t parts = std::min(kEnough, num_tokens * config.hidden / 1024);
+    return ctas_for(std::max(num_tokens, parts));
+  }
   void throw_failure();
   void throw_fault();
   [[nodiscard]] std::vector<int> ranks_of(const DeviceFault& fault) const;
@@ -414,7 +420,7 @@ void DeviceExchange::sum(DeviceRoute& route, MutableTensorView y, Stream stream,
                         .factor = config.routed_scaling_factor,
                         .y = y.as<std::uint16_t>(),
                         .send = also_send},
-                       ctas_for(y.dim(0)), stream.handle);
+                       ctas_for_sum(y.dim(0)), stream.handle);
   route.returned = true;
 }
 
