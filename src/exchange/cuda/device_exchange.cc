@@ -356,14 +356,19 @@ std::unique_ptr<DeviceExchange::DeviceRoute> DeviceExchange::send(TensorView x,
   use_device();
   Slot& slot = take_slot(stream);
   const std::int64_t num_tokens = x.dim(0);
+  const int num_ctas = ctas_for(num_tokens);
+  // Rows of the first chunk leave while the next is quantized. More than four tokens gain nothing.
+  const auto chunk_tokens =
+      static_cast<int>(std::clamp<std::int64_t>(num_tokens / num_ctas / 4, 1, 4));
   cuda::launch_dispatch(slot.params,
                         {.x = x.as<std::uint16_t>(),
                          .topk_idx = routing.topk_idx.data,
                          .wide_idx = routing.topk_idx.dtype == DType::kInt64,
                          .num_tokens = static_cast<int>(num_tokens),
                          .static_inverse = static_scale != 0 ? 1.0f / static_scale : 0.0f,
-                         .receive = receive},
-                        config.wire, ctas_for(num_tokens), stream.handle);
+                         .receive = receive,
+                         .chunk_tokens = chunk_tokens},
+                        config.wire, num_ctas, stream.handle);
   auto route = std::make_unique<DeviceRoute>(*this, slot, stream);
   route->routing = routing;
   fill_batch(*route, num_tokens);

@@ -127,7 +127,8 @@ __global__ void __launch_bounds__(kThreads, 1)
   __shared__ std::int64_t place[kMaxChunk * kMaxTopk];
   __shared__ int sent[2 * kMaxDeviceRanks];           // Rows, then repeats.
   __shared__ int first_expert[kMaxChunk * kMaxTopk];  // Of the first chunk's slots.
-  const Staging s = staging_of<Wire>(p.hidden);
+  Staging s = staging_of<Wire>(p.hidden);
+  s.tokens = min(s.tokens, d.chunk_tokens);
   int* const total = reinterpret_cast<int*>(shared);
   int* const next = total + p.placement.num_experts();
   std::uint8_t* const buffers = shared + s.counters_bytes(p.placement.num_experts());

@@ -84,6 +84,7 @@ struct DispatchParams {
   int num_tokens = 0;
   float static_inverse = 0;  // 1 / s1
   bool receive = false;      // Also wait for every rank's rows.
+  int chunk_tokens = 1;      // Staged together; fewer if they do not fit.
 };
 
 /// Sends rows; with `receive`, also waits for everybody's. Masked layout, or contiguous without
