@@ -15,7 +15,7 @@ namespace {
 
 struct Options {
   std::string preset = "r1-slice", backend = "cpu", scale_dtype = "bf16", recipe = "direct";
-  std::vector<std::string> routing = {"uniform"};
+  std::vector<std::string> routing = {"uniform"}, activations;
   std::vector<int> experts, rows = {1, 4, 16, 64};
   int hidden = 0, intermediate = 0, group_size = 0, threads = 0, repeats = 7;
   double rest_ms = 200;
@@ -45,6 +45,9 @@ ExpertsBenchConfig bench_config(const Options& options) {
     routing = {"uniform", "zipf", "one-expert"};
   }
   for (const std::string& name : routing) config.routing.push_back(parse_routing(name));
+  for (const std::string& text : options.activations) {
+    config.activations.push_back(parse_activation(text));
+  }
   return config;
 }
 
@@ -65,8 +68,9 @@ void report_case(const ExpertsBenchCase& c, const ExpertsBenchReport& report, do
   nlohmann::ordered_json kernels;
   for (const ExpertsBenchKernel& k : c.kernels) {
     table.add(
-        {fmt::format("{}", c.num_experts), name_of(c.routing), fmt::format("{}", c.rows_per_expert),
-         k.name, time(k.median_us), time(k.min_us), time(k.max_us),
+        {fmt::format("{}", c.num_experts), to_string(c.activation), name_of(c.routing),
+         fmt::format("{}", c.rows_per_expert), k.name, time(k.median_us), time(k.min_us),
+         time(k.max_us),
          k.gbytes_per_s > 0 ? fmt::format("{:.{}f}", k.gbytes_per_s, unit_us > 1 ? 1 : 0) : "-",
          percent(k.gbytes_per_s, report.read_gbytes_per_s),
          k.tflops > 0 ? fmt::format("{:.{}f}", k.tflops, unit_us > 1 ? 3 : 0) : "-",
@@ -80,6 +84,7 @@ void report_case(const ExpertsBenchCase& c, const ExpertsBenchReport& report, do
                        {"tflops", k.tflops}});
   }
   output.json["cases"].push_back({{"num_experts", c.num_experts},
+                                  {"activation", to_string(c.activation)},
                                   {"routing", name_of(c.routing)},
                                   {"rows_per_expert", c.rows_per_expert},
                                   {"total_rows", c.total_rows},
@@ -116,8 +121,9 @@ void bench_experts_command(const Options& options, Output& output) {
              cuda ? fmt::format(" replays of a graph, {:.0f} ms of rest before each GEMM's",
                                 options.rest_ms)
                   : "; gate_up, activation and down: shares of the threads' time");
-  Table table({"experts", "routing", "rows/expert", "kernel", cuda ? "us" : "ms", "min", "max",
-               "GB/s", "% of read", "TFLOPS", cuda ? "% of FP8" : "% of dots", "error/bound"});
+  Table table({"experts", "activation", "routing", "rows/expert", "kernel", cuda ? "us" : "ms",
+               "min", "max", "GB/s", "% of read", "TFLOPS", cuda ? "% of FP8" : "% of dots",
+               "error/bound"});
   for (const ExpertsBenchCase& c : report.cases) report_case(c, report, unit_us, table, output);
   fmt::print("{}", table.to_string());
   output.json["command"] = "bench experts";
@@ -139,7 +145,7 @@ void add_bench(Command& program, Output& output) {
   add_bench_exchange(bench, output);
   Command command = bench.add_subcommand(
       "experts",
-      "GEMM1, SwiGLU, quantization and GEMM2 of one rank's experts; checked, then timed");
+      "GEMM1, activation, quantization and GEMM2 of one rank's experts; checked, then timed");
   const auto options = std::make_shared<Options>();
   command.add_option("--backend", options->backend, "cpu | cuda")
       .one_of({"cpu", "cuda"})
@@ -158,6 +164,9 @@ void add_bench(Command& program, Output& output) {
   command.add_option("--routing", options->routing, "uniform | zipf | one-expert; a list")
       .comma_separated()
       .shows_default();
+  command.add_option("--activation", options->activations,
+                     "swiglu | swiglu:limit=L | swiglu-oai:alpha=A,limit=L | "
+                     "situ:beta=B,linear_beta=LB, instead of the preset's; may be repeated");
   command.add_flag("--sweep", options->sweep,
                    "8, 16 and 32 experts, 1 to 1024 rows, every routing: 81 cases");
   command.add_option("--group-size", options->group_size, "Weights of one scale: 128 | 32")

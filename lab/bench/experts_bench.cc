@@ -352,13 +352,14 @@ ExpertsBenchReport bench_experts(const ExpertsBenchConfig& config_in, Backend& b
   BackendOps& backend = ops(backend_in);
   ExpertsBenchConfig config = config_in;
   if (config.num_experts.empty()) config.num_experts = {config.geometry.num_experts};
+  if (config.activations.empty()) config.activations = {config.geometry.activation};
   check_config(config);
   const int max_experts = *std::ranges::max_element(config.num_experts);
   const int max_mean = *std::ranges::max_element(config.rows_per_expert);
   config.geometry.num_experts = max_experts;
 
   ExpertsBenchReport report{.device = backend.description()};
-  const ExpertWeights weights =
+  ExpertWeights weights =
       random_experts(config.geometry, config.scale_dtype, config.seed,
                      config.has_minus8 ? CodeRange::kAll : CodeRange::kSymmetric);
   const auto reference_of = [&](const std::optional<StaticScales>& scales) {
@@ -373,32 +374,37 @@ ExpertsBenchReport bench_experts(const ExpertsBenchConfig& config_in, Backend& b
   LocalCalls local(backend, config.geometry, has_local ? std::int64_t{max_mean} * max_experts : 1,
                    config.seed);
 
-  const double num_cases = static_cast<double>(config.num_experts.size() * config.routing.size() *
-                                               config.rows_per_expert.size());
+  const double num_cases =
+      static_cast<double>(config.num_experts.size() * config.activations.size() *
+                          config.routing.size() * config.rows_per_expert.size());
   for (const int num_experts : config.num_experts) {
     config.geometry.num_experts = num_experts;
-    const WeightSets sets = prepare_sets(backend, first_experts(weights, num_experts));
-    if (has_local) local.use(first_experts(weights, num_experts), sets.size());
-    for (const RoutingKind routing : config.routing) {
-      for (const int mean : config.rows_per_expert) {
-        rows.arrange(spread_rows(routing, num_experts, mean), mean);
-        ExpertsBenchCase& out =
-            report.cases.emplace_back(ExpertsBenchCase{.num_experts = num_experts,
-                                                       .routing = routing,
-                                                       .rows_per_expert = mean,
-                                                       .total_rows = rows.total_rows()});
-        std::optional<StaticScales> scales;
-        if (config.recipe != Recipe{}) scales = rows.use_static(*sets.front());
-        rows.quantize();
-        rows.run(*sets.front(), nullptr);
-        out.worst_error_ratio = rows.check(reference_of(scales));
-        if (has_local) {
-          local.arrange(spread_rows(routing, num_experts, mean));
-          out.worst_error_ratio =
-              std::max(out.worst_error_ratio, local.check(reference_of(scales)));
+    for (const ActivationFn& activation : config.activations) {
+      weights.geometry.activation = activation;
+      const WeightSets sets = prepare_sets(backend, first_experts(weights, num_experts));
+      if (has_local) local.use(first_experts(weights, num_experts), sets.size());
+      for (const RoutingKind routing : config.routing) {
+        for (const int mean : config.rows_per_expert) {
+          rows.arrange(spread_rows(routing, num_experts, mean), mean);
+          ExpertsBenchCase& out =
+              report.cases.emplace_back(ExpertsBenchCase{.num_experts = num_experts,
+                                                         .activation = activation,
+                                                         .routing = routing,
+                                                         .rows_per_expert = mean,
+                                                         .total_rows = rows.total_rows()});
+          std::optional<StaticScales> scales;
+          if (config.recipe != Recipe{}) scales = rows.use_static(*sets.front());
+          rows.quantize();
+          rows.run(*sets.front(), nullptr);
+          out.worst_error_ratio = rows.check(reference_of(scales));
+          if (has_local) {
+            local.arrange(spread_rows(routing, num_experts, mean));
+            out.worst_error_ratio =
+                std::max(out.worst_error_ratio, local.check(reference_of(scales)));
+          }
+          out.kernels = CaseBench(config, report, backend, rows, sets, local).run();
+          if (on_progress) on_progress(static_cast<double>(report.cases.size()) / num_cases);
         }
-        out.kernels = CaseBench(config, report, backend, rows, sets, local).run();
-        if (on_progress) on_progress(static_cast<double>(report.cases.size()) / num_cases);
       }
     }
   }

@@ -225,5 +225,11 @@ check("bench exchange ipc: refused once", r.returncode == 2
       and r.stderr.count("num_experts 8 is not a positive multiple of 3 ranks") == 1, r)
 r = run("bench", "experts", "--preset", "tiny", "--rows", "1,3", "--repeat", "1")
 check("bench experts", r.returncode == 0 and "error/bound" in r.stdout and "of byte dot products" in r.stdout, r)
+r = run("bench", "experts", "--preset", "tiny", "--rows", "3", "--repeat", "1", "--activation", "swiglu",
+        "--activation", "situ:beta=4,linear_beta=25")
+check("bench experts of two activations", r.returncode == 0 and r.stdout.count(" swiglu ") > 2
+      and r.stdout.count("situ:beta=4,linear_beta=25") > 2, r)
+r = run("bench", "experts", "--activation", "gelu")
+check("bench experts of an unknown activation", r.returncode == 2 and "gelu" in r.stderr, r)
 print(f"{len(failures)} failures")
 sys.exit(1 if failures else 0)

@@ -14,7 +14,7 @@ namespace sluice {
 
 class Backend;
 
-/// One case for every combination of `num_experts`, `routing` and `rows_per_expert`.
+/// One case for every combination of `num_experts`, `activations`, `routing` and `rows_per_expert`.
 struct ExpertsBenchConfig {
   ModelGeometry geometry;                ///< Sizes; its num_experts is used if the list is empty.
   DType scale_dtype = DType::kBFloat16;  ///< Of the weights.
@@ -22,7 +22,8 @@ struct ExpertsBenchConfig {
   /// `direct`: activation scales per 128 channels. `bf16-static`: static scales s1 and s2, as every
   /// static recipe has them in its GEMMs, taken from the rows so that nothing saturates.
   Recipe recipe = {};
-  std::vector<int> num_experts = {};  ///< A list: local experts of this one rank.
+  std::vector<int> num_experts = {};           ///< A list: local experts of this one rank.
+  std::vector<ActivationFn> activations = {};  ///< A list; empty: the geometry's.
   std::vector<RoutingKind> routing = {RoutingKind::kUniform};  ///< kUniform, kZipf or kOneExpert.
   std::vector<int> rows_per_expert = {1, 4, 16, 64};  ///< Mean; rows * num_experts rows in all.
   int repeats = 7;
@@ -41,15 +42,16 @@ struct ExpertsBenchKernel {
 
 struct ExpertsBenchCase {
   int num_experts = 0;
+  ActivationFn activation = {};
   RoutingKind routing = RoutingKind::kUniform;
   int rows_per_expert = 0;
   std::int64_t total_rows = 0;
   double worst_error_ratio = 0;  ///< Against float64, |error| / bound, checked before timing.
-  /// "stage" (GEMM1, SwiGLU, quantization, GEMM2 on e4m3 rows); its parts "gate_up" (with SwiGLU
-  /// and quantization), "down" and, on the CPU, "activation", there as shares of the threads' time;
-  /// "quantize" (bf16 -> e4m3) and, for `direct`, "requantize" (group -> static) of its input; for
-  /// `direct` also "local", LocalExperts on bf16 tokens with these rows (its num_topk for each
-  /// token), and on a GPU "local_host", the host's time for one such call.
+  /// "stage" (GEMM1, activation, quantization, GEMM2 on e4m3 rows); its parts "gate_up" (with
+  /// activation and quantization), "down" and, on the CPU, "activation", there as shares of the
+  /// threads' time; "quantize" (bf16 -> e4m3) and, for `direct`, "requantize" (group -> static) of
+  /// its input; for `direct` also "local", LocalExperts on bf16 tokens with these rows (its
+  /// num_topk for each token), and on a GPU "local_host", the host's time for one such call.
   std::vector<ExpertsBenchKernel> kernels = {};
 };
 

@@ -178,6 +178,7 @@ std::size_t staging_bytes(const QuantMatrix& m) {
 std::unique_ptr<PreparedExperts> CudaBackend::prepare(const ExpertWeights& weights) {
   check_argument(!weights.experts.empty(), "no experts to prepare");
   check_experts(weights);
+  cuda::check_kernel_activation(weights.geometry.activation);
   const Expert& first = weights.experts.front();
   for (const Expert& expert : weights.experts) {
     for (const QuantMatrix* m : {&expert.gate, &expert.up, &expert.down}) {

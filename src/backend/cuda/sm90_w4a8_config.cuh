@@ -6,6 +6,7 @@
 
 #include <cstdint>
 
+#include "backend/cuda/activation.cuh"
 #include "backend/cuda/sm90_w4a8_layout.cuh"
 #include "backend/cuda/w4a8.h"
 
@@ -32,8 +33,7 @@ enum class XScale : int {
 
 /// One instantiation of the kernel.
 template <KernelConfig Size, WeightCode Code, ScaleType Scale, int Group, XScale X,
-          WeightFormat Format = WeightFormat::kInt4,
-          ActivationKind Activation = ActivationKind::kSwiglu>
+          Activations Functions = Activations::kSwiglu, WeightFormat Format = WeightFormat::kInt4>
 struct Config {
   static_assert(Format == WeightFormat::kInt4, "the main loop widens int4");
   static constexpr bool kIsDecode = Size == KernelConfig::kDecode;
@@ -42,7 +42,7 @@ struct Config {
   static constexpr ScaleType kScale = Scale;
   static constexpr XScale kXScale = X;
   static constexpr int kGroup = Group;
-  static constexpr ActivationKind kActivation = Activation;
+  static constexpr Activations kActivations = Functions;
   static constexpr int kMathWarpgroups = kIsDecode ? 4 : 2;
   static constexpr int kSlabsPerWarpgroup = kSlabsPerTile / kMathWarpgroups;
   // Groups of 32 keep four weight scales alive beside the sums: 128 columns would spill.
@@ -101,10 +101,11 @@ struct Phase {
   const float* x_scale;  // [rows, K/128] or nullptr
   float x_static;
   Epilogue epilogue;
-  float h_inv_static;  // 1 / s2
-  std::uint8_t* h;     // [rows, n/2] e4m3          kHidden
-  float* h_scale;      // [rows, n/256] or nullptr  kHidden
-  std::uint16_t* y;    // [rows, n] bf16            kBf16
+  ActivationParams activation;  //                           kHidden
+  float h_inv_static;           // 1 / s2                    kHidden
+  std::uint8_t* h;              // [rows, n/2] e4m3          kHidden
+  float* h_scale;               // [rows, n/256] or nullptr  kHidden
+  std::uint16_t* y;             // [rows, n] bf16            kBf16
 };
 
 struct Params {

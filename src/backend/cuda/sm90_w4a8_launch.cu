@@ -71,17 +71,15 @@ void check_format(WeightFormat format) {
   refuse("weight format", static_cast<int>(format));
 }
 
-void check_has_kernel(const ActivationFn& fn) {
-  switch (fn.kind) {
-    case ActivationKind::kSwiglu:
-      return;
-    case ActivationKind::kSwigluLimit:
-    case ActivationKind::kSwigluOai:
-    case ActivationKind::kSitu:
-      break;
+/// 1 / beta, or 0 for a kind without one.
+float inverse_of(float beta, const ActivationFn& fn) {
+  if (beta == 0) return 0;
+  if (beta < 0x1p-126f || beta > 0x1p126f) {  // The kernel multiplies by it.
+    throw Error(ErrorCode::kUnsupported, "activation " + to_string(fn) +
+                                             ": the CUDA kernel needs beta and linear_beta from "
+                                             "2^-126 to 2^126");
   }
-  throw Error(ErrorCode::kUnsupported,
-              "activation " + to_string(fn) + " has no CUDA kernel; only swiglu has one");
+  return 1.0f / beta;
 }
 
 void check_shape(const WeightShape& shape) {
@@ -154,7 +152,6 @@ void add_bf16(Params& p, const PackedWeights& weights, const RowRanges& rows, co
 
 void add_hidden(Params& p, const PackedWeights& weights, const RowRanges& rows,
                 const Fp8RowsView& x, const Fp8Rows& h, const ActivationFn& activation) {
-  check_has_kernel(activation);
   require(weights.shape.n % kTileRows == 0, "gate_up n", weights.shape.n,
           "must be 2 * intermediate, a multiple of 256");
   require(2 * h.width == weights.shape.n, "h width", h.width, "must be half of gate_up n");
@@ -163,17 +160,27 @@ void add_hidden(Params& p, const PackedWeights& weights, const RowRanges& rows,
   if (h.scale == nullptr) check_scale(h.static_scale, "static h scale");
   Phase& phase = add_phase(p, weights, rows, x);
   phase.epilogue = Epilogue::kHidden;
+  phase.activation = activation_params(activation);
   phase.h = h.codes;
   phase.h_scale = h.scale;
   phase.h_inv_static = h.scale == nullptr ? 1.0f / h.static_scale : 0.0f;
 }
 
+template <KernelConfig Size, WeightCode Code, ScaleType Scale, int Group, XScale X>
+void launch_activations(const Params& p, int num_ctas, cudaStream_t stream) {
+  if (p.phase[0].activation.kind == ActivationKind::kSwiglu) {
+    launch_kernel<Config<Size, Code, Scale, Group, X, Activations::kSwiglu>>(p, num_ctas, stream);
+  } else {
+    launch_kernel<Config<Size, Code, Scale, Group, X, Activations::kOthers>>(p, num_ctas, stream);
+  }
+}
+
 template <KernelConfig Size, WeightCode Code, ScaleType Scale, int Group>
 void launch_x_scale(const Params& p, int num_ctas, cudaStream_t stream) {
   if (p.phase[0].x_scale == nullptr) {
-    launch_kernel<Config<Size, Code, Scale, Group, XScale::kPerRow>>(p, num_ctas, stream);
+    launch_activations<Size, Code, Scale, Group, XScale::kPerRow>(p, num_ctas, stream);
   } else {
-    launch_kernel<Config<Size, Code, Scale, Group, XScale::kPerGroup>>(p, num_ctas, stream);
+    launch_activations<Size, Code, Scale, Group, XScale::kPerGroup>(p, num_ctas, stream);
   }
 }
 
@@ -217,6 +224,29 @@ void launch(const Params& p, const PackedWeights& w, const RowRanges& rows,
 }
 
 }  // namespace
+
+ActivationParams activation_params(const ActivationFn& fn) {
+  switch (fn.kind) {
+    case ActivationKind::kSwiglu:
+    case ActivationKind::kSwigluLimit:
+    case ActivationKind::kSwigluOai:
+    case ActivationKind::kSitu:
+      check_activation(fn);
+      return {.kind = fn.kind,
+              .limit = fn.limit,
+              .alpha = fn.kind == ActivationKind::kSwigluLimit ? 1.0f : fn.alpha,
+              .offset = fn.kind == ActivationKind::kSwigluOai ? 1.0f : -0.0f,
+              .beta = fn.beta,
+              .inv_beta = inverse_of(fn.beta, fn),
+              .linear_beta = fn.linear_beta,
+              .inv_linear_beta = inverse_of(fn.linear_beta, fn)};
+  }
+  refuse("activation", static_cast<int>(fn.kind));
+}
+
+void check_kernel_activation(const ActivationFn& fn) {
+  (void)activation_params(fn);
+}
 
 void launch_grouped_gemm(const GroupedGemm& args, StreamHandle stream) {
   if (args.rows.max_rows == 0) return;

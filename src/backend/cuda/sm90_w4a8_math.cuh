@@ -71,9 +71,10 @@ __device__ __forceinline__ void scale_hidden(Shared<C>& s, const Phase& phase, c
 
 /// h = activate(gate, up) in f32, quantized, through shared memory to whole 128-byte rows; then
 /// counts the tile as finished.
-template <class C, int N>
+template <class C, int N, class Activation>
 __device__ __forceinline__ void store_hidden(Shared<C>& s, const Params& p, const Phase& phase,
                                              const TileInfo& t, const MathLane& lane,
+                                             const Activation& activate,
                                              const float (&sum)[C::kSlabsPerWarpgroup][N / 2]) {
   float h[C::kSlabsPerWarpgroup][N / 4];
 #pragma unroll
@@ -81,7 +82,7 @@ __device__ __forceinline__ void store_hidden(Shared<C>& s, const Params& p, cons
 #pragma unroll
     for (int i = 0; i < N / 4; ++i) {
       const int at = 4 * (i / 2) + i % 2;
-      h[b][i] = activate<C::kActivation>(sum[b][at], sum[b][at + 2]);
+      h[b][i] = activate(sum[b][at], sum[b][at + 2]);
     }
   }
   const bool dynamic = phase.h_scale != nullptr;
@@ -137,7 +138,9 @@ __device__ __forceinline__ void compute_tile(Shared<C>& s, const Params& p, cons
   // Made and read again: along K registers are for sums.
   const MathLane again = make_math_lane<C>();
   if (phase.epilogue == Epilogue::kHidden) {
-    store_hidden<C, N>(s, p, phase, t, again, sum);
+    visit_activation<C::kActivations>(phase.activation, [&](const auto& activate) {
+      store_hidden<C, N>(s, p, phase, t, again, activate, sum);
+    });
   } else if (has_slabs<C>(t, again)) {
     store_bf16<C, N>(phase, t, again, sum);
   }

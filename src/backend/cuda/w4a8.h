@@ -131,6 +131,10 @@ struct GroupedGemm {
 };
 void launch_grouped_gemm(const GroupedGemm& args, StreamHandle stream);
 
+/// Throws: kInvalidArgument as check_activation(); kUnsupported for a function that the kernels do
+/// not compute: a beta or linear_beta outside 2^-126..2^126, whose inverse they multiply by.
+void check_kernel_activation(const ActivationFn& fn);
+
 /// h = quantize(activate(gate, up)), everything in f32 from the accumulators on.
 struct GateUpGemm {
   PackedWeights weights;  ///< shape {2 * intermediate, hidden}

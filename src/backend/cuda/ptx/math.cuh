@@ -20,6 +20,18 @@ __device__ __forceinline__ float rcp_approx(float x) {
   return y;
 }
 
+/// The smaller and the larger one; a NaN where either is one. -0 is below +0.
+__device__ __forceinline__ float min_nan(float a, float b) {
+  float y;
+  asm("min.NaN.f32 %0, %1, %2;" : "=f"(y) : "f"(a), "f"(b));
+  return y;
+}
+__device__ __forceinline__ float max_nan(float a, float b) {
+  float y;
+  asm("max.NaN.f32 %0, %1, %2;" : "=f"(y) : "f"(a), "f"(b));
+  return y;
+}
+
 /// Two e4m3 codes, `lo` in the low byte: nearest even, saturating; NaN becomes 0x7f.
 __device__ __forceinline__ std::uint16_t e4m3x2_from_float(float hi, float lo) {
   std::uint16_t codes;
