@@ -55,6 +55,12 @@ void print_head(const Checkpoint& checkpoint, const LayerSample& sample) {
 struct LayerCheck {
   std::vector<int> good;
   std::vector<std::string> errors;
+  std::optional<ErrorCode> code;  ///< Of the first error, or of a corrupt file.
+
+  void add(ErrorCode error_code, std::string text) {
+    errors.push_back(std::move(text));
+    if (!code || error_code == ErrorCode::kCorruptFile) code = error_code;
+  }
 };
 
 LayerCheck check_layers(const Checkpoint& checkpoint) {
@@ -69,7 +75,7 @@ LayerCheck check_layers(const Checkpoint& checkpoint) {
         print_model(checkpoint);
         throw;
       }
-      result.errors.push_back(fmt::format("layer {}: {}", layer, error.what()));
+      result.add(error.code(), fmt::format("layer {}: {}", layer, error.what()));
     }
   }
   return result;
@@ -148,9 +154,13 @@ void inspect_floats(const Options& options, const Checkpoint& checkpoint, const 
   output.json["warnings"] = to_json(checkpoint.warnings());
 }
 
-bool has_unreadable(const CheckpointReview& review) {
-  return std::ranges::any_of(review.warnings,
-                             [](const CheckpointWarning& w) { return w.kind == "unreadable"; });
+/// What the review could not read is an error like the others, and its line is there already.
+std::optional<ErrorCode> worst_code(const LayerCheck& checked, const CheckpointReview& review) {
+  std::optional<ErrorCode> code = checked.code;
+  for (const CheckpointWarning& w : review.warnings) {
+    if (w.code && (!code || *w.code == ErrorCode::kCorruptFile)) code = w.code;
+  }
+  return code;
 }
 
 /// Looks into some of the layers that `checked` calls good. Those whose weights cannot be loaded go
@@ -169,7 +179,7 @@ std::vector<LayerSample> sample_layers(const Options& options, const Checkpoint&
         print_model(checkpoint);
         throw;
       }
-      checked.errors.push_back(fmt::format("layer {}: {}", layer, error.what()));
+      checked.add(error.code(), fmt::format("layer {}: {}", layer, error.what()));
       std::erase(checked.good, layer);
     }
     line.update(static_cast<double>(i + 1) / static_cast<double>(picks.size() + 1));
@@ -182,7 +192,7 @@ std::vector<RankMemory> plan(const Checkpoint& checkpoint, DType scale_dtype, La
   try {
     return memory_by_ranks(checkpoint, scale_dtype);
   } catch (const Error& error) {
-    checked.errors.emplace_back(error.what());
+    checked.add(error.code(), error.what());
     return {};
   }
 }
@@ -191,7 +201,7 @@ void inspect(const Options& options, Output& output) {
   const Checkpoint checkpoint = Checkpoint::open(options.dir);
   LayerCheck checked = check_layers(checkpoint);
   if (!checkpoint.weight_format()) {
-    if (!checked.errors.empty()) output.exit_status = exit_status(ErrorCode::kCorruptFile);
+    if (checked.code) output.exit_status = exit_status(*checked.code);
     return inspect_floats(options, checkpoint, checked, output);
   }
   std::vector<LayerSample> samples;
@@ -206,8 +216,9 @@ void inspect(const Options& options, Output& output) {
   const DType scale_dtype = samples.front().scale_dtype;
   const std::vector<RankMemory> memory = plan(checkpoint, scale_dtype, checked);
   // A checkpoint with a layer that cannot be loaded is not in order.
-  const bool runs = checked.errors.empty() && !has_unreadable(review);
-  if (!runs) output.exit_status = exit_status(ErrorCode::kCorruptFile);
+  const std::optional<ErrorCode> code = worst_code(checked, review);
+  const bool runs = !code;
+  if (code) output.exit_status = exit_status(*code);
   const std::vector<RecipeGroup> recipes = recipe_groups(checkpoint, checked.good);
   const CodeKind codes = code_kind(samples);
   print_head(checkpoint, samples.front());

@@ -243,7 +243,7 @@ void bind_checkpoint(nb::module_& m) {
       .def("load_experts", &Checkpoint::load_experts, nb::call_guard<nb::gil_scoped_release>(),
            "layer"_a, "first_expert"_a, "num_experts"_a,
            "ExpertWeights, mapped from the files.\n\n"
-           "Raises Error: invalid_argument for layer or range, corrupt_file.")
+           "Raises Error: invalid_argument for layer or range, corrupt_file, unsupported.")
       .def("__repr__", [](const Checkpoint& c) {
         return fmt::format("<sluice.Checkpoint {} {}>", c.format(), c.path().string());
       });

@@ -19,6 +19,7 @@
 #include <vector>
 
 #include "sluice/activation.h"
+#include "sluice/error.h"
 #include "sluice/recipe.h"
 #include "sluice/tensor.h"
 #include "sluice/weight_format.h"
@@ -90,6 +91,8 @@ struct CheckpointWarning {
   std::string kind = {};  ///< "layer-sizes", "input-scales-one"...: docs/formats.md lists them.
   int count = 1;          ///< Places with a warning of this kind; the worst is `tensor`.
   bool is_note = false;   ///< True of what is normal in some published files.
+  /// Of kind "unreadable": the code of the error.
+  std::optional<ErrorCode> code = {};
 };
 
 /// What Checkpoint::review() found, and what it read for that.
@@ -101,8 +104,9 @@ struct CheckpointReview {
 
 class Checkpoint {
  public:
-  /// Reads config and safetensors headers. Throws: kIo, kCorruptFile (file, tensor, value, limit),
-  /// kUnsupported for a quantization method, a size or a key of config.json that is not supported.
+  /// Reads config and safetensors headers. Throws: kIo; kCorruptFile (file, tensor, value, limit)
+  /// for a file that breaks its own format; kUnsupported for a quantization method, a size or a key
+  /// of config.json that is not supported, and for sound files that do not go together.
   [[nodiscard]] static Checkpoint open(const std::filesystem::path& dir);
 
   Checkpoint(Checkpoint&&) noexcept;
@@ -122,8 +126,8 @@ class Checkpoint {
   [[nodiscard]] std::uint64_t identity() const noexcept;
 
   /// Of every expert of the layer, in order; empty if the checkpoint has none. Throws: kCorruptFile
-  /// for a scale that is missing for some expert, of the wrong dtype or shape, not finite or not
-  /// positive.
+  /// for a scale that is not finite or not positive, kUnsupported for one that is missing for some
+  /// expert or of another dtype or shape.
   [[nodiscard]] std::vector<InputScales> input_scales(int layer) const;
 
   /// s1 = max of w1 and w3, s2 = max of w2, over all experts of the layer; empty if the checkpoint
@@ -134,10 +138,10 @@ class Checkpoint {
   /// Checks headers and input scales of a whole layer, and no weights. Throws: as load_experts().
   void check(int layer) const;
 
-  /// Throws: kInvalidArgument (layer or range), kCorruptFile (missing tensor, wrong dtype or shape,
-  ///   bad scale, nibbles that are not stored as the format says), kUnsupported (floats; scales
-  ///   that cannot be represented). All or nothing.   Cost: touches only these experts' bytes;
-  ///   codes that lie in the file in another order or with an offset are copied.
+  /// Throws: kInvalidArgument (layer or range); kCorruptFile (a bad scale, nibbles that are not
+  ///   stored as the format says); kUnsupported (floats, a missing tensor, another dtype or shape,
+  ///   scales that cannot be represented). All or nothing.   Cost: touches only these experts'
+  ///   bytes; codes that lie in the file in another order or with an offset are copied.
   [[nodiscard]] ExpertWeights load_experts(int layer, int first_expert, int num_experts) const;
 
   /// One matrix of one expert as [n, k] float32, of any format: FP8 and BF16 weights exactly, INT4
@@ -146,8 +150,8 @@ class Checkpoint {
   void load_floats(int layer, int expert, MatrixRole role, std::span<float> out) const;
 
   /// Of the checkpoint as a whole, found by open(): tensors that lie in another shard than the
-  /// index says, keys of config.json that are not known, latent widths, prediction layers that are
-  /// not there, exclusions of experts that are quantized. One for each kind, with a count.
+  /// index says, keys of config.json that are not known, latent widths, layers and prediction
+  /// layers that are not there, exclusions of experts that are quantized. One for each kind.
   [[nodiscard]] const std::vector<CheckpointWarning>& warnings() const noexcept;
 
   /// Compares the input scales of all experts of `layers`, and the weights of some experts: of each

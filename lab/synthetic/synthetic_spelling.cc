@@ -59,6 +59,7 @@ struct Published {
   const char* spelling;
   DType scale_dtype = DType::kFloat32;
   bool has_unit_input_scales = false;
+  int first_layer = 3;  // With experts.
 };
 
 constexpr std::array kPublished = {
@@ -66,8 +67,14 @@ constexpr std::array kPublished = {
     Published{"kimi-k2.5", "kimi-int4", "kimi-k2.5", DType::kBFloat16},
     Published{"kimi-k3", "kimi-int4", "kimi-k3", DType::kBFloat16},
     Published{"glm-5", "w4afp8", "glm-5", DType::kBFloat16, true},
-    Published{"deepseek-v4-flash", "w4afp8", "deepseek-v4"},
-    Published{"deepseek-v4-pro", "w4afp8", "deepseek-v4"},
+    Published{.preset = "deepseek-v4-flash",
+              .format = "w4afp8",
+              .spelling = "deepseek-v4",
+              .first_layer = 0},
+    Published{.preset = "deepseek-v4-pro",
+              .format = "w4afp8",
+              .spelling = "deepseek-v4",
+              .first_layer = 0},
     Published{"qwen3.8", "compressed-tensors", "qwen3.8", DType::kBFloat16},
     Published{"qwen3-235b", "w4afp8", "qwen3"},
     Published{"qwen3-30b", "w4afp8", "qwen3"},
@@ -147,6 +154,7 @@ SyntheticCheckpoint synthetic_preset(const std::string& preset) {
     spec.spelling = p.spelling;
     spec.scale_dtype = p.scale_dtype;
     spec.with_unit_input_scales = p.has_unit_input_scales;
+    spec.first_layer = p.first_layer;
   }
   return spec;
 }

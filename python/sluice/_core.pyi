@@ -324,7 +324,7 @@ class Checkpoint:
         """
         ExpertWeights, mapped from the files.
 
-        Raises Error: invalid_argument for layer or range, corrupt_file.
+        Raises Error: invalid_argument for layer or range, corrupt_file, unsupported.
         """
 
     def __repr__(self) -> str: ...

@@ -80,25 +80,25 @@ void CheckpointData::check_layer(int layer) const {
          dir.string(), at->second, index.hint(layer));
   }
   check_nothing_else(dir, *format, g, tensors);
-  std::vector<PartSpec> specs;
+  std::vector<std::pair<MatrixLayout, PartSpec>> specs;
   for (const MatrixLayout& matrix : matrix_layouts(g)) {
-    for (PartSpec& spec : format->parts(matrix)) specs.push_back(std::move(spec));
+    for (PartSpec& spec : format->parts(matrix)) specs.emplace_back(matrix, std::move(spec));
   }
   for (int e = 0; e < g.num_experts; ++e) {
     const ExpertTensors& expert = tensors.experts[static_cast<std::size_t>(e)];
-    for (const PartSpec& spec : specs) {
+    for (const auto& [matrix, spec] : specs) {
       const TensorRef* const tensor = expert.find(spec.name);
       if (!tensor && !spec.is_optional) {
         const std::string name = index.spelling.name(layer, e, spec.name);
         const auto left_out = index.left_out.find(name);
-        fail(ErrorCode::kCorruptFile,
+        fail(ErrorCode::kUnsupported,
              "{}: tensor {} is missing; the config has {} experts per layer, and {} needs it{}",
              dir.string(), name, g.num_experts, format->name(),
              left_out == index.left_out.end()
-                 ? ""
+                 ? "; complete the files, or correct config.json"
                  : fmt::format("; {} has it, but the index does not name it", left_out->second));
       }
-      if (tensor) check_part(*tensor, spec);
+      if (tensor) check_part(*tensor, spec, &matrix);
     }
   }
 }
@@ -199,7 +199,7 @@ std::vector<InputScales> CheckpointData::input_scales(int layer) const {
   }
   if (num_present == 0) return {};
   if (!missing.empty()) {
-    fail(ErrorCode::kCorruptFile,
+    fail(ErrorCode::kUnsupported,
          "{}: tensor {} is missing, though {} of the layer's {} input scales are there",
          dir.string(), missing, num_present, tensors.experts.size() * layouts.size());
   }

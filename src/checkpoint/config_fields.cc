@@ -38,6 +38,12 @@ ConfigNumbers read_numbers(JsonReader& json) {
   return numbers;
 }
 
+std::vector<std::string> read_names(JsonReader& json) {
+  std::vector<std::string> names;
+  json.array([&] { names.push_back(json.string()); });
+  return names;
+}
+
 /// What a model with other senses says of its language model.
 void merge(ConfigFields&& inner, ConfigFields& out) {
   for (auto& [kind, keys] : inner.numbers) {
@@ -45,6 +51,8 @@ void merge(ConfigFields&& inner, ConfigFields& out) {
   }
   for (const auto& [key, value] : inner.scales) out.scales[key] = value;
   for (auto& [key, value] : inner.activation) out.activation[key] = std::move(value);
+  if (!inner.layer_types.empty()) out.layer_types = std::move(inner.layer_types);
+  out.has_layer_pattern |= inner.has_layer_pattern;
   if (out.model_type.empty()) out.model_type = std::move(inner.model_type);
   for (std::string& key : inner.unknown) {
     if (std::ranges::find(out.unknown, key) == out.unknown.end()) {
@@ -54,7 +62,7 @@ void merge(ConfigFields&& inner, ConfigFields& out) {
   if (!inner.quantization.is_present) return;
   if (out.quantization.is_present) {
     if (const auto found = contradiction(out.quantization, inner.quantization)) {
-      fail(ErrorCode::kCorruptFile,
+      fail(ErrorCode::kUnsupported,
            "{}: quantization_config.{} = {}, but the language model's quantization_config has {}",
            out.file, found->field, found->first, found->second);
     }
@@ -96,6 +104,12 @@ ConfigFields read_object(JsonReader& json, const std::string& file, bool is_inne
                                      ? json.string()
                                      : std::string(json.raw());
         return;
+      case Kind::kLayerTypes:
+        fields.layer_types = read_names(json);
+        return;
+      case Kind::kLayerPattern:
+        fields.has_layer_pattern = true;
+        return json.skip();
       case Kind::kModelType:
         fields.model_type = json.string();
         return;

@@ -27,13 +27,15 @@ struct ConfigFields {
   std::map<ConfigKeyKind, std::map<std::string, ConfigNumbers>> numbers;  ///< By kind, then key.
   std::map<std::string, double> scales;
   std::map<std::string, std::string> activation;  ///< Key to JSON text; strings without quotes.
+  std::vector<std::string> layer_types;           ///< mlp_layer_types
+  bool has_layer_pattern = false;                 ///< A key of kind kLayerPattern.
   std::string model_type;
   std::vector<std::string> unknown;  ///< Keys that are in no list and do not sound like experts'.
   QuantizationConfig quantization;
 };
 
-/// Throws: kCorruptFile (not JSON, a value of the wrong kind, two quantization_configs that
-/// contradict each other), kUnsupported (a key that would change results, with its value).
+/// Throws: kCorruptFile (not JSON, a value of the wrong kind), kUnsupported (a key that would
+/// change results, with its value; two quantization_configs that contradict each other, with both).
 [[nodiscard]] ConfigFields read_config_fields(std::string_view text, const std::string& file);
 
 }  // namespace sluice

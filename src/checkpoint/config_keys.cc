@@ -39,6 +39,10 @@ constexpr Row kTable[] = {
     {Kind::kLayerStep,
      "moe_layer_freq decoder_sparse_step interleave_moe_layer_step moe_layer_interval"},
     {Kind::kDenseLayers, "mlp_only_layers"},
+    {Kind::kLayerTypes, "mlp_layer_types"},
+    {Kind::kLayerPattern,
+     "moe_layers moe_layers_enum moe_layer_end_index layers_block_type block_type "
+     "hybrid_override_pattern"},
     {Kind::kModelType, "model_type"},
     {Kind::kLanguage, "text_config language_config llm_config"},
     {Kind::kQuantization, "quantization_config"},
@@ -69,11 +73,10 @@ constexpr Row kTable[] = {
      "shared_expert_intermediate_size moe_shared_expert_intermediate_size "
      "shared_intermediate_size share_expert_dim share_q_dim share_expert_gate "
      "moe_shared_expert_gate shared_expert_rank shared_expert_gate use_shared_expert "
-     "intermediate_size_mlp dense_intermediate_size ffn_hidden_size mlp_layer_types "
+     "intermediate_size_mlp dense_intermediate_size ffn_hidden_size "
      "latent_moe_use_norm use_mixed_mlp_moe moe_layer_recompute ep_size moe_ep_size "
      "moe_implementation experts_implementation _experts_implementation moe_backend "
-     "moe_layers moe_layers_enum moe_layer_end_index layer_types layers_block_type block_type "
-     "hybrid_override_pattern is_moe"},
+     "layer_types is_moe"},
     // Attention, positions, state spaces.
     {Kind::kIrrelevant,
      "num_attention_heads num_key_value_heads head_dim attention_bias attention_dropout "

@@ -27,6 +27,8 @@ enum class ConfigKeyKind {
   kFirstMoe,       ///< Dense layers at the beginning.
   kLayerStep,      ///< `moe_layer_freq`, `decoder_sparse_step`: a number, or a list of 0 and 1.
   kDenseLayers,    ///< A list of layers without experts.
+  kLayerTypes,     ///< `mlp_layer_types`: "sparse" (with experts) or "dense", by layer.
+  kLayerPattern,   ///< Says which layers have experts in a way that is not read.
   kActivation,     ///< `hidden_act` and what belongs to it.
   kMustBeOff,      ///< Would change results; must be null, false, 0, "none" or empty.
   kModelType,      ///< A name.

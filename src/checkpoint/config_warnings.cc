@@ -30,6 +30,33 @@ void check_prediction_layers(const CheckpointData& data, Warnings& out) {
                  .kind = "no-prediction-layer"});
 }
 
+/// Layers that the config has with routed experts, and the files without.
+void check_missing_layers(const CheckpointData& data, Warnings& out) {
+  const std::vector<int> expected = data.config.expected_layers();
+  std::vector<int> missing;
+  for (const int layer : expected) {
+    if (!data.index.layers.contains(layer)) missing.push_back(layer);
+  }
+  if (missing.empty()) return;
+  constexpr std::size_t kShown = 3;
+  std::string list;
+  for (std::size_t i = 0; i < std::min(missing.size(), kShown); ++i) {
+    list += (i == 0 ? "" : ", ") + std::to_string(missing[i]);
+  }
+  if (missing.size() > kShown) list += fmt::format(" and {} more", missing.size() - kShown);
+  const bool is_fused =
+      std::ranges::any_of(missing, [&](int layer) { return data.index.fused.contains(layer); });
+  out.push_back(
+      {.tensor = "config.json",
+       .text = fmt::format(
+           "of its {} layers with routed experts, the files have {}; "
+           "missing: {}{}",
+           expected.size(), expected.size() - missing.size(), list,
+           is_fused || !data.index.unread.empty() ? data.index.hint(missing.front()) : ""),
+       .kind = "missing-layers",
+       .count = static_cast<int>(missing.size())});
+}
+
 /// "...experts.0.gate_proj" of the layer's first expert, if its weight is as the format has it.
 std::string quantized_module(const CheckpointData& data, const LayerTensors& layer) {
   const MatrixLayout gate = matrix_layouts(data.config.geometry)[0];
@@ -67,6 +94,7 @@ void check_exclusions(const CheckpointData& data, Warnings& out) {
 
 std::vector<CheckpointWarning> config_warnings(const CheckpointData& data) {
   Warnings result = data.config.warnings;
+  check_missing_layers(data, result);
   check_prediction_layers(data, result);
   check_exclusions(data, result);
   return result;

@@ -60,7 +60,7 @@ std::optional<Named> agreed(const ConfigFields& fields, Kind kind, int low) {
   for (const auto& [key, numbers] : at->second) {
     const Named here = checked(fields, key, numbers, low);
     if (found && found->value != here.value) {
-      fail(ErrorCode::kCorruptFile, "{}: {} = {} contradicts {} = {}", fields.file, here.key,
+      fail(ErrorCode::kUnsupported, "{}: {} = {} contradicts {} = {}", fields.file, here.key,
            here.value, found->key, found->value);
     }
     if (!found) found = here;
@@ -128,7 +128,7 @@ float scaling_factor(const ConfigFields& fields) {
            factor);
     }
     if (found && found->second != factor) {
-      fail(ErrorCode::kCorruptFile, "{}: {} = {} contradicts {} = {}", fields.file, key, factor,
+      fail(ErrorCode::kUnsupported, "{}: {} = {} contradicts {} = {}", fields.file, key, factor,
            found->first, found->second);
     }
     found = {key, factor};
@@ -147,7 +147,7 @@ void read_geometry(const ConfigFields& fields, ModelConfig& config) {
                      .routed_scaling_factor = scaling_factor(fields),
                      .activation = activation_field(fields)};
   if (topk.value > experts.value) {
-    fail(ErrorCode::kCorruptFile, "{}: {} = {} is above the {} experts there are", fields.file,
+    fail(ErrorCode::kUnsupported, "{}: {} = {} is above the {} experts there are", fields.file,
          topk.key, topk.value, experts.value);
   }
 }
@@ -166,6 +166,8 @@ std::vector<int> small_numbers(const ConfigFields& fields, const std::string& ke
 
 /// Which layers should have experts. The files decide; what differs from this is a warning.
 void read_layers(const ConfigFields& fields, ModelConfig& config) {
+  config.layer_types = fields.layer_types;
+  config.has_layer_pattern = fields.has_layer_pattern;
   const auto value = [&](Kind kind, int low) {
     const auto found = agreed(fields, kind, low);
     return found ? found->value : 0;
@@ -212,6 +214,9 @@ std::string ModelConfig::dense_reason(int layer) const {
     return fmt::format("mlp_only_layers holds {}", layer);
   }
   const auto at = static_cast<std::size_t>(layer);
+  if (at < layer_types.size() && layer_types[at] != "sparse") {
+    return fmt::format("mlp_layer_types [{}] = {}", layer, layer_types[at]);
+  }
   if (is_step_list) {
     if (at >= layer_step.size() || layer_step[at] != 0) return {};
     return fmt::format("{} [{}] = 0", step_key, layer);
@@ -220,6 +225,14 @@ std::string ModelConfig::dense_reason(int layer) const {
   // moe_layer_freq counts from layer 0, the others from layer 1.
   const int step = layer_step.front(), position = step_key == "moe_layer_freq" ? layer : layer + 1;
   return position % step == 0 ? std::string() : fmt::format("{} = {}", step_key, step);
+}
+
+std::vector<int> ModelConfig::expected_layers() const {
+  std::vector<int> layers;
+  for (int l = 0; l < num_layers && !has_layer_pattern; ++l) {
+    if (dense_reason(l).empty()) layers.push_back(l);
+  }
+  return layers;
 }
 
 ModelConfig read_model_config(const std::filesystem::path& dir) {

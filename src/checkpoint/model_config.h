@@ -22,17 +22,21 @@ struct ModelConfig {
   /// Why the config has a layer below num_layers without routed experts: "decoder_sparse_step = 2";
   /// empty if it expects them there.
   [[nodiscard]] std::string dense_reason(int layer) const;
+  /// The layers that should have routed experts, ascending; empty if the config does not tell.
+  [[nodiscard]] std::vector<int> expected_layers() const;
 
   /// Keys of which layers have experts, as written.
   std::string step_key;         ///< "moe_layer_freq" or one of its kin; empty if there is none.
   std::vector<int> layer_step;  ///< One number, or 0 and 1 by layer.
   bool is_step_list = false;
-  std::vector<int> dense_layers;  ///< mlp_only_layers
+  std::vector<int> dense_layers;         ///< mlp_only_layers
+  std::vector<std::string> layer_types;  ///< mlp_layer_types
+  bool has_layer_pattern = false;        ///< A key says more, in a way that is not read.
 };
 
-/// Throws: kIo (no config.json), kCorruptFile (not JSON, a field of the wrong kind or out of range,
-/// two fields that contradict each other), kUnsupported (a size or key that is not handled, a size
-/// that is not given under any known name). The geometry's group_size is for the format to say.
+/// Throws: kIo (no config.json), kCorruptFile (not JSON, a field of the wrong kind or of no sense),
+/// kUnsupported (a size or key that is not handled, a size that no known key gives, two fields that
+/// contradict each other). The geometry's group_size is for the format to say.
 [[nodiscard]] ModelConfig read_model_config(const std::filesystem::path& dir);
 
 }  // namespace sluice

@@ -209,7 +209,8 @@ class IndexBuilder {
     }
     const std::string path = tensor.file->path().string();
     if (name->expert >= num_experts_) {
-      fail(ErrorCode::kCorruptFile, "{}: tensor {}: expert {} of a model with {} experts", path,
+      fail(ErrorCode::kUnsupported,
+           "{}: tensor {}: expert {} of a model with {} experts, as config.json says", path,
            tensor.entry.name, name->expert, num_experts_);
     }
     check_spelling(*name, tensor);
@@ -228,8 +229,9 @@ class IndexBuilder {
                          std::ranges::equal(other->tensor.bytes(), tensor.bytes());
     const bool replaces = where == Place::kHere && provisional_.erase(tensor.entry.name) > 0;
     if (!is_same && !replaces && where != Place::kElsewhere) {
-      fail(ErrorCode::kCorruptFile, "{}: tensor {} is also in {}", path, tensor.entry.name,
-           other->tensor.file->path().string());
+      fail(ErrorCode::kUnsupported, "{}: tensor {} is also in {}{}", path, tensor.entry.name,
+           other->tensor.file->path().string(),
+           weight_map_ ? "" : fmt::format("; {} would say which of them counts", kIndexFile));
     }
     if (!is_same) input_scales_.add(replaces ? other->tensor : tensor);
     if (replaces) other->tensor = std::move(tensor);

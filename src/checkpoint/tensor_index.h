@@ -85,7 +85,8 @@ struct TensorIndex {
 /// tensor is where it says: another of that name, or one that it does not name, is left out with a
 /// warning. Any other *.safetensors file contributes its input scales only (act_scales.safetensors
 /// is published beside the index). Without it, every *.safetensors file counts.
-/// Throws: kIo, kCorruptFile, kUnsupported (two spellings in one checkpoint).
+/// Throws: kIo; kCorruptFile; kUnsupported (two spellings in one checkpoint, two tensors of one
+/// name that the index does not decide between, an expert past `num_experts`).
 [[nodiscard]] TensorIndex read_tensor_index(const std::filesystem::path& dir, int num_experts);
 
 }  // namespace sluice

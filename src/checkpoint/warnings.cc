@@ -4,8 +4,10 @@
 #include <array>
 #include <cmath>
 #include <cstdint>
+#include <optional>
 #include <set>
 #include <span>
+#include <utility>
 
 #include "checkpoint/checkpoint_impl.h"
 #include "checkpoint/findings.h"
@@ -138,6 +140,7 @@ class Reviewer {
       } catch (const Error& error) {
         findings_.add(WarningKind::kUnreadable, 0, names_of(data_, layers[i]).weight(0, 0),
                       error.what());
+        if (!first_error_) first_error_ = error.code();
       }
     }
     // One expert of a layer may be no good example of it.
@@ -155,7 +158,11 @@ class Reviewer {
     check_weights(looks_, names, data_.format->makes_minus_eight(), findings_);
     std::set<int> layers;
     for (const ExpertLook& look : looks_) layers.insert(look.layer);
-    return {.warnings = findings_.take(),
+    std::vector<CheckpointWarning> warnings = findings_.take();
+    for (CheckpointWarning& w : warnings) {
+      if (w.kind == "unreadable") w.code = first_error_;
+    }
+    return {.warnings = std::move(warnings),
             .num_layers = static_cast<int>(layers.size()),
             .num_experts = static_cast<int>(looks_.size())};
   }
@@ -183,6 +190,7 @@ class Reviewer {
   const CheckpointData& data_;
   std::vector<ExpertLook> looks_;
   Findings findings_;
+  std::optional<ErrorCode> first_error_;
 };
 
 }  // namespace

@@ -158,6 +158,14 @@ TEST(ConfigKeys, Contradictions) {
       {R"({"moe_ffn_hidden_size": 256})", {"moe_intermediate_size = 128", "= 256"}},
       {R"({"moe_router_topk_scaling_factor": 1.0})", {"routed_scaling_factor = 2.5", "= 1"}},
       {R"({"num_experts_per_tok": null, "moe_k": 3})", {"moe_k = 3", "2 experts"}},
+      {R"({"num_experts_per_tok": 3})", {"num_experts_per_tok = 3", "2 experts"}},
+  };
+  for (const Row& row : rows) expect_refused(ErrorCode::kUnsupported, row);
+}
+
+/// What config.json itself may not hold, whatever the model.
+TEST(ConfigKeys, ValuesThatAreNone) {
+  const Row rows[] = {
       {R"({"num_experts_per_tok": []})", {"num_experts_per_tok = []"}},
       {R"({"hidden_size": "256"})", {"JSON, byte"}},
       {R"({"hidden_size": 0})", {"hidden_size = 0"}},
@@ -215,6 +223,28 @@ TEST(ConfigKeys, PredictionLayersThatAreNotThere) {
   expect_loads({R"({"num_nextn_predict_layers": 1, "num_hidden_layers": 5})", {}});
 }
 
+/// A config with more layers of experts than the files have.
+TEST(ConfigKeys, LayersThatAreNotThere) {
+  const Row rows[] = {
+      {R"({"num_hidden_layers": 8})",
+       {"config.json: of its 3 layers with routed experts, the files have 1; missing: 6, 7"}},
+      {R"({"num_hidden_layers": 12})", {"the files have 1; missing: 6, 7, 8 and 3 more"}},
+      {R"({"first_k_dense_replace": 0})", {"of its 6 layers", "missing: 0, 1, 2 and 2 more"}},
+      {R"({"num_hidden_layers": 8, "mlp_only_layers": [6, 7]})", {}},
+      {R"({"num_hidden_layers": 8, "moe_layer_freq": [0, 0, 0, 0, 0, 1, 0, 0]})", {}},
+      {R"({"num_hidden_layers": 7, "mlp_layer_types":
+           ["dense", "dense", "dense", "dense", "dense", "sparse", "dense"]})",
+       {}},
+      {R"({"num_hidden_layers": 7, "mlp_layer_types":
+           ["dense", "dense", "dense", "dense", "dense", "sparse", "sparse"]})",
+       {"of its 2 layers", "missing: 6"}},
+      // Which layers these mean is not read.
+      {R"({"num_hidden_layers": 8, "moe_layers": [5]})", {}},
+      {R"({"num_hidden_layers": 8, "hybrid_override_pattern": "M-M-MEMM"})", {}},
+  };
+  for (const Row& row : rows) expect_loads(row);
+}
+
 /// Layers with experts where the config has none.
 TEST(ConfigKeys, LayersThatShouldBeDense) {
   struct Layers {
@@ -232,6 +262,8 @@ TEST(ConfigKeys, LayersThatShouldBeDense) {
       {R"({"moe_layer_freq": 1})", ""},
       {R"({"decoder_sparse_step": 2})", ""},
       {R"({"decoder_sparse_step": 4})", "though decoder_sparse_step = 4"},
+      {R"({"mlp_layer_types": ["dense", "dense", "dense", "dense", "dense", "dense"]})",
+       "though mlp_layer_types [5] = dense"},
       {R"({"interleave_moe_layer_step": 4})", "though interleave_moe_layer_step = 4"},
       {R"({"num_hidden_layers": 5})", "layer 5 is past the model's 5 layers"},
   };

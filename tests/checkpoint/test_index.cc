@@ -11,6 +11,7 @@ using testing::expect_refused;
 using testing::f32_bytes;
 using testing::kCorrupt;
 using testing::kStorages;
+using testing::kUnsupported;
 using testing::SpelledFiles;
 using testing::Spelling;
 using testing::Storage;
@@ -27,7 +28,7 @@ TEST(Index, DecidesWhichOfTwoTensorsCounts) {
                    name + ": in " + SpelledFiles::file(1 - e) +
                        ": model.safetensors.index.json gives it to another file");
       files.weight_map = nullptr;
-      expect_refused(files, kCorrupt, {name, "is also in"});
+      expect_refused(files, kUnsupported, {name, "is also in", "would say which"});
     }
   }
 }
@@ -77,7 +78,7 @@ TEST(Index, FaultsThatStayErrors) {
       {"leaves out a tensor that is needed",
        {},
        [](SpelledFiles& f) { f.weight_map.erase(f.codes_name(0, 0)); },
-       kCorrupt,
+       kUnsupported,
        {"0.gate_proj.weight is missing", "does not name"}},
   });
 }

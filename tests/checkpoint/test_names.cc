@@ -84,11 +84,11 @@ TEST(Names, ShapesThatContradictTheConfig) {
   };
   const Spelling bytes = {.storage = Storage::kBytesOffset};
   expect_cases({
-      {"w4afp8 scale", {}, reshape(true, {2, 128}), kCorrupt, {"[2, 128]", "transposed?"}},
-      {"w4afp8 codes", {}, reshape(false, {64, 256}), kCorrupt, {"[64, 256]", "[128, 128]"}},
-      {"ct scale", kCt, reshape(true, {2, 128}), kCorrupt, {"[2, 128]", "transposed?"}},
-      {"ct words", kCt, reshape(false, {32, 128}), kCorrupt, {"[32, 128]", "transposed?"}},
-      {"ct bytes", bytes, reshape(false, {64, 256}), kCorrupt, {"[64, 256]", "[128, 128]"}},
+      {"w4afp8 scale", {}, reshape(true, {2, 128}), kUnsupported, {"[2, 128]", "transposed?"}},
+      {"w4afp8 codes", {}, reshape(false, {64, 256}), kUnsupported, {"[64, 256]", "[128, 128]"}},
+      {"ct scale", kCt, reshape(true, {2, 128}), kUnsupported, {"[2, 128]", "transposed?"}},
+      {"ct words", kCt, reshape(false, {32, 128}), kUnsupported, {"[32, 128]", "transposed?"}},
+      {"ct bytes", bytes, reshape(false, {64, 256}), kUnsupported, {"[64, 256]", "[128, 128]"}},
   });
 }
 
@@ -185,8 +185,8 @@ TEST(Names, WhatIsNotSupportedIsNamed) {
       {"missing, own spelling",
        numbers,
        [](SpelledFiles& f) { f.erase(f.codes_name(1, 1)); },
-       kCorrupt,
-       {experts + "1.w3.weight_packed is missing"}},
+       kUnsupported,
+       {experts + "1.w3.weight_packed is missing", "complete the files"}},
       {"unknown prefix",
        {.prefix = "decoder.blocks"},
        [](SpelledFiles&) {},
@@ -250,6 +250,10 @@ TEST(Names, ALayerOfFusedExpertsBesideOneThatLoads) {
   expect_error(kUnsupported,
                {"layer 4", "model.layers.4.mlp.experts.gate_up_proj", "in one tensor"},
                [&] { (void)Checkpoint::open(dir.path()).load_experts(4, 0, 1); });
+  files.config["num_hidden_layers"] = 5;
+  expect_loads(files, 1,
+               "config.json: of its 2 layers with routed experts, the files have 1; missing: 4; "
+               "model.layers.4.mlp.experts.gate_up_proj holds the weights of all experts");
 }
 
 }  // namespace

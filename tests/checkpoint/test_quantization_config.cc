@@ -192,14 +192,14 @@ TEST(TwoDescriptions, MayAgreeAndMustNotContradict) {
   ModelFiles other = same;
   other.config["text_config"]["quantization_config"]["quant_method"] = "fp8";
   other.write(dir / "other");
-  expect_error(ErrorCode::kCorruptFile, {"quantization_config.quant_method", "w4afp8", "fp8"},
+  expect_error(ErrorCode::kUnsupported, {"quantization_config.quant_method", "w4afp8", "fp8"},
                [&] { (void)Checkpoint::open(dir / "other"); });
 
   ModelFiles group;
   group.config["quantization_config"]["group_size"] = 128;
   group.hf_quant_config = {{"quantization", {{"group_size", 32}}}};
   group.write(dir / "group");
-  expect_error(ErrorCode::kCorruptFile, {"group_size = 128", "hf_quant_config.json", "32"},
+  expect_error(ErrorCode::kUnsupported, {"group_size = 128", "hf_quant_config.json", "32"},
                [&] { (void)Checkpoint::open(dir / "group"); });
   group.hf_quant_config["quantization"] = {{"group_size", 128}, {"quant_algo", "MIXED_PRECISION"}};
   group.write(dir / "agree");
@@ -208,7 +208,7 @@ TEST(TwoDescriptions, MayAgreeAndMustNotContradict) {
   ModelFiles algo;
   algo.hf_quant_config = {{"quantization", {{"quant_algo", "NVFP4"}}}};
   algo.write(dir / "algo");
-  expect_error(ErrorCode::kCorruptFile, {"quant_method = 'w4afp8'", "quant_algo = 'NVFP4'"},
+  expect_error(ErrorCode::kUnsupported, {"quant_method = 'w4afp8'", "quant_algo = 'NVFP4'"},
                [&] { (void)Checkpoint::open(dir / "algo"); });
 }
 

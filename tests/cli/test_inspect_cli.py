@@ -56,6 +56,22 @@ def lines_of(result, word):
     return [line for line in result.stdout.splitlines() if line.startswith(word + ": ")]
 
 
+def rename(path, old, new):
+    """Gives one tensor another name of the same length, in the header alone."""
+    assert len(old) == len(new)
+    shard = os.path.join(path, "model-00001-of-00001.safetensors")
+    with open(shard, "rb") as file:
+        data = file.read()
+    assert data.count(old.encode()) == 1
+    with open(shard, "wb") as file:
+        file.write(data.replace(old.encode(), new.encode()))
+    index = os.path.join(path, "model.safetensors.index.json")
+    with open(index, encoding="utf-8") as file:
+        text = file.read()
+    with open(index, "w", encoding="utf-8") as file:
+        file.write(text.replace(old, new))
+
+
 def sound(folder):
     model = make(folder, "w4afp8", "--layers", "3")
     r, data = inspect(model)
@@ -94,6 +110,11 @@ def faulty(folder):
     check("one layer cannot be loaded", r.returncode == 3 and not data["runs"] and len(lines_of(r, "error")) == 1
           and "layer 5" in lines_of(r, "error")[0] and "2 of 3 layers can be run" in r.stdout
           and data["recipes"][0]["layers"] == [3, 4], r)
+    renamed = make(folder, "renamed", "--layers", "3")
+    rename(renamed, "layers.5.mlp.experts.0.gate_proj.weight_scale_inv", "layers.5.mlp.experts.0.gate_proj.weight_scale_abs")
+    r, data = inspect(renamed)
+    check("a layer that is not supported is not called corrupt", r.returncode == 2 and not data["runs"]
+          and "2 of 3 layers can be run" in r.stdout and "corrupt" not in r.stdout + r.stderr, r)
     map_scales(broken, "layers.", lambda s: float("nan"))
     r = run("inspect", broken)
     check("no layer can be loaded", r.returncode == 3 and "format    w4afp8" in r.stdout

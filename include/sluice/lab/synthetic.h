@@ -22,7 +22,7 @@ struct SyntheticCheckpoint {
   std::string format = "w4afp8";
   /// Whose names tensors and keys of config.json have: synthetic_spelling_names().
   std::string spelling = "deepseek";
-  int first_layer = 3;  ///< DeepSeek's first MoE layer.
+  int first_layer = 3;  ///< DeepSeek-V3's first MoE layer; DeepSeek-V4 has them from layer 0.
   int num_layers = 1;
   std::uint64_t seed = 1;
   DType scale_dtype = DType::kFloat32;   ///< Or kBFloat16.

@@ -4,7 +4,6 @@
 #include <bit>
 #include <cmath>
 #include <cstring>
-#include <ranges>
 #include <string>
 
 #include "core/fail.h"
@@ -62,6 +61,25 @@ float read_scalar(const TensorRef& tensor) {
   return tensor.entry.dtype == "F16" ? f16_to_float(bits) : bf16_to_float(bits);
 }
 
+/// The sizes of experts that have a part of such a shape: "; it would fit hidden 512 and
+/// intermediate 128". Empty if no whole sizes have one.
+std::string fitting_sizes(const std::vector<std::uint64_t>& shape, const PartSpec& spec,
+                          const MatrixLayout& matrix) {
+  if (shape.size() != 2 || spec.shape.size() != 2) return {};
+  const std::uint64_t sizes[] = {static_cast<std::uint64_t>(matrix.n),
+                                 static_cast<std::uint64_t>(matrix.k)};
+  std::uint64_t fitting[2];
+  for (std::size_t i = 0; i < 2; ++i) {
+    // Sizes of a published model; larger ones would say nothing, and could overflow.
+    if (shape[i] == 0 || shape[i] > 1'000'000 || shape[i] * sizes[i] % spec.shape[i] != 0)
+      return {};
+    fitting[i] = shape[i] * sizes[i] / spec.shape[i];
+  }
+  const bool is_down = matrix.role == MatrixLayout::Role::kDown;
+  return fmt::format("; it would fit hidden {} and intermediate {}", fitting[is_down ? 0 : 1],
+                     fitting[is_down ? 1 : 0]);
+}
+
 }  // namespace
 
 const TensorRef& part_of(const ExpertTensors& expert, std::string_view part) {
@@ -70,7 +88,7 @@ const TensorRef& part_of(const ExpertTensors& expert, std::string_view part) {
   return *tensor;
 }
 
-void check_part(const TensorRef& tensor, const PartSpec& spec) {
+void check_part(const TensorRef& tensor, const PartSpec& spec, const MatrixLayout* matrix) {
   const SafetensorsEntry& entry = tensor.entry;
   if (std::ranges::find(spec.dtypes, entry.dtype) == spec.dtypes.end()) {
     std::string list;
@@ -81,12 +99,16 @@ void check_part(const TensorRef& tensor, const PartSpec& spec) {
   }
   if (std::ranges::equal(entry.shape, spec.shape)) return;
   if (!spec.shape.empty()) {
-    const bool is_transposed = std::ranges::equal(entry.shape, std::views::reverse(spec.shape));
-    fail(ErrorCode::kCorruptFile, "{}: shape {}, but the config's sizes need {}{}", place(tensor),
-         to_string(entry.shape), to_string(spec.shape), is_transposed ? " (transposed?)" : "");
+    const bool is_transposed =
+        std::equal(entry.shape.begin(), entry.shape.end(), spec.shape.rbegin(), spec.shape.rend());
+    const std::string help = is_transposed ? " (transposed?)"
+                             : matrix      ? fitting_sizes(entry.shape, spec, *matrix)
+                                           : "";
+    fail(ErrorCode::kUnsupported, "{}: shape {}, but the config's sizes need {}{}", place(tensor),
+         to_string(entry.shape), to_string(spec.shape), help);
   }
   if (entry.shape != std::vector<std::uint64_t>{1}) {
-    fail(ErrorCode::kCorruptFile, "{}: shape {}, but one number has [] or [1]", place(tensor),
+    fail(ErrorCode::kUnsupported, "{}: shape {}, but one number has [] or [1]", place(tensor),
          to_string(entry.shape));
   }
 }

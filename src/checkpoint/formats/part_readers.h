@@ -17,9 +17,10 @@ namespace sluice {
 /// Requires: the part exists, which check_parts() has seen to.
 [[nodiscard]] const TensorRef& part_of(const ExpertTensors& expert, std::string_view part);
 
-/// Throws: kUnsupported for another dtype and kCorruptFile for a shape that contradicts the config,
-/// naming file, tensor, what is there and what is expected.
-void check_part(const TensorRef& tensor, const PartSpec& spec);
+/// Throws: kUnsupported for another dtype and for a shape that contradicts the config, naming file,
+/// tensor, what is there and what is expected; of a part of `matrix` also the sizes it would fit.
+void check_part(const TensorRef& tensor, const PartSpec& spec,
+                const MatrixLayout* matrix = nullptr);
 
 /// One number, F32, F16 or BF16, finite and positive. Throws: kCorruptFile calling it `what`.
 [[nodiscard]] float read_positive(const TensorRef& tensor, std::string_view what);

@@ -225,7 +225,7 @@ void read_algo_config(std::string_view text, const std::string& file, Quantizati
   const auto refuse = [&](std::string_view field, const std::string& ours, std::string_view key,
                           const std::string& theirs) {
     if (ours.empty() || theirs.empty() || ours == theirs) return;
-    fail(ErrorCode::kCorruptFile, "{}: quantization_config.{} = {}, but {} has {} = {}",
+    fail(ErrorCode::kUnsupported, "{}: quantization_config.{} = {}, but {} has {} = {}",
          config.file, field, ours, file, key, theirs);
   };
   refuse("quant_algo", config.quant_algo, "quant_algo", config.algo);

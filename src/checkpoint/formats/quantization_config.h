@@ -62,7 +62,8 @@ struct Contradiction {
 /// Reads the value of the key quantization_config. Throws: kCorruptFile.
 void read_quantization_config(JsonReader& json, QuantizationConfig& config);
 
-/// Reads all of hf_quant_config.json. Throws: kCorruptFile (also if it contradicts `config`).
+/// Reads all of hf_quant_config.json. Throws: kCorruptFile; kUnsupported if it
+/// contradicts `config`.
 void read_algo_config(std::string_view text, const std::string& file, QuantizationConfig& config);
 
 }  // namespace sluice

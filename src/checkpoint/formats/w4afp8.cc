@@ -58,7 +58,7 @@ std::optional<Recognised> recognise_w4afp8(const FormatClues& clues) {
   const bool by_algo = config.quant_method.empty() && config.algo == "MIXED_PRECISION";
   if (!by_method && !by_algo) return std::nullopt;
   if (by_method && !config.algo.empty() && config.algo != "MIXED_PRECISION") {
-    fail(ErrorCode::kCorruptFile,
+    fail(ErrorCode::kUnsupported,
          "{}: quantization_config.quant_method = 'w4afp8', but {} has quant_algo = '{}'; w4afp8 "
          "goes with 'MIXED_PRECISION'",
          config.file, config.algo_file, config.algo);
