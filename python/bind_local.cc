@@ -23,18 +23,18 @@ struct PyLocalExperts {
   PyBackend* backend;
   int hidden;
   std::optional<LocalExperts> experts;
+  std::string x_shape = fmt::format("[num_tokens, {}]", hidden);  ///< For messages.
 };
 
 nb::object forward(PyLocalExperts& self, const Array& x, const PyRouting& routing,
                    const std::optional<Array>& x_scale, const std::optional<Array>& out,
                    const StreamArgument& stream) {
   const Device device = self.backend->device();
-  const std::string shape = fmt::format("[num_tokens, {}]", self.hidden);
   const auto import = [&](std::initializer_list<DType> dtypes) {
     return import_input(x, {.name = "x",
                             .dtypes = dtypes,
                             .dims = {-1, self.hidden},
-                            .shape = shape.c_str(),
+                            .shape = self.x_shape.c_str(),
                             .device = device});
   };
   const bool sends_bf16 = self.experts->recipe().wire == WireFormat::kBf16;

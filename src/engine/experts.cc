@@ -21,9 +21,11 @@ Shape with_width(const Shape& shape, std::int64_t width) {
 /// Channels of a row of x, checked. Throws: kInvalidArgument.
 std::int64_t checked_width(const ExpertBatch& batch) {
   const Shape& shape = batch.x.shape;
-  check_argument(shape.rank() == 2 || shape.rank() == 3,
-                 "x has shape {}, expected [num_experts, max_m, width] or [num_rows, width]",
-                 shape.to_string());
+  if (shape.rank() != 2 && shape.rank() != 3) {
+    fail(ErrorCode::kInvalidArgument,
+         "x has shape {}, expected [num_experts, max_m, width] or [num_rows, width]",
+         shape.to_string());
+  }
   const std::int64_t width = shape[shape.rank() - 1];
   check_argument(width > 0 && width % kActivationGroup == 0,
                  "x has rows of {}, not of a positive multiple of {}", width, kActivationGroup);
@@ -65,8 +67,10 @@ RowRanges checked_rows(const ExpertBatch& batch, const Device& device,
             .max_rows_per_expert = rows,
             .expected_m = batch.expected_m};
   }
-  check_argument(batch.num_rows.shape.rank() == 1, "num_rows has shape {}, expected [num_experts]",
-                 batch.num_rows.shape.to_string());
+  if (batch.num_rows.shape.rank() != 1) {
+    fail(ErrorCode::kInvalidArgument, "num_rows has shape {}, expected [num_experts]",
+         batch.num_rows.shape.to_string());
+  }
   const Shape shape{is_masked ? batch.x.dim(0) : batch.num_rows.dim(0)};
   check_tensor("num_rows", batch.num_rows, DType::kInt32, shape, device);
   if (!batch.row_begin.empty()) {

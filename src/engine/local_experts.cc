@@ -126,13 +126,16 @@ void LocalExperts::Impl::check(const TensorView& x, const TensorView& x_scale,
                                const Routing& routing, const MutableTensorView& y) const {
   const Device device = group->backend->device();
   const std::int64_t hidden = group->config.hidden;
-  check_argument(x.shape.rank() == 2, "x has shape {}, expected [num_tokens, {}]",
-                 x.shape.to_string(), hidden);
+  if (x.shape.rank() != 2) {  // Texts are made for what is refused alone.
+    fail(ErrorCode::kInvalidArgument, "x has shape {}, expected [num_tokens, {}]",
+         x.shape.to_string(), hidden);
+  }
   const std::int64_t num_tokens = x.dim(0);
   const bool is_bf16 = x.dtype == DType::kBFloat16;
-  check_argument(is_bf16 || recipe.wire != WireFormat::kBf16,
-                 "x is {}, but recipe {} begins with bfloat16", to_string(x.dtype),
-                 to_string(recipe));
+  if (!is_bf16 && recipe.wire == WireFormat::kBf16) {
+    fail(ErrorCode::kInvalidArgument, "x is {}, but recipe {} begins with bfloat16",
+         to_string(x.dtype), to_string(recipe));
+  }
   check_tensor("x", x, is_bf16 ? DType::kBFloat16 : DType::kFloat8E4M3, Shape{num_tokens, hidden},
                device);
   if (!is_bf16 && has_group_scales(sent_cast(recipe.wire))) {
@@ -143,10 +146,12 @@ void LocalExperts::Impl::check(const TensorView& x, const TensorView& x_scale,
                    is_bf16 ? "bfloat16" : "e4m3 with a static scale");
   }
   const TensorView& idx = routing.topk_idx;
-  check_argument(idx.shape.rank() == 2 && idx.dim(0) == num_tokens && idx.dim(1) >= 1 &&
-                     idx.dim(1) <= kMaxLocalTopk,
-                 "topk_idx has shape {}, expected [{}, num_topk] with num_topk in [1, {}]",
-                 idx.shape.to_string(), num_tokens, int{kMaxLocalTopk});
+  if (idx.shape.rank() != 2 || idx.dim(0) != num_tokens || idx.dim(1) < 1 ||
+      idx.dim(1) > kMaxLocalTopk) {
+    fail(ErrorCode::kInvalidArgument,
+         "topk_idx has shape {}, expected [{}, num_topk] with num_topk in [1, {}]",
+         idx.shape.to_string(), num_tokens, int{kMaxLocalTopk});
+  }
   check_argument(idx.dtype == DType::kInt32 || idx.dtype == DType::kInt64,
                  "topk_idx is {}, expected int32 or int64", to_string(idx.dtype));
   check_tensor("topk_idx", idx, idx.dtype, idx.shape, device);
