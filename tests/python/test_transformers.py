@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from conftest import on_every_rank
+from processes import run_ranks
 
 import sluice
 
@@ -274,15 +275,35 @@ def test_the_page(models, tmp_path, monkeypatch):
     assert len(blocks) >= 2
 
 
-@pytest.mark.parametrize("split", [{"tp_size": 2}, {"ep_size": 2}, {"tp_plan": "auto"}, {"enable_expert_parallel": True}])
-def test_a_split_over_ranks_is_refused(models, split):
-    """Every rank would hold all experts, and their sums would be added up."""
+SPREAD = [("deepseek_v3", "w4afp8", 2, "auto"), ("deepseek_v3", "ct-32", 4, "auto"),
+          ("qwen3_moe", "ct-128", 2, "sluice"), ("qwen3_moe", "w4afp8", 2, "all_reduce")]
+
+
+@pytest.mark.parametrize("name, form, ranks, how", SPREAD)
+def test_experts_spread_over_processes(models, tmp_path, name, form, ranks, how):
+    """Through Sluice's exchange the tokens are those of one process. An all-reduce of bfloat16 promises less."""
+    torch.save(PROMPT, tmp_path / "prompt.pt")
+    run_ranks(Path(__file__).with_name("rank_of_transformers.py"), ranks, tmp_path, models[name, form], how, timeout=280)
+    model = load(models[name, form])
+    wanted = model.generate(PROMPT, max_new_tokens=32, do_sample=False)
+    whole = sum(experts.weight_bytes for experts in experts_of(model).values())
+    for rank in range(ranks):
+        tokens, held = torch.load(tmp_path / f"tokens.{rank}.pt")
+        assert held * ranks == whole > 0
+        if how == "all_reduce":
+            tokens, wanted = tokens[:, : PROMPT.shape[1] + 1], wanted[:, : PROMPT.shape[1] + 1]
+        assert torch.equal(tokens, wanted), rank
+
+
+def test_a_split_that_there_is_not_is_refused(models):
     config = transformers.AutoConfig.from_pretrained(models["qwen3_moe", "w4afp8"])
-    config.distributed_config = types.SimpleNamespace(**split)
     model = transformers.AutoModelForCausalLM.from_config(config)
+    files = [str(models["qwen3_moe", "w4afp8"] / "model-00001-of-00001.safetensors")]
     quantizer = integration.W4AFP8Quantizer(integration.W4AFP8Config())
-    with pytest.raises(sluice.Error, match=f"distributed_config: {next(iter(split))}="):
-        quantizer._experts_of(model, [str(models["qwen3_moe", "w4afp8"] / "model-00001-of-00001.safetensors")])
+    for sizes, what in ({"tp_size": 2}, "tp_size=2 without ep_size"), ({"tp_size": 3, "ep_size": 3}, "ep_size=3"):
+        model.config.distributed_config = types.SimpleNamespace(**sizes)
+        with pytest.raises(sluice.Error, match=f"distributed_config: {what}"):
+            quantizer._experts_of(model, files)
 
 
 def test_a_larger_call_makes_room(models):

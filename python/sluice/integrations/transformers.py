@@ -12,6 +12,8 @@ Importing this registers
   as is every checkpoint without such experts.
 - "sluice" in ALL_EXPERTS_FUNCTIONS, for a model in bfloat16 that is loaded already:
   model.set_experts_implementation("sluice"). Each layer's weights are quantized at its first call.
+- "sluice" as an ep_implementation of DistributedConfig, and in the place of "auto" for INT4 experts:
+  each rank holds its share of them, and tokens go through Sluice's exchange.
 
 The experts of all layers share one backend and the memory between their stages. They are for
 inference: a backward pass is refused. docs/transformers.md has the rest.
@@ -24,6 +26,7 @@ from typing import Any
 import torch
 from safetensors import safe_open
 from torch import nn
+from transformers.distributed.expert_parallel import EPImplementationInterface
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 from transformers.quantizers.auto import (
     AUTO_QUANTIZER_MAPPING,
@@ -37,8 +40,16 @@ from transformers.utils.quantization_config import FineGrainedFP8Config
 
 from .. import _core
 from .._error import Error
+from ._transformers_layers import (
+    Buffers,
+    ExpertParallel,
+    Inference,
+    LocalLayer,
+    SluiceExperts,
+    auto_expert_parallel,
+)
 
-__all__ = ["SluiceExperts", "W4AFP8Config", "W4AFP8Quantizer", "sluice_experts_forward"]
+__all__ = ["ExpertParallel", "SluiceExperts", "W4AFP8Config", "W4AFP8Quantizer", "sluice_experts_forward"]
 
 _logger = logging.get_logger(__name__)
 
@@ -69,100 +80,7 @@ def _check_supported(module: nn.Module) -> None:
         _refuse(module, f"activation {name}; only silu is supported")
 
 
-class _Buffers:
-    """A backend for each device, and a LocalGroup for each width of layers on it."""
-
-    def __init__(self) -> None:
-        self._backends: dict[str, Any] = {}
-        self._groups: dict[tuple[str, int, int], Any] = {}
-
-    def group(self, device: torch.device, hidden: int, intermediate: int) -> Any:
-        name = "cpu" if device.type == "cpu" else f"{device.type}:{device.index or 0}"
-        if name not in self._backends:
-            self._backends[name] = _core.Backend(name)
-        key = name, hidden, intermediate
-        if key not in self._groups:
-            self._groups[key] = _core.LocalGroup(
-                self._backends[name], hidden=hidden, intermediate=intermediate, max_entries=1024)
-        return self._groups[key]
-
-
-class _Layer:
-    """One layer's experts, and the group that they share memory in."""
-
-    def __init__(self, group: Any, device: torch.device, weights: Any, name: str) -> None:
-        self._group, self._device = group, device
-        self._experts = group.add_layer(weights, name=name)
-        self.weight_bytes = self._experts.weight_bytes
-
-    def run(self, x: torch.Tensor, idx: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
-        """x [T, H] bfloat16, idx [T, K] int, weights [T, K] -> [T, H]; other ids than ours are skipped."""
-        if x.dtype != torch.bfloat16:
-            raise Error("invalid_argument", f"hidden states: expected torch.bfloat16, got {x.dtype}; "
-                                            "load the model with dtype=torch.bfloat16")
-        if x.device != self._device:
-            raise Error("invalid_argument", f"hidden states: expected on {self._device}, where the experts are, "
-                                            f"got {x.device}; name the device in from_pretrained(device_map=...)")
-        if idx.numel() > self._group.max_entries:
-            self._group.reserve(max(idx.numel(), 2 * self._group.max_entries))
-        routing = _core.Routing(idx.contiguous(), weights.float().contiguous())
-        return self._experts.forward(x.contiguous(), routing)
-
-
-class _Inference(torch.autograd.Function):
-    """A call whose gradient is refused when somebody asks for it, not left out."""
-
-    @staticmethod
-    def forward(ctx: Any, layer: _Layer, x: torch.Tensor, idx: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
-        return layer.run(x, idx, weights)
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: torch.Tensor) -> None:
-        raise Error("unsupported", "experts in Sluice have no backward pass; use another experts_implementation")
-
-
 # --- Checkpoints with INT4 experts ----------------------------------------------------------------
-
-
-class SluiceExperts(nn.Module):
-    """The routed experts of one layer, in Sluice: (hidden_states [T, H] bfloat16, top_k_index [T, K],
-    top_k_weights [T, K]) -> [T, H]. Has no parameters; they stay where from_pretrained() put them.
-
-    Each output row depends on its own token alone: the same bits in prefill and in decoding, alone
-    and in a batch. Raises Error: invalid_argument for another dtype or device.
-    """
-
-    def __init__(self, num_experts: int, hidden: int, intermediate: int) -> None:
-        super().__init__()
-        self.num_experts, self.hidden_dim, self.intermediate_dim = num_experts, hidden, intermediate
-        self._layer: _Layer | None = None
-
-    @property
-    def weight_bytes(self) -> int:
-        """Of the repacked weights; 0 before they are loaded."""
-        return self._layer.weight_bytes if self._layer else 0
-
-    def extra_repr(self) -> str:
-        return f"num_experts={self.num_experts}, hidden={self.hidden_dim}, intermediate={self.intermediate_dim}"
-
-    def load(self, checkpoint: Any, layer: int, buffers: _Buffers, device: torch.device) -> None:
-        """All experts of a layer of the checkpoint, repacked for the device."""
-        sizes = {"experts": (self.num_experts, checkpoint.geometry.num_experts),
-                 "hidden size": (self.hidden_dim, checkpoint.geometry.hidden),
-                 "intermediate size": (self.intermediate_dim, checkpoint.geometry.intermediate)}
-        for name, (model, stored) in sizes.items():
-            if model != stored:
-                raise Error("invalid_argument", f"layer {layer}: {name} is {model} in the model and {stored} in "
-                                                f"{checkpoint.path}")
-        weights = checkpoint.load_experts(layer, 0, self.num_experts)
-        group = buffers.group(device, self.hidden_dim, self.intermediate_dim)
-        self._layer = _Layer(group, device, weights, f"layer {layer}")
-
-    def forward(self, hidden_states: torch.Tensor, top_k_index: torch.Tensor,
-                top_k_weights: torch.Tensor) -> torch.Tensor:
-        if self._layer is None:
-            raise Error("invalid_argument", "SluiceExperts without weights: only from_pretrained() loads them")
-        return _Inference.apply(self._layer, hidden_states, top_k_index, top_k_weights)
 
 
 _OF_AN_EXPERT = re.compile(r"\.experts\.\d+\.")
@@ -186,6 +104,7 @@ class _RoutedExperts:
 
     _modules: list[str] = []
     _directory = ""
+    _ep_size = 1
 
     def _experts_of(self, model: Any, files: list[str] | None) -> dict[str, nn.Module]:
         """By name. Checks them, and that the checkpoint is one that Sluice reads."""
@@ -196,11 +115,14 @@ class _RoutedExperts:
         for module in modules.values():
             _check_supported(module)
         split = getattr(model.config, "distributed_config", None)
-        for name in ("tp_size", "ep_size", "tp_plan", "enable_expert_parallel"):
-            value = getattr(split, name, None)
-            if value and (value is True or value != 1):
-                raise Error("unsupported", f"distributed_config: {name}={value!r}; INT4 experts are not split over "
-                                           "ranks by transformers yet")
+        tp_size, self._ep_size = (getattr(split, name, None) or 1 for name in ("tp_size", "ep_size"))
+        if tp_size > 1 and self._ep_size == 1:
+            raise Error("unsupported", f"distributed_config: tp_size={tp_size} without ep_size: INT4 experts are not "
+                                       f"cut; spread them with ep_size={tp_size}")
+        for module in modules.values():
+            if module.num_experts % self._ep_size:
+                raise Error("invalid_argument", f"distributed_config: ep_size={self._ep_size} does not divide "
+                                                f"{module.num_experts} experts")
         self._directory = os.path.dirname(files[0])
         return modules
 
@@ -210,7 +132,10 @@ class _RoutedExperts:
         model._keys_to_ignore_on_load_unexpected = ignored.union(model._keys_to_ignore_on_load_unexpected or ())
         for name, module in modules.items():
             _, rows, hidden = module.gate_up_proj.shape
-            model.set_submodule(name, SluiceExperts(module.num_experts, hidden, rows // 2))
+            model.set_submodule(name, SluiceExperts(module.num_experts // self._ep_size, hidden, rows // 2))
+        for plan in (model.tp_plan, model.ep_plan):  # Nothing is left to cut; the experts' forward stays.
+            for rule in [r for r in plan if re.search(r"experts\.(gate_up_proj|down_proj)$", r)]:
+                del plan[rule]
         self._modules = list(modules)
 
     def update_weight_conversions(self, weight_conversions: list, model: Any) -> list:
@@ -223,14 +148,15 @@ class _RoutedExperts:
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
         model = super()._process_model_after_weight_loading(model, **kwargs) or model
         if self._modules:
-            checkpoint, buffers = _core.Checkpoint(self._directory), _Buffers()
+            group = model._mesh_manager.get_mesh("ep").get_group() if self._ep_size > 1 else None
+            checkpoint, buffers = _core.Checkpoint(self._directory), Buffers(group)
             for name in self._modules:
                 layer = re.search(r"layers\.(\d+)\.", name)
                 if layer is None:
                     raise Error("unsupported", f"{name}: no layer number in the name")
                 block = model.get_submodule(name.rpartition(".")[0])
                 device = next(block.parameters()).device  # Of the router.
-                model.get_submodule(name).load(checkpoint, int(layer[1]), buffers, device)
+                model.get_submodule(name).load(checkpoint, int(layer[1]), buffers, device, group)
         return model
 
     def is_serializable(self) -> bool:
@@ -297,6 +223,9 @@ class CompressedTensorsQuantizer(_RoutedExperts, CompressedTensorsHfQuantizer):
     def _process_model_before_weight_loading(self, model: Any, checkpoint_files: Any = None, **kwargs: Any) -> None:
         if self._has_int4_experts(checkpoint_files):
             self._replace(model, self._experts_of(model, checkpoint_files))
+            stored = {n.rpartition(".")[2] for n in _names_in(checkpoint_files) if not _OF_AN_EXPERT.search(n)}
+            if not stored & (set(self.serialized_names["weight"]) - {"weight"}):
+                return  # Nothing else is compressed; the package would hook every module to undo that.
         super()._process_model_before_weight_loading(model, **kwargs)
 
 
@@ -322,10 +251,10 @@ def _int4_of(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     return codes, scales
 
 
-_buffers = _Buffers()
+_buffers = Buffers()
 
 
-def _quantized(module: nn.Module) -> _Layer:
+def _quantized(module: nn.Module) -> LocalLayer:
     """Made at the first call, and again when the weights have changed."""
     parameters = module.gate_up_proj, module.down_proj
     state = [(p.data_ptr(), p._version, p.device) for p in parameters]
@@ -343,7 +272,7 @@ def _quantized(module: nn.Module) -> _Layer:
     gate, up = (_int4_of(half) for half in module.gate_up_proj.chunk(2, dim=1))
     weights = _core.ExpertWeights.from_arrays(gate, up, _int4_of(module.down_proj))
     device = module.gate_up_proj.device
-    layer = _Layer(_buffers.group(device, hidden, rows // 2), device, weights, type(module).__name__)
+    layer = LocalLayer(_buffers.local_group(device, hidden, rows // 2), device, weights, type(module).__name__)
     module.__dict__["_sluice_layer"] = state, layer
     return layer
 
@@ -355,7 +284,9 @@ def sluice_experts_forward(self: nn.Module, hidden_states: torch.Tensor, top_k_i
 
     Raises Error: unsupported, naming the class and what its experts have that Sluice's have not.
     """
-    return _Inference.apply(_quantized(self), hidden_states, top_k_index, top_k_weights)
+    return Inference.apply(_quantized(self), hidden_states, top_k_index, top_k_weights)
 
 
 ALL_EXPERTS_FUNCTIONS.register("sluice", sluice_experts_forward)
+EPImplementationInterface.register("sluice", ExpertParallel)
+EPImplementationInterface.register("auto", auto_expert_parallel)
