@@ -235,23 +235,30 @@ std::vector<int> ModelConfig::expected_layers() const {
   return layers;
 }
 
-ModelConfig read_model_config(const std::filesystem::path& dir) {
-  const auto file = dir / "config.json";
+ModelConfig parse_model_config(const ConfigText& text, const std::optional<ConfigText>& algo) {
   ModelConfig config;
-  config.text = read_text(file);
-  ConfigFields fields = read_config_fields(config.text, file.string());
-
-  const auto algo_file = dir / "hf_quant_config.json";
-  if (std::filesystem::exists(algo_file)) {
-    const std::string text = read_text(algo_file);
-    read_algo_config(text, algo_file.string(), fields.quantization);
-    config.text += text;
+  config.text = text.text;
+  ConfigFields fields = read_config_fields(text.text, text.name);
+  if (algo) {
+    read_algo_config(algo->text, algo->name, fields.quantization);
+    config.text += algo->text;
   }
   read_geometry(fields, config);
   read_layers(fields, config);
   warn_of_unknown(fields, config);
   config.quantization = std::move(fields.quantization);
   return config;
+}
+
+ModelConfig read_model_config(const std::filesystem::path& dir) {
+  const auto file = dir / "config.json", algo_file = dir / "hf_quant_config.json";
+  const std::string text = read_text(file);
+  if (!std::filesystem::exists(algo_file)) {
+    return parse_model_config({.text = text, .name = file.string()}, std::nullopt);
+  }
+  const std::string algo = read_text(algo_file);
+  return parse_model_config({.text = text, .name = file.string()},
+                            ConfigText{.text = algo, .name = algo_file.string()});
 }
 
 }  // namespace sluice

@@ -2,13 +2,21 @@
 #pragma once
 
 #include <filesystem>
+#include <optional>
 #include <string>
+#include <string_view>
 #include <vector>
 
 #include "checkpoint/formats/quantization_config.h"
 #include "sluice/checkpoint.h"
 
 namespace sluice {
+
+/// A file in memory; `name` is for messages.
+struct ConfigText {
+  std::string_view text;
+  std::string name;
+};
 
 struct ModelConfig {
   ModelGeometry geometry;
@@ -34,9 +42,14 @@ struct ModelConfig {
   bool has_layer_pattern = false;        ///< A key says more, in a way that is not read.
 };
 
-/// Throws: kIo (no config.json), kCorruptFile (not JSON, a field of the wrong kind or of no sense),
-/// kUnsupported (a size or key that is not handled, a size that no known key gives, two fields that
-/// contradict each other). The geometry's group_size is for the format to say.
+/// `algo` is hf_quant_config.json, where there is one. Throws: kCorruptFile (not JSON, a field of
+/// the wrong kind or of no sense), kUnsupported (a size or key that is not handled, a size that no
+/// known key gives, two fields that contradict each other). The geometry's group_size is for the
+/// format to say.
+[[nodiscard]] ModelConfig parse_model_config(const ConfigText& config,
+                                             const std::optional<ConfigText>& algo);
+
+/// parse_model_config() of the files in `dir`. Throws: the same, and kIo (no config.json).
 [[nodiscard]] ModelConfig read_model_config(const std::filesystem::path& dir);
 
 }  // namespace sluice

@@ -4,50 +4,24 @@
 #include <optional>
 #include <set>
 #include <string_view>
-#include <unordered_map>
 #include <utility>
 
-#include "checkpoint/json_reader.h"
+#include "checkpoint/weight_map.h"
 #include "core/fail.h"
 
 namespace sluice {
 namespace {
 
-constexpr std::string_view kIndexFile = "model.safetensors.index.json";
-constexpr std::string_view kSuffix = ".safetensors";
+constexpr std::string_view kSuffix = kSafetensorsSuffix;
 /// Names listed in a message.
 constexpr std::size_t kMaxNames = 3;
-
-/// Where the index says a tensor is, and whether it was there.
-struct MapEntry {
-  std::string file;
-  bool is_found = false;
-  std::string other_file;  ///< Another that has a tensor of this name.
-};
-using WeightMap = std::unordered_map<std::string, MapEntry>;  // by tensor name
 
 WeightMap read_weight_map(const std::filesystem::path& path, std::uint64_t& digest) {
   const auto mapped = MappedFile::open(path);
   const auto bytes = mapped->bytes();
   digest = digest_bytes(bytes, digest);
-  WeightMap map;
-  bool has_map = false;
-  JsonReader json({reinterpret_cast<const char*>(bytes.data()), bytes.size()}, path.string());
-  json.object([&](const std::string& key) {
-    if (key != "weight_map") return json.skip();
-    has_map = true;
-    json.object([&](const std::string& tensor) {
-      std::string file = json.string();
-      if (!file.ends_with(kSuffix) || file.find('/') != std::string::npos) {
-        json.error(fmt::format("tensor {}: '{}' is not the name of a *{} file in this directory",
-                               tensor, file, kSuffix));
-      }
-      map.emplace(tensor, MapEntry{.file = std::move(file), .other_file = {}});
-    });
-  });
-  json.finish();
-  if (!has_map) json.error("weight_map is missing");
-  return map;
+  return parse_weight_map({reinterpret_cast<const char*>(bytes.data()), bytes.size()},
+                          path.string());
 }
 
 /// Names of the *.safetensors files of `dir`, sorted.
