@@ -66,14 +66,18 @@ ModelGeometry read_geometry(const std::string& file) {
   }
   ModelGeometry g;
   g.group_size = group_size_of(json, file);
-  if (json.contains("text_config") && json["text_config"].is_object()) {
-    json = json["text_config"];
+  for (const char* const nested : {"text_config", "language_config", "llm_config"}) {
+    if (!json.contains(nested) || !json[nested].is_object()) continue;
+    json = nlohmann::json(json[nested]);
     if (json.contains("quantization_config")) g.group_size = group_size_of(json, file);
+    break;
   }
-  g.name = json.value("model_type", std::string("model"));
+  const auto name = json.find("model_type");
+  g.name = name != json.end() && name->is_string() ? name->get<std::string>() : "model";
   g.num_experts = field_of(json, {"n_routed_experts", "num_experts", "num_local_experts"}, file);
   g.num_topk = field_of(json, {"num_experts_per_tok", "num_experts_per_token"}, file);
-  g.hidden = field_of(json, {"hidden_size"}, file);
+  // Experts whose inputs have a latent width are narrower than the model.
+  g.hidden = field_of(json, {"routed_expert_hidden_size", "moe_latent_size", "hidden_size"}, file);
   g.intermediate = field_of(json, {"moe_intermediate_size", "intermediate_size"}, file);
   return g;
 }

@@ -88,6 +88,16 @@ with tempfile.TemporaryDirectory() as folder:
     check("plan refuses ranks that do not divide", r.returncode == 2 and "3 ranks" in r.stderr, r)
     r = run("plan", "--preset", "tiny", "--memory", "much")
     check("plan refuses a size that is none", r.returncode == 2 and "'much'" in r.stderr, r)
+    # A latent width is the experts' width; other keys may be nested under any of three names.
+    wide = {"model_type": None, "hidden_size": 512, "moe_intermediate_size": 128, "num_experts": 8,
+            "num_experts_per_tok": 2}
+    for nested in ("text_config", "language_config", "llm_config"):
+        for latent in ("routed_expert_hidden_size", "moe_latent_size"):
+            config = os.path.join(folder, "config.json")
+            with open(config, "w") as file:
+                json.dump({nested: {**wide, latent: 256}}, file)
+            r = run("plan", "--config", config)
+            check(f"plan of {nested}, {latent}", r.returncode == 0 and "hidden 256," in r.stdout, r)
 
     several = os.path.join(folder, "several")
     r = run("make-checkpoint", "--preset", "tiny", "--layers", "3", "--out", several)
