@@ -204,6 +204,7 @@ Json certify_layer(const Options& options, Subject& subject) {
                  {"num_topk", g.num_topk},
                  {"hidden", g.hidden},
                  {"intermediate", g.intermediate},
+                 {"activation", to_string(g.activation)},
                  {"group_size", g.group_size}}},
                {"tokens", options.tokens},
                {"seed", options.seed},

@@ -221,7 +221,9 @@ void inspect(const Options& options, Output& output) {
   if (code) output.exit_status = exit_status(*code);
   const std::vector<RecipeGroup> recipes = recipe_groups(checkpoint, checked.good);
   const CodeKind codes = code_kind(samples);
+  const std::vector<ActivationGroup> activations = activation_groups(checkpoint, checked.good);
   print_head(checkpoint, samples.front());
+  print_activations(activations);
   print_runs(recipes, codes);
   if (!memory.empty()) print_memory(memory);
   print_layers(samples, checkpoint.geometry().num_experts);
@@ -235,6 +237,7 @@ void inspect(const Options& options, Output& output) {
   output.json["codes"] = to_json(codes);
   output.json["experts_looked_at"] = review.num_experts;
   output.json["warnings"] = to_json(review.warnings);
+  for (const ActivationGroup& g : activations) output.json["activations"].push_back(to_json(g));
   for (const RecipeGroup& group : recipes) output.json["recipes"].push_back(to_json(group));
   for (const RankMemory& m : memory) output.json["memory"].push_back(to_json(m));
   for (const LayerSample& s : samples) output.json["layers"].push_back(to_json(s));

@@ -1,9 +1,11 @@
 // sluice plan - what layers take on each rank, before anything is loaded; and what would fit.
-#include <fmt/core.h>
+#include <fmt/format.h>
 
+#include <algorithm>
 #include <charconv>
 #include <filesystem>
 #include <fstream>
+#include <string>
 #include <vector>
 
 #include "command.h"
@@ -108,8 +110,10 @@ double parse_memory(const std::string& text) {
 
 /// What is planned for: sizes, and the weights' scales of each layer.
 struct Subject {
-  ModelGeometry geometry;
+  ModelGeometry geometry = {};
   std::vector<DType> scale_dtypes = {};
+  /// Functions of these layers, each once; empty if they are not known. No size depends on them.
+  std::vector<std::string> activations = {};
 };
 
 /// The number behind --layers; 0 for "all".
@@ -137,6 +141,10 @@ Subject read_checkpoint(const std::string& dir, int count) {
     const int layer = checkpoint.moe_layers()[static_cast<std::size_t>(i)];
     const ExpertWeights one = checkpoint.load_experts(layer, 0, 1);
     subject.scale_dtypes.push_back(one.experts.front().gate.scales.dtype);
+    std::string activation = to_string(one.geometry.activation);
+    if (std::ranges::find(subject.activations, activation) == subject.activations.end()) {
+      subject.activations.push_back(std::move(activation));
+    }
   }
   return subject;
 }
@@ -160,9 +168,16 @@ Subject read_subject(const Options& options) {
     throw Error(ErrorCode::kInvalidArgument,
                 "--layers all is for --checkpoint; a preset or a config needs a number");
   }
-  return {options.preset.empty() ? read_geometry(options.config) : preset_geometry(options.preset),
-          std::vector<DType>(static_cast<std::size_t>(layers),
-                             options.scale_dtype == "bf16" ? DType::kBFloat16 : DType::kFloat32)};
+  Subject subject;
+  subject.scale_dtypes.assign(static_cast<std::size_t>(layers),
+                              options.scale_dtype == "bf16" ? DType::kBFloat16 : DType::kFloat32);
+  if (options.preset.empty()) {
+    subject.geometry = read_geometry(options.config);
+  } else {
+    subject.geometry = preset_geometry(options.preset);
+    subject.activations = {to_string(subject.geometry.activation)};
+  }
+  return subject;
 }
 
 /// One group of layers, for any number of tokens.
@@ -219,9 +234,10 @@ void plan(const Options& options, Output& output) {
   const LayerGroupMemory m = planner.at(options.tokens);
   const auto total = static_cast<double>(m.total_bytes());
   fmt::print(
-      "layers    {} of {}: {} experts, top-{}, hidden {}, intermediate {}, {} scale per {}\n",
+      "layers    {} of {}: {} experts, top-{}, hidden {}, intermediate {}, {} scale per {}{}{}\n",
       m.num_layers, g.name, g.num_experts, g.num_topk, g.hidden, g.intermediate, scale_dtype,
-      g.group_size);
+      g.group_size, subject.activations.empty() ? "" : ", activation ",
+      fmt::join(subject.activations, " and "));
   fmt::print("plan      recipe {}, {} mode, {} ranks of {} experts, up to {} tokens each, {}\n",
              options.recipe, options.mode, options.ranks, g.num_experts / options.ranks,
              options.tokens, options.backend);
@@ -245,6 +261,7 @@ void plan(const Options& options, Output& output) {
                  {"layers", m.num_layers},
                  {"group_size", g.group_size},
                  {"scale_dtype", scale_dtype},
+                 {"activations", subject.activations},
                  {"codes_bytes", m.codes_bytes},
                  {"scales_bytes", m.scales_bytes},
                  {"prepared_bytes", m.prepared_bytes},

@@ -1,5 +1,5 @@
 // sluice run - layers of a checkpoint over R ranks: timed, counted and verified.
-#include <fmt/core.h>
+#include <fmt/format.h>
 
 #include <algorithm>
 #include <charconv>
@@ -168,15 +168,27 @@ bool print_identity(const LayerRunConfig& config, const RunResult& result, const
   return same;
 }
 
+/// ", activation A and B" of layers that do not all have plain SwiGLU.
+std::string other_than_swiglu(const Checkpoint& checkpoint, const std::vector<int>& layers) {
+  std::vector<std::string> names;
+  for (const int layer : layers) {
+    std::string name = to_string(checkpoint.activation(layer));
+    if (std::ranges::find(names, name) == names.end()) names.push_back(std::move(name));
+  }
+  if (names == std::vector<std::string>{"swiglu"}) return {};
+  return fmt::format(", activation {}", fmt::join(names, " and "));
+}
+
 void print_checkpoint(const Options& options, const LayerRunConfig& config,
                       const Checkpoint& checkpoint) {
   const ModelGeometry& g = checkpoint.geometry();
   const bool is_one = config.layers.size() == 1;
   fmt::print(
-      "{}     {} of {}: {}, {} experts, top-{}, hidden {}, intermediate {}\n",
+      "{}     {} of {}: {}, {} experts, top-{}, hidden {}, intermediate {}{}\n",
       is_one ? "layer" : "layers",
       is_one ? fmt::format("{}", config.layers.front()) : fmt::format("{}", config.layers.size()),
-      options.checkpoint, checkpoint.format(), g.num_experts, g.num_topk, g.hidden, g.intermediate);
+      options.checkpoint, checkpoint.format(), g.num_experts, g.num_topk, g.hidden, g.intermediate,
+      other_than_swiglu(checkpoint, config.layers));
   const auto print = [](const std::vector<CheckpointWarning>& warnings) {
     for (const CheckpointWarning& w : warnings) {
       fmt::print("{}   {}: {}\n", w.is_note ? "note   " : "warning", w.tensor, w.text);
@@ -192,6 +204,7 @@ void report_layer(const Options& options, const LayerRunConfig& config,
   const Summary summary = summarize(result);
   print_ranks(config, result, summary);
   output.json["layer"] = result.layer;
+  output.json["activation"] = to_string(checkpoint.activation(result.layer));
   fill_json(output.json, config, result, summary);
   fmt::print("outputs   digest {:016x}\n", outputs_digest(result));
   output.json["stats"] = stats_json(result, checkpoint.geometry());

@@ -52,6 +52,21 @@ std::vector<RecipeGroup> recipe_groups(const Checkpoint& checkpoint, std::span<c
   return groups;
 }
 
+std::vector<ActivationGroup> activation_groups(const Checkpoint& checkpoint,
+                                               std::span<const int> layers) {
+  std::vector<ActivationGroup> groups;
+  for (const int layer : layers) {
+    const std::string own = to_string(checkpoint.activation(layer));
+    const auto same = std::ranges::find(groups, own, &ActivationGroup::activation);
+    if (same == groups.end()) {
+      groups.push_back({.layers = {layer}, .activation = own});
+    } else {
+      same->layers.push_back(layer);
+    }
+  }
+  return groups;
+}
+
 CodeKind code_kind(std::span<const LayerSample> samples) {
   CodeKind kind;
   for (const LayerSample& s : samples) {
@@ -87,6 +102,13 @@ std::string layer_list(std::span<const int> layers) {
   return text;
 }
 
+void print_activations(std::span<const ActivationGroup> groups) {
+  if (groups.size() < 2) return;
+  for (const ActivationGroup& g : groups) {
+    fmt::print("activation layers {}: {}\n", layer_list(g.layers), g.activation);
+  }
+}
+
 void print_runs(std::span<const RecipeGroup> groups, const CodeKind& codes) {
   for (const RecipeGroup& g : groups) {
     std::string names;
@@ -119,6 +141,10 @@ void print_memory(std::span<const RankMemory> memory) {
                human_bytes(weights), human_bytes(total - weights), human_bytes(total)});
   }
   fmt::print("{}\n", table.to_string());
+}
+
+nlohmann::ordered_json to_json(const ActivationGroup& group) {
+  return {{"layers", group.layers}, {"activation", group.activation}};
 }
 
 nlohmann::ordered_json to_json(const RecipeGroup& group) {

@@ -26,6 +26,16 @@ constexpr const char* kRecommendedRecipe = "direct";
 [[nodiscard]] std::vector<RecipeGroup> recipe_groups(const Checkpoint& checkpoint,
                                                      std::span<const int> layers);
 
+/// Layers whose experts have the same activation function.
+struct ActivationGroup {
+  std::vector<int> layers;
+  std::string activation;
+};
+
+/// Of `layers`, which Checkpoint::check() has passed.
+[[nodiscard]] std::vector<ActivationGroup> activation_groups(const Checkpoint& checkpoint,
+                                                             std::span<const int> layers);
+
 /// Codes that were looked at, and how the CUDA backend stores them.
 struct CodeKind {
   std::int64_t num_codes = 0, num_minus_eight = 0;
@@ -48,8 +58,11 @@ constexpr int kPlannedTokens = 128;
 [[nodiscard]] std::vector<RankMemory> memory_by_ranks(const Checkpoint& checkpoint,
                                                       DType scale_dtype);
 
+/// A line for each, if there are several: of a single one the model's line tells.
+void print_activations(std::span<const ActivationGroup> groups);
 void print_runs(std::span<const RecipeGroup> groups, const CodeKind& codes);
 void print_memory(std::span<const RankMemory> memory);
+[[nodiscard]] nlohmann::ordered_json to_json(const ActivationGroup& group);
 [[nodiscard]] nlohmann::ordered_json to_json(const RecipeGroup& group);
 [[nodiscard]] nlohmann::ordered_json to_json(const CodeKind& codes);
 [[nodiscard]] nlohmann::ordered_json to_json(const RankMemory& memory);

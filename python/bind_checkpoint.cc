@@ -133,7 +133,9 @@ void bind_geometry(nb::module_& m) {
           "How the experts' weights are coded: 'int4'.")
       .def_prop_ro(
           "activation", [](const ModelGeometry& g) { return to_string(g.activation); },
-          "Function of gate and up: 'swiglu'.")
+          "Function of gate and up, as text: 'swiglu', 'swiglu:limit=10'.\n"
+          "Of a checkpoint, that of its first layer with experts: Checkpoint.activation() has\n"
+          "each layer's.")
       .def("__repr__", [](const ModelGeometry& g) {
         return fmt::format(
             "<sluice.ModelGeometry {}: {} experts, top-{}, hidden {}, intermediate {}, group {}>",
@@ -167,7 +169,8 @@ void bind_weights(nb::module_& m) {
           "Each matrix is a pair (codes, scales) in host memory, kept alive and not copied:\n"
           "codes [num_experts, n, k / 2] uint8 or int8, scales [num_experts, n, k / group_size]\n"
           "float32 or bfloat16. gate and up have n = intermediate and k = hidden, down the "
-          "reverse.\nweight_format: 'int4'. activation: 'swiglu'.\n"
+          "reverse.\nweight_format: 'int4'. activation: 'swiglu', 'swiglu:limit=L',\n"
+          "'swiglu-oai:alpha=A,limit=L' or 'situ:beta=B,linear_beta=LB'.\n"
           "first_expert: number of the first one in its layer; LayerGroup.add_layer() wants this "
           "rank's.\n\n"
           "Raises Error: invalid_argument naming the matrix; unsupported naming the format or the\n"
@@ -226,6 +229,11 @@ void bind_checkpoint(nb::module_& m) {
       .def_prop_ro("geometry", &Checkpoint::geometry, "Sizes of its MoE layers.")
       .def_prop_ro("moe_layers", &Checkpoint::moe_layers, "Layers with routed experts, ascending.")
       .def_prop_ro("identity", &Checkpoint::identity, "Digest of config and headers.")
+      .def(
+          "activation",
+          [](const Checkpoint& c, int layer) { return to_string(c.activation(layer)); }, "layer"_a,
+          "Function of gate and up of a layer, as text.\n\n"
+          "Raises Error: invalid_argument for a layer without experts.")
       .def(
           "static_scales",
           [](const Checkpoint& c, int layer) { return scales_tuple(c.static_scales(layer)); },

@@ -119,7 +119,11 @@ class Checkpoint {
   [[nodiscard]] const std::string& format_evidence() const noexcept;  ///< Why we think so.
   /// Empty for fp8-block and bf16: such experts can be converted, but not loaded.
   [[nodiscard]] std::optional<WeightFormat> weight_format() const noexcept;
+  /// The activation in it is that of the first layer with experts.
   [[nodiscard]] const ModelGeometry& geometry() const noexcept;
+  /// Layers may differ. Throws: kInvalidArgument for a layer without experts; kUnsupported for one
+  /// that config.json's list of limits does not reach.
+  [[nodiscard]] ActivationFn activation(int layer) const;
   /// Layers that hold routed experts, ascending.
   [[nodiscard]] const std::vector<int>& moe_layers() const noexcept;
   /// Stable digest of config and headers: equal on every rank that sees the same checkpoint.

@@ -121,7 +121,7 @@ class CheckpointSource final : public LayerSource {
   CheckpointSource(const Checkpoint& checkpoint, int layer, std::uint64_t seed,
                    const Checkpoint* original)
       : weights_(checkpoint.load_experts(layer, 0, checkpoint.geometry().num_experts)),
-        geometry_(checkpoint.geometry()),
+        geometry_(weights_.geometry),
         layer_(layer),
         seed_(seed),
         original_(original),

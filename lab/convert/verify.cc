@@ -185,6 +185,14 @@ void check_geometry(const ModelGeometry& a, const ModelGeometry& b) {
   fail(ErrorCode::kCorruptFile, "verification: the result's config.json has other sizes");
 }
 
+void check_activation_of(int layer, const CheckpointData& source, const CheckpointData& result) {
+  const ActivationFn &a = source.config.activations.of(layer),
+                     &b = result.config.activations.of(layer);
+  if (a == b) return;
+  fail(ErrorCode::kCorruptFile, "verification: layer {} has the activation {}, its source {}",
+       layer, to_string(b), to_string(a));
+}
+
 }  // namespace
 
 Verification verify_result(const CheckpointData& source, const CheckpointData& result,
@@ -197,6 +205,7 @@ Verification verify_result(const CheckpointData& source, const CheckpointData& r
   double done = 0;
   for (const int layer : spec.layers) {
     result.check_layer(layer);
+    check_activation_of(layer, source, result);
     if (spec.expects_input_scales) verifier.check_input_scales(layer);
     for (int e = 0; e < num_experts; ++e) {
       verifier.check_expert(layer, e);

@@ -111,10 +111,13 @@ void add_activation(const ActivationFn& fn, bool names_swiglu, Json& model) {
       model["activation_situ_beta"] = fn.beta;
       model["activation_situ_linear_beta"] = fn.linear_beta;
       return;
-    case ActivationKind::kSwigluOai:
-      break;
+    case ActivationKind::kSwigluOai:  // MiniMax-M3's keys; gpt-oss leaves alpha to its model type.
+      model["hidden_act"] = "swigluoai";
+      model["swiglu_alpha"] = fn.alpha;
+      model["swiglu_limit"] = fn.limit;
+      return;
   }
-  fail(ErrorCode::kUnsupported, "no spelling here has keys for the activation {}", to_string(fn));
+  fail(ErrorCode::kInternal, "activation {} does not exist", static_cast<int>(fn.kind));
 }
 
 /// The language model's own keys.

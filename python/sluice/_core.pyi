@@ -228,7 +228,11 @@ class ModelGeometry:
 
     @property
     def activation(self) -> str:
-        """Function of gate and up: 'swiglu'."""
+        """
+        Function of gate and up, as text: 'swiglu', 'swiglu:limit=10'.
+        Of a checkpoint, that of its first layer with experts: Checkpoint.activation() has
+        each layer's.
+        """
 
     def __repr__(self) -> str: ...
 
@@ -244,7 +248,8 @@ class ExpertWeights:
         Each matrix is a pair (codes, scales) in host memory, kept alive and not copied:
         codes [num_experts, n, k / 2] uint8 or int8, scales [num_experts, n, k / group_size]
         float32 or bfloat16. gate and up have n = intermediate and k = hidden, down the reverse.
-        weight_format: 'int4'. activation: 'swiglu'.
+        weight_format: 'int4'. activation: 'swiglu', 'swiglu:limit=L',
+        'swiglu-oai:alpha=A,limit=L' or 'situ:beta=B,linear_beta=LB'.
         first_expert: number of the first one in its layer; LayerGroup.add_layer() wants this rank's.
 
         Raises Error: invalid_argument naming the matrix; unsupported naming the format or the
@@ -310,6 +315,13 @@ class Checkpoint:
     @property
     def identity(self) -> int:
         """Digest of config and headers."""
+
+    def activation(self, layer: int) -> str:
+        """
+        Function of gate and up of a layer, as text.
+
+        Raises Error: invalid_argument for a layer without experts.
+        """
 
     def static_scales(self, layer: int) -> object:
         """(s1, s2) over all experts of the layer, or None."""

@@ -118,6 +118,7 @@ CheckpointData CheckpointData::open(const std::filesystem::path& dir) {
   data.format = std::move(recognised.format);
   data.config.geometry.group_size = data.format->group_size();
   if (const auto own = data.format->weight_format()) data.config.geometry.weight_format = *own;
+  data.config.geometry.activation = data.config.activations.of(data.moe_layers.front());
   // One layer's tensors must bear out the config; every other is checked when it is loaded.
   const int first = data.moe_layers.front();
   data.check_layer(first);
@@ -237,6 +238,10 @@ std::optional<WeightFormat> Checkpoint::weight_format() const noexcept {
 const ModelGeometry& Checkpoint::geometry() const noexcept {
   return impl_->config.geometry;
 }
+ActivationFn Checkpoint::activation(int layer) const {
+  (void)impl_->layer_tensors(layer);
+  return impl_->config.activations.of(layer);
+}
 const std::vector<int>& Checkpoint::moe_layers() const noexcept {
   return impl_->moe_layers;
 }
@@ -265,6 +270,7 @@ std::optional<StaticScales> Checkpoint::static_scales(int layer) const {
 
 void Checkpoint::check(int layer) const {
   impl_->check_layer(layer);
+  (void)activation(layer);
   (void)input_scales(layer);
 }
 
@@ -292,6 +298,7 @@ ExpertWeights Checkpoint::load_experts(int layer, int first_expert, int num_expe
   weights.layer = layer;
   weights.first_expert = first_expert;
   weights.geometry = impl_->config.geometry;
+  weights.geometry.activation = impl_->config.activations.of(layer);
   weights.static_scales = static_scales(layer);
   for (int e = first_expert; e < first_expert + num_experts; ++e) {
     weights.experts.push_back(impl_->load_expert(layer, e, *storage));

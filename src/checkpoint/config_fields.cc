@@ -100,9 +100,7 @@ ConfigFields read_object(JsonReader& json, const std::string& file, bool is_inne
         fields.scales[key] = json.number();
         return;
       case Kind::kActivation:
-        fields.activation[key] = json.peek() == Json::kString || key == "hidden_act"
-                                     ? json.string()
-                                     : std::string(json.raw());
+        fields.activation[key] = std::string(json.raw());
         return;
       case Kind::kLayerTypes:
         fields.layer_types = read_names(json);

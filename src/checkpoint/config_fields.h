@@ -26,7 +26,7 @@ struct ConfigFields {
   std::string file;
   std::map<ConfigKeyKind, std::map<std::string, ConfigNumbers>> numbers;  ///< By kind, then key.
   std::map<std::string, double> scales;
-  std::map<std::string, std::string> activation;  ///< Key to JSON text; strings without quotes.
+  std::map<std::string, std::string> activation;  ///< Key to JSON text.
   std::vector<std::string> layer_types;           ///< mlp_layer_types
   bool has_layer_pattern = false;                 ///< A key of kind kLayerPattern.
   std::string model_type;

@@ -76,7 +76,7 @@ constexpr Row kTable[] = {
      "intermediate_size_mlp dense_intermediate_size ffn_hidden_size "
      "latent_moe_use_norm use_mixed_mlp_moe moe_layer_recompute ep_size moe_ep_size "
      "moe_implementation experts_implementation _experts_implementation moe_backend "
-     "layer_types is_moe"},
+     "layer_types is_moe swiglu_limits_shared share_expert_swiglu_limit_list"},
     // Attention, positions, state spaces.
     {Kind::kIrrelevant,
      "num_attention_heads num_key_value_heads head_dim attention_bias attention_dropout "
@@ -168,7 +168,7 @@ KeyMap make_key_map() {
 
 /// `hidden_act` and whatever else says how gate and up meet.
 bool is_activation(std::string_view key) {
-  return key.starts_with("swiglu_") || key.starts_with("activation_") ||
+  return key.find("swiglu") != std::string_view::npos || key.starts_with("activation_") ||
          key.starts_with("hidden_act") || key == "mlp_hidden_act" || key == "activation" ||
          key == "moe_hidden_act" || key == "act_fn";
 }

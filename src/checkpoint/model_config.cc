@@ -106,20 +106,6 @@ int intermediate_width(const ConfigFields& fields) {
        fields.file, config_key_names(Kind::kIntermediate), config_key_names(Kind::kDense));
 }
 
-/// Models name the function of the gate alone. Absent is SiLU, as all models here have it.
-ActivationFn activation_field(const ConfigFields& fields) {
-  for (const auto& [key, value] : fields.activation) {
-    if (key == "hidden_act" ? value.empty() || value == "silu"
-                            : value == "silu" || value == "0" || value == "0.0" ||
-                                  value == "false" || value == "[]") {
-      continue;
-    }
-    fail(ErrorCode::kUnsupported, "{}: {} = {} is not silu, the only one there is", fields.file,
-         key, value);
-  }
-  return {ActivationKind::kSwiglu};
-}
-
 float scaling_factor(const ConfigFields& fields) {
   std::optional<std::pair<std::string, double>> found;
   for (const auto& [key, factor] : fields.scales) {
@@ -144,8 +130,7 @@ void read_geometry(const ConfigFields& fields, ModelConfig& config) {
                      .num_topk = topk.value,
                      .hidden = hidden_width(fields, config),
                      .intermediate = intermediate_width(fields),
-                     .routed_scaling_factor = scaling_factor(fields),
-                     .activation = activation_field(fields)};
+                     .routed_scaling_factor = scaling_factor(fields)};
   if (topk.value > experts.value) {
     fail(ErrorCode::kUnsupported, "{}: {} = {} is above the {} experts there are", fields.file,
          topk.key, topk.value, experts.value);
@@ -185,6 +170,14 @@ void read_layers(const ConfigFields& fields, ModelConfig& config) {
     const auto& [key, numbers] = *at->second.begin();
     config.dense_layers = small_numbers(fields, key, numbers);
   }
+}
+
+/// The geometry has that of the first layer with experts, as far as the config tells.
+void read_layer_activations(const ConfigFields& fields, ModelConfig& config) {
+  config.activations = read_activations(fields, config.num_layers);
+  int first = 0;
+  while (first + 1 < config.num_layers && !config.dense_reason(first).empty()) ++first;
+  config.geometry.activation = config.activations.of(first);
 }
 
 void warn_of_unknown(const ConfigFields& fields, ModelConfig& config) {
@@ -245,6 +238,7 @@ ModelConfig parse_model_config(const ConfigText& text, const std::optional<Confi
   }
   read_geometry(fields, config);
   read_layers(fields, config);
+  read_layer_activations(fields, config);
   warn_of_unknown(fields, config);
   config.quantization = std::move(fields.quantization);
   return config;

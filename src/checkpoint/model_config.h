@@ -7,6 +7,7 @@
 #include <string_view>
 #include <vector>
 
+#include "checkpoint/activation_config.h"
 #include "checkpoint/formats/quantization_config.h"
 #include "sluice/checkpoint.h"
 
@@ -23,6 +24,7 @@ struct ModelConfig {
   int num_layers = 0;             ///< 0 if not given.
   int num_prediction_layers = 0;  ///< Announced behind the others (MTP).
   int first_k_dense_replace = 0;  ///< Layers below this have no routed experts.
+  LayerActivations activations;
   QuantizationConfig quantization;
   std::vector<CheckpointWarning> warnings;  ///< `tensor` is "config.json: KEY".
   std::string text;  ///< The bytes of the files read, for Checkpoint::identity().

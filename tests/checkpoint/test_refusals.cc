@@ -326,7 +326,7 @@ TEST(Refusal, ConfigFieldsOutOfRange) {
 
 // Computing them as SwiGLU would be wrong without a word.
 TEST(Refusal, ActivationsThatAreNotOurs) {
-  for (const char* const act : {"gelu", "situ", "relu2", "SiLU"}) {
+  for (const char* const act : {"gelu", "gelu_pytorch_tanh", "relu2", "SiLU", ""}) {
     ModelFiles files;
     files.config["hidden_act"] = act;
     expect_refused(ErrorCode::kUnsupported,
@@ -337,7 +337,7 @@ TEST(Refusal, ActivationsThatAreNotOurs) {
   }
   ModelFiles number;
   number.config["hidden_act"] = 1;
-  expect_corrupt({"config.json: JSON, byte"}, number);
+  expect_corrupt({"config.json: hidden_act: JSON, byte"}, number);
 }
 
 TEST(Refusal, QuantizationThatIsNotOurs) {

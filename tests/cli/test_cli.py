@@ -2,6 +2,7 @@
 """The command line as a user meets it: what it prints, what it writes, how it exits."""
 import json
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -43,6 +44,30 @@ with tempfile.TemporaryDirectory() as folder:
             check(f"json {mode} {recipe}",
                   data["verify"]["passed"] and data["verify"]["rows"] == 9
                   and data["recipe"]["name"] == recipe and len(data["ranks"]) == 4, r)
+
+    # Each activation from config.json: outputs of their own, within the bounds of its own float64 reference.
+    digests = set()
+    for keys, activation in (({}, "swiglu"), ({"model_type": "deepseek_v4", "swiglu_limit": 0.3}, "swiglu:limit=0.3"),
+                             ({"model_type": "gpt_oss", "swiglu_limit": 0.3}, "swiglu-oai:alpha=1.702,limit=0.3"),
+                             ({"hidden_act": "situ", "activation_situ_beta": 0.5, "activation_situ_linear_beta": 0.2},
+                              "situ:beta=0.5,linear_beta=0.2")):
+        other = os.path.join(folder, "activation")
+        shutil.rmtree(other, ignore_errors=True)
+        shutil.copytree(model, other)
+        with open(os.path.join(model, "config.json")) as file:
+            config = json.load(file)
+        with open(os.path.join(other, "config.json"), "w") as file:
+            json.dump(config | keys, file)
+        r = run("run", "--checkpoint", other, "--ranks", "2", "--tokens", "6", "--repeat", "1", "--json", report)
+        with open(report) as file:
+            data = json.load(file)
+        named = f", activation {activation}\n" in r.stdout
+        check(f"run with {activation}", r.returncode == 0 and data["verify"]["passed"]
+              and data["activation"] == activation and named == (activation != "swiglu"), r)
+        digests.add(data["outputs_digest"])
+        r = run("plan", "--checkpoint", other, "--ranks", "2", "--tokens", "6")
+        check(f"plan with {activation}", r.returncode == 0 and f", activation {activation}\n" in r.stdout, r)
+    check("four activations give four outputs", len(digests) == 4, r)
 
     # The plan's experts are those that run then holds; the most tokens that fit do, one more does not.
     r = run("run", "--checkpoint", model, "--ranks", "4", "--tokens", "3", "--json", report)

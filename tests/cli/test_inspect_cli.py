@@ -96,6 +96,26 @@ def sound(folder):
           and data["recipes"][0]["static_scales"] == "none", r)
 
 
+def limited(folder):
+    model = make(folder, "limited", "--layers", "3")
+    path = os.path.join(model, "config.json")
+    with open(path, encoding="utf-8") as file:
+        config = json.load(file)
+    config |= {"model_type": "deepseek_v4", "swiglu_limits": [0, 0, 0, 0, 0.3, 0]}
+    with open(path, "w", encoding="utf-8") as file:
+        json.dump(config, file)
+    r, data = inspect(model)
+    check("activations by layer", r.returncode == 0 and data["activation"] == "swiglu"
+          and data["activations"] == [{"layers": [3, 5], "activation": "swiglu"},
+                                      {"layers": [4], "activation": "swiglu:limit=0.3"}]
+          and "activation layers 3, 5: swiglu\n" in r.stdout
+          and "activation layers 4: swiglu:limit=0.3\n" in r.stdout, r)
+    # Engines and certificate take the layer's, not the first one's.
+    r = run("accuracy", "--checkpoint", model, "--layer", "4", "--tokens", "16", "--suite", "gaussian", "--recipe",
+            "direct", "--backend", "cpu")
+    check("accuracy of a layer with a limit of its own", r.returncode == 0 and "PASS" in r.stdout, r)
+
+
 def faulty(folder):
     scaled = make(folder, "scaled", "--layers", "3")
     map_scales(scaled, "layers.4.", lambda s: s * 118)
@@ -123,6 +143,7 @@ def faulty(folder):
 
 with tempfile.TemporaryDirectory() as folder:
     sound(folder)
+    limited(folder)
     faulty(folder)
 print(f"{len(failures)} failures")
 sys.exit(1 if failures else 0)

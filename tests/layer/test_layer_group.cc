@@ -300,6 +300,8 @@ TEST_F(LayerGroupTest, RanksThatDifferInALayerAreNamedAndTheGroupWorksOn) {
   };
   const Case cases[] = {
       {"layer", [](auto& s, auto&) { s.name = "another"; }},
+      {"activation",
+       [](auto& s, auto&) { s.weights.geometry.activation = parse_activation("swiglu:limit=10"); }},
       {"checkpoint identity", [](auto& s, auto&) { s.identity += 1; }},
       {"low-latency recipe", [](auto&, auto& r) { r.low_latency = parse_recipe("direct"); }},
       {"normal recipe", [](auto&, auto& r) { r.normal = parse_recipe("direct-bf16"); }},

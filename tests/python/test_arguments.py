@@ -258,6 +258,10 @@ def test_weights_from_arrays(checkpoint):
     arrays = (codes, scales), (codes, scales), down
     refused("'mxfp4' is none of: int4", make, *arrays, weight_format="mxfp4", code="unsupported")
     refused("'gelu' is none of: swiglu", make, *arrays, activation="gelu", code="unsupported")
+    assert make(*arrays, activation="swiglu:limit=7").geometry.activation == "swiglu:limit=7"
+    refused("limit = -7 must be finite", make, *arrays, activation="swiglu:limit=-7")
+    assert checkpoint.activation(checkpoint.moe_layers[0]) == "swiglu"
+    refused("layer 99", checkpoint.activation, 99)
 
 
 def test_error_is_an_exception_like_others():

@@ -1,6 +1,8 @@
 """sluice.compat.w4a8: the bytes of experts and engine, for every kind of input, repacked once."""
 
 import gc
+import json
+import shutil
 
 import numpy as np
 import pytest
@@ -91,6 +93,37 @@ def test_grouped_gives_what_the_engine_gives(checkpoint, geometry, backend, spac
         rows, scale, space.array(idx), space.array(w), *weights, backend=backend,
         **({"a1_scale": s1, "a2_scale": s2} if is_static else {}))
     assert np.array_equal(space.bits(y), expected) and np.any(expected) and not np.any(expected[3])
+
+
+@pytest.mark.parametrize("keys, activation", [
+    ({"model_type": "deepseek_v4", "swiglu_limit": 0.05}, "swiglu:limit=0.05"),
+    ({"model_type": "gpt_oss", "swiglu_limit": 0.05}, "swiglu-oai:alpha=1.702,limit=0.05"),
+    ({"hidden_act": "situ", "activation_situ_beta": 0.5, "activation_situ_linear_beta": 0.1},
+     "situ:beta=0.5,linear_beta=0.1"),
+])
+def test_the_activation_is_an_argument(checkpoint, geometry, backend, space, arrays, tmp_path, keys, activation):
+    """It is what an engine reads from config.json; weights alone do not tell it."""
+    shutil.copytree(checkpoint.path, tmp_path / "other")
+    file = tmp_path / "other" / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | keys))
+    other = sluice.Checkpoint(tmp_path / "other")
+    assert other.activation(LAYER) == other.geometry.activation == activation
+    x, idx, w = sluice.make_workload(geometry, TOKENS)
+    idx = idx.astype(np.int64)
+    engine = one_rank_engine(other, backend, TOKENS, normal="direct-bf16", low_latency=None)
+    expected = sluice.moe_forward(engine, x, sluice.Routing(idx, w))
+    weights = tuple(space.array(a.copy()) for a in arrays)
+    run = lambda **k: w4a8.w4a8_moe_grouped(  # noqa: E731
+        space.bf16(x), None, space.array(idx), space.array(w), *weights, backend=backend, **k)
+    assert np.array_equal(space.bits(run(activation=activation)), expected) and np.any(expected)
+    with pytest.raises(sluice.Error, match="^activation: not what the first call"):
+        run()
+    w4a8.forget(weights[0], weights[2])
+    assert not np.array_equal(space.bits(run()), expected)
+    w4a8.forget(weights[0], weights[2])
+    with pytest.raises(sluice.Error, match="'gelu' is none of") as caught:
+        run(activation="gelu")
+    assert caught.value.code == "unsupported"
 
 
 def test_no_rows(geometry, space, weights, backend):

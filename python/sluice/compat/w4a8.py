@@ -6,7 +6,8 @@
 Weights are as checkpoints publish them (W4AFP8): int4 in two's complement, two to a byte with even k
 low, gate rows before up rows, scales for groups of 128 (or 32) along k; they may lie on the GPU or on
 the host. They are repacked once, at the first call with them. A later call with the same w13 and w2
-gives the same scales and static scales, and the same backend or none: what differs is refused by name.
+gives the same scales, static scales and activation, and the same backend or none: what differs is
+refused by name.
 An object of W4A8Experts is its own cache; make one for each set of scales or for each backend.
 
 E experts, hidden H, intermediate I, group G:
@@ -14,6 +15,8 @@ E experts, hidden H, intermediate I, group G:
     w2  [E, H, I / 2]   int8     w2_scale  [E, H, I / G]
     a1_scale, a2_scale: static scales of the inputs of the two GEMMs, or None: one number, or one for
     each expert, of which the largest counts.
+    activation: "swiglu", "swiglu:limit=10" (DeepSeek-V4), "swiglu-oai:alpha=1.702,limit=7" (gpt-oss),
+    "situ:beta=4,linear_beta=25" (Kimi-K3): what the model has; nothing here can tell it from w13.
 
 The input and the scales that are there decide the recipe, unless it is named: bf16 rows direct-bf16
 or bf16-static, e4m3 rows with scales direct or requant-static, e4m3 rows without scales static.
@@ -55,7 +58,8 @@ class W4A8Experts:
     """
 
     def __init__(self, w13: Any, w13_scale: Any, w2: Any, w2_scale: Any, *, a1_scale: Any = None,
-                 a2_scale: Any = None, backend: Any, max_rows: int = 1) -> None:
+                 a2_scale: Any = None, activation: str = "swiglu", backend: Any,
+                 max_rows: int = 1) -> None:
         space_of(w13, "w13")
         if len(w13.shape) != 3 or w13.shape[1] % 2 != 0:
             raise Error("invalid_argument", "w13: expected shape [num_experts, 2 * intermediate, "
@@ -66,6 +70,7 @@ class W4A8Experts:
         s1, s2 = _static_scale("a1_scale", a1_scale), _static_scale("a2_scale", a2_scale)
         if (s1 is None) != (s2 is None):
             raise Error("invalid_argument", "a1_scale and a2_scale: give both or neither")
+        self.activation = activation
         self._scales = {} if s1 is None else {"s1": s1, "s2": s2}
         self.backend, self._max_rows = backend, max_rows
         self._experts = _core.repack(self._import(w13, w13_scale, w2, w2_scale), backend, max_rows=1)
@@ -87,7 +92,8 @@ class W4A8Experts:
         middle = self.intermediate
         return _core.ExpertWeights.from_arrays(
             pair(w13, w13_scale, 0, middle), pair(w13, w13_scale, middle, 2 * middle),
-            pair(w2, w2_scale, 0, self.hidden), group_size=group, **self._scales,
+            pair(w2, w2_scale, 0, self.hidden), group_size=group, activation=self.activation,
+            **self._scales,
         )
 
     def _recipe(self, name: str | None, mode: str, is_e4m3: bool, has_scale: bool) -> Any:
@@ -241,17 +247,18 @@ def _backend_for(x: Any) -> Any:
 
 
 def _experts_for(x: Any, w13: Any, w13_scale: Any, w2: Any, w2_scale: Any, a1_scale: Any,
-                 a2_scale: Any, backend: Any) -> W4A8Experts:
+                 a2_scale: Any, activation: str, backend: Any) -> W4A8Experts:
     """What the first call with w13 and w2 repacked, until either is gone."""
     key = (id(w13), id(w2))
     arguments = {"w13_scale": w13_scale, "w2_scale": w2_scale, "a1_scale": a1_scale,
-                 "a2_scale": a2_scale}
+                 "a2_scale": a2_scale, "activation": activation}
     with _cache_lock:
         first = _cache.get(key)
     if first is not None:
         first.check(arguments, backend)
         return first.experts
     experts = W4A8Experts(w13, w13_scale, w2, w2_scale, a1_scale=a1_scale, a2_scale=a2_scale,
+                          activation=activation,
                           backend=_backend_for(x) if backend is None else backend)
     with _cache_lock:
         _cache[key] = _FirstCall(experts, arguments)
@@ -269,7 +276,7 @@ def forget(w13: Any, w2: Any) -> None:
 def w4a8_moe_masked(
     x: Any, x_scale: Any, masked_m: Any, w13: Any, w13_scale: Any, w2: Any, w2_scale: Any, *,
     a1_scale: Any = None, a2_scale: Any = None, recipe: str | None = None, expected_m: int = 0,
-    out: Any = None, backend: Any = None,
+    out: Any = None, activation: str = "swiglu", backend: Any = None,
 ) -> Any:
     """Every expert on its rows after a low-latency dispatch: bf16 of x's shape.
 
@@ -279,14 +286,15 @@ def w4a8_moe_masked(
 
     Raises Error: invalid_argument naming the argument, unsupported naming the recipe.
     """
-    experts = _experts_for(x, w13, w13_scale, w2, w2_scale, a1_scale, a2_scale, backend)
+    experts = _experts_for(x, w13, w13_scale, w2, w2_scale, a1_scale, a2_scale, activation,
+                           backend)
     return experts.masked(x, x_scale, masked_m, recipe=recipe, expected_m=expected_m, out=out)
 
 
 def w4a8_moe_grouped(
     x: Any, x_scale: Any, topk_idx: Any, topk_weights: Any, w13: Any, w13_scale: Any, w2: Any,
     w2_scale: Any, *, a1_scale: Any = None, a2_scale: Any = None, recipe: str | None = None,
-    out: Any = None, backend: Any = None,
+    out: Any = None, activation: str = "swiglu", backend: Any = None,
 ) -> Any:
     """Every expert on its rows after a normal dispatch, summed for each row: bf16 [rows, H].
 
@@ -297,5 +305,6 @@ def w4a8_moe_grouped(
 
     Raises Error: invalid_argument naming the argument, unsupported naming the recipe.
     """
-    experts = _experts_for(x, w13, w13_scale, w2, w2_scale, a1_scale, a2_scale, backend)
+    experts = _experts_for(x, w13, w13_scale, w2, w2_scale, a1_scale, a2_scale, activation,
+                           backend)
     return experts.grouped(x, x_scale, topk_idx, topk_weights, recipe=recipe, out=out)
