@@ -50,6 +50,9 @@
 //           Numbers: docs/performance-gpu.md
 #pragma once
 
+#include <atomic>
+#include <cstdint>
+
 #include "backend/cuda/check.h"
 #include "backend/cuda/launch.cuh"
 #include "backend/cuda/sm90_w4a8_config.cuh"
@@ -125,8 +128,16 @@ template <class C>
 void launch_kernel(const Params& params, int num_ctas, cudaStream_t stream) {
   static_assert(sizeof(Shared<C>) <= kSharedLimit);
   constexpr int kBytes = static_cast<int>(sizeof(Shared<C>));
-  SLUICE_CUDA_CHECK(cudaFuncSetAttribute(w4a8_experts_kernel<C>,
-                                         cudaFuncAttributeMaxDynamicSharedMemorySize, kBytes));
+  // Once for each device: the host would spend as much on it as on a launch.
+  static std::atomic<std::uint64_t> is_allowed{0};
+  int device = 0;
+  SLUICE_CUDA_CHECK(cudaGetDevice(&device));
+  const std::uint64_t bit = std::uint64_t{1} << (device % 64);
+  if (device >= 64 || (is_allowed.load(std::memory_order_relaxed) & bit) == 0) {
+    SLUICE_CUDA_CHECK(cudaFuncSetAttribute(w4a8_experts_kernel<C>,
+                                           cudaFuncAttributeMaxDynamicSharedMemorySize, kBytes));
+    is_allowed.fetch_or(bit, std::memory_order_relaxed);
+  }
   launch_early(w4a8_experts_kernel<C>,
                {.blocks = num_ctas, .threads = C::kThreads, .shared_bytes = kBytes}, params,
                stream);

@@ -2,7 +2,10 @@
 #include <cuda.h>
 #include <cuda_runtime.h>
 
+#include <algorithm>
+#include <array>
 #include <string>
+#include <vector>
 
 #include "backend/cuda/check.h"
 #include "backend/cuda/sm90_w4a8_config.cuh"
@@ -39,22 +42,56 @@ EncodeTiled find_encoder() {
   return reinterpret_cast<EncodeTiled>(entry);
 }
 
-/// [rows, width] e4m3, rows row_bytes() apart, in boxes of (128, tokens), 128 B swizzle.
-CUtensorMap encode_map(const Fp8RowsView& x, std::int64_t rows, int tokens) {
+/// What the maps of some rows say. Codes are an address, no more: a map does not know whose it is.
+struct MapsKey {
+  const std::uint8_t* codes = nullptr;
+  std::int64_t rows = 0, width = 0, row_bytes = 0;
+  bool operator==(const MapsKey&) const = default;
+};
+using Maps = std::array<CUtensorMap, kNumTokenBoxes>;
+
+/// [rows, width] e4m3, rows row_bytes apart, in boxes of (128, tokens), 128 B swizzle.
+CUtensorMap encode_map(const MapsKey& key, int tokens) {
   static const EncodeTiled encode = find_encoder();
   CUtensorMap map;
-  const cuuint64_t dims[2] = {static_cast<cuuint64_t>(x.width), static_cast<cuuint64_t>(rows)};
-  const cuuint64_t strides[1] = {static_cast<cuuint64_t>(x.row_bytes())};
+  const cuuint64_t dims[2] = {static_cast<cuuint64_t>(key.width),
+                              static_cast<cuuint64_t>(key.rows)};
+  const cuuint64_t strides[1] = {static_cast<cuuint64_t>(key.row_bytes)};
   const cuuint32_t box[2] = {static_cast<cuuint32_t>(kStepK), static_cast<cuuint32_t>(tokens)};
   const cuuint32_t element_strides[2] = {1, 1};
   const CUresult status = encode(
-      &map, CU_TENSOR_MAP_DATA_TYPE_UINT8, 2, const_cast<std::uint8_t*>(x.codes), dims, strides,
+      &map, CU_TENSOR_MAP_DATA_TYPE_UINT8, 2, const_cast<std::uint8_t*>(key.codes), dims, strides,
       box, element_strides, CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B,
       CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
   if (status != CUDA_SUCCESS) {
     throw Error(ErrorCode::kCuda, "cuTensorMapEncodeTiled failed: " + std::to_string(status));
   }
   return map;
+}
+
+/// Maps for boxes of 8 << i tokens.
+///
+/// The layers of a model share their rows, so most calls want maps that were encoded before. The
+/// last ones of this thread are remembered. A map is a function of its key, so none is ever stale.
+const Maps& maps_of(const Fp8RowsView& x, std::int64_t rows) {
+  struct Remembered {
+    MapsKey key;
+    Maps maps;
+  };
+  constexpr int kIndexBits = 6;  // x and h of 32 batch sizes; 42 KB.
+  static thread_local std::vector<Remembered> last(1u << kIndexBits);
+  const MapsKey key{x.codes, rows, x.width, x.row_bytes()};
+  // Fibonacci hashing: the high bits of a product by 2^64 / golden ratio.
+  const std::uint64_t mixed = (reinterpret_cast<std::uintptr_t>(key.codes) / 16 +
+                               static_cast<std::uint64_t>(rows) * 0x10001) *
+                              0x9e3779b97f4a7c15u;
+  Remembered& slot = last[mixed >> (64 - kIndexBits)];
+  if (slot.key != key) {
+    slot.key = {};
+    for (int i = 0; i < kNumTokenBoxes; ++i) slot.maps[i] = encode_map(key, 8 << i);
+    slot.key = key;
+  }
+  return slot.maps;
 }
 
 /// A value without an instantiation: another one is another argument of Config, chosen below.
@@ -127,9 +164,7 @@ Phase& add_phase(Params& p, const PackedWeights& weights, const RowRanges& rows,
   require(x.row_bytes() >= x.width && x.row_bytes() % 16 == 0, "activation stride", x.stride,
           "must be 0 or a multiple of 16, at least the width");
   if (x.scale == nullptr) check_scale(x.static_scale, "static activation scale");
-  for (int i = 0; i < kNumTokenBoxes; ++i) {
-    p.x_map[p.num_phases][i] = encode_map(x, rows.max_rows, 8 << i);
-  }
+  std::ranges::copy(maps_of(x, rows.max_rows), p.x_map[p.num_phases]);
   Phase& phase = p.phase[p.num_phases++];
   phase.weights = static_cast<const std::uint8_t*>(weights.data);
   phase.expert_bytes = static_cast<long long>(packed_expert_bytes(shape));
