@@ -345,11 +345,12 @@ TEST_F(CudaExchangeTest, CountersFollowTheFormula) {
               const std::int32_t e = round.topk_idx[r][t * 4 + k];
               here += e >= 0 && e / 4 == peer;
             }
-            rows += here, copies += here > 0;
+            rows += here;
+            copies += peer == rank.rank() ? here : here > 0;  // No link saves a copy here.
           }
           const std::uint64_t token = wire_bytes_per_token(wire, rounds.hidden);
-          const std::uint64_t dispatch =
-              mode == Mode::kLowLatency ? rows * token : copies * token + rows * 4;
+          const std::uint64_t lists = mode == Mode::kNormal && peer != rank.rank() ? rows * 8 : 0;
+          const std::uint64_t dispatch = (mode == Mode::kNormal ? copies : rows) * token + lists;
           EXPECT_EQ(after.dispatch_bytes[peer] - before.dispatch_bytes[peer], dispatch + 8 * 8);
           EXPECT_EQ(after.dispatch_rows[peer] - before.dispatch_rows[peer],
                     mode == Mode::kLowLatency ? rows : copies);

@@ -272,11 +272,12 @@ void DeviceExchange::make_slots() {
     p.counts = base + layout_.counts;
     p.x = base + layout_.x;
     p.scale = base + layout_.scale;
-    p.copy_of = base + layout_.copy_of;
+    p.copies = base + layout_.copies;
     p.expert_y = base + layout_.expert_y;
     p.placement = placement;
     p.num_topk = config.num_topk;
     p.hidden = config.hidden;
+    p.max_tokens = config.max_tokens_per_rank;
     p.max_m = config.max_m;
     p.timeout_ns = static_cast<std::uint64_t>(config.peer_timeout.count()) * 1'000'000u;
     p.slot = slot_state + s;
@@ -522,13 +523,13 @@ ExchangeCounters DeviceExchange::counters() const {
   ExchangeCounters counters;
   counters.num_dispatches = num_dispatches_;
   counters.saturated_values = stats.saturated;
-  const std::uint64_t copy_of = config.mode == Mode::kNormal ? sizeof(std::int32_t) : 0;
+  const std::uint64_t token = layout_.payload_bytes + layout_.scale_bytes;
   const std::uint64_t counts = static_cast<std::uint64_t>(config.num_experts) * 8u;
   for (std::size_t r = 0; r < ranks; ++r) {
+    const bool has_lists = config.mode == Mode::kNormal && static_cast<int>(r) != rank;
+    const std::uint64_t lists = has_lists ? (stats.rows[r] + stats.repeats[r]) * 8u : 0;
     counters.dispatch_rows.push_back(stats.rows[r]);
-    counters.dispatch_bytes.push_back(stats.rows[r] *
-                                          (layout_.payload_bytes + layout_.scale_bytes + copy_of) +
-                                      stats.repeats[r] * copy_of + num_dispatches_ * counts);
+    counters.dispatch_bytes.push_back(stats.rows[r] * token + lists + num_dispatches_ * counts);
     counters.combine_bytes.push_back(stats.returned[r] * 2u *
                                      static_cast<std::uint64_t>(config.hidden));
     counters.wait_ns.push_back(stats.wait_ns[r]);

@@ -35,10 +35,11 @@ DeviceLayout::DeviceLayout(const ExchangeConfig& config, int num_ranks)
   place(dispatched, ranks * sizeof(std::uint64_t));
   place(returned, ranks * sizeof(std::uint64_t));
   place(counts, ranks * static_cast<std::size_t>(config.num_experts) * sizeof(std::uint64_t));
+  place(copies,
+        masked ? 0 : ranks * static_cast<std::size_t>(tokens_slots) * sizeof(std::uint64_t));
   flags_and_counts_bytes = at;
   place(x, rows * payload_bytes);
   place(scale, rows * scale_bytes);
-  place(copy_of, masked ? 0 : rows * sizeof(std::int32_t));
   place(expert_y, rows * 2 * hidden);
   slot_bytes = at;
 }

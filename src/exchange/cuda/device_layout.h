@@ -9,9 +9,10 @@
 //     returned   [R] u64      flag of each rank: 2 * epoch when its expert_y may be read,
 //                             2 * epoch + 1 when it dropped the dispatch instead
 //     counts     [R, E] u64   epoch << 32 | rows that rank r sends to expert e
+//     copies     [R, T, k] u64  normal mode: epoch << 32 | row that token t of rank r has here for
+//                             its k-th expert, from other ranks
 //     x          [rows, payload]
 //     scale      [rows, hidden / 128] f32
-//     copy_of    [rows] i32   normal mode: the row whose bytes this one repeats, or -1
 //     expert_y   [rows, hidden] bf16          read by the tokens' home ranks
 //
 // rows = num_local * max_m (low-latency), or R * T * k (normal).
@@ -32,7 +33,7 @@ struct DeviceLayout {
   DeviceLayout(const ExchangeConfig& config, int num_ranks);
 
   // Byte offsets within a slot.
-  std::size_t dispatched = 0, returned = 0, counts = 0, x = 0, scale = 0, copy_of = 0, expert_y = 0;
+  std::size_t dispatched = 0, returned = 0, counts = 0, x = 0, scale = 0, copies = 0, expert_y = 0;
   std::size_t slot_bytes = 0;
   std::size_t flags_and_counts_bytes = 0;  ///< The slot's first bytes: zero at creation.
 

@@ -57,8 +57,8 @@ __device__ void send_counts(const SlotParams& p, std::uint64_t epoch, const int*
 
 /// The warps send the rows of one staged chunk; lane 0 of each owns its bulk copies.
 template <WireFormat Wire>
-__device__ void send_chunk(const SlotParams& p, const Staging& s, int first, int count,
-                           const std::int64_t* place, const std::uint8_t* payload,
+__device__ void send_chunk(const SlotParams& p, const Staging& s, std::uint64_t epoch, int first,
+                           int count, const std::int64_t* place, const std::uint8_t* payload,
                            const float* scale, int* sent) {
   const int warp = static_cast<int>(threadIdx.x) / 32, lane = static_cast<int>(threadIdx.x) % 32;
   for (int j = warp; j < count * p.num_topk; j += kWarps) {
@@ -68,17 +68,18 @@ __device__ void send_chunk(const SlotParams& p, const Staging& s, int first, int
     const int token = j / p.num_topk, k = j % p.num_topk;
     const int peer = static_cast<int>(at >> 32);
     const std::int64_t row = at & 0xffffffff;
-    if (p.max_m == 0) {
-      const std::int64_t other = lane < k ? place[token * p.num_topk + lane] : -1;
-      const unsigned same = __ballot_sync(kAllLanes, other >= 0 && (other >> 32) == peer);
-      std::int32_t from = -1;
-      if (same != 0) {
-        from = static_cast<std::int32_t>(place[token * p.num_topk + __ffs(same) - 1] & 0xffffffff);
-      }
-      if (lane == 0) p.window.put(peer, p.copy_of, row, from);
-      if (from >= 0) {
+    // To another rank a token crosses once, with a list of its rows there; here no link is saved.
+    if (p.max_m == 0 && peer != p.window.rank) {
+      const std::int64_t other = lane < p.num_topk ? place[token * p.num_topk + lane] : -1;
+      const bool same = other >= 0 && (other >> 32) == peer;
+      if ((__ballot_sync(kAllLanes, same) & ((1u << k) - 1)) != 0) {
         if (lane == 0) atomicAdd(&sent[kMaxDeviceRanks + peer], 1);
         continue;
+      }
+      if (same) {
+        const std::int64_t source = std::int64_t{p.window.rank} * p.max_tokens + first + token;
+        p.window.put_word(peer, p.copies, source * p.num_topk + lane,
+                          epoch << 32 | static_cast<std::uint32_t>(other));
       }
     }
     if (lane == 0) {
@@ -195,7 +196,7 @@ __global__ void __launch_bounds__(kThreads, 1)
     }
     ptx::fence_proxy_async_shared();  // The copy engine reads what ordinary stores wrote.
     __syncthreads();
-    send_chunk<Wire>(p, s, t, count, place, payload_of(buffer), scale_of(buffer), sent);
+    send_chunk<Wire>(p, s, epoch, t, count, place, payload_of(buffer), scale_of(buffer), sent);
     if (t + s.tokens < end) {
       const int next_count = min(s.tokens, end - t - s.tokens);
       load_batch(p, d, t + s.tokens, next_count * (p.hidden / 8), tid, batch);
@@ -229,35 +230,50 @@ __global__ void __launch_bounds__(kThreads, 1)
   if (d.receive && !wait_for_all(p, p.dispatched, kDispatchRows, epoch)) forget_rows(p);
 }
 
-/// Repeats the rows of tokens that crossed once for several experts of this rank.
-__device__ void repeat_rows(const SlotParams& p, int payload_bytes, int num_groups) {
+/// Copies tokens of other ranks that crossed once for several experts of this rank: a warp reads
+/// the row that came once and writes it to the rows of the other experts.
+__device__ void copy_tokens(const SlotParams& p, std::uint64_t epoch, int payload_bytes,
+                            int num_groups) {
   constexpr int kBatch = 7;
   const int lane = static_cast<int>(threadIdx.x) % 32;
-  const int num_local = p.placement.num_local();
-  const std::int64_t num_rows = p.row_begin[num_local - 1] + p.num_rows[num_local - 1];
   std::uint8_t* const x = p.window.own<std::uint8_t>(p.x);
   float* const scale = p.window.own<float>(p.scale);
-  const std::int32_t* const copy_of = p.window.own<const std::int32_t>(p.copy_of);
   const int vectors = payload_bytes / 16;
-  for (std::int64_t row = blockIdx.x * kWarps + threadIdx.x / 32; row < num_rows;
-       row += std::int64_t{gridDim.x} * kWarps) {
-    const std::int64_t from = copy_of[row];
-    if (from < 0) continue;
-    const uint4* const in = reinterpret_cast<const uint4*>(x + from * payload_bytes);
-    uint4* const out = reinterpret_cast<uint4*>(x + row * payload_bytes);
-    for (int base = lane; base < vectors; base += 32 * kBatch) {
+  const std::int64_t num_sources = std::int64_t{p.window.num_ranks} * p.max_tokens;
+  for (std::int64_t source = blockIdx.x * kWarps + threadIdx.x / 32; source < num_sources;
+       source += std::int64_t{gridDim.x} * kWarps) {
+    // Lane k has the token's row for its k-th expert, if that is here and of this epoch.
+    const std::uint64_t word =
+        lane < p.num_topk ? p.window.word(p.copies, source * p.num_topk + lane) : 0;
+    const auto row = static_cast<std::uint32_t>(word);
+    const unsigned here = __ballot_sync(
+        kAllLanes, static_cast<std::uint32_t>(word >> 32) == static_cast<std::uint32_t>(epoch));
+    const unsigned others = here & (here - 1);
+    if (others == 0) continue;
+    const std::int64_t from = __shfl_sync(kAllLanes, row, __ffs(here) - 1);
+    const uint4* const in = reinterpret_cast<const uint4*>(x + from * payload_bytes) + lane;
+    for (int base = 0; base < vectors; base += 32 * kBatch) {
       uint4 loaded[kBatch];
 #pragma unroll
       for (int i = 0; i < kBatch; ++i) {
-        if (base + 32 * i < vectors) loaded[i] = in[base + 32 * i];
+        if (base + lane + 32 * i < vectors) loaded[i] = in[base + 32 * i];
       }
+      for (unsigned left = others; left != 0; left &= left - 1) {
+        const std::int64_t to = __shfl_sync(kAllLanes, row, __ffs(left) - 1);
+        uint4* const out = reinterpret_cast<uint4*>(x + to * payload_bytes) + lane;
 #pragma unroll
-      for (int i = 0; i < kBatch; ++i) {
-        if (base + 32 * i < vectors) out[base + 32 * i] = loaded[i];
+        for (int i = 0; i < kBatch; ++i) {
+          if (base + lane + 32 * i < vectors) out[base + 32 * i] = loaded[i];
+        }
       }
     }
-    for (int g = lane; g < num_groups; g += 32) {
-      scale[row * num_groups + g] = scale[from * num_groups + g];
+    for (int base = 0; base < num_groups; base += 32) {
+      const bool valid = base + lane < num_groups;
+      const float s = valid ? scale[from * num_groups + base + lane] : 0.0f;
+      for (unsigned left = others; left != 0; left &= left - 1) {
+        const std::int64_t to = __shfl_sync(kAllLanes, row, __ffs(left) - 1);
+        if (valid) scale[to * num_groups + base + lane] = s;
+      }
     }
   }
 }
@@ -269,7 +285,7 @@ __global__ void __launch_bounds__(kThreads, 1)
     forget_rows(p);
     return;
   }
-  if (p.max_m == 0) repeat_rows(p, payload_bytes, num_groups);
+  if (p.max_m == 0) copy_tokens(p, p.slot->epoch, payload_bytes, num_groups);
 }
 
 template <WireFormat Wire>

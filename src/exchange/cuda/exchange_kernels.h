@@ -64,9 +64,9 @@ struct ExchangeState {
 /// What every kernel of one slot needs.
 struct SlotParams {
   DeviceWindow window;
-  std::size_t dispatched, returned, counts, x, scale, copy_of, expert_y;  // Offsets in a window.
+  std::size_t dispatched, returned, counts, x, scale, copies, expert_y;  // Offsets in a window.
   ExpertPlacement placement;
-  int num_topk, hidden;
+  int num_topk, hidden, max_tokens;
   int max_m;  // Masked layout; 0: contiguous rows, token copies cross once per rank.
   std::uint64_t timeout_ns;
   SlotState* slot;
@@ -92,7 +92,7 @@ struct DispatchParams {
 void launch_dispatch(const SlotParams& slot, const DispatchParams& dispatch, WireFormat wire,
                      int num_ctas, void* stream);
 
-/// Waits for every rank's rows; contiguous layout: then repeats rows that crossed once for several
+/// Waits for every rank's rows; contiguous layout: then copies tokens that crossed once for several
 /// experts.
 void launch_receive(const SlotParams& slot, WireFormat wire, int num_ctas, void* stream);
 
