@@ -14,8 +14,9 @@
 //           on every rank.
 #include <cuda_runtime.h>
 
-#include "backend/cuda/check.h"
+#include "backend/cuda/ptx/grid.cuh"
 #include "backend/cuda/ptx/math.cuh"
+#include "exchange/cuda/launch_in_order.cuh"
 #include "exchange/cuda/protocol.cuh"
 #include "exchange/limits.h"
 
@@ -89,6 +90,7 @@ __global__ void __launch_bounds__(kThreads, 1)
   __shared__ Rows rows;
   __shared__ int returned[kMaxDeviceRanks];
   const int tid = static_cast<int>(threadIdx.x);
+  ptx::wait_for_earlier_kernels();
   const bool failed = has_failed(p);
   const std::uint64_t epoch = *static_cast<volatile std::uint64_t*>(&p.slot->epoch);
   const bool refused = *static_cast<volatile int*>(&p.slot->refused) != 0;
@@ -132,12 +134,14 @@ __global__ void __launch_bounds__(kThreads, 1)
 }
 
 __global__ void return_kernel(const __grid_constant__ SlotParams p, bool dropped) {
+  ptx::wait_for_earlier_kernels();
   if (__syncthreads_or(has_failed(p)) != 0) return;
   signal_all(p, p.returned, 2 * p.slot->epoch + (dropped ? 1 : 0));
 }
 
 __global__ void __launch_bounds__(kThreads, 1)
     copy_rows_kernel(const __grid_constant__ SlotParams p, const std::uint16_t* expert_y) {
+  ptx::wait_for_earlier_kernels();
   const int num_local = p.placement.num_local(), vectors = p.hidden / 8;
   uint4* const to = p.window.own<uint4>(p.expert_y);
   const uint4* const from = reinterpret_cast<const uint4*>(expert_y);
@@ -161,21 +165,16 @@ void prepare_combine_kernels() {
 
 void launch_combine(const SlotParams& slot, const CombineParams& combine, int num_ctas,
                     void* stream) {
-  combine_kernel<<<static_cast<unsigned>(num_ctas), kThreads, 0,
-                   static_cast<cudaStream_t>(stream)>>>(slot, combine);
-  SLUICE_CUDA_CHECK(cudaGetLastError());
+  launch_in_order(combine_kernel, num_ctas, kThreads, 0, stream, slot, combine);
 }
 
 void launch_return(const SlotParams& slot, bool dropped, void* stream) {
-  return_kernel<<<1, kMaxDeviceRanks, 0, static_cast<cudaStream_t>(stream)>>>(slot, dropped);
-  SLUICE_CUDA_CHECK(cudaGetLastError());
+  launch_in_order(return_kernel, 1, kMaxDeviceRanks, 0, stream, slot, dropped);
 }
 
 void launch_copy_rows(const SlotParams& slot, const std::uint16_t* expert_y, int num_ctas,
                       void* stream) {
-  copy_rows_kernel<<<static_cast<unsigned>(num_ctas), kThreads, 0,
-                     static_cast<cudaStream_t>(stream)>>>(slot, expert_y);
-  SLUICE_CUDA_CHECK(cudaGetLastError());
+  launch_in_order(copy_rows_kernel, num_ctas, kThreads, 0, stream, slot, expert_y);
 }
 
 }  // namespace sluice::cuda

@@ -27,7 +27,9 @@
 #include <string>
 
 #include "backend/cuda/check.h"
+#include "backend/cuda/ptx/grid.cuh"
 #include "backend/cuda/ptx/sync.cuh"
+#include "exchange/cuda/launch_in_order.cuh"
 #include "exchange/cuda/protocol.cuh"
 #include "exchange/cuda/route.cuh"
 #include "exchange/cuda/stage.cuh"
@@ -146,6 +148,7 @@ __global__ void __launch_bounds__(kThreads, 1)
   // and whether every rank has let go of the slot's last use (a relaxed load will do: stores do not
   // overtake what they depend on).
   const int first_count = min(s.tokens, end - begin);
+  ptx::wait_for_earlier_kernels();
   Batch batch;
   load_batch(p, d, begin, first_count * (p.hidden / 8), tid, batch);
   const bool failed = has_failed(p);
@@ -280,6 +283,7 @@ __device__ void copy_tokens(const SlotParams& p, std::uint64_t epoch, int payloa
 
 __global__ void __launch_bounds__(kThreads, 1)
     receive_kernel(const __grid_constant__ SlotParams p, int payload_bytes, int num_groups) {
+  ptx::wait_for_earlier_kernels();
   if (__syncthreads_or(has_failed(p)) != 0 ||
       !wait_for_all(p, p.dispatched, kDispatchRows, p.slot->epoch)) {
     forget_rows(p);
@@ -292,9 +296,7 @@ template <WireFormat Wire>
 void launch(const SlotParams& slot, const DispatchParams& dispatch, int num_ctas,
             cudaStream_t stream) {
   const int bytes = staging_of<Wire>(slot.hidden).total_bytes(slot.placement.num_experts());
-  dispatch_kernel<Wire>
-      <<<static_cast<unsigned>(num_ctas), kThreads, bytes, stream>>>(slot, dispatch);
-  SLUICE_CUDA_CHECK(cudaGetLastError());
+  launch_in_order(dispatch_kernel<Wire>, num_ctas, kThreads, bytes, stream, slot, dispatch);
 }
 
 template <WireFormat Wire>
@@ -338,9 +340,8 @@ void launch_dispatch(const SlotParams& slot, const DispatchParams& dispatch, Wir
 void launch_receive(const SlotParams& slot, WireFormat wire, int num_ctas, void* stream) {
   const auto payload_bytes = static_cast<int>(wire_payload_bytes(wire, slot.hidden));
   const auto num_groups = static_cast<int>(wire_scale_bytes(wire, slot.hidden) / sizeof(float));
-  receive_kernel<<<static_cast<unsigned>(slot.max_m == 0 ? num_ctas : 1), kThreads, 0,
-                   static_cast<cudaStream_t>(stream)>>>(slot, payload_bytes, num_groups);
-  SLUICE_CUDA_CHECK(cudaGetLastError());
+  launch_in_order(receive_kernel, slot.max_m == 0 ? num_ctas : 1, kThreads, 0, stream, slot,
+                  payload_bytes, num_groups);
 }
 
 }  // namespace sluice::cuda
