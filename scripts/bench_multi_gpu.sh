@@ -82,7 +82,7 @@ run_fault() {
   noticed=$((noticed + 1))
 }
 faults() {
-  say "planted: 1, the flag waits until rows have left, not arrived; 2, it comes before the rows"
+  say "planted: 1, the flag does not wait for the rows; 2, it comes before the first row is sent"
   local fault size missed=0
   for fault in 1 2; do
     noticed=0

@@ -211,12 +211,12 @@ __global__ void __launch_bounds__(kThreads, 1)
   }
   // Makes the copies visible to this thread, which signals.
   if (lane == 0 && SLUICE_PLANTED_FAULT != 1) p.window.wait_puts();
-  if (lane == 0 && SLUICE_PLANTED_FAULT == 1) p.window.wait_sources<0>();
   if (clipped > 0) atomicAdd(&p.state->stats.saturated, static_cast<unsigned long long>(clipped));
   const bool last = arrive_last(p);
   // Other CTAs may have failed; this one alone would know.
   const bool stopped = __syncthreads_or(!ok || (num_ctas > 1 && has_failed(p))) != 0;
   if (!stopped && last && SLUICE_PLANTED_FAULT != 2) signal_all(p, p.dispatched, epoch);
+  if (lane == 0 && SLUICE_PLANTED_FAULT == 1) p.window.wait_puts();
   if (tid < p.window.num_ranks && sent[tid] > 0) {
     atomicAdd(&p.state->stats.rows[tid], static_cast<unsigned long long>(sent[tid]));
     atomicAdd(&p.state->stats.repeats[tid],

@@ -11,8 +11,8 @@
 #include "exchange/cuda/exchange_kernels.h"
 
 /// Set by tests/exchange/CMakeLists.txt alone, for builds that its rounds must refuse. 1: a rank's
-/// `dispatched` flag waits until its rows have left shared memory, not until they have arrived. 2:
-/// the flag is raised before the rows are sent.
+/// `dispatched` flag does not wait until its rows have arrived. 2: it is raised before the first
+/// row is sent.
 #ifndef SLUICE_PLANTED_FAULT
 #define SLUICE_PLANTED_FAULT 0
 #endif
