@@ -206,6 +206,24 @@ def test_other_experts_are_refused_by_name(models, what):
     assert caught.value.code == "unsupported"
 
 
+@pytest.mark.parametrize("value", (float("nan"), float("inf")))
+@pytest.mark.parametrize("name", ("gate_up_proj", "down_proj"))
+def test_weights_that_are_no_numbers_are_refused(models, name, value):
+    model = load(models["qwen3_moe", "bf16"], experts_implementation="sluice")
+    with torch.no_grad():
+        getattr(model.get_submodule("model.layers.1.mlp.experts"), name)[2, 5, 7] = value
+        with pytest.raises(sluice.Error, match=f"Qwen3MoeExperts: {name} of expert 2 has NaN or infinity") as caught:
+            model(PROMPT)
+    assert caught.value.code == "unsupported"
+
+
+def test_a_model_loaded_in_inference_mode(models):
+    wanted = load(models["qwen3_moe", "bf16"], experts_implementation="sluice")
+    with torch.inference_mode():
+        model = load(models["qwen3_moe", "bf16"], experts_implementation="sluice")
+        assert torch.equal(model(PROMPT).logits, wanted(PROMPT).logits)
+
+
 def test_an_activation_of_a_models_own_is_refused():
     config = transformers.GptOssConfig(
         num_hidden_layers=1, hidden_size=256, intermediate_size=128, num_local_experts=4, vocab_size=64,

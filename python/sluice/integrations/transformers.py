@@ -235,14 +235,18 @@ AUTO_QUANTIZER_MAPPING["compressed-tensors"] = CompressedTensorsQuantizer
 # --- Models in bfloat16 ---------------------------------------------------------------------------
 
 
-def _int4_of(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """(codes [E, n, k / 2] uint8, scales [E, n, k / 128] float32) of [E, n, k]: scale = amax / 7."""
+def _int4_of(module: nn.Module, name: str, weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """(codes [E, n, k / 2] uint8, scales [E, n, k / 128] float32) of [E, n, k]: scale = amax / 7.
+
+    Raises Error: unsupported, naming the class, `name` and the expert, for NaN and infinity."""
     experts, n, k = weight.shape
     codes = torch.empty(experts, n, k // 2, dtype=torch.uint8)
     scales = torch.empty(experts, n, k // 128)
     for e in range(experts):
         groups = weight[e].detach().cpu().float().reshape(n, k // 128, 128)
         scale = groups.abs().amax(-1) / 7
+        if not torch.isfinite(scale).all():
+            _refuse(module, f"{name} of expert {e} has NaN or infinity; INT4 has neither")
         is_zero = scale == 0
         q = torch.round(groups / scale.masked_fill(is_zero, 1)[..., None]).clamp(-8, 7).to(torch.int8)
         q = q.reshape(n, k // 2, 2).bitwise_and(0xF).to(torch.uint8)
@@ -257,7 +261,8 @@ _buffers = Buffers()
 def _quantized(module: nn.Module) -> LocalLayer:
     """Made at the first call, and again when the weights have changed."""
     parameters = module.gate_up_proj, module.down_proj
-    state = [(p.data_ptr(), p._version, p.device) for p in parameters]
+    # Parameters made in inference mode have no version: changes in place of those are not seen.
+    state = [(p.data_ptr(), None if p.is_inference() else p._version, p.device) for p in parameters]
     kept = module.__dict__.get("_sluice_layer")
     if kept is not None and kept[0] == state:
         return kept[1]
@@ -269,8 +274,8 @@ def _quantized(module: nn.Module) -> LocalLayer:
     _logger.warning_once(
         f"{type(module).__name__}: experts are quantized to INT4 at the first call of each layer (scale = amax / 7 "
         "of 128 weights), and computed by Sluice. The bfloat16 weights stay as they are.")
-    gate, up = (_int4_of(half) for half in module.gate_up_proj.chunk(2, dim=1))
-    weights = _core.ExpertWeights.from_arrays(gate, up, _int4_of(module.down_proj))
+    gate, up = (_int4_of(module, "gate_up_proj", half) for half in module.gate_up_proj.chunk(2, dim=1))
+    weights = _core.ExpertWeights.from_arrays(gate, up, _int4_of(module, "down_proj", module.down_proj))
     device = module.gate_up_proj.device
     layer = LocalLayer(_buffers.local_group(device, hidden, rows // 2), device, weights, type(module).__name__)
     module.__dict__["_sluice_layer"] = state, layer
