@@ -25,7 +25,7 @@ minutes() { printf '%d:%02d' $(((SECONDS - started) / 60)) $(((SECONDS - started
 # PyTorch is fetched while the sanitizer builds are made.
 with_torch=${SLUICE_TORCH:-1}
 if [ "$with_torch" != 0 ]; then
-  timeout 2400 bash -c 'set -euo pipefail; source scripts/setup.sh; sluice_torch_venv' \
+  timeout 1500 bash -c 'set -euo pipefail; source scripts/setup.sh; sluice_torch_venv' \
     >build/torch-venv.log 2>&1 &
   torch_job=$!
 fi
