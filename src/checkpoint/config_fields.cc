@@ -2,7 +2,10 @@
 
 #include <algorithm>
 #include <array>
+#include <charconv>
 #include <optional>
+#include <string_view>
+#include <system_error>
 #include <utility>
 
 #include "checkpoint/json_reader.h"
@@ -27,13 +30,32 @@ bool is_off(std::string_view value) {
   return std::ranges::find(kOff, value) != kOff.end();
 }
 
-ConfigNumbers read_numbers(JsonReader& json) {
+/// Sound JSON whose value is of another kind is not supported, rather than corrupt.
+void require_kind(JsonReader& json, Json wanted, const char* description, const std::string& key,
+                  const std::string& file) {
+  if (json.peek() == wanted) return;
+  fail(ErrorCode::kUnsupported, "{}: {} = {} is not {}", file, key, shown(json.raw()), description);
+}
+
+std::uint64_t read_whole_number(JsonReader& json, const std::string& key, const std::string& file) {
+  constexpr const char* kDescription = "a whole number in [0, 2^64)";
+  require_kind(json, Json::kNumber, kDescription, key, file);
+  const std::string_view text = json.raw();
+  std::uint64_t value = 0;
+  const auto [end, problem] = std::from_chars(text.data(), text.data() + text.size(), value);
+  if (problem != std::errc{} || end != text.data() + text.size()) {
+    fail(ErrorCode::kUnsupported, "{}: {} = {} is not {}", file, key, shown(text), kDescription);
+  }
+  return value;
+}
+
+ConfigNumbers read_numbers(JsonReader& json, const std::string& key, const std::string& file) {
   ConfigNumbers numbers;
   numbers.is_list = json.peek() == Json::kArray;
   if (numbers.is_list) {
-    json.array([&] { numbers.values.push_back(json.unsigned_integer()); });
+    json.array([&] { numbers.values.push_back(read_whole_number(json, key, file)); });
   } else {
-    numbers.values.push_back(json.unsigned_integer());
+    numbers.values.push_back(read_whole_number(json, key, file));
   }
   return numbers;
 }
@@ -97,18 +119,21 @@ ConfigFields read_object(JsonReader& json, const std::string& file, bool is_inne
     if (json.peek() == Json::kNull) return json.skip();
     switch (const Kind kind = config_key_kind(key); kind) {
       case Kind::kScale:
+        require_kind(json, Json::kNumber, "a number", key, file);
         fields.scales[key] = json.number();
         return;
       case Kind::kActivation:
         fields.activation[key] = std::string(json.raw());
         return;
       case Kind::kLayerTypes:
+        require_kind(json, Json::kArray, "a list of names", key, file);
         fields.layer_types = read_names(json);
         return;
       case Kind::kLayerPattern:
         fields.has_layer_pattern = true;
         return json.skip();
       case Kind::kModelType:
+        require_kind(json, Json::kString, "a name", key, file);
         fields.model_type = json.string();
         return;
       case Kind::kQuantization:
@@ -124,7 +149,7 @@ ConfigFields read_object(JsonReader& json, const std::string& file, bool is_inne
       case Kind::kUnknown:
         return read_other(json, key, kind, fields);
       default:
-        fields.numbers[kind][key] = read_numbers(json);
+        fields.numbers[kind][key] = read_numbers(json, key, file);
     }
   });
   for (ConfigFields& each : inner) merge(std::move(each), fields);

@@ -167,7 +167,6 @@ TEST(ConfigKeys, Contradictions) {
 TEST(ConfigKeys, ValuesThatAreNone) {
   const Row rows[] = {
       {R"({"num_experts_per_tok": []})", {"num_experts_per_tok = []"}},
-      {R"({"hidden_size": "256"})", {"JSON, byte"}},
       {R"({"hidden_size": 0})", {"hidden_size = 0"}},
       {R"({"quantization_config": 7})", {"JSON, byte"}},
   };

@@ -313,9 +313,6 @@ TEST(Refusal, ConfigFieldsOutOfRange) {
       {"n_routed_experts", 0, {"n_routed_experts = 0"}},
       {"routed_scaling_factor", 0, {"routed_scaling_factor = 0"}},
       {"routed_scaling_factor", 1e300, {"routed_scaling_factor = 1e+300"}},
-      {"routed_scaling_factor", "2", {"config.json: JSON, byte"}},
-      {"hidden_size", -256, {"config.json: JSON, byte"}},
-      {"hidden_size", 256.5, {"config.json: JSON, byte", "256.5"}},
   };
   for (const ConfigCase& c : cases) {
     ModelFiles files;

@@ -83,8 +83,9 @@ def main():
         return 0
     print(f"{len(tests)} tests, {options.times} times each, beside {options.load} busy processes on "
           f"{len(os.sched_getaffinity(0))} CPUs", flush=True)
-    busy = [subprocess.Popen([sys.executable, "-c", "while True: pass"])
-            for _ in range(options.load)]
+    # They end by themselves, too, should this script be killed.
+    spin = "import os\nparent = os.getppid()\nwhile os.getppid() == parent: pass"
+    busy = [subprocess.Popen([sys.executable, "-c", spin]) for _ in range(options.load)]
     num_failed = 0
     try:
         for name, *how in tests:
