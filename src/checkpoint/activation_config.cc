@@ -63,7 +63,9 @@ class ActivationKeys {
     for (const std::string_view key : kFunctionKeys) {
       const std::string* const value = take(key);
       if (value == nullptr || (key != "hidden_act" && is_off(*value))) continue;
-      const std::string name = reader(key, *value).string();
+      JsonReader json = reader(key, *value);
+      require_kind(json, Json::kString, "a name", key, fields_.file);
+      const std::string name = json.string();
       const std::optional<FunctionName> here = function_named(name);
       if (!here) refuse(key, name, "is not silu, swigluoai or situ, the functions there are");
       if (found && *found != *here) {
@@ -95,7 +97,8 @@ class ActivationKeys {
   [[nodiscard]] std::optional<float> number(std::string_view key) {
     const std::string* const value = take(key);
     if (value == nullptr) return std::nullopt;
-    const float number = to_float(key, reader(key, *value).number());
+    JsonReader json = reader(key, *value);
+    const float number = read_float(key, json);
     if (number == 0) {
       fail(ErrorCode::kCorruptFile, "{}: {} = {} must be above 0", fields_.file, key, *value);
     }
@@ -178,14 +181,16 @@ class ActivationKeys {
     const auto read = [&] {
       const bool is_null = json.peek() == Json::kNull;
       if (is_null) json.skip();
-      limits.values.push_back(is_null ? 0 : to_float(key, json.number()));
+      limits.values.push_back(is_null ? 0 : read_float(key, json));
     };
     limits.is_list ? json.array(read) : read();
     return limits;
   }
 
   /// 0 stays 0; everything else must be above it in float32 as well.
-  [[nodiscard]] float to_float(std::string_view key, double value) const {
+  [[nodiscard]] float read_float(std::string_view key, JsonReader& json) const {
+    require_kind(json, Json::kNumber, "a number", key, fields_.file);
+    const double value = json.number();
     const auto narrow = static_cast<float>(value);
     if (!(value >= 0) || !std::isfinite(narrow) || (narrow == 0) != (value == 0)) {
       fail(ErrorCode::kCorruptFile, "{}: {} = {} is no float32 of 0 or above", fields_.file, key,

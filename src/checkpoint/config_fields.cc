@@ -30,13 +30,6 @@ bool is_off(std::string_view value) {
   return std::ranges::find(kOff, value) != kOff.end();
 }
 
-/// Sound JSON whose value is of another kind is not supported, rather than corrupt.
-void require_kind(JsonReader& json, Json wanted, const char* description, const std::string& key,
-                  const std::string& file) {
-  if (json.peek() == wanted) return;
-  fail(ErrorCode::kUnsupported, "{}: {} = {} is not {}", file, key, shown(json.raw()), description);
-}
-
 std::uint64_t read_whole_number(JsonReader& json, const std::string& key, const std::string& file) {
   constexpr const char* kDescription = "a whole number in [0, 2^64)";
   require_kind(json, Json::kNumber, kDescription, key, file);
@@ -137,6 +130,7 @@ ConfigFields read_object(JsonReader& json, const std::string& file, bool is_inne
         fields.model_type = json.string();
         return;
       case Kind::kQuantization:
+        require_kind(json, Json::kObject, "an object", key, file);
         return read_quantization_config(json, fields.quantization);
       case Kind::kLanguage:
         // A language model has no language model of its own.
@@ -157,6 +151,12 @@ ConfigFields read_object(JsonReader& json, const std::string& file, bool is_inne
 }
 
 }  // namespace
+
+void require_kind(JsonReader& json, JsonReader::Kind wanted, const char* description,
+                  std::string_view key, std::string_view file) {
+  if (json.peek() == wanted) return;
+  fail(ErrorCode::kUnsupported, "{}: {} = {} is not {}", file, key, shown(json.raw()), description);
+}
 
 ConfigFields read_config_fields(std::string_view text, const std::string& file) {
   JsonReader json(text, file);

@@ -13,6 +13,7 @@
 
 #include "checkpoint/config_keys.h"
 #include "checkpoint/formats/quantization_config.h"
+#include "checkpoint/json_reader.h"
 
 namespace sluice {
 
@@ -34,7 +35,12 @@ struct ConfigFields {
   QuantizationConfig quantization;
 };
 
-/// Throws: kCorruptFile (not JSON, a value of the wrong kind), kUnsupported (a key that would
+/// Throws: kUnsupported naming file, key and value if the next value of `json` is not `wanted`.
+/// The JSON is sound then, so that nothing is corrupt. `description`: "a number", "a name".
+void require_kind(JsonReader& json, JsonReader::Kind wanted, const char* description,
+                  std::string_view key, std::string_view file);
+
+/// Throws: kCorruptFile (not JSON), kUnsupported (a value of the wrong kind; a key that would
 /// change results, with its value; two quantization_configs that contradict each other, with both).
 [[nodiscard]] ConfigFields read_config_fields(std::string_view text, const std::string& file);
 

@@ -6,24 +6,17 @@
 #include <utility>
 #include <vector>
 
-#include "expect_error.h"
-#include "model_files.h"
-#include "sluice/checkpoint.h"
-#include "temp_dir.h"
+#include "patched_config.h"
 
 namespace sluice {
 namespace {
 
 using testing::expect_error;
+using testing::expect_patch_refused;
 using testing::ModelFiles;
+using testing::patched;
+using testing::PatchRow;
 using testing::TempDir;
-
-/// The config of ModelFiles (layer 5 of six has experts) with `patch` merged into it.
-ModelFiles patched(const std::string& patch) {
-  ModelFiles files;
-  files.config.merge_patch(nlohmann::ordered_json::parse(patch));
-  return files;
-}
 
 std::string activation_of(const std::string& patch) {
   const TempDir dir;
@@ -85,22 +78,8 @@ TEST(ActivationConfig, EveryKind) {
   }
 }
 
-struct Row {
-  const char* patch;
-  std::vector<std::string> parts;
-};
-
-void expect_refused(ErrorCode code, const Row& row) {
-  SCOPED_TRACE(row.patch);
-  const TempDir dir;
-  patched(row.patch).write(dir.path());
-  std::vector<std::string> parts = row.parts;
-  parts.emplace_back("config.json: ");
-  expect_error(code, parts, [&] { (void)Checkpoint::open(dir.path()); });
-}
-
 TEST(ActivationConfig, WhatIsNotThereIsRefusedByKeyAndValue) {
-  const Row rows[] = {
+  const PatchRow rows[] = {
       {R"({"hidden_act": "gelu"})", {"hidden_act = gelu", "silu, swigluoai or situ"}},
       {R"({"hidden_act": "silu", "hidden_activation": "gelu_new"})", {"hidden_activation = gelu"}},
       {R"({"activation_function": "relu2"})", {"activation_function = relu2"}},
@@ -134,14 +113,11 @@ TEST(ActivationConfig, WhatIsNotThereIsRefusedByKeyAndValue) {
       {R"({"use_swiglu_step": true})", {"use_swiglu_step = true"}},
       {R"({"activation_brand_new": {"a": 1}})", {"activation_brand_new = {"}},
   };
-  for (const Row& row : rows) expect_refused(ErrorCode::kUnsupported, row);
+  for (const PatchRow& row : rows) expect_patch_refused(ErrorCode::kUnsupported, row);
 }
 
 TEST(ActivationConfig, WrongValuesAreNamed) {
-  const Row rows[] = {
-      {R"({"hidden_act": 1})", {"hidden_act: JSON, byte"}},
-      {R"({"model_type": "deepseek_v4", "swiglu_limit": "10"})", {"swiglu_limit: JSON, byte"}},
-      {R"({"model_type": "deepseek_v4", "swiglu_limit": true})", {"swiglu_limit: JSON, byte"}},
+  const PatchRow rows[] = {
       {R"({"model_type": "deepseek_v4", "swiglu_limit": -1})", {"swiglu_limit = -1", "float32"}},
       {R"({"model_type": "deepseek_v4", "swiglu_limit": 1e39})", {"swiglu_limit = 1e+39"}},
       {R"({"model_type": "deepseek_v4", "swiglu_limit": 1e-60})", {"swiglu_limit = 1e-60"}},
@@ -152,11 +128,26 @@ TEST(ActivationConfig, WrongValuesAreNamed) {
       {R"({"hidden_act": "situ", "activation_situ_beta": -4, "activation_situ_linear_beta": 1})",
        {"activation_situ_beta = -4"}},
   };
-  for (const Row& row : rows) expect_refused(ErrorCode::kCorruptFile, row);
+  for (const PatchRow& row : rows) expect_patch_refused(ErrorCode::kCorruptFile, row);
+}
+
+TEST(ActivationConfig, ValuesOfAnotherKindAreNamed) {
+  const PatchRow rows[] = {
+      {R"({"hidden_act": 1})", {"hidden_act = 1 is not a name"}},
+      {R"({"model_type": "deepseek_v4", "swiglu_limit": "10"})",
+       {"swiglu_limit = \"10\" is not a number"}},
+      {R"({"model_type": "deepseek_v4", "swiglu_limit": true})",
+       {"swiglu_limit = true is not a number"}},
+      {R"({"model_type": "deepseek_v4", "swiglu_limit": [1, 1, 1, 1, {}, 1]})",
+       {"swiglu_limit = {} is not a number"}},
+      {R"({"hidden_act": "situ", "activation_situ_beta": "4", "activation_situ_linear_beta": 1})",
+       {"activation_situ_beta = \"4\" is not a number"}},
+  };
+  for (const PatchRow& row : rows) expect_patch_refused(ErrorCode::kUnsupported, row);
 }
 
 TEST(ActivationConfig, ContradictionsAreNamed) {
-  const Row rows[] = {
+  const PatchRow rows[] = {
       {R"({"model_type": "deepseek_v4", "swiglu_limit": [1, 1, 1]})",
        {"swiglu_limit has 3 numbers for 6 layers"}},
       {R"({"model_type": "deepseek_v4", "swiglu_limit": 1, "swiglu_limits": [1, 1, 1, 1, 1, 2]})",
@@ -164,7 +155,7 @@ TEST(ActivationConfig, ContradictionsAreNamed) {
       {R"({"hidden_act": "silu", "hidden_activation": "situ"})",
        {"hidden_activation = situ contradicts hidden_act = silu"}},
   };
-  for (const Row& row : rows) expect_refused(ErrorCode::kUnsupported, row);
+  for (const PatchRow& row : rows) expect_patch_refused(ErrorCode::kUnsupported, row);
 }
 
 TEST(ActivationConfig, LayersMayDiffer) {

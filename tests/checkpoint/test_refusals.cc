@@ -334,7 +334,7 @@ TEST(Refusal, ActivationsThatAreNotOurs) {
   }
   ModelFiles number;
   number.config["hidden_act"] = 1;
-  expect_corrupt({"config.json: hidden_act: JSON, byte"}, number);
+  expect_refused(ErrorCode::kUnsupported, {"config.json: hidden_act = 1 is not a name"}, number);
 }
 
 TEST(Refusal, QuantizationThatIsNotOurs) {

@@ -244,6 +244,8 @@ constexpr VerdictRow kConfigRows[] = {
      "unsupported: num_experts_per_tok = \"2\" is not a whole number in [0, 2^64)"},
     {"", R"({"routed_scaling_factor": "1"})", "",
      "unsupported: routed_scaling_factor = \"1\" is not a number"},
+    {"", R"({"quantization_config": 7})", "",
+     "unsupported: quantization_config = 7 is not an object"},
     {"", R"({"model_type": 3})", "", "unsupported: model_type = 3 is not a name"},
     {"", R"({"mlp_layer_types": "sparse"})", "",
      "unsupported: mlp_layer_types = \"sparse\" is not a list of names"},

@@ -205,9 +205,6 @@ class W4AFP8Quantizer(_RoutedExperts, FineGrainedFP8HfQuantizer):
     def get_load_operations(self) -> dict:
         return super().get_load_operations() if self._has_fp8 else {}
 
-    def update_weight_conversions(self, weight_conversions: list, model: Any) -> list:
-        return super().update_weight_conversions(weight_conversions, model)
-
 
 class CompressedTensorsQuantizer(_RoutedExperts, CompressedTensorsHfQuantizer):
     """As transformers', but for INT4 experts in groups, which are Sluice's."""
