@@ -2,16 +2,22 @@
 
 The calls, arguments, defaults, results and strides of DeepEP's V1 ``Buffer`` as SGLang and vLLM use
 them, over tensors of torch and, on the CPU, arrays of numpy. docs/deep_ep.md lists what differs.
-The distribution in python/deep_ep_shim provides the same under the name ``deep_ep``.
+``register()`` gives them the name ``deep_ep`` in this process; the distribution in
+python/deep_ep_shim does so for all of them.
 """
 
 from typing import Any
 
+from ... import _core
 from ._buffer import Buffer
 from ._config import Config
 from ._event import EventOverlap
+from ._register import register
 
-__all__ = ["Buffer", "Config", "EventOverlap", "topk_idx_t"]
+__version__ = f"1.2.1+sluice.{_core.version()}"
+"""DeepEP's release whose V1 interface this is, and Sluice's."""
+
+__all__ = ["Buffer", "Config", "EventOverlap", "register", "topk_idx_t"]
 
 
 def __getattr__(name: str) -> Any:
