@@ -85,6 +85,31 @@ sluice_torch_venv() {
       'safetensors>=0.4,<1' 'numpy>=1.26,<3' 'ml_dtypes>=0.4' 'pytest>=7'
 }
 
+# The Python files of the inference engines that the package plugs into, for tests that run the engines'
+# own code: into build/engines/NAME, from their wheels (sglang 39 MB, vllm 350 MB), without what they
+# depend on. Each wheel is removed when its files are out. The versions are those that the tests were
+# written for; where an engine has moved, the tests say which name is gone. $@: engines; default: all.
+sluice_engine_versions=('sglang==0.5.23' 'vllm==0.33.0')
+sluice_engines() {
+  local wanted name target failed=0
+  for wanted in "${sluice_engine_versions[@]}"; do
+    name=${wanted%%==*} target=build/engines/${wanted%%==*}
+    [ $# -eq 0 ] || [[ " $* " = *" $name "* ]] || continue
+    [ ! -d "$target/$name-${wanted#*==}.dist-info" ] || continue
+    rm -rf "$target" "$target.wheel"
+    if build/test-venv/bin/python -m pip download -q --disable-pip-version-check --no-deps \
+      --only-binary :all: -d "$target.wheel" "$wanted" &&
+      build/test-venv/bin/python scripts/unpack_engine.py "$target.wheel"/*.whl "$target"; then
+      printf '%s: its Python files are in %s\n' "$wanted" "$target"
+    else
+      printf 'note: no %s; the tests that run its own code are left out\n' "$wanted"
+      failed=1
+    fi
+    rm -rf "$target.wheel"
+  done
+  return $failed
+}
+
 sluice_check_tools() {
   local version
   version=$(cmake --version | sed -n 's/^cmake version //p')

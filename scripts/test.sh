@@ -4,6 +4,7 @@
 #   scripts/test.sh                  everything
 #   SLUICE_SANITIZERS=0 ...          without the sanitizer builds
 #   SLUICE_TORCH=0 ...               without PyTorch and transformers, and the tests that need them
+#   SLUICE_ENGINES=0 ...             without fetching SGLang and vLLM, whose own code some tests run
 #   SLUICE_JOBS=n ...                jobs at a time; default: one for each core
 #
 # In order: the tests under ASan + UBSan, those with threads under TSan, then all tests of the
@@ -22,13 +23,26 @@ jobs=${SLUICE_JOBS:-$(nproc)}
 started=$SECONDS
 minutes() { printf '%d:%02d' $(((SECONDS - started) / 60)) $(((SECONDS - started) % 60)); }
 
-# PyTorch is fetched while the sanitizer builds are made.
+# PyTorch and the engines' wheels are fetched while the sanitizer builds are made.
 with_torch=${SLUICE_TORCH:-1}
 if [ "$with_torch" != 0 ]; then
   timeout 1500 bash -c 'set -euo pipefail; source scripts/setup.sh; sluice_torch_venv' \
     >build/torch-venv.log 2>&1 &
   torch_job=$!
 fi
+with_engines=${SLUICE_ENGINES:-1}
+[ "$with_torch" != 0 ] || with_engines=0
+if [ "$with_engines" != 0 ]; then
+  timeout 1200 bash -c 'set -euo pipefail; source scripts/setup.sh; sluice_engines' \
+    >build/engines.log 2>&1 &
+  engines_job=$!
+fi
+# A note, and the tests of the engine are left out, where it could not be fetched.
+wait_for_engines() {
+  [ "$with_engines" != 0 ] || return 0
+  say "wait for SGLang's and vLLM's Python files ($(minutes))"
+  wait "$engines_job" || { cat build/engines.log; printf 'note: not every engine could be fetched in time\n'; }
+}
 wait_for_torch() {
   [ "$with_torch" != 0 ] || return 0
   say "wait for PyTorch ($(minutes))"
@@ -73,6 +87,7 @@ if [ "${SLUICE_SANITIZERS:-1}" != 0 ]; then
 fi
 
 wait_for_torch
+wait_for_engines
 with_python=ON test_python=
 [ "$with_torch" = 0 ] || test_python=$PWD/build/torch-venv/bin/python
 build/test-venv/bin/python -c 'import nanobind' 2>/dev/null || with_python=OFF
