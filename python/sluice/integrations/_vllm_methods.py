@@ -1,0 +1,333 @@
+"""vLLM's quantization methods for routed experts: a checkpoint's tensors in, Sluice's experts out.
+
+Numerics and memory are in sluice.compat.w4a8; this maps vLLM's layers onto it. Importing this imports vLLM, as
+_vllm_experts.py does.
+"""
+
+import threading
+from typing import Any
+
+import torch
+import vllm.model_executor.layers.fused_moe.modular_kernel as mk
+from vllm.config import get_current_vllm_config
+from vllm.distributed import get_ep_group
+from vllm.logger import init_logger
+from vllm.model_executor.layers.fused_moe.activation import MoEActivation
+from vllm.model_executor.layers.fused_moe.all2all_utils import maybe_make_prepare_finalize
+from vllm.model_executor.layers.fused_moe.config import FusedMoEConfig, FusedMoEQuantConfig
+from vllm.model_executor.layers.fused_moe.fused_moe_method_base import FusedMoEMethodBase
+from vllm.model_executor.layers.fused_moe.routed_experts import FusedMoeWeightScaleSupported
+from vllm.model_executor.utils import replace_parameter, set_weight_attrs
+
+from .. import _core
+from .._error import Error
+from ..compat.w4a8 import W4A8Experts
+from ._vllm_experts import BatchedExperts, SluiceExperts, StandardExperts
+
+# vLLM prints what loggers below "vllm" say, and nothing of others.
+logger = init_logger("vllm.sluice")
+
+FP8_BLOCK = [128, 128]
+"""What makes vLLM's prepare/finalize classes send e4m3 with one scale for each 128 values."""
+
+
+def refuse(name: str, what: str) -> None:
+    raise Error("unsupported", f"{name}: {what}")
+
+
+# --- Backends -------------------------------------------------------------------------------------
+
+
+_backends: dict[str, Any] = {}
+_backends_lock = threading.Lock()
+
+
+def backend_for(device: torch.device) -> Any:
+    """The backend that all layers on a device share, so that they share the memory between the stages."""
+    index = device.index if device.index is not None else (torch.cuda.current_device() if device.type == "cuda" else 0)
+    name = f"cuda:{index}" if device.type == "cuda" else "cpu"
+    with _backends_lock:
+        if name not in _backends:
+            _backends[name] = _core.Backend(name)
+        return _backends[name]
+
+
+# --- What a layer must be -------------------------------------------------------------------------
+
+
+def activation_of(layer: Any, name: str) -> str:
+    """The layer's activation in Sluice's words. Raises Error: unsupported, naming layer and activation."""
+    kind, config = layer.activation, layer.moe_config
+    limit, alpha, beta = (getattr(layer, f"swiglu_{field}", None) for field in ("limit", "alpha", "beta"))
+    if kind == MoEActivation.SILU:
+        if limit is None:
+            return "swiglu"
+        if alpha in (None, 1.0) and beta in (None, 0.0):
+            return f"swiglu:limit={limit:g}"
+    if kind == MoEActivation.SWIGLUOAI_UNINTERLEAVE and None not in (limit, alpha) and beta == 1.0:
+        return f"swiglu-oai:alpha={alpha:g},limit={limit:g}"
+    if kind.value == "situ":
+        situ = getattr(config, "activation_situ_beta", None), getattr(config, "activation_situ_linear_beta", None)
+        if None not in situ:
+            return f"situ:beta={situ[0]:g},linear_beta={situ[1]:g}"
+    refuse(name, f"activation {kind.value} with limit {limit}, alpha {alpha}, beta {beta}; Sluice has SwiGLU with and "
+                 "without a limit, OpenAI's form in two halves, and SiTU-GLU")
+
+
+def check_layer(layer: Any, name: str, group_size: int) -> None:
+    """Raises Error: unsupported for a layer that Sluice cannot compute, naming it and what it has."""
+    moe: FusedMoEConfig = layer.moe_config
+    parallel = moe.moe_parallel_config
+    if moe.has_bias:
+        refuse(name, "experts with biases")
+    if moe.is_lora_enabled:
+        refuse(name, "LoRA on routed experts")
+    if not moe.is_act_and_mul:
+        refuse(name, "experts without a gate matrix")
+    if moe.in_dtype != torch.bfloat16:
+        refuse(name, f"activations in {moe.in_dtype}; only bfloat16 (--dtype bfloat16) is supported")
+    if group_size not in (32, 128):
+        refuse(name, f"INT4 weights in groups of {group_size}; 32 and 128 are supported")
+    sizes = {"hidden size": moe.hidden_dim, "intermediate size of a rank": moe.intermediate_size_per_partition}
+    for what, size in sizes.items():
+        if size % 128:
+            refuse(name, f"{what} {size} is no multiple of 128" + (
+                f" (tensor parallelism cuts it into {moe.tp_size}; --enable-expert-parallel does not)"
+                if moe.tp_size > 1 else ""))
+    known = "allgather_reducescatter", "deepep_high_throughput", "deepep_low_latency"
+    if (parallel.use_all2all_kernels or parallel.all2all_backend == "passthrough") and (
+            parallel.all2all_backend not in known):
+        refuse(name, f"--all2all-backend {parallel.all2all_backend}; Sluice's experts work with {', '.join(known)}")
+    activation_of(layer, name)
+
+
+# --- The quantization method ----------------------------------------------------------------------
+
+
+class SluiceMoEMethod(FusedMoEMethodBase):
+    """Weights of one layer as a checkpoint has them, then Sluice's. Subclasses know the checkpoint's format.
+
+    name: the layer's, for errors. group_size: weights that share a scale.
+    """
+
+    format_name: str
+    weight_names: tuple[str, str]
+
+    def __init__(self, layer: Any, name: str, group_size: int) -> None:
+        super().__init__(layer.moe_config)
+        check_layer(layer, name, group_size)
+        self.name, self.group_size = name, group_size
+        self._num_loaded: dict[str, int] = {}
+        self._is_local = False
+
+    def maybe_roundup_sizes(self, hidden_size: int, *args: Any, **kwargs: Any) -> tuple[int, int]:
+        rounded = super().maybe_roundup_sizes(hidden_size, *args, **kwargs)
+        if rounded[0] != hidden_size:
+            refuse(self.name, f"--all2all-backend {self.moe.moe_parallel_config.all2all_backend} pads hidden size "
+                              f"{hidden_size} to {rounded[0]}, and INT4 weights are not padded")
+        return rounded
+
+    def _counting(self, layer: Any, kind: str, prepare: Any) -> Any:
+        """vLLM's weight loader of a parameter, behind prepare(param, tensor, what), and counted by kind and matrix."""
+
+        def load(param: Any, loaded_weight: torch.Tensor, weight_name: str, shard_id: str, expert_id: int,
+                 return_success: bool = False) -> bool | None:
+            tensor = prepare(param, loaded_weight, f"{weight_name} of expert {expert_id}")
+            loaded = layer.weight_loader(param, tensor, weight_name, shard_id=shard_id, expert_id=expert_id,
+                                         return_success=True)
+            if loaded:
+                key = f"{kind} of {shard_id}"
+                self._num_loaded[key] = self._num_loaded.get(key, 0) + 1
+            return loaded if return_success else None
+
+        load.supports_moe_loading = True  # type: ignore[attr-defined]
+        return load
+
+    def _as_codes(self, param: Any, tensor: torch.Tensor, what: str) -> torch.Tensor:
+        """As the parameter's integers. vLLM would cast FP8 or bf16 to integers without a word."""
+        if tensor.is_floating_point() or tensor.dtype.itemsize != param.dtype.itemsize:
+            refuse(self.name, f"{what} is {tensor.dtype} in the checkpoint, expected {param.dtype} "
+                              f"({self.format_name})")
+        return tensor.view(param.dtype)
+
+    def _as_scales(self, param: Any, tensor: torch.Tensor, what: str) -> torch.Tensor:
+        """Widens the parameter at the first scale that its type would round."""
+        if not tensor.is_floating_point():
+            refuse(self.name, f"{what} is {tensor.dtype} in the checkpoint, expected float32, float16 or bfloat16")
+        if tensor.dtype != param.dtype:
+            param.data = param.data.float()
+        return tensor
+
+    def _register_matrix(self, layer: Any, name: str, suffixes: tuple[str, str], codes: torch.Tensor,
+                         scales: torch.Tensor, attrs: dict) -> None:
+        """One of w13 and w2: codes and scales, as parameters that count what is loaded."""
+        self._register(layer, name + suffixes[0], codes,
+                       {**attrs, "weight_loader": self._counting(layer, "weights", self._as_codes)})
+        self._register(layer, name + suffixes[1], scales,
+                       {**attrs, "weight_loader": self._counting(layer, "scales", self._as_scales),
+                        "quant_method": FusedMoeWeightScaleSupported.GROUP.value})
+
+    def _register(self, layer: Any, name: str, tensor: torch.Tensor, attrs: dict) -> None:
+        param = torch.nn.Parameter(tensor, requires_grad=False)
+        layer.register_parameter(name, param)
+        set_weight_attrs(param, attrs)
+
+    def _check_complete(self, layer: Any) -> None:
+        """Every expert's matrices and scales came. vLLM itself would serve what the memory happened to hold."""
+        if not self._num_loaded and get_current_vllm_config().load_config.load_format == "dummy":
+            return
+        num = layer.local_num_experts
+        keys = [f"{kind} of {shard}" for kind in ("weights", "scales") for shard in ("w1", "w2", "w3")]
+        lacks = [f"{key} ({self._num_loaded.get(key, 0)})" for key in keys if self._num_loaded.get(key, 0) != num]
+        if lacks:
+            raise Error("corrupt_file", f"{self.name}: {', '.join(lacks)} were loaded, expected {num} of each")
+
+    def _take_weights(self, layer: Any) -> dict[str, Any]:
+        """w13, w13_scale, w2, w2_scale and the static scales, as W4A8Experts takes them."""
+        raise NotImplementedError
+
+    def _release_weights(self, layer: Any) -> None:
+        """Leaves parameters without elements where the checkpoint's were: vLLM asks for their leading sizes."""
+        for name, param in list(layer.named_parameters(recurse=False)):
+            replace_parameter(layer, name, torch.empty((*param.shape[:2], 0), dtype=param.dtype, device=param.device))
+
+    def process_weights_after_loading(self, layer: Any) -> None:
+        self._check_complete(layer)
+        device = next(layer.parameters(recurse=False)).device
+        weights = self._take_weights(layer)
+        experts = W4A8Experts(**weights, activation=activation_of(layer, self.name),
+                              backend=backend_for(device))
+        del weights
+        self._release_weights(layer)
+        if device.type == "cuda":
+            torch.cuda.empty_cache()  # Sluice's memory is beside torch's: the next layer's has to fit, too.
+        layer.w13_weight, layer.w2_weight = (getattr(layer, name) for name in self.weight_names)
+        self.moe_quant_config = self.get_fused_moe_quant_config(layer)
+        self.moe_kernel = self._kernel(layer, experts)
+        parallel = self.moe.moe_parallel_config
+        self._is_local = not (parallel.use_all2all_kernels or parallel.dp_size > 1
+                              or layer.apply_router_weight_on_input)
+        self._log(experts)
+
+    def _kernel(self, layer: Any, experts: W4A8Experts) -> Any:
+        transport = maybe_make_prepare_finalize(
+            self.moe, self.moe_quant_config, layer._expert_routing_tables(), allow_new_interface=True)
+        if transport is None:
+            refuse(self.name, f"vLLM has no prepare/finalize for {self.moe.moe_parallel_config}")
+        if transport.activation_format == mk.FusedMoEActivationFormat.BatchedExperts:
+            made: SluiceExperts = BatchedExperts(
+                self.moe, self.moe_quant_config, experts, max_num_tokens=transport.max_num_tokens_per_rank(),
+                num_dispatchers=transport.num_dispatchers())
+        else:
+            made = StandardExperts(self.moe, self.moe_quant_config, experts)
+        return mk.FusedMoEKernel(transport, made)
+
+    def get_fused_moe_quant_config(self, layer: Any) -> FusedMoEQuantConfig:
+        return FusedMoEQuantConfig.make(torch.float8_e4m3fn, block_shape=FP8_BLOCK, weight_dtype="int4")
+
+    def _log(self, experts: W4A8Experts) -> None:
+        made = self.moe_kernel.fused_experts
+        is_bf16 = made.activation_format() == mk.FusedMoEActivationFormat.Standard and made.expects_unquantized_inputs
+        is_static = bool(experts._scales)
+        recipe = {(True, False): "direct-bf16", (True, True): "bf16-static", (False, False): "direct",
+                  (False, True): "requant-static"}[is_bf16, is_static]
+        logger.info_once(
+            "Sluice %s computes the routed experts: %s as W4A8 (INT4 in groups of %d, activations e4m3), recipe %s, %s "
+            "with %s", _core.version(), self.format_name, self.group_size, recipe, type(made).__name__,
+            type(self.moe_kernel.prepare_finalize).__name__)
+
+    def apply(self, layer: Any, x: torch.Tensor, topk_weights: torch.Tensor, topk_ids: torch.Tensor,
+              shared_experts: Any, shared_experts_input: torch.Tensor | None) -> torch.Tensor:
+        if self._is_local:  # Straight to the experts: no buffers of vLLM's, and no copy of the result.
+            out = torch.empty_like(x)
+            self.moe_kernel.fused_experts.compute(x, None, topk_ids, topk_weights, layer.expert_map, out)
+            return out
+        return self.moe_kernel.apply(
+            hidden_states=x, w1=layer.w13_weight, w2=layer.w2_weight, topk_weights=topk_weights, topk_ids=topk_ids,
+            activation=layer.activation, global_num_experts=layer.global_num_experts, expert_map=layer.expert_map,
+            apply_router_weight_on_input=layer.apply_router_weight_on_input, shared_experts=shared_experts,
+            shared_experts_input=shared_experts_input)
+
+
+class PackedMethod(SluiceMoEMethod):
+    """compressed-tensors pack-quantized: eight offset codes (value + 8) in an int32, even k low."""
+
+    format_name = "compressed-tensors INT4"
+    weight_names = "w13_weight_packed", "w2_weight_packed"
+
+    def create_weights(self, layer: Any, num_experts: int, hidden_size: int, intermediate_size_per_partition: int,
+                       params_dtype: torch.dtype, **attrs: Any) -> None:
+        middle, group = intermediate_size_per_partition, self.group_size
+        for name, n, k in ("w13", 2 * middle, hidden_size), ("w2", hidden_size, middle):
+            self._register_matrix(
+                layer, name, ("_weight_packed", "_weight_scale"),
+                torch.empty(num_experts, n, k // 8, dtype=torch.int32),
+                torch.empty(num_experts, n, k // group, dtype=params_dtype), attrs)
+            self._register(layer, f"{name}_weight_shape", torch.empty(num_experts, 2), attrs)
+
+    def _take_weights(self, layer: Any) -> dict[str, Any]:
+        def twos_complement(packed: torch.Tensor) -> torch.Tensor:
+            """[E, n, k / 2] int8 in the same memory: a nibble's offset of 8 is its highest bit."""
+            return packed.view(torch.uint8).bitwise_xor_(0x88).view(torch.int8)
+
+        return {"w13": twos_complement(layer.w13_weight_packed.data), "w13_scale": layer.w13_weight_scale.data,
+                "w2": twos_complement(layer.w2_weight_packed.data), "w2_scale": layer.w2_weight_scale.data}
+
+
+class W4AFP8Method(SluiceMoEMethod):
+    """W4AFP8: two's complement codes, two in a byte, and static input scales of which nothing need be used."""
+
+    format_name = "W4AFP8"
+    weight_names = "w13_weight", "w2_weight"
+
+    def __init__(self, layer: Any, name: str, group_size: int, uses_static_scales: bool) -> None:
+        super().__init__(layer, name, group_size)
+        self._uses_static_scales = uses_static_scales
+
+    def create_weights(self, layer: Any, num_experts: int, hidden_size: int, intermediate_size_per_partition: int,
+                       params_dtype: torch.dtype, **attrs: Any) -> None:
+        middle, group = intermediate_size_per_partition, self.group_size
+        for name, n, k in ("w13", 2 * middle, hidden_size), ("w2", hidden_size, middle):
+            self._register_matrix(
+                layer, name, ("_weight", "_weight_scale_inv"),
+                torch.empty(num_experts, n, k // 2, dtype=torch.int8),
+                torch.empty(num_experts, n, k // group, dtype=params_dtype), attrs)
+        static = {**attrs, "weight_loader": self._static_scale_loader(layer)}
+        self._register(layer, "w13_input_scale", torch.zeros(num_experts, 2), static)  # Gate's and up's.
+        self._register(layer, "w2_input_scale", torch.zeros(num_experts, 1), static)
+
+    @staticmethod
+    def _static_scale_loader(layer: Any) -> Any:
+        """vLLM's own would write up's scale over gate's."""
+
+        def load(param: Any, loaded_weight: torch.Tensor, weight_name: str, shard_id: str, expert_id: int,
+                 return_success: bool = False) -> bool | None:
+            local = layer._map_global_expert_id_to_local_expert_id(expert_id)
+            if local != -1:
+                param.data[local, 1 if shard_id == "w3" else 0] = loaded_weight.reshape(())
+            return local != -1 if return_success else None
+
+        load.supports_moe_loading = True  # type: ignore[attr-defined]
+        return load
+
+    def _static_scales(self, layer: Any) -> dict[str, float]:
+        """The largest over all ranks' experts, so that ranks round alike."""
+        if not self._uses_static_scales:
+            return {}
+        params = {"w13": layer.w13_input_scale, "w2": layer.w2_input_scale}
+        extremes = torch.stack([x for p in params.values() for x in (-p.min(), p.max())])
+        if self.moe.moe_parallel_config.use_ep:
+            torch.distributed.all_reduce(extremes, torch.distributed.ReduceOp.MAX, group=get_ep_group().device_group)
+        values = extremes.tolist()
+        for name, low, high in zip(params, values[0::2], values[1::2]):
+            if not (0 < -low and high < float("inf")):
+                raise Error("invalid_argument", f'{self.name}: {name}_input_scale from {-low} to {high}; '
+                            'activation_scales "static" needs one above 0 for each expert')
+            if -low == high == 1.0:
+                raise Error("invalid_argument", f"{self.name}: every {name}_input_scale is 1.0, so this checkpoint was "
+                            'not calibrated; use activation_scales "dynamic"')
+        return {"a1_scale": values[1], "a2_scale": values[3]}
+
+    def _take_weights(self, layer: Any) -> dict[str, Any]:
+        return {"w13": layer.w13_weight.data, "w13_scale": layer.w13_weight_scale_inv.data,
+                "w2": layer.w2_weight.data, "w2_scale": layer.w2_weight_scale_inv.data, **self._static_scales(layer)}

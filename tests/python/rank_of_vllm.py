@@ -1,0 +1,384 @@
+"""A MoE layer of vLLM's own code from a checkpoint's file to its output, over Sluice: rank_of_vllm.py FOLDER [CASE...]
+
+One process imports vLLM and makes the checkpoints in FOLDER, then forks the ranks of every case. Prints "ok CASE" for
+each that passed. What of vLLM is replaced is in vllm_on_cpu.py.
+"""
+
+import os
+import sys
+import time
+import traceback
+import types
+from pathlib import Path
+
+import numpy as np
+import torch
+import vllm_on_cpu
+from engine_stubs import seam, version_of
+from float64_experts import check_output
+
+import sluice
+
+HIDDEN, MIDDLE, EXPERTS, TOPK, LAYER = 2048, 256, 8, 2, 3
+PREFIX = f"model.layers.{LAYER}.mlp.experts"
+TOKENS = (5, 3, 7, 1)  # Of each rank.
+
+SEAMS = [
+    "vllm.plugins.load_general_plugins", "vllm.model_executor.layers.quantization.register_quantization_config",
+    "vllm.model_executor.layers.quantization.base_config.QuantizationConfig.override_quantization_method",
+    "vllm.model_executor.layers.quantization.base_config.QuantizationConfig.get_cache_scale_mapper",
+    "vllm.model_executor.layers.quantization.base_config.QuantizationConfig.maybe_update_config",
+    "vllm.model_executor.layers.quantization.fp8.Fp8Config",
+    "vllm.model_executor.layers.quantization.compressed_tensors.compressed_tensors.CompressedTensorsConfig."
+    "_add_fused_moe_to_target_scheme_map",
+    "vllm.model_executor.layers.fused_moe.RoutedExperts.weight_loader",
+    "vllm.model_executor.layers.fused_moe.RoutedExperts._map_global_expert_id_to_local_expert_id",
+    "vllm.model_executor.layers.fused_moe.RoutedExperts._expert_routing_tables",
+    "vllm.model_executor.layers.fused_moe.all2all_utils.maybe_make_prepare_finalize",
+    "vllm.model_executor.layers.fused_moe.modular_kernel.FusedMoEKernel",
+    "vllm.model_executor.layers.fused_moe.modular_kernel.FusedMoEExpertsModular.workspace_shapes",
+    "vllm.model_executor.layers.fused_moe.prepare_finalize.deepep_ll.DeepEPLLPrepareAndFinalize",
+    "vllm.model_executor.layers.fused_moe.prepare_finalize.deepep_ht.DeepEPHTPrepareAndFinalize",
+    "vllm.transformers_utils.config.get_safetensors_params_metadata",
+]
+
+# name -> ranks, format, what vLLM is started with
+CASES = {
+    "w4afp8": (1, "w4afp8", {}),
+    "w4afp8-static": (1, "w4afp8", {"options": {"activation_scales": "static"}}),
+    "packed-32": (1, "packed-32", {}),
+    "packed-128": (1, "packed-128", {}),
+    "tensor-parallel": (2, "packed-128", {"tp": 2}),
+    "expert-map": (2, "w4afp8", {"tp": 2, "ep": True}),
+    "all-gather": (2, "w4afp8", {"dp": 2, "ep": True, "all2all": "allgather_reducescatter"}),
+    "low-latency-2": (2, "packed-32", {"dp": 2, "ep": True, "all2all": "deepep_low_latency"}),
+    "low-latency-2-static": (2, "w4afp8", {"dp": 2, "ep": True, "all2all": "deepep_low_latency",
+                                           "options": {"activation_scales": "static"}}),
+    "low-latency-4": (4, "w4afp8", {"dp": 4, "ep": True, "all2all": "deepep_low_latency"}),
+    "high-throughput-4": (4, "w4afp8", {"dp": 4, "ep": True, "all2all": "deepep_high_throughput"}),
+    "refused": (1, "w4afp8", {}),
+    "moved": (1, "w4afp8", {}),
+}
+
+
+# --- Checkpoints ----------------------------------------------------------------------------------
+
+
+def write_packed(checkpoint, folder, group):
+    """The same experts in compressed-tensors' format: offset codes, eight to an int32, even k low."""
+    from safetensors.torch import save_file
+
+    weights, tensors = checkpoint.load_experts(LAYER, 0, EXPERTS), {}
+    for expert in range(EXPERTS):
+        for name in "gate", "up", "down":
+            codes, scales = weights.matrix(expert, name)
+            stem = f"{PREFIX}.{expert}.{name}_proj"
+            packed = torch.from_numpy((np.ascontiguousarray(codes).view(np.uint8) ^ 0x88).view(np.int32).copy())
+            tensors[f"{stem}.weight_packed"] = packed
+            scales = torch.from_numpy(np.ascontiguousarray(scales).view(np.float32).copy())
+            tensors[f"{stem}.weight_scale"] = scales.repeat_interleave(128 // group, dim=1)
+            tensors[f"{stem}.weight_shape"] = torch.tensor([packed.shape[0], 8 * packed.shape[1]])
+    folder.mkdir()
+    save_file(tensors, folder / "model.safetensors")
+
+
+def scheme(group, **changes):
+    weights = {"num_bits": 4, "type": "int", "symmetric": True, "strategy": "group", "group_size": group,
+               "dynamic": False, "actorder": None} | changes.pop("weights", {})
+    return {"quant_method": "compressed-tensors", "format": "pack-quantized", "ignore": ["lm_head"],
+            "config_groups": {"group_0": {"targets": ["Linear"], "format": "pack-quantized", "input_activations": None,
+                                          "output_activations": None, "weights": weights} | changes}}
+
+
+def quant_config(kind, folder, **changes):
+    """As vLLM makes it: the registry's class, from the checkpoint's quantization_config, then its files."""
+    from vllm.model_executor.layers.quantization import get_quantization_config
+
+    settings = {"quant_method": "w4afp8"} if kind == "w4afp8" else scheme(int(kind.split("-")[1]), **changes)
+    user = None if kind == "w4afp8" else "sluice"
+    name = "w4afp8" if kind == "w4afp8" else "sluice"
+    config = get_quantization_config(name)
+    assert config.override_quantization_method(settings, user, hf_config=None) == name
+    made = config.from_config(settings)
+    assert torch.bfloat16 in made.get_supported_act_dtypes() and made.get_min_capability() == 90
+    made.maybe_update_config(str(folder / kind))
+    return made
+
+
+# --- One rank -------------------------------------------------------------------------------------
+
+
+def vllm_config(rank, tp=1, dp=1, ep=False, all2all="allgather_reducescatter", options=None):
+    from vllm.config import ParallelConfig, SchedulerConfig, VllmConfig
+
+    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(tp * dp))
+    parallel = ParallelConfig(tensor_parallel_size=tp, data_parallel_size=dp, data_parallel_rank=rank // tp,
+                              enable_expert_parallel=ep, all2all_backend=all2all,
+                              distributed_executor_backend="external_launcher")
+    scheduler = SchedulerConfig.default_factory(max_num_batched_tokens=16, max_model_len=16, max_num_seqs=16)
+    return VllmConfig(parallel_config=parallel, scheduler_config=scheduler,
+                      additional_config={"sluice": options} if options else {})
+
+
+def routing_of(tokens):
+    """As vLLM's custom_routing_function: the layer's router is not what is tested."""
+    ids, weights = tokens
+
+    def route(hidden_states, gating_output, topk, renormalize):
+        return weights.clone(), ids.to(torch.int32)
+
+    return route
+
+
+def make_layer(config, route, **changes):
+    """The layer as a model makes it, in modules of a model's names."""
+    from vllm.model_executor.layers.fused_moe import layer
+
+    factory = getattr(layer, "FusedMoEFactory", None) or layer.FusedMoE
+    arguments = dict(num_experts=EXPERTS, top_k=TOPK, hidden_size=HIDDEN, intermediate_size=MIDDLE,
+                     params_dtype=torch.bfloat16, quant_config=config, prefix=PREFIX, custom_routing_function=route)
+    root = torch.nn.Module()
+    root.quant_config, root.model = config, torch.nn.Module()
+    root.model.layers = torch.nn.ModuleList(torch.nn.Module() for _ in range(LAYER + 1))
+    root.model.layers[LAYER].mlp = torch.nn.Module()
+    root.model.layers[LAYER].mlp.experts = factory(**arguments | changes)
+    return root
+
+
+def load(root, folder, drop=None):
+    """From the checkpoint's files through vLLM's weight loader; then as vLLM does when all is loaded."""
+    from safetensors import safe_open
+    from vllm.model_executor.model_loader.utils import process_weights_after_loading
+    from vllm.model_executor.models.utils import AutoWeightsLoader
+
+    def tensors():
+        for path in sorted(folder.glob("*.safetensors")):
+            with safe_open(path, "pt") as file:
+                for name in file.keys():  # noqa: SIM118
+                    if drop is None or not name.endswith(drop):
+                        yield name, file.get_tensor(name)
+
+    AutoWeightsLoader(root).load_weights(tensors())
+    model = types.SimpleNamespace(word_embeddings_untied_by_checkpoint=False, quantization=None, dtype=torch.bfloat16)
+    process_weights_after_loading(root, model, torch.device("cpu"))
+    return root.model.layers[LAYER].mlp.experts
+
+
+def inputs(rank):
+    generator = torch.Generator().manual_seed(rank)
+    tokens = TOKENS[rank]
+    x = torch.randn(tokens, HIDDEN, generator=generator).bfloat16()
+    ids = torch.stack([torch.randperm(EXPERTS, generator=generator)[:TOPK] for _ in range(tokens)])
+    return x, (ids, torch.rand(tokens, TOPK, generator=generator))
+
+
+def watch_exchange(calls):
+    """Notes whether e4m3 is what DeepEP's buffer is given, or makes."""
+    from sluice.compat.deep_ep import Buffer
+
+    low_latency, normal = Buffer.low_latency_dispatch, Buffer.dispatch
+
+    def low_latency_dispatch(self, *args, **kwargs):
+        calls.append(("low latency", kwargs["use_fp8"]))
+        return low_latency(self, *args, **kwargs)
+
+    def dispatch(self, x, *args, **kwargs):
+        calls.append(("normal", isinstance(x, tuple) and x[0].dtype == torch.float8_e4m3fn))
+        return normal(self, x, *args, **kwargs)
+
+    Buffer.low_latency_dispatch, Buffer.dispatch = low_latency_dispatch, dispatch
+
+
+def run_layer(folder, rank, ranks, kind, options):
+    from vllm.config import set_current_vllm_config
+    from vllm.distributed import ensure_model_parallel_initialized, init_distributed_environment
+    from vllm.forward_context import set_forward_context
+    from vllm.model_executor.layers.fused_moe.runner import moe_runner
+    from vllm.v1.worker.workspace import init_workspace_manager
+
+    config, calls = vllm_config(rank, **options), []
+    tp, dp = options.get("tp", 1), options.get("dp", 1)
+    shared = rank // tp  # Ranks of one data-parallel rank have the same tokens.
+    x, tokens = inputs(shared)
+    with set_current_vllm_config(config):
+        init_distributed_environment(ranks, rank, f"file://{folder}/store", rank, "gloo")
+        ensure_model_parallel_initialized(tp, 1)
+        init_workspace_manager(torch.device("cpu"))
+        watch_exchange(calls)
+        experts = load(make_layer(quant_config(kind, folder), routing_of(tokens)), folder / kind)
+        sizes = torch.tensor(TOKENS[:dp], dtype=torch.int32)
+        for _ in range(2):  # The second call has the memory of the first.
+            with set_forward_context(None, config, num_tokens=len(x), num_tokens_across_dp=sizes if dp > 1 else None):
+                y = experts(x, torch.zeros(len(x), EXPERTS))
+        # torch.compile: the layer is one operator, whatever its experts are.
+        assert experts._forward_entry == torch.ops.vllm.moe_forward, experts._forward_entry
+        assert moe_runner._moe_forward.__module__.startswith("vllm.")
+    check_exchange(options.get("all2all") if dp > 1 else None, calls)
+    quantizer = {"allgather_reducescatter": "vLLM", "deepep_high_throughput": "vLLM", "deepep_low_latency": "DeepEP"}
+    static = sluice.Checkpoint(str(folder / "w4afp8")).static_scales(LAYER) if "options" in options else None
+    check_output(folder / "w4afp8", PREFIX, y, x, *tokens, static=static,
+                 quantizer=quantizer[config.parallel_config.all2all_backend] if dp > 1 else None)
+
+
+def check_exchange(all2all, calls):
+    """FP8 dispatch really happens."""
+    if all2all == "allgather_reducescatter":
+        gathered = vllm_on_cpu.Communicator.gathered
+        assert gathered[0] == torch.float8_e4m3fn and gathered[-1] == torch.float32, gathered
+    wanted = {"deepep_low_latency": "low latency", "deepep_high_throughput": "normal"}.get(all2all)
+    assert calls == ([(wanted, True)] * 2 if wanted else []), calls
+
+
+# --- Refusals -------------------------------------------------------------------------------------
+
+
+def refused(folder, rank, ranks, kind, options):
+    from vllm.config import set_current_vllm_config
+    from vllm.distributed import ensure_model_parallel_initialized, init_distributed_environment
+    from vllm.model_executor.layers.quantization import get_quantization_config
+
+    packed, route = folder / "packed-32", routing_of(inputs(0)[1])
+
+    def made(kind="packed-32", config=None, **layer):
+        return make_layer(config or quant_config(kind, folder), route, **layer)
+
+    def with_scheme(**changes):
+        return lambda: made(config=quant_config("packed-32", folder, **changes))
+
+    def actorder():  # compressed-tensors itself has it no longer.
+        config = quant_config("packed-32", folder)
+        weights = config.target_scheme_map["Linear"]["weights"]
+        fields = {name: getattr(weights, name) for name in type(weights).model_fields} | {"actorder": "group"}
+        config._check_scheme(PREFIX, {"format": "pack-quantized", "weights": types.SimpleNamespace(**fields)})
+
+    float_inputs = {"type": "float", "num_bits": 8, "strategy": "tensor", "dynamic": False, "symmetric": True}
+    int8_inputs = {"type": "int", "num_bits": 8, "strategy": "token", "dynamic": True, "symmetric": True}
+    wrong = {
+        f"{PREFIX}: activation gelu": lambda: made(activation="gelu"),
+        f"{PREFIX}: experts with biases": lambda: made(has_bias=True),
+        f"{PREFIX}: intermediate size of a rank 192 is no": lambda: made(intermediate_size=192),
+        "groups of 64; 32 and 128": with_scheme(weights={"group_size": 64}),
+        "weights.num_bits is 8": with_scheme(weights={"num_bits": 8}),
+        "weights.symmetric is False": with_scheme(weights={"symmetric": False}),
+        "weights.actorder 'group'": actorder,
+        "only none or dynamic FP8": with_scheme(input_activations=int8_inputs),
+        "input_activations float of 8 bits": with_scheme(input_activations=float_inputs),
+        "weights of w2 (7), scales of w2 (7)": lambda: load(made(), packed, drop=("5.down_proj.weight_packed",
+                                                                                 "5.down_proj.weight_scale")),
+        "expected torch.int32 (compressed-tensors INT4)": lambda: load(made(), folder / "floats"),
+        "no INT4 experts of this name": lambda: made("w4afp8", prefix="model.layers.7.mlp.experts"),
+        "it is for compressed-tensors": lambda: get_quantization_config("sluice").override_quantization_method(
+            {"quant_method": "fp8"}, "sluice", hf_config=None),
+    }
+    with set_current_vllm_config(vllm_config(0)):
+        init_distributed_environment(1, 0, f"file://{folder}/store", 0, "gloo")
+        ensure_model_parallel_initialized(1, 1)
+    for text, call in wrong.items():
+        with set_current_vllm_config(vllm_config(0)):  # Layers have their names in it, each once.
+            expect_error(text, call)
+    with set_current_vllm_config(vllm_config(0)):
+        # What the checkpoint itself leaves alone stays vLLM's.
+        ignoring = scheme(32) | {"ignore": ["re:.*experts.*"]}
+        config = get_quantization_config("sluice").from_config(ignoring)
+        left = made(config=config).model.layers[LAYER].mlp.experts.routed_experts.quant_method
+        assert type(left).__name__ == "UnquantizedFusedMoEMethod", left
+    uncalibrated = {"options": {"activation_scales": "static"}}
+    with set_current_vllm_config(vllm_config(0, **uncalibrated)):
+        expect_error('activation_scales "static" needs one above 0',
+                     lambda: load(made("w4afp8"), folder / "w4afp8", drop="input_scale"))
+    with set_current_vllm_config(vllm_config(0, options={"activation_scale": "static"})):
+        expect_error("known is activation_scales", lambda: made("w4afp8"))
+
+
+def expect_error(text, call):
+    try:
+        call()
+    except sluice.Error as error:
+        assert text in str(error), f"expected {text!r}, got {error}"
+        return
+    raise AssertionError(f"nothing was refused, expected {text!r}")
+
+
+def moved(folder, rank, ranks, kind, options):
+    """A vLLM without one of the names: register() does not raise, the methods do, and name it."""
+    import vllm.model_executor.layers.fused_moe.modular_kernel as mk
+    import vllm.plugins
+    from vllm.model_executor.layers.quantization import get_quantization_config
+
+    del mk.FusedMoEExpertsModular
+    for name in [name for name in sys.modules if name.startswith("sluice.integrations._vllm")]:
+        del sys.modules[name]
+    vllm.plugins.plugins_loaded = False
+    vllm.plugins.load_general_plugins()
+    for method, user in ("w4afp8", None), ("sluice", "sluice"):
+        config = get_quantization_config(method)
+        expect_error("FusedMoEExpertsModular", lambda c=config: c.from_config({}))
+        expect_error("FusedMoEExpertsModular",
+                     lambda c=config, u=user, m=method: c.override_quantization_method({"quant_method": m}, u))
+
+
+# --- All ranks ------------------------------------------------------------------------------------
+
+
+def fork_ranks(name, folder):
+    ranks, kind, options = CASES[name]
+    store = folder / "store"
+    store.unlink(missing_ok=True)
+    body = {"refused": refused, "moved": moved}.get(name, run_layer)
+    children = []
+    for rank in range(ranks):
+        child = os.fork()
+        if child == 0:
+            code = 1
+            try:
+                body(folder, rank, ranks, kind, options)
+                code = 0
+            except BaseException:
+                traceback.print_exc()
+                print(f"failed {name} rank {rank}", flush=True)
+            finally:
+                sys.stdout.flush()
+                os._exit(code)
+        children.append(child)
+    return all([os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0 for child in children])
+
+
+def main(folder, names):
+    started = time.monotonic()
+    torch.set_num_threads(1)
+    stubs = vllm_on_cpu.use()
+    from vllm.plugins import load_general_plugins
+
+    load_general_plugins()  # First of all, as vLLM does: deep_ep must be there before it is looked for.
+    for name in SEAMS:
+        seam(name)
+    import vllm.model_executor.model_loader.utils
+    import vllm.v1.worker.workspace  # noqa: F401
+    from vllm.model_executor.layers.quantization import get_quantization_config
+
+    get_quantization_config("w4afp8")  # Imports every method, once for all ranks.
+    seam("vllm.model_executor.layers.fused_moe.modular_kernel").PIN_MEMORY = False
+    # The channel by which an engine's driver tells its workers what to do: zmq, and no part of a layer.
+    seam("vllm.distributed.device_communicators.shm_broadcast.MessageQueue").create_from_process_group = \
+        staticmethod(lambda *_, **__: None)
+
+    stubs.seal()
+    geometry = sluice.ModelGeometry(num_experts=EXPERTS, num_topk=TOPK, hidden=HIDDEN, intermediate=MIDDLE)
+    checkpoint = sluice.make_checkpoint(folder / "w4afp8", geometry, first_layer=LAYER)
+    for group in 32, 128:
+        write_packed(checkpoint, folder / f"packed-{group}", group)
+    from safetensors.torch import load_file, save_file
+
+    tensors = load_file(folder / "packed-32" / "model.safetensors")
+    (folder / "floats").mkdir()
+    save_file({n: t.float() if n.endswith("packed") else t for n, t in tensors.items()},
+              folder / "floats" / "model.safetensors")
+    print(f"vLLM {version_of('vllm')} imported in {time.monotonic() - started:.1f} s", flush=True)
+    for name in names or CASES:
+        before = time.monotonic()
+        passed = fork_ranks(name, folder)
+        print(f"{'ok' if passed else 'FAILED'} {name} {time.monotonic() - before:.1f} s", flush=True)
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), sys.argv[2:])
