@@ -1,11 +1,13 @@
 """sluice.integrations.transformers: tiny models with random weights, made by transformers itself, converted
 by the command line, loaded and run."""
 
+import importlib.util
 import json
 import os
 import re
 import shutil
 import subprocess
+import sys
 import types
 from pathlib import Path
 
@@ -18,12 +20,12 @@ import sluice
 
 torch = pytest.importorskip("torch", reason="torch is not installed")
 transformers = pytest.importorskip("transformers", reason="transformers is not installed")
-if int(transformers.__version__.split(".")[0]) < 5:
-    pytest.skip("transformers 4: the seams are those of 5", allow_module_level=True)
+try:
+    from sluice.integrations import transformers as integration
+except sluice.Error as refused:
+    pytest.skip(str(refused), allow_module_level=True)
 
 import safetensors.torch as safetensors_torch  # noqa: E402
-
-from sluice.integrations import transformers as integration  # noqa: E402
 
 ROOT = Path(__file__).parents[2]
 
@@ -38,6 +40,12 @@ MODELS = {
 }
 FORMATS = {"w4afp8": ["w4afp8"], "ct-128": ["compressed-tensors", "--group-size", "128"],
            "ct-32": ["compressed-tensors", "--group-size", "32"]}
+needs_ct = pytest.mark.skipif(importlib.util.find_spec("compressed_tensors") is None,
+                              reason="compressed-tensors is not installed")
+EACH_FORM = pytest.mark.parametrize(
+    "form", [form if form == "w4afp8" else pytest.param(form, marks=needs_ct) for form in FORMATS])
+EACH_DEVICE = pytest.mark.parametrize("device", ["cpu", pytest.param(
+    "cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no CUDA device"))])
 PROMPT = torch.arange(2 * 9).reshape(2, 9) * 7 % 256
 
 
@@ -48,7 +56,6 @@ def load(path, **options):
 @pytest.fixture(scope="module")
 def models(tmp_path_factory, command_line):
     """model, format -> folder; "bf16" is what transformers saved."""
-    pytest.importorskip("compressed_tensors", reason="compressed-tensors is not installed")
     folder = tmp_path_factory.mktemp("transformers")
     paths = {}
     for name, sizes in MODELS.items():
@@ -72,50 +79,54 @@ def moe_layers(name):
     return list(range(MODELS[name].get("first_k_dense_replace", 0), MODELS[name]["num_hidden_layers"]))
 
 
-def call_of(geometry, num_tokens, seed=1):
-    """x, ids and weights of a call, as transformers' routers give them; some ids of another rank."""
+def call_of(geometry, num_tokens, seed=1, device="cpu"):
+    """x, ids and weights of a call, as transformers' routers give them."""
     draw = torch.Generator().manual_seed(seed)
     x = torch.randn(num_tokens, geometry.hidden, generator=draw).bfloat16()
     idx = torch.rand(num_tokens, geometry.num_experts, generator=draw).argsort(1)[:, : geometry.num_topk]
     weights = torch.rand(idx.shape, generator=draw)
-    return x, idx, weights
+    return x.to(device), idx.to(device), weights.to(device)
 
 
 def bits(tensor):
-    return tensor.contiguous().view(torch.int16).numpy().view(np.uint16)
+    return tensor.cpu().contiguous().view(torch.int16).numpy().view(np.uint16)
 
 
-@pytest.mark.parametrize("form", FORMATS)
+@EACH_DEVICE
+@EACH_FORM
 @pytest.mark.parametrize("name", MODELS)
-def test_a_checkpoint_loads_and_generates(models, name, form):
-    model, info = load(models[name, form], output_loading_info=True)
+def test_a_checkpoint_loads_and_generates(models, name, form, device):
+    model, info = load(models[name, form], output_loading_info=True, device_map=device)
     assert not info["missing_keys"] and not info["unexpected_keys"], info
     assert list(experts_of(model)) == [f"model.layers.{n}.mlp.experts" for n in moe_layers(name)]
     assert not any("gate_up_proj" in n for n, _ in model.named_parameters())
-    same = {n: p for n, p in load(models[name, "bf16"]).named_parameters() if ".mlp.experts." not in n}
+    same = {n: p for n, p in load(models[name, "bf16"], device_map=device).named_parameters()
+            if ".mlp.experts." not in n}
     assert {n for n, _ in model.named_parameters()} == set(same)
     assert all(torch.equal(p, same[n]) for n, p in model.named_parameters())
     options = {"max_new_tokens": 32, "do_sample": False, "output_logits": True, "return_dict_in_generate": True}
-    first, second = (model.generate(PROMPT, **options) for _ in range(2))
+    first, second = (model.generate(PROMPT.to(device), **options) for _ in range(2))
     assert first.sequences.shape == (2, PROMPT.shape[1] + 32) and torch.equal(first.sequences, second.sequences)
     assert all(torch.isfinite(step).all() for step in first.logits)
 
 
-@pytest.mark.parametrize("form", FORMATS)
-def test_experts_give_the_bits_of_the_engine_over_any_ranks(models, form):
+@EACH_DEVICE
+@EACH_FORM
+def test_experts_give_the_bits_of_the_engine_over_any_ranks(models, form, device):
+    """On a GPU over one: test_experts_spread_over_processes has more of them there."""
     path = models["deepseek_v3", form]
     checkpoint, layer = sluice.Checkpoint(path), moe_layers("deepseek_v3")[0]
     geometry = checkpoint.geometry
-    experts = load(path).get_submodule(f"model.layers.{layer}.mlp.experts")
-    x, idx, weights = call_of(geometry, 24)
+    experts = load(path, device_map=device).get_submodule(f"model.layers.{layer}.mlp.experts")
+    x, idx, weights = call_of(geometry, 24, device=device)
     with torch.no_grad():
         y = experts(x, idx, weights)
-    for ranks in (1, 2, 4):
+    for ranks in (1, 2, 4) if device == "cpu" else (1,):
         transports = sluice.Transport.inproc(ranks)
 
         def run(rank):
-            engine = sluice.Engine(checkpoint, transports[rank], sluice.Backend(num_threads=1), layer=layer,
-                                   max_tokens_per_rank=24)
+            backend = sluice.Backend("cpu", num_threads=1) if device == "cpu" else sluice.Backend(device)
+            engine = sluice.Engine(checkpoint, transports[rank], backend, layer=layer, max_tokens_per_rank=24)
             mine = slice(rank * 24 // ranks, (rank + 1) * 24 // ranks)
             routing = sluice.Routing(idx[mine].contiguous(), weights[mine].contiguous())
             return sluice.moe_forward(engine, x[mine].contiguous(), routing, mode="normal")
@@ -125,15 +136,16 @@ def test_experts_give_the_bits_of_the_engine_over_any_ranks(models, form):
     with torch.no_grad():
         for rows in (slice(0, 1), slice(5, 6), slice(3, 20)):
             assert torch.equal(experts(x[rows], idx[rows], weights[rows]), y[rows])
-        elsewhere = torch.cat([idx, torch.full((24, 1), geometry.num_experts)], 1)
-        assert torch.equal(experts(x, elsewhere, torch.cat([weights, torch.ones(24, 1)], 1)), y)
+        elsewhere = torch.cat([idx, torch.full_like(idx[:, :1], geometry.num_experts)], 1)
+        assert torch.equal(experts(x, elsewhere, torch.cat([weights, torch.ones_like(weights[:, :1])], 1)), y)
 
 
-@pytest.mark.parametrize("form", FORMATS)
-def test_layers_are_near_the_float_model_with_the_same_weights(models, form):
+@EACH_DEVICE
+@EACH_FORM
+def test_layers_are_near_the_float_model_with_the_same_weights(models, form, device):
     """Against transformers' own eager experts in float32 on dequantized weights: what e4m3 costs, twice."""
     path = models["deepseek_v3", form]
-    model, checkpoint = load(path), sluice.Checkpoint(path)
+    model, checkpoint = load(path, device_map=device), sluice.Checkpoint(path)
     geometry = checkpoint.geometry
     eager = load(models["deepseek_v3", "bf16"], dtype=torch.float32, experts_implementation="eager")
     for layer in moe_layers("deepseek_v3"):
@@ -144,8 +156,9 @@ def test_layers_are_near_the_float_model_with_the_same_weights(models, form):
             reference.gate_up_proj.data[e], reference.down_proj.data[e] = torch.cat(parts[:2]), parts[2]
         x, idx, w = call_of(geometry, 64, seed=layer)
         with torch.no_grad():
-            y, expected = model.get_submodule(f"model.layers.{layer}.mlp.experts")(x, idx, w), reference(x.float(), idx, w)
-        error = ((y.float() - expected).norm() / expected.norm()).item()
+            y = model.get_submodule(f"model.layers.{layer}.mlp.experts")(*(t.to(device) for t in (x, idx, w)))
+            expected = reference(x.float(), idx, w)
+        error = ((y.cpu().float() - expected).norm() / expected.norm()).item()
         assert 0.01 < error < 0.055, (layer, error)
 
 
@@ -158,23 +171,26 @@ def dequantized(codes, scales):
     return torch.from_numpy(q * np.repeat(scales, q.shape[1] // scales.shape[1], 1))
 
 
+@EACH_DEVICE
 @pytest.mark.parametrize("name", MODELS)
-def test_a_bf16_model_gives_what_its_converted_checkpoint_gives(models, name):
-    quantized, model = load(models[name, "w4afp8"]), load(models[name, "bf16"])
+def test_a_bf16_model_gives_what_its_converted_checkpoint_gives(models, name, device):
+    quantized, model = (load(models[name, form], device_map=device) for form in ("w4afp8", "bf16"))
     model.set_experts_implementation("sluice")
+    prompt = PROMPT.to(device)
     with torch.no_grad():
-        wanted, got = quantized(PROMPT).logits, model(PROMPT).logits
-        assert torch.equal(wanted, got) and torch.equal(model(PROMPT).logits, got)
+        wanted, got = quantized(prompt).logits, model(prompt).logits
+        assert torch.equal(wanted, got) and torch.equal(model(prompt).logits, got)
         # Of transformers' own experts another result, and the same again after switching back.
         model.set_experts_implementation("eager")
-        assert not torch.equal(model(PROMPT).logits, got)
+        assert not torch.equal(model(prompt).logits, got)
         model.set_experts_implementation("sluice")
-        assert torch.equal(model(PROMPT).logits, got)
+        assert torch.equal(model(prompt).logits, got)
         # Weights that change are quantized again.
         model.get_submodule(f"model.layers.{moe_layers(name)[0]}.mlp.experts").down_proj.mul_(-2)
-        assert not torch.equal(model(PROMPT).logits, got)
+        assert not torch.equal(model(prompt).logits, got)
 
 
+@needs_ct
 def test_compressed_tensors_may_still_be_dequantized_by_transformers(models):
     config = transformers.CompressedTensorsConfig(dequantize=True)
     model = load(models["qwen3_moe", "ct-128"], quantization_config=config)
@@ -222,6 +238,13 @@ def test_a_model_loaded_in_inference_mode(models):
     with torch.inference_mode():
         model = load(models["qwen3_moe", "bf16"], experts_implementation="sluice")
         assert torch.equal(model(PROMPT).logits, wanted(PROMPT).logits)
+
+
+def test_an_older_transformers_is_refused():
+    program = "import sys, types; sys.modules['transformers'] = older = types.ModuleType('transformers'); " \
+              "older.__version__ = '5.23.9'; import sluice.integrations.transformers"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert done.returncode and "Error: transformers 5.23.9: sluice.integrations.transformers needs 5.24.0" in done.stderr
 
 
 def test_an_activation_of_a_models_own_is_refused():
@@ -297,20 +320,31 @@ SPREAD = [("deepseek_v3", "w4afp8", 2, "auto"), ("deepseek_v3", "ct-32", 4, "aut
           ("qwen3_moe", "ct-128", 2, "sluice"), ("qwen3_moe", "w4afp8", 2, "all_reduce")]
 
 
+def environment_of(device):
+    """The CPU for its ranks, where there is a GPU too; a GPU that ranks share, so that they can wait for each other."""
+    there = {"CUDA_VISIBLE_DEVICES": ""} if device == "cpu" else {
+        "CUDA_DEVICE_MAX_CONNECTIONS": "32", "CUDA_MODULE_LOADING": "EAGER", "SLUICE_TIMEOUT_MS": "60000"}
+    return {**os.environ, **there}
+
+
+@EACH_DEVICE
 @pytest.mark.parametrize("name, form, ranks, how", SPREAD)
-def test_experts_spread_over_processes(models, tmp_path, name, form, ranks, how):
+def test_experts_spread_over_processes(models, tmp_path, name, form, ranks, how, device):
     """Through Sluice's exchange the tokens are those of one process. An all-reduce of bfloat16 promises less."""
+    if form != "w4afp8":
+        pytest.importorskip("compressed_tensors", reason="compressed-tensors is not installed")
     torch.save(PROMPT, tmp_path / "prompt.pt")
-    run_ranks(Path(__file__).with_name("rank_of_transformers.py"), ranks, tmp_path, models[name, form], how, timeout=280)
-    model = load(models[name, form])
-    wanted = model.generate(PROMPT, max_new_tokens=32, do_sample=False)
+    run_ranks(Path(__file__).with_name("rank_of_transformers.py"), ranks, tmp_path, models[name, form], how, device,
+              environment=lambda rank: environment_of(device), timeout=280)
+    model = load(models[name, form], device_map=device)
+    wanted = model.generate(PROMPT.to(device), max_new_tokens=32, do_sample=False)
     whole = sum(experts.weight_bytes for experts in experts_of(model).values())
     for rank in range(ranks):
         tokens, held = torch.load(tmp_path / f"tokens.{rank}.pt")
         assert held * ranks == whole > 0
         if how == "all_reduce":
             tokens, wanted = tokens[:, : PROMPT.shape[1] + 1], wanted[:, : PROMPT.shape[1] + 1]
-        assert torch.equal(tokens, wanted), rank
+        assert torch.equal(tokens, wanted.cpu()), rank
 
 
 def test_a_split_that_there_is_not_is_refused(models):

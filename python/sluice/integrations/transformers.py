@@ -1,4 +1,4 @@
-"""Models of Hugging Face's transformers (version 5) whose routed experts Sluice computes.
+"""Models of Hugging Face's transformers (5.24 or newer) whose routed experts Sluice computes.
 
     import sluice.integrations.transformers
     model = AutoModelForCausalLM.from_pretrained("model-w4afp8")     # experts in INT4
@@ -22,6 +22,8 @@ inference: a backward pass is refused. docs/transformers.md has the rest.
 import os
 import re
 from typing import Any
+
+from . import _transformers_version  # noqa: F401, I001  First: refuses a transformers without what follows.
 
 import torch
 from safetensors import safe_open
