@@ -25,7 +25,7 @@ _numbers = itertools.count(1)
 _library = torch.library.Library("sluice", "DEF")
 
 
-def _register(owner: Any, *objects: Any) -> int:
+def register(owner: Any, *objects: Any) -> int:
     """A number for the objects, valid while the owner lives."""
     number = next(_numbers)
     _objects[number] = objects
@@ -33,28 +33,36 @@ def _register(owner: Any, *objects: Any) -> int:
     return number
 
 
-def _define(schema: str, run: Any, fake: Any, has_side_effect: bool = False) -> None:
+def registered(number: int) -> tuple:
+    """The objects of a number."""
+    return _objects[number]
+
+
+def define(schema: str, run: Any, fake: Any, has_side_effect: bool = False, backward: Any = None) -> None:
+    """Registers torch.ops.sluice.NAME; without `backward`, autograd refuses it."""
     name = schema.split("(", 1)[0]
     _library.define(schema)
     _library.impl(name, run, "CompositeExplicitAutograd")
     torch.library.register_fake(f"sluice::{name}", fake, lib=_library)
+    if backward:
+        torch.library.register_autograd(f"sluice::{name}", backward, lib=_library)
     if has_side_effect:
         torch.fx.node.has_side_effect(getattr(torch.ops.sluice, name).default)
 
 
 def _moe_forward(x: Any, topk_idx: Any, topk_weights: Any, layer: int, mode: str) -> Any:
-    (engine,) = _objects[layer]
+    (engine,) = registered(layer)
     return _core.moe_forward(engine, x, _core.Routing(topk_idx, topk_weights), mode=mode)
 
 
 def _experts_masked(x: Any, x_scale: Any, num_rows: Any, layer: int, expected_m: int) -> Any:
-    experts, recipe = _objects[layer]
+    experts, recipe = registered(layer)
     batch = _core.ExpertBatch(x, num_rows, x_scale=x_scale, expected_m=expected_m)
     return _core.experts_masked(experts, batch, recipe)
 
 
 def _backend_of(x: Any, layer: int) -> Any:
-    (backend,) = _objects[layer]
+    (backend,) = registered(layer)
     return backend
 
 
@@ -70,18 +78,18 @@ def _groups(x: Any) -> list:
     return [*x.shape[:-1], x.shape[-1] // 128]
 
 
-_define(
+define(
     "moe_forward(Tensor x, Tensor topk_idx, Tensor topk_weights, int layer, str mode) -> Tensor",
     _moe_forward,
     lambda x, topk_idx, topk_weights, layer, mode: torch.empty_like(x),
     has_side_effect=True,
 )
-_define(
+define(
     "experts_masked(Tensor x, Tensor? x_scale, Tensor num_rows, int layer, int expected_m) -> Tensor",
     _experts_masked,
     lambda x, x_scale, num_rows, layer, expected_m: x.new_empty(x.shape, dtype=torch.bfloat16),
 )
-_define(
+define(
     "quantize(Tensor x, int backend, bool pow2) -> (Tensor, Tensor)",
     _quantize,
     lambda x, backend, pow2: (
@@ -89,7 +97,7 @@ _define(
         x.new_empty(_groups(x), dtype=torch.float32),
     ),
 )
-_define(
+define(
     "requantize(Tensor codes, Tensor scale, float static_scale, int backend) -> Tensor",
     _requantize,
     lambda codes, scale, static_scale, backend: torch.empty_like(codes),
@@ -103,7 +111,7 @@ class MoeLayer(torch.nn.Module):
         super().__init__()
         engine.recipe(mode)  # Refuses a mode that the engine does not have.
         self.mode = mode
-        self.number = _register(self, engine)
+        self.number = register(self, engine)
 
     def forward(self, x: Any, topk_idx: Any, topk_weights: Any) -> Any:
         return torch.ops.sluice.moe_forward(x, topk_idx, topk_weights, self.number, self.mode)
@@ -114,7 +122,7 @@ class ExpertsLayer(torch.nn.Module):
 
     def __init__(self, experts: Any, recipe: Any) -> None:
         super().__init__()
-        self.number = _register(self, experts, recipe)
+        self.number = register(self, experts, recipe)
 
     def forward(self, x: Any, x_scale: Any, num_rows: Any, expected_m: int = 0) -> Any:
         return torch.ops.sluice.experts_masked(x, x_scale, num_rows, self.number, expected_m)
@@ -122,4 +130,4 @@ class ExpertsLayer(torch.nn.Module):
 
 def backend_number(backend: Any, owner: Any) -> int:
     """What torch.ops.sluice.quantize and requantize take for a Backend, while `owner` lives."""
-    return _register(owner, backend)
+    return register(owner, backend)

@@ -41,6 +41,14 @@ def command_line():
     return path
 
 
+@pytest.fixture(scope="session")
+def models(tmp_path_factory, command_line):
+    """Of tiny_models: model, format -> folder."""
+    from tiny_models import make_models  # Skips where there is no transformers.
+
+    return make_models(tmp_path_factory.mktemp("transformers"), command_line)
+
+
 def on_every_rank(num_ranks, body):
     """body(rank) on a thread each; results in order. Raises the first failure."""
     results, failures = [None] * num_ranks, []

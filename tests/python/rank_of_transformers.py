@@ -1,7 +1,8 @@
-"""One rank of a model whose INT4 experts are spread over the ranks: rank size folder model ep_implementation
-device.
+"""One rank of a model whose INT4 experts are spread over the ranks: rank size folder model device
+ep_implementation...
 
-Writes the tokens that it generated to folder/tokens.RANK.pt, with the bytes of experts that it holds.
+For each ep_implementation writes the tokens that it generated to folder/tokens.EP_IMPLEMENTATION.RANK.pt, with
+the bytes of experts that it holds.
 """
 
 import os
@@ -15,22 +16,26 @@ from transformers.distributed import DistributedConfig
 import sluice.integrations.transformers  # noqa: F401
 from sluice.integrations._transformers_layers import SplitLayer
 
-rank, size, folder, path, how, device = int(sys.argv[1]), int(sys.argv[2]), *sys.argv[3:]
+rank, size, folder, path, device = int(sys.argv[1]), int(sys.argv[2]), *sys.argv[3:6]
 torch.set_num_threads(1)
-if how == "sluice":
-    SplitLayer.MAX_TOKENS = 4  # So that a prefill takes several calls of the exchange.
-place = rank if device == "cpu" else rank % torch.cuda.device_count()  # Ranks may share a GPU: then NCCL refuses.
+place = rank if device == "cpu" else rank % torch.cuda.device_count()  # NCCL refuses ranks that share a GPU.
 os.environ.update(RANK=str(rank), LOCAL_RANK=str(place), WORLD_SIZE=str(size))
 distributed.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=size)
+if device == "cuda":
+    torch.cuda.set_device(place)
+    torch.cuda.set_stream(torch.cuda.Stream())  # Ranks that share a GPU each need one of their own.
 # Everything but the experts is on every rank alike, so that nothing else can differ.
 rules = [rule for rule in AutoConfig.from_pretrained(path).base_model_tp_plan if ".experts." not in rule]
 alike = dict.fromkeys(["lm_head", "model.embed_tokens", *(f"model.{rule}" for rule in rules)], "replicate")
-config = DistributedConfig(tp_size=size, ep_size=size, tp_plan=alike, ep_implementation=how)
-model = AutoModelForCausalLM.from_pretrained(path, distributed_config=config)
-assert model.device.type == device
 prompt = torch.load(f"{folder}/prompt.pt").to(device)
-tokens = model.generate(prompt, max_new_tokens=32, do_sample=False)
-held = sum(getattr(module, "weight_bytes", 0) for module in model.modules())
-torch.save((tokens.cpu(), held), f"{folder}/tokens.{rank}.pt")
-distributed.barrier()
+for how in sys.argv[6:]:
+    if how == "sluice":
+        SplitLayer.MAX_TOKENS = 4  # So that a prefill takes several calls of the exchange.
+    config = DistributedConfig(tp_size=size, ep_size=size, tp_plan=alike, ep_implementation=how)
+    model = AutoModelForCausalLM.from_pretrained(path, distributed_config=config)
+    assert model.device.type == device
+    tokens = model.generate(prompt, max_new_tokens=32, do_sample=False).cpu()
+    held = sum(getattr(module, "weight_bytes", 0) for module in model.modules())
+    torch.save((tokens, held), f"{folder}/tokens.{how}.{rank}.pt")
+    distributed.barrier()
 distributed.destroy_process_group()

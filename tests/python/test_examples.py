@@ -20,11 +20,11 @@ def run(*command):
 
 
 def have_or_skip(needs):
-    """needs: torch, cuda (torch with a GPU) or transformers (and the command line, to convert)."""
+    """needs: words of torch, cuda (torch with a GPU) and transformers (and the command line, to convert)."""
     torch = pytest.importorskip("torch", reason="torch is not installed")
-    if needs == "cuda" and not torch.cuda.is_available():
+    if "cuda" in needs and not torch.cuda.is_available():
         pytest.skip("torch sees no CUDA device")
-    if needs == "transformers":
+    if "transformers" in needs:
         pytest.importorskip("transformers", reason="transformers is not installed")
         pytest.importorskip("accelerate", reason="accelerate is not installed")
         if not os.environ.get("SLUICE_COMMAND"):
@@ -45,7 +45,7 @@ def pattern_of(output):
 
 
 PAGES = {path.stem: path.read_text() for path in sorted((ROOT / "docs" / "examples").glob("*.md"))}
-CONSOLE = re.compile(r"^```console( torch| cuda| transformers)?\n\$ (.*)\n((?:.*\n)*?)```$", re.MULTILINE)
+CONSOLE = re.compile(r"^```console((?: torch| cuda| transformers)*)\n\$ (.*)\n((?:.*\n)*?)```$", re.MULTILINE)
 RUNS = [(name, *match.groups()) for name, page in PAGES.items() for match in CONSOLE.finditer(page)]
 
 
@@ -53,7 +53,7 @@ RUNS = [(name, *match.groups()) for name, page in PAGES.items() for match in CON
                          ids=[f"{name}-{(needs or ' cpu').strip()}" for name, needs, _, _ in RUNS])
 def test_example_prints_what_its_page_shows(name, needs, command, output):
     if needs:
-        have_or_skip(needs.strip())
+        have_or_skip(needs.split())
     assert f"python/examples/{name}.py" in command
     printed = run(*command_of(command))
     assert "DIFFER" not in printed

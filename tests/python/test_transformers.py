@@ -1,7 +1,6 @@
 """sluice.integrations.transformers: tiny models with random weights, made by transformers itself, converted
-by the command line, loaded and run."""
+by the command line, loaded and run. test_transformers_generate.py has what they generate."""
 
-import importlib.util
 import json
 import os
 import re
@@ -14,78 +13,27 @@ from pathlib import Path
 import numpy as np
 import pytest
 from conftest import on_every_rank
-from processes import run_ranks
+from tiny_models import (
+    EACH_DEVICE,
+    EACH_FORM,
+    MODELS,
+    PROMPT,
+    call_of,
+    dequantized,
+    experts_of,
+    integration,
+    load,
+    moe_layers,
+    needs_ct,
+    torch,
+    transformers,
+)
 
 import sluice
 
-torch = pytest.importorskip("torch", reason="torch is not installed")
-transformers = pytest.importorskip("transformers", reason="transformers is not installed")
-try:
-    from sluice.integrations import transformers as integration
-except sluice.Error as refused:
-    pytest.skip(str(refused), allow_module_level=True)
-
-import safetensors.torch as safetensors_torch  # noqa: E402
+import safetensors.torch as safetensors_torch  # isort: skip  After tiny_models, which skips where there is no torch.
 
 ROOT = Path(__file__).parents[2]
-
-COMMON = {"vocab_size": 256, "hidden_size": 256, "intermediate_size": 256, "moe_intermediate_size": 128,
-          "num_attention_heads": 4, "num_experts_per_tok": 4, "max_position_embeddings": 256,
-          "bos_token_id": 0, "eos_token_id": None, "dtype": "bfloat16"}
-MODELS = {
-    "deepseek_v3": {"num_hidden_layers": 3, "num_key_value_heads": 4, "n_routed_experts": 16, "n_group": 4,
-                    "topk_group": 2, "first_k_dense_replace": 1, "q_lora_rank": 64, "kv_lora_rank": 64,
-                    "qk_rope_head_dim": 32, "qk_nope_head_dim": 32, "v_head_dim": 32},
-    "qwen3_moe": {"num_hidden_layers": 2, "num_key_value_heads": 2, "head_dim": 64, "num_experts": 16},
-}
-FORMATS = {"w4afp8": ["w4afp8"], "ct-128": ["compressed-tensors", "--group-size", "128"],
-           "ct-32": ["compressed-tensors", "--group-size", "32"]}
-needs_ct = pytest.mark.skipif(importlib.util.find_spec("compressed_tensors") is None,
-                              reason="compressed-tensors is not installed")
-EACH_FORM = pytest.mark.parametrize(
-    "form", [form if form == "w4afp8" else pytest.param(form, marks=needs_ct) for form in FORMATS])
-EACH_DEVICE = pytest.mark.parametrize("device", ["cpu", pytest.param(
-    "cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no CUDA device"))])
-PROMPT = torch.arange(2 * 9).reshape(2, 9) * 7 % 256
-
-
-def load(path, **options):
-    return transformers.AutoModelForCausalLM.from_pretrained(path, **options)
-
-
-@pytest.fixture(scope="module")
-def models(tmp_path_factory, command_line):
-    """model, format -> folder; "bf16" is what transformers saved."""
-    folder = tmp_path_factory.mktemp("transformers")
-    paths = {}
-    for name, sizes in MODELS.items():
-        torch.manual_seed(0)
-        config = transformers.AutoConfig.for_model(name, **COMMON, **sizes)
-        paths[name, "bf16"] = folder / name
-        transformers.AutoModelForCausalLM.from_config(config).bfloat16().save_pretrained(folder / name)
-        for form, options in FORMATS.items():
-            paths[name, form] = folder / f"{name}-{form}"
-            subprocess.run([command_line, "convert", "--from", folder / name, "--to", paths[name, form],
-                            "--scale", "amax7", "--format", *options], check=True, capture_output=True)
-    return paths
-
-
-def experts_of(model):
-    return {name: module for name, module in model.named_modules()
-            if isinstance(module, integration.SluiceExperts)}
-
-
-def moe_layers(name):
-    return list(range(MODELS[name].get("first_k_dense_replace", 0), MODELS[name]["num_hidden_layers"]))
-
-
-def call_of(geometry, num_tokens, seed=1, device="cpu"):
-    """x, ids and weights of a call, as transformers' routers give them."""
-    draw = torch.Generator().manual_seed(seed)
-    x = torch.randn(num_tokens, geometry.hidden, generator=draw).bfloat16()
-    idx = torch.rand(num_tokens, geometry.num_experts, generator=draw).argsort(1)[:, : geometry.num_topk]
-    weights = torch.rand(idx.shape, generator=draw)
-    return x.to(device), idx.to(device), weights.to(device)
 
 
 def bits(tensor):
@@ -113,7 +61,7 @@ def test_a_checkpoint_loads_and_generates(models, name, form, device):
 @EACH_DEVICE
 @EACH_FORM
 def test_experts_give_the_bits_of_the_engine_over_any_ranks(models, form, device):
-    """On a GPU over one: test_experts_spread_over_processes has more of them there."""
+    """On a GPU over one; over more in test_transformers_generate.py."""
     path = models["deepseek_v3", form]
     checkpoint, layer = sluice.Checkpoint(path), moe_layers("deepseek_v3")[0]
     geometry = checkpoint.geometry
@@ -160,15 +108,6 @@ def test_layers_are_near_the_float_model_with_the_same_weights(models, form, dev
             expected = reference(x.float(), idx, w)
         error = ((y.cpu().float() - expected).norm() / expected.norm()).item()
         assert 0.01 < error < 0.055, (layer, error)
-
-
-def dequantized(codes, scales):
-    low, high = (codes & 0xF).astype(np.int8), (codes >> 4).astype(np.int8)
-    q = np.stack([low, high], -1).reshape(codes.shape[0], -1)
-    q = np.where(q > 7, q - 16, q).astype(np.float32)
-    if scales.dtype == np.uint16:
-        scales = (scales.astype(np.uint32) << 16).view(np.float32)
-    return torch.from_numpy(q * np.repeat(scales, q.shape[1] // scales.shape[1], 1))
 
 
 @EACH_DEVICE
@@ -244,7 +183,7 @@ def test_an_older_transformers_is_refused():
     program = "import sys, types; sys.modules['transformers'] = older = types.ModuleType('transformers'); " \
               "older.__version__ = '5.23.9'; import sluice.integrations.transformers"
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
-    assert done.returncode and "Error: transformers 5.23.9: sluice.integrations.transformers needs 5.24.0" in done.stderr
+    assert "Error: transformers 5.23.9: sluice.integrations.transformers needs 5.24.0 or newer" in done.stderr
 
 
 def test_an_activation_of_a_models_own_is_refused():
@@ -314,37 +253,6 @@ def test_the_page(models, tmp_path, monkeypatch):
     for block in blocks:
         exec(compile(block, "docs/transformers.md", "exec"), namespace)
     assert len(blocks) >= 2
-
-
-SPREAD = [("deepseek_v3", "w4afp8", 2, "auto"), ("deepseek_v3", "ct-32", 4, "auto"),
-          ("qwen3_moe", "ct-128", 2, "sluice"), ("qwen3_moe", "w4afp8", 2, "all_reduce")]
-
-
-def environment_of(device):
-    """The CPU for its ranks, where there is a GPU too; a GPU that ranks share, so that they can wait for each other."""
-    there = {"CUDA_VISIBLE_DEVICES": ""} if device == "cpu" else {
-        "CUDA_DEVICE_MAX_CONNECTIONS": "32", "CUDA_MODULE_LOADING": "EAGER", "SLUICE_TIMEOUT_MS": "60000"}
-    return {**os.environ, **there}
-
-
-@EACH_DEVICE
-@pytest.mark.parametrize("name, form, ranks, how", SPREAD)
-def test_experts_spread_over_processes(models, tmp_path, name, form, ranks, how, device):
-    """Through Sluice's exchange the tokens are those of one process. An all-reduce of bfloat16 promises less."""
-    if form != "w4afp8":
-        pytest.importorskip("compressed_tensors", reason="compressed-tensors is not installed")
-    torch.save(PROMPT, tmp_path / "prompt.pt")
-    run_ranks(Path(__file__).with_name("rank_of_transformers.py"), ranks, tmp_path, models[name, form], how, device,
-              environment=lambda rank: environment_of(device), timeout=280)
-    model = load(models[name, form], device_map=device)
-    wanted = model.generate(PROMPT.to(device), max_new_tokens=32, do_sample=False)
-    whole = sum(experts.weight_bytes for experts in experts_of(model).values())
-    for rank in range(ranks):
-        tokens, held = torch.load(tmp_path / f"tokens.{rank}.pt")
-        assert held * ranks == whole > 0
-        if how == "all_reduce":
-            tokens, wanted = tokens[:, : PROMPT.shape[1] + 1], wanted[:, : PROMPT.shape[1] + 1]
-        assert torch.equal(tokens, wanted.cpu()), rank
 
 
 def test_a_split_that_there_is_not_is_refused(models):

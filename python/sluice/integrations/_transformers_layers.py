@@ -7,7 +7,7 @@ import torch.distributed as distributed
 from torch import nn
 from transformers.distributed.expert_parallel import AutoEP, EPImplementation
 
-from .. import _core
+from .. import _core, torch_ops
 from .._error import Error
 
 
@@ -34,7 +34,9 @@ class LocalLayer:
         _refuse_other_tensors(x, self._device)
         if idx.numel() > self._group.max_entries:
             self._group.reserve(max(idx.numel(), 2 * self._group.max_entries))
-        routing = _core.Routing((idx + self._first).contiguous(), weights.float().contiguous())
+        if self._first:
+            idx = idx + self._first
+        routing = _core.Routing(idx.contiguous(), weights.float().contiguous())
         return self._experts.forward(x.contiguous(), routing)
 
 
@@ -99,6 +101,10 @@ class Buffers:
         return self._groups[key]
 
 
+def _refuse_backward(ctx: Any, *gradients: torch.Tensor) -> None:
+    raise Error("unsupported", "experts in Sluice have no backward pass; use another experts_implementation")
+
+
 class Inference(torch.autograd.Function):
     """A call whose gradient is refused when somebody asks for it, not left out."""
 
@@ -106,9 +112,17 @@ class Inference(torch.autograd.Function):
     def forward(ctx: Any, layer: Any, x: torch.Tensor, idx: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
         return layer.run(x, idx, weights)
 
-    @staticmethod
-    def backward(ctx: Any, *gradients: torch.Tensor) -> None:
-        raise Error("unsupported", "experts in Sluice have no backward pass; use another experts_implementation")
+    backward = staticmethod(_refuse_backward)
+
+
+# The same for torch.compile, which does not look into it.
+torch_ops.define(
+    "routed_experts(Tensor x, Tensor topk_idx, Tensor topk_weights, int layer) -> Tensor",
+    lambda x, topk_idx, topk_weights, layer: torch_ops.registered(layer)[0].run(x, topk_idx, topk_weights),
+    lambda x, topk_idx, topk_weights, layer: torch.empty_like(x, memory_format=torch.contiguous_format),
+    has_side_effect=True,  # Of a layer over several ranks.
+    backward=_refuse_backward,
+)
 
 
 class SluiceExperts(nn.Module):
@@ -124,6 +138,7 @@ class SluiceExperts(nn.Module):
         self.num_experts, self.hidden_dim, self.intermediate_dim = num_experts, hidden, intermediate
         self.uses_exchange = False  # Set by ExpertParallel, before load().
         self._layer: Any = None
+        self._number = 0  # Of the layer, for torch.ops.
 
     @property
     def weight_bytes(self) -> int:
@@ -152,10 +167,13 @@ class SluiceExperts(nn.Module):
             weights = checkpoint.load_experts(layer, rank * self.num_experts, self.num_experts)
             group = buffers.local_group(device, self.hidden_dim, self.intermediate_dim)
             self._layer = LocalLayer(group, device, weights, f"layer {layer}")
+        self._number = torch_ops.register(self, self._layer)
 
     def run(self, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor) -> torch.Tensor:
         if self._layer is None:
             raise Error("invalid_argument", "SluiceExperts without weights: only from_pretrained() loads them")
+        if torch.compiler.is_compiling():
+            return torch.ops.sluice.routed_experts(hidden_states, top_k_index, top_k_weights, self._number)
         return Inference.apply(self._layer, hidden_states, top_k_index, top_k_weights)
 
     forward = run

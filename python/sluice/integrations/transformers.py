@@ -170,7 +170,7 @@ class _RoutedExperts:
 
     @property
     def is_compileable(self) -> bool:
-        return not self._modules and super().is_compileable
+        return self._ep_size == 1 and super().is_compileable
 
 
 @register_quantization_config("w4afp8")
