@@ -3,6 +3,7 @@
 #include <cuda_runtime_api.h>
 #include <gtest/gtest.h>
 
+#include <array>
 #include <functional>
 #include <memory>
 #include <vector>
@@ -172,6 +173,55 @@ TEST_F(CudaLayerGroupTest, AGraphOfAllLayersStaysValidWhenOthersAreAdded) {
     forward_on(stream_, layer, Mode::kNormal, calls[0]);
     (void)take(calls[0]);
     replay();
+  }
+}
+
+/// As a server has them: one of the whole model for each batch size, all captured before any runs.
+TEST_F(CudaLayerGroupTest, GraphsOfAllLayersForSeveralBatchSizes) {
+  LayerGroup group = LayerGroup::create(group_config(), *transports_[0], *backend_);
+  std::vector<Layer> layers = make_layers(group);
+  struct Batch {
+    Call call;
+    Mode mode;
+    std::array<Call, 2> between;  // What a layer gives is what the next one gets.
+    std::vector<std::uint16_t> expected = {};
+    std::function<void()> launch = {};
+  };
+  std::vector<Batch> batches;
+  for (const Mode mode : kModes) {
+    for (const std::int64_t tokens : {1, 3, kTokens}) {
+      const auto stream = static_cast<std::uint64_t>(tokens);
+      Batch& b = batches.emplace_back(Batch{call_of(stream), mode, {call_of(0), call_of(0)}});
+      for (Call* c : {&b.call, &b.between[0], &b.between[1]}) {
+        c->num_tokens = tokens;
+        c->elements = static_cast<std::size_t>(tokens * group_geometry().hidden);
+      }
+    }
+  }
+  const auto all = [&](const Batch& b) {
+    TensorView x = x_of(b.call);
+    for (std::size_t i = 0; i < layers.size(); ++i) {
+      const Call& out = b.between[i % 2];
+      layers[i].forward(b.mode, x, routing_of(b.call), y_of(out), stream_);
+      x.data = out.y->data();
+    }
+  };
+  const auto take_last = [&](const Batch& b) {
+    const auto bits = take(b.between[(layers.size() - 1) % 2]);
+    (void)take(b.between[layers.size() % 2]);
+    return bits;
+  };
+  for (Batch& b : batches) {
+    all(b);  // Kernels load on their first launch, which may not be captured.
+    b.expected = take_last(b);
+  }
+  for (Batch& b : batches) b.launch = capture([&] { all(b); });
+  for (int round = 0; round < 20; ++round) {
+    for (std::size_t i = 0; i < batches.size(); ++i) {
+      const Batch& b = batches[(i * 5 + static_cast<std::size_t>(round)) % batches.size()];
+      b.launch();
+      ASSERT_EQ(take_last(b), b.expected) << b.call.num_tokens << " tokens, round " << round;
+    }
   }
 }
 
