@@ -39,6 +39,60 @@ nb::object moe_forward(PyLayer& layer, const Array& x, const PyRouting& routing,
   return y.object;
 }
 
+/// A call between its halves. It keeps what finish() reads.
+struct PyInFlight {
+  nb::object layer_object, routing_object;
+  PyLayer* layer;
+  std::int64_t num_tokens;
+  Framework framework;  ///< Of x.
+  std::optional<Dispatched> value;
+};
+
+PyInFlight dispatch_send(nb::handle_t<PyLayer> layer_handle, const Array& x,
+                         nb::handle_t<PyRouting> routing, const Name& mode,
+                         const StreamArgument& stream) {
+  auto& layer = nb::cast<PyLayer&>(layer_handle);
+  const auto& r = nb::cast<const PyRouting&>(routing);
+  const Mode m = mode_of(layer, mode);
+  const Input tokens = import_tokens(x, layer.hidden, layer.backend->device());
+  const Stream queue = to_stream(stream, tokens.framework, layer.backend->device());
+  std::optional<Dispatched> value;
+  {
+    const Call call(*layer.backend);
+    value.emplace(layer.layer->dispatch_send(m, tokens.view, r.view(), queue));
+  }
+  return {.layer_object = nb::borrow(layer_handle),
+          .routing_object = nb::borrow(routing),
+          .layer = &layer,
+          .num_tokens = tokens.view.dim(0),
+          .framework = tokens.framework,
+          .value = std::move(value)};
+}
+
+nb::object finish(PyInFlight& call_in_flight, const std::optional<Array>& out,
+                  const StreamArgument& stream) {
+  if (!call_in_flight.value) {
+    throw Error(ErrorCode::kInvalidArgument, "finish: this call is finished");
+  }
+  PyLayer& layer = *call_in_flight.layer;
+  const Device device = layer.backend->device();
+  const Output y = output_or_new(out,
+                                 {.name = "out",
+                                  .dtypes = {DType::kBFloat16},
+                                  .dims = {call_in_flight.num_tokens, layer.hidden},
+                                  .shape = "[num_tokens, hidden], as x",
+                                  .device = device},
+                                 call_in_flight.framework, *layer.backend->backend);
+  const Stream queue = to_stream(stream, call_in_flight.framework, device);
+  {
+    const Call call(*layer.backend);
+    Dispatched value = std::move(*call_in_flight.value);
+    call_in_flight.value.reset();
+    layer.layer->finish(std::move(value), y.view, queue);
+  }
+  return y.object;
+}
+
 nb::dict stats_dict(const PyLayer& layer) {
   const ForwardStats& s = layer.layer->stats();
   nb::dict times;
@@ -109,6 +163,17 @@ void init_group(PyLayerGroup* self, nb::handle transport, nb::handle backend,
                           .group = std::move(group)};
 }
 
+void bind_in_flight(nb::module_& m) {
+  nb::class_<PyInFlight>(m, "InFlight",
+                         "A call of a Layer whose tokens have been sent. Keeps layer and routing\n"
+                         "alive; dropped without finish(), it gives its buffers back.")
+      .def("finish", &finish, nb::kw_only(), "out"_a = nb::none(), "stream"_a = nb::none(),
+           "Receives, runs the experts and combines: y [num_tokens, hidden], the bits of\n"
+           "Layer.forward(). Collective; once. The routing's arrays are unchanged until then.\n\n"
+           "out, stream: as for moe_forward().\n\n"
+           "Raises Error: invalid_argument, peer_timeout naming ranks.");
+}
+
 void bind_layer_class(nb::module_& m) {
   nb::class_<PyLayer>(m, "Layer",
                       "One MoE layer; made by LayerGroup.add_layer(). Keeps the group's buffers,\n"
@@ -117,6 +182,12 @@ void bind_layer_class(nb::module_& m) {
           "name", [](const PyLayer& l) { return l.layer->name(); }, "As messages have it.")
       .def("forward", &moe_forward, "x"_a, "routing"_a, nb::kw_only(), "mode"_a = nb::none(),
            "out"_a = nb::none(), "stream"_a = nb::none(), "moe_forward() of this layer.")
+      .def("dispatch_send", &dispatch_send, "x"_a, "routing"_a, nb::kw_only(),
+           "mode"_a = nb::none(), "stream"_a = nb::none(),
+           "First half of forward(): sends the tokens, so that those of up to num_in_flight calls\n"
+           "of the group travel at once. InFlight.finish() is the second half. Collective.\n\n"
+           "x, routing, mode, stream: as for moe_forward().\n\n"
+           "Raises Error: invalid_argument naming the argument or num_in_flight.")
       .def(
           "recipe",
           [](const PyLayer& l, const Name& mode) { return l.layer->recipe(mode_of(l, mode)); },
@@ -245,6 +316,7 @@ nb::dict memory_dict(const LayerGroupMemory& m) {
 }
 
 void bind_layer(nb::module_& m) {
+  bind_in_flight(m);
   bind_layer_class(m);
   bind_group_class(m);
   m.def(

@@ -594,6 +594,22 @@ def requantize(backend: Backend, codes: sluice._array.Array, scale: sluice._arra
     Raises Error: invalid_argument.
     """
 
+class InFlight:
+    """
+    A call of a Layer whose tokens have been sent. Keeps layer and routing
+    alive; dropped without finish(), it gives its buffers back.
+    """
+
+    def finish(self, *, out: sluice._array.Array | None = None, stream: int | None = None) -> object:
+        """
+        Receives, runs the experts and combines: y [num_tokens, hidden], the bits of
+        Layer.forward(). Collective; once. The routing's arrays are unchanged until then.
+
+        out, stream: as for moe_forward().
+
+        Raises Error: invalid_argument, peer_timeout naming ranks.
+        """
+
 class Layer:
     """
     One MoE layer; made by LayerGroup.add_layer(). Keeps the group's buffers,
@@ -606,6 +622,16 @@ class Layer:
 
     def forward(self, x: sluice._array.Array, routing: Routing, *, mode: str | None = None, out: sluice._array.Array | None = None, stream: int | None = None) -> object:
         """moe_forward() of this layer."""
+
+    def dispatch_send(self, x: sluice._array.Array, routing: Routing, *, mode: str | None = None, stream: int | None = None) -> InFlight:
+        """
+        First half of forward(): sends the tokens, so that those of up to num_in_flight calls
+        of the group travel at once. InFlight.finish() is the second half. Collective.
+
+        x, routing, mode, stream: as for moe_forward().
+
+        Raises Error: invalid_argument naming the argument or num_in_flight.
+        """
 
     def recipe(self, mode: str | None = None) -> Recipe:
         """Recipe of a mode."""

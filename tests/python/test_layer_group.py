@@ -47,6 +47,33 @@ def test_layers_of_a_group_give_the_bits_of_engines(checkpoint, geometry):
     assert all(on_every_rank(RANKS, body))
 
 
+def test_two_layers_in_flight(checkpoint, geometry):
+    """Finished in either order, on two ranks; a third call is refused."""
+    transports = sluice.Transport.inproc(RANKS)
+
+    def body(rank):
+        x, routing = tokens_of(geometry, rank)
+        other, *parts = sluice.make_workload(geometry, TOKENS, first_token=100 + rank * TOKENS)
+        other_routing = sluice.Routing(*parts)
+        group, _ = group_of(geometry, rank, transports[rank], num_in_flight=2)
+        a, b = (group.add_layer(checkpoint, layer=LAYER, low_latency="static", normal="static") for _ in range(2))
+        for mode in MODES:
+            expected = a.forward(x, routing, mode=mode), b.forward(other, other_routing, mode=mode)
+            for order in ((0, 1), (1, 0)):
+                calls = [a.dispatch_send(x, routing, mode=mode), b.dispatch_send(other, other_routing, mode=mode)]
+                if order == (0, 1):
+                    with pytest.raises(sluice.Error, match="num_in_flight is 2"):
+                        a.dispatch_send(x, routing, mode=mode)
+                for i in order:
+                    out = np.zeros_like(x)
+                    assert calls[i].finish(out=out) is out and np.array_equal(out, expected[i]), (mode, order, i)
+                with pytest.raises(sluice.Error, match="this call is finished"):
+                    calls[0].finish()
+        return True
+
+    assert all(on_every_rank(RANKS, body))
+
+
 def test_weights_of_the_caller_give_the_bits_of_the_checkpoint(checkpoint, geometry):
     transports = sluice.Transport.inproc(RANKS)
     num_local = geometry.num_experts // RANKS

@@ -41,10 +41,10 @@ struct ModelBenchReport {
   std::vector<ModelBenchCase> cases = {};
 };
 
-/// Captures a graph for each batch size, all before the first is replayed, and replays them in turn.
-/// The recipe is `direct`. `on_progress`, if any, is told the fraction that is done.
-/// Throws: kInvalidArgument naming the field; kInternal if a row is wrong, if the two ways differ in
-///   a bit or a replay from a call, or if the memory taken is not what plan_memory() said.
+/// Captures a graph for each batch size, all before the first is replayed, and replays them in
+/// turn. The recipe is `direct`. `on_progress`, if any, is told the fraction that is done.
+/// Throws: kInvalidArgument naming the field; kInternal if a row is wrong, if the two ways differ
+///   in a bit or a replay from a call, or if the memory taken is not what plan_memory() said.
 [[nodiscard]] ModelBenchReport bench_model(const ModelBenchConfig& config, Backend& backend,
                                            const std::function<void(double)>& on_progress = {});
 
