@@ -42,20 +42,21 @@ SEAMS = [
     "vllm.transformers_utils.config.get_safetensors_params_metadata",
 ]
 
+DIRECT = {"options": {"recipe": "direct"}}  # Otherwise W4AFP8 has the static scales that the checkpoint has.
+
 # name -> ranks, format, what vLLM is started with
 CASES = {
-    "w4afp8": (1, "w4afp8", {}),
-    "w4afp8-static": (1, "w4afp8", {"options": {"activation_scales": "static"}}),
+    "w4afp8": (1, "w4afp8", DIRECT),
+    "w4afp8-static": (1, "w4afp8", {}),
     "packed-32": (1, "packed-32", {}),
     "packed-128": (1, "packed-128", {}),
     "tensor-parallel": (2, "packed-128", {"tp": 2}),
-    "expert-map": (2, "w4afp8", {"tp": 2, "ep": True}),
-    "all-gather": (2, "w4afp8", {"dp": 2, "ep": True, "all2all": "allgather_reducescatter"}),
+    "expert-map": (2, "w4afp8", {"tp": 2, "ep": True, **DIRECT}),
+    "all-gather": (2, "w4afp8", {"dp": 2, "ep": True, "all2all": "allgather_reducescatter", **DIRECT}),
     "low-latency-2": (2, "packed-32", {"dp": 2, "ep": True, "all2all": "deepep_low_latency"}),
-    "low-latency-2-static": (2, "w4afp8", {"dp": 2, "ep": True, "all2all": "deepep_low_latency",
-                                           "options": {"activation_scales": "static"}}),
-    "low-latency-4": (4, "w4afp8", {"dp": 4, "ep": True, "all2all": "deepep_low_latency"}),
-    "high-throughput-4": (4, "w4afp8", {"dp": 4, "ep": True, "all2all": "deepep_high_throughput"}),
+    "low-latency-2-static": (2, "w4afp8", {"dp": 2, "ep": True, "all2all": "deepep_low_latency"}),
+    "low-latency-4": (4, "w4afp8", {"dp": 4, "ep": True, "all2all": "deepep_low_latency", **DIRECT}),
+    "high-throughput-4": (4, "w4afp8", {"dp": 4, "ep": True, "all2all": "deepep_high_throughput", **DIRECT}),
     "refused": (1, "w4afp8", {}),
     "moved": (1, "w4afp8", {}),
 }
@@ -215,8 +216,9 @@ def run_layer(folder, rank, ranks, kind, options):
         assert moe_runner._moe_forward.__module__.startswith("vllm.")
     check_exchange(options.get("all2all") if dp > 1 else None, calls)
     quantizer = {"allgather_reducescatter": "vLLM", "deepep_high_throughput": "vLLM", "deepep_low_latency": "DeepEP"}
-    static = sluice.Checkpoint(str(folder / "w4afp8")).static_scales(LAYER) if "options" in options else None
-    check_output(folder / "w4afp8", PREFIX, y, x, *tokens, static=static,
+    is_static = kind == "w4afp8" and "options" not in options
+    static = sluice.Checkpoint(str(folder / "w4afp8")).static_scales(LAYER)
+    check_output(folder / "w4afp8", PREFIX, y, x, *tokens, static=static if is_static else None,
                  quantizer=quantizer[config.parallel_config.all2all_backend] if dp > 1 else None)
 
 
@@ -282,12 +284,18 @@ def refused(folder, rank, ranks, kind, options):
         config = get_quantization_config("sluice").from_config(ignoring)
         left = made(config=config).model.layers[LAYER].mlp.experts.routed_experts.quant_method
         assert type(left).__name__ == "UnquantizedFusedMoEMethod", left
-    uncalibrated = {"options": {"activation_scales": "static"}}
-    with set_current_vllm_config(vllm_config(0, **uncalibrated)):
-        expect_error('activation_scales "static" needs one above 0',
-                     lambda: load(made("w4afp8"), folder / "w4afp8", drop="input_scale"))
-    with set_current_vllm_config(vllm_config(0, options={"activation_scale": "static"})):
-        expect_error("known is activation_scales", lambda: made("w4afp8"))
+    for recipe, drop, text in [("static", "input_scale", "each expert needs some above 0"),
+                               ("auto", "0.w2.input_scale", "each expert needs some above 0"),
+                               ("auto", "input_scale", None), ("auto", None, None)]:
+        with set_current_vllm_config(vllm_config(0, options={"recipe": recipe})):
+            load_w4afp8 = lambda d=drop: load(made("w4afp8"), folder / "w4afp8", drop=d)  # noqa: E731
+            if text:
+                expect_error(text, load_w4afp8)
+            else:
+                scales = load_w4afp8().routed_experts.quant_method.moe_kernel.fused_experts.experts._scales
+                assert bool(scales) == (drop is None), scales
+    with set_current_vllm_config(vllm_config(0, options={"recipes": "static"})):
+        expect_error("known is recipe", lambda: made("w4afp8"))
 
 
 def expect_error(text, call):

@@ -19,16 +19,15 @@ _EXPERT_WEIGHT = re.compile(r"(.*\.experts)\.\d+\.[^.]+\.weight$")
 _INT8, _FP8 = ("I8", "U8"), ("F8_E4M3",)
 
 
-def _uses_static_scales() -> bool:
-    """--additional-config '{"sluice": {"activation_scales": "static"}}'; "dynamic" unless given."""
+def _recipe() -> str:
+    """--additional-config '{"sluice": {"recipe": "direct"}}': it reaches the workers on other hosts, too."""
     options = get_current_vllm_config().additional_config
     options = options.get("sluice", {}) if isinstance(options, dict) else {}
-    unknown = sorted(set(options) - {"activation_scales"})
-    value = options.get("activation_scales", "dynamic")
-    if unknown or value not in ("dynamic", "static"):
-        raise Error("invalid_argument", f"additional_config['sluice']: {options}; known is activation_scales, "
-                                        '"dynamic" or "static"')
-    return value == "static"
+    recipe = options.get("recipe", "auto")
+    if set(options) - {"recipe"} or recipe not in ("auto", "static", "direct"):
+        raise Error("invalid_argument", f"additional_config['sluice']: {options}; known is recipe, one of auto, static "
+                                        "and direct")
+    return recipe
 
 
 class W4AFP8Config(Fp8Config):
@@ -109,7 +108,7 @@ class W4AFP8Config(Fp8Config):
             return super().get_quant_method(layer, prefix)
         if prefix not in self._group_sizes:
             refuse(prefix, f"the checkpoint has no INT4 experts of this name; it has {', '.join(self._group_sizes)}")
-        return W4AFP8Method(layer, prefix, self._group_sizes[prefix], _uses_static_scales())
+        return W4AFP8Method(layer, prefix, self._group_sizes[prefix], _recipe())
 
 
 class SluiceConfig(CompressedTensorsConfig):

@@ -275,14 +275,16 @@ class PackedMethod(SluiceMoEMethod):
 
 
 class W4AFP8Method(SluiceMoEMethod):
-    """W4AFP8: two's complement codes, two in a byte, and static input scales of which nothing need be used."""
+    """W4AFP8: two's complement codes, two in a byte, and static input scales, which recipe "direct" leaves out.
+
+    "auto" uses them where the checkpoint has calibrated ones, "static" also where all are 1.0."""
 
     format_name = "W4AFP8"
     weight_names = "w13_weight", "w2_weight"
 
-    def __init__(self, layer: Any, name: str, group_size: int, uses_static_scales: bool) -> None:
+    def __init__(self, layer: Any, name: str, group_size: int, recipe: str) -> None:
         super().__init__(layer, name, group_size)
-        self._uses_static_scales = uses_static_scales
+        self._recipe = recipe
 
     def create_weights(self, layer: Any, num_experts: int, hidden_size: int, intermediate_size_per_partition: int,
                        params_dtype: torch.dtype, **attrs: Any) -> None:
@@ -311,22 +313,23 @@ class W4AFP8Method(SluiceMoEMethod):
         return load
 
     def _static_scales(self, layer: Any) -> dict[str, float]:
-        """The largest over all ranks' experts, so that ranks round alike."""
-        if not self._uses_static_scales:
+        """The largest over all ranks' experts, so that ranks round alike. Empty for dynamic scales.
+
+        Raises Error: invalid_argument if some are missing, or if there are none and recipe is static."""
+        if self._recipe == "direct":
             return {}
         params = {"w13": layer.w13_input_scale, "w2": layer.w2_input_scale}
         extremes = torch.stack([x for p in params.values() for x in (-p.min(), p.max())])
         if self.moe.moe_parallel_config.use_ep:
             torch.distributed.all_reduce(extremes, torch.distributed.ReduceOp.MAX, group=get_ep_group().device_group)
-        values = extremes.tolist()
-        for name, low, high in zip(params, values[0::2], values[1::2]):
-            if not (0 < -low and high < float("inf")):
-                raise Error("invalid_argument", f'{self.name}: {name}_input_scale from {-low} to {high}; '
-                            'activation_scales "static" needs one above 0 for each expert')
-            if -low == high == 1.0:
-                raise Error("invalid_argument", f"{self.name}: every {name}_input_scale is 1.0, so this checkpoint was "
-                            'not calibrated; use activation_scales "dynamic"')
-        return {"a1_scale": values[1], "a2_scale": values[3]}
+        low1, high1, low2, high2 = (sign * x for sign, x in zip((-1, 1, -1, 1), extremes.tolist()))
+        are_missing, are_uncalibrated = ({low1, high1, low2, high2} == {x} for x in (0.0, 1.0))
+        if self._recipe == "auto" and (are_missing or are_uncalibrated):
+            return {}
+        if not (0 < min(low1, low2) and max(high1, high2) < float("inf")):
+            raise Error("invalid_argument", f"{self.name}: input scales from {low1} to {high1} (gate, up) and {low2} to "
+                        f'{high2} (down); each expert needs some above 0, or use recipe "direct"')
+        return {"a1_scale": high1, "a2_scale": high2}
 
     def _take_weights(self, layer: Any) -> dict[str, Any]:
         return {"w13": layer.w13_weight.data, "w13_scale": layer.w13_weight_scale_inv.data,

@@ -14,9 +14,9 @@ VLLM_PLUGINS leaves it out). It adds two quantization methods:
 and the module "deep_ep" (sluice.compat.deep_ep), if no DeepEP is installed, for
 --all2all-backend deepep_low_latency and deepep_high_throughput on one host. Both send e4m3.
 
---additional-config '{"sluice": {"activation_scales": "static"}}' uses the static input scales of a W4AFP8
-checkpoint. Without it activations are quantized dynamically, one scale for each 128 values (recipe
-direct), which loses less.
+--additional-config '{"sluice": {"recipe": "direct"}}' chooses for W4AFP8: "auto" uses the checkpoint's
+static input scales where it has calibrated ones (not all 1.0), "static" also others, and "direct" none:
+activations have one dynamic scale for each 128 values, which loses less.
 
 What Sluice cannot compute is refused while the model loads, with the layer's name. A log line of vLLM's
 says "Sluice VERSION computes the routed experts" with format, recipe and classes. docs/serving.md has
