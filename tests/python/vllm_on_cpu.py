@@ -1,5 +1,8 @@
 """vLLM's own Python code on a machine without its kernels, for rank_of_vllm.py.
 
+SLUICE_ENGINE_DEVICE=cuda: on a GPU, with vLLM's platform and operators; then it has to be installed whole. Two ranks
+share the GPU, which NCCL refuses, so collectives stay gloo's: cases that gather tensors are left out.
+
 What is not vLLM's here, and so not tested:
 - modules of third parties that nobody installs (MISSING), and three packages of vLLM's that would import them
   (REPLACED): its KV transfer, structured output and flash attention, none of which a MoE layer calls;
@@ -20,6 +23,8 @@ MISSING = ["PIL", "aiohttp", "cachetools", "cbor2", "cloudpickle", "cpuinfo", "e
            "prometheus_client", "pybase64", "requests", "urllib3", "uvloop", "zmq"]
 REPLACED = ["vllm.distributed.kv_transfer", "vllm.v1.attention.ops.rocm_aiter_mla_sparse", "vllm.v1.structured_output",
             "vllm.vllm_flash_attn"]
+
+DEVICE = os.environ.get("SLUICE_ENGINE_DEVICE", "cpu")
 
 _library = torch.library.Library("_C", "FRAGMENT")
 
@@ -67,6 +72,14 @@ def _platform():
     vllm.platforms._current_platform = CudaWithoutGpu()
 
 
+def _platform_of_gpu():
+    from vllm.platforms import current_platform
+
+    kind = type(current_platform)
+    assert current_platform.is_cuda(), kind
+    kind.get_device_communicator_cls = classmethod(lambda _: "vllm_on_cpu.Communicator")
+
+
 def use():
     """From here on `import vllm` gives vLLM's own code. Returns the stubs."""
     os.environ.update(VLLM_LOGGING_LEVEL="INFO", VLLM_NO_USAGE_STATS="1", HF_HUB_OFFLINE="1")
@@ -75,8 +88,11 @@ def use():
     logger = logging.getLogger("vllm")
     logger.setLevel(logging.INFO)
     logger.addHandler(logging.StreamHandler(sys.stdout))
-    _operators()
-    _platform()
+    if DEVICE == "cpu":
+        _operators()
+        _platform()
+    else:
+        _platform_of_gpu()
     return stubs
 
 

@@ -327,8 +327,8 @@ class W4AFP8Method(SluiceMoEMethod):
         if self._recipe == "auto" and (are_missing or are_uncalibrated):
             return {}
         if not (0 < min(low1, low2) and max(high1, high2) < float("inf")):
-            raise Error("invalid_argument", f"{self.name}: input scales from {low1} to {high1} (gate, up) and {low2} to "
-                        f'{high2} (down); each expert needs some above 0, or use recipe "direct"')
+            raise Error("invalid_argument", f"{self.name}: input scales from {low1} to {high1} (gate, up) and {low2} "
+                        f'to {high2} (down); each expert needs some above 0, or use recipe "direct"')
         return {"a1_scale": high1, "a2_scale": high2}
 
     def _take_weights(self, layer: Any) -> dict[str, Any]:
