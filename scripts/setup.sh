@@ -85,16 +85,16 @@ sluice_torch_venv() {
       'safetensors>=0.4,<1' 'numpy>=1.26,<3' 'ml_dtypes>=0.4' 'pytest>=7'
 }
 
-# $1: engine, $2: its folder. What of its dependencies cannot be stubbed goes beside its files: vLLM derives
-# classes from msgspec's with options in the class statement.
+# $1: folder of an engine. What of its dependencies cannot be stubbed goes beside its files: both engines
+# derive classes from msgspec's with options in the class statement.
 sluice_engine_needs() {
-  [ "$1" != vllm ] || build/test-venv/bin/python -m pip install -q --disable-pip-version-check --no-deps \
-    --only-binary :all: --target "$2" 'msgspec>=0.20,<1'
+  build/test-venv/bin/python -m pip install -q --disable-pip-version-check --no-deps \
+    --only-binary :all: --target "$1" 'msgspec>=0.20,<1'
 }
 
-# The Python files of the inference engines that the package plugs into, for tests that run the engines'
-# own code: into build/engines/NAME, from their wheels (sglang 39 MB, vllm 350 MB), without what they
-# depend on. Each wheel is removed when its files are out. The versions are those that the tests were
+# The files of the inference engines that the package plugs into, for tests that run the engines' own code:
+# into build/engines/NAME, from their wheels (sglang 39 MB, vllm 350 MB), without compiled libraries, which
+# are most of them, and without what they depend on. Each wheel is removed when its files are out. The versions are those that the tests were
 # written for; where an engine has moved, the tests say which name is gone. $@: engines; default: all.
 sluice_engine_versions=('sglang==0.5.23' 'vllm==0.33.0')
 sluice_engines() {
@@ -107,11 +107,12 @@ sluice_engines() {
     if build/test-venv/bin/python -m pip download -q --disable-pip-version-check --no-deps \
       --only-binary :all: -d "$target.wheel" "$wanted" &&
       build/test-venv/bin/python scripts/unpack_engine.py "$target.wheel"/*.whl "$target" &&
-      sluice_engine_needs "$name" "$target"; then
+      sluice_engine_needs "$target"; then
       printf '%s: its Python files are in %s\n' "$wanted" "$target"
     else
       printf 'note: no %s; the tests that run its own code are left out\n' "$wanted"
       failed=1
+      rm -rf "$target"
     fi
     rm -rf "$target.wheel"
   done

@@ -1,11 +1,10 @@
 #!/usr/bin/env python3
-"""Takes the Python files and the metadata out of a wheel: unpack_engine.py WHEEL FOLDER.
+"""Takes all but the compiled libraries out of a wheel: unpack_engine.py WHEEL FOLDER.
 
-What an engine's own code needs to be imported. Compiled kernels, which are most of a wheel, stay in it.
-The folder appears when all of it is there.
+What an engine's own code needs to be imported: its Python files, and sources and tables that some of
+them look for at once. The libraries are most of a wheel. The folder appears when all of it is there.
 """
 
-import re
 import sys
 import zipfile
 from pathlib import Path
@@ -14,7 +13,7 @@ from pathlib import Path
 def unpack(wheel: Path, folder: Path) -> int:
     unfinished = folder.with_name(folder.name + ".part")
     with zipfile.ZipFile(wheel) as archive:
-        names = [name for name in archive.namelist() if name.endswith(".py") or re.match(r"[^/]+\.dist-info/", name)]
+        names = [name for name in archive.namelist() if not name.endswith(".so")]
         archive.extractall(unfinished, names)
     unfinished.rename(folder)
     return len(names)

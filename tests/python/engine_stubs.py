@@ -12,9 +12,10 @@ importing an engine changes the whole process, that starts so:
 
 `missing` are modules that the engine imports and that nobody installed: each name stands for itself
 and for all below it. An installed one is used as it is, so the same program runs on a machine that has
-more. `replaced` are modules of the engine itself that are not wanted; list as few as will do. Whatever
-is in neither list and is not installed raises ModuleNotFoundError, as ever: nothing is stubbed unless
-it is named, and `try: import ...` of optional packages goes the engine's way.
+more. `replaced` are modules of the engine itself that are not wanted, `bare` packages of it whose __init__.py
+is not, while the modules in them are the engine's own; list as few as will do. Whatever is in no list and
+is not installed raises ModuleNotFoundError, as ever: nothing is stubbed unless it is named, and
+`try: import ...` of optional packages goes the engine's way.
 
 A stub has every attribute, is a base class, and calling it gives another stub, or the function that it
 decorates. So modules can be imported; nothing can be computed: after seal() a call of a stub raises
@@ -71,7 +72,8 @@ class _StubType(abc.ABCMeta):
 
 
 def _stub(stubs, name):
-    return _StubType(name.rpartition(".")[2], (), {"_stub_of": stubs, "_stub_name": name})
+    return _StubType(name.rpartition(".")[2], (), {
+        "_stub_of": stubs, "_stub_name": name, "__init_subclass__": classmethod(lambda cls, **_: None)})
 
 
 class _StubModule(types.ModuleType):
@@ -98,22 +100,25 @@ class _Loader(importlib.abc.Loader):
 
 
 class _Finder(importlib.abc.MetaPathFinder):
-    def __init__(self, stubs, names):
-        self._loader, self._names = _Loader(stubs), names
+    def __init__(self, stubs, names, bare=()):
+        self._loader, self._names, self._bare = _Loader(stubs), names, bare
 
     def find_spec(self, name, path=None, target=None):
-        if any(name == n or name.startswith(n + ".") for n in self._names):
-            return importlib.machinery.ModuleSpec(name, self._loader, is_package=True)
-        return None
+        spec = importlib.machinery.ModuleSpec(name, self._loader, is_package=True)
+        if name in self._bare:  # Its other modules are found where they are.
+            spec.submodule_search_locations = importlib.machinery.PathFinder.find_spec(
+                name, path).submodule_search_locations
+            return spec
+        return spec if any(name == n or name.startswith(n + ".") for n in self._names) else None
 
 
 class Stubs:
     """What use() put in place."""
 
-    def __init__(self, missing, replaced):
+    def __init__(self, missing, replaced, bare):
         self.sealed = False
         self.used: list[str] = []
-        sys.meta_path.insert(0, _Finder(self, tuple(replaced)))
+        sys.meta_path.insert(0, _Finder(self, tuple(replaced), tuple(bare)))
         sys.meta_path.append(_Finder(self, tuple(missing)))
 
     def seal(self):
@@ -133,14 +138,14 @@ def version_of(engine):
     return folder.name.removesuffix(".dist-info").partition("-")[2]
 
 
-def use(engine, *, missing=(), replaced=()):
+def use(engine, *, missing=(), replaced=(), bare=()):
     """Makes `import ENGINE` find the fetched files, with stubs for what is named. In a process of its own."""
     path = path_of(engine)
     if path is None:
         raise ModuleNotFoundError(f"no {engine} in build/engines: scripts/setup.sh fetches it")
     sys.dont_write_bytecode = False  # Compiling an engine takes longer than everything else.
     sys.path.insert(0, str(path))
-    return Stubs(missing, replaced)
+    return Stubs(missing, replaced, bare)
 
 
 def seam(name):

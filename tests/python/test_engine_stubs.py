@@ -15,11 +15,15 @@ def engine(tmp_path, monkeypatch):
     (tmp_path / "engine" / "engine-1.2.3.post1.dist-info").mkdir()
     (package / "__init__.py").write_text("")
     (package / "heavy.py").write_text("raise RuntimeError('not wanted')")
+    (package / "many").mkdir()
+    (package / "many" / "__init__.py").write_text("raise RuntimeError('not wanted either')")
+    (package / "many" / "one.py").write_text("ONE = 1")
     (package / "optional.py").write_text("try:\n    import absent_too\nexcept ImportError:\n    absent_too = None\n")
     (package / "inner" / "__init__.py").write_text(textwrap.dedent("""
         import json, absent, absent.ops.quant as quant
         from absent.kernels import Base, jit, tuned
-        from engine import heavy, optional
+        from engine import heavy, many, optional
+        from engine.many.one import ONE
 
         class Derived(Base):
             def __init__(self, n: "quant.Type | None" = None):
@@ -45,13 +49,16 @@ def test_an_engine_imports_and_its_own_code_runs(engine):
     assert engine_stubs.path_of("other") is None
     done = run("""
         import engine_stubs
-        stubs = engine_stubs.use("engine", missing=["absent", "json"], replaced=["engine.heavy"])
+        stubs = engine_stubs.use("engine", missing=["absent", "json"], replaced=["engine.heavy"],
+                                  bare=["engine.many"])
         from engine import inner, optional
         stubs.seal()
+        assert inner.ONE == 1 and inner.many.Two
         assert inner.add(2, 3) == 5 and inner.Derived(7).n == 7 and isinstance(inner.Derived(7), inner.Base)
         assert optional.absent_too is None and inner.json.loads("[1]") == [1]
         assert not isinstance(3, inner.quant.Type) and inner.heavy.anything.at.all
-        assert sorted(stubs.used) == ["absent", "absent.kernels", "absent.ops", "absent.ops.quant", "engine.heavy"]
+        assert sorted(stubs.used) == ["absent", "absent.kernels", "absent.ops", "absent.ops.quant", "engine.heavy",
+                                      "engine.many"]
         try:
             inner.quant.compress(1)
         except engine_stubs.StubCalled as error:
