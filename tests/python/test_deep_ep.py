@@ -316,6 +316,25 @@ def test_sizes_configs_and_switches():
         EventOverlap().current_stream_wait()
 
 
+def test_events_that_were_asked_for_can_be_waited_for(space, geometry):
+    """As engines do, whatever the device: SGLang's normal dispatcher asks for one at each call."""
+    (buffer,), num = buffers(1), geometry.num_experts
+    x, idx = space.bf16(np.zeros((3, geometry.hidden), np.uint16)), space.array(np.zeros((3, 1), np.int64))
+    Buffer.capture().current_stream_wait()
+    to_rank, _, to_expert, in_rank, event = buffer.get_dispatch_layout(idx, num, Buffer.capture(), async_finish=True)
+    event.current_stream_wait()
+    *_, handle, event = buffer.dispatch(
+        x, num_tokens_per_rank=to_rank, is_token_in_rank=in_rank, num_tokens_per_expert=to_expert, topk_idx=idx,
+        topk_weights=space.array(np.ones((3, 1), np.float32)), previous_event=event, async_finish=True)
+    event.current_stream_wait()
+    y, _, event = buffer.combine(x, handle, async_finish=True)
+    with event:
+        assert y.shape == x.shape and event.event is not None
+    _, _, _, event, _ = buffer.low_latency_dispatch(x, idx, 8, num, async_finish=True)
+    event.current_stream_wait()
+    assert buffer.low_latency_dispatch(x, idx, 8, num)[3].event is None
+
+
 def test_refusals(space):
     buffer = buffers(1)[0]
     x, idx, weights = tokens(0, 4)

@@ -8,7 +8,7 @@ from ... import _core
 from ..._error import Error
 from .._arrays import check, empty_of, space_of
 from ._config import Config
-from ._event import EventOverlap
+from ._event import EventOverlap, Passed
 from ._low_latency import LowLatency, LowLatencyHandle
 from ._normal import Normal, NormalHandle
 from ._placement import ExpertPlacement
@@ -115,7 +115,7 @@ class Buffer:
 
         torch = sys.modules.get("torch")
         if torch is None or not torch.cuda.is_available():
-            return EventOverlap()
+            return EventOverlap(Passed())
         event = torch.cuda.Event()
         event.record()
         return EventOverlap(event)
@@ -342,4 +342,4 @@ class Buffer:
         return normal.combine(x, handle, biases), weights, self._event(x, async_finish)
 
     def _event(self, like: Any, is_wanted: bool) -> EventOverlap:
-        return EventOverlap(space_of(like).event() if is_wanted else None)
+        return EventOverlap((space_of(like).event() or Passed()) if is_wanted else None)

@@ -3,11 +3,16 @@
 from typing import Any
 
 
+class Passed:
+    """The event of a call that has been done when it returned: there is no stream on the CPU."""
+
+
 class EventOverlap:
     """An event and the tensors that must live until it has passed.
 
     Work is queued on the caller's current stream, so on that stream there is nothing to wait for;
-    another stream waits through this. ``event`` is None where nothing is asynchronous.
+    another stream waits through this. ``event`` is None where none was asked for (async_finish=False).
+    On the CPU one that was asked for has passed already, and waiting for it returns at once.
     """
 
     def __init__(self, event: Any = None, extra_tensors: tuple | None = None) -> None:
@@ -18,6 +23,8 @@ class EventOverlap:
         """Lets torch's current stream wait for the event."""
         if self.event is None:
             raise RuntimeError("EventOverlap.current_stream_wait: this has no event to wait for")
+        if isinstance(self.event, Passed):
+            return
         import torch
 
         torch.cuda.current_stream().wait_event(self.event)
