@@ -1,0 +1,335 @@
+"""What sluice.integrations.sglang puts in the place of SGLang's own INT4 experts."""
+
+import logging
+from typing import Any
+
+import torch
+import torch.distributed as distributed
+from sglang.srt.distributed import get_tp_group
+from sglang.srt.layers.moe.fused_moe_triton.layer import FusedMoeWeightScaleSupported
+from sglang.srt.layers.moe.token_dispatcher import DispatchOutputChecker, StandardCombineInput
+from sglang.srt.layers.moe.token_dispatcher.deepep import DeepEPLLCombineInput, DeepEPNormalCombineInput
+from sglang.srt.layers.moe.topk import TopKOutputChecker
+from sglang.srt.layers.moe.utils import get_moe_a2a_backend, get_moe_runner_backend
+from sglang.srt.layers.quantization.compressed_tensors.schemes import CompressedTensorsMoEScheme
+from sglang.srt.layers.quantization.w4afp8 import W4AFp8MoEMethod
+from sglang.srt.runtime_context import get_context, get_server_args
+from sglang.srt.utils import set_weight_attrs
+from torch.nn import Parameter
+
+from .. import __version__, _core
+from .._error import Error
+from ..compat.w4a8 import W4A8Experts
+from .sglang import setting
+
+_logger = logging.getLogger("sluice.integrations.sglang")
+
+
+# --- What is refused ------------------------------------------------------------------------------
+
+
+def _refuse(layer: Any, what: str) -> None:
+    raise Error("unsupported", f"{layer.layer_name or f'layer {layer.layer_id}'}: {what}; SLUICE_SGLANG=0 serves it "
+                               "without Sluice")
+
+
+def activation_of(layer: Any, config: Any) -> str:
+    """In Sluice's words, from SGLang's MoeRunnerConfig."""
+    if not config.is_gated:
+        _refuse(layer, "experts without a gate matrix (is_gated=False)")
+    if config.activation != "silu":
+        _refuse(layer, f"activation {config.activation!r}; silu is supported")
+    for name in "gemm1_alpha", "gemm1_beta", "gemm1_clamp_limit":
+        if getattr(config, name, None) is not None:
+            _refuse(layer, f"{name}={getattr(config, name)}: an activation of its own")
+    limit = getattr(config, "swiglu_limit", None)
+    return f"swiglu:limit={limit:g}" if limit else "swiglu"
+
+
+def check_supported(layer: Any, config: Any, group_size: int) -> None:
+    """Raises Error: unsupported, naming the layer and the field, before any weight is read."""
+    activation_of(layer, config)
+    for name, value in {"apply_router_weight_on_input": True, "no_combine": True}.items():
+        if getattr(config, name, None) == value:
+            _refuse(layer, f"{name}={value}")
+    if layer.with_bias:
+        _refuse(layer, "experts with biases (with_bias=True)")
+    if layer.num_fused_shared_experts:
+        _refuse(layer, f"{layer.num_fused_shared_experts} shared experts fused with the routed ones; launch with "
+                       "--disable-shared-experts-fusion")
+    if config.params_dtype != torch.bfloat16:
+        _refuse(layer, f"hidden states of {config.params_dtype}; launch with --dtype bfloat16")
+    if group_size not in (32, 128):
+        _refuse(layer, f"INT4 weights in groups of {group_size}; 128 and 32 are supported")
+    sizes = {"hidden size": config.hidden_size,
+             f"intermediate size, cut by {layer.moe_tp_size}": config.intermediate_size_per_partition}
+    for name, size in sizes.items():
+        if size % 128:
+            _refuse(layer, f"{name}, {size} is no multiple of 128")
+    if get_moe_a2a_backend().value not in ("none", "deepep"):
+        _refuse(layer, f"--moe-a2a-backend {get_moe_a2a_backend().value}; none and deepep are supported")
+    if get_moe_runner_backend().value not in ("auto", "cutlass", "deep_gemm"):
+        _refuse(layer, f"--moe-runner-backend {get_moe_runner_backend().value} asks for experts of SGLang's own; "
+                       "leave it out")
+    if _of_server("enable_eplb"):
+        _refuse(layer, "--enable-eplb moves experts between ranks while it serves")
+
+
+def _of_server(name: str) -> Any:
+    """What a switch of the server came to; releases before 0.5.18 keep that in the arguments themselves."""
+    context = get_context()
+    return context.config_leaf(name) if hasattr(context, "config_leaf") else getattr(get_server_args(), name)
+
+
+def _refuse_wrapper(layer: Any, method: Any) -> None:
+    if layer.quant_method is not method:
+        _refuse(layer, f"{type(layer.quant_method).__name__} is around the experts' method")
+
+
+# --- One layer ------------------------------------------------------------------------------------
+
+
+_backends: dict[torch.device, Any] = {}
+_logged: set[str] = set()
+
+
+def _backend(device: torch.device) -> Any:
+    if device not in _backends:
+        group = get_tp_group()
+        ranks = {"local_rank": group.rank_in_group, "num_local_ranks": group.world_size}
+        _backends[device] = _core.Backend("cpu", **ranks) if device.type == "cpu" else _core.Backend(
+            f"cuda:{device.index or 0}")
+    return _backends[device]
+
+
+def static_scales(layer: Any, s1: torch.Tensor, s2: torch.Tensor) -> tuple[float, float] | None:
+    """The largest of all ranks, or None for dynamic ones, as SLUICE_RECIPE says. Collective: SGLang makes and
+    loads the same layers on every rank of the group."""
+    pair = torch.stack([s1.float().max(), s2.float().max(), -s1.float().min(), -s2.float().min()])
+    if get_tp_group().world_size > 1:
+        distributed.all_reduce(pair, distributed.ReduceOp.MAX, group=get_tp_group().device_group)
+    high1, high2, low1, low2 = pair.tolist()
+    wanted = setting("SLUICE_RECIPE")
+    is_one = [(high, -low) == (1.0, 1.0) for high, low in ((high1, low1), (high2, low2))]
+    if wanted == "direct" or (wanted == "auto" and all(is_one)):
+        return None
+    if wanted == "auto" and 1.0 in (high1, high2):
+        _refuse(layer, f"some input scales are calibrated and the largest are 1.0 (w13 {high1:g}, w2 {high2:g}): SGLang "
+                       "has 1.0 where a checkpoint has none; choose with SLUICE_RECIPE=static or direct")
+    return high1, high2
+
+
+class LayerExperts:
+    """The repacked experts of one layer, between SGLang's dispatch and combine."""
+
+    def __init__(self, layer: Any, config: Any, kind: str, weights: dict[str, torch.Tensor],
+                 scales: tuple[float, float] | None) -> None:
+        """weights: w13, w13_scale, w2, w2_scale as sluice.compat.w4a8 has them."""
+        self._factor = getattr(config, "routed_scaling_factor", None) or 1.0
+        s1, s2 = scales or (None, None)
+        activation = activation_of(layer, config)
+        device = weights["w13"].device
+        self._experts = W4A8Experts(**weights, a1_scale=s1, a2_scale=s2, activation=activation, backend=_backend(device),
+                                    max_rows=_largest_call(config))
+        groups = self._experts.hidden // weights["w13_scale"].shape[-1]
+        recipe = "static scales of the checkpoint" if scales else "dynamic scales for each 128 values"
+        what = (f"{kind} experts, {self._experts.num_experts} of {config.num_experts}, hidden {self._experts.hidden}, "
+                f"intermediate {self._experts.intermediate}, groups of {groups}, {activation}, {recipe}, {device}, "
+                f"--moe-a2a-backend {get_moe_a2a_backend().value}")
+        line = f"Sluice {__version__}: {layer.layer_name or layer.layer_id}: {what}"
+        line += f", s1 {s1:g}, s2 {s2:g} (largest of all ranks)" if scales else ""
+        _logger.log(logging.DEBUG if what in _logged else logging.INFO, "%s", line)
+        _logged.add(what)
+
+    def standard(self, layer: Any, dispatched: Any) -> StandardCombineInput:
+        """--moe-a2a-backend none: every rank has the same tokens, -1 stands for experts of other ranks, and the
+        ranks' sums are added up afterwards."""
+        if dispatched.hidden_states_scale is not None:
+            _refuse(layer, "hidden states that were quantized before the experts")
+        if not TopKOutputChecker.format_is_standard(dispatched.topk_output):
+            _refuse(layer, f"a router's output of {type(dispatched.topk_output).__name__}")
+        weights, ids, _ = dispatched.topk_output
+        if self._factor != 1.0:
+            weights = weights.float() * self._factor
+        return StandardCombineInput(self._grouped(dispatched.hidden_states, None, ids, weights))
+
+    def normal(self, dispatched: Any) -> torch.Tensor:
+        """deepep, normal: a token came once, whatever number of experts here it has. [rows, hidden]."""
+        x, scale = dispatched.hidden_states, dispatched.hidden_states_scale
+        return self._grouped(x, scale, dispatched.topk_ids, dispatched.topk_weights)
+
+    def low_latency(self, dispatched: Any) -> torch.Tensor:
+        """deepep, low latency: rows lie by expert, and combine applies the router's weights. [E, m, hidden]."""
+        return self._experts.masked(dispatched.hidden_states, dispatched.hidden_states_scale, dispatched.masked_m,
+                                    expected_m=dispatched.expected_m)
+
+    def _grouped(self, x: torch.Tensor, scale: Any, ids: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+        return self._experts.grouped(x, scale, ids, weights.float())
+
+    def run(self, layer: Any, dispatched: Any) -> Any:
+        """For a dispatch of any of the three, what combine takes."""
+        if DispatchOutputChecker.format_is_standard(dispatched):
+            return self.standard(layer, dispatched)
+        if DispatchOutputChecker.format_is_deepep_ll(dispatched):
+            y, combine = self.low_latency(dispatched), DeepEPLLCombineInput
+        elif DispatchOutputChecker.format_is_deepep_normal(dispatched):
+            y, combine = self.normal(dispatched), DeepEPNormalCombineInput
+        else:
+            _refuse(layer, f"a dispatch of {type(dispatched).__name__}")
+        return combine(hidden_states=y, topk_ids=dispatched.topk_ids, topk_weights=dispatched.topk_weights)
+
+
+def _largest_call(config: Any) -> int:
+    """Rows of the largest call that can be told in advance: a prefill of --chunked-prefill-size tokens."""
+    tokens = _of_server("chunked_prefill_size") or 0
+    return max(tokens, 1) * (config.top_k or 1)
+
+
+def _set_dispatcher(layer: Any) -> None:
+    """In bf16 a token is quantized where its experts are, which gives the same codes; in low latency the wire
+    is e4m3. --deepep-dispatcher-output-dtype overrides both, and both are computed either way."""
+    if hasattr(layer, "dispatcher"):
+        layer.dispatcher.set_quant_config({"normal_dispatcher_output_dtype": "bf16",
+                                           "low_latency_dispatcher_output_dtype": "fp8"})
+
+
+def _let_go(layer: Any, names: tuple[str, ...]) -> None:
+    """SGLang's parameters without their memory: Sluice has repacked what was in it. Loading anything into them
+    again is refused."""
+
+    def refuse(param: Any, loaded: Any, name: str, *_: Any, **__: Any) -> None:
+        _refuse(layer, f"new weights for {name}: Sluice repacked the experts when the model was loaded")
+
+    for name in names:
+        param = getattr(layer, name)
+        param.data = torch.empty(0, dtype=param.dtype, device=param.device)
+        param.weight_loader = refuse
+
+
+# --- W4AFP8 ---------------------------------------------------------------------------------------
+
+
+class SluiceW4AFp8MoEMethod(W4AFp8MoEMethod):
+    """In the place of W4AFp8MoEMethod, whose parameters, and so whose loading, it keeps."""
+
+    _experts: LayerExperts
+
+    def create_weights(self, layer: Any, *args: Any, **kwargs: Any) -> None:
+        _refuse_wrapper(layer, self)
+        check_supported(layer, layer.moe_runner_config, self.quant_config.group_size)
+        super().create_weights(layer, *args, **kwargs)
+
+    def process_weights_after_loading(self, layer: Any) -> None:
+        scales = static_scales(layer, layer.w13_input_scale, layer.w2_input_scale)
+        weights = {"w13": layer.w13_weight.data, "w13_scale": layer.w13_weight_scale_inv.data,
+                   "w2": layer.w2_weight.data, "w2_scale": layer.w2_weight_scale_inv.data}
+        self._experts = LayerExperts(layer, self.moe_runner_config, "W4AFP8", weights, scales)
+        del weights
+        _let_go(layer, ("w13_weight", "w13_weight_scale_inv", "w2_weight", "w2_weight_scale_inv", "w13_input_scale",
+                        "w2_input_scale"))
+        _set_dispatcher(layer)
+
+    def apply(self, layer: Any, dispatch_output: Any) -> Any:
+        return self._experts.run(layer, dispatch_output)
+
+    def apply_deepep_ll(self, layer: Any, dispatch_output: Any) -> torch.Tensor:
+        return self._experts.low_latency(dispatch_output)
+
+    def apply_deepep_normal(self, layer: Any, dispatch_output: Any) -> torch.Tensor:
+        return self._experts.normal(dispatch_output)
+
+
+# --- INT4 of compressed-tensors -------------------------------------------------------------------
+
+
+class SluiceInt4MoE(CompressedTensorsMoEScheme):
+    """Scheme of a layer whose experts are INT4 in groups, packed eight to an int32 as offset codes (Kimi-K2).
+    Activations are e4m3, quantized dynamically: the format has no static scales."""
+
+    runner = None
+    _experts: LayerExperts
+
+    def __init__(self, quantization_config: Any, group_size: int) -> None:
+        self.quant_config, self.group_size = quantization_config, group_size
+
+    @classmethod
+    def get_min_capability(cls) -> int:
+        return 90
+
+    def create_weights(self, layer: Any, num_experts: int, hidden_size: int, intermediate_size_per_partition: int,
+                       params_dtype: torch.dtype, **attrs: Any) -> None:
+        """As the checkpoint has them, [E, n, k / 8] int32 and [E, n, k / group] bfloat16."""
+        if getattr(layer.quant_method, "quant_config", None) is not self.quant_config:
+            _refuse(layer, f"{type(layer.quant_method).__name__} is around the experts' method")
+        check_supported(layer, layer.moe_runner_config, self.group_size)
+        if setting("SLUICE_RECIPE") == "static":
+            _refuse(layer, "SLUICE_RECIPE=static, and compressed-tensors has no static scales of inputs")
+        attrs["quant_method"] = FusedMoeWeightScaleSupported.GROUP.value
+        exact = {**attrs, "weight_loader": _exact_in_bf16(layer, attrs["weight_loader"])}
+        sizes = {"w13": (2 * intermediate_size_per_partition, hidden_size),
+                 "w2": (hidden_size, intermediate_size_per_partition)}
+        for name, (rows, columns) in sizes.items():
+            parts = {"weight_packed": ((rows, columns // 8), torch.int32, attrs),
+                     "weight_scale": ((rows, columns // self.group_size), torch.bfloat16, exact),
+                     "weight_shape": ((2,), torch.int64, attrs)}
+            for part, (shape, dtype, its) in parts.items():
+                param = Parameter(torch.empty(num_experts, *shape, dtype=dtype), requires_grad=False)
+                layer.register_parameter(f"{name}_{part}", param)
+                set_weight_attrs(param, its)
+
+    def create_moe_runner(self, layer: Any, moe_runner_config: Any) -> None:
+        self.moe_runner_config = moe_runner_config
+
+    def process_weights_after_loading(self, layer: Any) -> None:
+        weights = {}
+        for name in "w13", "w2":
+            codes = getattr(layer, f"{name}_weight_packed").data.view(torch.uint8)
+            weights[name] = codes.bitwise_xor_(0x88).view(torch.int8)  # Offset by 8 -> two's complement, in place.
+            weights[f"{name}_scale"] = getattr(layer, f"{name}_weight_scale").data
+        self._experts = LayerExperts(layer, self.moe_runner_config, "compressed-tensors INT4", weights, None)
+        del weights, codes
+        _let_go(layer, tuple(f"{name}_{part}" for name in ("w13", "w2")
+                             for part in ("weight_packed", "weight_scale", "weight_shape")))
+        _set_dispatcher(layer)
+
+    def restore_weights_before_loading(self, layer: Any) -> None:
+        _refuse(layer, "new weights: Sluice repacked the experts when the model was loaded")
+
+    def apply_weights(self, layer: Any, dispatch_output: Any) -> Any:
+        return self._experts.run(layer, dispatch_output)
+
+
+def _exact_in_bf16(layer: Any, load: Any) -> Any:
+    def loader(param: Any, loaded_weight: torch.Tensor, *args: Any, **kwargs: Any) -> None:
+        if not torch.equal(loaded_weight.bfloat16().to(loaded_weight.dtype), loaded_weight):
+            _refuse(layer, f"scales of {loaded_weight.dtype} that are no bfloat16")
+        load(param, loaded_weight, *args, **kwargs)
+
+    return loader
+
+
+def moe_scheme(result: Any, config: Any, layer: Any, layer_name: str | None = None) -> Any:
+    """After CompressedTensorsConfig.get_moe_scheme(): Sluice's scheme for INT4; None leaves the result."""
+    scheme = None if result is None else config.get_scheme_dict(layer, f"{layer_name}.0.gate_proj")
+    weights = scheme and scheme.get("weights")
+    if weights is None or weights.num_bits != 4 or str(getattr(weights.type, "value", weights.type)) != "int":
+        if result is not None and "not INT4" not in _logged:
+            _logged.add("not INT4")
+            _logger.info("Sluice %s: %s: %s, not INT4: SGLang serves it", __version__, layer_name,
+                         type(result).__name__)
+        return None
+    word = lambda value: str(getattr(value, "value", value))  # noqa: E731  Of an enumeration, or its value.
+    asks = {"strategy": (word(weights.strategy), ("group",)), "symmetric": (bool(weights.symmetric), (True,)),
+            "actorder": (word(getattr(weights, "actorder", None)), ("None", "weight", "static")),
+            "format": (word(scheme.get("format") or config.quant_format), ("pack-quantized",))}
+    for name, (got, supported) in asks.items():
+        if got not in supported:
+            _refuse(layer, f"INT4 weights with {name}={got}; {' or '.join(map(str, supported))} is supported")
+    return SluiceInt4MoE(config, weights.group_size)
+
+
+def run_moe_core(original: Any, layer: Any, dispatch_output: Any) -> Any:
+    """Around DeepEPMoE.run_moe_core(), which knows of no compressed-tensors."""
+    if isinstance(layer.scheme, SluiceInt4MoE):
+        return layer.scheme.apply_weights(layer, dispatch_output)
+    return original(layer, dispatch_output)
