@@ -169,6 +169,7 @@ def with_refusals(rank, folder):
     for path in (w4afp8, ct):
         layer = rank.layer(path)
         assert all(p.numel() == 0 for n, p in layer.named_parameters()), "SGLang's weights are still there"
+        layer.quant_method.process_weights_after_loading(layer)  # Again: nothing is left to do.
         try:
             load_weights(layer, path)
         except sluice.Error as error:

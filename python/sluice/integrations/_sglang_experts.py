@@ -1,7 +1,7 @@
 """What sluice.integrations.sglang puts in the place of SGLang's own INT4 experts."""
 
 import logging
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 import torch.distributed as distributed
@@ -28,7 +28,7 @@ _logger = logging.getLogger("sluice.integrations.sglang")
 # --- What is refused ------------------------------------------------------------------------------
 
 
-def _refuse(layer: Any, what: str) -> None:
+def _refuse(layer: Any, what: str) -> NoReturn:
     raise Error("unsupported", f"{layer.layer_name or f'layer {layer.layer_id}'}: {what}; SLUICE_SGLANG=0 serves it "
                                "without Sluice")
 
@@ -202,8 +202,11 @@ def _let_go(layer: Any, names: tuple[str, ...]) -> None:
 
     for name in names:
         param = getattr(layer, name)
-        param.data = torch.empty(0, dtype=param.dtype, device=param.device)
+        device = param.device
+        param.data = torch.empty(0, dtype=param.dtype, device=device)
         param.weight_loader = refuse
+    if device.type == "cuda":
+        torch.cuda.empty_cache()  # torch keeps what it frees, and Sluice's memory is not torch's.
 
 
 # --- W4AFP8 ---------------------------------------------------------------------------------------
@@ -220,6 +223,8 @@ class SluiceW4AFp8MoEMethod(W4AFp8MoEMethod):
         super().create_weights(layer, *args, **kwargs)
 
     def process_weights_after_loading(self, layer: Any) -> None:
+        if layer.w13_weight.numel() == 0:  # SGLang may ask again.
+            return
         scales = static_scales(layer, layer.w13_input_scale, layer.w2_input_scale)
         weights = {"w13": layer.w13_weight.data, "w13_scale": layer.w13_weight_scale_inv.data,
                    "w2": layer.w2_weight.data, "w2_scale": layer.w2_weight_scale_inv.data}
@@ -281,6 +286,8 @@ class SluiceInt4MoE(CompressedTensorsMoEScheme):
         self.moe_runner_config = moe_runner_config
 
     def process_weights_after_loading(self, layer: Any) -> None:
+        if layer.w13_weight_packed.numel() == 0:
+            return
         weights = {}
         for name in "w13", "w2":
             codes = getattr(layer, f"{name}_weight_packed").data.view(torch.uint8)
@@ -330,6 +337,7 @@ def moe_scheme(result: Any, config: Any, layer: Any, layer_name: str | None = No
 
 def run_moe_core(original: Any, layer: Any, dispatch_output: Any) -> Any:
     """Around DeepEPMoE.run_moe_core(), which knows of no compressed-tensors."""
-    if isinstance(layer.scheme, SluiceInt4MoE):
-        return layer.scheme.apply_weights(layer, dispatch_output)
+    scheme = getattr(layer, "scheme", None)
+    if isinstance(scheme, SluiceInt4MoE):
+        return scheme.apply_weights(layer, dispatch_output)
     return original(layer, dispatch_output)
