@@ -16,13 +16,16 @@ from conftest import on_every_rank
 from tiny_models import (
     EACH_DEVICE,
     EACH_FORM,
+    FORMATS,
     MODELS,
+    OTHERS,
     PROMPT,
     call_of,
     dequantized,
     experts_of,
     integration,
     load,
+    make_models,
     moe_layers,
     needs_ct,
     torch,
@@ -127,6 +130,17 @@ def test_a_bf16_model_gives_what_its_converted_checkpoint_gives(models, name, de
         # Weights that change are quantized again.
         model.get_submodule(f"model.layers.{moe_layers(name)[0]}.mlp.experts").down_proj.mul_(-2)
         assert not torch.equal(model(prompt).logits, got)
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_other_architectures(tmp_path, command_line, name):
+    """Of GLM and Qwen: a converted checkpoint gives what its bf16 model gives with the same INT4 experts."""
+    paths = make_models(tmp_path, command_line, {name: OTHERS[name]}, {"w4afp8": FORMATS["w4afp8"]})
+    model, info = load(paths[name, "w4afp8"], output_loading_info=True)
+    assert experts_of(model) and not info["missing_keys"] and not info["unexpected_keys"]
+    with torch.no_grad():
+        wanted = load(paths[name, "bf16"], experts_implementation="sluice")(PROMPT).logits
+        assert torch.equal(model(PROMPT).logits, wanted)
 
 
 @needs_ct

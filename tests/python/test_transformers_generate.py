@@ -1,6 +1,8 @@
 """What tiny models of transformers generate through Sluice: the same tokens over any number of processes, with a CUDA
 graph and without; a token's row of the experts is the same in prefill and decoding; layers are near a float32 model."""
 
+import json
+import subprocess
 import sys
 from pathlib import Path
 
@@ -177,3 +179,20 @@ def test_hidden_states_are_near_the_float_model_layer_by_layer(models, name, for
     dense = [error for n, error in enumerate(errors) if n not in experts]
     sparse = [errors[n] for n in experts]
     assert all(0 < error < 0.02 for error in dense) and all(0.005 < error < 0.055 for error in sparse), errors
+
+
+# --- The benchmark --------------------------------------------------------------------------------
+
+
+def test_the_benchmark_runs_and_checks(tmp_path):
+    """With a model of toy size, on the CPU. It ends with an error where a result is wrong."""
+    script = Path(__file__).parents[2] / "python" / "benchmarks" / "transformers_model.py"
+    options = ["--device", "cpu", "--geometry", "tiny", "--dense", "1", "--moe", "1", "--batches", "1", "2",
+               "--prefill", "16", "--context", "4", "--steps", "1", "--json", tmp_path / "report.json"]
+    done = subprocess.run([sys.executable, script, *map(str, options)], capture_output=True, text=True, timeout=280)
+    assert done.returncode == 0, done.stdout + done.stderr
+    report = json.loads((tmp_path / "report.json").read_text())
+    rates = {row["experts"]: row["decode_tokens_per_s"] for row in report["models"]}
+    assert rates["Sluice, INT4"]["2"]["steps"] > 0 and rates["transformers bf16, grouped_mm"]["2"]["steps"] > 0
+    assert set(report["stage_us"]) == {"1", "2", "16"}
+    assert 0 < report["relative_l2"]["bf16, grouped_mm"]["1"] < 0.01 < report["relative_l2"]["Sluice, INT4"]["1"]

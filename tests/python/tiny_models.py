@@ -26,6 +26,13 @@ MODELS = {
                     "qk_rope_head_dim": 32, "qk_nope_head_dim": 32, "v_head_dim": 32},
     "qwen3_moe": {"num_hidden_layers": 2, "num_key_value_heads": 2, "head_dim": 64, "num_experts": 16},
 }
+OTHERS = {  # Load and run as those do.
+    "glm4_moe": {"num_hidden_layers": 2, "num_key_value_heads": 2, "head_dim": 64, "n_routed_experts": 16,
+                 "first_k_dense_replace": 1},
+    "glm_moe_dsa": {**MODELS["deepseek_v3"], "index_head_dim": 64, "index_n_heads": 2, "index_topk": 64},
+    "qwen3_next": {**MODELS["qwen3_moe"], "shared_expert_intermediate_size": 128,
+                   "layer_types": ["full_attention"] * 2},
+}
 FORMATS = {"w4afp8": ["w4afp8"], "ct-128": ["compressed-tensors", "--group-size", "128"],
            "ct-32": ["compressed-tensors", "--group-size", "32"]}
 needs_ct = pytest.mark.skipif(importlib.util.find_spec("compressed_tensors") is None,
@@ -41,15 +48,15 @@ def load(path, **options):
     return transformers.AutoModelForCausalLM.from_pretrained(path, **options)
 
 
-def make_models(folder, command_line):
+def make_models(folder, command_line, models=MODELS, formats=FORMATS):
     """model, format -> folder; "bf16" is what transformers saved."""
     paths = {}
-    for name, sizes in MODELS.items():
+    for name, sizes in models.items():
         torch.manual_seed(0)
         config = transformers.AutoConfig.for_model(name, **COMMON, **sizes)
         paths[name, "bf16"] = folder / name
         transformers.AutoModelForCausalLM.from_config(config).bfloat16().save_pretrained(folder / name)
-        for form, options in FORMATS.items():
+        for form, options in formats.items():
             paths[name, form] = folder / f"{name}-{form}"
             subprocess.run([command_line, "convert", "--from", folder / name, "--to", paths[name, form],
                             "--scale", "amax7", "--format", *options], check=True, capture_output=True)
