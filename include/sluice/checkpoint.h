@@ -169,6 +169,7 @@ class Checkpoint {
   [[nodiscard]] std::vector<CheckpointWarning> warnings(int layer) const;
 
  private:
+  friend class ExpertReader;
   struct Impl;
   explicit Checkpoint(std::unique_ptr<Impl> impl) noexcept;
   std::unique_ptr<Impl> impl_;

@@ -33,24 +33,22 @@ void check_nothing_else(const std::filesystem::path& dir, const Format& format,
   }
 }
 
+}  // namespace
+
 NibbleEvidence canonical_nibbles(const QuantMatrix& matrix) {
   constexpr std::size_t kBytesPerMatrix = std::size_t{1} << 15;
   return nibble_evidence(std::span(matrix.codes.as<std::byte>(), matrix.codes.bytes()),
                          kBytesPerMatrix);
 }
 
-/// Weights crowd around 0. Canonical codes that crowd around -8 were read the wrong way.
-void check_nibbles(const CheckpointData& data, int layer, int expert,
-                   const NibbleEvidence& nibbles) {
+void CheckpointData::check_nibbles(int layer, int expert, const NibbleEvidence& nibbles) const {
   if (nibbles.verdict != NibbleEvidence::Verdict::kOffset) return;
   fail(ErrorCode::kCorruptFile,
        "{}: {}: read as {}, codes near -8 and 7 occur {} times and those near 0 only {} times: its "
        "nibbles are not stored as the format says",
-       data.dir.string(), data.index.spelling.name(layer, expert, "*"), data.format->name(),
-       nibbles.around_8(), nibbles.around_0());
+       dir.string(), index.spelling.name(layer, expert, "*"), format->name(), nibbles.around_8(),
+       nibbles.around_0());
 }
-
-}  // namespace
 
 NibbleEvidence canonical_nibbles(const Expert& expert) {
   NibbleEvidence sum;
@@ -154,7 +152,7 @@ Expert CheckpointData::load_expert(int layer, int expert, ExpertStorage& storage
     matrices[i++] = format->load(tensors, matrix, storage);
   }
   const Expert result = {.gate = matrices[0], .up = matrices[1], .down = matrices[2]};
-  check_nibbles(*this, layer, expert, canonical_nibbles(result));
+  check_nibbles(layer, expert, canonical_nibbles(result));
   return result;
 }
 
@@ -165,7 +163,7 @@ void CheckpointData::load_floats(int layer, int expert, const MatrixLayout& matr
   if (!format->weight_format()) return format->load_floats(tensors, matrix, out);
   ExpertStorage storage;
   const QuantMatrix m = format->load_unscaled(tensors, matrix, storage);
-  check_nibbles(*this, layer, expert, canonical_nibbles(m));
+  check_nibbles(layer, expert, canonical_nibbles(m));
   const std::vector<float> factors = format->input_factors(tensors, matrix);
   const auto* const codes = m.codes.as<std::uint8_t>();
   for (std::int64_t i = 0; i < matrix.n * matrix.k; ++i) {
@@ -283,7 +281,7 @@ void Checkpoint::load_floats(int layer, int expert, MatrixRole role, std::span<f
                  "{} floats for {} [{}, {}]", out.size(), matrix.stem(), matrix.n, matrix.k);
   impl_->load_floats(layer, expert, matrix, out);
   for (const auto& part : tensors.experts[static_cast<std::size_t>(expert)].parts) {
-    MappedFile::release(part.tensor.bytes());
+    part.tensor.release();
   }
 }
 

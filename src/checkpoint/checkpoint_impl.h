@@ -42,6 +42,9 @@ struct CheckpointData {
   [[nodiscard]] std::vector<InputScales> input_scales(int layer) const;
   /// Throws: kInvalidArgument unless [first, first + count) are experts.
   void check_range(int first, int count) const;
+  /// Weights crowd around 0. Canonical codes that crowd around -8 were read the wrong way.
+  /// Throws: kCorruptFile naming the expert.
+  void check_nibbles(int layer, int expert, const NibbleEvidence& nibbles) const;
   /// Throws: kUnsupported if the experts are floats.
   void require_int4() const;
 };
@@ -54,5 +57,6 @@ struct Checkpoint::Impl : CheckpointData {};
 
 /// Canonical codes of some matrices, by nibble. Reads a little of each.
 [[nodiscard]] NibbleEvidence canonical_nibbles(const Expert& expert);
+[[nodiscard]] NibbleEvidence canonical_nibbles(const QuantMatrix& matrix);
 
 }  // namespace sluice

@@ -3,6 +3,8 @@
 
 #include <cstddef>
 #include <memory>
+#include <optional>
+#include <span>
 #include <vector>
 
 #include "core/mmap.h"
@@ -15,7 +17,15 @@ struct ExpertStorage {
   std::vector<std::shared_ptr<const MappedFile>> files;
   std::vector<std::unique_ptr<std::byte[]>> copies;
   std::shared_ptr<const void> base = {};  ///< Of the weights that these are a part of, if any.
+  /// Memory of the caller's that copies go into; without it: into `copies`.
+  std::optional<std::span<std::byte>> room = {};
 };
+
+/// Bytes that something of this size takes of a room: what follows stays aligned for any element.
+[[nodiscard]] constexpr std::size_t aligned_in_room(std::size_t bytes) noexcept {
+  constexpr std::size_t kAlignment = 256;
+  return (bytes + kAlignment - 1) / kAlignment * kAlignment;
+}
 
 /// Deleter of ExpertWeights::storage. Its type tells release_pages() that the weights are mapped:
 /// pages of weights that somebody assembled in memory must never be given back.

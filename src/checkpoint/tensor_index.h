@@ -28,10 +28,22 @@ struct TensorRef {
   std::shared_ptr<const MappedFile> file;
   SafetensorsEntry entry;
   std::uint64_t data_begin = 0;
+  /// Its bytes, where they were read into memory instead of mapped. Whoever holds this TensorRef
+  /// may change them.
+  std::byte* read_bytes = nullptr;
 
   [[nodiscard]] bool exists() const noexcept { return file != nullptr; }
+  [[nodiscard]] std::size_t size() const noexcept { return entry.end - entry.begin; }
   [[nodiscard]] std::span<const std::byte> bytes() const noexcept {
-    return file->bytes().subspan(data_begin + entry.begin, entry.end - entry.begin);
+    if (read_bytes != nullptr) return {read_bytes, size()};
+    return file->bytes().subspan(data_begin + entry.begin, size());
+  }
+  /// MappedFile's, where bytes() are mapped.
+  void will_need() const noexcept {
+    if (read_bytes == nullptr) MappedFile::will_need(bytes());
+  }
+  void release() const noexcept {
+    if (read_bytes == nullptr) MappedFile::release(bytes());
   }
 };
 

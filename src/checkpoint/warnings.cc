@@ -183,7 +183,7 @@ class Reviewer {
       // Looking must not make the layer resident.
       const ExpertTensors& tensors =
           data_.layer_tensors(layer).experts[static_cast<std::size_t>(e)];
-      for (const auto& part : tensors.parts) MappedFile::release(part.tensor.bytes());
+      for (const auto& part : tensors.parts) part.tensor.release();
     }
   }
 

@@ -24,7 +24,7 @@ std::uintptr_t page_bytes() noexcept {
 }  // namespace
 
 std::shared_ptr<const MappedFile> MappedFile::open(const std::filesystem::path& path) {
-  const FileDescriptor file(::open(path.c_str(), O_RDONLY | O_CLOEXEC));
+  FileDescriptor file(::open(path.c_str(), O_RDONLY | O_CLOEXEC));
   if (!file) {
     fail(ErrorCode::kIo, "{}: cannot open: {}", path.string(), std::strerror(errno));
   }
@@ -44,11 +44,12 @@ std::shared_ptr<const MappedFile> MappedFile::open(const std::filesystem::path& 
     (void)::madvise(address, size, MADV_RANDOM);
     bytes = {static_cast<const std::byte*>(address), size};
   }
-  return std::shared_ptr<const MappedFile>(new MappedFile(path, bytes));
+  return std::shared_ptr<const MappedFile>(new MappedFile(path, std::move(file), bytes));
 }
 
-MappedFile::MappedFile(std::filesystem::path path, std::span<const std::byte> bytes) noexcept
-    : path_(std::move(path)), bytes_(bytes) {}
+MappedFile::MappedFile(std::filesystem::path path, FileDescriptor file,
+                       std::span<const std::byte> bytes) noexcept
+    : path_(std::move(path)), file_(std::move(file)), bytes_(bytes) {}
 
 MappedFile::~MappedFile() {
   if (!bytes_.empty()) ::munmap(const_cast<std::byte*>(bytes_.data()), bytes_.size());
@@ -58,6 +59,22 @@ bool MappedFile::contains(const void* data, std::size_t size) const noexcept {
   const auto begin = reinterpret_cast<std::uintptr_t>(bytes_.data());
   const auto at = reinterpret_cast<std::uintptr_t>(data);
   return at >= begin && size <= bytes_.size() && at - begin <= bytes_.size() - size;
+}
+
+std::size_t MappedFile::read(std::uint64_t at, std::span<std::byte> out) const {
+  std::size_t done = 0;
+  while (done < out.size()) {
+    const ssize_t got =
+        ::pread(file_.get(), out.data() + done, out.size() - done, static_cast<off_t>(at + done));
+    if (got < 0 && errno == EINTR) continue;
+    if (got < 0) {
+      fail(ErrorCode::kIo, "{}: cannot read {} bytes at {}: {}", path_.string(), out.size(), at,
+           std::strerror(errno));
+    }
+    if (got == 0) break;
+    done += static_cast<std::size_t>(got);
+  }
+  return done;
 }
 
 void MappedFile::will_need(std::span<const std::byte> part) noexcept {

@@ -1,14 +1,20 @@
 // mmap.h - a file mapped read-only, whose pages come in only when they are asked for.
 //
+// read() copies a part instead. That is the fast way to take in megabytes: no page has to be
+// mapped, and the system sees how much is wanted.
+//
 // The kernel's guess at what is read next is switched off (it would pull in bytes of experts that
 // belong to other ranks); will_need() says it instead. Threads: const functions from any thread.
 // A file that shrinks while it is mapped raises SIGBUS at the next access, as with any mapping.
 #pragma once
 
 #include <cstddef>
+#include <cstdint>
 #include <filesystem>
 #include <memory>
 #include <span>
+
+#include "core/file_descriptor.h"
 
 namespace sluice {
 
@@ -26,14 +32,20 @@ class MappedFile {
   /// True if all of [data, data + size) lies in this mapping.
   [[nodiscard]] bool contains(const void* data, std::size_t size) const noexcept;
 
+  /// Copies out.size() bytes from position `at` of the file as it is now. Returns how many there
+  /// were: fewer if the file has been cut since it was opened.   Throws: kIo.
+  [[nodiscard]] std::size_t read(std::uint64_t at, std::span<std::byte> out) const;
+
   /// Starts reading a part of bytes() in the background. A hint.
   static void will_need(std::span<const std::byte> part) noexcept;
   /// Gives back the whole pages inside a part of bytes(); a later access reads them again.
   static void release(std::span<const std::byte> part) noexcept;
 
  private:
-  MappedFile(std::filesystem::path path, std::span<const std::byte> bytes) noexcept;
+  MappedFile(std::filesystem::path path, FileDescriptor file,
+             std::span<const std::byte> bytes) noexcept;
   std::filesystem::path path_;
+  FileDescriptor file_;
   std::span<const std::byte> bytes_;
 };
 

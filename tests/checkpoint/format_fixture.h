@@ -6,10 +6,14 @@
 
 #include <cstring>
 #include <functional>
+#include <memory>
+#include <span>
 #include <string>
+#include <tuple>
 #include <vector>
 
 #include "checkpoint/checkpoint_impl.h"
+#include "checkpoint/expert_reader.h"
 #include "expect_error.h"
 #include "raw_checkpoint.h"
 #include "sluice/checkpoint.h"
@@ -53,6 +57,60 @@ inline void expect_same(const QuantMatrix& m, const SyntheticMatrix& expected, D
   }
 }
 
+inline const QuantMatrix& matrix_of(const Expert& expert, MatrixRole role) {
+  return role == MatrixRole::kGate ? expert.gate
+         : role == MatrixRole::kUp ? expert.up
+                                   : expert.down;
+}
+
+/// Memory that an ExpertReader reads into, full of what must not be taken for anything.
+class Slot {
+ public:
+  explicit Slot(std::size_t bytes) : memory_(bytes + 2 * kAlignment, std::byte{0x5a}) {
+    void* at = memory_.data();
+    std::size_t room = memory_.size();
+    bytes_ = {static_cast<std::byte*>(std::align(kAlignment, bytes, at, room)), bytes};
+  }
+  [[nodiscard]] std::span<std::byte> bytes() const { return bytes_; }
+
+ private:
+  static constexpr std::size_t kAlignment = 256;
+  std::vector<std::byte> memory_;
+  std::span<std::byte> bytes_;
+};
+
+/// Experts [first, first + count) of a layer, read matrix by matrix, are those that are mapped.
+inline void expect_reads_alike(const Checkpoint& checkpoint, int layer, int first, int count) {
+  const ExpertWeights mapped = checkpoint.load_experts(layer, first, count);
+  ExpertReader reader(checkpoint, layer, first, count);
+  EXPECT_EQ(reader.shapes().first_expert, first);
+  EXPECT_EQ(reader.shapes().bytes(), mapped.bytes());
+  EXPECT_EQ(reader.shapes().geometry.activation, mapped.geometry.activation);
+  EXPECT_EQ(reader.shapes().static_scales.has_value(), mapped.static_scales.has_value());
+  const Slot slot(reader.slot_bytes());
+  for (int e = 0; e < count; ++e) {
+    for (const MatrixRole role : {MatrixRole::kGate, MatrixRole::kUp, MatrixRole::kDown}) {
+      const QuantMatrix read = reader.read(e, role, slot.bytes());
+      const auto at = static_cast<std::size_t>(e);
+      const QuantMatrix& expected = matrix_of(mapped.experts[at], role);
+      const QuantMatrix& shape = matrix_of(reader.shapes().experts[at], role);
+      ASSERT_EQ(read.group_size, expected.group_size);
+      for (const auto& [r, x, s] : {std::tuple{read.codes, expected.codes, shape.codes},
+                                    {read.scales, expected.scales, shape.scales}}) {
+        ASSERT_EQ(r.dtype, x.dtype);
+        ASSERT_EQ(s.dtype, x.dtype);
+        ASSERT_EQ(r.shape, x.shape);
+        ASSERT_EQ(s.shape, x.shape);
+        ASSERT_EQ(s.data, nullptr);
+        ASSERT_GE(r.as<std::byte>(), slot.bytes().data());
+        ASSERT_LE(r.as<std::byte>() + r.bytes(), slot.bytes().data() + slot.bytes().size());
+        ASSERT_EQ(std::memcmp(r.data, x.data, x.bytes()), 0) << "expert " << e;
+      }
+    }
+  }
+  EXPECT_EQ(reader.bytes_read(), reader.file_bytes());
+}
+
 inline void expect_experts(const Checkpoint& checkpoint, const SyntheticCheckpoint& spec,
                            float factor = 1) {
   const ExpertWeights weights = checkpoint.load_experts(kLayer, 0, 3);
@@ -65,6 +123,8 @@ inline void expect_experts(const Checkpoint& checkpoint, const SyntheticCheckpoi
     expect_same(expert.up, expected.matrices[1], spec.scale_dtype, factor);
     expect_same(expert.down, expected.matrices[2], spec.scale_dtype, factor);
   }
+  expect_reads_alike(checkpoint, kLayer, 0, 3);
+  expect_reads_alike(checkpoint, kLayer, 1, 1);
 }
 
 /// Opens and loads everything, whatever the format.
@@ -88,6 +148,20 @@ inline void read_all(const std::filesystem::path& dir) {
   }
 }
 
+/// The same by an ExpertReader, where there are readers.
+inline void read_by_reader(const std::filesystem::path& dir) {
+  const Checkpoint checkpoint = Checkpoint::open(dir);
+  for (const int layer : checkpoint.moe_layers()) {
+    ExpertReader reader(checkpoint, layer, 0, checkpoint.geometry().num_experts);
+    const Slot slot(reader.slot_bytes());
+    for (int e = 0; e < checkpoint.geometry().num_experts; ++e) {
+      for (const MatrixRole role : {MatrixRole::kGate, MatrixRole::kUp, MatrixRole::kDown}) {
+        (void)reader.read(e, role, slot.bytes());
+      }
+    }
+  }
+}
+
 /// A checkpoint of `spec` that `spoil` has changed; reading it must fail.
 inline void expect_refused(const SyntheticCheckpoint& spec,
                            const std::function<void(RawCheckpoint&)>& spoil, ErrorCode code,
@@ -101,6 +175,8 @@ inline void expect_refused(const SyntheticCheckpoint& spec,
   raw.write(dir / "bad");
   SCOPED_TRACE(spec.format);
   expect_error(code, parts, [&] { read_all(dir / "bad"); });
+  const bool has_reader = spec.format != "bf16" && spec.format != "fp8-block";
+  if (has_reader) expect_error(code, parts, [&] { read_by_reader(dir / "bad"); });
 }
 
 }  // namespace sluice::testing

@@ -24,6 +24,10 @@ class AngelslimFormat final : public Format {
             {.name = matrix.part("weight_scale"), .dtypes = {"BF16", "F32"}, .shape = {}}};
   }
 
+  [[nodiscard]] std::string scale_part(const MatrixLayout& matrix) const override {
+    return matrix.part("weight_scale.int4");
+  }
+
   [[nodiscard]] QuantMatrix load(const ExpertTensors& expert, const MatrixLayout& matrix,
                                  ExpertStorage& storage) const override {
     const TensorRef& scale = part_of(expert, matrix.part("weight_scale.int4"));

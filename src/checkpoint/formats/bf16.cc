@@ -26,7 +26,7 @@ class Bf16Format final : public Format {
   void load_floats(const ExpertTensors& expert, const MatrixLayout& matrix,
                    std::span<float> out) const override {
     const TensorRef& weight = part_of(expert, matrix.part("weight"));
-    MappedFile::will_need(weight.bytes());
+    weight.will_need();
     const std::byte* const data = weight.bytes().data();
     for (std::size_t i = 0; i < out.size(); ++i) {
       std::uint16_t bits;
@@ -38,7 +38,7 @@ class Bf16Format final : public Format {
              i % static_cast<std::size_t>(matrix.k), out[i]);
       }
     }
-    MappedFile::release(weight.bytes());
+    weight.release();
   }
 };
 

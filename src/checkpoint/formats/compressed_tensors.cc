@@ -43,6 +43,10 @@ class CompressedTensorsFormat final : public Format {
     return has_static_inputs_ ? matrix.part("input_scale") : "";
   }
 
+  [[nodiscard]] std::string scale_part(const MatrixLayout& matrix) const override {
+    return matrix.part("weight_scale");
+  }
+
   [[nodiscard]] std::string refusal(const ExpertTensors::Part& extra) const override {
     const std::string& part = extra.name;
     if (part.ends_with("weight_zero_point")) {

@@ -45,6 +45,21 @@ std::vector<float> Format::input_factors(const ExpertTensors&, const MatrixLayou
   return {};
 }
 
+std::string Format::scale_part(const MatrixLayout&) const {
+  return {};
+}
+
+DType Format::scale_dtype(const ExpertTensors& expert, const MatrixLayout& matrix) const {
+  return part_of(expert, scale_part(matrix)).entry.dtype == "BF16" ? DType::kBFloat16
+                                                                   : DType::kFloat32;
+}
+
+/// Scales of F16, as float32.
+std::size_t Format::copied_bytes(const MatrixLayout& matrix) const {
+  return aligned_in_room(static_cast<std::size_t>(matrix.n * (matrix.k / group_size())) *
+                         sizeof(float));
+}
+
 std::string Format::inexact(const ExpertTensors&, const MatrixLayout&) const {
   return {};
 }

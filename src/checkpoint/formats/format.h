@@ -67,6 +67,13 @@ class Format {
   [[nodiscard]] virtual std::vector<PartSpec> parts(const MatrixLayout& matrix) const = 0;
   /// Name of the static scale of the matrix's input; empty if the format has none.
   [[nodiscard]] virtual std::string input_scale_part(const MatrixLayout& matrix) const;
+  /// Name of the tensor with the weights' group scales; empty for floats.
+  [[nodiscard]] virtual std::string scale_part(const MatrixLayout& matrix) const;
+  /// Of the scales that load() gives: float32 or bfloat16.
+  [[nodiscard]] virtual DType scale_dtype(const ExpertTensors& expert,
+                                          const MatrixLayout& matrix) const;
+  /// Most bytes that load() copies where the tensors were read into memory (TensorRef::read_bytes).
+  [[nodiscard]] virtual std::size_t copied_bytes(const MatrixLayout& matrix) const;
   /// Why a tensor that is none of the above makes a layer unsupported.
   [[nodiscard]] virtual std::string refusal(const ExpertTensors::Part& part) const;
   /// Things about one matrix that the headers cannot show and that cost a few bytes to read. Called

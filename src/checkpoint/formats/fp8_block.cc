@@ -29,7 +29,7 @@ class Fp8BlockFormat final : public Format {
   void load_floats(const ExpertTensors& expert, const MatrixLayout& matrix,
                    std::span<float> out) const override {
     const TensorRef& weight = part_of(expert, matrix.part("weight"));
-    MappedFile::will_need(weight.bytes());
+    weight.will_need();
     ExpertStorage storage;
     const TensorView scales = load_scales(part_of(expert, matrix.part("weight_scale_inv")),
                                           matrix.n / kBlock, matrix.k / kBlock, storage);
@@ -52,7 +52,7 @@ class Fp8BlockFormat final : public Format {
         out[static_cast<std::size_t>(i * matrix.k + j)] = value;
       }
     }
-    MappedFile::release(weight.bytes());
+    weight.release();
   }
 };
 

@@ -63,6 +63,20 @@ class ModeloptFormat final : public Format {
              .is_optional = true}};
   }
 
+  [[nodiscard]] std::string scale_part(const MatrixLayout& matrix) const override {
+    return matrix.part("weight_scale");
+  }
+  [[nodiscard]] DType scale_dtype(const ExpertTensors& expert,
+                                  const MatrixLayout& matrix) const override {
+    return uniform_factor(expert, matrix) == 1 ? Format::scale_dtype(expert, matrix)
+                                               : DType::kFloat32;
+  }
+  /// Codes, which lie along N; scales, for F16 and once more for a factor.
+  [[nodiscard]] std::size_t copied_bytes(const MatrixLayout& matrix) const override {
+    return aligned_in_room(static_cast<std::size_t>(matrix.n * matrix.k / 2)) +
+           2 * Format::copied_bytes(matrix);
+  }
+
   [[nodiscard]] float input_scale(const ExpertTensors& expert,
                                   const MatrixLayout& matrix) const override {
     if (const std::string why = inexact(expert, matrix); !why.empty()) {
@@ -90,10 +104,10 @@ class ModeloptFormat final : public Format {
                                           ExpertStorage& storage) const override {
     const TensorRef& weight = part_of(expert, matrix.part("weight"));
     const TensorRef& scale = part_of(expert, matrix.part("weight_scale"));
-    MappedFile::will_need(weight.bytes());
+    weight.will_need();
     const auto codes = allocate(storage, weight.bytes().size());
     repack_rows(weight.bytes().data(), matrix.n, matrix.k, codes.data());
-    MappedFile::release(weight.bytes());
+    weight.release();
     QuantMatrix result = {.codes = {codes.data(), DType::kPackedInt4, {matrix.n, matrix.k / 2}},
                           .scales = load_scales(scale, matrix.n, matrix.k / group_, storage),
                           .group_size = group_};

@@ -50,6 +50,20 @@ void keep_file(ExpertStorage& storage, const TensorRef& tensor) {
   }
 }
 
+/// The highest bit of every nibble, from `in` to `out`, which may be the same memory. Words, since
+/// compilers do not widen a loop over bytes at every level of optimization.
+void flip_high_bits(std::span<const std::byte> in, std::byte* out) noexcept {
+  constexpr std::size_t kWord = sizeof(std::uint64_t);
+  std::size_t i = 0;
+  for (; i + kWord <= in.size(); i += kWord) {
+    std::uint64_t word;
+    std::memcpy(&word, in.data() + i, kWord);
+    word ^= 0x8888888888888888U;
+    std::memcpy(out + i, &word, kWord);
+  }
+  for (; i < in.size(); ++i) out[i] = in[i] ^ std::byte{0x88};
+}
+
 float read_scalar(const TensorRef& tensor) {
   if (tensor.entry.dtype == "F32") {
     float value;
@@ -124,7 +138,7 @@ float read_positive(const TensorRef& tensor, std::string_view what) {
 
 TensorView load_scales(const TensorRef& tensor, std::int64_t n, std::int64_t groups,
                        ExpertStorage& storage) {
-  MappedFile::will_need(tensor.bytes());
+  tensor.will_need();
   keep_file(storage, tensor);
   const auto bytes = tensor.bytes();
   const DType dtype = tensor.entry.dtype == "BF16" ? DType::kBFloat16 : DType::kFloat32;
@@ -149,22 +163,29 @@ TensorView load_scales(const TensorRef& tensor, std::int64_t n, std::int64_t gro
 }
 
 TensorView view_codes(const TensorRef& tensor, const MatrixLayout& matrix, ExpertStorage& storage) {
-  MappedFile::will_need(tensor.bytes());
+  tensor.will_need();
   keep_file(storage, tensor);
   return {tensor.bytes().data(), DType::kPackedInt4, {matrix.n, matrix.k / 2}};
 }
 
 TensorView load_offset_codes(const TensorRef& tensor, const MatrixLayout& matrix,
                              ExpertStorage& storage) {
-  MappedFile::will_need(tensor.bytes());
+  tensor.will_need();
   const auto in = tensor.bytes();
-  const auto out = allocate(storage, in.size());
-  std::ranges::transform(in, out.begin(), [](std::byte b) { return b ^ std::byte{0x88}; });
-  MappedFile::release(in);
-  return {out.data(), DType::kPackedInt4, {matrix.n, matrix.k / 2}};
+  std::byte* const out = tensor.read_bytes != nullptr ? tensor.read_bytes  // Where they lie.
+                                                      : allocate(storage, in.size()).data();
+  flip_high_bits(in, out);
+  tensor.release();
+  return {out, DType::kPackedInt4, {matrix.n, matrix.k / 2}};
 }
 
 std::span<std::byte> allocate(ExpertStorage& storage, std::size_t bytes) {
+  if (storage.room) {
+    SLUICE_ASSERT(bytes <= storage.room->size());  // Format::copied_bytes() counts them.
+    const auto taken = storage.room->first(bytes);
+    storage.room = storage.room->subspan(std::min(aligned_in_room(bytes), storage.room->size()));
+    return taken;
+  }
   // Written in full by the caller, so not cleared here.
   storage.copies.push_back(std::unique_ptr<std::byte[]>(new std::byte[bytes]));
   return {storage.copies.back().get(), bytes};

@@ -34,6 +34,10 @@ class W4afp8Format final : public Format {
                                       : "w2.input_scale";
   }
 
+  [[nodiscard]] std::string scale_part(const MatrixLayout& matrix) const override {
+    return matrix.part("weight_scale_inv");
+  }
+
   [[nodiscard]] QuantMatrix load(const ExpertTensors& expert, const MatrixLayout& matrix,
                                  ExpertStorage& storage) const override {
     const TensorRef& weight = part_of(expert, matrix.part("weight"));
