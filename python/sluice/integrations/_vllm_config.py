@@ -141,8 +141,8 @@ class SluiceConfig(CompressedTensorsConfig):
         if not isinstance(layer, RoutedExperts):
             return super().get_quant_method(layer, prefix)
         self._add_fused_moe_to_target_scheme_map()
-        names = [f"{prefix}.0.{name}" for name in (layer.ckpt_gate_proj_name, layer.ckpt_up_proj_name,
-                                                   layer.ckpt_down_proj_name)]
+        names = [f"{prefix}.0.{getattr(layer, f'ckpt_{name}_name', name)}" for name in ("gate_proj", "up_proj",
+                                                                                       "down_proj")]
         schemes = [self.get_scheme_dict(layer, name) for name in names]
         if all(scheme is None for scheme in schemes):
             return super().get_quant_method(layer, prefix)

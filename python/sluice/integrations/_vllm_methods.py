@@ -12,11 +12,11 @@ import vllm.model_executor.layers.fused_moe.modular_kernel as mk
 from vllm.config import get_current_vllm_config
 from vllm.distributed import get_ep_group
 from vllm.logger import init_logger
+from vllm.model_executor.layers.fused_moe import FusedMoeWeightScaleSupported
 from vllm.model_executor.layers.fused_moe.activation import MoEActivation
 from vllm.model_executor.layers.fused_moe.all2all_utils import maybe_make_prepare_finalize
 from vllm.model_executor.layers.fused_moe.config import FusedMoEConfig, FusedMoEQuantConfig
 from vllm.model_executor.layers.fused_moe.fused_moe_method_base import FusedMoEMethodBase
-from vllm.model_executor.layers.fused_moe.routed_experts import FusedMoeWeightScaleSupported
 from vllm.model_executor.utils import replace_parameter, set_weight_attrs
 
 from .. import _core
@@ -129,12 +129,13 @@ class SluiceMoEMethod(FusedMoEMethodBase):
 
     def _counting(self, layer: Any, kind: str, prepare: Any) -> Any:
         """vLLM's weight loader of a parameter, behind prepare(param, tensor, what), and counted by kind and matrix."""
+        vllms = type(layer).weight_loader
 
         def load(param: Any, loaded_weight: torch.Tensor, weight_name: str, shard_id: str, expert_id: int,
                  return_success: bool = False) -> bool | None:
             tensor = prepare(param, loaded_weight, f"{weight_name} of expert {expert_id}")
-            loaded = layer.weight_loader(param, tensor, weight_name, shard_id=shard_id, expert_id=expert_id,
-                                         return_success=True)
+            loaded = vllms(layer, param, tensor, weight_name, shard_id=shard_id, expert_id=expert_id,
+                           return_success=True)
             if loaded:
                 key = f"{kind} of {shard_id}"
                 self._num_loaded[key] = self._num_loaded.get(key, 0) + 1
@@ -166,6 +167,11 @@ class SluiceMoEMethod(FusedMoEMethodBase):
         self._register(layer, name + suffixes[1], scales,
                        {**attrs, "weight_loader": self._counting(layer, "scales", self._as_scales),
                         "quant_method": FusedMoeWeightScaleSupported.GROUP.value})
+
+    @staticmethod
+    def _use_parameters_loaders(layer: Any) -> None:
+        """vLLM's older layers (FusedMoE, before RoutedExperts) call the layer's loader, not the parameter's."""
+        layer.weight_loader = lambda param, *args, **kwargs: param.weight_loader(param, *args, **kwargs)
 
     def _register(self, layer: Any, name: str, tensor: torch.Tensor, attrs: dict) -> None:
         param = torch.nn.Parameter(tensor, requires_grad=False)
@@ -258,6 +264,7 @@ class PackedMethod(SluiceMoEMethod):
     def create_weights(self, layer: Any, num_experts: int, hidden_size: int, intermediate_size_per_partition: int,
                        params_dtype: torch.dtype, **attrs: Any) -> None:
         middle, group = intermediate_size_per_partition, self.group_size
+        self._use_parameters_loaders(layer)
         for name, n, k in ("w13", 2 * middle, hidden_size), ("w2", hidden_size, middle):
             self._register_matrix(
                 layer, name, ("_weight_packed", "_weight_scale"),
@@ -289,6 +296,7 @@ class W4AFP8Method(SluiceMoEMethod):
     def create_weights(self, layer: Any, num_experts: int, hidden_size: int, intermediate_size_per_partition: int,
                        params_dtype: torch.dtype, **attrs: Any) -> None:
         middle, group = intermediate_size_per_partition, self.group_size
+        self._use_parameters_loaders(layer)
         for name, n, k in ("w13", 2 * middle, hidden_size), ("w2", hidden_size, middle):
             self._register_matrix(
                 layer, name, ("_weight", "_weight_scale_inv"),
