@@ -10,9 +10,9 @@
 # In order: the tests under ASan + UBSan, those with threads under TSan, then all tests of the
 # release build, among them the checks of the tree (layering, format, links). The CUDA parts are
 # built where there is an nvcc; their tests report themselves skipped where there is no GPU. Tests
-# with MPI run as processes of this machine; one of them makes network namespaces if it may. Last,
-# the Python package is installed beside PyTorch and transformers and tested from there. The release
-# build's tests have run it without them.
+# with MPI run as processes of this machine; one of them makes network namespaces if it may. Last, the
+# self-contained wheel is installed beside PyTorch and transformers and tested from there. The release
+# build's tests have run the package without them.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 # shellcheck source=scripts/setup.sh
@@ -60,22 +60,24 @@ build() {
   cmake --build --preset "$preset" -j "$jobs"
 }
 
-# `pip install .` as users do it, but for the CUDA backend: its minutes of compiling would prove
-# nothing that the module of the release build, which has it, has not been through already. The flags
-# are those of the release build, so that its objects come from ccache.
+# The wheel as users get it, self-contained, but for the CUDA backend: its minutes of compiling would
+# prove nothing that the module of the release build, which has it, has not been through already. The
+# flags are those of the release build, so that its objects come from ccache.
 test_wheel() {
-  local venv=build/torch-venv
-  say "test pip install ($(minutes))"
+  local venv=build/torch-venv wheels=build/wheels
+  say "test the wheel ($(minutes))"
   if [ "$with_torch" = 0 ]; then
     venv=build/wheel-venv
     build/test-venv/bin/python -m venv --clear "$venv"  # An interpreter with headers.
   fi
-  CMAKE_BUILD_PARALLEL_LEVEL=$jobs "$venv/bin/python" -m pip install -q --disable-pip-version-check \
-    --config-settings=cmake.define.SLUICE_CUDA=OFF \
-    --config-settings=cmake.define.CMAKE_CXX_COMPILER=c++ \
-    --config-settings=cmake.define.SLUICE_WERROR=ON '.[test]'
-  "$venv/bin/python" -m pip install -q --disable-pip-version-check ./python/deep_ep_shim
-  SLUICE_COMMAND=$PWD/build/ci/cli/sluice "$venv/bin/python" -m pytest -q -p no:cacheprovider
+  rm -rf "$wheels"
+  CMAKE_BUILD_PARALLEL_LEVEL=$jobs scripts/build_wheel.sh --python "$venv/bin/python" --no-cuda \
+    --out "$wheels" -D CMAKE_CXX_COMPILER=c++ -D SLUICE_WERROR=ON
+  "$venv/bin/python" -m pip install -q --disable-pip-version-check --force-reinstall --no-deps "$wheels"/*.whl
+  "$venv/bin/python" -m pip install -q --disable-pip-version-check "$(ls "$wheels"/*.whl)[test]" ./python/deep_ep_shim
+  "$venv/bin/python" tests/package/one_layer.py
+  SLUICE_COMMAND=$PWD/build/ci/cli/sluice SLUICE_SELF_CONTAINED=1 \
+    "$venv/bin/python" -m pytest -q -p no:cacheprovider
 }
 
 if [ "${SLUICE_SANITIZERS:-1}" != 0 ]; then

@@ -2,6 +2,7 @@
 
 import importlib.metadata
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -43,6 +44,22 @@ def test_the_module_exports_its_init_function_alone():
     listed = subprocess.run([nm, "-D", "--defined-only", sluice._core.__file__], capture_output=True,
                             text=True, check=True)
     assert [line.split()[1:] for line in listed.stdout.splitlines()] == [["T", "PyInit__core"]]
+
+
+def test_a_self_contained_module_needs_the_c_library_alone():
+    """Of scripts/build_wheel.sh; where SLUICE_SELF_CONTAINED says that it is what is installed."""
+    if os.environ.get("SLUICE_SELF_CONTAINED", "0") == "0":
+        pytest.skip("SLUICE_SELF_CONTAINED is not set: this module may need the system's libraries")
+    objdump = shutil.which("objdump") or pytest.skip("objdump of binutils is not installed")
+    listed = subprocess.run([objdump, "-p", sluice._core.__file__], capture_output=True, text=True,
+                            check=True)
+    needed = {line.split()[1] for line in listed.stdout.splitlines() if "NEEDED" in line}
+    of_glibc = {"libc.so.6", "libm.so.6", "libpthread.so.0", "libdl.so.2", "librt.so.1",
+                "ld-linux-x86-64.so.2"}
+    assert needed <= of_glibc, needed - of_glibc
+    versions = {tuple(map(int, version.split("."))) for version in
+                re.findall(r"GLIBC_([0-9.]+)", listed.stdout)}
+    assert versions and max(versions) <= (2, 35), max(versions)
 
 
 @pytest.mark.parametrize("order", ["sluice, torch", "torch, sluice"])

@@ -1,0 +1,40 @@
+#!/usr/bin/env bash
+# check_wheel.sh - installs a wheel into a bare root of another Debian release, which has Python and
+# nothing else of use, and runs an expert layer there. Needs root and debootstrap; takes two minutes.
+#
+#   scripts/check_wheel.sh WHEEL [RELEASE]
+#
+#   WHEEL     a file that build_wheel.sh made, for the Python of that release
+#   RELEASE   default: trixie, with Python 3.13
+set -euo pipefail
+cd "$(dirname "$0")/.."
+# shellcheck source=scripts/setup.sh
+source scripts/setup.sh
+[ $# -ge 1 ] && [ -f "$1" ] || die "usage: scripts/check_wheel.sh WHEEL [RELEASE]"
+[ "$(id -u)" -eq 0 ] || die "a bare root is made and entered by root alone"
+command -v debootstrap >/dev/null || die "debootstrap is not installed"
+
+wheel=$1 release=${2:-trixie} root=build/bare-$(basename "${2:-trixie}")
+if [ ! -e "$root/.complete" ]; then
+  say "making a bare root of $release"
+  # The archive that this machine's own packages come from.
+  mirror=$(sed -n -e 's/^URIs: *//p' -e 's/^deb \(\[[^]]*\] \)\?\([^ ]*\) .*/\2/p' \
+    /etc/apt/sources.list.d/*.sources /etc/apt/sources.list.d/*.list /etc/apt/sources.list 2>/dev/null | head -n 1)
+  rm -rf "$root"
+  debootstrap --variant=minbase --include=python3 "$release" "$root" "$mirror" >build/bare-root.log 2>&1 ||
+    { tail -n 20 build/bare-root.log; die "no bare root of $release"; }
+  touch "$root/.complete"
+fi
+version=$(chroot "$root" python3 -c 'import sys; print("%d.%d" % sys.version_info[:2])')
+rm -rf "$root/opt/wheels" && mkdir -p "$root/opt/wheels"
+cp "$wheel" "$root/opt/wheels/"
+sluice_test_venv
+build/test-venv/bin/python -m pip download -q --disable-pip-version-check --no-deps --only-binary=:all: \
+  --python-version "$version" -d "$root/opt/wheels" numpy ml_dtypes
+
+say "$(basename "$wheel") with Python $version of $release"
+cp tests/package/one_layer.py "$root/opt/wheels/"
+chroot "$root" sh -eu -c '
+  cd /opt/wheels
+  for wheel in *.whl; do python3 -m zipfile -e "$wheel" site; done
+  PYTHONPATH=site python3 one_layer.py'
