@@ -18,8 +18,10 @@ wheel=$1 release=${2:-trixie} root=build/bare-$(basename "${2:-trixie}")
 if [ ! -e "$root/.complete" ]; then
   say "making a bare root of $release"
   # The archive that this machine's own packages come from.
-  mirror=$(sed -n -e 's/^URIs: *//p' -e 's/^deb \(\[[^]]*\] \)\?\([^ ]*\) .*/\2/p' \
-    /etc/apt/sources.list.d/*.sources /etc/apt/sources.list.d/*.list /etc/apt/sources.list 2>/dev/null | head -n 1)
+  mirror=$(cat /etc/apt/sources.list /etc/apt/sources.list.d/* 2>/dev/null |
+    sed -n -e 's/^URIs: *//p' -e 's/^deb \(\[[^]]*\] \)\?\([^ ]*\) .*/\2/p' | head -n 1) || true
+  [ -n "$mirror" ] || die "no archive of packages in /etc/apt"
+  mkdir -p build
   rm -rf "$root"
   debootstrap --variant=minbase --include=python3 "$release" "$root" "$mirror" >build/bare-root.log 2>&1 ||
     { tail -n 20 build/bare-root.log; die "no bare root of $release"; }
