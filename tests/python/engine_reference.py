@@ -18,13 +18,17 @@ def e4m3(v, error):
 
 
 def input_of_gemm1(x, fp8_wire, s1):
-    """[..., k] float32 as include/sluice/quant.h defines it, operation by operation: to the bit."""
+    """[..., k] float32 as include/sluice/quant.h defines it, operation by operation: to the bit. fp8_wire "vllm": what
+    travels was quantized by vLLM's operator, which divides by the scale."""
     read = x
     if fp8_wire or s1 is None:
         groups = x.unflatten(-1, (-1, 128))
         amax = groups.abs().amax(-1, keepdim=True).clamp(min=1e-4)
-        codes = (groups * (torch.tensor(448.0) / amax)).to(torch.float8_e4m3fn).float()
-        read = (codes * (amax * (torch.tensor(1.0) / 448))).flatten(-2)
+        scale, codes = amax * (torch.tensor(1.0) / 448), groups * (torch.tensor(448.0) / amax)
+        if fp8_wire == "vllm":
+            scale = amax / 448
+            codes = groups / scale
+        read = (codes.to(torch.float8_e4m3fn).float() * scale).flatten(-2)
     if s1 is not None:
         s1 = torch.tensor(s1, dtype=torch.float32)
         read = (read * (1 / s1)).clamp(-448, 448).to(torch.float8_e4m3fn).float() * s1

@@ -11,11 +11,11 @@ import traceback
 import types
 from pathlib import Path
 
+import engine_reference
 import numpy as np
 import torch
 import vllm_on_cpu
 from engine_stubs import seam, version_of
-from float64_experts import check_output
 from vllm_on_cpu import DEVICE
 
 import sluice
@@ -229,11 +229,16 @@ def run_layer(folder, rank, ranks, kind, options):
         assert experts._forward_entry == torch.ops.vllm.moe_forward, experts._forward_entry
         assert moe_runner._moe_forward.__module__.startswith("vllm.")
     check_exchange(options.get("all2all") if dp > 1 else None, calls)
-    quantizer = {"allgather_reducescatter": "vLLM", "deepep_high_throughput": "vLLM", "deepep_low_latency": "DeepEP"}
+    reference = engine_reference.Layer(sluice.Checkpoint(str(folder / "w4afp8")), LAYER)
+    wires = {"allgather_reducescatter": "vllm", "deepep_high_throughput": "vllm", "deepep_low_latency": True}
+    all2all = options.get("all2all")
     is_static = kind == "w4afp8" and "options" not in options
-    static = sluice.Checkpoint(str(folder / "w4afp8")).static_scales(LAYER)
-    check_output(folder / "w4afp8", PREFIX, y.cpu(), x, *tokens, static=static if is_static else None,
-                 quantizer=quantizer[config.parallel_config.all2all_backend] if dp > 1 else None)
+    # Each expert's row is rounded to bf16, and each rank's sum unless combine has all rows.
+    differ = reference.check(
+        y, x, *tokens, roundings=1 if ranks == 1 or all2all == "deepep_low_latency" else 2,
+        fp8_wire=wires[all2all] if dp > 1 else False, slices=1 if options.get("ep") else tp,
+        scales=sluice.Checkpoint(str(folder / "w4afp8")).static_scales(LAYER) if is_static else None)
+    assert differ > 0.5, f"only {differ:.0%} of the elements would tell other experts apart"
 
 
 def in_graph(call):
