@@ -29,14 +29,16 @@ MODULES = [
     # What is known of a backend before there is one; each backend's folder defines its own.
     ("traits",         "src/backend/traits.h", ("public",),                               ()),
     ("experts check",  "src/backend/check_experts", ("public", "core"),                   ()),
+    ("scale fault",    "src/backend/scale_fault.h", (),                                   ()),
     ("ops",            "src/backend/ops.h",    ("public", "core", "quant", "rows"),       ()),
-    ("cpu backend",    "src/backend/cpu/",     ("public", "core", "quant", "rows", "traits", "ops", "experts check"), ("posix", "hwy/", "simd")),
+    ("repack checks",  "src/backend/repack_checks", ("public", "core", "traits", "ops", "scale fault"), ()),
+    ("cpu backend",    "src/backend/cpu/",     ("public", "core", "quant", "rows", "traits", "ops", "experts check", "repack checks"), ("posix", "hwy/", "simd")),
     ("ptx",            "src/backend/cuda/ptx/", ("public", "core"),                       ("cuda",)),
     # What every CUDA file needs: error macro, formats as device functions.
     ("cuda support",   "src/backend/cuda/check.h",    ("public",),                        ("cuda",)),
     ("cuda formats",   "src/backend/cuda/e4m3_group.cuh", ("public", "ptx"),             ("cuda",)),
-    ("cuda backend",   "src/backend/cuda/",    ("public", "core", "quant", "rows", "traits", "ops", "ptx", "experts check", "device handles",
-                                                "cuda support", "cuda formats"),
+    ("cuda backend",   "src/backend/cuda/",    ("public", "core", "quant", "rows", "traits", "ops", "ptx", "experts check", "repack checks",
+                                                "scale fault", "device handles", "cuda support", "cuda formats"),
                                                                                           ("cuda", "cute/", "cutlass/")),
     # The factory: the one place that names concrete backends.
     ("backend",        "src/backend/",         ("public", "core", "traits", "ops", "cpu backend", "cuda backend"), ("cuda",)),
@@ -76,7 +78,7 @@ ONLY_IN = {
 # below them; it never sees a layer above, nor anything of the laboratory.
 BASE = {"tensor.h", "error.h", "config.h", "stream.h"}
 VALUES = BASE | {"quant.h", "recipe.h", "activation.h", "weight_format.h"}
-BACKEND = VALUES | {"checkpoint.h", "backend.h"}
+BACKEND = VALUES | {"checkpoint.h", "backend.h", "matrix_source.h", "repack.h"}
 PUBLIC_OF = {
     "core": BASE,
     "quant": VALUES,
@@ -84,7 +86,7 @@ PUBLIC_OF = {
     "device handles": BASE | {"transport.h"},
     "device memory": BASE | {"transport.h"},
     "transport": BASE | {"transport.h"},
-    "rows": BACKEND, "traits": BACKEND, "experts check": BACKEND, "ops": BACKEND, "cpu backend": BACKEND, "ptx": BASE,
+    "rows": BACKEND, "traits": BACKEND, "scale fault": BASE, "repack checks": BACKEND, "experts check": BACKEND, "ops": BACKEND, "cpu backend": BACKEND, "ptx": BASE,
     "cuda support": BASE, "cuda formats": VALUES, "cuda backend": BACKEND, "backend": BACKEND,
     "cuda exchange": BACKEND | {"transport.h", "exchange.h"},
     "exchange": BACKEND | {"transport.h", "exchange.h"},

@@ -8,6 +8,7 @@
 #include <cstddef>
 #include <cstdint>
 #include <memory>
+#include <span>
 
 #include "sluice/exchange.h"
 #include "sluice/recipe.h"
@@ -17,8 +18,10 @@
 namespace sluice {
 
 class Backend;
+struct ExpertSource;
 struct ExpertWeights;
 struct ModelGeometry;
+struct RepackFormat;
 
 /// Where e4m3 rows go. Exactly one of `scale` and `static_scale` is set.
 struct E4m3Rows {
@@ -47,6 +50,26 @@ class Experts {
   /// Throws: kInvalidArgument for weights that no backend takes, kOutOfMemory.
   [[nodiscard]] static Experts create(const ExpertWeights& weights, std::int64_t max_rows,
                                       Backend& backend);
+
+  /// Room for experts whose weights lie in the device's memory (repack.h): repack() brings them,
+  /// and finish_repack() makes them ready. The packed weights go into `memory`, packed_bytes() of
+  /// the device, which the caller keeps until the experts are gone; empty: they are allocated here.
+  /// Throws: kInvalidArgument, kOutOfMemory.
+  [[nodiscard]] static Experts make_room(const RepackFormat& format, std::int64_t max_rows,
+                                         Backend& backend, MutableTensorView memory = {});
+  /// Packs experts [first, first + sources.size()), one after the other. Sources may lie in
+  /// `memory` itself if packing the experts before them in this call leaves them as they are. So
+  /// codes at the end of each of its two parts (packed_sizes()) can be packed in order; an expert
+  /// that overwrites itself takes the memory of one more for a while.
+  /// Stream: asynchronous on CUDA: sources stay as they are until it has passed.
+  /// Throws: kInvalidArgument naming the expert and the matrix.
+  void repack(int first, std::span<const ExpertSource> sources, Stream stream);
+  /// After every expert has been packed.
+  /// Stream: waits for it.
+  /// Throws: kInvalidArgument if an expert is missing, or naming the first scale that is not
+  /// finite;
+  ///   in the second case the experts are of no use any more.
+  void finish_repack(Stream stream);
 
   Experts(Experts&&) noexcept;
   Experts& operator=(Experts&&) noexcept;

@@ -90,6 +90,20 @@ class LocalExperts {
   void forward(TensorView x, const Routing& routing, MutableTensorView y, Stream stream,
                TensorView x_scale = {});
 
+  /// expert_y[row] = expert(batch.x[row]) for every valid row, rounded as the recipe says and not
+  /// weighted: Experts::forward() in the memory that the group's calls share.
+  ///
+  /// batch, expert_y: as Experts::forward(); at most max_batch_rows() rows, padding included.
+  /// Stream, Throws:  as forward().
+  void forward_batch(const ExpertBatch& batch, MutableTensorView expert_y, Stream stream);
+  /// Makes room for batches of `max_rows` rows of this recipe, for all layers of the group. What
+  /// was there before stays for graphs, as after LocalGroup::reserve().
+  /// Stream: allocates, which waits for the device; not during a capture.
+  /// Throws: kInvalidArgument, kOutOfMemory.
+  void reserve_batch(std::int64_t max_rows);
+  /// 0 until some room is reserved.
+  [[nodiscard]] std::int64_t max_batch_rows() const noexcept;
+
   [[nodiscard]] const std::string& name() const noexcept;
   [[nodiscard]] const LayerRecipe& recipe() const noexcept;
   [[nodiscard]] int first_expert() const noexcept;

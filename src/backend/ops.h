@@ -10,12 +10,14 @@
 #include <cstdint>
 #include <functional>
 #include <memory>
+#include <span>
 #include <vector>
 
 #include "backend/rows.h"
 #include "sluice/backend.h"
 #include "sluice/checkpoint.h"
 #include "sluice/recipe.h"
+#include "sluice/repack.h"
 #include "sluice/stream.h"
 #include "sluice/tensor.h"
 
@@ -63,9 +65,26 @@ enum class ExpertHalf : std::uint8_t { kGateUp, kDown };
 
 class BackendOps : public Backend {
  public:
-  /// Repacks `weights` expert by expert and releases each one's mapped pages, so that no second
-  /// copy of the weights is ever resident.
+  /// Repacks `weights`, which lie in host memory, expert by expert and releases each one's mapped
+  /// pages, so that no second copy of the weights is ever resident.
   [[nodiscard]] virtual std::unique_ptr<PreparedExperts> prepare(const ExpertWeights& weights) = 0;
+
+  /// Room for experts that repack() brings one by one, in any order, and finish_repack() makes
+  /// ready. `memory` is the caller's and outlives the result; empty: the room is allocated here.
+  /// Throws: kInvalidArgument, kOutOfMemory; kUnsupported where prepare() is all there is.
+  [[nodiscard]] virtual std::unique_ptr<PreparedExperts> make_room(const RepackFormat& format,
+                                                                   const MutableTensorView& memory);
+  /// Packs experts [first, first + sources.size()) of the room, one after the other, from memory of
+  /// this device. A source may lie in the room's own memory if packing the experts before it in
+  /// this call leaves it as it is; an expert that overwrites itself is packed aside first.
+  /// Asynchronous on `stream`: sources stay as they are until it has passed.
+  /// Throws: kInvalidArgument.
+  virtual void repack(PreparedExperts& room, int first, std::span<const ExpertSource> sources,
+                      Stream stream);
+  /// Waits for `stream` and settles what depends on all experts of the room.
+  /// Throws: kInvalidArgument naming the first scale that is not finite. The room is then of no
+  /// use.
+  virtual void finish_repack(PreparedExperts& room, Stream stream);
 
   /// Records what `work` queues on `stream`. A GPU needs every kernel in it to have run before.
   [[nodiscard]] virtual std::unique_ptr<Recording> record(Stream stream, MarkedWork work);

@@ -7,11 +7,10 @@
 #include <cstddef>
 
 #include "sluice/backend.h"
+#include "sluice/repack.h"
 #include "sluice/tensor.h"
 
 namespace sluice {
-
-struct ModelGeometry;
 
 struct BackendTraits {
   /// Host code may read and write its memory. The exchange for host memory then works on it as it
@@ -25,9 +24,13 @@ struct BackendTraits {
   ErrorModel error;
   /// How far a layer's output may be from the evaluator's: docs/accuracy.md#engines.
   double engine_limit = 0;
-  /// PreparedExperts::bytes() of experts that are not there yet. A test holds it against one.
-  std::size_t (*prepared_bytes)(const ModelGeometry& geometry, int num_experts,
-                                DType scale_dtype) = nullptr;
+  /// Of an expert that is not there yet. Tests hold it against PreparedExperts::bytes().
+  PackedSizes (*packed_sizes)(const ModelGeometry& geometry, DType scale_dtype) = nullptr;
+  [[nodiscard]] std::size_t prepared_bytes(const ModelGeometry& geometry, int num_experts,
+                                           DType scale_dtype) const {
+    const PackedSizes sizes = packed_sizes(geometry, scale_dtype);
+    return static_cast<std::size_t>(num_experts) * (sizes.gate_up_bytes + sizes.down_bytes);
+  }
 };
 
 /// Throws: kInvalidArgument for a kind without a backend.

@@ -9,6 +9,7 @@
 #include "core/fail.h"
 #include "engine/experts_impl.h"
 #include "sluice/quant.h"
+#include "sluice/repack.h"
 
 namespace sluice {
 namespace {
@@ -121,14 +122,6 @@ void check_wire(const ExpertBatch& batch, WireFormat wire, std::int64_t width,
   }
 }
 
-/// e4m3 rows of a batch, to read.
-Fp8RowsView received_rows(const ExpertBatch& batch, float static_scale, std::int64_t width) {
-  return {.codes = batch.x.as<std::uint8_t>(),
-          .scale = batch.x_scale.as<float>(),
-          .static_scale = static_scale,
-          .width = width};
-}
-
 /// For batches of a caller. Throws: kInvalidArgument, kOutOfMemory.
 std::shared_ptr<ExpertScratch> make_scratch(const ModelGeometry& geometry, std::int64_t max_rows,
                                             Backend& backend) {
@@ -147,6 +140,42 @@ std::shared_ptr<ExpertScratch> make_scratch(const ModelGeometry& geometry, std::
 }
 
 }  // namespace
+
+Fp8RowsView received_rows(const ExpertBatch& batch, float static_scale, std::int64_t width) {
+  return {.codes = batch.x.as<std::uint8_t>(),
+          .scale = batch.x_scale.as<float>(),
+          .static_scale = static_scale,
+          .width = width};
+}
+
+RowRanges check_batch(const LayerRecipe& recipe, const ExpertBatch& batch,
+                      const MutableTensorView& expert_y, const BatchNeeds& needs,
+                      const Device& device, std::vector<std::int64_t>& begin) {
+  check_argument(!batch.num_rows.empty(), "num_rows is needed");
+  const std::int64_t width = checked_width(batch);
+  const RowRanges rows = checked_rows(batch, device, begin);
+  check_argument(rows.num_experts == needs.num_experts,
+                 "the batch has {} experts, the weights have {}", rows.num_experts,
+                 needs.num_experts);
+  check_argument(width == needs.hidden, "x has rows of {}, the weights take {}", width,
+                 needs.hidden);
+  check_argument(rows.max_rows <= needs.max_rows, "x has {} rows, more than max_rows {}",
+                 rows.max_rows, needs.max_rows);
+  check_wire(batch, recipe.wire, width, device);
+  check_tensor("expert_y", expert_y, DType::kBFloat16, batch.x.shape, device);
+  return rows;
+}
+
+void cast_batch(BackendOps& backend, const LayerRecipe& recipe, const ExpertBatch& batch,
+                const RowRanges& rows, const Fp8Rows& out, Stream stream) {
+  if (recipe.wire == WireFormat::kBf16) {
+    const bool pow2 = recipe.gemm1 == Cast::kGroupPow2;
+    backend.quantize(batch.x.as<std::uint16_t>(), rows, pow2, out, stream);
+  } else {
+    backend.requantize(received_rows(batch, recipe.wire_static_scale(), out.width), rows, out,
+                       stream);
+  }
+}
 
 RowRanges row_ranges(const ExpertBatch& batch) {
   const bool is_masked = batch.x.shape.rank() == 3;
@@ -211,6 +240,22 @@ Experts::Impl::Impl(const ExpertWeights& weights, std::shared_ptr<ExpertScratch>
   }
 }
 
+Experts::Impl::Impl(const RepackFormat& format, std::shared_ptr<ExpertScratch> shared, Backend& b,
+                    const MutableTensorView& memory)
+    : backend(&ops(b)),
+      geometry(format.geometry),
+      num_experts(format.num_experts),
+      prepared(backend->make_room(format, memory)),
+      is_missing(static_cast<std::size_t>(format.num_experts), true),
+      scratch(std::move(shared)) {
+  const auto elements = static_cast<std::size_t>(format.num_experts) * 3 *
+                        static_cast<std::size_t>(geometry.hidden) *
+                        static_cast<std::size_t>(geometry.intermediate);
+  codes_bytes = elements / 2;
+  scales_bytes =
+      elements / static_cast<std::size_t>(geometry.group_size) * size_bytes(format.scale_dtype);
+}
+
 Fp8RowsView Experts::Impl::gemm1_rows(const LayerRecipe& recipe, const ExpertBatch& batch,
                                       const RowRanges& rows, std::uint16_t* expert_y,
                                       Stream stream) {
@@ -223,12 +268,7 @@ Fp8RowsView Experts::Impl::gemm1_rows(const LayerRecipe& recipe, const ExpertBat
     out.codes = reinterpret_cast<std::uint8_t*>(expert_y);
     out.stride = out.width * static_cast<std::int64_t>(sizeof(std::uint16_t));
   }
-  if (recipe.wire == WireFormat::kBf16) {
-    const bool pow2 = recipe.gemm1 == Cast::kGroupPow2;
-    backend->quantize(batch.x.as<std::uint16_t>(), rows, pow2, out, stream);
-  } else {
-    backend->requantize(received, rows, out, stream);
-  }
+  cast_batch(*backend, recipe, batch, rows, out, stream);
   return out;
 }
 
@@ -245,6 +285,31 @@ Experts Experts::create(const ExpertWeights& weights, std::int64_t max_rows, Bac
       std::make_unique<Impl>(weights, make_scratch(weights.geometry, max_rows, backend), backend));
 }
 
+Experts Experts::make_room(const RepackFormat& format, std::int64_t max_rows, Backend& backend,
+                           MutableTensorView memory) {
+  return Experts(std::make_unique<Impl>(format, make_scratch(format.geometry, max_rows, backend),
+                                        backend, memory));
+}
+
+void Experts::repack(int first, std::span<const ExpertSource> sources, Stream stream) {
+  Impl& self = *impl_;
+  check_argument(!self.is_missing.empty(), "the experts are repacked already");
+  self.backend->repack(*self.prepared, first, sources, stream);
+  for (std::size_t i = 0; i < sources.size(); ++i) {
+    self.is_missing[static_cast<std::size_t>(first) + i] = false;
+  }
+}
+
+void Experts::finish_repack(Stream stream) {
+  Impl& self = *impl_;
+  for (std::size_t i = 0; i < self.is_missing.size(); ++i) {
+    check_argument(!self.is_missing[i], "expert {} of {} has not been repacked", i,
+                   self.num_experts);
+  }
+  self.backend->finish_repack(*self.prepared, stream);
+  self.is_missing.clear();
+}
+
 void Experts::reserve(std::int64_t max_rows) {
   Impl& self = *impl_;
   if (max_rows <= self.scratch->max_rows) return;
@@ -257,20 +322,12 @@ void Experts::forward(const LayerRecipe& recipe, const ExpertBatch& batch,
                       MutableTensorView expert_y, Stream stream) {
   check_recipe(recipe);
   Impl& self = *impl_;
-  const Device device = self.backend->device();
-  check_argument(!batch.num_rows.empty(), "num_rows is needed");
+  check_argument(self.is_missing.empty(), "finish_repack() has not been called");
   std::vector<std::int64_t> begin;
-  const std::int64_t width = checked_width(batch);
-  const RowRanges rows = checked_rows(batch, device, begin);
-  check_argument(rows.num_experts == self.num_experts,
-                 "the batch has {} experts, the weights have {}", rows.num_experts,
-                 self.num_experts);
-  check_argument(width == self.geometry.hidden, "x has rows of {}, the weights take {}", width,
-                 self.geometry.hidden);
-  check_argument(rows.max_rows <= self.scratch->max_rows, "x has {} rows, more than max_rows {}",
-                 rows.max_rows, self.scratch->max_rows);
-  check_wire(batch, recipe.wire, width, device);
-  check_tensor("expert_y", expert_y, DType::kBFloat16, batch.x.shape, device);
+  const BatchNeeds needs{.num_experts = self.num_experts,
+                         .hidden = self.geometry.hidden,
+                         .max_rows = self.scratch->max_rows};
+  const RowRanges rows = check_batch(recipe, batch, expert_y, needs, self.backend->device(), begin);
   auto* const y = expert_y.as<std::uint16_t>();
   const Fp8RowsView in = self.gemm1_rows(recipe, batch, rows, y, stream);
   ExpertStageTimes times;

@@ -13,6 +13,24 @@ namespace sluice {
 /// The valid rows of a batch whose tensors are known to fit each other, as an exchange makes it.
 [[nodiscard]] RowRanges row_ranges(const ExpertBatch& batch);
 
+/// A batch that a caller brings, checked against the experts that are to run on it.
+struct BatchNeeds {
+  int num_experts;
+  std::int64_t hidden;
+  std::int64_t max_rows;
+};
+/// Its rows; `begin` is memory for what the caller left out.
+/// Throws: kInvalidArgument naming the tensor.
+[[nodiscard]] RowRanges check_batch(const LayerRecipe& recipe, const ExpertBatch& batch,
+                                    const MutableTensorView& expert_y, const BatchNeeds& needs,
+                                    const Device& device, std::vector<std::int64_t>& begin);
+/// The batch's e4m3 rows, to read.
+[[nodiscard]] Fp8RowsView received_rows(const ExpertBatch& batch, float static_scale,
+                                        std::int64_t width);
+/// The cast that recipe.gemm1 leaves to the receiver, into `out`.
+void cast_batch(BackendOps& backend, const LayerRecipe& recipe, const ExpertBatch& batch,
+                const RowRanges& rows, const Fp8Rows& out, Stream stream);
+
 /// Bytes of the codes of e4m3 rows [max_rows, width], and of their group scales.
 [[nodiscard]] std::size_t fp8_code_bytes(std::int64_t max_rows, std::int64_t width);
 [[nodiscard]] std::size_t fp8_scale_bytes(std::int64_t max_rows, std::int64_t width);
@@ -38,6 +56,8 @@ struct ExpertScratch {
 struct Experts::Impl {
   /// What `scratch.x` lacks, no recipe used may need.
   Impl(const ExpertWeights& weights, std::shared_ptr<ExpertScratch> scratch, Backend& backend);
+  Impl(const RepackFormat& format, std::shared_ptr<ExpertScratch> scratch, Backend& backend,
+       const MutableTensorView& memory);
 
   /// The rows GEMM1 consumes: the received bytes themselves, or what `recipe` makes of them here,
   /// in the scratch or in the rows of `expert_y`.
@@ -53,6 +73,7 @@ struct Experts::Impl {
   int num_experts;
   std::size_t codes_bytes = 0, scales_bytes = 0;  // As the checkpoint has them.
   std::shared_ptr<PreparedExperts> prepared;      ///< Shared with LocalExperts.
+  std::vector<bool> is_missing;  ///< [num_experts] while they are repacked; then empty.
   std::shared_ptr<ExpertScratch> scratch;
   std::vector<std::shared_ptr<ExpertScratch>> outgrown;  ///< Graphs may use it.
 };

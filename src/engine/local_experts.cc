@@ -15,12 +15,14 @@
 #include "core/check_tensor.h"
 #include "core/fail.h"
 #include "engine/experts_impl.h"
+#include "engine/local_room.h"
 #include "sluice/quant.h"
 
 namespace sluice {
 namespace {
 
 constexpr int kMaxLocalTopk = 32;  // As an exchange takes; of a kernel's arrays.
+constexpr std::int64_t kMaxRows = std::int64_t{1} << 30;
 
 void check_config(const LocalGroupConfig& c) {
   for (const auto& [name, value] :
@@ -28,41 +30,10 @@ void check_config(const LocalGroupConfig& c) {
     check_argument(value > 0 && value % kActivationGroup == 0,
                    "{} {} is not a positive multiple of {}", name, value, kActivationGroup);
   }
-  check_argument(c.max_entries > 0 && c.max_entries <= (std::int64_t{1} << 30),
+  check_argument(c.max_entries > 0 && c.max_entries <= kMaxRows,
                  "max_entries {} is not in [1, 2^30]", c.max_entries);
   check_argument(std::isfinite(c.routed_scaling_factor), "routed_scaling_factor {} is not finite",
                  c.routed_scaling_factor);
-}
-
-/// Bytes of the rows that experts write, [max_entries, hidden] bf16.
-std::size_t expert_y_bytes(const LocalGroupConfig& c) {
-  return fp8_code_bytes(c.max_entries, c.hidden) * sizeof(std::uint16_t);
-}
-std::size_t row_of_bytes(const LocalGroupConfig& c) {
-  return static_cast<std::size_t>(c.max_entries) * sizeof(std::int32_t);
-}
-
-/// The memory between the stages of one call.
-struct LocalScratch {
-  ExpertScratch experts;
-  /// [max_entries, hidden] bf16. Until GEMM2 writes a row, its codes lie at its beginning.
-  std::unique_ptr<DeviceBuffer> expert_y;
-  std::unique_ptr<DeviceBuffer> row_of;  ///< [max_entries] int32
-
-  [[nodiscard]] std::size_t bytes() const noexcept {
-    return experts.x.bytes() + experts.h.bytes() + expert_y->bytes() + row_of->bytes();
-  }
-};
-
-LocalScratch make_scratch(const LocalGroupConfig& c, Backend& backend) {
-  LocalScratch made;
-  made.experts.max_rows = c.max_entries;
-  made.experts.x.scale = backend.allocate(fp8_scale_bytes(c.max_entries, c.hidden));
-  made.experts.h.codes = backend.allocate(fp8_code_bytes(c.max_entries, c.intermediate));
-  made.experts.h.scale = backend.allocate(fp8_scale_bytes(c.max_entries, c.intermediate));
-  made.expert_y = backend.allocate(expert_y_bytes(c));
-  made.row_of = backend.allocate(row_of_bytes(c));
-  return made;
 }
 
 void check_fits(const LocalGroupConfig& c, const ModelGeometry& geometry, const std::string& name) {
@@ -77,8 +48,9 @@ void check_fits(const LocalGroupConfig& c, const ModelGeometry& geometry, const 
 struct LocalGroup::Impl {
   LocalGroupConfig config;
   BackendOps* backend = nullptr;
-  LocalScratch scratch;
-  std::vector<LocalScratch> outgrown;  // Graphs may use it.
+  LocalRoom room;
+  std::int64_t max_batch_rows = 0;  // Of a batch that is cast here, and of any.
+  std::int64_t max_cast_rows = 0;
   std::unique_ptr<StreamOrder> order;
   int num_layers = 0;
   std::map<const PreparedExperts*, int> prepared;  // And how many layers share it.
@@ -110,6 +82,7 @@ struct LocalExperts::Impl {
   /// The casts that are left to do, for tokens of x's dtype.   Throws: kInvalidArgument.
   [[nodiscard]] TokenRows tokens_of(const TensorView& x, const TensorView& x_scale) const;
   [[nodiscard]] EntryRows entries_of(const Routing& routing) const;
+  [[nodiscard]] Fp8Rows hidden_rows() const;
   void check(const TensorView& x, const TensorView& x_scale, const Routing& routing,
              const MutableTensorView& y) const;
 
@@ -184,9 +157,58 @@ EntryRows LocalExperts::Impl::entries_of(const Routing& routing) const {
           .num_topk = static_cast<int>(routing.topk_idx.dim(1)),
           .first_expert = first_expert,
           .num_experts = num_experts,
-          .row_of = reinterpret_cast<std::int32_t*>(group->scratch.row_of->data()),
+          .row_of = reinterpret_cast<std::int32_t*>(group->room.row_of->data()),
           .begin = begin,
           .count = reinterpret_cast<std::int32_t*>(begin + num_experts)};
+}
+
+Fp8Rows LocalExperts::Impl::hidden_rows() const {
+  return rows_in(group->room.h_codes, group->room.h_scale, group->config.intermediate,
+                 has_group_scales(recipe.gemm2), recipe.s2);
+}
+
+std::int64_t LocalExperts::max_batch_rows() const noexcept {
+  const LocalGroup::Impl& group = *impl_->group;
+  return impl_->recipe.gemm1 == Cast::kNone ? group.max_batch_rows
+                                            : std::min(group.max_batch_rows, group.max_cast_rows);
+}
+
+void LocalExperts::reserve_batch(std::int64_t max_rows) {
+  LocalGroup::Impl& group = *impl_->group;
+  check_argument(max_rows > 0 && max_rows <= kMaxRows, "max_rows {} is not in [1, 2^30]", max_rows);
+  group.room.grow_h(max_rows, group.config.intermediate, *group.backend);
+  group.max_batch_rows = std::max(group.max_batch_rows, max_rows);
+  if (impl_->recipe.gemm1 == Cast::kNone) return;
+  group.room.grow(group.room.rows, fp8_code_bytes(max_rows, group.config.hidden), *group.backend);
+  group.room.grow(group.room.x_scale, fp8_scale_bytes(max_rows, group.config.hidden),
+                  *group.backend);
+  group.max_cast_rows = std::max(group.max_cast_rows, max_rows);
+}
+
+void LocalExperts::forward_batch(const ExpertBatch& batch, MutableTensorView expert_y,
+                                 Stream stream) {
+  Impl& self = *impl_;
+  LocalGroup::Impl& group = *self.group;
+  const std::int64_t hidden = group.config.hidden;
+  std::vector<std::int64_t> begin;
+  const BatchNeeds needs{
+      .num_experts = self.num_experts, .hidden = hidden, .max_rows = max_batch_rows()};
+  const RowRanges rows =
+      check_batch(self.recipe, batch, expert_y, needs, group.backend->device(), begin);
+  if (rows.max_rows == 0) return;
+
+  group.order->before(stream);
+  Fp8RowsView in = received_rows(batch, self.recipe.wire_static_scale(), hidden);
+  if (self.recipe.gemm1 != Cast::kNone) {
+    const Fp8Rows cast = rows_in(group.room.rows, group.room.x_scale, hidden,
+                                 has_group_scales(self.recipe.gemm1), self.recipe.s1);
+    cast_batch(*group.backend, self.recipe, batch, rows, cast, stream);
+    in = cast;
+  }
+  ExpertStageTimes times;
+  group.backend->expert_stage(*self.prepared, in, rows, self.hidden_rows(),
+                              expert_y.as<std::uint16_t>(), stream, &times);
+  group.order->after(stream);
 }
 
 void LocalExperts::forward(TensorView x, const Routing& routing, MutableTensorView y, Stream stream,
@@ -198,12 +220,11 @@ void LocalExperts::forward(TensorView x, const Routing& routing, MutableTensorVi
   const std::int64_t hidden = group.config.hidden;
   const EntryRows entries = self.entries_of(routing);
   const std::int64_t num_entries = entries.num_tokens * entries.num_topk;
-  auto* const expert_y = reinterpret_cast<std::uint16_t*>(group.scratch.expert_y->data());
-  const ExpertScratch& scratch = group.scratch.experts;
+  auto* const expert_y = reinterpret_cast<std::uint16_t*>(group.room.rows->data());
   const Cast last_cast =
       self.recipe.gemm1 != Cast::kNone ? self.recipe.gemm1 : sent_cast(self.recipe.wire);
-  Fp8Rows in = scratch.x.rows(hidden, has_group_scales(last_cast), self.recipe.s1);
-  in.codes = reinterpret_cast<std::uint8_t*>(expert_y);
+  Fp8Rows in = rows_in(group.room.rows, group.room.x_scale, hidden, has_group_scales(last_cast),
+                       self.recipe.s1);
   in.stride = hidden * static_cast<std::int64_t>(sizeof(std::uint16_t));
   const int model_experts = std::max(self.geometry.num_experts, self.num_experts);
   const RowRanges rows{
@@ -213,8 +234,7 @@ void LocalExperts::forward(TensorView x, const Routing& routing, MutableTensorVi
       .max_rows = num_entries,
       .max_rows_per_expert = num_entries,
       .expected_m = static_cast<int>((num_entries + model_experts - 1) / model_experts)};
-  const Fp8Rows h = scratch.h.rows(group.config.intermediate, has_group_scales(self.recipe.gemm2),
-                                   self.recipe.s2);
+  const Fp8Rows h = self.hidden_rows();
 
   group.order->before(stream);
   group.backend->gather_tokens(self.tokens_of(x, x_scale), entries, in, stream);
@@ -268,7 +288,7 @@ LocalGroup LocalGroup::create(const LocalGroupConfig& config, Backend& backend) 
   auto impl = std::make_shared<Impl>();
   impl->config = config;
   impl->backend = &ops(backend);
-  impl->scratch = make_scratch(config, backend);
+  impl->room.grow_entries(config, backend);
   impl->order = impl->backend->make_stream_order();
   return LocalGroup(std::move(impl));
 }
@@ -279,9 +299,7 @@ void LocalGroup::reserve(std::int64_t max_entries) {
   LocalGroupConfig larger = self.config;
   larger.max_entries = max_entries;
   check_config(larger);
-  self.outgrown.reserve(self.outgrown.size() + 1);
-  LocalScratch scratch = make_scratch(larger, *self.backend);
-  self.outgrown.push_back(std::exchange(self.scratch, std::move(scratch)));
+  self.room.grow_entries(larger, *self.backend);
   self.config = larger;
 }
 
@@ -307,6 +325,7 @@ LocalExperts LocalGroup::add_layer(const Experts& experts, const LayerRecipe& re
   if (name.empty()) name = "the layer";
   check_argument(given.backend == impl_->backend, "{}: its experts were made for another backend",
                  name);
+  check_argument(given.is_missing.empty(), "{}: finish_repack() of its experts is missing", name);
   check_argument(first_expert >= 0, "{}: first_expert {} is negative", name, first_expert);
   check_fits(impl_->config, given.geometry, name);
   check_recipe(recipe);
@@ -320,9 +339,8 @@ const LocalGroupConfig& LocalGroup::config() const noexcept {
 }
 
 LocalGroupMemory LocalGroup::memory() const noexcept {
-  LocalGroupMemory memory{.num_layers = impl_->num_layers, .scratch_bytes = impl_->scratch.bytes()};
+  LocalGroupMemory memory{.num_layers = impl_->num_layers, .scratch_bytes = impl_->room.bytes()};
   for (const auto& [prepared, layers] : impl_->prepared) memory.prepared_bytes += prepared->bytes();
-  for (const LocalScratch& scratch : impl_->outgrown) memory.scratch_bytes += scratch.bytes();
   return memory;
 }
 

@@ -11,6 +11,7 @@
 #include "backend/cuda/check.h"
 #include "backend/cuda/ptx/math.cuh"
 #include "backend/cuda/w4a8.h"
+#include "sluice/repack.h"
 
 namespace sluice::cuda::bench {
 
@@ -165,24 +166,28 @@ inline Weights make_weights(const WeightSpec& spec) {
   const std::size_t dn = packed_expert_bytes(w.down().shape);
   w.packed_gate_up = Buffer<std::uint8_t>(experts * gu);
   w.packed_down = Buffer<std::uint8_t>(experts * dn);
+  Buffer<RepackFindings> findings(1);
+  const RepackFindings none;
+  SLUICE_CUDA_CHECK(cudaMemcpy(findings.data, &none, sizeof(none), cudaMemcpyHostToDevice));
+  const auto source = [&](int i, std::size_t e, int k) {
+    return dense_source(reinterpret_cast<const std::byte*>(w.codes[i].data + e * elements / 2),
+                        reinterpret_cast<const std::byte*>(w.scales[i].data + e * one_scales * sb),
+                        k, spec.group);
+  };
   for (std::size_t e = 0; e < experts; ++e) {
-    launch_repack_gate_up({.hidden = spec.hidden,
-                           .intermediate = spec.intermediate,
-                           .group = spec.group,
-                           .scale_type = spec.scale_type,
-                           .code = spec.code,
-                           .gate = w.codes[0].data + e * elements / 2,
-                           .up = w.codes[1].data + e * elements / 2,
-                           .gate_scale = w.scales[0].data + e * one_scales * sb,
-                           .up_scale = w.scales[1].data + e * one_scales * sb,
-                           .packed = w.packed_gate_up.data + e * gu},
-                          nullptr);
-    launch_repack_plain({.shape = w.down().shape,
-                         .code = spec.code,
-                         .weight = w.codes[2].data + e * elements / 2,
-                         .scale = w.scales[2].data + e * one_scales * sb,
-                         .packed = w.packed_down.data + e * dn},
-                        nullptr);
+    launch_repack({.shape = w.gate_up().shape,
+                   .code = spec.code,
+                   .is_gate_up = true,
+                   .sources = {source(0, e, spec.hidden), source(1, e, spec.hidden)},
+                   .packed = w.packed_gate_up.data + e * gu,
+                   .findings = findings.data},
+                  nullptr);
+    launch_repack({.shape = w.down().shape,
+                   .code = spec.code,
+                   .sources = {source(2, e, spec.intermediate), {}},
+                   .packed = w.packed_down.data + e * dn,
+                   .findings = findings.data},
+                  nullptr);
   }
   SLUICE_CUDA_CHECK(cudaDeviceSynchronize());
   if (!spec.keep_canonical) {

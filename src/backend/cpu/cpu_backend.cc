@@ -57,6 +57,20 @@ std::unique_ptr<PreparedExperts> CpuBackend::prepare(const ExpertWeights& weight
   return std::make_unique<PreparedCpuExperts>(weights, pool_);
 }
 
+std::unique_ptr<PreparedExperts> CpuBackend::make_room(const RepackFormat& format,
+                                                       const MutableTensorView& memory) {
+  return std::make_unique<PreparedCpuExperts>(format, memory);
+}
+
+void CpuBackend::repack(PreparedExperts& room, int first, std::span<const ExpertSource> sources,
+                        Stream) {
+  static_cast<PreparedCpuExperts&>(room).repack(first, sources, pool_);
+}
+
+void CpuBackend::finish_repack(PreparedExperts& room, Stream) {
+  static_cast<PreparedCpuExperts&>(room).finish();
+}
+
 void CpuBackend::for_each_row(const RowRanges& rows,
                               const std::function<void(std::int64_t row)>& body) {
   check_rows(rows);

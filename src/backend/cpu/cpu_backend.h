@@ -33,6 +33,11 @@ class CpuBackend final : public BackendOps {
   void copy_on_device(void* to, const void* from, std::size_t bytes, Stream) override;
 
   [[nodiscard]] std::unique_ptr<PreparedExperts> prepare(const ExpertWeights& weights) override;
+  [[nodiscard]] std::unique_ptr<PreparedExperts> make_room(
+      const RepackFormat& format, const MutableTensorView& memory) override;
+  void repack(PreparedExperts& room, int first, std::span<const ExpertSource> sources,
+              Stream) override;
+  void finish_repack(PreparedExperts& room, Stream) override;
   void quantize(const std::uint16_t* x, const RowRanges& rows, bool pow2, const Fp8Rows& out,
                 Stream stream) override;
   void requantize(const Fp8RowsView& in, const RowRanges& rows, const Fp8Rows& out,

@@ -5,7 +5,7 @@
 namespace sluice::cpu {
 namespace {
 
-std::size_t prepared_bytes(const ModelGeometry& geometry, int num_experts, DType scale_dtype) {
+PackedSizes packed_sizes(const ModelGeometry& geometry, DType scale_dtype) {
   const auto bytes = [&](std::int64_t n, std::int64_t k) {
     return PreparedMatrix{.scales_are_bf16 = scale_dtype == DType::kBFloat16,
                           .group_size = geometry.group_size,
@@ -13,9 +13,9 @@ std::size_t prepared_bytes(const ModelGeometry& geometry, int num_experts, DType
                           .k = k}
         .memory_bytes();
   };
-  const std::size_t gate_and_up = 2 * bytes(geometry.intermediate, geometry.hidden);
-  const std::size_t down = bytes(geometry.hidden, geometry.intermediate);
-  return static_cast<std::size_t>(num_experts) * (gate_and_up + down);
+  return {.gate_up_bytes = 2 * bytes(geometry.intermediate, geometry.hidden),
+          .down_bytes = bytes(geometry.hidden, geometry.intermediate),
+          .alignment = kLineBytes};
 }
 
 }  // namespace
@@ -29,7 +29,7 @@ const BackendTraits& traits() noexcept {
       // Exact within a group of 128 (digits.h); groups are added in float32.
       .error = {.accumulation = 0x1p-20, .alignment = 0},
       .engine_limit = 0x1p-10,
-      .prepared_bytes = prepared_bytes};
+      .packed_sizes = packed_sizes};
   return kTraits;
 }
 

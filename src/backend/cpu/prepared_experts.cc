@@ -1,6 +1,8 @@
 #include "backend/cpu/prepared_experts.h"
 
 #include <algorithm>
+#include <bit>
+#include <cmath>
 #include <cstring>
 
 #include "backend/check_experts.h"
@@ -14,7 +16,7 @@ namespace {
 constexpr std::uint32_t kFlipSigns = 0x88888888u;
 
 /// Digits and repacking below are of int4.
-void check_format(WeightFormat format) {
+void check_weight_format(WeightFormat format) {
   switch (format) {
     case WeightFormat::kInt4:
       return;
@@ -44,97 +46,195 @@ PreparedMatrix describe(const QuantMatrix& m) {
   return out;
 }
 
+PreparedMatrix describe(const RepackFormat& format, std::int64_t n, std::int64_t k) {
+  PreparedMatrix out;
+  out.scales_are_bf16 = format.scale_dtype == DType::kBFloat16;
+  out.group_size = format.geometry.group_size;
+  out.n = n;
+  out.k = k;
+  return out;
+}
+
+MatrixSource source_of(const QuantMatrix& m) {
+  return dense_source(m.codes.as<std::byte>(), m.scales.as<std::byte>(), m.k(), m.group_size);
+}
+
+/// Gives the matrices of one expert their memory: codes and scales of each after the other.
+void place(PreparedExpert& e, std::byte* gate_up, std::byte* down) {
+  const auto put = [](PreparedMatrix& m, std::byte* at) {
+    m.codes = reinterpret_cast<const std::uint8_t*>(at);
+    m.scales = at + PreparedMatrix::whole_pages(m.code_bytes());
+    return at + m.memory_bytes();
+  };
+  put(e.up, put(e.gate, gate_up));
+  put(e.down, down);
+}
+
+/// One matrix on its way.
+struct Move {
+  const MatrixSource& from;
+  const PreparedMatrix& to;
+  std::uint32_t flip;  ///< kFlipSigns, or 0 for codes that have their offset already.
+  int expert;
+  PackedMatrix which;
+};
+
 /// Rows [16 * block, 16 * block + 16) of codes, four bytes of a row at a time.
-void repack_codes(const QuantMatrix& m, std::int64_t block, std::uint8_t* out) {
-  const std::int64_t row_bytes = m.k() / 2;
-  const std::uint8_t* in = m.codes.as<std::uint8_t>() + block * kBlockN * row_bytes;
-  for (std::int64_t line = 0; line < m.k() / kLineK; ++line) {
+void repack_codes(const Move& m, std::int64_t block) {
+  const std::byte* in = m.from.codes + block * kBlockN * m.from.row_bytes;
+  auto* out = const_cast<std::uint8_t*>(m.to.codes) + block * kBlockN * m.to.k / 2;
+  for (std::int64_t line = 0; line < m.to.k / kLineK; ++line) {
     for (int lane = 0; lane < kBlockN; ++lane) {
       std::uint32_t word;
-      std::memcpy(&word, in + lane * row_bytes + line * 4, 4);
-      word ^= kFlipSigns;
+      std::memcpy(&word, in + lane * m.from.row_bytes + line * m.from.word_bytes, 4);
+      word ^= m.flip;
       std::memcpy(out + line * kLineBytes + lane * 4, &word, 4);
     }
   }
 }
 
-template <class T>
-void repack_scales(const QuantMatrix& m, std::int64_t block, T* out) {
-  const std::int64_t groups = m.k() / m.group_size;
-  const T* in = m.scales.as<T>() + block * kBlockN * groups;
-  for (std::int64_t g = 0; g < groups; ++g) {
-    for (int lane = 0; lane < kBlockN; ++lane) out[g * kBlockN + lane] = in[lane * groups + g];
-  }
+std::uint32_t float_bits(std::uint16_t bf16) {
+  return static_cast<std::uint32_t>(bf16) << 16;
+}
+std::uint32_t float_bits(float value) {
+  return std::bit_cast<std::uint32_t>(value);
 }
 
-/// Blocks [first, last) of one matrix into the memory its views point at.
-void repack(const QuantMatrix& m, const PreparedMatrix& out, std::int64_t first,
-            std::int64_t last) {
-  const std::int64_t code_stride = kBlockN * m.k() / 2;
-  const std::int64_t scale_stride = kBlockN * (m.k() / m.group_size);
-  auto* codes = const_cast<std::uint8_t*>(out.codes);
-  for (std::int64_t block = first; block < last; ++block) {
-    repack_codes(m, block, codes + block * code_stride);
-    if (out.scales_are_bf16) {
-      auto* scales = static_cast<std::uint16_t*>(const_cast<void*>(out.scales));
-      repack_scales(m, block, scales + block * scale_stride);
-    } else {
-      auto* scales = static_cast<float*>(const_cast<void*>(out.scales));
-      repack_scales(m, block, scales + block * scale_stride);
+/// The scales of the same rows. Returns the first fault.
+template <class T>
+std::uint64_t repack_scales(const Move& m, std::int64_t block) {
+  const std::int64_t groups = m.to.k / m.to.group_size;
+  const auto* in = reinterpret_cast<const T*>(m.from.scales);
+  T* out = static_cast<T*>(const_cast<void*>(m.to.scales)) + block * kBlockN * groups;
+  std::uint64_t fault = kNoFault;
+  for (int lane = 0; lane < kBlockN; ++lane) {
+    const std::int64_t row = block * kBlockN + lane;
+    for (std::int64_t g = 0; g < groups; ++g) {
+      const T scale = in[row * m.from.scale_row + g / m.from.groups_per_block * m.from.scale_block +
+                         g % m.from.groups_per_block * m.from.scale_group];
+      out[g * kBlockN + lane] = scale;
+      const std::uint32_t bits = float_bits(scale);
+      if (std::fabs(std::bit_cast<float>(bits)) < kScaleLimit) continue;  // Not so for NaN.
+      fault = std::min(fault, scale_fault(m.expert, m.which, row, g, bits));
     }
+  }
+  return fault;
+}
+
+/// Blocks [first, last) into the memory that `to` views.
+std::uint64_t repack_blocks(const Move& m, std::int64_t first, std::int64_t last) {
+  std::uint64_t fault = kNoFault;
+  for (std::int64_t block = first; block < last; ++block) {
+    repack_codes(m, block);
+    fault = std::min(fault, m.to.scales_are_bf16 ? repack_scales<std::uint16_t>(m, block)
+                                                 : repack_scales<float>(m, block));
+  }
+  return fault;
+}
+
+void lower(std::atomic<std::uint64_t>& least, std::uint64_t value) {
+  std::uint64_t seen = least.load();
+  while (value < seen && !least.compare_exchange_weak(seen, value)) {
   }
 }
 
 }  // namespace
 
 PreparedCpuExperts::PreparedCpuExperts(const ExpertWeights& weights, ThreadPool& pool)
-    : hidden_(weights.geometry.hidden),
-      intermediate_(weights.geometry.intermediate),
-      activation_(weights.geometry.activation) {
-  check_kind(activation_);
-  check_argument(hidden_ > 0 && hidden_ % kActivationGroup == 0,
-                 "hidden {} is not a multiple of {}", hidden_, int{kActivationGroup});
-  check_argument(intermediate_ > 0 && intermediate_ % kActivationGroup == 0,
-                 "intermediate {} is not a multiple of {}", intermediate_, int{kActivationGroup});
+    : format_{.geometry = weights.geometry,
+              .num_experts = static_cast<int>(weights.experts.size()),
+              .first_expert = weights.first_expert} {
+  check_kind(activation());
+  check_argument(hidden() > 0 && hidden() % kActivationGroup == 0,
+                 "hidden {} is not a multiple of {}", hidden(), int{kActivationGroup});
+  check_argument(intermediate() > 0 && intermediate() % kActivationGroup == 0,
+                 "intermediate {} is not a multiple of {}", intermediate(), int{kActivationGroup});
   for (const Expert& e : weights.experts) {
-    for (const QuantMatrix* m : {&e.gate, &e.up, &e.down}) check_format(m->format);
+    for (const QuantMatrix* m : {&e.gate, &e.up, &e.down}) check_weight_format(m->format);
   }
   check_experts(weights);
-  std::size_t total = 0;
+  std::size_t gate_up = 0, down = 0;  // Experts may differ in their scales: the largest of each.
   for (const Expert& e : weights.experts) {
     experts_.push_back({describe(e.gate), describe(e.up), describe(e.down)});
-    for (const PreparedMatrix* m :
-         {&experts_.back().gate, &experts_.back().up, &experts_.back().down}) {
-      total += m->memory_bytes();
-    }
+    const PreparedExpert& p = experts_.back();
+    gate_up = std::max(gate_up, p.gate.memory_bytes() + p.up.memory_bytes());
+    down = std::max(down, p.down.memory_bytes());
   }
-  memory_ = PageBuffer(total, PageBuffer::Pages::kHuge);
-  std::size_t offset = 0;
-  for (PreparedExpert& e : experts_) {
-    for (PreparedMatrix* m : {&e.gate, &e.up, &e.down}) {
-      m->codes = reinterpret_cast<const std::uint8_t*>(memory_.data() + offset);
-      offset += PreparedMatrix::whole_pages(m->code_bytes());
-      m->scales = memory_.data() + offset;
-      offset += PreparedMatrix::whole_pages(m->scale_bytes());
-    }
+  memory_ = PageBuffer(experts_.size() * (gate_up + down), PageBuffer::Pages::kHuge);
+  packed_ = {.gate_up = memory_.data(),
+             .down = memory_.data() + experts_.size() * gate_up,
+             .sizes = {.gate_up_bytes = gate_up, .down_bytes = down}};
+  for (std::size_t i = 0; i < experts_.size(); ++i) {
+    place(experts_[i], packed_.gate_up + i * gate_up, packed_.down + i * down);
+    const Expert& e = weights.experts[i];
+    const ExpertSource source{source_of(e.gate), source_of(e.up), source_of(e.down)};
+    repack_expert(static_cast<int>(i), source, experts_[i], pool);
+    weights.release_pages(static_cast<int>(i));
   }
+  finish();
+}
+
+PreparedCpuExperts::PreparedCpuExperts(const RepackFormat& format, const MutableTensorView& memory)
+    : format_(format) {
+  check_format(format);
+  check_weight_format(format.geometry.weight_format);
+  check_kind(activation());
+  MutableTensorView room = memory;
+  if (room.empty()) {
+    const std::size_t bytes = packed_bytes(format, Device::Kind::kHost);
+    memory_ = PageBuffer(bytes, PageBuffer::Pages::kHuge);
+    room.data = memory_.data(), room.dtype = DType::kUInt8;
+    room.shape = {static_cast<std::int64_t>(bytes)};
+  }
+  packed_ = split_memory(format, room, {});
+  for (int i = 0; i < format.num_experts; ++i) {
+    const auto at = static_cast<std::size_t>(i);
+    experts_.push_back({describe(format, intermediate(), hidden()),
+                        describe(format, intermediate(), hidden()),
+                        describe(format, hidden(), intermediate())});
+    place(experts_.back(), packed_.gate_up + at * packed_.sizes.gate_up_bytes,
+          packed_.down + at * packed_.sizes.down_bytes);
+  }
+}
+
+void PreparedCpuExperts::repack_expert(int index, const ExpertSource& source,
+                                       const PreparedExpert& out, ThreadPool& pool) {
   // 128 channels, of which every N is a multiple.
   constexpr std::int64_t kBlocksPerTask = kActivationGroup / kBlockN;
-  for (std::size_t i = 0; i < experts_.size(); ++i) {
-    const Expert& in = weights.experts[i];
-    const PreparedExpert& out = experts_[i];
-    const std::int64_t inner = intermediate_ / kActivationGroup;
-    pool.for_each_task(2 * inner + hidden_ / kActivationGroup, [&](std::int64_t task, int) {
-      const auto repack_task = [&](const QuantMatrix& from, const PreparedMatrix& to) {
-        repack(from, to, task * kBlocksPerTask, (task + 1) * kBlocksPerTask);
-      };
-      if (task < inner) return repack_task(in.gate, out.gate);
-      task -= inner;
-      if (task < inner) return repack_task(in.up, out.up);
-      task -= inner;
-      repack_task(in.down, out.down);
-    });
-    weights.release_pages(static_cast<int>(i));
+  const std::int64_t inner = intermediate() / kActivationGroup;
+  const std::uint32_t flip = format_.codes == CodeKind::kOffset ? 0 : kFlipSigns;
+  pool.for_each_task(2 * inner + hidden() / kActivationGroup, [&](std::int64_t task, int) {
+    const auto move = [&](const MatrixSource& from, const PreparedMatrix& to, PackedMatrix which) {
+      const Move m{from, to, flip, index, which};
+      lower(scale_fault_, repack_blocks(m, task * kBlocksPerTask, (task + 1) * kBlocksPerTask));
+    };
+    if (task < inner) return move(source.gate, out.gate, PackedMatrix::kGate);
+    task -= inner;
+    if (task < inner) return move(source.up, out.up, PackedMatrix::kUp);
+    task -= inner;
+    move(source.down, out.down, PackedMatrix::kDown);
+  });
+}
+
+void PreparedCpuExperts::repack(int first, std::span<const ExpertSource> sources,
+                                ThreadPool& pool) {
+  check_sources(format_, packed_, first, sources);
+  const PackedSizes& sizes = packed_.sizes;
+  PageBuffer aside;  // An expert that would overwrite itself is packed here first.
+  for (std::size_t i = 0; i < sources.size(); ++i) {
+    const int index = first + static_cast<int>(i);
+    const auto at = static_cast<std::size_t>(index);
+    if (!overlaps_itself(format_, packed_, index, sources[i])) {
+      repack_expert(index, sources[i], experts_[at], pool);
+      continue;
+    }
+    if (aside.data() == nullptr) aside = PageBuffer(sizes.gate_up_bytes + sizes.down_bytes);
+    PreparedExpert there = experts_[at];
+    place(there, aside.data(), aside.data() + sizes.gate_up_bytes);
+    repack_expert(index, sources[i], there, pool);
+    std::memcpy(packed_.gate_up + at * sizes.gate_up_bytes, aside.data(), sizes.gate_up_bytes);
+    std::memcpy(packed_.down + at * sizes.down_bytes, aside.data() + sizes.gate_up_bytes,
+                sizes.down_bytes);
   }
 }
 

@@ -13,11 +13,14 @@
 // keep their values and type: [block][k / group_size][16].
 #pragma once
 
+#include <atomic>
 #include <cstdint>
+#include <span>
 #include <vector>
 
 #include "backend/cpu/page_buffer.h"
 #include "backend/ops.h"
+#include "backend/repack_checks.h"
 
 namespace sluice {
 class ThreadPool;
@@ -58,23 +61,41 @@ struct PreparedExpert {
 
 class PreparedCpuExperts final : public PreparedExperts {
  public:
-  /// Throws: kInvalidArgument for shapes, dtypes or group sizes that are not ours; kOutOfMemory.
+  /// Repacked. Matrices may differ in group size and type of scales.
+  /// Throws: kInvalidArgument for shapes, dtypes or group sizes that are not ours, and for scales
+  /// that are not finite; kOutOfMemory.
   PreparedCpuExperts(const ExpertWeights& weights, ThreadPool& pool);
+  /// Room for experts that repack() brings, in `memory` unless that is empty.
+  /// Throws: kInvalidArgument, kOutOfMemory.
+  PreparedCpuExperts(const RepackFormat& format, const MutableTensorView& memory);
 
-  [[nodiscard]] std::size_t bytes() const noexcept override { return memory_.bytes(); }
+  /// Experts [first, first + sources.size()); see BackendOps::repack().
+  void repack(int first, std::span<const ExpertSource> sources, ThreadPool& pool);
+  /// Throws: kInvalidArgument for the first scale that was not finite.
+  void finish() const { throw_scale_fault(scale_fault_.load(), format_); }
+
+  [[nodiscard]] std::size_t bytes() const noexcept override {
+    return experts_.size() * (packed_.sizes.gate_up_bytes + packed_.sizes.down_bytes);
+  }
   [[nodiscard]] int num_experts() const noexcept { return static_cast<int>(experts_.size()); }
   [[nodiscard]] const PreparedExpert& expert(int i) const {
     return experts_[static_cast<std::size_t>(i)];
   }
-  [[nodiscard]] std::int64_t hidden() const noexcept { return hidden_; }
-  [[nodiscard]] std::int64_t intermediate() const noexcept { return intermediate_; }
-  [[nodiscard]] const ActivationFn& activation() const noexcept { return activation_; }
+  [[nodiscard]] std::int64_t hidden() const noexcept { return format_.geometry.hidden; }
+  [[nodiscard]] std::int64_t intermediate() const noexcept { return format_.geometry.intermediate; }
+  [[nodiscard]] const ActivationFn& activation() const noexcept {
+    return format_.geometry.activation;
+  }
 
  private:
-  PageBuffer memory_;
+  void repack_expert(int index, const ExpertSource& source, const PreparedExpert& out,
+                     ThreadPool& pool);
+
+  RepackFormat format_;
+  PageBuffer memory_;  // Empty where it is the caller's.
+  PackedMemory packed_;
   std::vector<PreparedExpert> experts_;
-  std::int64_t hidden_ = 0, intermediate_ = 0;
-  ActivationFn activation_;
+  std::atomic<std::uint64_t> scale_fault_{kNoFault};
 };
 
 }  // namespace sluice::cpu

@@ -8,6 +8,7 @@
 
 #include "backend/check_experts.h"
 #include "backend/cuda/check.h"
+#include "backend/cuda/cuda_experts.h"
 #include "backend/cuda/elementwise.h"
 #include "backend/cuda/fp8_rate.h"
 #include "backend/cuda/graph_recording.h"
@@ -20,46 +21,6 @@
 
 namespace sluice {
 namespace {
-
-class CudaBuffer final : public DeviceBuffer {
- public:
-  CudaBuffer(int device, std::size_t bytes) : device_(device), bytes_(bytes) {
-    if (bytes == 0) return;
-    const cudaError_t status = cudaMalloc(&data_, bytes);
-    if (status == cudaSuccess) return;
-    (void)cudaGetLastError();
-    std::size_t free_bytes = 0, total_bytes = 0;
-    (void)cudaMemGetInfo(&free_bytes, &total_bytes);
-    fail(status == cudaErrorMemoryAllocation ? ErrorCode::kOutOfMemory : ErrorCode::kCuda,
-         "cuda:{}: {} bytes requested, {} of {} free: {}", device, bytes, free_bytes, total_bytes,
-         cudaGetErrorString(status));
-  }
-  ~CudaBuffer() override {
-    if (data_ != nullptr && cudaSetDevice(device_) == cudaSuccess) (void)cudaFree(data_);
-  }
-  CudaBuffer(const CudaBuffer&) = delete;
-  CudaBuffer& operator=(const CudaBuffer&) = delete;
-  [[nodiscard]] std::byte* data() const noexcept override { return static_cast<std::byte*>(data_); }
-  [[nodiscard]] std::size_t bytes() const noexcept override { return bytes_; }
-
- private:
-  int device_;
-  std::size_t bytes_;
-  void* data_ = nullptr;
-};
-
-/// One layer's experts in the kernels' order, and the words their launches synchronize on.
-struct CudaExperts final : PreparedExperts {
-  [[nodiscard]] std::size_t bytes() const noexcept override {
-    return gate_up->bytes() + down->bytes();
-  }
-  std::unique_ptr<CudaBuffer> gate_up, down;
-  std::unique_ptr<CudaBuffer> sync;  // cuda::sync_bytes(): zero between launches.
-  cuda::WeightShape gate_up_shape, down_shape;
-  cuda::WeightCode code = cuda::WeightCode::kSignMagnitude;
-  ActivationFn activation;
-  int num_experts = 0;
-};
 
 class CudaBackend final : public BackendOps {
  public:
@@ -126,6 +87,20 @@ class CudaBackend final : public BackendOps {
   }
 
   [[nodiscard]] std::unique_ptr<PreparedExperts> prepare(const ExpertWeights& weights) override;
+  [[nodiscard]] std::unique_ptr<PreparedExperts> make_room(
+      const RepackFormat& format, const MutableTensorView& memory) override {
+    use_device();
+    return std::make_unique<CudaExperts>(format, memory, index_);
+  }
+  void repack(PreparedExperts& room, int first, std::span<const ExpertSource> sources,
+              Stream stream) override {
+    use_device();
+    static_cast<CudaExperts&>(room).repack(first, sources, stream.handle);
+  }
+  void finish_repack(PreparedExperts& room, Stream stream) override {
+    use_device();
+    static_cast<CudaExperts&>(room).finish(stream.handle);
+  }
   void quantize(const std::uint16_t* x, const RowRanges& rows, bool pow2, const Fp8Rows& out,
                 Stream stream) override;
   void requantize(const Fp8RowsView& in, const RowRanges& rows, const Fp8Rows& out,
@@ -160,9 +135,7 @@ class CudaBackend final : public BackendOps {
   [[nodiscard]] cuda::ExpertGemms gemms_of(const CudaExperts& experts, const Fp8RowsView& in,
                                            const RowRanges& rows, const Fp8Rows& h,
                                            std::uint16_t* out) const;
-  void repack_all(const ExpertWeights& weights, CudaExperts& experts);
-  void repack(const Expert& expert, std::size_t index, const CudaExperts& experts,
-              std::byte* staging) const;
+  [[nodiscard]] MatrixSource stage(const QuantMatrix& matrix, std::byte* at) const;
 
   int index_;
   int num_sms_ = 1;  // This rank's share.
@@ -175,10 +148,17 @@ std::size_t staging_bytes(const QuantMatrix& m) {
   return (m.codes.bytes() + 255) / 256 * 256 + (m.scales.bytes() + 255) / 256 * 256;
 }
 
+/// Copies a matrix to staging memory. Waits for whatever still reads that.
+MatrixSource CudaBackend::stage(const QuantMatrix& m, std::byte* at) const {
+  std::byte* const scales = at + (m.codes.bytes() + 255) / 256 * 256;
+  copy(at, m.codes.data, m.codes.bytes(), cudaMemcpyHostToDevice, {stream_});
+  copy(scales, m.scales.data, m.scales.bytes(), cudaMemcpyHostToDevice, {stream_});
+  return dense_source(at, scales, m.k(), m.group_size);
+}
+
 std::unique_ptr<PreparedExperts> CudaBackend::prepare(const ExpertWeights& weights) {
   check_argument(!weights.experts.empty(), "no experts to prepare");
   check_experts(weights);
-  cuda::check_kernel_activation(weights.geometry.activation);
   const Expert& first = weights.experts.front();
   for (const Expert& expert : weights.experts) {
     for (const QuantMatrix* m : {&expert.gate, &expert.up, &expert.down}) {
@@ -193,91 +173,26 @@ std::unique_ptr<PreparedExperts> CudaBackend::prepare(const ExpertWeights& weigh
            m->group_size);
     }
   }
-  const auto scale_type =
-      first.gate.scales.dtype == DType::kFloat32 ? cuda::ScaleType::kF32 : cuda::ScaleType::kBf16;
-  const auto hidden = static_cast<int>(first.gate.k());
-  const auto intermediate = static_cast<int>(first.gate.n());
-  const int group = first.gate.group_size;
-  const WeightFormat format = first.gate.format;
-  auto experts = std::make_unique<CudaExperts>();
-  experts->num_experts = static_cast<int>(weights.experts.size());
-  experts->gate_up_shape = {.n = 2 * intermediate,
-                            .k = hidden,
-                            .group = group,
-                            .scale_type = scale_type,
-                            .format = format};
-  experts->down_shape = {
-      .n = hidden, .k = intermediate, .group = group, .scale_type = scale_type, .format = format};
-  experts->activation = weights.geometry.activation;
-  const std::size_t count = weights.experts.size();
-  experts->gate_up = make_buffer(count * cuda::packed_expert_bytes(experts->gate_up_shape));
-  experts->down = make_buffer(count * cuda::packed_expert_bytes(experts->down_shape));
-  experts->sync = make_buffer(cuda::sync_bytes(experts->num_experts));
-  SLUICE_CUDA_CHECK(cudaMemset(experts->sync->data(), 0, experts->sync->bytes()));
-  repack_all(weights, *experts);
-  return experts;
-}
-
-/// Tries the cheaper code first: it cannot express -8, which quantizers of this format do not make.
-/// If a -8 turns up, everything is packed again with the code that can.
-void CudaBackend::repack_all(const ExpertWeights& weights, CudaExperts& experts) {
-  const Expert& first = weights.experts.front();
+  RepackFormat format{.geometry = weights.geometry,
+                      .num_experts = static_cast<int>(weights.experts.size()),
+                      .scale_dtype = first.gate.scales.dtype,
+                      .first_expert = weights.first_expert};
+  format.geometry.group_size = first.gate.group_size;
+  format.geometry.weight_format = first.gate.format;
+  std::unique_ptr<PreparedExperts> experts = make_room(format, {});
   const auto staging =
       make_buffer(staging_bytes(first.gate) + staging_bytes(first.up) + staging_bytes(first.down));
-  const auto found = make_buffer(sizeof(std::int32_t));
-  SLUICE_CUDA_CHECK(cudaMemsetAsync(found->data(), 0, sizeof(std::int32_t), stream_));
-  for (experts.code = cuda::WeightCode::kSignMagnitude;;
-       experts.code = cuda::WeightCode::kOnesComplement) {
-    for (std::size_t e = 0; e < weights.experts.size(); ++e) {
-      const Expert& expert = weights.experts[e];
-      std::byte* at = staging->data();
-      for (const QuantMatrix* m : {&expert.gate, &expert.up, &expert.down}) {
-        copy(at, m->codes.data, m->codes.bytes(), cudaMemcpyHostToDevice, {stream_});
-        cuda::launch_find_minus8(reinterpret_cast<std::uint8_t*>(at), m->codes.bytes(),
-                                 reinterpret_cast<std::int32_t*>(found->data()), stream_);
-        std::byte* const scales = at + (m->codes.bytes() + 255) / 256 * 256;
-        copy(scales, m->scales.data, m->scales.bytes(), cudaMemcpyHostToDevice, {stream_});
-        at += staging_bytes(*m);
-      }
-      repack(expert, e, experts, staging->data());
-      SLUICE_CUDA_CHECK(cudaStreamSynchronize(stream_));
-      weights.release_pages(static_cast<int>(e));
-    }
-    std::int32_t has_minus8 = 0;
-    copy_to_host(&has_minus8, found->data(), sizeof(has_minus8), {stream_});
-    if (has_minus8 == 0 || experts.code == cuda::WeightCode::kOnesComplement) return;
+  for (std::size_t e = 0; e < weights.experts.size(); ++e) {
+    const Expert& expert = weights.experts[e];
+    std::byte* const up = staging->data() + staging_bytes(expert.gate);
+    const ExpertSource source{.gate = stage(expert.gate, staging->data()),
+                              .up = stage(expert.up, up),
+                              .down = stage(expert.down, up + staging_bytes(expert.up))};
+    repack(*experts, static_cast<int>(e), {&source, 1}, {stream_});
+    weights.release_pages(static_cast<int>(e));
   }
-}
-
-void CudaBackend::repack(const Expert& expert, std::size_t index, const CudaExperts& experts,
-                         std::byte* staging) const {
-  const auto codes_at = [](std::byte* at) { return reinterpret_cast<const std::uint8_t*>(at); };
-  const auto scales_at = [](std::byte* at, const QuantMatrix& m) -> const void* {
-    return at + (m.codes.bytes() + 255) / 256 * 256;
-  };
-  std::byte* const gate = staging;
-  std::byte* const up = gate + staging_bytes(expert.gate);
-  std::byte* const down = up + staging_bytes(expert.up);
-  const cuda::WeightShape& shape = experts.gate_up_shape;
-  cuda::launch_repack_gate_up(
-      {.hidden = shape.k,
-       .intermediate = shape.n / 2,
-       .group = shape.group,
-       .scale_type = shape.scale_type,
-       .code = experts.code,
-       .gate = codes_at(gate),
-       .up = codes_at(up),
-       .gate_scale = scales_at(gate, expert.gate),
-       .up_scale = scales_at(up, expert.up),
-       .packed = experts.gate_up->data() + index * cuda::packed_expert_bytes(shape)},
-      stream_);
-  cuda::launch_repack_plain(
-      {.shape = experts.down_shape,
-       .code = experts.code,
-       .weight = codes_at(down),
-       .scale = scales_at(down, expert.down),
-       .packed = experts.down->data() + index * cuda::packed_expert_bytes(experts.down_shape)},
-      stream_);
+  finish_repack(*experts, {stream_});
+  return experts;
 }
 
 void CudaBackend::quantize(const std::uint16_t* x, const RowRanges& rows, bool pow2,
@@ -295,10 +210,8 @@ void CudaBackend::requantize(const Fp8RowsView& in, const RowRanges& rows, const
 cuda::ExpertGemms CudaBackend::gemms_of(const CudaExperts& experts, const Fp8RowsView& in,
                                         const RowRanges& rows, const Fp8Rows& h,
                                         std::uint16_t* out) const {
-  return {.gate_up = {.data = experts.gate_up->data(),
-                      .shape = experts.gate_up_shape,
-                      .code = experts.code},
-          .down = {.data = experts.down->data(), .shape = experts.down_shape, .code = experts.code},
+  return {.gate_up = experts.gate_up(),
+          .down = experts.down(),
           .rows = rows,
           .x = in,
           .h = h,
@@ -308,7 +221,7 @@ cuda::ExpertGemms CudaBackend::gemms_of(const CudaExperts& experts, const Fp8Row
                                          .expected_m = std::max(1, rows.expected_m),
                                          .max_rows = static_cast<int>(rows.max_rows_per_expert)},
                                         {.num_sms = num_sms_}),
-          .activation = experts.activation};
+          .activation = experts.format.geometry.activation};
 }
 
 void CudaBackend::expert_stage(const PreparedExperts& prepared, const Fp8RowsView& in,

@@ -6,7 +6,7 @@
 namespace sluice::cuda {
 namespace {
 
-std::size_t prepared_bytes(const ModelGeometry& geometry, int num_experts, DType scale_dtype) {
+PackedSizes packed_sizes(const ModelGeometry& geometry, DType scale_dtype) {
   const auto bytes = [&](int n, int k) {
     return packed_expert_bytes(
         {.n = n,
@@ -14,9 +14,9 @@ std::size_t prepared_bytes(const ModelGeometry& geometry, int num_experts, DType
          .group = geometry.group_size,
          .scale_type = scale_dtype == DType::kBFloat16 ? ScaleType::kBf16 : ScaleType::kF32});
   };
-  const std::size_t gate_up = bytes(2 * geometry.intermediate, geometry.hidden);
-  const std::size_t down = bytes(geometry.hidden, geometry.intermediate);
-  return static_cast<std::size_t>(num_experts) * (gate_up + down);
+  return {.gate_up_bytes = bytes(2 * geometry.intermediate, geometry.hidden),
+          .down_bytes = bytes(geometry.hidden, geometry.intermediate),
+          .alignment = 128};
 }
 
 }  // namespace
@@ -31,7 +31,7 @@ const BackendTraits& traits() noexcept {
       // Hopper's FP8 tensor cores keep 13 fraction bits within each group of 128.
       .error = {.accumulation = 0x1p-20, .alignment = 0x1p-13},
       .engine_limit = 0x1p-6,
-      .prepared_bytes = prepared_bytes};
+      .packed_sizes = packed_sizes};
   return kTraits;
 }
 

@@ -1,13 +1,15 @@
-// sm90_w4a8_repack.cu - at load: canonical int4 + scales -> packed stream (sm90_w4a8_layout.cuh).
+// sm90_w4a8_repack.cu - at load: int4 + scales in any strides -> packed stream
+// (sm90_w4a8_layout.cuh).
 //
 // Maths     none: a permutation, a change of sign code, and scales * 2^9 (exact; undoes the 2^-9
 //           that a magnitude has as an e4m3 code).
-// Operands  weight [n, k/2] u8, k fastest; scale [n, k/group]; packed stream, 128 B aligned.
+// Operands  weight and scale as repack.h's MatrixSource; packed stream, 128 B aligned. A thread
+//           reads 4 weights at a time; the rows of a warp's load stay in L1 for the next.
 // Tile      one block per slab of 64 rows and K step of 128; each thread writes its own 8 words.
 // Warps     4, as the warpgroup that will read the slab.
 // Shared    none.    Barriers  none.
 // Needs     shapes checked on the host.
-// Bound     bytes; once per load, not tuned.
+// Bound     bytes, each read once and written once: docs/performance-gpu.md.
 #include <cuda_runtime.h>
 
 #include <string>
@@ -21,12 +23,13 @@ namespace sluice::cuda {
 namespace {
 
 struct RepackParams {
-  const std::uint8_t* weight[2];  // plain: [0]; gate_up: gate, up
-  const void* scale[2];
+  MatrixSource from[2];  // plain: [0]; gate_up: gate, up
   std::uint8_t* packed;
-  int k;
+  RepackFindings* findings;
   int group;
   int scale_bytes;
+  int expert;
+  std::uint32_t flip;  // Of the codes, four in the low nibbles of a word: offset 8 is a sign bit.
   bool is_gate_up;
   bool ones_complement;
 };
@@ -42,30 +45,44 @@ __device__ SourceRow source_row(const RepackParams& p, int slab, int warp, int h
 }
 
 /// Four weights k..k+3 as a sign (bit 7) and magnitude (bits 2..0) per byte.
-__device__ std::uint32_t load_signed(const RepackParams& p, SourceRow from, int k) {
-  const std::uint8_t* src =
-      p.weight[from.matrix] + static_cast<long long>(from.row) * (p.k / 2) + k / 2;
-  std::uint32_t word = 0;
-  for (int b = 0; b < 4; ++b) {
-    const std::uint32_t nibble = (src[b / 2] >> (b % 2 * 4)) & 0xf;
-    const bool negative = nibble >= 8;
-    std::uint32_t magnitude = nibble & 7;
-    if (negative) magnitude = p.ones_complement ? ~nibble & 7 : (16 - nibble) & 7;
-    word |= (magnitude | (negative ? 0x80u : 0u)) << (8 * b);
+__device__ std::uint32_t load_signed(const RepackParams& p, SourceRow from, int k,
+                                     bool& has_minus8) {
+  const MatrixSource& m = p.from[from.matrix];
+  const std::uint32_t pairs = *reinterpret_cast<const std::uint16_t*>(
+      m.codes + from.row * m.row_bytes + k / 8 * m.word_bytes + k % 8 / 2);
+  std::uint32_t q = (pairs | pairs << 8) & 0x00ff00ffu;
+  q = ((q | q << 4) & 0x0f0f0f0fu) ^ p.flip;  // One weight per byte, two's complement.
+  const std::uint32_t negative = q >> 3 & 0x01010101u;
+  std::uint32_t magnitude = (q & 0x07070707u) ^ negative * 7;  // -1 - weight of the negative ones.
+  if (!p.ones_complement) {
+    magnitude += negative;  // 8 of -8: its magnitude has no place.
+    has_minus8 |= (magnitude & 0x08080808u) != 0;
+    magnitude &= 0x07070707u;
   }
-  return word;
+  return magnitude | negative << 7;
 }
 
 __device__ void copy_scale(const RepackParams& p, SourceRow from, int k, std::uint8_t* dst) {
-  const long long at = static_cast<long long>(from.row) * (p.k / p.group) + k / p.group;
+  const MatrixSource& m = p.from[from.matrix];
+  const int g = k / p.group;
+  const long long at = from.row * m.scale_row + g / m.groups_per_block * m.scale_block +
+                       g % m.groups_per_block * m.scale_group;
+  float scale;
   if (p.scale_bytes == 2) {
-    const std::uint32_t bits = static_cast<const std::uint16_t*>(p.scale[from.matrix])[at];
-    const float scaled = __uint_as_float(bits << 16) * 512.0f;
+    const std::uint32_t bits = reinterpret_cast<const std::uint16_t*>(m.scales)[at];
+    scale = __uint_as_float(bits << 16);
     *reinterpret_cast<std::uint16_t*>(dst) =
-        static_cast<std::uint16_t>(__float_as_uint(scaled) >> 16);
+        static_cast<std::uint16_t>(__float_as_uint(scale * 512.0f) >> 16);
   } else {
-    *reinterpret_cast<float*>(dst) = static_cast<const float*>(p.scale[from.matrix])[at] * 512.0f;
+    scale = reinterpret_cast<const float*>(m.scales)[at];
+    *reinterpret_cast<float*>(dst) = scale * 512.0f;
   }
+  if (fabsf(scale) < kScaleLimit) return;  // Not so for NaN.
+  const PackedMatrix matrix = !p.is_gate_up      ? PackedMatrix::kDown
+                              : from.matrix == 0 ? PackedMatrix::kGate
+                                                 : PackedMatrix::kUp;
+  atomicMin(&p.findings->scale_fault, static_cast<unsigned long long>(scale_fault(
+                                          p.expert, matrix, from.row, g, __float_as_uint(scale))));
 }
 
 __global__ void __launch_bounds__(128) repack_kernel(const __grid_constant__ RepackParams p) {
@@ -80,13 +97,19 @@ __global__ void __launch_bounds__(128) repack_kernel(const __grid_constant__ Rep
                                      bytes;
   const SourceRow lo = source_row(p, slab, warp, 0, lane / 4);
   const SourceRow hi = source_row(p, slab, warp, 1, lane / 4);
+  bool has_minus8 = false;
+  std::uint32_t words[8];
+#pragma unroll
   for (int i = 0; i < 8; ++i) {
     const int k = step * kStepK + i / 2 * 32 + i % 2 * 16 + lane % 4 * 4;
-    const std::uint32_t set0 = load_signed(p, lo, k);
-    const std::uint32_t set1 = load_signed(p, hi, k);
-    const std::uint32_t turned = set1 << 4 | set1 >> 28;  // undone by widen()'s rotate right
-    reinterpret_cast<std::uint32_t*>(out + i / 4 * 2048 + thread * 16)[i % 4] = set0 | turned;
+    const std::uint32_t set0 = load_signed(p, lo, k, has_minus8);
+    const std::uint32_t set1 = load_signed(p, hi, k, has_minus8);
+    words[i] = set0 | (set1 << 4 | set1 >> 28);  // Undone by widen()'s rotate right.
   }
+  auto* const planes = reinterpret_cast<uint4*>(out);
+  planes[thread] = make_uint4(words[0], words[1], words[2], words[3]);
+  planes[128 + thread] = make_uint4(words[4], words[5], words[6], words[7]);
+  if (has_minus8) p.findings->has_minus8 = 1;
   const int num_groups = kStepK / p.group;
   for (int i = thread; i < num_groups * kSlabRows; i += 128) {
     const int g = i / kSlabRows, pair = i % kSlabRows / 2, half = i % 2;
@@ -95,59 +118,60 @@ __global__ void __launch_bounds__(128) repack_kernel(const __grid_constant__ Rep
   }
 }
 
-__global__ void find_minus8_kernel(const std::uint8_t* codes, std::size_t num_bytes,
-                                   std::int32_t* found) {
-  const std::size_t stride = static_cast<std::size_t>(gridDim.x) * blockDim.x;
-  bool any = false;
-  for (std::size_t i = static_cast<std::size_t>(blockIdx.x) * blockDim.x + threadIdx.x;
-       i < num_bytes; i += stride) {
-    any |= (codes[i] & 0xf) == 8 || codes[i] >> 4 == 8;
-  }
-  if (any) *found = 1;
+/// Signs and magnitudes as load_signed() gives them: one less of every negative magnitude.
+__device__ std::uint32_t recode(std::uint32_t signed_bytes) {
+  const std::uint32_t negative = signed_bytes >> 7 & 0x01010101u;
+  const std::uint32_t less = (signed_bytes & 0x07070707u | 0x08080808u) - negative;
+  return less & 0x07070707u | negative << 7;
 }
 
-void launch_repack(const RepackParams& p, int n, StreamHandle stream) {
-  if (n <= 0 || n % 128 != 0 || p.k <= 0 || p.k % 128 != 0 || (p.group != 128 && p.group != 32)) {
-    throw Error(ErrorCode::kInvalidArgument, "repack: n " + std::to_string(n) + " and k " +
-                                                 std::to_string(p.k) +
-                                                 " must be positive multiples of 128, group " +
-                                                 std::to_string(p.group) + " must be 128 or 32");
-  }
-  const dim3 grid(p.k / kStepK, n / kSlabRows);
-  repack_kernel<<<grid, 128, 0, static_cast<cudaStream_t>(stream)>>>(p);
-  SLUICE_CUDA_CHECK(cudaGetLastError());
+/// One block per slab, 16 bytes of codes a thread and plane.
+__global__ void __launch_bounds__(256) recode_kernel(std::uint8_t* packed, int bytes_of_slab) {
+  auto* const at =
+      reinterpret_cast<uint4*>(packed + static_cast<long long>(blockIdx.x) * bytes_of_slab) +
+      threadIdx.x;
+  const auto turn = [](std::uint32_t word) {
+    const std::uint32_t set0 = word & 0x87878787u;
+    const std::uint32_t set1 = (word >> 4 | word << 28) & 0x87878787u;
+    const std::uint32_t turned = recode(set1);
+    return recode(set0) | turned << 4 | turned >> 28;
+  };
+  const uint4 w = *at;
+  *at = make_uint4(turn(w.x), turn(w.y), turn(w.z), turn(w.w));
 }
 
 }  // namespace
 
-void launch_repack_gate_up(const RepackGateUp& args, StreamHandle stream) {
-  launch_repack({.weight = {args.gate, args.up},
-                 .scale = {args.gate_scale, args.up_scale},
-                 .packed = static_cast<std::uint8_t*>(args.packed),
-                 .k = args.hidden,
-                 .group = args.group,
-                 .scale_bytes = scale_bytes(args.scale_type),
-                 .is_gate_up = true,
-                 .ones_complement = args.code == WeightCode::kOnesComplement},
-                2 * args.intermediate, stream);
+void launch_repack(const Repack& args, StreamHandle stream) {
+  const WeightShape& s = args.shape;
+  if (s.n <= 0 || s.n % 128 != 0 || s.k <= 0 || s.k % 128 != 0 ||
+      (s.group != 128 && s.group != 32)) {
+    throw Error(ErrorCode::kInvalidArgument, "repack: n " + std::to_string(s.n) + " and k " +
+                                                 std::to_string(s.k) +
+                                                 " must be positive multiples of 128, group " +
+                                                 std::to_string(s.group) + " must be 128 or 32");
+  }
+  const RepackParams p{.from = {args.sources[0], args.sources[1]},
+                       .packed = static_cast<std::uint8_t*>(args.packed),
+                       .findings = args.findings,
+                       .group = s.group,
+                       .scale_bytes = scale_bytes(s.scale_type),
+                       .expert = args.expert,
+                       .flip = args.codes == CodeKind::kOffset ? 0x08080808u : 0u,
+                       .is_gate_up = args.is_gate_up,
+                       .ones_complement = args.code == WeightCode::kOnesComplement};
+  const dim3 grid(s.k / kStepK, s.n / kSlabRows);
+  repack_kernel<<<grid, 128, 0, static_cast<cudaStream_t>(stream)>>>(p);
+  SLUICE_CUDA_CHECK(cudaGetLastError());
 }
 
-void launch_repack_plain(const RepackPlain& args, StreamHandle stream) {
-  launch_repack({.weight = {args.weight, nullptr},
-                 .scale = {args.scale, nullptr},
-                 .packed = static_cast<std::uint8_t*>(args.packed),
-                 .k = args.shape.k,
-                 .group = args.shape.group,
-                 .scale_bytes = scale_bytes(args.shape.scale_type),
-                 .is_gate_up = false,
-                 .ones_complement = args.code == WeightCode::kOnesComplement},
-                args.shape.n, stream);
-}
-
-void launch_find_minus8(const std::uint8_t* codes, std::size_t num_bytes, std::int32_t* found,
-                        StreamHandle stream) {
-  if (num_bytes == 0) return;
-  find_minus8_kernel<<<1024, 256, 0, static_cast<cudaStream_t>(stream)>>>(codes, num_bytes, found);
+void launch_recode(void* packed, const WeightShape& shape, int num_experts, StreamHandle stream) {
+  const int bytes = slab_bytes(shape.scale_type, shape.group);
+  const auto num_slabs =
+      static_cast<unsigned>(packed_expert_bytes(shape) / static_cast<std::size_t>(bytes)) *
+      static_cast<unsigned>(num_experts);
+  recode_kernel<<<num_slabs, kSlabCodeBytes / sizeof(uint4), 0,
+                  static_cast<cudaStream_t>(stream)>>>(static_cast<std::uint8_t*>(packed), bytes);
   SLUICE_CUDA_CHECK(cudaGetLastError());
 }
 

@@ -26,7 +26,9 @@
 #include <cstdint>
 
 #include "backend/rows.h"
+#include "backend/scale_fault.h"
 #include "sluice/activation.h"
+#include "sluice/matrix_source.h"
 #include "sluice/weight_format.h"
 
 namespace sluice::cuda {
@@ -40,7 +42,7 @@ enum class ScaleType : std::uint8_t { kBf16, kF32 };
 /// How int4 is stored in the packed stream; decides the instructions needed per 8 weights.
 enum class WeightCode : std::uint8_t {
   kOnesComplement,  ///< 7 instructions, exact for all 16 values. Always valid.
-  kSignMagnitude,   ///< 3 instructions. Requires: no weight is -8 (see launch_find_minus8).
+  kSignMagnitude,   ///< 3 instructions. Requires: no weight is -8 (RepackFindings).
 };
 
 /// One weight matrix shape, the same for every expert. n and k are multiples of 128.
@@ -55,37 +57,29 @@ struct WeightShape {
 /// Bytes of one expert's packed stream; a multiple of 128. Experts follow each other without gaps.
 [[nodiscard]] std::size_t packed_expert_bytes(const WeightShape& shape);
 
-/// Repacking of one expert's gate and up matrices (each [intermediate, hidden]).
-struct RepackGateUp {
-  int hidden = 0;
-  int intermediate = 0;
-  int group = 128;
-  ScaleType scale_type = ScaleType::kBf16;
-  WeightCode code = WeightCode::kOnesComplement;
-  const std::uint8_t* gate = nullptr;  ///< [intermediate, hidden / 2], even k in the low nibble.
-  const std::uint8_t* up = nullptr;    ///< The same.
-  const void* gate_scale = nullptr;    ///< [intermediate, hidden / group] of scale_type.
-  const void* up_scale = nullptr;      ///< The same.
-  void* packed = nullptr;  ///< packed_expert_bytes({2 * intermediate, hidden}), 128 B aligned.
+/// What repacking notes about its sources, in device memory. Begin with {kNoFault, 0}.
+struct RepackFindings {
+  unsigned long long scale_fault = kNoFault;  ///< The first bad scale: scale_fault().
+  std::int32_t has_minus8 = 0;                ///< A weight is -8: kSignMagnitude cannot say so.
 };
 
-/// Repacking of one expert's plain matrix [n, k] (down, or any single GEMM).
-struct RepackPlain {
-  WeightShape shape;
+/// Repacking of one expert's gate and up together, or of its down (or any single GEMM).
+struct Repack {
+  WeightShape shape;  ///< Of gate and up together: n = 2 * intermediate.
   WeightCode code = WeightCode::kOnesComplement;
-  const std::uint8_t* weight = nullptr;  ///< [n, k / 2], even k in the low nibble.
-  const void* scale = nullptr;           ///< [n, k / group] of shape.scale_type.
-  void* packed = nullptr;                ///< packed_expert_bytes(shape), 128 B aligned.
+  CodeKind codes = CodeKind::kTwosComplement;
+  bool is_gate_up = false;
+  MatrixSource sources[2];             ///< gate, up; or the one matrix.
+  void* packed = nullptr;              ///< packed_expert_bytes(shape), 128 B aligned.
+  int expert = 0;                      ///< For findings.
+  RepackFindings* findings = nullptr;  ///< Not null.
 };
-
 /// Input and output must not overlap. Scales are multiplied by 2^9 on the way (exact).
-void launch_repack_gate_up(const RepackGateUp& args, StreamHandle stream);
-void launch_repack_plain(const RepackPlain& args, StreamHandle stream);
+void launch_repack(const Repack& args, StreamHandle stream);
 
-/// Sets *found = 1 if any of the 2 * num_bytes int4 values is -8; otherwise leaves it. Clear it
-/// before.
-void launch_find_minus8(const std::uint8_t* codes, std::size_t num_bytes, std::int32_t* found,
-                        StreamHandle stream);
+/// Turns the codes of packed experts from kSignMagnitude into kOnesComplement, where they lie. A -8
+/// that was packed as kSignMagnitude is -0 there, which no other weight is, so none is lost.
+void launch_recode(void* packed, const WeightShape& shape, int num_experts, StreamHandle stream);
 
 /// Packed weights of all local experts of one matrix.
 struct PackedWeights {

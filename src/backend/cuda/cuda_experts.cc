@@ -1,0 +1,124 @@
+#include "backend/cuda/cuda_experts.h"
+
+#include <cuda_runtime_api.h>
+
+#include "backend/cuda/check.h"
+#include "core/fail.h"
+
+namespace sluice {
+namespace {
+
+cuda::WeightShape weight_shape(const RepackFormat& format, int n, int k) {
+  return {.n = n,
+          .k = k,
+          .group = format.geometry.group_size,
+          .scale_type = format.scale_dtype == DType::kFloat32 ? cuda::ScaleType::kF32
+                                                              : cuda::ScaleType::kBf16,
+          .format = format.geometry.weight_format};
+}
+
+void copy_within(void* to, const void* from, std::size_t bytes, cuda::StreamHandle stream) {
+  SLUICE_CUDA_CHECK(cudaMemcpyAsync(to, from, bytes, cudaMemcpyDeviceToDevice,
+                                    static_cast<cudaStream_t>(stream)));
+}
+
+}  // namespace
+
+CudaBuffer::CudaBuffer(int device, std::size_t bytes) : device_(device), bytes_(bytes) {
+  if (bytes == 0) return;
+  const cudaError_t status = cudaMalloc(&data_, bytes);
+  if (status == cudaSuccess) return;
+  (void)cudaGetLastError();
+  std::size_t free_bytes = 0, total_bytes = 0;
+  (void)cudaMemGetInfo(&free_bytes, &total_bytes);
+  fail(status == cudaErrorMemoryAllocation ? ErrorCode::kOutOfMemory : ErrorCode::kCuda,
+       "cuda:{}: {} bytes requested, {} of {} free: {}", device, bytes, free_bytes, total_bytes,
+       cudaGetErrorString(status));
+}
+
+CudaBuffer::~CudaBuffer() {
+  if (data_ != nullptr && cudaSetDevice(device_) == cudaSuccess) (void)cudaFree(data_);
+}
+
+CudaExperts::CudaExperts(const RepackFormat& f, const MutableTensorView& room, int device_index)
+    : format(f), device(device_index) {
+  check_format(format);
+  cuda::check_kernel_activation(format.geometry.activation);
+  const ModelGeometry& g = format.geometry;
+  gate_up_shape = weight_shape(format, 2 * g.intermediate, g.hidden);
+  down_shape = weight_shape(format, g.hidden, g.intermediate);
+  MutableTensorView view = room;
+  if (view.empty()) {
+    const std::size_t bytes = packed_bytes(format, Device::Kind::kCuda);
+    memory = std::make_unique<CudaBuffer>(device, bytes);
+    view.data = memory->data(), view.dtype = DType::kUInt8;
+    view.shape = {static_cast<std::int64_t>(bytes)};
+    view.device = {Device::Kind::kCuda, device};
+  }
+  packed = split_memory(format, view, {Device::Kind::kCuda, device});
+  sync = std::make_unique<CudaBuffer>(device, cuda::sync_bytes(format.num_experts));
+  findings = std::make_unique<CudaBuffer>(device, sizeof(cuda::RepackFindings));
+  const cuda::RepackFindings none;
+  SLUICE_CUDA_CHECK(cudaMemset(sync->data(), 0, sync->bytes()));
+  SLUICE_CUDA_CHECK(cudaMemcpy(findings->data(), &none, sizeof(none), cudaMemcpyHostToDevice));
+  SLUICE_CUDA_CHECK(cudaStreamSynchronize(nullptr));  // Other streams do not wait for it.
+}
+
+void CudaExperts::repack(int first, std::span<const ExpertSource> sources,
+                         cuda::StreamHandle stream) {
+  check_sources(format, packed, first, sources);
+  const PackedSizes& sizes = packed.sizes;
+  for (std::size_t i = 0; i < sources.size(); ++i) {
+    const int index = first + static_cast<int>(i);
+    const auto at = static_cast<std::size_t>(index);
+    std::byte* const gate_up_out = packed.gate_up + at * sizes.gate_up_bytes;
+    std::byte* const down_out = packed.down + at * sizes.down_bytes;
+    if (!overlaps_itself(format, packed, index, sources[i])) {
+      repack_expert(index, sources[i], gate_up_out, down_out, stream);
+      continue;
+    }
+    if (aside == nullptr) {
+      aside = std::make_unique<CudaBuffer>(device, sizes.gate_up_bytes + sizes.down_bytes);
+    }
+    std::byte* const down_aside = aside->data() + sizes.gate_up_bytes;
+    repack_expert(index, sources[i], aside->data(), down_aside, stream);
+    copy_within(gate_up_out, aside->data(), sizes.gate_up_bytes, stream);
+    copy_within(down_out, down_aside, sizes.down_bytes, stream);
+  }
+}
+
+void CudaExperts::repack_expert(int index, const ExpertSource& source, std::byte* gate_up_out,
+                                std::byte* down_out, cuda::StreamHandle stream) const {
+  cuda::Repack args{.shape = gate_up_shape,
+                    .code = code,
+                    .codes = format.codes,
+                    .is_gate_up = true,
+                    .sources = {source.gate, source.up},
+                    .packed = gate_up_out,
+                    .expert = index,
+                    .findings = reinterpret_cast<cuda::RepackFindings*>(findings->data())};
+  cuda::launch_repack(args, stream);
+  args.shape = down_shape, args.is_gate_up = false;
+  args.sources[0] = source.down, args.sources[1] = {};
+  args.packed = down_out;
+  cuda::launch_repack(args, stream);
+}
+
+void CudaExperts::finish(cuda::StreamHandle stream) {
+  const auto queue = static_cast<cudaStream_t>(stream);
+  cuda::RepackFindings found;
+  SLUICE_CUDA_CHECK(
+      cudaMemcpyAsync(&found, findings->data(), sizeof(found), cudaMemcpyDeviceToHost, queue));
+  SLUICE_CUDA_CHECK(cudaStreamSynchronize(queue));
+  throw_scale_fault(found.scale_fault, format);
+  if (found.has_minus8 != 0 && code == cuda::WeightCode::kSignMagnitude) {
+    code = cuda::WeightCode::kOnesComplement;
+    cuda::launch_recode(packed.gate_up, gate_up_shape, format.num_experts, stream);
+    cuda::launch_recode(packed.down, down_shape, format.num_experts, stream);
+    SLUICE_CUDA_CHECK(cudaStreamSynchronize(queue));
+  }
+  findings.reset();
+  aside.reset();
+}
+
+}  // namespace sluice

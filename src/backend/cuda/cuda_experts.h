@@ -1,0 +1,66 @@
+// cuda_experts.h - one layer's experts on a Hopper GPU, and how they get there.
+#pragma once
+
+#include <cstddef>
+#include <memory>
+#include <span>
+
+#include "backend/cuda/w4a8.h"
+#include "backend/ops.h"
+#include "backend/repack_checks.h"
+
+namespace sluice {
+
+class CudaBuffer final : public DeviceBuffer {
+ public:
+  /// Throws: kOutOfMemory with what is free, kCuda.
+  CudaBuffer(int device, std::size_t bytes);
+  ~CudaBuffer() override;
+  CudaBuffer(const CudaBuffer&) = delete;
+  CudaBuffer& operator=(const CudaBuffer&) = delete;
+  [[nodiscard]] std::byte* data() const noexcept override { return static_cast<std::byte*>(data_); }
+  [[nodiscard]] std::size_t bytes() const noexcept override { return bytes_; }
+
+ private:
+  int device_;
+  std::size_t bytes_;
+  void* data_ = nullptr;
+};
+
+/// Weights in the kernels' order, and the words their launches synchronize on.
+struct CudaExperts final : PreparedExperts {
+  /// Room; waits for the device.   Throws: kInvalidArgument, kUnsupported, kOutOfMemory.
+  CudaExperts(const RepackFormat& format, const MutableTensorView& memory, int device);
+
+  /// See BackendOps. The device is the current one.
+  void repack(int first, std::span<const ExpertSource> sources, cuda::StreamHandle stream);
+  void finish(cuda::StreamHandle stream);
+
+  [[nodiscard]] std::size_t bytes() const noexcept override {
+    return static_cast<std::size_t>(format.num_experts) *
+           (packed.sizes.gate_up_bytes + packed.sizes.down_bytes);
+  }
+  [[nodiscard]] cuda::PackedWeights gate_up() const noexcept {
+    return {.data = packed.gate_up, .shape = gate_up_shape, .code = code};
+  }
+  [[nodiscard]] cuda::PackedWeights down() const noexcept {
+    return {.data = packed.down, .shape = down_shape, .code = code};
+  }
+
+  RepackFormat format;
+  int device;
+  cuda::WeightShape gate_up_shape, down_shape;
+  /// The cheaper code, which has no -8; finish() turns it into the other one if there is any.
+  cuda::WeightCode code = cuda::WeightCode::kSignMagnitude;
+  std::unique_ptr<CudaBuffer> memory;  // Empty where it is the caller's.
+  PackedMemory packed;
+  std::unique_ptr<CudaBuffer> sync;      // cuda::sync_bytes(): zero between launches.
+  std::unique_ptr<CudaBuffer> findings;  // cuda::RepackFindings; until finish().
+  std::unique_ptr<CudaBuffer> aside;     // For an expert that would overwrite itself; until then.
+
+ private:
+  void repack_expert(int index, const ExpertSource& source, std::byte* gate_up_out,
+                     std::byte* down_out, cuda::StreamHandle stream) const;
+};
+
+}  // namespace sluice

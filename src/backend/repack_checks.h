@@ -1,0 +1,41 @@
+// repack_checks.h - what both backends ask of repacked weights, and how they name a scale that is
+// not a number.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <span>
+
+#include "backend/scale_fault.h"
+#include "sluice/repack.h"
+
+namespace sluice {
+
+/// Throws: kInvalidArgument naming the field.
+void check_format(const RepackFormat& format);
+
+/// Packed memory of a layer.
+struct PackedMemory {
+  std::byte* gate_up = nullptr;
+  std::byte* down = nullptr;
+  PackedSizes sizes;
+};
+/// `memory` in its two parts.   Throws: kInvalidArgument for one that is too small, misaligned or
+/// on another device.
+[[nodiscard]] PackedMemory split_memory(const RepackFormat& format, const MutableTensorView& memory,
+                                        const Device& device);
+
+/// That experts [first, first + sources.size()) exist, that their sources can be read as
+/// MatrixSource says, and that packing an expert overwrites no source of one that comes after it.
+/// Throws: kInvalidArgument naming the expert and the matrix.
+void check_sources(const RepackFormat& format, const PackedMemory& memory, int first,
+                   std::span<const ExpertSource> sources);
+
+/// Whether packing expert `index` overwrites some of its own source.
+[[nodiscard]] bool overlaps_itself(const RepackFormat& format, const PackedMemory& memory,
+                                   int index, const ExpertSource& source);
+
+/// Throws: kInvalidArgument naming expert, matrix, place and value, unless `fault` is kNoFault.
+void throw_scale_fault(std::uint64_t fault, const RepackFormat& format);
+
+}  // namespace sluice

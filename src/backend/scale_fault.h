@@ -1,0 +1,31 @@
+// scale_fault.h - a scale that is no number, as one number: for host and device code.
+#pragma once
+
+#include <cstdint>
+
+#ifdef __CUDACC__
+#define SLUICE_HOST_DEVICE __host__ __device__
+#else
+#define SLUICE_HOST_DEVICE
+#endif
+
+namespace sluice {
+
+/// Scales reach the kernels times 2^9, so they must stay finite then.
+inline constexpr float kScaleLimit = 0x1p118f;
+
+/// Where and what the first bad scale is, in a number that is smaller the earlier it is:
+/// expert 10 bits, matrix 2, row 20, group 16, the upper half of its float32 16.
+inline constexpr std::uint64_t kNoFault = ~std::uint64_t{0};
+enum class PackedMatrix : std::uint8_t { kGate, kUp, kDown };
+SLUICE_HOST_DEVICE constexpr std::uint64_t scale_fault(int expert, PackedMatrix matrix,
+                                                       std::int64_t row, std::int64_t group,
+                                                       std::uint32_t float_bits) {
+  return static_cast<std::uint64_t>(expert) << 54 | static_cast<std::uint64_t>(matrix) << 52 |
+         static_cast<std::uint64_t>(row) << 32 | static_cast<std::uint64_t>(group) << 16 |
+         float_bits >> 16;
+}
+
+}  // namespace sluice
+
+#undef SLUICE_HOST_DEVICE
