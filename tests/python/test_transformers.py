@@ -1,6 +1,7 @@
 """sluice.integrations.transformers: tiny models with random weights, made by transformers itself, converted
 by the command line, loaded and run. test_transformers_generate.py has what they generate."""
 
+import importlib
 import json
 import os
 import re
@@ -33,6 +34,7 @@ from tiny_models import (
 )
 
 import sluice
+from sluice.integrations._transformers_activation import activation_of
 
 import safetensors.torch as safetensors_torch  # isort: skip  After tiny_models, which skips where there is no torch.
 
@@ -211,8 +213,50 @@ def test_an_activation_of_a_models_own_is_refused():
     experts = model.model.layers[0].mlp.experts
     experts.has_bias = experts.is_transposed = False
     experts.is_concatenated = True
-    with pytest.raises(sluice.Error, match="GptOssExperts: an activation of its own"), torch.no_grad():
+    with pytest.raises(sluice.Error, match=r"GptOssExperts: an activation \(.*\) that is none of"), torch.no_grad():
         model(PROMPT % 64)
+
+
+GATES = {"deepseek_v4": "swiglu:limit=0.5", "minimax_m3_vl": "swiglu-oai:alpha=1.702,limit=0.5"}
+
+
+@pytest.mark.parametrize("model_type", GATES)
+def test_activations_with_parameters(model_type):
+    """Experts as transformers has them, in a layer of their own; the limit is one that many values pass."""
+    module = importlib.import_module(f"transformers.models.{model_type}.modeling_{model_type}")
+    (kind,) = (value for name, value in vars(module).items() if re.fullmatch("(DeepseekV4|MiniMaxM3VL)Experts", name))
+    config = types.SimpleNamespace(
+        num_local_experts=8, hidden_size=256, intermediate_size=128, moe_intermediate_size=128, hidden_act="silu",
+        swiglu_limit=0.5, swiglu_alpha=1.702, _experts_implementation="eager")
+    torch.manual_seed(0)
+    experts = kind(config)
+    for parameter in experts.parameters():  # INT4 already: quantizing changes nothing.
+        parameter.data = torch.randint(-7, 8, parameter.shape) / 64
+        parameter.data[..., ::128] = 7 / 64
+    assert activation_of(experts) == GATES[model_type]
+    weights_of = experts.state_dict()
+    x, idx, weights = call_of(types.SimpleNamespace(hidden=256, num_experts=8, num_topk=2), 64)
+    with torch.no_grad():
+        eager = experts(x.float(), idx, weights)
+        for name in "limit", "swiglu_limit":
+            if hasattr(experts, name):
+                setattr(experts, name, 1e3)
+        without = ((experts(x.float(), idx, weights) - eager).norm() / eager.norm()).item()
+        experts = kind(config).bfloat16()
+        experts.load_state_dict(weights_of)
+        config._experts_implementation = "sluice"
+        error = ((experts(x, idx, weights).float() - eager).norm() / eager.norm()).item()
+    assert 0.01 < error < 0.06 < 0.1 < without
+
+
+def test_an_activation_that_the_checkpoint_does_not_have_is_refused(models, tmp_path):
+    """DeepSeek-V3's experts in transformers ignore a limit, which config.json gives them."""
+    path = tmp_path / "model"
+    shutil.copytree(models["deepseek_v3", "w4afp8"], path)
+    config = json.loads((path / "config.json").read_text())
+    (path / "config.json").write_text(json.dumps({**config, "swiglu_limit": 10.0}))
+    with pytest.raises(sluice.Error, match="activation is swiglu in the model and swiglu:limit=10 in"):
+        load(path)
 
 
 def test_what_a_loaded_model_refuses(models, tmp_path):

@@ -9,6 +9,7 @@ from transformers.distributed.expert_parallel import AutoEP, EPImplementation
 
 from .. import _core, torch_ops
 from .._error import Error
+from ._transformers_activation import same_activation
 
 
 def _refuse_other_tensors(x: torch.Tensor, device: torch.device) -> None:
@@ -133,8 +134,9 @@ class SluiceExperts(nn.Module):
     and in a batch. Raises Error: invalid_argument for another dtype or device.
     """
 
-    def __init__(self, num_experts: int, hidden: int, intermediate: int) -> None:
+    def __init__(self, num_experts: int, hidden: int, intermediate: int, activation: str = "swiglu") -> None:
         super().__init__()
+        self.activation = activation  # As ModelGeometry.activation names it; the checkpoint must say the same.
         self.num_experts, self.hidden_dim, self.intermediate_dim = num_experts, hidden, intermediate
         self.uses_exchange = False  # Set by ExpertParallel, before load().
         self._layer: Any = None
@@ -160,6 +162,10 @@ class SluiceExperts(nn.Module):
             if model != stored:
                 raise Error("invalid_argument", f"layer {layer}: {name} is {model} in the model and {stored} in "
                                                 f"{checkpoint.path}")
+        stored = checkpoint.activation(layer)
+        if not same_activation(self.activation, stored):
+            raise Error("invalid_argument", f"layer {layer}: activation is {self.activation} in the model and {stored} "
+                                            f"in {checkpoint.path}")
         if self.uses_exchange:
             group = buffers.layer_group(device, checkpoint.geometry)
             self._layer = SplitLayer(group.add_layer(checkpoint, layer=layer), process_group, device)

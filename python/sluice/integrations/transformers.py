@@ -42,6 +42,7 @@ from transformers.utils.quantization_config import FineGrainedFP8Config
 
 from .. import _core
 from .._error import Error
+from ._transformers_activation import activation_of
 from ._transformers_layers import (
     Buffers,
     ExpertParallel,
@@ -63,8 +64,10 @@ def _refuse(module: nn.Module, what: str) -> None:
     raise Error("unsupported", f"{type(module).__name__}: {what}")
 
 
-def _check_supported(module: nn.Module) -> None:
-    """Raises Error: unsupported, naming the class and what its experts have that Sluice's have not."""
+def _check_supported(module: nn.Module) -> str:
+    """The activation of its experts, as ExpertWeights.from_arrays() takes it.
+
+    Raises Error: unsupported, naming the class and what its experts have that Sluice's have not."""
     if module.has_bias:
         _refuse(module, "experts with biases")
     if module.is_transposed:
@@ -75,11 +78,12 @@ def _check_supported(module: nn.Module) -> None:
         _refuse(module, "experts whose gate and up rows alternate")
     if getattr(module, "has_post_expert_norm", False):
         _refuse(module, "experts with a norm after each")
-    if type(module)._apply_gate.__module__ != "transformers.integrations.moe":
-        _refuse(module, "an activation of its own (_apply_gate); only SwiGLU, silu(gate) * up, is supported")
-    name = type(module.act_fn).__name__
-    if name not in ("SiLU", "SiLUActivation"):
-        _refuse(module, f"activation {name}; only silu is supported")
+    activation = activation_of(module)
+    if activation is None:
+        function = type(getattr(module, "act_fn", None)).__name__
+        _refuse(module, f"an activation ({function} in _apply_gate) that is none of Sluice's: SwiGLU, also with a "
+                        "limit, gpt-oss's, SiTU-GLU")
+    return activation
 
 
 # --- Checkpoints with INT4 experts ----------------------------------------------------------------
@@ -134,7 +138,8 @@ class _RoutedExperts:
         model._keys_to_ignore_on_load_unexpected = ignored.union(model._keys_to_ignore_on_load_unexpected or ())
         for name, module in modules.items():
             _, rows, hidden = module.gate_up_proj.shape
-            model.set_submodule(name, SluiceExperts(module.num_experts // self._ep_size, hidden, rows // 2))
+            model.set_submodule(name, SluiceExperts(
+                module.num_experts // self._ep_size, hidden, rows // 2, activation_of(module)))
         for plan in (model.tp_plan, model.ep_plan):  # Nothing is left to cut; the experts' forward stays.
             for rule in [r for r in plan if re.search(r"experts\.(gate_up_proj|down_proj)$", r)]:
                 del plan[rule]
@@ -265,7 +270,7 @@ def _quantized(module: nn.Module) -> LocalLayer:
     kept = module.__dict__.get("_sluice_layer")
     if kept is not None and kept[0] == state:
         return kept[1]
-    _check_supported(module)
+    activation = _check_supported(module)
     _, rows, hidden = module.gate_up_proj.shape
     for name, width in ("hidden", hidden), ("intermediate", rows // 2):
         if width % 128:
@@ -274,7 +279,8 @@ def _quantized(module: nn.Module) -> LocalLayer:
         f"{type(module).__name__}: experts are quantized to INT4 at the first call of each layer (scale = amax / 7 "
         "of 128 weights), and computed by Sluice. The bfloat16 weights stay as they are.")
     gate, up = (_int4_of(module, "gate_up_proj", half) for half in module.gate_up_proj.chunk(2, dim=1))
-    weights = _core.ExpertWeights.from_arrays(gate, up, _int4_of(module, "down_proj", module.down_proj))
+    weights = _core.ExpertWeights.from_arrays(gate, up, _int4_of(module, "down_proj", module.down_proj),
+                                               activation=activation)
     device = module.gate_up_proj.device
     layer = LocalLayer(_buffers.local_group(device, hidden, rows // 2), device, weights, type(module).__name__)
     module.__dict__["_sluice_layer"] = state, layer
