@@ -61,6 +61,14 @@ logging.getLogger("sglang").setLevel(logging.INFO)
 # --- Once, before the ranks are forked -------------------------------------------------------------
 
 
+def group_quant_fp8(x, group_size, **_):
+    """As SGLang's kernel of the name: e4m3 with a float32 scale for each group."""
+    groups = x.float().unflatten(-1, (-1, group_size))
+    amax = groups.abs().amax(-1, keepdim=True).clamp(min=1e-4)
+    codes = (groups * (torch.full_like(amax, 448) / amax)).to(torch.float8_e4m3fn)
+    return codes.flatten(-2), (amax * torch.tensor(1 / 448)).squeeze(-1)
+
+
 def load_engine():
     """SGLang's modules and, by its own loader, its plug-ins: the only one is Sluice's."""
     entry_point()
@@ -77,10 +85,11 @@ def load_engine():
 
     assert w4afp8.W4AFp8MoEMethod is _sglang_experts.SluiceW4AFp8MoEMethod, Log.lines
     from sglang.srt.layers import deep_gemm_wrapper
-    from sglang.srt.layers.moe.token_dispatcher import standard
+    from sglang.srt.layers.moe.token_dispatcher import deepep, standard
 
     if importlib.util.find_spec("deep_gemm") is None:  # SGLang refuses DeepEP without it.
         deep_gemm_wrapper.ENABLE_JIT_DEEPGEMM = True
+    deepep.sglang_per_token_group_quant_fp8 = group_quant_fp8  # Of normal mode in fp8: a compiled kernel.
     if not torch.cuda.is_available():  # SGLang asks the GPU for its SMs and puts a table of experts on it.
         torch.cuda.get_device_properties = lambda device=None: types.SimpleNamespace(multi_processor_count=132)
         standard.get_device = lambda: "cpu"

@@ -72,7 +72,8 @@ def with_deepep(rank, folder):
                 tokens = counts[(rank.rank + turn) % len(counts)]
                 x, ids, weights = workload(rank.size, rank.rank, 8, layer.top_k, layer.hidden_size, rank.device, tokens)
                 y = layer(x, topk_output(x, ids, weights))
-                fp8_wire = not is_prefill and get_exec().moe.deepep_dispatcher_output_dtype != "bf16"
+                dtype = get_exec().moe.deepep_dispatcher_output_dtype
+                fp8_wire = dtype == "fp8" or (dtype == "auto" and not is_prefill)
                 share = reference.check(y, x, ids, weights, scales=scales, fp8_wire=fp8_wire,
                                         roundings=1 + is_prefill)
                 assert share > 0.9, f"the bound tells only {share} of the elements from other experts'"
@@ -249,6 +250,8 @@ LAYOUTS = {  # What runs -> the switches of the server, for a number of ranks.
         "ep_size": n, "moe_a2a_backend": "deepep", "deepep_mode": mode}) for mode in ("normal", "low_latency", "auto")},
     "deepep, bf16 on the wire": (with_deepep, lambda n: {
         "ep_size": n, "moe_a2a_backend": "deepep", "deepep_mode": "auto", "deepep_dispatcher_output_dtype": "bf16"}),
+    "deepep, fp8 on the wire": (with_deepep, lambda n: {
+        "ep_size": n, "moe_a2a_backend": "deepep", "deepep_mode": "normal", "deepep_dispatcher_output_dtype": "fp8"}),
     "deepep, two batches": (with_two_batches, lambda n: {
         "ep_size": n, "moe_a2a_backend": "deepep", "deepep_mode": "auto", "enable_two_batch_overlap": True}),
     "graphs": (with_graphs, lambda n: {"ep_size": n, "moe_a2a_backend": "none" if n == 1 else "deepep",
