@@ -2,7 +2,7 @@
 
 import torch
 
-BF16 = 2.0**-7  # Spacing of bfloat16, relative; a rounding is off by half of it at most.
+HALF_BF16 = 1.01 * 2.0**-8  # What a rounding to bfloat16 is off by at most, relative.
 F32 = 2.0**-22  # A few operations in float32, relative.
 SUMS = 2.0**-20  # Sums of some hundred products in float32, relative to the sum of their sizes.
 
@@ -55,7 +55,8 @@ class Layer:
         num = checkpoint.geometry.num_experts
         weights = checkpoint.load_experts(layer, 0, num)
         self.gate, self.up, self.down = (
-            torch.stack([_dequantized(*weights.matrix(e, name)) for e in range(num)]) for name in ("gate", "up", "down"))
+            torch.stack([_dequantized(*weights.matrix(e, name)) for e in range(num)])
+            for name in ("gate", "up", "down"))
 
     def rows(self, x, ids, *, fp8_wire=False, scales=None, slices=1):
         """Each entry's output [T, K, H], the slack of each element, and the size of what it is a sum of: the
@@ -90,15 +91,15 @@ class Layer:
         ids = ids.long().cpu()
         rows, slack, parts = self.rows(x, ids, **recipe)
         wanted = (weights * rows).sum(1)
-        bound = (weights * (slack + roundings * BF16 / 2 * 1.01 * parts)).sum(1) + BF16 / 2 * 1.01 * wanted.abs() + 1e-30
-        bound = bound + 1e-6 * (weights * parts).sum(1)
+        of_parts = (weights * (slack + (roundings * HALF_BF16 + 1e-6) * parts)).sum(1)
+        bound = of_parts + HALF_BF16 * wanted.abs() + 1e-30
         assert y.shape == wanted.shape and torch.isfinite(y).all(), f"shape {y.shape}, expected {wanted.shape}"
         ratio = (y - wanted).abs() / bound
         if not (ids >= 0).any():
             return 1.0
         worst = divmod(int(ratio.argmax()), y.shape[1])
         assert ratio.max() <= 1, (f"token {worst[0]}, element {worst[1]}: {y[worst]:.6g}, float64 {wanted[worst]:.6g}, "
-                                  f"{ratio.max():.3g} of its bound; {int((ratio > 1).sum())} of {ratio.numel()} are off")
+                                  f"{ratio.max():.3g} of its bound; {int((ratio > 1).sum())} of {ratio.numel()} off")
         others = torch.where(ids < 0, ids, (ids + 1) % len(self.gate))
         wrong = (weights * self.rows(x, others, **recipe)[0]).sum(1)
         return float(((wrong - wanted).abs() > bound)[(ids >= 0).any(1)].double().mean())

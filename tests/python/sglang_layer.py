@@ -134,7 +134,8 @@ def with_refusals(rank, folder):
         "activation 'gelu'": {"activation": "gelu"}, "activation 'situ'": {"activation": "situ"},
         "is_gated=False": {"is_gated": False}, "gemm1_alpha=1.7": {"gemm1_alpha": 1.7},
         "gemm1_clamp_limit=7": {"gemm1_clamp_limit": 7.0}, "with_bias=True": {"with_bias": True},
-        "apply_router_weight_on_input=True": {"apply_router_weight_on_input": True}, "no_combine=True": {"no_combine": True},
+        "apply_router_weight_on_input=True": {"apply_router_weight_on_input": True},
+        "no_combine=True": {"no_combine": True},
         "--disable-shared-experts-fusion": {"num_fused_shared_experts": 1, "num_experts": 9},
         "torch.float16": {"params_dtype": torch.float16}, "hidden size, 192": {"hidden_size": 192},
         "intermediate size, cut by 1, 192": {"intermediate_size": 192},
@@ -291,7 +292,8 @@ def forked(*arguments):
 def spawned(rank, size, folder, device, layout, out):
     """A process that has used CUDA cannot be forked: each rank imports SGLang itself, all of them at once, and
     then they take turns (main_of_rank)."""
-    return subprocess.Popen([sys.executable, __file__, "rank", *map(str, (rank, size, folder, device, layout, out))]).pid
+    arguments = map(str, (rank, size, folder, device, layout, out))
+    return subprocess.Popen([sys.executable, __file__, "rank", *arguments]).pid
 
 
 def main_of_rank(rank, size, folder, device, layout, out):

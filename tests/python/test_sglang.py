@@ -76,8 +76,9 @@ def test_the_log_says_what_runs(run):
     lines = "\n".join(run["log"] + run["logs"]["1 ranks, deepep, auto"])
     assert re.search(rf"Sluice {version} computes W4AFP8 and .* SLUICE_RECIPE=auto", lines)
     of_two = "\n".join(run["logs"]["2 ranks, deepep, auto"])
-    assert re.search(rf"Sluice {version}: model\.layers\.3\.mlp\.experts: W4AFP8 experts, 4 of 8, hidden 256, "
-                     r"intermediate 512, groups of 128, swiglu, static scales of the checkpoint, .*deepep, s1 0.0178", of_two)
+    line = (rf"Sluice {version}: model\.layers\.3\.mlp\.experts: W4AFP8 experts, 4 of 8, hidden 256, "
+            r"intermediate 512, groups of 128, swiglu, static scales of the checkpoint, .*deepep, s1 0.0178")
+    assert re.search(line, of_two)
     assert of_two.count("compressed-tensors INT4 experts, 4 of 8, hidden 256, intermediate 512, groups of 32") == 1
     cut = "\n".join(run["logs"]["2 ranks, all-reduce, experts cut"])
     assert "8 of 8, hidden 256, intermediate 256" in cut

@@ -114,8 +114,8 @@ def static_scales(layer: Any, s1: torch.Tensor, s2: torch.Tensor) -> tuple[float
     if wanted == "direct" or (wanted == "auto" and all(is_one)):
         return None
     if wanted == "auto" and 1.0 in (high1, high2):
-        _refuse(layer, f"some input scales are calibrated and the largest are 1.0 (w13 {high1:g}, w2 {high2:g}): SGLang "
-                       "has 1.0 where a checkpoint has none; choose with SLUICE_RECIPE=static or direct")
+        _refuse(layer, f"some input scales are calibrated and the largest are 1.0 (w13 {high1:g}, w2 {high2:g}): "
+                       "SGLang has 1.0 where a checkpoint has none; choose with SLUICE_RECIPE=static or direct")
     return high1, high2
 
 
