@@ -189,6 +189,7 @@ def with_refusals(rank, folder):
 
     import argparse
 
+    from sglang.srt import plugins
     from sglang.srt.server_args import ServerArgs
 
     parser = argparse.ArgumentParser()
@@ -197,8 +198,9 @@ def with_refusals(rank, folder):
     yield "--help names Sluice"
 
     def ends(what):
+        plugins._plugins_loaded = False
         try:
-            plugin.register()
+            plugins.load_plugins()
         except SystemExit as end:
             assert what in str(end) and "SLUICE_SGLANG=0" in str(end), end
         else:
