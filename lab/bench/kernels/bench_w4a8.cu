@@ -6,7 +6,7 @@
 //
 //   bench_w4a8 [--quick]          a fixed list of cases, weights in groups of 128
 //   bench_w4a8 --rows 16,64,128   the stage at these rows per expert; narrowed by
-//       --experts 8 --group 32 --static --code 7 --config decode|prefill
+//       --experts 8 --group 32 --static --code 7 --config decode|prefill --intermediate 256
 #include <algorithm>
 #include <chrono>
 #include <cstring>
@@ -19,7 +19,7 @@
 namespace sluice::cuda::bench {
 namespace {
 
-constexpr int kHidden = 7168, kIntermediate = 2048, kPool = 32, kMaxM = 1024;
+constexpr int kHidden = 7168, kMaxM = 1024;
 
 /// Plain reads: the ceiling that decode is held against.
 __global__ void read_all(const uint4* data, std::size_t n, int* sink) {
@@ -75,7 +75,13 @@ Timing time_graph(int per_graph, int replays, Launch launch) {
   return {us[us.size() / 2], us.front(), us.back()};
 }
 
+/// What weights there are: experts of one shape. Launches rotate through them.
+struct Pool {
+  int experts = 32, intermediate = 2048, group = 128;
+};
+
 struct Bench {
+  Pool pool;
   Weights weights[2];  // by WeightCode
   Buffer<std::uint8_t> x, h;
   Buffer<float> x_scale, h_scale;
@@ -84,42 +90,42 @@ struct Bench {
   double read_gbs = 0;
   bool rests = true;
 
-  explicit Bench(Data data, int group = 128) {
+  explicit Bench(Data data, const Pool& of = {}) : pool(of) {
     for (int i = 0; i < 2; ++i) {
-      weights[i] = make_weights({.num_experts = kPool,
+      weights[i] = make_weights({.num_experts = pool.experts,
                                  .hidden = kHidden,
-                                 .intermediate = kIntermediate,
-                                 .group = group,
+                                 .intermediate = pool.intermediate,
+                                 .group = pool.group,
                                  .code = static_cast<WeightCode>(i),
                                  .seed = 5,
                                  .keep_canonical = false,
                                  .data = data});
     }
-    const std::size_t rows = std::size_t{kPool} * kMaxM;
+    const std::size_t rows = static_cast<std::size_t>(pool.experts) * kMaxM;
     x = Buffer<std::uint8_t>(rows * kHidden);
-    h = Buffer<std::uint8_t>(rows * kIntermediate);
+    h = Buffer<std::uint8_t>(rows * pool.intermediate);
     x_scale = Buffer<float>(rows * kHidden / 128);
-    h_scale = Buffer<float>(rows * kIntermediate / 128);
+    h_scale = Buffer<float>(rows * pool.intermediate / 128);
     y = Buffer<std::uint16_t>(rows * kHidden);
-    num_rows = Buffer<std::int32_t>(kPool);
-    sync = Buffer<std::int32_t>(sync_bytes(kPool) / 4);
+    num_rows = Buffer<std::int32_t>(pool.experts);
+    sync = Buffer<std::int32_t>(sync_bytes(pool.experts) / 4);
     sync.fill(0);
     random_activations<<<4096, 256>>>(x.data, x.size, kHidden, 3, data);
-    random_activations<<<4096, 256>>>(h.data, h.size, kIntermediate, 4, data);
+    random_activations<<<4096, 256>>>(h.data, h.size, pool.intermediate, 4, data);
     random_scales<<<1024, 256>>>(x_scale.data, x_scale.size, 5, false, 1e-3f, 1.0f);
     random_scales<<<1024, 256>>>(h_scale.data, h_scale.size, 6, false, 1e-3f, 1.0f);
     SLUICE_CUDA_CHECK(cudaDeviceSynchronize());
   }
 
   void measure_read() {
-    const Buffer<std::uint8_t>& pool = weights[0].packed_gate_up;
+    const Buffer<std::uint8_t>& all = weights[0].packed_gate_up;
     const Timing t = time_graph(4, 15, [&](cudaStream_t s, int) {
-      read_all<<<132 * 8, 512, 0, s>>>(reinterpret_cast<const uint4*>(pool.data), pool.size / 16,
+      read_all<<<132 * 8, 512, 0, s>>>(reinterpret_cast<const uint4*>(all.data), all.size / 16,
                                        sync.data);
     });
-    read_gbs = pool.size / t.median_us * 1e-3;
+    read_gbs = all.size / t.median_us * 1e-3;
     std::printf("read rate: %.0f GB/s (%.1f us, %.1f..%.1f, %.0f MB)\n", read_gbs, t.median_us,
-                t.min_us, t.max_us, pool.size * 1e-6);
+                t.min_us, t.max_us, all.size * 1e-6);
   }
 
   enum What { kStage, kGemm1, kGemm2 };
@@ -130,7 +136,7 @@ struct Bench {
     if (rests) std::this_thread::sleep_for(std::chrono::milliseconds(300));
     num_rows.upload(counts);
     const Weights& w = weights[static_cast<int>(code)];
-    const int sets = kPool / experts;
+    const int sets = pool.experts / experts;
     const std::size_t gu = packed_expert_bytes(w.gate_up().shape) * experts;
     const std::size_t dn = packed_expert_bytes(w.down().shape) * experts;
     const RowRanges rows{.num_experts = experts,
@@ -139,7 +145,7 @@ struct Bench {
                          .max_rows_per_expert = kMaxM};
     const ConfigChoice choice{.config = config, .num_ctas = 132, .reason = ""};
     const Fp8RowsView in{x.data, is_static ? nullptr : x_scale.data, 0.002f, kHidden};
-    const Fp8Rows hidden{h.data, is_static ? nullptr : h_scale.data, 0.5f, kIntermediate};
+    const Fp8Rows hidden{h.data, is_static ? nullptr : h_scale.data, 0.5f, pool.intermediate};
     long long total = 0, active = 0;
     for (int c : counts) total += c, active += c > 0;
     const int per_graph = total > 4096 ? 2 : 8, replays = total > 4096 ? 7 : 15;
@@ -173,12 +179,12 @@ struct Bench {
     });
     double bytes = 0, flops = 0;
     if (what != kGemm2) {
-      bytes += 1.0 * gu / experts * active + total * (kHidden * 1.03 + kIntermediate);
-      flops += 2.0 * total * kHidden * 2 * kIntermediate;
+      bytes += 1.0 * gu / experts * active + total * (kHidden * 1.03 + pool.intermediate);
+      flops += 2.0 * total * kHidden * 2 * pool.intermediate;
     }
     if (what != kGemm1) {
-      bytes += 1.0 * dn / experts * active + total * (kIntermediate + 2.0 * kHidden);
-      flops += 2.0 * total * kHidden * kIntermediate;
+      bytes += 1.0 * dn / experts * active + total * (pool.intermediate + 2.0 * kHidden);
+      flops += 2.0 * total * kHidden * pool.intermediate;
     }
     std::printf(
         "%-7s E %2d %-10s expected %5d %-7s %-7s %-6s %8.1f us (%.1f..%.1f) %6.0f GB/s %4.0f%% "
@@ -241,14 +247,14 @@ int bench_all(bool quick, bool rests, Data data) {
 /// Chosen cases instead of the fixed list.
 struct Choice {
   std::vector<int> rows;
-  int experts = 32, group = 128, config = -1;  // -1: choose_config()
+  int experts = 32, intermediate = 2048, group = 128, config = -1;  // -1: choose_config()
   bool is_static = false;
   WeightCode code = WeightCode::kSignMagnitude;
 };
 
 int bench_chosen(const Choice& c, bool rests, Data data) {
   std::printf("groups of %d\n", c.group);
-  Bench b(data, c.group);
+  Bench b(data, {std::max(32, c.experts), c.intermediate, c.group});
   b.rests = rests;
   b.measure_read();
   for (const int m : c.rows) {
@@ -295,6 +301,7 @@ int main(int argc, char** argv) {
       if (arg == "--static") choice.is_static = true;
       if (arg == "--rows") choice.rows = sluice::cuda::bench::parse_list(value);
       if (arg == "--experts") choice.experts = std::atoi(value);
+      if (arg == "--intermediate") choice.intermediate = std::atoi(value);
       if (arg == "--group") choice.group = std::atoi(value);
       if (arg == "--code" && std::string("7") == value) {
         choice.code = sluice::cuda::WeightCode::kOnesComplement;

@@ -79,14 +79,20 @@ struct Config {
 struct TileInfo {
   int phase;  ///< Index into Params::phase, or -1: no more work.
   int expert;
-  int row_tile;     ///< Weight rows [256 row_tile, ...).
-  int row0;         ///< First activation row.
-  int num_tokens;   ///< Valid rows, 1..kMaxTokens.
-  int num_slabs;    ///< 4, or 2 in the last tile of an odd n.
-  int ready_count;  ///< Finished tiles of the phase before that this expert needs.
-  int unused;
+  int row_tile;        ///< Weight rows [256 row_tile, ...).
+  int row0;            ///< First activation row.
+  int num_tokens;      ///< Valid rows, 1..kMaxTokens.
+  int num_slabs;       ///< 4, or 2 in the last tile of an odd n.
+  int ready_count;     ///< Finished tiles of the phase before that this expert needs.
+  int row_tiles_left;  ///< Of its ticket, this one included.
 };
 static_assert(sizeof(TileInfo) == 32);
+
+/// How the tiles of a phase make tickets.
+struct TicketShape {
+  int row_tiles;    ///< Of one ticket; the last of an expert may have fewer.
+  int row_tickets;  ///< Tickets for all rows of the weights and one token tile.
+};
 
 enum class Epilogue : int { kBf16, kHidden };
 
@@ -130,6 +136,7 @@ struct Shared {
   float h_inv[C::kMaxTokens];
   int tile_prefix[kMaxExperts + 1];  // token tiles of the experts before e
   int num_rows[kMaxExperts];
+  TicketShape tickets[2];  // by phase
   alignas(16) TileInfo tile[kTileSlots];
   alignas(8) std::uint64_t full[C::kStages];
   std::uint64_t empty[C::kStages];

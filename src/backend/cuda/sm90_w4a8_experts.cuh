@@ -28,8 +28,8 @@
 //
 // Warps     math warpgroups: widen, wgmma, promote, epilogue           104 / 232 registers
 //           last warpgroup, producers:                                  64 /  40 registers
-//             warp 0 claims tiles and streams weights; warp 1 fetches activations; warp 2 their
-//             scales; warp 3 idles
+//             warp 0 claims tickets (tiles, several where K is short: sm90_w4a8_tickets.cuh) and
+//             streams weights; warp 1 fetches activations; warp 2 their scales; warp 3 idles
 //           640 or 384 threads, one CTA per SM, set by registers and shared memory.
 //
 // Shared    bf16, group 128, decode:  stage = w 16896 + x 8192 + xs 320 = 25408 B, 8 stages 203 KB
