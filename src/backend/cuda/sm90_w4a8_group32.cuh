@@ -136,48 +136,60 @@ __device__ __forceinline__ void multiply_group32_slab(Shared<C>& s, Ring& ring, 
 }
 
 /// Two slabs: one unit is added while the next is multiplied, the last of a step while the first of
-/// the next step is.
+/// the next step is. Weight scales are loaded a unit ahead, codes and the descriptor of x a step
+/// ahead. After the last step a warp takes the stage that it has once more and loads in vain: so
+/// the loop has no branch.
 template <class C, int N>
 __device__ __forceinline__ void multiply_group32_two_slabs(Shared<C>& s, Ring& ring, int steps,
                                                            const MathLane& lane,
                                                            float (&sum)[2][N / 2]) {
   float acc[2][N / 2], joined[N / 2];
-  float2 last_ws;
+  ScalePair<C> ws;
   Fragments f[2];
+  Codes codes;
   clear(acc[0]);
   clear(acc[1]);
   int left = uniform(steps);
-  Ring at = uniform(ring);
-  int stage = acquire_together(s, at), last_stage = stage;
+  Ring at = uniform(ring), now = at;
+  acquire_together(s, at);
+  int last_stage = now.stage;
+  std::uint32_t x = uniform(view_stage(s, now.stage, lane).x);
   // A StageView anew for each use: registers are for sums.
   auto load = [&](int slab) {
-    return load_codes(view_stage(s, stage, lane).codes + slab * C::kSlabBytes);
+    return load_codes(view_stage(s, now.stage, lane).codes + slab * C::kSlabBytes);
   };
-  auto finish = [&] {
-    add_unit<C::kXScale>(3, 0, acc[1], last_ws, joined, sum[1]);
+  auto add_last = [&](ScalePair<C> scales) {
+    add_unit<C::kXScale>(3, 0, acc[1], to_float2(scales), joined, sum[1]);
     finish_step<C::kXScale, 4>(0, joined, view_stage(s, last_stage, lane).x_scale, sum[1]);
     pin(sum[1]);
     release(s, last_stage);
   };
   auto step = [&](bool is_first) {
-    const StageView v = view_stage(s, stage, lane);
+    const StageView v = view_stage(s, now.stage, lane);
+    std::uint32_t next_x = x;
     pin(f[0]);
-    multiply_step32(acc[0], f[0], v.x, 0);
-    if (!is_first) finish();
-    last_stage = stage;
+    multiply_step32(acc[0], f[0], x, 0);
+    ScalePair<C> next_ws = load_scale_pair<C>(v.scales, 0);
+    if (!is_first) add_last(ws);
+    ws = next_ws;
+    last_stage = now.stage;
+    widen<C::kCode>(codes, f[1]);
     pin(f[1]);
-    Codes codes;
 #pragma unroll
     for (int unit = 0; unit < 7; ++unit) {  // units 0..3 of slab 0, then of slab 1
       const int slab = unit / 4, i = unit % 4, next = unit + 1;
-      multiply_step32(acc[next % 2], f[next / 4], v.x, next % 4);
-      const float2 ws = load_weight_scales<C>(v.scales + slab * C::kSlabBytes, i);
+      multiply_step32(acc[next % 2], f[next / 4], x, next % 4);
+      next_ws = load_scale_pair<C>(v.scales + next / 4 * C::kSlabBytes, next % 4);
       if (unit == 4) {  // slab 0 is done, its fragments are free
-        if (--left > 0) stage = acquire_together(s, at);
-        codes = load(0);  // after the last step: of the same stage, in vain
+        const bool more = --left > 0;
+        now = more ? at : now;
+        wait_together(s, now);
+        at = more ? after<C>(at) : at;
+        codes = load(0);
+        next_x = uniform(view_stage(s, now.stage, lane).x);
       }
       await<1>(acc[unit % 2]);
-      add_unit<C::kXScale>(i, 0, acc[unit % 2], ws, joined, sum[slab]);
+      add_unit<C::kXScale>(i, 0, acc[unit % 2], to_float2(ws), joined, sum[slab]);
       if (i == 3) finish_step<C::kXScale, 4>(0, joined, v.x_scale, sum[slab]);
       if (unit == 4) widen<C::kCode>(codes, f[0]);
       if (i < 3 && C::kXScale == XScale::kPerGroup) {
@@ -185,17 +197,17 @@ __device__ __forceinline__ void multiply_group32_two_slabs(Shared<C>& s, Ring& r
       } else {
         pin(sum[slab]);
       }
+      ws = next_ws;
     }
-    last_ws = load_weight_scales<C>(v.scales + C::kSlabBytes, 3);
     codes = load(1);
+    x = next_x;
     await<0>(acc[1]);
-    widen<C::kCode>(codes, f[1]);
   };
   widen<C::kCode>(load(0), f[0]);
-  widen<C::kCode>(load(1), f[1]);
+  codes = load(1);
   step(true);
   while (left > 0) step(false);
-  finish();
+  add_last(ws);
   ring = at;
 }
 

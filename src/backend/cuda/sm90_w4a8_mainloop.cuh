@@ -122,33 +122,49 @@ __device__ __forceinline__ void multiply_two_slabs(Shared<C>& s, Ring& ring, int
 }
 
 /// Two slabs, 128 columns: one unit after the other, since two accumulators do not fit beside 128
-/// sums.
+/// sums. What a unit reads is loaded during the product or the promotion before.
 template <class C, int N>
 __device__ __forceinline__ void multiply_wide(Shared<C>& s, Ring& ring, int steps,
                                               const MathLane& lane, float (&sum)[2][N / 2]) {
+  // The first token scales too are loaded during a product, unless f32 weight scales take their
+  // registers.
+  constexpr bool kScalesAhead = C::kScale == ScaleType::kBf16;
   float acc[N / 2];
   clear(acc);
   const int num_steps = uniform(steps);
   Ring at = uniform(ring);
   int stage = acquire_together(s, at);
+  std::uint32_t x = uniform(view_stage(s, stage, lane).x);
+  // A StageView anew for each use: registers are for sums.
+  Codes codes = load_codes(view_stage(s, stage, lane).codes);
   for (int k = 1; k <= num_steps; ++k) {
     int next_stage = stage;
+    std::uint32_t next_x = x;
 #pragma unroll
     for (int b = 0; b < 2; ++b) {
-      // A StageView anew for each use: registers are for sums.
       Fragments f;
-      widen<C::kCode>(load_codes(view_stage(s, stage, lane).codes + b * C::kSlabBytes), f);
+      widen<C::kCode>(codes, f);
       pin(f);
-      multiply(acc, f, view_stage(s, stage, lane).x);
-      const float2 ws =
-          load_weight_scales<C>(view_stage(s, stage, lane).scales + b * C::kSlabBytes, 0);
-      if (b == 1 && k < num_steps) next_stage = acquire_together(s, at);
+      multiply(acc, f, x);
+      const ScalePair<C> ws =
+          load_scale_pair<C>(view_stage(s, stage, lane).scales + b * C::kSlabBytes, 0);
+      const float* const x_scale = view_stage(s, stage, lane).x_scale;
+      float xs[4];
+      if constexpr (kScalesAhead) load_token_scales<C::kXScale>(x_scale, xs);
+      if (b == 1 && k < num_steps) {
+        next_stage = acquire_together(s, at);
+        next_x = uniform(view_stage(s, next_stage, lane).x);
+      }
       await<0>(acc);
-      promote<C::kXScale, 4>(acc, ws, view_stage(s, stage, lane).x_scale, sum[b]);
+      if constexpr (!kScalesAhead) load_token_scales<C::kXScale>(x_scale, xs);
+      promote_from<C::kXScale>(xs, acc, to_float2(ws), x_scale, sum[b]);
+      codes = b == 0 ? load_codes(view_stage(s, stage, lane).codes + C::kSlabBytes)
+                     : load_codes(view_stage(s, next_stage, lane).codes);  // at last in vain
       pin(sum[b]);
     }
     release(s, stage);
     stage = next_stage;
+    x = next_x;
   }
   ring = at;
 }

@@ -6,6 +6,8 @@
 // are made of these pieces and decide what overlaps with what.
 #pragma once
 
+#include <type_traits>
+
 #include "backend/cuda/ptx/mbarrier.cuh"
 #include "backend/cuda/ptx/sync.cuh"
 #include "backend/cuda/ptx/wgmma.cuh"
@@ -57,15 +59,25 @@ __device__ __forceinline__ void widen(std::uint32_t word, std::uint32_t& lo, std
   }
 }
 
-/// Scales of rows r and r + 8 for group `g` of the step; `scales` is this thread's first pair.
+/// Scales of rows r and r + 8 as they lie in the stage.
+template <class C>
+using ScalePair = std::conditional_t<C::kScale == ScaleType::kBf16, std::uint32_t, float2>;
+
+/// The pair for group `g` of the step; `scales` is this thread's first pair.
+template <class C>
+__device__ __forceinline__ ScalePair<C> load_scale_pair(const std::uint8_t* scales, int g) {
+  return reinterpret_cast<const ScalePair<C>*>(scales)[32 * g];
+}
+__device__ __forceinline__ float2 to_float2(std::uint32_t bf16_pair) {
+  return {__uint_as_float(bf16_pair << 16), __uint_as_float(bf16_pair & 0xffff0000u)};
+}
+__device__ __forceinline__ float2 to_float2(float2 pair) {
+  return pair;
+}
+
 template <class C>
 __device__ __forceinline__ float2 load_weight_scales(const std::uint8_t* scales, int g) {
-  if constexpr (C::kScale == ScaleType::kBf16) {
-    const std::uint32_t bits = reinterpret_cast<const std::uint32_t*>(scales)[32 * g];
-    return {__uint_as_float(bits << 16), __uint_as_float(bits & 0xffff0000u)};
-  } else {
-    return reinterpret_cast<const float2*>(scales)[32 * g];
-  }
+  return to_float2(load_scale_pair<C>(scales, g));
 }
 
 /// The A fragments of one slab and step: [k step of 32][register].
@@ -180,21 +192,31 @@ __device__ __forceinline__ void promote_columns(const int first, const float (&a
   }
 }
 
-/// The same for all columns. The scales of `Chunk` of them are loaded while those before are used.
+/// The same for all columns. `first` has the scales of the first `Chunk` of them, the others' are
+/// loaded while those before are used.
 template <XScale X, int Chunk, int R>
-__device__ __forceinline__ void promote(const float (&acc)[R], float2 ws, const float* x_scale,
-                                        float (&sum)[R]) {
-  constexpr int kCount = R / 2 < Chunk ? R / 2 : Chunk;
-  float xs[2][kCount];
-  load_token_scales<X>(x_scale, xs[0]);
+__device__ __forceinline__ void promote_from(const float (&first)[Chunk], const float (&acc)[R],
+                                             float2 ws, const float* x_scale, float (&sum)[R]) {
+  float xs[2][Chunk];
 #pragma unroll
-  for (int c = 0; c < R / 2; c += kCount) {
-    const int at = c / kCount % 2;
-    if (c + kCount < R / 2) load_token_scales<X>(x_scale + c + kCount, xs[1 - at]);
+  for (int i = 0; i < Chunk; ++i) xs[0][i] = first[i];
+#pragma unroll
+  for (int c = 0; c < R / 2; c += Chunk) {
+    const int at = c / Chunk % 2;
+    if (c + Chunk < R / 2) load_token_scales<X>(x_scale + c + Chunk, xs[1 - at]);
     promote_columns<X>(c, acc, ws, xs[at], sum);
     // NOTE: keeps the scheduler from loading every scale at once, which spills with 128 sums.
     if constexpr (R == 64 && X == XScale::kPerGroup) asm volatile("" ::: "memory");
   }
+}
+
+template <XScale X, int Chunk, int R>
+__device__ __forceinline__ void promote(const float (&acc)[R], float2 ws, const float* x_scale,
+                                        float (&sum)[R]) {
+  constexpr int kCount = R / 2 < Chunk ? R / 2 : Chunk;
+  float first[kCount];
+  load_token_scales<X>(x_scale, first);
+  promote_from<X>(first, acc, ws, x_scale, sum);
 }
 
 /// One scale for all rows of x, after the last step.
