@@ -9,9 +9,10 @@ ptxas_guard.sh refuses the object, as it refuses one that spills.
 
 Each variant is a copy of src/backend/cuda with a few lines replaced. The script fails when a line
 is not there exactly once, so a changed main loop cannot be measured by mistake. It compiles the two
-kernels of bf16 scales in groups of 128 with the commands of BUILD (a Ninja build), in parallel,
-links them before the library that holds the real ones, and runs the programs in turn. RESULTS OF
-ALL VARIANTS BUT THE FIRST ARE WRONG ON PURPOSE; the source tree and BUILD stay as they are.
+kernels of bf16 scales in groups of 128 (with --group 32 those of 32) with the commands of BUILD (a
+Ninja build), in parallel, links them before the library that holds the real ones, and runs the
+programs in turn. RESULTS OF ALL VARIANTS BUT THE FIRST ARE WRONG ON PURPOSE; the source tree and
+BUILD stay as they are.
 """
 
 import argparse
@@ -23,8 +24,9 @@ import subprocess
 import sys
 
 ROOT = pathlib.Path(__file__).resolve().parents[3]
-KERNELS = ("sm90_w4a8_decode_bf16_g128.cu", "sm90_w4a8_prefill_bf16_g128.cu")
+KERNELS = ("sm90_w4a8_decode_bf16_g{}.cu", "sm90_w4a8_prefill_bf16_g{}.cu")
 UNIT, LOOP = "sm90_w4a8_unit.cuh", "sm90_w4a8_mainloop.cuh"
+GROUP32 = "sm90_w4a8_group32.cuh"
 
 NO_TOKEN_SCALES = [
     (UNIT, f"__fmul_rn(ws.{row}, xs[{column}])", f"ws.{row}")
@@ -47,11 +49,34 @@ ONE_PRODUCT = [
 ]
 NO_ARITHMETIC = [(LOOP, "  if (!has_slabs) {\n", "  if (has_slabs || !has_slabs) {\n")]
 
+# Not joined, so never read: ptxas drops the products of these units, too.
+FEW_UNITS = [
+    (
+        GROUP32,
+        "                                     float (&joined)[R]) {\n#pragma unroll\n",
+        "                                     float (&joined)[R]) {\n"
+        "  if (i == 1 || i == 2) return;\n#pragma unroll\n",
+    )
+]
+ONE_STEP = [
+    (
+        UNIT,
+        "  ptx::wgmma_m64k32(acc, f.a[i], x +",
+        "  if (i == 0) ptx::wgmma_m64k32(acc, f.a[i], x +",
+    )
+]
+
 VARIANTS = {
     "nothing left out": [],
     "one fma (no token scales)": NO_TOKEN_SCALES,
     "promotion of all but two columns": NO_PROMOTION,
     "three of four products": ONE_PRODUCT,
+    "all arithmetic along K": NO_ARITHMETIC,
+}
+VARIANTS32 = {
+    "nothing left out": [],
+    "two of four units, products and joining": FEW_UNITS,
+    "three of four products": ONE_STEP,
     "all arithmetic along K": NO_ARITHMETIC,
 }
 
@@ -107,13 +132,20 @@ def main():
     build = args.build.resolve()
     out = (args.out or build / "leave_out").resolve()
     shutil.rmtree(out, ignore_errors=True)
+    if "--rows" not in options:
+        options += ["--rows", "64,128,1024"]
+    group = options[options.index("--group") + 1] if "--group" in options else "128"
+    variants = VARIANTS32 if group == "32" else VARIANTS
     commands = ninja_commands(build)
-    folders = {name: out / str(i) for i, name in enumerate(VARIANTS)}
+    folders = {name: out / str(i) for i, name in enumerate(variants)}
     for name, folder in folders.items():
-        make_sources(VARIANTS[name], folder)
+        make_sources(variants[name], folder)
     with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
         jobs = {
-            name: [pool.submit(compile_kernel, commands, build, k, folder) for k in KERNELS]
+            name: [
+                pool.submit(compile_kernel, commands, build, k.format(group), folder)
+                for k in KERNELS
+            ]
             for name, folder in folders.items()
         }
         failed = [n for n, list_ in jobs.items() if any(job.exception() for job in list_)]
@@ -123,7 +155,7 @@ def main():
             print("does not compile: see above")
             continue
         program = link(commands, build, [job.result() for job in jobs[name]], folder)
-        subprocess.run([program, *(options or ["--rows", "64,128,1024"])], check=True)
+        subprocess.run([program, *options], check=True)
     return 1 if failed else 0
 
 

@@ -115,7 +115,7 @@ void bench_wgmma(long long* cycles, float* sink) {
 }
 
 /// What a warpgroup that does not multiply runs.
-enum class Alu { kPromote, kWiden, kLoad };
+enum class Alu { kPromote, kFma, kWiden, kLoad };
 
 template <Alu Kind>
 __device__ __forceinline__ void run_alu(float (&acc)[32], float (&sum)[32], float (&xs)[16],
@@ -126,6 +126,9 @@ __device__ __forceinline__ void run_alu(float (&acc)[32], float (&sum)[32], floa
       sum[i] = __fmaf_rn(__fmul_rn(acc[i], xs[i / 2 % 2]), xs[i / 4 * 2 + i % 2], sum[i]);
 #pragma unroll
     for (int i = 0; i < 32; ++i) acc[i] = __int_as_float(__float_as_int(acc[i]) ^ 1);
+  } else if constexpr (Kind == Alu::kFma) {
+#pragma unroll
+    for (int i = 0; i < 96; ++i) sum[i % 32] = __fmaf_rn(acc[i % 32], xs[i / 32], sum[i % 32]);
   } else if constexpr (Kind == Alu::kWiden) {
 #pragma unroll
     for (int i = 0; i < 32; ++i) w[i % 8] = __funnelshift_r(w[i % 8], w[i % 8], 4) & 0xf7f7f7f7u;
@@ -202,19 +205,20 @@ void bench_mix(const char* name, long long* cycles, float* sink) {
 /// How a unit of k = 32 is added to the sums.
 enum class Add { kPerRow, kJoined, kPromote };
 
-/// Warpgroups do what the main loop of groups of 32 does between its loads: a product on one
-/// accumulator runs while the other is added. Cycles of one unit of 64 x N x 32.
-template <int N, Add How>
+/// Warpgroups do what the main loop of groups of 32 does between its loads: products on all but one
+/// of the accumulators run while that one is added. `Units` are in a loop body, at whose end no
+/// product is in flight. Cycles of one unit of 64 x N x 32.
+template <int N, Add How, int Accumulators, int Units>
 __global__ void __launch_bounds__(N == 64 ? 256 : 512, 1)
     unit_kernel(long long* cycles, float* sink) {
-  constexpr int kSteps = 512;
+  constexpr int kSteps = 2048 / Units, kAhead = Accumulators - 1;
   extern __shared__ __align__(1024) std::uint8_t raw[];
   for (int i = threadIdx.x; i < N * 128; i += blockDim.x) raw[i] = hash(i) & 0x77;
   ptx::fence_proxy_async();
   __syncthreads();
-  float acc[2][N / 2], joined[N / 2], sum[N / 2], xs[N / 4];
-  clear(acc[0]);
-  clear(acc[1]);
+  float acc[Accumulators][N / 2], joined[N / 2], sum[N / 2], xs[N / 4];
+#pragma unroll
+  for (int i = 0; i < Accumulators; ++i) clear(acc[i]);
   clear(joined);
   clear(sum);
   Fragments f;
@@ -226,12 +230,15 @@ __global__ void __launch_bounds__(N == 64 ? 256 : 512, 1)
 #pragma unroll 1
   for (int k = 0; k < kSteps; ++k) {
     pin(f);
-    multiply_step32(acc[0], f, x, 0);
 #pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      float(&done)[N / 2] = acc[i % 2];
-      if (i < 3) {
-        multiply_step32(acc[(i + 1) % 2], f, x, i + 1);
+    for (int i = -kAhead; i < Units; ++i) {
+      const int next = i + kAhead;
+      if (next < Units) multiply_step32(acc[next % Accumulators], f, x, next % 4);
+      if (i < 0) continue;
+      float(&done)[N / 2] = acc[i % Accumulators];
+      if (Units - 1 - i >= kAhead) {
+        await<kAhead>(done);
+      } else if (Units - 1 - i == 1) {
         await<1>(done);
       } else {
         await<0>(done);
@@ -244,8 +251,8 @@ __global__ void __launch_bounds__(N == 64 ? 256 : 512, 1)
           sum[at] = __fmaf_rn(done[at], at % 4 < 2 ? ws.x : ws.y, sum[at]);
         }
       } else if constexpr (How == Add::kJoined) {
-        join(i, done, ws, joined);
-        if (i == 3) add_joined(0, 0, joined, xs, sum);
+        join(i % 4, done, ws, joined);
+        if (i % 4 == 3) add_joined(0, 0, joined, xs, sum);
       } else if constexpr (How == Add::kPromote) {
         promote_columns<XScale::kPerGroup>(0, done, ws, xs, sum);
       }
@@ -253,18 +260,21 @@ __global__ void __launch_bounds__(N == 64 ? 256 : 512, 1)
       pin(joined);
     }
   }
-  if (threadIdx.x == 0 && blockIdx.x == 0) *cycles = (clock64() - begin) / (4 * kSteps);
+  if (threadIdx.x == 0 && blockIdx.x == 0) *cycles = (clock64() - begin) / (Units * kSteps);
   float result = 0.0f;
-  for (int i = 0; i < N / 2; ++i) result += sum[i] + joined[i] + acc[0][i] + acc[1][i];
+  for (int i = 0; i < N / 2; ++i) {
+    result += sum[i] + joined[i];
+    for (int a = 0; a < Accumulators; ++a) result += acc[a][i];
+  }
   sink[threadIdx.x] = result;
 }
 
-template <int N, Add How>
+template <int N, Add How, int Accumulators, int Units>
 void bench_unit(const char* name, long long* cycles, float* sink) {
-  std::printf("unit 64x%dx32, %-28s", N, name);
+  std::printf("unit 64x%dx32, %-28s %d accumulators, %2d a loop:", N, name, Accumulators, Units);
   for (const int groups : {1, 2, 4}) {
     if (N == 64 && groups == 4) continue;
-    unit_kernel<N, How><<<132, 128 * groups, 16384>>>(cycles, sink);
+    unit_kernel<N, How, Accumulators, Units><<<132, 128 * groups, 16384>>>(cycles, sink);
     long long c = 0;
     SLUICE_CUDA_CHECK(cudaMemcpy(&c, cycles, 8, cudaMemcpyDeviceToHost));
     std::printf(" %lld", c);
@@ -274,9 +284,15 @@ void bench_unit(const char* name, long long* cycles, float* sink) {
 
 template <int N>
 void bench_units(long long* cycles, float* sink) {
-  bench_unit<N, Add::kPerRow>("1 fma", cycles, sink);
-  bench_unit<N, Add::kJoined>("1 product or fma + 1/4 fma", cycles, sink);
-  bench_unit<N, Add::kPromote>("1 product + 1 fma", cycles, sink);
+  bench_unit<N, Add::kPerRow, 2, 4>("1 fma", cycles, sink);
+  bench_unit<N, Add::kJoined, 2, 4>("1 product or fma + 1/4 fma", cycles, sink);
+  bench_unit<N, Add::kPromote, 2, 4>("1 product + 1 fma", cycles, sink);
+  bench_unit<N, Add::kPerRow, 1, 12>("1 fma", cycles, sink);
+  bench_unit<N, Add::kJoined, 1, 12>("1 product or fma + 1/4 fma", cycles, sink);
+  bench_unit<N, Add::kPerRow, 2, 12>("1 fma", cycles, sink);
+  bench_unit<N, Add::kPerRow, 3, 12>("1 fma", cycles, sink);
+  bench_unit<N, Add::kJoined, 2, 12>("1 product or fma + 1/4 fma", cycles, sink);
+  bench_unit<N, Add::kJoined, 3, 12>("1 product or fma + 1/4 fma", cycles, sink);
 }
 
 void bench_all() {
@@ -296,6 +312,8 @@ void bench_all() {
   bench_units<64>(cycles.data, sink.data);
   std::printf("mix: T + A warpgroups multiply + run others; cycles of a wgmma / of a round\n");
   bench_mix<64, Alu::kPromote>("32 fmul + 32 fma + 32 xor", cycles.data, sink.data);
+  bench_mix<64, Alu::kFma>("96 fma", cycles.data, sink.data);
+  bench_mix<128, Alu::kFma>("96 fma", cycles.data, sink.data);
   bench_mix<128, Alu::kPromote>("32 fmul + 32 fma + 32 xor", cycles.data, sink.data);
   bench_mix<128, Alu::kWiden>("32 shift + 32 and", cycles.data, sink.data);
   bench_mix<128, Alu::kLoad>("8 8-byte loads + 16 fadd", cycles.data, sink.data);
