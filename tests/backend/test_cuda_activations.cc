@@ -3,6 +3,8 @@
 #include <gmock/gmock.h>
 #include <gtest/gtest.h>
 
+#include <algorithm>
+#include <cmath>
 #include <string>
 #include <vector>
 
@@ -16,11 +18,14 @@ namespace {
 constexpr std::int64_t kPairs = 1024;  // Channels of h: every pair of two of the 32 edge values.
 
 /// One expert whose sums are chosen: for a row of code 256 and scale s, channel i has gate = s
-/// gate[i] and up = s up[i], exactly but for one rounding. 256 * 2 * v / 512 = v.
+/// gate[i] and up = s up[i], exactly but for one rounding. 256 * 4 * v / 1024 = v.
 class ChosenSums {
  public:
   ChosenSums() {
-    const std::vector<float> list = edges();
+    // Weight scales are finite and below 2^118, so no single sum can be NaN. A row of NaN is.
+    std::vector<float> list = edges();
+    std::ranges::replace_if(
+        list, [](float v) { return std::isnan(v); }, 2.36e38f);
     weights.geometry.num_experts = weights.geometry.num_topk = 1;
     weights.geometry.hidden = 128, weights.geometry.intermediate = kPairs;
     gate.resize(kPairs), up.resize(kPairs);
@@ -44,9 +49,9 @@ class ChosenSums {
     scales.assign(static_cast<std::size_t>(n * k / 128), 1.0f);
     for (std::size_t row = 0; values != nullptr && row < values->size(); ++row) {
       float& v = (*values)[row];
-      scales[row] = std::fabs(v) / 512;
-      codes[row * static_cast<std::size_t>(k / 2)] = v < 0 ? 0xe : 0x2;  // -2 or 2
-      v = std::copysign(scales[row] * 512, v);  // What is left of a subnormal number.
+      scales[row] = std::fabs(v) / 1024;
+      codes[row * static_cast<std::size_t>(k / 2)] = v < 0 ? 0xc : 0x4;  // -4 or 4
+      v = std::copysign(scales[row] * 1024, v);  // What is left of a subnormal number.
     }
     return {.codes = {codes.data(), DType::kPackedInt4, {n, k / 2}},
             .scales = {scales.data(), DType::kFloat32, {n, k / 128}}};
