@@ -14,7 +14,7 @@ from deep_ep_workload import (
 from spaces import Torch
 
 import sluice
-from sluice.compat.deep_ep import Buffer, Config, EventOverlap
+from sluice.compat.deep_ep import Buffer, Config, EventHandle, EventOverlap
 
 
 @pytest.mark.parametrize("counts", COUNTS.values(), ids=COUNTS)
@@ -238,6 +238,7 @@ def test_a_missing_rank_is_named_and_the_buffer_starts_anew(space, monkeypatch):
                 with pytest.raises(sluice.Error, match=r"missing rank\(s\) 2") as caught:
                     layer()
                 assert caught.value.code == code and caught.value.ranks == (2,)
+                assert ("this buffer ended earlier" in str(caught.value)) == (code == "transport")
             buffer.low_latency_query_mask_buffer(status)
             assert space.plain(status).tolist() == [0, 0, 1, 0]
         first.wait()
@@ -254,10 +255,10 @@ def test_a_missing_rank_is_named_and_the_buffer_starts_anew(space, monkeypatch):
 # --- The surface ----------------------------------------------------------------------------------
 
 
-PUBLISHED = {  # DeepEP 1.2.1, buffer.py: names in order, with defaults; - where there is none.
+PUBLISHED = {  # sgl-deep-ep 0.1.2.post1, buffers/legacy.py: names in order, with defaults; - where none.
     "__init__": "group -, num_nvl_bytes 0, num_rdma_bytes 0, low_latency_mode False, num_qps_per_rank 24, "
-    "allow_nvlink_for_low_latency_mode True, allow_mnnvl False, explicitly_destroy False, enable_shrink False, "
-    "comm None",
+    "allow_nvlink_for_low_latency_mode True, allow_mnnvl False, use_fabric None, "
+    "explicitly_destroy False, enable_shrink False, comm None",
     "destroy": "", "is_sm90_compiled": "", "capture": "", "get_comm_stream": "",
     "set_num_sms": "new_num_sms -",
     "get_low_latency_rdma_size_hint":
@@ -273,10 +274,12 @@ PUBLISHED = {  # DeepEP 1.2.1, buffer.py: names in order, with defaults; - where
     "async_finish False, allocate_on_comm_stream False",
     "clean_low_latency_buffer": "num_max_dispatch_tokens_per_rank -, hidden -, num_experts -",
     "low_latency_dispatch": "x -, topk_idx -, num_max_dispatch_tokens_per_rank -, num_experts -, "
-    "cumulative_local_expert_recv_stats None, dispatch_wait_recv_cost_stats None, use_fp8 True, "
-    "round_scale False, use_ue8m0 False, async_finish False, return_recv_hook False",
+    "cumulative_local_expert_recv_stats None, dispatch_wait_recv_cost_stats None, "
+    "x_global_scale None, use_fp8 True, round_scale False, use_ue8m0 False, use_nvfp4 False, async_finish False, "
+    "return_recv_hook False",
     "low_latency_combine": "x -, topk_idx -, topk_weights -, handle -, use_logfmt False, zero_copy False, "
-    "async_finish False, return_recv_hook False, out None, combine_wait_recv_cost_stats None",
+    "async_finish False, return_recv_hook False, out None, combine_wait_recv_cost_stats None, overlap False, "
+    "src_signals None, src_signal_expect_value 0",
     "low_latency_update_mask_buffer": "rank_to_mask -, mask False",
     "low_latency_query_mask_buffer": "mask_status -", "low_latency_clean_mask_buffer": "",
     "get_next_low_latency_combine_buffer": "handle -",
@@ -360,8 +363,14 @@ def test_refusals(space):
     refused("topk_idx: expected shape", "invalid_argument", combine, rows, idx[:2], weights, handle)
     refused(r"x: expected shape \[8, 8, 512\], got \[7, 8, 512\]", "invalid_argument", combine, rows[1:], idx, weights, handle)
     refused("overlap is of a fork", "unsupported", combine, rows, idx, weights, handle, overlap=True)
+    refused("src_signal_expect_value is of a fork", "unsupported", combine, rows, idx, weights, handle,
+            src_signal_expect_value=3)
+    refused("x_global_scale here and use_fp8 in other", "invalid_argument", dispatch, x, idx, CAPACITY, EXPERTS,
+            None, None, False)
+    refused("internode_dispatch: a second host is not served", "unsupported", buffer.internode_dispatch, x)
+    refused("internode_combine: a second host is not served", "unsupported", buffer.internode_combine, x, handle)
     refused("zero_copy", "invalid_argument", combine, None, idx, weights, handle, zero_copy=True)
-    combine(rows, idx, weights, handle, use_logfmt=True, overlap=False, block_m=64)
+    combine(rows, idx, weights, handle, use_logfmt=True, overlap=False, src_signal_expect_value=0, block_m=64)
     for number, dtype, text in ((2, np.int64, r"shape \[1\], got \[2\]"), (1, np.int32, "dtype int64, got int32")):
         waits = space.array(np.zeros(number, dtype))
         refused(f"dispatch_wait_recv_cost_stats: expected {text}", "invalid_argument", dispatch,
@@ -412,6 +421,34 @@ def test_recovery_as_vllm_does_it(space):
         assert memory.dtype == dtype and tuple(memory.shape) == (0,)
         memory.zero_() if isinstance(space, Torch) else memory.fill(0)
         buffer.low_latency_clean_mask_buffer()
+
+
+def test_events():
+    """Made by callers too; on the CPU they have passed."""
+    event = EventOverlap(EventHandle())
+    assert event.event is not None
+    event.current_stream_wait()
+    with event:
+        pass
+    event.current_stream_wait(release_handle=True)
+    with pytest.raises(RuntimeError, match="no event to wait for"):
+        event.current_stream_wait()
+    Buffer.capture().current_stream_wait()
+
+
+def test_timeout_is_that_of_deep_ep(monkeypatch):
+    """Unless the environment says another one."""
+    from sluice.compat.deep_ep import _rank_device
+
+    given = []
+    exchange = sluice._core.Exchange
+    monkeypatch.setattr(_rank_device._core, "Exchange", lambda *a, **k: given.append(k["timeout_ms"]) or exchange(*a, **k))
+    x, idx, _ = tokens(0, 4)
+    monkeypatch.delenv("SLUICE_TIMEOUT_MS", raising=False)
+    buffers(1)[0].low_latency_dispatch(x, idx, CAPACITY, EXPERTS)
+    monkeypatch.setenv("SLUICE_TIMEOUT_MS", "500")
+    buffers(1)[0].low_latency_dispatch(x, idx, CAPACITY, EXPERTS)
+    assert given == [100_000, None]
 
 
 def test_topk_idx_type():

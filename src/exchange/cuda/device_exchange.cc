@@ -96,7 +96,7 @@ class DeviceExchange final : public Exchange::Impl {
 
   void check_limits(int ranks) const;
   void share_window(Transport& transport);
-  [[nodiscard]] int count_ranks_on_device(Transport& transport) const;
+  void count_ranks_on_device(Transport& transport);
   void make_slots();
   void meet();
   [[nodiscard]] Slot& take_slot(Stream stream);
@@ -129,6 +129,7 @@ class DeviceExchange final : public Exchange::Impl {
   MappedFaults faults_;
   std::vector<Slot> slots_;
   int ranks_on_device_ = 1, max_ctas_ = 1;
+  int ranks_in_process_ = 1;  // Of those: they share its default stream.
   std::uint64_t num_dispatches_ = 0;
   std::optional<Error> failure_;  // What stopped the exchange for good.
 };
@@ -150,7 +151,7 @@ DeviceExchange::DeviceExchange(const ExchangeConfig& config_in, Transport& trans
   const auto queue = static_cast<cudaStream_t>(backend.stream().handle);
   SLUICE_CUDA_CHECK(cudaMemsetAsync(state_->data(), 0, state_->bytes(), queue));
   share_window(transport);
-  ranks_on_device_ = count_ranks_on_device(transport);
+  count_ranks_on_device(transport);
   int num_sms = 0;
   SLUICE_CUDA_CHECK(cudaDeviceGetAttribute(&num_sms, cudaDevAttrMultiProcessorCount, device.index));
   const int share = num_sms / ranks_on_device_;
@@ -232,7 +233,7 @@ bool loads_kernels_lazily() {
 
 /// Counts the ranks that share this one's device. Ranks that also share its process wait for each
 /// other inside kernels, so no launch of theirs may wait for the device.
-int DeviceExchange::count_ranks_on_device(Transport& transport) const {
+void DeviceExchange::count_ranks_on_device(Transport& transport) {
   cudaDeviceProp properties{};
   SLUICE_CUDA_CHECK(cudaGetDeviceProperties(&properties, device.index));
   const DeviceAndProcess mine{properties.uuid, this_process()};
@@ -251,7 +252,7 @@ int DeviceExchange::count_ranks_on_device(Transport& transport) const {
          "a rank that waits: set CUDA_MODULE_LOADING=EAGER before the first CUDA call",
          in_process, device.index);
   }
-  return on_device;
+  ranks_on_device_ = on_device, ranks_in_process_ = in_process;
 }
 
 void DeviceExchange::make_slots() {
@@ -313,9 +314,10 @@ void DeviceExchange::meet() {
 }
 
 void DeviceExchange::check_stream(Stream stream) const {
-  check_argument(stream.handle != nullptr || ranks_on_device_ == 1,
-                 "{} ranks share cuda:{}: each needs a stream of its own, not the default stream",
-                 ranks_on_device_, device.index);
+  check_argument(stream.handle != nullptr || ranks_in_process_ == 1,
+                 "{} ranks of this process share cuda:{}: each needs a stream of its own, not the "
+                 "default stream",
+                 ranks_in_process_, device.index);
 }
 
 /// The lowest free slot. Its last use may have been on another stream.

@@ -11,13 +11,13 @@ from typing import Any
 from ... import _core
 from ._buffer import Buffer
 from ._config import Config
-from ._event import EventOverlap
+from ._event import EventHandle, EventOverlap
 from ._register import register
 
 __version__ = f"1.2.1+sluice.{_core.version()}"
 """DeepEP's release whose V1 interface this is, and Sluice's."""
 
-__all__ = ["Buffer", "Config", "EventOverlap", "register", "topk_idx_t"]
+__all__ = ["Buffer", "Config", "EventHandle", "EventOverlap", "register", "topk_idx_t"]
 
 
 def __getattr__(name: str) -> Any:

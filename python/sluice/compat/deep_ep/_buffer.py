@@ -8,14 +8,14 @@ from ... import _core
 from ..._error import Error
 from .._arrays import check, empty_of, space_of
 from ._config import Config
-from ._event import EventOverlap, Passed
+from ._event import EventHandle, EventOverlap
 from ._low_latency import LowLatency, LowLatencyHandle
 from ._normal import Normal, NormalHandle
 from ._placement import ExpertPlacement
-from ._rank_device import RankDevice
+from ._rank_device import RankDevice, timeout_ms
 
 _EXTRA = {
-    # Of forks: name -> whether any value does no harm, else only None and False.
+    # Of forks: name -> whether any value does no harm, else only None, False and 0.
     "use_nvfp4": False, "x_global_scale": False, "overlap": False, "packed_recv_count": False,
     "comp_signal": False, "src_signals": False, "src_signal_expect_value": False,
     "block_m": True, "threshold": True, "num_sms": True,
@@ -26,7 +26,8 @@ def _check_extra(operation: str, extra: dict[str, Any]) -> None:
     for name, value in extra.items():
         if name not in _EXTRA:
             raise TypeError(f"{operation}() got an unexpected keyword argument '{name}'")
-        if value is not None and value is not False and not _EXTRA[name]:
+        is_left_out = value is None or (isinstance(value, bool | int) and not value)
+        if not is_left_out and not _EXTRA[name]:
             raise Error("unsupported", f"{operation}: {name} is of a fork of DeepEP; leave it out")
 
 
@@ -41,7 +42,8 @@ def _wait(event: EventOverlap | None) -> None:
 
 
 def _watched(call: Callable) -> Callable:
-    """A method of Buffer that notes which ranks an error names."""
+    """A method of Buffer that notes which ranks an error names, and which one ended the buffer: the errors
+    of all later calls say so, whoever swallowed the first."""
 
     @functools.wraps(call)
     def watched(self: "Buffer", *args: Any, **kwargs: Any) -> Any:
@@ -49,7 +51,14 @@ def _watched(call: Callable) -> Callable:
             return call(self, *args, **kwargs)
         except Error as error:
             self._missing.update(error.ranks)
-            raise
+            if error.code not in ("peer_timeout", "transport") or not (error.ranks or self._ended_by):
+                raise  # What ranks disagree on blames none, and ends nothing.
+            if self._ended_by is None:
+                self._ended_by = str(error)
+                raise
+            raise Error(error.code, f"{error}; this buffer ended earlier: {self._ended_by}. Either all ranks "
+                        "call low_latency_clean_mask_buffer(), once they are there again, or their processes "
+                        "end", error.ranks) from error
 
     return watched
 
@@ -69,14 +78,14 @@ class Buffer:
         self, group: Any = None, num_nvl_bytes: int = 0, num_rdma_bytes: int = 0,
         low_latency_mode: bool = False, num_qps_per_rank: int = 24,
         allow_nvlink_for_low_latency_mode: bool = True, allow_mnnvl: bool = False,
-        explicitly_destroy: bool = False, enable_shrink: bool = False, comm: Any = None,
-        use_fabric: bool = False, *, backend: Any = None,
+        use_fabric: bool | None = None, explicitly_destroy: bool = False, enable_shrink: bool = False,
+        comm: Any = None, *, backend: Any = None,
     ) -> None:
         if group is None and comm is None:
             raise Error("invalid_argument", "group: expected a process group or a sluice.Transport")
         group = comm if group is None else group
         is_transport = isinstance(group, _core.Transport)
-        self._transport: Any = group if is_transport else _core.Transport.from_group(group)
+        self._transport: Any = group if is_transport else _core.Transport.from_group(group, timeout_ms=timeout_ms())
         self.group = group
         self.rank, self.group_size = self._transport.rank, self._transport.num_ranks
         self.num_nvl_bytes, self.num_rdma_bytes = num_nvl_bytes, num_rdma_bytes
@@ -86,6 +95,7 @@ class Buffer:
         self._low_latency: Any = LowLatency(self._device)
         self._normal: Any = Normal(self._device)
         self._missing: set[int] = set()
+        self._ended_by: str | None = None
 
     def destroy(self) -> None:
         """Lets go of all memory; not collective. Further calls are refused."""
@@ -111,14 +121,7 @@ class Buffer:
     @staticmethod
     def capture() -> EventOverlap:
         """An event of torch's current stream, as it is now."""
-        import sys
-
-        torch = sys.modules.get("torch")
-        if torch is None or not torch.cuda.is_available():
-            return EventOverlap(Passed())
-        event = torch.cuda.Event()
-        event.record()
-        return EventOverlap(event)
+        return EventOverlap(EventHandle())
 
     @staticmethod
     def get_low_latency_rdma_size_hint(
@@ -168,8 +171,9 @@ class Buffer:
     def low_latency_dispatch(
         self, x: Any, topk_idx: Any, num_max_dispatch_tokens_per_rank: int, num_experts: int,
         cumulative_local_expert_recv_stats: Any = None, dispatch_wait_recv_cost_stats: Any = None,
-        use_fp8: bool = True, round_scale: bool = False, use_ue8m0: bool = False,
-        async_finish: bool = False, return_recv_hook: bool = False, **extra: Any,
+        x_global_scale: Any = None, use_fp8: bool = True, round_scale: bool = False,
+        use_ue8m0: bool = False, use_nvfp4: bool = False, async_finish: bool = False,
+        return_recv_hook: bool = False, **extra: Any,
     ) -> tuple[Any, Any, LowLatencyHandle, EventOverlap, Callable[[], None] | None]:
         """(recv_x, recv_count, handle, event, hook).
 
@@ -185,7 +189,10 @@ class Buffer:
         by the next.
         """
         operation = "low_latency_dispatch"
-        _check_extra(operation, extra)
+        if isinstance(x_global_scale, bool):
+            raise Error("invalid_argument", f"{operation}: the seventh argument is x_global_scale here and use_fp8 "
+                        "in other releases of DeepEP: give both by name")
+        _check_extra(operation, {"x_global_scale": x_global_scale, "use_nvfp4": use_nvfp4, **extra})
         if async_finish and return_recv_hook:
             raise Error("invalid_argument", f"{operation}: async_finish and return_recv_hook: give one")
         recv_x, count, handle, hook = self._half(self._low_latency, operation).dispatch(
@@ -200,7 +207,7 @@ class Buffer:
         self, x: Any, topk_idx: Any, topk_weights: Any, handle: LowLatencyHandle,
         use_logfmt: bool = False, zero_copy: bool = False, async_finish: bool = False,
         return_recv_hook: bool = False, out: Any = None, combine_wait_recv_cost_stats: Any = None,
-        **extra: Any,
+        overlap: bool = False, src_signals: Any = None, src_signal_expect_value: int = 0, **extra: Any,
     ) -> tuple[Any, EventOverlap, Callable[[], None] | None]:
         """(combined [num_tokens, hidden] bfloat16, event, hook): sums of a token's rows, weighted.
 
@@ -210,7 +217,8 @@ class Buffer:
         A second combine of one handle routes again, at the price of a dispatch.
         """
         operation = "low_latency_combine"
-        _check_extra(operation, extra)
+        _check_extra(operation, {"overlap": overlap, "src_signals": src_signals,
+                                 "src_signal_expect_value": src_signal_expect_value, **extra})
         if async_finish and return_recv_hook:
             raise Error("invalid_argument", f"{operation}: async_finish and return_recv_hook: give one")
         combined, hook = self._half(self._low_latency, operation).combine(
@@ -251,6 +259,7 @@ class Buffer:
         new memory. Dispatches before it can no longer be combined."""
         self._half(self._low_latency, "low_latency_clean_mask_buffer")
         self._missing.clear()
+        self._ended_by = None
         self._low_latency, self._normal = LowLatency(self._device), Normal(self._device)
 
     # --- Normal -----------------------------------------------------------------------------------
@@ -341,5 +350,13 @@ class Buffer:
         biases = () if bias is None else bias if isinstance(bias, tuple) else (bias,)
         return normal.combine(x, handle, biases), weights, self._event(x, async_finish)
 
+    def internode_dispatch(self, *args: Any, **kwargs: Any) -> Any:
+        """Refused: ranks are on one host, where dispatch() is the whole of it."""
+        _refuse("internode_dispatch", "a second host", True, "ranks are on one host; call dispatch()")
+
+    def internode_combine(self, *args: Any, **kwargs: Any) -> Any:
+        """Refused: ranks are on one host, where combine() is the whole of it."""
+        _refuse("internode_combine", "a second host", True, "ranks are on one host; call combine()")
+
     def _event(self, like: Any, is_wanted: bool) -> EventOverlap:
-        return EventOverlap((space_of(like).event() or Passed()) if is_wanted else None)
+        return EventOverlap(EventHandle.of(space_of(like).event()) if is_wanted else None)

@@ -29,10 +29,10 @@ class LowLatencyHandle:
     and the caller's topk_idx must still be as dispatched.
     """
 
-    def __init__(self, owner: Any, flight: Any, sizes: tuple[int, int, int], transport: Any) -> None:
+    def __init__(self, owner: Any, flight: Any, sizes: tuple[int, int, int], device: Any) -> None:
         self.owner, self.flight, self.sizes = owner, flight, sizes
         self.buffer: Any = None  # On the CPU, what get_next_low_latency_combine_buffer() gave.
-        self._transport, self._origins = transport, None
+        self._rank_device, self._origins = device, None
 
     def __len__(self) -> int:
         return 5
@@ -42,12 +42,13 @@ class LowLatencyHandle:
         if position >= 2:
             return self.sizes[position - 2]
         if self._origins is None:
-            self._origins = _origins(self.flight, self.sizes[0], self._transport)
+            self._origins = _origins(self.flight, self.sizes[0], self._rank_device)
         return self._origins[position]
 
 
-def _origins(flight: Any, max_tokens: int, transport: Any) -> tuple[Any, Any]:
+def _origins(flight: Any, max_tokens: int, device: Any) -> tuple[Any, Any]:
     """src_info and layout_range, from the routing of all ranks."""
+    transport = device.transport
     space, exchange = flight.queue.space, flight.queue.exchange
     if space.is_capturing():
         raise Error("invalid_argument", "handle: src_info and layout_range are exchanged by the hosts, "
@@ -59,7 +60,7 @@ def _origins(flight: Any, max_tokens: int, transport: Any) -> tuple[Any, Any]:
     source_token = numpy.full((num_local, exchange.max_m), -1, numpy.int32)
     ranges = numpy.zeros((num_local, transport.num_ranks), numpy.int64)
     begin = numpy.zeros(num_local, numpy.int64)
-    for source, theirs in enumerate(transport.all_gather(mine.tobytes())):
+    for source, theirs in enumerate(device.all_gather(mine.tobytes())):
         experts = numpy.frombuffer(theirs, numpy.int64)
         for expert in range(num_local):
             here = experts == placement.expert_of(transport.rank, expert)
@@ -104,9 +105,9 @@ class LowLatency:
                     "low_latency_dispatch: the first call of a shape allocates, which a graph "
                     "cannot capture: call it once before the capture, on every rank",
                 )
-            exchange = _core.Exchange(
-                self._device.transport, self._device.backend_for(space), num_experts=num_experts,
-                num_topk=topk, hidden=hidden, max_tokens_per_rank=max_tokens, wire=wire,
+            exchange = self._device.exchange(
+                space, num_experts=num_experts, num_topk=topk, hidden=hidden,
+                max_tokens_per_rank=max_tokens, wire=wire,
             )
             self._queues[key] = DispatchQueue(exchange, space, hidden)
         return self._queues[key]
@@ -133,7 +134,7 @@ class LowLatency:
         with waits.counting():
             flight = queue.launch(space.bits(x), topk_idx, weights, receive=not with_hook)
         received = _Received(flight, use_fp8, use_ue8m0, recv_stats, waits)
-        handle = LowLatencyHandle(self, flight, (max_tokens, hidden, num_experts), self._device.transport)
+        handle = LowLatencyHandle(self, flight, (max_tokens, hidden, num_experts), self._device)
         if with_hook:
             return received.x, received.count, handle, _once(received.fill)
         received.fill()

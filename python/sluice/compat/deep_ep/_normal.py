@@ -178,7 +178,7 @@ class Normal:
         record = struct.Struct("<6q")
         everyone = [
             record.unpack(r)
-            for r in self._device.transport.all_gather(
+            for r in self._device.all_gather(
                 record.pack(num_tokens, hidden, topk, capacity, worst, num_scales)
             )
         ]
@@ -206,10 +206,9 @@ class Normal:
         if key not in self._queues:
             if self._num_ranks > _MOST_RANKS:
                 raise Error("unsupported", f"dispatch: {self._num_ranks} ranks, at most {_MOST_RANKS}")
-            exchange = _core.Exchange(
-                self._device.transport, self._device.backend_for(space), num_experts=self._num_ranks,
-                num_topk=self._num_ranks, hidden=hidden, max_tokens_per_rank=self._capacity,
-                wire=wire,
+            exchange = self._device.exchange(
+                space, num_experts=self._num_ranks, num_topk=self._num_ranks, hidden=hidden,
+                max_tokens_per_rank=self._capacity, wire=wire,
             )
             self._queues[key] = DispatchQueue(exchange, space, hidden)
         return self._queues[key]
