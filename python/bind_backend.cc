@@ -10,7 +10,8 @@ using namespace nb::literals;
 void bind_backend(nb::module_& m) {
   nb::class_<PyBackend>(m, "Backend",
                         "One device that quantizes rows and runs expert GEMMs; one for each rank.\n"
-                        "Serves one thread at a time; a second one gets an Error.")
+                        "Serves one thread at a time; a second one gets an Error.",
+                        nb::is_weak_referenceable())
       .def(
           "__init__",
           [](PyBackend* self, std::string_view device, int num_threads, int local_rank,

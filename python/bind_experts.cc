@@ -265,8 +265,10 @@ void bind_experts(nb::module_& m) {
           const Call call(b);
           experts.emplace(Experts::create(weights, max_rows, *b.backend));
         }
-        return PyExperts{
-            .backend_object = nb::borrow(backend), .backend = &b, .experts = std::move(experts)};
+        return PyExperts{.backend_object = nb::borrow(backend),
+                         .backend = &b,
+                         .memory = {},
+                         .experts = std::move(experts)};
       },
       "weights"_a, "backend"_a, nb::kw_only(), "max_rows"_a,
       "Experts: the weights in the backend's own order, and memory for batches of max_rows "

@@ -22,13 +22,14 @@ struct PyLocalExperts {
   nb::object backend_object;
   PyBackend* backend;
   int hidden;
+  nb::object memory;  ///< As PyExperts'.
   std::optional<LocalExperts> experts;
   std::string x_shape = fmt::format("[num_tokens, {}]", hidden);  ///< For messages.
 };
 
-nb::object forward(PyLocalExperts& self, const Array& x, const PyRouting& routing,
-                   const std::optional<Array>& x_scale, const std::optional<Array>& out,
-                   const StreamArgument& stream) {
+nb::object forward_routed(PyLocalExperts& self, const Array& x, const Routing& routing,
+                          const std::optional<Array>& x_scale, const std::optional<Array>& out,
+                          const StreamArgument& stream) {
   const Device device = self.backend->device();
   const auto import = [&](std::initializer_list<DType> dtypes) {
     return import_input(x, {.name = "x",
@@ -59,7 +60,78 @@ nb::object forward(PyLocalExperts& self, const Array& x, const PyRouting& routin
   const Stream queue = to_stream(stream, tokens.framework, device);
   {
     const Call call(*self.backend);
-    self.experts->forward(tokens.view, routing.view(), y.view, queue, scale.view);
+    self.experts->forward(tokens.view, routing, y.view, queue, scale.view);
+  }
+  return y.object;
+}
+
+nb::object forward(PyLocalExperts& self, const Array& x, const PyRouting& routing,
+                   const std::optional<Array>& x_scale, const std::optional<Array>& out,
+                   const StreamArgument& stream) {
+  return forward_routed(self, x, routing.view(), x_scale, out, stream);
+}
+
+/// The same for a call that is made often: nothing is kept of the routing, which C++ checks whole.
+nb::object forward_topk(PyLocalExperts& self, const Array& x, const Array& topk_idx,
+                        const Array& topk_weights, const std::optional<Array>& x_scale,
+                        const std::optional<Array>& out) {
+  const Device device = self.backend->device();
+  const Input idx = import_input(topk_idx, {.name = "topk_idx",
+                                            .dtypes = {DType::kInt64, DType::kInt32},
+                                            .dims = {-1, -1},
+                                            .shape = "[num_tokens, num_topk]",
+                                            .device = device});
+  const Input weights = import_input(topk_weights, {.name = "topk_weights",
+                                                    .dtypes = {DType::kFloat32},
+                                                    .dims = {-1, -1},
+                                                    .shape = "[num_tokens, num_topk], as topk_idx",
+                                                    .device = device});
+  return forward_routed(self, x, {.topk_idx = idx.view, .topk_weights = weights.view}, x_scale, out,
+                        std::nullopt);
+}
+
+nb::object forward_batch(PyLocalExperts& self, const Array& x, const Array& num_rows,
+                         const std::optional<Array>& x_scale, int expected_m,
+                         const std::optional<Array>& out, const StreamArgument& stream) {
+  const Device device = self.backend->device();
+  const bool bf16 = self.experts->recipe().wire == WireFormat::kBf16;
+  const std::int64_t num_experts = self.experts->num_experts();
+  const Input rows = import_input(x, {.name = "x",
+                                      .dtypes = {bf16 ? DType::kBFloat16 : DType::kFloat8E4M3},
+                                      .dims = {num_experts, -1, self.hidden},
+                                      .shape = "[num_experts, max_m, hidden]",
+                                      .device = device});
+  const std::int64_t max_m = rows.view.dim(1);
+  const Input count = import_input(num_rows, {.name = "num_rows",
+                                              .dtypes = {DType::kInt32},
+                                              .dims = {num_experts},
+                                              .shape = "[num_experts]",
+                                              .device = device});
+  Input scale;
+  if (x_scale) {
+    scale = import_input(*x_scale, {.name = "x_scale",
+                                    .dtypes = {DType::kFloat32},
+                                    .dims = {num_experts, max_m, self.hidden / 128},
+                                    .shape = "[num_experts, max_m, hidden / 128], as x",
+                                    .device = device});
+  }
+  const Output y = output_or_new(out,
+                                 {.name = "out",
+                                  .dtypes = {DType::kBFloat16},
+                                  .dims = {num_experts, max_m, self.hidden},
+                                  .shape = "[num_experts, max_m, hidden], as x",
+                                  .device = device},
+                                 rows.framework, *self.backend->backend);
+  const Stream queue = to_stream(stream, rows.framework, device);
+  const ExpertBatch batch{.layout = Mode::kLowLatency,
+                          .x = rows.view,
+                          .x_scale = scale.view,
+                          .num_rows = count.view,
+                          .row_begin = {},
+                          .expected_m = expected_m};
+  {
+    const Call call(*self.backend);
+    self.experts->forward_batch(batch, y.view, queue);
   }
   return y.object;
 }
@@ -71,7 +143,7 @@ PyLocalExperts add_weights(PyLocalGroup& self, const ExpertWeights& weights,
     const Call call(*self.backend);
     experts.emplace(self.group->add_layer(weights, parse_recipe(recipe), std::move(name)));
   }
-  return {self.backend_object, self.backend, self.group->config().hidden, std::move(experts)};
+  return {self.backend_object, self.backend, self.group->config().hidden, {}, std::move(experts)};
 }
 
 PyLocalExperts add_experts(PyLocalGroup& self, const PyExperts& repacked, const LayerRecipe& recipe,
@@ -82,7 +154,8 @@ PyLocalExperts add_experts(PyLocalGroup& self, const PyExperts& repacked, const 
     experts.emplace(
         self.group->add_layer(*repacked.experts, recipe, first_expert, std::move(name)));
   }
-  return {self.backend_object, self.backend, self.group->config().hidden, std::move(experts)};
+  return {self.backend_object, self.backend, self.group->config().hidden, repacked.memory,
+          std::move(experts)};
 }
 
 void bind_local_experts(nb::module_& m) {
@@ -105,7 +178,8 @@ void bind_local_experts(nb::module_& m) {
               experts.emplace(
                   LocalExperts::create(config, weights, *b.backend, parse_recipe(recipe)));
             }
-            new (self) PyLocalExperts{nb::borrow(backend), &b, config.hidden, std::move(experts)};
+            new (self)
+                PyLocalExperts{nb::borrow(backend), &b, config.hidden, {}, std::move(experts)};
           },
           "weights"_a, "backend"_a, nb::kw_only(), "max_entries"_a, "recipe"_a = "direct",
           "routed_scaling_factor"_a = 1.0f,
@@ -132,6 +206,36 @@ void bind_local_experts(nb::module_& m) {
           "the default stream. Asynchronous on CUDA, and capturable once a call has run; the CPU\n"
           "backend returns when done.\n\n"
           "Raises Error: invalid_argument naming the argument.")
+      .def("forward_topk", &forward_topk, "x"_a, "topk_idx"_a, "topk_weights"_a,
+           "x_scale"_a = nb::none(), "out"_a = nb::none(),
+           "forward() of a Routing that is used once, on the current stream.\n\n"
+           "topk_idx: [num_tokens, num_topk] int64 or int32. topk_weights: the same in float32.\n\n"
+           "Raises Error: invalid_argument naming the argument.")
+      .def("forward_batch", &forward_batch, "x"_a, "num_rows"_a, "x_scale"_a = nb::none(),
+           "expected_m"_a = 0, "out"_a = nb::none(), nb::kw_only(), "stream"_a = nb::none(),
+           "Every expert on its rows, masked layout, in the group's memory; the router's weights\n"
+           "are left to combine.\n\n"
+           "x: [num_experts, max_m, hidden] bfloat16 or e4m3, as the recipe's wire has them.\n"
+           "num_rows: [num_experts] int32. x_scale: [num_experts, max_m, hidden / 128] float32, "
+           "for\n"
+           "e4m3 with group scales. expected_m: mean rows of an expert, a hint.\n"
+           "out, stream: as forward(). Rows that are not valid stay as they are.\n\n"
+           "Raises Error: invalid_argument naming the argument, or for more rows than "
+           "reserve_batch()\nmade room for.")
+      .def(
+          "reserve_batch",
+          [](PyLocalExperts& e, std::int64_t max_rows) {
+            const Call call(*e.backend);
+            e.experts->reserve_batch(max_rows);
+          },
+          "max_rows"_a,
+          "Makes room for batches of max_rows rows, padding included, for all layers of the "
+          "group.\n"
+          "Graphs that were captured before stay valid. Allocates: not during a capture.\n\n"
+          "Raises Error: invalid_argument, out_of_memory.")
+      .def_prop_ro(
+          "max_batch_rows", [](const PyLocalExperts& e) { return e.experts->max_batch_rows(); },
+          "Largest batch, padding included.")
       .def(
           "__len__", [](const PyLocalExperts& e) { return e.experts->num_experts(); },
           "Experts here.")

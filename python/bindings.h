@@ -97,6 +97,7 @@ struct PyExpertBatch {
 struct PyExperts {
   nb::object backend_object;
   PyBackend* backend;
+  nb::object memory;  ///< The caller's, where the packed weights lie; or none.
   std::optional<Experts> experts;
 };
 
@@ -146,6 +147,7 @@ using Name = std::optional<std::string_view>;
 }
 
 void bind_recipe(nb::module_& m);
+void bind_repack(nb::module_& m);
 void bind_backend(nb::module_& m);
 void bind_transport(nb::module_& m);
 void bind_checkpoint(nb::module_& m);

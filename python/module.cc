@@ -61,6 +61,7 @@ NB_MODULE(_core, m) {
   sluice::python::bind_checkpoint(m);
   sluice::python::bind_exchange(m);
   sluice::python::bind_experts(m);
+  sluice::python::bind_repack(m);
   sluice::python::bind_layer(m);
   sluice::python::bind_local(m);
   sluice::python::bind_engine(m);

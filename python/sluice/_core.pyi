@@ -594,6 +594,24 @@ def requantize(backend: Backend, codes: sluice._array.Array, scale: sluice._arra
     Raises Error: invalid_argument.
     """
 
+def repack_stacked(w13: sluice._array.Array, w13_scale: sluice._array.Array, w2: sluice._array.Array, w2_scale: sluice._array.Array, backend: Backend, *, activation: str = 'swiglu', weight_layout: str = 'int4', scale_layout: str = 'by-shape', memory: sluice._array.Array | None = None, max_rows: int = 1, stream: int | None = None) -> Experts:
+    """
+    Experts of stacked tensors, which lie on the backend's device in any strides and are read
+    there. sluice.compat.w4a8.W4A8Experts has their shapes, the layouts and what memory may be.
+    stream: handle, None: torch's current one for tensors of torch. Waits for it.
+
+    Raises Error: invalid_argument naming the tensor, or the expert and the scale that is not
+    finite; out_of_memory.
+    """
+
+def packed_sizes(*, num_experts: int, hidden: int, intermediate: int, group_size: int = 128, scales_are_bf16: bool = True, device: str = 'cpu') -> tuple:
+    """
+    (bytes of one expert's gate and up, bytes of its down, alignment) of packed weights: first
+    gate and up of every expert, then down of every expert.
+
+    Raises Error: invalid_argument naming the field.
+    """
+
 class InFlight:
     """
     A call of a Layer whose tokens have been sent. Keeps layer and routing
@@ -769,6 +787,41 @@ class LocalExperts:
 
         Raises Error: invalid_argument naming the argument.
         """
+
+    def forward_topk(self, x: sluice._array.Array, topk_idx: sluice._array.Array, topk_weights: sluice._array.Array, x_scale: sluice._array.Array | None = None, out: sluice._array.Array | None = None) -> object:
+        """
+        forward() of a Routing that is used once, on the current stream.
+
+        topk_idx: [num_tokens, num_topk] int64 or int32. topk_weights: the same in float32.
+
+        Raises Error: invalid_argument naming the argument.
+        """
+
+    def forward_batch(self, x: sluice._array.Array, num_rows: sluice._array.Array, x_scale: sluice._array.Array | None = None, expected_m: int = 0, out: sluice._array.Array | None = None, *, stream: int | None = None) -> object:
+        """
+        Every expert on its rows, masked layout, in the group's memory; the router's weights
+        are left to combine.
+
+        x: [num_experts, max_m, hidden] bfloat16 or e4m3, as the recipe's wire has them.
+        num_rows: [num_experts] int32. x_scale: [num_experts, max_m, hidden / 128] float32, for
+        e4m3 with group scales. expected_m: mean rows of an expert, a hint.
+        out, stream: as forward(). Rows that are not valid stay as they are.
+
+        Raises Error: invalid_argument naming the argument, or for more rows than reserve_batch()
+        made room for.
+        """
+
+    def reserve_batch(self, max_rows: int) -> None:
+        """
+        Makes room for batches of max_rows rows, padding included, for all layers of the group.
+        Graphs that were captured before stay valid. Allocates: not during a capture.
+
+        Raises Error: invalid_argument, out_of_memory.
+        """
+
+    @property
+    def max_batch_rows(self) -> int:
+        """Largest batch, padding included."""
 
     def __len__(self) -> int:
         """Experts here."""

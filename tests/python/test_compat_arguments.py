@@ -116,14 +116,14 @@ def test_types(case):
             a(np.zeros(1, np.float32)))
     refused("x: expected dtype bfloat16.* or .*e4m3.*, got float32", case.grouped, f32)
     refused("topk_idx: expected dtype int64 or int32, got float32", case.grouped, topk_idx=case.weights)
-    refused("topk_weights: expected dtype float32, got float64", case.grouped, topk_weights=f64)
+    refused("topk_weights: expected dtype float32 or bfloat16.*, got float64", case.grouped, topk_weights=f64)
     refused("masked_m: expected dtype int32, got int64", case.masked, masked_m=a(np.zeros(case.experts, np.int64)))
     refused("x_scale: expected dtype float32, got float64", case.masked,
             x_scale=a(np.zeros((case.experts, CAPACITY, 2), np.float64)))
     refused("out: expected dtype bfloat16.*, got float32", case.masked,
             out=a(np.zeros(tuple(case.rows.shape), np.float32)))
     w13, s13, w2, s2 = case.packed
-    refused("gate codes: expected dtype packed int4 .*, got float32", case.masked,
+    refused(r"w13: expected int8 .num_experts, N, K / 2., got float32", case.masked,
             packed=(a(np.zeros(tuple(w13.shape), np.float32)), s13, w2, s2))
 
 
@@ -148,8 +148,8 @@ def test_shapes(case):
     refused(r"x_scale: expected shape \[6, 2\], got \[6, 3\]", case.grouped,
             x_scale=case.space.array(np.zeros((6, 3), np.float32)))
     refused(r"masked_m: expected shape \[8\], got \[7\]", case.masked, masked_m=case.counts[1:])
-    refused(r"x_scale: expected shape \[8, 8, 2\], got \[8, 8, 1\]", case.masked,
-            x_scale=case.space.array(np.zeros((8, 8, 1), np.float32)))
+    refused(r"x_scale: expected shape \[8, 8, 2\], got \[8, 8, 3\]", case.masked,
+            x_scale=case.space.array(np.zeros((8, 8, 3), np.float32)))
 
 
 def test_numbers_of_experts(case):

@@ -154,8 +154,8 @@ def test_w4a8_experts_repack_once_and_share(checkpoint, geometry, monkeypatch):
     """Larger and larger calls of two layers: one repacking each, one set of buffers."""
     backend = sluice.Backend("cpu", num_threads=1)
     repacks = []
-    repack = sluice._core.repack
-    monkeypatch.setattr(w4a8._core, "repack", lambda *a, **k: repacks.append(k) or repack(*a, **k))
+    repack = sluice._core.repack_stacked
+    monkeypatch.setattr(sluice._core, "repack_stacked", lambda *a, **k: repacks.append(k) or repack(*a, **k))
     layers = [w4a8.W4A8Experts(*published(checkpoint, geometry), backend=backend) for _ in range(2)]
     whole = sluice.LocalExperts(all_experts(checkpoint, geometry), backend, max_entries=entries(geometry, 40),
                                 recipe="direct-bf16")
@@ -173,9 +173,41 @@ def test_w4a8_experts_repack_once_and_share(checkpoint, geometry, monkeypatch):
         masked = np.repeat(x[None], geometry.num_experts, 0)
         assert np.any(layers[0].masked(masked, None, num_rows))
     assert len(repacks) == 2
-    assert layers[0]._group is layers[1]._group
-    assert layers[0]._group.memory()["num_layers"] == 2
-    gone = weakref.ref(layers[0]._group)
+    group = layers[0]._room.group
+    assert group is layers[1]._room.group
+    assert group.memory()["num_layers"] == 3  # Grouped of both, masked of one.
+    gone = weakref.ref(group)
+    del group
     del layers, layer
     gc.collect()
     assert gone() is None
+
+
+def test_a_batch_in_the_room_that_layers_share(checkpoint, geometry):
+    """The bits of experts that have memory of their own; more rows than there is room for are refused."""
+    backend = sluice.Backend("cpu", num_threads=1)
+    weights = all_experts(checkpoint, geometry)
+    repacked = sluice.repack(weights, backend, max_rows=64)
+    group = sluice.LocalGroup(backend, hidden=geometry.hidden, intermediate=geometry.intermediate, max_entries=1)
+    rng = np.random.default_rng(1)
+    x = (rng.standard_normal((geometry.num_experts, 5, geometry.hidden)).astype(np.float32).view(np.uint32) >> 16)
+    x, count = x.astype(np.uint16), np.array([5, 0, 1, 2, 3, 4, 5, 0], np.int32)
+    for name in ("direct-bf16", "direct"):
+        recipe = sluice.Recipe(name)
+        rows, scale = (x, None) if name == "direct-bf16" else sluice.quantize(backend, x)
+        layer = group.add_layer(repacked, recipe=recipe)
+        expected = sluice.experts_masked(repacked, sluice.ExpertBatch(rows, count, x_scale=scale), recipe,
+                                         out=np.zeros_like(x))
+        with pytest.raises(sluice.Error, match=r"x has 40 rows, more than max_rows 0"):
+            sluice.LocalGroup(backend, hidden=geometry.hidden, intermediate=geometry.intermediate,
+                              max_entries=1).add_layer(repacked, recipe=recipe).forward_batch(rows, count, scale)
+        layer.reserve_batch(40)
+        assert layer.max_batch_rows == 40
+        y = layer.forward_batch(rows, count, scale, 3, np.zeros_like(x))
+        assert np.array_equal(y, expected) and np.any(y)
+        for text, arguments in {r"x: expected shape": (rows[:7], count, scale),
+                                r"num_rows: expected shape": (rows, count[:7], scale),
+                                r"num_rows\[0\] = 6 is not in": (rows, count + 1, scale)}.items():
+            with pytest.raises(sluice.Error, match=text) as caught:
+                layer.forward_batch(*arguments)
+            assert caught.value.code == "invalid_argument"

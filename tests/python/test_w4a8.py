@@ -10,7 +10,7 @@ from conftest import LAYER, one_rank_engine
 from spaces import Numpy, Torch, as_bf16, as_float
 
 import sluice
-from sluice.compat import w4a8
+from sluice.compat import _w4a8_cache, w4a8
 
 TOKENS, MAX_M = 12, 8
 
@@ -137,23 +137,23 @@ def test_no_rows(geometry, space, weights, backend):
 def test_repacked_once_and_dropped_with_the_weights(geometry, space, arrays, monkeypatch):
     weights = tuple(space.array(a.copy()) for a in arrays)
     packed = []
-    repack = sluice._core.repack
-    monkeypatch.setattr(w4a8._core, "repack", lambda *a, **k: packed.append(k) or repack(*a, **k))
+    repack = sluice._core.repack_stacked
+    monkeypatch.setattr(sluice._core, "repack_stacked", lambda *a, **k: packed.append(k) or repack(*a, **k))
     x, num_rows = masked_input(geometry)
     arguments = space.bf16(x), None, space.array(num_rows), *weights
     first = w4a8.w4a8_moe_masked(*arguments)
     repacks = len(packed)
     second = w4a8.w4a8_moe_masked(*arguments)
-    assert len(packed) == repacks and len(w4a8._cache) >= 1
+    assert len(packed) == repacks and len(_w4a8_cache.cache) >= 1
     valid = np.arange(MAX_M) < num_rows[:, None]
     assert np.array_equal(space.bits(first)[valid], space.bits(second)[valid])
     w4a8.forget(weights[0], weights[2])
     w4a8.w4a8_moe_masked(*arguments)
     assert len(packed) > repacks
-    size = len(w4a8._cache)
+    size = len(_w4a8_cache.cache)
     del weights, arguments
     gc.collect()
-    assert len(w4a8._cache) == size - 1
+    assert len(_w4a8_cache.cache) == size - 1
 
 
 def test_what_differs_from_the_first_call_is_refused(geometry, space, arrays, backend):
@@ -217,10 +217,10 @@ def test_refusals(geometry, space, weights, backend):
         assert caught.value.code == code
 
     run = lambda *w, **k: w4a8.w4a8_moe_masked(x, None, num_rows, *(w or weights), backend=backend, **k)  # noqa: E731
-    refused("w13: expected shape", lambda: run(w13[0], s13, w2, s2))
-    refused("w2: expected shape", lambda: run(w13, s13, w2[:, :-1], s2))
-    refused("w13_scale: expected shape", lambda: run(w13, s13[:, :-2], w2, s2))
-    refused("down scales: expected shape", lambda: run(w13, s13, w2, s2[:, :-1]))
+    refused("w13: expected 3 dimensions, got 2", lambda: run(w13[0], s13, w2, s2))
+    refused("w2: 8 experts of .*, expected 8 of .hidden", lambda: run(w13, s13, w2[:, :-1], s2))
+    refused("w13_scale: expected float32 or bfloat16", lambda: run(w13, s13[:, :-2], w2, s2))
+    refused("w2_scale: expected float32 or bfloat16", lambda: run(w13, s13, w2, s2[:, :-1]))
     refused("a1_scale and a2_scale", lambda: run(w13[:], s13, w2[:], s2, a1_scale=1.0))
     refused("static", lambda: run(recipe="bf16-static"), "unsupported")
     refused("x: expected shape", lambda: w4a8.w4a8_moe_masked(x[0], None, num_rows, *weights, backend=backend))

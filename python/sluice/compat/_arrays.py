@@ -110,6 +110,10 @@ class NumpySpace:
     def row_major(self, array: Any) -> Any:
         return numpy.ascontiguousarray(array)
 
+    def for_import(self, array: Any) -> Any:
+        """In any strides, for a binding: bf16 of ml_dtypes has no protocol, its bits have."""
+        return array.view(numpy.uint16) if array.dtype.name == "bfloat16" else array
+
     def on_host(self, array: Any) -> Any:
         return array
 
@@ -208,6 +212,9 @@ class TorchSpace:
     def row_major(self, array: Any) -> Any:
         return array.contiguous()
 
+    def for_import(self, array: Any) -> Any:
+        return array.detach()
+
     def on_host(self, array: Any) -> Any:
         return array.detach().cpu()
 
@@ -242,6 +249,23 @@ def space_of(array: Any, name: str = "x") -> "NumpySpace | TorchSpace":
         raise Error("invalid_argument", f"{name}: expected an array of numpy or a tensor of torch, "
                     f"got {type(array).__name__}")
     return NumpySpace()
+
+
+def row_major(array: Any) -> Any:
+    """The array, or a copy of it whose last dimension is densest."""
+    if isinstance(array, numpy.ndarray):
+        return numpy.ascontiguousarray(array)
+    return array if array.is_contiguous() else array.contiguous()
+
+
+def as_float32(array: Any) -> Any:
+    """float32 of bfloat16 (numpy: or of its bits as uint16); any other array as it is."""
+    if getattr(array.dtype, "itemsize", 4) == 4:
+        return array
+    if isinstance(array, numpy.ndarray):
+        is_bf16 = array.dtype == numpy.uint16 or array.dtype.name == "bfloat16"
+        return (array.view(numpy.uint16).astype(numpy.uint32) << 16).view(numpy.float32) if is_bf16 else array
+    return array.float() if array.dtype is sys.modules["torch"].bfloat16 else array
 
 
 def check(space: Any, name: str, array: Any, dtypes: tuple[str, ...], shape: list) -> None:
