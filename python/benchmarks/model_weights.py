@@ -1,4 +1,5 @@
-"""Random INT4 weights of a DeepSeek-V3 model, each expert fixed by its numbers, and a W4AFP8 checkpoint of them."""
+"""Random INT4 weights of a DeepSeek-V3 model, each expert fixed by its numbers: a W4AFP8 checkpoint of them, and
+transformers' own experts with the same values."""
 
 import json
 from concurrent.futures import ThreadPoolExecutor
@@ -6,6 +7,7 @@ from pathlib import Path
 
 import torch
 from transformers import AutoModelForCausalLM
+from transformers.models.deepseek_v3.modeling_deepseek_v3 import DeepseekV3Experts
 
 GROUP = 128
 # A scale is 8 to 15 of these: code * scale has at most 7 bits, so it is a bfloat16 exactly. Weights come to a standard
@@ -105,3 +107,58 @@ def write_checkpoint(folder, config, device):
     (folder / "config.json").write_text(
         json.dumps({**config.to_dict(), "quantization_config": quantization}, default=str))
     return num_bytes
+
+
+# --- transformers' experts in the same model ------------------------------------------------------
+
+
+def experts_of(model):
+    """The experts' modules, by name, whoever computes them."""
+    return {name: module for name, module in model.named_modules() if name.endswith(".mlp.experts")}
+
+
+def _release(device):
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+        torch.cuda.empty_cache()
+
+
+@torch.no_grad()
+def put_bf16_experts(model):
+    """In the place of Sluice's, whose memory is free before."""
+    names, config = list(experts_of(model)), model.config
+    for name in names:
+        model.set_submodule(name, torch.nn.Identity())
+    _release(model.device)
+    for name in names:
+        # Never in float32, for which two layers of R1 would have to be free.
+        torch.set_default_dtype(torch.bfloat16)
+        with torch.device(model.device):
+            experts = DeepseekV3Experts(config)
+        torch.set_default_dtype(torch.float32)
+        half = config.moe_intermediate_size
+        for expert in range(config.n_routed_experts):
+            for which, target in (("gate", experts.gate_up_proj[expert, :half]),
+                                  ("up", experts.gate_up_proj[expert, half:]), ("down", experts.down_proj[expert])):
+                target.copy_(dequantized(config, int(name.split(".")[2]), expert, which, model.device))
+        model.set_submodule(name, experts)
+
+
+@torch.no_grad()
+def put_fp8_experts(model):
+    """transformers' FP8 in blocks of 128 x 128, rounded from the bf16 experts that are there."""
+    from transformers.integrations.finegrained_fp8 import ALL_FP8_EXPERTS_FUNCTIONS, FP8Experts
+    from transformers.integrations.moe import use_experts_implementation
+
+    kind = use_experts_implementation(experts_class=FP8Experts, experts_interface=ALL_FP8_EXPERTS_FUNCTIONS)
+    for name in list(experts_of(model)):
+        with torch.device(model.device):
+            fp8 = kind(config=model.config, block_size=(128, 128))
+        for which in ("gate_up_proj", "down_proj"):
+            targets = getattr(fp8, which).data, getattr(fp8, f"{which}_scale_inv").data
+            for source, codes, scales in zip(getattr(model.get_submodule(name), which), *targets):
+                blocks = source.float().unflatten(0, (-1, 128)).unflatten(2, (-1, 128))
+                scale = blocks.abs().amax((1, 3)) / 448
+                scales.copy_(scale)
+                codes.copy_((blocks / scale[:, None, :, None]).flatten(2, 3).flatten(0, 1).to(codes.dtype))
+        model.set_submodule(name, fp8)

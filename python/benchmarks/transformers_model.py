@@ -21,9 +21,8 @@ from pathlib import Path
 
 import torch
 import transformers
-from model_weights import MATRICES, dequantized, write_checkpoint
+from model_weights import MATRICES, dequantized, experts_of, put_bf16_experts, put_fp8_experts, write_checkpoint
 from transformers import AutoModelForCausalLM, DeepseekV3Config
-from transformers.models.deepseek_v3.modeling_deepseek_v3 import DeepseekV3Experts
 
 import sluice
 from sluice.integrations.transformers import SluiceExperts
@@ -102,11 +101,6 @@ class Clock:
             torch.cuda.empty_cache()
 
 
-def experts_of(model):
-    """The experts' modules, by name, whoever computes them."""
-    return {name: module for name, module in model.named_modules() if name.endswith(".mlp.experts")}
-
-
 def call_of(config, num_tokens, device, seed=1):
     """x [T, H] as a norm gives it, ids and weights [T, K] as a router with evenly used experts gives them."""
     draw = torch.Generator(device=device).manual_seed(seed)
@@ -141,19 +135,24 @@ def layer_us(model, num_tokens, options, clock):
     return clock.us(clock.in_graph(lambda: [module(*call) for module in modules]), options.steps, len(modules))
 
 
+def attempt_in(failed, clock):
+    """attempt(what, run): run(), or None where it fails, which the report says."""
+    def attempt(what, run):
+        try:
+            return run()
+        except (RuntimeError, ImportError, NotImplementedError) as error:
+            failed[what] = f"{type(error).__name__}: {(str(error).splitlines() or ['?'])[0][:100]}"
+            clock.release()
+            return None
+
+    return attempt
+
+
 def measure(model, name, options, clock, batches, prefill=True):
     """A row of the table: what the model reaches with the experts that it has."""
     row = {"experts": name, "loaded_gb": clock.held_gb(), "decode_tokens_per_s": {}, "layer_us": {}, "failed": {},
            "prefill_ms": None, "peak_gb": None}
-
-    def attempt(what, run):
-        try:
-            return run()
-        except (RuntimeError, ImportError, NotImplementedError) as error:  # Said in the report, not passed over.
-            row["failed"][what] = f"{type(error).__name__}: {str(error).splitlines()[0][:100]}"
-            clock.release()
-            return None
-
+    attempt = attempt_in(row["failed"], clock)
     attempt("a call", lambda: layer_us(model, 1, options, clock))
     if row["failed"]:  # Then nothing else would run.
         return row
@@ -184,7 +183,9 @@ def stage_us(folder, layer, config, options, clock, device):
         num_rows = torch.bincount(idx.flatten(), minlength=config.n_routed_experts).int()
         codes, scale = sluice.quantize(backend, rows)
         mean = max(1, len(rows) // config.n_routed_experts)
-        batch, out = sluice.ExpertBatch(codes, num_rows, x_scale=scale, expected_m=mean), torch.empty_like(rows)
+        row_begin = num_rows.long().cumsum(0) - num_rows
+        batch = sluice.ExpertBatch(codes, num_rows, x_scale=scale, row_begin=row_begin, expected_m=mean)
+        out = torch.empty_like(rows)
         graph = clock.in_graph(lambda: sluice.experts_grouped(experts, batch, recipe, out=out))
         times[tokens] = clock.us(graph, options.steps)
     return times
@@ -244,45 +245,13 @@ def check_graph(model, options):
         sys.exit("a CUDA graph generates other tokens than single steps")
 
 
-# --- transformers' experts in the same model ------------------------------------------------------
-
-
-@torch.no_grad()
-def put_bf16_experts(model, clock):
-    """In the place of Sluice's, whose memory is free before."""
-    names, config = list(experts_of(model)), model.config
-    for name in names:
-        model.set_submodule(name, torch.nn.Identity())
+def measure_fp8(model, report, options, clock):
+    put_fp8_experts(model)
     clock.release()
-    for name in names:
-        with torch.device(model.device):
-            experts = DeepseekV3Experts(config).to(torch.bfloat16)
-        half = config.moe_intermediate_size
-        for expert in range(config.n_routed_experts):
-            for which, target in (("gate", experts.gate_up_proj[expert, :half]),
-                                  ("up", experts.gate_up_proj[expert, half:]), ("down", experts.down_proj[expert])):
-                target.copy_(dequantized(config, int(name.split(".")[2]), expert, which, model.device))
-        model.set_submodule(name, experts)
-
-
-@torch.no_grad()
-def put_fp8_experts(model):
-    """transformers' FP8 in blocks of 128 x 128, rounded from the bf16 experts that are there."""
-    from transformers.integrations.finegrained_fp8 import ALL_FP8_EXPERTS_FUNCTIONS, FP8Experts
-    from transformers.integrations.moe import use_experts_implementation
-
-    kind = use_experts_implementation(experts_class=FP8Experts, experts_interface=ALL_FP8_EXPERTS_FUNCTIONS)
-    for name in list(experts_of(model)):
-        with torch.device(model.device):
-            fp8 = kind(config=model.config, block_size=(128, 128))
-        for which in ("gate_up_proj", "down_proj"):
-            targets = getattr(fp8, which).data, getattr(fp8, f"{which}_scale_inv").data
-            for source, codes, scales in zip(getattr(model.get_submodule(name), which), *targets):
-                blocks = source.float().unflatten(0, (-1, 128)).unflatten(2, (-1, 128))
-                scale = blocks.abs().amax((1, 3)) / 448
-                scales.copy_(scale)
-                codes.copy_((blocks / scale[:, None, :, None]).flatten(2, 3).flatten(0, 1).to(codes.dtype))
-        model.set_submodule(name, fp8)
+    model.set_experts_implementation("grouped_mm")
+    report["models"].append(measure(model, "transformers FP8, grouped_mm", options, clock, options.batches))
+    if not report["models"][-1]["failed"]:
+        check_layers(model, options, report["relative_l2"], "FP8, grouped_mm")
 
 
 # --- The report -----------------------------------------------------------------------------------
@@ -308,9 +277,11 @@ def print_table(report, options):
     print(f"{'experts of one layer, us':36}" + "".join(f"{f'{t} tokens':>18}" for t in tokens))
     for row in [*report["models"], {"experts": "the stage of Sluice alone", "layer_us": report["stage_us"]}]:
         print(f"{row['experts']:36}" + "".join(f"{cell(row['layer_us'].get(t), 1):>18}" for t in tokens))
-    for row in report["models"]:
+    for row in [*report["models"], {"experts": "all", "failed": report["failed"]}]:
         for what, why in row["failed"].items():
             print(f"not run: {row['experts']}, {what}: {why}")
+    for name, errors in report["relative_l2"].items():
+        print(f"checked: {name}: relative L2 from float32 by layer: {', '.join(f'{e:.4f}' for e in errors.values())}")
 
 
 def arguments():
@@ -335,9 +306,11 @@ def run(options, folder):
     clock, begin = Clock(device), time.perf_counter()
     report = {"date": time.strftime("%Y-%m-%d"), "commit": options.commit, "torch": torch.__version__,
               "device": torch.cuda.get_device_name() if clock.is_gpu else "cpu", "models": [], "relative_l2": {},
-              "transformers": transformers.__version__, "options": vars(options)}
+              "transformers": transformers.__version__, "options": vars(options), "failed": {}}
     config = DeepseekV3Config(num_hidden_layers=options.dense + options.moe, first_k_dense_replace=options.dense,
                               eos_token_id=None, dtype="bfloat16", **GEOMETRIES[options.geometry])
+
+    attempt = attempt_in(report["failed"], clock)
 
     def said(what):
         clock.wait()
@@ -355,9 +328,11 @@ def run(options, folder):
     clock.release()
     said("checked")
     report["models"].append(measure(model, "Sluice, INT4", options, clock, options.batches))
-    report["stage_us"] = stage_us(folder, options.dense, config, options, clock, device)
+    report["stage_us"] = attempt("the stage of Sluice alone", lambda: stage_us(
+        folder, options.dense, config, options, clock, device)) or {}
+    print(json.dumps({"stage_us": report["stage_us"]}), flush=True)
     said("measured")
-    put_bf16_experts(model, clock)
+    put_bf16_experts(model)
     model.set_experts_implementation("grouped_mm")
     check_layers(model, options, report["relative_l2"], "bf16, grouped_mm")
     clock.release()
@@ -368,12 +343,7 @@ def run(options, folder):
     report["models"].append(measure(model, "transformers bf16, batched_mm", options, clock, small, prefill=False))
     clock.release()
     said("measured")
-    put_fp8_experts(model)
-    clock.release()
-    model.set_experts_implementation("grouped_mm")
-    report["models"].append(measure(model, "transformers FP8, grouped_mm", options, clock, options.batches))
-    if not report["models"][-1]["failed"]:
-        check_layers(model, options, report["relative_l2"], "FP8, grouped_mm")
+    attempt("transformers FP8, made", lambda: measure_fp8(model, report, options, clock))
     said("done")
     return report
 
