@@ -77,7 +77,9 @@ def write_packed(checkpoint, folder, group):
             stem = f"{PREFIX}.{expert}.{name}_proj"
             packed = torch.from_numpy((np.ascontiguousarray(codes).view(np.uint8) ^ 0x88).view(np.int32).copy())
             tensors[f"{stem}.weight_packed"] = packed
-            scales = torch.from_numpy(np.ascontiguousarray(scales).view(np.float32).copy())
+            scales = torch.from_numpy(scales.copy())
+            if scales.dtype.itemsize == 2:  # bfloat16, as its bits.
+                scales = scales.view(torch.bfloat16)
             tensors[f"{stem}.weight_scale"] = scales.repeat_interleave(128 // group, dim=1)
             tensors[f"{stem}.weight_shape"] = torch.tensor([packed.shape[0], 8 * packed.shape[1]])
     folder.mkdir()
@@ -191,6 +193,23 @@ def watch_exchange(calls):
     Buffer.low_latency_dispatch, Buffer.dispatch = low_latency_dispatch, dispatch
 
 
+def watch_memory():
+    """Whether weights are repacked in the memory into which vLLM loaded them."""
+    from sluice.integrations import _vllm_methods
+
+    kind, placed = _vllm_methods.W4A8Experts, []
+
+    def made(*tensors, memory=None, **options):
+        placed.append(memory is not None)
+        if memory is not None:
+            first, last = memory.data_ptr(), memory.data_ptr() + memory.numel()
+            assert all(first <= t.data_ptr() < last for t in tensors)
+        return kind(*tensors, memory=memory, **options)
+
+    _vllm_methods.W4A8Experts = made
+    return placed
+
+
 def run_layer(folder, rank, ranks, kind, options):
     from vllm.config import set_current_vllm_config
     from vllm.distributed import ensure_model_parallel_initialized, init_distributed_environment
@@ -211,6 +230,7 @@ def run_layer(folder, rank, ranks, kind, options):
         ensure_model_parallel_initialized(tp, 1)
         init_workspace_manager(torch.device(DEVICE))
         watch_exchange(calls)
+        placed = watch_memory()
         with torch.device(DEVICE):
             layer = make_layer(quant_config(kind, folder), routing_of(routed))
         experts = load(layer, folder / kind)
@@ -229,7 +249,10 @@ def run_layer(folder, rank, ranks, kind, options):
         assert experts._forward_entry == torch.ops.vllm.moe_forward, experts._forward_entry
         assert moe_runner._moe_forward.__module__.startswith("vllm.")
     check_exchange(options.get("all2all") if dp > 1 else None, calls)
-    reference = engine_reference.Layer(sluice.Checkpoint(str(folder / "w4afp8")), LAYER)
+    # packed-32 has float32 scales where vLLM expects the model's bfloat16: those are repacked elsewhere.
+    assert placed == [kind != "packed-32"], placed
+    source = folder / ("bf16" if kind == "packed-128" else "w4afp8")
+    reference = engine_reference.Layer(sluice.Checkpoint(str(source)), LAYER)
     wires = {"allgather_reducescatter": "vllm", "deepep_high_throughput": "vllm", "deepep_low_latency": True}
     all2all = options.get("all2all")
     is_static = kind == "w4afp8" and "options" not in options
@@ -411,8 +434,9 @@ def main(folder, names):
     stubs.seal()
     geometry = sluice.ModelGeometry(num_experts=EXPERTS, num_topk=TOPK, hidden=HIDDEN, intermediate=MIDDLE)
     checkpoint = sluice.make_checkpoint(folder / "w4afp8", geometry, first_layer=LAYER)
-    for group in 32, 128:
-        write_packed(checkpoint, folder / f"packed-{group}", group)
+    write_packed(checkpoint, folder / "packed-32", 32)
+    rounded = sluice.make_checkpoint(folder / "bf16", geometry, first_layer=LAYER, scale_dtype="bf16")
+    write_packed(rounded, folder / "packed-128", 128)
     from safetensors.torch import load_file, save_file
 
     tensors = load_file(folder / "packed-32" / "model.safetensors")

@@ -39,7 +39,8 @@ class W4AFP8Config(Fp8Config):
     def __init__(self, ignored_layers: list[str] | None = None) -> None:
         super().__init__(is_checkpoint_fp8_serialized=True, activation_scheme="dynamic",
                          ignored_layers=ignored_layers, weight_block_size=[128, 128])
-        self._group_sizes: dict[str, int] = {}  # By the name of a layer's experts, of those that are INT4.
+        # By the name of a layer's experts, of those that are INT4: the group size, and the type of scales.
+        self._int4: dict[str, tuple[int, torch.dtype]] = {}
 
     @classmethod
     def get_name(cls) -> str:
@@ -89,26 +90,28 @@ class W4AFP8Config(Fp8Config):
             if expert and header["dtype"] in _INT8:
                 if scale is None:
                     refuse(name, "INT4 weights without weight_scale_inv")
-                self._add_experts(expert[1], 2 * header["shape"][1] // scale["shape"][-1])
+                group_size = 2 * header["shape"][1] // scale["shape"][-1]
+                self._add_experts(expert[1], group_size, torch.bfloat16 if scale["dtype"] == "BF16" else torch.float32)
             elif not expert and header["dtype"] not in _FP8:
                 self.ignored_layers.append(layer)
-        if not self._group_sizes:
+        if not self._int4:
             refuse(model_name, "w4afp8, but no expert's weights are INT4 (int8, two to a byte)")
 
-    def _add_experts(self, name: str, group_size: int) -> None:
-        if self._group_sizes.setdefault(name, group_size) != group_size:
-            refuse(name, f"INT4 weights in groups of {self._group_sizes[name]} and of {group_size}")
+    def _add_experts(self, name: str, group_size: int, scale_dtype: torch.dtype) -> None:
+        if self._int4.setdefault(name, (group_size, scale_dtype)) != (group_size, scale_dtype):
+            refuse(name, f"INT4 weights in groups of {group_size} with {scale_dtype} scales beside others: "
+                         f"{self._int4[name]}")
 
     def apply_vllm_mapper(self, hf_to_vllm_mapper: WeightsMapper) -> None:
         super().apply_vllm_mapper(hf_to_vllm_mapper)
-        self._group_sizes = hf_to_vllm_mapper.apply_dict(self._group_sizes)
+        self._int4 = hf_to_vllm_mapper.apply_dict(self._int4)
 
     def get_quant_method(self, layer: torch.nn.Module, prefix: str) -> Any:
         if not isinstance(layer, RoutedExperts):
             return super().get_quant_method(layer, prefix)
-        if prefix not in self._group_sizes:
-            refuse(prefix, f"the checkpoint has no INT4 experts of this name; it has {', '.join(self._group_sizes)}")
-        return W4AFP8Method(layer, prefix, self._group_sizes[prefix], _recipe())
+        if prefix not in self._int4:
+            refuse(prefix, f"the checkpoint has no INT4 experts of this name; it has {', '.join(self._int4)}")
+        return W4AFP8Method(layer, prefix, *self._int4[prefix], _recipe())
 
 
 class SluiceConfig(CompressedTensorsConfig):

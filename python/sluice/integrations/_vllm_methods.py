@@ -4,7 +4,6 @@ Numerics and memory are in sluice.compat.w4a8; this maps vLLM's layers onto it. 
 _vllm_experts.py does.
 """
 
-import threading
 from typing import Any
 
 import torch
@@ -21,7 +20,7 @@ from vllm.model_executor.utils import replace_parameter, set_weight_attrs
 
 from .. import _core
 from .._error import Error
-from ..compat.w4a8 import W4A8Experts
+from ..compat.w4a8 import W4A8Experts, WeightMemory, weight_memory
 from ._vllm_experts import BatchedExperts, SluiceExperts, StandardExperts
 
 # vLLM prints what loggers below "vllm" say, and nothing of others.
@@ -35,23 +34,6 @@ def refuse(name: str, what: str) -> None:
     raise Error("unsupported", f"{name}: {what}")
 
 
-# --- Backends -------------------------------------------------------------------------------------
-
-
-_backends: dict[str, Any] = {}
-_backends_lock = threading.Lock()
-
-
-def backend_for(device: torch.device) -> Any:
-    """The backend that all layers on a device share, so that they share the memory between the stages."""
-    index = device.index if device.index is not None else (torch.cuda.current_device() if device.type == "cuda" else 0)
-    name = f"cuda:{index}" if device.type == "cuda" else "cpu"
-    with _backends_lock:
-        if name not in _backends:
-            _backends[name] = _core.Backend(name)
-        return _backends[name]
-
-
 # --- What a layer must be -------------------------------------------------------------------------
 
 
@@ -63,13 +45,13 @@ def activation_of(layer: Any, name: str) -> str:
         if limit is None:
             return "swiglu"
         if alpha in (None, 1.0) and beta in (None, 0.0):
-            return f"swiglu:limit={limit:g}"
+            return f"swiglu:limit={float(limit)!r}"
     if kind == MoEActivation.SWIGLUOAI_UNINTERLEAVE and None not in (limit, alpha) and beta == 1.0:
-        return f"swiglu-oai:alpha={alpha:g},limit={limit:g}"
+        return f"swiglu-oai:alpha={float(alpha)!r},limit={float(limit)!r}"
     if kind.value == "situ":
         situ = getattr(config, "activation_situ_beta", None), getattr(config, "activation_situ_linear_beta", None)
         if None not in situ:
-            return f"situ:beta={situ[0]:g},linear_beta={situ[1]:g}"
+            return f"situ:beta={float(situ[0])!r},linear_beta={float(situ[1])!r}"
     refuse(name, f"activation {kind.value} with limit {limit}, alpha {alpha}, beta {beta}; Sluice has SwiGLU with and "
                  "without a limit, OpenAI's form in two halves, and SiTU-GLU")
 
@@ -111,13 +93,15 @@ class SluiceMoEMethod(FusedMoEMethodBase):
     """
 
     format_name: str
-    weight_names: tuple[str, str]
+    weight_layout: str
+    suffixes: tuple[str, str]  # Of a matrix's codes and scales, in the parameters' names.
 
     def __init__(self, layer: Any, name: str, group_size: int) -> None:
         super().__init__(layer.moe_config)
         check_layer(layer, name, group_size)
         self.name, self.group_size = name, group_size
         self._num_loaded: dict[str, int] = {}
+        self._place: WeightMemory | None = None
         self._is_local = False
 
     def maybe_roundup_sizes(self, hidden_size: int, *args: Any, **kwargs: Any) -> tuple[int, int]:
@@ -159,14 +143,19 @@ class SluiceMoEMethod(FusedMoEMethodBase):
             param.data = param.data.float()
         return tensor
 
-    def _register_matrix(self, layer: Any, name: str, suffixes: tuple[str, str], codes: torch.Tensor,
-                         scales: torch.Tensor, attrs: dict) -> None:
-        """One of w13 and w2: codes and scales, as parameters that count what is loaded."""
-        self._register(layer, name + suffixes[0], codes,
-                       {**attrs, "weight_loader": self._counting(layer, "weights", self._as_codes)})
-        self._register(layer, name + suffixes[1], scales,
-                       {**attrs, "weight_loader": self._counting(layer, "scales", self._as_scales),
-                        "quant_method": FusedMoeWeightScaleSupported.GROUP.value})
+    def _create_matrices(self, layer: Any, num_experts: int, hidden: int, intermediate: int, scale_dtype: torch.dtype,
+                         attrs: dict) -> None:
+        """Codes and scales as parameters that count what is loaded, in the memory of what they will be repacked to."""
+        self._use_parameters_loaders(layer)
+        place = self._place = weight_memory(
+            num_experts, hidden, intermediate, group_size=self.group_size, scale_dtype=scale_dtype,
+            weight_layout=self.weight_layout, device=torch.get_default_device())
+        for name, codes, scales in ("w13", place.w13, place.w13_scale), ("w2", place.w2, place.w2_scale):
+            self._register(layer, name + self.suffixes[0], codes,
+                           {**attrs, "weight_loader": self._counting(layer, "weights", self._as_codes)})
+            self._register(layer, name + self.suffixes[1], scales,
+                           {**attrs, "weight_loader": self._counting(layer, "scales", self._as_scales),
+                            "quant_method": FusedMoeWeightScaleSupported.GROUP.value})
 
     @staticmethod
     def _use_parameters_loaders(layer: Any) -> None:
@@ -188,26 +177,30 @@ class SluiceMoEMethod(FusedMoEMethodBase):
         if lacks:
             raise Error("corrupt_file", f"{self.name}: {', '.join(lacks)} were loaded, expected {num} of each")
 
-    def _take_weights(self, layer: Any) -> dict[str, Any]:
-        """w13, w13_scale, w2, w2_scale and the static scales, as W4A8Experts takes them."""
-        raise NotImplementedError
+    def _static_scales(self, layer: Any) -> dict[str, float]:
+        """a1_scale and a2_scale of W4A8Experts, or none."""
+        return {}
+
+    def _repack(self, layer: Any) -> W4A8Experts:
+        """In place, unless the parameters were moved (offloading) or widened (scales that bf16 would round)."""
+        names = [name + suffix for name in ("w13", "w2") for suffix in self.suffixes]
+        tensors, place = [getattr(layer, name).data for name in names], self._place
+        stayed = all(a.data_ptr() == b.data_ptr() for a, b in zip(tensors, place[1:]))
+        return W4A8Experts(*tensors, **self._static_scales(layer), activation=activation_of(layer, self.name),
+                           weight_layout=self.weight_layout, scale_layout="plain",
+                           memory=place.memory if stayed else None)
 
     def _release_weights(self, layer: Any) -> None:
         """Leaves parameters without elements where the checkpoint's were: vLLM asks for their leading sizes."""
         for name, param in list(layer.named_parameters(recurse=False)):
             replace_parameter(layer, name, torch.empty((*param.shape[:2], 0), dtype=param.dtype, device=param.device))
+        layer.w13_weight, layer.w2_weight = (getattr(layer, name + self.suffixes[0]) for name in ("w13", "w2"))
+        self._place = None
 
     def process_weights_after_loading(self, layer: Any) -> None:
         self._check_complete(layer)
-        device = next(layer.parameters(recurse=False)).device
-        weights = self._take_weights(layer)
-        experts = W4A8Experts(**weights, activation=activation_of(layer, self.name),
-                              backend=backend_for(device))
-        del weights
+        experts = self._repack(layer)
         self._release_weights(layer)
-        if device.type == "cuda":
-            torch.cuda.empty_cache()  # Sluice's memory is beside torch's: the next layer's has to fit, too.
-        layer.w13_weight, layer.w2_weight = (getattr(layer, name) for name in self.weight_names)
         self.moe_quant_config = self.get_fused_moe_quant_config(layer)
         self.moe_kernel = self._kernel(layer, experts)
         parallel = self.moe.moe_parallel_config
@@ -259,26 +252,14 @@ class PackedMethod(SluiceMoEMethod):
     """compressed-tensors pack-quantized: eight offset codes (value + 8) in an int32, even k low."""
 
     format_name = "compressed-tensors INT4"
-    weight_names = "w13_weight_packed", "w2_weight_packed"
+    weight_layout = "uint4b8"
+    suffixes = "_weight_packed", "_weight_scale"
 
     def create_weights(self, layer: Any, num_experts: int, hidden_size: int, intermediate_size_per_partition: int,
                        params_dtype: torch.dtype, **attrs: Any) -> None:
-        middle, group = intermediate_size_per_partition, self.group_size
-        self._use_parameters_loaders(layer)
-        for name, n, k in ("w13", 2 * middle, hidden_size), ("w2", hidden_size, middle):
-            self._register_matrix(
-                layer, name, ("_weight_packed", "_weight_scale"),
-                torch.empty(num_experts, n, k // 8, dtype=torch.int32),
-                torch.empty(num_experts, n, k // group, dtype=params_dtype), attrs)
+        self._create_matrices(layer, num_experts, hidden_size, intermediate_size_per_partition, params_dtype, attrs)
+        for name in "w13", "w2":
             self._register(layer, f"{name}_weight_shape", torch.empty(num_experts, 2), attrs)
-
-    def _take_weights(self, layer: Any) -> dict[str, Any]:
-        def twos_complement(packed: torch.Tensor) -> torch.Tensor:
-            """[E, n, k / 2] int8 in the same memory: a nibble's offset of 8 is its highest bit."""
-            return packed.view(torch.uint8).bitwise_xor_(0x88).view(torch.int8)
-
-        return {"w13": twos_complement(layer.w13_weight_packed.data), "w13_scale": layer.w13_weight_scale.data,
-                "w2": twos_complement(layer.w2_weight_packed.data), "w2_scale": layer.w2_weight_scale.data}
 
 
 class W4AFP8Method(SluiceMoEMethod):
@@ -287,21 +268,17 @@ class W4AFP8Method(SluiceMoEMethod):
     "auto" uses them where the checkpoint has calibrated ones, "static" also where all are 1.0."""
 
     format_name = "W4AFP8"
-    weight_names = "w13_weight", "w2_weight"
+    weight_layout = "int4"
+    suffixes = "_weight", "_weight_scale_inv"
 
-    def __init__(self, layer: Any, name: str, group_size: int, recipe: str) -> None:
+    def __init__(self, layer: Any, name: str, group_size: int, scale_dtype: torch.dtype, recipe: str) -> None:
         super().__init__(layer, name, group_size)
-        self._recipe = recipe
+        self._scale_dtype, self._recipe = scale_dtype, recipe
 
     def create_weights(self, layer: Any, num_experts: int, hidden_size: int, intermediate_size_per_partition: int,
                        params_dtype: torch.dtype, **attrs: Any) -> None:
-        middle, group = intermediate_size_per_partition, self.group_size
-        self._use_parameters_loaders(layer)
-        for name, n, k in ("w13", 2 * middle, hidden_size), ("w2", hidden_size, middle):
-            self._register_matrix(
-                layer, name, ("_weight", "_weight_scale_inv"),
-                torch.empty(num_experts, n, k // 2, dtype=torch.int8),
-                torch.empty(num_experts, n, k // group, dtype=params_dtype), attrs)
+        self._create_matrices(layer, num_experts, hidden_size, intermediate_size_per_partition, self._scale_dtype,
+                              attrs)
         static = {**attrs, "weight_loader": self._static_scale_loader(layer)}
         self._register(layer, "w13_input_scale", torch.zeros(num_experts, 2), static)  # Gate's and up's.
         self._register(layer, "w2_input_scale", torch.zeros(num_experts, 1), static)
@@ -338,7 +315,3 @@ class W4AFP8Method(SluiceMoEMethod):
             raise Error("invalid_argument", f"{self.name}: input scales from {low1} to {high1} (gate, up) and {low2} "
                         f'to {high2} (down); each expert needs some above 0, or use recipe "direct"')
         return {"a1_scale": high1, "a2_scale": high2}
-
-    def _take_weights(self, layer: Any) -> dict[str, Any]:
-        return {"w13": layer.w13_weight.data, "w13_scale": layer.w13_weight_scale_inv.data,
-                "w2": layer.w2_weight.data, "w2_scale": layer.w2_weight_scale_inv.data, **self._static_scales(layer)}
