@@ -4,13 +4,13 @@ import os
 import re
 import subprocess
 import sys
-import tomllib
 from importlib.metadata import entry_points
 from pathlib import Path
 
 import engine_stubs
 import pytest
 
+tomllib = pytest.importorskip("tomllib")  # Python 3.11.
 pytest.importorskip("torch")
 pytest.importorskip("safetensors")
 if engine_stubs.path_of("vllm") is None:
