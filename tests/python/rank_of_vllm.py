@@ -331,7 +331,13 @@ def refused(folder, rank, ranks, kind, options):
         "no INT4 experts of this name": lambda: made("w4afp8", prefix="model.layers.7.mlp.experts"),
         "it is for compressed-tensors": lambda: get_quantization_config("sluice").override_quantization_method(
             {"quant_method": "fp8"}, "sluice", hf_config=None),
+        "quant_method is 'fp8'": lambda: get_quantization_config("w4afp8").override_quantization_method(
+            {"quant_method": "fp8"}, "w4afp8", hf_config=None),
     }
+    mixed = {"quant_method": "", "quantization": {"quant_algo": "MIXED_PRECISION"}}  # As vLLM hands it on.
+    asked = {user: get_quantization_config("w4afp8").override_quantization_method(mixed, user, hf_config=None)
+             for user in ("w4afp8", "sluice", None)}
+    assert asked == {"w4afp8": "w4afp8", "sluice": None, None: None}, asked
     with set_current_vllm_config(vllm_config(0)):
         init_distributed_environment(1, 0, f"file://{folder}/store", 0, "gloo")
         ensure_model_parallel_initialized(1, 1)

@@ -56,11 +56,16 @@ class W4AFP8Config(Fp8Config):
 
     @classmethod
     def get_config_filenames(cls) -> list[str]:
-        return ["hf_quant_config.json"]  # Where config.json has no quantization_config.
+        return []
 
     @classmethod
     def override_quantization_method(cls, hf_quant_cfg: Any, user_quant: str | None, **_: Any) -> str | None:
-        return "w4afp8" if (hf_quant_cfg or {}).get("quant_method") == "w4afp8" else None
+        """For checkpoints that say so, and for those that TensorRT-LLM wrote, which say "MIXED_PRECISION" in
+        hf_quant_config.json, if the user does."""
+        method = (hf_quant_cfg or {}).get("quant_method")
+        if user_quant == "w4afp8" and method not in (None, "", "w4afp8"):
+            refuse("--quantization w4afp8", f"quant_method is {method!r} in the checkpoint")
+        return "w4afp8" if "w4afp8" in (method, user_quant) else None
 
     @classmethod
     def from_config(cls, config: dict[str, Any]) -> "W4AFP8Config":
