@@ -214,7 +214,6 @@ def run_layer(folder, rank, ranks, kind, options):
     from vllm.config import set_current_vllm_config
     from vllm.distributed import ensure_model_parallel_initialized, init_distributed_environment
     from vllm.forward_context import set_forward_context
-    from vllm.model_executor.layers.fused_moe.runner import moe_runner
     from vllm.v1.worker.workspace import init_workspace_manager
 
     config, calls = vllm_config(rank, **options), []
@@ -245,9 +244,11 @@ def run_layer(folder, rank, ranks, kind, options):
             y = call()
         if on_gpu and options.get("all2all") != "deepep_high_throughput":  # Its counts come to the host.
             y = in_graph(call)
-        # torch.compile: the layer is one operator, whatever its experts are.
-        assert experts._forward_entry == torch.ops.vllm.moe_forward, experts._forward_entry
-        assert moe_runner._moe_forward.__module__.startswith("vllm.")
+        if options is DIRECT:  # torch.compile: a graph without a break, in which the layer is an operator of vLLM's.
+            assert experts._forward_entry == torch.ops.vllm.moe_forward, experts._forward_entry
+            compiled = torch.compile(lambda rows: 2 * experts(rows, logits), backend="aot_eager", fullgraph=True)
+            with set_forward_context(None, config, num_tokens=len(x)):
+                assert torch.equal(compiled(there), 2 * y)
     check_exchange(options.get("all2all") if dp > 1 else None, calls)
     # packed-32 has float32 scales where vLLM expects the model's bfloat16: those are repacked elsewhere.
     assert placed == [kind != "packed-32"], placed
