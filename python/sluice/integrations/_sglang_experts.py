@@ -19,7 +19,7 @@ from torch.nn import Parameter
 
 from .. import __version__, _core
 from .._error import Error
-from ..compat.w4a8 import W4A8Experts
+from ..compat.w4a8 import W4A8Experts, WeightMemory, weight_memory
 from .sglang import setting
 
 _logger = logging.getLogger("sluice.integrations.sglang")
@@ -122,16 +122,16 @@ def static_scales(layer: Any, s1: torch.Tensor, s2: torch.Tensor) -> tuple[float
 class LayerExperts:
     """The repacked experts of one layer, between SGLang's dispatch and combine."""
 
-    def __init__(self, layer: Any, config: Any, kind: str, weights: dict[str, torch.Tensor],
-                 scales: tuple[float, float] | None) -> None:
-        """weights: w13, w13_scale, w2, w2_scale as sluice.compat.w4a8 has them."""
+    def __init__(self, layer: Any, config: Any, kind: str, place: WeightMemory, scales: tuple[float, float] | None,
+                 weight_layout: str = "int4") -> None:
+        """place: the loaded weights, in the memory where the repacked ones will lie."""
         self._factor = getattr(config, "routed_scaling_factor", None) or 1.0
         s1, s2 = scales or (None, None)
         activation = activation_of(layer, config)
-        device = weights["w13"].device
-        self._experts = W4A8Experts(**weights, a1_scale=s1, a2_scale=s2, activation=activation, backend=_backend(device),
-                                    max_rows=_largest_call(config))
-        groups = self._experts.hidden // weights["w13_scale"].shape[-1]
+        device, groups = place.memory.device, config.hidden_size // place.w13_scale.shape[-1]
+        self._experts = W4A8Experts(
+            *place[1:], a1_scale=s1, a2_scale=s2, activation=activation, backend=_backend(device),
+            max_rows=_largest_call(config), weight_layout=weight_layout, scale_layout="plain", memory=place.memory)
         recipe = "static scales of the checkpoint" if scales else "dynamic scales for each 128 values"
         what = (f"{kind} experts, {self._experts.num_experts} of {config.num_experts}, hidden {self._experts.hidden}, "
                 f"intermediate {self._experts.intermediate}, groups of {groups}, {activation}, {recipe}, {device}, "
@@ -193,23 +193,32 @@ def _set_dispatcher(layer: Any) -> None:
                                            "low_latency_dispatcher_output_dtype": "fp8"})
 
 
+def _check_in_place(layer: Any, place: WeightMemory, names: tuple[str, ...]) -> None:
+    """That SGLang loaded into the memory that it was given."""
+    for name, view in zip(names, place[1:]):
+        if getattr(layer, name).data_ptr() != view.data_ptr():
+            _refuse(layer, f"{name} was moved to {getattr(layer, name).device} while weights were loaded "
+                           "(--cpu-offload-gb?)")
+
+
 def _let_go(layer: Any, names: tuple[str, ...]) -> None:
-    """SGLang's parameters without their memory: Sluice has repacked what was in it. Loading anything into them
-    again is refused."""
+    """SGLang's parameters without elements: the repacked experts lie in their memory now. Loading anything into
+    them again is refused."""
 
     def refuse(param: Any, loaded: Any, name: str, *_: Any, **__: Any) -> None:
         _refuse(layer, f"new weights for {name}: Sluice repacked the experts when the model was loaded")
 
     for name in names:
         param = getattr(layer, name)
-        device = param.device
-        param.data = torch.empty(0, dtype=param.dtype, device=device)
+        param.data = torch.empty(0, dtype=param.dtype, device=param.device)
         param.weight_loader = refuse
-    if device.type == "cuda":
-        torch.cuda.empty_cache()  # torch keeps what it frees, and Sluice's memory is not torch's.
 
 
 # --- W4AFP8 ---------------------------------------------------------------------------------------
+
+
+_W4AFP8_WEIGHTS = ("w13_weight", "w13_weight_scale_inv", "w2_weight", "w2_weight_scale_inv")  # As in WeightMemory.
+_W4AFP8_INPUT_SCALES = ("w13_input_scale", "w2_input_scale")
 
 
 class SluiceW4AFp8MoEMethod(W4AFp8MoEMethod):
@@ -217,21 +226,34 @@ class SluiceW4AFp8MoEMethod(W4AFp8MoEMethod):
 
     _experts: LayerExperts
 
-    def create_weights(self, layer: Any, *args: Any, **kwargs: Any) -> None:
+    def create_weights(self, layer: Any, num_experts: int, hidden_size: int, intermediate_size_per_partition: int,
+                       *args: Any, **kwargs: Any) -> None:
+        """SGLang's parameters, with the weights in memory that the repacked experts will have."""
         _refuse_wrapper(layer, self)
         check_supported(layer, layer.moe_runner_config, self.quant_config.group_size)
-        super().create_weights(layer, *args, **kwargs)
+        device = torch.empty(0).device  # SGLang makes its parameters on the default device.
+        with torch.device("meta"):
+            super().create_weights(layer, num_experts, hidden_size, intermediate_size_per_partition, *args, **kwargs)
+        self._place: WeightMemory | None = weight_memory(
+            num_experts, hidden_size, intermediate_size_per_partition, group_size=self.quant_config.group_size,
+            scale_dtype=layer.w13_weight_scale_inv.dtype, device=device)
+        real = dict(zip(_W4AFP8_WEIGHTS, self._place[1:]))
+        real |= {name: torch.ones_like(getattr(layer, name), device=device) for name in _W4AFP8_INPUT_SCALES}
+        for name, tensor in real.items():
+            if name.endswith("_weight_scale_inv"):
+                tensor.zero_()  # A scale that the checkpoint lacks is refused for it.
+            attributes = vars(getattr(layer, name))
+            setattr(layer, name, Parameter(tensor, requires_grad=False))
+            set_weight_attrs(getattr(layer, name), attributes)
 
     def process_weights_after_loading(self, layer: Any) -> None:
-        if layer.w13_weight.numel() == 0:  # SGLang may ask again.
+        if self._place is None:  # SGLang may ask again.
             return
+        _check_in_place(layer, self._place, _W4AFP8_WEIGHTS)
         scales = static_scales(layer, layer.w13_input_scale, layer.w2_input_scale)
-        weights = {"w13": layer.w13_weight.data, "w13_scale": layer.w13_weight_scale_inv.data,
-                   "w2": layer.w2_weight.data, "w2_scale": layer.w2_weight_scale_inv.data}
-        self._experts = LayerExperts(layer, self.moe_runner_config, "W4AFP8", weights, scales)
-        del weights
-        _let_go(layer, ("w13_weight", "w13_weight_scale_inv", "w2_weight", "w2_weight_scale_inv", "w13_input_scale",
-                        "w2_input_scale"))
+        self._experts = LayerExperts(layer, self.moe_runner_config, "W4AFP8", self._place, scales)
+        self._place = None
+        _let_go(layer, _W4AFP8_WEIGHTS + _W4AFP8_INPUT_SCALES)
         _set_dispatcher(layer)
 
     def apply(self, layer: Any, dispatch_output: Any) -> Any:
@@ -245,6 +267,10 @@ class SluiceW4AFp8MoEMethod(W4AFp8MoEMethod):
 
 
 # --- INT4 of compressed-tensors -------------------------------------------------------------------
+
+
+_INT4_WEIGHTS = ("w13_weight_packed", "w13_weight_scale", "w2_weight_packed", "w2_weight_scale")  # As in WeightMemory.
+_INT4_SHAPES = ("w13_weight_shape", "w2_weight_shape")
 
 
 class SluiceInt4MoE(CompressedTensorsMoEScheme):
@@ -271,32 +297,32 @@ class SluiceInt4MoE(CompressedTensorsMoEScheme):
             _refuse(layer, "SLUICE_RECIPE=static, and compressed-tensors has no static scales of inputs")
         attrs["quant_method"] = FusedMoeWeightScaleSupported.GROUP.value
         exact = {**attrs, "weight_loader": _exact_in_bf16(layer, attrs["weight_loader"])}
-        sizes = {"w13": (2 * intermediate_size_per_partition, hidden_size),
-                 "w2": (hidden_size, intermediate_size_per_partition)}
-        for name, (rows, columns) in sizes.items():
-            parts = {"weight_packed": ((rows, columns // 8), torch.int32, attrs),
-                     "weight_scale": ((rows, columns // self.group_size), torch.bfloat16, exact),
-                     "weight_shape": ((2,), torch.int64, attrs)}
-            for part, (shape, dtype, its) in parts.items():
-                param = Parameter(torch.empty(num_experts, *shape, dtype=dtype), requires_grad=False)
-                layer.register_parameter(f"{name}_{part}", param)
-                set_weight_attrs(param, its)
+        self._place: WeightMemory | None = weight_memory(
+            num_experts, hidden_size, intermediate_size_per_partition, group_size=self.group_size,
+            weight_layout="uint4b8", device=torch.empty(0).device)
+        for name, tensor in zip(_INT4_WEIGHTS, self._place[1:]):
+            self._add(layer, name, tensor, exact if name.endswith("scale") else attrs)
+        for name in _INT4_SHAPES:
+            self._add(layer, name, torch.empty(num_experts, 2, dtype=torch.int64), attrs)
+
+    @staticmethod
+    def _add(layer: Any, name: str, tensor: torch.Tensor, attributes: dict) -> None:
+        if name.endswith("scale"):
+            tensor.zero_()
+        layer.register_parameter(name, Parameter(tensor, requires_grad=False))
+        set_weight_attrs(getattr(layer, name), attributes)
 
     def create_moe_runner(self, layer: Any, moe_runner_config: Any) -> None:
         self.moe_runner_config = moe_runner_config
 
     def process_weights_after_loading(self, layer: Any) -> None:
-        if layer.w13_weight_packed.numel() == 0:
+        if self._place is None:
             return
-        weights = {}
-        for name in "w13", "w2":
-            codes = getattr(layer, f"{name}_weight_packed").data.view(torch.uint8)
-            weights[name] = codes.bitwise_xor_(0x88).view(torch.int8)  # Offset by 8 -> two's complement, in place.
-            weights[f"{name}_scale"] = getattr(layer, f"{name}_weight_scale").data
-        self._experts = LayerExperts(layer, self.moe_runner_config, "compressed-tensors INT4", weights, None)
-        del weights, codes
-        _let_go(layer, tuple(f"{name}_{part}" for name in ("w13", "w2")
-                             for part in ("weight_packed", "weight_scale", "weight_shape")))
+        _check_in_place(layer, self._place, _INT4_WEIGHTS)
+        self._experts = LayerExperts(layer, self.moe_runner_config, "compressed-tensors INT4", self._place, None,
+                                     "uint4b8")
+        self._place = None
+        _let_go(layer, _INT4_WEIGHTS + _INT4_SHAPES)
         _set_dispatcher(layer)
 
     def restore_weights_before_loading(self, layer: Any) -> None:
