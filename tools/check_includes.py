@@ -59,7 +59,7 @@ MODULES = [
     ("report",         "lab/report/",          ("public",),                               ("nlohmann/",)),
     # Kernel benchmarks time what lies under the public surface.
     ("kernel bench",   "lab/bench/kernels/",   ("public", "core", "cuda backend", "cuda exchange", "cuda support", "cuda formats", "ptx"), ("posix", "cuda")),
-    ("bench",          "lab/bench/",           ("public", "core", "quant", "ops", "placement"), ("posix",)),
+    ("bench",          "lab/bench/",           ("public", "core", "quant", "checkpoint", "ops", "placement"), ("posix",)),
     ("cli",            "cli/",                 ("public", "report"),                      ("posix", "CLI/", "nlohmann/")),
     ("python",         "python/",              ("public",),                               ("nanobind/",)),
 ]

@@ -37,6 +37,7 @@
 
 #include "sluice/checkpoint.h"
 #include "sluice/exchange.h"
+#include "sluice/loading.h"
 #include "sluice/recipe.h"
 #include "sluice/stream.h"
 #include "sluice/tensor.h"
@@ -84,7 +85,8 @@ struct LayerSpec {
   std::uint64_t identity = 0;
 };
 
-/// Rank `rank`'s part of a layer of `checkpoint`.
+/// Rank `rank`'s part of a layer of `checkpoint`, mapped into memory: for who wants the weights
+/// themselves. LayerGroup::add_layer() of a checkpoint loads without it, and faster.
 /// Throws: kInvalidArgument for a layer without routed experts and for a number of ranks that does
 ///   not divide the experts; whatever Checkpoint::load_experts() throws.
 [[nodiscard]] LayerSpec read_layer(const Checkpoint& checkpoint, int layer, int rank,
@@ -160,6 +162,9 @@ class Layer {
   /// Bytes of prepared weights held by this rank's backend.
   [[nodiscard]] std::size_t weight_bytes() const noexcept;
 
+  /// Of all bytes of the prepared weights: the same for the same weights on one kind of backend.
+  [[nodiscard]] std::uint64_t weight_digest() const;
+
   /// When on, forward() waits for the device after each stage to time it, and fills stats(). Off at
   /// creation: forward() then only queues work and may be captured in a CUDA graph.
   void record_stats(bool on) noexcept;
@@ -208,6 +213,20 @@ class LayerGroup {
   ///   one of these on every rank the group is as it was. After kPeerTimeout, kOutOfMemory or an
   ///   error on some ranks only, ranks may be out of step: make a new group.
   [[nodiscard]] Layer add_layer(const LayerSpec& spec, const ModeRecipes& recipes = {});
+
+  /// The same of this rank's experts of a layer of `checkpoint`, which several threads read, repack
+  /// and copy at once (loading.h). `checkpoint` is not needed afterwards.
+  /// Throws: also whatever Checkpoint::load_experts() and options.progress throw, on the rank where
+  ///   it happens; kTransport naming that rank on all others. The group is then as it was.
+  [[nodiscard]] Layer add_layer(const Checkpoint& checkpoint, int layer,
+                                const ModeRecipes& recipes = {}, const LoadOptions& options = {});
+  /// Several layers in one load, whose threads go from one layer straight to the next: all or none.
+  [[nodiscard]] std::vector<Layer> add_layers(const Checkpoint& checkpoint,
+                                              std::span<const int> layers,
+                                              const ModeRecipes& recipes = {},
+                                              const LoadOptions& options = {});
+  /// Of all layers so far that came from a checkpoint, on this rank.
+  [[nodiscard]] const LoadStats& load_stats() const noexcept;
 
   [[nodiscard]] const LayerGroupConfig& config() const noexcept;
   [[nodiscard]] int rank() const noexcept;

@@ -24,11 +24,14 @@
 #include <cstddef>
 #include <cstdint>
 #include <memory>
+#include <span>
 #include <string>
+#include <vector>
 
 #include "sluice/checkpoint.h"
 #include "sluice/exchange.h"
 #include "sluice/experts.h"
+#include "sluice/loading.h"
 #include "sluice/recipe.h"
 #include "sluice/stream.h"
 #include "sluice/tensor.h"
@@ -110,6 +113,8 @@ class LocalExperts {
   [[nodiscard]] int num_experts() const noexcept;
   /// Bytes of prepared weights.
   [[nodiscard]] std::size_t weight_bytes() const noexcept;
+  /// Of all bytes of the prepared weights: the same for the same weights on one kind of backend.
+  [[nodiscard]] std::uint64_t weight_digest() const;
 
   struct Impl;  ///< Internal.
 
@@ -141,6 +146,15 @@ class LocalGroup {
   ///   resolve_recipe() throws.
   [[nodiscard]] LocalExperts add_layer(const ExpertWeights& weights, const Recipe& recipe = {},
                                        std::string name = {});
+  /// Experts [first, first + count) of each of `layers` of `checkpoint`, which several threads
+  /// read, repack and copy at once (loading.h): all or none.
+  /// Throws: also whatever Checkpoint::load_experts() and options.progress throw.
+  [[nodiscard]] std::vector<LocalExperts> add_layers(const Checkpoint& checkpoint,
+                                                     std::span<const int> layers, int first,
+                                                     int count, const Recipe& recipe = {},
+                                                     const LoadOptions& options = {});
+  /// Of all experts so far that came from a checkpoint.
+  [[nodiscard]] const LoadStats& load_stats() const noexcept;
   /// The same of experts that are repacked already; shares their weights.
   /// Requires: `experts` were made with this group's backend, and run no call at the same time.
   [[nodiscard]] LocalExperts add_layer(const Experts& experts, const LayerRecipe& recipe,

@@ -28,6 +28,48 @@ class PreparedExperts {
  public:
   virtual ~PreparedExperts() = default;
   [[nodiscard]] virtual std::size_t bytes() const noexcept = 0;
+  /// Copies the bytes() there are to host memory, in an order of the backend's own: for
+  /// comparisons. Waits for the device.
+  virtual void copy_to_host(std::byte* host) const = 0;
+};
+
+/// Experts on their way to become PreparedExperts: memory for all of them, filled by packers.
+class ExpertBuilder {
+ public:
+  virtual ~ExpertBuilder() = default;
+  /// Gives up the experts. Requires: every matrix of every expert was added, and every packer that
+  /// added one has been flushed.
+  [[nodiscard]] virtual std::unique_ptr<PreparedExperts> finish() = 0;
+};
+
+/// What a packer has to hold at once.
+struct PackerSizes {
+  std::size_t piece_bytes = 0;   ///< Codes of the rows that are read together.
+  std::size_t scales_bytes = 0;  ///< Scales of a matrix, and what their reader needs beside them.
+  std::size_t codes_bytes = 0;   ///< Codes of the largest matrix.
+};
+
+/// One thread's means to fill builders of its backend: host memory to read into, and on a GPU a
+/// stream, so that a copy runs while the next piece is read.
+///
+///   next_scales() -> read -> add_scales() -> next_piece() -> read -> add_rows() -> ... -> flush()
+class ExpertPacker {
+ public:
+  virtual ~ExpertPacker() = default;
+  /// Host memory aligned to 256 bytes, of the sizes that the packer was made for. Each waits until
+  /// what was added from it before has left it.
+  [[nodiscard]] virtual std::span<std::byte> next_scales() = 0;
+  [[nodiscard]] virtual std::span<std::byte> next_piece() = 0;
+  /// Begins a matrix of expert `index`, which counts from 0. `scales` lie in the last
+  /// next_scales(). An expert's up follows its gate directly. Other threads may add other matrices.
+  virtual void add_scales(ExpertBuilder& to, int index, MatrixRole role,
+                          const TensorView& scales) = 0;
+  /// Codes of the next rows of the matrix, a multiple of 16 of them, in the last next_piece().
+  virtual void add_rows(std::span<const std::byte> codes) = 0;
+  /// Returns when everything that was added is in its place.
+  virtual void flush() = 0;
+  /// All its host memory together.
+  [[nodiscard]] virtual std::size_t host_bytes() const noexcept = 0;
 };
 
 /// Thread time inside one expert_stage(), for reports (CPU; zero on CUDA).
@@ -85,6 +127,14 @@ class BackendOps : public Backend {
   /// Throws: kInvalidArgument naming the first scale that is not finite. The room is then of no
   /// use.
   virtual void finish_repack(PreparedExperts& room, Stream stream);
+  /// The same in steps, for experts that are read one by one. `shapes` has no data.
+  /// Throws: as prepare().
+  [[nodiscard]] virtual std::unique_ptr<ExpertBuilder> make_builder(
+      const ExpertWeights& shapes) = 0;
+  /// Throws: kOutOfMemory.   Threads: any.
+  [[nodiscard]] virtual std::unique_ptr<ExpertPacker> make_packer(const PackerSizes& sizes) = 0;
+  /// Host threads that are this rank's share of the machine.
+  [[nodiscard]] virtual int num_host_threads() const noexcept { return 1; }
 
   /// Records what `work` queues on `stream`. A GPU needs every kernel in it to have run before.
   [[nodiscard]] virtual std::unique_ptr<Recording> record(Stream stream, MarkedWork work);

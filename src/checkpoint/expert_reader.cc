@@ -41,20 +41,40 @@ ExpertReader::ExpertReader(const Checkpoint& checkpoint, int layer, int first_ex
     for (PartSpec& spec : data_->format->parts(layouts_[m])) {
       parts_[m].push_back(std::move(spec.name));
     }
+    codes_parts_[m] = data_->format->codes_part(layouts_[m]);
+  }
+  for (std::size_t m = 0; m < layouts_.size(); ++m) {
+    codes_bytes_ = std::max(codes_bytes_, static_cast<std::size_t>(layouts_[m].n * row_bytes(m)));
+    piece_bytes_ =
+        std::max(piece_bytes_,
+                 static_cast<std::size_t>(piece_rows(static_cast<MatrixRole>(m)) * row_bytes(m)));
   }
   for (int e = 0; e < num_experts; ++e) {
     Expert& shape = shapes_.experts[static_cast<std::size_t>(e)];
     QuantMatrix* const matrices[] = {&shape.gate, &shape.up, &shape.down};
     for (std::size_t m = 0; m < layouts_.size(); ++m) {
       *matrices[m] = without_data(*data_->format, expert(e), layouts_[m]);
-      std::size_t slot = data_->format->copied_bytes(layouts_[m]);
-      for (const TensorRef& tensor : tensors(e, static_cast<MatrixRole>(m))) {
-        file_bytes_ += tensor.size();
-        slot += aligned_in_room(tensor.size());
+      std::size_t beside_codes = data_->format->copied_bytes(layouts_[m]);
+      for (const std::string& part : parts_[m]) {
+        const TensorRef* const tensor = expert(e).find(part);
+        if (tensor == nullptr) continue;  // An optional one.
+        file_bytes_ += tensor->size();
+        if (part != codes_parts_[m]) beside_codes += aligned_in_room(tensor->size());
       }
-      slot_bytes_ = std::max(slot_bytes_, slot);
+      scales_bytes_ = std::max(scales_bytes_, beside_codes);
     }
   }
+}
+
+std::int64_t ExpertReader::row_bytes(std::size_t matrix) const noexcept {
+  return layouts_[matrix].k / 2;
+}
+
+std::int64_t ExpertReader::piece_rows(MatrixRole role) const noexcept {
+  constexpr std::int64_t kRows = 16;
+  const auto matrix = static_cast<std::size_t>(role);
+  const auto most = static_cast<std::int64_t>(kPieceBytes) / row_bytes(matrix) / kRows * kRows;
+  return std::clamp<std::int64_t>(most, kRows, layouts_[matrix].n);
 }
 
 const ExpertTensors& ExpertReader::expert(int index) const {
@@ -70,34 +90,49 @@ std::vector<TensorRef> ExpertReader::tensors(int index, MatrixRole role) const {
   return found;
 }
 
-QuantMatrix ExpertReader::read(int index, MatrixRole role, std::span<std::byte> slot) {
-  SLUICE_ASSERT(slot.size() >= slot_bytes_);
-  ExpertTensors tensors;
-  for (const std::string& part : parts_[static_cast<std::size_t>(role)]) {
-    const TensorRef* const in_file = expert(index).find(part);
-    if (in_file == nullptr) continue;  // An optional one.
-    TensorRef& tensor = tensors.parts.emplace_back(part, *in_file).tensor;
-    const auto bytes = slot.first(tensor.size());
-    const std::size_t got = tensor.file->read(tensor.data_begin + tensor.entry.begin, bytes);
-    bytes_read_.fetch_add(got, std::memory_order_relaxed);
-    if (got < bytes.size()) {
-      fail(ErrorCode::kCorruptFile,
-           "{}: {} of its {} bytes are left in the file, which has been cut since it was opened",
-           place(tensor), got, bytes.size());
-    }
-    tensor.read_bytes = bytes.data();
-    slot = slot.subspan(aligned_in_room(bytes.size()));
-  }
-  ExpertStorage storage{.files = {}, .copies = {}, .room = slot};
-  const MatrixLayout& layout = layouts_[static_cast<std::size_t>(role)];
-  data_->format->check_values(tensors, layout);
-  const QuantMatrix matrix = data_->format->load(tensors, layout, storage);
-  judge(index, matrix);
-  return matrix;
+void ExpertReader::read(const TensorRef& tensor, std::uint64_t at, std::span<std::byte> bytes) {
+  const std::size_t got = tensor.file->read(tensor.data_begin + tensor.entry.begin + at, bytes);
+  bytes_read_.fetch_add(got, std::memory_order_relaxed);
+  if (got == bytes.size()) return;
+  fail(ErrorCode::kCorruptFile,
+       "{}: {} of its {} bytes are left in the file, which has been cut since it was opened",
+       place(tensor), at + got, tensor.size());
 }
 
-void ExpertReader::judge(int index, const QuantMatrix& matrix) {
-  const NibbleEvidence nibbles = canonical_nibbles(matrix);
+TensorView ExpertReader::read_scales(int index, MatrixRole role, std::span<std::byte> memory) {
+  SLUICE_ASSERT(memory.size() >= scales_bytes_);
+  const auto matrix = static_cast<std::size_t>(role);
+  ExpertTensors tensors;
+  for (const std::string& part : parts_[matrix]) {
+    const TensorRef* const in_file = expert(index).find(part);
+    if (in_file == nullptr || part == codes_parts_[matrix]) continue;
+    TensorRef& tensor = tensors.parts.emplace_back(part, *in_file).tensor;
+    const auto bytes = memory.first(tensor.size());
+    read(tensor, 0, bytes);
+    tensor.read_bytes = bytes.data();
+    memory = memory.subspan(aligned_in_room(bytes.size()));
+  }
+  ExpertStorage storage{.files = {}, .copies = {}, .room = memory};
+  data_->format->check_values(tensors, layouts_[matrix]);
+  return data_->format->scales(tensors, layouts_[matrix], storage);
+}
+
+void ExpertReader::read_rows(int index, MatrixRole role, std::int64_t first_row,
+                             std::span<std::byte> rows, std::span<std::byte> spare) {
+  const auto matrix = static_cast<std::size_t>(role);
+  const TensorRef& codes = part_of(expert(index), codes_parts_[matrix]);
+  read(codes, static_cast<std::uint64_t>(first_row * row_bytes(matrix)), rows);
+  data_->format->make_canonical(rows, layouts_[matrix], spare.first(rows.size()));
+  if (first_row > 0) return;
+  QuantMatrix view;
+  view.codes = {rows.data(),
+                DType::kPackedInt4,
+                {static_cast<std::int64_t>(rows.size()) / row_bytes(matrix), row_bytes(matrix)}};
+  judge(index, view);
+}
+
+void ExpertReader::judge(int index, const QuantMatrix& rows) {
+  const NibbleEvidence nibbles = canonical_nibbles(rows);
   NibbleEvidence all;
   {
     const std::lock_guard lock(mutex_);

@@ -1,12 +1,13 @@
-// expert_reader.h - experts of one layer, one matrix at a time, into memory that the caller brings.
+// expert_reader.h - experts of one layer, a piece of a matrix at a time, into a caller's memory.
 //
-//   file --read()--> slot: [codes][scales][small parts][copies that the format needs]
-//                      ^ views of the QuantMatrix that read() returns point in here
+//   file --read_scales()--> scales, checked, and what the format has beside them
+//        --read_rows()----> canonical codes of some rows
 //
-// Checkpoint::load_experts() maps the files instead and gives all experts at once. The values are
-// the same, and so are the refusals.
+// Pieces are small enough to stay in a core's cache until somebody has taken them. Whole matrices
+// would go to main memory and back. Checkpoint::load_experts() maps the files instead and gives all
+// experts at once. The values are the same, and so are the refusals.
 //
-// Threads: read() from any number at once, with a slot each.
+// Threads: any number at once, with memory of their own.
 #pragma once
 
 #include <array>
@@ -15,6 +16,7 @@
 #include <cstdint>
 #include <mutex>
 #include <span>
+#include <string>
 #include <vector>
 
 #include "checkpoint/formats/nibbles.h"
@@ -27,24 +29,36 @@ struct CheckpointData;
 
 class ExpertReader {
  public:
+  /// Codes that are read together, where 16 rows are not more.
+  static constexpr std::size_t kPieceBytes = std::size_t{1} << 20;
+
   /// Checks headers and reads the layer's static scales. Borrows `checkpoint`.
   /// Throws: as Checkpoint::load_experts(), for everything that headers show.
   ExpertReader(const Checkpoint& checkpoint, int layer, int first_expert, int num_experts);
 
   /// What load_experts() gives, without data: shapes and dtypes of every view, and no bytes.
   [[nodiscard]] const ExpertWeights& shapes() const noexcept { return shapes_; }
-  /// Bytes that a slot needs: of the matrix that takes most.
-  [[nodiscard]] std::size_t slot_bytes() const noexcept { return slot_bytes_; }
+  /// Bytes that read_scales() needs, of the matrix that takes most.
+  [[nodiscard]] std::size_t scales_bytes() const noexcept { return scales_bytes_; }
+  /// Bytes of the codes of the largest piece, and of the largest matrix.
+  [[nodiscard]] std::size_t piece_bytes() const noexcept { return piece_bytes_; }
+  [[nodiscard]] std::size_t codes_bytes() const noexcept { return codes_bytes_; }
+  /// Rows of a piece of such a matrix: a multiple of 16. The last piece may have fewer.
+  [[nodiscard]] std::int64_t piece_rows(MatrixRole role) const noexcept;
   /// Bytes of all tensors of all these experts, as they lie in the files.
   [[nodiscard]] std::uint64_t file_bytes() const noexcept { return file_bytes_; }
-  /// Bytes that read() has read so far.
+  /// Bytes that were read so far.
   [[nodiscard]] std::uint64_t bytes_read() const noexcept { return bytes_read_; }
 
-  /// Reads and checks one matrix of expert `index`, which counts from 0. Its views point into
-  /// `slot`, slot_bytes() long and aligned to 256 bytes. An expert's nibbles are judged with the
-  /// last of its three matrices.
+  /// Reads and checks everything but the codes of one matrix of expert `index`, which counts from
+  /// 0. The scales lie in `memory`, scales_bytes() long and aligned to 256 bytes.
   /// Throws: as load_experts(); kCorruptFile naming file and tensor if the file has been cut.
-  [[nodiscard]] QuantMatrix read(int index, MatrixRole role, std::span<std::byte> slot);
+  [[nodiscard]] TensorView read_scales(int index, MatrixRole role, std::span<std::byte> memory);
+  /// Reads the codes of as many rows as `rows` has room for, from `first_row` on, and makes them
+  /// canonical. `spare` is as large. An expert's nibbles are judged with the first rows of the last
+  /// of its three matrices.   Throws: the same.
+  void read_rows(int index, MatrixRole role, std::int64_t first_row, std::span<std::byte> rows,
+                 std::span<std::byte> spare);
 
   /// The tensors of one matrix as they lie in their files, for who wants to read just them.
   [[nodiscard]] std::vector<TensorRef> tensors(int index, MatrixRole role) const;
@@ -57,13 +71,16 @@ class ExpertReader {
   };
 
   [[nodiscard]] const ExpertTensors& expert(int index) const;
-  void judge(int index, const QuantMatrix& matrix);
+  [[nodiscard]] std::int64_t row_bytes(std::size_t matrix) const noexcept;
+  void read(const TensorRef& tensor, std::uint64_t at, std::span<std::byte> bytes);
+  void judge(int index, const QuantMatrix& rows);
 
   const CheckpointData* data_;
   std::array<MatrixLayout, 3> layouts_;
   std::array<std::vector<std::string>, 3> parts_;  ///< Of each matrix: names, by MatrixRole.
+  std::array<std::string, 3> codes_parts_;         ///< Which of them has the codes.
   ExpertWeights shapes_;
-  std::size_t slot_bytes_ = 0;
+  std::size_t scales_bytes_ = 0, piece_bytes_ = 0, codes_bytes_ = 0;
   std::uint64_t file_bytes_ = 0;
   std::atomic<std::uint64_t> bytes_read_{0};
   std::mutex mutex_;

@@ -41,8 +41,7 @@ Engine Engine::create(const EngineConfig& config, const Checkpoint& checkpoint,
                       Transport& transport, Backend& backend) {
   LayerGroup group =
       LayerGroup::create(config_of_group(config, checkpoint.geometry()), transport, backend);
-  Layer layer = group.add_layer(
-      read_layer(checkpoint, config.layer, group.rank(), group.num_ranks()), recipes_of(config));
+  Layer layer = group.add_layer(checkpoint, config.layer, recipes_of(config));
   return {std::move(group), std::move(layer)};
 }
 

@@ -1,7 +1,9 @@
 // Checks what a caller brings, then runs the stages of the backend on it.
 #include "sluice/experts.h"
 
+#include <algorithm>
 #include <cmath>
+#include <cstring>
 #include <utility>
 
 #include "backend/traits.h"
@@ -226,13 +228,27 @@ std::size_t Fp8Buffers::bytes() const noexcept {
   return (codes ? codes->bytes() : 0) + (scale ? scale->bytes() : 0);
 }
 
-Experts::Impl::Impl(const ExpertWeights& weights, std::shared_ptr<ExpertScratch> shared, Backend& b)
+std::uint64_t digest_of(const PreparedExperts& prepared) {
+  std::vector<std::byte> bytes(prepared.bytes());
+  prepared.copy_to_host(bytes.data());
+  std::uint64_t digest = 0xcbf29ce484222325U;  // FNV-1a of words.
+  for (std::size_t i = 0; i < bytes.size(); i += sizeof(std::uint64_t)) {
+    std::uint64_t word = 0;
+    std::memcpy(&word, bytes.data() + i, std::min(sizeof word, bytes.size() - i));
+    digest = (digest ^ word) * 0x100000001b3U;
+    digest ^= digest >> 32;
+  }
+  return digest;
+}
+
+Experts::Impl::Impl(const ExpertWeights& shapes, std::shared_ptr<PreparedExperts> made,
+                    std::shared_ptr<ExpertScratch> shared, Backend& b)
     : backend(&ops(b)),
-      geometry(weights.geometry),
-      num_experts(static_cast<int>(weights.experts.size())),
-      prepared(backend->prepare(weights)),
+      geometry(shapes.geometry),
+      num_experts(static_cast<int>(shapes.experts.size())),
+      prepared(std::move(made)),
       scratch(std::move(shared)) {
-  for (const Expert& expert : weights.experts) {
+  for (const Expert& expert : shapes.experts) {
     for (const QuantMatrix* matrix : {&expert.gate, &expert.up, &expert.down}) {
       codes_bytes += matrix->codes.bytes();
       scales_bytes += matrix->scales.bytes();
@@ -281,8 +297,9 @@ void Experts::Impl::gemms(const LayerRecipe& recipe, const Fp8RowsView& in, cons
 
 Experts Experts::create(const ExpertWeights& weights, std::int64_t max_rows, Backend& backend) {
   check_argument(!weights.experts.empty(), "weights hold no expert");
+  auto scratch = make_scratch(weights.geometry, max_rows, backend);
   return Experts(
-      std::make_unique<Impl>(weights, make_scratch(weights.geometry, max_rows, backend), backend));
+      std::make_unique<Impl>(weights, ops(backend).prepare(weights), std::move(scratch), backend));
 }
 
 Experts Experts::make_room(const RepackFormat& format, std::int64_t max_rows, Backend& backend,

@@ -53,9 +53,14 @@ struct ExpertScratch {
   Fp8Buffers h;  ///< [max_rows, intermediate]
 };
 
+/// Of the prepared bytes: the same for the same weights on one kind of backend.
+[[nodiscard]] std::uint64_t digest_of(const PreparedExperts& prepared);
+
 struct Experts::Impl {
-  /// What `scratch.x` lacks, no recipe used may need.
-  Impl(const ExpertWeights& weights, std::shared_ptr<ExpertScratch> scratch, Backend& backend);
+  /// `prepared` was made of `shapes`, whose data is not looked at. What `scratch.x` lacks, no
+  /// recipe used may need.
+  Impl(const ExpertWeights& shapes, std::shared_ptr<PreparedExperts> prepared,
+       std::shared_ptr<ExpertScratch> scratch, Backend& backend);
   Impl(const RepackFormat& format, std::shared_ptr<ExpertScratch> scratch, Backend& backend,
        const MutableTensorView& memory);
 

@@ -19,11 +19,11 @@ std::atomic<std::uint64_t> num_layers_made{0};
 }  // namespace
 
 Layer::Impl::Impl(std::shared_ptr<LayerGroup::Impl> shared, std::string layer_name,
-                  const ExpertWeights& weights)
+                  const ExpertWeights& shapes, std::shared_ptr<PreparedExperts> prepared)
     : group(std::move(shared)),
       id(++num_layers_made),
       name(std::move(layer_name)),
-      experts(weights, group->scratch, *group->backend) {
+      experts(shapes, std::move(prepared), group->scratch, *group->backend) {
   LayerGroupMemory& sum = group->layers;
   sum.num_layers += 1;
   sum.codes_bytes += experts.codes_bytes;
@@ -191,6 +191,9 @@ ExchangeCounters Layer::exchange_counters(Mode mode) const {
 }
 std::size_t Layer::weight_bytes() const noexcept {
   return impl_->experts.prepared->bytes();
+}
+std::uint64_t Layer::weight_digest() const {
+  return digest_of(*impl_->experts.prepared);
 }
 void Layer::record_stats(bool on) noexcept {
   impl_->records_stats = on;

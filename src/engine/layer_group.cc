@@ -3,6 +3,7 @@
 
 #include <algorithm>
 #include <array>
+#include <exception>
 
 #include "backend/check_experts.h"
 #include "backend/traits.h"
@@ -21,11 +22,6 @@ constexpr std::array kModes{Mode::kLowLatency, Mode::kNormal};
 
 const ModeCapacity& capacity_of(const LayerGroupConfig& config, Mode mode) {
   return mode == Mode::kLowLatency ? config.low_latency : config.normal;
-}
-
-void check_divisible(const ModelGeometry& geometry, int num_ranks) {
-  check_argument(num_ranks > 0 && geometry.num_experts % num_ranks == 0,
-                 "{} experts are not divisible by {} ranks", geometry.num_experts, num_ranks);
 }
 
 /// Everything in a configuration in which ranks must not differ, as named text.
@@ -47,13 +43,13 @@ Agreement group_agreement(const LayerGroupConfig& c) {
 }
 
 /// The same of one layer. An exchange that has to be made compares its own part as well.
-Agreement layer_agreement(const LayerSpec& spec, const std::string& name,
+Agreement layer_agreement(const std::string& name, const ModelGeometry& geometry,
+                          std::uint64_t identity,
                           const std::array<std::optional<LayerRecipe>, 2>& recipes) {
-  const ModelGeometry& geometry = spec.weights.geometry;
   Agreement fields{
       {"version", version()},
       {"layer", name},
-      {"checkpoint identity", fmt::format("{:016x}", spec.identity)},
+      {"checkpoint identity", fmt::format("{:016x}", identity)},
       {"weight format",
        fmt::format("{}, groups of {}", to_string(geometry.weight_format), geometry.group_size)},
       {"activation", to_string(geometry.activation)}};
@@ -87,16 +83,9 @@ void check_weights(const ExpertWeights& weights, const std::string& name,
 
 }  // namespace
 
-LayerSpec read_layer(const Checkpoint& checkpoint, int layer, int rank, int num_ranks) {
-  check_argument(std::ranges::binary_search(checkpoint.moe_layers(), layer),
-                 "layer {} of {} holds no routed experts", layer, checkpoint.path().string());
-  check_divisible(checkpoint.geometry(), num_ranks);
-  check_argument(rank >= 0 && rank < num_ranks, "rank {} is not in [0, {})", rank, num_ranks);
-  const ExpertPlacement placement(checkpoint.geometry().num_experts, num_ranks);
-  return {.name = fmt::format("model.layers.{}.mlp.experts", layer),
-          .weights =
-              checkpoint.load_experts(layer, placement.expert_of(rank, 0), placement.num_local()),
-          .identity = checkpoint.identity()};
+void check_divisible(const ModelGeometry& geometry, int num_ranks) {
+  check_argument(num_ranks > 0 && geometry.num_experts % num_ranks == 0,
+                 "{} experts are not divisible by {} ranks", geometry.num_experts, num_ranks);
 }
 
 ExchangeConfig exchange_config(const LayerGroupConfig& config, Mode mode, WireFormat wire,
@@ -199,27 +188,71 @@ Exchange& LayerGroup::Impl::exchange_for(const LayerRecipe& recipe) {
       .first->second;
 }
 
+AgreedLayer LayerGroup::Impl::agree(std::string name, const ExpertWeights& shapes,
+                                    std::uint64_t identity, const ModeRecipes& recipes) {
+  check_weights(shapes, name, config, placement, transport->rank());
+  AgreedLayer agreed{.name = std::move(name), .recipes = {}};
+  agreed.recipes = resolve_recipes(config, recipes, shapes.static_scales, agreed.name);
+  require_agreement(*transport,
+                    layer_agreement(agreed.name, shapes.geometry, identity, agreed.recipes),
+                    config.peer_timeout);
+  return agreed;
+}
+
+void LayerGroup::Impl::together(const std::string& layer, const std::function<void()>& body) {
+  std::exception_ptr error;
+  try {
+    body();
+  } catch (...) {
+    error = std::current_exception();
+  }
+  const std::byte failed{error != nullptr};
+  std::vector<std::vector<std::byte>> others;
+  try {
+    others = transport->all_gather({&failed, 1}, config.peer_timeout);
+  } catch (...) {
+    if (!error) throw;
+  }
+  if (error) std::rethrow_exception(error);
+  std::vector<int> ranks;
+  for (std::size_t r = 0; r < others.size(); ++r) {
+    if (others[r].front() != std::byte{}) ranks.push_back(static_cast<int>(r));
+  }
+  if (ranks.empty()) return;
+  fail_of_ranks(ErrorCode::kTransport, ranks,
+                "{}: rank(s){} could not load their experts; their own errors say why", layer,
+                list_of(ranks));
+}
+
+std::unique_ptr<Layer::Impl> LayerGroup::Impl::attach(const std::shared_ptr<Impl>& self,
+                                                      const AgreedLayer& agreed,
+                                                      const ExpertWeights& shapes,
+                                                      std::shared_ptr<PreparedExperts> prepared) {
+  auto layer = std::make_unique<Layer::Impl>(self, agreed.name, shapes, std::move(prepared));
+  for (std::size_t i = 0; i < agreed.recipes.size(); ++i) {
+    const auto& recipe = agreed.recipes[i];
+    if (!recipe) continue;
+    layer->modes[i].emplace(*recipe, &exchange_for(*recipe));
+    if (!has_group_scales(recipe->gemm1) || scratch->x.scale) continue;
+    scratch->x.scale =
+        backend->allocate(fp8_scale_bytes(scratch->max_rows, config.geometry.hidden));
+  }
+  return layer;
+}
+
 Layer LayerGroup::add_layer(const LayerSpec& spec, const ModeRecipes& recipes) {
   Impl& self = *impl_;
-  Transport& transport = *self.transport;
   const std::string name =
       spec.name.empty() ? fmt::format("layer {}", spec.weights.layer) : spec.name;
-  check_weights(spec.weights, name, self.config, self.placement, transport.rank());
-  const auto resolved = resolve_recipes(self.config, recipes, spec.weights.static_scales, name);
-  require_agreement(transport, layer_agreement(spec, name, resolved), self.config.peer_timeout);
+  const AgreedLayer agreed = self.agree(name, spec.weights, spec.identity, recipes);
 
   // First what may be refused: a layer that is not made leaves no exchange behind.
-  auto layer = std::make_unique<Layer::Impl>(impl_, name, spec.weights);
-  for (std::size_t i = 0; i < resolved.size(); ++i) {
-    if (!resolved[i]) continue;
-    layer->modes[i].emplace(*resolved[i], &self.exchange_for(*resolved[i]));
-    if (!has_group_scales(resolved[i]->gemm1) || self.scratch->x.scale) continue;
-    self.scratch->x.scale = self.backend->allocate(
-        fp8_scale_bytes(self.scratch->max_rows, self.config.geometry.hidden));
-  }
+  std::shared_ptr<PreparedExperts> prepared;
+  self.together(name, [&] { prepared = self.backend->prepare(spec.weights); });
+  auto layer = self.attach(impl_, agreed, spec.weights, std::move(prepared));
   // Allocating waits for the device. If a kernel of rank A already waited for rank B while B still
   // allocates, neither would end. So all ranks meet here before any of them can queue a call.
-  (void)transport.all_gather({}, self.config.peer_timeout);
+  (void)self.transport->all_gather({}, self.config.peer_timeout);
   return Layer(std::move(layer));
 }
 
@@ -231,6 +264,9 @@ int LayerGroup::rank() const noexcept {
 }
 int LayerGroup::num_ranks() const noexcept {
   return impl_->transport->num_ranks();
+}
+const LoadStats& LayerGroup::load_stats() const noexcept {
+  return impl_->load_stats;
 }
 void LayerGroup::check() {
   for (auto& [key, exchange] : impl_->exchanges) exchange.check();

@@ -2,6 +2,7 @@
 #pragma once
 
 #include <array>
+#include <functional>
 #include <map>
 #include <memory>
 #include <optional>
@@ -12,8 +13,15 @@
 #include "engine/experts_impl.h"
 #include "exchange/placement.h"
 #include "sluice/layer.h"
+#include "sluice/loading.h"
 
 namespace sluice {
+
+/// A layer on its way: what ranks agreed on before its experts are prepared.
+struct AgreedLayer {
+  std::string name;
+  std::array<std::optional<LayerRecipe>, 2> recipes;  ///< By Mode.
+};
 
 struct LayerGroup::Impl {
   LayerGroupConfig config;
@@ -29,13 +37,28 @@ struct LayerGroup::Impl {
   std::unique_ptr<StreamOrder> order;  ///< Of calls: they share scratch, SMs and peers.
   LayerGroupMemory layers;             ///< Of the layers that are alive: the sums over layers.
 
+  LoadStats load_stats;  ///< Of all layers that came from a checkpoint.
+
+  /// Collective. `shapes`: this rank's experts, whose data is not looked at.
+  /// Throws: as add_layer(), before anything is made.
+  [[nodiscard]] AgreedLayer agree(std::string name, const ExpertWeights& shapes,
+                                  std::uint64_t identity, const ModeRecipes& recipes);
+  /// Collective: runs `body`, and lets the ranks tell each other whether theirs succeeded. Throws:
+  /// what `body` throws here; kTransport naming the ranks where it failed.
+  void together(const std::string& name, const std::function<void()>& body);
+  /// Collective. The layer, with what it is the first to need.
+  [[nodiscard]] std::unique_ptr<Layer::Impl> attach(const std::shared_ptr<Impl>& self,
+                                                    const AgreedLayer& agreed,
+                                                    const ExpertWeights& shapes,
+                                                    std::shared_ptr<PreparedExperts> prepared);
   /// Collective. Makes the exchange if this is the first layer that needs it.
   [[nodiscard]] Exchange& exchange_for(const LayerRecipe& recipe);
 };
 
 struct Layer::Impl {
-  /// Repacks the experts and counts them with the group.
-  Impl(std::shared_ptr<LayerGroup::Impl> group, std::string name, const ExpertWeights& weights);
+  /// Counts the experts, made of `shapes`, with the group.
+  Impl(std::shared_ptr<LayerGroup::Impl> group, std::string name, const ExpertWeights& shapes,
+       std::shared_ptr<PreparedExperts> prepared);
   ~Impl();
   Impl(const Impl&) = delete;
   Impl& operator=(const Impl&) = delete;
@@ -70,6 +93,8 @@ struct Layer::Impl {
 /// Of one mode: ranks, capacity and wire format decide everything that an exchange is.
 [[nodiscard]] ExchangeConfig exchange_config(const LayerGroupConfig& config, Mode mode,
                                              WireFormat wire, Device::Kind device);
+/// Throws: kInvalidArgument unless every rank gets as many experts.
+void check_divisible(const ModelGeometry& geometry, int num_ranks);
 /// Rows of the scratch: those of the larger mode.   Throws: kInvalidArgument naming the field.
 [[nodiscard]] std::int64_t checked_max_rows(const LayerGroupConfig& config, int num_ranks,
                                             Device::Kind device);

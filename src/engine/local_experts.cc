@@ -14,6 +14,7 @@
 #include "backend/ops.h"
 #include "core/check_tensor.h"
 #include "core/fail.h"
+#include "engine/expert_loader.h"
 #include "engine/experts_impl.h"
 #include "engine/local_room.h"
 #include "sluice/quant.h"
@@ -46,12 +47,16 @@ void check_fits(const LocalGroupConfig& c, const ModelGeometry& geometry, const 
 }  // namespace
 
 struct LocalGroup::Impl {
+  [[nodiscard]] LayerRecipe resolve(const ExpertWeights& shapes, const Recipe& recipe,
+                                    const std::string& name) const;
+
   LocalGroupConfig config;
   BackendOps* backend = nullptr;
   LocalRoom room;
   std::int64_t max_batch_rows = 0;  // Of a batch that is cast here, and of any.
   std::int64_t max_cast_rows = 0;
   std::unique_ptr<StreamOrder> order;
+  LoadStats load_stats;
   int num_layers = 0;
   std::map<const PreparedExperts*, int> prepared;  // And how many layers share it.
 };
@@ -268,6 +273,9 @@ int LocalExperts::first_expert() const noexcept {
 int LocalExperts::num_experts() const noexcept {
   return impl_->num_experts;
 }
+std::uint64_t LocalExperts::weight_digest() const {
+  return digest_of(*impl_->prepared);
+}
 std::size_t LocalExperts::weight_bytes() const noexcept {
   return impl_->prepared->bytes();
 }
@@ -303,20 +311,50 @@ void LocalGroup::reserve(std::int64_t max_entries) {
   self.config = larger;
 }
 
+/// The recipe of experts whose shapes fit the group; `shapes` need no data.
+LayerRecipe LocalGroup::Impl::resolve(const ExpertWeights& shapes, const Recipe& recipe,
+                                      const std::string& name) const {
+  check_argument(!shapes.experts.empty(), "{}: the weights hold no expert", name);
+  check_argument(shapes.first_expert >= 0, "{}: first_expert {} is negative", name,
+                 shapes.first_expert);
+  check_fits(config, shapes.geometry, name);
+  check_experts(shapes);
+  return resolve_recipe(recipe, Mode::kNormal, DispatchDtype::kAuto, shapes.static_scales, name);
+}
+
 LocalExperts LocalGroup::add_layer(const ExpertWeights& weights, const Recipe& recipe,
                                    std::string name) {
-  Impl& self = *impl_;
   if (name.empty()) name = fmt::format("layer {}", weights.layer);
-  check_argument(!weights.experts.empty(), "{}: the weights hold no expert", name);
-  check_argument(weights.first_expert >= 0, "{}: first_expert {} is negative", name,
-                 weights.first_expert);
-  check_fits(self.config, weights.geometry, name);
-  check_experts(weights);
-  const LayerRecipe resolved =
-      resolve_recipe(recipe, Mode::kNormal, DispatchDtype::kAuto, weights.static_scales, name);
+  const LayerRecipe resolved = impl_->resolve(weights, recipe, name);
   return LocalExperts(std::make_unique<LocalExperts::Impl>(
-      impl_, std::move(name), self.backend->prepare(weights), weights.geometry,
+      impl_, std::move(name), impl_->backend->prepare(weights), weights.geometry,
       static_cast<int>(weights.experts.size()), weights.first_expert, resolved));
+}
+
+std::vector<LocalExperts> LocalGroup::add_layers(const Checkpoint& checkpoint,
+                                                 std::span<const int> layers, int first, int count,
+                                                 const Recipe& recipe, const LoadOptions& options) {
+  Impl& self = *impl_;
+  std::vector<std::unique_ptr<ExpertReader>> readers;
+  std::vector<std::pair<std::string, LayerRecipe>> named;
+  for (const int layer : layers) {
+    readers.push_back(std::make_unique<ExpertReader>(checkpoint, layer, first, count));
+    const std::string name = fmt::format("layer {}", layer);
+    named.emplace_back(name, self.resolve(readers.back()->shapes(), recipe, name));
+  }
+  std::vector<LocalExperts> made;
+  if (layers.empty()) return made;
+  auto prepared = load_prepared(*self.backend, readers, options, self.load_stats);
+  for (std::size_t i = 0; i < readers.size(); ++i) {
+    made.push_back(LocalExperts(std::make_unique<LocalExperts::Impl>(
+        impl_, named[i].first, std::move(prepared[i]), readers[i]->shapes().geometry, count, first,
+        named[i].second)));
+  }
+  return made;
+}
+
+const LoadStats& LocalGroup::load_stats() const noexcept {
+  return impl_->load_stats;
 }
 
 LocalExperts LocalGroup::add_layer(const Experts& experts, const LayerRecipe& recipe,

@@ -22,8 +22,8 @@ namespace {
 
 using testing::expect_error;
 using testing::expect_reads_alike;
+using testing::MatrixReader;
 using testing::ModelFiles;
-using testing::Slot;
 using testing::spec_of;
 using testing::TempDir;
 
@@ -59,14 +59,15 @@ TEST(ExpertReader, ReadsTheBytesOfItsOwnExpertsAndNoOthers) {
   files.write(dir.path());
   const Checkpoint checkpoint = Checkpoint::open(dir.path());
   ExpertReader reader(checkpoint, ModelFiles::kLayer, 0, 1);
-  const Slot slot(reader.slot_bytes());
-  for (const MatrixRole role : kRoles) (void)reader.read(0, role, slot.bytes());
+  MatrixReader matrices(reader);
+  for (const MatrixRole role : kRoles) (void)matrices.read(0, role);
   EXPECT_EQ(reader.bytes_read(), own);
   EXPECT_EQ(reader.file_bytes(), own);
   ExpertReader other(checkpoint, ModelFiles::kLayer, 1, 1);
+  MatrixReader others(other);
   expect_error(ErrorCode::kCorruptFile,
                {ModelFiles::shard_name(1), "experts.1.gate_proj.weight_scale_inv", "nan"},
-               [&] { (void)other.read(0, MatrixRole::kGate, slot.bytes()); });
+               [&] { (void)others.read(0, MatrixRole::kGate); });
 }
 
 TEST(ExpertReader, AFileThatIsCutAfterItWasOpenedIsNamed) {
@@ -75,24 +76,24 @@ TEST(ExpertReader, AFileThatIsCutAfterItWasOpenedIsNamed) {
   files.write(dir.path());
   const Checkpoint checkpoint = Checkpoint::open(dir.path());
   ExpertReader reader(checkpoint, ModelFiles::kLayer, 0, 2);
-  const Slot slot(reader.slot_bytes());
+  MatrixReader matrices(reader, 32);
   const auto shard = dir / ModelFiles::shard_name(1);
   const auto bytes = std::filesystem::file_size(shard);
   ASSERT_EQ(::truncate(shard.c_str(), static_cast<off_t>(bytes - 1)), 0);
-  for (const MatrixRole role : kRoles) (void)reader.read(0, role, slot.bytes());
+  for (const MatrixRole role : kRoles) (void)matrices.read(0, role);
   std::size_t num_refused = 0;
   for (const MatrixRole role : kRoles) {
     const auto tensors = reader.tensors(1, role);
     const bool is_cut = std::ranges::any_of(
         tensors, [&](const TensorRef& t) { return t.data_begin + t.entry.end == bytes; });
     if (!is_cut) {
-      (void)reader.read(1, role, slot.bytes());
+      (void)matrices.read(1, role);
       continue;
     }
     ++num_refused;
     expect_error(ErrorCode::kCorruptFile,
                  {ModelFiles::shard_name(1), "experts.1.", "has been cut since it was opened"},
-                 [&] { (void)reader.read(1, role, slot.bytes()); });
+                 [&] { (void)matrices.read(1, role); });
   }
   EXPECT_EQ(num_refused, 1U);
 }
@@ -109,9 +110,9 @@ TEST(ExpertReader, ManyThreadsReadOneLayer) {
   std::vector<std::thread> threads;
   for (int t = 0; t < 4; ++t) {
     threads.emplace_back([&] {
-      const Slot slot(reader.slot_bytes());
+      MatrixReader matrices(reader, 16);
       for (int job; (job = next++) < 48;) {
-        const QuantMatrix read = reader.read(job / 3, kRoles[job % 3], slot.bytes());
+        const QuantMatrix read = matrices.read(job / 3, kRoles[job % 3]);
         const auto& expected =
             testing::matrix_of(mapped.experts[static_cast<std::size_t>(job / 3)], kRoles[job % 3]);
         num_wrong += std::memcmp(read.codes.data, expected.codes.data, read.codes.bytes()) != 0 ||

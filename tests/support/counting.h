@@ -3,6 +3,7 @@
 
 #include <gtest/gtest.h>
 
+#include <atomic>
 #include <memory>
 #include <vector>
 
@@ -17,6 +18,7 @@ class CountingBackend final : public BackendOps {
  public:
   explicit CountingBackend(const BackendConfig& config) : real_(make_backend(config)) {}
   std::size_t allocated_bytes = 0;
+  std::atomic<std::size_t> slots_bytes{0};  ///< Of the packers: host memory of loading.
 
   [[nodiscard]] Device device() const noexcept override { return real_->device(); }
   [[nodiscard]] std::string description() const override { return real_->description(); }
@@ -42,6 +44,17 @@ class CountingBackend final : public BackendOps {
   }
   [[nodiscard]] std::unique_ptr<PreparedExperts> prepare(const ExpertWeights& weights) override {
     return ops(*real_).prepare(weights);
+  }
+  [[nodiscard]] std::unique_ptr<ExpertBuilder> make_builder(const ExpertWeights& shapes) override {
+    return ops(*real_).make_builder(shapes);
+  }
+  [[nodiscard]] std::unique_ptr<ExpertPacker> make_packer(const PackerSizes& sizes) override {
+    auto packer = ops(*real_).make_packer(sizes);
+    slots_bytes += packer->host_bytes();
+    return packer;
+  }
+  [[nodiscard]] int num_host_threads() const noexcept override {
+    return ops(*real_).num_host_threads();
   }
   void quantize(const std::uint16_t* x, const RowRanges& rows, bool pow2, const Fp8Rows& out,
                 Stream stream) override {

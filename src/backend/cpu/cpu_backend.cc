@@ -21,6 +21,55 @@ std::unique_ptr<Backend> make_cpu_backend(const BackendConfig& config) {
 
 namespace cpu {
 
+namespace {
+
+class CpuBuilder final : public ExpertBuilder {
+ public:
+  explicit CpuBuilder(const ExpertWeights& shapes)
+      : experts(std::make_unique<PreparedCpuExperts>(shapes)) {}
+  [[nodiscard]] std::unique_ptr<PreparedExperts> finish() override {
+    experts->finish();
+    return std::move(experts);
+  }
+
+  std::unique_ptr<PreparedCpuExperts> experts;
+};
+
+/// Repacks on the calling thread, so nothing ever waits.
+class CpuPacker final : public ExpertPacker {
+ public:
+  explicit CpuPacker(const PackerSizes& sizes)
+      : piece_(sizes.piece_bytes), scales_memory_(sizes.scales_bytes) {}
+  [[nodiscard]] std::span<std::byte> next_scales() override {
+    return {scales_memory_.data(), scales_memory_.bytes()};
+  }
+  [[nodiscard]] std::span<std::byte> next_piece() override {
+    return {piece_.data(), piece_.bytes()};
+  }
+  void add_scales(ExpertBuilder& to, int index, MatrixRole role,
+                  const TensorView& scales) override {
+    experts_ = static_cast<CpuBuilder&>(to).experts.get();
+    index_ = index, role_ = role, scales_ = scales, next_row_ = 0;
+  }
+  void add_rows(std::span<const std::byte> codes) override {
+    next_row_ += experts_->repack_rows(index_, role_, scales_, next_row_, codes);
+  }
+  void flush() override {}
+  [[nodiscard]] std::size_t host_bytes() const noexcept override {
+    return piece_.bytes() + scales_memory_.bytes();
+  }
+
+ private:
+  PageBuffer piece_, scales_memory_;
+  PreparedCpuExperts* experts_ = nullptr;  // Of the matrix that is being added.
+  int index_ = 0;
+  MatrixRole role_ = MatrixRole::kGate;
+  TensorView scales_;
+  std::int64_t next_row_ = 0;
+};
+
+}  // namespace
+
 CpuBackend::CpuBackend(int num_threads, std::vector<int> cores)
     : pool_(num_threads, std::move(cores)), stage_(pool_) {}
 
@@ -54,7 +103,17 @@ void CpuBackend::copy_on_device(void* to, const void* from, std::size_t bytes, S
 }
 
 std::unique_ptr<PreparedExperts> CpuBackend::prepare(const ExpertWeights& weights) {
-  return std::make_unique<PreparedCpuExperts>(weights, pool_);
+  auto experts = std::make_unique<PreparedCpuExperts>(weights);
+  experts->repack(weights, pool_);
+  return experts;
+}
+
+std::unique_ptr<ExpertBuilder> CpuBackend::make_builder(const ExpertWeights& shapes) {
+  return std::make_unique<CpuBuilder>(shapes);
+}
+
+std::unique_ptr<ExpertPacker> CpuBackend::make_packer(const PackerSizes& sizes) {
+  return std::make_unique<CpuPacker>(sizes);
 }
 
 std::unique_ptr<PreparedExperts> CpuBackend::make_room(const RepackFormat& format,

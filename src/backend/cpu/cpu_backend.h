@@ -38,6 +38,9 @@ class CpuBackend final : public BackendOps {
   void repack(PreparedExperts& room, int first, std::span<const ExpertSource> sources,
               Stream) override;
   void finish_repack(PreparedExperts& room, Stream) override;
+  [[nodiscard]] std::unique_ptr<ExpertBuilder> make_builder(const ExpertWeights& shapes) override;
+  [[nodiscard]] std::unique_ptr<ExpertPacker> make_packer(const PackerSizes& sizes) override;
+  [[nodiscard]] int num_host_threads() const noexcept override { return pool_.num_threads(); }
   void quantize(const std::uint16_t* x, const RowRanges& rows, bool pow2, const Fp8Rows& out,
                 Stream stream) override;
   void requantize(const Fp8RowsView& in, const RowRanges& rows, const Fp8Rows& out,

@@ -140,7 +140,7 @@ void lower(std::atomic<std::uint64_t>& least, std::uint64_t value) {
 
 }  // namespace
 
-PreparedCpuExperts::PreparedCpuExperts(const ExpertWeights& weights, ThreadPool& pool)
+PreparedCpuExperts::PreparedCpuExperts(const ExpertWeights& weights)
     : format_{.geometry = weights.geometry,
               .num_experts = static_cast<int>(weights.experts.size()),
               .first_expert = weights.first_expert} {
@@ -166,6 +166,40 @@ PreparedCpuExperts::PreparedCpuExperts(const ExpertWeights& weights, ThreadPool&
              .sizes = {.gate_up_bytes = gate_up, .down_bytes = down}};
   for (std::size_t i = 0; i < experts_.size(); ++i) {
     place(experts_[i], packed_.gate_up + i * gate_up, packed_.down + i * down);
+  }
+}
+
+void PreparedCpuExperts::copy_to_host(std::byte* host) const {
+  const std::size_t gate_up = experts_.size() * packed_.sizes.gate_up_bytes;
+  std::memcpy(host, packed_.gate_up, gate_up);
+  std::memcpy(host + gate_up, packed_.down, experts_.size() * packed_.sizes.down_bytes);
+}
+
+std::int64_t PreparedCpuExperts::repack_rows(int index, MatrixRole role, const TensorView& scales,
+                                             std::int64_t first_row,
+                                             std::span<const std::byte> codes) {
+  const PreparedExpert& e = experts_[static_cast<std::size_t>(index)];
+  PreparedMatrix out = role == MatrixRole::kGate ? e.gate : role == MatrixRole::kUp ? e.up : e.down;
+  const std::int64_t row_bytes = out.k / 2, groups = out.k / out.group_size;
+  const std::int64_t rows = static_cast<std::int64_t>(codes.size()) / row_bytes;
+  const auto dtype = out.scales_are_bf16 ? DType::kBFloat16 : DType::kFloat32;
+  check_argument(scales.dtype == dtype && scales.shape == Shape({out.n, groups}) &&
+                     rows % kBlockN == 0 && first_row + rows <= out.n,
+                 "expert {}: rows [{}, {}) with {} scales {} are not what was announced", index,
+                 first_row, first_row + rows, to_string(scales.dtype), scales.shape.to_string());
+  const std::int64_t scales_before =
+      first_row * groups * static_cast<std::int64_t>(size_bytes(dtype));
+  const MatrixSource part =
+      dense_source(codes.data(), scales.as<std::byte>() + scales_before, out.k, out.group_size);
+  out.codes += first_row * row_bytes;  // Blocks of 16 rows follow each other without gaps.
+  out.scales = static_cast<const std::byte*>(out.scales) + scales_before;
+  const Move move{part, out, kFlipSigns, index, static_cast<PackedMatrix>(role)};
+  lower(scale_fault_, repack_blocks(move, 0, rows / kBlockN));
+  return rows;
+}
+
+void PreparedCpuExperts::repack(const ExpertWeights& weights, ThreadPool& pool) {
+  for (std::size_t i = 0; i < experts_.size(); ++i) {
     const Expert& e = weights.experts[i];
     const ExpertSource source{source_of(e.gate), source_of(e.up), source_of(e.down)};
     repack_expert(static_cast<int>(i), source, experts_[i], pool);

@@ -61,10 +61,20 @@ struct PreparedExpert {
 
 class PreparedCpuExperts final : public PreparedExperts {
  public:
-  /// Repacked. Matrices may differ in group size and type of scales.
-  /// Throws: kInvalidArgument for shapes, dtypes or group sizes that are not ours, and for scales
-  /// that are not finite; kOutOfMemory.
-  PreparedCpuExperts(const ExpertWeights& weights, ThreadPool& pool);
+  /// Room for experts of these shapes, whose data is not looked at. Matrices may differ in group
+  /// size and type of scales.
+  /// Throws: kInvalidArgument for shapes, dtypes or group sizes that are not ours; kOutOfMemory.
+  explicit PreparedCpuExperts(const ExpertWeights& shapes);
+  /// Fills it, and releases the pages of each expert when it is done.
+  /// Throws: kInvalidArgument for scales that are not finite.
+  void repack(const ExpertWeights& weights, ThreadPool& pool);
+  /// Fills rows of one matrix from `first_row` on, a multiple of 16, by their codes; `scales` are
+  /// of the whole matrix. Returns how many rows there were. finish() has the last word.
+  /// Threads: any, for different rows.
+  /// Throws: kInvalidArgument if scales or rows are not as the shape was.
+  std::int64_t repack_rows(int index, MatrixRole role, const TensorView& scales,
+                           std::int64_t first_row, std::span<const std::byte> codes);
+
   /// Room for experts that repack() brings, in `memory` unless that is empty.
   /// Throws: kInvalidArgument, kOutOfMemory.
   PreparedCpuExperts(const RepackFormat& format, const MutableTensorView& memory);
@@ -77,6 +87,7 @@ class PreparedCpuExperts final : public PreparedExperts {
   [[nodiscard]] std::size_t bytes() const noexcept override {
     return experts_.size() * (packed_.sizes.gate_up_bytes + packed_.sizes.down_bytes);
   }
+  void copy_to_host(std::byte* host) const override;
   [[nodiscard]] int num_experts() const noexcept { return static_cast<int>(experts_.size()); }
   [[nodiscard]] const PreparedExpert& expert(int i) const {
     return experts_[static_cast<std::size_t>(i)];

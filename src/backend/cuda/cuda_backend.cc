@@ -6,9 +6,9 @@
 #include <algorithm>
 #include <utility>
 
-#include "backend/check_experts.h"
 #include "backend/cuda/check.h"
 #include "backend/cuda/cuda_experts.h"
+#include "backend/cuda/cuda_packer.h"
 #include "backend/cuda/elementwise.h"
 #include "backend/cuda/fp8_rate.h"
 #include "backend/cuda/graph_recording.h"
@@ -18,8 +18,12 @@
 #include "backend/cuda/w4a8.h"
 #include "backend/ops.h"
 #include "core/fail.h"
+#include "core/threads.h"
 
 namespace sluice {
+
+int num_cuda_devices() noexcept;  // Below; see make_backend.cc.
+
 namespace {
 
 class CudaBackend final : public BackendOps {
@@ -87,6 +91,9 @@ class CudaBackend final : public BackendOps {
   }
 
   [[nodiscard]] std::unique_ptr<PreparedExperts> prepare(const ExpertWeights& weights) override;
+  [[nodiscard]] std::unique_ptr<ExpertBuilder> make_builder(const ExpertWeights& shapes) override;
+  [[nodiscard]] std::unique_ptr<ExpertPacker> make_packer(const PackerSizes& sizes) override;
+  [[nodiscard]] int num_host_threads() const noexcept override;
   [[nodiscard]] std::unique_ptr<PreparedExperts> make_room(
       const RepackFormat& format, const MutableTensorView& memory) override {
     use_device();
@@ -141,12 +148,8 @@ class CudaBackend final : public BackendOps {
   int num_sms_ = 1;  // This rank's share.
   cudaDeviceProp properties_{};
   cudaStream_t stream_ = nullptr;
+  cuda::PinnedPool pinned_{index_};
 };
-
-/// Bytes of one matrix on the device while it is being repacked; sections are 256-byte aligned.
-std::size_t staging_bytes(const QuantMatrix& m) {
-  return (m.codes.bytes() + 255) / 256 * 256 + (m.scales.bytes() + 255) / 256 * 256;
-}
 
 /// Copies a matrix to staging memory. Waits for whatever still reads that.
 MatrixSource CudaBackend::stage(const QuantMatrix& m, std::byte* at) const {
@@ -157,42 +160,37 @@ MatrixSource CudaBackend::stage(const QuantMatrix& m, std::byte* at) const {
 }
 
 std::unique_ptr<PreparedExperts> CudaBackend::prepare(const ExpertWeights& weights) {
-  check_argument(!weights.experts.empty(), "no experts to prepare");
-  check_experts(weights);
+  std::unique_ptr<PreparedExperts> experts = make_room(format_of(weights), {});
   const Expert& first = weights.experts.front();
-  for (const Expert& expert : weights.experts) {
-    for (const QuantMatrix* m : {&expert.gate, &expert.up, &expert.down}) {
-      if (m->scales.dtype == first.gate.scales.dtype && m->group_size == first.gate.group_size &&
-          m->format == first.gate.format) {
-        continue;
-      }
-      fail(ErrorCode::kUnsupported,
-           "experts of one layer with {} scales per {} weights and {} scales per {}: the CUDA "
-           "backend wants one kind",
-           to_string(first.gate.scales.dtype), first.gate.group_size, to_string(m->scales.dtype),
-           m->group_size);
-    }
-  }
-  RepackFormat format{.geometry = weights.geometry,
-                      .num_experts = static_cast<int>(weights.experts.size()),
-                      .scale_dtype = first.gate.scales.dtype,
-                      .first_expert = weights.first_expert};
-  format.geometry.group_size = first.gate.group_size;
-  format.geometry.weight_format = first.gate.format;
-  std::unique_ptr<PreparedExperts> experts = make_room(format, {});
-  const auto staging =
-      make_buffer(staging_bytes(first.gate) + staging_bytes(first.up) + staging_bytes(first.down));
+  const auto staging = make_buffer(cuda::staging_bytes(first.gate) + cuda::staging_bytes(first.up) +
+                                   cuda::staging_bytes(first.down));
   for (std::size_t e = 0; e < weights.experts.size(); ++e) {
     const Expert& expert = weights.experts[e];
-    std::byte* const up = staging->data() + staging_bytes(expert.gate);
+    std::byte* const up = staging->data() + cuda::staging_bytes(expert.gate);
     const ExpertSource source{.gate = stage(expert.gate, staging->data()),
                               .up = stage(expert.up, up),
-                              .down = stage(expert.down, up + staging_bytes(expert.up))};
+                              .down = stage(expert.down, up + cuda::staging_bytes(expert.up))};
     repack(*experts, static_cast<int>(e), {&source, 1}, {stream_});
     weights.release_pages(static_cast<int>(e));
   }
   finish_repack(*experts, {stream_});
   return experts;
+}
+
+std::unique_ptr<ExpertBuilder> CudaBackend::make_builder(const ExpertWeights& shapes) {
+  use_device();
+  return cuda::make_builder(index_, shapes, stream_);
+}
+
+std::unique_ptr<ExpertPacker> CudaBackend::make_packer(const PackerSizes& sizes) {
+  use_device();
+  return cuda::make_packer(index_, sizes, pinned_);
+}
+
+int CudaBackend::num_host_threads() const noexcept {
+  const int devices = std::max(1, num_cuda_devices());
+  const int share = std::max(1, properties_.multiProcessorCount / num_sms_);
+  return std::max(1, static_cast<int>(available_cores().size()) / devices / share);
 }
 
 void CudaBackend::quantize(const std::uint16_t* x, const RowRanges& rows, bool pow2,

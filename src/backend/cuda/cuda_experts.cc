@@ -2,6 +2,7 @@
 
 #include <cuda_runtime_api.h>
 
+#include "backend/check_experts.h"
 #include "backend/cuda/check.h"
 #include "core/fail.h"
 
@@ -38,6 +39,32 @@ CudaBuffer::CudaBuffer(int device, std::size_t bytes) : device_(device), bytes_(
 
 CudaBuffer::~CudaBuffer() {
   if (data_ != nullptr && cudaSetDevice(device_) == cudaSuccess) (void)cudaFree(data_);
+}
+
+RepackFormat format_of(const ExpertWeights& weights) {
+  check_argument(!weights.experts.empty(), "no experts to prepare");
+  check_experts(weights);
+  const Expert& first = weights.experts.front();
+  for (const Expert& expert : weights.experts) {
+    for (const QuantMatrix* m : {&expert.gate, &expert.up, &expert.down}) {
+      if (m->scales.dtype == first.gate.scales.dtype && m->group_size == first.gate.group_size &&
+          m->format == first.gate.format) {
+        continue;
+      }
+      fail(ErrorCode::kUnsupported,
+           "experts of one layer with {} scales per {} weights and {} scales per {}: the CUDA "
+           "backend wants one kind",
+           to_string(first.gate.scales.dtype), first.gate.group_size, to_string(m->scales.dtype),
+           m->group_size);
+    }
+  }
+  RepackFormat format{.geometry = weights.geometry,
+                      .num_experts = static_cast<int>(weights.experts.size()),
+                      .scale_dtype = first.gate.scales.dtype,
+                      .first_expert = weights.first_expert};
+  format.geometry.group_size = first.gate.group_size;
+  format.geometry.weight_format = first.gate.format;
+  return format;
 }
 
 CudaExperts::CudaExperts(const RepackFormat& f, const MutableTensorView& room, int device_index)
@@ -87,21 +114,44 @@ void CudaExperts::repack(int first, std::span<const ExpertSource> sources,
   }
 }
 
+void CudaExperts::repack_half(int index, bool is_gate_up, const MatrixSource& first,
+                              const MatrixSource& second, std::byte* out,
+                              cuda::StreamHandle stream) const {
+  cuda::launch_repack({.shape = is_gate_up ? gate_up_shape : down_shape,
+                       .code = code,
+                       .codes = format.codes,
+                       .is_gate_up = is_gate_up,
+                       .sources = {first, second},
+                       .packed = out,
+                       .expert = index,
+                       .findings = reinterpret_cast<cuda::RepackFindings*>(findings->data())},
+                      stream);
+}
+
 void CudaExperts::repack_expert(int index, const ExpertSource& source, std::byte* gate_up_out,
                                 std::byte* down_out, cuda::StreamHandle stream) const {
-  cuda::Repack args{.shape = gate_up_shape,
-                    .code = code,
-                    .codes = format.codes,
-                    .is_gate_up = true,
-                    .sources = {source.gate, source.up},
-                    .packed = gate_up_out,
-                    .expert = index,
-                    .findings = reinterpret_cast<cuda::RepackFindings*>(findings->data())};
-  cuda::launch_repack(args, stream);
-  args.shape = down_shape, args.is_gate_up = false;
-  args.sources[0] = source.down, args.sources[1] = {};
-  args.packed = down_out;
-  cuda::launch_repack(args, stream);
+  repack_half(index, true, source.gate, source.up, gate_up_out, stream);
+  repack_half(index, false, source.down, {}, down_out, stream);
+}
+
+void CudaExperts::repack_gate_up(int index, const MatrixSource& gate, const MatrixSource& up,
+                                 cuda::StreamHandle stream) const {
+  const auto at = static_cast<std::size_t>(index) * packed.sizes.gate_up_bytes;
+  repack_half(index, true, gate, up, packed.gate_up + at, stream);
+}
+
+void CudaExperts::repack_down(int index, const MatrixSource& down,
+                              cuda::StreamHandle stream) const {
+  const auto at = static_cast<std::size_t>(index) * packed.sizes.down_bytes;
+  repack_half(index, false, down, {}, packed.down + at, stream);
+}
+
+void CudaExperts::copy_to_host(std::byte* host) const {
+  const auto count = static_cast<std::size_t>(format.num_experts);
+  const std::size_t gate_up_bytes = count * packed.sizes.gate_up_bytes;
+  SLUICE_CUDA_CHECK(cudaMemcpy(host, packed.gate_up, gate_up_bytes, cudaMemcpyDeviceToHost));
+  SLUICE_CUDA_CHECK(cudaMemcpy(host + gate_up_bytes, packed.down, count * packed.sizes.down_bytes,
+                               cudaMemcpyDeviceToHost));
 }
 
 void CudaExperts::finish(cuda::StreamHandle stream) {

@@ -36,6 +36,13 @@ struct CudaExperts final : PreparedExperts {
   void repack(int first, std::span<const ExpertSource> sources, cuda::StreamHandle stream);
   void finish(cuda::StreamHandle stream);
 
+  /// Of one expert, from sources that overlap no packed memory. Threads: any, for different halves
+  /// of experts.
+  void repack_gate_up(int index, const MatrixSource& gate, const MatrixSource& up,
+                      cuda::StreamHandle stream) const;
+  void repack_down(int index, const MatrixSource& down, cuda::StreamHandle stream) const;
+
+  void copy_to_host(std::byte* host) const override;
   [[nodiscard]] std::size_t bytes() const noexcept override {
     return static_cast<std::size_t>(format.num_experts) *
            (packed.sizes.gate_up_bytes + packed.sizes.down_bytes);
@@ -59,8 +66,14 @@ struct CudaExperts final : PreparedExperts {
   std::unique_ptr<CudaBuffer> aside;     // For an expert that would overwrite itself; until then.
 
  private:
+  void repack_half(int index, bool is_gate_up, const MatrixSource& first,
+                   const MatrixSource& second, std::byte* out, cuda::StreamHandle stream) const;
   void repack_expert(int index, const ExpertSource& source, std::byte* gate_up_out,
                      std::byte* down_out, cuda::StreamHandle stream) const;
 };
+
+/// What the experts of a layer have in common, and are refused without.
+/// Throws: kInvalidArgument, kUnsupported naming what differs.
+[[nodiscard]] RepackFormat format_of(const ExpertWeights& shapes);
 
 }  // namespace sluice

@@ -28,15 +28,23 @@ class AngelslimFormat final : public Format {
     return matrix.part("weight_scale.int4");
   }
 
+  [[nodiscard]] std::string codes_part(const MatrixLayout& matrix) const override {
+    return matrix.part("qweight");
+  }
+
+  [[nodiscard]] TensorView scales(const ExpertTensors& expert, const MatrixLayout& matrix,
+                                  ExpertStorage& storage) const override {
+    const TensorView result = Format::scales(expert, matrix, storage);
+    check_second_scale(part_of(expert, matrix.part("weight_scale")),
+                       part_of(expert, scale_part(matrix)), result);
+    return result;
+  }
+
   [[nodiscard]] QuantMatrix load(const ExpertTensors& expert, const MatrixLayout& matrix,
                                  ExpertStorage& storage) const override {
-    const TensorRef& scale = part_of(expert, matrix.part("weight_scale.int4"));
-    const QuantMatrix result = {
-        .codes = view_codes(part_of(expert, matrix.part("qweight")), matrix, storage),
-        .scales = load_scales(scale, matrix.n, matrix.k / kGroup, storage),
-        .group_size = kGroup};
-    check_second_scale(part_of(expert, matrix.part("weight_scale")), scale, result.scales);
-    return result;
+    return {.codes = view_codes(part_of(expert, codes_part(matrix)), matrix, storage),
+            .scales = scales(expert, matrix, storage),
+            .group_size = kGroup};
   }
 };
 

@@ -47,6 +47,14 @@ class CompressedTensorsFormat final : public Format {
     return matrix.part("weight_scale");
   }
 
+  [[nodiscard]] std::string codes_part(const MatrixLayout& matrix) const override {
+    return matrix.part("weight_packed");
+  }
+  void make_canonical(std::span<std::byte> rows, const MatrixLayout&,
+                      std::span<std::byte>) const override {
+    if (codes_ != Codes::kSignedBytes) flip_high_bits(rows, rows.data());
+  }
+
   [[nodiscard]] std::string refusal(const ExpertTensors::Part& extra) const override {
     const std::string& part = extra.name;
     if (part.ends_with("weight_zero_point")) {
@@ -92,8 +100,7 @@ class CompressedTensorsFormat final : public Format {
     const TensorRef& packed = part_of(expert, matrix.part("weight_packed"));
     return {.codes = codes_ == Codes::kSignedBytes ? view_codes(packed, matrix, storage)
                                                    : load_offset_codes(packed, matrix, storage),
-            .scales = load_scales(part_of(expert, matrix.part("weight_scale")), matrix.n,
-                                  matrix.k / group_, storage),
+            .scales = scales(expert, matrix, storage),
             .group_size = group_};
   }
 

@@ -54,6 +54,19 @@ DType Format::scale_dtype(const ExpertTensors& expert, const MatrixLayout& matri
                                                                    : DType::kFloat32;
 }
 
+std::string Format::codes_part(const MatrixLayout&) const {
+  return {};
+}
+
+void Format::make_canonical(std::span<std::byte>, const MatrixLayout&, std::span<std::byte>) const {
+}
+
+TensorView Format::scales(const ExpertTensors& expert, const MatrixLayout& matrix,
+                          ExpertStorage& storage) const {
+  return load_scales(part_of(expert, scale_part(matrix)), matrix.n, matrix.k / group_size(),
+                     storage);
+}
+
 /// Scales of F16, as float32.
 std::size_t Format::copied_bytes(const MatrixLayout& matrix) const {
   return aligned_in_room(static_cast<std::size_t>(matrix.n * (matrix.k / group_size())) *

@@ -72,8 +72,17 @@ class Format {
   /// Of the scales that load() gives: float32 or bfloat16.
   [[nodiscard]] virtual DType scale_dtype(const ExpertTensors& expert,
                                           const MatrixLayout& matrix) const;
-  /// Most bytes that load() copies where the tensors were read into memory (TensorRef::read_bytes).
+  /// Most bytes that scales() copies.
   [[nodiscard]] virtual std::size_t copied_bytes(const MatrixLayout& matrix) const;
+  /// Name of the tensor with the weights' codes; empty for floats. Rows [first, first + count) of
+  /// the matrix, both even, are bytes [first * k / 2, (first + count) * k / 2) of it.
+  [[nodiscard]] virtual std::string codes_part(const MatrixLayout& matrix) const;
+  /// Makes such rows canonical where they lie. `spare` is as large, and left in any state.
+  virtual void make_canonical(std::span<std::byte> rows, const MatrixLayout& matrix,
+                              std::span<std::byte> spare) const;
+  /// The scales of load(), and everything that load() checks beside the codes.
+  [[nodiscard]] virtual TensorView scales(const ExpertTensors& expert, const MatrixLayout& matrix,
+                                          ExpertStorage& storage) const;
   /// Why a tensor that is none of the above makes a layer unsupported.
   [[nodiscard]] virtual std::string refusal(const ExpertTensors::Part& part) const;
   /// Things about one matrix that the headers cannot show and that cost a few bytes to read. Called

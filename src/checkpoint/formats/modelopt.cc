@@ -1,6 +1,7 @@
 // ModelOpt W4A8_AWQ: U8 [N / 2, K], packed along N (even n in the low nibble, two's complement),
 // weight_scale [N, K / group], weight_scale_2 and input_scale one number each, and pre_quant_scale
 // [K], which multiplies the input. Sources: docs/formats.md#modelopt-w4a8_awq.
+#include <algorithm>
 #include <cmath>
 #include <cstring>
 
@@ -71,10 +72,23 @@ class ModeloptFormat final : public Format {
     return uniform_factor(expert, matrix) == 1 ? Format::scale_dtype(expert, matrix)
                                                : DType::kFloat32;
   }
-  /// Codes, which lie along N; scales, for F16 and once more for a factor.
+  /// For F16, and once more for a factor.
   [[nodiscard]] std::size_t copied_bytes(const MatrixLayout& matrix) const override {
-    return aligned_in_room(static_cast<std::size_t>(matrix.n * matrix.k / 2)) +
-           2 * Format::copied_bytes(matrix);
+    return 2 * Format::copied_bytes(matrix);
+  }
+  [[nodiscard]] std::string codes_part(const MatrixLayout& matrix) const override {
+    return matrix.part("weight");
+  }
+  void make_canonical(std::span<std::byte> rows, const MatrixLayout& matrix,
+                      std::span<std::byte> spare) const override {
+    std::ranges::copy(rows, spare.begin());
+    repack_rows(spare.data(), static_cast<std::int64_t>(rows.size()) * 2 / matrix.k, matrix.k,
+                rows.data());
+  }
+  [[nodiscard]] TensorView scales(const ExpertTensors& expert, const MatrixLayout& matrix,
+                                  ExpertStorage& storage) const override {
+    if (const std::string why = inexact(expert, matrix); !why.empty()) refuse_inexact(why);
+    return unscaled_scales(expert, matrix, storage);
   }
 
   [[nodiscard]] float input_scale(const ExpertTensors& expert,
@@ -91,32 +105,20 @@ class ModeloptFormat final : public Format {
 
   [[nodiscard]] QuantMatrix load(const ExpertTensors& expert, const MatrixLayout& matrix,
                                  ExpertStorage& storage) const override {
-    if (const std::string why = inexact(expert, matrix); !why.empty()) {
-      fail(ErrorCode::kUnsupported,
-           "{}; `sluice convert --scale ... --drop-input-scales` quantizes the weights times it "
-           "anew",
-           why);
-    }
+    if (const std::string why = inexact(expert, matrix); !why.empty()) refuse_inexact(why);
     return load_unscaled(expert, matrix, storage);
   }
 
   [[nodiscard]] QuantMatrix load_unscaled(const ExpertTensors& expert, const MatrixLayout& matrix,
                                           ExpertStorage& storage) const override {
     const TensorRef& weight = part_of(expert, matrix.part("weight"));
-    const TensorRef& scale = part_of(expert, matrix.part("weight_scale"));
     weight.will_need();
     const auto codes = allocate(storage, weight.bytes().size());
     repack_rows(weight.bytes().data(), matrix.n, matrix.k, codes.data());
     weight.release();
-    QuantMatrix result = {.codes = {codes.data(), DType::kPackedInt4, {matrix.n, matrix.k / 2}},
-                          .scales = load_scales(scale, matrix.n, matrix.k / group_, storage),
-                          .group_size = group_};
-    check_second_scale(part_of(expert, matrix.part("weight_scale_2")), scale, result.scales);
-    if (!inexact(expert, matrix).empty()) return result;
-    if (const float factor = uniform_factor(expert, matrix); factor != 1) {
-      result.scales = multiplied(result.scales, factor, scale, storage);
-    }
-    return result;
+    return {.codes = {codes.data(), DType::kPackedInt4, {matrix.n, matrix.k / 2}},
+            .scales = unscaled_scales(expert, matrix, storage),
+            .group_size = group_};
   }
 
   [[nodiscard]] std::vector<float> input_factors(const ExpertTensors& expert,
@@ -161,6 +163,23 @@ class ModeloptFormat final : public Format {
   }
 
  private:
+  [[noreturn]] static void refuse_inexact(const std::string& why) {
+    fail(ErrorCode::kUnsupported,
+         "{}; `sluice convert --scale ... --drop-input-scales` quantizes the weights times it anew",
+         why);
+  }
+
+  /// Times the factor where it can be folded.
+  TensorView unscaled_scales(const ExpertTensors& expert, const MatrixLayout& matrix,
+                             ExpertStorage& storage) const {
+    const TensorRef& scale = part_of(expert, scale_part(matrix));
+    const TensorView result = Format::scales(expert, matrix, storage);
+    check_second_scale(part_of(expert, matrix.part("weight_scale_2")), scale, result);
+    if (!inexact(expert, matrix).empty()) return result;
+    const float factor = uniform_factor(expert, matrix);
+    return factor == 1 ? result : multiplied(result, factor, scale, storage);
+  }
+
   /// pre_quant_scale where inexact() has nothing against it; 1 if there is none.
   static float uniform_factor(const ExpertTensors& expert, const MatrixLayout& matrix) {
     const TensorRef* const tensor = expert.find(matrix.part("pre_quant_scale"));

@@ -50,20 +50,6 @@ void keep_file(ExpertStorage& storage, const TensorRef& tensor) {
   }
 }
 
-/// The highest bit of every nibble, from `in` to `out`, which may be the same memory. Words, since
-/// compilers do not widen a loop over bytes at every level of optimization.
-void flip_high_bits(std::span<const std::byte> in, std::byte* out) noexcept {
-  constexpr std::size_t kWord = sizeof(std::uint64_t);
-  std::size_t i = 0;
-  for (; i + kWord <= in.size(); i += kWord) {
-    std::uint64_t word;
-    std::memcpy(&word, in.data() + i, kWord);
-    word ^= 0x8888888888888888U;
-    std::memcpy(out + i, &word, kWord);
-  }
-  for (; i < in.size(); ++i) out[i] = in[i] ^ std::byte{0x88};
-}
-
 float read_scalar(const TensorRef& tensor) {
   if (tensor.entry.dtype == "F32") {
     float value;
@@ -172,11 +158,23 @@ TensorView load_offset_codes(const TensorRef& tensor, const MatrixLayout& matrix
                              ExpertStorage& storage) {
   tensor.will_need();
   const auto in = tensor.bytes();
-  std::byte* const out = tensor.read_bytes != nullptr ? tensor.read_bytes  // Where they lie.
-                                                      : allocate(storage, in.size()).data();
+  std::byte* const out = allocate(storage, in.size()).data();
   flip_high_bits(in, out);
   tensor.release();
   return {out, DType::kPackedInt4, {matrix.n, matrix.k / 2}};
+}
+
+void flip_high_bits(std::span<const std::byte> in, std::byte* out) noexcept {
+  // Words, since compilers do not widen a loop over bytes at every level of optimization.
+  constexpr std::size_t kWord = sizeof(std::uint64_t);
+  std::size_t i = 0;
+  for (; i + kWord <= in.size(); i += kWord) {
+    std::uint64_t word;
+    std::memcpy(&word, in.data() + i, kWord);
+    word ^= 0x8888888888888888U;
+    std::memcpy(out + i, &word, kWord);
+  }
+  for (; i < in.size(); ++i) out[i] = in[i] ^ std::byte{0x88};
 }
 
 std::span<std::byte> allocate(ExpertStorage& storage, std::size_t bytes) {

@@ -37,6 +37,9 @@ void check_part(const TensorRef& tensor, const PartSpec& spec,
 [[nodiscard]] TensorView load_offset_codes(const TensorRef& tensor, const MatrixLayout& matrix,
                                            ExpertStorage& storage);
 
+/// Flips the highest bit of every nibble of `in`, into `out`, which may be the same memory.
+void flip_high_bits(std::span<const std::byte> in, std::byte* out) noexcept;
+
 /// New memory that lives as long as `storage`.
 [[nodiscard]] std::span<std::byte> allocate(ExpertStorage& storage, std::size_t bytes);
 

@@ -38,13 +38,20 @@ class W4afp8Format final : public Format {
     return matrix.part("weight_scale_inv");
   }
 
+  [[nodiscard]] std::string codes_part(const MatrixLayout& matrix) const override {
+    return matrix.part("weight");
+  }
+  void make_canonical(std::span<std::byte> rows, const MatrixLayout&,
+                      std::span<std::byte>) const override {
+    if (has_offset_) flip_high_bits(rows, rows.data());
+  }
+
   [[nodiscard]] QuantMatrix load(const ExpertTensors& expert, const MatrixLayout& matrix,
                                  ExpertStorage& storage) const override {
     const TensorRef& weight = part_of(expert, matrix.part("weight"));
     return {.codes = has_offset_ ? load_offset_codes(weight, matrix, storage)
                                  : view_codes(weight, matrix, storage),
-            .scales = load_scales(part_of(expert, matrix.part("weight_scale_inv")), matrix.n,
-                                  matrix.k / kGroup, storage),
+            .scales = scales(expert, matrix, storage),
             .group_size = kGroup};
   }
 

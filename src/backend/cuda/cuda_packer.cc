@@ -1,0 +1,217 @@
+// One thread's way onto the GPU: a piece of a matrix is read into one page-locked slot while others
+// are copied, and the matrix is repacked from device memory.
+#include "backend/cuda/cuda_packer.h"
+
+#include <cuda_runtime_api.h>
+
+#include <array>
+#include <new>
+#include <span>
+#include <utility>
+#include <vector>
+
+#include "backend/cuda/check.h"
+#include "backend/cuda/cuda_experts.h"
+#include "core/fail.h"
+
+namespace sluice::cuda {
+namespace {
+
+std::size_t aligned(std::size_t bytes) {
+  return (bytes + 255) / 256 * 256;
+}
+
+class CudaBuilder final : public ExpertBuilder {
+ public:
+  CudaBuilder(int device, const ExpertWeights& shapes, StreamHandle stream)
+      : device_(device),
+        stream_(stream),
+        experts_(std::make_unique<CudaExperts>(format_of(shapes), MutableTensorView{}, device)),
+        shapes_(shapes.experts) {}
+
+  [[nodiscard]] const CudaExperts& experts() const noexcept { return *experts_; }
+  [[nodiscard]] const QuantMatrix& shape(int index, MatrixRole role) const {
+    const Expert& expert = shapes_[static_cast<std::size_t>(index)];
+    return role == MatrixRole::kGate ? expert.gate
+           : role == MatrixRole::kUp ? expert.up
+                                     : expert.down;
+  }
+  [[nodiscard]] std::unique_ptr<PreparedExperts> finish() override {
+    SLUICE_CUDA_CHECK(cudaSetDevice(device_));
+    experts_->finish(stream_);
+    return std::move(experts_);
+  }
+
+ private:
+  int device_;
+  StreamHandle stream_;
+  std::unique_ptr<CudaExperts> experts_;
+  std::vector<Expert> shapes_;  ///< Without data.
+};
+
+/// Page-locked memory that takes turns: a slot is given out when what was copied from it has left.
+class SlotRing {
+ public:
+  SlotRing(PinnedPool& pool, std::size_t slot_bytes, std::size_t num_slots)
+      : pool_(pool), slot_bytes_(aligned(slot_bytes)), copied_(num_slots) {
+    for (cudaEvent_t& event : copied_) {
+      SLUICE_CUDA_CHECK(
+          cudaEventCreateWithFlags(&event, cudaEventDisableTiming | cudaEventBlockingSync));
+    }
+    memory_ = pool.take(slot_bytes_ * num_slots);
+  }
+  ~SlotRing() {
+    for (cudaEvent_t event : copied_) {
+      if (event != nullptr) (void)cudaEventDestroy(event);
+    }
+    if (memory_.data != nullptr) pool_.give_back(memory_);
+  }
+  SlotRing(const SlotRing&) = delete;
+  SlotRing& operator=(const SlotRing&) = delete;
+
+  [[nodiscard]] std::span<std::byte> next() {
+    current_ = (current_ + 1) % copied_.size();
+    SLUICE_CUDA_CHECK(cudaEventSynchronize(copied_[current_]));
+    return {memory_.data + current_ * slot_bytes_, slot_bytes_};
+  }
+  /// Queues a copy out of the current slot.
+  void copy(std::byte* to, std::span<const std::byte> from, cudaStream_t stream) {
+    SLUICE_CUDA_CHECK(
+        cudaMemcpyAsync(to, from.data(), from.size(), cudaMemcpyHostToDevice, stream));
+    SLUICE_CUDA_CHECK(cudaEventRecord(copied_[current_], stream));
+  }
+  [[nodiscard]] std::size_t bytes() const noexcept { return copied_.size() * slot_bytes_; }
+
+ private:
+  PinnedPool& pool_;
+  std::size_t slot_bytes_;
+  std::vector<cudaEvent_t> copied_;
+  PinnedPool::Block memory_;
+  std::size_t current_ = 0;
+};
+
+/// A stream that has ended when it goes: so nothing reads the memory that goes after it.
+class OwnStream {
+ public:
+  OwnStream() { SLUICE_CUDA_CHECK(cudaStreamCreateWithFlags(&stream_, cudaStreamNonBlocking)); }
+  ~OwnStream() {
+    (void)cudaStreamSynchronize(stream_);
+    (void)cudaStreamDestroy(stream_);
+  }
+  OwnStream(const OwnStream&) = delete;
+  OwnStream& operator=(const OwnStream&) = delete;
+  [[nodiscard]] cudaStream_t get() const noexcept { return stream_; }
+
+ private:
+  cudaStream_t stream_ = nullptr;
+};
+
+class CudaPacker final : public ExpertPacker {
+ public:
+  CudaPacker(int device, const PackerSizes& sizes, PinnedPool& pool)
+      : matrix_bytes_(aligned(sizes.codes_bytes) + aligned(sizes.scales_bytes)),
+        staging_(device, 3 * matrix_bytes_),
+        scales_(pool, sizes.scales_bytes, kScalesSlots),
+        pieces_(pool, sizes.piece_bytes, kPieceSlots) {}
+
+  [[nodiscard]] std::span<std::byte> next_scales() override { return scales_.next(); }
+  [[nodiscard]] std::span<std::byte> next_piece() override { return pieces_.next(); }
+
+  void add_scales(ExpertBuilder& to, int index, MatrixRole role,
+                  const TensorView& scales) override {
+    builder_ = static_cast<CudaBuilder*>(&to);
+    index_ = index, role_ = role;
+    matrix_ = &builder_->shape(index, role);
+    SLUICE_ASSERT(scales.dtype == matrix_->scales.dtype && scales.shape == matrix_->scales.shape);
+    SLUICE_ASSERT(staging_bytes(*matrix_) <= matrix_bytes_);
+    codes_ = staging_.data() + static_cast<std::size_t>(role) * matrix_bytes_;
+    std::byte* const staged = codes_ + aligned(matrix_->codes.bytes());
+    scales_.copy(staged, {scales.as<std::byte>(), scales.bytes()}, stream_.get());
+    staged_[static_cast<std::size_t>(role)] =
+        dense_source(codes_, staged, matrix_->k(), matrix_->group_size);
+    codes_done_ = 0;
+  }
+
+  void add_rows(std::span<const std::byte> codes) override {
+    SLUICE_ASSERT(codes_done_ + codes.size() <= matrix_->codes.bytes());
+    pieces_.copy(codes_ + codes_done_, codes, stream_.get());
+    codes_done_ += codes.size();
+    if (codes_done_ < matrix_->codes.bytes()) return;
+    const CudaExperts& experts = builder_->experts();
+    if (role_ == MatrixRole::kUp) {
+      experts.repack_gate_up(index_, staged_[0], staged_[1], stream_.get());
+    } else if (role_ == MatrixRole::kDown) {
+      experts.repack_down(index_, staged_[2], stream_.get());
+    }
+  }
+
+  void flush() override { SLUICE_CUDA_CHECK(cudaStreamSynchronize(stream_.get())); }
+  [[nodiscard]] std::size_t host_bytes() const noexcept override {
+    return scales_.bytes() + pieces_.bytes();
+  }
+
+ private:
+  static constexpr std::size_t kScalesSlots = 2, kPieceSlots = 3;
+
+  std::size_t matrix_bytes_;
+  CudaBuffer staging_;  ///< Gate, up and down of the expert that is on its way.
+  SlotRing scales_, pieces_;
+  OwnStream stream_;                    ///< Goes before what its copies read and write.
+  std::array<MatrixSource, 3> staged_;  ///< Where gate, up and down are on the device.
+  CudaBuilder* builder_ = nullptr;      // Of the matrix that is being added.
+  const QuantMatrix* matrix_ = nullptr;
+  std::byte* codes_ = nullptr;
+  int index_ = 0;
+  MatrixRole role_ = MatrixRole::kGate;
+  std::size_t codes_done_ = 0;
+};
+
+}  // namespace
+
+std::size_t staging_bytes(const QuantMatrix& m) {
+  return aligned(m.codes.bytes()) + aligned(m.scales.bytes());
+}
+
+PinnedPool::~PinnedPool() {
+  for (const Block& block : free_) (void)cudaFreeHost(block.data);
+}
+
+PinnedPool::Block PinnedPool::take(std::size_t bytes) {
+  {
+    const std::lock_guard lock(mutex_);
+    for (Block& block : free_) {
+      if (block.bytes < bytes) continue;
+      std::swap(block, free_.back());
+      const Block taken = free_.back();
+      free_.pop_back();
+      return taken;
+    }
+  }
+  SLUICE_CUDA_CHECK(cudaSetDevice(device_));
+  void* data = nullptr;
+  const cudaError_t status = cudaHostAlloc(&data, bytes, cudaHostAllocPortable);
+  if (status == cudaSuccess) return {static_cast<std::byte*>(data), bytes};
+  (void)cudaGetLastError();
+  fail(status == cudaErrorMemoryAllocation ? ErrorCode::kOutOfMemory : ErrorCode::kCuda,
+       "{} bytes of page-locked host memory: {}", bytes, cudaGetErrorString(status));
+}
+
+void PinnedPool::give_back(Block block) noexcept {
+  const std::lock_guard lock(mutex_);
+  try {
+    free_.push_back(block);
+  } catch (const std::bad_alloc&) {
+    (void)cudaFreeHost(block.data);
+  }
+}
+
+std::unique_ptr<ExpertPacker> make_packer(int device, const PackerSizes& sizes, PinnedPool& pool) {
+  return std::make_unique<CudaPacker>(device, sizes, pool);
+}
+
+std::unique_ptr<ExpertBuilder> make_builder(int device, const ExpertWeights& shapes,
+                                            StreamHandle stream) {
+  return std::make_unique<CudaBuilder>(device, shapes, stream);
+}
+
+}  // namespace sluice::cuda
