@@ -144,6 +144,7 @@ void add_bench(Command& program, Output& output) {
   bench.require_subcommand();
   add_bench_exchange(bench, output);
   add_bench_model(bench, output);
+  add_bench_load(bench, output);
   Command command = bench.add_subcommand(
       "experts",
       "GEMM1, activation, quantization and GEMM2 of one rank's experts; checked, then timed");

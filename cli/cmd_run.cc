@@ -2,14 +2,13 @@
 #include <fmt/format.h>
 
 #include <algorithm>
-#include <charconv>
 #include <numeric>
 #include <optional>
-#include <string_view>
 
 #include "command.h"
 #include "launch.h"
 #include "layer_run.h"
+#include "layers_option.h"
 #include "report.h"
 #include "run_report.h"
 #include "run_stats.h"
@@ -35,65 +34,16 @@ struct Options {
   std::string metrics_path;
 };
 
-/// Throws: kInvalidArgument naming option and value.
-[[noreturn]] void refuse_layers(const Options& options, const std::string& why) {
-  throw Error(ErrorCode::kInvalidArgument, fmt::format("--layers '{}': {}", options.layers, why));
-}
-
-/// The number at the front of `text`, which it takes off.
-int take_number(const Options& options, std::string_view& text) {
-  int number = 0;
-  const auto [end, error] = std::from_chars(text.data(), text.data() + text.size(), number);
-  if (error != std::errc() || number < 0) {
-    refuse_layers(options, "neither 'all' nor a list such as 3,5 or 3-10");
-  }
-  text.remove_prefix(static_cast<std::size_t>(end - text.data()));
-  return number;
-}
-
-/// --layers: "all", or layers and ranges of layers, each with experts.
-std::vector<int> parse_layers(const Options& options, const std::vector<int>& there) {
-  if (options.layers == "all") return there;
-  std::vector<int> layers;
-  std::string_view rest = options.layers;
-  for (bool more = true; more;) {
-    const int first = take_number(options, rest);
-    int last = first;
-    if (rest.starts_with('-')) {
-      rest.remove_prefix(1);
-      last = take_number(options, rest);
-    }
-    if (last < first) refuse_layers(options, fmt::format("{} is before {}", last, first));
-    for (const int layer : there) {
-      if (layer >= first && layer <= last) layers.push_back(layer);
-    }
-    const bool found = !layers.empty() && layers.back() >= first && layers.back() <= last;
-    if (!found || (first == last && layers.back() != first)) {
-      refuse_layers(options, fmt::format("no experts in layer {}; they are in {} layers, {} to {}",
-                                         first == last ? fmt::format("{}", first)
-                                                       : fmt::format("{} to {}", first, last),
-                                         there.size(), there.front(), there.back()));
-    }
-    more = rest.starts_with(',');
-    if (more) rest.remove_prefix(1);
-  }
-  if (!rest.empty()) refuse_layers(options, fmt::format("nothing is known of '{}'", rest));
-  std::vector<int> sorted = layers;
-  std::ranges::sort(sorted);
-  if (const auto twice = std::ranges::adjacent_find(sorted); twice != sorted.end()) {
-    refuse_layers(options, fmt::format("layer {} is there twice", *twice));
-  }
-  return layers;
-}
-
 std::vector<int> resolve_layers(const Options& options, const Checkpoint& checkpoint) {
   if (options.layers.empty()) {
     return {options.layer >= 0 ? options.layer : checkpoint.moe_layers().front()};
   }
-  if (options.layer >= 0) refuse_layers(options, fmt::format("--layer {} too", options.layer));
-  std::vector<int> layers = parse_layers(options, checkpoint.moe_layers());
+  if (options.layer >= 0) {
+    refuse_layers(options.layers, fmt::format("--layer {} too", options.layer));
+  }
+  std::vector<int> layers = parse_layers(options.layers, checkpoint.moe_layers());
   if (layers.size() > 1 && (options.stats || !options.metrics_path.empty())) {
-    refuse_layers(options,
+    refuse_layers(options.layers,
                   fmt::format("{} layers, but --stats and --metrics are of one", layers.size()));
   }
   return layers;
@@ -218,7 +168,7 @@ void report_layer(const Options& options, const LayerRunConfig& config,
 void report_layers(const LayerRunConfig& config, const RunResult& result,
                    const std::vector<VerifyReport>& verified, Output& output) {
   print_layers(result, verified);
-  print_passes(config, result);
+  print_passes(result);
   for (std::size_t i = 0; i < result.layers.size(); ++i) {
     nlohmann::ordered_json layer = {{"layer", result.layers[i].layer}};
     fill_json(layer, config, result.layers[i], summarize(result.layers[i]));
@@ -226,7 +176,6 @@ void report_layers(const LayerRunConfig& config, const RunResult& result,
     output.json["layers"].push_back(std::move(layer));
   }
   output.json["pass_us"] = result.pass_us;
-  output.json["load_us"] = result.load_us;
 }
 
 /// Everything after the run itself: only the reporter does this, the other ranks are gone.
@@ -243,6 +192,7 @@ void report(const Options& options, const LayerRunConfig& config, const Checkpoi
   output.json["transport"] = options.transport;
   output.json["routing"] = options.routing;
   output.json["seed"] = options.seed;
+  print_load(config, result, output.json);
   if (is_one) report_layer(options, config, checkpoint, first, output);
   bool passed = !options.prove || print_identity(config, result, twin, output);
   std::vector<VerifyReport> verified;

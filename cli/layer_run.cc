@@ -70,6 +70,18 @@ ExchangeCounters counters_from(const Json& j) {
           .saturated_values = j[5]};
 }
 
+Json to_json(const LoadStats& s) {
+  return {s.seconds, s.file_bytes, s.prepared_bytes, s.host_bytes, s.num_threads};
+}
+
+LoadStats load_stats_from(const Json& j) {
+  return {.seconds = j[0],
+          .file_bytes = j[1],
+          .prepared_bytes = j[2],
+          .host_bytes = j[3],
+          .num_threads = j[4]};
+}
+
 /// A result on its way from one process to another.
 Json to_json(const RankResult& r) {
   const StageTimes& t = r.stats.times;
@@ -154,7 +166,7 @@ class RankRun {
     load_layers(checkpoint);
   }
 
-  [[nodiscard]] double load_us() const noexcept { return load_us_; }
+  [[nodiscard]] const LoadStats& load_stats() const noexcept { return group_.load_stats(); }
   [[nodiscard]] LayerGroupMemory memory() const noexcept { return group_.memory(); }
 
   /// Layer `index` by itself. Fills recipe and times of `shared`, which is rank 0's.
@@ -194,18 +206,13 @@ class RankRun {
   void load_layers(const Checkpoint& checkpoint) {
     ModeRecipes recipes{.dispatch_dtype = config_.environment.dispatch_dtype};
     (config_.mode == Mode::kLowLatency ? recipes.low_latency : recipes.normal) = config_.recipe;
+    LoadOptions options;
     std::optional<ProgressLine> progress;
-    if (rank_ == 0 && config_.layers.size() > 1) progress.emplace("loading");
-    const auto begin = std::chrono::steady_clock::now();
-    for (const int layer : config_.layers) {
-      layers_.push_back(group_.add_layer(
-          read_layer(checkpoint, layer, group_.rank(), group_.num_ranks()), recipes));
-      if (progress) {
-        progress->update(static_cast<double>(layers_.size()) /
-                         static_cast<double>(config_.layers.size()));
-      }
+    if (rank_ == 0) {
+      progress.emplace("loading");
+      options.progress = [&](double fraction) { progress->update(fraction); };
     }
-    load_us_ = microseconds_since(begin);
+    layers_ = group_.add_layers(checkpoint, config_.layers, recipes, options);
   }
 
   /// The largest of every rank's values, at each index.
@@ -231,7 +238,6 @@ class RankRun {
   MutableTensorView y_;
   LayerGroup group_;
   std::vector<Layer> layers_;
-  double load_us_ = 0;
 };
 
 RankResult RankRun::run_layer(std::size_t index, LayerRunResult& shared) {
@@ -297,7 +303,7 @@ std::string run_rank(const LayerRunConfig& config, const Checkpoint& checkpoint,
     for (LayerRunResult& layer : shared.layers) layer.backend = backend->description();
   }
   std::string bytes;
-  Json::to_cbor(Json{{"layers", std::move(layers)}, {"load_us", run.load_us()}}, bytes);
+  Json::to_cbor(Json{{"layers", std::move(layers)}, {"load", to_json(run.load_stats())}}, bytes);
   return bytes;
 }
 
@@ -340,7 +346,12 @@ RunResult run_layers(const LayerRunConfig& config, const Checkpoint& checkpoint,
   if (!launch.is_reporter()) return result;
   for (int r = 0; r < config.num_ranks; ++r) {
     const Json part = Json::from_cbor(parts[static_cast<std::size_t>(r)]);
-    result.load_us = std::max<double>(result.load_us, part["load_us"]);
+    const LoadStats load = load_stats_from(part["load"]);
+    result.load.seconds = std::max(result.load.seconds, load.seconds);
+    result.load.num_threads = std::max(result.load.num_threads, load.num_threads);
+    result.load.file_bytes += load.file_bytes;
+    result.load.prepared_bytes += load.prepared_bytes;
+    result.load.host_bytes += load.host_bytes;
     for (std::size_t i = 0; i < result.layers.size(); ++i) {
       result.layers[i].ranks.push_back(result_from(part["layers"][i]));
     }

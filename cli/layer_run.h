@@ -10,6 +10,7 @@
 #include "sluice/lab/reference.h"
 #include "sluice/lab/workload.h"
 #include "sluice/layer.h"
+#include "sluice/loading.h"
 
 namespace sluice::cli {
 
@@ -57,7 +58,9 @@ struct LayerRunResult {
 struct RunResult {
   std::vector<LayerRunResult> layers;  ///< In the order of LayerRunConfig::layers.
   std::vector<Workload> loads;         ///< [num_ranks] tokens and routing, of every layer alike.
-  double load_us = 0;  ///< Reading and repacking all layers' experts; the slowest rank.
+  /// Reading and repacking all layers' experts: bytes of all ranks together, time and threads of
+  /// the rank that had most.
+  LoadStats load = {};
   /// [repeats] all layers once, queued without a wait between them; the slowest rank of each.
   std::vector<double> pass_us;
 };

@@ -4,6 +4,7 @@
 #include <unistd.h>
 
 #include <algorithm>
+#include <chrono>
 #include <cstdio>
 #include <utility>
 
@@ -22,8 +23,10 @@ ProgressLine::~ProgressLine() {
 
 void ProgressLine::update(double fraction) {
   const int percent = static_cast<int>(std::clamp(fraction, 0.0, 1.0) * 100);
-  if (!is_terminal_ || percent == last_percent_) return;
+  const auto now = std::chrono::steady_clock::now();
+  if (!is_terminal_ || percent == last_percent_ || now < next_update_) return;
   last_percent_ = percent;
+  next_update_ = now + std::chrono::seconds(1);
   fmt::print(stderr, "\r\033[K{} {}%", label_, percent);
   std::fflush(stderr);
 }

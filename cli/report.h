@@ -1,6 +1,7 @@
 // report.h - what the sub-commands print for people: errors, tables, progress, sizes.
 #pragma once
 
+#include <chrono>
 #include <string>
 
 #include "report/text_table.h"
@@ -13,7 +14,8 @@ using report::Table;
 /// "sluice: peer timeout: ..." on standard error.
 void print_error(const Error& error);
 
-/// A line on standard error that is rewritten in place; silent unless standard error is a terminal.
+/// A line on standard error that is rewritten in place, once a second at most; silent unless
+/// standard error is a terminal.
 class ProgressLine {
  public:
   explicit ProgressLine(std::string label);
@@ -24,6 +26,7 @@ class ProgressLine {
   std::string label_;
   bool is_terminal_;
   int last_percent_ = -1;
+  std::chrono::steady_clock::time_point next_update_ = {};  ///< In the past at first.
 };
 
 /// 748.2 MB, 1.5 GB: decimal units, as link and memory rates are quoted.

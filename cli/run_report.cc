@@ -170,18 +170,28 @@ void print_layers(const RunResult& result, const std::vector<VerifyReport>& veri
   fmt::print("{}", table.to_string());
 }
 
-void print_passes(const LayerRunConfig& config, const RunResult& result) {
+void print_passes(const RunResult& result) {
   std::vector<double> passes = result.pass_us;
   std::ranges::sort(passes);
   fmt::print("in a row  {} layers in {} ms, median of {}; {:.2f} ms a layer\n",
              result.layers.size(), ms(passes[passes.size() / 2]), passes.size(),
              passes[passes.size() / 2] / 1000 / static_cast<double>(result.layers.size()));
-  double bytes = 0;
-  for (const RankResult& rank : result.layers.front().ranks) {
-    bytes += static_cast<double>(rank.memory.codes_bytes + rank.memory.scales_bytes);
-  }
-  fmt::print("loaded    {} on {} ranks in {:.2f} s: {:.2f} GB/s\n", human_bytes(bytes),
-             config.num_ranks, result.load_us * 1e-6, bytes / result.load_us * 1e-3);
+}
+
+void print_load(const LayerRunConfig& config, const RunResult& result,
+                nlohmann::ordered_json& json) {
+  const LoadStats& load = result.load;
+  const auto human = [](auto bytes) { return human_bytes(static_cast<double>(bytes)); };
+  fmt::print("loaded    {} in {:.2f} s: {:.2f} GB/s; {} rank{} of {} threads, {} of host memory\n",
+             human(load.file_bytes), load.seconds, load.bytes_per_s() * 1e-9, config.num_ranks,
+             config.num_ranks == 1 ? "" : "s", load.num_threads, human(load.host_bytes));
+  json["load_us"] = load.seconds * 1e6;
+  json["load"] = {{"seconds", load.seconds},
+                  {"file_bytes", load.file_bytes},
+                  {"prepared_bytes", load.prepared_bytes},
+                  {"gbytes_per_s", load.bytes_per_s() * 1e-9},
+                  {"threads_per_rank", load.num_threads},
+                  {"host_bytes", load.host_bytes}};
 }
 
 void add(VerifyReport& all, const VerifyReport& one) {

@@ -26,7 +26,10 @@ void print_ranks(const LayerRunConfig& config, const LayerRunResult& result, con
 void print_layers(const RunResult& result, const std::vector<VerifyReport>& verified);
 
 /// What all layers take in a row, and what loading them took.
-void print_passes(const LayerRunConfig& config, const RunResult& result);
+void print_passes(const RunResult& result);
+/// How long loading took, and how fast it was.
+void print_load(const LayerRunConfig& config, const RunResult& result,
+                nlohmann::ordered_json& json);
 
 /// Adds what was verified of another layer.
 void add(VerifyReport& all, const VerifyReport& one);
