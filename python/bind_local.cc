@@ -2,6 +2,7 @@
 #include <nanobind/stl/optional.h>
 #include <nanobind/stl/string.h>
 #include <nanobind/stl/string_view.h>
+#include <nanobind/stl/vector.h>
 
 #include "bindings.h"
 #include "sluice/local_experts.h"
@@ -158,6 +159,25 @@ PyLocalExperts add_experts(PyLocalGroup& self, const PyExperts& repacked, const 
           std::move(experts)};
 }
 
+nb::typed<nb::list, PyLocalExperts> add_checkpoint(PyLocalGroup& self, const Checkpoint& checkpoint,
+                                                   const std::vector<int>& layers, int first,
+                                                   int count, std::string_view recipe,
+                                                   const ProgressArgument& progress,
+                                                   int num_threads) {
+  const LoadOptions options = load_options(progress, num_threads);
+  std::vector<LocalExperts> made;
+  {
+    const Call call(*self.backend);
+    made = self.group->add_layers(checkpoint, layers, first, count, parse_recipe(recipe), options);
+  }
+  nb::list list;
+  for (LocalExperts& experts : made) {
+    list.append(nb::cast(PyLocalExperts{
+        self.backend_object, self.backend, self.group->config().hidden, {}, std::move(experts)}));
+  }
+  return nb::typed<nb::list, PyLocalExperts>(list);
+}
+
 void bind_local_experts(nb::module_& m) {
   nb::class_<PyLocalExperts>(
       m, "LocalExperts",
@@ -300,6 +320,16 @@ void bind_local(nb::module_& m) {
            "The same of experts that repack() made with this backend; shares their memory. "
            "recipe:\n"
            "a Recipe. first_expert: number of the first one.")
+      .def(
+          "add_layers", &add_checkpoint, "checkpoint"_a, "layers"_a, nb::kw_only(), "first"_a,
+          "count"_a, "recipe"_a = "direct", "progress"_a = nb::none(), "num_threads"_a = 0,
+          "A list of LocalExperts: experts [first, first + count) of each of these layers, all or\n"
+          "none. progress, num_threads: as in LayerGroup.add_layers().\n\n"
+          "Raises Error: also whatever Checkpoint.load_experts() raises.")
+      .def(
+          "load_stats",
+          [](const PyLocalGroup& g) { return load_stats_dict(g.group->load_stats()); },
+          "As LayerGroup.load_stats().")
       .def(
           "reserve",
           [](PyLocalGroup& g, std::int64_t max_entries) {

@@ -119,6 +119,14 @@ struct PyLayer {
 /// A Layer in a group of its own.
 struct PyEngine : PyLayer {};
 
+/// A Python function that is told the fraction done, or None.
+using ProgressArgument = std::optional<nb::callable>;
+
+/// Calls `progress` and looks for signals, with the GIL: what either raises ends the load. Borrows
+/// `progress`. To be made with the GIL held, and used without it.
+[[nodiscard]] LoadOptions load_options(const ProgressArgument& progress, int num_threads);
+[[nodiscard]] nb::dict load_stats_dict(const LoadStats& stats);
+
 using Name = std::optional<std::string_view>;
 
 [[nodiscard]] inline std::optional<Recipe> recipe_or_none(const Name& name) {

@@ -1,6 +1,6 @@
 """The C++ library behind the package sluice; import that instead."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 import os
 import pathlib
 from typing import overload
@@ -700,7 +700,7 @@ class LayerGroup:
         differ, out_of_memory, peer_timeout.
         """
 
-    def add_layer(self, checkpoint: Checkpoint | None = None, *, layer: int | None = None, weights: ExpertWeights | None = None, name: str = '', identity: int = 0, low_latency: str | None = None, normal: str | None = None, dispatch_dtype: str | None = None) -> Layer:
+    def add_layer(self, checkpoint: Checkpoint | None = None, *, layer: int | None = None, weights: ExpertWeights | None = None, name: str = '', identity: int = 0, low_latency: str | None = None, normal: str | None = None, dispatch_dtype: str | None = None, progress: Callable | None = None) -> Layer:
         """
         A Layer, from a checkpoint and a layer's number or from weights. Collective; no call of
         the group may be queued on any rank.
@@ -710,9 +710,28 @@ class LayerGroup:
         from others; ranks compare both.
         low_latency, normal: recipe of a mode that the group has; None: 'direct'.
         dispatch_dtype: 'auto', 'bf16', 'fp8' or 'fp8-static'; None: SLUICE_DISPATCH_DTYPE.
+        progress: for a checkpoint, as in add_layers().
 
         Raises Error: invalid_argument for weights that do not fit the group, transport naming
-        ranks and field if ranks differ, and whatever Recipe, Checkpoint and Exchange raise.
+        ranks and field if ranks differ or naming ranks that could not load their experts, and
+        whatever Recipe, Checkpoint and Exchange raise.
+        """
+
+    def add_layers(self, checkpoint: Checkpoint, layers: Sequence[int], *, low_latency: str | None = None, normal: str | None = None, dispatch_dtype: str | None = None, progress: Callable | None = None, num_threads: int = 0) -> list[Layer]:
+        """
+        A list of Layers of a checkpoint, all or none, in one load: several threads read, repack
+        and copy at once. Otherwise as add_layer().
+
+        progress: called with the fraction done, 0 .. 1, ten times a second at most; what it
+        raises ends the load. So does KeyboardInterrupt.
+        num_threads: 0 for this rank's share of the cores, between 4 and 16. Each holds the
+        scales of a matrix and a few MB of its codes in host memory.
+        """
+
+    def load_stats(self) -> dict:
+        """
+        dict of what loading from checkpoints took on this rank so far: seconds, file_bytes,
+        prepared_bytes, host_bytes (memory that was read into), num_threads.
         """
 
     def memory(self) -> dict:
@@ -872,6 +891,17 @@ class LocalGroup:
         The same of experts that repack() made with this backend; shares their memory. recipe:
         a Recipe. first_expert: number of the first one.
         """
+
+    def add_layers(self, checkpoint: Checkpoint, layers: Sequence[int], *, first: int, count: int, recipe: str = 'direct', progress: Callable | None = None, num_threads: int = 0) -> list[LocalExperts]:
+        """
+        A list of LocalExperts: experts [first, first + count) of each of these layers, all or
+        none. progress, num_threads: as in LayerGroup.add_layers().
+
+        Raises Error: also whatever Checkpoint.load_experts() raises.
+        """
+
+    def load_stats(self) -> dict:
+        """As LayerGroup.load_stats()."""
 
     def reserve(self, max_entries: int) -> None:
         """
