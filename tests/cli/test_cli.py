@@ -155,7 +155,9 @@ with tempfile.TemporaryDirectory() as folder:
             data = json.load(file)
         check(f"run of all layers over {transport}", r.returncode == 0 and "in a row  3 layers" in r.stdout
               and data["verify"]["rows"] == 21 and data["verify"]["passed"] and data["identity"]["same"]
-              and len(data["pass_us"]) == 5 and data["load_us"] > 0
+              and len(data["pass_us"]) == 5 and data["load_us"] > 0 and "\nloaded    " in r.stdout
+              and data["load"]["gbytes_per_s"] > 0 and data["load"]["prepared_bytes"] == sum(
+                  rank["memory"]["prepared_bytes"] for rank in data["layers"][-1]["ranks"])
               and {layer["layer"]: layer["outputs_digest"] for layer in data["layers"]} == alone
               and len(set(alone.values())) == 3, r)
         check(f"all layers take what plan names, over {transport}", all(
@@ -163,6 +165,16 @@ with tempfile.TemporaryDirectory() as folder:
     r = run("run", "--checkpoint", several, "--layers", "5,3-4", "--tokens", "2", "--json", report)
     with open(report) as file:
         check("run of layers in the order given", [layer["layer"] for layer in json.load(file)["layers"]] == [5, 3, 4], r)
+    r = run("bench", "load", "--checkpoint", several, "--layers", "3,5", "--ranks", "2", "--rank", "1", "--json", report)
+    with open(report) as file:
+        data = json.load(file)
+    check("bench load", r.returncode == 0 and "every byte is that of mapped" in r.stdout and not r.stderr
+          and data["layers"] == [3, 5] and data["num_experts"] == 4
+          and data["passes"][-1]["files"] == "warm" and data["passes"][-1]["share"] > 0
+          and 0 < data["slots_bytes"] and 0 < data["prepared_bytes"], r)
+    for option, why in ((("--ranks", "5"), "not divisible by 5"), (("--rank", "2"), "rank 2 is not in [0, 1)")):
+        r = run("bench", "load", "--checkpoint", several, *option)
+        check(f"bench load refuses {option[0]}", r.returncode == 2 and why in r.stderr, r)
     for layers, why in (("4-3", "3 is before 4"), ("2", "no experts in layer 2"), ("6-9", "no experts in layer 6 to 9"),
                         ("4,3-5", "layer 4 is there twice"), ("4x", "nothing is known of 'x'"),
                         ("some", "neither 'all' nor a list")):
