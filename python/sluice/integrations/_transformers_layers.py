@@ -24,10 +24,10 @@ def _refuse_other_tensors(x: torch.Tensor, device: torch.device) -> None:
 class LocalLayer:
     """Experts [first, first + count) of one layer, and the group that they share memory in."""
 
-    def __init__(self, group: Any, device: torch.device, weights: Any, name: str) -> None:
-        self._group, self._device, self._first = group, device, weights.first_expert
-        self._experts = group.add_layer(weights, name=name)
-        self.weight_bytes = self._experts.weight_bytes
+    def __init__(self, group: Any, device: torch.device, experts: Any) -> None:
+        self._group, self._device, self._first = group, device, experts.first_expert
+        self._experts = experts
+        self.weight_bytes = experts.weight_bytes
 
     def run(self, x: torch.Tensor, idx: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
         """x [T, H] bfloat16, idx [T, K] int, weights [T, K] -> [T, H]. Ids count from the first expert
@@ -170,9 +170,9 @@ class SluiceExperts(nn.Module):
             group = buffers.layer_group(device, checkpoint.geometry)
             self._layer = SplitLayer(group.add_layer(checkpoint, layer=layer), process_group, device)
         else:
-            weights = checkpoint.load_experts(layer, rank * self.num_experts, self.num_experts)
             group = buffers.local_group(device, self.hidden_dim, self.intermediate_dim)
-            self._layer = LocalLayer(group, device, weights, f"layer {layer}")
+            experts, = group.add_layers(checkpoint, [layer], first=rank * self.num_experts, count=self.num_experts)
+            self._layer = LocalLayer(group, device, experts)
         self._number = torch_ops.register(self, self._layer)
 
     def run(self, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor) -> torch.Tensor:

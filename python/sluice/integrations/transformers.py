@@ -282,7 +282,8 @@ def _quantized(module: nn.Module) -> LocalLayer:
     weights = _core.ExpertWeights.from_arrays(gate, up, _int4_of(module, "down_proj", module.down_proj),
                                                activation=activation)
     device = module.gate_up_proj.device
-    layer = LocalLayer(_buffers.local_group(device, hidden, rows // 2), device, weights, type(module).__name__)
+    group = _buffers.local_group(device, hidden, rows // 2)
+    layer = LocalLayer(group, device, group.add_layer(weights, name=type(module).__name__))
     module.__dict__["_sluice_layer"] = state, layer
     return layer
 
