@@ -177,13 +177,19 @@ PinnedPool::~PinnedPool() {
 }
 
 PinnedPool::Block PinnedPool::take(std::size_t bytes) {
+  if (bytes == 0) return {};
   {
     const std::lock_guard lock(mutex_);
-    for (Block& block : free_) {
-      if (block.bytes < bytes) continue;
-      std::swap(block, free_.back());
-      const Block taken = free_.back();
-      free_.pop_back();
+    // The smallest that fits: a load that comes again then finds what it gave back.
+    auto best = free_.end();
+    for (auto block = free_.begin(); block != free_.end(); ++block) {
+      if (block->bytes >= bytes && (best == free_.end() || block->bytes < best->bytes)) {
+        best = block;
+      }
+    }
+    if (best != free_.end()) {
+      const Block taken = *best;
+      free_.erase(best);
       return taken;
     }
   }
