@@ -137,7 +137,10 @@ void add_make_checkpoint(Command& program, Output& output) {
                   "modelopt-w4a8-awq")
       .one_of({32, 128});
   command.add_option("--seed", options->seed, "Same seed, same bytes").shows_default();
-  command.add_option("--layers", options->layers, "MoE layers, numbered from 3").shows_default();
+  command
+      .add_option("--num-layers,--layers", options->layers,
+                  "How many MoE layers, numbered from 3; --layers is the older name")
+      .shows_default();
   command.add_option("--experts", options->experts, "Experts instead of the preset's");
   command.add_option("--hidden", options->hidden, "Hidden size instead of the preset's");
   command.add_option("--intermediate", options->intermediate,

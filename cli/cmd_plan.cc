@@ -2,13 +2,12 @@
 #include <fmt/format.h>
 
 #include <algorithm>
-#include <charconv>
-#include <filesystem>
-#include <fstream>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "command.h"
+#include "layers_option.h"
 #include "report.h"
 #include "sluice/checkpoint.h"
 #include "sluice/error.h"
@@ -19,70 +18,9 @@ namespace {
 
 struct Options {
   std::string preset, config, checkpoint, recipe = "direct", mode = "low-latency", backend = "cpu",
-                                          scale_dtype, memory, layers = "1";
-  int ranks = 1, tokens = 128;
+                                          scale_dtype, memory, layers;
+  int ranks = 1, tokens = 128, num_layers = 0;
 };
-
-/// The first of `names` that is there. Throws: naming all of them.
-int field_of(const nlohmann::json& json, const std::vector<const char*>& names,
-             const std::string& file) {
-  std::string tried;
-  for (const char* name : names) {
-    tried += (tried.empty() ? "" : ", ") + std::string(name);
-    const auto found = json.find(name);
-    if (found == json.end() || found->is_null()) continue;
-    if (!found->is_number_integer() || *found < 1 || *found > 1 << 24) {
-      throw Error(ErrorCode::kCorruptFile,
-                  fmt::format("{}: {} = {} is not in [1, 2^24]", file, name, found->dump()));
-    }
-    return found->get<int>();
-  }
-  throw Error(ErrorCode::kCorruptFile, fmt::format("{}: none of {} is there", file, tried));
-}
-
-/// Weights per scale as quantization_config has it; 128 where nothing is said of groups.
-int group_size_of(const nlohmann::json& model, const std::string& file) {
-  const auto config = model.find("quantization_config");
-  if (config == model.end() || !config->is_object()) return 128;
-  nlohmann::json group =
-      config->value("group_size", config->value("weight_group_size", nlohmann::json()));
-  if (const auto groups = config->find("config_groups");
-      groups != config->end() && groups->is_object() && !groups->empty()) {
-    const nlohmann::json::json_pointer at("/weights/group_size");
-    if (groups->front().contains(at)) group = groups->front().at(at);
-  }
-  if (group.is_null() || group == 128) return 128;
-  if (group == 32) return 32;
-  throw Error(ErrorCode::kUnsupported,
-              fmt::format("{}: quantization_config has a group_size of {}; only 32 and 128 can be "
-                          "run",
-                          file, group.dump()));
-}
-
-/// Geometry of any config.json, quantized or not: a plan may come before the checkpoint.
-ModelGeometry read_geometry(const std::string& file) {
-  std::ifstream in(file);
-  nlohmann::json json = nlohmann::json::parse(in, nullptr, /*allow_exceptions=*/false);
-  if (!json.is_object()) {
-    throw Error(ErrorCode::kCorruptFile, file + ": not a JSON object");
-  }
-  ModelGeometry g;
-  g.group_size = group_size_of(json, file);
-  for (const char* const nested : {"text_config", "language_config", "llm_config"}) {
-    if (!json.contains(nested) || !json[nested].is_object()) continue;
-    json = nlohmann::json(json[nested]);
-    if (json.contains("quantization_config")) g.group_size = group_size_of(json, file);
-    break;
-  }
-  const auto name = json.find("model_type");
-  g.name = name != json.end() && name->is_string() ? name->get<std::string>() : "model";
-  g.num_experts = field_of(json, {"n_routed_experts", "num_experts", "num_local_experts"}, file);
-  g.num_topk = field_of(json, {"num_experts_per_tok", "num_experts_per_token"}, file);
-  // Experts whose inputs have a latent width are narrower than the model.
-  g.hidden = field_of(json, {"routed_expert_hidden_size", "moe_latent_size", "hidden_size"}, file);
-  g.intermediate = field_of(json, {"moe_intermediate_size", "intermediate_size"}, file);
-  return g;
-}
 
 /// "80GB", "512MB", "1.5e9": decimal units.
 double parse_memory(const std::string& text) {
@@ -112,41 +50,48 @@ double parse_memory(const std::string& text) {
 struct Subject {
   ModelGeometry geometry = {};
   std::vector<DType> scale_dtypes = {};
-  /// Functions of these layers, each once; empty if they are not known. No size depends on them.
-  std::vector<std::string> activations = {};
+  std::vector<ActivationFn> activations = {};  ///< Of these layers, each once.
+  std::vector<CheckpointWarning> warnings = {};
 };
 
-/// The number behind --layers; 0 for "all".
-int parse_layers(const std::string& text) {
-  if (text == "all") return 0;
-  int layers = 0;
-  const auto [end, error] = std::from_chars(text.data(), text.data() + text.size(), layers);
-  if (error != std::errc() || end != text.data() + text.size() || layers < 1 || layers > 1000) {
-    throw Error(ErrorCode::kInvalidArgument,
-                fmt::format("--layers '{}' is not 'all' and not in [1, 1000]", text));
-  }
-  return layers;
+/// Those of `there` that the options name, by number or by how many; by default the first.
+std::vector<int> layers_of(const Options& options, const std::vector<int>& there) {
+  if (!options.layers.empty()) return parse_layers(options.layers, there);
+  const auto count = static_cast<std::size_t>(std::max(1, options.num_layers));
+  if (count <= there.size()) return {there.begin(), there.begin() + static_cast<int>(count)};
+  throw Error(ErrorCode::kInvalidArgument,
+              fmt::format("--num-layers {}: {} has {} layers with experts", count,
+                          options.checkpoint, there.size()));
 }
 
-/// The first `count` layers with experts, 0 = all of them: each with the scales it has.
-Subject read_checkpoint(const std::string& dir, int count) {
-  const Checkpoint checkpoint = Checkpoint::open(dir);
-  const auto there = static_cast<int>(checkpoint.moe_layers().size());
-  if (count > there) {
+/// Each layer with the scales that it has.
+Subject read_checkpoint(const Options& options) {
+  if (!options.scale_dtype.empty()) {
     throw Error(ErrorCode::kInvalidArgument,
-                fmt::format("--layers {}: {} has {} layers with experts", count, dir, there));
+                fmt::format("--scale-dtype {}: a checkpoint's scales have the dtype they have",
+                            options.scale_dtype));
   }
-  Subject subject{checkpoint.geometry()};
-  for (int i = 0; i < (count == 0 ? there : count); ++i) {
-    const int layer = checkpoint.moe_layers()[static_cast<std::size_t>(i)];
+  const Checkpoint checkpoint = Checkpoint::open(options.checkpoint);
+  Subject subject{.geometry = checkpoint.geometry(), .warnings = checkpoint.warnings()};
+  for (const int layer : layers_of(options, checkpoint.moe_layers())) {
     const ExpertWeights one = checkpoint.load_experts(layer, 0, 1);
     subject.scale_dtypes.push_back(one.experts.front().gate.scales.dtype);
-    std::string activation = to_string(one.geometry.activation);
+    const ActivationFn& activation = one.geometry.activation;
     if (std::ranges::find(subject.activations, activation) == subject.activations.end()) {
-      subject.activations.push_back(std::move(activation));
+      subject.activations.push_back(activation);
     }
   }
   return subject;
+}
+
+/// How many layers of a model without files. Throws: kInvalidArgument.
+std::size_t count_layers(const Options& options, const std::vector<int>& there) {
+  if (options.layers.empty()) return static_cast<std::size_t>(std::max(1, options.num_layers));
+  if (!there.empty()) return parse_layers(options.layers, there).size();
+  refuse_layers(options.layers,
+                options.preset.empty()
+                    ? "config.json does not say which layers have experts; give --num-layers"
+                    : "a preset's layers have no numbers; give --num-layers");
 }
 
 Subject read_subject(const Options& options) {
@@ -155,29 +100,23 @@ Subject read_subject(const Options& options) {
   if (given != 1) {
     throw Error(ErrorCode::kInvalidArgument, "give one of --preset, --config and --checkpoint");
   }
-  const int layers = parse_layers(options.layers);
-  if (!options.checkpoint.empty()) {
-    if (!options.scale_dtype.empty()) {
-      throw Error(ErrorCode::kInvalidArgument,
-                  fmt::format("--scale-dtype {}: a checkpoint's scales have the dtype they have",
-                              options.scale_dtype));
-    }
-    return read_checkpoint(options.checkpoint, layers);
+  if (!options.layers.empty() && options.num_layers > 0) {
+    refuse_layers(options.layers, fmt::format("--num-layers {} too", options.num_layers));
   }
-  if (layers == 0) {
-    throw Error(ErrorCode::kInvalidArgument,
-                "--layers all is for --checkpoint; a preset or a config needs a number");
-  }
-  Subject subject;
-  subject.scale_dtypes.assign(static_cast<std::size_t>(layers),
-                              options.scale_dtype == "bf16" ? DType::kBFloat16 : DType::kFloat32);
+  if (!options.checkpoint.empty()) return read_checkpoint(options);
+  ModelDescription model;
   if (options.preset.empty()) {
-    subject.geometry = read_geometry(options.config);
+    model = describe_model(options.config);
   } else {
-    subject.geometry = preset_geometry(options.preset);
-    subject.activations = {to_string(subject.geometry.activation)};
+    model.geometry = preset_geometry(options.preset);
+    model.activations = {model.geometry.activation};
   }
-  return subject;
+  const DType dtype = options.scale_dtype == "bf16" ? DType::kBFloat16 : DType::kFloat32;
+  const std::size_t count = count_layers(options, model.moe_layers);
+  return {.geometry = std::move(model.geometry),
+          .scale_dtypes = std::vector<DType>(count, dtype),
+          .activations = std::move(model.activations),
+          .warnings = std::move(model.warnings)};
 }
 
 /// One group of layers, for any number of tokens.
@@ -233,11 +172,16 @@ void plan(const Options& options, Output& output) {
   const char* const scale_dtype = to_string(subject.scale_dtypes.front());
   const LayerGroupMemory m = planner.at(options.tokens);
   const auto total = static_cast<double>(m.total_bytes());
+  std::vector<std::string> activations;
+  for (const ActivationFn& fn : subject.activations) activations.push_back(to_string(fn));
   fmt::print(
-      "layers    {} of {}: {} experts, top-{}, hidden {}, intermediate {}, {} scale per {}{}{}\n",
+      "layers    {} of {}: {} experts, top-{}, hidden {}, intermediate {}, {} scale per {}, "
+      "activation {}\n",
       m.num_layers, g.name, g.num_experts, g.num_topk, g.hidden, g.intermediate, scale_dtype,
-      g.group_size, subject.activations.empty() ? "" : ", activation ",
-      fmt::join(subject.activations, " and "));
+      g.group_size, fmt::join(activations, " and "));
+  for (const CheckpointWarning& w : subject.warnings) {
+    fmt::print("{}   {}: {}\n", w.is_note ? "note   " : "warning", w.tensor, w.text);
+  }
   fmt::print("plan      recipe {}, {} mode, {} ranks of {} experts, up to {} tokens each, {}\n",
              options.recipe, options.mode, options.ranks, g.num_experts / options.ranks,
              options.tokens, options.backend);
@@ -261,7 +205,7 @@ void plan(const Options& options, Output& output) {
                  {"layers", m.num_layers},
                  {"group_size", g.group_size},
                  {"scale_dtype", scale_dtype},
-                 {"activations", subject.activations},
+                 {"activations", activations},
                  {"codes_bytes", m.codes_bytes},
                  {"scales_bytes", m.scales_bytes},
                  {"prepared_bytes", m.prepared_bytes},
@@ -299,8 +243,13 @@ void add_plan(Command& program, Output& output) {
   command.add_option("--mode", options->mode, "low-latency | normal | both").shows_default();
   command
       .add_option("--layers", options->layers,
-                  "MoE layers, which share their buffers; all: every layer of --checkpoint")
-      .shows_default();
+                  "Layers of --checkpoint or --config, by number: all, or a list such as 3,5-10")
+      .not_empty();
+  command
+      .add_option("--num-layers", options->num_layers,
+                  "How many layers with experts, the first ones; default: 1. Layers share their "
+                  "buffers")
+      .range(1, 1000);
   command.add_option("--backend", options->backend, "cpu | cuda")
       .one_of({"cpu", "cuda"})
       .shows_default();

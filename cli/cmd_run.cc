@@ -247,8 +247,10 @@ void add_run(Command& program, Output& output) {
       .existing_directory();
   command.add_option("--layer", options->layer, "Layer index; default: the first with experts")
       .non_negative();
-  command.add_option("--layers", options->layers,
-                     "Several layers on one set of buffers: all, or a list such as 3,5-10");
+  command
+      .add_option("--layers", options->layers,
+                  "Several layers on one set of buffers, by number: all, or a list such as 3,5-10")
+      .not_empty();
   command
       .add_option("--ranks", options->ranks,
                   "Expert-parallel ranks; default: 1, or one for each process of a job")

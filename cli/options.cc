@@ -25,6 +25,13 @@ Option Option::non_negative() {
   return *this;
 }
 
+Option Option::not_empty() {
+  option_->check([](const std::string& value) {
+    return value.empty() ? std::string("is empty") : std::string();
+  });
+  return *this;
+}
+
 Option Option::one_of(const std::vector<std::string>& values) {
   option_->check(CLI::IsMember(values));
   return *this;

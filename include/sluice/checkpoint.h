@@ -175,6 +175,20 @@ class Checkpoint {
   std::unique_ptr<Impl> impl_;
 };
 
+/// What a model's config.json says, with or without tensors beside it.
+struct ModelDescription {
+  ModelGeometry geometry;
+  std::vector<int> moe_layers;            ///< Ascending; empty if the config does not tell.
+  std::vector<ActivationFn> activations;  ///< Of these layers, each once, in their order.
+  std::vector<CheckpointWarning> warnings;
+};
+
+/// Reads `config_file`, and hf_quant_config.json beside it if it is there. Every key has the
+/// verdict that Checkpoint::open() gives it. Floats are described as what they are converted to by
+/// default: INT4 in groups of 128.
+/// Throws: kIo (no such file), kCorruptFile (not JSON), kUnsupported.
+[[nodiscard]] ModelDescription describe_model(const std::filesystem::path& config_file);
+
 /// Fraction done, 0 .. 1.
 using Progress = std::function<void(double)>;
 

@@ -100,7 +100,7 @@ class ActivationKeys {
     JsonReader json = reader(key, *value);
     const float number = read_float(key, json);
     if (number == 0) {
-      fail(ErrorCode::kCorruptFile, "{}: {} = {} must be above 0", fields_.file, key, *value);
+      fail(ErrorCode::kUnsupported, "{}: {} = {} must be above 0", fields_.file, key, *value);
     }
     return number;
   }
@@ -114,9 +114,10 @@ class ActivationKeys {
   /// Of every key that nobody took.
   void refuse_rest(std::string_view function) const {
     for (const auto& [key, value] : fields_.activation) {
-      if (taken_.contains(key) || is_off(value) || names_silu(value)) continue;
+      if (taken_.contains(key) || is_off(value)) continue;
+      if (function == "silu" && names_silu(value)) continue;
       if (key.find("swiglu_limit") != std::string::npos &&
-          begins_with_any(fields_.model_type, kAfterSilu)) {
+          begins_with_any(fields_.language_type, kAfterSilu)) {
         refuse_after_silu(key, value);
       }
       refuse(key, value,
@@ -128,7 +129,7 @@ class ActivationKeys {
     refuse(key, value,
            fmt::format("limits the experts of {} after SiLU: min(silu(gate), L) clamp(up, -L, L) "
                        "is another function than those there are",
-                       fields_.model_type));
+                       fields_.language_type));
   }
 
   [[noreturn]] void refuse(std::string_view key, std::string_view value,
@@ -193,7 +194,7 @@ class ActivationKeys {
     const double value = json.number();
     const auto narrow = static_cast<float>(value);
     if (!(value >= 0) || !std::isfinite(narrow) || (narrow == 0) != (value == 0)) {
-      fail(ErrorCode::kCorruptFile, "{}: {} = {} is no float32 of 0 or above", fields_.file, key,
+      fail(ErrorCode::kUnsupported, "{}: {} = {} is no float32 of 0 or above", fields_.file, key,
            value);
     }
     return narrow;
@@ -211,13 +212,14 @@ ActivationFn with_limit(float limit) {
 /// SiLU as the model type means it.
 void read_silu(const ConfigFields& fields, ActivationKeys& keys, LayerActivations& out) {
   const Limits limits = keys.limits();
-  if (limits.any() && !begins_with_any(fields.model_type, kBeforeSilu)) {
+  if (limits.any() && !begins_with_any(fields.language_type, kBeforeSilu)) {
     const std::string& value = fields.activation.at(limits.key);
-    if (begins_with_any(fields.model_type, kAfterSilu)) keys.refuse_after_silu(limits.key, value);
+    if (begins_with_any(fields.language_type, kAfterSilu))
+      keys.refuse_after_silu(limits.key, value);
     keys.refuse(limits.key, value,
                 fmt::format("is a limit before SiLU in models of type deepseek* and glm*; what it "
                             "is in those of type '{}' is not known",
-                            fields.model_type));
+                            fields.language_type));
   }
   out.by_layer.clear();
   for (const float limit : limits.values) out.by_layer.push_back(with_limit(limit));
@@ -266,7 +268,7 @@ LayerActivations read_activations(const ConfigFields& fields, int num_layers) {
   LayerActivations out{.by_layer = {ActivationFn{}}, .list_key = {}, .file = fields.file};
   switch (keys.function()) {
     case FunctionName::kSilu:
-      if (fields.model_type == "gpt_oss") {
+      if (fields.language_type == "gpt_oss") {
         read_swiglu_oai(fields, keys, kGptOssAlpha, out);
         keys.refuse_rest("swigluoai");
       } else {

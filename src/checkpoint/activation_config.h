@@ -33,8 +33,8 @@ struct LayerActivations {
 };
 
 /// Throws: kUnsupported (a function that is not there, a key that is not understood, two keys that
-/// contradict each other, a list that is shorter than `num_layers`, where 0 is not known),
-/// kCorruptFile (a value of the wrong kind or out of range).
+/// contradict each other, a list that is shorter than `num_layers`, where 0 is not known, a value
+/// of the wrong kind or out of range).
 [[nodiscard]] LayerActivations read_activations(const ConfigFields& fields, int num_layers);
 
 }  // namespace sluice

@@ -104,7 +104,7 @@ void CheckpointData::check_layer(int layer) const {
 CheckpointData CheckpointData::open(const std::filesystem::path& dir) {
   CheckpointData data;
   data.dir = dir;
-  data.config = read_model_config(dir);
+  data.config = read_model_config(dir / "config.json");
   data.index = read_tensor_index(dir, data.config.geometry.num_experts);
   for (const auto& [layer, tensors] : data.index.layers) data.moe_layers.push_back(layer);
   if (data.moe_layers.empty()) {

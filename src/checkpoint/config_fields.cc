@@ -53,9 +53,15 @@ ConfigNumbers read_numbers(JsonReader& json, const std::string& key, const std::
   return numbers;
 }
 
-std::vector<std::string> read_names(JsonReader& json) {
+std::vector<std::string> read_names(JsonReader& json, const std::string& key,
+                                    const std::string& file) {
+  constexpr const char* kDescription = "a list of names";
   std::vector<std::string> names;
-  json.array([&] { names.push_back(json.string()); });
+  require_kind(json, Json::kArray, kDescription, key, file);
+  json.array([&] {
+    require_kind(json, Json::kString, kDescription, key, file);
+    names.push_back(json.string());
+  });
   return names;
 }
 
@@ -68,6 +74,7 @@ void merge(ConfigFields&& inner, ConfigFields& out) {
   for (auto& [key, value] : inner.activation) out.activation[key] = std::move(value);
   if (!inner.layer_types.empty()) out.layer_types = std::move(inner.layer_types);
   out.has_layer_pattern |= inner.has_layer_pattern;
+  if (!inner.model_type.empty()) out.language_type = inner.model_type;
   if (out.model_type.empty()) out.model_type = std::move(inner.model_type);
   for (std::string& key : inner.unknown) {
     if (std::ranges::find(out.unknown, key) == out.unknown.end()) {
@@ -107,6 +114,7 @@ void read_other(JsonReader& json, const std::string& key, Kind kind, ConfigField
 ConfigFields read_object(JsonReader& json, const std::string& file, bool is_inner) {
   ConfigFields fields;
   fields.file = file;
+  fields.quantization.file = file;
   std::vector<ConfigFields> inner;
   json.object([&](const std::string& key) {
     if (json.peek() == Json::kNull) return json.skip();
@@ -119,15 +127,14 @@ ConfigFields read_object(JsonReader& json, const std::string& file, bool is_inne
         fields.activation[key] = std::string(json.raw());
         return;
       case Kind::kLayerTypes:
-        require_kind(json, Json::kArray, "a list of names", key, file);
-        fields.layer_types = read_names(json);
+        fields.layer_types = read_names(json, key, file);
         return;
       case Kind::kLayerPattern:
         fields.has_layer_pattern = true;
         return json.skip();
       case Kind::kModelType:
         require_kind(json, Json::kString, "a name", key, file);
-        fields.model_type = json.string();
+        fields.model_type = fields.language_type = json.string();
         return;
       case Kind::kQuantization:
         require_kind(json, Json::kObject, "an object", key, file);
@@ -162,7 +169,6 @@ ConfigFields read_config_fields(std::string_view text, const std::string& file) 
   JsonReader json(text, file);
   ConfigFields fields = read_object(json, file, false);
   json.finish();
-  fields.quantization.file = file;
   return fields;
 }
 

@@ -30,7 +30,8 @@ struct ConfigFields {
   std::map<std::string, std::string> activation;  ///< Key to JSON text.
   std::vector<std::string> layer_types;           ///< mlp_layer_types
   bool has_layer_pattern = false;                 ///< A key of kind kLayerPattern.
-  std::string model_type;
+  std::string model_type;                         ///< Of the whole.
+  std::string language_type;  ///< Of the language model in it: what its keys mean depends on it.
   std::vector<std::string> unknown;  ///< Keys that are in no list and do not sound like experts'.
   QuantizationConfig quantization;
 };

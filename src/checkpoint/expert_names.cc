@@ -115,6 +115,10 @@ std::optional<int> fused_experts_layer(std::string_view name) {
   return known ? known->layer : -1;
 }
 
+bool is_bias(std::string_view name) noexcept {
+  return name.ends_with("bias") || name.ends_with("biases");
+}
+
 bool looks_like_expert(std::string_view name) noexcept {
   return name.find(kExperts) != std::string_view::npos;
 }

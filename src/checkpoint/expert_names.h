@@ -42,9 +42,12 @@ struct ExpertName {
 /// "gate_proj.weight" for "w1.weight"; parts without a numbered stem as they are.
 [[nodiscard]] std::string canonical_part(std::string_view part);
 
-/// Weights of all experts of a layer in one tensor: "...mlp.experts.gate_up_proj_packed". The value
-/// is the layer's number, or -1 if the name has none in a known place.
+/// Weights or biases of all experts of a layer in one tensor: "...mlp.experts.gate_up_proj_packed".
+/// The value is the layer's number, or -1 if the name has none in a known place.
 [[nodiscard]] std::optional<int> fused_experts_layer(std::string_view name);
+
+/// "gate_up_proj_bias", "down_proj.bias": no weights.
+[[nodiscard]] bool is_bias(std::string_view name) noexcept;
 
 /// True of names under "experts", shared ones excepted, whoever spelled them.
 [[nodiscard]] bool looks_like_expert(std::string_view name) noexcept;

@@ -34,6 +34,10 @@ void JsonReader::error(const std::string& what) const {
   fail(ErrorCode::kCorruptFile, "{}: JSON, byte {}: {}", source_, at_, what);
 }
 
+void JsonReader::beyond_limit(const std::string& what) const {
+  fail(ErrorCode::kUnsupported, "{}: JSON, byte {}: {}", source_, at_, what);
+}
+
 void JsonReader::skip_space() noexcept {
   while (at_ < text_.size() &&
          (text_[at_] == ' ' || text_[at_] == '\n' || text_[at_] == '\t' || text_[at_] == '\r')) {
@@ -50,7 +54,7 @@ void JsonReader::expect(char c) {
 
 bool JsonReader::open(char begin, char end) {
   expect(begin);
-  if (++depth_ > kMaxDepth) error("nested deeper than " + std::to_string(kMaxDepth));
+  if (++depth_ > kMaxDepth) beyond_limit("nested deeper than " + std::to_string(kMaxDepth));
   skip_space();
   if (at_ < text_.size() && text_[at_] == end) {
     ++at_, --depth_;
@@ -217,7 +221,7 @@ double JsonReader::number() {
   double value = 0;
   const auto [end, problem] = std::from_chars(text.data(), text.data() + text.size(), value);
   if (problem != std::errc{} || end != text.data() + text.size()) {
-    error("'" + std::string(text.substr(0, 32)) + "' does not fit a double");
+    beyond_limit("'" + std::string(text.substr(0, 32)) + "' does not fit a double");
   }
   return value;
 }

@@ -5,7 +5,8 @@
 //   json.finish();
 //
 // Stricter than JSON itself: a key that occurs twice in one object is an error, nesting is limited,
-// strings must be valid UTF-8. Every error is kCorruptFile and names the source and the byte.
+// strings must be valid UTF-8. Errors name the source and the byte. They are kCorruptFile, except
+// for JSON that is sound and beyond a limit of this reader, which is kUnsupported.
 #pragma once
 
 #include <cstddef>
@@ -51,6 +52,7 @@ class JsonReader {
   [[nodiscard]] std::string string();
   /// A whole number in [0, 2^64): no sign, no fraction, no exponent.
   [[nodiscard]] std::uint64_t unsigned_integer();
+  /// Throws: kUnsupported for a number beyond the range of double.
   [[nodiscard]] double number();
   [[nodiscard]] bool boolean();
   /// Consumes any one value.
@@ -61,6 +63,8 @@ class JsonReader {
   void finish();
 
   [[noreturn]] void error(const std::string& what) const;
+  /// The JSON is sound, but beyond what this reader takes.
+  [[noreturn]] void beyond_limit(const std::string& what) const;
 
  private:
   [[nodiscard]] bool open(char begin, char end);

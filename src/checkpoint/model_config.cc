@@ -32,7 +32,7 @@ struct Named {
 Named checked(const ConfigFields& fields, const std::string& key, const ConfigNumbers& numbers,
               int low) {
   if (numbers.values.empty()) {
-    fail(ErrorCode::kCorruptFile, "{}: {} = [], which is no number", fields.file, key);
+    fail(ErrorCode::kUnsupported, "{}: {} = [], which is no number", fields.file, key);
   }
   const std::uint64_t value = numbers.values.front();
   for (const std::uint64_t other : numbers.values) {
@@ -42,7 +42,7 @@ Named checked(const ConfigFields& fields, const std::string& key, const ConfigNu
          fields.file, key, value, other);
   }
   if (value < static_cast<std::uint64_t>(low)) {
-    fail(ErrorCode::kCorruptFile, "{}: {} = {} is outside [{}, {}]", fields.file, key, value, low,
+    fail(ErrorCode::kUnsupported, "{}: {} = {} is outside [{}, {}]", fields.file, key, value, low,
          kMaxSize);
   }
   if (value > kMaxSize) {
@@ -110,7 +110,7 @@ float scaling_factor(const ConfigFields& fields) {
   std::optional<std::pair<std::string, double>> found;
   for (const auto& [key, factor] : fields.scales) {
     if (!(factor > 0) || !std::isfinite(static_cast<float>(factor))) {
-      fail(ErrorCode::kCorruptFile, "{}: {} = {} is not a positive float32", fields.file, key,
+      fail(ErrorCode::kUnsupported, "{}: {} = {} is not a positive float32", fields.file, key,
            factor);
     }
     if (found && found->second != factor) {
@@ -142,7 +142,7 @@ std::vector<int> small_numbers(const ConfigFields& fields, const std::string& ke
   std::vector<int> result;
   for (const std::uint64_t value : numbers.values) {
     if (value > kMaxSize) {
-      fail(ErrorCode::kCorruptFile, "{}: {} holds {}, above {}", fields.file, key, value, kMaxSize);
+      fail(ErrorCode::kUnsupported, "{}: {} holds {}, above {}", fields.file, key, value, kMaxSize);
     }
     result.push_back(static_cast<int>(value));
   }
@@ -244,8 +244,8 @@ ModelConfig parse_model_config(const ConfigText& text, const std::optional<Confi
   return config;
 }
 
-ModelConfig read_model_config(const std::filesystem::path& dir) {
-  const auto file = dir / "config.json", algo_file = dir / "hf_quant_config.json";
+ModelConfig read_model_config(const std::filesystem::path& file) {
+  const auto algo_file = file.parent_path() / "hf_quant_config.json";
   const std::string text = read_text(file);
   if (!std::filesystem::exists(algo_file)) {
     return parse_model_config({.text = text, .name = file.string()}, std::nullopt);

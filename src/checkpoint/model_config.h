@@ -44,14 +44,15 @@ struct ModelConfig {
   bool has_layer_pattern = false;        ///< A key says more, in a way that is not read.
 };
 
-/// `algo` is hf_quant_config.json, where there is one. Throws: kCorruptFile (not JSON, a field of
-/// the wrong kind or of no sense), kUnsupported (a size or key that is not handled, a size that no
-/// known key gives, two fields that contradict each other). The geometry's group_size is for the
-/// format to say.
+/// `algo` is hf_quant_config.json, where there is one. Throws: kCorruptFile (not JSON),
+/// kUnsupported (a field of the wrong kind or of no sense, a size or key that is not handled, a
+/// size that no known key gives, two fields that contradict each other). The geometry's group_size
+/// is for the format to say.
 [[nodiscard]] ModelConfig parse_model_config(const ConfigText& config,
                                              const std::optional<ConfigText>& algo);
 
-/// parse_model_config() of the files in `dir`. Throws: the same, and kIo (no config.json).
-[[nodiscard]] ModelConfig read_model_config(const std::filesystem::path& dir);
+/// parse_model_config() of `file`, a model's config.json, and of the hf_quant_config.json beside
+/// it. Throws: the same, and kIo (no such file).
+[[nodiscard]] ModelConfig read_model_config(const std::filesystem::path& file);
 
 }  // namespace sluice

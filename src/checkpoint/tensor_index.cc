@@ -43,13 +43,24 @@ class IndexBuilder {
   IndexBuilder(std::filesystem::path dir, int num_experts)
       : dir_(std::move(dir)), num_experts_(num_experts) {}
 
-  void set_weight_map(WeightMap map) { weight_map_ = std::move(map); }
+  void set_weight_map(WeightMap map) {
+    index_.has_empty_map = map.empty();
+    weight_map_ = std::move(map);
+  }
 
   /// `is_indexed`: named by the index, or there is no index.
   void add_file(const std::string& name, bool is_indexed) {
     const auto path = dir_ / name;
-    const auto file = MappedFile::open(path);
-    SafetensorsHeader header = parse_safetensors_header(file->bytes(), path.string());
+    std::shared_ptr<const MappedFile> file;
+    SafetensorsHeader header;
+    try {
+      file = MappedFile::open(path);
+      header = parse_safetensors_header(file->bytes(), path.string());
+    } catch (const Error& error) {
+      if (is_indexed) throw;
+      unreadable_.push_back(error.what());
+      return;
+    }
     index_.digest = digest_bytes(std::as_bytes(std::span(name)), index_.digest);
     const std::uint64_t size = file->bytes().size();
     index_.digest = digest_bytes(std::as_bytes(std::span(&size, 1)), index_.digest);
@@ -60,11 +71,11 @@ class IndexBuilder {
       const Place where = place_of(tensor.entry.name, name);
       if (where == Place::kHere || is_input_scale(tensor.entry.name)) {
         add_tensor(std::move(tensor), where);
-      } else if (is_indexed) {
-        (where == Place::kElsewhere ? elsewhere_ : unnamed_).add(tensor);
-        if (where == Place::kNowhere && looks_like_expert(tensor.entry.name)) {
-          index_.left_out.emplace(tensor.entry.name, name);
-        }
+        continue;
+      }
+      if (is_indexed) (where == Place::kElsewhere ? elsewhere_ : unnamed_).add(tensor);
+      if (where == Place::kNowhere && looks_like_expert(tensor.entry.name)) {
+        index_.left_out.emplace(tensor.entry.name, name);
       }
     }
   }
@@ -96,6 +107,16 @@ class IndexBuilder {
     input_scales_.report(
         index_, "input-scale-twice",
         fmt::format("differs from the one that {} names, which is used", kIndexFile));
+    if (!unreadable_.empty()) {
+      const std::size_t count = unreadable_.size();
+      index_.warnings.push_back(
+          {.tensor = std::string(kIndexFile),
+           .text = fmt::format(
+               "does not name a file that cannot be read, and that is left out: {}{}",
+               unreadable_.front(), count > 1 ? fmt::format(" ({} files like this)", count) : ""),
+           .kind = "unreadable-file",
+           .count = static_cast<int>(count)});
+    }
     predictions_.report(index_, "separate-prediction-layer",
                         "of a prediction layer with a number of its own (mtp.*); not loaded");
     return std::move(index_);
@@ -169,7 +190,10 @@ class IndexBuilder {
     const std::string& name = tensor.entry.name;
     if (looks_like_expert(name)) {
       if (is_separate_prediction_layer(name)) predictions_.add(tensor);
-      if (const auto layer = fused_experts_layer(name)) index_.fused.emplace(*layer, name);
+      if (const auto layer = fused_experts_layer(name)) {
+        const auto [first, is_new] = index_.fused.emplace(*layer, name);
+        if (!is_new && is_bias(first->second) && !is_bias(name)) first->second = name;
+      }
       if (index_.unread.size() < kMaxNames) index_.unread.push_back(name);
     }
     index_.others.push_back(std::move(tensor));
@@ -220,6 +244,7 @@ class IndexBuilder {
   /// Input scales read before the file that the index says they are in.
   std::set<std::string> provisional_;
   Kind elsewhere_, unnamed_, input_scales_, predictions_;
+  std::vector<std::string> unreadable_;  ///< What is wrong with files that the index does not name.
 };
 
 }  // namespace
@@ -240,13 +265,26 @@ std::string tensor_name(int layer, int expert, std::string_view part) {
 }
 
 std::string TensorIndex::hint(int layer) const {
+  if (has_empty_map) {
+    return fmt::format(
+        "; the weight_map of {} is empty, so no tensor counts; without the file, all of them would",
+        kIndexFile);
+  }
   if (!fused.empty()) {
     const auto own = fused.find(layer);
+    const std::string& name = (own == fused.end() ? fused.begin() : own)->second;
+    if (is_bias(name)) {
+      return fmt::format("; {} holds the biases of all experts, which are not supported", name);
+    }
     return fmt::format(
         "; {} holds the weights of all experts in one tensor, which is not supported: the file "
         "does not say whether gate or up comes first in it; export the experts one by one "
         "(...experts.E.gate_proj, up_proj, down_proj)",
-        (own == fused.end() ? fused.begin() : own)->second);
+        name);
+  }
+  if (unread.empty() && !left_out.empty()) {
+    return fmt::format("; {} has {}, but {} does not name it", left_out.begin()->second,
+                       left_out.begin()->first, kIndexFile);
   }
   std::string text;
   for (const std::string& name : unread) text += (text.empty() ? "" : ", ") + name;

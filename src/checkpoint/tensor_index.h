@@ -71,7 +71,8 @@ struct TensorIndex {
   std::map<int, LayerTensors> layers;  ///< Those with at least one routed expert.
   std::vector<TensorRef> others;       ///< What is no part of a routed expert.
   ExpertSpelling spelling;             ///< Of all experts.
-  /// Layers that have weights of all experts in one tensor, with the name of the first such.
+  /// Layers that have weights of all experts in one tensor, with the name of the first such; of
+  /// biases where there are no weights like that.
   /// -1: the name does not tell the layer in a known place.
   std::map<int, std::string> fused;
   /// Some names that look like experts' and were not read, for messages.
@@ -81,6 +82,7 @@ struct TensorIndex {
   std::vector<CheckpointWarning> warnings;  ///< One for each kind, with a count.
   std::vector<std::string> files;           ///< Names, in the order read.
   std::uint64_t digest = kDigestSeed;  ///< Of the files' names, sizes and headers, and the index.
+  bool has_empty_map = false;          ///< The index names no tensor at all.
 
   /// What there is instead of the experts of `layer` that a message misses; begins with "; ".
   [[nodiscard]] std::string hint(int layer) const;
@@ -96,7 +98,8 @@ struct TensorIndex {
 /// Reads every header. With model.safetensors.index.json, the shards are those it names, and a
 /// tensor is where it says: another of that name, or one that it does not name, is left out with a
 /// warning. Any other *.safetensors file contributes its input scales only (act_scales.safetensors
-/// is published beside the index). Without it, every *.safetensors file counts.
+/// is published beside the index), and if it cannot be read, it is left out with a warning. Without
+/// the index, every *.safetensors file counts.
 /// Throws: kIo; kCorruptFile; kUnsupported (two spellings in one checkpoint, two tensors of one
 /// name that the index does not decide between, an expert past `num_experts`).
 [[nodiscard]] TensorIndex read_tensor_index(const std::filesystem::path& dir, int num_experts);

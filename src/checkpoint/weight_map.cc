@@ -17,8 +17,9 @@ WeightMap parse_weight_map(std::string_view text, const std::string& source) {
     json.object([&](const std::string& tensor) {
       std::string file = json.string();
       if (!file.ends_with(kSafetensorsSuffix) || file.find('/') != std::string::npos) {
-        json.error(fmt::format("tensor {}: '{}' is not the name of a *{} file in this directory",
-                               tensor, file, kSafetensorsSuffix));
+        fail(ErrorCode::kUnsupported,
+             "{}: tensor {}: '{}' is not the name of a *{} file in this directory", source, tensor,
+             file, kSafetensorsSuffix);
       }
       map.emplace(tensor, WeightMapEntry{.file = std::move(file), .other_file = {}});
     });

@@ -18,7 +18,8 @@ struct WeightMapEntry {
 };
 using WeightMap = std::unordered_map<std::string, WeightMapEntry>;  // by tensor name
 
-/// `source` is for messages. Throws: kCorruptFile (no such JSON, a name that leaves the directory).
+/// `source` is for messages. Throws: kCorruptFile (no such JSON), kUnsupported (a name
+/// that leaves the directory, a file that is not *.safetensors).
 [[nodiscard]] WeightMap parse_weight_map(std::string_view text, const std::string& source);
 
 }  // namespace sluice

@@ -128,7 +128,7 @@ TEST(ActivationConfig, WrongValuesAreNamed) {
       {R"({"hidden_act": "situ", "activation_situ_beta": -4, "activation_situ_linear_beta": 1})",
        {"activation_situ_beta = -4"}},
   };
-  for (const PatchRow& row : rows) expect_patch_refused(ErrorCode::kCorruptFile, row);
+  for (const PatchRow& row : rows) expect_patch_refused(ErrorCode::kUnsupported, row);
 }
 
 TEST(ActivationConfig, ValuesOfAnotherKindAreNamed) {

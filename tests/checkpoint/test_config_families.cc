@@ -162,7 +162,7 @@ constexpr Family kFamilies[] = {
 
 ModelConfig read(const TempDir& dir, const std::string& config) {
   testing::write_file(dir / "config.json", config);
-  return read_model_config(dir.path());
+  return read_model_config(dir / "config.json");
 }
 
 TEST(ConfigFamilies, LoadWithoutAFalseRefusal) {

@@ -147,7 +147,7 @@ TEST(ConfigKeys, ValuesThatAreNone) {
       {R"({"num_experts_per_tok": []})", {"num_experts_per_tok = []"}},
       {R"({"hidden_size": 0})", {"hidden_size = 0"}},
   };
-  for (const PatchRow& row : rows) expect_patch_refused(ErrorCode::kCorruptFile, row);
+  for (const PatchRow& row : rows) expect_patch_refused(ErrorCode::kUnsupported, row);
 }
 
 TEST(ConfigKeys, OffIsAsGoodAsAbsent) {

@@ -212,5 +212,22 @@ TEST(TwoDescriptions, MayAgreeAndMustNotContradict) {
                [&] { (void)Checkpoint::open(dir / "algo"); });
 }
 
+/// AngelSlim writes no such file, but one that is there is not passed over.
+TEST(TwoDescriptions, OfAngelslimMustNotContradict) {
+  const std::pair<Json, std::vector<std::string>> cases[] = {
+      {{{"quant_algo", "NVFP4"}}, {"quant_method = 'w4a8_awq'", "quant_algo = 'NVFP4'"}},
+      {{{"quant_algo", "W4A8_AWQ"}, {"group_size", 32}}, {"quantization.group_size = 32"}},
+      {{{"quant_algo", "W4A8_AWQ"}, {"has_zero_point", true}}, {"has_zero_point = true"}},
+  };
+  for (const auto& [quantization, parts] : cases) {
+    ModelFiles files;
+    files.config["quantization_config"] = {{"quant_method", "w4a8_awq"}};
+    files.hf_quant_config = {{"quantization", quantization}};
+    const TempDir dir;
+    files.write(dir.path());
+    expect_error(ErrorCode::kUnsupported, parts, [&] { (void)Checkpoint::open(dir.path()); });
+  }
+}
+
 }  // namespace
 }  // namespace sluice::testing

@@ -289,9 +289,9 @@ TEST(Refusal, IndexThatNamesAMissingShard) {
 }
 
 TEST(Refusal, IndexThatLeavesTheDirectory) {
-  expect_bad_index(ErrorCode::kCorruptFile, {"'../other/x.safetensors'", "in this directory"},
+  expect_bad_index(ErrorCode::kUnsupported, {"'../other/x.safetensors'", "in this directory"},
                    R"({"weight_map":{"x":"../other/x.safetensors"}})");
-  expect_bad_index(ErrorCode::kCorruptFile, {"'x.bin'"}, R"({"weight_map":{"x":"x.bin"}})");
+  expect_bad_index(ErrorCode::kUnsupported, {"'x.bin'"}, R"({"weight_map":{"x":"x.bin"}})");
 }
 
 TEST(Refusal, IndexThatIsNoIndex) {
@@ -317,7 +317,7 @@ TEST(Refusal, ConfigFieldsOutOfRange) {
   for (const ConfigCase& c : cases) {
     ModelFiles files;
     files.config[c.key] = c.value;
-    expect_corrupt(c.parts, files);
+    expect_refused(ErrorCode::kUnsupported, c.parts, files);
   }
 }
 

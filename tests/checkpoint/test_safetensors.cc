@@ -245,8 +245,10 @@ TEST(JsonReader, BoundsItsDepth) {
   json.skip();
   json.finish();
   const std::string bomb = nested(1'000'000);
-  expect_error(ErrorCode::kCorruptFile, {"nested deeper than 32"},
+  expect_error(ErrorCode::kUnsupported, {"nested deeper than 32"},
                [&] { JsonReader(bomb, "S").skip(); });
+  expect_error(ErrorCode::kUnsupported, {"'1e999' does not fit a double"},
+               [&] { (void)JsonReader("1e999", "S").number(); });
 }
 
 TEST(JsonReader, ReadsValues) {

@@ -2,27 +2,24 @@
 // faults, index faults, config keys, activation}, shaped after public reports: each loads the right
 // weights, loads them with the right warnings, or is refused with the right code and words.
 #include <algorithm>
-#include <cmath>
-#include <limits>
+#include <optional>
 #include <set>
 #include <span>
 #include <sstream>
 
 #include "spelled_checks.h"
+#include "verdict_faults.h"
 #include "verdict_rows.h"
 
 namespace sluice {
 namespace {
 
-using testing::f32_bytes;
-using testing::RawTensor;
+using testing::faults;
 using testing::SpelledFiles;
 using testing::Spelling;
 using testing::Storage;
 using testing::TempDir;
 using testing::VerdictRow;
-
-using Faults = std::map<std::string, std::function<void(SpelledFiles&)>>;
 
 std::vector<std::string> words_of(const std::string& text) {
   std::istringstream in(text);
@@ -55,252 +52,26 @@ Spelling spelling_of(const VerdictRow& row) {
   return spelling;
 }
 
-void for_each_matrix(const std::function<void(int e, int m)>& body) {
-  for (int e = 0; e < SpelledFiles::kNumExperts; ++e) {
-    for (int m = 0; m < 3; ++m) body(e, m);
-  }
-}
-
-/// Changes the float32 scales of matrices whose number is in `which`.
-std::function<void(SpelledFiles&)> scales(std::set<int> which, std::function<float(float)> change) {
-  return [=](SpelledFiles& f) {
-    for_each_matrix([&](int e, int m) {
-      if (!which.contains(m)) return;
-      std::string& bytes = f.at(f.scales_name(e, m)).bytes;
-      for (std::size_t i = 0; i < bytes.size(); i += sizeof(float)) {
-        float value = 0;
-        std::memcpy(&value, bytes.data() + i, sizeof value);
-        value = change(value);
-        std::memcpy(bytes.data() + i, &value, sizeof value);
-      }
-    });
-  };
-}
-
-/// Sets the scale [3, 1] of expert 1's gate.
-std::function<void(SpelledFiles&)> one_scale(float value) {
-  return [=](SpelledFiles& f) {
-    std::memcpy(f.at(f.scales_name(1, 0)).bytes.data() + 7 * sizeof value, &value, sizeof value);
-  };
-}
-
-/// Replaces every code byte.
-std::function<void(SpelledFiles&)> codes(std::function<char(char, std::size_t)> change) {
-  return [=](SpelledFiles& f) {
-    for_each_matrix([&](int e, int m) {
-      std::string& bytes = f.at(f.codes_name(e, m)).bytes;
-      for (std::size_t i = 0; i < bytes.size(); ++i) bytes[i] = change(bytes[i], i);
-    });
-  };
-}
-
-std::function<void(SpelledFiles&)> reshape(bool is_scale, std::vector<std::uint64_t> shape) {
-  return [=](SpelledFiles& f) {
-    f.at(is_scale ? f.scales_name(1, 0) : f.codes_name(1, 0)).shape = shape;
-  };
-}
-
-std::string input_name(const SpelledFiles& f, int e, const char* stem) {
-  return f.experts() + std::to_string(e) + "." + stem + ".input_scale";
-}
-
-std::function<void(SpelledFiles&)> inputs(float value, bool all) {
-  return [=](SpelledFiles& f) {
-    for (int e = 0; e < SpelledFiles::kNumExperts; ++e) {
-      for (const char* const stem : {"w1", "w3", "w2"}) {
-        if (all) f.at(input_name(f, e, stem)).bytes = f32_bytes({value});
-      }
-    }
-    if (!all) f.at(input_name(f, 1, "w2")).bytes = f32_bytes({value});
-  };
-}
-
-std::function<void(SpelledFiles&)> shape_says(std::int64_t n, std::int64_t k) {
-  return [=](SpelledFiles& f) {
-    const std::int64_t values[] = {n, k};
-    std::memcpy(f.at(f.name(1, 0, "weight_shape")).bytes.data(), values, sizeof values);
-  };
-}
-
-/// One more tensor of expert 0's gate.
-std::function<void(SpelledFiles&)> extra(const char* what, RawTensor tensor) {
-  return [=](SpelledFiles& f) { f.add("0.safetensors", f.name(0, 0, what), tensor); };
-}
-
-/// One more tensor beside the experts, or elsewhere.
-std::function<void(SpelledFiles&)> other(const char* name, RawTensor tensor) {
-  return [=](SpelledFiles& f) { f.add("0.safetensors", name, tensor); };
-}
-
-Faults name_faults() {
-  const RawTensor byte = {"U8", {1}, "x"};
-  return {
-      {"other-prefix",
-       [](SpelledFiles& f) {
-         f.rename(f.codes_name(1, 2), "model.language_model.layers.3.mlp.experts.1.w");
-       }},
-      {"both-stems",
-       [=](SpelledFiles& f) { f.add("0.safetensors", f.experts() + "0.w1.weight", byte); }},
-      {"fused",
-       [=](SpelledFiles& f) {
-         f.files.clear(), f.weight_map = nlohmann::ordered_json::object();
-         f.add("0.safetensors", f.experts() + "gate_up_proj_packed", byte);
-       }},
-      {"fused-too",
-       [=](SpelledFiles& f) { f.add("0.safetensors", f.experts() + "gate_up_proj_bias", byte); }},
-      {"bias", extra("bias", {"BF16", {1}, "ab"})},
-      {"g-idx", extra("weight_g_idx", byte)},
-      {"zero-point", extra("weight_zero_point", byte)},
-      {"packed-renamed",
-       [](SpelledFiles& f) {
-         for_each_matrix(
-             [&](int e, int m) { f.rename(f.codes_name(e, m), f.name(e, m, "weight")); });
-       }},
-      {"mtp", other("mtp.layers.0.mlp.experts.0.gate_proj.weight", byte)},
-      {"shared", other("model.layers.3.mlp.shared_experts.gate_proj.weight", byte)},
-      {"empty-tensor", other("model.empty", {"F32", {0, 256}, ""})},
-      {"no-expert-1",
-       [](SpelledFiles& f) {
-         for (int m = 0; m < 3; ++m) f.erase(f.codes_name(1, m)), f.erase(f.scales_name(1, m));
-       }},
-      {"no-up-scale", [](SpelledFiles& f) { f.erase(f.scales_name(1, 1)); }},
-  };
-}
-
-Faults container_faults() {
-  return {
-      {"scale-transposed", reshape(true, {2, 128})},
-      {"codes-transposed", reshape(false, {32, 128})},
-      {"codes-reshaped", reshape(false, {64, 256})},
-      {"shape-transposed", shape_says(256, 128)},
-      {"shape-odd", shape_says(128, 255)},
-      {"scale-e8m0",
-       [](SpelledFiles& f) {
-         f.at(f.scales_name(0, 0)) = {"F8_E8M0", {128, 2}, std::string(256, 'x')};
-       }},
-      {"scale-i32", [](SpelledFiles& f) { f.at(f.scales_name(0, 0)).dtype = "I32"; }},
-      {"codes-fp8", [](SpelledFiles& f) { f.at(f.codes_name(0, 0)).dtype = "F8_E4M3"; }},
-      {"no-evidence", codes([](char, std::size_t i) { return static_cast<char>(i); })},
-      {"codes-offset", codes([](char c, std::size_t) {
-         return static_cast<char>(static_cast<unsigned char>(c) ^ 0x88U);
-       })},
-      {"no-quant", [](SpelledFiles& f) { f.config.erase("quantization_config"); }},
-  };
-}
-
-Faults scale_faults() {
-  constexpr float kNan = std::numeric_limits<float>::quiet_NaN();
-  constexpr float kInfinity = std::numeric_limits<float>::infinity();
-  const std::set<int> all = {0, 1, 2};
-  const auto times = [](float factor) { return [=](float s) { return s * factor; }; };
-  return {
-      // One weight in 50 is -8, in either of the two ways to store it.
-      {"minus-8",
-       [](SpelledFiles& f) {
-         const bool has_offset = f.spelling.storage == Storage::kWords;
-         codes([=](char c, std::size_t i) {
-           return i % 50 ? c : static_cast<char>(has_offset ? 0x08 : 0x88);
-         })(f);
-       }},
-      {"zero-group",
-       [](SpelledFiles& f) {
-         const bool has_offset = f.spelling.storage == Storage::kWords;
-         std::string& bytes = f.at(f.codes_name(0, 0)).bytes;  // Row 0, the first 128 columns.
-         std::fill_n(bytes.begin(), 64, static_cast<char>(has_offset ? 0x88 : 0));
-         const std::string one = f.spelling.scale_dtype == "F32" ? f32_bytes({1}) : "\x80\x3f";
-         f.at(f.scales_name(0, 0)).bytes.replace(0, one.size(), one);
-       }},
-      {"gate-up-x118", scales({0, 1}, times(118))},
-      {"gate-x20", scales({0}, times(20))},
-      {"down-x60", scales({2}, times(60))},
-      {"reciprocals", scales(all, [](float s) { return 1 / s; })},
-      {"over-448", scales(all, times(1 / 448.0f))},
-      {"over-448-twice", scales(all, times(1 / 448.0f / 448.0f))},
-      {"times-448", scales(all, times(448))},
-      {"one-far", one_scale(1e6f)},
-      {"dead", scales({0, 1, 2}, [](float) { return 1e-30f; })},
-      {"junk",
-       [](SpelledFiles& f) {
-         const bool has_offset = f.spelling.storage == Storage::kWords;
-         codes([=](char, std::size_t) { return static_cast<char>(has_offset ? 0x88 : 0); })(f);
-         scales({0, 1, 2}, [](float) { return 2.8e38f; })(f);
-       }},
-      {"scale-nan", one_scale(kNan)},
-      {"scale-inf", one_scale(kInfinity)},
-      {"scale-zero", one_scale(0)},
-      {"scale-negative", one_scale(-0.5f)},
-      {"inputs-one", inputs(1, true)},
-      {"input-one", inputs(1, false)},
-      {"input-far",
-       [](SpelledFiles& f) { f.at(input_name(f, 1, "w1")).bytes = f32_bytes({1e6f}); }},
-      {"input-pair",
-       [](SpelledFiles& f) { f.at(input_name(f, 1, "w1")).bytes = f32_bytes({0.015f}); }},
-      {"input-nan",
-       [](SpelledFiles& f) { f.at(input_name(f, 1, "w1")).bytes = f32_bytes({kNan}); }},
-      {"input-two",
-       [](SpelledFiles& f) {
-         f.at(input_name(f, 1, "w2")) = {"F32", {2}, f32_bytes({1, 1})};
-       }},
-      {"input-missing", [](SpelledFiles& f) { f.erase(input_name(f, 1, "w2")); }},
-      {"input-stray", extra("input_scale", {"F32", {1}, f32_bytes({1})})},
-      {"no-input-scales",
-       [](SpelledFiles& f) {
-         for (int e = 0; e < SpelledFiles::kNumExperts; ++e) {
-           for (const char* const stem : {"w1", "w3", "w2"}) f.erase(input_name(f, e, stem));
-         }
-       }},
-  };
-}
-
-Faults index_faults() {
-  const auto twice = [](float value) {
-    return [=](SpelledFiles& f) {
-      f.files["act_scales.safetensors"][input_name(f, 1, "w1")] = {"F32", {1}, f32_bytes({value})};
-    };
-  };
-  return {
-      {"no-index", [](SpelledFiles& f) { f.weight_map = nullptr; }},
-      {"stray-copy",
-       [](SpelledFiles& f) {
-         f.files["1.safetensors"][f.codes_name(0, 0)] = {"F8_E4M3", {2}, "ab"};
-       }},
-      {"not-indexed",
-       [](SpelledFiles& f) {
-         f.files["1.safetensors"][f.name(0, 0, "bias")] = {"U8", {1}, "x"};
-       }},
-      {"index-forgets", [](SpelledFiles& f) { f.weight_map.erase(f.codes_name(0, 0)); }},
-      {"index-wrong-file",
-       [](SpelledFiles& f) { f.weight_map[f.codes_name(0, 0)] = "1.safetensors"; }},
-      {"index-nowhere",
-       [](SpelledFiles& f) { f.weight_map["model.norm.weight"] = "1.safetensors"; }},
-      {"index-no-file", [](SpelledFiles& f) { f.weight_map["x"] = "9.safetensors"; }},
-      {"index-leaves", [](SpelledFiles& f) { f.weight_map["x"] = "../1.safetensors"; }},
-      {"index-empty", [](SpelledFiles& f) { f.weight_map = nlohmann::ordered_json::object(); }},
-      {"input-twice", twice(9)},
-      {"input-twice-same", twice(0.0078125f)},
-      {"cut", [](SpelledFiles&) {}},  // After it is written: write().
-  };
-}
-
-/// By the names that rows have for them.
-const Faults& faults() {
-  static const Faults all = [] {
-    Faults sum = name_faults();
-    for (Faults each : {container_faults(), scale_faults(), index_faults()}) sum.merge(each);
-    return sum;
-  }();
-  return all;
-}
-
 void write(const VerdictRow& row, const std::filesystem::path& dir) {
   SpelledFiles files(spelling_of(row));
   const auto spoils = words_of(row.fault);
   for (const std::string& fault : spoils) faults().at(fault)(files);
   if (*row.patch) files.config.merge_patch(nlohmann::ordered_json::parse(row.patch));
   files.write(dir);
+  if (std::ranges::find(spoils, "stray-junk") != spoils.end()) {
+    testing::write_file(dir / "junk.safetensors", "no header at all");
+  }
   if (std::ranges::find(spoils, "cut") == spoils.end()) return;
   const auto shard = dir / "1.safetensors";
   std::filesystem::resize_file(shard, std::filesystem::file_size(shard) / 2);
+}
+
+/// Empty for plain SwiGLU, which must be what experts and layer have.
+std::string activation_of(const Checkpoint& checkpoint, const ExpertWeights& weights) {
+  const ActivationFn fn = checkpoint.activation(SpelledFiles::kLayer);
+  EXPECT_EQ(weights.geometry.activation, fn);
+  EXPECT_EQ(checkpoint.geometry().activation, fn);
+  return fn == ActivationFn{} ? "" : " as " + to_string(fn);
 }
 
 /// "loads", "warns: KINDS" in the order of their names, or "CODE: MESSAGE".
@@ -309,21 +80,20 @@ std::string verdict_of(const VerdictRow& row) {
   write(row, dir.path());
   try {
     const Checkpoint checkpoint = Checkpoint::open(dir.path());
-    (void)checkpoint.load_experts(SpelledFiles::kLayer, 0, SpelledFiles::kNumExperts);
+    const ExpertWeights weights =
+        checkpoint.load_experts(SpelledFiles::kLayer, 0, SpelledFiles::kNumExperts);
     std::set<std::string> kinds;
     for (const CheckpointWarning& w : checkpoint.warnings()) kinds.insert(w.kind);
     for (const CheckpointWarning& w : checkpoint.warnings(SpelledFiles::kLayer)) {
       kinds.insert(w.kind);
     }
-    EXPECT_EQ(to_string(checkpoint.geometry().activation), std::string("swiglu"));
     // What a fault did not touch is as it was written.
-    if (!faults().contains(row.fault) || !scale_faults().contains(row.fault)) {
+    if (!testing::changes_weights(row.fault)) {
       testing::expect_weights(checkpoint);
     }
-    if (kinds.empty()) return "loads";
-    std::string text = "warns:";
+    std::string text = kinds.empty() ? "loads" : "warns:";
     for (const std::string& kind : kinds) text += " " + kind;
-    return text;
+    return text + activation_of(checkpoint, weights);
   } catch (const Error& error) {
     const char* const code = error.code() == ErrorCode::kUnsupported   ? "unsupported: "
                              : error.code() == ErrorCode::kCorruptFile ? "corrupt: "
@@ -333,12 +103,20 @@ std::string verdict_of(const VerdictRow& row) {
   }
 }
 
+std::string text_of(const ModelGeometry& g) {
+  std::ostringstream out;
+  out << g.name << ' ' << g.num_experts << ' ' << g.num_topk << ' ' << g.hidden << ' '
+      << g.intermediate << ' ' << g.group_size << ' ' << g.routed_scaling_factor << ' '
+      << to_string(g.weight_format) << ' ' << to_string(g.activation);
+  return out.str();
+}
+
 void expect_verdicts(std::span<const VerdictRow> rows) {
   for (const VerdictRow& row : rows) {
     SCOPED_TRACE(std::string("{") + row.files + "} {" + row.patch + "} {" + row.fault + "}");
     const std::string wanted = row.verdict, found = verdict_of(row);
     const auto colon = wanted.find(": ");
-    if (colon == std::string::npos || wanted.starts_with("warns")) {
+    if (wanted.starts_with("loads") || wanted.starts_with("warns")) {
       EXPECT_EQ(found, wanted);
       continue;
     }
@@ -361,6 +139,53 @@ TEST(Verdicts, Index) {
 }
 TEST(Verdicts, ConfigKeys) {
   expect_verdicts(testing::verdict_rows()[4]);
+}
+
+TEST(Verdicts, Activations) {
+  expect_verdicts(testing::verdict_rows()[5]);
+}
+
+/// config.json alone is read as it is beside tensors: the same words where it is refused, the same
+/// model where it is not. What tensors contradict is only seen beside them.
+TEST(Verdicts, ConfigAloneHasTheSame) {
+  int num_refused = 0, num_described = 0;
+  for (const std::span<const VerdictRow> rows : testing::verdict_rows()) {
+    for (const VerdictRow& row : rows) {
+      if (*row.fault || !*row.patch) continue;
+      SCOPED_TRACE(std::string("{") + row.files + "} {" + row.patch + "}");
+      const TempDir dir;
+      write(row, dir.path());
+      std::string refusal;
+      std::optional<Checkpoint> checkpoint;
+      try {
+        checkpoint = Checkpoint::open(dir.path());
+      } catch (const Error& error) {
+        refusal = error.what();
+      }
+      try {
+        const ModelDescription model = describe_model(dir / "config.json");
+        ++num_described;
+        if (!checkpoint) {
+          EXPECT_THAT(refusal, ::testing::HasSubstr("tensor "));
+          continue;
+        }
+        EXPECT_EQ(text_of(model.geometry), text_of(checkpoint->geometry()));
+        if (model.moe_layers == checkpoint->moe_layers()) {
+          EXPECT_EQ(model.activations.size(), 1U);
+          EXPECT_EQ(model.activations.front(), checkpoint->activation(SpelledFiles::kLayer));
+        }
+        for (const CheckpointWarning& w : model.warnings) {
+          EXPECT_THAT(checkpoint->warnings(),
+                      ::testing::Contains(::testing::Field(&CheckpointWarning::text, w.text)));
+        }
+      } catch (const Error& error) {
+        ++num_refused;
+        EXPECT_EQ(std::string(error.what()), refusal);
+      }
+    }
+  }
+  EXPECT_GT(num_refused, 40);
+  EXPECT_GT(num_described, 40);
 }
 
 /// No fault is left unused, and no case is there twice.

@@ -130,7 +130,8 @@ with tempfile.TemporaryDirectory() as folder:
     # Layers share their buffers: only the experts are there for each.
     plans = {}
     for layers in ("1", "2", "3", "all"):
-        r = run("plan", "--checkpoint", several, "--ranks", "2", "--mode", "both", "--layers", layers, "--json", report)
+        option = "--layers" if layers == "all" else "--num-layers"
+        r = run("plan", "--checkpoint", several, "--ranks", "2", "--mode", "both", option, layers, "--json", report)
         with open(report) as file:
             plan = plans[layers] = json.load(file)
         count = 3 if layers == "all" else int(layers)
@@ -185,10 +186,38 @@ with tempfile.TemporaryDirectory() as folder:
         r = run("run", "--checkpoint", several, "--layers", "all", *option)
         check(f"run refuses --layers with {option[0]}", r.returncode == 2 and option[0] in r.stderr
               and not os.path.exists(os.path.join(folder, "metrics")), r)
-    for arguments in (("--checkpoint", several, "--layers", "4"), ("--preset", "tiny", "--layers", "all"),
-                      ("--preset", "tiny", "--layers", "0"), ("--preset", "tiny", "--layers", "2x")):
+    # --layers is a list of numbers, to plan as to run; how many is --num-layers.
+    r = run("plan", "--checkpoint", several, "--ranks", "2", "--mode", "both", "--layers", "4-5", "--json", report)
+    with open(report) as file:
+        check("plan of layers by number", r.returncode == 0 and json.load(file) == plans["2"], r)
+    for arguments, why in ((("--checkpoint", several, "--num-layers", "4"), "--num-layers 4: "),
+                           (("--checkpoint", several, "--layers", "6"), "no experts in layer 6"),
+                           (("--checkpoint", several, "--layers", ""), "--layers: is empty"),
+                           (("--checkpoint", several, "--layers", "3", "--num-layers", "2"), "--num-layers 2 too"),
+                           (("--preset", "tiny", "--layers", "all"), "give --num-layers"),
+                           (("--preset", "tiny", "--num-layers", "0"), "not in range"),
+                           (("--preset", "tiny", "--num-layers", "2x"), "--num-layers")):
         r = run("plan", *arguments)
-        check(f"plan refuses {arguments}", r.returncode == 2 and f"--layers {arguments[3]}" in r.stderr.replace("'", ""), r)
+        check(f"plan refuses {arguments}", r.returncode == 2 and why in r.stderr, r)
+    r = run("run", "--checkpoint", several, "--layers", "")
+    check("run refuses --layers ''", r.returncode == 2 and "--layers: is empty" in r.stderr, r)
+    # config.json alone has the verdict that it has beside tensors.
+    config = os.path.join(folder, "alone.json")
+    keys = {**wide, "num_hidden_layers": 4, "first_k_dense_replace": 1, "hidden_act": "silu"}
+    for patch, expected in (({"moe_new": 1}, "moe_new = 1"), ({"num_experts_per_token": 3}, "contradicts"),
+                            ({"hidden_act": "gelu"}, "hidden_act = gelu"), ({"hidden_size": 0}, "hidden_size = 0"),
+                            ({"quantization_config": {"quant_method": "gptq"}}, "'gptq'")):
+        with open(config, "w") as file:
+            json.dump(keys | patch, file)
+        r = run("plan", "--config", config)
+        check(f"plan refuses a config with {patch}", r.returncode == 2 and expected in r.stderr, r)
+    with open(config, "w") as file:
+        json.dump(keys | {"brand_new": 1, "model_type": "deepseek_v4", "swiglu_limit": [0, 7, 7, 0]}, file)
+    r = run("plan", "--config", config, "--layers", "all", "--json", report)
+    with open(report) as file:
+        data = json.load(file)
+    check("plan of a config's own layers", r.returncode == 0 and data["layers"] == 3 and "brand_new" in r.stdout
+          and data["activations"] == ["swiglu:limit=7", "swiglu"], r)
     page = os.path.join(folder, "accuracy.html")
     r = run("accuracy", "--checkpoint", several, "--layer", "all", "--tokens", "6", "--suite", "gaussian,outliers",
             "--ranks", "2", "--budget", "100%", "--html", page, "--json", report)

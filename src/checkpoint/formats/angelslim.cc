@@ -59,6 +59,21 @@ std::optional<Recognised> recognise_angelslim(const FormatClues& clues) {
          "supported",
          config.file, *config.group_size, kGroup);
   }
+  // AngelSlim writes no hf_quant_config.json; one that is there must say the same.
+  if (!config.algo.empty() && config.algo != "W4A8_AWQ") {
+    fail(ErrorCode::kUnsupported,
+         "{}: quantization_config.quant_method = 'w4a8_awq', but {} has quant_algo = '{}'",
+         config.file, config.algo_file, config.algo);
+  }
+  if (config.algo_group_size && *config.algo_group_size != kGroup) {
+    fail(ErrorCode::kUnsupported, "{}: quantization.group_size = {}; only {} is supported",
+         config.algo_file, *config.algo_group_size, kGroup);
+  }
+  if (config.has_zero_point) {
+    fail(ErrorCode::kUnsupported,
+         "{}: quantization.has_zero_point = true; only symmetric INT4 is supported",
+         config.algo_file);
+  }
   return Recognised{.format = std::make_unique<AngelslimFormat>(),
                     .evidence = "config.json: quant_method = 'w4a8_awq' (AngelSlim w4a8_fp8)"};
 }

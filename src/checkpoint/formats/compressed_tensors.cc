@@ -134,7 +134,7 @@ CompressedTensorsFormat::Codes find_codes(const FormatClues& clues, std::string&
        supported);
 }
 
-std::string text_of(const std::optional<std::uint64_t>& value) {
+std::string text_of(const std::optional<std::int64_t>& value) {
   return value ? std::to_string(*value) : "null";
 }
 

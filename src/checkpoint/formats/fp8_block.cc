@@ -1,5 +1,7 @@
 // FP8 in blocks of 128 x 128, as DeepSeek publishes: F8_E4M3 [N, K] and F32 weight_scale_inv
 // [N / 128, K / 128], a multiplier. Not INT4: `sluice convert` quantizes it.
+#include <fmt/format.h>
+
 #include <cmath>
 
 #include "checkpoint/formats/format.h"
@@ -62,12 +64,12 @@ std::optional<Recognised> recognise_fp8_block(const FormatClues& clues) {
   const QuantizationConfig& config = clues.config;
   if (config.quant_method != "fp8" || config.weight_block_size.empty()) return std::nullopt;
   if (!config.algo.empty() && config.algo != "FP8_BLOCK_SCALES") return std::nullopt;
-  const std::vector<std::uint64_t> block = {kBlock, kBlock};
+  const std::vector<std::int64_t> block = {kBlock, kBlock};
   if (config.weight_block_size != block) {
     fail(ErrorCode::kUnsupported,
          "{}: quantization_config.quant_method = 'fp8' with weight_block_size = {}; only [128, "
          "128] is supported, and W4A8 runs need INT4 (w4afp8 or compressed-tensors)",
-         config.file, to_string(config.weight_block_size));
+         config.file, fmt::format("[{}]", fmt::join(config.weight_block_size, ", ")));
   }
   return Recognised{
       .format = std::make_unique<Fp8BlockFormat>(),

@@ -221,8 +221,8 @@ std::optional<Recognised> recognise_modelopt(const FormatClues& clues) {
          "{}: quantization.has_zero_point = true; only symmetric INT4 is supported",
          config.algo_file);
   }
-  const std::uint64_t group =
-      config.algo_group_size.value_or(config.group_size.value_or(std::uint64_t{128}));
+  const std::int64_t group =
+      config.algo_group_size.value_or(config.group_size.value_or(std::int64_t{128}));
   if (group != 128 && group != 32) {
     fail(ErrorCode::kUnsupported, "{}: group_size = {}; only 32 and 128 are supported",
          by_algo ? config.algo_file : config.file, group);

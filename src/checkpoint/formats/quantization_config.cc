@@ -1,6 +1,8 @@
 #include "checkpoint/formats/quantization_config.h"
 
+#include <charconv>
 #include <map>
+#include <system_error>
 #include <utility>
 
 #include "core/fail.h"
@@ -19,12 +21,35 @@ void read_string(JsonReader& json, std::string& out) {
   }
 }
 
-void read_count(JsonReader& json, std::optional<std::uint64_t>& out) {
-  if (json.peek() == Kind::kNumber) {
-    out = json.unsigned_integer();
-  } else {
-    json.skip();
+[[noreturn]] void refuse_value(const std::string& file, std::string_view key,
+                               std::string_view value, const char* description) {
+  constexpr std::size_t kMaxLength = 60;
+  fail(ErrorCode::kUnsupported, "{}: {} = {}{} is not {}", file, key, value.substr(0, kMaxLength),
+       value.size() > kMaxLength ? "..." : "", description);
+}
+
+/// What decides which format it is must be a name, or not there.
+void read_name(JsonReader& json, std::string_view key, const std::string& file, std::string& out) {
+  if (json.peek() == Kind::kNull) return json.skip();
+  if (json.peek() != Kind::kString) refuse_value(file, key, json.raw(), "a name");
+  out = json.string();
+}
+
+/// A whole number, which some writers make -1 to say that there is none.
+std::int64_t read_whole_number(JsonReader& json, std::string_view key, const std::string& file) {
+  const std::string_view text = json.raw();
+  std::int64_t value = 0;
+  const auto [end, problem] = std::from_chars(text.data(), text.data() + text.size(), value);
+  if (problem != std::errc() || end != text.data() + text.size()) {
+    refuse_value(file, key, text, "a whole number");
   }
+  return value;
+}
+
+void read_count(JsonReader& json, std::string_view key, const std::string& file,
+                std::optional<std::int64_t>& out) {
+  if (json.peek() == Kind::kNull) return json.skip();
+  out = read_whole_number(json, key, file);
 }
 
 bool is_exclusion(std::string_view key) {
@@ -68,20 +93,14 @@ bool read_is_filled(JsonReader& json) {
   return is_filled;
 }
 
-void read_args(JsonReader& json, QuantizationArgs& args) {
+void read_args(JsonReader& json, const std::string& file, QuantizationArgs& args) {
   if (json.peek() != Kind::kObject) return json.skip();
   args.is_present = true;
   json.object([&](const std::string& key) {
     if (key == "num_bits") {
-      read_count(json, args.num_bits);
+      read_count(json, key, file, args.num_bits);
     } else if (key == "group_size") {
-      // -1 is how some writers say "none".
-      if (json.peek() == Kind::kNumber) {
-        const double value = json.number();
-        if (value >= 0 && value <= 1e9) args.group_size = static_cast<std::uint64_t>(value);
-      } else {
-        json.skip();
-      }
+      read_count(json, key, file, args.group_size);
     } else if (key == "type") {
       read_string(json, args.type);
     } else if (key == "strategy") {
@@ -106,7 +125,8 @@ void read_args(JsonReader& json, QuantizationArgs& args) {
   });
 }
 
-void read_groups(JsonReader& json, std::vector<QuantizationGroup>& groups) {
+void read_groups(JsonReader& json, const std::string& file,
+                 std::vector<QuantizationGroup>& groups) {
   if (json.peek() != Kind::kObject) return json.skip();
   json.object([&](const std::string& name) {
     if (json.peek() != Kind::kObject) return json.skip();
@@ -114,9 +134,9 @@ void read_groups(JsonReader& json, std::vector<QuantizationGroup>& groups) {
     group.name = name;
     json.object([&](const std::string& key) {
       if (key == "weights") {
-        read_args(json, group.weights);
+        read_args(json, file, group.weights);
       } else if (key == "input_activations") {
-        read_args(json, group.input_activations);
+        read_args(json, file, group.input_activations);
       } else if (key == "format") {
         read_string(json, group.format);
       } else if (key == "targets") {
@@ -128,12 +148,13 @@ void read_groups(JsonReader& json, std::vector<QuantizationGroup>& groups) {
   });
 }
 
-void read_block_size(JsonReader& json, std::vector<std::uint64_t>& out) {
+void read_block_size(JsonReader& json, std::string_view key, const std::string& file,
+                     std::vector<std::int64_t>& out) {
   if (json.peek() != Kind::kArray) return json.skip();
-  json.array([&] { out.push_back(json.unsigned_integer()); });
+  json.array([&] { out.push_back(read_whole_number(json, key, file)); });
 }
 
-std::string text_of(const std::optional<std::uint64_t>& value) {
+std::string text_of(const std::optional<std::int64_t>& value) {
   return value ? std::to_string(*value) : "";
 }
 
@@ -156,7 +177,7 @@ std::map<std::string, std::string> fields_of(const QuantizationConfig& config) {
   add("format", config.format);
   add("group_size", text_of(config.group_size));
   std::string block;
-  for (const std::uint64_t size : config.weight_block_size) {
+  for (const std::int64_t size : config.weight_block_size) {
     block += (block.empty() ? "[" : ", ") + std::to_string(size);
   }
   add("weight_block_size", block.empty() ? block : block + "]");
@@ -175,19 +196,28 @@ void read_quantization_config(JsonReader& json, QuantizationConfig& config) {
   config.is_present = true;
   json.object([&](const std::string& key) {
     if (key == "quant_method") {
-      read_string(json, config.quant_method);
+      read_name(json, key, config.file, config.quant_method);
     } else if (key == "quant_algo") {
-      read_string(json, config.quant_algo);
+      read_name(json, key, config.file, config.quant_algo);
     } else if (key == "activation_scheme") {
       read_string(json, config.activation_scheme);
     } else if (key == "format") {
       read_string(json, config.format);
     } else if (key == "group_size" || key == "weight_group_size") {
-      read_count(json, config.group_size);
+      // Two names of one number.
+      std::optional<std::int64_t> size;
+      read_count(json, key, config.file, size);
+      if (size && config.group_size && *size != *config.group_size) {
+        fail(ErrorCode::kUnsupported,
+             "{}: quantization_config.{} = {} contradicts the other name of the group size, which "
+             "is {}",
+             config.file, key, *size, *config.group_size);
+      }
+      if (size) config.group_size = size;
     } else if (key == "weight_block_size") {
-      read_block_size(json, config.weight_block_size);
+      read_block_size(json, key, config.file, config.weight_block_size);
     } else if (key == "config_groups") {
-      read_groups(json, config.groups);
+      read_groups(json, config.file, config.groups);
     } else if (key == "sparsity_config") {
       config.has_sparsity = read_is_filled(json);
     } else if (key == "moe_sparsity_config") {
@@ -209,11 +239,11 @@ void read_algo_config(std::string_view text, const std::string& file, Quantizati
     if (key != "quantization" || json.peek() != Kind::kObject) return json.skip();
     json.object([&](const std::string& inner) {
       if (inner == "quant_algo") {
-        read_string(json, config.algo);
+        read_name(json, inner, file, config.algo);
       } else if (is_exclusion(inner)) {
         read_strings(json, config.exclusions);
       } else if (inner == "group_size") {
-        read_count(json, config.algo_group_size);
+        read_count(json, inner, file, config.algo_group_size);
       } else if (inner == "has_zero_point" && json.peek() == Kind::kBool) {
         config.has_zero_point = json.boolean();
       } else {

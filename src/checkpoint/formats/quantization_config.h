@@ -15,9 +15,9 @@ namespace sluice {
 /// How compressed-tensors describes one kind of number. Fields that are absent or null are empty.
 struct QuantizationArgs {
   bool is_present = false;
-  std::optional<std::uint64_t> num_bits, group_size;
-  std::string type;      ///< "int" or "float"
-  std::string strategy;  ///< "tensor", "channel", "group", "token", ...
+  std::optional<std::int64_t> num_bits, group_size;  ///< -1 as written: none.
+  std::string type;                                  ///< "int" or "float"
+  std::string strategy;                              ///< "tensor", "channel", "group", "token", ...
   std::string actorder;
   std::string dynamic;  ///< "true", "false", "local"
   std::optional<bool> is_symmetric;
@@ -38,15 +38,15 @@ struct QuantizationConfig {
   std::string quant_algo;
   std::string activation_scheme;
   std::string format;  ///< compressed-tensors: the container.
-  std::optional<std::uint64_t> group_size;
-  std::vector<std::uint64_t> weight_block_size;
+  std::optional<std::int64_t> group_size;
+  std::vector<std::int64_t> weight_block_size;
   std::vector<QuantizationGroup> groups;
   std::vector<std::string> exclusions;  ///< `ignore` and its other names, in both files.
   bool has_sparsity = false, has_expert_sparsity = false, has_transforms = false;
 
   std::string algo_file;  ///< hf_quant_config.json, with its directory; empty if there is none.
   std::string algo;       ///< Its quantization.quant_algo.
-  std::optional<std::uint64_t> algo_group_size;
+  std::optional<std::int64_t> algo_group_size;
   bool has_zero_point = false;
 };
 
@@ -59,11 +59,12 @@ struct Contradiction {
 [[nodiscard]] std::optional<Contradiction> contradiction(const QuantizationConfig& a,
                                                          const QuantizationConfig& b);
 
-/// Reads the value of the key quantization_config. Throws: kCorruptFile.
+/// Reads the value of the key quantization_config; `config.file` is for messages. Throws:
+/// kCorruptFile (not JSON), kUnsupported (a method or a group size of the wrong kind).
 void read_quantization_config(JsonReader& json, QuantizationConfig& config);
 
-/// Reads all of hf_quant_config.json. Throws: kCorruptFile; kUnsupported if it
-/// contradicts `config`.
+/// Reads all of hf_quant_config.json. Throws: the same, and kUnsupported if it contradicts
+/// `config`.
 void read_algo_config(std::string_view text, const std::string& file, QuantizationConfig& config);
 
 }  // namespace sluice

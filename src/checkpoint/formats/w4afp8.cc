@@ -46,6 +46,14 @@ class W4afp8Format final : public Format {
     if (has_offset_) flip_high_bits(rows, rows.data());
   }
 
+  [[nodiscard]] std::string refusal(const ExpertTensors::Part& extra) const override {
+    if (!is_input_scale(extra.name)) return Format::refusal(extra);
+    return fmt::format(
+        "is an input scale that is not called {}, as this checkpoint has them; all are called w1, "
+        "w3, w2.input_scale, or all gate_proj, up_proj, down_proj.input_scale",
+        input_scale_part({.role = role_of(extra.name)}));
+  }
+
   [[nodiscard]] QuantMatrix load(const ExpertTensors& expert, const MatrixLayout& matrix,
                                  ExpertStorage& storage) const override {
     const TensorRef& weight = part_of(expert, matrix.part("weight"));
@@ -56,6 +64,14 @@ class W4afp8Format final : public Format {
   }
 
  private:
+  /// Of an input scale under either kind of stem.
+  static MatrixLayout::Role role_of(std::string_view part) noexcept {
+    using Role = MatrixLayout::Role;
+    return part.starts_with("w1.") || part.starts_with("gate") ? Role::kGate
+           : part.starts_with("w3.") || part.starts_with("up") ? Role::kUp
+                                                               : Role::kDown;
+  }
+
   bool has_offset_;  // U8 codes of q + 8, which the format's definition does not foresee.
   /// Input scales have the weights' stem. Published files have w1 beside gate_proj.
   bool has_own_inputs_;
@@ -77,6 +93,10 @@ std::optional<Recognised> recognise_w4afp8(const FormatClues& clues) {
   if (config.group_size && *config.group_size != kGroup) {
     fail(ErrorCode::kUnsupported, "{}: quantization_config.group_size = {}; w4afp8 has {}",
          config.file, *config.group_size, kGroup);
+  }
+  if (config.algo_group_size && *config.algo_group_size != kGroup) {
+    fail(ErrorCode::kUnsupported, "{}: quantization.group_size = {}; w4afp8 has {}",
+         config.algo_file, *config.algo_group_size, kGroup);
   }
   std::string evidence = by_method
                              ? fmt::format("config.json: quant_method = '{}'", config.quant_method)
