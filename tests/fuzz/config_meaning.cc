@@ -2,7 +2,9 @@
 
 #include <algorithm>
 #include <cctype>
+#include <cmath>
 #include <initializer_list>
+#include <limits>
 #include <optional>
 #include <vector>
 
@@ -51,7 +53,8 @@ Json flat(const Json& whole) {
   Json sum = Json::object();
   for (const Json* object : objects_of(whole)) {
     for (const auto& [key, value] : object->items()) {
-      if (!value.is_null()) sum[key] = value;
+      // An empty name is none.
+      if (!value.is_null() && !(key == "model_type" && value == "")) sum[key] = value;
     }
   }
   return sum;
@@ -80,19 +83,26 @@ bool is_off(const Json& value) {
   return std::all_of(value.begin(), value.end(), is_off);
 }
 
-/// True if the key gives this number, to all layers or in a list to one of them.
-bool gives(const Json& config, const char* key, float number) {
-  const Json* const value = member(config, key);
-  if (!value) return false;
-  const Json list = value->is_array() ? *value : Json::array({*value});
-  return std::any_of(list.begin(), list.end(), [&](const Json& one) {
-    return one.is_number() && static_cast<float>(one.get<double>()) == number;
-  });
+/// What the key gives a layer, as a number for all or in a list: 0 if that is nothing, NaN, which
+/// equals no parameter, if it is no number.
+float given_to(const Json& config, const char* key, std::size_t layer) {
+  const Json* value = member(config, key);
+  if (value && value->is_array()) value = layer < value->size() ? &(*value)[layer] : nullptr;
+  if (!value || is_off(*value)) return 0;
+  return value->is_number() ? static_cast<float>(value->get<double>())
+                            : std::numeric_limits<float>::quiet_NaN();
 }
 
-/// A list by layer with layers that have no limit.
-bool is_off_in_places(const Json& value) {
-  return value.is_array() && std::any_of(value.begin(), value.end(), is_off);
+/// The limit of a layer under either name; NaN if one is no number.
+float limit_of(const Json& config, std::size_t layer) {
+  const float one = given_to(config, "swiglu_limit", layer);
+  const float other = given_to(config, "swiglu_limits", layer);
+  return std::isnan(one) || std::isnan(other) ? std::numeric_limits<float>::quiet_NaN()
+                                              : std::max(one, other);
+}
+
+bool is_limit(const std::string& key) {
+  return key == "swiglu_limit" || key == "swiglu_limits";
 }
 
 bool sizes_agree(const Json& config, const ModelGeometry& g) {
@@ -136,25 +146,47 @@ bool is_activation_key(const std::string& key) {
 }
 
 /// Of one layer: plain SwiGLU must be all there is for it; the others must be declared, with these
-/// parameters.
-bool activation_agrees(const Json& config, const ActivationFn& fn) {
+/// parameters and no others.
+bool activation_agrees(const Json& config, std::size_t layer, const ActivationFn& fn) {
+  if (fn.limit != limit_of(config, layer)) return false;
+  const bool is_gpt_oss = text_of(config, "model_type") == "gpt_oss";
+  for (const auto& [key, value] : config.items()) {
+    if (!is_activation_key(key) || is_off(value) || is_limit(key)) continue;
+    const bool is_plain =
+        fn.kind == ActivationKind::kSwiglu || fn.kind == ActivationKind::kSwigluLimit || is_gpt_oss;
+    const bool is_own_number =
+        (fn.kind == ActivationKind::kSwigluOai && key == "swiglu_alpha") ||
+        (fn.kind == ActivationKind::kSwigluOai && key == "swiglu_beta" && value == 1) ||
+        (fn.kind == ActivationKind::kSitu && key.starts_with("activation_situ_"));
+    const bool is_own_name = fn.kind == ActivationKind::kSitu        ? value == "situ"
+                             : fn.kind == ActivationKind::kSwigluOai ? value == "swigluoai"
+                                                                     : false;
+    if (!is_own_number && !is_own_name && !(is_plain && value == "silu")) return false;
+  }
   switch (fn.kind) {
     case ActivationKind::kSwiglu:
-      for (const auto& [key, value] : config.items()) {
-        if (is_activation_key(key) && value != "silu" && !is_off(value) &&
-            !is_off_in_places(value)) {
-          return false;
-        }
-      }
-      return true;
     case ActivationKind::kSwigluLimit:
+      return !is_gpt_oss;
     case ActivationKind::kSwigluOai:
-      return gives(config, "swiglu_limit", fn.limit) || gives(config, "swiglu_limits", fn.limit);
+      return fn.limit > 0 && (given_to(config, "swiglu_alpha", layer) == fn.alpha ||
+                              (is_gpt_oss && fn.alpha == 1.702f));
     case ActivationKind::kSitu:
-      return gives(config, "activation_situ_beta", fn.beta) &&
-             gives(config, "activation_situ_linear_beta", fn.linear_beta);
+      return given_to(config, "activation_situ_beta", layer) == fn.beta &&
+             given_to(config, "activation_situ_linear_beta", layer) == fn.linear_beta;
   }
   return false;
+}
+
+/// Of every layer, as far as anyone counts; and of the layer that stands in the geometry.
+bool activations_agree(const Json& config, const ModelConfig& read) {
+  constexpr int kMostLayers = 128;
+  bool is_geometry_one_of_them = false;
+  for (int layer = 0; layer < std::clamp(read.num_layers, 1, kMostLayers); ++layer) {
+    const ActivationFn& fn = read.activations.of(layer);
+    if (!activation_agrees(config, static_cast<std::size_t>(layer), fn)) return false;
+    is_geometry_one_of_them |= fn == read.geometry.activation;
+  }
+  return is_geometry_one_of_them;
 }
 
 /// Keys that would change results, and some that sound so and that nobody knows.
@@ -224,8 +256,7 @@ bool means_the_same(const Texts& texts, const ModelConfig& config) {
   const Json keys = flat(whole);
   return sizes_agree(keys, config.geometry) &&
          factor_agrees(keys, config.geometry.routed_scaling_factor) && layers_agree(keys, config) &&
-         activation_agrees(keys, config.geometry.activation) && nothing_else_is_on(whole) &&
-         descriptions_agree(whole);
+         activations_agree(keys, config) && nothing_else_is_on(whole) && descriptions_agree(whole);
 }
 
 bool is_declared(const Texts& texts, const Format& format) {
@@ -239,16 +270,34 @@ bool is_declared(const Texts& texts, const Format& format) {
   const Json* const inner = member(algo_file, "quantization");
   const std::string algo = inner ? text_of(*inner, "quant_algo") : std::string();
   const std::string name(format.name());
-  if (name == "w4afp8") return method == name || (method.empty() && algo == "MIXED_PRECISION");
+  // Both files may say it, under one or two names; what is not said is 128.
+  auto group = number(quantization, {"group_size", "weight_group_size"});
+  if (const auto other = inner ? number(*inner, {"group_size"}) : std::nullopt) {
+    if (group && *group != *other) return false;
+    group = other;
+  }
+  const bool is_group_ours = group.value_or(128) == format.group_size();
+  if (name == "w4afp8") {
+    return (method == name || (method.empty() && algo == "MIXED_PRECISION")) && is_group_ours;
+  }
   if (name == "compressed-tensors") {
     return method == name && has_int4_group(quantization, format.group_size());
   }
-  if (name == "angelslim") return method == "w4a8_awq";
+  if (name == "angelslim") return method == "w4a8_awq" && is_group_ours;
   if (name == "modelopt-w4a8-awq") {
-    return algo == "W4A8_AWQ" || text_of(quantization, "quant_algo") == "W4A8_AWQ";
+    return (algo == "W4A8_AWQ" || text_of(quantization, "quant_algo") == "W4A8_AWQ") &&
+           is_group_ours;
   }
   if (name == "fp8-block") return method == "fp8";
   return name == "bf16" && method.empty() && algo.empty();
+}
+
+bool may_be_corrupt(const Texts& texts) {
+  const auto is_sound = [](const std::string& text) {
+    const Json json = Json::parse(text, nullptr, false);
+    return json.is_object();
+  };
+  return !is_sound(texts.config) || (!texts.algo.empty() && !is_sound(texts.algo));
 }
 
 bool means_the_same(const Texts& texts, const WeightMap& map) {

@@ -30,6 +30,10 @@ struct Tally {
 /// True if the files declare this format, with these groups.
 [[nodiscard]] bool is_declared(const Texts& texts, const Format& format);
 
+/// True if config.json or hf_quant_config.json is not a JSON object. Only then is one of them
+/// corrupt, unless a key occurs twice in it, which this reader does not see.
+[[nodiscard]] bool may_be_corrupt(const Texts& texts);
+
 /// True if every tensor is in the file that the index says, and there is no other.
 [[nodiscard]] bool means_the_same(const Texts& texts, const WeightMap& map);
 

@@ -1,6 +1,7 @@
 // Fuzzes config.json, hf_quant_config.json and model.safetensors.index.json together.
 //
-//   input bytes --edit()--> three JSON texts --the readers--> refused: kCorruptFile or kUnsupported
+//   input bytes --edit()--> three JSON texts --the readers--> refused: kUnsupported, and
+//                                                       |     kCorruptFile where the JSON is broken
 //                                                       \---> accepted: config_meaning.h agrees
 //
 // The edits know the structure: keys with an effect and their spellings, keys without one, nesting,
@@ -9,10 +10,12 @@
 // mutation that changes the meaning and is accepted with the old one is found.
 #include <cstddef>
 #include <cstdint>
+#include <cstdio>
 #include <cstdlib>
 #include <iterator>
 #include <optional>
 #include <string>
+#include <string_view>
 #include <utility>
 #include <vector>
 
@@ -20,12 +23,14 @@
 #include "checkpoint/model_config.h"
 #include "checkpoint/weight_map.h"
 #include "config_meaning.h"
+#include "config_words.h"
 #include "sluice/error.h"
 
 namespace {
 
 using Json = nlohmann::ordered_json;
 using sluice::fuzz::Texts;
+using namespace sluice::fuzz::words;  // NOLINT(google-build-using-namespace)
 
 /// Reads the input front to back; zeros follow its end.
 class Input {
@@ -43,166 +48,6 @@ class Input {
   const std::uint8_t* data_;
   std::size_t size_, at_ = 0;
 };
-
-constexpr const char* kKeys[] = {"hidden_size",
-                                 "routed_expert_hidden_size",
-                                 "moe_latent_size",
-                                 "moe_intermediate_size",
-                                 "expert_ffn_hidden_size",
-                                 "intermediate_size",
-                                 "n_routed_experts",
-                                 "num_experts",
-                                 "num_local_experts",
-                                 "num_experts_per_tok",
-                                 "num_experts_per_token",
-                                 "moe_topk",
-                                 "moe_k",
-                                 "routed_scaling_factor",
-                                 "moe_router_topk_scaling_factor",
-                                 "num_hidden_layers",
-                                 "first_k_dense_replace",
-                                 "num_nextn_predict_layers",
-                                 "moe_layer_freq",
-                                 "mlp_only_layers",
-                                 "mlp_layer_types",
-                                 "hidden_act",
-                                 "hidden_activation",
-                                 "mlp_hidden_act",
-                                 "swiglu_limit",
-                                 "swiglu_limits",
-                                 "swiglu_alpha",
-                                 "activation_situ_beta",
-                                 "activation_situ_linear_beta",
-                                 "activation_new",
-                                 "mlp_bias",
-                                 "use_bias",
-                                 "expert_bias",
-                                 "zero_expert_num",
-                                 "block_configs",
-                                 "model_type",
-                                 "scoring_func",
-                                 "norm_topk_prob",
-                                 "rope_theta",
-                                 "vision_config",
-                                 "brand_new",
-                                 "moe_new",
-                                 "gate_scale",
-                                 "up_clamp",
-                                 "quant_method",
-                                 "quant_algo",
-                                 "group_size",
-                                 "activation_scheme",
-                                 "weight_block_size",
-                                 "format",
-                                 "config_groups",
-                                 "ignore",
-                                 "has_zero_point",
-                                 "num_bits",
-                                 "type",
-                                 "symmetric",
-                                 "strategy",
-                                 "dynamic",
-                                 "actorder",
-                                 "targets",
-                                 "sparsity_config",
-                                 "quantization_config",
-                                 "quantization",
-                                 "weights",
-                                 "input_activations"};
-
-constexpr const char* kValues[] = {"null",
-                                   "true",
-                                   "false",
-                                   "0",
-                                   "1",
-                                   "2",
-                                   "3",
-                                   "4",
-                                   "8",
-                                   "32",
-                                   "64",
-                                   "100",
-                                   "128",
-                                   "256",
-                                   "512",
-                                   "2880",
-                                   "-1",
-                                   "0.0",
-                                   "0.01",
-                                   "1.0",
-                                   "2.5",
-                                   "4.0",
-                                   "7.0",
-                                   "10.0",
-                                   "25.0",
-                                   "1e3",
-                                   "1e999",
-                                   "18446744073709551615",
-                                   "[]",
-                                   "{}",
-                                   "[128]",
-                                   "[128,128]",
-                                   "[128,256]",
-                                   "[0,1]",
-                                   "[0,0,0,1]",
-                                   "[\"dense\",\"sparse\"]",
-                                   "\"\"",
-                                   "\"silu\"",
-                                   "\"gelu\"",
-                                   "\"gelu_pytorch_tanh\"",
-                                   "\"situ\"",
-                                   "\"swigluoai\"",
-                                   "\"none\"",
-                                   "\"int\"",
-                                   "\"float\"",
-                                   "\"group\"",
-                                   "\"channel\"",
-                                   "\"weight\"",
-                                   "\"w4afp8\"",
-                                   "\"my-w4afp8\"",
-                                   "\"gptq\"",
-                                   "\"awq\"",
-                                   "\"mxfp4\"",
-                                   "\"fp8\"",
-                                   "\"compressed-tensors\"",
-                                   "\"modelopt\"",
-                                   "\"w4a8_awq\"",
-                                   "\"NVFP4\"",
-                                   "\"W4A8_AWQ\"",
-                                   "\"MIXED_PRECISION\"",
-                                   "\"pack-quantized\"",
-                                   "\"nvfp4-pack-quantized\"",
-                                   "\"dynamic\"",
-                                   "\"static\"",
-                                   "[\"Linear\"]",
-                                   "[\"re:.*experts.*\"]",
-                                   "[\"re:(\"]",
-                                   "[\"mlp.experts\"]"};
-
-constexpr const char* kBases[] = {
-    R"({"model_type": "deepseek_v3", "hidden_size": 256, "moe_intermediate_size": 128,
-        "n_routed_experts": 8, "num_experts_per_tok": 2, "first_k_dense_replace": 3,
-        "num_hidden_layers": 4, "routed_scaling_factor": 2.5, "hidden_act": "silu",
-        "quantization_config": {"quant_method": "w4afp8", "group_size": 128}})",
-    R"({"model_type": "kimi_k25", "text_config": {"hidden_size": 256, "hidden_act": "silu",
-        "moe_intermediate_size": 128, "num_experts": 8, "num_experts_per_token": 2,
-        "num_hidden_layers": 4, "first_k_dense_replace": 3, "quantization_config": {
-        "quant_method": "compressed-tensors", "format": "pack-quantized", "config_groups": {
-        "group_0": {"targets": ["Linear"], "weights": {"num_bits": 4, "type": "int",
-        "symmetric": true, "group_size": 32, "strategy": "group"}, "input_activations": null}}}}})",
-    R"({"hidden_size": 256, "intermediate_size": 128, "num_local_experts": 8, "hidden_act": "silu",
-        "num_experts_per_tok": 2, "num_hidden_layers": 4})",
-    R"({"hidden_size": 256, "moe_intermediate_size": 128, "n_routed_experts": 8,
-        "num_experts_per_tok": 2, "quantization_config": {"quant_method": "fp8",
-        "activation_scheme": "dynamic", "weight_block_size": [128, 128]}})"};
-
-constexpr const char* kAlgos[] = {
-    R"({"quantization": {"quant_algo": "MIXED_PRECISION"}})",
-    R"({"quantization": {"quant_algo": "W4A8_AWQ", "group_size": 128, "has_zero_point": false}})"};
-
-constexpr const char* kIndex =
-    R"({"metadata": {"total_size": 0}, "weight_map": {"model.norm.weight": "b.safetensors",
-        "model.layers.3.mlp.experts.0.gate_proj.weight": "a.safetensors"}})";
 
 /// An object of the tree, chosen by the input: the whole, or one that lies in it.
 Json& descend(Json& tree, Input& input) {
@@ -297,11 +142,18 @@ Texts edit(Input& input) {
   return texts;
 }
 
+/// Ends the run, showing the files and what was promised of them.
+[[noreturn]] void broken(const Texts& texts, const char* promise, const char* message = "") {
+  std::fprintf(stderr, "%s\nconfig.json: %s\nhf_quant_config.json: %s\nindex: %s\n%s\n", promise,
+               texts.config.c_str(), texts.algo.c_str(), texts.index.c_str(), message);
+  std::abort();
+}
+
 /// A refusal has one of these codes; anything else is a defect.
-void check_code(const sluice::Error& error) {
+void check_code(const Texts& texts, const sluice::Error& error) {
   if (error.code() != sluice::ErrorCode::kCorruptFile &&
       error.code() != sluice::ErrorCode::kUnsupported) {
-    std::abort();
+    broken(texts, "a refusal is kCorruptFile or kUnsupported", error.what());
   }
 }
 
@@ -332,13 +184,22 @@ void check_config(const Texts& texts) {
     if (!texts.algo.empty()) algo = {.text = texts.algo, .name = "hf_quant_config.json"};
     const sluice::ModelConfig config =
         sluice::parse_model_config({.text = texts.config, .name = "config.json"}, algo);
-    if (!sluice::fuzz::means_the_same(texts, config)) std::abort();
+    if (!sluice::fuzz::means_the_same(texts, config)) {
+      broken(texts, "what loads means what config.json says");
+    }
     const sluice::Recognised found = sluice::recognise(
         {.config = config.quantization, .index = index, .geometry = config.geometry});
-    if (!sluice::fuzz::is_declared(texts, *found.format)) std::abort();
+    if (!sluice::fuzz::is_declared(texts, *found.format)) {
+      broken(texts, "a format is recognised where it is declared", found.evidence.c_str());
+    }
     ++counts.accepted;
   } catch (const sluice::Error& error) {
-    check_code(error);
+    check_code(texts, error);
+    const bool is_twice = std::string_view(error.what()).find("occurs twice") != std::string::npos;
+    if (error.code() == sluice::ErrorCode::kCorruptFile && !is_twice &&
+        !sluice::fuzz::may_be_corrupt(texts)) {
+      broken(texts, "corrupt is what is not JSON", error.what());
+    }
     ++counts.refused;
   }
 }
@@ -346,9 +207,11 @@ void check_config(const Texts& texts) {
 void check_index(const Texts& texts) {
   try {
     const sluice::WeightMap map = sluice::parse_weight_map(texts.index, "index");
-    if (!sluice::fuzz::means_the_same(texts, map)) std::abort();
+    if (!sluice::fuzz::means_the_same(texts, map)) {
+      broken(texts, "every tensor is where the index says");
+    }
   } catch (const sluice::Error& error) {
-    check_code(error);
+    check_code(texts, error);
   }
 }
 

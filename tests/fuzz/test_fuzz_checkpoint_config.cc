@@ -3,12 +3,13 @@
 // passing.
 #include <gtest/gtest.h>
 
+#include <algorithm>
 #include <functional>
 #include <memory>
-#include <random>
 #include <vector>
 
 #include "config_meaning.h"
+#include "random_program.h"
 
 extern "C" int LLVMFuzzerTestOneInput(const std::uint8_t* data, std::size_t size);
 
@@ -62,17 +63,45 @@ TEST(SecondReading, SeesAnotherFile) {
   EXPECT_FALSE(means_the_same(texts, map));
 }
 
+TEST(SecondReading, SeesAnotherLayersActivation) {
+  auto text = nlohmann::ordered_json::parse(kConfig);
+  text.update({{"model_type", "deepseek_v4"}, {"swiglu_limit", {0, 7.0, nullptr, 10.0}}});
+  const Texts texts = {.config = text.dump(), .algo = {}, .index = {}};
+  ModelConfig config = read(texts.config);
+  EXPECT_TRUE(means_the_same(texts, config));
+  config.activations.by_layer[3].limit = 7;
+  EXPECT_FALSE(means_the_same(texts, config));
+  config.activations = {.by_layer = {ActivationFn{}}, .list_key = {}, .file = {}};
+  EXPECT_FALSE(means_the_same(texts, config));
+}
+
+TEST(SecondReading, TellsBrokenJsonFromValuesOfNoSense) {
+  EXPECT_FALSE(may_be_corrupt({.config = R"({"hidden_size": -7})", .algo = {}, .index = {}}));
+  EXPECT_TRUE(may_be_corrupt({.config = R"({"hidden_size": })", .algo = {}, .index = {}}));
+  EXPECT_TRUE(may_be_corrupt({.config = "{}", .algo = "{", .index = {}}));
+}
+
+/// A language model without a name of its own has that of the whole.
+TEST(SecondReading, AnEmptyModelTypeIsNone) {
+  auto text = nlohmann::ordered_json::parse(kConfig);
+  text.update({{"model_type", "gpt_oss"}, {"swiglu_limit", 7.0}});
+  text["text_config"] = {{"model_type", ""}};
+  const Texts texts = {.config = text.dump(), .algo = {}, .index = {}};
+  const ModelConfig config = read(texts.config);
+  EXPECT_EQ(config.geometry.activation.kind, ActivationKind::kSwigluOai);
+  EXPECT_TRUE(means_the_same(texts, config));
+}
+
 /// Edits of sound files, most of them few, so that both verdicts are common.
 TEST(FuzzCheckpointConfig, RandomPrograms) {
-  constexpr int kNumPrograms = 10'000;
-  std::mt19937_64 random(20261129);
+  constexpr std::uint64_t kSeed = 20261129, kNumPrograms = 10'000;
   const Tally before = tally();
-  for (int i = 0; i < kNumPrograms; ++i) {
-    const std::size_t size = 3 + random() % 48;
+  for (std::uint64_t i = 0; i < kNumPrograms; ++i) {
+    const std::vector<std::uint8_t> made = random_program(kSeed, i);
     // Of exact size, so that a sanitizer sees the first byte read past the end.
-    const auto program = std::make_unique<std::uint8_t[]>(size);
-    for (std::size_t at = 0; at < size; ++at) program[at] = static_cast<std::uint8_t>(random());
-    ASSERT_EQ(LLVMFuzzerTestOneInput(program.get(), size), 0);
+    const auto program = std::make_unique<std::uint8_t[]>(made.size());
+    std::ranges::copy(made, program.get());
+    ASSERT_EQ(LLVMFuzzerTestOneInput(program.get(), made.size()), 0) << i;
   }
   EXPECT_GT(tally().accepted - before.accepted, kNumPrograms / 20);
   EXPECT_GT(tally().refused - before.refused, kNumPrograms / 20);
