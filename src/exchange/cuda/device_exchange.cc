@@ -3,20 +3,18 @@
 // Ranks are streams: of one process over one GPU or several, or of several processes, as the
 // transport has it. A call only queues kernels; the epoch lives in device memory, so that captured
 // calls may be replayed.
-#include <cuda.h>
 #include <cuda_runtime_api.h>
 
 #include <algorithm>
-#include <cstring>
-#include <optional>
-#include <random>
 #include <string>
 #include <vector>
 
 #include "backend/cuda/check.h"
 #include "backend/ops.h"
 #include "core/fail.h"
+#include "exchange/cuda/device_faults.h"
 #include "exchange/cuda/device_layout.h"
+#include "exchange/cuda/device_sharing.h"
 #include "exchange/cuda/exchange_kernels.h"
 #include "exchange/impl.h"
 #include "sluice/quant.h"
@@ -25,33 +23,9 @@
 namespace sluice {
 namespace {
 
-using cuda::DeviceFault;
 using cuda::ExchangeState;
 using cuda::SlotParams;
 using cuda::SlotState;
-
-/// The two fault records, in host-mapped memory: they outlive a failed kernel.
-class MappedFaults {
- public:
-  MappedFaults() {
-    SLUICE_CUDA_CHECK(cudaHostAlloc(reinterpret_cast<void**>(&faults_), 2 * sizeof(DeviceFault),
-                                    cudaHostAllocMapped | cudaHostAllocPortable));
-    faults_[0] = faults_[1] = {};
-  }
-  ~MappedFaults() { (void)cudaFreeHost(faults_); }
-  MappedFaults(const MappedFaults&) = delete;
-  MappedFaults& operator=(const MappedFaults&) = delete;
-  [[nodiscard]] DeviceFault* device() const noexcept { return faults_; }
-  [[nodiscard]] std::optional<DeviceFault> get(cuda::FaultRecord record) const noexcept {
-    const DeviceFault* const fault = faults_ + record;
-    if (static_cast<const volatile DeviceFault*>(fault)->kind == cuda::kNoFault) return {};
-    return *fault;
-  }
-  void clear(cuda::FaultRecord record) noexcept { faults_[record].kind = cuda::kNoFault; }
-
- private:
-  DeviceFault* faults_ = nullptr;
-};
 
 /// One of the dispatches that may be in flight.
 struct Slot {
@@ -94,9 +68,7 @@ class DeviceExchange final : public Exchange::Impl {
     bool returned = false;  // Every rank has been told that expert_y is complete.
   };
 
-  void check_limits(int ranks) const;
   void share_window(Transport& transport);
-  void count_ranks_on_device(Transport& transport);
   void make_slots();
   void meet();
   [[nodiscard]] Slot& take_slot(Stream stream);
@@ -117,26 +89,24 @@ class DeviceExchange final : public Exchange::Impl {
     const std::int64_t parts = std::min(kEnough, num_tokens * config.hidden / 1024);
     return ctas_for(std::max(num_tokens, parts));
   }
-  void throw_failure();
   void throw_fault();
-  [[nodiscard]] std::vector<int> ranks_of(const DeviceFault& fault) const;
-  [[nodiscard]] std::string describe(const DeviceFault& fault) const;
 
   Backend& backend_;
   DeviceLayout layout_;
   std::vector<std::shared_ptr<std::byte>> windows_;  // [num_ranks]; peers may hold them longer.
   std::unique_ptr<DeviceBuffer> private_, state_;
-  MappedFaults faults_;
+  DeviceFaults faults_;
   std::vector<Slot> slots_;
   int ranks_on_device_ = 1, max_ctas_ = 1;
   int ranks_in_process_ = 1;  // Of those: they share its default stream.
   std::uint64_t num_dispatches_ = 0;
-  std::optional<Error> failure_;  // What stopped the exchange for good.
 };
 
 DeviceExchange::DeviceExchange(const ExchangeConfig& config_in, Transport& transport,
                                Backend& backend)
-    : backend_(backend), layout_(config_in, transport.num_ranks()) {
+    : backend_(backend),
+      layout_(config_in, transport.num_ranks()),
+      faults_(config_in, transport.rank(), transport.num_ranks()) {
   config = config_in;
   rank = transport.rank();
   num_ranks = transport.num_ranks();
@@ -144,14 +114,15 @@ DeviceExchange::DeviceExchange(const ExchangeConfig& config_in, Transport& trans
   placement = layout_.placement;
   max_rows = layout_.max_rows;
   use_device();
-  check_limits(num_ranks);
+  layout_.check(config, num_ranks);
   cuda::prepare_exchange_kernels();
   private_ = backend.allocate(layout_.private_bytes());
   state_ = backend.allocate(layout_.state_bytes());
   const auto queue = static_cast<cudaStream_t>(backend.stream().handle);
   SLUICE_CUDA_CHECK(cudaMemsetAsync(state_->data(), 0, state_->bytes(), queue));
   share_window(transport);
-  count_ranks_on_device(transport);
+  const RanksOnDevice ranks = count_ranks_on_device(transport, device.index, config.peer_timeout);
+  ranks_on_device_ = ranks.all, ranks_in_process_ = ranks.in_process;
   int num_sms = 0;
   SLUICE_CUDA_CHECK(cudaDeviceGetAttribute(&num_sms, cudaDevAttrMultiProcessorCount, device.index));
   const int share = num_sms / ranks_on_device_;
@@ -163,19 +134,6 @@ DeviceExchange::DeviceExchange(const ExchangeConfig& config_in, Transport& trans
   max_ctas_ = config.num_sms > 0 ? config.num_sms : share;
   make_slots();
   meet();
-}
-
-void DeviceExchange::check_limits(int ranks) const {
-  check_argument(ranks <= kMaxDeviceRanks, "{} ranks over CUDA memory; at most {}", ranks,
-                 int{kMaxDeviceRanks});
-  check_argument(config.num_experts <= cuda::kMaxExchangeExperts,
-                 "num_experts {} over CUDA memory; at most {}", config.num_experts,
-                 int{cuda::kMaxExchangeExperts});
-  check_argument(layout_.payload_bytes <= cuda::kMaxPayloadBytes,
-                 "hidden {} makes rows of {} bytes; at most {} over CUDA memory", config.hidden,
-                 layout_.payload_bytes, int{cuda::kMaxPayloadBytes});
-  check_argument(max_rows < (std::int64_t{1} << 31), "{} rows on a rank; at most 2^31 - 1",
-                 max_rows);
 }
 
 /// Every rank allocates its window, clears its flags, and only then shows it to the others.
@@ -190,69 +148,7 @@ void DeviceExchange::share_window(Transport& transport) {
   SLUICE_CUDA_CHECK(cudaStreamSynchronize(queue));
   windows_ = transport.share_device_memory(std::shared_ptr<std::byte>(memory, memory->data()),
                                            layout_.window_bytes(), config.peer_timeout);
-  for (const auto& window : windows_) {
-    cudaPointerAttributes attributes{};
-    SLUICE_CUDA_CHECK(cudaPointerGetAttributes(&attributes, window.get()));
-    if (attributes.device == device.index) continue;
-    const cudaError_t status = cudaDeviceEnablePeerAccess(attributes.device, 0);
-    if (status == cudaErrorPeerAccessAlreadyEnabled) {
-      (void)cudaGetLastError();
-    } else if (status != cudaSuccess) {
-      (void)cudaGetLastError();
-      fail(ErrorCode::kUnsupported, "cuda:{} cannot reach the memory of cuda:{}: {}", device.index,
-           attributes.device, cudaGetErrorString(status));
-    }
-  }
-}
-
-/// What tells devices and processes apart.
-struct DeviceAndProcess {
-  cudaUUID_t device;
-  std::uint64_t process;
-};
-
-std::uint64_t this_process() {
-  static const std::uint64_t token = [] {
-    std::random_device random;
-    return std::uint64_t{random()} << 32 | random();
-  }();
-  return token;
-}
-
-/// True if a kernel is loaded at its first launch, which may wait for everything on the device.
-bool loads_kernels_lazily() {
-  void* entry = nullptr;
-  cudaDriverEntryPointQueryResult found{};
-  SLUICE_CUDA_CHECK(cudaGetDriverEntryPointByVersion("cuModuleGetLoadingMode", &entry, 12000,
-                                                     cudaEnableDefault, &found));
-  if (found != cudaDriverEntryPointSuccess || entry == nullptr) return false;
-  CUmoduleLoadingMode mode{};
-  const auto query = reinterpret_cast<decltype(&cuModuleGetLoadingMode)>(entry);
-  return query(&mode) == CUDA_SUCCESS && mode == CU_MODULE_LAZY_LOADING;
-}
-
-/// Counts the ranks that share this one's device. Ranks that also share its process wait for each
-/// other inside kernels, so no launch of theirs may wait for the device.
-void DeviceExchange::count_ranks_on_device(Transport& transport) {
-  cudaDeviceProp properties{};
-  SLUICE_CUDA_CHECK(cudaGetDeviceProperties(&properties, device.index));
-  const DeviceAndProcess mine{properties.uuid, this_process()};
-  int on_device = 0, in_process = 0;
-  for (const auto& bytes :
-       transport.all_gather(std::as_bytes(std::span(&mine, 1)), config.peer_timeout)) {
-    DeviceAndProcess theirs{};
-    std::memcpy(&theirs, bytes.data(), sizeof(theirs));
-    if (std::memcmp(&theirs.device, &mine.device, sizeof(mine.device)) != 0) continue;
-    on_device += 1;
-    in_process += theirs.process == mine.process;
-  }
-  if (in_process > 1 && loads_kernels_lazily()) {
-    fail(ErrorCode::kUnsupported,
-         "{} ranks of this process share cuda:{} and kernels are loaded lazily, which can wait for "
-         "a rank that waits: set CUDA_MODULE_LOADING=EAGER before the first CUDA call",
-         in_process, device.index);
-  }
-  ranks_on_device_ = on_device, ranks_in_process_ = in_process;
+  for (const auto& window : windows_) enable_peer_access(device.index, window.get());
 }
 
 void DeviceExchange::make_slots() {
@@ -300,7 +196,7 @@ void DeviceExchange::meet() {
   cuda::launch_dispatch(p, {.num_tokens = 0, .receive = true}, config.wire, 1, stream.handle);
   cuda::launch_combine(p, {.num_tokens = 0, .send = true}, 1, stream.handle);
   backend_.synchronize(stream);
-  const auto fault = faults_.get(cuda::kFailure);
+  const auto fault = faults_.failure();
   if (!fault) return;
   std::string hint;
   if (ranks_on_device_ > 1) {
@@ -309,8 +205,8 @@ void DeviceExchange::meet() {
         "CUDA_DEVICE_MAX_CONNECTIONS=32 in the environment before the first CUDA call",
         ranks_on_device_, device.index);
   }
-  fail_of_ranks(ErrorCode::kPeerTimeout, ranks_of(*fault), "creation of the exchange: {}{}",
-                describe(*fault), hint);
+  fail_of_ranks(ErrorCode::kPeerTimeout, faults_.ranks_of(*fault), "creation of the exchange: {}{}",
+                faults_.describe(*fault), hint);
 }
 
 void DeviceExchange::check_stream(Stream stream) const {
@@ -396,7 +292,7 @@ void DeviceExchange::prepare_expert_y(const DeviceRoute& route, TensorView exper
 
 void DeviceExchange::combine_send(Dispatched::Route& base, TensorView expert_y, Stream stream) {
   auto& route = static_cast<DeviceRoute&>(base);
-  throw_failure();
+  faults_.throw_failure();
   check_stream(stream);
   use_device();
   route.stream = stream;
@@ -412,7 +308,7 @@ void DeviceExchange::combine_receive(Dispatched::Route& base, MutableTensorView 
 void DeviceExchange::combine(Dispatched::Route& base, TensorView expert_y, MutableTensorView y,
                              Stream stream) {
   auto& route = static_cast<DeviceRoute&>(base);
-  throw_failure();
+  faults_.throw_failure();
   use_device();
   prepare_expert_y(route, expert_y, stream);
   sum(route, y, stream, true);
@@ -458,63 +354,17 @@ void DeviceExchange::fill_batch(DeviceRoute& route, std::int64_t num_tokens) con
   route.expert_y.device = device;
 }
 
-std::vector<int> DeviceExchange::ranks_of(const DeviceFault& fault) const {
-  std::vector<int> ranks;
-  for (int r = 0; r < num_ranks; ++r) {
-    if (fault.missing >> r & 1) ranks.push_back(r);
-  }
-  return ranks;
-}
-
-std::string DeviceExchange::describe(const DeviceFault& fault) const {
-  static constexpr const char* kOperations[] = {"dispatch (row counts)", "dispatch", "combine",
-                                                "dispatch (reuse of buffers)"};
-  const char* const what = fault.kind == cuda::kPeerMissing ? "still missing rank(s)"
-                           : fault.kind == cuda::kDropped
-                               ? "dropped their dispatch instead of combining it: rank(s)"
-                               : "out of step: a later epoch from rank(s)";
-  return fmt::format("{} epoch {} on rank {}: waited at most {} ms, {}{} (flag {}, expected {})",
-                     kOperations[fault.operation], fault.epoch, rank, config.peer_timeout.count(),
-                     what, list_of(ranks_of(fault)), fault.seen, fault.expected);
-}
-
-/// Throws if an earlier wait has stopped the exchange. Combine throws nothing else: whether it saw
-/// a refusal of its own dispatch already would depend on time, and peers wait for it.
-void DeviceExchange::throw_failure() {
-  if (failure_) {
-    fail_of_ranks(ErrorCode::kTransport, failure_->ranks(), "this exchange stopped earlier: {}",
-                  failure_->what());
-  }
-  const auto fault = faults_.get(cuda::kFailure);
-  if (!fault) return;
-  failure_ =
-      Error(fault->kind == cuda::kPeerMissing ? ErrorCode::kPeerTimeout : ErrorCode::kTransport,
-            describe(*fault), ranks_of(*fault));
-  throw *failure_;
-}
-
 /// Throws what earlier calls found on the device; after a refused dispatch the exchange works on.
 void DeviceExchange::throw_fault() {
-  throw_failure();
-  const auto fault = faults_.get(cuda::kRefusal);
-  if (!fault) return;
-  faults_.clear(cuda::kRefusal);
+  faults_.throw_failure();
+  const auto refusal = faults_.take_refusal();
+  if (!refusal) return;
   auto* const state = reinterpret_cast<ExchangeState*>(state_->data());
   const auto queue = static_cast<cudaStream_t>(backend_.stream().handle);
   use_device();
   SLUICE_CUDA_CHECK(cudaMemsetAsync(&state->claimed[cuda::kRefusal], 0, sizeof(int), queue));
   SLUICE_CUDA_CHECK(cudaStreamSynchronize(queue));
-  if (fault->kind == cuda::kBadIndex) {
-    fail(ErrorCode::kInvalidArgument,
-         "an earlier dispatch had topk_idx[{}, {}] = {}, not in [-1, {}): that slot was left empty",
-         fault->where / config.num_topk, fault->where % config.num_topk, fault->value,
-         config.num_experts);
-  }
-  fail(
-      ErrorCode::kInvalidArgument,
-      "an earlier dispatch would have given expert {} {} rows, max_m is {}: every rank refused it, "
-      "its combine gave NaN",
-      fault->where, fault->count, fault->value);
+  faults_.throw_refusal(*refusal);
 }
 
 ExchangeCounters DeviceExchange::counters() const {

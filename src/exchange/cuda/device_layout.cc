@@ -1,5 +1,6 @@
 #include "exchange/cuda/device_layout.h"
 
+#include "core/fail.h"
 #include "exchange/impl.h"
 
 namespace sluice {
@@ -46,6 +47,19 @@ DeviceLayout::DeviceLayout(const ExchangeConfig& config, int num_ranks)
 
 std::size_t device_workspace_bytes(const ExchangeConfig& config, int num_ranks) {
   return DeviceLayout(config, num_ranks).total_bytes();
+}
+
+void DeviceLayout::check(const ExchangeConfig& config, int num_ranks) const {
+  check_argument(num_ranks <= kMaxDeviceRanks, "{} ranks over CUDA memory; at most {}", num_ranks,
+                 int{kMaxDeviceRanks});
+  check_argument(config.num_experts <= cuda::kMaxExchangeExperts,
+                 "num_experts {} over CUDA memory; at most {}", config.num_experts,
+                 int{cuda::kMaxExchangeExperts});
+  check_argument(payload_bytes <= cuda::kMaxPayloadBytes,
+                 "hidden {} makes rows of {} bytes; at most {} over CUDA memory", config.hidden,
+                 payload_bytes, int{cuda::kMaxPayloadBytes});
+  check_argument(max_rows < (std::int64_t{1} << 31), "{} rows on a rank; at most 2^31 - 1",
+                 max_rows);
 }
 
 }  // namespace sluice

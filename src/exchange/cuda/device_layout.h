@@ -32,6 +32,9 @@ namespace sluice {
 struct DeviceLayout {
   DeviceLayout(const ExchangeConfig& config, int num_ranks);
 
+  /// Throws: kInvalidArgument naming what the kernels cannot take, and the limit.
+  void check(const ExchangeConfig& config, int num_ranks) const;
+
   // Byte offsets within a slot.
   std::size_t dispatched = 0, returned = 0, counts = 0, x = 0, scale = 0, copies = 0, expert_y = 0;
   std::size_t slot_bytes = 0;

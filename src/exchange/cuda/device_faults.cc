@@ -1,0 +1,81 @@
+#include "exchange/cuda/device_faults.h"
+
+#include <cuda_runtime_api.h>
+
+#include "backend/cuda/check.h"
+#include "core/fail.h"
+
+namespace sluice {
+
+using cuda::DeviceFault;
+
+MappedFaults::MappedFaults() {
+  SLUICE_CUDA_CHECK(cudaHostAlloc(reinterpret_cast<void**>(&faults_), 2 * sizeof(DeviceFault),
+                                  cudaHostAllocMapped | cudaHostAllocPortable));
+  faults_[0] = faults_[1] = {};
+}
+
+MappedFaults::~MappedFaults() {
+  (void)cudaFreeHost(faults_);
+}
+
+std::optional<DeviceFault> MappedFaults::get(cuda::FaultRecord record) const noexcept {
+  const DeviceFault* const fault = faults_ + record;
+  if (static_cast<const volatile DeviceFault*>(fault)->kind == cuda::kNoFault) return {};
+  return *fault;
+}
+
+std::vector<int> DeviceFaults::ranks_of(const DeviceFault& fault) const {
+  std::vector<int> ranks;
+  for (int r = 0; r < num_ranks_; ++r) {
+    if (fault.missing >> r & 1) ranks.push_back(r);
+  }
+  return ranks;
+}
+
+std::string DeviceFaults::describe(const DeviceFault& fault) const {
+  static constexpr const char* kOperations[] = {"dispatch (row counts)", "dispatch", "combine",
+                                                "dispatch (reuse of buffers)"};
+  const char* const what = fault.kind == cuda::kPeerMissing ? "still missing rank(s)"
+                           : fault.kind == cuda::kDropped
+                               ? "dropped their dispatch instead of combining it: rank(s)"
+                               : "out of step: a later epoch from rank(s)";
+  return fmt::format("{} epoch {} on rank {}: waited at most {} ms, {}{} (flag {}, expected {})",
+                     kOperations[fault.operation], fault.epoch, rank_, config_.peer_timeout.count(),
+                     what, list_of(ranks_of(fault)), fault.seen, fault.expected);
+}
+
+void DeviceFaults::throw_failure() {
+  if (failure_) {
+    fail_of_ranks(ErrorCode::kTransport, failure_->ranks(), "this exchange stopped earlier: {}",
+                  failure_->what());
+  }
+  const auto fault = failure();
+  if (!fault) return;
+  failure_ =
+      Error(fault->kind == cuda::kPeerMissing ? ErrorCode::kPeerTimeout : ErrorCode::kTransport,
+            describe(*fault), ranks_of(*fault));
+  throw *failure_;
+}
+
+std::optional<DeviceFault> DeviceFaults::take_refusal() noexcept {
+  const auto refusal = records_.get(cuda::kRefusal);
+  if (refusal) records_.clear(cuda::kRefusal);
+  return refusal;
+}
+
+void DeviceFaults::throw_refusal(const DeviceFault& refusal) const {
+  if (refusal.kind == cuda::kBadIndex) {
+    fail(ErrorCode::kInvalidArgument,
+         "an earlier dispatch had topk_idx[{}, {}] = {}, not in [-1, {}): that slot was left empty",
+         refusal.where / config_.num_topk, refusal.where % config_.num_topk, refusal.value,
+         config_.num_experts);
+  }
+  fail(
+      ErrorCode::kInvalidArgument,
+      "an earlier dispatch would have given expert {} {} rows, max_m is {}: every rank refused it, "
+      "its combine gave NaN",
+      refusal.where, refusal.count, refusal.value);
+}
+
+}  // namespace sluice
