@@ -2,11 +2,11 @@
 #include <algorithm>
 #include <chrono>
 #include <cmath>
-#include <numeric>
 #include <optional>
 #include <thread>
 
 #include "backend/ops.h"
+#include "bench/device_rows.h"
 #include "bench/local_calls.h"
 #include "bench/random_experts.h"
 #include "core/fail.h"
@@ -17,8 +17,6 @@
 namespace sluice {
 namespace {
 
-constexpr std::int64_t kCheckedRows = 4;     // Of each case, compared with float64.
-constexpr std::int64_t kDistinctRows = 512;  // Of the input; further rows repeat them.
 // CUDA: launches recorded together last about this long, so that starting a replay is hidden, and
 // rotate through copies of the weights that the L2 cannot hold.
 constexpr double kReplayUs = 600;
@@ -51,148 +49,6 @@ ExpertWeights first_experts(const ExpertWeights& all, int num_experts) {
   out.experts.resize(static_cast<std::size_t>(num_experts));
   return out;
 }
-
-/// The rows' buffers on the device, large enough for every case.
-class DeviceRows {
- public:
-  DeviceRows(BackendOps& backend, const ExpertsBenchConfig& config, std::int64_t max_rows,
-             int max_experts)
-      : backend_(backend), stream_(backend.stream()), max_rows_(max_rows) {
-    const ModelGeometry& g = config.geometry;
-    const auto rows = static_cast<std::size_t>(max_rows);
-    const auto hidden = static_cast<std::size_t>(g.hidden);
-    const auto intermediate = static_cast<std::size_t>(g.intermediate);
-    load_ = make_workload({.num_experts = max_experts,
-                           .num_topk = 1,
-                           .hidden = g.hidden,
-                           .input = InputKind::kGaussian,
-                           .seed = config.seed},
-                          0, std::min(kDistinctRows, max_rows));
-    x_ = backend.allocate(rows * hidden * sizeof(std::uint16_t));
-    for (std::int64_t row = 0; row < max_rows; row += load_.num_tokens) {
-      const auto count = static_cast<std::size_t>(std::min(load_.num_tokens, max_rows - row));
-      backend.copy_from_host(x() + static_cast<std::size_t>(row) * hidden, load_.x.data(),
-                             count * hidden * sizeof(std::uint16_t), stream_);
-    }
-    begin_ = backend.allocate(static_cast<std::size_t>(max_experts) * sizeof(std::int64_t));
-    count_ = backend.allocate(static_cast<std::size_t>(max_experts) * sizeof(std::int32_t));
-    codes_ = backend.allocate(rows * hidden);
-    scale_ = backend.allocate(rows * hidden / kActivationGroup * sizeof(float));
-    requantized_ = backend.allocate(rows * hidden);
-    h_codes_ = backend.allocate(rows * intermediate);
-    h_scale_ = backend.allocate(rows * intermediate / kActivationGroup * sizeof(float));
-    y_ = backend.allocate(rows * hidden * sizeof(std::uint16_t));
-    in_ = {.codes = as<std::uint8_t>(codes_), .scale = as<float>(scale_), .width = g.hidden};
-    h_ = {
-        .codes = as<std::uint8_t>(h_codes_), .scale = as<float>(h_scale_), .width = g.intermediate};
-  }
-
-  /// Expert after expert without gaps.
-  void arrange(const std::vector<std::int32_t>& num_rows, int mean) {
-    num_rows_ = num_rows;
-    row_begin_.resize(num_rows.size());
-    std::exclusive_scan(num_rows.begin(), num_rows.end(), row_begin_.begin(), std::int64_t{0});
-    total_ = row_begin_.back() + num_rows.back();
-    backend_.copy_from_host(begin_->data(), row_begin_.data(),
-                            row_begin_.size() * sizeof(std::int64_t), stream_);
-    backend_.copy_from_host(count_->data(), num_rows_.data(),
-                            num_rows_.size() * sizeof(std::int32_t), stream_);
-    rows_ = {.num_experts = static_cast<int>(num_rows.size()),
-             .begin = as<std::int64_t>(begin_),
-             .count = as<std::int32_t>(count_),
-             .max_rows = max_rows_,
-             .max_rows_per_expert = max_rows_,
-             .expected_m = mean};
-  }
-
-  /// Static scales instead of one per 128: the largest that the rows of this case need.
-  StaticScales use_static(const PreparedExperts& experts) {
-    in_.scale = as<float>(scale_), h_.scale = as<float>(h_scale_);
-    quantize();
-    run(experts, nullptr);
-    backend_.synchronize(stream_);
-    float amax = 0;
-    for (const std::uint16_t v : load_.x) amax = std::max(amax, std::fabs(bf16_to_float(v)));
-    std::vector<float> h_scale(static_cast<std::size_t>(total_ * (h_.width / kActivationGroup)));
-    backend_.copy_to_host(h_scale.data(), h_.scale, h_scale.size() * sizeof(float), stream_);
-    const StaticScales scales{amax / kE4m3Max, *std::ranges::max_element(h_scale)};
-    in_.scale = nullptr, in_.static_scale = scales.s1;
-    h_.scale = nullptr, h_.static_scale = scales.s2;
-    return scales;
-  }
-
-  void quantize() { backend_.quantize(x(), rows_, false, in_, stream_); }
-  void requantize() {
-    backend_.requantize(
-        in_, rows_,
-        {.codes = as<std::uint8_t>(requantized_), .static_scale = 0.02f, .width = in_.width},
-        stream_);
-  }
-  void run(const PreparedExperts& experts, ExpertStageTimes* times) {
-    backend_.expert_stage(experts, in_, rows_, h_, as<std::uint16_t>(y_), stream_, times);
-  }
-  [[nodiscard]] bool run_half(ExpertHalf half, const PreparedExperts& experts) {
-    return backend_.expert_half(half, experts, in_, rows_, h_, as<std::uint16_t>(y_), stream_);
-  }
-  [[nodiscard]] std::int64_t total_rows() const { return total_; }
-  [[nodiscard]] std::int64_t active_experts() const {
-    return std::count_if(num_rows_.begin(), num_rows_.end(), [](auto n) { return n > 0; });
-  }
-
-  /// Compares a few rows, spread over all, with float64; the largest |error| / bound.
-  [[nodiscard]] double check(const LayerReference& reference) {
-    const auto hidden = static_cast<std::size_t>(in_.width);
-    const std::int64_t count = std::min(kCheckedRows, total_);
-    std::vector<ReferenceRow> expected(static_cast<std::size_t>(count));
-    std::vector<std::thread> threads;
-    for (std::int64_t i = 0; i < count; ++i) {
-      threads.emplace_back([&, i] {
-        const std::int64_t row = i * total_ / count;
-        const auto next = std::upper_bound(row_begin_.begin(), row_begin_.end(), row);
-        auto expert = static_cast<std::int32_t>(next - row_begin_.begin() - 1);
-        while (num_rows_[static_cast<std::size_t>(expert)] == 0) --expert;
-        const float weight = 1.0f;
-        const auto at = static_cast<std::size_t>(row % load_.num_tokens) * hidden;
-        expected[static_cast<std::size_t>(i)] = reference.row(&load_.x[at], &expert, &weight, 1);
-      });
-    }
-    for (std::thread& thread : threads) thread.join();
-    VerifyReport report;
-    std::vector<std::uint16_t> y(hidden);
-    for (std::int64_t i = 0; i < count; ++i) {
-      const std::int64_t row = i * total_ / count;
-      backend_.copy_to_host(y.data(),
-                            as<std::uint16_t>(y_) + static_cast<std::size_t>(row) * hidden,
-                            hidden * sizeof(std::uint16_t), stream_);
-      compare_row(expected[static_cast<std::size_t>(i)], y.data(), row, report);
-    }
-    if (!report.passed()) {
-      fail(ErrorCode::kInternal,
-           "row {}, element {}: {} where float64 has {} +- {}; nothing is timed",
-           report.worst_token, report.worst_element, report.worst_actual, report.worst_expected,
-           report.worst_bound);
-    }
-    return report.worst_ratio;
-  }
-
- private:
-  template <class T>
-  static T* as(const std::unique_ptr<DeviceBuffer>& buffer) {
-    return reinterpret_cast<T*>(buffer->data());
-  }
-  [[nodiscard]] std::uint16_t* x() const { return as<std::uint16_t>(x_); }
-
-  BackendOps& backend_;
-  Stream stream_;
-  std::int64_t max_rows_, total_ = 0;
-  std::vector<std::int32_t> num_rows_;
-  std::vector<std::int64_t> row_begin_;
-  Workload load_;
-  std::unique_ptr<DeviceBuffer> x_, begin_, count_, codes_, scale_, requantized_, h_codes_,
-      h_scale_, y_;
-  RowRanges rows_;
-  Fp8Rows in_, h_;
-};
 
 using WeightSets = std::vector<std::unique_ptr<PreparedExperts>>;
 

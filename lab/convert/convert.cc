@@ -5,20 +5,19 @@
 #include <algorithm>
 #include <array>
 #include <cmath>
-#include <nlohmann/json.hpp>
 #include <span>
 #include <string_view>
 #include <utility>
 
 #include "checkpoint/checkpoint_impl.h"
 #include "convert/journal.h"
+#include "convert/other_files.h"
 #include "convert/output_plan.h"
 #include "convert/quantize_weights.h"
 #include "convert/resolve.h"
 #include "convert/target_format.h"
 #include "convert/verify.h"
 #include "core/fail.h"
-#include "core/sha256.h"
 #include "core/threads.h"
 #include "files/file_write.h"
 #include "files/output_dir.h"
@@ -29,12 +28,10 @@ namespace sluice {
 namespace {
 
 namespace fs = std::filesystem;
-using namespace nlohmann::literals;
 
 constexpr std::array kRules = {std::pair{ScaleRule::kAmax7, "amax7"},
                                std::pair{ScaleRule::kAmax8, "amax8"},
                                std::pair{ScaleRule::kMse, "mse"}};
-constexpr const char* kChecksums = "SHA256SUMS";
 
 /// Read and written in pieces of this size.
 constexpr std::size_t kPieceBytes = std::size_t{8} << 20;
@@ -126,9 +123,9 @@ class Converter {
   [[nodiscard]] Expert exact_expert(const OutputJob& job, ExpertStorage& storage) const;
   [[nodiscard]] Expert quantized_expert(const OutputJob& job);
   void finish(ConvertReport& report);
-  void copy_files() const;
-  void write_checksums() const;
-  [[nodiscard]] std::string config_text() const;
+  [[nodiscard]] std::string config_text() const {
+    return converted_config(source_.dir, target_->quantization_config(resolved_.spec));
+  }
   [[nodiscard]] fs::path shard_path(const OutputPlace& place) const {
     return work_dir_ / plan_.shards[place.shard].name;
   }
@@ -311,70 +308,10 @@ std::uint64_t Converter::make_expert(const OutputJob& job) {
   return digest;
 }
 
-/// The source's, with what is said of its numbers replaced.
-std::string Converter::config_text() const {
-  const auto file = MappedFile::open(source_.dir / "config.json");
-  const auto* text = reinterpret_cast<const char*>(file->bytes().data());
-  auto config = nlohmann::ordered_json::parse(text, text + file->bytes().size());
-  // Where it stands now, or where one is looked for first.
-  const bool is_nested = config.contains("/text_config/quantization_config"_json_pointer);
-  auto& owner = is_nested ? config["text_config"] : config;
-  if (is_nested) config.erase("quantization_config");
-  owner["quantization_config"] = target_->quantization_config(resolved_.spec);
-  return config.dump(2) + "\n";
-}
-
-/// Tokenizer and the like: small files that say nothing about numbers.
-void Converter::copy_files() const {
-  constexpr std::array kExtensions = {".json", ".jinja", ".txt", ".model", ".py", ".tiktoken"};
-  constexpr std::array kNotCopied = {"config.json", "hf_quant_config.json", "quant_cfg.json",
-                                     "model.safetensors.index.json"};
-  constexpr std::uintmax_t kMaxBytes = std::uintmax_t{256} << 20;
-  std::error_code problem;
-  for (fs::directory_iterator i(source_.dir, problem), end; !problem && i != end;
-       i.increment(problem)) {
-    const std::string name = i->path().filename().string();
-    if (!i->is_regular_file() || i->file_size() > kMaxBytes ||
-        std::ranges::find(kExtensions, i->path().extension().string()) == kExtensions.end() ||
-        std::ranges::find(kNotCopied, name) != kNotCopied.end()) {
-      continue;
-    }
-    fs::copy_file(i->path(), work_dir_ / name, fs::copy_options::overwrite_existing, problem);
-    if (problem) break;
-  }
-  if (problem) {
-    fail(ErrorCode::kIo, "{}: cannot copy its files: {}", source_.dir.string(), problem.message());
-  }
-}
-
-/// Of all files of the result, as `sha256sum --check SHA256SUMS` reads them.
-void Converter::write_checksums() const {
-  std::vector<std::string> names;
-  for (const auto& entry : fs::directory_iterator(work_dir_)) {
-    const std::string name = entry.path().filename().string();
-    if (name != kChecksums && name != Journal::kFileName) names.push_back(name);
-  }
-  std::ranges::sort(names);
-  std::string text;
-  for (const std::string& name : names) {
-    const auto file = MappedFile::open(work_dir_ / name);
-    Sha256 hash;
-    const auto bytes = file->bytes();
-    for (std::size_t at = 0; at < bytes.size(); at += kPieceBytes) {
-      const auto piece = bytes.subspan(at, std::min(kPieceBytes, bytes.size() - at));
-      MappedFile::will_need(piece);
-      hash.update(piece);
-      MappedFile::release(piece);
-    }
-    text += fmt::format("{}  {}\n", to_hex(hash.finish()), name);
-  }
-  write_text(work_dir_ / kChecksums, text);
-}
-
 void Converter::finish(ConvertReport& report) {
   write_text(work_dir_ / "model.safetensors.index.json", plan_.index_text());
   write_text(work_dir_ / "config.json", config_text());
-  if (!options_.experts_only) copy_files();
+  if (!options_.experts_only) copy_small_files(source_.dir, work_dir_);
   // Verification holds an expert of its own.
   std::vector<float>().swap(weights_);
   quantized_ = {};
@@ -392,7 +329,7 @@ void Converter::finish(ConvertReport& report) {
     report.worst_relative_error = seen.worst_relative_error;
     report.worst_matrix = seen.worst_matrix;
   }
-  write_checksums();
+  write_checksums(work_dir_);
   std::error_code problem;
   fs::remove(work_dir_ / Journal::kFileName, problem);
   move_to_target(work_dir_, target_dir_);

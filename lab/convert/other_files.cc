@@ -1,0 +1,83 @@
+#include "convert/other_files.h"
+
+#include <algorithm>
+#include <array>
+#include <cstddef>
+#include <vector>
+
+#include "convert/journal.h"
+#include "core/fail.h"
+#include "core/mmap.h"
+#include "core/sha256.h"
+#include "files/file_write.h"
+
+namespace sluice {
+namespace {
+
+namespace fs = std::filesystem;
+using namespace nlohmann::literals;
+
+constexpr const char* kChecksums = "SHA256SUMS";
+
+/// Read in pieces of this size.
+constexpr std::size_t kPieceBytes = std::size_t{8} << 20;
+
+}  // namespace
+
+std::string converted_config(const fs::path& source, const nlohmann::ordered_json& quantization) {
+  const auto file = MappedFile::open(source / "config.json");
+  const auto* text = reinterpret_cast<const char*>(file->bytes().data());
+  auto config = nlohmann::ordered_json::parse(text, text + file->bytes().size());
+  // Where it stands now, or where one is looked for first.
+  const bool is_nested = config.contains("/text_config/quantization_config"_json_pointer);
+  auto& owner = is_nested ? config["text_config"] : config;
+  if (is_nested) config.erase("quantization_config");
+  owner["quantization_config"] = quantization;
+  return config.dump(2) + "\n";
+}
+
+void copy_small_files(const fs::path& source, const fs::path& target) {
+  constexpr std::array kExtensions = {".json", ".jinja", ".txt", ".model", ".py", ".tiktoken"};
+  constexpr std::array kNotCopied = {"config.json", "hf_quant_config.json", "quant_cfg.json",
+                                     "model.safetensors.index.json"};
+  constexpr std::uintmax_t kMaxBytes = std::uintmax_t{256} << 20;
+  std::error_code problem;
+  for (fs::directory_iterator i(source, problem), end; !problem && i != end; i.increment(problem)) {
+    const std::string name = i->path().filename().string();
+    if (!i->is_regular_file() || i->file_size() > kMaxBytes ||
+        std::ranges::find(kExtensions, i->path().extension().string()) == kExtensions.end() ||
+        std::ranges::find(kNotCopied, name) != kNotCopied.end()) {
+      continue;
+    }
+    fs::copy_file(i->path(), target / name, fs::copy_options::overwrite_existing, problem);
+    if (problem) break;
+  }
+  if (problem) {
+    fail(ErrorCode::kIo, "{}: cannot copy its files: {}", source.string(), problem.message());
+  }
+}
+
+void write_checksums(const fs::path& dir) {
+  std::vector<std::string> names;
+  for (const auto& entry : fs::directory_iterator(dir)) {
+    const std::string name = entry.path().filename().string();
+    if (name != kChecksums && name != Journal::kFileName) names.push_back(name);
+  }
+  std::ranges::sort(names);
+  std::string text;
+  for (const std::string& name : names) {
+    const auto file = MappedFile::open(dir / name);
+    Sha256 hash;
+    const auto bytes = file->bytes();
+    for (std::size_t at = 0; at < bytes.size(); at += kPieceBytes) {
+      const auto piece = bytes.subspan(at, std::min(kPieceBytes, bytes.size() - at));
+      MappedFile::will_need(piece);
+      hash.update(piece);
+      MappedFile::release(piece);
+    }
+    text += fmt::format("{}  {}\n", to_hex(hash.finish()), name);
+  }
+  write_text(dir / kChecksums, text);
+}
+
+}  // namespace sluice

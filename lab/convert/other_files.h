@@ -1,0 +1,20 @@
+// other_files.h - what stands beside the shards of a converted checkpoint.
+#pragma once
+
+#include <filesystem>
+#include <nlohmann/json.hpp>
+#include <string>
+
+namespace sluice {
+
+/// The config.json of `source`, with what is said of its numbers replaced by `quantization`.
+[[nodiscard]] std::string converted_config(const std::filesystem::path& source,
+                                           const nlohmann::ordered_json& quantization);
+
+/// Copies the tokenizer and the like: small files that say nothing about numbers. Throws: kIo.
+void copy_small_files(const std::filesystem::path& source, const std::filesystem::path& target);
+
+/// Writes SHA256SUMS of all files in `dir`, as `sha256sum --check` reads it. Throws: kIo.
+void write_checksums(const std::filesystem::path& dir);
+
+}  // namespace sluice
