@@ -360,13 +360,7 @@ TEST_F(CudaLayerTest, ACapturedGraphReplaysWithOtherRouting) {
     };
     forward();  // Kernels load on their first launch, which may not be captured.
     backend_->synchronize(stream_);
-    const auto queue = static_cast<cudaStream_t>(stream_.handle);
-    cudaGraph_t graph;
-    cudaGraphExec_t exec;
-    ASSERT_EQ(cudaStreamBeginCapture(queue, cudaStreamCaptureModeThreadLocal), cudaSuccess);
-    forward();
-    ASSERT_EQ(cudaStreamEndCapture(queue, &graph), cudaSuccess);
-    ASSERT_EQ(cudaGraphInstantiate(&exec, graph, 0), cudaSuccess);
+    const auto launch = capture(forward);
     for (std::uint64_t seed = 1; seed <= 6; ++seed) {
       const auto routing = seed % 3 == 0   ? RoutingKind::kOneExpert
                            : seed % 3 == 1 ? RoutingKind::kUniform
@@ -377,14 +371,12 @@ TEST_F(CudaLayerTest, ACapturedGraphReplaysWithOtherRouting) {
                                  stream_);
       };
       put(x, load.x), put(idx, load.topk_idx), put(weights, load.topk_weights);
-      ASSERT_EQ(cudaGraphLaunch(exec, queue), cudaSuccess);
+      launch();
       const auto replayed = download<std::uint16_t>(*y, load.x.size());
       put(y, std::vector<std::uint16_t>(load.x.size(), 0x7fc1));
       forward();
       EXPECT_EQ(download<std::uint16_t>(*y, load.x.size()), replayed) << "seed " << seed;
     }
-    EXPECT_EQ(cudaGraphExecDestroy(exec), cudaSuccess);
-    EXPECT_EQ(cudaGraphDestroy(graph), cudaSuccess);
   }
 }
 

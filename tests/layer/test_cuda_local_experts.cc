@@ -3,7 +3,6 @@
 #include <cuda_runtime_api.h>
 #include <gtest/gtest.h>
 
-#include <functional>
 #include <limits>
 #include <memory>
 #include <vector>
@@ -92,23 +91,6 @@ class CudaLocalExpertsTest : public CudaBackendTest {
     const auto y = take(c);
     engine.check();
     return y;
-  }
-  /// Captures `work` on stream_ and hands back what launches it.
-  std::function<void()> capture(const std::function<void()>& work) {
-    const auto queue = static_cast<cudaStream_t>(stream_.handle);
-    cudaGraph_t graph = nullptr;
-    cudaGraphExec_t exec = nullptr;
-    EXPECT_EQ(cudaStreamBeginCapture(queue, cudaStreamCaptureModeThreadLocal), cudaSuccess);
-    work();
-    EXPECT_EQ(cudaStreamEndCapture(queue, &graph), cudaSuccess);
-    EXPECT_EQ(cudaGraphInstantiate(&exec, graph, 0), cudaSuccess);
-    EXPECT_EQ(cudaGraphDestroy(graph), cudaSuccess);
-    const std::shared_ptr<void> keep(exec, [](void* e) {
-      EXPECT_EQ(cudaGraphExecDestroy(static_cast<cudaGraphExec_t>(e)), cudaSuccess);
-    });
-    return [keep, queue] {
-      EXPECT_EQ(cudaGraphLaunch(static_cast<cudaGraphExec_t>(keep.get()), queue), cudaSuccess);
-    };
   }
 
   std::vector<std::unique_ptr<Transport>> transports_ = make_inproc_transports(1);

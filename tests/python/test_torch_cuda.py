@@ -1,16 +1,13 @@
-"""What only a GPU shows: streams, graphs, memory of its own, processes that share it."""
+"""What only a GPU shows: streams, graphs, memory of its own. Processes: test_torch_processes.py."""
 
 import json
-import os
 import statistics
 import subprocess
 import time
-from pathlib import Path
 
 import numpy as np
 import pytest
 from conftest import LAYER, one_rank_engine
-from processes import run_ranks
 from spaces import Torch
 from test_layer import outputs_digest
 
@@ -22,35 +19,6 @@ torch = pytest.importorskip("torch", reason="torch is not installed")
 HAS_GPU = torch.cuda.is_available()
 needs_gpu = pytest.mark.skipif(not HAS_GPU, reason="torch sees no CUDA device")
 TOKENS = 8
-
-
-def shared_gpu(_):
-    """Ranks that share a GPU wait for each other inside kernels."""
-    return {**os.environ, "CUDA_DEVICE_MAX_CONNECTIONS": "32", "CUDA_MODULE_LOADING": "EAGER",
-            "SLUICE_TIMEOUT_MS": "60000"}
-
-
-@pytest.mark.parametrize("num_ranks", [1, 2, 4])
-@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=needs_gpu)])
-def test_processes_through_deep_ep(tmp_path, num_ranks, device):
-    run_ranks(Path(__file__).parent / "rank_of_deep_ep.py", num_ranks, tmp_path, device,
-              environment=shared_gpu)
-
-
-@pytest.mark.parametrize("mode", ["low-latency", "normal"])
-@pytest.mark.parametrize("device, shape", [
-    ("cpu", "small"),
-    pytest.param("cuda", "small", marks=needs_gpu),
-    pytest.param("cuda", "published", marks=needs_gpu),
-])
-def test_published_checks(tmp_path, device, shape, mode):
-    """As many processes as DeepEP's own; half where a GPU they share has not the memory."""
-    num_ranks = 3
-    if shape == "published":
-        room = torch.cuda.device_count() * torch.cuda.get_device_properties(0).total_memory
-        num_ranks = 8 if room > 120e9 else 4
-    run_ranks(Path(__file__).parent / "rank_of_published_checks.py", num_ranks, tmp_path, device, mode,
-              shape, environment=shared_gpu, timeout=150)
 
 
 @pytest.fixture(scope="module")

@@ -1,11 +1,13 @@
 // cuda_fixture.h - a test on the first CUDA device, skipped where there is none.
 #pragma once
 
+#include <cuda_runtime_api.h>
 #include <gtest/gtest.h>
 
 #include <algorithm>
 #include <cstdio>
 #include <cstdlib>
+#include <functional>
 #include <memory>
 #include <vector>
 
@@ -58,6 +60,24 @@ class CudaBackendTest : public ::testing::Test {
   template <class T>
   static T* as(const std::unique_ptr<DeviceBuffer>& buffer) {
     return reinterpret_cast<T*>(buffer->data());
+  }
+  /// Captures `work` on stream_ and hands back what launches it there. Kernels that load on
+  /// their first launch must have been launched before.
+  std::function<void()> capture(const std::function<void()>& work) {
+    const auto queue = static_cast<cudaStream_t>(stream_.handle);
+    cudaGraph_t graph = nullptr;
+    cudaGraphExec_t exec = nullptr;
+    EXPECT_EQ(cudaStreamBeginCapture(queue, cudaStreamCaptureModeThreadLocal), cudaSuccess);
+    work();
+    EXPECT_EQ(cudaStreamEndCapture(queue, &graph), cudaSuccess);
+    EXPECT_EQ(cudaGraphInstantiate(&exec, graph, 0), cudaSuccess);
+    EXPECT_EQ(cudaGraphDestroy(graph), cudaSuccess);
+    const std::shared_ptr<void> keep(exec, [](void* e) {
+      EXPECT_EQ(cudaGraphExecDestroy(static_cast<cudaGraphExec_t>(e)), cudaSuccess);
+    });
+    return [keep, queue] {
+      EXPECT_EQ(cudaGraphLaunch(static_cast<cudaGraphExec_t>(keep.get()), queue), cudaSuccess);
+    };
   }
 
   std::unique_ptr<Backend> backend_;

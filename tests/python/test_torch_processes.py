@@ -1,0 +1,39 @@
+"""Processes that are the ranks, with tensors of torch: on the CPU, and sharing a GPU."""
+
+import os
+from pathlib import Path
+
+import pytest
+from processes import run_ranks
+
+torch = pytest.importorskip("torch", reason="torch is not installed")
+needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no CUDA device")
+
+
+def shared_gpu(_):
+    """Ranks that share a GPU wait for each other inside kernels."""
+    return {**os.environ, "CUDA_DEVICE_MAX_CONNECTIONS": "32", "CUDA_MODULE_LOADING": "EAGER",
+            "SLUICE_TIMEOUT_MS": "60000"}
+
+
+@pytest.mark.parametrize("num_ranks", [1, 2, 4])
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=needs_gpu)])
+def test_processes_through_deep_ep(tmp_path, num_ranks, device):
+    run_ranks(Path(__file__).parent / "rank_of_deep_ep.py", num_ranks, tmp_path, device,
+              environment=shared_gpu)
+
+
+@pytest.mark.parametrize("mode", ["low-latency", "normal"])
+@pytest.mark.parametrize("device, shape", [
+    ("cpu", "small"),
+    pytest.param("cuda", "small", marks=needs_gpu),
+    pytest.param("cuda", "published", marks=needs_gpu),
+])
+def test_published_checks(tmp_path, device, shape, mode):
+    """As many processes as DeepEP's own; half where a GPU they share has not the memory."""
+    num_ranks = 3
+    if shape == "published":
+        room = torch.cuda.device_count() * torch.cuda.get_device_properties(0).total_memory
+        num_ranks = 8 if room > 120e9 else 4
+    run_ranks(Path(__file__).parent / "rank_of_published_checks.py", num_ranks, tmp_path, device, mode,
+              shape, environment=shared_gpu, timeout=150)
