@@ -2,6 +2,9 @@
 // read.
 #include "backend/cpu/prepared_experts.h"
 #include "repack_fixture.h"
+#include "sluice/experts.h"
+#include "sluice/local_experts.h"
+#include "sluice/recipe.h"
 
 namespace sluice::testing {
 namespace {
@@ -103,6 +106,41 @@ TEST(CpuRepack, MemoryThatDoesNotFitIsRefused) {
   EXPECT_NE(refused(0, bytes - 1, {}).find("memory has"), std::string::npos);
   EXPECT_NE(refused(1, bytes, {}).find("not aligned to 64"), std::string::npos);
   EXPECT_NE(refused(0, bytes, {Device::Kind::kCuda, 0}).find("another device"), std::string::npos);
+}
+
+/// Experts that are not complete compute nothing, and are not taken for complete.
+TEST(CpuRepack, AnExpertThatIsMissingIsNamed) {
+  const auto backend = make_backend({.num_threads = 1});
+  const RepackCase c = repack_cases(256, 128)[0];
+  const DeviceStack stack(random_experts(c.geometry, c.scale_dtype, 1), kLayouts[0], *backend);
+  const StackedSources found = stacked_sources(stack.weights);
+  Experts experts = Experts::make_room(found.format, 8, *backend);
+  LocalGroup group =
+      LocalGroup::create({.hidden = 256, .intermediate = 128, .max_entries = 8}, *backend);
+  const LayerRecipe recipe =
+      resolve_recipe(parse_recipe("direct"), Mode::kLowLatency, DispatchDtype::kAuto, {}, "test");
+  const auto refused = [](const std::function<void()>& call) {
+    try {
+      call();
+      return std::string();
+    } catch (const Error& error) {
+      return std::string(error.what());
+    }
+  };
+  const auto add = [&] { (void)group.add_layer(experts, recipe); };
+  const std::span<const ExpertSource> all(found.experts);
+  experts.repack(0, all.first(1), {});
+  experts.repack(2, all.last(1), {});
+  EXPECT_EQ(refused([&] { experts.finish_repack({}); }), "expert 1 of 3 has not been repacked");
+  EXPECT_NE(refused(add).find("finish_repack() of its experts is missing"), std::string::npos);
+  EXPECT_NE(refused([&] { experts.forward(recipe, {}, {}, {}); }).find("finish_repack()"),
+            std::string::npos);
+  EXPECT_NE(refused([&] { experts.repack(2, all.first(2), {}); }).find("experts [2, 4) are not"),
+            std::string::npos);
+  experts.repack(1, all.subspan(1, 1), {});
+  experts.finish_repack({});
+  EXPECT_EQ(refused(add), "");
+  EXPECT_EQ(refused([&] { experts.repack(0, all, {}); }), "the experts are repacked already");
 }
 
 }  // namespace
