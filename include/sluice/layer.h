@@ -86,7 +86,7 @@ struct LayerSpec {
 };
 
 /// Rank `rank`'s part of a layer of `checkpoint`, mapped into memory: for who wants the weights
-/// themselves. LayerGroup::add_layer() of a checkpoint loads without it, and faster.
+/// themselves. LayerGroup::add_layer() of a checkpoint loads in several threads instead.
 /// Throws: kInvalidArgument for a layer without routed experts and for a number of ranks that does
 ///   not divide the experts; whatever Checkpoint::load_experts() throws.
 [[nodiscard]] LayerSpec read_layer(const Checkpoint& checkpoint, int layer, int rank,

@@ -1,7 +1,7 @@
 // mmap.h - a file mapped read-only, whose pages come in only when they are asked for.
 //
-// read() copies a part instead. That is the fast way to take in megabytes: no page has to be
-// mapped, and the system sees how much is wanted.
+// read() copies a part instead: the system sees how much is wanted, and a file that has become
+// shorter is told, not signalled.
 //
 // The kernel's guess at what is read next is switched off (it would pull in bytes of experts that
 // belong to other ranks); will_need() says it instead. Threads: const functions from any thread.
