@@ -3,8 +3,9 @@
 //
 // Maths     none: a permutation, a change of sign code, and scales * 2^9 (exact; undoes the 2^-9
 //           that a magnitude has as an e4m3 code).
-// Operands  weight and scale as repack.h's MatrixSource; packed stream, 128 B aligned. A thread
-//           reads 4 weights at a time; the rows of a warp's load stay in L1 for the next.
+// Operands  weight and scale as repack.h's MatrixSource; packed stream, 128 B aligned. Where rows
+//           are dense and aligned, four lanes read 16 bytes of a row each and trade them (kDense).
+//           Elsewhere a thread reads 4 weights at a time; what is left of a sector stays in L1.
 // Tile      one block per slab of 64 rows and K step of 128; each thread writes its own 8 words.
 // Warps     4, as the warpgroup that will read the slab.
 // Shared    none.    Barriers  none.
@@ -44,12 +45,40 @@ __device__ SourceRow source_row(const RepackParams& p, int slab, int warp, int h
   return {0, slab * kSlabRows + warp * 16 + 2 * c + half};
 }
 
-/// Four weights k..k+3 as a sign (bit 7) and magnitude (bits 2..0) per byte.
-__device__ std::uint32_t load_signed(const RepackParams& p, SourceRow from, int k,
-                                     bool& has_minus8) {
+/// A row's weights 16 i + 4 q + 0..3 of the K step as they are stored, i = 0..7, q = lane % 4.
+template <bool kDense>
+__device__ void load_pairs(const RepackParams& p, SourceRow from, int step, int q,
+                           std::uint32_t (&pairs)[8]) {
   const MatrixSource& m = p.from[from.matrix];
-  const std::uint32_t pairs = *reinterpret_cast<const std::uint16_t*>(
-      m.codes + from.row * m.row_bytes + k / 8 * m.word_bytes + k % 8 / 2);
+  const std::byte* const row = m.codes + from.row * m.row_bytes;
+  if constexpr (!kDense) {
+#pragma unroll
+    for (int i = 0; i < 8; ++i) {
+      const int k = step * kStepK + 16 * i + 4 * q;
+      pairs[i] = *reinterpret_cast<const std::uint16_t*>(row + k / 8 * m.word_bytes + k % 8 / 2);
+    }
+    return;
+  }
+  // Lane r of the four has the bytes of i = 2 r and 2 r + 1; word[q] is what lane q needs of them.
+  const uint4 w = *reinterpret_cast<const uint4*>(row + step * (kStepK / 2) + 16 * q);
+  std::uint32_t word[4] = {__byte_perm(w.x, w.z, 0x5410), __byte_perm(w.x, w.z, 0x7632),
+                           __byte_perm(w.y, w.w, 0x5410), __byte_perm(w.y, w.w, 0x7632)};
+  // A transposition of 4 x 4 words over 4 lanes: of 2 x 2 within both halves, then of the halves.
+  const auto trade = [q](std::uint32_t& low, std::uint32_t& high, int bit) {
+    const bool is_high = (q & bit) != 0;
+    const std::uint32_t got = __shfl_xor_sync(0xffffffffu, is_high ? low : high, bit);
+    (is_high ? low : high) = got;
+  };
+  trade(word[0], word[1], 1);
+  trade(word[2], word[3], 1);
+  trade(word[0], word[2], 2);
+  trade(word[1], word[3], 2);
+#pragma unroll
+  for (int i = 0; i < 8; ++i) pairs[i] = word[i / 2] >> (i % 2 * 16) & 0xffff;
+}
+
+/// Four weights as a sign (bit 7) and magnitude (bits 2..0) per byte.
+__device__ std::uint32_t to_signed(const RepackParams& p, std::uint32_t pairs, bool& has_minus8) {
   std::uint32_t q = (pairs | pairs << 8) & 0x00ff00ffu;
   q = ((q | q << 4) & 0x0f0f0f0fu) ^ p.flip;  // One weight per byte, two's complement.
   const std::uint32_t negative = q >> 3 & 0x01010101u;
@@ -85,6 +114,7 @@ __device__ void copy_scale(const RepackParams& p, SourceRow from, int k, std::ui
                                           p.expert, matrix, from.row, g, __float_as_uint(scale))));
 }
 
+template <bool kDense>
 __global__ void __launch_bounds__(128) repack_kernel(const __grid_constant__ RepackParams p) {
   const int step = blockIdx.x, slab = blockIdx.y;
   const int num_steps = gridDim.x, num_slabs = gridDim.y;
@@ -98,13 +128,14 @@ __global__ void __launch_bounds__(128) repack_kernel(const __grid_constant__ Rep
   const SourceRow lo = source_row(p, slab, warp, 0, lane / 4);
   const SourceRow hi = source_row(p, slab, warp, 1, lane / 4);
   bool has_minus8 = false;
-  std::uint32_t words[8];
+  std::uint32_t words[8], set0[8], set1[8];
+  load_pairs<kDense>(p, lo, step, lane % 4, set0);
+  load_pairs<kDense>(p, hi, step, lane % 4, set1);
 #pragma unroll
   for (int i = 0; i < 8; ++i) {
-    const int k = step * kStepK + i / 2 * 32 + i % 2 * 16 + lane % 4 * 4;
-    const std::uint32_t set0 = load_signed(p, lo, k, has_minus8);
-    const std::uint32_t set1 = load_signed(p, hi, k, has_minus8);
-    words[i] = set0 | (set1 << 4 | set1 >> 28);  // Undone by widen()'s rotate right.
+    const std::uint32_t second = to_signed(p, set1[i], has_minus8);
+    // Undone by widen()'s rotate right.
+    words[i] = to_signed(p, set0[i], has_minus8) | (second << 4 | second >> 28);
   }
   auto* const planes = reinterpret_cast<uint4*>(out);
   planes[thread] = make_uint4(words[0], words[1], words[2], words[3]);
@@ -118,7 +149,7 @@ __global__ void __launch_bounds__(128) repack_kernel(const __grid_constant__ Rep
   }
 }
 
-/// Signs and magnitudes as load_signed() gives them: one less of every negative magnitude.
+/// Signs and magnitudes as to_signed() gives them: one less of every negative magnitude.
 __device__ std::uint32_t recode(std::uint32_t signed_bytes) {
   const std::uint32_t negative = signed_bytes >> 7 & 0x01010101u;
   const std::uint32_t less = (signed_bytes & 0x07070707u | 0x08080808u) - negative;
@@ -161,7 +192,13 @@ void launch_repack(const Repack& args, StreamHandle stream) {
                        .is_gate_up = args.is_gate_up,
                        .ones_complement = args.code == WeightCode::kOnesComplement};
   const dim3 grid(s.k / kStepK, s.n / kSlabRows);
-  repack_kernel<<<grid, 128, 0, static_cast<cudaStream_t>(stream)>>>(p);
+  const auto is_dense = [](const MatrixSource& m) {
+    return m.word_bytes == 4 && m.row_bytes % 16 == 0 &&
+           reinterpret_cast<std::uintptr_t>(m.codes) % 16 == 0;
+  };
+  const bool all_dense = is_dense(p.from[0]) && (!args.is_gate_up || is_dense(p.from[1]));
+  const auto kernel = all_dense ? repack_kernel<true> : repack_kernel<false>;
+  kernel<<<grid, 128, 0, static_cast<cudaStream_t>(stream)>>>(p);
   SLUICE_CUDA_CHECK(cudaGetLastError());
 }
 
