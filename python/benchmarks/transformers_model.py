@@ -8,7 +8,8 @@ transformers' own experts then take the place of Sluice's: bf16, which are exact
 stand for, and FP8 if transformers has its kernels. Attention and everything else is transformers' throughout.
 
 What is checked: rows of the experts have the same bits in every length of a call, are within 5.5 % (relative L2) of
-float32 on the same weights, and a CUDA graph generates the tokens of single steps.
+float32 on the same weights, and give the same bits in a CUDA graph as in single steps wherever they are given the same.
+Whether the rest of the model does so too is reported: two decodings by steps are compared as well.
 """
 
 import argparse
@@ -231,18 +232,47 @@ def check_rows(model, options):
 
 
 @torch.no_grad()
-def check_graph(model, options):
+def decode_recorded(model, options, use_graph):
+    """Of 8 steps: the tokens [8][B, 1], and for each step and layer what the experts were given and gave. In a graph
+    the copies that are kept of those are made by the graph."""
     ids = torch.arange(2 * options.context, device=model.device).reshape(2, -1) % model.config.vocab_size
-    tokens = []
-    for use_graph in (False, True):
-        decoder = Decoder(model, ids, options.context + 16)
-        (decoder.capture if use_graph else decoder.next)()
-        tokens.append([])
-        for _ in range(8):
-            decoder.next()
-            tokens[-1].append(decoder.token.clone())
-    if not torch.equal(torch.cat(tokens[0]), torch.cat(tokens[1])):
-        sys.exit("a CUDA graph generates other tokens than single steps")
+    modules = list(experts_of(model).values())
+    decoder, calls, tokens, steps = Decoder(model, ids, options.context + 16), [], [], []
+    hooks = [module.register_forward_hook(
+        lambda _, given, gave: calls.append([tensor.clone() for tensor in (*given, gave)])) for module in modules]
+    (decoder.capture if use_graph else decoder.next)()
+    for _ in range(8):
+        decoder.next()
+        tokens.append(decoder.token.clone())
+        steps.append([[tensor.clone() for tensor in call] for call in calls[-len(modules):]])
+    for hook in hooks:
+        hook.remove()
+    return tokens, steps
+
+
+def difference(first, second):
+    """Where two runs of decode_recorded() part first: (step, layer, "given" or "gave"), or None."""
+    for step, layers in enumerate(zip(first[1], second[1])):
+        for layer, (one, other) in enumerate(zip(*layers)):
+            if not all(map(torch.equal, one[:-1], other[:-1])):
+                return step, layer, "given"
+            if not torch.equal(one[-1], other[-1]):
+                return step, layer, "gave"
+    return None
+
+
+def check_decoding(model, options, use_graph):
+    """Decoding twice, the second time in a graph if it may: the experts give the same bits for the same input, or this
+    exits. Returns what else differs, in words, or None: attention, the router and the cache are not Sluice's."""
+    runs = [decode_recorded(model, options, use_graph=False), decode_recorded(model, options, use_graph=use_graph)]
+    where = difference(*runs)
+    if where is None:
+        same = all(map(torch.equal, *(run[0] for run in runs)))
+        return None if same else "the experts have the same bits, but other tokens come after them"
+    step, layer, what = where
+    if what == "gave":
+        sys.exit(f"step {step}, MoE layer {layer}: experts give other bits for the same input")
+    return f"step {step}, MoE layer {layer}: what comes to the experts has other bits"
 
 
 def measure_fp8(model, report, options, clock):
@@ -323,8 +353,10 @@ def run(options, folder):
     clock.release()
     check_layers(model, options, report["relative_l2"], "Sluice, INT4")
     check_rows(model, options)
-    if clock.is_gpu:
-        check_graph(model, options)
+    for how in ("steps", "graph") if clock.is_gpu else ("steps",):
+        differs = check_decoding(model, options, use_graph=how == "graph")
+        if differs:
+            report["failed"][f"decoding by steps and again, {how}"] = differs
     clock.release()
     said("checked")
     report["models"].append(measure(model, "Sluice, INT4", options, clock, options.batches))

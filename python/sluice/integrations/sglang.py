@@ -73,7 +73,8 @@ def register() -> None:
     except Exception as error:
         raise SystemExit(f"sluice.integrations.sglang: {type(error).__name__}: {error}\n"
                          "SLUICE_SGLANG=0 serves the model without Sluice.") from error
-    _logger.info("%s", about)
+    # SGLang calls this before it lets lines of a lesser level through.
+    _logger.warning("%s", about)
 
 
 def _register() -> None:
@@ -83,14 +84,17 @@ def _register() -> None:
 
     from sglang.srt.plugins.hook_registry import HookRegistry, HookType
 
-    from . import _sglang_experts as ours
-
     for seam in SEAMS:
         try:
             pkgutil.resolve_name(seam)
         except (ImportError, AttributeError) as error:
             raise Error("unsupported", f"this SGLang has no {seam} ({error}); sluice {__version__} was written for "
                                        "0.5.23") from error
+    try:
+        from . import _sglang_experts as ours
+    except ImportError as error:
+        raise Error("unsupported", f"this SGLang has no name that the experts need ({error}); sluice {__version__} was "
+                                   "written for 0.5.23") from error
     method, scheme, core, arguments = SEAMS
     HookRegistry.register(method, ours.SluiceW4AFp8MoEMethod, HookType.REPLACE)
     HookRegistry.register(scheme, ours.moe_scheme, HookType.AFTER)
