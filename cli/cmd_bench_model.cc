@@ -100,10 +100,7 @@ void add_bench_model(Command& bench, Output& output) {
   command.add_option("--preset", options->preset, "Geometry of a layer").shows_default();
   command.add_option("--experts", options->experts, "Experts of a layer, instead of the preset's")
       .range(1, 512);
-  command
-      .add_option("--num-layers,--layers", options->layers, "How many; --layers is the older name")
-      .range(1, 1024)
-      .shows_default();
+  command.add_option("--num-layers", options->layers, "How many").range(1, 1024).shows_default();
   command.add_option("--tokens", options->tokens, "Batch sizes, a graph each")
       .comma_separated()
       .range(1, 1 << 16)

@@ -5,14 +5,15 @@
 #   SLUICE_SANITIZERS=0 ...          without the sanitizer builds
 #   SLUICE_TORCH=0 ...               without PyTorch and transformers, and the tests that need them
 #   SLUICE_ENGINES=0 ...             without fetching SGLang and vLLM, whose own code some tests run
+#   SLUICE_MINUTES=n ...             cuts the sanitizers off n minutes after the start, and says so
 #   SLUICE_JOBS=n ...                jobs at a time; default: one for each core
 #
-# In order: the tests under ASan + UBSan, those with threads under TSan, then all tests of the
-# release build, among them the checks of the tree (layering, format, links). The CUDA parts are
-# built where there is an nvcc; their tests report themselves skipped where there is no GPU. Tests
-# with MPI run as processes of this machine; one of them makes network namespaces if it may. Last, the
-# self-contained wheel is installed beside PyTorch and transformers and tested from there. The release
-# build's tests have run the package without them.
+# In order: all tests of the release build, among them the checks of the tree (layering, format, links);
+# the self-contained wheel, installed and tested beside PyTorch and transformers, without which the
+# release build's tests have run the package; the tests under ASan + UBSan; those with threads under
+# TSan. The CUDA parts are built where there is an nvcc; their tests report themselves skipped where
+# there is no GPU. Tests with MPI run as processes of this machine; one of them makes network namespaces
+# if it may. The sanitizers stand last, so that a slow machine with a limit of time loses those alone.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 # shellcheck source=scripts/setup.sh
@@ -23,7 +24,7 @@ jobs=${SLUICE_JOBS:-$(nproc)}
 started=$SECONDS
 minutes() { printf '%d:%02d' $(((SECONDS - started) / 60)) $(((SECONDS - started) % 60)); }
 
-# PyTorch and the engines' wheels are fetched while the sanitizer builds are made.
+# PyTorch and the engines' wheels are fetched while the release build is made.
 with_torch=${SLUICE_TORCH:-1}
 if [ "$with_torch" != 0 ]; then
   timeout 1500 bash -c 'set -euo pipefail; source scripts/setup.sh; sluice_torch_venv' \
@@ -80,20 +81,36 @@ test_wheel() {
     "$venv/bin/python" -m pytest -q -p no:cacheprovider
 }
 
-if [ "${SLUICE_SANITIZERS:-1}" != 0 ]; then
-  for preset in cpu-asan cpu-tsan; do
-    build $preset
-    say "test $preset ($(minutes))"
-    ctest --preset $preset -j "$jobs"
-  done
-fi
+# Seconds until SLUICE_MINUTES are over, at least 1; 0, which is no limit, without SLUICE_MINUTES.
+seconds_left() {
+  [ -n "${SLUICE_MINUTES:-}" ] || { echo 0; return; }
+  local left=$((SLUICE_MINUTES * 60 - (SECONDS - started)))
+  echo $((left > 1 ? left : 1))
+}
 
+# $1: preset. A build or test that is cut off is no failure, and named.
+test_sanitized() {
+  local preset=$1 status=0
+  say "build $preset ($(minutes))"
+  cmake --preset "$preset"
+  timeout "$(seconds_left)" cmake --build --preset "$preset" -j "$jobs" || status=$?
+  if [ "$status" = 0 ]; then
+    say "test $preset ($(minutes))"
+    timeout "$(seconds_left)" ctest --preset "$preset" -j "$jobs" || status=$?
+  fi
+  [ "$status" = 124 ] || return "$status"
+  printf 'note: %s was cut off after %s minutes; what it had left is not tested under it\n' "$preset" \
+    "$SLUICE_MINUTES"
+}
+
+with_python=ON
+build/test-venv/bin/python -c 'import nanobind' 2>/dev/null || with_python=OFF
+build ci -DSLUICE_PYTHON=$with_python
 wait_for_torch
 wait_for_engines
-with_python=ON test_python=
-[ "$with_torch" = 0 ] || test_python=$PWD/build/torch-venv/bin/python
-build/test-venv/bin/python -c 'import nanobind' 2>/dev/null || with_python=OFF
-build ci -DSLUICE_PYTHON=$with_python -DSLUICE_TEST_PYTHON="$test_python"
+if [ "$with_torch" != 0 ]; then
+  cmake --preset ci -DSLUICE_TEST_PYTHON="$PWD/build/torch-venv/bin/python" >/dev/null
+fi
 say "test ci ($(minutes))"
 ctest --preset ci -j "$jobs"
 
@@ -101,6 +118,12 @@ if [ $with_python = ON ]; then
   test_wheel
 else
   say "not tested: the Python package, as its build tools could not be installed"
+fi
+
+if [ "${SLUICE_SANITIZERS:-1}" != 0 ]; then
+  for preset in cpu-asan cpu-tsan; do
+    test_sanitized $preset
+  done
 fi
 say "done ($(minutes))"
 if command -v ccache >/dev/null; then { ccache --show-stats || true; } | sed -n 1,4p; fi

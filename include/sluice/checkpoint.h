@@ -53,10 +53,16 @@ struct QuantMatrix {
   [[nodiscard]] std::int64_t k() const noexcept { return codes.dim(1) * 2; }
 };
 
+enum class MatrixRole { kGate, kUp, kDown };
+
 struct Expert {
   QuantMatrix gate;  ///< [intermediate, hidden]
   QuantMatrix up;    ///< [intermediate, hidden]
   QuantMatrix down;  ///< [hidden, intermediate]
+
+  [[nodiscard]] const QuantMatrix& matrix(MatrixRole role) const noexcept {
+    return role == MatrixRole::kGate ? gate : role == MatrixRole::kUp ? up : down;
+  }
 };
 
 /// Experts [first_expert, first_expert + experts.size()) of one layer. Views point into `storage`
@@ -81,8 +87,6 @@ struct InputScales {
   float w2 = 0;  ///< down_proj
   float w3 = 0;  ///< up_proj
 };
-
-enum class MatrixRole { kGate, kUp, kDown };
 
 /// Something in the checkpoint that loads but deserves a look.
 struct CheckpointWarning {

@@ -134,10 +134,7 @@ class CheckpointSource final : public LayerSource {
   }
 
   [[nodiscard]] SourceMatrix matrix(int expert, MatrixRole role) const override {
-    const Expert& e = weights_.experts[static_cast<std::size_t>(expert)];
-    const QuantMatrix& m = role == MatrixRole::kGate ? e.gate
-                           : role == MatrixRole::kUp ? e.up
-                                                     : e.down;
+    const QuantMatrix& m = weights_.experts[static_cast<std::size_t>(expert)].matrix(role);
     auto memory = std::make_shared<MatrixMemory>();
     memory->owner = weights_.storage;
     memory->original.resize(static_cast<std::size_t>(m.n() * m.k()));

@@ -149,10 +149,8 @@ void Load::run_job(std::size_t job, ExpertPacker& packer, std::span<std::byte> s
     ExpertReader& reader = *target->reader;
     packer.add_scales(*target->builder, expert, role,
                       reader.read_scales(expert, role, packer.next_scales()));
-    const Expert& shape = reader.shapes().experts[static_cast<std::size_t>(expert)];
-    const QuantMatrix& matrix = role == MatrixRole::kGate ? shape.gate
-                                : role == MatrixRole::kUp ? shape.up
-                                                          : shape.down;
+    const QuantMatrix& matrix =
+        reader.shapes().experts[static_cast<std::size_t>(expert)].matrix(role);
     for (std::int64_t row = 0; row < matrix.n(); row += reader.piece_rows(role)) {
       const std::int64_t rows = std::min(reader.piece_rows(role), matrix.n() - row);
       const auto piece = packer.next_piece().first(static_cast<std::size_t>(rows * matrix.k() / 2));

@@ -305,7 +305,7 @@ r = run("bench", "experts", "--preset", "tiny", "--rows", "3", "--repeat", "1", 
         "--activation", "situ:beta=4,linear_beta=25")
 check("bench experts of two activations", r.returncode == 0 and r.stdout.count(" swiglu ") > 2
       and r.stdout.count("situ:beta=4,linear_beta=25") > 2, r)
-r = run("bench", "model", "--preset", "tiny", "--layers", "3", "--tokens", "1,7", "--repeat", "2")
+r = run("bench", "model", "--preset", "tiny", "--num-layers", "3", "--tokens", "1,7", "--repeat", "2")
 check("bench model", r.returncode == 0 and "3 of 8 experts" in r.stdout and "as planned" in r.stdout
       and [line.split()[0] for line in r.stdout.splitlines()[-2:]] == ["1", "7"], r)
 r = run("bench", "experts", "--activation", "gelu")

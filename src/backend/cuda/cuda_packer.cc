@@ -31,10 +31,7 @@ class CudaBuilder final : public ExpertBuilder {
 
   [[nodiscard]] const CudaExperts& experts() const noexcept { return *experts_; }
   [[nodiscard]] const QuantMatrix& shape(int index, MatrixRole role) const {
-    const Expert& expert = shapes_[static_cast<std::size_t>(index)];
-    return role == MatrixRole::kGate ? expert.gate
-           : role == MatrixRole::kUp ? expert.up
-                                     : expert.down;
+    return shapes_[static_cast<std::size_t>(index)].matrix(role);
   }
   [[nodiscard]] std::unique_ptr<PreparedExperts> finish() override {
     SLUICE_CUDA_CHECK(cudaSetDevice(device_));
