@@ -17,6 +17,7 @@ from vllm.model_executor.layers.fused_moe.topk_weight_and_reduce import (
 
 from ..compat.w4a8 import W4A8Experts
 
+
 class SluiceExperts(mk.FusedMoEExpertsModular):
     """What both activation formats share. `experts` are the repacked weights of this rank."""
 

@@ -175,7 +175,7 @@ class SluiceMoEMethod(FusedMoEMethodBase):
         keys = [f"{kind} of {shard}" for kind in ("weights", "scales") for shard in ("w1", "w2", "w3")]
         lacks = [f"{key} ({self._num_loaded.get(key, 0)})" for key in keys if self._num_loaded.get(key, 0) != num]
         if lacks:
-            raise Error("corrupt_file", f"{self.name}: {', '.join(lacks)} were loaded, expected {num} of each")
+            raise Error("unsupported", f"{self.name}: {', '.join(lacks)} were loaded, expected {num} of each")
 
     def _static_scales(self, layer: Any) -> dict[str, float]:
         """a1_scale and a2_scale of W4A8Experts, or none."""
