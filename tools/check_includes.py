@@ -42,13 +42,13 @@ MODULES = [
                                                                                           ("cuda", "cute/", "cutlass/")),
     # The factory: the one place that names concrete backends.
     ("backend",        "src/backend/",         ("public", "core", "traits", "ops", "cpu backend", "cuda backend"), ("cuda",)),
-    # Which rank has an expert: a value for host code and kernels.
-    ("placement",      "src/exchange/placement.h", (),                                    ()),
-    ("cuda exchange",  "src/exchange/cuda/",   ("public", "core", "quant", "ops", "ptx", "device handles", "placement", "exchange",
+    # Which rank has a slot: a value for host code and kernels.
+    ("slot ranks",     "src/exchange/slot_ranks.h", (),                                    ()),
+    ("cuda exchange",  "src/exchange/cuda/",   ("public", "core", "quant", "ops", "ptx", "device handles", "slot ranks", "exchange",
                                                 "cuda support", "cuda formats"),
                                                                                           ("cuda",)),
-    ("exchange",       "src/exchange/",        ("public", "core", "quant", "traits", "ops", "placement"), ()),
-    ("engine",         "src/engine/",          ("public", "core", "quant", "checkpoint", "traits", "ops", "placement", "experts check", "exchange"), ()),
+    ("exchange",       "src/exchange/",        ("public", "core", "quant", "traits", "ops", "slot ranks"), ()),
+    ("engine",         "src/engine/",          ("public", "core", "quant", "checkpoint", "traits", "ops", "slot ranks", "experts check", "exchange"), ()),
     # The laboratory stands on the runtime; no folder of src/ may include it.
     ("ranks",          "lab/ranks/",           ("public",),                               ("posix",)),
     ("files",          "lab/files/",           ("public", "core"),                        ("posix",)),
@@ -59,7 +59,7 @@ MODULES = [
     ("report",         "lab/report/",          ("public",),                               ("nlohmann/",)),
     # Kernel benchmarks time what lies under the public surface.
     ("kernel bench",   "lab/bench/kernels/",   ("public", "core", "cuda backend", "cuda exchange", "cuda support", "cuda formats", "ptx"), ("posix", "cuda")),
-    ("bench",          "lab/bench/",           ("public", "core", "quant", "checkpoint", "ops", "placement"), ("posix",)),
+    ("bench",          "lab/bench/",           ("public", "core", "quant", "checkpoint", "ops", "slot ranks"), ("posix",)),
     ("cli",            "cli/",                 ("public", "report"),                      ("posix", "CLI/", "nlohmann/")),
     ("python",         "python/",              ("public",),                               ("nanobind/",)),
 ]
@@ -88,8 +88,8 @@ PUBLIC_OF = {
     "transport": BASE | {"transport.h"},
     "rows": BACKEND, "traits": BACKEND, "scale fault": BASE, "repack checks": BACKEND, "experts check": BACKEND, "ops": BACKEND, "cpu backend": BACKEND, "ptx": BASE,
     "cuda support": BASE, "cuda formats": VALUES, "cuda backend": BACKEND, "backend": BACKEND,
-    "cuda exchange": BACKEND | {"transport.h", "exchange.h"},
-    "exchange": BACKEND | {"transport.h", "exchange.h"},
+    "cuda exchange": BACKEND | {"transport.h", "exchange.h", "placement.h"},
+    "exchange": BACKEND | {"transport.h", "exchange.h", "placement.h"},
 }
 
 OUTSIDE = {

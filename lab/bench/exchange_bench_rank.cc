@@ -6,7 +6,7 @@
 #include <vector>
 
 #include "core/fail.h"
-#include "exchange/placement.h"
+#include "exchange/slot_ranks.h"
 #include "sluice/quant.h"
 
 namespace sluice {

@@ -11,7 +11,7 @@
 
 #include "backend/ops.h"
 #include "engine/experts_impl.h"
-#include "exchange/placement.h"
+#include "exchange/slot_ranks.h"
 #include "sluice/layer.h"
 #include "sluice/loading.h"
 

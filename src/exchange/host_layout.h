@@ -27,7 +27,7 @@
 #include <cstddef>
 #include <cstdint>
 
-#include "exchange/placement.h"
+#include "exchange/slot_ranks.h"
 #include "exchange/slot_rules.h"
 #include "sluice/exchange.h"
 

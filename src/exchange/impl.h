@@ -7,7 +7,7 @@
 #include <cstddef>
 #include <memory>
 
-#include "exchange/placement.h"
+#include "exchange/slot_ranks.h"
 #include "sluice/exchange.h"
 
 namespace sluice {

@@ -24,7 +24,7 @@
 #include <cstdint>
 
 #include "exchange/cuda/exchange_kernels.h"
-#include "exchange/placement.h"
+#include "exchange/slot_ranks.h"
 #include "sluice/exchange.h"
 
 namespace sluice {

@@ -8,7 +8,7 @@
 #include <cstddef>
 #include <cstdint>
 
-#include "exchange/placement.h"
+#include "exchange/slot_ranks.h"
 #include "sluice/recipe.h"
 #include "transport/device.cuh"
 

@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 class ExpertPlacement(NamedTuple):
     """DeepEP's placement, which its callers rely on: rank 0 has the first experts, rank 1 the next.
 
-    The exchange has the same in src/exchange/placement.h. The functions take numbers or arrays of
+    The exchange has the same in src/exchange/slot_ranks.h. The functions take numbers or arrays of
     numbers; an empty entry, -1, has rank -1.
     """
 

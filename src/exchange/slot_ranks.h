@@ -1,8 +1,12 @@
-// placement.h - which rank has an expert, and at which index there.
+// slot_ranks.h - which rank has a slot, and at which index there; which replica a row goes to.
 //
 // This is the one place that knows it: host code and kernels ask, and compute nothing themselves.
-// An expert's index on its rank is called its local expert.
+// To an exchange, "experts" are the physical slots of sluice/placement.h. Where a group has no
+// slots of its own, they are the logical experts too. A slot's index on its rank is called its
+// local expert.
 #pragma once
+
+#include <cstdint>
 
 #ifdef __CUDACC__
 #define SLUICE_HOST_DEVICE __host__ __device__
@@ -17,11 +21,6 @@ namespace sluice {
 ///
 /// Trivially copyable, so kernels take it by value. The number of local experts is divided out
 /// once, when the value is made.
-///
-/// Experts that move and repeat will be added here, as two tables in memory that the caller holds:
-/// from a rank's local experts to experts, and from an expert to its replicas. A replica must then
-/// be chosen by (source rank, token, top-k entry) alone, never by load or time, because the order
-/// of an expert's rows, and so every bit that follows, must not differ between runs.
 class ExpertPlacement {
  public:
   ExpertPlacement() = default;
@@ -50,6 +49,16 @@ class ExpertPlacement {
  private:
   int num_experts_ = 1, num_ranks_ = 1, num_local_ = 1;
 };
+
+/// Which of an expert's `num_replicas` the row of top-k entry `k` of token `token` of `source_rank`
+/// goes to: Placement::slot_of_row() says why so.
+[[nodiscard]] SLUICE_HOST_DEVICE constexpr int replica_of_row(int num_replicas, int source_rank,
+                                                              int token, int k) {
+  const std::uint32_t u = static_cast<std::uint32_t>(token) * 0x9e3779b9u +
+                          static_cast<std::uint32_t>(source_rank) * 0xd1b54a33u +
+                          static_cast<std::uint32_t>(k) * 0x8cb92ba7u;
+  return static_cast<int>(std::uint64_t{u} * static_cast<std::uint32_t>(num_replicas) >> 32);
+}
 
 }  // namespace sluice
 
