@@ -20,7 +20,9 @@ MODULES = [
     ("public",         "include/sluice/",      (),                                        ()),
     ("core",           "src/core/",            ("public",),                               ("posix",)),
     ("quant",          "src/quant/",           ("public", "core"),                        ()),
-    ("checkpoint",     "src/checkpoint/",      ("public", "core", "quant"),               ("posix", "nlohmann/")),
+    # Reads JSON that may be hostile.
+    ("json",           "src/checkpoint/json_reader", ("public", "core"),                  ()),
+    ("checkpoint",     "src/checkpoint/",      ("public", "core", "quant", "json"),       ("posix", "nlohmann/")),
     ("device handles", "src/transport/device.cuh", ("public", "core", "ptx"),             ("cuda",)),
     ("device memory",  "src/transport/ipc_device", ("public", "core"),                    ("cuda",)),
     ("transport",      "src/transport/",       ("public", "core", "device handles", "device memory"), ("posix",)),
@@ -48,6 +50,8 @@ MODULES = [
                                                 "cuda support", "cuda formats"),
                                                                                           ("cuda",)),
     ("exchange",       "src/exchange/",        ("public", "core", "quant", "traits", "ops", "slot ranks"), ()),
+    # Which experts to repeat and where to put them, from counts.
+    ("balance",        "src/balance/",         ("public", "core", "json"),                ()),
     ("engine",         "src/engine/",          ("public", "core", "quant", "checkpoint", "traits", "ops", "slot ranks", "experts check", "exchange"), ()),
     # The laboratory stands on the runtime; no folder of src/ may include it.
     ("ranks",          "lab/ranks/",           ("public",),                               ("posix",)),
@@ -90,6 +94,8 @@ PUBLIC_OF = {
     "cuda support": BASE, "cuda formats": VALUES, "cuda backend": BACKEND, "backend": BACKEND,
     "cuda exchange": BACKEND | {"transport.h", "exchange.h", "placement.h"},
     "exchange": BACKEND | {"transport.h", "exchange.h", "placement.h"},
+    "json": BASE,
+    "balance": BASE | {"placement.h", "balance.h", "expert_rows.h"},
 }
 
 OUTSIDE = {
