@@ -6,15 +6,14 @@
 #include <algorithm>
 #include <atomic>
 #include <chrono>
-#include <cstring>
 #include <mutex>
-#include <nlohmann/json.hpp>
 #include <numeric>
 #include <optional>
 #include <span>
 #include <thread>
 
 #include "launch.h"
+#include "rank_results.h"
 #include "report.h"
 #include "sluice/backend.h"
 #include "sluice/lab/ranks.h"
@@ -52,80 +51,6 @@ Workload workload_of(const LayerRunConfig& config, const ModelGeometry& geometry
                         .input = InputKind::kRealistic,
                         .seed = config.seed},
                        first, config.tokens[static_cast<std::size_t>(rank)]);
-}
-
-using Json = nlohmann::json;
-
-Json to_json(const ExchangeCounters& c) {
-  return {c.dispatch_bytes, c.combine_bytes,  c.dispatch_rows,
-          c.wait_ns,        c.num_dispatches, c.saturated_values};
-}
-
-ExchangeCounters counters_from(const Json& j) {
-  return {.dispatch_bytes = j[0],
-          .combine_bytes = j[1],
-          .dispatch_rows = j[2],
-          .wait_ns = j[3],
-          .num_dispatches = j[4],
-          .saturated_values = j[5]};
-}
-
-Json to_json(const LoadStats& s) {
-  return {s.seconds, s.file_bytes, s.prepared_bytes, s.host_bytes, s.num_threads};
-}
-
-LoadStats load_stats_from(const Json& j) {
-  return {.seconds = j[0],
-          .file_bytes = j[1],
-          .prepared_bytes = j[2],
-          .host_bytes = j[3],
-          .num_threads = j[4]};
-}
-
-/// A result on its way from one process to another.
-Json to_json(const RankResult& r) {
-  const StageTimes& t = r.stats.times;
-  const auto* y = reinterpret_cast<const std::uint8_t*>(r.y.data());
-  return {{"times",
-           {t.dispatch_us, t.quantize_us, t.gemm1_us, t.activation_us, t.gemm2_us, t.combine_us,
-            t.total_us}},
-          {"rows_per_expert", r.stats.rows_per_expert},
-          {"weight_bytes_read", r.stats.weight_bytes_read},
-          {"flops", r.stats.flops},
-          {"counters", to_json(r.counters)},
-          {"totals", to_json(r.totals)},
-          {"transport_bytes", r.transport_bytes},
-          {"y", Json::binary({y, y + r.y.size() * sizeof(r.y[0])})},
-          {"memory",
-           {r.memory.codes_bytes, r.memory.scales_bytes, r.memory.prepared_bytes,
-            r.memory.exchange_bytes, r.memory.scratch_bytes}},
-          {"digest", r.digest},
-          {"peak_resident_bytes", r.peak_resident_bytes},
-          {"num_ranks_on_device", r.num_ranks_on_device}};
-}
-
-RankResult result_from(const Json& j) {
-  const Json& t = j["times"];
-  RankResult r{.stats = {.times = {t[0], t[1], t[2], t[3], t[4], t[5], t[6]},
-                         .rows_per_expert = j["rows_per_expert"],
-                         .weight_bytes_read = j["weight_bytes_read"],
-                         .flops = j["flops"]},
-               .counters = counters_from(j["counters"]),
-               .totals = counters_from(j["totals"]),
-               .transport_bytes = j["transport_bytes"],
-               .y = {},
-               .memory = {.codes_bytes = j["memory"][0],
-                          .scales_bytes = j["memory"][1],
-                          .prepared_bytes = j["memory"][2],
-                          .exchange_bytes = j["memory"][3],
-                          .scratch_bytes = j["memory"][4]},
-               .digest = j["digest"],
-               .peak_resident_bytes = j["peak_resident_bytes"],
-               .num_ranks_on_device = j["num_ranks_on_device"]};
-  const auto& y = j["y"].get_binary();
-  r.y.resize(y.size() / sizeof(r.y[0]));
-  if (!y.empty()) std::memcpy(r.y.data(), y.data(), y.size());
-  return r;
 }
 
 ExchangeCounters minus(ExchangeCounters a, const ExchangeCounters& b) {
@@ -290,11 +215,11 @@ std::string run_rank(const LayerRunConfig& config, const Checkpoint& checkpoint,
                      Transport& transport, const BackendConfig& device, RunResult& shared) {
   const auto backend = make_backend(device);
   RankRun run(config, checkpoint, rank, transport, *backend);
-  Json layers = Json::array();
+  std::vector<RankResult> results;
   for (std::size_t i = 0; i < config.layers.size(); ++i) {
     RankResult mine = run.run_layer(i, shared.layers[i]);
     mine.num_ranks_on_device = device.num_local_ranks;
-    layers.push_back(to_json(mine));
+    results.push_back(std::move(mine));
   }
   std::vector<double> pass_us;
   if (config.layers.size() > 1) pass_us = run.run_passes();
@@ -302,9 +227,7 @@ std::string run_rank(const LayerRunConfig& config, const Checkpoint& checkpoint,
     shared.pass_us = pass_us;
     for (LayerRunResult& layer : shared.layers) layer.backend = backend->description();
   }
-  std::string bytes;
-  Json::to_cbor(Json{{"layers", std::move(layers)}, {"load", to_json(run.load_stats())}}, bytes);
-  return bytes;
+  return pack_results({.layers = std::move(results), .load = run.load_stats()});
 }
 
 void check_output_bytes(const LayerRunConfig& config, const ModelGeometry& geometry) {
@@ -345,15 +268,15 @@ RunResult run_layers(const LayerRunConfig& config, const Checkpoint& checkpoint,
   });
   if (!launch.is_reporter()) return result;
   for (int r = 0; r < config.num_ranks; ++r) {
-    const Json part = Json::from_cbor(parts[static_cast<std::size_t>(r)]);
-    const LoadStats load = load_stats_from(part["load"]);
+    RankResults part = unpack_results(parts[static_cast<std::size_t>(r)]);
+    const LoadStats& load = part.load;
     result.load.seconds = std::max(result.load.seconds, load.seconds);
     result.load.num_threads = std::max(result.load.num_threads, load.num_threads);
     result.load.file_bytes += load.file_bytes;
     result.load.prepared_bytes += load.prepared_bytes;
     result.load.host_bytes += load.host_bytes;
     for (std::size_t i = 0; i < result.layers.size(); ++i) {
-      result.layers[i].ranks.push_back(result_from(part["layers"][i]));
+      result.layers[i].ranks.push_back(std::move(part.layers[i]));
     }
     result.loads.push_back(workload_of(config, checkpoint.geometry(), r));
   }

@@ -5,6 +5,7 @@
 #include <string>
 #include <vector>
 
+#include "rank_results.h"
 #include "sluice/checkpoint.h"
 #include "sluice/config.h"
 #include "sluice/lab/reference.h"
@@ -30,19 +31,6 @@ struct LayerRunConfig {
   float routed_scaling_factor = 1.0f;
   bool with_digest = false;  ///< Digest the bytes GEMM1 consumes.
   Environment environment;
-};
-
-/// What one rank has to tell.
-struct RankResult {
-  ForwardStats stats;                          ///< Of the median repeat.
-  ExchangeCounters counters;                   ///< Of one forward().
-  ExchangeCounters totals;                     ///< Of all repeats.
-  std::vector<std::uint64_t> transport_bytes;  ///< [num_ranks] that the transport put in one.
-  std::vector<std::uint16_t> y;
-  LayerGroupMemory memory;  ///< Of all layers of the run together.
-  std::uint64_t digest = 0;
-  double peak_resident_bytes = 0;  ///< Of its process, experts included.
-  int num_ranks_on_device = 1;     ///< That share its device, itself included.
 };
 
 /// One layer of the run.

@@ -16,13 +16,14 @@ namespace {
 
 nb::dict plan(const ModelGeometry& geometry, int num_ranks, int max_tokens_per_rank,
               const Name& low_latency, const Name& normal, int max_m, std::string_view scale_dtype,
-              std::string_view device, int layers) {
+              std::string_view device, int num_layers) {
   if (scale_dtype != "f32" && scale_dtype != "bf16") {
     throw Error(ErrorCode::kInvalidArgument,
                 fmt::format("scale_dtype '{}' is not f32 or bf16", scale_dtype));
   }
-  if (layers < 1) {
-    throw Error(ErrorCode::kInvalidArgument, fmt::format("layers {}; at least one", layers));
+  if (num_layers < 1) {
+    throw Error(ErrorCode::kInvalidArgument,
+                fmt::format("num_layers {}; at least one", num_layers));
   }
   if (max_tokens_per_rank < 1) {
     throw Error(ErrorCode::kInvalidArgument,
@@ -34,7 +35,7 @@ nb::dict plan(const ModelGeometry& geometry, int num_ranks, int max_tokens_per_r
   if (recipes.low_latency) config.low_latency = {max_tokens_per_rank, max_m};
   if (recipes.normal) config.normal.max_tokens_per_rank = max_tokens_per_rank;
   const std::vector<PlannedLayer> planned(
-      static_cast<std::size_t>(layers),
+      static_cast<std::size_t>(num_layers),
       {.recipes = recipes,
        .weight_format = geometry.weight_format,
        .scale_dtype = scale_dtype == "f32" ? DType::kFloat32 : DType::kBFloat16,
@@ -97,8 +98,9 @@ void bind_engine(nb::module_& m) {
 
   m.def("plan", &plan, "geometry"_a, nb::kw_only(), "num_ranks"_a, "max_tokens_per_rank"_a,
         "low_latency"_a = "direct", "normal"_a = "direct", "max_m"_a = 0, "scale_dtype"_a = "f32",
-        "device"_a = "cpu", "layers"_a = 1,
-        "dict of the bytes that a LayerGroup of so many layers takes on each rank, before anything "
+        "device"_a = "cpu", "num_layers"_a = 1,
+        "dict of the bytes that a LayerGroup of num_layers layers takes on each rank, before "
+        "anything "
         "is\n"
         "loaded: num_layers; codes_bytes, scales_bytes and prepared_bytes of all layers together;\n"
         "exchange_bytes and scratch_bytes, which they share; total_bytes of the last three.\n\n"

@@ -162,6 +162,7 @@ void bind_checkpoint(nb::module_& m);
 void bind_exchange(nb::module_& m);
 void bind_experts(nb::module_& m);
 void bind_layer(nb::module_& m);
+void bind_layer_group(nb::module_& m);
 void bind_local(nb::module_& m);
 void bind_engine(nb::module_& m);
 void bind_workload(nb::module_& m);

@@ -63,6 +63,7 @@ NB_MODULE(_core, m) {
   sluice::python::bind_experts(m);
   sluice::python::bind_repack(m);
   sluice::python::bind_layer(m);
+  sluice::python::bind_layer_group(m);
   sluice::python::bind_local(m);
   sluice::python::bind_engine(m);
   sluice::python::bind_workload(m);

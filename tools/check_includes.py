@@ -36,18 +36,20 @@ MODULES = [
     ("repack checks",  "src/backend/repack_checks", ("public", "core", "traits", "ops", "scale fault"), ()),
     ("cpu backend",    "src/backend/cpu/",     ("public", "core", "quant", "rows", "traits", "ops", "experts check", "repack checks"), ("posix", "hwy/", "simd")),
     ("ptx",            "src/backend/cuda/ptx/", ("public", "core"),                       ("cuda",)),
-    # What every CUDA file needs: error macro, formats as device functions.
+    # What every CUDA file needs: error macro, split of an SM's memory, formats as device functions.
     ("cuda support",   "src/backend/cuda/check.h",    ("public",),                        ("cuda",)),
+    ("cuda carveout",  "src/backend/cuda/carveout.h", ("public", "cuda support"),         ("cuda",)),
     ("cuda formats",   "src/backend/cuda/e4m3_group.cuh", ("public", "ptx"),             ("cuda",)),
     ("cuda backend",   "src/backend/cuda/",    ("public", "core", "quant", "rows", "traits", "ops", "ptx", "experts check", "repack checks",
-                                                "scale fault", "device handles", "cuda support", "cuda formats"),
+                                                "scale fault", "device handles", "cuda support", "cuda carveout",
+                                                "cuda formats"),
                                                                                           ("cuda", "cute/", "cutlass/")),
     # The factory: the one place that names concrete backends.
     ("backend",        "src/backend/",         ("public", "core", "traits", "ops", "cpu backend", "cuda backend"), ("cuda",)),
     # Which rank has a slot: a value for host code and kernels.
     ("slot ranks",     "src/exchange/slot_ranks.h", (),                                    ()),
     ("cuda exchange",  "src/exchange/cuda/",   ("public", "core", "quant", "ops", "ptx", "device handles", "slot ranks", "exchange",
-                                                "cuda support", "cuda formats"),
+                                                "cuda support", "cuda carveout", "cuda formats"),
                                                                                           ("cuda",)),
     ("exchange",       "src/exchange/",        ("public", "core", "quant", "traits", "ops", "slot ranks"), ()),
     # Which experts to repeat and where to put them, from counts.
@@ -91,7 +93,7 @@ PUBLIC_OF = {
     "device memory": BASE | {"transport.h"},
     "transport": BASE | {"transport.h"},
     "rows": BACKEND, "traits": BACKEND, "scale fault": BASE, "repack checks": BACKEND, "experts check": BACKEND, "ops": BACKEND, "cpu backend": BACKEND, "ptx": BASE,
-    "cuda support": BASE, "cuda formats": VALUES, "cuda backend": BACKEND, "backend": BACKEND,
+    "cuda support": BASE, "cuda carveout": BASE, "cuda formats": VALUES, "cuda backend": BACKEND, "backend": BACKEND,
     "cuda exchange": BACKEND | {"transport.h", "exchange.h", "placement.h"},
     "exchange": BACKEND | {"transport.h", "exchange.h", "placement.h"},
     "json": BASE,

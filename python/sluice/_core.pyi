@@ -679,6 +679,24 @@ class Layer:
     def check(self) -> None:
         """Raises what earlier asynchronous calls found on the device."""
 
+def moe_forward(engine: Layer, x: sluice._array.Array, routing: Routing, *, mode: str | None = None, out: sluice._array.Array | None = None, stream: int | None = None) -> object:
+    """
+    The whole layer, y = combine(experts(dispatch(x))): y [num_tokens, hidden] bfloat16.
+    Collective.
+
+    engine: an Engine, or a Layer of a LayerGroup.
+    x: [num_tokens, hidden] bfloat16 (or uint16), num_tokens <= max_tokens_per_rank; 0 is fine.
+    mode: 'low-latency' or 'normal'; None where the engine has one.
+    out: y's memory; None makes a new array: torch's for tensors of torch, else numpy uint16.
+    stream: handle of a CUDA stream, None: torch's current one for tensors of torch, else the
+    default stream; the CPU backend returns when done.
+
+    Raises Error: invalid_argument naming the argument, peer_timeout naming ranks.
+    """
+
+def stats(engine: Layer) -> dict:
+    """Engine.stats()."""
+
 class LayerGroup:
     """
     What the layers of a model share: transport, backend, one exchange for each mode and wire
@@ -741,24 +759,6 @@ class LayerGroup:
 
     def check(self) -> None:
         """Raises what earlier asynchronous calls found on the device."""
-
-def moe_forward(engine: Layer, x: sluice._array.Array, routing: Routing, *, mode: str | None = None, out: sluice._array.Array | None = None, stream: int | None = None) -> object:
-    """
-    The whole layer, y = combine(experts(dispatch(x))): y [num_tokens, hidden] bfloat16.
-    Collective.
-
-    engine: an Engine, or a Layer of a LayerGroup.
-    x: [num_tokens, hidden] bfloat16 (or uint16), num_tokens <= max_tokens_per_rank; 0 is fine.
-    mode: 'low-latency' or 'normal'; None where the engine has one.
-    out: y's memory; None makes a new array: torch's for tensors of torch, else numpy uint16.
-    stream: handle of a CUDA stream, None: torch's current one for tensors of torch, else the
-    default stream; the CPU backend returns when done.
-
-    Raises Error: invalid_argument naming the argument, peer_timeout naming ranks.
-    """
-
-def stats(engine: Layer) -> dict:
-    """Engine.stats()."""
 
 def slice_experts(weights: ExpertWeights, slice: int, num_slices: int) -> ExpertWeights:
     """
@@ -937,9 +937,9 @@ class Engine(Layer):
         Checkpoint and Exchange raise.
         """
 
-def plan(geometry: ModelGeometry, *, num_ranks: int, max_tokens_per_rank: int, low_latency: str | None = 'direct', normal: str | None = 'direct', max_m: int = 0, scale_dtype: str = 'f32', device: str = 'cpu', layers: int = 1) -> dict:
+def plan(geometry: ModelGeometry, *, num_ranks: int, max_tokens_per_rank: int, low_latency: str | None = 'direct', normal: str | None = 'direct', max_m: int = 0, scale_dtype: str = 'f32', device: str = 'cpu', num_layers: int = 1) -> dict:
     """
-    dict of the bytes that a LayerGroup of so many layers takes on each rank, before anything is
+    dict of the bytes that a LayerGroup of num_layers layers takes on each rank, before anything is
     loaded: num_layers; codes_bytes, scales_bytes and prepared_bytes of all layers together;
     exchange_bytes and scratch_bytes, which they share; total_bytes of the last three.
 

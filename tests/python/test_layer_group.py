@@ -109,7 +109,7 @@ def test_memory_is_what_plan_names_and_buffers_count_once(checkpoint, geometry):
     for count in (1, 2, 3):
         layers.append(group.add_layer(checkpoint, layer=LAYER, low_latency="requant-static"))
         plan = sluice.plan(geometry, num_ranks=1, max_tokens_per_rank=TOKENS,
-                           low_latency="requant-static", layers=count)
+                           low_latency="requant-static", num_layers=count)
         assert group.memory() == plan and plan["num_layers"] == count
     one = sluice.plan(geometry, num_ranks=1, max_tokens_per_rank=TOKENS, low_latency="requant-static")
     for shared in ("exchange_bytes", "scratch_bytes"):
@@ -151,7 +151,7 @@ def test_refusals(checkpoint, geometry):
     refused("recipe static is for normal mode", add, weights=weights, normal="static")
     refused("'dircet'", add, weights=weights, low_latency="dircet")
     refused("neither mode", sluice.LayerGroup, sluice.Transport.inproc(1)[0], backend, geometry=geometry)
-    refused("layers 0", sluice.plan, geometry, num_ranks=1, max_tokens_per_rank=1, layers=0)
+    refused("num_layers 0", sluice.plan, geometry, num_ranks=1, max_tokens_per_rank=1, num_layers=0)
     layer = add(weights=weights)
     x, routing = tokens_of(geometry, 0)
     assert layer.forward(x, routing).shape == x.shape  # The only mode there is.

@@ -42,7 +42,8 @@ class CudaBackend final : public BackendOps {
                    "{} ranks share cuda:{} and its {} SMs", share, index,
                    properties_.multiProcessorCount);
     num_sms_ = properties_.multiProcessorCount / share;
-    cuda::prepare_token_kernels();
+    cuda::prepare_gather_kernels();
+    cuda::prepare_sum_kernel();
     SLUICE_CUDA_CHECK(cudaStreamCreateWithFlags(&stream_, cudaStreamNonBlocking));
   }
   ~CudaBackend() override {

@@ -1,23 +1,20 @@
-// token_rows.cu - tokens to the rows of their experts, and rows summed back into tokens.
+// token_rows.cu - tokens to the rows of their experts, cast on the way.
 //
 // Maths     row(t, k) = begin(e) + #{(t', k') before (t, k) with the same expert e}, e here
 //           x[row(t, k)] = cast(token t), the token cast once, by the formats of e4m3_group.cuh
-//           y[t] = bf16(factor * sum_k weight[t, k] * rows[row(t, k)]): f32, product and sum
-//           rounded separately, in order of k
 // Operands  tokens [T, H] bf16, or e4m3 with scales; topk_idx [T, k]; channels fastest.
-// Tile      gather: a CTA owns a range of tokens and a part of their channels, whole groups. It
+// Tile      a CTA owns a range of tokens and a part of their channels, whole groups. It
 //           counts the entries of all tokens by itself, so no CTA waits for another and one launch
 //           does everything. A thread casts 16 B of a token and stores the codes once per row.
-//           sum: a thread sums 8 channels (16 B) of one token, the loads of 8 rows in flight.
-// Shared    gather: two counters per expert, rows of up to 1024 entries.
+// Shared    two counters per expert, rows of up to 1024 entries.
 // Needs     H % 128 == 0, at most 1024 experts and 32 top-k entries.
-// Bound     bytes: a token is read once and written once per row; a row is read once.
+// Bound     bytes: a token is read once and written once per row.
 #include <cuda_runtime.h>
 
 #include <algorithm>
 #include <string>
 
-#include "backend/cuda/check.h"
+#include "backend/cuda/carveout.h"
 #include "backend/cuda/e4m3_group.cuh"
 #include "backend/cuda/launch.cuh"
 #include "backend/cuda/ptx/math.cuh"
@@ -33,8 +30,6 @@ constexpr int kIdsInFlight = 8;      // Entries of one thread in flight.
 constexpr int kChunkEntries = 1024;  // Whose rows are in shared memory at a time.
 constexpr int kMaxTokenTopk = 32;
 constexpr int kPartVectors = 128;  // Least share of a token's vectors that a CTA of its own takes.
-constexpr int kSumThreads = 128;
-constexpr int kRowsInFlight = 8;
 constexpr unsigned kAllLanes = 0xffffffffu;
 
 struct GatherParams {
@@ -278,52 +273,6 @@ __global__ void __launch_bounds__(kThreads, kCtasPerSm)
   }
 }
 
-__device__ __forceinline__ void add_row(float (&sum)[8], const uint4& in, float weight) {
-  const unsigned words[4] = {in.x, in.y, in.z, in.w};
-#pragma unroll
-  for (int i = 0; i < 4; ++i) {
-    sum[2 * i] = __fadd_rn(sum[2 * i], __fmul_rn(weight, __uint_as_float(words[i] << 16)));
-    sum[2 * i + 1] =
-        __fadd_rn(sum[2 * i + 1], __fmul_rn(weight, __uint_as_float(words[i] & 0xffff0000u)));
-  }
-}
-
-__global__ void __launch_bounds__(kSumThreads) sum_kernel(const __grid_constant__ EntrySums p) {
-  const std::int64_t token = blockIdx.x, entry = token * p.num_topk;
-  const int vectors = static_cast<int>(p.width) / 8;
-  const int v = static_cast<int>(blockIdx.y) * kSumThreads + static_cast<int>(threadIdx.x);
-  follow_predecessor();
-  if (v >= vectors) return;
-  float sum[8] = {};
-  for (int k0 = 0; k0 < p.num_topk; k0 += kRowsInFlight) {
-    int row[kRowsInFlight];
-    float weight[kRowsInFlight];
-    uint4 in[kRowsInFlight];
-#pragma unroll
-    for (int i = 0; i < kRowsInFlight; ++i) {
-      const bool exists = k0 + i < p.num_topk;
-      row[i] = exists ? p.row_of[entry + k0 + i] : -1;
-      weight[i] = exists ? p.weights[entry + k0 + i] : 0.0f;
-    }
-#pragma unroll
-    for (int i = 0; i < kRowsInFlight; ++i) {
-      if (row[i] >= 0)
-        in[i] = __ldcs(reinterpret_cast<const uint4*>(p.rows + row[i] * p.width) + v);
-    }
-#pragma unroll
-    for (int i = 0; i < kRowsInFlight; ++i) {
-      if (row[i] >= 0) add_row(sum, in[i], weight[i]);
-    }
-  }
-  unsigned out[4];
-#pragma unroll
-  for (int i = 0; i < 4; ++i) {
-    out[i] = ptx::bf16x2_from_float(__fmul_rn(sum[2 * i + 1], p.factor),
-                                    __fmul_rn(sum[2 * i], p.factor));
-  }
-  reinterpret_cast<uint4*>(p.y + token * p.width)[v] = {out[0], out[1], out[2], out[3]};
-}
-
 void require(bool ok, const char* what, long long value, const char* limit) {
   if (ok) return;
   throw Error(ErrorCode::kUnsupported,
@@ -365,14 +314,6 @@ Launch launch_of(const TokenRows& tokens) {
               "cast " + std::to_string(static_cast<int>(tokens.first)) + " has no gather kernel");
 }
 
-/// The kernels ask for the same split of an SM's memory as the experts' kernels: changing it
-/// between kernels would drain the SM.
-template <class Kernel>
-void prefer_shared_memory(Kernel* kernel) {
-  SLUICE_CUDA_CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributePreferredSharedMemoryCarveout,
-                                         cudaSharedmemCarveoutMaxShared));
-}
-
 }  // namespace
 
 void launch_gather_tokens(const GatherTokens& args, int num_sms, StreamHandle stream) {
@@ -383,17 +324,7 @@ void launch_gather_tokens(const GatherTokens& args, int num_sms, StreamHandle st
   launch_of(args.tokens)(args, num_sms, static_cast<cudaStream_t>(stream));
 }
 
-void launch_sum_entries(const EntrySums& args, StreamHandle stream) {
-  if (args.num_tokens == 0) return;
-  const auto vectors = static_cast<int>(args.width) / 8;
-  launch_early(sum_kernel,
-               {.blocks = static_cast<int>(args.num_tokens),
-                .threads = kSumThreads,
-                .blocks_y = (vectors + kSumThreads - 1) / kSumThreads},
-               args, static_cast<cudaStream_t>(stream));
-}
-
-void prepare_token_kernels() {
+void prepare_gather_kernels() {
   prefer_shared_memory(gather_kernel<TokenCast::kGroup>);
   prefer_shared_memory(gather_kernel<TokenCast::kPow2>);
   prefer_shared_memory(gather_kernel<TokenCast::kStatic>);
@@ -401,7 +332,6 @@ void prepare_token_kernels() {
   prefer_shared_memory(gather_kernel<TokenCast::kPow2Static>);
   prefer_shared_memory(gather_kernel<TokenCast::kCopy>);
   prefer_shared_memory(gather_kernel<TokenCast::kRequantize>);
-  prefer_shared_memory(sum_kernel);
 }
 
 }  // namespace sluice::cuda

@@ -24,7 +24,8 @@ void launch_gather_tokens(const GatherTokens& args, int num_sms, StreamHandle st
 /// As BackendOps::sum_entries(). rows and y are 16 B aligned.
 void launch_sum_entries(const EntrySums& args, StreamHandle stream);
 
-/// Sets what these kernels' launches rely on, on the current device; once is enough.
-void prepare_token_kernels();
+/// Set what these kernels' launches rely on, on the current device; once is enough.
+void prepare_gather_kernels();
+void prepare_sum_kernel();
 
 }  // namespace sluice::cuda

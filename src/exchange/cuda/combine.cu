@@ -14,6 +14,7 @@
 //           on every rank.
 #include <cuda_runtime.h>
 
+#include "backend/cuda/carveout.h"
 #include "backend/cuda/ptx/grid.cuh"
 #include "backend/cuda/ptx/math.cuh"
 #include "exchange/cuda/launch_in_order.cuh"
@@ -158,9 +159,9 @@ __global__ void __launch_bounds__(kThreads, 1)
 }  // namespace
 
 void prepare_combine_kernels() {
-  prefer_shared_memory(reinterpret_cast<const void*>(combine_kernel));
-  prefer_shared_memory(reinterpret_cast<const void*>(return_kernel));
-  prefer_shared_memory(reinterpret_cast<const void*>(copy_rows_kernel));
+  prefer_shared_memory(combine_kernel);
+  prefer_shared_memory(return_kernel);
+  prefer_shared_memory(copy_rows_kernel);
 }
 
 void launch_combine(const SlotParams& slot, const CombineParams& combine, int num_ctas,

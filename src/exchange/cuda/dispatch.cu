@@ -26,7 +26,7 @@
 #include <algorithm>
 #include <string>
 
-#include "backend/cuda/check.h"
+#include "backend/cuda/carveout.h"
 #include "backend/cuda/ptx/grid.cuh"
 #include "backend/cuda/ptx/sync.cuh"
 #include "exchange/cuda/launch_in_order.cuh"
@@ -304,7 +304,7 @@ void prepare_dispatch() {
   constexpr int kMostShared = 220 * 1024;
   SLUICE_CUDA_CHECK(cudaFuncSetAttribute(dispatch_kernel<Wire>,
                                          cudaFuncAttributeMaxDynamicSharedMemorySize, kMostShared));
-  prefer_shared_memory(reinterpret_cast<const void*>(dispatch_kernel<Wire>));
+  prefer_shared_memory(dispatch_kernel<Wire>);
 }
 
 }  // namespace
@@ -316,7 +316,7 @@ void prepare_exchange_kernels() {
   prepare_dispatch<WireFormat::kE4m3Group>();
   prepare_dispatch<WireFormat::kE4m3Pow2>();
   prepare_dispatch<WireFormat::kE4m3Static>();
-  prefer_shared_memory(reinterpret_cast<const void*>(receive_kernel));
+  prefer_shared_memory(receive_kernel);
   prepare_combine_kernels();
 }
 

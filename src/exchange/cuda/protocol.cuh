@@ -104,13 +104,6 @@ __device__ inline void signal_all(const SlotParams& p, std::size_t flags, std::u
   p.window.signal(r, flags, value);
 }
 
-/// The exchange's kernels ask for the same split of an SM's memory as the experts' kernels:
-/// changing it between kernels would drain the SM.
-inline void prefer_shared_memory(const void* kernel) {
-  SLUICE_CUDA_CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributePreferredSharedMemoryCarveout,
-                                         cudaSharedmemCarveoutMaxShared));
-}
-
 /// Expert of one top-k entry, or -1 for an empty one. One out of range is recorded and taken as
 /// empty.
 __device__ inline int expert_of(const SlotParams& p, const DispatchParams& d, int entry) {

@@ -1,0 +1,38 @@
+// rank_results.h - what one rank of `sluice run` measured, and its way to the process that reports.
+#pragma once
+
+#include <cstdint>
+#include <string>
+#include <string_view>
+#include <vector>
+
+#include "sluice/exchange.h"
+#include "sluice/layer.h"
+#include "sluice/loading.h"
+
+namespace sluice::cli {
+
+/// One rank in one layer of the run.
+struct RankResult {
+  ForwardStats stats;                          ///< Of the median repeat.
+  ExchangeCounters counters;                   ///< Of one forward().
+  ExchangeCounters totals;                     ///< Of all repeats.
+  std::vector<std::uint64_t> transport_bytes;  ///< [num_ranks] that the transport put in one.
+  std::vector<std::uint16_t> y;
+  LayerGroupMemory memory;  ///< Of all layers of the run together.
+  std::uint64_t digest = 0;
+  double peak_resident_bytes = 0;  ///< Of its process, experts included.
+  int num_ranks_on_device = 1;     ///< That share its device, itself included.
+};
+
+/// Everything that one rank sends to the reporter.
+struct RankResults {
+  std::vector<RankResult> layers;  ///< In the order of LayerRunConfig::layers.
+  LoadStats load = {};
+};
+
+/// As bytes for Launch::run_ranks(): CBOR, between processes of one build.
+[[nodiscard]] std::string pack_results(const RankResults& results);
+[[nodiscard]] RankResults unpack_results(std::string_view bytes);
+
+}  // namespace sluice::cli
