@@ -51,7 +51,7 @@ MODULES = [
     ("cuda exchange",  "src/exchange/cuda/",   ("public", "core", "quant", "ops", "ptx", "device handles", "slot ranks", "exchange",
                                                 "cuda support", "cuda carveout", "cuda formats"),
                                                                                           ("cuda",)),
-    ("exchange",       "src/exchange/",        ("public", "core", "quant", "traits", "ops", "slot ranks"), ()),
+    ("exchange",       "src/exchange/",        ("public", "core", "quant", "traits", "rows", "ops", "slot ranks"), ()),
     # Which experts to repeat and where to put them, from counts.
     ("balance",        "src/balance/",         ("public", "core", "json"),                ()),
     ("engine",         "src/engine/",          ("public", "core", "quant", "checkpoint", "traits", "ops", "slot ranks", "experts check", "exchange"), ()),

@@ -97,7 +97,7 @@ class Dispatched {
 /// Monotonic counters since create(); the consumer subtracts.
 struct ExchangeCounters {
   std::vector<std::uint64_t> dispatch_bytes;  ///< [num_ranks] put to each rank, own included.
-  /// [num_ranks] put to each rank (CPU), or read from each rank's expert_y (CUDA).
+  /// [num_ranks] put to each rank (CPU), or of rows that came from each rank's experts (CUDA).
   std::vector<std::uint64_t> combine_bytes;
   std::vector<std::uint64_t> dispatch_rows;  ///< [num_ranks] token copies sent to each rank.
   std::vector<std::uint64_t> wait_ns;        ///< [num_ranks] spent waiting for each source.

@@ -64,6 +64,12 @@ struct LayerGroupConfig {
   /// limit. 0: what forward() needs on this device, 1 on CUDA, and 2 on the CPU, where a second
   /// slot spares a wait for the slowest rank's release. Each costs the buffers of one dispatch.
   int num_in_flight = 0;
+  /// CUDA, several ranks: the experts' kernel writes each row straight to its token's rank while
+  /// other rows are still computed, and combine() sums rows that are there. Off: combine() reads
+  /// them from the experts' ranks when all are computed. The same bits. Recipes whose receiver
+  /// casts rows before GEMM1 do not do it, nor groups whose max_m reserves fewer rows on a rank
+  /// than its own tokens have entries.
+  bool send_from_experts = true;
   std::chrono::milliseconds peer_timeout{10'000};  ///< Longest wait for any one peer.
 };
 

@@ -16,6 +16,7 @@
 #include "backend/rows.h"
 #include "sluice/backend.h"
 #include "sluice/checkpoint.h"
+#include "sluice/error.h"
 #include "sluice/recipe.h"
 #include "sluice/repack.h"
 #include "sluice/stream.h"
@@ -159,6 +160,15 @@ class BackendOps : public Backend {
   virtual void expert_stage(const PreparedExperts& experts, const Fp8RowsView& in,
                             const RowRanges& rows, const Fp8Rows& h, std::uint16_t* out,
                             Stream stream, ExpertStageTimes* times) = 0;
+
+  /// expert_stage() whose rows go home instead of to an `out`: each is written once, to where
+  /// `home` says, while other rows are still computed. Bits are those of expert_stage(). The ranks'
+  /// memory may be another device's; whoever reads it there waits for a signal that follows on
+  /// `stream`. Only for rows of an exchange that has HomeRows; other devices have none.
+  virtual void expert_stage_home(const PreparedExperts&, const Fp8RowsView&, const RowRanges&,
+                                 const Fp8Rows&, const HomeRows&, Stream) {
+    throw Error(ErrorCode::kUnsupported, "rows of this device do not leave from its experts");
+  }
 
   /// Gives every entry of `entries` its row, or none, and writes the entry's token into that row of
   /// `out`, cast as `tokens` says. A token is cast once, however many rows it has.

@@ -113,6 +113,17 @@ struct EntryRows {
   std::int32_t* count = nullptr;   ///< [num_experts] filled, as RowRanges::count.
 };
 
+/// Where rows of GEMM2 go that leave for their tokens' ranks as they are made: every row to the
+/// place of its top-k entry, in memory of the rank that will sum it.
+struct HomeRows {
+  /// [max_rows] of each row: home rank << 32 | entry, which is token * num_topk + k there. Read for
+  /// valid rows alone.
+  const std::uint64_t* origin = nullptr;
+  /// [num_ranks] the rows [entries, width] bf16 of each rank, 16 B aligned; the array itself is
+  /// memory of this backend.
+  std::uint16_t* const* rows = nullptr;
+};
+
 /// The way home: which rows make up a token, and with which weights.
 struct EntrySums {
   const std::uint16_t* rows = nullptr;   ///< [.., width] bf16
@@ -128,7 +139,7 @@ struct EntrySums {
 static_assert(std::is_trivially_copyable_v<RowRanges> && std::is_trivially_copyable_v<Fp8Rows> &&
               std::is_trivially_copyable_v<Fp8RowsView> &&
               std::is_trivially_copyable_v<TokenRows> && std::is_trivially_copyable_v<EntryRows> &&
-              std::is_trivially_copyable_v<EntrySums>);
+              std::is_trivially_copyable_v<EntrySums> && std::is_trivially_copyable_v<HomeRows>);
 
 }  // namespace sluice
 

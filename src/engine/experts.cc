@@ -295,6 +295,13 @@ void Experts::Impl::gemms(const LayerRecipe& recipe, const Fp8RowsView& in, cons
   backend->expert_stage(*prepared, in, rows, h, expert_y, stream, times);
 }
 
+void Experts::Impl::gemms_home(const LayerRecipe& recipe, const Fp8RowsView& in,
+                               const RowRanges& rows, const HomeRows& home, Stream stream) {
+  const bool grouped = has_group_scales(recipe.gemm2);
+  const Fp8Rows h = scratch->h.rows(geometry.intermediate, grouped, recipe.s2);
+  backend->expert_stage_home(*prepared, in, rows, h, home, stream);
+}
+
 Experts Experts::create(const ExpertWeights& weights, std::int64_t max_rows, Backend& backend) {
   check_argument(!weights.experts.empty(), "weights hold no expert");
   auto scratch = make_scratch(weights.geometry, max_rows, backend);

@@ -73,6 +73,10 @@ struct Experts::Impl {
   void gemms(const LayerRecipe& recipe, const Fp8RowsView& in, const RowRanges& rows,
              std::uint16_t* expert_y, Stream stream, ExpertStageTimes* times);
 
+  /// The same; rows go to their tokens' ranks as they are made.
+  void gemms_home(const LayerRecipe& recipe, const Fp8RowsView& in, const RowRanges& rows,
+                  const HomeRows& home, Stream stream);
+
   BackendOps* backend;
   ModelGeometry geometry;
   int num_experts;

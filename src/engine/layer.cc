@@ -113,7 +113,12 @@ void Layer::Impl::run(ModeOfLayer& m, Dispatched dispatched, MutableTensorView y
 
   ExpertStageTimes split;
   mark = Clock::now();
-  experts.gemms(m.recipe, in, rows, expert_y.as<std::uint16_t>(), stream, &split);
+  if (rows_go_home(m, *dispatched.route_)) {
+    experts.gemms_home(m.recipe, in, rows, dispatched.route_->home, stream);
+    dispatched.route_->at_home = true;
+  } else {
+    experts.gemms(m.recipe, in, rows, expert_y.as<std::uint16_t>(), stream, &split);
+  }
   const double gemms_us = stage_us(mark, stream);
   const double split_us = split.gemm1_us + split.activation_us + split.gemm2_us;
   const double share = split_us > 0 ? gemms_us / split_us : 0;
@@ -126,6 +131,13 @@ void Layer::Impl::run(ModeOfLayer& m, Dispatched dispatched, MutableTensorView y
   m.exchange->combine(std::move(dispatched), expert_y, y, stream);
   stats.times.combine_us = stage_us(mark, stream);
   stats.times.total_us = std::chrono::duration<double, std::micro>(Clock::now() - started).count();
+}
+
+/// Every rank decides alike: by what ranks agreed on and by sizes that they share.
+bool Layer::Impl::rows_go_home(const ModeOfLayer& m, const Dispatched::Route& route) const {
+  // GEMM1's input may lie in expert_y, which is where the other ranks would write.
+  return group->config.send_from_experts && group->transport->num_ranks() > 1 &&
+         m.recipe.gemm1 == Cast::kNone && route.home.origin != nullptr;
 }
 
 void Layer::Impl::record_rows(const ExpertBatch& batch, Stream stream) {

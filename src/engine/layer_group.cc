@@ -39,6 +39,7 @@ Agreement group_agreement(const LayerGroupConfig& c) {
   }
   fields.emplace_back("routed_scaling_factor", fmt::format("{:a}", c.routed_scaling_factor));
   fields.emplace_back("num_in_flight", std::to_string(c.num_in_flight));
+  fields.emplace_back("send_from_experts", c.send_from_experts ? "yes" : "no");
   return fields;
 }
 

@@ -69,6 +69,8 @@ struct Layer::Impl {
     Exchange* exchange;
   };
   [[nodiscard]] ModeOfLayer& mode(Mode mode);
+  /// Whether GEMM2 writes this call's rows straight to their tokens' ranks.
+  [[nodiscard]] bool rows_go_home(const ModeOfLayer& mode, const Dispatched::Route& route) const;
   /// Everything after the dispatch.
   void run(ModeOfLayer& mode, Dispatched dispatched, MutableTensorView y, Stream stream);
 

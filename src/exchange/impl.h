@@ -7,6 +7,7 @@
 #include <cstddef>
 #include <memory>
 
+#include "backend/rows.h"
 #include "exchange/slot_ranks.h"
 #include "sluice/exchange.h"
 
@@ -17,6 +18,7 @@ struct Dispatched::Route {
   virtual ~Route() = default;
   ExpertBatch batch;
   MutableTensorView expert_y;
+  HomeRows home;  ///< For BackendOps::expert_stage_home(); no origin: there are none.
   // Set by Exchange:
   enum class Stage : std::uint8_t { kSent, kReceived, kReturning };
   Stage stage = Stage::kSent;
@@ -26,6 +28,7 @@ struct Dispatched::Route {
   std::uint64_t layer = 0;            ///< Layer::Impl::id of the one that made it.
   std::shared_ptr<const void> keeps;  ///< What holds the exchange; goes after ~Route of the rest.
   Mode mode = Mode::kLowLatency;
+  bool at_home = false;  ///< The rows went home already: combine() has none to bring, on any rank.
 };
 
 struct Exchange::Impl {

@@ -350,7 +350,8 @@ TEST_F(CudaExchangeTest, CountersFollowTheFormula) {
           }
           const std::uint64_t token = wire_bytes_per_token(wire, rounds.hidden);
           const std::uint64_t lists = mode == Mode::kNormal && peer != rank.rank() ? rows * 8 : 0;
-          const std::uint64_t dispatch = (mode == Mode::kNormal ? copies : rows) * token + lists;
+          const std::uint64_t dispatch =
+              (mode == Mode::kNormal ? copies : rows) * token + rows * 8 + lists;
           EXPECT_EQ(after.dispatch_bytes[peer] - before.dispatch_bytes[peer], dispatch + 8 * 8);
           EXPECT_EQ(after.dispatch_rows[peer] - before.dispatch_rows[peer],
                     mode == Mode::kLowLatency ? rows : copies);

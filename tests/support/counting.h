@@ -69,6 +69,11 @@ class CountingBackend final : public BackendOps {
                     ExpertStageTimes* times) override {
     ops(*real_).expert_stage(experts, in, rows, h, out, stream, times);
   }
+  void expert_stage_home(const PreparedExperts& experts, const Fp8RowsView& in,
+                         const RowRanges& rows, const Fp8Rows& h, const HomeRows& home,
+                         Stream stream) override {
+    ops(*real_).expert_stage_home(experts, in, rows, h, home, stream);
+  }
   void gather_tokens(const TokenRows& tokens, const EntryRows& entries, const Fp8Rows& out,
                      Stream stream) override {
     ops(*real_).gather_tokens(tokens, entries, out, stream);

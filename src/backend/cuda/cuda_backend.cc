@@ -116,6 +116,9 @@ class CudaBackend final : public BackendOps {
   void expert_stage(const PreparedExperts& experts, const Fp8RowsView& in, const RowRanges& rows,
                     const Fp8Rows& h, std::uint16_t* out, Stream stream,
                     ExpertStageTimes* times) override;
+  void expert_stage_home(const PreparedExperts& experts, const Fp8RowsView& in,
+                         const RowRanges& rows, const Fp8Rows& h, const HomeRows& home,
+                         Stream stream) override;
   void gather_tokens(const TokenRows& tokens, const EntryRows& entries, const Fp8Rows& out,
                      Stream stream) override;
   void sum_entries(const EntrySums& sums, Stream stream) override;
@@ -230,6 +233,16 @@ void CudaBackend::expert_stage(const PreparedExperts& prepared, const Fp8RowsVie
   if (times != nullptr) *times = {};
   const auto& experts = static_cast<const CudaExperts&>(prepared);
   cuda::launch_experts(gemms_of(experts, in, rows, h, out), stream.handle);
+}
+
+void CudaBackend::expert_stage_home(const PreparedExperts& prepared, const Fp8RowsView& in,
+                                    const RowRanges& rows, const Fp8Rows& h, const HomeRows& home,
+                                    Stream stream) {
+  use_device();
+  cuda::ExpertGemms gemms =
+      gemms_of(static_cast<const CudaExperts&>(prepared), in, rows, h, nullptr);
+  gemms.home = home;
+  cuda::launch_experts(gemms, stream.handle);
 }
 
 void CudaBackend::gather_tokens(const TokenRows& tokens, const EntryRows& entries,

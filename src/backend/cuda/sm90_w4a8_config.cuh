@@ -112,6 +112,7 @@ struct Phase {
   std::uint8_t* h;              // [rows, n/2] e4m3          kHidden
   float* h_scale;               // [rows, n/256] or nullptr  kHidden
   std::uint16_t* y;             // [rows, n] bf16            kBf16
+  HomeRows home;                // or where each row goes    kBf16
 };
 
 struct Params {

@@ -178,11 +178,17 @@ Phase& add_phase(Params& p, const PackedWeights& weights, const RowRanges& rows,
 }
 
 void add_bf16(Params& p, const PackedWeights& weights, const RowRanges& rows, const Fp8RowsView& x,
-              std::uint16_t* y) {
-  require_pointer(y, 16, "y");
+              std::uint16_t* y, const HomeRows& home) {
+  if (home.origin == nullptr) {
+    require_pointer(y, 16, "y");
+  } else {
+    require_pointer(home.origin, 8, "home.origin");
+    require_pointer(home.rows, 8, "home.rows");
+  }
   Phase& phase = add_phase(p, weights, rows, x);
   phase.epilogue = Epilogue::kBf16;
   phase.y = y;
+  phase.home = home;
 }
 
 void add_hidden(Params& p, const PackedWeights& weights, const RowRanges& rows,
@@ -286,7 +292,7 @@ void check_kernel_activation(const ActivationFn& fn) {
 void launch_grouped_gemm(const GroupedGemm& args, StreamHandle stream) {
   if (args.rows.max_rows == 0) return;
   Params p = make_params(args.rows, args.sync);
-  add_bf16(p, args.weights, args.rows, args.x, args.y);
+  add_bf16(p, args.weights, args.rows, args.x, args.y, args.home);
   launch(p, args.weights, args.rows, args.config, stream);
 }
 
@@ -319,6 +325,7 @@ void launch_experts(const ExpertGemms& args, StreamHandle stream) {
                          .rows = args.rows,
                          .x = args.h,
                          .y = args.y,
+                         .home = args.home,
                          .sync = args.sync,
                          .config = args.config},
                         stream);
@@ -326,7 +333,7 @@ void launch_experts(const ExpertGemms& args, StreamHandle stream) {
   }
   Params p = make_params(args.rows, args.sync);
   add_hidden(p, args.gate_up, args.rows, args.x, args.h, args.activation);
-  add_bf16(p, args.down, args.rows, args.h, args.y);
+  add_bf16(p, args.down, args.rows, args.h, args.y, args.home);
   launch(p, args.gate_up, args.rows, args.config, stream);
 }
 

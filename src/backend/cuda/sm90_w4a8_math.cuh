@@ -12,6 +12,7 @@
 namespace sluice::cuda {
 
 inline constexpr int kMathBarrier = 1;  ///< Named barrier of the math warpgroups.
+inline constexpr int kHomeBarrier = 2;  ///< And from here on those of each of them.
 
 /// bf16 rows: a thread's two rows are neighbouring channels, a warp writes whole 32-byte sectors.
 template <class C, int N>
@@ -34,6 +35,71 @@ __device__ __forceinline__ void store_bf16(const Phase& phase, const TileInfo& t
         }
       }
       out += 8 * static_cast<long long>(phase.n);
+    }
+  }
+}
+
+/// Rows that leave for their tokens' ranks go through shared memory, in lines of 128 bytes that a
+/// link takes whole. Each warpgroup has its own part of what store_hidden() uses in the phase
+/// before, so warpgroups do not wait for each other.
+template <class C>
+struct HomeStage {
+  static constexpr int kTokens = C::kMaxTokens / C::kMathWarpgroups;  // staged at a time
+  std::uint8_t* line;  // [kTokens, kHiddenPitch] 64 channels each
+  std::uint64_t* row;  // [kMaxTokens] origins, then where the rows go
+
+  __device__ __forceinline__ HomeStage(Shared<C>& s, const MathLane& lane)
+      : line(s.h + lane.warpgroup * kTokens * C::kHiddenPitch),
+        row(reinterpret_cast<std::uint64_t*>(s.amax[4 * lane.warpgroup])) {}
+};
+
+/// Asks for the origins of the tile's rows, which come while it is computed.
+template <class C>
+__device__ __forceinline__ void fetch_origins(Shared<C>& s, const Phase& phase, const TileInfo& t,
+                                              const MathLane& lane) {
+  static_assert(C::kMaxTokens <= 128 && 4 * sizeof(s.amax[0]) >= 8 * C::kMaxTokens);
+  if (lane.thread >= t.num_tokens) return;
+  ptx::cp_async_8(HomeStage<C>(s, lane).row + lane.thread,
+                  phase.home.origin + t.row0 + lane.thread);
+}
+
+/// bf16 rows, each to its home.
+template <class C, int N>
+__device__ __forceinline__ void store_home(Shared<C>& s, const Phase& phase, const TileInfo& t,
+                                           const MathLane& lane,
+                                           const float (&sum)[C::kSlabsPerWarpgroup][N / 2]) {
+  constexpr int kCount = N < HomeStage<C>::kTokens ? N : HomeStage<C>::kTokens;
+  const HomeStage<C> stage(s, lane);
+  const int barrier = kHomeBarrier + lane.warpgroup;
+  ptx::cp_async_wait();
+  if (lane.thread < t.num_tokens) {
+    const std::uint64_t at = stage.row[lane.thread];
+    stage.row[lane.thread] = reinterpret_cast<std::uint64_t>(
+        phase.home.rows[at >> 32] + static_cast<long long>(at & 0xffffffffu) * phase.n);
+  }
+#pragma unroll
+  for (int b = 0; b < C::kSlabsPerWarpgroup; ++b) {
+    const int slab = lane.warpgroup * C::kSlabsPerWarpgroup + b;
+    const int channel = t.row_tile * kTileRows + slab * kSlabRows + lane.thread % 8 * 8;
+#pragma unroll
+    for (int first = 0; first < N; first += kCount) {
+#pragma unroll
+      for (int j = 0; j < kCount / 8; ++j) {
+        std::uint8_t* const to =
+            stage.line + (8 * j + lane.column) * C::kHiddenPitch + (lane.warp * 8 + lane.row) * 4;
+        const int at = 4 * (first / 8 + j);
+        *reinterpret_cast<std::uint32_t*>(to) = ptx::bf16x2_from_float(sum[b][at + 2], sum[b][at]);
+        *reinterpret_cast<std::uint32_t*>(to + C::kHiddenPitch) =
+            ptx::bf16x2_from_float(sum[b][at + 3], sum[b][at + 1]);
+      }
+      ptx::named_barrier(barrier, 128);
+      for (int i = lane.thread / 8; i < kCount; i += 16) {
+        if (first + i >= t.num_tokens) break;
+        auto* const row = reinterpret_cast<std::uint16_t*>(stage.row[first + i]);
+        *reinterpret_cast<uint4*>(row + channel) = *reinterpret_cast<const uint4*>(
+            stage.line + i * C::kHiddenPitch + lane.thread % 8 * 16);
+      }
+      ptx::named_barrier(barrier, 128);
     }
   }
 }
@@ -130,6 +196,7 @@ __device__ __forceinline__ void compute_tile(Shared<C>& s, const Params& p, cons
   const Phase& phase = p.phase[t.phase];
   float sum[C::kSlabsPerWarpgroup][N / 2];
   const bool busy = has_slabs<C>(t, make_math_lane<C>());
+  if (busy && phase.home.origin != nullptr) fetch_origins<C>(s, phase, t, make_math_lane<C>());
   multiply_tile<C, N>(s, ring, phase.num_steps, busy, lane, sum);
   if constexpr (C::kXScale == XScale::kPerRow) {
 #pragma unroll
@@ -141,7 +208,11 @@ __device__ __forceinline__ void compute_tile(Shared<C>& s, const Params& p, cons
     visit_activation<C::kActivations>(phase.activation, [&](const auto& activate) {
       store_hidden<C, N>(s, p, phase, t, again, activate, sum);
     });
-  } else if (has_slabs<C>(t, again)) {
+  } else if (!has_slabs<C>(t, again)) {
+    return;
+  } else if (phase.home.origin != nullptr) {
+    store_home<C, N>(s, phase, t, again, sum);
+  } else {
     store_bf16<C, N>(phase, t, again, sum);
   }
 }

@@ -119,7 +119,8 @@ struct GroupedGemm {
   PackedWeights weights;
   RowRanges rows;
   Fp8RowsView x;
-  std::uint16_t* y = nullptr;  ///< [max_rows, weights.shape.n] bf16, 16 B aligned.
+  std::uint16_t* y = nullptr;  ///< [max_rows, weights.shape.n] bf16, 16 B aligned. Or:
+  HomeRows home = {};          ///< Where each row goes instead, if it has an origin.
   void* sync = nullptr;        ///< sync_bytes(rows.num_experts)
   ConfigChoice config;
 };
@@ -148,7 +149,8 @@ struct ExpertGemms {
   RowRanges rows;
   Fp8RowsView x;
   Fp8Rows h;                   ///< Scratch: also read back by the down GEMM.
-  std::uint16_t* y = nullptr;  ///< [max_rows, hidden] bf16, 16 B aligned.
+  std::uint16_t* y = nullptr;  ///< [max_rows, hidden] bf16, 16 B aligned. Or:
+  HomeRows home = {};          ///< Where each row goes instead, if it has an origin.
   void* sync = nullptr;
   ConfigChoice config;
   ActivationFn activation = {};

@@ -15,7 +15,6 @@
 #include <cuda_runtime.h>
 
 #include "backend/cuda/carveout.h"
-#include "backend/cuda/ptx/grid.cuh"
 #include "backend/cuda/ptx/math.cuh"
 #include "exchange/cuda/launch_in_order.cuh"
 #include "exchange/cuda/protocol.cuh"
@@ -80,7 +79,9 @@ __device__ void find_rows(const SlotParams& p, const CombineParams& c, int first
     rows.at[i] = nullptr;
     if (at >= 0) {
       const int peer = static_cast<int>(at >> 32);
-      rows.at[i] = p.window.pull<std::uint8_t>(peer, p.expert_y) + (at & 0xffffffff) * 2 * p.hidden;
+      const std::int64_t row = c.at_home ? entry : at & 0xffffffff;
+      rows.at[i] = p.window.pull<std::uint8_t>(c.at_home ? p.window.rank : peer, p.expert_y) +
+                   row * 2 * p.hidden;
       if (first + i / p.num_topk >= counted) atomicAdd(&returned[peer], 1);
     }
   }
@@ -91,7 +92,7 @@ __global__ void __launch_bounds__(kThreads, 1)
   __shared__ Rows rows;
   __shared__ int returned[kMaxDeviceRanks];
   const int tid = static_cast<int>(threadIdx.x);
-  ptx::wait_for_earlier_kernels();
+  begin_in_order(p);
   const bool failed = has_failed(p);
   const std::uint64_t epoch = *static_cast<volatile std::uint64_t*>(&p.slot->epoch);
   const bool refused = *static_cast<volatile int*>(&p.slot->refused) != 0;
@@ -108,7 +109,11 @@ __global__ void __launch_bounds__(kThreads, 1)
   const int counted = static_cast<int>((begin + columns - 1) / columns);
   // Where the first tokens' rows are is known before they are there.
   find_rows(p, c, first, min(kTokens, last - first), counted, rows, returned);
-  if (!wait_for_all(p, p.returned, kCombineRows, epoch)) return;  // Ends with a barrier.
+  if (SLUICE_PLANTED_FAULT == 3) {
+    __syncthreads();
+  } else if (!wait_for_all(p, p.returned, kCombineRows, epoch)) {
+    return;  // It ends with a barrier.
+  }
   for (int t0 = first; t0 < last; t0 += kTokens) {
     const int count = min(kTokens, last - t0);
     if (t0 != first) {
@@ -135,14 +140,14 @@ __global__ void __launch_bounds__(kThreads, 1)
 }
 
 __global__ void return_kernel(const __grid_constant__ SlotParams p, bool dropped) {
-  ptx::wait_for_earlier_kernels();
+  begin_in_order(p);
   if (__syncthreads_or(has_failed(p)) != 0) return;
   signal_all(p, p.returned, 2 * p.slot->epoch + (dropped ? 1 : 0));
 }
 
 __global__ void __launch_bounds__(kThreads, 1)
     copy_rows_kernel(const __grid_constant__ SlotParams p, const std::uint16_t* expert_y) {
-  ptx::wait_for_earlier_kernels();
+  begin_in_order(p);
   const int num_local = p.placement.num_local(), vectors = p.hidden / 8;
   uint4* const to = p.window.own<uint4>(p.expert_y);
   const uint4* const from = reinterpret_cast<const uint4*>(expert_y);

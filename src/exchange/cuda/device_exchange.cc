@@ -32,6 +32,7 @@ struct Slot {
   SlotParams params{};
   bool busy = false;
   std::unique_ptr<StreamOrder> order;  // One dispatch after the other, whatever their streams.
+  std::uint16_t* const* home_rows = nullptr;  // [num_ranks] in device memory; or there is no room.
 };
 
 class DeviceExchange final : public Exchange::Impl {
@@ -121,8 +122,10 @@ DeviceExchange::DeviceExchange(const ExchangeConfig& config_in, Transport& trans
   const auto queue = static_cast<cudaStream_t>(backend.stream().handle);
   SLUICE_CUDA_CHECK(cudaMemsetAsync(state_->data(), 0, state_->bytes(), queue));
   share_window(transport);
+  make_slots();
   const RanksOnDevice ranks = count_ranks_on_device(transport, device.index, config.peer_timeout);
   ranks_on_device_ = ranks.all, ranks_in_process_ = ranks.in_process;
+  for (Slot& slot : slots_) slot.params.is_alone = ranks_on_device_ == 1;
   int num_sms = 0;
   SLUICE_CUDA_CHECK(cudaDeviceGetAttribute(&num_sms, cudaDevAttrMultiProcessorCount, device.index));
   const int share = num_sms / ranks_on_device_;
@@ -132,8 +135,7 @@ DeviceExchange::DeviceExchange(const ExchangeConfig& config_in, Transport& trans
                  "num_sms {} exceeds {}: {} ranks share the {} SMs of cuda:{}", config.num_sms,
                  share, ranks_on_device_, num_sms, device.index);
   max_ctas_ = config.num_sms > 0 ? config.num_sms : share;
-  make_slots();
-  meet();
+  meet();  // Every rank has uploaded what it has: no copy meets a kernel that waits.
 }
 
 /// Every rank allocates its window, clears its flags, and only then shows it to the others.
@@ -160,7 +162,8 @@ void DeviceExchange::make_slots() {
     const std::size_t base = s * layout_.slot_bytes;
     auto* const slot_row = reinterpret_cast<std::int64_t*>(at);
     auto* const row_begin = reinterpret_cast<std::int64_t*>(at + layout_.slot_row_bytes);
-    at += layout_.slot_row_bytes + layout_.rows_bytes;
+    auto* const home = at + layout_.slot_row_bytes + layout_.rows_bytes;
+    at += layout_.slot_row_bytes + layout_.rows_bytes + layout_.home_bytes;
     SlotParams& p = slots_[s].params;
     p.window.rank = rank, p.window.num_ranks = num_ranks;
     for (std::size_t r = 0; r < windows_.size(); ++r) p.window.base[r] = windows_[r].get();
@@ -170,6 +173,7 @@ void DeviceExchange::make_slots() {
     p.x = base + layout_.x;
     p.scale = base + layout_.scale;
     p.copies = base + layout_.copies;
+    p.origin = base + layout_.origin;
     p.expert_y = base + layout_.expert_y;
     p.placement = placement;
     p.num_topk = config.num_topk;
@@ -184,6 +188,11 @@ void DeviceExchange::make_slots() {
     p.row_begin = row_begin;
     p.num_rows = reinterpret_cast<std::int32_t*>(row_begin + placement.num_local());
     slots_[s].order = ops(backend_).make_stream_order();
+    if (!layout_.fits_home_rows) continue;
+    std::vector<std::byte*> rows;
+    for (const auto& window : windows_) rows.push_back(window.get() + p.expert_y);
+    backend_.copy_from_host(home, rows.data(), rows.size() * sizeof(rows[0]), backend_.stream());
+    slots_[s].home_rows = reinterpret_cast<std::uint16_t* const*>(home);
   }
 }
 
@@ -310,7 +319,7 @@ void DeviceExchange::combine(Dispatched::Route& base, TensorView expert_y, Mutab
   auto& route = static_cast<DeviceRoute&>(base);
   faults_.throw_failure();
   use_device();
-  prepare_expert_y(route, expert_y, stream);
+  if (!route.at_home) prepare_expert_y(route, expert_y, stream);
   sum(route, y, stream, true);
 }
 
@@ -323,7 +332,8 @@ void DeviceExchange::sum(DeviceRoute& route, MutableTensorView y, Stream stream,
                         .num_tokens = static_cast<int>(y.dim(0)),
                         .factor = config.routed_scaling_factor,
                         .y = y.as<std::uint16_t>(),
-                        .send = also_send},
+                        .send = also_send,
+                        .at_home = route.at_home},
                        ctas_for_sum(y.dim(0)), stream.handle);
   route.returned = true;
 }
@@ -352,6 +362,9 @@ void DeviceExchange::fill_batch(DeviceRoute& route, std::int64_t num_tokens) con
   route.expert_y.dtype = DType::kBFloat16;
   route.expert_y.shape = shape(config.hidden);
   route.expert_y.device = device;
+  if (route.slot.home_rows == nullptr) return;
+  route.home = {.origin = reinterpret_cast<const std::uint64_t*>(window + p.origin),
+                .rows = route.slot.home_rows};
 }
 
 /// Throws what earlier calls found on the device; after a refused dispatch the exchange works on.
@@ -378,10 +391,12 @@ ExchangeCounters DeviceExchange::counters() const {
   const std::uint64_t token = layout_.payload_bytes + layout_.scale_bytes;
   const std::uint64_t counts = static_cast<std::uint64_t>(config.num_experts) * 8u;
   for (std::size_t r = 0; r < ranks; ++r) {
+    const std::uint64_t origins = (stats.rows[r] + stats.repeats[r]) * 8u;
     const bool has_lists = config.mode == Mode::kNormal && static_cast<int>(r) != rank;
     const std::uint64_t lists = has_lists ? (stats.rows[r] + stats.repeats[r]) * 8u : 0;
     counters.dispatch_rows.push_back(stats.rows[r]);
-    counters.dispatch_bytes.push_back(stats.rows[r] * token + lists + num_dispatches_ * counts);
+    counters.dispatch_bytes.push_back(stats.rows[r] * token + origins + lists +
+                                      num_dispatches_ * counts);
     counters.combine_bytes.push_back(stats.returned[r] * 2u *
                                      static_cast<std::uint64_t>(config.hidden));
     counters.wait_ns.push_back(stats.wait_ns[r]);

@@ -26,6 +26,8 @@ DeviceLayout::DeviceLayout(const ExchangeConfig& config, int num_ranks)
   slot_row_bytes = aligned(static_cast<std::size_t>(tokens_slots) * sizeof(std::int64_t));
   rows_bytes = aligned(static_cast<std::size_t>(placement.num_local()) *
                        (sizeof(std::int64_t) + sizeof(std::int32_t)));
+  home_bytes = aligned(ranks * sizeof(void*));
+  fits_home_rows = tokens_slots <= max_rows;
 
   std::size_t at = 0;
   const auto place = [&](std::size_t& offset, std::size_t bytes) {
@@ -41,6 +43,7 @@ DeviceLayout::DeviceLayout(const ExchangeConfig& config, int num_ranks)
   flags_and_counts_bytes = at;
   place(x, rows * payload_bytes);
   place(scale, rows * scale_bytes);
+  place(origin, rows * sizeof(std::uint64_t));
   place(expert_y, rows * 2 * hidden);
   slot_bytes = at;
 }

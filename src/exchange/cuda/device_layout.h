@@ -13,7 +13,11 @@
 //                             its k-th expert, from other ranks
 //     x          [rows, payload]
 //     scale      [rows, hidden / 128] f32
-//     expert_y   [rows, hidden] bf16          read by the tokens' home ranks
+//     origin     [rows] u64   rank << 32 | entry that each row belongs to
+//     expert_y   [rows, hidden] bf16          one of two things, by dispatch:
+//                             rows of this rank's experts, read by the tokens' home ranks; or
+//                             [T, k, hidden] rows of this rank's entries, written by the experts'
+//                             ranks, if T * k <= rows
 //
 // rows = num_local * max_m (low-latency), or R * T * k (normal).
 //
@@ -36,7 +40,8 @@ struct DeviceLayout {
   void check(const ExchangeConfig& config, int num_ranks) const;
 
   // Byte offsets within a slot.
-  std::size_t dispatched = 0, returned = 0, counts = 0, x = 0, scale = 0, copies = 0, expert_y = 0;
+  std::size_t dispatched = 0, returned = 0, counts = 0, x = 0, scale = 0, copies = 0, origin = 0,
+              expert_y = 0;
   std::size_t slot_bytes = 0;
   std::size_t flags_and_counts_bytes = 0;  ///< The slot's first bytes: zero at creation.
 
@@ -45,8 +50,10 @@ struct DeviceLayout {
   // Memory of one slot that only its own rank uses.
   std::size_t slot_row_bytes = 0;  ///< [T, k] i64: where each entry's row went.
   std::size_t rows_bytes = 0;      ///< row_begin [L] i64, num_rows [L] i32.
+  std::size_t home_bytes = 0;      ///< [R] pointers: every rank's expert_y.
 
   int num_slots = 1;
+  bool fits_home_rows = false;  ///< expert_y has room for the rows of a rank's own entries.
   ExpertPlacement placement;
   std::int64_t max_rows = 0;
 
@@ -54,7 +61,7 @@ struct DeviceLayout {
     return slot_bytes * static_cast<std::size_t>(num_slots);
   }
   [[nodiscard]] std::size_t private_bytes() const noexcept {
-    return static_cast<std::size_t>(num_slots) * (slot_row_bytes + rows_bytes);
+    return static_cast<std::size_t>(num_slots) * (slot_row_bytes + rows_bytes + home_bytes);
   }
   /// Epochs, counters and what a failure leaves behind, of the exchange and of each slot.
   [[nodiscard]] std::size_t state_bytes() const noexcept {

@@ -27,7 +27,6 @@
 #include <string>
 
 #include "backend/cuda/carveout.h"
-#include "backend/cuda/ptx/grid.cuh"
 #include "backend/cuda/ptx/sync.cuh"
 #include "exchange/cuda/launch_in_order.cuh"
 #include "exchange/cuda/protocol.cuh"
@@ -70,6 +69,11 @@ __device__ void send_chunk(const SlotParams& p, const Staging& s, std::uint64_t 
     const int token = j / p.num_topk, k = j % p.num_topk;
     const int peer = static_cast<int>(at >> 32);
     const std::int64_t row = at & 0xffffffff;
+    if (lane == 0) {
+      p.window.put(peer, p.origin, row,
+                   static_cast<std::uint64_t>(p.window.rank) << 32 |
+                       static_cast<std::uint32_t>(first * p.num_topk + j));
+    }
     // To another rank a token crosses once, with a list of its rows there; here no link is saved.
     if (p.max_m == 0 && peer != p.window.rank) {
       const std::int64_t other = lane < p.num_topk ? place[token * p.num_topk + lane] : -1;
@@ -148,7 +152,7 @@ __global__ void __launch_bounds__(kThreads, 1)
   // and whether every rank has let go of the slot's last use (a relaxed load will do: stores do not
   // overtake what they depend on).
   const int first_count = min(s.tokens, end - begin);
-  ptx::wait_for_earlier_kernels();
+  begin_in_order(p);
   Batch batch;
   load_batch(p, d, begin, first_count * (p.hidden / 8), tid, batch);
   const bool failed = has_failed(p);
@@ -283,7 +287,7 @@ __device__ void copy_tokens(const SlotParams& p, std::uint64_t epoch, int payloa
 
 __global__ void __launch_bounds__(kThreads, 1)
     receive_kernel(const __grid_constant__ SlotParams p, int payload_bytes, int num_groups) {
-  ptx::wait_for_earlier_kernels();
+  begin_in_order(p);
   if (__syncthreads_or(has_failed(p)) != 0 ||
       !wait_for_all(p, p.dispatched, kDispatchRows, p.slot->epoch)) {
     forget_rows(p);

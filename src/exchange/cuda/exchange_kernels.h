@@ -64,10 +64,12 @@ struct ExchangeState {
 /// What every kernel of one slot needs.
 struct SlotParams {
   DeviceWindow window;
-  std::size_t dispatched, returned, counts, x, scale, copies, expert_y;  // Offsets in a window.
+  // Offsets in a window.
+  std::size_t dispatched, returned, counts, x, scale, copies, origin, expert_y;
   ExpertPlacement placement;
   int num_topk, hidden, max_tokens;
-  int max_m;  // Masked layout; 0: contiguous rows, token copies cross once per rank.
+  int max_m;      // Masked layout; 0: contiguous rows, token copies cross once per rank.
+  bool is_alone;  // No other rank shares this device.
   std::uint64_t timeout_ns;
   SlotState* slot;
   ExchangeState* state;
@@ -102,9 +104,11 @@ struct CombineParams {
   float factor = 1;
   std::uint16_t* y = nullptr;  // [num_tokens, hidden] bf16
   bool send = false;           // First tell every rank that this one's expert_y is complete.
+  bool at_home = false;        // Rows lie in the own expert_y, by entry: their experts sent them.
 };
 
-/// y[t] = factor * sum_k weight[t, k] * expert_y(row of entry k), rows read where they were made.
+/// y[t] = factor * sum_k weight[t, k] * expert_y(row of entry k), rows read where they were made,
+/// or at home.
 void launch_combine(const SlotParams& slot, const CombineParams& combine, int num_ctas,
                     void* stream);
 

@@ -12,7 +12,7 @@
 
 /// Set by tests/exchange/CMakeLists.txt alone, for builds that its rounds must refuse. 1: a rank's
 /// `dispatched` flag does not wait until its rows have arrived. 2: it is raised before the first
-/// row is sent.
+/// row is sent. 3: combine does not wait for the other ranks' rows.
 #ifndef SLUICE_PLANTED_FAULT
 #define SLUICE_PLANTED_FAULT 0
 #endif
