@@ -143,6 +143,7 @@ void add_bench(Command& program, Output& output) {
   Command bench = program.add_subcommand("bench", "Measure parts of the layer by themselves");
   bench.require_subcommand();
   add_bench_exchange(bench, output);
+  add_bench_layer(bench, output);
   add_bench_model(bench, output);
   add_bench_load(bench, output);
   Command command = bench.add_subcommand(

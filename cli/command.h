@@ -23,6 +23,7 @@ void add_convert(Command& program, Output& output);
 void add_run(Command& program, Output& output);
 void add_bench(Command& program, Output& output);
 void add_bench_exchange(Command& bench, Output& output);  ///< Under `bench`.
+void add_bench_layer(Command& bench, Output& output);     ///< Under `bench`.
 void add_bench_model(Command& bench, Output& output);     ///< Under `bench`.
 void add_bench_load(Command& bench, Output& output);      ///< Under `bench`.
 void add_accuracy(Command& program, Output& output);

@@ -9,24 +9,13 @@
 #include "backend/ops.h"
 #include "bench/exchange_bench_rank.h"
 #include "bench/exchange_traffic.h"
+#include "bench/rank_reports.h"
 #include "core/fail.h"
 #include "sluice/lab/ranks.h"
 #include "sluice/transport.h"
 
 namespace sluice {
 namespace {
-
-/// The largest of what the ranks measured, entry by entry.
-void keep_slowest(Transport& transport, std::span<double> mine) {
-  const auto all = transport.all_gather(std::as_bytes(mine), kBenchTimeout);
-  for (const auto& bytes : all) {
-    for (std::size_t i = 0; i < mine.size(); ++i) {
-      double theirs = 0;
-      std::memcpy(&theirs, bytes.data() + i * sizeof(theirs), sizeof(theirs));
-      mine[i] = std::max(mine[i], theirs);
-    }
-  }
-}
 
 /// Microseconds between two time stamps with nothing between.
 double stamp_cost(BackendOps& backend) {
@@ -45,17 +34,6 @@ struct RankReport {
   double dispatch_bytes = 0, combine_bytes = 0, off_rank_bytes = 0;
   std::int64_t checked = 0;
 };
-
-template <class T>
-std::string to_bytes(const T& value) {
-  return {reinterpret_cast<const char*>(&value), sizeof(value)};
-}
-template <class T>
-T from_bytes(const std::string& bytes) {
-  T value{};
-  std::memcpy(&value, bytes.data(), sizeof(value));
-  return value;
-}
 
 /// Every byte of one pair compared, and what it moved.
 RankReport check_pair(BenchRank& rank, std::size_t own) {
@@ -233,18 +211,6 @@ ExchangeBenchCase bench_case(const ExchangeBenchConfig& bench, int tokens,
     c.checked_elements += gathered.checked;
   }
   return c;
-}
-
-/// Ranks as threads of this process.
-std::vector<std::string> run_as_threads(int num_ranks,
-                                        const std::function<std::string(int, Transport&)>& body) {
-  std::vector<std::string> results(static_cast<std::size_t>(num_ranks));
-  auto transports = make_inproc_transports(num_ranks);
-  on_every_rank(num_ranks, [&](int r) {
-    const auto i = static_cast<std::size_t>(r);
-    results[i] = body(r, *transports[i]);
-  });
-  return results;
 }
 
 }  // namespace

@@ -11,11 +11,6 @@
 
 namespace sluice {
 
-double median(std::vector<double> values) {
-  std::ranges::sort(values);
-  return values.empty() ? 0 : values[values.size() / 2];
-}
-
 BenchRank::BenchRank(const Traffic& traffic, Transport& transport, BackendOps& backend)
     : traffic_(traffic), transport_(transport), backend_(backend), rank_(transport.rank()) {
   const auto r = static_cast<std::size_t>(rank_);

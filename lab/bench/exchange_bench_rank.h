@@ -1,19 +1,16 @@
 // exchange_bench_rank.h - one rank of `bench exchange`: its tensors, its exchange, its check.
 #pragma once
 
-#include <chrono>
 #include <cstdint>
 #include <memory>
 
 #include "backend/ops.h"
 #include "bench/exchange_traffic.h"
+#include "bench/rank_reports.h"
 #include "sluice/exchange.h"
 #include "sluice/transport.h"
 
 namespace sluice {
-
-/// For collectives of the measurement itself; ranks check large batches at their own pace.
-inline constexpr std::chrono::milliseconds kBenchTimeout{60'000};
 
 class BenchRank {
  public:
@@ -53,7 +50,5 @@ class BenchRank {
   std::unique_ptr<DeviceBuffer> x_, idx_, weights_, y_, rows_;
   std::unique_ptr<Exchange> exchange_;
 };
-
-[[nodiscard]] double median(std::vector<double> values);
 
 }  // namespace sluice

@@ -299,6 +299,20 @@ with tempfile.TemporaryDirectory() as folder:
 r = run("bench", "exchange", "--transport", "ipc", "--ranks", "3", "--experts", "8", "--tokens", "1")
 check("bench exchange ipc: refused once", r.returncode == 2
       and r.stderr.count("num_experts 8 is not a positive multiple of 3 ranks") == 1, r)
+with tempfile.TemporaryDirectory() as folder:
+    report = os.path.join(folder, "layer.json")
+    for transport in ("inproc", "ipc"):
+        r = run("bench", "layer", "--preset", "tiny", "--transport", transport, "--ranks", "2", "--tokens", "1,7",
+                "--calls", "2", "--repeat", "2", "--mode", "normal", "--json", report)
+        with open(report) as file:
+            data = json.load(file)
+        check(f"bench layer {transport}", r.returncode == 0 and "both ways, and replays, give the same bits" in r.stdout
+              and [c["tokens_per_rank"] for c in data["cases"]] == [1, 7]
+              and all(c["checked_elements"] == 2 * c["tokens_per_rank"] * 256 and c["layer_us"] > 0
+                      for c in data["cases"]), r)
+r = run("bench", "layer", "--preset", "tiny", "--transport", "ipc", "--ranks", "3", "--tokens", "1")
+check("bench layer ipc: refused once", r.returncode == 2
+      and r.stderr.count("8 experts are not divisible by 3 ranks") == 1, r)
 r = run("bench", "experts", "--preset", "tiny", "--rows", "1,3", "--repeat", "1")
 check("bench experts", r.returncode == 0 and "error/bound" in r.stdout and "of byte dot products" in r.stdout, r)
 r = run("bench", "experts", "--preset", "tiny", "--rows", "3", "--repeat", "1", "--activation", "swiglu",
