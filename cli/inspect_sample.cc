@@ -31,8 +31,7 @@ void count_codes(const TensorView& codes, std::array<std::int64_t, 16>& counts) 
 
 void append_scales(const TensorView& scales, std::vector<float>& out) {
   for (std::int64_t i = 0; i < scales.shape.num_elements(); ++i) {
-    out.push_back(scales.dtype == DType::kFloat32 ? scales.as<float>()[i]
-                                                  : bf16_to_float(scales.as<std::uint16_t>()[i]));
+    out.push_back(scale_value(scales, i));
   }
 }
 

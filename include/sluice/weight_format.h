@@ -12,6 +12,7 @@
 
 #include "sluice/error.h"
 #include "sluice/quant.h"
+#include "sluice/tensor.h"
 
 namespace sluice {
 
@@ -40,6 +41,13 @@ enum class WeightFormat : std::uint8_t {
       return unpack_int4(codes, i);
   }
   throw Error(ErrorCode::kInternal, "code_value: no such weight format");
+}
+
+/// Scale `i` of a matrix, counted row by row. Exact. `scales` lie in host memory.
+[[nodiscard]] inline float scale_value(const TensorView& scales, std::int64_t i) {
+  if (scales.dtype == DType::kFloat32) return scales.as<float>()[i];
+  if (scales.dtype == DType::kBFloat16) return bf16_to_float(scales.as<std::uint16_t>()[i]);
+  throw Error(ErrorCode::kInternal, "scale_value: no such type of scales");
 }
 
 }  // namespace sluice

@@ -64,9 +64,7 @@ Tile<T> best_tile() {
 }
 
 float scale_at(const QuantMatrix& m, std::int64_t n, std::int64_t g) {
-  const std::int64_t i = n * m.scales.dim(1) + g;
-  return m.scales.dtype == DType::kFloat32 ? m.scales.as<float>()[i]
-                                           : bf16_to_float(m.scales.as<std::uint16_t>()[i]);
+  return scale_value(m.scales, n * m.scales.dim(1) + g);
 }
 
 /// Values of `rows` output rows in [k, k + size), as [rows / kTileN][size][kTileN]; rows past the

@@ -147,12 +147,10 @@ class CheckpointSource final : public LayerSource {
       const std::uint8_t* codes = m.codes.as<std::uint8_t>() + n * m.codes.dim(1);
       for (std::int64_t k = 0; k < m.k(); ++k) {
         const std::int64_t s = n * m.scales.dim(1) + k / m.group_size;
-        const float scale = m.scales.dtype == DType::kFloat32
-                                ? m.scales.as<float>()[s]
-                                : bf16_to_float(m.scales.as<std::uint16_t>()[s]);
         const auto i = static_cast<std::uint64_t>(n * m.k() + k);
         memory->original[i] =
-            value_in_cell(m.format, code_value(m.format, codes, k), rng.uniform(i)) * scale;
+            value_in_cell(m.format, code_value(m.format, codes, k), rng.uniform(i)) *
+            scale_value(m.scales, s);
       }
     });
     return as_source(std::move(memory), m);

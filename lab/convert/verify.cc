@@ -16,9 +16,7 @@ namespace {
 constexpr std::int64_t kRowsPerTask = 16;
 
 float scale_at(const QuantMatrix& m, std::int64_t n, std::int64_t k) {
-  const std::int64_t i = n * m.scales.dim(1) + k / m.group_size;
-  return m.scales.dtype == DType::kFloat32 ? m.scales.as<float>()[i]
-                                           : bf16_to_float(m.scales.as<std::uint16_t>()[i]);
+  return scale_value(m.scales, n * m.scales.dim(1) + k / m.group_size);
 }
 
 std::array<const QuantMatrix*, 3> matrices_of(const Expert& expert) {

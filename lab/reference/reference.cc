@@ -31,9 +31,7 @@ struct QuantizedVector {
 };
 
 double scale_at(const QuantMatrix& m, std::int64_t n, std::int64_t g) {
-  const std::int64_t i = n * m.scales.dim(1) + g;
-  return m.scales.dtype == DType::kFloat32 ? m.scales.as<float>()[i]
-                                           : bf16_to_float(m.scales.as<std::uint16_t>()[i]);
+  return scale_value(m.scales, n * m.scales.dim(1) + g);
 }
 
 constexpr std::int64_t kAlignedProducts = 32;  // Of one step; see ErrorModel::alignment.

@@ -168,11 +168,8 @@ void CheckpointData::load_floats(int layer, int expert, const MatrixLayout& matr
   const auto* const codes = m.codes.as<std::uint8_t>();
   for (std::int64_t i = 0; i < matrix.n * matrix.k; ++i) {
     const std::int64_t g = i / m.group_size;
-    const float scale = m.scales.dtype == DType::kFloat32
-                            ? m.scales.as<float>()[g]
-                            : bf16_to_float(m.scales.as<std::uint16_t>()[g]);
     float& w = out[static_cast<std::size_t>(i)];
-    w = code_value(m.format, codes, i) * scale;
+    w = code_value(m.format, codes, i) * scale_value(m.scales, g);
     if (!factors.empty()) w *= factors[static_cast<std::size_t>(i % matrix.k)];
     if (std::isfinite(w)) continue;
     fail(ErrorCode::kCorruptFile, "{}: {} [{}, {}] = {} is not finite", dir.string(),

@@ -6,7 +6,7 @@
 #include <span>
 #include <vector>
 
-#include "sluice/quant.h"
+#include "sluice/weight_format.h"
 
 namespace sluice {
 namespace {
@@ -16,8 +16,7 @@ constexpr std::int64_t kMaxCodeBytes = std::int64_t{1} << 18;
 std::vector<float> scales_of(const QuantMatrix& m) {
   std::vector<float> values(static_cast<std::size_t>(m.scales.shape.num_elements()));
   for (std::size_t i = 0; i < values.size(); ++i) {
-    values[i] = m.scales.dtype == DType::kFloat32 ? m.scales.as<float>()[i]
-                                                  : bf16_to_float(m.scales.as<std::uint16_t>()[i]);
+    values[i] = scale_value(m.scales, static_cast<std::int64_t>(i));
   }
   return values;
 }

@@ -35,8 +35,9 @@ struct WholeLayer {
 inline double weight_at(const SourceMatrix& m, bool original, std::int64_t n, std::int64_t k) {
   if (original) return static_cast<double>(m.original[n * m.quantized.k() + k]);
   const QuantMatrix& q = m.quantized;
-  const float scale = q.scales.as<float>()[n * q.scales.dim(1) + k / q.group_size];
-  return static_cast<double>(unpack_int4(q.codes.as<std::uint8_t>() + n * q.codes.dim(1), k)) *
+  const float scale = scale_value(q.scales, n * q.scales.dim(1) + k / q.group_size);
+  return static_cast<double>(
+             code_value(q.format, q.codes.as<std::uint8_t>() + n * q.codes.dim(1), k)) *
          scale;
 }
 

@@ -89,9 +89,7 @@ struct StageBuffers {
 };
 
 inline double weight_scale(const QuantMatrix& m, std::int64_t n, std::int64_t group) {
-  const std::int64_t i = n * (m.k() / m.group_size) + group;
-  return m.scales.dtype == DType::kFloat32 ? m.scales.as<float>()[i]
-                                           : bf16_to_float(m.scales.as<std::uint16_t>()[i]);
+  return scale_value(m.scales, n * (m.k() / m.group_size) + group);
 }
 
 /// One element of codes * w^T: exact in float64, its sum of magnitudes, and the bits that the CPU
@@ -110,8 +108,9 @@ inline DotProduct dot(const QuantMatrix& m, std::int64_t n, const std::uint8_t* 
     const auto ws = static_cast<float>(weight_scale(m, n, g));
     double sum = 0, magnitude = 0;
     for (std::int64_t k = first; k < first + m.group_size; ++k) {
-      const double product = unpack_int4(m.codes.as<std::uint8_t>(), n * m.k() + k) *
-                             static_cast<double>(e4m3_to_float(codes[k]));
+      const double product =
+          static_cast<double>(code_value(m.format, m.codes.as<std::uint8_t>(), n * m.k() + k)) *
+          static_cast<double>(e4m3_to_float(codes[k]));
       sum += product, magnitude += std::fabs(product);
     }
     out.exact += sum * ws * as;

@@ -38,8 +38,7 @@ inline std::string name_of(int expert, const std::string& part) {
 }
 
 inline float scale_at(const QuantMatrix& m, std::int64_t i) {
-  return m.scales.dtype == DType::kFloat32 ? m.scales.as<float>()[i]
-                                           : bf16_to_float(m.scales.as<std::uint16_t>()[i]);
+  return scale_value(m.scales, i);
 }
 
 /// Codes byte for byte, scales as they are after rounding to their dtype, times `factor`.

@@ -50,10 +50,8 @@ inline std::vector<float> dequantized(const QuantMatrix& m) {
   std::vector<float> values;
   for (std::int64_t i = 0; i < m.n() * m.k(); ++i) {
     const std::int64_t s = i / m.group_size;
-    const float scale = m.scales.dtype == DType::kFloat32
-                            ? m.scales.as<float>()[s]
-                            : bf16_to_float(m.scales.as<std::uint16_t>()[s]);
-    values.push_back(static_cast<float>(unpack_int4(m.codes.as<std::uint8_t>(), i)) * scale);
+    values.push_back(code_value(m.format, m.codes.as<std::uint8_t>(), i) *
+                     scale_value(m.scales, s));
   }
   return values;
 }

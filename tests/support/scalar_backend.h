@@ -260,9 +260,7 @@ class ScalarBackend : public BackendOps {
           a[i] = e4m3_to_float(in.row(row)[k]);
         }
         const float partial = sum_of_group(a.data(), w.data(), m.group_size);
-        const float ws = m.scales.dtype == DType::kFloat32
-                             ? m.scales.as<float>()[n * groups + g]
-                             : bf16_to_float(m.scales.as<std::uint16_t>()[n * groups + g]);
+        const float ws = scale_value(m.scales, n * groups + g);
         const std::int64_t ag = g * m.group_size / kActivationGroup;
         const float as =
             in.scale ? in.scale[row * (in.width / kActivationGroup) + ag] : in.static_scale;

@@ -43,10 +43,7 @@ class Fp8BlockFormat final : public Format {
     for (std::int64_t i = 0; i < matrix.n; ++i) {
       for (std::int64_t j = 0; j < matrix.k; ++j) {
         const std::int64_t s = i / kBlock * (matrix.k / kBlock) + j / kBlock;
-        const float scale = scales.dtype == DType::kFloat32
-                                ? scales.as<float>()[s]
-                                : bf16_to_float(scales.as<std::uint16_t>()[s]);
-        const float value = values[codes[i * matrix.k + j]] * scale;
+        const float value = values[codes[i * matrix.k + j]] * scale_value(scales, s);
         if (!std::isfinite(value)) {
           fail(ErrorCode::kCorruptFile, "{}: weight [{}, {}] = {} is not a finite number",
                place(weight), i, j, value);

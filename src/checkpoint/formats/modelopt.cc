@@ -193,9 +193,7 @@ class ModeloptFormat final : public Format {
     const auto bytes = allocate(storage, static_cast<std::size_t>(count) * sizeof(float));
     auto* const out = reinterpret_cast<float*>(bytes.data());
     for (std::int64_t i = 0; i < count; ++i) {
-      const float s = scales.dtype == DType::kFloat32
-                          ? scales.as<float>()[i]
-                          : bf16_to_float(scales.as<std::uint16_t>()[i]);
+      const float s = scale_value(scales, i);
       out[i] = s * factor;
       if (out[i] / factor == s && std::isfinite(out[i])) continue;
       fail(ErrorCode::kUnsupported,

@@ -14,9 +14,7 @@ void check_second_scale(const TensorRef& second, const TensorRef& scale, const T
   const float limit = kE4m3Max * read_positive(second, "FP8 scale");
   float largest = 0;
   for (std::int64_t i = 0; i < scales.shape.num_elements(); ++i) {
-    largest = std::max(largest, scales.dtype == DType::kFloat32
-                                    ? scales.as<float>()[i]
-                                    : bf16_to_float(scales.as<std::uint16_t>()[i]));
+    largest = std::max(largest, scale_value(scales, i));
   }
   if (7 * largest <= kRounding * limit) return;
   fail(ErrorCode::kUnsupported,
