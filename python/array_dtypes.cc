@@ -33,7 +33,10 @@ bool is_dtype(const nb::dlpack::dtype& seen, DType wanted) {
     case DType::kFloat8E4M3:
       return is(Code::Float8_E4M3FN, 8) || is(Code::UInt, 8);
     case DType::kPackedInt4:
+    case DType::kPackedE2M1:
       return is(Code::UInt, 8) || is(Code::Int, 8);
+    case DType::kFloat8E8M0:
+      return is(Code::UInt, 8);
   }
   return false;
 }
@@ -46,6 +49,10 @@ const char* describe(DType dtype) {
       return "e4m3 (as uint8)";
     case DType::kPackedInt4:
       return "packed int4 (as uint8 or int8)";
+    case DType::kPackedE2M1:
+      return "packed e2m1 (as uint8 or int8)";
+    case DType::kFloat8E8M0:
+      return "e8m0 (as uint8)";
     default:
       return to_string(dtype);
   }

@@ -37,21 +37,27 @@ TensorView expert_of(const TensorView& all, std::int64_t expert) {
           Shape{all.dim(1), all.dim(2)}, all.device};
 }
 
+std::initializer_list<DType> scale_dtypes(WeightFormat format) {
+  static constexpr std::initializer_list<DType> kFloats = {DType::kFloat32, DType::kBFloat16};
+  static constexpr std::initializer_list<DType> kPowersOfTwo = {DType::kFloat8E8M0};
+  return allows_scale_dtype(format, DType::kFloat8E8M0) ? kPowersOfTwo : kFloats;
+}
+
 struct MatrixNames {
   const char *codes, *scales;
 };
 
 /// codes [E, n, k / 2] and scales [E, n, k / group] of one matrix; -1: not known yet.
 void import_matrix(const Matrix& matrix, MatrixNames names, std::array<std::int64_t, 3> sizes,
-                   int group_size, Input& codes, Input& scales) {
+                   int group_size, WeightFormat format, Input& codes, Input& scales) {
   const auto [num, n, k] = sizes;
   codes = import_input(matrix.first, {.name = names.codes,
-                                      .dtypes = {DType::kPackedInt4},
+                                      .dtypes = {code_dtype(format)},
                                       .dims = {num, n, k < 0 ? -1 : k / 2},
                                       .shape = "[num_experts, n, k / 2], the same for all matrices",
                                       .device = {}});
   scales = import_input(matrix.second, {.name = names.scales,
-                                        .dtypes = {DType::kFloat32, DType::kBFloat16},
+                                        .dtypes = scale_dtypes(format),
                                         .dims = {codes.view.dim(0), codes.view.dim(1),
                                                  codes.view.dim(2) * 2 / group_size},
                                         .shape = "[num_experts, n, k / group_size]",
@@ -64,13 +70,15 @@ ExpertWeights weights_from_arrays(const Matrix& gate, const Matrix& up, const Ma
   const WeightFormat format = parse_weight_format(weight_format);
   if (!allows_group_size(format, group_size)) {
     throw Error(ErrorCode::kInvalidArgument,
-                fmt::format("group_size {} is not 128 or 32", group_size));
+                format == WeightFormat::kInt4
+                    ? fmt::format("group_size {} is not 128 or 32", group_size)
+                    : fmt::format("group_size {} is {}", group_size, group_size_refusal(format)));
   }
   Storage s;
-  import_matrix(gate, {"gate codes", "gate scales"}, {-1, -1, -1}, group_size, s[0], s[1]);
+  import_matrix(gate, {"gate codes", "gate scales"}, {-1, -1, -1}, group_size, format, s[0], s[1]);
   const std::int64_t num = s[0].view.dim(0), n = s[0].view.dim(1), k = s[0].view.dim(2) * 2;
-  import_matrix(up, {"up codes", "up scales"}, {num, n, k}, group_size, s[2], s[3]);
-  import_matrix(down, {"down codes", "down scales"}, {num, k, n}, group_size, s[4], s[5]);
+  import_matrix(up, {"up codes", "up scales"}, {num, n, k}, group_size, format, s[2], s[3]);
+  import_matrix(down, {"down codes", "down scales"}, {num, k, n}, group_size, format, s[4], s[5]);
   if (num == 0 || k == 0 || n == 0 || k % 128 != 0 || n % 128 != 0) {
     throw Error(ErrorCode::kInvalidArgument,
                 fmt::format("gate codes: {} experts, hidden {}, intermediate {}; expected at least "
@@ -130,7 +138,7 @@ void bind_geometry(nb::module_& m) {
       .def_ro("routed_scaling_factor", &ModelGeometry::routed_scaling_factor, "Of config.json.")
       .def_prop_ro(
           "weight_format", [](const ModelGeometry& g) { return to_string(g.weight_format); },
-          "How the experts' weights are coded: 'int4'.")
+          "How the experts' weights are coded: 'int4' or 'mxfp4'.")
       .def_prop_ro(
           "activation", [](const ModelGeometry& g) { return to_string(g.activation); },
           "Function of gate and up, as text: 'swiglu', 'swiglu:limit=10'.\n"
@@ -146,8 +154,8 @@ void bind_geometry(nb::module_& m) {
 void bind_weights(nb::module_& m) {
   nb::class_<ExpertWeights>(
       m, "ExpertWeights",
-      "Experts of one layer as a checkpoint has them: signed int4 codes, two\n"
-      "to a byte with even k low, and a scale for each group along k.")
+      "Experts of one layer as a checkpoint has them: codes of 4 bits (signed int4,\n"
+      "or e2m1), two to a byte with even k low, and a scale for each group along k.")
       .def_static(
           "from_arrays",
           [](const Matrix& gate, const Matrix& up, const Matrix& down, int group_size,
@@ -169,7 +177,8 @@ void bind_weights(nb::module_& m) {
           "Each matrix is a pair (codes, scales) in host memory, kept alive and not copied:\n"
           "codes [num_experts, n, k / 2] uint8 or int8, scales [num_experts, n, k / group_size]\n"
           "float32 or bfloat16. gate and up have n = intermediate and k = hidden, down the "
-          "reverse.\nweight_format: 'int4'. activation: 'swiglu', 'swiglu:limit=L',\n"
+          "reverse.\nweight_format: 'int4'; or 'mxfp4', whose codes are e2m1, whose scales are\n"
+          "e8m0 as uint8 and whose group_size is 32. activation: 'swiglu', 'swiglu:limit=L',\n"
           "'swiglu-oai:alpha=A,limit=L' or 'situ:beta=B,linear_beta=LB'.\n"
           "first_expert: number of the first one in its layer; LayerGroup.add_layer() wants this "
           "rank's.\n\n"

@@ -34,6 +34,14 @@ inline constexpr float kMinGroupAmax = 1e-4f;
 /// Nearest, ties to even, saturating to +-448 (infinities too); every NaN gives 0x7f.
 [[nodiscard]] std::uint8_t e4m3_from_float(float x) noexcept;
 
+/// OCP e2m1: sign, two bits of exponent, one of mantissa. Codes 0 .. 7 are 0, 0.5, 1, 1.5, 2, 3, 4,
+/// 6; bit 3 is the sign, and 8 is -0. Higher bits of `code` are ignored.
+[[nodiscard]] float e2m1_to_float(std::uint8_t code) noexcept;
+/// Nearest, ties to even, saturating to +-6. Requires: x is no NaN, which e2m1 does not have.
+[[nodiscard]] std::uint8_t e2m1_from_float(float x) noexcept;
+/// OCP e8m0: 2^(code - 127), from 2^-127 (a subnormal float32) to 2^127. 0xff is NaN.
+[[nodiscard]] float e8m0_to_float(std::uint8_t code) noexcept;
+
 [[nodiscard]] float bf16_to_float(std::uint16_t bits) noexcept;
 /// Nearest, ties to even; overflow gives infinity; NaN stays a quiet NaN.
 [[nodiscard]] std::uint16_t bf16_from_float(float x) noexcept;
@@ -62,6 +70,11 @@ void requantize(std::span<const std::uint8_t> q, float scale, float s1,
 [[nodiscard]] inline std::int8_t unpack_int4(const std::uint8_t* codes, std::int64_t i) noexcept {
   const int nibble = (codes[i / 2] >> (i % 2 * 4)) & 0xf;
   return static_cast<std::int8_t>((nibble ^ 8) - 8);
+}
+/// The four bits of element i, of any format that packs as int4 does.
+[[nodiscard]] inline std::uint8_t unpack_nibble(const std::uint8_t* codes,
+                                                std::int64_t i) noexcept {
+  return (codes[i / 2] >> (i % 2 * 4)) & 0xf;
 }
 /// Packs 2 * codes.size() values. Requires: every value in [-8, 7].
 void pack_int4(std::span<const std::int8_t> values, std::span<std::uint8_t> codes) noexcept;

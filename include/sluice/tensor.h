@@ -23,6 +23,8 @@ enum class DType : std::uint8_t {
   kBFloat16,
   kFloat8E4M3,  ///< OCP e4m3fn: no infinities, largest value 448, NaN = 0x7f and 0xff.
   kPackedInt4,  ///< Two signed 4-bit values per byte, even index low. Its shape counts bytes.
+  kPackedE2M1,  ///< Two OCP e2m1 values per byte, even index low. Its shape counts bytes.
+  kFloat8E8M0,  ///< OCP e8m0: 2^(code - 127), no sign, no zero; 0xff is NaN.
 };
 
 [[nodiscard]] std::size_t size_bytes(DType dtype) noexcept;

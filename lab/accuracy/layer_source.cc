@@ -112,6 +112,14 @@ float value_in_cell(WeightFormat format, double code, double uniform) {
       if (code >= 7) return static_cast<float>(code - uniform / 2);
       if (code <= -7) return static_cast<float>(code + uniform / 2);
       return static_cast<float>(code + (uniform - 0.5));
+    case WeightFormat::kMxfp4: {
+      // Halfway to the neighbours; they are 0.5, 1 or 2 apart.
+      const double size = std::fabs(code);
+      if (size == 0) return static_cast<float>((uniform - 0.5) / 2);
+      const double below = size <= 2 ? 0.25 : size <= 4 ? 0.5 : 1;
+      const double above = size < 2 ? 0.25 : size < 4 ? 0.5 : size < 6 ? 1 : 0;
+      return static_cast<float>(std::copysign(size - below + uniform * (below + above), code));
+    }
   }
   fail(ErrorCode::kInternal, "weight format {} does not exist", static_cast<int>(format));
 }

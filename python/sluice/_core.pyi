@@ -224,7 +224,7 @@ class ModelGeometry:
 
     @property
     def weight_format(self) -> str:
-        """How the experts' weights are coded: 'int4'."""
+        """How the experts' weights are coded: 'int4' or 'mxfp4'."""
 
     @property
     def activation(self) -> str:
@@ -238,8 +238,8 @@ class ModelGeometry:
 
 class ExpertWeights:
     """
-    Experts of one layer as a checkpoint has them: signed int4 codes, two
-    to a byte with even k low, and a scale for each group along k.
+    Experts of one layer as a checkpoint has them: codes of 4 bits (signed int4,
+    or e2m1), two to a byte with even k low, and a scale for each group along k.
     """
 
     @staticmethod
@@ -248,7 +248,8 @@ class ExpertWeights:
         Each matrix is a pair (codes, scales) in host memory, kept alive and not copied:
         codes [num_experts, n, k / 2] uint8 or int8, scales [num_experts, n, k / group_size]
         float32 or bfloat16. gate and up have n = intermediate and k = hidden, down the reverse.
-        weight_format: 'int4'. activation: 'swiglu', 'swiglu:limit=L',
+        weight_format: 'int4'; or 'mxfp4', whose codes are e2m1, whose scales are
+        e8m0 as uint8 and whose group_size is 32. activation: 'swiglu', 'swiglu:limit=L',
         'swiglu-oai:alpha=A,limit=L' or 'situ:beta=B,linear_beta=LB'.
         first_expert: number of the first one in its layer; LayerGroup.add_layer() wants this rank's.
 

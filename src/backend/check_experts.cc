@@ -7,14 +7,15 @@ namespace {
 
 void check_matrix(const QuantMatrix& m, std::int64_t n, std::int64_t k, int expert,
                   const char* name) {
-  check_argument(m.codes.dtype == DType::kPackedInt4 && m.codes.shape == Shape({n, k / 2}),
-                 "expert {} {}: codes are {} {}, expected packed_int4 [{}, {}]", expert, name,
-                 to_string(m.codes.dtype), m.codes.shape.to_string(), n, k / 2);
-  check_argument(allows_group_size(m.format, m.group_size),
-                 "expert {} {}: group_size {} is neither 128 nor 32", expert, name, m.group_size);
-  check_argument(m.scales.dtype == DType::kFloat32 || m.scales.dtype == DType::kBFloat16,
-                 "expert {} {}: scales are {}, expected float32 or bfloat16", expert, name,
-                 to_string(m.scales.dtype));
+  check_argument(m.codes.dtype == code_dtype(m.format) && m.codes.shape == Shape({n, k / 2}),
+                 "expert {} {}: codes are {} {}, expected {} [{}, {}]", expert, name,
+                 to_string(m.codes.dtype), m.codes.shape.to_string(),
+                 to_string(code_dtype(m.format)), n, k / 2);
+  check_argument(allows_group_size(m.format, m.group_size), "expert {} {}: group_size {} is {}",
+                 expert, name, m.group_size, group_size_refusal(m.format));
+  check_argument(allows_scale_dtype(m.format, m.scales.dtype),
+                 "expert {} {}: scales are {}, expected {}", expert, name,
+                 to_string(m.scales.dtype), scale_dtype_names(m.format));
   check_argument(m.scales.shape == Shape({n, k / m.group_size}),
                  "expert {} {}: scales are {}, expected [{}, {}]", expert, name,
                  m.scales.shape.to_string(), n, k / m.group_size);

@@ -113,10 +113,14 @@ void check_format(const RepackFormat& format) {
   }
   check_argument(format.num_experts >= 1 && format.num_experts <= kMaxExperts,
                  "num_experts {} is not in [1, {}]", format.num_experts, kMaxExperts);
-  check_argument(allows_group_size(g.weight_format, g.group_size),
-                 "group_size {} is neither 128 nor 32", g.group_size);
-  check_argument(format.scale_dtype == DType::kFloat32 || format.scale_dtype == DType::kBFloat16,
-                 "scales are {}, expected float32 or bfloat16", to_string(format.scale_dtype));
+  check_argument(allows_group_size(g.weight_format, g.group_size), "group_size {} is {}",
+                 g.group_size, group_size_refusal(g.weight_format));
+  check_argument(allows_scale_dtype(g.weight_format, format.scale_dtype),
+                 "scales are {}, expected {}", to_string(format.scale_dtype),
+                 scale_dtype_names(g.weight_format));
+  check_argument(
+      g.weight_format == WeightFormat::kInt4 || format.codes == CodeKind::kTwosComplement,
+      "codes with an offset: {} has none", to_string(g.weight_format));
   check_activation(g.activation);
 }
 

@@ -10,6 +10,8 @@ std::size_t size_bytes(DType dtype) noexcept {
     case DType::kInt8:
     case DType::kFloat8E4M3:
     case DType::kPackedInt4:
+    case DType::kPackedE2M1:
+    case DType::kFloat8E8M0:
       return 1;
     case DType::kBFloat16:
       return 2;
@@ -43,6 +45,10 @@ const char* to_string(DType dtype) noexcept {
       return "float8_e4m3";
     case DType::kPackedInt4:
       return "packed_int4";
+    case DType::kPackedE2M1:
+      return "packed_e2m1";
+    case DType::kFloat8E8M0:
+      return "float8_e8m0";
   }
   return "unknown";
 }

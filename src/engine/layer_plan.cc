@@ -25,8 +25,11 @@ LayerGroupMemory LayerGroup::plan_memory(const LayerGroupConfig& config,
   std::set<std::pair<Mode, WireFormat>> exchanges;
   bool has_x_scale = false;
   for (const PlannedLayer& layer : layers) {
-    check_argument(layer.group_size == 128 || layer.group_size == 32,
-                   "group_size {} is not 128 or 32", layer.group_size);
+    check_argument(allows_group_size(layer.weight_format, layer.group_size), "group_size {} is {}",
+                   layer.group_size, group_size_refusal(layer.weight_format));
+    check_argument(allows_scale_dtype(layer.weight_format, layer.scale_dtype),
+                   "scales are {}, expected {}", to_string(layer.scale_dtype),
+                   scale_dtype_names(layer.weight_format));
     memory.codes_bytes += code_bytes(layer.weight_format, weights);
     memory.scales_bytes +=
         weights / static_cast<std::size_t>(layer.group_size) * size_bytes(layer.scale_dtype);

@@ -97,6 +97,34 @@ void requantize(std::span<const std::uint8_t> q, float scale, float s1,
   }
 }
 
+float e2m1_to_float(std::uint8_t code) noexcept {
+  // Exponent bias 1; exponent 0 holds the subnormals 0 and 0.5.
+  constexpr float kMagnitudes[] = {0, 0.5f, 1, 1.5f, 2, 3, 4, 6};
+  const float magnitude = kMagnitudes[code & 7];
+  return (code & 8) != 0 ? -magnitude : magnitude;
+}
+
+std::uint8_t e2m1_from_float(float x) noexcept {
+  const float magnitude = std::fabs(x);
+  // How many boundaries lie below. One halfway between an odd code and the even code above it
+  // belongs to the even one.
+  unsigned code = 0;
+  code += magnitude > 0.25f ? 1 : 0;
+  code += magnitude >= 0.75f ? 1 : 0;
+  code += magnitude > 1.25f ? 1 : 0;
+  code += magnitude >= 1.75f ? 1 : 0;
+  code += magnitude > 2.5f ? 1 : 0;
+  code += magnitude >= 3.5f ? 1 : 0;
+  code += magnitude > 5.0f ? 1 : 0;
+  return static_cast<std::uint8_t>(code | (std::signbit(x) ? 8U : 0U));
+}
+
+float e8m0_to_float(std::uint8_t code) noexcept {
+  if (code == 0xff) return std::bit_cast<float>(0x7fc00000u);
+  // The exponents of float32, but for 2^-127, which is a subnormal number there.
+  return std::bit_cast<float>(code == 0 ? 0x00400000u : static_cast<std::uint32_t>(code) << 23);
+}
+
 float ceil_pow2(float s) noexcept {
   const std::uint32_t bits = std::bit_cast<std::uint32_t>(s);
   const std::uint32_t mantissa = bits & 0x007fffffu;

@@ -256,7 +256,11 @@ def test_weights_from_arrays(checkpoint):
     assert geometry.weight_format == "int4" and geometry.activation == "swiglu"
     assert checkpoint.geometry.weight_format == "int4" and checkpoint.geometry.activation == "swiglu"
     arrays = (codes, scales), (codes, scales), down
-    refused("'mxfp4' is none of: int4", make, *arrays, weight_format="mxfp4", code="unsupported")
+    refused("'nvfp4' is none of: int4, mxfp4", make, *arrays, weight_format="nvfp4", code="unsupported")
+    refused("group_size 128 is not mxfp4's 32", make, *arrays, weight_format="mxfp4")
+    refused("gate scales: expected dtype e8m0", make, *arrays, weight_format="mxfp4", group_size=32)
+    powers = [(c, np.full((2, c.shape[1], c.shape[2] // 16), 127, np.uint8)) for c in (codes, codes, down[0])]
+    assert make(*powers, weight_format="mxfp4", group_size=32).geometry.weight_format == "mxfp4"
     refused("'gelu' is none of: swiglu", make, *arrays, activation="gelu", code="unsupported")
     assert make(*arrays, activation="swiglu:limit=7").geometry.activation == "swiglu:limit=7"
     refused("limit = -7 must be finite", make, *arrays, activation="swiglu:limit=-7")

@@ -20,6 +20,8 @@ void check_weight_format(WeightFormat format) {
   switch (format) {
     case WeightFormat::kInt4:
       return;
+    case WeightFormat::kMxfp4:
+      fail(ErrorCode::kUnsupported, "the CPU backend does not compute experts of mxfp4");
   }
   fail(ErrorCode::kUnsupported, "the CPU backend has no weight format {}",
        static_cast<int>(format));

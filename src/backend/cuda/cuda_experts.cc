@@ -70,6 +70,7 @@ RepackFormat format_of(const ExpertWeights& weights) {
 CudaExperts::CudaExperts(const RepackFormat& f, const MutableTensorView& room, int device_index)
     : format(f), device(device_index) {
   check_format(format);
+  cuda::check_weight_format(format.geometry.weight_format);
   cuda::check_kernel_activation(format.geometry.activation);
   const ModelGeometry& g = format.geometry;
   gate_up_shape = weight_shape(format, 2 * g.intermediate, g.hidden);

@@ -12,7 +12,8 @@ PackedSizes packed_sizes(const ModelGeometry& geometry, DType scale_dtype) {
         {.n = n,
          .k = k,
          .group = geometry.group_size,
-         .scale_type = scale_dtype == DType::kBFloat16 ? ScaleType::kBf16 : ScaleType::kF32});
+         .scale_type = scale_dtype == DType::kBFloat16 ? ScaleType::kBf16 : ScaleType::kF32,
+         .format = geometry.weight_format});
   };
   return {.gate_up_bytes = bytes(2 * geometry.intermediate, geometry.hidden),
           .down_bytes = bytes(geometry.hidden, geometry.intermediate),

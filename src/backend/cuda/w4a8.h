@@ -54,6 +54,9 @@ struct WeightShape {
   WeightFormat format = WeightFormat::kInt4;
 };
 
+/// Throws: kUnsupported for a format that the kernels do not widen.
+void check_weight_format(WeightFormat format);
+
 /// Bytes of one expert's packed stream; a multiple of 128. Experts follow each other without gaps.
 [[nodiscard]] std::size_t packed_expert_bytes(const WeightShape& shape);
 

@@ -3,6 +3,7 @@
 
 #include "backend/cuda/sm90_w4a8_layout.cuh"
 #include "backend/cuda/w4a8.h"
+#include "core/fail.h"
 
 namespace sluice::cuda {
 
@@ -36,7 +37,19 @@ ConfigChoice choose_config(const ConfigProblem& problem, const ConfigDevice& dev
   return choice;
 }
 
+void check_weight_format(WeightFormat format) {
+  switch (format) {
+    case WeightFormat::kInt4:
+      return;
+    case WeightFormat::kMxfp4:
+      break;
+  }
+  fail(ErrorCode::kUnsupported, "the CUDA backend does not compute experts of {}",
+       to_string(format));
+}
+
 std::size_t packed_expert_bytes(const WeightShape& shape) {
+  check_weight_format(shape.format);
   const std::size_t slabs = static_cast<std::size_t>(shape.n) / kSlabRows;
   const std::size_t steps = static_cast<std::size_t>(shape.k) / kStepK;
   return slabs * steps * static_cast<std::size_t>(slab_bytes(shape.scale_type, shape.group));
