@@ -40,6 +40,30 @@ class Carver {
   std::byte* at_;
 };
 
+/// Scale codes of 2^-9 .. 2^-6.
+void fill_e8m0(const CounterRng& rng, std::int64_t count, std::byte* out) {
+  for (std::int64_t i = 0; i < count; ++i) {
+    out[i] = static_cast<std::byte>(127 - 9 + rng.bits(static_cast<std::uint64_t>(i)) % 4);
+  }
+}
+
+QuantMatrix random_mxfp4(std::int64_t n, std::int64_t k, std::uint64_t seed, std::uint64_t stream,
+                         Carver& memory) {
+  constexpr int kGroup = 32;
+  const CounterRng code_rng(seed, 2 * stream), scale_rng(seed, 2 * stream + 1);
+  std::byte* codes = memory.take(static_cast<std::size_t>(n * k / 2));
+  for (std::int64_t i = 0; i < n * k / 2; i += 8) {
+    const std::uint64_t word = code_rng.bits(static_cast<std::uint64_t>(i));
+    std::memcpy(codes + i, &word, 8);
+  }
+  std::byte* scales = memory.take(static_cast<std::size_t>(n * k / kGroup));
+  fill_e8m0(scale_rng, n * k / kGroup, scales);
+  return {.codes = {codes, DType::kPackedE2M1, {n, k / 2}},
+          .scales = {scales, DType::kFloat8E8M0, {n, k / kGroup}},
+          .group_size = kGroup,
+          .format = WeightFormat::kMxfp4};
+}
+
 QuantMatrix random_matrix(std::int64_t n, std::int64_t k, int group_size, DType scale_dtype,
                           std::uint64_t seed, std::uint64_t stream, CodeRange range,
                           Carver& memory) {
@@ -74,8 +98,12 @@ ExpertWeights random_experts(const ModelGeometry& geometry, DType scale_dtype, s
                      geometry.intermediate % 128 == 0,
                  "hidden {} and intermediate {} are not multiples of 128", geometry.hidden,
                  geometry.intermediate);
-  check_argument(scale_dtype == DType::kFloat32 || scale_dtype == DType::kBFloat16,
-                 "scale dtype {} is neither float32 nor bfloat16", to_string(scale_dtype));
+  check_argument(allows_scale_dtype(geometry.weight_format, scale_dtype),
+                 "scale dtype {} is not {}", to_string(scale_dtype),
+                 scale_dtype_names(geometry.weight_format));
+  check_argument(allows_group_size(geometry.weight_format, geometry.group_size),
+                 "group_size {} is {}", geometry.group_size,
+                 group_size_refusal(geometry.weight_format));
   const std::int64_t weights = std::int64_t{geometry.hidden} * geometry.intermediate;
   const auto scale_bytes = static_cast<std::int64_t>(size_bytes(scale_dtype));
   const std::int64_t matrix = weights / 2 + weights / geometry.group_size * scale_bytes + 128;
@@ -88,6 +116,9 @@ ExpertWeights random_experts(const ModelGeometry& geometry, DType scale_dtype, s
   for (int e = 0; e < geometry.num_experts; ++e) {
     const auto stream = static_cast<std::uint64_t>(e) * 3;
     const auto make = [&](std::int64_t n, std::int64_t k, std::uint64_t which) {
+      if (geometry.weight_format == WeightFormat::kMxfp4) {
+        return random_mxfp4(n, k, seed, stream + which, memory);
+      }
       return random_matrix(n, k, geometry.group_size, scale_dtype, seed, stream + which, range,
                            memory);
     };

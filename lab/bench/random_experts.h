@@ -12,8 +12,9 @@ enum class CodeRange {
   kSymmetric,  ///< -7..7, as quantizers make them; CUDA has a cheaper form for these.
 };
 
-/// Uniform int4 codes and scales within a factor of two of 2^-8, so that the layer neither grows
-/// nor shrinks its input much. `storage` owns everything.
+/// Uniform codes of geometry.weight_format, and scales that let the layer neither grow nor shrink
+/// its input much: of int4 within a factor of two of 2^-8, of mxfp4 2^-9 .. 2^-6. `range` is for
+/// int4. `storage` owns everything.
 [[nodiscard]] ExpertWeights random_experts(const ModelGeometry& geometry, DType scale_dtype,
                                            std::uint64_t seed, CodeRange range = CodeRange::kAll);
 

@@ -137,6 +137,95 @@ TEST(CpuExperts, GroupsScalesAndLayouts) {
   }
 }
 
+StageCase mxfp4_case() {
+  StageCase c;
+  c.geometry.weight_format = WeightFormat::kMxfp4;
+  c.geometry.group_size = 32;
+  c.scale_dtype = DType::kFloat8E8M0;
+  return c;
+}
+
+TEST(CpuExperts, Mxfp4ShapesAndRowCounts) {
+  for (const int hidden : {128, 384, 640}) {
+    for (const bool is_static : {false, true}) {
+      StageCase c = mxfp4_case();
+      c.geometry.num_experts = 4;
+      c.geometry.hidden = hidden, c.geometry.intermediate = 256;
+      c.rows = {0, 3, 1, 9};
+      c.max_m = 11;
+      if (is_static) c.s1 = 0.0087f, c.s2 = 0.31f;
+      check(c, 2);
+    }
+  }
+  for (const int m : {0, 1, 2, 3, 7, 8, 9, 17, 64, 65}) {
+    StageCase c = mxfp4_case();
+    c.geometry.num_experts = 2;
+    c.geometry.hidden = 256, c.geometry.intermediate = 128;
+    c.rows = {m, 1};
+    check(c);
+  }
+}
+
+/// Every product as large as it can be, of one sign: what the int16 sums of AVX2 must hold.
+TEST(CpuExperts, Mxfp4LargestSumsAreExact) {
+  for (const std::uint8_t weight : {0x77, 0xff, 0x7f}) {
+    for (const std::uint8_t code : {0x7e, 0xfe, 0x77, 0xf7}) {
+      for (const int rows : {1, 9}) {
+        StageCase c = mxfp4_case();
+        c.geometry.hidden = 256;
+        c.rows = {rows};
+        const auto device = backend();
+        const ExpertWeights weights = random_experts(c.geometry, c.scale_dtype, c.seed);
+        for (const QuantMatrix* m : {&weights.experts[0].gate, &weights.experts[0].up}) {
+          std::memset(const_cast<void*>(m->codes.data), weight, m->codes.bytes());
+        }
+        StageBuffers b(c);
+        std::fill(b.codes.begin(), b.codes.end(), code);
+        const auto prepared = ops(*device).prepare(weights);
+        ops(*device).expert_stage(*prepared, b.in(), b.rows(), b.h(), b.out.data(), {}, nullptr);
+        Worst worst;
+        for (int r = 0; r < rows; ++r) check_row(c, weights.experts[0], b, r, worst);
+        EXPECT_LE(worst.ratio, 1.0) << worst.where;
+      }
+    }
+  }
+}
+
+/// Scales from 2^-127, which is no normal float32, on; zeros of either sign; a NaN is refused.
+TEST(CpuExperts, Mxfp4ScalesAtTheEnds) {
+  const auto stage = [](std::uint8_t scale_code, std::uint8_t codes) {
+    StageCase c = mxfp4_case();
+    const ExpertWeights weights = random_experts(c.geometry, c.scale_dtype, c.seed);
+    const Expert& e = weights.experts[0];
+    std::memset(const_cast<void*>(e.down.scales.data), scale_code, e.down.scales.bytes());
+    if (codes != 0x21)
+      std::memset(const_cast<void*>(e.down.codes.data), codes, e.down.codes.bytes());
+    const auto device = backend();
+    StageBuffers b(c);
+    const auto prepared = ops(*device).prepare(weights);
+    ops(*device).expert_stage(*prepared, b.in(), b.rows(), b.h(), b.out.data(), {}, nullptr);
+    Worst worst;
+    check_row(c, e, b, 0, worst);
+    EXPECT_LE(worst.ratio, 1.0) << worst.where;
+    return b.out;
+  };
+  for (const int scale_code : {0, 1, 2, 3, 100, 127, 200}) {
+    (void)stage(static_cast<std::uint8_t>(scale_code), 0x21);
+  }
+  for (const std::uint8_t zeros : {0x00, 0x88, 0x80}) {
+    for (const std::uint16_t y : stage(127, zeros)) EXPECT_EQ(y & 0x7fff, 0);
+  }
+  for (const std::uint8_t bad : {255, 245}) {  // NaN, 2^118
+    try {
+      (void)stage(bad, 0x21);
+      ADD_FAILURE() << "not refused";
+    } catch (const Error& error) {
+      EXPECT_EQ(error.code(), ErrorCode::kInvalidArgument);
+      EXPECT_NE(std::string(error.what()).find("down: scale [0, 0]"), std::string::npos);
+    }
+  }
+}
+
 /// One expert has more rows than are read at once; others follow it.
 TEST(CpuExperts, RowsThatLieInTheOutputGiveTheSameBits) {
   for (const bool is_static : {false, true}) {

@@ -37,7 +37,7 @@ int nearest(double magnitude) {
 }
 
 TEST(E2M1, RoundsToNearestTiesToEvenAndSaturates) {
-  std::vector<float> magnitudes = {0.0f, 1e-45f, 7.0f, 1e30f};
+  std::vector<float> magnitudes = {0.0f, 1e-45f, 7.0f, 1000.0f};
   for (float x = 0; x <= 8; x += 0x1p-6f) {  // Every value, every midpoint, and one ulp around.
     magnitudes.push_back(x);
     magnitudes.push_back(std::nextafter(x, 100.0f));

@@ -1,7 +1,8 @@
 // byte_dot-inl.h - registers and byte dot products of one instruction set; included per target.
 //
 // PairDot  u8 x s8 pairs into int16 (vpmaddubsw), added in int16, widened to int32 at a flush.
-//          A pair of products is at most 15 * 128 * 2 = 3840, so 8 of them fit an int16.
+//          A pair of products is at most w * 128 * 2, w the largest weight as stored: of int4 (15)
+//          8 of them fit an int16, of e2m1 (24) 4 do, an even number of each line's two.
 // VnniDot  u8 x s8 quads straight into int32 (vpdpbusd).
 //
 // Highway 1.0.3 has neither operation, hence the intrinsics. Elsewhere PairDot is plain Highway.
@@ -113,7 +114,8 @@ HWY_INLINE VI32 add_pairs_times(VI16 x, std::int16_t factor) {
 }
 
 struct PairDot {
-  static constexpr int kMaxLines = 4;  ///< 8 pairs per int16 lane: 30720 of 32767.
+  /// Lines before an int16 lane may overflow, of weights up to `largest`. A line adds two pairs.
+  static constexpr int max_lines(int largest) { return 32767 / (largest * 128 * 2) / 2; }
   static constexpr int kRows = HWY_TARGET == HWY_AVX3 ? 8 : 2;  ///< That fit the registers.
   struct Acc {
     VI16 v[kParts];
@@ -136,7 +138,7 @@ struct PairDot {
 
 #if SLUICE_BYTE_DOT_HAS_VNNI
 struct VnniDot {
-  static constexpr int kMaxLines = 16;  ///< A whole group.
+  static constexpr int max_lines(int) { return kGroupLines; }  ///< All of a group.
   static constexpr int kRows = 8;
   using Acc = IntRegs;
   static HWY_INLINE void zero(Acc& acc) { acc.zero(); }

@@ -7,7 +7,8 @@ namespace {
 
 PackedSizes packed_sizes(const ModelGeometry& geometry, DType scale_dtype) {
   const auto bytes = [&](std::int64_t n, std::int64_t k) {
-    return PreparedMatrix{.scales_are_bf16 = scale_dtype == DType::kBFloat16,
+    return PreparedMatrix{.format = geometry.weight_format,
+                          .scale_dtype = scale_dtype,
                           .group_size = geometry.group_size,
                           .n = n,
                           .k = k}

@@ -48,7 +48,7 @@ DigitGroup split_digits(const std::uint8_t* codes, float scale, std::uint8_t* ma
       out.has_low |= d.low;
       if (d.is_nan) out.scale = std::numeric_limits<float>::quiet_NaN();
     }
-    out.correction[line / 4] += 8 * sum;
+    out.sum[line / 4] += sum;
   }
   return out;
 }

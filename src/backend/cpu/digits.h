@@ -4,10 +4,11 @@
 //
 //   q = low + 8 * mid + 2048 * high      low in [-4, 3], mid in [-128, 127], high in [-112, 112]
 //
-// each of which meets a 4-bit weight in a byte dot product. sum_k w * q over a group of 128 stays
-// below 2^31 and is computed without any rounding, so neither the order of the additions, nor the
-// instruction set, nor the rows computed together can change a bit of it. `low` is zero unless a
-// value below 2^-3 occurs in the group (in units of its scale), and is then skipped.
+// each of which meets a weight in a byte dot product: int4 + 8, or 2 * e2m1 + 12. sum_k w * q over
+// a scale group of such integers stays below 2^31 and is computed without any rounding, so neither
+// the order of the additions, nor the instruction set, nor the rows computed together can change a
+// bit of it. `low` is zero unless a value below 2^-3 occurs in the group (in units of its scale),
+// and is then skipped.
 #pragma once
 
 #include <cstdint>
@@ -27,9 +28,9 @@ inline constexpr int kLowDigitBytes = kGroup;
 
 /// What a GEMM needs to know about 128 channels of one row besides their digits.
 struct DigitGroup {
-  float scale = 0;               ///< Activation scale * 2^-9; NaN if the group holds a NaN.
-  std::int32_t has_low = 0;      ///< Any low digit not zero.
-  std::int32_t correction[4]{};  ///< 8 * sum of q over each 32 channels (weights are w + 8).
+  float scale = 0;           ///< Activation scale * 2^-9; NaN if the group holds a NaN.
+  std::int32_t has_low = 0;  ///< Any low digit not zero.
+  std::int32_t sum[4]{};     ///< Of q over each 32 channels: weights are stored with an offset.
 };
 
 /// Splits 128 codes. main: kMainDigitBytes, low: kLowDigitBytes, both written in full.

@@ -14,8 +14,30 @@
 HWY_BEFORE_NAMESPACE();
 namespace sluice::cpu::HWY_NAMESPACE {
 
+/// How a weight is stored: a nibble, and the byte 0 .. kLargest that products see, which is
+/// kOffset more than the weight that is meant.
+struct Int4Code {
+  static constexpr int kOffset = 8, kLargest = 15;
+  static constexpr std::uint8_t byte_of(int nibble) { return static_cast<std::uint8_t>(nibble); }
+};
+/// Twice the value of an e2m1 number.
+struct E2M1Code {
+  static constexpr int kOffset = 12, kLargest = 24;
+  static constexpr std::uint8_t kBytes[16] = {12, 13, 14, 15, 16, 18, 20, 24,
+                                              12, 11, 10, 9,  8,  6,  4,  0};
+  static constexpr std::uint8_t byte_of(int nibble) { return kBytes[nibble]; }
+};
+
 void load_scales(const PreparedMatrix& m, std::int64_t first, int count, float* out) {
-  if (m.scales_are_bf16) {
+  if (m.scale_dtype == DType::kFloat8E8M0) {
+    const auto* in = static_cast<const std::uint8_t*>(m.scales) + first * kBlockN;
+    for (int i = 0; i < count * kBlockN; ++i) {
+      // Half of 2^(code - 127), for weights that count twice; below 2^-126 a subnormal number.
+      const std::uint32_t code = in[i];
+      const std::uint32_t bits = code >= 2 ? (code - 1) << 23 : 0x00200000u << code;
+      std::memcpy(out + i, &bits, 4);
+    }
+  } else if (m.scale_dtype == DType::kBFloat16) {
     const auto* in = static_cast<const std::uint16_t*>(m.scales) + first * kBlockN;
     for (int i = 0; i < count * kBlockN; ++i) {
       const std::uint32_t bits = static_cast<std::uint32_t>(in[i]) << 16;
@@ -29,14 +51,15 @@ void load_scales(const PreparedMatrix& m, std::int64_t first, int count, float* 
 
 #if HWY_TARGET == HWY_SCALAR  // No vectors at all: the same sums, one product at a time.
 
-/// sum_k (w + 8) * q over `num_lines` lines of one row and channel.
+/// sum_k (w + kOffset) * q over `num_lines` lines of one row and channel.
+template <class Code>
 std::int32_t dot_lines(const std::uint8_t* codes, int lane, const std::uint8_t* digits,
                        const std::uint8_t* low, int first_line, int num_lines) {
   std::int32_t sum = 0;
   for (int line = first_line; line < first_line + num_lines; ++line) {
     for (int i = 0; i < kLineK; ++i) {
       const int odd = i % 2, at = i / 2;
-      const int w = (codes[line * kLineBytes + lane * 4 + at] >> (4 * odd)) & 0xf;
+      const int w = Code::byte_of((codes[line * kLineBytes + lane * 4 + at] >> (4 * odd)) & 0xf);
       const auto mid = static_cast<std::int8_t>(digits[line * 16 + odd * 8 + at]);
       const auto high = static_cast<std::int8_t>(digits[line * 16 + odd * 8 + 4 + at]);
       const auto least = static_cast<std::int8_t>(low[line * 8 + odd * 4 + at]);
@@ -46,7 +69,8 @@ std::int32_t dot_lines(const std::uint8_t* codes, int lane, const std::uint8_t* 
   return sum;
 }
 
-void gemm_tile_impl(const GemmTile& tile) {
+template <class Code>
+void gemm_tile_of(const GemmTile& tile) {
   const PreparedMatrix& m = *tile.weights;
   const DigitRows& x = tile.x;
   const std::int64_t num_groups = m.k / kGroup;
@@ -63,14 +87,20 @@ void gemm_tile_impl(const GemmTile& tile) {
         const auto part = static_cast<int>(i % parts), lane = static_cast<int>(i / parts % kBlockN);
         const std::int64_t row = i / parts / kBlockN, from = g * x.rows + row;
         const DigitGroup& dg = x.groups[from];
-        std::int32_t sum = dot_lines(codes, lane, x.digits + from * kMainDigitBytes,
-                                     x.low + from * kLowDigitBytes, part * part_lines, part_lines);
-        for (int c = 0; c < 4 / parts; ++c) sum -= dg.correction[part * (4 / parts) + c];
+        std::int32_t sum =
+            dot_lines<Code>(codes, lane, x.digits + from * kMainDigitBytes,
+                            x.low + from * kLowDigitBytes, part * part_lines, part_lines);
+        for (int c = 0; c < 4 / parts; ++c) sum -= Code::kOffset * dg.sum[part * (4 / parts) + c];
         acc[row * kBlockN + lane] +=
             static_cast<float>(sum) * (scales[part * kBlockN + lane] * dg.scale);
       }
     }
   }
+}
+
+void gemm_tile_impl(const GemmTile& tile) {
+  if (tile.weights->format == WeightFormat::kMxfp4) return gemm_tile_of<E2M1Code>(tile);
+  gemm_tile_of<Int4Code>(tile);
 }
 
 const char* instruction_set_impl() {
@@ -79,20 +109,31 @@ const char* instruction_set_impl() {
 
 #else
 
+HWY_INLINE VU8 bytes_of(Int4Code, VU8 nibbles) {
+  return nibbles;
+}
+HWY_INLINE VU8 bytes_of(E2M1Code, VU8 nibbles) {
+  return hn::TableLookupBytes(hn::LoadDup128(kU8, E2M1Code::kBytes), nibbles);
+}
+
 /// A line of 8 k x 16 channels as it lies in memory, widened as it is used.
+template <class C>
 struct PackedLines {
+  using Code = C;
   const std::uint8_t* codes;  // [line][64]
   void load(int line, ByteRegs& even, ByteRegs& odd) const {
     for (int p = 0; p < kParts; ++p) {
       const VU8 v = hn::LoadU(kU8, codes + line * kLineBytes + p * kRegBytes);
-      even.v[p] = hn::And(v, hn::Set(kU8, 0x0f));
-      odd.v[p] = high_nibbles(v);
+      even.v[p] = bytes_of(Code{}, hn::And(v, hn::Set(kU8, 0x0f)));
+      odd.v[p] = bytes_of(Code{}, high_nibbles(v));
     }
   }
 };
 
 /// The same after widen_group(): one byte per weight.
+template <class C>
 struct WideLines {
+  using Code = C;
   const std::uint8_t* bytes;  // [line][even 64, odd 64]
   void load(int line, ByteRegs& even, ByteRegs& odd) const {
     for (int p = 0; p < kParts; ++p) {
@@ -102,10 +143,11 @@ struct WideLines {
   }
 };
 
+template <class Code>
 void widen_group(const std::uint8_t* codes, std::uint8_t* wide) {
   for (int line = 0; line < kGroupLines; ++line) {
     ByteRegs even, odd;
-    PackedLines{codes}.load(line, even, odd);
+    PackedLines<Code>{codes}.load(line, even, odd);
     for (int p = 0; p < kParts; ++p) {
       hn::Store(even.v[p], kU8, wide + line * 2 * kLineBytes + p * kRegBytes);
       hn::Store(odd.v[p], kU8, wide + line * 2 * kLineBytes + kLineBytes + p * kRegBytes);
@@ -136,7 +178,7 @@ HWY_INLINE void add_main_digits(const Lines& lines, int first_line,
   }
 }
 
-/// sum += low digits of one row. At most 15 * 4 * 2 per pair: a whole group fits an int16.
+/// sum += low digits of one row. At most 24 * 4 * 2 per pair: a whole group fits an int16.
 template <class Dot, class Lines>
 HWY_NOINLINE void add_low_digits(const Lines& lines, int first_line, int num_lines,
                                  const std::uint8_t* low, IntRegs& sum) {
@@ -176,34 +218,37 @@ HWY_INLINE void add_group(const Lines& lines, const BlockGroup& bg, const DigitR
   const std::int64_t at = bg.group * x.rows + row;
   const std::uint8_t* digits[T];
   for (int t = 0; t < T; ++t) digits[t] = x.digits + (at + t) * kMainDigitBytes;
-  constexpr int kLines = Dot::kMaxLines;  // Before an accumulator may overflow.
+  using Code = typename Lines::Code;
+  constexpr int kMaxLines = Dot::max_lines(Code::kLargest);  // Before an accumulator may overflow.
   if (!bg.four_scales) {
     IntRegs sum[T];
     for (int t = 0; t < T; ++t) sum[t].zero();
-    for (int line = 0; line < kGroupLines; line += kLines) {
-      add_main_digits<Dot, T, kLines>(lines, line, digits, sum);
+    for (int line = 0; line < kGroupLines; line += kMaxLines) {
+      add_main_digits<Dot, T, kMaxLines>(lines, line, digits, sum);
     }
     for (int t = 0; t < T; ++t) {
       const DigitGroup& g = x.groups[at + t];
       if (HWY_UNLIKELY(g.has_low != 0)) {
         add_low_digits<Dot>(lines, 0, kGroupLines, x.low + (at + t) * kLowDigitBytes, sum[t]);
       }
-      const std::int32_t correction =
-          g.correction[0] + g.correction[1] + g.correction[2] + g.correction[3];
+      const std::int32_t correction = Code::kOffset * (g.sum[0] + g.sum[1] + g.sum[2] + g.sum[3]);
       scale_and_add(sum[t], correction, g.scale, bg.weight_scales, acc + (row + t) * kBlockN);
     }
     return;
   }
+  constexpr int kPartLines = std::min(4, kMaxLines);
   for (int part = 0; part < 4; ++part) {
     IntRegs sum[T];
     for (int t = 0; t < T; ++t) sum[t].zero();
-    add_main_digits<Dot, T, 4>(lines, part * 4, digits, sum);
+    for (int line = part * 4; line < part * 4 + 4; line += kPartLines) {
+      add_main_digits<Dot, T, kPartLines>(lines, line, digits, sum);
+    }
     for (int t = 0; t < T; ++t) {
       const DigitGroup& g = x.groups[at + t];
       if (HWY_UNLIKELY(g.has_low != 0)) {
         add_low_digits<Dot>(lines, part * 4, 4, x.low + (at + t) * kLowDigitBytes, sum[t]);
       }
-      scale_and_add(sum[t], g.correction[part], g.scale, bg.weight_scales + part * kBlockN,
+      scale_and_add(sum[t], Code::kOffset * g.sum[part], g.scale, bg.weight_scales + part * kBlockN,
                     acc + (row + t) * kBlockN);
     }
   }
@@ -221,8 +266,8 @@ void add_group_all_rows(const Lines& lines, const BlockGroup& bg, const DigitRow
   if (row < x.rows) add_group<Dot, 1>(lines, bg, x, row, acc);
 }
 
-template <class Dot>
-void gemm_tile_with(const GemmTile& tile) {
+template <class Dot, class Code>
+void gemm_tile_of(const GemmTile& tile) {
   const PreparedMatrix& m = *tile.weights;
   const DigitRows& x = tile.x;
   const std::int64_t num_groups = m.k / kGroup;
@@ -243,14 +288,20 @@ void gemm_tile_with(const GemmTile& tile) {
             .group = g, .weight_scales = scales, .four_scales = scales_per_group == 4};
         float* acc = tile.acc + static_cast<std::int64_t>(b) * x.rows * kBlockN;
         if (x.rows <= Dot::kRows) {
-          add_group_all_rows<Dot>(PackedLines{codes}, bg, x, acc);
+          add_group_all_rows<Dot>(PackedLines<Code>{codes}, bg, x, acc);
         } else {
-          widen_group(codes, wide);
-          add_group_all_rows<Dot>(WideLines{wide}, bg, x, acc);
+          widen_group<Code>(codes, wide);
+          add_group_all_rows<Dot>(WideLines<Code>{wide}, bg, x, acc);
         }
       }
     }
   }
+}
+
+template <class Dot>
+void gemm_tile_with(const GemmTile& tile) {
+  if (tile.weights->format == WeightFormat::kMxfp4) return gemm_tile_of<Dot, E2M1Code>(tile);
+  gemm_tile_of<Dot, Int4Code>(tile);
 }
 
 void gemm_tile_impl(const GemmTile& tile) {

@@ -1,11 +1,12 @@
-// gemm_tile.h - INT4 weights x e4m3 rows for a few blocks of 16 output channels.
+// gemm_tile.h - 4-bit weights x e4m3 rows for a few blocks of 16 output channels.
 //
 // Maths     acc[r, n] = sum_g f32(S[r, n, g]) * (ws[n, g] * as[r, g])     g ascending, f32, no fma
 //           S[r, n, g] = sum_{k in g} w[n, k] * q[r, k]                   exact int32 (digits.h)
-//           g runs over the weights' scale groups (128 or 32 k).
+//           g runs over the weights' scale groups (128 or 32 k). Of e2m1, w is twice the value,
+//           which is an integer, and ws half the scale, which is exact.
 //
 // Operands  codes  [blocks][K / 8][64]             PreparedMatrix: streamed once from memory
-//           scales [blocks][K / group_size][16]    bf16 or f32
+//           scales [blocks][K / group_size][16]    bf16, f32 or e8m0
 //           digits [K / 128][rows][256]            DigitRows: read per block, from L1 or L2
 //           low    [K / 128][rows][128]            only where DigitGroup::has_low
 //           acc    [blocks][rows][16] f32

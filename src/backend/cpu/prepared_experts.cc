@@ -8,6 +8,7 @@
 #include "backend/check_experts.h"
 #include "core/fail.h"
 #include "core/threads.h"
+#include "sluice/quant.h"
 
 namespace sluice::cpu {
 namespace {
@@ -15,13 +16,11 @@ namespace {
 /// w + 8 in every nibble: the sign bit of a two's complement nibble flips.
 constexpr std::uint32_t kFlipSigns = 0x88888888u;
 
-/// Digits and repacking below are of int4.
 void check_weight_format(WeightFormat format) {
   switch (format) {
     case WeightFormat::kInt4:
-      return;
     case WeightFormat::kMxfp4:
-      fail(ErrorCode::kUnsupported, "the CPU backend does not compute experts of mxfp4");
+      return;
   }
   fail(ErrorCode::kUnsupported, "the CPU backend has no weight format {}",
        static_cast<int>(format));
@@ -41,7 +40,8 @@ void check_kind(const ActivationFn& fn) {
 
 PreparedMatrix describe(const QuantMatrix& m) {
   PreparedMatrix out;
-  out.scales_are_bf16 = m.scales.dtype == DType::kBFloat16;
+  out.format = m.format;
+  out.scale_dtype = m.scales.dtype;
   out.group_size = m.group_size;
   out.n = m.n();
   out.k = m.k();
@@ -50,7 +50,8 @@ PreparedMatrix describe(const QuantMatrix& m) {
 
 PreparedMatrix describe(const RepackFormat& format, std::int64_t n, std::int64_t k) {
   PreparedMatrix out;
-  out.scales_are_bf16 = format.scale_dtype == DType::kBFloat16;
+  out.format = format.geometry.weight_format;
+  out.scale_dtype = format.scale_dtype;
   out.group_size = format.geometry.group_size;
   out.n = n;
   out.k = k;
@@ -72,11 +73,16 @@ void place(PreparedExpert& e, std::byte* gate_up, std::byte* down) {
   put(e.down, down);
 }
 
+/// What turns a source's nibbles into the stored ones: int4 gets its offset, unless it has it.
+std::uint32_t flip_of(const PreparedMatrix& m, CodeKind codes) {
+  return m.format == WeightFormat::kInt4 && codes == CodeKind::kTwosComplement ? kFlipSigns : 0;
+}
+
 /// One matrix on its way.
 struct Move {
   const MatrixSource& from;
   const PreparedMatrix& to;
-  std::uint32_t flip;  ///< kFlipSigns, or 0 for codes that have their offset already.
+  std::uint32_t flip;  ///< flip_of()
   int expert;
   PackedMatrix which;
 };
@@ -101,6 +107,9 @@ std::uint32_t float_bits(std::uint16_t bf16) {
 std::uint32_t float_bits(float value) {
   return std::bit_cast<std::uint32_t>(value);
 }
+std::uint32_t float_bits(std::uint8_t e8m0) {
+  return std::bit_cast<std::uint32_t>(e8m0_to_float(e8m0));
+}
 
 /// The scales of the same rows. Returns the first fault.
 template <class T>
@@ -123,13 +132,19 @@ std::uint64_t repack_scales(const Move& m, std::int64_t block) {
   return fault;
 }
 
+std::uint64_t repack_scales_of(const Move& m, std::int64_t block) {
+  if (m.to.scale_dtype == DType::kBFloat16) return repack_scales<std::uint16_t>(m, block);
+  if (m.to.scale_dtype == DType::kFloat32) return repack_scales<float>(m, block);
+  SLUICE_ASSERT(m.to.scale_dtype == DType::kFloat8E8M0);
+  return repack_scales<std::uint8_t>(m, block);
+}
+
 /// Blocks [first, last) into the memory that `to` views.
 std::uint64_t repack_blocks(const Move& m, std::int64_t first, std::int64_t last) {
   std::uint64_t fault = kNoFault;
   for (std::int64_t block = first; block < last; ++block) {
     repack_codes(m, block);
-    fault = std::min(fault, m.to.scales_are_bf16 ? repack_scales<std::uint16_t>(m, block)
-                                                 : repack_scales<float>(m, block));
+    fault = std::min(fault, repack_scales_of(m, block));
   }
   return fault;
 }
@@ -184,7 +199,7 @@ std::int64_t PreparedCpuExperts::repack_rows(int index, MatrixRole role, const T
   PreparedMatrix out = role == MatrixRole::kGate ? e.gate : role == MatrixRole::kUp ? e.up : e.down;
   const std::int64_t row_bytes = out.k / 2, groups = out.k / out.group_size;
   const std::int64_t rows = static_cast<std::int64_t>(codes.size()) / row_bytes;
-  const auto dtype = out.scales_are_bf16 ? DType::kBFloat16 : DType::kFloat32;
+  const DType dtype = out.scale_dtype;
   check_argument(scales.dtype == dtype && scales.shape == Shape({out.n, groups}) &&
                      rows % kBlockN == 0 && first_row + rows <= out.n,
                  "expert {}: rows [{}, {}) with {} scales {} are not what was announced", index,
@@ -195,7 +210,8 @@ std::int64_t PreparedCpuExperts::repack_rows(int index, MatrixRole role, const T
       dense_source(codes.data(), scales.as<std::byte>() + scales_before, out.k, out.group_size);
   out.codes += first_row * row_bytes;  // Blocks of 16 rows follow each other without gaps.
   out.scales = static_cast<const std::byte*>(out.scales) + scales_before;
-  const Move move{part, out, kFlipSigns, index, static_cast<PackedMatrix>(role)};
+  const Move move{part, out, flip_of(out, CodeKind::kTwosComplement), index,
+                  static_cast<PackedMatrix>(role)};
   lower(scale_fault_, repack_blocks(move, 0, rows / kBlockN));
   return rows;
 }
@@ -238,10 +254,9 @@ void PreparedCpuExperts::repack_expert(int index, const ExpertSource& source,
   // 128 channels, of which every N is a multiple.
   constexpr std::int64_t kBlocksPerTask = kActivationGroup / kBlockN;
   const std::int64_t inner = intermediate() / kActivationGroup;
-  const std::uint32_t flip = format_.codes == CodeKind::kOffset ? 0 : kFlipSigns;
   pool.for_each_task(2 * inner + hidden() / kActivationGroup, [&](std::int64_t task, int) {
     const auto move = [&](const MatrixSource& from, const PreparedMatrix& to, PackedMatrix which) {
-      const Move m{from, to, flip, index, which};
+      const Move m{from, to, flip_of(to, format_.codes), index, which};
       lower(scale_fault_, repack_blocks(m, task * kBlocksPerTask, (task + 1) * kBlocksPerTask));
     };
     if (task < inner) return move(source.gate, out.gate, PackedMatrix::kGate);

@@ -1,4 +1,4 @@
-// prepared_experts.h - INT4 experts in the order in which the CPU kernels read them.
+// prepared_experts.h - experts of 4-bit weights in the order in which the CPU kernels read them.
 //
 // A matrix [N, K] is cut into blocks of 16 output channels. Inside a block, 8 consecutive k of all
 // 16 channels are one cache line, lane by lane, as they stand in the checkpoint:
@@ -9,8 +9,8 @@
 //                          byte 60..63   channel 15
 //
 // so that the low nibbles of a line are k, k+2, k+4, k+6 and the high ones k+1, k+3, k+5, k+7 of 16
-// channels: the operand shape of the byte dot products. Codes are stored as w + 8 (0 .. 15). Scales
-// keep their values and type: [block][k / group_size][16].
+// channels: the operand shape of the byte dot products. int4 is stored as w + 8 (0 .. 15), e2m1 as
+// its code. Scales keep their values and type: [block][k / group_size][16].
 #pragma once
 
 #include <atomic>
@@ -37,14 +37,15 @@ static_assert(kLineBytes == 64, "a line of codes is one cache line");
 /// One matrix; views into PreparedCpuExperts::memory.
 struct PreparedMatrix {
   const std::uint8_t* codes = nullptr;  ///< [N / 16][K / 8][64]
-  const void* scales = nullptr;         ///< [N / 16][K / group_size][16] bf16 or f32
-  bool scales_are_bf16 = false;
+  const void* scales = nullptr;         ///< [N / 16][K / group_size][16]
+  WeightFormat format = WeightFormat::kInt4;
+  DType scale_dtype = DType::kFloat32;
   int group_size = 128;
   std::int64_t n = 0, k = 0;
 
   [[nodiscard]] std::int64_t code_bytes() const noexcept { return n * k / 2; }
   [[nodiscard]] std::int64_t scale_bytes() const noexcept {
-    return n * (k / group_size) * (scales_are_bf16 ? 2 : 4);
+    return n * (k / group_size) * static_cast<std::int64_t>(size_bytes(scale_dtype));
   }
   /// Codes and scales begin on pages of their own.
   [[nodiscard]] static std::size_t whole_pages(std::int64_t bytes) noexcept {
