@@ -39,13 +39,16 @@ void print_head(const Checkpoint& checkpoint, const LayerSample& sample) {
   const auto& layers = checkpoint.moe_layers();
   const double expert_bytes = static_cast<double>(sample.expert_bytes);
   print_model(checkpoint);
-  const NibbleShares nibbles = nibble_shares(sample);
-  fmt::print("nibbles   codes -1..1 are {:.1f} %, 7, -8 and -7 {:.1f} %: {}\n",
-             100 * nibbles.near_0, 100 * nibbles.near_ends,
-             nibbles.is_borne_out() ? "stored as the format says"
-                                    : "no evidence for or against how the format stores them");
-  fmt::print("weights   signed int4, {} scale per {} along K\n", to_string(sample.scale_dtype),
-             g.group_size);
+  const bool is_int4 = sample.weight_format == WeightFormat::kInt4;
+  if (is_int4) {
+    const NibbleShares nibbles = nibble_shares(sample);
+    fmt::print("nibbles   codes -1..1 are {:.1f} %, 7, -8 and -7 {:.1f} %: {}\n",
+               100 * nibbles.near_0, 100 * nibbles.near_ends,
+               nibbles.is_borne_out() ? "stored as the format says"
+                                      : "no evidence for or against how the format stores them");
+  }
+  fmt::print("weights   {}, {} scale per {} along K\n", is_int4 ? "signed int4" : "mxfp4 (e2m1)",
+             to_string(sample.scale_dtype), g.group_size);
   fmt::print("size      {} per expert, {} per layer, {} in all\n", human_bytes(expert_bytes),
              human_bytes(expert_bytes * g.num_experts),
              human_bytes(expert_bytes * g.num_experts * static_cast<double>(layers.size())));
@@ -81,7 +84,7 @@ LayerCheck check_layers(const Checkpoint& checkpoint) {
   return result;
 }
 
-/// "int4", or null for floats.
+/// "int4" or "mxfp4", or null for floats.
 nlohmann::ordered_json format_json(const Checkpoint& checkpoint) {
   const std::optional<WeightFormat> format = checkpoint.weight_format();
   return format ? nlohmann::ordered_json(to_string(*format)) : nlohmann::ordered_json();
@@ -220,12 +223,13 @@ void inspect(const Options& options, Output& output) {
   const bool runs = !code;
   if (code) output.exit_status = exit_status(*code);
   const std::vector<RecipeGroup> recipes = recipe_groups(checkpoint, checked.good);
-  const CodeKind codes = code_kind(samples);
+  std::optional<CodeKind> codes;  // Of int4, which has two kinds on CUDA.
+  if (checkpoint.weight_format() == WeightFormat::kInt4) codes = code_kind(samples);
   const std::vector<ActivationGroup> activations = activation_groups(checkpoint, checked.good);
   print_head(checkpoint, samples.front());
   print_activations(activations);
   print_runs(recipes, codes);
-  if (!memory.empty()) print_memory(memory);
+  if (!memory.empty()) print_memory(memory, planned_device(checkpoint.geometry().weight_format));
   print_layers(samples, checkpoint.geometry().num_experts);
   print_review(review, checked);
   fmt::print("{} of {} layers can be run\n", checked.good.size(), checkpoint.moe_layers().size());
@@ -234,7 +238,7 @@ void inspect(const Options& options, Output& output) {
   output.json["runs"] = runs;
   output.json["scale_dtype"] = to_string(scale_dtype);
   output.json["bytes_per_expert"] = samples.front().expert_bytes;
-  output.json["codes"] = to_json(codes);
+  if (codes) output.json["codes"] = to_json(*codes);
   output.json["experts_looked_at"] = review.num_experts;
   output.json["warnings"] = to_json(review.warnings);
   for (const ActivationGroup& g : activations) output.json["activations"].push_back(to_json(g));

@@ -19,6 +19,10 @@ struct Options {
   bool no_input_scales = false, static_activations = false, pre_quant_scale = false;
 };
 
+bool is_mxfp4(const std::string& format) {
+  return format == "kimi-mxfp4" || format == "deepseek-fp4";
+}
+
 SyntheticCheckpoint make_spec(const Options& options) {
   SyntheticCheckpoint spec = synthetic_preset(options.preset);
   spec.num_layers = options.layers;
@@ -28,6 +32,12 @@ SyntheticCheckpoint make_spec(const Options& options) {
   spec.with_pre_quant_scale = options.pre_quant_scale;
   if (options.no_input_scales) spec.with_input_scales = false;
   if (!options.format.empty()) spec.format = options.format;
+  if (is_mxfp4(spec.format)) {
+    spec.geometry.group_size = 32;
+    spec.scale_dtype = DType::kFloat8E8M0;
+  } else if (spec.scale_dtype == DType::kFloat8E8M0) {
+    spec.scale_dtype = DType::kFloat32;
+  }
   if (!options.spelling.empty()) spec.spelling = options.spelling;
   if (!options.scale_dtype.empty()) {
     spec.scale_dtype = options.scale_dtype == "bf16" ? DType::kBFloat16 : DType::kFloat32;
@@ -58,7 +68,7 @@ std::optional<StaticScales> scales_of(const Options& options, const Checkpoint& 
 }
 
 bool is_published_in_mxfp4(const std::string& preset) {
-  return preset.starts_with("deepseek-v4") || preset == "kimi-k3";
+  return preset.starts_with("deepseek-v4") || preset.starts_with("kimi-k3");
 }
 
 void make_checkpoint(const Options& options, Output& output) {
@@ -91,7 +101,7 @@ void make_checkpoint(const Options& options, Output& output) {
     fmt::print("note: Kimi-K2's own INT4 has groups of 32 (--format kimi-int4); this has {}\n",
                g.group_size);
   }
-  if (is_published_in_mxfp4(options.preset)) {
+  if (is_published_in_mxfp4(options.preset) && checkpoint.weight_format() != WeightFormat::kMxfp4) {
     fmt::print("note: {} is published in MXFP4; this is INT4\n", options.preset);
   }
   output.json = {{"command", "make-checkpoint"},

@@ -9,6 +9,7 @@
 #include "command.h"
 #include "layers_option.h"
 #include "report.h"
+#include "scale_dtype.h"
 #include "sluice/checkpoint.h"
 #include "sluice/error.h"
 #include "sluice/layer.h"
@@ -111,7 +112,7 @@ Subject read_subject(const Options& options) {
     model.geometry = preset_geometry(options.preset);
     model.activations = {model.geometry.activation};
   }
-  const DType dtype = options.scale_dtype == "bf16" ? DType::kBFloat16 : DType::kFloat32;
+  const DType dtype = parse_scale_dtype(model.geometry, options.scale_dtype, DType::kFloat32);
   const std::size_t count = count_layers(options, model.moe_layers);
   return {.geometry = std::move(model.geometry),
           .scale_dtypes = std::vector<DType>(count, dtype),
@@ -169,16 +170,16 @@ void plan(const Options& options, Output& output) {
   const Subject subject = read_subject(options);
   const Planner planner(options, subject);
   const ModelGeometry& g = subject.geometry;
-  const char* const scale_dtype = to_string(subject.scale_dtypes.front());
+  const char* const scales = to_string(subject.scale_dtypes.front());
   const LayerGroupMemory m = planner.at(options.tokens);
   const auto total = static_cast<double>(m.total_bytes());
   std::vector<std::string> activations;
   for (const ActivationFn& fn : subject.activations) activations.push_back(to_string(fn));
   fmt::print(
-      "layers    {} of {}: {} experts, top-{}, hidden {}, intermediate {}, {} scale per {}, "
+      "layers    {} of {}: {} experts, top-{}, hidden {}, intermediate {}, {}, {} scale per {}, "
       "activation {}\n",
-      m.num_layers, g.name, g.num_experts, g.num_topk, g.hidden, g.intermediate, scale_dtype,
-      g.group_size, fmt::join(activations, " and "));
+      m.num_layers, g.name, g.num_experts, g.num_topk, g.hidden, g.intermediate,
+      to_string(g.weight_format), scales, g.group_size, fmt::join(activations, " and "));
   for (const CheckpointWarning& w : subject.warnings) {
     fmt::print("{}   {}: {}\n", w.is_note ? "note   " : "warning", w.tensor, w.text);
   }
@@ -204,7 +205,8 @@ void plan(const Options& options, Output& output) {
                  {"tokens_per_rank", options.tokens},
                  {"layers", m.num_layers},
                  {"group_size", g.group_size},
-                 {"scale_dtype", scale_dtype},
+                 {"weight_format", to_string(g.weight_format)},
+                 {"scale_dtype", scales},
                  {"activations", activations},
                  {"codes_bytes", m.codes_bytes},
                  {"scales_bytes", m.scales_bytes},

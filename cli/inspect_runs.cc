@@ -76,6 +76,10 @@ CodeKind code_kind(std::span<const LayerSample> samples) {
   return kind;
 }
 
+Device::Kind planned_device(WeightFormat format) {
+  return format == WeightFormat::kInt4 ? Device::Kind::kCuda : Device::Kind::kHost;
+}
+
 std::vector<RankMemory> memory_by_ranks(const Checkpoint& checkpoint, DType scale_dtype) {
   const ModelGeometry& g = checkpoint.geometry();
   LayerGroupConfig config{.geometry = g};
@@ -86,10 +90,10 @@ std::vector<RankMemory> memory_by_ranks(const Checkpoint& checkpoint, DType scal
   const std::vector<PlannedLayer> layers(checkpoint.moe_layers().size(), layer);
   std::vector<RankMemory> result;
   for (int ranks = 1; ranks <= 64 && g.num_experts % ranks == 0; ranks *= 2) {
-    result.push_back(
-        {.num_ranks = ranks,
-         .num_local_experts = g.num_experts / ranks,
-         .memory = LayerGroup::plan_memory(config, layers, Device::Kind::kCuda, ranks)});
+    result.push_back({.num_ranks = ranks,
+                      .num_local_experts = g.num_experts / ranks,
+                      .memory = LayerGroup::plan_memory(config, layers,
+                                                        planned_device(g.weight_format), ranks)});
   }
   return result;
 }
@@ -109,7 +113,7 @@ void print_activations(std::span<const ActivationGroup> groups) {
   }
 }
 
-void print_runs(std::span<const RecipeGroup> groups, const CodeKind& codes) {
+void print_runs(std::span<const RecipeGroup> groups, const std::optional<CodeKind>& codes) {
   for (const RecipeGroup& g : groups) {
     std::string names;
     for (const std::string& name : g.recipes) {
@@ -119,20 +123,22 @@ void print_runs(std::span<const RecipeGroup> groups, const CodeKind& codes) {
     fmt::print("recipes   layers {}: {}; static scales: {}\n", layer_list(g.layers), names,
                g.static_scales);
   }
-  if (codes.fits_sign_magnitude()) {
+  if (!codes) return;
+  if (codes->fits_sign_magnitude()) {
     fmt::print(
         "codes     no -8 among the {} looked at: CUDA unpacks eight with 3 instructions, or "
         "with 7 if it meets one\n",
-        codes.num_codes);
+        codes->num_codes);
   } else {
     fmt::print("codes     {} of the {} looked at are -8: CUDA unpacks eight with 7 instructions\n",
-               codes.num_minus_eight, codes.num_codes);
+               codes->num_minus_eight, codes->num_codes);
   }
 }
 
-void print_memory(std::span<const RankMemory> memory) {
-  fmt::print("memory    of all {} layers, CUDA, {}, low-latency mode, {} tokens per rank\n",
-             memory.front().memory.num_layers, kRecommendedRecipe, kPlannedTokens);
+void print_memory(std::span<const RankMemory> memory, Device::Kind device) {
+  fmt::print("memory    of all {} layers, {}, {}, low-latency mode, {} tokens per rank\n",
+             memory.front().memory.num_layers, device == Device::Kind::kCuda ? "CUDA" : "CPU",
+             kRecommendedRecipe, kPlannedTokens);
   Table table({"ranks", "experts each", "weights each", "buffers each", "total each"});
   for (const RankMemory& m : memory) {
     const auto total = static_cast<double>(m.memory.total_bytes());

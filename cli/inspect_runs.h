@@ -2,6 +2,7 @@
 #pragma once
 
 #include <nlohmann/json.hpp>
+#include <optional>
 #include <span>
 #include <string>
 #include <vector>
@@ -53,15 +54,19 @@ struct RankMemory {
 /// Tokens per rank that memory is planned for.
 constexpr int kPlannedTokens = 128;
 
-/// What all layers take on each of 1, 2, 4 .. 64 ranks, as far as they divide the experts: CUDA,
-/// recommended recipe, low-latency mode, kPlannedTokens.
+/// What memory is planned for: CUDA, unless it does not compute weights of this format.
+[[nodiscard]] Device::Kind planned_device(WeightFormat format);
+
+/// What all layers take on each of 1, 2, 4 .. 64 ranks, as far as they divide the experts:
+/// planned_device(), recommended recipe, low-latency mode, kPlannedTokens.
 [[nodiscard]] std::vector<RankMemory> memory_by_ranks(const Checkpoint& checkpoint,
                                                       DType scale_dtype);
 
 /// A line for each, if there are several: of a single one the model's line tells.
 void print_activations(std::span<const ActivationGroup> groups);
-void print_runs(std::span<const RecipeGroup> groups, const CodeKind& codes);
-void print_memory(std::span<const RankMemory> memory);
+/// `codes` of int4, if the weights are.
+void print_runs(std::span<const RecipeGroup> groups, const std::optional<CodeKind>& codes);
+void print_memory(std::span<const RankMemory> memory, Device::Kind device);
 [[nodiscard]] nlohmann::ordered_json to_json(const ActivationGroup& group);
 [[nodiscard]] nlohmann::ordered_json to_json(const RecipeGroup& group);
 [[nodiscard]] nlohmann::ordered_json to_json(const CodeKind& codes);

@@ -68,6 +68,7 @@ LayerSample sample_layer(const Checkpoint& checkpoint, int layer, int max_expert
       count_codes(matrices[i]->codes, sample.codes);
     }
     sample.expert_bytes = weights.bytes();
+    sample.weight_format = expert.gate.format;
     sample.scale_dtype = expert.gate.scales.dtype;
     sample.static_scales = weights.static_scales;
     ++sample.num_sampled;
@@ -91,8 +92,36 @@ NibbleShares nibble_shares(const LayerSample& s) {
           .near_ends = share(s, 7) + share(s, -8) + share(s, -7)};
 }
 
-nlohmann::ordered_json to_json(const LayerSample& s) {
+/// Counts of e2m1 codes 0 to 15.
+std::array<std::int64_t, 16> e2m1_counts(const LayerSample& s) {
+  std::array<std::int64_t, 16> counts{};
+  for (std::size_t i = 0; i < counts.size(); ++i) counts[i ^ 8] = s.codes[i];
+  return counts;
+}
+
+/// Shares of zeros and of the largest magnitude.
+void print_e2m1(const LayerSample& s) {
+  const auto counts = e2m1_counts(s);
+  double total = 0;
+  for (const std::int64_t count : counts) total += static_cast<double>(count);
+  fmt::print("layer {}: codes +-0 {:.1f} %, +-6 {:.2f} %\n", s.layer,
+             100 * static_cast<double>(counts[0] + counts[8]) / total,
+             100 * static_cast<double>(counts[7] + counts[15]) / total);
+}
+
+void add_codes(const LayerSample& s, nlohmann::ordered_json& json) {
+  if (s.weight_format != WeightFormat::kInt4) {
+    json["codes"] = e2m1_counts(s);
+    return;
+  }
   const NibbleShares nibbles = nibble_shares(s);
+  json["codes"] = s.codes;
+  json["nibbles"] = {{"near_0", nibbles.near_0},
+                     {"near_ends", nibbles.near_ends},
+                     {"borne_out", nibbles.is_borne_out()}};
+}
+
+nlohmann::ordered_json to_json(const LayerSample& s) {
   nlohmann::ordered_json json = {
       {"layer", s.layer},
       {"experts_sampled", s.num_sampled},
@@ -100,12 +129,8 @@ nlohmann::ordered_json to_json(const LayerSample& s) {
        {{"gate", to_json(s.weight_scales[0])},
         {"up", to_json(s.weight_scales[1])},
         {"down", to_json(s.weight_scales[2])}}},
-      {"codes", s.codes},
-      {"nibbles",
-       {{"near_0", nibbles.near_0},
-        {"near_ends", nibbles.near_ends},
-        {"borne_out", nibbles.is_borne_out()}}},
   };
+  add_codes(s, json);
   if (s.static_scales) {
     json["input_scales"] = {{"w1", to_json(s.w1)}, {"w2", to_json(s.w2)}, {"w3", to_json(s.w3)}};
     json["static_scales"] = {{"s1", s.static_scales->s1}, {"s2", s.static_scales->s2}};
@@ -133,6 +158,10 @@ void print_layers(std::span<const LayerSample> samples, int num_experts) {
     if (s.static_scales) {
       fmt::print("layer {}: s1 = {:.6g} (w1, w3), s2 = {:.6g} (w2)\n", s.layer, s.static_scales->s1,
                  s.static_scales->s2);
+    }
+    if (s.weight_format != WeightFormat::kInt4) {
+      print_e2m1(s);
+      continue;
     }
     fmt::print("layer {}: codes 0 {:.1f} %, +-7 {:.2f} %, -8 {}\n", s.layer, 100 * share(s, 0),
                100 * (share(s, 7) + share(s, -7)),

@@ -23,7 +23,8 @@ struct LayerSample {
   std::array<Range, 3> weight_scales;  // gate, up, down
   Range w1, w2, w3;
   std::optional<StaticScales> static_scales;
-  std::array<std::int64_t, 16> codes{};  // by value + 8
+  WeightFormat weight_format = WeightFormat::kInt4;
+  std::array<std::int64_t, 16> codes{};  // by nibble ^ 8: of int4, by value + 8
   std::size_t expert_bytes = 0;
   DType scale_dtype = DType::kFloat32;
 };

@@ -1,9 +1,9 @@
-// checkpoint.h - routed experts of a published INT4 checkpoint, as canonical tensors.
+// checkpoint.h - routed experts of a published INT4 or MXFP4 checkpoint, as canonical tensors.
 //
 //   DIR/config.json, model-0000x-of-0000y.safetensors, model.safetensors.index.json, act_scales...
 //        |  open(): headers only, every offset checked before a byte is trusted
 //        v
-//   Checkpoint --load_experts(layer, first, count)--> ExpertWeights: signed int4 + group scales
+//   Checkpoint --load_experts(layer, first, count)--> ExpertWeights: codes + group scales
 //
 // Only the bytes of the experts asked for are read (static scales excepted: they are the maximum
 // over all experts of the layer). Formats: docs/formats.md.
@@ -45,8 +45,8 @@ struct ModelGeometry {
 
 /// One weight matrix of one expert: w[n, k] = value of codes[n, k] * scales[n, k / group_size].
 struct QuantMatrix {
-  TensorView codes;   ///< [N, K / 2] packed_int4, signed, even k in the low nibble.
-  TensorView scales;  ///< [N, K / group_size] float32 or bfloat16, finite, > 0.
+  TensorView codes;   ///< [N, K / 2] of code_dtype(format), even k in the low nibble.
+  TensorView scales;  ///< [N, K / group_size], see allows_scale_dtype(); finite, > 0.
   int group_size = 128;
   WeightFormat format = WeightFormat::kInt4;
   [[nodiscard]] std::int64_t n() const noexcept { return codes.dim(0); }
@@ -118,7 +118,8 @@ class Checkpoint {
   ~Checkpoint();
 
   [[nodiscard]] const std::filesystem::path& path() const noexcept;
-  /// "w4afp8", "compressed-tensors", "angelslim", "modelopt-w4a8-awq", "fp8-block" or "bf16".
+  /// "w4afp8", "compressed-tensors", "deepseek-fp4", "angelslim", "modelopt-w4a8-awq", "fp8-block"
+  /// or "bf16".
   [[nodiscard]] std::string format() const;
   [[nodiscard]] const std::string& format_evidence() const noexcept;  ///< Why we think so.
   /// Empty for fp8-block and bf16: such experts can be converted, but not loaded.
@@ -153,8 +154,8 @@ class Checkpoint {
   [[nodiscard]] ExpertWeights load_experts(int layer, int first_expert, int num_experts) const;
 
   /// One matrix of one expert as [n, k] float32, of any format: FP8 and BF16 weights exactly, INT4
-  /// as code * scale, times its pre_quant_scale if it has one. Throws: kInvalidArgument (layer,
-  /// expert, size of `out`), kCorruptFile.
+  /// and MXFP4 as code * scale, times its pre_quant_scale if it has one.
+  /// Throws: kInvalidArgument (layer, expert, size of `out`), kCorruptFile.
   void load_floats(int layer, int expert, MatrixRole role, std::span<float> out) const;
 
   /// Of the checkpoint as a whole, found by open(): tensors that lie in another shard than the

@@ -8,41 +8,27 @@
 
 #include "core/fail.h"
 #include "sluice/quant.h"
+#include "synthetic/synthetic_families.h"
+#include "synthetic/synthetic_mxfp4.h"
 
 namespace sluice {
 namespace {
 
 using Content = SyntheticTensor::Content;
-using Json = nlohmann::ordered_json;
 
 constexpr const char* kStems[] = {"gate_proj", "up_proj", "down_proj"};
-
-enum class Family { kW4afp8, kCompressedTensors, kKimi, kAngelslim, kModelopt, kFp8Block, kBf16 };
-
-struct FormatDefinition {
-  const char* name;
-  Family family;
-  bool allows_group_32, has_static_inputs;
-};
 
 constexpr FormatDefinition kDefinitions[] = {
     {"w4afp8", Family::kW4afp8, false, true},
     {"compressed-tensors", Family::kCompressedTensors, true, false},
     {"kimi-int4", Family::kKimi, true, false},
+    {"kimi-mxfp4", Family::kKimiMxfp4, true, false},
+    {"deepseek-fp4", Family::kDeepseekFp4, true, false},
     {"angelslim", Family::kAngelslim, false, true},
     {"modelopt-w4a8-awq", Family::kModelopt, true, true},
     {"fp8-block", Family::kFp8Block, false, false},
     {"bf16", Family::kBf16, false, false},
 };
-
-const FormatDefinition& definition(const SyntheticCheckpoint& spec) {
-  std::string known;
-  for (const FormatDefinition& d : kDefinitions) {
-    if (spec.format == d.name) return d;
-    known += std::string(known.empty() ? "" : ", ") + d.name;
-  }
-  fail(ErrorCode::kInvalidArgument, "format '{}' is none of: {}", spec.format, known);
-}
 
 /// A matrix of codes and scales, value by value.
 class Values {
@@ -204,6 +190,15 @@ Fp8Matrix fp8_blocks(const SyntheticMatrix& m) {
 
 }  // namespace
 
+const FormatDefinition& definition(const SyntheticCheckpoint& spec) {
+  std::string known;
+  for (const FormatDefinition& d : kDefinitions) {
+    if (spec.format == d.name) return d;
+    known += std::string(known.empty() ? "" : ", ") + d.name;
+  }
+  fail(ErrorCode::kInvalidArgument, "format '{}' is none of: {}", spec.format, known);
+}
+
 std::vector<std::string> synthetic_format_names() {
   std::vector<std::string> names;
   for (const FormatDefinition& d : kDefinitions) names.emplace_back(d.name);
@@ -217,8 +212,13 @@ bool has_input_scales(const SyntheticCheckpoint& spec) {
 void check_synthetic_format(const SyntheticCheckpoint& spec) {
   const FormatDefinition& d = definition(spec);
   const int group = spec.geometry.group_size;
-  if (d.family == Family::kKimi) {
-    check_argument(group == 32, "group_size {}; kimi-int4 has 32", group);
+  const bool is_mxfp4 = d.family == Family::kKimiMxfp4 || d.family == Family::kDeepseekFp4;
+  const bool is_float = spec.scale_dtype == DType::kFloat32 || spec.scale_dtype == DType::kBFloat16;
+  check_argument(is_mxfp4 ? spec.scale_dtype == DType::kFloat8E8M0 : is_float,
+                 "scale_dtype {}; {} has {}", to_string(spec.scale_dtype), d.name,
+                 is_mxfp4 ? "float8_e8m0" : "float32 or bfloat16");
+  if (d.family == Family::kKimi || is_mxfp4) {
+    check_argument(group == 32, "group_size {}; {} has 32", group, d.name);
   } else if (d.allows_group_32) {
     check_argument(group == 32 || group == 128, "group_size {} is neither 32 nor 128", group);
   } else {
@@ -258,6 +258,14 @@ std::vector<SyntheticTensor> synthetic_tensors(const SyntheticCheckpoint& spec) 
         add("weight_packed", "I32", {n, k / 8}, Content::kWords);
         add("weight_scale", scale_dtype, {n, k / group}, Content::kScales);
         add("weight_shape", "I64", {2}, Content::kShape);
+        break;
+      case Family::kKimiMxfp4:
+        add("weight_packed", "U8", {n, k / 2}, Content::kMxfp4Codes);
+        add("weight_scale", "U8", {n, k / group}, Content::kMxfp4Scales);
+        break;
+      case Family::kDeepseekFp4:
+        add("weight", "I8", {n, k / 2}, Content::kMxfp4Codes);
+        add("scale", "F8_E8M0", {n, k / group}, Content::kMxfp4Scales);
         break;
       case Family::kAngelslim:
         add("qweight", "I8", {n, k / 2}, Content::kNibblesAlongK);
@@ -319,6 +327,10 @@ std::vector<std::byte> synthetic_bytes(const SyntheticTensor& tensor,
       if (spec.with_pre_quant_scale) value *= std::ranges::max(pre_quant_scale(m));
       return number_bytes(std::span(&value, 1), tensor.dtype);
     }
+    case Content::kMxfp4Codes:
+      return mxfp4_bytes(m).codes;
+    case Content::kMxfp4Scales:
+      return mxfp4_bytes(m).scales;
     case Content::kFp8Codes:
       return fp8_blocks(m).codes;
     case Content::kFp8Scales:
@@ -327,67 +339,6 @@ std::vector<std::byte> synthetic_bytes(const SyntheticTensor& tensor,
       return number_bytes(originals(m), "BF16");
   }
   fail(ErrorCode::kInternal, "tensor {} has no content", tensor.part);
-}
-
-Json synthetic_quantization_config(const SyntheticCheckpoint& spec) {
-  const int group = spec.geometry.group_size;
-  switch (definition(spec).family) {
-    case Family::kW4afp8:
-      return {{"quant_method", "w4afp8"},
-              {"group_size", group},
-              {"activation_scheme", spec.with_input_scales ? "static" : "dynamic"}};
-    case Family::kCompressedTensors:
-    case Family::kKimi: {
-      Json inputs = nullptr;
-      if (definition(spec).family == Family::kCompressedTensors) {
-        inputs = {{"num_bits", 8},
-                  {"type", "float"},
-                  {"symmetric", true},
-                  {"strategy", spec.with_static_activations ? "tensor" : "token"},
-                  {"dynamic", !spec.with_static_activations}};
-      }
-      const Json weights = {{"num_bits", 4},       {"type", "int"},       {"symmetric", true},
-                            {"strategy", "group"}, {"group_size", group}, {"dynamic", false},
-                            {"actorder", nullptr}};
-      return {{"quant_method", "compressed-tensors"},
-              {"format", "pack-quantized"},
-              {"quantization_status", "compressed"},
-              {"config_groups",
-               {{"group_0",
-                 {{"targets", {"Linear"}},
-                  {"weights", weights},
-                  {"input_activations", inputs},
-                  {"output_activations", nullptr}}}}},
-              {"kv_cache_scheme", nullptr},
-              {"ignore", {"lm_head", "re:.*self_attn.*", "re:.*shared_experts.*"}}};
-    }
-    case Family::kAngelslim:
-      return {{"quant_method", "w4a8_awq"},
-              {"kv_cache_quant_method", "fp8"},
-              {"weight_group_size", group},
-              {"activation_scheme", spec.with_input_scales ? "static" : "dynamic"},
-              {"ignored_quantization_config", {{"quant_method", "fp8_block_scales"}}}};
-    case Family::kFp8Block:
-      return {{"quant_method", "fp8"},
-              {"fmt", "e4m3"},
-              {"weight_block_size", {128, 128}},
-              {"activation_scheme", "dynamic"}};
-    case Family::kModelopt:
-    case Family::kBf16:
-      return nullptr;
-  }
-  return nullptr;
-}
-
-Json synthetic_algo_config(const SyntheticCheckpoint& spec) {
-  if (definition(spec).family != Family::kModelopt) return nullptr;
-  return {{"producer", {{"name", "sluice make-checkpoint"}}},
-          {"quantization",
-           {{"quant_algo", "W4A8_AWQ"},
-            {"kv_cache_quant_algo", nullptr},
-            {"group_size", spec.geometry.group_size},
-            {"has_zero_point", false},
-            {"pre_quant_scale", spec.with_pre_quant_scale}}}};
 }
 
 }  // namespace sluice

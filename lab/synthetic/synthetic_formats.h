@@ -25,7 +25,9 @@ struct SyntheticTensor {
     kSecondScale,  ///< amax / 448 of the INT4 weights.
     kInputScale,
     kPreQuantScale,  ///< AWQ's factor of each input channel.
-    kFp8Codes,       ///< Blocks of 128 x 128.
+    kMxfp4Codes,
+    kMxfp4Scales,
+    kFp8Codes,  ///< Blocks of 128 x 128.
     kFp8Scales,
     kBf16,
   };

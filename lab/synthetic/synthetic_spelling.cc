@@ -66,6 +66,7 @@ constexpr std::array kPublished = {
     Published{"kimi-k2-int4", "kimi-int4", "deepseek", DType::kBFloat16},
     Published{"kimi-k2.5", "kimi-int4", "kimi-k2.5", DType::kBFloat16},
     Published{"kimi-k3", "kimi-int4", "kimi-k3", DType::kBFloat16},
+    Published{"kimi-k3-mxfp4", "kimi-mxfp4", "kimi-k3", DType::kFloat8E8M0},
     Published{"glm-5", "w4afp8", "glm-5", DType::kBFloat16, true},
     Published{.preset = "deepseek-v4-flash",
               .format = "w4afp8",
@@ -74,6 +75,16 @@ constexpr std::array kPublished = {
     Published{.preset = "deepseek-v4-pro",
               .format = "w4afp8",
               .spelling = "deepseek-v4",
+              .first_layer = 0},
+    Published{.preset = "deepseek-v4-flash-mxfp4",
+              .format = "deepseek-fp4",
+              .spelling = "deepseek-v4",
+              .scale_dtype = DType::kFloat8E8M0,
+              .first_layer = 0},
+    Published{.preset = "deepseek-v4-pro-mxfp4",
+              .format = "deepseek-fp4",
+              .spelling = "deepseek-v4",
+              .scale_dtype = DType::kFloat8E8M0,
               .first_layer = 0},
     Published{"qwen3.8", "compressed-tensors", "qwen3.8", DType::kBFloat16},
     Published{"qwen3-235b", "w4afp8", "qwen3"},
@@ -191,6 +202,7 @@ Json synthetic_model_config(const SyntheticCheckpoint& spec) {
   if (auto quantization = synthetic_quantization_config(spec); !quantization.is_null()) {
     config["quantization_config"] = std::move(quantization);
   }
+  if (spec.format == "deepseek-fp4") config["expert_dtype"] = "fp4";
   config["sluice_synthetic"] = {{"seed", spec.seed}};
   return config;
 }

@@ -62,8 +62,6 @@ void check_spec(const SyntheticCheckpoint& spec) {
                  "first_layer {} is outside [0, 10000]", spec.first_layer);
   check_argument(spec.num_layers >= 1 && spec.num_layers <= 1000,
                  "num_layers {} is outside [1, 1000]", spec.num_layers);
-  check_argument(spec.scale_dtype == DType::kFloat32 || spec.scale_dtype == DType::kBFloat16,
-                 "scale_dtype {} is neither float32 nor bfloat16", to_string(spec.scale_dtype));
   check_argument(spec.max_shard_bytes >= 1, "max_shard_bytes is 0");
 }
 

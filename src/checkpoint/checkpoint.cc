@@ -136,8 +136,8 @@ void CheckpointData::check_range(int first, int count) const {
                  config.geometry.num_experts);
 }
 
-void CheckpointData::require_int4() const {
-  if (format->weight_format() == WeightFormat::kInt4) return;
+void CheckpointData::require_codes() const {
+  if (format->weight_format()) return;
   fail(ErrorCode::kUnsupported,
        "{}: the experts are {}; runs need INT4, which `sluice convert --scale ...` makes of them",
        dir.string(), format->name());
@@ -152,7 +152,9 @@ Expert CheckpointData::load_expert(int layer, int expert, ExpertStorage& storage
     matrices[i++] = format->load(tensors, matrix, storage);
   }
   const Expert result = {.gate = matrices[0], .up = matrices[1], .down = matrices[2]};
-  check_nibbles(layer, expert, canonical_nibbles(result));
+  if (format->weight_format() == WeightFormat::kInt4) {
+    check_nibbles(layer, expert, canonical_nibbles(result));
+  }
   return result;
 }
 
@@ -163,7 +165,7 @@ void CheckpointData::load_floats(int layer, int expert, const MatrixLayout& matr
   if (!format->weight_format()) return format->load_floats(tensors, matrix, out);
   ExpertStorage storage;
   const QuantMatrix m = format->load_unscaled(tensors, matrix, storage);
-  check_nibbles(layer, expert, canonical_nibbles(m));
+  if (m.format == WeightFormat::kInt4) check_nibbles(layer, expert, canonical_nibbles(m));
   const std::vector<float> factors = format->input_factors(tensors, matrix);
   const auto* const codes = m.codes.as<std::uint8_t>();
   for (std::int64_t i = 0; i < matrix.n * matrix.k; ++i) {
@@ -285,7 +287,7 @@ void Checkpoint::load_floats(int layer, int expert, MatrixRole role, std::span<f
 ExpertWeights Checkpoint::load_experts(int layer, int first_expert, int num_experts) const {
   (void)impl_->layer_tensors(layer);
   impl_->check_range(first_expert, num_experts);
-  impl_->require_int4();
+  impl_->require_codes();
   impl_->check_layer(layer);
 
   auto storage = std::make_unique<ExpertStorage>();

@@ -46,7 +46,7 @@ struct CheckpointData {
   /// Throws: kCorruptFile naming the expert.
   void check_nibbles(int layer, int expert, const NibbleEvidence& nibbles) const;
   /// Throws: kUnsupported if the experts are floats.
-  void require_int4() const;
+  void require_codes() const;
 };
 
 struct Checkpoint::Impl : CheckpointData {};

@@ -76,6 +76,7 @@ void merge(ConfigFields&& inner, ConfigFields& out) {
   out.has_layer_pattern |= inner.has_layer_pattern;
   if (!inner.model_type.empty()) out.language_type = inner.model_type;
   if (out.model_type.empty()) out.model_type = std::move(inner.model_type);
+  if (!inner.expert_type.empty()) out.expert_type = std::move(inner.expert_type);
   for (std::string& key : inner.unknown) {
     if (std::ranges::find(out.unknown, key) == out.unknown.end()) {
       out.unknown.push_back(std::move(key));
@@ -139,6 +140,10 @@ ConfigFields read_object(JsonReader& json, const std::string& file, bool is_inne
       case Kind::kQuantization:
         require_kind(json, Json::kObject, "an object", key, file);
         return read_quantization_config(json, fields.quantization);
+      case Kind::kExpertType:
+        require_kind(json, Json::kString, "a name", key, file);
+        fields.expert_type = json.string();
+        return;
       case Kind::kLanguage:
         // A language model has no language model of its own.
         if (is_inner || json.peek() != Json::kObject) return json.skip();

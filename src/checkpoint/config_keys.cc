@@ -46,6 +46,7 @@ constexpr Row kTable[] = {
     {Kind::kModelType, "model_type"},
     {Kind::kLanguage, "text_config language_config llm_config"},
     {Kind::kQuantization, "quantization_config"},
+    {Kind::kExpertType, "expert_dtype"},
     // Biases, experts that are not matrices, other precisions, sizes that differ by layer.
     {Kind::kMustBeOff,
      "mlp_bias use_bias use_mlp_bias moe_bias moe_use_bias expert_bias experts_bias "
@@ -145,7 +146,7 @@ constexpr Row kTable[] = {
      "exponential_decay_length_penalty suppress_tokens begin_suppress_tokens "
      "sluice_synthetic is_causal activation_dropout use_flash_attention unsloth_fixed "
      "unsloth_version "
-     "swap_weights_dtype expert_dtype scale_fmt inference_dtype use_unit_offset "
+     "swap_weights_dtype scale_fmt inference_dtype use_unit_offset "
      "fuse_rms_norm compressed use_parallel_residual ignored_layers tensor_parallel_degree "
      "fuse_attention_qkv fuse_attention_ffn fuse_linear fuse_rope fuse_softmax_mask "
      "recompute sequence_parallel enable_delay_scale_loss max_model_len"},

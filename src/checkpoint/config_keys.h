@@ -34,6 +34,7 @@ enum class ConfigKeyKind {
   kModelType,      ///< A name.
   kLanguage,       ///< An object: the language model's own config.
   kQuantization,   ///< quantization_config
+  kExpertType,     ///< `expert_dtype`: DeepSeek-V4's experts beside fp8, "fp4" or "fp8".
   kIrrelevant,
   kUnknown,
 };

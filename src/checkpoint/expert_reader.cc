@@ -14,7 +14,7 @@ QuantMatrix without_data(const Format& format, const ExpertTensors& expert,
   QuantMatrix matrix;
   matrix.group_size = format.group_size();
   matrix.format = *format.weight_format();
-  matrix.codes.dtype = DType::kPackedInt4;
+  matrix.codes.dtype = code_dtype(matrix.format);
   matrix.codes.shape = {layout.n, layout.k / 2};
   matrix.scales.dtype = format.scale_dtype(expert, layout);
   matrix.scales.shape = {layout.n, layout.k / matrix.group_size};
@@ -28,7 +28,7 @@ ExpertReader::ExpertReader(const Checkpoint& checkpoint, int layer, int first_ex
     : data_(checkpoint.impl_.get()), layouts_(matrix_layouts(data_->geometry())) {
   (void)data_->layer_tensors(layer);
   data_->check_range(first_expert, num_experts);
-  data_->require_int4();
+  data_->require_codes();
   data_->check_layer(layer);
   shapes_.layer = layer;
   shapes_.first_expert = first_expert;
@@ -123,7 +123,8 @@ void ExpertReader::read_rows(int index, MatrixRole role, std::int64_t first_row,
   const TensorRef& codes = part_of(expert(index), codes_parts_[matrix]);
   read(codes, static_cast<std::uint64_t>(first_row * row_bytes(matrix)), rows);
   data_->format->make_canonical(rows, layouts_[matrix], spare.first(rows.size()));
-  if (first_row > 0) return;
+  // E2m1 has no second way to store its nibbles that rows could be evidence of.
+  if (first_row > 0 || data_->format->weight_format() != WeightFormat::kInt4) return;
   QuantMatrix view;
   view.codes = {rows.data(),
                 DType::kPackedInt4,

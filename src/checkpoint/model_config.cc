@@ -241,6 +241,14 @@ ModelConfig parse_model_config(const ConfigText& text, const std::optional<Confi
   read_layer_activations(fields, config);
   warn_of_unknown(fields, config);
   config.quantization = std::move(fields.quantization);
+  // DeepSeek-V4.1 has the key in its quantization_config.
+  if (config.quantization.expert_type.empty()) {
+    config.quantization.expert_type = std::move(fields.expert_type);
+  } else if (!fields.expert_type.empty() && fields.expert_type != config.quantization.expert_type) {
+    fail(ErrorCode::kUnsupported,
+         "{}: expert_dtype = '{}', but quantization_config.expert_dtype = '{}'", text.name,
+         fields.expert_type, config.quantization.expert_type);
+  }
   return config;
 }
 

@@ -21,17 +21,21 @@ std::vector<float> scales_of(const QuantMatrix& m) {
   return values;
 }
 
-/// Sum of the squares of two codes, by the byte that holds them.
-const std::array<std::int32_t, 256>& byte_squares() {
-  static const std::array<std::int32_t, 256> table = [] {
-    std::array<std::int32_t, 256> squares{};
-    for (int b = 0; b < 256; ++b) {
-      const int low = ((b & 15) ^ 8) - 8, high = ((b >> 4) ^ 8) - 8;
-      squares[static_cast<std::size_t>(b)] = low * low + high * high;
-    }
-    return squares;
-  }();
-  return table;
+/// Sum of the squares of two codes, by the byte that holds them. Exact: multiples of 1 / 4.
+std::array<double, 256> make_byte_squares(WeightFormat format) {
+  std::array<double, 256> squares{};
+  for (std::size_t b = 0; b < squares.size(); ++b) {
+    const auto byte = static_cast<std::uint8_t>(b);
+    const double low = code_value(format, &byte, 0), high = code_value(format, &byte, 1);
+    squares[b] = low * low + high * high;
+  }
+  return squares;
+}
+
+const std::array<double, 256>& byte_squares(WeightFormat format) {
+  static const std::array tables = {make_byte_squares(WeightFormat::kInt4),
+                                    make_byte_squares(WeightFormat::kMxfp4)};
+  return tables[format == WeightFormat::kMxfp4 ? 1 : 0];
 }
 
 /// The bytes of codes that share scale `index`.
@@ -44,8 +48,9 @@ float largest_used(const QuantMatrix& m, const std::vector<float>& scales, float
   float largest = 0;
   for (std::size_t i = 0; i < scales.size(); ++i) {
     if (scales[i] <= largest) continue;
-    if (scales[i] > limit &&
-        std::ranges::all_of(group_codes(m, i), [](std::uint8_t b) { return b == 0; })) {
+    if (scales[i] > limit && std::ranges::all_of(group_codes(m, i), [&](std::uint8_t b) {
+          return byte_squares(m.format)[b] == 0;
+        })) {
       continue;
     }
     largest = scales[i];
@@ -56,19 +61,20 @@ float largest_used(const QuantMatrix& m, const std::vector<float>& scales, float
 void look_at_codes(const QuantMatrix& m, const std::vector<float>& scales, WeightStats& stats) {
   const auto groups_per_row = static_cast<std::size_t>(m.k() / m.group_size);
   const std::int64_t num_rows = std::clamp(kMaxCodeBytes / (m.k() / 2), std::int64_t{1}, m.n());
+  const std::array<double, 256>& table = byte_squares(m.format);
   std::array<std::int64_t, 256> bytes{};
   double code_squares = 0, squares = 0;
   for (std::int64_t i = 0; i < num_rows; ++i) {
     const auto row = static_cast<std::size_t>(i * m.n() / num_rows);
     for (std::size_t g = row * groups_per_row; g < (row + 1) * groups_per_row; ++g) {
-      std::int64_t sum = 0;
+      double sum = 0;
       for (const std::uint8_t byte : group_codes(m, g)) {
         ++bytes[byte];
-        sum += byte_squares()[byte];
+        sum += table[byte];
       }
       const double scale = scales[g];
-      code_squares += static_cast<double>(sum);
-      squares += static_cast<double>(sum) * scale * scale;
+      code_squares += sum;
+      squares += sum * scale * scale;
     }
   }
   for (std::size_t b = 0; b < bytes.size(); ++b) {
@@ -85,6 +91,7 @@ void look_at_codes(const QuantMatrix& m, const std::vector<float>& scales, Weigh
 
 WeightStats weight_stats(const QuantMatrix& matrix) {
   WeightStats stats;
+  stats.format = matrix.format;
   std::vector<float> scales = scales_of(matrix);
   look_at_codes(matrix, scales, stats);
   std::vector<float> sorted = scales;

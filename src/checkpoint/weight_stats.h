@@ -14,7 +14,8 @@
 namespace sluice {
 
 struct WeightStats {
-  std::array<std::int64_t, 16> codes{};  ///< Of the rows looked at, by value + 8.
+  WeightFormat format = WeightFormat::kInt4;
+  std::array<std::int64_t, 16> codes{};  ///< Of the rows looked at, by nibble ^ 8: int4 + 8.
   std::int64_t num_codes = 0;
   double code_rms = 0, rms = 0;  ///< Of the codes; of the weights, code * scale.
   double size = 0;               ///< rms * sqrt(K)
@@ -24,7 +25,10 @@ struct WeightStats {
   /// quantizers write 1. Such groups are looked for only among scales far above the median.
   float largest_used_scale = 0;
 
-  [[nodiscard]] bool are_all_zero() const noexcept { return codes[8] == num_codes; }
+  [[nodiscard]] bool are_all_zero() const noexcept {
+    const std::int64_t minus_zeros = format == WeightFormat::kMxfp4 ? codes[0] : 0;
+    return codes[8] + minus_zeros == num_codes;
+  }
 };
 
 /// Scales this many times above or below the median of their kind are worth a word.

@@ -46,6 +46,8 @@ void check_codes(const WeightStats& s, const std::string& tensor, bool expects_m
     out.add(WarningKind::kZeroWeights, s.largest_scale, tensor,
             fmt::format("every weight looked at is 0, beside scales up to {:.4g}{}",
                         s.largest_scale, s.largest_scale > 1 ? ": never written?" : ""));
+  } else if (s.format != WeightFormat::kInt4) {
+    return;  // What follows is of int4's nibbles.
   } else if (s.codes[0] > s.codes[8]) {
     // Around zero lie most weights: code 0 if signed, code 8 if stored with an offset of 8.
     out.add(WarningKind::kOffsetCodes, static_cast<double>(s.codes[0]), tensor,

@@ -25,6 +25,9 @@ using testing::TempDir;
 class EveryFormat : public ::testing::TestWithParam<std::string> {
  protected:
   [[nodiscard]] SyntheticCheckpoint spec() const {
+    if (GetParam() == "kimi-mxfp4" || GetParam() == "deepseek-fp4") {
+      return spec_of(GetParam(), 32, DType::kFloat8E8M0);
+    }
     return spec_of(GetParam(), GetParam() == "kimi-int4" ? 32 : 128);
   }
 };

@@ -133,8 +133,8 @@ TEST(Groups, ThatCannotBeToldApartOrAreNotInt4AreRefused) {
 }
 
 TEST(Groups, ContainersOfCompressedTensorsAreRefusedByName) {
-  for (const char* const format : {"int-quantized", "float-quantized", "nvfp4-pack-quantized",
-                                   "mxfp4-pack-quantized", "marlin-24", "brand-new"}) {
+  for (const char* const format :
+       {"int-quantized", "float-quantized", "nvfp4-pack-quantized", "marlin-24", "brand-new"}) {
     SCOPED_TRACE(format);
     const std::string patch = std::string(R"({"format": ")") + format +
                               R"(", "config_groups": {"group_0": {"format": null}}})";

@@ -53,15 +53,19 @@ TEST(Synthetic, WrittenCheckpointLoads) {
 }
 
 TEST(Synthetic, EveryPresetHasAWholeGeometry) {
-  EXPECT_THAT(preset_names(), ElementsAre("tiny", "r1-slice", "r1-layer", "kimi-k2", "kimi-k2-int4",
-                                          "kimi-k2.5", "kimi-k3", "glm-5", "deepseek-v4-flash",
-                                          "deepseek-v4-pro", "qwen3.8", "qwen3-235b", "qwen3-30b"));
+  EXPECT_THAT(preset_names(),
+              ElementsAre("tiny", "r1-slice", "r1-layer", "kimi-k2", "kimi-k2-int4", "kimi-k2.5",
+                          "kimi-k3", "kimi-k3-mxfp4", "glm-5", "deepseek-v4-flash",
+                          "deepseek-v4-pro", "deepseek-v4-flash-mxfp4", "deepseek-v4-pro-mxfp4",
+                          "qwen3.8", "qwen3-235b", "qwen3-30b"));
   for (const std::string& name : preset_names()) {
     const ModelGeometry g = preset_geometry(name);
     EXPECT_EQ(g.name, name);
     EXPECT_EQ(g.hidden % 128, 0);
     EXPECT_EQ(g.intermediate % 128, 0);
     EXPECT_LE(g.num_topk, g.num_experts);
+    EXPECT_TRUE(allows_group_size(g.weight_format, g.group_size));
+    EXPECT_EQ(g.weight_format == WeightFormat::kMxfp4, name.ends_with("-mxfp4"));
   }
   EXPECT_EQ(preset_geometry("r1-layer").num_experts, 256);
   EXPECT_EQ(preset_geometry("kimi-k2").num_experts, 384);

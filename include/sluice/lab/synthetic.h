@@ -18,14 +18,15 @@ namespace sluice {
 struct SyntheticCheckpoint {
   ModelGeometry geometry;
   /// "w4afp8", "compressed-tensors", "kimi-int4" (compressed-tensors in groups of 32, without an
-  /// activation scheme), "angelslim", "modelopt-w4a8-awq", "fp8-block" or "bf16".
+  /// activation scheme), "kimi-mxfp4" (compressed-tensors of MXFP4), "deepseek-fp4" (MXFP4 as
+  /// DeepSeek-V4 has it), "angelslim", "modelopt-w4a8-awq", "fp8-block" or "bf16".
   std::string format = "w4afp8";
   /// Whose names tensors and keys of config.json have: synthetic_spelling_names().
   std::string spelling = "deepseek";
   int first_layer = 3;  ///< DeepSeek-V3's first MoE layer; DeepSeek-V4 has them from layer 0.
   int num_layers = 1;
   std::uint64_t seed = 1;
-  DType scale_dtype = DType::kFloat32;   ///< Or kBFloat16.
+  DType scale_dtype = DType::kFloat32;   ///< Or kBFloat16; kFloat8E8M0 of MXFP4.
   bool with_input_scales = true;         ///< In formats that are published with them.
   bool with_unit_input_scales = false;   ///< All 1.0 instead of calibrated, as GLM-5's.
   bool with_static_activations = false;  ///< compressed-tensors: static e4m3 input scales.
@@ -36,8 +37,9 @@ struct SyntheticCheckpoint {
 /// "deepseek", "glm-5", "deepseek-v4", "kimi-k2.5", "kimi-k3", "qwen3", "qwen3.8": docs/formats.md.
 [[nodiscard]] std::vector<std::string> synthetic_spelling_names();
 
-/// Geometry, layout and spelling that a preset's model is published with in INT4. Models that are
-/// published in MXFP4 (DeepSeek-V4, Kimi-K3) get an INT4 layout that repacks of theirs have.
+/// Geometry, layout and spelling that a preset's model is published with: in INT4, but for presets
+/// whose name ends in "-mxfp4". Without it, models that are published in MXFP4 (DeepSeek-V4,
+/// Kimi-K3) get an INT4 layout that repacks of theirs have.
 /// Throws: as preset_geometry().
 [[nodiscard]] SyntheticCheckpoint synthetic_preset(const std::string& preset);
 

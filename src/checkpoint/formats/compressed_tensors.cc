@@ -6,6 +6,7 @@
 
 #include "checkpoint/formats/format.h"
 #include "checkpoint/formats/module_match.h"
+#include "checkpoint/formats/mxfp4.h"
 #include "checkpoint/formats/nibbles.h"
 #include "checkpoint/formats/part_readers.h"
 #include "core/fail.h"
@@ -183,6 +184,43 @@ bool check_inputs(const QuantizationConfig& config, const std::string& at,
   return true;
 }
 
+/// E2m1 codes with e8m0 scales for each 32, as Kimi-K3 has them.
+Recognised recognise_mxfp4(const QuantizationConfig& config, const QuantizationGroup& group,
+                           const std::string& name) {
+  const QuantizationArgs& weights = group.weights;
+  const std::string at = name + ".weights";
+  if (!weights.is_present) refuse(config, at, "null", "the experts' weights must be MXFP4");
+  if (weights.num_bits != 4) {
+    refuse(config, at + ".num_bits", text_of(weights.num_bits), "MXFP4 has 4");
+  }
+  if (weights.type != "float") {
+    refuse(config, at + ".type", "'" + weights.type + "'", "MXFP4 is of type 'float'");
+  }
+  if (weights.group_size != 32) {
+    refuse(config, at + ".group_size", text_of(weights.group_size), "MXFP4 has 32");
+  }
+  if (weights.strategy != "group") {
+    refuse(config, at + ".strategy", "'" + weights.strategy + "'", "only 'group' is supported");
+  }
+  if (!weights.actorder.empty() && weights.actorder != "weight" && weights.actorder != "static") {
+    refuse(config, at + ".actorder", "'" + weights.actorder + "'",
+           "groups reordered along K (g_idx) are not supported");
+  }
+  const QuantizationArgs& inputs = group.input_activations;
+  if (check_inputs(config, name + ".input_activations", inputs)) {
+    refuse(config, name + ".input_activations.dynamic", "'false'",
+           "static activations are read beside INT4 alone");
+  }
+  return {.format = make_mxfp4_format({.format = "compressed-tensors",
+                                       .codes = "weight_packed",
+                                       .scales = "weight_scale",
+                                       .code_dtypes = {"U8"},
+                                       .scale_dtypes = {"U8", "F8_E8M0"}}),
+          .evidence = fmt::format("config.json: quant_method = 'compressed-tensors', format "
+                                  "'mxfp4-pack-quantized', {} activations",
+                                  inputs.is_present ? "dynamic e4m3" : "no scheme for")};
+}
+
 /// The name of a module of the first expert, without the tensor's own: "...experts.0.gate_proj".
 std::string module_of(const FormatClues& clues) {
   for (const char* const what : {"weight_packed", "weight_scale", "weight"}) {
@@ -252,10 +290,12 @@ std::optional<Recognised> recognise_compressed_tensors(const FormatClues& clues)
   const QuantizationGroup& group = group_of_experts(clues);
   const std::string at = "config_groups." + group.name;
   const std::string& format = group.format.empty() ? config.format : group.format;
-  if (format != "pack-quantized") {
+  const bool is_mxfp4 = format == "mxfp4-pack-quantized";
+  if (!is_mxfp4 && format != "pack-quantized") {
     const std::string help = container_help(format);
     refuse(config, group.format.empty() ? "format" : at + ".format", "'" + format + "'",
-           "only 'pack-quantized' is supported" + (help.empty() ? "" : ": " + help));
+           "only 'pack-quantized' and 'mxfp4-pack-quantized' are supported" +
+               (help.empty() ? "" : ": " + help));
   }
   if (config.has_sparsity) refuse(config, "sparsity_config", "{...}", "only dense is supported");
   if (config.has_expert_sparsity) {
@@ -265,6 +305,7 @@ std::optional<Recognised> recognise_compressed_tensors(const FormatClues& clues)
   if (config.has_transforms) {
     refuse(config, "transform_config", "{...}", "rotated or scaled weights are not supported");
   }
+  if (is_mxfp4) return recognise_mxfp4(config, group, at);
   check_weights(config, at + ".weights", group.weights);
   const bool is_static = check_inputs(config, at + ".input_activations", group.input_activations);
   const int group_size = static_cast<int>(*group.weights.group_size);

@@ -38,7 +38,7 @@ float Format::input_scale(const ExpertTensors& expert, const MatrixLayout& matri
 }
 
 QuantMatrix Format::load(const ExpertTensors&, const MatrixLayout&, ExpertStorage&) const {
-  fail(ErrorCode::kInternal, "{} has no int4 weights", name());
+  fail(ErrorCode::kInternal, "{} has no codes", name());
 }
 
 std::vector<float> Format::input_factors(const ExpertTensors&, const MatrixLayout&) const {
@@ -83,7 +83,7 @@ QuantMatrix Format::load_unscaled(const ExpertTensors& expert, const MatrixLayou
 }
 
 void Format::load_floats(const ExpertTensors&, const MatrixLayout&, std::span<float>) const {
-  fail(ErrorCode::kInternal, "{} has int4 weights", name());
+  fail(ErrorCode::kInternal, "{} has codes", name());
 }
 
 const TensorRef* FormatClues::first_gate(std::string_view what) const noexcept {
@@ -97,8 +97,9 @@ const TensorRef* FormatClues::first_gate(std::string_view what) const noexcept {
 namespace {
 
 constexpr const char* kSupported =
-    "w4afp8, compressed-tensors (pack-quantized INT4), w4a8_awq (AngelSlim), modelopt (W4A8_AWQ), "
-    "fp8 (128x128 blocks), or no quantization with BF16 weights";
+    "w4afp8, compressed-tensors (pack-quantized INT4, mxfp4-pack-quantized), w4a8_awq (AngelSlim), "
+    "modelopt (W4A8_AWQ), fp8 (with experts of fp4, or 128x128 blocks), or no quantization with "
+    "BF16 weights";
 
 /// A container that is known, but not read.
 struct Container {
@@ -121,7 +122,9 @@ constexpr Container kContainers[] = {
     {"eetq", kFromFloats},
     {"aqlm", kFromFloats},
     {"torchao", kFromFloats},
-    {"mxfp4", "MXFP4 experts (E2M1 with E8M0 scales) are not supported; convert BF16 weights"},
+    {"mxfp4",
+     "gpt-oss' experts have biases and lie interleaved in fused tensors, which are not supported; "
+     "MXFP4 is read as compressed-tensors and as DeepSeek-V4 has it"},
     {"mxfp8", "it has scales by 32; fp8 in 128x128 blocks can be converted"},
     {"nvfp4", "NVFP4 experts (E2M1 with E4M3 scales) are not supported; convert BF16 weights"},
     {"modelopt_fp4", "NVFP4 experts are not supported; convert BF16 weights"},
@@ -134,7 +137,6 @@ constexpr Container kContainers[] = {
     {"float-quantized", "FP8 experts in 128x128 blocks can be converted, others cannot"},
     {"naive-quantized", kInt4Only},
     {"nvfp4-pack-quantized", "NVFP4 experts are not supported; convert BF16 weights"},
-    {"mxfp4-pack-quantized", "MXFP4 experts are not supported; convert BF16 weights"},
     {"marlin-24", "sparse weights are not supported"},
 };
 
@@ -196,7 +198,7 @@ Recognised recognise(const FormatClues& clues) {
   // What the checkpoint declares decides; bf16 is what declares nothing.
   for (const auto& recogniser :
        {recognise_w4afp8, recognise_compressed_tensors, recognise_angelslim, recognise_modelopt,
-        recognise_fp8_block, recognise_bf16}) {
+        recognise_deepseek_fp4, recognise_fp8_block, recognise_bf16}) {
     if (std::optional<Recognised> found = recogniser(clues)) return std::move(*found);
   }
   refuse_unknown(clues);

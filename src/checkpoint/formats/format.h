@@ -2,8 +2,8 @@
 // has, and how they become canonical ones.
 //
 //   config.json, tensor names, dtypes --recognise()--> Format
-//   tensors of one matrix             --load()-------> int4 [N, K / 2], scales [N, K / group]
-//                                     --load_floats()> [N, K] float32, for formats without int4
+//   tensors of one matrix             --load()-------> codes [N, K / 2], scales [N, K / group]
+//                                     --load_floats()> [N, K] float32, for formats without codes
 //
 // One file per format in this folder. docs/formats.md describes the bytes.
 // Threads: formats are constant after recognise().
@@ -69,7 +69,7 @@ class Format {
   [[nodiscard]] virtual std::string input_scale_part(const MatrixLayout& matrix) const;
   /// Name of the tensor with the weights' group scales; empty for floats.
   [[nodiscard]] virtual std::string scale_part(const MatrixLayout& matrix) const;
-  /// Of the scales that load() gives: float32 or bfloat16.
+  /// Of the scales that load() gives: float32, bfloat16 or e8m0.
   [[nodiscard]] virtual DType scale_dtype(const ExpertTensors& expert,
                                           const MatrixLayout& matrix) const;
   /// Most bytes that scales() copies.
@@ -141,6 +141,7 @@ struct FormatClues {
 [[nodiscard]] std::optional<Recognised> recognise_compressed_tensors(const FormatClues& clues);
 [[nodiscard]] std::optional<Recognised> recognise_angelslim(const FormatClues& clues);
 [[nodiscard]] std::optional<Recognised> recognise_modelopt(const FormatClues& clues);
+[[nodiscard]] std::optional<Recognised> recognise_deepseek_fp4(const FormatClues& clues);
 [[nodiscard]] std::optional<Recognised> recognise_fp8_block(const FormatClues& clues);
 [[nodiscard]] std::optional<Recognised> recognise_bf16(const FormatClues& clues);
 

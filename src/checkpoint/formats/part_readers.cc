@@ -148,10 +148,25 @@ TensorView load_scales(const TensorRef& tensor, std::int64_t n, std::int64_t gro
   return view;
 }
 
-TensorView view_codes(const TensorRef& tensor, const MatrixLayout& matrix, ExpertStorage& storage) {
+TensorView load_e8m0(const TensorRef& tensor, std::int64_t n, std::int64_t groups,
+                     ExpertStorage& storage) {
   tensor.will_need();
   keep_file(storage, tensor);
-  return {tensor.bytes().data(), DType::kPackedInt4, {matrix.n, matrix.k / 2}};
+  const auto bytes = tensor.bytes();
+  const auto bad = std::ranges::find(bytes, std::byte{0xff});
+  if (bad != bytes.end()) {
+    const std::int64_t at = bad - bytes.begin();
+    fail(ErrorCode::kCorruptFile, "{}: scale [{}, {}] = nan (0xff) is not a power of two",
+         place(tensor), at / groups, at % groups);
+  }
+  return {bytes.data(), DType::kFloat8E8M0, {n, groups}};
+}
+
+TensorView view_codes(const TensorRef& tensor, const MatrixLayout& matrix, ExpertStorage& storage,
+                      WeightFormat format) {
+  tensor.will_need();
+  keep_file(storage, tensor);
+  return {tensor.bytes().data(), code_dtype(format), {matrix.n, matrix.k / 2}};
 }
 
 TensorView load_offset_codes(const TensorRef& tensor, const MatrixLayout& matrix,

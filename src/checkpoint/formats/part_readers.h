@@ -30,9 +30,14 @@ void check_part(const TensorRef& tensor, const PartSpec& spec,
 [[nodiscard]] TensorView load_scales(const TensorRef& tensor, std::int64_t n, std::int64_t groups,
                                      ExpertStorage& storage);
 
+/// The same of e8m0, whose NaN is refused.
+[[nodiscard]] TensorView load_e8m0(const TensorRef& tensor, std::int64_t n, std::int64_t groups,
+                                   ExpertStorage& storage);
+
 /// [n, k / 2] codes as they lie in the file.
 [[nodiscard]] TensorView view_codes(const TensorRef& tensor, const MatrixLayout& matrix,
-                                    ExpertStorage& storage);
+                                    ExpertStorage& storage,
+                                    WeightFormat format = WeightFormat::kInt4);
 /// The same with every nibble's highest bit flipped: q + 8 becomes two's complement q.
 [[nodiscard]] TensorView load_offset_codes(const TensorRef& tensor, const MatrixLayout& matrix,
                                            ExpertStorage& storage);

@@ -175,6 +175,7 @@ std::map<std::string, std::string> fields_of(const QuantizationConfig& config) {
   add("quant_algo", config.quant_algo);
   add("activation_scheme", config.activation_scheme);
   add("format", config.format);
+  add("expert_dtype", config.expert_type);
   add("group_size", text_of(config.group_size));
   std::string block;
   for (const std::int64_t size : config.weight_block_size) {
@@ -203,6 +204,8 @@ void read_quantization_config(JsonReader& json, QuantizationConfig& config) {
       read_string(json, config.activation_scheme);
     } else if (key == "format") {
       read_string(json, config.format);
+    } else if (key == "expert_dtype") {
+      read_name(json, key, config.file, config.expert_type);
     } else if (key == "group_size" || key == "weight_group_size") {
       // Two names of one number.
       std::optional<std::int64_t> size;

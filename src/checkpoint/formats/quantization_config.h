@@ -37,7 +37,8 @@ struct QuantizationConfig {
   std::string quant_method;  ///< Lower case as published.
   std::string quant_algo;
   std::string activation_scheme;
-  std::string format;  ///< compressed-tensors: the container.
+  std::string format;       ///< compressed-tensors: the container.
+  std::string expert_type;  ///< expert_dtype of DeepSeek-V4, which config.json has beside it.
   std::optional<std::int64_t> group_size;
   std::vector<std::int64_t> weight_block_size;
   std::vector<QuantizationGroup> groups;
