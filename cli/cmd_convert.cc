@@ -85,11 +85,12 @@ void print_report(const Options& options, const ConvertReport& r, double seconds
              to_string(r.scale_dtype), g.group_size,
              r.has_input_scales ? "static input scales" : "no static input scales");
   if (!r.is_requantized) {
-    fmt::print("numbers   INT4 codes and scales kept, bit for bit\n");
+    fmt::print("numbers   {} codes and scales kept, bit for bit\n",
+               g.weight_format == WeightFormat::kInt4 ? "INT4" : "MXFP4");
   } else {
     fmt::print("numbers   quantized to INT4: {}\n", rule_text(parse_scale_rule(options.scale)));
     if (!r.requantized_because.empty()) {
-      fmt::print("warning   a second rounding of weights that were INT4: {}\n",
+      fmt::print("warning   a second rounding of weights that were quantized: {}\n",
                  r.requantized_because);
     }
   }
@@ -167,11 +168,12 @@ void add_convert(Command& program, Output& output) {
       .required();
   command.add_option("--format", options->format, "Layout of the result")
       .required()
-      .one_of({"w4afp8", "compressed-tensors"});
+      .one_of({"w4afp8", "compressed-tensors", "deepseek-fp4"});
   command
       .add_option("--scale", options->scale,
                   "How BF16 and FP8 weights get their INT4 scales; required for them, refused for "
-                  "INT4 sources that can keep theirs")
+                  "INT4 sources that can keep theirs. MXFP4 becomes INT4 by it, and stays MXFP4 "
+                  "without")
       .one_of({"amax7", "amax8", "mse"});
   command
       .add_option("--group-size", options->group_size,

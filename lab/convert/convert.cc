@@ -124,7 +124,8 @@ class Converter {
   [[nodiscard]] Expert quantized_expert(const OutputJob& job);
   void finish(ConvertReport& report);
   [[nodiscard]] std::string config_text() const {
-    return converted_config(source_.dir, target_->quantization_config(resolved_.spec));
+    return converted_config(source_.dir, target_->quantization_config(resolved_.spec),
+                            target_->expert_type());
   }
   [[nodiscard]] fs::path shard_path(const OutputPlace& place) const {
     return work_dir_ / plan_.shards[place.shard].name;

@@ -24,7 +24,8 @@ constexpr std::size_t kPieceBytes = std::size_t{8} << 20;
 
 }  // namespace
 
-std::string converted_config(const fs::path& source, const nlohmann::ordered_json& quantization) {
+std::string converted_config(const fs::path& source, const nlohmann::ordered_json& quantization,
+                             const std::string& expert_type) {
   const auto file = MappedFile::open(source / "config.json");
   const auto* text = reinterpret_cast<const char*>(file->bytes().data());
   auto config = nlohmann::ordered_json::parse(text, text + file->bytes().size());
@@ -33,6 +34,10 @@ std::string converted_config(const fs::path& source, const nlohmann::ordered_jso
   auto& owner = is_nested ? config["text_config"] : config;
   if (is_nested) config.erase("quantization_config");
   owner["quantization_config"] = quantization;
+  // It says in which form the experts are, and they have another one now.
+  config.erase("expert_dtype");
+  if (config.contains("text_config")) config["text_config"].erase("expert_dtype");
+  if (!expert_type.empty()) owner["expert_dtype"] = expert_type;
   return config.dump(2) + "\n";
 }
 

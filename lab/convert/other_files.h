@@ -7,9 +7,11 @@
 
 namespace sluice {
 
-/// The config.json of `source`, with what is said of its numbers replaced by `quantization`.
+/// The config.json of `source`, with what is said of its numbers replaced by `quantization`, and
+/// its expert_dtype by `expert_type` (empty: none).
 [[nodiscard]] std::string converted_config(const std::filesystem::path& source,
-                                           const nlohmann::ordered_json& quantization);
+                                           const nlohmann::ordered_json& quantization,
+                                           const std::string& expert_type);
 
 /// Copies the tokenizer and the like: small files that say nothing about numbers. Throws: kIo.
 void copy_small_files(const std::filesystem::path& source, const std::filesystem::path& target);

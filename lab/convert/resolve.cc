@@ -28,9 +28,12 @@ void resolve_layers(const ConvertOptions& options, const CheckpointData& source,
   source.check_range(out.first_expert, out.num_experts);
 }
 
-/// Why the source's INT4 codes and scales cannot be kept in groups of `group`; empty if they can.
+/// Why codes and scales cannot be kept as INT4 in groups of `group`; empty if they can.
 std::string why_requantize(const CheckpointData& source, const std::vector<int>& layers,
                            int group) {
+  if (source.geometry().weight_format != WeightFormat::kInt4) {
+    return fmt::format("{} becomes INT4", to_string(source.geometry().weight_format));
+  }
   if (group != source.geometry().group_size) {
     return fmt::format("groups of {} become groups of {}", source.geometry().group_size, group);
   }
@@ -48,6 +51,7 @@ std::string why_requantize(const CheckpointData& source, const std::vector<int>&
 void resolve_rule(const ConvertOptions& options, int group, ResolvedConversion& out) {
   TargetSpec& spec = out.spec;
   spec.geometry.group_size = group;
+  spec.geometry.weight_format = WeightFormat::kInt4;
   check_argument(group == 128 || group == 32, "group size {} is neither 128 nor 32", group);
   spec.scale_dtype =
       options.scale_dtype.value_or(options.format == "w4afp8" ? DType::kFloat32 : DType::kBFloat16);
@@ -82,9 +86,14 @@ void resolve_numbers(const ConvertOptions& options, const CheckpointData& source
     return resolve_rule(options, group, out);
   }
   check_argument(!options.group_size || *options.group_size == own,
-                 "group size {}: the source's INT4 has groups of {}, which are kept unless a scale "
+                 "group size {}: the source's {} has groups of {}, which are kept unless a scale "
                  "rule says how to quantize them anew",
-                 options.group_size.value_or(0), own);
+                 options.group_size.value_or(0),
+                 spec.geometry.weight_format == WeightFormat::kInt4 ? "INT4" : "MXFP4", own);
+  check_argument(
+      !options.scale_dtype || allows_scale_dtype(spec.geometry.weight_format, *options.scale_dtype),
+      "scale_dtype {}: the source's MXFP4 has scales of e8m0, which are kept",
+      to_string(options.scale_dtype.value_or(DType::kFloat32)));
   spec.scale_dtype = options.scale_dtype.value_or(stored_scale_dtype(source, out.layers.front()));
 }
 
@@ -105,17 +114,27 @@ void resolve_input_scales(const ConvertOptions& options, const CheckpointData& s
   }
   // Of compressed-tensors sources, keep what they say of their activations.
   const QuantizationConfig& config = source.config.quantization;
-  out.spec.has_activation_scheme =
-      config.groups.empty() || config.groups.front().input_activations.is_present;
+  out.spec.has_activation_scheme = config.groups.empty()
+                                       ? source.geometry().weight_format == WeightFormat::kInt4
+                                       : config.groups.front().input_activations.is_present;
+  if (config.quant_method == "fp8") out.spec.rest_blocks = config.weight_block_size;
 }
 
 /// The other tensors of a model keep their dtypes, which the target's config must not contradict.
 void check_others(const ConvertOptions& options, const CheckpointData& source) {
   if (options.experts_only || options.format == "w4afp8") return;
+  if (options.format == "deepseek-fp4") {
+    if (source.index.others.empty() || source.config.quantization.quant_method == "fp8") return;
+    fail(ErrorCode::kUnsupported,
+         "{}: deepseek-fp4 says that the rest of the model is FP8 in blocks, which it is not; "
+         "experts alone can be converted",
+         source.dir.string());
+  }
   for (const TensorRef& tensor : source.index.others) {
     if (!tensor.entry.dtype.starts_with("F8_")) continue;
     fail(ErrorCode::kUnsupported,
-         "{}: is {}, which {} in groups of INT4 does not describe; experts alone can be converted",
+         "{}: is {}, which {} in groups of 4-bit weights does not describe; experts alone can be "
+         "converted",
          place(tensor), tensor.entry.dtype, options.format);
   }
 }

@@ -17,11 +17,13 @@ namespace sluice {
 
 /// What a result is made of.
 struct TargetSpec {
-  ModelGeometry geometry;  ///< With the result's group size.
+  ModelGeometry geometry;  ///< With the result's group size and weight format.
   DType scale_dtype = DType::kFloat32;
   bool has_input_scales = false;
   /// compressed-tensors: false = no activation scheme at all, as in Kimi-K2's INT4.
   bool has_activation_scheme = true;
+  /// deepseek-fp4: blocks of the rest of the model, which is FP8. Empty if it is not.
+  std::vector<std::int64_t> rest_blocks = {};
 };
 
 class TargetFormat {
@@ -38,6 +40,8 @@ class TargetFormat {
                                                      const InputScales& inputs) const = 0;
   [[nodiscard]] virtual nlohmann::ordered_json quantization_config(
       const TargetSpec& spec) const = 0;
+  /// config.json's expert_dtype; empty: no such key.
+  [[nodiscard]] virtual std::string expert_type() const { return {}; }
 };
 
 /// Throws: kInvalidArgument listing the names.

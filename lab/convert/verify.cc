@@ -82,7 +82,7 @@ class Verifier {
   }
 
   void check_exact(const MatrixLayout& layout, const QuantMatrix& given, const QuantMatrix& made) {
-    SLUICE_ASSERT(given.group_size == made.group_size);
+    SLUICE_ASSERT(given.group_size == made.group_size && given.format == made.format);
     const std::int64_t group = given.group_size;
     const auto* a = given.codes.as<std::uint8_t>();
     const auto* b = made.codes.as<std::uint8_t>();
@@ -104,8 +104,7 @@ class Verifier {
   void check_weight(const MatrixLayout& layout, const QuantMatrix& given, const QuantMatrix& made,
                     std::int64_t n, std::int64_t k) const {
     const auto value = [&](const QuantMatrix& m) {
-      const int code = unpack_int4(m.codes.as<std::uint8_t>(), n * layout.k + k);
-      return static_cast<float>(code) * scale_at(m, n, k);
+      return code_value(m.format, m.codes.as<std::uint8_t>(), n * layout.k + k) * scale_at(m, n, k);
     };
     const float a = value(given), b = value(made);
     if (std::bit_cast<std::uint32_t>(a) == std::bit_cast<std::uint32_t>(b)) return;

@@ -1,14 +1,14 @@
 // convert.h - from one published checkpoint layout to another.
 //
-//   FROM (any of six layouts) --expert by expert--> .TO.converting/ --verified--> TO
+//   FROM (any of seven layouts) --expert by expert--> .TO.converting/ --verified--> TO
 //                                                       |
 //                                 journal of finished experts: an interrupted run goes on
 //
-// INT4 experts keep their codes and scales: dequantized(source) == dequantized(result), bit for
-// bit, and what the target cannot represent is refused by name. FP8 and BF16 experts are quantized
-// by a rule that the caller states, and so is, if asked for, INT4 that cannot be kept. The bytes of
-// the result depend on the source and the options alone, not on interruptions, threads or the order
-// of the work.
+// Experts of 4 bits keep their codes and scales: dequantized(source) == dequantized(result), bit
+// for bit, and what the target cannot represent is refused by name. FP8 and BF16 experts are
+// quantized by a rule that the caller states, and so is, if asked for, INT4 that cannot be kept, or
+// MXFP4 that is to become INT4. The bytes of the result depend on the source and the options alone,
+// not on interruptions, threads or the order of the work.
 #pragma once
 
 #include <cstddef>
@@ -39,11 +39,12 @@ enum class ScaleRule {
 struct ConvertOptions {
   std::filesystem::path from;
   std::filesystem::path to;  ///< Must be absent or empty.
-  std::string format;        ///< "w4afp8" or "compressed-tensors"
+  std::string format;        ///< "w4afp8", "compressed-tensors" or "deepseek-fp4"
   /// Must be given if the source's experts are floats. If they are INT4, codes and scales are kept
   /// and a rule is refused, except where they cannot be kept: groups of another size, or a
   /// pre_quant_scale that cannot be folded in exactly. The rule then quantizes the dequantized
-  /// weights anew, a second rounding.
+  /// weights anew, a second rounding. If they are MXFP4, they stay so without a rule, and become
+  /// INT4 by one.
   std::optional<ScaleRule> scale_rule = {};
   /// Of what is quantized: 128 if absent, and in compressed-tensors what an INT4 source has.
   std::optional<int> group_size = {};
@@ -65,7 +66,7 @@ struct ConvertReport {
   std::string source_format, source_evidence;
   std::string format;
   bool is_requantized = false;
-  std::string requantized_because;  ///< Why INT4 could not be kept; empty of float sources.
+  std::string requantized_because;  ///< Why codes could not be kept; empty of float sources.
   bool is_complete =
       false;  ///< The result is in its place. Otherwise experts of other runs remain.
   ModelGeometry geometry;
