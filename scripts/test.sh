@@ -77,8 +77,18 @@ test_wheel() {
   "$venv/bin/python" -m pip install -q --disable-pip-version-check --force-reinstall --no-deps "$wheels"/*.whl
   "$venv/bin/python" -m pip install -q --disable-pip-version-check "$(ls "$wheels"/*.whl)[test]" ./python/deep_ep_shim
   "$venv/bin/python" tests/package/one_layer.py
-  SLUICE_COMMAND=$PWD/build/ci/cli/sluice SLUICE_SELF_CONTAINED=1 \
-    "$venv/bin/python" -m pytest -q -p no:cacheprovider
+  # Two at a time: the tests of models and engines, which mostly import and compile in one thread, and the others.
+  local part models=() others=() status=0
+  for part in transformers transformers_generate sglang vllm torch_ops; do
+    models+=("tests/python/test_$part.py") others+=("--ignore=tests/python/test_$part.py")
+  done
+  local -x SLUICE_COMMAND=$PWD/build/ci/cli/sluice SLUICE_SELF_CONTAINED=1
+  "$venv/bin/python" -m pytest -q -p no:cacheprovider --durations=8 "${models[@]}" >build/models-tests.log 2>&1 &
+  local job=$!
+  "$venv/bin/python" -m pytest -q -p no:cacheprovider --durations=8 "${others[@]}" || status=$?
+  wait "$job" || status=$?
+  cat build/models-tests.log
+  return $status
 }
 
 # Seconds until SLUICE_MINUTES are over, at least 1; 0, which is no limit, without SLUICE_MINUTES.

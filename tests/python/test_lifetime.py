@@ -153,14 +153,14 @@ def test_every_call_that_waits_releases_the_lock(checkpoint, geometry):
         transports = sluice.Transport.inproc(2)
         if kind == "exchange":
             make = lambda t: sluice.Exchange(  # noqa: E731
-                t, sluice.Backend(num_threads=1), max_tokens_per_rank=2, timeout_ms=200, wire="bf16", **sizes)
+                t, sluice.Backend(num_threads=1), max_tokens_per_rank=2, timeout_ms=500, wire="bf16", **sizes)
         else:
             make = lambda t: sluice.Engine(  # noqa: E731
-                checkpoint, t, sluice.Backend(num_threads=1), layer=LAYER, max_tokens_per_rank=2, timeout_ms=200)
+                checkpoint, t, sluice.Backend(num_threads=1), layer=LAYER, max_tokens_per_rank=2, timeout_ms=500)
         return on_every_rank(2, lambda rank: make(transports[rank]))
 
     transport = sluice.Transport.inproc(2)[0]
-    waits_without_the_lock(transport.all_gather, b"x", timeout_ms=200)
+    waits_without_the_lock(transport.all_gather, b"x", timeout_ms=500)
     waits_without_the_lock(sluice.dispatch, made("exchange")[0], x, routing)
     waits_without_the_lock(made("exchange")[0].dispatch_send, x, routing)
     exchanges = made("exchange")
@@ -173,7 +173,7 @@ def test_every_call_that_waits_releases_the_lock(checkpoint, geometry):
     waits_without_the_lock(there[0].combine_receive)
     for mode in MODES:
         waits_without_the_lock(sluice.moe_forward, made("engine")[0], x, routing, mode=mode)
-    waits_without_the_lock(sluice.Transport.ipc, "lock", secret="s", rank=0, num_ranks=2, timeout_ms=200)
+    waits_without_the_lock(sluice.Transport.ipc, "lock", secret="s", rank=0, num_ranks=2, timeout_ms=500)
 
 
 def growth(body, calls):
