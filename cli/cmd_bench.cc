@@ -7,6 +7,7 @@
 
 #include "command.h"
 #include "report.h"
+#include "scale_dtype.h"
 #include "sluice/backend.h"
 #include "sluice/lab/experts_bench.h"
 
@@ -14,7 +15,7 @@ namespace sluice::cli {
 namespace {
 
 struct Options {
-  std::string preset = "r1-slice", backend = "cpu", scale_dtype = "bf16", recipe = "direct";
+  std::string preset = "r1-slice", backend = "cpu", scale_dtype, weight_format, recipe = "direct";
   std::vector<std::string> routing = {"uniform"}, activations;
   std::vector<int> experts, rows = {1, 4, 16, 64};
   int hidden = 0, intermediate = 0, group_size = 0, threads = 0, repeats = 7;
@@ -23,10 +24,21 @@ struct Options {
   std::uint64_t seed = 1;
 };
 
+/// A preset's sizes, perhaps in another weight format.
+ModelGeometry bench_geometry(const Options& options) {
+  ModelGeometry geometry = preset_geometry(options.preset);
+  if (!options.weight_format.empty()) {
+    geometry.weight_format = parse_weight_format(options.weight_format);
+    if (!allows_group_size(geometry.weight_format, geometry.group_size)) geometry.group_size = 32;
+  }
+  return geometry;
+}
+
 ExpertsBenchConfig bench_config(const Options& options) {
+  const ModelGeometry geometry = bench_geometry(options);
   ExpertsBenchConfig config{
-      .geometry = preset_geometry(options.preset),
-      .scale_dtype = options.scale_dtype == "f32" ? DType::kFloat32 : DType::kBFloat16,
+      .geometry = geometry,
+      .scale_dtype = parse_scale_dtype(geometry, options.scale_dtype, DType::kBFloat16),
       .has_minus8 = options.has_minus8,
       .recipe = parse_recipe(options.recipe),
       .num_experts = options.experts,
@@ -107,11 +119,14 @@ void bench_experts_command(const Options& options, Output& output) {
   check_ceiling(report);
 
   const ModelGeometry& g = config.geometry;
+  const char* const scales = scale_dtype_text(config.scale_dtype);
   const double unit_us = cuda ? 1 : 1000;
   fmt::print(
-      "experts   hidden {}, intermediate {}, groups of {}, {} scales, int4 values {}..7, recipe "
-      "{}\n",
-      g.hidden, g.intermediate, g.group_size, options.scale_dtype, config.has_minus8 ? -8 : -7,
+      "experts   hidden {}, intermediate {}, groups of {}, {} scales, {} values {}, recipe {}\n",
+      g.hidden, g.intermediate, g.group_size, scales, to_string(g.weight_format),
+      g.weight_format == WeightFormat::kMxfp4 ? "-6..6"
+      : config.has_minus8                     ? "-8..7"
+                                              : "-7..7",
       options.recipe);
   fmt::print("device    {}: reads {:.1f} GB/s, {:.{}f} TFLOPS of {}\n", report.device,
              report.read_gbytes_per_s, report.peak_tflops, cuda ? 0 : 3,
@@ -131,7 +146,8 @@ void bench_experts_command(const Options& options, Output& output) {
   output.json["geometry"] = {{"hidden", g.hidden},
                              {"intermediate", g.intermediate},
                              {"group_size", g.group_size},
-                             {"scale_dtype", options.scale_dtype}};
+                             {"weight_format", to_string(g.weight_format)},
+                             {"scale_dtype", scales}};
   output.json["recipe"] = options.recipe;
   output.json["read_gbytes_per_s"] = report.read_gbytes_per_s;
   output.json["peak_tflops"] = report.peak_tflops;
@@ -184,9 +200,10 @@ void add_bench(Command& program, Output& output) {
   command.add_option("--rest", options->rest_ms, "CUDA: ms of rest before each GEMM's timing")
       .range(0.0, 10000.0)
       .shows_default();
-  command.add_option("--scale-dtype", options->scale_dtype, "Of the weights: bf16 | f32")
-      .one_of({"bf16", "f32"})
-      .shows_default();
+  command.add_option("--scale-dtype", options->scale_dtype, "Of int4 weights: bf16 (default) | f32")
+      .one_of({"bf16", "f32"});
+  command.add_option("--weight-format", options->weight_format,
+                     "int4 | mxfp4, instead of the preset's");
   command.add_option("--threads", options->threads, "CPU threads; default: all").range(1, 4096);
   command.add_option("--repeat", options->repeats, "Timed repeats")
       .range(1, 100000)

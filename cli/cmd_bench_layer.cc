@@ -8,6 +8,7 @@
 #include "command.h"
 #include "launch.h"
 #include "report.h"
+#include "scale_dtype.h"
 #include "sluice/config.h"
 #include "sluice/lab/layer_bench.h"
 #include "sluice/lab/ranks.h"
@@ -20,7 +21,7 @@ constexpr std::chrono::milliseconds kPatience{10'000};
 
 struct Options {
   std::string preset = "r1-layer", backend = "cpu", transport = "inproc", mode = "low-latency",
-              routing = "uniform", scale_dtype = "bf16";
+              routing = "uniform", scale_dtype;
   int ranks = 2, experts = 0, hidden = 0, intermediate = 0, calls = 4, repeats = 7, devices = 0;
   std::vector<int> tokens = {1, 16, 128};
   std::uint64_t seed = 1;
@@ -29,7 +30,8 @@ struct Options {
 LayerBenchConfig resolve(const Options& options) {
   LayerBenchConfig config{
       .geometry = preset_geometry(options.preset),
-      .scale_dtype = options.scale_dtype == "f32" ? DType::kFloat32 : DType::kBFloat16,
+      .scale_dtype =
+          parse_scale_dtype(preset_geometry(options.preset), options.scale_dtype, DType::kBFloat16),
       .device = options.backend == "cuda" ? Device::Kind::kCuda : Device::Kind::kHost,
       .num_ranks = options.ranks,
       .num_devices = options.devices,
@@ -164,9 +166,8 @@ void add_bench_layer(Command& bench, Output& output) {
       .range(1, 1 << 16)
       .shows_default();
   command.add_option("--routing", options->routing, "uniform | zipf | one-expert").shows_default();
-  command.add_option("--scale-dtype", options->scale_dtype, "Of the weights: bf16 | f32")
-      .one_of({"bf16", "f32"})
-      .shows_default();
+  command.add_option("--scale-dtype", options->scale_dtype, "Of int4 weights: bf16 (default) | f32")
+      .one_of({"bf16", "f32"});
   command.add_option("--calls", options->calls, "Layers of one recording")
       .range(1, 100)
       .shows_default();

@@ -7,6 +7,7 @@
 
 #include "command.h"
 #include "report.h"
+#include "scale_dtype.h"
 #include "sluice/backend.h"
 #include "sluice/lab/model_bench.h"
 
@@ -14,7 +15,7 @@ namespace sluice::cli {
 namespace {
 
 struct Options {
-  std::string preset = "r1-slice", backend = "cpu", scale_dtype = "bf16";
+  std::string preset = "r1-slice", backend = "cpu", scale_dtype;
   std::vector<int> tokens = {1, 16, 64};
   int layers = 4, experts = 0, threads = 0, repeats = 7;
   std::uint64_t seed = 1;
@@ -35,13 +36,13 @@ void report_case(const ModelBenchCase& c, int num_layers, double unit_us, Table&
 }
 
 void bench_model_command(const Options& options, Output& output) {
-  ModelBenchConfig config{
-      .geometry = preset_geometry(options.preset),
-      .scale_dtype = options.scale_dtype == "f32" ? DType::kFloat32 : DType::kBFloat16,
-      .num_layers = options.layers,
-      .num_tokens = options.tokens,
-      .repeats = options.repeats,
-      .seed = options.seed};
+  ModelBenchConfig config{.geometry = preset_geometry(options.preset),
+                          .scale_dtype = parse_scale_dtype(preset_geometry(options.preset),
+                                                           options.scale_dtype, DType::kBFloat16),
+                          .num_layers = options.layers,
+                          .num_tokens = options.tokens,
+                          .repeats = options.repeats,
+                          .seed = options.seed};
   if (options.experts > 0) config.geometry.num_experts = options.experts;
   const bool cuda = options.backend == "cuda";
   const int threads = options.threads > 0
@@ -76,7 +77,7 @@ void bench_model_command(const Options& options, Output& output) {
                              {"num_topk", g.num_topk},
                              {"hidden", g.hidden},
                              {"intermediate", g.intermediate},
-                             {"scale_dtype", options.scale_dtype}};
+                             {"scale_dtype", scale_dtype_text(config.scale_dtype)}};
   output.json["num_layers"] = config.num_layers;
   output.json["worst_error_ratio"] = report.worst_error_ratio;
   output.json["memory"] = {{"prepared_bytes", m.prepared_bytes},
@@ -105,9 +106,8 @@ void add_bench_model(Command& bench, Output& output) {
       .comma_separated()
       .range(1, 1 << 16)
       .shows_default();
-  command.add_option("--scale-dtype", options->scale_dtype, "Of the weights: bf16 | f32")
-      .one_of({"bf16", "f32"})
-      .shows_default();
+  command.add_option("--scale-dtype", options->scale_dtype, "Of int4 weights: bf16 (default) | f32")
+      .one_of({"bf16", "f32"});
   command.add_option("--threads", options->threads, "CPU threads; default: all").range(1, 4096);
   command.add_option("--repeat", options->repeats, "Timed repeats")
       .range(1, 100000)

@@ -25,7 +25,7 @@ float cheap_normal(std::uint64_t bits) {
 }
 
 struct MatrixMemory {
-  std::vector<std::uint8_t> codes;
+  std::vector<std::uint8_t> codes, powers;  // `powers`: e8m0 scales
   std::vector<float> scales, original;
   std::shared_ptr<const void> owner;
 };
@@ -48,7 +48,8 @@ class SyntheticSource final : public LayerSource {
 
   [[nodiscard]] const ModelGeometry& geometry() const noexcept override { return geometry_; }
   [[nodiscard]] std::string original_kind() const override {
-    return "normal weights, quantized with amax / 7 per group";
+    return is_mxfp4() ? "normal weights, quantized to e2m1 with a power of two per group"
+                      : "normal weights, quantized with amax / 7 per group";
   }
 
   [[nodiscard]] SourceMatrix matrix(int expert, MatrixRole role) const override {
@@ -58,7 +59,8 @@ class SyntheticSource final : public LayerSource {
     const std::int64_t groups = k / geometry_.group_size;
     auto memory = std::make_shared<MatrixMemory>();
     memory->codes.resize(static_cast<std::size_t>(n * k / 2));
-    memory->scales.resize(static_cast<std::size_t>(n * groups));
+    (is_mxfp4() ? memory->powers.resize(static_cast<std::size_t>(n * groups))
+                : memory->scales.resize(static_cast<std::size_t>(n * groups)));
     memory->original.resize(static_cast<std::size_t>(n * k));
     const CounterRng rng(seed_, matrix_stream(expert, role));
     const auto deviation = static_cast<float>(1 / std::sqrt(static_cast<double>(k)));
@@ -69,15 +71,21 @@ class SyntheticSource final : public LayerSource {
         fill_group(rng, g, deviation, *memory);
       }
     });
-    const QuantMatrix quantized{
-        .codes = {memory->codes.data(), DType::kPackedInt4, Shape{n, k / 2}},
-        .scales = {memory->scales.data(), DType::kFloat32, Shape{n, groups}},
-        .group_size = geometry_.group_size};
+    const WeightFormat format = geometry_.weight_format;
+    QuantMatrix quantized{.codes = {memory->codes.data(), code_dtype(format), Shape{n, k / 2}},
+                          .scales = {memory->scales.data(), DType::kFloat32, Shape{n, groups}},
+                          .group_size = geometry_.group_size,
+                          .format = format};
+    if (is_mxfp4()) {
+      quantized.scales = {memory->powers.data(), DType::kFloat8E8M0, Shape{n, groups}};
+    }
     return as_source(std::move(memory), quantized);
   }
 
  private:
-  /// One scale group: values, scale amax / 7, codes.
+  [[nodiscard]] bool is_mxfp4() const { return geometry_.weight_format == WeightFormat::kMxfp4; }
+
+  /// One scale group: values, scale, codes.
   void fill_group(const CounterRng& rng, std::int64_t g, float deviation,
                   MatrixMemory& memory) const {
     const auto size = static_cast<std::size_t>(geometry_.group_size);
@@ -88,6 +96,7 @@ class SyntheticSource final : public LayerSource {
       values[i] = deviation * cheap_normal(rng.bits(begin + i));
       amax = std::max(amax, std::fabs(values[i]));
     }
+    if (is_mxfp4()) return quantize_mxfp4(begin, amax, static_cast<std::size_t>(g), memory);
     const float scale = std::max(amax, 1e-20f) / 7;
     memory.scales[static_cast<std::size_t>(g)] = scale;
     const float inverse = 1 / scale;
@@ -96,6 +105,18 @@ class SyntheticSource final : public LayerSource {
       const auto hi = static_cast<int>(std::nearbyint(values[i + 1] * inverse));
       memory.codes[(begin + i) / 2] = static_cast<std::uint8_t>((std::clamp(lo, -7, 7) & 0xf) |
                                                                 (std::clamp(hi, -7, 7) & 0xf) << 4);
+    }
+  }
+
+  /// The scale is the power of two that brings amax into [4, 8), as the OCP specification has it.
+  void quantize_mxfp4(std::size_t begin, float amax, std::size_t g, MatrixMemory& memory) const {
+    const int exponent = std::ilogb(std::max(amax, 1e-20f)) - 2;
+    memory.powers[g] = static_cast<std::uint8_t>(exponent + 127);
+    for (std::size_t i = begin; i < begin + static_cast<std::size_t>(geometry_.group_size);
+         i += 2) {
+      const auto code = [&](float value) { return e2m1_from_float(std::ldexp(value, -exponent)); };
+      memory.codes[i / 2] =
+          static_cast<std::uint8_t>(code(memory.original[i]) | code(memory.original[i + 1]) << 4);
     }
   }
 

@@ -161,7 +161,9 @@ class Model {
         group_.add_layer({.name = "layer " + std::to_string(layers_.size()), .weights = weights}));
     experts_.push_back(Experts::create(weights, max_rows, backend_));
     local_.push_back(local_group_.add_layer(experts_.back(), recipe()));
-    planned_.push_back({.scale_dtype = scale_dtype, .group_size = weights.geometry.group_size});
+    planned_.push_back({.weight_format = weights.geometry.weight_format,
+                        .scale_dtype = scale_dtype,
+                        .group_size = weights.geometry.group_size});
   }
 
   [[nodiscard]] std::size_t size() const { return layers_.size(); }

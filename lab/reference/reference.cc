@@ -2,6 +2,7 @@
 #include "sluice/lab/reference.h"
 
 #include <algorithm>
+#include <array>
 #include <cmath>
 #include <limits>
 
@@ -60,31 +61,46 @@ struct AlignmentLoss {
   }
 };
 
-/// In one group of row `codes`, from k = begin on, in units of the weights' scale. The cut of a
-/// step is at most `cut`:
+/// What one accumulator sums.
+struct AccumulatorUnit {
+  WeightFormat format;
+  const std::uint8_t* codes;  ///< Of the row.
+  std::int64_t begin, size;   ///< k in [begin, begin + size)
+  std::array<double, kActivationGroup / kAlignedProducts> step_scales;  ///< Inside the products.
+};
+
+/// Of which every value of a code is a multiple.
+double lowest_code_bit(WeightFormat format) {
+  return format == WeightFormat::kInt4 ? 1.0 : 0.5;
+}
+
+/// The cut of a step is at most `cut`:
 ///  - the running sum loses less than `cut` when it is aligned, the new one when it is shortened;
-///  - a product is a multiple of the lowest bit of v, which is more than |v| / 16: where that is
-///    not below the cut, nothing is lost; elsewhere no more than the cut, nor than the product.
-AlignmentLoss alignment_loss(WeightFormat format, const std::uint8_t* codes, std::int64_t begin,
-                             std::int64_t size, const QuantizedVector& v,
+///  - a product is a multiple of the lowest bit of v, which is more than |v| / 16, times that of w:
+///    where that is not below the cut, nothing is lost; elsewhere no more than the cut, nor than
+///    the product.
+AlignmentLoss alignment_loss(const AccumulatorUnit& unit, const QuantizedVector& v,
                              const std::vector<double>& peaks, double alignment) {
   AlignmentLoss loss;
   double sum = 0, slack = 0;  // Running sum; what flipped codes may change of it.
   const auto sign_of_sum = [&] {
     return std::fabs(sum) <= slack + loss.most ? 0.0 : std::copysign(1.0, sum);
   };
-  for (std::int64_t step = begin; step < begin + size; step += kAlignedProducts) {
+  for (std::int64_t step = unit.begin; step < unit.begin + unit.size; step += kAlignedProducts) {
+    const double scale =
+        unit.step_scales[static_cast<std::size_t>((step - unit.begin) / kAlignedProducts)];
+    const double lowest = lowest_code_bit(unit.format) * scale;
     const double peak = peaks[static_cast<std::size_t>(step / kAlignedProducts)];
     const double before = std::fabs(sum) + slack + loss.most;
-    const double cut = alignment * std::max(max_code_value(format) * peak, before);
+    const double cut = alignment * std::max(max_code_value(unit.format) * scale * peak, before);
     loss.add(std::min(cut, before), sign_of_sum());
     for (std::int64_t k = step; k < step + kAlignedProducts; ++k) {
       const auto i = static_cast<std::size_t>(k);
-      const double w = code_value(format, codes, k), product = w * v.value[i];
+      const double w = scale * code_value(unit.format, unit.codes, k), product = w * v.value[i];
       const double magnitude = std::fabs(v.value[i]), deviation = v.deviation[i];
       sum += product;
       slack += std::fabs(w) * deviation;
-      if (w != 0 && magnitude - deviation < 16 * cut) {
+      if (w != 0 && (magnitude - deviation) * lowest < 16 * cut) {
         loss.add(std::min(cut, std::fabs(w) * (magnitude + deviation)),
                  deviation >= magnitude ? 0.0 : std::copysign(1.0, product));
       }
@@ -139,11 +155,28 @@ std::vector<Interval> multiply(const QuantMatrix& m, const QuantizedVector& v,
       sum += scale * group_sum;
       magnitude += scale * group_magnitude;
       flips += scale * group_flips;
-      if (model.alignment > 0) {
-        lost.add(alignment_loss(m.format, codes, g * m.group_size, m.group_size, v, peaks,
-                                model.alignment),
-                 scale);
+      if (model.alignment > 0 && m.format == WeightFormat::kInt4) {
+        const AccumulatorUnit unit{.format = m.format,
+                                   .codes = codes,
+                                   .begin = g * m.group_size,
+                                   .size = m.group_size,
+                                   .step_scales = {1, 1, 1, 1}};
+        lost.add(alignment_loss(unit, v, peaks, model.alignment), scale);
       }
+    }
+    // MXFP4's scales are powers of two and go into the products: an accumulator sums 128. Where a
+    // backend cannot do that, one for each 32 loses less.
+    for (std::int64_t k = 0; model.alignment > 0 && m.format == WeightFormat::kMxfp4 && k < m.k();
+         k += kActivationGroup) {
+      AccumulatorUnit unit{.format = m.format,
+                           .codes = codes,
+                           .begin = k,
+                           .size = kActivationGroup,
+                           .step_scales = {}};
+      for (std::size_t i = 0; i < unit.step_scales.size(); ++i) {
+        unit.step_scales[i] = scale_at(m, n, k / m.group_size + static_cast<std::int64_t>(i));
+      }
+      lost.add(alignment_loss(unit, v, peaks, model.alignment), 1);
     }
     out[static_cast<std::size_t>(n)] = {sum, model.accumulation * magnitude + lost.bound() + flips};
   }

@@ -24,16 +24,24 @@ std::vector<float> multiply(const TensorCoreAdder& adder, const QuantMatrix& m,
   const std::int64_t num_groups = m.k() / m.group_size;
   for (std::int64_t n = 0; n < m.n(); ++n) {
     const std::uint8_t* row = m.codes.as<std::uint8_t>() + n * m.codes.dim(1);
+    const bool is_mxfp4 = m.format == WeightFormat::kMxfp4;
     for (std::size_t k = 0; k < w.size(); ++k) {
-      w[k] = unpack_int4(row, static_cast<std::int64_t>(k));
+      const auto at = static_cast<std::int64_t>(k);
+      w[k] = code_value(m.format, row, at);
+      // Its scales are in the codes, and an accumulator sums 128.
+      if (is_mxfp4) w[k] *= scale_value(m.scales, n * num_groups + at / m.group_size);
     }
+    const std::int64_t unit = is_mxfp4 ? kActivationGroup : m.group_size;
     float& sum = out[static_cast<std::size_t>(n)];
-    for (std::int64_t g = 0; g < num_groups; ++g) {
-      const std::int64_t k = g * m.group_size;
-      const float ws = m.scales.as<float>()[n * num_groups + g];
+    for (std::int64_t k = 0; k < m.k(); k += unit) {
+      const float ws = is_mxfp4 ? 1.0f : scale_value(m.scales, n * num_groups + k / m.group_size);
       const float xs = scales[static_cast<std::size_t>(k / kActivationGroup)];
-      const auto group = static_cast<float>(adder.sum(
-          &a[static_cast<std::size_t>(k)], &w[static_cast<std::size_t>(k)], m.group_size));
+      // All of its numbers are normal ones.
+      const TensorCoreAdder own{.fraction_bits = adder.fraction_bits,
+                                .normalizes = adder.normalizes || is_mxfp4};
+      const auto group =
+          static_cast<float>(own.sum(&a[static_cast<std::size_t>(k)],
+                                     &w[static_cast<std::size_t>(k)], static_cast<int>(unit)));
       sum = std::fma(group, ws * xs, sum);
     }
   }
@@ -74,8 +82,13 @@ std::vector<std::uint16_t> run(const TensorCoreAdder& adder, const Expert& exper
 
 struct Shape {
   int hidden, intermediate, group_size;
+  WeightFormat format = WeightFormat::kInt4;
 };
-constexpr Shape kShapes[] = {{128, 128, 128}, {896, 128, 128}, {128, 896, 128}, {256, 256, 32}};
+constexpr Shape kShapes[] = {{128, 128, 128},
+                             {896, 128, 128},
+                             {128, 896, 128},
+                             {256, 256, 32},
+                             {512, 256, 32, WeightFormat::kMxfp4}};
 
 /// The kinds of the workload, and values spread evenly over every exponent of e4m3.
 constexpr int kNumKinds = 4;
@@ -109,8 +122,19 @@ double worst_ratio(const TensorCoreAdder& adder, int kind, const ErrorModel& mod
                           .num_topk = 1,
                           .hidden = shape.hidden,
                           .intermediate = shape.intermediate,
-                          .group_size = shape.group_size};
-    const ExpertWeights weights = random_experts(g, DType::kFloat32, 5);
+                          .group_size = shape.group_size,
+                          .weight_format = shape.format};
+    const bool is_mxfp4 = shape.format == WeightFormat::kMxfp4;
+    const ExpertWeights weights =
+        random_experts(g, is_mxfp4 ? DType::kFloat8E8M0 : DType::kFloat32, 5);
+    // Scales of a row up to 2^11 apart, the most that one accumulator sums.
+    for (const QuantMatrix* m : {&weights.experts[0].gate, &weights.experts[0].up}) {
+      if (!is_mxfp4) break;
+      auto* const codes = static_cast<std::uint8_t*>(const_cast<void*>(m->scales.data));
+      for (std::size_t i = 0; i < m->scales.bytes(); i += 3) {
+        codes[i] = static_cast<std::uint8_t>(121 - i % 9);
+      }
+    }
     const LayerReference reference(weights, {Recipe{}, Mode::kNormal}, 1.0f, model);
     constexpr std::int64_t kTokens = 4;
     const auto hidden = static_cast<std::size_t>(shape.hidden);

@@ -63,12 +63,13 @@ class LayerSource {
   [[nodiscard]] virtual std::string original_kind() const = 0;
 };
 
-/// Normal weights of variance 1 / k, quantized with amax / 7 per group: the originals are known.
+/// Normal weights of variance 1 / k, quantized with amax / 7 per group, or as MXFP4 by the power of
+/// two that brings amax into [4, 8): the originals are known.
 [[nodiscard]] std::unique_ptr<LayerSource> make_synthetic_source(const ModelGeometry& geometry,
                                                                  std::uint64_t seed);
 /// A checkpoint's experts, and those of `original`, which it was quantized from: any layout, the
-/// same sizes, borrowed. Without one, values drawn uniformly from each code's rounding cell,
-/// [w - scale / 2, w + scale / 2], which quantize to these very codes, stand in their place.
+/// same sizes, borrowed. Without one, values drawn uniformly from each code's rounding cell (of
+/// INT4 [w - scale / 2, w + scale / 2]), which quantize to these very codes, stand in their place.
 /// Throws: as Checkpoint::load_experts(); kInvalidArgument for other sizes.
 [[nodiscard]] std::unique_ptr<LayerSource> make_checkpoint_source(
     const Checkpoint& checkpoint, int layer, std::uint64_t seed,
