@@ -63,6 +63,30 @@ struct LocalGroupMemory {
   std::size_t scratch_bytes = 0;   ///< Rows between the stages, and what reserve() left behind.
 };
 
+/// One call of LocalExperts with the same tensors, for callers that repeat it: arguments are checked
+/// once. On a GPU the call becomes a graph when it has been repeated, so that queueing it costs the
+/// host one launch instead of one for each kernel. What the tensors hold is read anew each time.
+///
+/// Requires: the tensors' memory is there whenever it runs, and the LocalExperts outlive it.
+/// Threads: as the LocalExperts.
+class LocalCall {
+ public:
+  LocalCall(LocalCall&&) noexcept;
+  LocalCall& operator=(LocalCall&&) noexcept;
+  ~LocalCall();
+
+  /// Stream: as LocalExperts::forward(). In a capture the kernels themselves are captured.
+  /// Throws: as forward_batch(), where the CPU looks at the batch's counts; kCuda.
+  void run(Stream stream);
+
+  struct Impl;  ///< Internal.
+
+ private:
+  friend class LocalExperts;
+  explicit LocalCall(std::unique_ptr<Impl> impl) noexcept;
+  std::unique_ptr<Impl> impl_;
+};
+
 /// Some experts of one layer. Keeps the group's memory alive. Its destructor gives memory back,
 /// which waits for the device.
 class LocalExperts {
@@ -99,6 +123,12 @@ class LocalExperts {
   /// batch, expert_y: as Experts::forward(); at most max_batch_rows() rows, padding included.
   /// Stream, Throws:  as forward().
   void forward_batch(const ExpertBatch& batch, MutableTensorView expert_y, Stream stream);
+  /// forward() and forward_batch() with these tensors, to be run later; nothing is queued here.
+  /// Room that is reserved afterwards is not used by them: they stay valid.
+  /// Throws: as forward().
+  [[nodiscard]] LocalCall keep(TensorView x, const Routing& routing, MutableTensorView y,
+                               TensorView x_scale = {});
+  [[nodiscard]] LocalCall keep_batch(const ExpertBatch& batch, MutableTensorView expert_y);
   /// Makes room for batches of `max_rows` rows of this recipe, for all layers of the group. What
   /// was there before stays for graphs, as after LocalGroup::reserve().
   /// Stream: allocates, which waits for the device; not during a capture.

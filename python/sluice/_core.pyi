@@ -847,6 +847,13 @@ class LocalExperts:
         """Experts here."""
 
     @property
+    def num_repeated_calls(self) -> int:
+        """
+        Calls of forward_topk() and forward_batch() that came again with the memory of an earlier
+        one, and so were not converted and checked anew.
+        """
+
+    @property
     def name(self) -> str:
         """As messages have it."""
 

@@ -90,6 +90,14 @@ class Recording {
 /// Queues work, calling its argument at the points in time that are of interest.
 using MarkedWork = std::function<void(const std::function<void()>& mark)>;
 
+/// Work that is queued again and again, each time on a stream of the caller's choice.
+class RepeatedWork {
+ public:
+  virtual ~RepeatedWork() = default;
+  /// Stream: work queued before stays as it is. While `stream` is captured, so is the work itself.
+  virtual void queue(Stream stream) = 0;
+};
+
 /// Orders the uses of what calls on several streams share. This one is for devices without
 /// streams, whose calls return when they are done.
 class StreamOrder {
@@ -139,6 +147,11 @@ class BackendOps : public Backend {
 
   /// Records what `work` queues on `stream`. A GPU needs every kernel in it to have run before.
   [[nodiscard]] virtual std::unique_ptr<Recording> record(Stream stream, MarkedWork work);
+
+  /// `work` queues the same on any stream it is given: what it queued once may be replayed instead.
+  /// Must be gone before the backend.
+  [[nodiscard]] virtual std::unique_ptr<RepeatedWork> make_repeated_work(
+      std::function<void(Stream)> work);
 
   [[nodiscard]] virtual std::unique_ptr<StreamOrder> make_stream_order() {
     return std::make_unique<StreamOrder>();

@@ -27,7 +27,20 @@ class RepeatedCalls final : public Recording {
   std::vector<Clock::time_point> times_;
 };
 
+class PlainWork final : public RepeatedWork {
+ public:
+  explicit PlainWork(std::function<void(Stream)> work) : work_(std::move(work)) {}
+  void queue(Stream stream) override { work_(stream); }
+
+ private:
+  std::function<void(Stream)> work_;
+};
+
 }  // namespace
+
+std::unique_ptr<RepeatedWork> BackendOps::make_repeated_work(std::function<void(Stream)> work) {
+  return std::make_unique<PlainWork>(std::move(work));
+}
 
 std::unique_ptr<Recording> BackendOps::record(Stream, MarkedWork work) {
   return std::make_unique<RepeatedCalls>(std::move(work));

@@ -234,5 +234,40 @@ TEST_F(CudaLocalExpertsTest, CallsOnTwoStreamsTakeTurns) {
   }
 }
 
+TEST_F(CudaLocalExpertsTest, KeptCallsGiveTheBitsOfOthersAsKernelsAndAsGraphs) {
+  LocalGroup group = LocalGroup::create(config(16), *backend_);
+  LocalExperts layer = group.add_layer(weights());
+  Call call = call_of(5);
+  LocalCall kept = layer.keep(x_of(call), routing_of(call), y_of(call));
+  const auto other_backend = make_backend({.device = {Device::Kind::kCuda, 0}});
+  const Stream streams[] = {stream_, other_backend->stream()};
+  std::vector<std::vector<std::uint16_t>> expected;
+  std::vector<Call> loads;
+  for (const std::uint64_t first : {0, 40, 80}) {
+    loads.push_back(call_of(5, first));
+    expected.push_back(forward(layer, loads.back()));
+  }
+  const Call large = call_of(200);
+  // Long enough to become a graph; other tokens each time, on either stream, while buffers grow.
+  for (std::size_t i = 0; i < 60; ++i) {
+    const Workload& load = loads[i % 3].load;
+    backend_->copy_from_host(call.x->data(), load.x.data(), load.x.size() * 2, stream_);
+    backend_->copy_from_host(call.idx->data(), load.topk_idx.data(), load.topk_idx.size() * 4,
+                             stream_);
+    backend_->copy_from_host(call.weights->data(), load.topk_weights.data(),
+                             load.topk_weights.size() * 4, stream_);
+    kept.run(streams[i / 3 % 2]);
+    ASSERT_EQ(take(call), expected[i % 3]) << i;
+    if (i == 30) group.reserve(config(200).max_entries);
+    if (i > 30 && i % 7 == 0) forward_on(streams[i % 2], layer, large);
+  }
+  // In a capture: its kernels.
+  const auto launch = capture([&] { kept.run(stream_); });
+  for (int i = 0; i < 3; ++i) {
+    launch();
+    EXPECT_EQ(take(call), expected[59 % 3]);
+  }
+}
+
 }  // namespace
 }  // namespace sluice::testing

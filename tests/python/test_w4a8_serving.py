@@ -204,6 +204,40 @@ def test_views_of_the_weights_are_the_weights(published, space, geometry, monkey
     assert len(_w4a8_cache.cache) == kept - 1
 
 
+def test_the_functions_know_tensors_that_come_again(published, geometry, backend):
+    """What is remembered of the objects hides no change of theirs."""
+    torch = Torch()
+    w13, s13, w2, s2 = (torch.array(np.asarray(a)) for a in published)
+    x, idx, weights = sluice.make_workload(geometry, TOKENS)
+    x, idx, weights = torch.bf16(x), torch.array(idx.astype(np.int64)), torch.array(weights)
+
+    def run(*, a13=s13, a2=s2, **k):
+        return torch.bits(w4a8.w4a8_moe_grouped(x, None, idx, weights, w13, a13, w2, a2, **k))
+
+    expected = run()
+    for _ in range(3):
+        assert np.array_equal(run(), expected)
+    assert id(w13) in _w4a8_cache._recent
+    assert np.array_equal(run(backend=_w4a8_rooms.backend_for(w13)), expected)
+    for field, change in {"w13_scale": {"a13": s13.clone()}, "w2_scale": {"a2": s2.clone()},
+                          "a1_scale": {"a1_scale": 1.0, "a2_scale": 1.0}, "activation": {"activation": "swiglu:limit=1"},
+                          "backend": {"backend": backend}}.items():
+        for _ in range(2):
+            with pytest.raises(sluice.Error, match=field):
+                run(**change)
+        assert np.array_equal(run(), expected)
+    s13.data = s13.data * 2  # The same object over other memory.
+    with pytest.raises(sluice.Error, match="w13_scale"):
+        run()
+    w4a8.forget(w13, w2)
+    assert not np.array_equal(run(), expected)
+    number = id(w13)
+    w4a8.forget(w13, w2)
+    del w13, run
+    gc.collect()
+    assert number not in _w4a8_cache._recent
+
+
 def test_weights_of_the_router_in_bfloat16(published, space, backend, call, geometry):
     experts = W4A8Experts(*published, backend=backend)
     _, _, weights = sluice.make_workload(geometry, TOKENS)
@@ -240,6 +274,88 @@ def test_one_scale_for_each_token_is_refused(published, space, backend, geometry
     count = space.array(np.zeros(geometry.num_experts, np.int32))
     with pytest.raises(sluice.Error, match=r"x_scale: one scale for each row \[8, 4, 1\]"):
         experts.masked(rows, space.array(np.ones((geometry.num_experts, 4, 1), np.float32)), count)
+
+
+def has_gpu():
+    try:
+        return sluice.Backend("cuda") is not None
+    except sluice.Error:
+        return False
+
+
+DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(not has_gpu(), reason="needs a GPU"))]
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_calls_that_come_again(arrays, geometry, device):
+    """A call with the memory of an earlier one is repeated; whatever differs is another call."""
+    torch = Torch(device)
+    experts = W4A8Experts(*[torch.array(a) for a in arrays], backend=sluice.Backend(device))
+    loads = [sluice.make_workload(geometry, TOKENS, first_token=first) for first in (0, 100, 200)]
+    loads = [(torch.bf16(x), torch.array(idx.astype(np.int64)), torch.array(w)) for x, idx, w in loads]
+    expected = [torch.bits(experts.grouped(x.clone(), None, idx.clone(), w.clone())) for x, idx, w in loads]
+    assert not np.array_equal(*expected[:2])
+    layer, = experts._grouped.values()
+    x, idx, w = (a.clone() for a in loads[0])
+    out = torch.torch.empty_like(x)
+    before = layer.num_repeated_calls
+    for turn in range(12):  # Other contents.
+        for mine, new in zip((x, idx, w), loads[turn % 3]):
+            mine.copy_(new)
+        assert experts.grouped(x, None, idx, w, out=out) is out
+        assert np.array_equal(torch.bits(out), expected[turn % 3]), turn
+    assert layer.num_repeated_calls - before >= 10  # Memory of before may come again, too.
+
+    def again(*call, bits, **out):
+        assert np.array_equal(torch.bits(experts.grouped(*call, **out)), bits)
+
+    x0, idx0, w0 = loads[0]
+    for mine, new in zip((x, idx, w), loads[0]):
+        mine.copy_(new)
+    for _ in range(4):
+        again(x, None, idx, w, out=out, bits=expected[0])
+        again(loads[1][0], None, loads[1][1], loads[1][2], out=out, bits=expected[1])  # Other memory,
+        again(x0, None, idx, w, out=out, bits=expected[0])
+        again(x, None, loads[1][1], loads[1][2], out=out,  # of one argument after the other,
+              bits=torch.bits(experts.grouped(x.clone(), None, loads[1][1], loads[1][2])))
+        again(x, None, idx.int(), w, out=out, bits=expected[0])  # other types
+        again(x[:4], None, idx[:4], w[:4], out=out[:4], bits=expected[0][:4])  # and shapes,
+        again(x[2:], None, idx[2:], w[2:], out=out[2:], bits=expected[0][2:])
+        again(x, None, idx[:, :1], w[:, :1], out=out,  # strides,
+              bits=torch.bits(experts.grouped(x, None, idx[:, :1].clone(), w[:, :1].clone())))
+        again(x, None, idx, w, bits=expected[0])  # and none for the result.
+    for wrong in (x[:, :-128], x.float()):
+        with pytest.raises(sluice.Error, match="^x: expected"):
+            experts.grouped(wrong, None, idx, w, out=out)
+    with pytest.raises(sluice.Error, match="out: expected shape"):
+        experts.grouped(x, None, idx, w, out=out[:4])
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_batches_that_come_again(arrays, geometry, device):
+    torch, num, max_m = Torch(device), geometry.num_experts, 4
+    experts = W4A8Experts(*[torch.array(a) for a in arrays], backend=sluice.Backend(device))
+    rows = [torch.bf16(sluice.make_workload(geometry, num * max_m, first_token=first)[0]).view(num, max_m, -1)
+            for first in (0, 500)]
+    counts = [torch.array(np.arange(num, dtype=np.int32) % (max_m + 1)), torch.array(np.full(num, 2, np.int32))]
+
+    def valid(y, i):
+        return [torch.bits(y[e, :n]) for e, n in enumerate(counts[i].tolist())]
+
+    expected = [valid(experts.masked(r.clone(), None, c.clone()), i) for i, (r, c) in enumerate(zip(rows, counts))]
+    x, count = rows[0].clone(), counts[0].clone()
+    out = torch.torch.empty_like(x)
+    layer, = experts._masked.values()
+    before = layer.num_repeated_calls
+    for turn in range(12):
+        x.copy_(rows[turn % 2]), count.copy_(counts[turn % 2])
+        seen = valid(experts.masked(x, None, count, out=out), turn % 2)
+        assert all(np.array_equal(a, b) for a, b in zip(seen, expected[turn % 2])), turn
+    assert layer.num_repeated_calls - before >= 10
+    if device == "cpu":  # Counts that the host sees are looked at in each call.
+        count[0] = max_m + 1
+        with pytest.raises(sluice.Error, match="num_rows"):
+            experts.masked(x, None, count, out=out)
 
 
 def test_ten_thousand_calls(published, space, backend, geometry):

@@ -130,7 +130,7 @@ class W4A8Experts:
         # arguments are named as they are here, and larger calls are dealt with.
         layer = self._masked.get((recipe, getattr(x, "dtype", None), x_scale is None))
         if layer is not None and type(x) is type(num_rows):
-            if x_scale is not None and type(x_scale) is type(x):
+            if type(x_scale) is type(x):
                 x_scale = row_major(x_scale)
             try:
                 with self._lock:

@@ -13,6 +13,7 @@
 #include "backend/cuda/fp8_rate.h"
 #include "backend/cuda/graph_recording.h"
 #include "backend/cuda/read_rate.h"
+#include "backend/cuda/repeated_work.h"
 #include "backend/cuda/stream_order.h"
 #include "backend/cuda/token_rows.h"
 #include "backend/cuda/w4a8.h"
@@ -86,6 +87,10 @@ class CudaBackend final : public BackendOps {
     use_device();
     return cuda::record_graph(stream.handle, work);
   }
+  [[nodiscard]] std::unique_ptr<RepeatedWork> make_repeated_work(
+      std::function<void(Stream)> work) override {
+    return cuda::make_repeated_work(index_, stream_, patience_, std::move(work));
+  }
   [[nodiscard]] std::unique_ptr<StreamOrder> make_stream_order() override {
     use_device();
     return cuda::make_stream_order(index_);
@@ -153,6 +158,7 @@ class CudaBackend final : public BackendOps {
   cudaDeviceProp properties_{};
   cudaStream_t stream_ = nullptr;
   cuda::PinnedPool pinned_{index_};
+  cuda::GraphPatience patience_;
 };
 
 /// Copies a matrix to staging memory. Waits for whatever still reads that.
