@@ -63,9 +63,9 @@ struct LocalGroupMemory {
   std::size_t scratch_bytes = 0;   ///< Rows between the stages, and what reserve() left behind.
 };
 
-/// One call of LocalExperts with the same tensors, for callers that repeat it: arguments are checked
-/// once. On a GPU the call becomes a graph when it has been repeated, so that queueing it costs the
-/// host one launch instead of one for each kernel. What the tensors hold is read anew each time.
+/// One call of LocalExperts with the same tensors, for callers that repeat it: its arguments are
+/// checked once. On a GPU it becomes a graph when it has been repeated, so that queueing it costs
+/// the host one launch instead of one for each kernel. What the tensors hold is read anew each time.
 ///
 /// Requires: the tensors' memory is there whenever it runs, and the LocalExperts outlive it.
 /// Threads: as the LocalExperts.

@@ -1,5 +1,5 @@
-// Groups of LocalExperts and what is in them. Once they are made, calls (local_calls.cc) allocate no
-// device memory.
+// Groups of LocalExperts and what is in them. Once they are made, calls (local_calls.cc) allocate
+// no device memory.
 #include "sluice/local_experts.h"
 
 #include <fmt/core.h>

@@ -5,20 +5,13 @@
 #include <cmath>
 #include <limits>
 
-#include "layer_fixture.h"
+#include "local_fixture.h"
 #include "sluice/experts.h"
-#include "sluice/local_experts.h"
 #include "sluice/quant.h"
 #include "support/counting.h"
 
 namespace sluice::testing {
 namespace {
-
-using ::testing::HasSubstr;
-
-constexpr float kFactor = 2.5f;
-constexpr int kTokens = 11;
-constexpr std::uint16_t kPoison = 0x7fc1;  // A NaN that nothing writes.
 
 /// Every combination of fields that backends compute: those with a name, and the others.
 std::vector<Recipe> all_recipes() {
@@ -40,67 +33,6 @@ std::vector<Recipe> all_recipes() {
   }
   return recipes;
 }
-
-template <class Call>
-void expect_refused(const char* text, const Call& call) {
-  try {
-    call();
-    ADD_FAILURE() << "not refused: " << text;
-  } catch (const Error& error) {
-    EXPECT_THAT(error.what(), HasSubstr(text));
-  }
-}
-
-class LocalExpertsTest : public ::testing::Test {
- protected:
-  static void SetUpTestSuite() {
-    files_ = new TemporaryCheckpoint({.geometry = small_geometry()});
-    checkpoint_ = new Checkpoint(Checkpoint::open(files_->path()));
-  }
-  static void TearDownTestSuite() {
-    delete checkpoint_;
-    delete files_;
-  }
-  static const ModelGeometry& geometry() { return checkpoint_->geometry(); }
-  static LocalGroupConfig config(int max_tokens = kTokens) {
-    return {.hidden = geometry().hidden,
-            .intermediate = geometry().intermediate,
-            .max_entries = std::int64_t{max_tokens} * geometry().num_topk,
-            .routed_scaling_factor = kFactor};
-  }
-  static ExpertWeights weights(int first = 0, int count = small_geometry().num_experts) {
-    return checkpoint_->load_experts(checkpoint_->moe_layers().front(), first, count);
-  }
-  static Workload tokens(std::int64_t count = kTokens, std::int64_t first = 0) {
-    const ModelGeometry& g = geometry();
-    return make_workload(
-        {.num_experts = g.num_experts, .num_topk = g.num_topk, .hidden = g.hidden, .seed = 7},
-        first, count);
-  }
-  static MutableTensorView view_of(std::vector<std::uint16_t>& y) {
-    MutableTensorView view;
-    view.data = y.data(), view.dtype = DType::kBFloat16;
-    view.shape = {static_cast<std::int64_t>(y.size()) / geometry().hidden, geometry().hidden};
-    return view;
-  }
-  static std::vector<std::uint16_t> forward(LocalExperts& layer, const Workload& load) {
-    std::vector<std::uint16_t> y(load.x.size(), kPoison);
-    layer.forward(load.x_view(), load.routing_view(), view_of(y), {});
-    return y;
-  }
-  static std::vector<std::uint16_t> engine(const Recipe& recipe, std::vector<std::int64_t> tokens) {
-    return run_layer(
-               *checkpoint_,
-               {.tokens = std::move(tokens), .recipe = recipe, .routed_scaling_factor = kFactor})
-        .all_y();
-  }
-
-  std::unique_ptr<Backend> backend_ = make_backend({.num_threads = 2});
-  static TemporaryCheckpoint* files_;
-  static Checkpoint* checkpoint_;
-};
-TemporaryCheckpoint* LocalExpertsTest::files_ = nullptr;
-Checkpoint* LocalExpertsTest::checkpoint_ = nullptr;
 
 TEST_F(LocalExpertsTest, EveryRecipeGivesTheBitsOfAnEngineOverAnyNumberOfRanks) {
   const std::vector<std::vector<std::int64_t>> spreads{{11}, {4, 7}, {0, 3, 1, 7}};
@@ -335,56 +267,6 @@ TEST_F(LocalExpertsTest, ReserveMakesRoom) {
   // A captured graph could still use the first.
   EXPECT_EQ(group.memory().scratch_bytes,
             LocalGroup::scratch_bytes(config(3)) + LocalGroup::scratch_bytes(config()));
-}
-
-TEST_F(LocalExpertsTest, KeptCallsReadTheirTensorsAnew) {
-  LocalGroup group = LocalGroup::create(config(), *backend_);
-  LocalExperts layer = group.add_layer(weights());
-  Workload load = tokens();
-  std::vector<std::uint16_t> y(load.x.size(), kPoison);
-  LocalCall call = layer.keep(load.x_view(), load.routing_view(), view_of(y));
-  EXPECT_THAT(y, ::testing::Each(kPoison));  // Nothing runs yet.
-  for (const std::int64_t first : {0, 100, 0}) {
-    const Workload other = tokens(kTokens, first);
-    std::ranges::copy(other.x, load.x.begin());
-    std::ranges::copy(other.topk_idx, load.topk_idx.begin());
-    std::ranges::copy(other.topk_weights, load.topk_weights.begin());
-    call.run({});
-    EXPECT_EQ(y, forward(layer, other)) << first;
-  }
-  const Workload none = tokens(0);
-  std::vector<std::uint16_t> no_rows;
-  layer.keep(none.x_view(), none.routing_view(), view_of(no_rows)).run({});
-  EXPECT_THROW((void)layer.keep(load.x_view(), none.routing_view(), view_of(y)), Error);
-}
-
-TEST_F(LocalExpertsTest, KeptBatchesLookAtTheirCountsAnew) {
-  constexpr int kMaxM = 3;
-  const ModelGeometry& g = geometry();
-  LocalGroup group = LocalGroup::create(config(), *backend_);
-  LocalExperts layer = group.add_layer(weights(), parse_recipe("direct-bf16"));
-  layer.reserve_batch(std::int64_t{g.num_experts} * kMaxM);
-  const Workload load = tokens(std::int64_t{g.num_experts} * kMaxM);
-  std::vector<std::int32_t> count(static_cast<std::size_t>(g.num_experts), 1);
-  std::vector<std::uint16_t> y(load.x.size(), kPoison), expected(load.x.size(), kPoison);
-  const auto view = [&](std::vector<std::uint16_t>& rows) {
-    MutableTensorView v = view_of(rows);
-    v.shape = {g.num_experts, kMaxM, g.hidden};
-    return v;
-  };
-  ExpertBatch batch;
-  batch.layout = Mode::kLowLatency, batch.x = load.x_view();
-  batch.x.shape = {g.num_experts, kMaxM, g.hidden};
-  batch.num_rows = TensorView(count.data(), DType::kInt32, {g.num_experts}, Device{});
-  LocalCall call = layer.keep_batch(batch, view(y));
-  for (const int rows : {1, 0, kMaxM}) {
-    count[1] = rows;
-    layer.forward_batch(batch, view(expected), {});
-    call.run({});
-    EXPECT_EQ(y, expected) << rows;
-  }
-  count[1] = kMaxM + 1;
-  expect_refused("num_rows", [&] { call.run({}); });
 }
 
 TEST_F(LocalExpertsTest, WhatDoesNotFitIsRefused) {

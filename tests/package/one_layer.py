@@ -1,4 +1,9 @@
-"""A layer of random INT4 experts over an installed package alone, against numpy in float64."""
+"""A layer of random INT4 experts over an installed package alone, against numpy in float64.
+
+one_layer.py [cpu | cuda]: a GPU needs torch beside it.
+"""
+
+import sys
 
 import numpy as np
 
@@ -24,13 +29,21 @@ gate, exact_gate = matrix(MIDDLE, HIDDEN)
 up, exact_up = matrix(MIDDLE, HIDDEN)
 down, exact_down = matrix(HIDDEN, MIDDLE)
 weights = sluice.ExpertWeights.from_arrays(gate, up, down, group_size=GROUP)
-backend = sluice.Backend("cpu", num_threads=1)
+device = sys.argv[1] if len(sys.argv) > 1 else "cpu"
+backend = sluice.Backend(device, num_threads=1)
 experts = sluice.LocalExperts(weights, backend, max_entries=TOKENS * TOPK, recipe="direct-bf16")
 
 x = (rng.standard_normal((TOKENS, HIDDEN)).astype(np.float32).view(np.uint32) >> 16).astype(np.uint16)
 ids = np.stack([rng.permutation(NUM_EXPERTS)[:TOPK] for _ in range(TOKENS)]).astype(np.int32)
 shares = rng.uniform(0.2, 0.8, (TOKENS, TOPK)).astype(np.float32)
-y = from_bf16(experts.forward(x, sluice.Routing(ids, shares)))
+if device == "cpu":
+    y = from_bf16(experts.forward(x, sluice.Routing(ids, shares)))
+else:
+    import torch
+
+    on_device = torch.from_numpy(x.view(np.int16)).view(torch.bfloat16).to(device)
+    routing = sluice.Routing(*(torch.from_numpy(a).to(device) for a in (ids, shares)))
+    y = experts.forward(on_device, routing).double().cpu().numpy()
 
 expected = np.zeros((TOKENS, HIDDEN))
 for t in range(TOKENS):
