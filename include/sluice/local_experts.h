@@ -64,8 +64,8 @@ struct LocalGroupMemory {
 };
 
 /// One call of LocalExperts with the same tensors, for callers that repeat it: its arguments are
-/// checked once. On a GPU it becomes a graph when it has been repeated, so that queueing it costs
-/// the host one launch instead of one for each kernel. What the tensors hold is read anew each time.
+/// checked once. On a GPU it becomes a graph when it has been repeated, so queueing it costs the
+/// host one launch instead of one for each kernel. What the tensors hold is read anew each time.
 ///
 /// Requires: the tensors' memory is there whenever it runs, and the LocalExperts outlive it.
 /// Threads: as the LocalExperts.

@@ -1,4 +1,4 @@
-// local_fixture.h - a layer's experts for local calls on the CPU, and an engine to compare them with.
+// local_fixture.h - a layer's experts for local calls on the CPU, and an engine beside them.
 #pragma once
 
 #include <gmock/gmock.h>
