@@ -12,6 +12,7 @@
 #include "backend/cuda/check.h"
 #include "backend/ops.h"
 #include "core/fail.h"
+#include "exchange/cuda/device_counters.h"
 #include "exchange/cuda/device_faults.h"
 #include "exchange/cuda/device_layout.h"
 #include "exchange/cuda/device_sharing.h"
@@ -381,27 +382,10 @@ void DeviceExchange::throw_fault() {
 }
 
 ExchangeCounters DeviceExchange::counters() const {
-  const auto ranks = static_cast<std::size_t>(num_ranks);
   cuda::DeviceStats stats{};
   const auto* const state = reinterpret_cast<const ExchangeState*>(state_->data());
   backend_.copy_to_host(&stats, &state->stats, sizeof(stats), backend_.stream());
-  ExchangeCounters counters;
-  counters.num_dispatches = num_dispatches_;
-  counters.saturated_values = stats.saturated;
-  const std::uint64_t token = layout_.payload_bytes + layout_.scale_bytes;
-  const std::uint64_t counts = static_cast<std::uint64_t>(config.num_experts) * 8u;
-  for (std::size_t r = 0; r < ranks; ++r) {
-    const std::uint64_t origins = (stats.rows[r] + stats.repeats[r]) * 8u;
-    const bool has_lists = config.mode == Mode::kNormal && static_cast<int>(r) != rank;
-    const std::uint64_t lists = has_lists ? (stats.rows[r] + stats.repeats[r]) * 8u : 0;
-    counters.dispatch_rows.push_back(stats.rows[r]);
-    counters.dispatch_bytes.push_back(stats.rows[r] * token + origins + lists +
-                                      num_dispatches_ * counts);
-    counters.combine_bytes.push_back(stats.returned[r] * 2u *
-                                     static_cast<std::uint64_t>(config.hidden));
-    counters.wait_ns.push_back(stats.wait_ns[r]);
-  }
-  return counters;
+  return counters_of(stats, layout_, config, rank, num_dispatches_);
 }
 
 }  // namespace
