@@ -16,7 +16,7 @@
 #   link      what copies, loads and stores of kernels get from the link; NCCL's collectives
 #   streams   dispatch, combine and pairs, ranks as streams: hidden 7168, 6144 and 3584
 #   processes the same, one process for each rank
-#   layer     the whole layer, 256 experts, stage by stage, streams and processes
+#   layer     the whole layer, 256 experts, beside its parts and stage by stage, streams and processes
 #
 # With one GPU the ranks share it, and there is no NCCL baseline and no link to measure.
 set -euo pipefail
@@ -50,8 +50,12 @@ checkpoints=$(mktemp -d)
 trap 'rm -rf "$checkpoints"' EXIT
 
 check() {
-  local check rounds
+  local check rounds layers
   check=$(find_program test_cuda_exchange) rounds=$(find_program test_cuda_rounds)
+  layers=$(find_program test_cuda_layer_ranks)
+  say "layers of 2, 4 and 8 ranks against one rank that has all experts, streams and $most processes"
+  "$layers" --gtest_brief=1
+  "$layers" --transport ipc --processes "$most" --gtest_brief=1
   say "every element: ranks as streams over $gpus GPU(s), both modes, all formats on the wire"
   "$check" --gtest_brief=1
   "$rounds" --gtest_brief=1 --gtest_filter='*FewRanks*'
@@ -93,6 +97,13 @@ faults() {
     printf 'fault %s: noticed in %d runs\n' "$fault" "$noticed"
     [ $fault = 1 ] || [ "$noticed" -gt 0 ] || missed=1  # The first: see docs/performance-gpu.md.
   done
+  say "planted: 3, combine does not wait for rows that leave from the experts' kernel"
+  if "$(find_program test_cuda_layer_ranks_fault_3)" --gtest_brief=1 >/dev/null 2>&1; then
+    echo 'fault 3: not noticed'
+    missed=1
+  else
+    echo 'fault 3: noticed'
+  fi
   say "a rank is killed, a rank is stopped"
   python3 tests/multirank/test_lost_rank.py "$sluice" | tail -n 8
   [ "$gpus" -lt 2 ] || [ $missed = 0 ] || { echo 'error: a planted fault was not noticed'; return 1; }
@@ -151,6 +162,11 @@ layer() {
   local transport tokens
   for transport in inproc ipc; do
     for ranks in "${process_counts[@]}"; do
+      say "a layer beside its parts: $ranks ranks, $transport"
+      "$sluice" --json "$out/overlap-$transport-$ranks.json" bench layer --backend cuda --transport $transport \
+        --ranks "$ranks" --tokens 1,16,64,128,256 --calls 6 --repeat 9
+      "$sluice" --json "$out/overlap-normal-$transport-$ranks.json" bench layer --backend cuda --transport $transport \
+        --ranks "$ranks" --mode normal --tokens 512,1024,2048,4096 --calls 3
       for tokens in 1 32 128 1024; do
         "$sluice" --json "$out/layer-$transport-$ranks-$tokens.json" run --checkpoint "$checkpoints/layer" \
           --backend cuda --transport $transport --ranks "$ranks" --tokens $tokens --repeat 20 --verify 4 |
