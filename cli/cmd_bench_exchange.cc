@@ -33,6 +33,7 @@ WireFormat parse_wire(const std::string& name) {
   if (name == "pow2") return WireFormat::kE4m3Pow2;
   if (name == "static") return WireFormat::kE4m3Static;
   if (name == "fp8") return WireFormat::kE4m3Group;
+  if (name == "token") return WireFormat::kE4m3Token;
   throw Error(ErrorCode::kInvalidArgument, "--wire: '" + name + "' is unknown");
 }
 
@@ -198,8 +199,8 @@ void add_bench_exchange(Command& bench, Output& output) {
       .range(1, 1 << 20)
       .shows_default();
   command.add_option("--mode", options->mode, "low-latency | normal").shows_default();
-  command.add_option("--wire", options->wire, "fp8 | pow2 | static | bf16")
-      .one_of({"fp8", "pow2", "static", "bf16"})
+  command.add_option("--wire", options->wire, "fp8 | token | pow2 | static | bf16")
+      .one_of({"fp8", "token", "pow2", "static", "bf16"})
       .shows_default();
   command.add_option("--experts", options->experts, "Over all ranks").shows_default();
   command.add_option("--topk", options->topk, "Experts per token").shows_default();

@@ -193,7 +193,7 @@ void bind_batch(nb::module_& m) {
           "(as\n"
           "uint8).\n"
           "num_rows: [num_experts] int32.\n"
-          "x_scale: shape of x with hidden / 128, float32; group-scaled e4m3 only.\n"
+          "x_scale: shape of x with hidden / 128 or, per token, 1; float32, of e4m3.\n"
           "row_begin: [num_experts] int64; None where rows follow each other.\n"
           "expected_m: mean rows of an expert; a hint.\n\n"
           "The arrays are checked where they are used.")

@@ -37,6 +37,7 @@ struct RowArrays {
   const char* x_name;
   Array x;
   std::optional<Array> x_scale, num_rows, row_begin;
+  Cast cast = Cast::kGroup;  ///< That made x, if it is e4m3: says how many scales a row has.
 };
 
 std::optional<Array> given(const nb::object& object) {
@@ -58,7 +59,9 @@ Rows import_rows(const RowArrays& arrays, DType x_dtype, std::optional<bool> mas
   const Shape& shape = rows.x.view.shape;
   const std::int64_t width = shape[shape.rank() - 1];
   if (arrays.x_scale) {
-    const Shape scale = with_width(shape, width / 128);
+    // Rows without scales of their own: the experts refuse any that are given.
+    const std::int64_t scales = scales_per_row(arrays.cast, width);
+    const Shape scale = with_width(shape, scales > 0 ? scales : width / 128);
     rows.x_scale = import_input(*arrays.x_scale, {.name = "x_scale",
                                                   .dtypes = {DType::kFloat32},
                                                   .dims = dims_of(scale),
@@ -96,7 +99,8 @@ nb::object run_experts(PyExperts& experts, const LayerRecipe& recipe, const PyEx
                            .x = {batch.x},
                            .x_scale = given(batch.x_scale),
                            .num_rows = given(batch.num_rows),
-                           .row_begin = given(batch.row_begin)},
+                           .row_begin = given(batch.row_begin),
+                           .cast = sent_cast(recipe.wire)},
                           bf16 ? DType::kBFloat16 : DType::kFloat8E4M3, masked, device);
   rows.batch.expected_m = batch.expected_m;
   const Output y = output_or_new(out,
@@ -123,8 +127,8 @@ struct QuantizedOut {
 };
 
 QuantizedOut quantized_out(const std::optional<OutPair>& out, const Shape& shape,
-                           std::optional<float> static_scale, bool pow2, Framework framework,
-                           PyBackend& backend) {
+                           std::optional<float> static_scale, bool pow2, bool per_token,
+                           Framework framework, PyBackend& backend) {
   const Device device = backend.device();
   QuantizedOut q;
   q.codes = output_or_new(out ? std::optional(out->first) : std::nullopt,
@@ -134,7 +138,8 @@ QuantizedOut quantized_out(const std::optional<OutPair>& out, const Shape& shape
                            .shape = text_of(shape).c_str(),
                            .device = device},
                           framework, *backend.backend);
-  q.rows = {.codes = q.codes.view, .scale = {}, .static_scale = 0, .pow2 = pow2};
+  q.rows = {
+      .codes = q.codes.view, .scale = {}, .static_scale = 0, .pow2 = pow2, .per_token = per_token};
   if (static_scale) {
     if (*static_scale == 0) {
       throw Error(ErrorCode::kInvalidArgument, "static_scale 0 is not a positive normal number");
@@ -148,9 +153,10 @@ QuantizedOut quantized_out(const std::optional<OutPair>& out, const Shape& shape
     return q;
   }
   if (out && !out->second) {
-    throw Error(ErrorCode::kInvalidArgument, "out[1]: expected an array for the group scales");
+    throw Error(ErrorCode::kInvalidArgument, "out[1]: expected an array for the scales");
   }
-  const Shape scale = with_width(shape, shape[shape.rank() - 1] / 128);
+  const Cast cast = per_token ? Cast::kToken : Cast::kGroup;
+  const Shape scale = with_width(shape, scales_per_row(cast, shape[shape.rank() - 1]));
   q.scale = output_or_new(out ? out->second : std::nullopt,
                           {.name = "out[1]",
                            .dtypes = {DType::kFloat32},
@@ -163,7 +169,7 @@ QuantizedOut quantized_out(const std::optional<OutPair>& out, const Shape& shape
 }
 
 nb::tuple py_quantize(PyBackend& backend, const Array& x, std::optional<float> static_scale,
-                      bool pow2, const std::optional<Array>& num_rows,
+                      bool pow2, bool per_token, const std::optional<Array>& num_rows,
                       const std::optional<Array>& row_begin, const std::optional<OutPair>& out,
                       const StreamArgument& stream) {
   const Rows rows = import_rows({.x_name = "x",
@@ -172,8 +178,8 @@ nb::tuple py_quantize(PyBackend& backend, const Array& x, std::optional<float> s
                                  .num_rows = num_rows,
                                  .row_begin = row_begin},
                                 DType::kBFloat16, std::nullopt, backend.device());
-  const QuantizedOut q =
-      quantized_out(out, rows.x.view.shape, static_scale, pow2, rows.x.framework, backend);
+  const QuantizedOut q = quantized_out(out, rows.x.view.shape, static_scale, pow2, per_token,
+                                       rows.x.framework, backend);
   const Stream queue = to_stream(stream, rows.x.framework, backend.device());
   {
     const Call call(backend);
@@ -194,7 +200,7 @@ nb::object py_requantize(PyBackend& backend, const Array& codes, const Array& sc
                                 DType::kFloat8E4M3, std::nullopt, backend.device());
   const QuantizedOut q =
       quantized_out(out ? std::optional(OutPair{*out, std::nullopt}) : std::nullopt,
-                    rows.x.view.shape, static_scale, false, rows.x.framework, backend);
+                    rows.x.view.shape, static_scale, false, false, rows.x.framework, backend);
   const Stream queue = to_stream(stream, rows.x.framework, backend.device());
   {
     const Call call(backend);
@@ -206,15 +212,17 @@ nb::object py_requantize(PyBackend& backend, const Array& codes, const Array& sc
 void bind_quantize(nb::module_& m) {
   m.def(
       "quantize", &py_quantize, "backend"_a, "x"_a, nb::kw_only(), "static_scale"_a = nb::none(),
-      "pow2"_a = false, "num_rows"_a = nb::none(), "row_begin"_a = nb::none(), "out"_a = nb::none(),
-      "stream"_a = nb::none(),
+      "pow2"_a = false, "per_token"_a = false, "num_rows"_a = nb::none(),
+      "row_begin"_a = nb::none(), "out"_a = nb::none(), "stream"_a = nb::none(),
       "Rounds rows to e4m3: (codes, scale), scale None for a static one.\n\n"
       "x: [num_rows, width] or [num_experts, max_m, width] bfloat16 (or uint16).\n"
       "static_scale: one scale for all; None: one for each 128 values, amax / 448, with pow2 the\n"
       "smallest power of two that is no less.\n"
+      "per_token: one scale for each row instead.\n"
       "num_rows [num_experts] int32, row_begin [num_experts] int64: which rows are valid, as in\n"
       "ExpertBatch; None: all.\n"
-      "codes: shape of x, e4m3 as uint8. scale: shape of x with width / 128, float32.\n"
+      "codes: shape of x, e4m3 as uint8. scale: shape of x with width / 128 or, per token, 1;\n"
+      "float32.\n"
       "out: the pair's memory; rows that are not valid stay as they are.\n\n"
       "Raises Error: invalid_argument.");
   m.def("requantize", &py_requantize, "backend"_a, "codes"_a, "scale"_a, "static_scale"_a,

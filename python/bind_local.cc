@@ -18,6 +18,13 @@ struct PyLocalGroup {
   std::optional<LocalGroup> group;
 };
 
+/// Scales of a row of x, where its e4m3 codes come with some. Experts whose recipe has none refuse
+/// any that are given.
+std::int64_t scales_of_row(const PyLocalExperts& self) {
+  const Cast sent = sent_cast(self.experts->recipe().wire);
+  return scales_per_row(sent == Cast::kToken ? sent : Cast::kGroup, self.hidden);
+}
+
 nb::object forward_routed(PyLocalExperts& self, const Array& x, const Routing& routing,
                           const std::optional<Array>& x_scale, const std::optional<Array>& out,
                           const StreamArgument& stream, KnownCall* known = nullptr) {
@@ -37,8 +44,8 @@ nb::object forward_routed(PyLocalExperts& self, const Array& x, const Routing& r
   if (x_scale) {
     scale = import_input(*x_scale, {.name = "x_scale",
                                     .dtypes = {DType::kFloat32},
-                                    .dims = {num_tokens, self.hidden / 128},
-                                    .shape = "[num_tokens, hidden / 128], as x",
+                                    .dims = {num_tokens, scales_of_row(self)},
+                                    .shape = "[num_tokens, hidden / 128 or 1], as x",
                                     .device = device});
   }
   const Output y = output_or_new(out,
@@ -110,8 +117,8 @@ nb::object forward_batch(PyLocalExperts& self, const Array& x, const Array& num_
   if (x_scale) {
     scale = import_input(*x_scale, {.name = "x_scale",
                                     .dtypes = {DType::kFloat32},
-                                    .dims = {num_experts, max_m, self.hidden / 128},
-                                    .shape = "[num_experts, max_m, hidden / 128], as x",
+                                    .dims = {num_experts, max_m, scales_of_row(self)},
+                                    .shape = "[num_experts, max_m, hidden / 128 or 1], as x",
                                     .device = device});
   }
   const Output y = output_or_new(known ? known->y() : out,
@@ -218,7 +225,8 @@ void bind_local_experts(nb::module_& m) {
           "all experts of a layer the bits of an Engine.\n\n"
           "x: [num_tokens, hidden] bfloat16 (or uint16), or e4m3 in the recipe's wire format;\n"
           "0 tokens are fine.\n"
-          "x_scale: [num_tokens, hidden / 128] float32, for e4m3 with group scales.\n"
+          "x_scale: [num_tokens, hidden / 128] float32, for e4m3 with group scales;\n"
+          "[num_tokens, 1] for e4m3 with one scale per token.\n"
           "out: y's memory, which may be x; None makes a new array: torch's for tensors of torch,\n"
           "else numpy uint16.\n"
           "stream: handle of a CUDA stream, None: torch's current one for tensors of torch, else\n"
@@ -237,7 +245,8 @@ void bind_local_experts(nb::module_& m) {
            "x: [num_experts, max_m, hidden] bfloat16 or e4m3, as the recipe's wire has them.\n"
            "num_rows: [num_experts] int32. x_scale: [num_experts, max_m, hidden / 128] float32, "
            "for\n"
-           "e4m3 with group scales. expected_m: mean rows of an expert, a hint.\n"
+           "e4m3 with group scales, [num_experts, max_m, 1] with one per token. expected_m: mean\n"
+           "rows of an expert, a hint.\n"
            "out, stream: as forward(). Rows that are not valid stay as they are.\n\n"
            "Raises Error: invalid_argument naming the argument, or for more rows than "
            "reserve_batch()\nmade room for.")

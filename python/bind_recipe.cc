@@ -59,7 +59,7 @@ void bind_recipe(nb::module_& m) {
           "s1"_a = nb::none(), "s2"_a = nb::none(),
           "The recipe with these fields, whether or not it has a name.\n\n"
           "wire: as the property of that name. gemm1, gemm2: 'none', 'group', 'group-pow2', "
-          "'static'\nor 'static-pow2'. mode, s1, s2: as for Recipe().\n\n"
+          "'static',\n'static-pow2' or 'token'. mode, s1, s2: as for Recipe().\n\n"
           "Raises Error: invalid_argument; unsupported naming the fields that nothing computes.")
       .def_prop_ro(
           "name", [](const LayerRecipe& r) { return to_string(r); },

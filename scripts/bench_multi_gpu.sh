@@ -113,7 +113,7 @@ recipes() {
   "$sluice" make-checkpoint --preset r1-slice --out "$checkpoints/slice" | tail -n 1
   say "every recipe, verified against float64"
   local recipe mode
-  for recipe in direct direct-bf16 bf16-static requant-static static pow2-static; do
+  for recipe in direct direct-bf16 bf16-static requant-static static pow2-static direct-token; do
     for mode in low-latency normal; do
       "$sluice" run --checkpoint "$checkpoints/slice" --backend cuda --ranks 8 --tokens 64 \
         --mode $mode --recipe $recipe --repeat 3 | grep -E '^(recipe|verified|outputs)'

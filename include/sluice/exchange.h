@@ -66,7 +66,7 @@ struct Routing {
 struct ExpertBatch {
   Mode layout = Mode::kLowLatency;
   TensorView x;         ///< [num_local_experts, max_m, hidden] or [max_rows, hidden]; bf16 or e4m3.
-  TensorView x_scale;   ///< x's shape with hidden / 128, float32; empty for bf16 and static wires.
+  TensorView x_scale;   ///< x's shape with hidden / 128 or, by token, 1; float32. Or empty.
   TensorView num_rows;  ///< [num_local_experts] int32 (`masked_m`).
   TensorView row_begin;  ///< [num_local_experts] int64, in rows of x.
   int expected_m = 0;    ///< Mean rows per expert, from host data. A tuning hint only.

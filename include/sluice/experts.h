@@ -26,12 +26,13 @@ struct RepackFormat;
 /// Where e4m3 rows go. Exactly one of `scale` and `static_scale` is set.
 struct E4m3Rows {
   MutableTensorView codes;  ///< Shape of the rows read; e4m3.
-  MutableTensorView scale;  ///< The same with width / 128; float32.
+  MutableTensorView scale;  ///< The same with width / 128, or with 1 if `per_token`; float32.
   float static_scale = 0;
-  bool pow2 = false;  ///< Group scales are powers of two.
+  bool pow2 = false;       ///< Group scales are powers of two.
+  bool per_token = false;  ///< One scale for each row.
 };
 
-/// out = e4m3(rows.x), by group or static: the formats of quant.h.
+/// out = e4m3(rows.x), by group, by token or static: the formats of quant.h.
 /// rows.x: [num_experts, max_m, width] or [num_rows, width] bf16, its valid rows told by num_rows
 /// and row_begin as in ExpertBatch; without num_rows every row is valid.
 /// Stream: asynchronous on CUDA, without allocation or copies; may be captured once it has run.

@@ -107,7 +107,8 @@ class LocalExperts {
   ///
   /// x:       [num_tokens, hidden] bf16; 0 tokens are fine. Each token is quantized once, by the
   ///          casts of the recipe. Or e4m3 in the recipe's wire format, as a dispatch brings it.
-  /// x_scale: [num_tokens, hidden / 128] float32 where x is e4m3 with group scales; else empty.
+  /// x_scale: [num_tokens, hidden / 128] float32 where x is e4m3 with group scales, [num_tokens, 1]
+  ///          where it is e4m3 with a scale per token; else empty.
   /// routing: topk_idx [num_tokens, num_topk] int32 or int64, topk_weights the same in float32;
   ///          num_topk is 1 .. 32. An expert may occur twice in a token.
   /// y:       [num_tokens, hidden] bf16; may be x.

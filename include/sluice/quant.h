@@ -7,6 +7,7 @@
 //
 //   format      stored scale                         code
 //   group       m * (1.0f / 448.0f)                  e4m3(x * (448.0f / m))
+//   token       the same for all channels of a token
 //   pow2        2^ceil(log2(m * (1.0f / 448.0f)))    e4m3(x * (1.0f / scale))
 //   static      s, given                             e4m3(x * (1.0f / s))
 //   requantize  s1, given                            e4m3((q * scale) * (1.0f / s1))

@@ -18,6 +18,7 @@
 //   requant-static  kE4m3Group   kStatic      kStatic  rounded twice: per 128, then to s1
 //   static          kE4m3Static  kNone        kStatic  quantized by the sender with s1
 //   pow2-static     kE4m3Pow2    kStaticPow2  kStatic  exponents shifted to a power of two >= s1
+//   direct-token    kE4m3Token   kNone        kGroup   quantized once, one scale per token
 //
 // A recipe is chosen per layer and per mode, and gets the layer's scales when the layer is added
 // (LayerRecipe). Nothing falls back to another recipe.
@@ -47,6 +48,7 @@ enum class WireFormat {
   kE4m3Group,   ///< hidden bytes + hidden / 128 float32 scales.
   kE4m3Pow2,    ///< The same, every scale a power of two.
   kE4m3Static,  ///< hidden bytes; the scale s1 is known to every rank.
+  kE4m3Token,   ///< hidden bytes + one float32 scale.
 };
 
 /// One rounding of a row to e4m3 codes, by the functions of quant.h.
@@ -56,12 +58,16 @@ enum class Cast : std::uint8_t {
   kGroupPow2,   ///< The same, every scale a power of two: quantize_group_pow2().
   kStatic,      ///< The layer's static scale: quantize_static(), requantize().
   kStaticPow2,  ///< The same with the static scale rounded up to a power of two.
+  kToken,       ///< A float32 scale for all channels of the row: quantize_group() of the row.
 };
 
 /// What the sender of a row in `wire` format does to x. A wire carries one cast at most.
 [[nodiscard]] Cast sent_cast(WireFormat wire);
 /// Whether the cast gives a row one scale per 128 channels of its own (kGroup, kGroupPow2).
 [[nodiscard]] bool has_group_scales(Cast cast);
+/// float32 scales that a row of `width` channels has of its own after the cast: one for each 128
+/// channels, one (kToken), or 0 where the scale is the layer's or there is none.
+[[nodiscard]] std::int64_t scales_per_row(Cast cast, std::int64_t width);
 /// Whether the cast uses a static scale of the layer (kStatic, kStaticPow2).
 [[nodiscard]] bool has_static_scale(Cast cast);
 
@@ -158,13 +164,14 @@ void check_recipe(const Recipe& recipe);
     case WireFormat::kE4m3Group:
     case WireFormat::kE4m3Pow2:
     case WireFormat::kE4m3Static:
+    case WireFormat::kE4m3Token:
       return elems;
   }
   throw Error(ErrorCode::kInternal, "wire_payload_bytes: no such wire format");
 }
 
-/// Bytes of the scales that travel with them: one float32 for each kActivationGroup channels, or
-/// none.
+/// Bytes of the scales that travel with them: one float32 for each kActivationGroup channels, one
+/// for the token, or none.
 [[nodiscard]] constexpr std::size_t wire_scale_bytes(WireFormat wire, int hidden) {
   switch (wire) {
     case WireFormat::kBf16:
@@ -173,6 +180,8 @@ void check_recipe(const Recipe& recipe);
     case WireFormat::kE4m3Group:
     case WireFormat::kE4m3Pow2:
       return static_cast<std::size_t>(hidden) / kActivationGroup * sizeof(float);
+    case WireFormat::kE4m3Token:
+      return sizeof(float);
   }
   throw Error(ErrorCode::kInternal, "wire_scale_bytes: no such wire format");
 }

@@ -16,6 +16,7 @@ float inverse_of(Cast cast, std::span<const float> group, float scale) {
     case Cast::kNone:
       break;
     case Cast::kGroup:
+    case Cast::kToken:
       return kE4m3Max / group_amax(group);
     case Cast::kGroupPow2:
     case Cast::kStatic:

@@ -91,7 +91,7 @@ std::uint64_t run_rank(const Run& run, int r, Transport& transport) {
 
 std::uint64_t definition_digest(const RowPlan& plan, const Recipe& recipe,
                                 const std::vector<Gemm1Row>& inputs) {
-  const bool has_scales = has_group_scales(gemm1_casts(recipe).back());
+  const bool has_scales = scales_per_row(gemm1_casts(recipe).back(), kActivationGroup) > 0;
   std::uint64_t digest = 0;
   for (std::size_t e = 0; e + 1 < plan.expert_begin.size(); ++e) {
     for (int row = plan.expert_begin[e]; row < plan.expert_begin[e + 1]; ++row) {

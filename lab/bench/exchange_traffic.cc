@@ -32,13 +32,15 @@ void fill_tokens(Traffic& t, int r, std::uint64_t seed) {
     if (t.config.wire == WireFormat::kE4m3Static) {
       quantize_static(values, t.static_scale, codes);
     }
-    for (std::size_t g = 0; g < hidden && t.row_bytes > t.payload_bytes; g += kActivationGroup) {
-      const std::span in(values.data() + g, kActivationGroup);
-      const std::span out(codes.data() + g, kActivationGroup);
+    const auto scales =
+        static_cast<std::size_t>(scales_per_row(sent_cast(t.config.wire), t.config.hidden));
+    for (std::size_t g = 0; g < scales; ++g) {
+      const std::size_t group = hidden / scales;
+      const std::span in(values.data() + g * group, group);
+      const std::span out(codes.data() + g * group, group);
       const float scale = t.config.wire == WireFormat::kE4m3Pow2 ? quantize_group_pow2(in, out)
                                                                  : quantize_group(in, out);
-      std::memcpy(row + t.payload_bytes + g / kActivationGroup * sizeof(float), &scale,
-                  sizeof(scale));
+      std::memcpy(row + t.payload_bytes + g * sizeof(float), &scale, sizeof(scale));
     }
     std::memcpy(row, codes.data(), codes.size());
   }

@@ -241,6 +241,7 @@ QuantizedVector gemm2_input(const std::vector<Interval>& h, const LayerRecipe& r
   switch (recipe.gemm2) {
     case Cast::kNone:
     case Cast::kGroupPow2:
+    case Cast::kToken:
       break;
     case Cast::kGroup:
       return quantize_groups(h);

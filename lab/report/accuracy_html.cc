@@ -11,7 +11,8 @@ namespace sluice::report {
 const char* color_of(const std::string& recipe) {
   static const std::map<std::string, const char*> colors = {
       {"direct", "#1668dc"},         {"direct-bf16", "#8fc1ff"}, {"bf16-static", "#f2a93b"},
-      {"requant-static", "#d6336c"}, {"static", "#8a6d3b"},      {"pow2-static", "#2f9e68"}};
+      {"requant-static", "#d6336c"}, {"static", "#8a6d3b"},      {"pow2-static", "#2f9e68"},
+      {"direct-token", "#6741d9"}};
   const auto found = colors.find(recipe);
   return found == colors.end() ? "#777777" : found->second;
 }

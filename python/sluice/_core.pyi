@@ -30,8 +30,8 @@ class Recipe:
         """
         The recipe with these fields, whether or not it has a name.
 
-        wire: as the property of that name. gemm1, gemm2: 'none', 'group', 'group-pow2', 'static'
-        or 'static-pow2'. mode, s1, s2: as for Recipe().
+        wire: as the property of that name. gemm1, gemm2: 'none', 'group', 'group-pow2', 'static',
+        'static-pow2' or 'token'. mode, s1, s2: as for Recipe().
 
         Raises Error: invalid_argument; unsupported naming the fields that nothing computes.
         """
@@ -386,7 +386,7 @@ class ExpertBatch:
         x: [num_experts, max_m, hidden] or [max_rows, hidden]; bfloat16 (or uint16), or e4m3 (as
         uint8).
         num_rows: [num_experts] int32.
-        x_scale: shape of x with hidden / 128, float32; group-scaled e4m3 only.
+        x_scale: shape of x with hidden / 128 or, per token, 1; float32, of e4m3.
         row_begin: [num_experts] int64; None where rows follow each other.
         expected_m: mean rows of an expert; a hint.
 
@@ -569,16 +569,18 @@ def experts_grouped(experts: Experts, batch: ExpertBatch, recipe: Recipe, *, out
     Raises Error: invalid_argument.
     """
 
-def quantize(backend: Backend, x: sluice._array.Array, *, static_scale: float | None = None, pow2: bool = False, num_rows: sluice._array.Array | None = None, row_begin: sluice._array.Array | None = None, out: tuple[sluice._array.Array, sluice._array.Array | None] | None = None, stream: int | None = None) -> tuple:
+def quantize(backend: Backend, x: sluice._array.Array, *, static_scale: float | None = None, pow2: bool = False, per_token: bool = False, num_rows: sluice._array.Array | None = None, row_begin: sluice._array.Array | None = None, out: tuple[sluice._array.Array, sluice._array.Array | None] | None = None, stream: int | None = None) -> tuple:
     """
     Rounds rows to e4m3: (codes, scale), scale None for a static one.
 
     x: [num_rows, width] or [num_experts, max_m, width] bfloat16 (or uint16).
     static_scale: one scale for all; None: one for each 128 values, amax / 448, with pow2 the
     smallest power of two that is no less.
+    per_token: one scale for each row instead.
     num_rows [num_experts] int32, row_begin [num_experts] int64: which rows are valid, as in
     ExpertBatch; None: all.
-    codes: shape of x, e4m3 as uint8. scale: shape of x with width / 128, float32.
+    codes: shape of x, e4m3 as uint8. scale: shape of x with width / 128 or, per token, 1;
+    float32.
     out: the pair's memory; rows that are not valid stay as they are.
 
     Raises Error: invalid_argument.
@@ -798,7 +800,8 @@ class LocalExperts:
 
         x: [num_tokens, hidden] bfloat16 (or uint16), or e4m3 in the recipe's wire format;
         0 tokens are fine.
-        x_scale: [num_tokens, hidden / 128] float32, for e4m3 with group scales.
+        x_scale: [num_tokens, hidden / 128] float32, for e4m3 with group scales;
+        [num_tokens, 1] for e4m3 with one scale per token.
         out: y's memory, which may be x; None makes a new array: torch's for tensors of torch,
         else numpy uint16.
         stream: handle of a CUDA stream, None: torch's current one for tensors of torch, else
@@ -824,7 +827,8 @@ class LocalExperts:
 
         x: [num_experts, max_m, hidden] bfloat16 or e4m3, as the recipe's wire has them.
         num_rows: [num_experts] int32. x_scale: [num_experts, max_m, hidden / 128] float32, for
-        e4m3 with group scales. expected_m: mean rows of an expert, a hint.
+        e4m3 with group scales, [num_experts, max_m, 1] with one per token. expected_m: mean
+        rows of an expert, a hint.
         out, stream: as forward(). Rows that are not valid stay as they are.
 
         Raises Error: invalid_argument naming the argument, or for more rows than reserve_batch()

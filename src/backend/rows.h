@@ -46,11 +46,12 @@ struct RowRanges {
 /// e4m3 rows to read. Exactly one of `scale` and `static_scale` is used.
 struct Fp8RowsView {
   const std::uint8_t* codes = nullptr;  ///< [max_rows, width] e4m3, `stride` bytes apart.
-  const float* scale = nullptr;         ///< [max_rows, width / 128], dense; null: static.
+  const float* scale = nullptr;         ///< [max_rows, num_scales()], dense; null: static.
   float static_scale = 0;               ///< Used if `scale` is null; finite, > 0.
   std::int64_t width = 0;               ///< hidden or intermediate. Multiple of 128.
   /// Bytes from one row of codes to the next, at least `width` and a multiple of 16. 0: `width`.
   std::int64_t stride = 0;
+  bool scale_per_row = false;  ///< `scale` has one for each row, not one for 128 channels of it.
 
   [[nodiscard]] SLUICE_HOST_DEVICE constexpr std::int64_t row_bytes() const noexcept {
     return stride != 0 ? stride : width;
@@ -59,19 +60,25 @@ struct Fp8RowsView {
       std::int64_t r) const noexcept {
     return codes + r * row_bytes();
   }
+  /// Of a row, where `scale` is not null.
+  [[nodiscard]] SLUICE_HOST_DEVICE constexpr std::int64_t num_scales() const noexcept {
+    return scale_per_row ? 1 : width / kActivationGroup;
+  }
   /// The scale of one group of 128 channels, in host memory.
   [[nodiscard]] constexpr float scale_of(std::int64_t row, std::int64_t group) const noexcept {
-    return scale != nullptr ? scale[row * (width / kActivationGroup) + group] : static_scale;
+    if (scale == nullptr) return static_scale;
+    return scale_per_row ? scale[row] : scale[row * num_scales() + group];
   }
 };
 
-/// e4m3 rows to write, by group or with a static scale, as Fp8RowsView.
+/// e4m3 rows to write, with scales as Fp8RowsView has them.
 struct Fp8Rows {
   std::uint8_t* codes = nullptr;
   float* scale = nullptr;
   float static_scale = 0;
   std::int64_t width = 0;
   std::int64_t stride = 0;
+  bool scale_per_row = false;
 
   [[nodiscard]] SLUICE_HOST_DEVICE constexpr std::int64_t row_bytes() const noexcept {
     return stride != 0 ? stride : width;
@@ -79,13 +86,17 @@ struct Fp8Rows {
   [[nodiscard]] SLUICE_HOST_DEVICE constexpr std::uint8_t* row(std::int64_t r) const noexcept {
     return codes + r * row_bytes();
   }
+  [[nodiscard]] SLUICE_HOST_DEVICE constexpr std::int64_t num_scales() const noexcept {
+    return scale_per_row ? 1 : width / kActivationGroup;
+  }
   /// What may be written may be read; never the other way round.
   constexpr operator Fp8RowsView() const noexcept {  // NOLINT(google-explicit-constructor)
     return {.codes = codes,
             .scale = scale,
             .static_scale = static_scale,
             .width = width,
-            .stride = stride};
+            .stride = stride,
+            .scale_per_row = scale_per_row};
   }
 };
 

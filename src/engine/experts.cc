@@ -93,20 +93,23 @@ RowRanges checked_rows(const ExpertBatch& batch, const Device& device,
 Fp8Rows checked_output(const E4m3Rows& out, const Shape& shape, std::int64_t width,
                        const Device& device) {
   check_tensor("codes", out.codes, DType::kFloat8E4M3, shape, device);
-  const bool grouped = out.static_scale == 0;
-  if (grouped) {
-    check_tensor("scale", out.scale, DType::kFloat32, with_width(shape, width / kActivationGroup),
-                 device);
+  const bool has_own = out.static_scale == 0;
+  if (has_own) {
+    check_argument(!out.per_token || !out.pow2, "pow2 is for group scales, not for one per token");
+    const std::int64_t scales = scales_per_row(out.per_token ? Cast::kToken : Cast::kGroup, width);
+    check_tensor("scale", out.scale, DType::kFloat32, with_width(shape, scales), device);
   } else {
     check_argument(out.scale.empty(), "both scale and static_scale are given");
     check_argument(std::isnormal(out.static_scale) && out.static_scale > 0,
                    "static_scale {} is not a positive normal number", out.static_scale);
     check_argument(!out.pow2, "pow2 is for group scales, not for a static one");
+    check_argument(!out.per_token, "both per_token and static_scale are given");
   }
   return {.codes = out.codes.as<std::uint8_t>(),
-          .scale = grouped ? out.scale.as<float>() : nullptr,
+          .scale = has_own ? out.scale.as<float>() : nullptr,
           .static_scale = out.static_scale,
-          .width = width};
+          .width = width,
+          .scale_per_row = out.per_token};
 }
 
 /// x and x_scale of a batch in `wire` format. Throws: kInvalidArgument.
@@ -115,9 +118,8 @@ void check_wire(const ExpertBatch& batch, WireFormat wire, std::int64_t width,
   const Shape& shape = batch.x.shape;
   check_tensor("x", batch.x, wire == WireFormat::kBf16 ? DType::kBFloat16 : DType::kFloat8E4M3,
                shape, device);
-  if (has_group_scales(sent_cast(wire))) {
-    check_tensor("x_scale", batch.x_scale, DType::kFloat32,
-                 with_width(shape, width / kActivationGroup), device);
+  if (const std::int64_t scales = scales_per_row(sent_cast(wire), width); scales > 0) {
+    check_tensor("x_scale", batch.x_scale, DType::kFloat32, with_width(shape, scales), device);
   } else {
     check_argument(batch.x_scale.empty(), "x_scale is given, but rows of {} have none",
                    to_string(wire));
@@ -143,11 +145,13 @@ std::shared_ptr<ExpertScratch> make_scratch(const ModelGeometry& geometry, std::
 
 }  // namespace
 
-Fp8RowsView received_rows(const ExpertBatch& batch, float static_scale, std::int64_t width) {
+Fp8RowsView received_rows(const ExpertBatch& batch, WireFormat wire, float static_scale,
+                          std::int64_t width) {
   return {.codes = batch.x.as<std::uint8_t>(),
           .scale = batch.x_scale.as<float>(),
           .static_scale = static_scale,
-          .width = width};
+          .width = width,
+          .scale_per_row = sent_cast(wire) == Cast::kToken};
 }
 
 RowRanges check_batch(const LayerRecipe& recipe, const ExpertBatch& batch,
@@ -174,8 +178,8 @@ void cast_batch(BackendOps& backend, const LayerRecipe& recipe, const ExpertBatc
     const bool pow2 = recipe.gemm1 == Cast::kGroupPow2;
     backend.quantize(batch.x.as<std::uint16_t>(), rows, pow2, out, stream);
   } else {
-    backend.requantize(received_rows(batch, recipe.wire_static_scale(), out.width), rows, out,
-                       stream);
+    backend.requantize(received_rows(batch, recipe.wire, recipe.wire_static_scale(), out.width),
+                       rows, out, stream);
   }
 }
 
@@ -206,7 +210,7 @@ void requantize(Backend& backend, const ExpertBatch& rows, const E4m3Rows& out, 
   check_argument(out.static_scale != 0, "static_scale is needed: rows are re-quantized to it");
   check_argument(rows.x.data != out.codes.data || rows.x.shape.num_elements() == 0,
                  "codes and x are the same memory");
-  ops(backend).requantize(received_rows(rows, 0, width), ranges,
+  ops(backend).requantize(received_rows(rows, WireFormat::kE4m3Group, 0, width), ranges,
                           checked_output(out, rows.x.shape, width, backend.device()), stream);
 }
 
@@ -217,11 +221,19 @@ std::size_t fp8_scale_bytes(std::int64_t max_rows, std::int64_t width) {
   return fp8_code_bytes(max_rows, width) / kActivationGroup * sizeof(float);
 }
 
-Fp8Rows Fp8Buffers::rows(std::int64_t width, bool is_grouped, float static_scale) const {
+Fp8Rows cast_rows(const std::unique_ptr<DeviceBuffer>& codes,
+                  const std::unique_ptr<DeviceBuffer>& scale, std::int64_t width, Cast cast,
+                  float static_scale) {
+  const bool has_own = scales_per_row(cast, width) > 0;
   return {.codes = codes ? reinterpret_cast<std::uint8_t*>(codes->data()) : nullptr,
-          .scale = is_grouped ? reinterpret_cast<float*>(scale->data()) : nullptr,
-          .static_scale = is_grouped ? 0.0f : static_scale,
-          .width = width};
+          .scale = has_own ? reinterpret_cast<float*>(scale->data()) : nullptr,
+          .static_scale = has_own ? 0.0f : static_scale,
+          .width = width,
+          .scale_per_row = cast == Cast::kToken};
+}
+
+Fp8Rows Fp8Buffers::rows(std::int64_t width, Cast cast, float static_scale) const {
+  return cast_rows(codes, scale, width, cast, static_scale);
 }
 
 std::size_t Fp8Buffers::bytes() const noexcept {
@@ -275,11 +287,11 @@ Experts::Impl::Impl(const RepackFormat& format, std::shared_ptr<ExpertScratch> s
 Fp8RowsView Experts::Impl::gemm1_rows(const LayerRecipe& recipe, const ExpertBatch& batch,
                                       const RowRanges& rows, std::uint16_t* expert_y,
                                       Stream stream) {
-  const Fp8RowsView received = received_rows(batch, recipe.wire_static_scale(), geometry.hidden);
+  const Fp8RowsView received =
+      received_rows(batch, recipe.wire, recipe.wire_static_scale(), geometry.hidden);
   if (recipe.gemm1 == Cast::kNone) return received;
 
-  const bool grouped = has_group_scales(recipe.gemm1);
-  Fp8Rows out = scratch->x.rows(geometry.hidden, grouped, recipe.s1);
+  Fp8Rows out = scratch->x.rows(geometry.hidden, recipe.gemm1, recipe.s1);
   if (out.codes == nullptr) {
     out.codes = reinterpret_cast<std::uint8_t*>(expert_y);
     out.stride = out.width * static_cast<std::int64_t>(sizeof(std::uint16_t));
@@ -290,15 +302,13 @@ Fp8RowsView Experts::Impl::gemm1_rows(const LayerRecipe& recipe, const ExpertBat
 
 void Experts::Impl::gemms(const LayerRecipe& recipe, const Fp8RowsView& in, const RowRanges& rows,
                           std::uint16_t* expert_y, Stream stream, ExpertStageTimes* times) {
-  const bool grouped = has_group_scales(recipe.gemm2);
-  const Fp8Rows h = scratch->h.rows(geometry.intermediate, grouped, recipe.s2);
+  const Fp8Rows h = scratch->h.rows(geometry.intermediate, recipe.gemm2, recipe.s2);
   backend->expert_stage(*prepared, in, rows, h, expert_y, stream, times);
 }
 
 void Experts::Impl::gemms_home(const LayerRecipe& recipe, const Fp8RowsView& in,
                                const RowRanges& rows, const HomeRows& home, Stream stream) {
-  const bool grouped = has_group_scales(recipe.gemm2);
-  const Fp8Rows h = scratch->h.rows(geometry.intermediate, grouped, recipe.s2);
+  const Fp8Rows h = scratch->h.rows(geometry.intermediate, recipe.gemm2, recipe.s2);
   backend->expert_stage_home(*prepared, in, rows, h, home, stream);
 }
 

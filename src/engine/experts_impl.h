@@ -24,9 +24,9 @@ struct BatchNeeds {
 [[nodiscard]] RowRanges check_batch(const LayerRecipe& recipe, const ExpertBatch& batch,
                                     const MutableTensorView& expert_y, const BatchNeeds& needs,
                                     const Device& device, std::vector<std::int64_t>& begin);
-/// The batch's e4m3 rows, to read.
-[[nodiscard]] Fp8RowsView received_rows(const ExpertBatch& batch, float static_scale,
-                                        std::int64_t width);
+/// The batch's e4m3 rows, to read: as they came over `wire`.
+[[nodiscard]] Fp8RowsView received_rows(const ExpertBatch& batch, WireFormat wire,
+                                        float static_scale, std::int64_t width);
 /// The cast that recipe.gemm1 leaves to the receiver, into `out`.
 void cast_batch(BackendOps& backend, const LayerRecipe& recipe, const ExpertBatch& batch,
                 const RowRanges& rows, const Fp8Rows& out, Stream stream);
@@ -35,9 +35,15 @@ void cast_batch(BackendOps& backend, const LayerRecipe& recipe, const ExpertBatc
 [[nodiscard]] std::size_t fp8_code_bytes(std::int64_t max_rows, std::int64_t width);
 [[nodiscard]] std::size_t fp8_scale_bytes(std::int64_t max_rows, std::int64_t width);
 
+/// Rows that `cast` fills, in memory for codes (or none) and, where the cast gives rows scales of
+/// their own, for these. `static_scale` is for the other casts.
+[[nodiscard]] Fp8Rows cast_rows(const std::unique_ptr<DeviceBuffer>& codes,
+                                const std::unique_ptr<DeviceBuffer>& scale, std::int64_t width,
+                                Cast cast, float static_scale);
+
 /// Memory for e4m3 rows and their group scales; none until a part is allocated.
 struct Fp8Buffers {
-  [[nodiscard]] Fp8Rows rows(std::int64_t width, bool is_grouped, float static_scale) const;
+  [[nodiscard]] Fp8Rows rows(std::int64_t width, Cast cast, float static_scale) const;
   [[nodiscard]] std::size_t bytes() const noexcept;
 
   std::unique_ptr<DeviceBuffer> codes, scale;

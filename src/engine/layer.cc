@@ -170,7 +170,7 @@ void Layer::Impl::record_digest(const RowRanges& rows, const Fp8RowsView& in, St
   on_host.count = count.data();
   const auto width = static_cast<std::size_t>(in.width);
   std::vector<std::uint8_t> codes(width);
-  std::vector<float> scales(in.scale ? width / kActivationGroup : 0);
+  std::vector<float> scales(in.scale ? static_cast<std::size_t>(in.num_scales()) : 0);
   const int rank = group->transport->rank();
   digest = 0;
   for (int e = 0; e < rows.num_experts; ++e) {

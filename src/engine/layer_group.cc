@@ -234,7 +234,7 @@ std::unique_ptr<Layer::Impl> LayerGroup::Impl::attach(const std::shared_ptr<Impl
     const auto& recipe = agreed.recipes[i];
     if (!recipe) continue;
     layer->modes[i].emplace(*recipe, &exchange_for(*recipe));
-    if (!has_group_scales(recipe->gemm1) || scratch->x.scale) continue;
+    if (scales_per_row(recipe->gemm1, config.geometry.hidden) == 0 || scratch->x.scale) continue;
     scratch->x.scale =
         backend->allocate(fp8_scale_bytes(scratch->max_rows, config.geometry.hidden));
   }

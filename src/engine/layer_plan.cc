@@ -42,7 +42,7 @@ LayerGroupMemory LayerGroup::plan_memory(const LayerGroupConfig& config,
          resolve_recipes(config, layer.recipes, StaticScales{1, 1}, "the layer")) {
       if (!recipe) continue;
       exchanges.emplace(recipe->mode, recipe->wire);
-      has_x_scale = has_x_scale || has_group_scales(recipe->gemm1);
+      has_x_scale = has_x_scale || scales_per_row(recipe->gemm1, g.hidden) > 0;
     }
   }
   for (const auto& [mode, wire] : exchanges) {

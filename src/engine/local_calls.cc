@@ -30,9 +30,9 @@ void LocalExperts::Impl::check(const TokenCall& call) const {
   }
   check_tensor("x", x, is_bf16 ? DType::kBFloat16 : DType::kFloat8E4M3, Shape{num_tokens, hidden},
                device);
-  if (!is_bf16 && has_group_scales(sent_cast(recipe.wire))) {
-    check_tensor("x_scale", x_scale, DType::kFloat32, Shape{num_tokens, hidden / kActivationGroup},
-                 device);
+  const std::int64_t scales = is_bf16 ? 0 : scales_per_row(sent_cast(recipe.wire), hidden);
+  if (scales > 0) {
+    check_tensor("x_scale", x_scale, DType::kFloat32, Shape{num_tokens, scales}, device);
   } else {
     check_argument(x_scale.empty(), "x_scale is given, but x is {}",
                    is_bf16 ? "bfloat16" : "e4m3 with a static scale");
@@ -64,7 +64,8 @@ TokenRows LocalExperts::Impl::tokens_of(const TensorView& x, const TensorView& x
   return {.coded = {.codes = x.as<std::uint8_t>(),
                     .scale = x_scale.as<float>(),
                     .static_scale = recipe.wire_static_scale(),
-                    .width = group->config.hidden},
+                    .width = group->config.hidden,
+                    .scale_per_row = sent_cast(recipe.wire) == Cast::kToken},
           .second = recipe.gemm1};
 }
 
@@ -82,8 +83,8 @@ EntryRows LocalExperts::Impl::entries_of(const Routing& routing) const {
 }
 
 Fp8Rows LocalExperts::Impl::hidden_rows() const {
-  return rows_in(group->room.h_codes, group->room.h_scale, group->config.intermediate,
-                 has_group_scales(recipe.gemm2), recipe.s2);
+  return cast_rows(group->room.h_codes, group->room.h_scale, group->config.intermediate,
+                   recipe.gemm2, recipe.s2);
 }
 
 RowRanges LocalExperts::Impl::check(const BatchCall& call, std::vector<std::int64_t>& begin) const {
@@ -97,10 +98,10 @@ RowRanges LocalExperts::Impl::check(const BatchCall& call, std::vector<std::int6
 
 void LocalExperts::Impl::queue(const BatchCall& call, const RowRanges& rows, Stream stream) const {
   const std::int64_t hidden = group->config.hidden;
-  Fp8RowsView in = received_rows(call.batch, recipe.wire_static_scale(), hidden);
+  Fp8RowsView in = received_rows(call.batch, recipe.wire, recipe.wire_static_scale(), hidden);
   if (recipe.gemm1 != Cast::kNone) {
-    const Fp8Rows cast = rows_in(group->room.rows, group->room.x_scale, hidden,
-                                 has_group_scales(recipe.gemm1), recipe.s1);
+    const Fp8Rows cast =
+        cast_rows(group->room.rows, group->room.x_scale, hidden, recipe.gemm1, recipe.s1);
     cast_batch(*group->backend, recipe, call.batch, rows, cast, stream);
     in = cast;
   }
@@ -115,8 +116,7 @@ void LocalExperts::Impl::queue(const TokenCall& call, Stream stream) const {
   const std::int64_t num_entries = entries.num_tokens * entries.num_topk;
   auto* const expert_y = reinterpret_cast<std::uint16_t*>(group->room.rows->data());
   const Cast last_cast = recipe.gemm1 != Cast::kNone ? recipe.gemm1 : sent_cast(recipe.wire);
-  Fp8Rows in = rows_in(group->room.rows, group->room.x_scale, hidden, has_group_scales(last_cast),
-                       recipe.s1);
+  Fp8Rows in = cast_rows(group->room.rows, group->room.x_scale, hidden, last_cast, recipe.s1);
   in.stride = hidden * static_cast<std::int64_t>(sizeof(std::uint16_t));
   const int model_experts = std::max(geometry.num_experts, num_experts);
   const RowRanges rows{

@@ -58,14 +58,4 @@ struct LocalRoom {
   }
 };
 
-/// Rows of e4m3 in two parts of a room.
-inline Fp8Rows rows_in(const std::unique_ptr<DeviceBuffer>& codes,
-                       const std::unique_ptr<DeviceBuffer>& scale, std::int64_t width,
-                       bool is_grouped, float static_scale) {
-  return {.codes = reinterpret_cast<std::uint8_t*>(codes->data()),
-          .scale = is_grouped ? reinterpret_cast<float*>(scale->data()) : nullptr,
-          .static_scale = is_grouped ? 0.0f : static_scale,
-          .width = width};
-}
-
 }  // namespace sluice

@@ -109,7 +109,8 @@ void HostExchange::stage(TensorView x, float static_scale, Stream stream) {
   const Fp8Rows out{.codes = reinterpret_cast<std::uint8_t*>(staging_->data()),
                     .scale = is_static ? nullptr : reinterpret_cast<float*>(scales),
                     .static_scale = static_scale,
-                    .width = config.hidden};
+                    .width = config.hidden,
+                    .scale_per_row = config.wire == WireFormat::kE4m3Token};
   backend_.quantize(x.as<std::uint16_t>(), rows, config.wire == WireFormat::kE4m3Pow2, out, stream);
   if (!is_static) return;
   const float inverse = 1.0f / static_scale;
@@ -143,7 +144,7 @@ void HostExchange::fill_batch(HostRoute& route, std::byte* x, std::byte* scale, 
   batch.layout = config.mode;
   batch.x = {x, bf16 ? DType::kBFloat16 : DType::kFloat8E4M3, shape};
   if (protocol_.layout().scale_bytes > 0) {
-    const std::int64_t groups = config.hidden / kActivationGroup;
+    const std::int64_t groups = scales_per_row(sent_cast(config.wire), config.hidden);
     batch.x_scale = {
         scale, DType::kFloat32,
         shape.rank() == 3 ? Shape{shape[0], shape[1], groups} : Shape{shape[0], groups}};

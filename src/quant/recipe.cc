@@ -17,6 +17,7 @@ constexpr std::array kNamedRecipes = {
     NamedRecipe{"requant-static", {WireFormat::kE4m3Group, Cast::kStatic, Cast::kStatic}},
     NamedRecipe{"static", {WireFormat::kE4m3Static, Cast::kNone, Cast::kStatic}},
     NamedRecipe{"pow2-static", {WireFormat::kE4m3Pow2, Cast::kStaticPow2, Cast::kStatic}},
+    NamedRecipe{"direct-token", {WireFormat::kE4m3Token, Cast::kNone, Cast::kGroup}},
 };
 
 // The texts of the enumerations; null for what is no value of them.
@@ -30,6 +31,8 @@ constexpr const char* name_of(WireFormat wire) {
       return "e4m3 + power-of-two scale per 128";
     case WireFormat::kE4m3Static:
       return "e4m3, static s1";
+    case WireFormat::kE4m3Token:
+      return "e4m3 + f32 scale per token";
   }
   return nullptr;
 }
@@ -46,6 +49,8 @@ constexpr const char* name_of(Cast cast) {
       return "static";
     case Cast::kStaticPow2:
       return "static-pow2";
+    case Cast::kToken:
+      return "token";
   }
   return nullptr;
 }
@@ -71,9 +76,9 @@ const char* or_unknown(const char* name) {
 // Every value of each enumeration, for what parses or searches.
 constexpr std::array kModes = {Mode::kLowLatency, Mode::kNormal};
 constexpr std::array kWires = {WireFormat::kBf16, WireFormat::kE4m3Group, WireFormat::kE4m3Pow2,
-                               WireFormat::kE4m3Static};
-constexpr std::array kCasts = {Cast::kNone, Cast::kGroup, Cast::kGroupPow2, Cast::kStatic,
-                               Cast::kStaticPow2};
+                               WireFormat::kE4m3Static, WireFormat::kE4m3Token};
+constexpr std::array kCasts = {Cast::kNone,   Cast::kGroup,      Cast::kGroupPow2,
+                               Cast::kStatic, Cast::kStaticPow2, Cast::kToken};
 constexpr std::array kDispatchDtypes = {DispatchDtype::kAuto, DispatchDtype::kBf16,
                                         DispatchDtype::kFp8, DispatchDtype::kFp8Static};
 
@@ -128,6 +133,8 @@ const char* conflict_of(const Recipe& recipe, WireFormat wire) {
     case Cast::kStatic:
     case Cast::kStaticPow2:
       return "GEMM1 would see statically scaled values";
+    case Cast::kToken:
+      return "GEMM1 would see values with one scale per token";
   }
   fail(ErrorCode::kInternal, "wire format {} does not exist", static_cast<int>(wire));
 }
@@ -154,6 +161,7 @@ float resolved_scale(Cast cast, float s) {
     case Cast::kNone:
     case Cast::kGroup:
     case Cast::kGroupPow2:
+    case Cast::kToken:
       return 0;
     case Cast::kStatic:
       return s;
@@ -223,6 +231,8 @@ Cast sent_cast(WireFormat wire) {
       return Cast::kGroupPow2;
     case WireFormat::kE4m3Static:
       return Cast::kStatic;
+    case WireFormat::kE4m3Token:
+      return Cast::kToken;
   }
   fail(ErrorCode::kInternal, "wire format {} does not exist", static_cast<int>(wire));
 }
@@ -235,7 +245,23 @@ bool has_group_scales(Cast cast) {
     case Cast::kNone:
     case Cast::kStatic:
     case Cast::kStaticPow2:
+    case Cast::kToken:
       return false;
+  }
+  fail(ErrorCode::kInternal, "cast {} does not exist", static_cast<int>(cast));
+}
+
+std::int64_t scales_per_row(Cast cast, std::int64_t width) {
+  switch (cast) {
+    case Cast::kGroup:
+    case Cast::kGroupPow2:
+      return width / kActivationGroup;
+    case Cast::kToken:
+      return 1;
+    case Cast::kNone:
+    case Cast::kStatic:
+    case Cast::kStaticPow2:
+      return 0;
   }
   fail(ErrorCode::kInternal, "cast {} does not exist", static_cast<int>(cast));
 }
@@ -248,6 +274,7 @@ bool has_static_scale(Cast cast) {
     case Cast::kNone:
     case Cast::kGroup:
     case Cast::kGroupPow2:
+    case Cast::kToken:
       return false;
   }
   fail(ErrorCode::kInternal, "cast {} does not exist", static_cast<int>(cast));
@@ -331,6 +358,8 @@ std::string scale_text(Cast cast, const char* group, const char* static_name, fl
     case Cast::kStatic:
     case Cast::kStaticPow2:
       return fmt::format("static {} = {:.6g}", static_name, static_scale);
+    case Cast::kToken:
+      return "per token";
   }
   fail(ErrorCode::kInternal, "cast {} does not exist", static_cast<int>(cast));
 }

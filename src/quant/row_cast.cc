@@ -33,6 +33,11 @@ CastRow cast_row(Cast cast, std::span<const float> values, float static_scale) {
       return cast_groups(quantize_group, values);
     case Cast::kGroupPow2:
       return cast_groups(quantize_group_pow2, values);
+    case Cast::kToken: {
+      CastRow row{.codes = std::vector<std::uint8_t>(values.size()), .scales = {0}};
+      row.scales[0] = quantize_group(values, row.codes);
+      return row;
+    }
     case Cast::kStatic:
     case Cast::kStaticPow2: {
       CastRow row{.codes = std::vector<std::uint8_t>(values.size()), .scales = {static_scale}};

@@ -45,6 +45,7 @@ TEST_F(Certified, GaussianTokensCostWhatTheoryAndSimulationSay) {
   EXPECT_NEAR(of(suite, parse_recipe("static")).activation1.relative_l2, 0.0265, 0.0007);
   EXPECT_NEAR(of(suite, parse_recipe("requant-static")).activation1.relative_l2, 0.0370, 0.0012);
   EXPECT_NEAR(of(suite, parse_recipe("pow2-static")).activation1.relative_l2, 0.0266, 0.0007);
+  EXPECT_NEAR(of(suite, parse_recipe("direct-token")).activation1.relative_l2, 0.0264, 0.0009);
   const RecipeCertificate& direct = of(suite, parse_recipe("direct"));
   EXPECT_NEAR(direct.output.relative_l2, 0.0435, 0.004);
   EXPECT_NEAR(*direct.roundings.weights, 0.2, 0.02);

@@ -58,13 +58,14 @@ TEST_F(CudaBackendTest, QuantizeGivesTheDefinedBytesAndTouchesNothingElse) {
                          .max_rows = layout.max_rows,
                          .max_rows_per_expert = layout.max_rows,
                          .expected_m = 10};
-    for (const int kind : {0, 1, 2}) {  // Group, power of two, static.
+    for (const int kind : {0, 1, 2, 3}) {  // Group, power of two, static, token.
       const auto codes = upload(std::vector<std::uint8_t>(x.size(), 0xa5));
       const auto scale = upload(std::vector<float>(x.size() / 128, -7.0f));
       const Fp8Rows out{.codes = as<std::uint8_t>(codes),
                         .scale = kind == 2 ? nullptr : as<float>(scale),
                         .static_scale = kind == 2 ? 0.013f : 0.0f,
-                        .width = kWidth};
+                        .width = kWidth,
+                        .scale_per_row = kind == 3};
       ops_->quantize(as<std::uint16_t>(dx), rows, kind == 1, out, stream_);
       const auto got = download<std::uint8_t>(*codes, x.size());
       const auto got_scale = download<float>(*scale, x.size() / 128);
@@ -73,15 +74,20 @@ TEST_F(CudaBackendTest, QuantizeGivesTheDefinedBytesAndTouchesNothingElse) {
         std::vector<std::uint8_t> expected(128, 0xa5);
         float expected_scale = -7.0f;
         if (layout.valid(row)) {
-          std::vector<float> v(128);
-          for (std::size_t i = 0; i < 128; ++i) v[i] = bf16_to_float(x[g * 128 + i]);
-          if (kind == 0) expected_scale = quantize_group(v, expected);
+          const std::size_t size = kind == 3 ? kWidth : 128, first = g * 128 / size * size;
+          std::vector<float> v(size);
+          for (std::size_t i = 0; i < size; ++i) v[i] = bf16_to_float(x[first + i]);
+          expected.resize(size);
+          if (kind == 0 || kind == 3) expected_scale = quantize_group(v, expected);
           if (kind == 1) expected_scale = quantize_group_pow2(v, expected);
           if (kind == 2) quantize_static(v, 0.013f, expected);
+          expected.erase(expected.begin(), expected.begin() + static_cast<long>(g * 128 - first));
+          expected.resize(128);
         }
         const std::vector<std::uint8_t> actual(got.begin() + g * 128, got.begin() + (g + 1) * 128);
         ASSERT_EQ(actual, expected) << "kind " << kind << " row " << row << " group " << g;
-        ASSERT_EQ(got_scale[g], expected_scale) << "kind " << kind << " row " << row;
+        const std::size_t at = kind == 3 ? static_cast<std::size_t>(row) : g;
+        ASSERT_EQ(got_scale[at], expected_scale) << "kind " << kind << " row " << row;
       }
     }
   }

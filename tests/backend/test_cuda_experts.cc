@@ -5,6 +5,7 @@
 #include <cmath>
 #include <optional>
 #include <thread>
+#include <tuple>
 
 #include "bench/random_experts.h"
 #include "sluice/lab/reference.h"
@@ -85,6 +86,13 @@ class CudaExpertsTest : public CudaBackendTest {
     r.h.scale = nullptr, r.h.static_scale = scales.s2;
     ops_->quantize(as<std::uint16_t>(r.x), r.rows, false, r.in, stream_);
     return scales;
+  }
+
+  /// Gives the same rows one scale each, and h scales of its own.
+  void make_token(Rows& r) {
+    r.in.scale = as<float>(r.scale), r.in.static_scale = 0, r.in.scale_per_row = true;
+    r.h.scale = as<float>(r.h_scale), r.h.static_scale = 0;
+    ops_->quantize(as<std::uint16_t>(r.x), r.rows, false, r.in, stream_);
   }
 
   /// Element by element, a few rows of each expert; the rest only against NaN.
@@ -190,6 +198,37 @@ TEST_F(CudaExpertsTest, AStaticScaleForOneGemmAndOwnScalesForTheOther) {
                           .gemm2 = x_is_static ? Cast::kGroup : Cast::kStatic};
       EXPECT_TRUE(verify_recipe(recipe, weights, r, run(*experts, r), scales).passed())
           << "groups of " << group_size << ", " << to_string(recipe);
+    }
+  }
+}
+
+/// One scale per row, in one kernel and in two, by both kernels, in both layouts.
+TEST_F(CudaExpertsTest, OneScalePerTokenIsWithinItsBoundAndGivesTheSameBits) {
+  for (const auto& [hidden, intermediate, group_size] :
+       {std::tuple{384, 1792, 128}, {1792, 384, 32}, {128, 128, 128}, {7168, 128, 128}}) {
+    const ModelGeometry g = geometry(hidden, intermediate, group_size);
+    const ExpertWeights weights = random_experts(g, DType::kBFloat16, 14, CodeRange::kAll);
+    const auto experts = ops_->prepare(weights);
+    for (const InputKind kind :
+         {InputKind::kOutliers, InputKind::kMassive, InputKind::kRealistic}) {
+      for (const bool masked : {false, true}) {
+        SCOPED_TRACE(::testing::Message()
+                     << "hidden " << hidden << " groups of " << group_size << " input "
+                     << static_cast<int>(kind) << (masked ? " masked" : ""));
+        Rows r = make_rows(g, kRows, kind, masked);
+        make_token(r);
+        const auto whole = run(*experts, r);
+        EXPECT_TRUE(verify_recipe(parse_recipe("direct-token"), weights, r, whole, {}).passed());
+        for (const ExpertHalf half : {ExpertHalf::kGateUp, ExpertHalf::kDown}) {
+          ASSERT_TRUE(ops_->expert_half(half, *experts, r.in, r.rows, r.h, as<std::uint16_t>(r.y),
+                                        stream_));
+        }
+        EXPECT_TRUE(download<std::uint16_t>(*r.y, whole.size()) == whole);
+        for (const int expected_m : {1, 256}) {  // The decode kernel, and prefill's.
+          r.rows.expected_m = expected_m;
+          EXPECT_TRUE(run(*experts, r) == whole) << expected_m << " rows expected";
+        }
+      }
     }
   }
 }

@@ -51,16 +51,16 @@ class TokenRowsCheck {
 
   /// Every chain of casts, of bf16 tokens and of e4m3 ones.
   void run() {
-    for (const Cast first :
-         {Cast::kGroup, Cast::kGroupPow2, Cast::kStatic, Cast::kStaticPow2, Cast::kNone}) {
+    for (const Cast first : {Cast::kGroup, Cast::kGroupPow2, Cast::kStatic, Cast::kStaticPow2,
+                             Cast::kToken, Cast::kNone}) {
       for (const Cast second : {Cast::kNone, Cast::kStatic}) {
-        if (has_static_scale(first) && second != Cast::kNone) continue;
-        for (const bool has_scales : {true, false}) {
-          // Only tokens that are e4m3 already come in two kinds, and only one can be moved.
-          if (!has_scales && (first != Cast::kNone || second != Cast::kNone)) continue;
+        if ((has_static_scale(first) || first == Cast::kToken) && second != Cast::kNone) continue;
+        for (const Cast sent : {Cast::kGroup, Cast::kStatic, Cast::kToken}) {
+          // Only tokens that are e4m3 already come in several kinds, and only one can be moved.
+          if (sent != Cast::kGroup && (first != Cast::kNone || second != Cast::kNone)) continue;
           SCOPED_TRACE(::testing::Message() << to_string(first) << ", then " << to_string(second)
-                                            << (has_scales ? "" : ", static tokens"));
-          compare(first, second, has_scales);
+                                            << ", sent by " << to_string(sent));
+          compare(first, second, sent);
         }
       }
     }
@@ -75,10 +75,10 @@ class TokenRowsCheck {
     std::vector<std::uint16_t> y;
   };
 
-  void compare(Cast first, Cast second, bool has_scales) {
+  void compare(Cast first, Cast second, Cast sent) {
     ScalarBackend scalar;
-    const Outcome expected = outcome(scalar, first, second, has_scales);
-    const Outcome actual = outcome(*ops_, first, second, has_scales);
+    const Outcome expected = outcome(scalar, first, second, sent);
+    const Outcome actual = outcome(*ops_, first, second, sent);
     EXPECT_EQ(actual.row_of, expected.row_of);
     EXPECT_EQ(actual.count, expected.count);
     EXPECT_EQ(actual.begin, expected.begin);
@@ -108,7 +108,7 @@ class TokenRowsCheck {
   }
 
   /// What `backend` makes of the case. Rows of codes lie twice as far apart as they are long.
-  Outcome outcome(BackendOps& backend, Cast first, Cast second, bool has_scales) {
+  Outcome outcome(BackendOps& backend, Cast first, Cast second, Cast sent) {
     const TokenCase& c = case_;
     const auto entries = idx_.size(), experts = static_cast<std::size_t>(c.num_experts);
     const auto width = static_cast<std::size_t>(c.width), groups = width / kActivationGroup;
@@ -120,8 +120,9 @@ class TokenRowsCheck {
     const auto codes = upload(backend, std::vector<std::uint8_t>(entries * width * 2, 0x55));
     const auto scale = upload(backend, std::vector<float>(entries * groups, -7.0f));
     const bool is_coded = first == Cast::kNone;
-    const Cast last = second != Cast::kNone ? second : first;
-    const bool grouped = is_coded && second == Cast::kNone ? has_scales : has_group_scales(last);
+    const Cast last = second != Cast::kNone ? second : is_coded ? sent : first;
+    const bool has_own = scales_per_row(last, c.width) > 0;
+    const bool has_scales = scales_per_row(sent, c.width) > 0;
     const auto x = upload(backend, x_);
     std::vector<std::uint8_t> given(x_.size());
     std::vector<float> given_scale;
@@ -134,7 +135,8 @@ class TokenRowsCheck {
                            .coded = {.codes = as<std::uint8_t>(coded),
                                      .scale = has_scales ? as<float>(coded_scale) : nullptr,
                                      .static_scale = has_scales ? 0 : 0.03f,
-                                     .width = c.width},
+                                     .width = c.width,
+                                     .scale_per_row = sent == Cast::kToken},
                            .first = first,
                            .second = second};
     const EntryRows rows{.topk_idx = idx->data(),
@@ -148,10 +150,11 @@ class TokenRowsCheck {
                          .count = as<std::int32_t>(count)};
     backend.gather_tokens(tokens, rows,
                           {.codes = as<std::uint8_t>(codes),
-                           .scale = grouped ? as<float>(scale) : nullptr,
-                           .static_scale = grouped ? 0 : 0.03f,
+                           .scale = has_own ? as<float>(scale) : nullptr,
+                           .static_scale = has_own ? 0 : 0.03f,
                            .width = c.width,
-                           .stride = 2 * c.width},
+                           .stride = 2 * c.width,
+                           .scale_per_row = last == Cast::kToken},
                           backend.stream());
     Outcome out{.row_of = download<std::int32_t>(backend, *row_of, entries),
                 .count = download<std::int32_t>(backend, *count, experts),

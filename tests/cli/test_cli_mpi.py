@@ -10,7 +10,7 @@ import time
 SLUICE, MPIRUN = sys.argv[1], sys.argv[2:]
 failures = []
 WIRE = {"direct": 256 + 8, "direct-bf16": 512, "bf16-static": 512, "requant-static": 256 + 8,
-        "static": 256, "pow2-static": 256 + 8}
+        "static": 256, "pow2-static": 256 + 8, "direct-token": 256 + 4}
 RANKS, EXPERTS, TOPK, HIDDEN = 4, 8, 2, 256
 
 

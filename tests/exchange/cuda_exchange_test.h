@@ -14,7 +14,8 @@ namespace sluice::testing {
 
 inline constexpr Mode kModes[] = {Mode::kLowLatency, Mode::kNormal};
 inline constexpr WireFormat kWires[] = {WireFormat::kBf16, WireFormat::kE4m3Group,
-                                        WireFormat::kE4m3Pow2, WireFormat::kE4m3Static};
+                                        WireFormat::kE4m3Pow2, WireFormat::kE4m3Static,
+                                        WireFormat::kE4m3Token};
 
 // Read by the CUDA runtime before its first call; see docs/design.md.
 inline const bool kEnvironment = [] {

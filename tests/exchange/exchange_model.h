@@ -80,9 +80,11 @@ inline std::vector<std::byte> wire_bytes(const std::uint16_t* x, int hidden, Wir
   }
   std::vector<std::uint8_t> codes(values.size());
   std::vector<float> scales;
-  for (std::size_t g = 0; g < values.size(); g += kActivationGroup) {
-    const std::span in(values.data() + g, kActivationGroup);
-    const std::span out(codes.data() + g, kActivationGroup);
+  const std::size_t group =
+      wire == WireFormat::kE4m3Token ? values.size() : std::size_t{kActivationGroup};
+  for (std::size_t g = 0; g < values.size(); g += group) {
+    const std::span in(values.data() + g, group);
+    const std::span out(codes.data() + g, group);
     if (wire == WireFormat::kE4m3Static) {
       quantize_static(in, static_scale, out);
     } else {

@@ -19,7 +19,7 @@
 namespace sluice::testing {
 
 inline constexpr int kTokens = 5;     ///< Of each rank; rank 1 has one less.
-inline constexpr int kNumLayers = 6;  ///< One for each recipe.
+inline constexpr int kNumLayers = 7;  ///< One for each recipe.
 
 inline ModelGeometry group_geometry() {
   return {.name = "group", .num_experts = 8, .num_topk = 3, .hidden = 256, .intermediate = 128};

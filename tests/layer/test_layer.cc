@@ -100,6 +100,8 @@ TEST_F(Layer, RecipesWithoutANameRunByTheirFields) {
                                Recipe{WireFormat::kE4m3Static, Cast::kNone, Cast::kGroup},
                                Recipe{WireFormat::kE4m3Pow2, Cast::kNone, Cast::kGroup},
                                Recipe{WireFormat::kE4m3Pow2, Cast::kStatic, Cast::kStaticPow2},
+                               Recipe{WireFormat::kE4m3Token, Cast::kNone, Cast::kStatic},
+                               Recipe{WireFormat::kBf16, Cast::kToken, Cast::kGroup},
                                Recipe{WireFormat::kBf16, Cast::kGroupPow2, Cast::kGroup},
                                Recipe{WireFormat::kBf16, Cast::kStaticPow2, Cast::kGroup}}) {
     SCOPED_TRACE(to_string(recipe));

@@ -17,9 +17,9 @@ namespace {
 std::vector<Recipe> all_recipes() {
   std::vector<Recipe> recipes;
   for (const WireFormat wire : {WireFormat::kBf16, WireFormat::kE4m3Group, WireFormat::kE4m3Pow2,
-                                WireFormat::kE4m3Static}) {
-    for (const Cast gemm1 :
-         {Cast::kNone, Cast::kGroup, Cast::kGroupPow2, Cast::kStatic, Cast::kStaticPow2}) {
+                                WireFormat::kE4m3Static, WireFormat::kE4m3Token}) {
+    for (const Cast gemm1 : {Cast::kNone, Cast::kGroup, Cast::kGroupPow2, Cast::kStatic,
+                             Cast::kStaticPow2, Cast::kToken}) {
       for (const Cast gemm2 : {Cast::kGroup, Cast::kStatic, Cast::kStaticPow2}) {
         const Recipe recipe{.wire = wire, .gemm1 = gemm1, .gemm2 = gemm2};
         try {
@@ -49,16 +49,18 @@ TEST_F(LocalExpertsTest, EveryRecipeGivesTheBitsOfAnEngineOverAnyNumberOfRanks) 
 // What a dispatch brings is e4m3 already: the casts that are left give the same rows.
 TEST_F(LocalExpertsTest, TokensInTheWireFormatGiveTheSameBits) {
   const Workload load = tokens();
-  const std::int64_t hidden = geometry().hidden, groups = hidden / kActivationGroup;
+  const std::int64_t hidden = geometry().hidden;
   int num_checked = 0;
   for (const Recipe& recipe : all_recipes()) {
     if (recipe.wire == WireFormat::kBf16) continue;
     SCOPED_TRACE(to_string(recipe));
     LocalExperts layer = LocalExperts::create(config(), weights(), *backend_, recipe);
     std::vector<std::uint8_t> codes(load.x.size());
-    std::vector<float> scales(static_cast<std::size_t>(kTokens * groups));
+    const std::int64_t per_row = scales_per_row(sent_cast(recipe.wire), hidden);
+    std::vector<float> scales(static_cast<std::size_t>(kTokens * per_row));
     E4m3Rows out;
     out.pow2 = recipe.wire == WireFormat::kE4m3Pow2;
+    out.per_token = recipe.wire == WireFormat::kE4m3Token;
     out.codes.data = codes.data(), out.codes.dtype = DType::kFloat8E4M3;
     out.codes.shape = {kTokens, hidden};
     TensorView x_scale;
@@ -66,7 +68,7 @@ TEST_F(LocalExpertsTest, TokensInTheWireFormatGiveTheSameBits) {
       out.static_scale = layer.recipe().s1;
     } else {
       out.scale.data = scales.data(), out.scale.dtype = DType::kFloat32;
-      out.scale.shape = {kTokens, groups};
+      out.scale.shape = {kTokens, per_row};
       x_scale = out.scale;
     }
     ExpertBatch rows;
@@ -77,7 +79,7 @@ TEST_F(LocalExpertsTest, TokensInTheWireFormatGiveTheSameBits) {
     EXPECT_EQ(y, forward(layer, load));
     ++num_checked;
   }
-  EXPECT_GE(num_checked, 12);
+  EXPECT_GE(num_checked, 15);
 }
 
 TEST_F(LocalExpertsTest, PartsSkipWhatLivesElsewhere) {

@@ -22,7 +22,8 @@ def all_experts(checkpoint, geometry):
     return checkpoint.load_experts(LAYER, 0, geometry.num_experts)
 
 
-@pytest.mark.parametrize("recipe", ["direct", "direct-bf16", "bf16-static", "requant-static", "static", "pow2-static"])
+@pytest.mark.parametrize("recipe", ["direct", "direct-bf16", "bf16-static", "requant-static", "static", "pow2-static",
+                                    "direct-token"])
 def test_the_bits_of_an_engine(checkpoint, geometry, backend, space, recipe):
     x, idx, weights = sluice.make_workload(geometry, TOKENS)
     engine = one_rank_engine(checkpoint, backend, TOKENS, normal=recipe, low_latency=None,

@@ -38,6 +38,16 @@ def test_groups(backend, rows, pow2):
     assert np.array_equal(codes, expected_codes) and np.array_equal(scale, expected_scale)
 
 
+def test_one_scale_per_row(backend, rows):
+    codes, scale = sluice.quantize(backend, rows, per_token=True)
+    amax = np.abs(rows.astype(np.float32)).max(1, keepdims=True)
+    assert scale.shape == (5, 1) and np.array_equal(scale, amax * (np.float32(1) / np.float32(448)))
+    assert np.array_equal(codes, cast(rows.astype(np.float32) * (np.float32(448) / amax)))
+    for other in ({"pow2": True}, {"static_scale": 1.0}):
+        with pytest.raises(sluice.Error, match="per token|per_token"):
+            sluice.quantize(backend, rows, per_token=True, **other)
+
+
 def test_static_and_requantize(backend, rows):
     s = np.float32(0.03)
     codes, scale = sluice.quantize(backend, rows, static_scale=s)

@@ -261,19 +261,33 @@ def test_experts_elsewhere(published, space, backend, call, geometry):
         assert np.array_equal(call(experts, idx=space.array(there)), expected)
 
 
-def test_one_scale_for_each_token_is_refused(published, space, backend, geometry):
+def test_one_scale_for_each_token(published, space, backend, geometry):
+    """Rows that came with one scale each: direct-token, whose own cast of bf16 rows gives the same bits."""
     experts = W4A8Experts(*published, backend=backend)
-    x = space.array(np.zeros((TOKENS, geometry.hidden), np.uint8))
-    scale = space.array(np.ones((TOKENS, 1), np.float32))
-    idx = space.array(np.zeros((TOKENS, 2), np.int64))
-    weights = space.array(np.ones((TOKENS, 2), np.float32))
-    with pytest.raises(sluice.Error, match=r"x_scale: one scale for each row \[6, 1\]") as caught:
-        experts.grouped(x, scale, idx, weights)
+    x, idx, weights = sluice.make_workload(geometry, TOKENS)
+    x, idx, weights = space.bf16(x), space.array(idx.astype(np.int64)), space.array(weights)
+    codes, scale = sluice.quantize(backend, x, per_token=True)
+    assert [int(n) for n in scale.shape] == [TOKENS, 1]
+    y = space.bits(experts.grouped(codes, scale, idx, weights))
+    assert np.array_equal(y, space.bits(experts.grouped(x, None, idx, weights, recipe="direct-token")))
+    assert not np.array_equal(y, space.bits(experts.grouped(x, None, idx, weights)))
+    # Between calls with groups, which have another recipe.
+    groups = sluice.quantize(backend, x)
+    assert np.array_equal(space.bits(experts.grouped(*groups, idx, weights)),
+                          space.bits(experts.grouped(x, None, idx, weights)))
+    assert np.array_equal(space.bits(experts.grouped(codes, scale, idx, weights)), y)
+    rows = space.bf16(np.tile(space.bits(x)[:4], (geometry.num_experts, 1, 1)))
+    count = space.array(np.full(geometry.num_experts, 3, np.int32))
+    codes, scale = sluice.quantize(backend, rows, per_token=True)
+    y = space.bits(experts.masked(codes, scale, count))[:, :3]
+    one = W4A8Experts(*published, backend=backend, a1_scale=1.0, a2_scale=1.0)
+    with pytest.raises(sluice.Error, match="x_scale: one scale for each row, but the layer has static") as caught:
+        one.masked(codes, scale, count)
     assert caught.value.code == "unsupported"
-    rows = space.array(np.zeros((geometry.num_experts, 4, geometry.hidden), np.uint8))
-    count = space.array(np.zeros(geometry.num_experts, np.int32))
-    with pytest.raises(sluice.Error, match=r"x_scale: one scale for each row \[8, 4, 1\]"):
-        experts.masked(rows, space.array(np.ones((geometry.num_experts, 4, 1), np.float32)), count)
+    for e in range(geometry.num_experts):  # As a routed call to that expert alone.
+        only, weight = np.full((3, 1), e, np.int64), np.ones((3, 1), np.float32)
+        expected = experts.grouped(codes[e][:3], scale[e][:3], space.array(only), space.array(weight))
+        assert np.array_equal(y[e], space.bits(expected))
 
 
 def has_gpu():

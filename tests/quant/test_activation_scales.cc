@@ -309,7 +309,7 @@ TEST(Order, OurFlagsForbidContraction) {
 // --------------------------------------------------------------------------
 
 struct ActivationErrors {
-  double direct = 0, static_only = 0, requantized = 0, pow2 = 0;
+  double direct = 0, static_only = 0, requantized = 0, pow2 = 0, token = 0;
 };
 
 constexpr std::size_t kRows = 256, kHidden = 7168;
@@ -342,7 +342,12 @@ ActivationErrors activation_errors(const std::vector<float>& x, std::size_t cali
     requantize(codes, quantize_group_pow2(group, codes), s1_pow2, moved);
     sum.pow2 += error(group, moved, s1_pow2);
   }
-  for (double* value : {&sum.direct, &sum.static_only, &sum.requantized, &sum.pow2}) {
+  Codes row_codes(kHidden);
+  for (std::size_t row = 0; row < kRows; ++row) {
+    const std::span<const float> token(&x[row * kHidden], kHidden);
+    sum.token += error(token, row_codes, quantize_group(token, row_codes));
+  }
+  for (double* value : {&sum.direct, &sum.static_only, &sum.requantized, &sum.pow2, &sum.token}) {
     *value = std::sqrt(*value / norm) * 100;
   }
   return sum;
@@ -356,6 +361,7 @@ TEST(ActivationError, Gaussian) {
   EXPECT_NEAR(e.static_only, 2.65, 0.03);
   EXPECT_NEAR(e.requantized, 3.70, 0.06);
   EXPECT_NEAR(e.pow2, 2.67, 0.04);
+  EXPECT_NEAR(e.token, 2.65, 0.03);
 }
 
 /// Eight channels 40 times as large, in three groups of 128. How many share a group matters: the
@@ -379,6 +385,7 @@ TEST(ActivationError, EightOutlierChannels) {
   EXPECT_NEAR(e.static_only, 2.65, 0.06);
   EXPECT_NEAR(e.requantized, 3.25, 0.08);
   EXPECT_NEAR(e.pow2, 2.66, 0.06);
+  EXPECT_NEAR(e.token, 2.25, 0.06);
 }
 
 TEST(ActivationError, EightOutlierChannelsAndACalibrationThatFellShort) {

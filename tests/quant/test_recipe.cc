@@ -17,9 +17,9 @@ const StaticScales kScales{.s1 = 0.02f, .s2 = 0.3f};
 
 constexpr Mode kModes[] = {Mode::kLowLatency, Mode::kNormal};
 constexpr WireFormat kWires[] = {WireFormat::kBf16, WireFormat::kE4m3Group, WireFormat::kE4m3Pow2,
-                                 WireFormat::kE4m3Static};
-constexpr Cast kCasts[] = {Cast::kNone, Cast::kGroup, Cast::kGroupPow2, Cast::kStatic,
-                           Cast::kStaticPow2};
+                                 WireFormat::kE4m3Static, WireFormat::kE4m3Token};
+constexpr Cast kCasts[] = {Cast::kNone,   Cast::kGroup,      Cast::kGroupPow2,
+                           Cast::kStatic, Cast::kStaticPow2, Cast::kToken};
 constexpr DispatchDtype kDtypes[] = {DispatchDtype::kAuto, DispatchDtype::kBf16,
                                      DispatchDtype::kFp8, DispatchDtype::kFp8Static};
 
@@ -93,6 +93,11 @@ const Row kRows[] = {
      {Cast::kGroupPow2, Cast::kStaticPow2},
      nullptr,
      {{DispatchDtype::kAuto, WireFormat::kE4m3Pow2}}},
+    {"direct-token",
+     {WireFormat::kE4m3Token, Cast::kNone, Cast::kGroup},
+     {Cast::kToken},
+     "[wire bf16, gemm1 token, gemm2 group]",
+     {{DispatchDtype::kAuto, WireFormat::kE4m3Token}, {DispatchDtype::kBf16, WireFormat::kBf16}}},
 };
 
 TEST(Recipes, ANameIsARowOfTheTable) {
@@ -149,8 +154,8 @@ TEST(Recipes, ATwinHasTheSameCastsBehindAnotherWire) {
     EXPECT_EQ(other->gemm2, recipe.gemm2);
     EXPECT_TRUE(is_computed(*other));
   }
-  // Group, group-pow2 and static, each sent or received, each with three casts of h.
-  EXPECT_EQ(num_twins, 3 * 2 * 3);
+  // Group, group-pow2, static and token, each sent or received, each with three casts of h.
+  EXPECT_EQ(num_twins, 4 * 2 * 3);
 }
 
 TEST(Recipes, SameBytesAreSameCasts) {
@@ -181,6 +186,7 @@ TEST(Recipes, WhatNothingComputesIsRefusedByItsFields) {
         gemm1 = recipe.gemm1 == Cast::kNone || to_static;
         break;
       case WireFormat::kE4m3Static:
+      case WireFormat::kE4m3Token:
         gemm1 = recipe.gemm1 == Cast::kNone;
         break;
     }
@@ -192,7 +198,7 @@ TEST(Recipes, WhatNothingComputesIsRefusedByItsFields) {
           Error);
     }
   }
-  EXPECT_EQ(num_computed, (4 + 3 + 3 + 1) * 3);
+  EXPECT_EQ(num_computed, (5 + 3 + 3 + 1 + 1) * 3);
 }
 
 bool needs_scales(const Recipe& recipe) {
@@ -243,7 +249,7 @@ TEST(DispatchPolicy, WholeTable) {
       }
     }
   }
-  EXPECT_EQ(refusals, 2 * (2 * 6 * 4 - 2 * (3 + 2) - (2 + 2 + 3 + 1)));
+  EXPECT_EQ(refusals, 2 * (2 * 7 * 4 - 2 * (3 + 2 + 2) - (2 + 2 + 3 + 1)));
 }
 
 // Low-latency may insist on bf16 while normal sends FP8, and the other way round.
@@ -264,6 +270,7 @@ TEST(DispatchPolicy, EachCastGetsTheScaleItUses) {
   };
   using Pair = std::pair<float, float>;
   EXPECT_EQ(scales_of(parse_recipe("direct")), Pair(0, 0));
+  EXPECT_EQ(scales_of(parse_recipe("direct-token")), Pair(0, 0));
   EXPECT_EQ(scales_of(parse_recipe("static")), Pair(0.02f, 0.3f));
   EXPECT_EQ(scales_of(parse_recipe("bf16-static")), Pair(0.02f, 0.3f));
   EXPECT_EQ(scales_of(parse_recipe("requant-static")), Pair(0.02f, 0.3f));
@@ -300,6 +307,13 @@ TEST(DispatchPolicy, WireBytes) {
   EXPECT_EQ(wire_bytes_per_token(WireFormat::kE4m3Group, 7168), 7168u + 56 * 4);
   EXPECT_EQ(wire_bytes_per_token(WireFormat::kE4m3Pow2, 7168), 7168u + 56 * 4);
   EXPECT_EQ(wire_bytes_per_token(WireFormat::kE4m3Static, 7168), 7168u);
+  EXPECT_EQ(wire_bytes_per_token(WireFormat::kE4m3Token, 7168), 7172u);
+  // What a wire's cast says of its scales is what travels.
+  for (const WireFormat wire : kWires) {
+    EXPECT_EQ(wire_scale_bytes(wire, 7168),
+              4 * static_cast<std::size_t>(scales_per_row(sent_cast(wire), 7168)))
+        << to_string(wire);
+  }
 }
 
 // The texts that people and reports read.
@@ -326,6 +340,12 @@ TEST(DispatchPolicy, Descriptions) {
   EXPECT_EQ(text(parse_recipe("pow2-static")),
             "pow2-static (low-latency): wire e4m3 + power-of-two scale per 128; GEMM1 input "
             "exponent-shifted at the receiver, static s1 = 0.03125; GEMM2 input static s2 = 0.3");
+  EXPECT_EQ(text(parse_recipe("direct-token")),
+            "direct-token (low-latency): wire e4m3 + f32 scale per token; GEMM1 input as sent; "
+            "GEMM2 input dynamic per 128");
+  EXPECT_EQ(text({WireFormat::kBf16, Cast::kToken, Cast::kGroup}),
+            "[wire bf16, gemm1 token, gemm2 group] (low-latency): wire bf16; GEMM1 input quantized "
+            "at the receiver, per token; GEMM2 input dynamic per 128");
   EXPECT_EQ(text({WireFormat::kBf16, Cast::kGroupPow2, Cast::kGroup}),
             "[wire bf16, gemm1 group-pow2, gemm2 group] (low-latency): wire bf16; GEMM1 input "
             "quantized at the receiver, per 128, powers of two; GEMM2 input dynamic per 128");

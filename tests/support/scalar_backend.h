@@ -212,7 +212,8 @@ class ScalarBackend : public BackendOps {
       cast = cast_row(tokens.first, values, out.static_scale);
     } else {
       cast.codes.assign(tokens.coded.row(t), tokens.coded.row(t) + out.width);
-      for (std::int64_t g = 0; g < out.width / kActivationGroup; ++g) {
+      const std::int64_t scales = tokens.coded.num_scales();
+      for (std::int64_t g = 0; g < scales; ++g) {
         cast.scales.push_back(tokens.coded.scale_of(t, g));
       }
     }
@@ -221,7 +222,7 @@ class ScalarBackend : public BackendOps {
     }
     std::memcpy(out.row(row), cast.codes.data(), cast.codes.size());
     if (out.scale == nullptr) return;
-    std::memcpy(out.scale + row * (out.width / kActivationGroup), cast.scales.data(),
+    std::memcpy(out.scale + row * out.num_scales(), cast.scales.data(),
                 cast.scales.size() * sizeof(float));
   }
 
@@ -239,11 +240,12 @@ class ScalarBackend : public BackendOps {
       quantize_static(values, out.static_scale, {codes, values.size()});
       return;
     }
-    const std::int64_t groups = out.width / kActivationGroup;
-    for (std::int64_t g = 0; g < groups; ++g) {
-      const std::span<const float> group{values.data() + g * kActivationGroup, kActivationGroup};
-      const std::span<std::uint8_t> to{codes + g * kActivationGroup, kActivationGroup};
-      out.scale[row * groups + g] =
+    const std::int64_t scales = out.num_scales();
+    const auto size = static_cast<std::size_t>(out.width / scales);
+    for (std::int64_t g = 0; g < scales; ++g) {
+      const std::span<const float> group{values.data() + static_cast<std::size_t>(g) * size, size};
+      const std::span<std::uint8_t> to{codes + static_cast<std::size_t>(g) * size, size};
+      out.scale[row * scales + g] =
           pow2 ? quantize_group_pow2(group, to) : quantize_group(group, to);
     }
   }

@@ -6,7 +6,8 @@
 //
 //   bench_w4a8 [--quick]          a fixed list of cases, weights in groups of 128
 //   bench_w4a8 --rows 16,64,128   the stage at these rows per expert; narrowed by
-//       --experts 8 --group 32 --static --code 7 --config decode|prefill --intermediate 256
+//       --experts 8 --group 32 --static|--token --code 7 --config decode|prefill
+//       --intermediate 256
 #include <algorithm>
 #include <chrono>
 #include <cstring>
@@ -89,6 +90,7 @@ struct Bench {
   Buffer<std::int32_t> num_rows, sync;
   double read_gbs = 0;
   bool rests = true;
+  bool is_token = false;  // x has one scale per row, unless it is static
 
   explicit Bench(Data data, const Pool& of = {}) : pool(of) {
     for (int i = 0; i < 2; ++i) {
@@ -144,7 +146,11 @@ struct Bench {
                          .max_rows = std::int64_t{experts} * kMaxM,
                          .max_rows_per_expert = kMaxM};
     const ConfigChoice choice{.config = config, .num_ctas = 132, .reason = ""};
-    const Fp8RowsView in{x.data, is_static ? nullptr : x_scale.data, 0.002f, kHidden};
+    const Fp8RowsView in{.codes = x.data,
+                         .scale = is_static ? nullptr : x_scale.data,
+                         .static_scale = 0.002f,
+                         .width = kHidden,
+                         .scale_per_row = is_token && !is_static};
     const Fp8Rows hidden{h.data, is_static ? nullptr : h_scale.data, 0.5f, pool.intermediate};
     long long total = 0, active = 0;
     for (int c : counts) total += c, active += c > 0;
@@ -193,7 +199,10 @@ struct Bench {
         : what == kGemm1 ? "gate_up"
                          : "down",
         experts, label, expected, config == KernelConfig::kDecode ? "decode" : "prefill",
-        code == WeightCode::kOnesComplement ? "7-instr" : "3-instr", is_static ? "static" : "group",
+        code == WeightCode::kOnesComplement ? "7-instr" : "3-instr",
+        is_static  ? "static"
+        : is_token ? "token"
+                   : "group",
         t.median_us, t.min_us, t.max_us, bytes / t.median_us * 1e-3,
         bytes / t.median_us * 1e-1 / read_gbs, flops / t.median_us * 1e-6);
     std::fflush(stdout);
@@ -248,7 +257,7 @@ int bench_all(bool quick, bool rests, Data data) {
 struct Choice {
   std::vector<int> rows;
   int experts = 32, intermediate = 2048, group = 128, config = -1;  // -1: choose_config()
-  bool is_static = false;
+  bool is_static = false, is_token = false;
   WeightCode code = WeightCode::kSignMagnitude;
 };
 
@@ -256,6 +265,7 @@ int bench_chosen(const Choice& c, bool rests, Data data) {
   std::printf("groups of %d\n", c.group);
   Bench b(data, {std::max(32, c.experts), c.intermediate, c.group});
   b.rests = rests;
+  b.is_token = c.is_token;
   b.measure_read();
   for (const int m : c.rows) {
     b.uniform(Bench::kStage, c.experts, m, c.code, c.is_static, c.config);
@@ -299,6 +309,7 @@ int main(int argc, char** argv) {
       if (arg == "--hot") rests = false;
       if (arg == "--uniform") data = sluice::cuda::bench::Data::kUniform;
       if (arg == "--static") choice.is_static = true;
+      if (arg == "--token") choice.is_token = true;
       if (arg == "--rows") choice.rows = sluice::cuda::bench::parse_list(value);
       if (arg == "--experts") choice.experts = std::atoi(value);
       if (arg == "--intermediate") choice.intermediate = std::atoi(value);

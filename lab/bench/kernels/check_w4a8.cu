@@ -40,13 +40,15 @@ struct Case {
   bool is_contiguous, is_static;
   const char* activation = "swiglu";
   float x_static = 0.004f;
+  bool is_token = false;  // x has one scale per row, h its own per 128; not with is_static
   std::string name() const {
     return "H " + std::to_string(hidden) + " I " + std::to_string(intermediate) + " E " +
            std::to_string(rows.size()) + " g" + std::to_string(group) +
            (scale_type == ScaleType::kBf16 ? " bf16" : " f32") +
            (code == WeightCode::kOnesComplement ? " 7-instr" : " 3-instr") +
            (is_contiguous ? " contiguous" : " masked") +
-           (!is_static     ? " group "
+           (is_token       ? " token "
+            : !is_static   ? " group "
             : x_static > 1 ? " huge "
                            : " static ") +
            activation;
@@ -69,9 +71,10 @@ struct HostMatrix {
   }
 };
 
-/// Row `row` of matrix times activation codes x with scales xs (per 128, or one).
+/// Row `row` of matrix times activation codes x with scales xs: one for each `x_group` channels, or
+/// null for a static one.
 Sum dot(const HostMatrix& m, std::size_t e, int row, const std::uint8_t* x, const float* xs,
-        float static_scale) {
+        float static_scale, int x_group = 128) {
   static const auto table = [] {
     std::vector<double> t(256);
     for (int i = 0; i < 256; ++i) t[i] = decode_e4m3(static_cast<std::uint8_t>(i));
@@ -85,7 +88,7 @@ Sum dot(const HostMatrix& m, std::size_t e, int row, const std::uint8_t* x, cons
       part += t;
       magnitude += std::fabs(t);
     }
-    const double s = m.scale(e, row, g) * (xs != nullptr ? xs[g / 128] : static_scale);
+    const double s = m.scale(e, row, g) * (xs != nullptr ? xs[g / x_group] : static_scale);
     sum.value += part * s;
     sum.magnitude += magnitude * s;
   }
@@ -118,7 +121,11 @@ Outputs run(const Case& c, const Weights& w, Device& d, const RowRanges& rows, K
   const ConfigChoice choice{.config = config, .num_ctas = num_ctas, .reason = "check"};
   const float s2 = 0.5f;
   const ActivationFn activation = parse_activation(c.activation);
-  const Fp8RowsView x{d.x.data, c.is_static ? nullptr : d.x_scale.data, c.x_static, c.hidden};
+  const Fp8RowsView x{.codes = d.x.data,
+                      .scale = c.is_static ? nullptr : d.x_scale.data,
+                      .static_scale = c.x_static,
+                      .width = c.hidden,
+                      .scale_per_row = c.is_token};
   const Fp8Rows h{d.h.data, c.is_static ? nullptr : d.h_scale.data, s2, c.intermediate};
   Outputs out;
   if (in_one_kernel) {
@@ -171,13 +178,14 @@ void check_values(const Case& c, const HostMatrix (&m)[3], const std::vector<std
                     : i < 8           ? n - 1 - (i - 4)
                                       : static_cast<int>(hash(i * 977 + e) % n);
     const std::size_t at = static_cast<std::size_t>(base[e]) + row;
-    const float* xrow = c.is_static ? nullptr : &xs[at * (hid / 128)];
+    const float* xrow = c.is_static ? nullptr : &xs[c.is_token ? at : at * (hid / 128)];
+    const int x_group = c.is_token ? hid : 128;
     const std::uint8_t* hrow = &out.h[at * inter];
     const float* hs = c.is_static ? nullptr : &out.h_scale[at * (inter / 128)];
     for (int j = 0; j < std::min(kSampledColumns, inter); ++j) {
       const int col = inter <= kSampledColumns ? j : static_cast<int>(hash(j * 31 + i) % inter);
-      const Sum gate = dot(m[0], e, col, &x[at * hid], xrow, c.x_static);
-      const Sum up = dot(m[1], e, col, &x[at * hid], xrow, c.x_static);
+      const Sum gate = dot(m[0], e, col, &x[at * hid], xrow, c.x_static, x_group);
+      const Sum up = dot(m[1], e, col, &x[at * hid], xrow, c.x_static, x_group);
       check_hidden(fn, gate, up, decode_e4m3(hrow[col]), c.is_static ? 0.5 : hs[col / 128], r,
                    [&](double got, double want) { r.fail("h", e, row, col, got, want); });
     }
@@ -340,7 +348,16 @@ int check_all(bool is_short, bool is_tiny, int repeats) {
     cases.push_back({384, 256, few, 128, kF32, k3, false, true, fn, 1e38f});  // Infinite sums.
   }
   cases.push_back({384, 256, few, 128, kBf16, k3, false, true, "swiglu", 1e38f});
-  if (is_tiny) cases.resize(5);  // both kinds of activation scales, both groups, both codes
+  const auto token = [&](Case c) {
+    c.is_token = true;
+    return c;
+  };
+  cases.insert(cases.begin() + 4, token({384, 384, few, 32, kBf16, k7, true, false}));
+  cases.insert(cases.begin() + 5, token({1792, 384, few, 128, kF32, k3, false, false}));
+  cases.push_back(token({128, 128, few, 128, kBf16, k7, false, false}));
+  cases.push_back(token({3456, 256, many, 128, kBf16, k3, true, false}));
+  cases.push_back(token({384, 256, few, 32, kF32, k3, false, false, limits[0]}));
+  if (is_tiny) cases.resize(7);  // all kinds of activation scales, both groups, both codes
   if (!is_short && !is_tiny) {
     cases.push_back({1792, 384, all, 128, kBf16, k7, false, false});
     cases.push_back({3584, 1792, all, 128, kBf16, k3, true, false});
@@ -349,6 +366,8 @@ int check_all(bool is_short, bool is_tiny, int repeats) {
     cases.push_back({7168, 384, all, 32, kBf16, k7, false, false});
     cases.push_back({7168, 384, all, 32, kBf16, k3, true, true});
     cases.push_back({1792, 7168, all, 128, kF32, k7, true, false});
+    cases.push_back(token({7168, 384, all, 128, kBf16, k3, false, false}));
+    cases.push_back(token({1792, 384, all, 32, kBf16, k7, true, false}));
   }
   int failed = 0;
   for (const char* const fn : kActivations) failed += check_edges(fn) + check_precision(fn);
@@ -366,7 +385,7 @@ int main(int argc, char** argv) {
     int repeats = 1;
     for (int i = 1; i < argc; ++i) {
       if (std::strcmp(argv[i], "--short") == 0) is_short = true;  // small shapes
-      if (std::strcmp(argv[i], "--tiny") == 0) is_tiny = true;    // five cases, for sanitizers
+      if (std::strcmp(argv[i], "--tiny") == 0) is_tiny = true;    // seven cases, for sanitizers
       if (std::strcmp(argv[i], "--repeats") == 0 && i + 1 < argc) repeats = std::atoi(argv[++i]);
     }
     return sluice::cuda::bench::check_all(is_short, is_tiny, repeats);

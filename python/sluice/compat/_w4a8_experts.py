@@ -19,6 +19,14 @@ def _static_scale(name: str, scale: Any) -> float | None:
     return float(flat.max())
 
 
+def _scales_of_row(x_scale: Any) -> int:
+    """Of x: 0 without x_scale; what tells calls with different recipes apart."""
+    if x_scale is None:
+        return 0
+    shape = getattr(x_scale, "shape", ())
+    return int(shape[-1]) if len(shape) > 0 else -1
+
+
 def _is_on_device_of(space: Any, backend: Any) -> bool:
     """Whether arrays of `space` lie where the backend computes."""
     device = str(space.device) if space.on_device else "cpu"
@@ -110,14 +118,19 @@ class W4A8Experts:
         with self._lock:
             return _core.repack(weights, self.backend, max_rows=1)
 
-    def _recipe(self, name: str | None, mode: str, is_e4m3: bool, has_scale: bool) -> Any:
+    def _recipe(self, name: str | None, mode: str, is_e4m3: bool, num_scales: int) -> Any:
         """By its name or, without one, by what arrived and whether there are static scales."""
         if name is not None:
             return _core.Recipe(name, mode, **self._scales)
-        cast = "static" if self._scales or (is_e4m3 and not has_scale) else "group"
+        cast = "static" if self._scales or (is_e4m3 and num_scales == 0) else "group"
         if not is_e4m3:
             wire, gemm1 = "bf16", cast
-        elif has_scale:
+        elif num_scales == 1 and self.hidden > 128:  # With 128 channels the two are the same.
+            if self._scales:
+                raise Error("unsupported", "x_scale: one scale for each row, but the layer has static scales, to "
+                            f"which only rows with {self.hidden // 128} scales can be brought")
+            wire, gemm1 = "e4m3 + f32 scale per token", "none"
+        elif num_scales > 0:
             wire, gemm1 = "e4m3 + f32 scale per 128", "none" if cast == "group" else cast
         else:
             wire, gemm1 = "e4m3, static s1", "none"
@@ -128,7 +141,7 @@ class W4A8Experts:
         """See w4a8_moe_masked()."""
         # A call like one before: what C++ checks is enough. What it refuses is looked at below, where
         # arguments are named as they are here, and larger calls are dealt with.
-        layer = self._masked.get((recipe, getattr(x, "dtype", None), x_scale is None))
+        layer = self._masked.get((recipe, getattr(x, "dtype", None), _scales_of_row(x_scale)))
         if layer is not None and type(x) is type(num_rows):
             if type(x_scale) is type(x):
                 x_scale = row_major(x_scale)
@@ -150,7 +163,7 @@ class W4A8Experts:
     def grouped(self, x: Any, x_scale: Any, topk_idx: Any, topk_weights: Any, *,
                 recipe: str | None = None, out: Any = None) -> Any:
         """See w4a8_moe_grouped()."""
-        layer = self._grouped.get((recipe, getattr(x, "dtype", None), x_scale is None))
+        layer = self._grouped.get((recipe, getattr(x, "dtype", None), _scales_of_row(x_scale)))
         if layer is not None and type(x) is type(topk_idx) is type(topk_weights):
             try:
                 with self._lock:
@@ -174,19 +187,17 @@ class W4A8Experts:
         if x_scale is None:
             return None
         rows, groups = [int(n) for n in x.shape[:-1]], self.hidden // 128
-        if groups > 1 and [int(n) for n in x_scale.shape] == [*rows, 1]:
-            raise Error("unsupported", f"x_scale: one scale for each row {[*rows, 1]}: no recipe has that; quantize "
-                        f"with one for each 128 channels, {[*rows, groups]}, or with a static scale")
-        check(space, "x_scale", x_scale, ("f32",), [*rows, groups])
+        is_per_token = [int(n) for n in x_scale.shape] == [*rows, 1]
+        check(space, "x_scale", x_scale, ("f32",), [*rows, 1 if is_per_token else groups])
         return space.row_major(x_scale)
 
     def _layer(self, layers: dict[tuple, Any], mode: str, name: str | None, space: Any, x: Any,
                x_scale: Any) -> Any:
         """The local call with one recipe; all of them share the repacked weights."""
-        key = name, x.dtype, x_scale is None
+        key = name, x.dtype, _scales_of_row(x_scale)
         layer = layers.get(key)
         if layer is None:
-            recipe = self._recipe(name, mode, space.is_e4m3(x), x_scale is not None)
+            recipe = self._recipe(name, mode, space.is_e4m3(x), _scales_of_row(x_scale))
             layer = layers[key] = self._room.group.add_layer(self._experts, recipe=recipe)
         return layer
 

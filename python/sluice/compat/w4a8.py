@@ -25,7 +25,8 @@ same scales, static scales and activation, and the same backend or none: what di
 An object is its own cache; make one for each set of scales or for each backend.
 
 The input and the scales that are there decide the recipe, unless it is named: bf16 rows direct-bf16
-or bf16-static, e4m3 rows with scales direct or requant-static, e4m3 rows without scales static.
+or bf16-static, e4m3 rows with scales direct or requant-static, with one scale per row direct-token, e4m3
+rows without scales static.
 """
 
 from typing import Any
@@ -45,7 +46,8 @@ def w4a8_moe_masked(
 ) -> Any:
     """Every expert on its rows after a low-latency dispatch: bf16 of x's shape.
 
-    x: [E, max_m, H] e4m3 or bf16. x_scale: [E, max_m, H / 128] float32 in any strides, or None.
+    x: [E, max_m, H] e4m3 or bf16. x_scale: [E, max_m, H / 128] float32 in any strides, [E, max_m, 1] for one
+    scale per row, or None.
     masked_m: [E] int32; rows past it are neither read nor written. The router's weights are left to
     combine. out: the result's memory. Capturable once a batch of the size has run.
 
@@ -62,7 +64,7 @@ def w4a8_moe_grouped(
 ) -> Any:
     """Every expert on its rows after a normal dispatch, summed for each row: bf16 [rows, H].
 
-    x: [rows, H] bf16 or e4m3. x_scale: [rows, H / 128] float32, or None. topk_idx: [rows, num_topk] int64
+    x: [rows, H] bf16 or e4m3. x_scale: [rows, H / 128] or [rows, 1] float32, or None. topk_idx: [rows, num_topk] int64
     or int32, numbers of this rank's experts; any other number, -1 or E say, is an expert elsewhere and
     skipped. topk_weights: float32 or bfloat16, applied here in float32, in order of entries. out: the
     result's memory. No rows give bf16 [0, H]. Asynchronous on a GPU; capturable once a call of the size has

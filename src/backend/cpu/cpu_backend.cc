@@ -155,12 +155,14 @@ void CpuBackend::quantize(const std::uint16_t* x, const RowRanges& rows, bool po
                           const Fp8Rows& out, Stream) {
   check_argument(out.width > 0 && out.width % kGroup == 0, "width {} is not a multiple of {}",
                  out.width, kGroup);
-  const GroupScale kind = pow2 ? GroupScale::kPow2 : GroupScale::kAmax;
+  const GroupScale kind = out.scale_per_row ? GroupScale::kToken
+                          : pow2            ? GroupScale::kPow2
+                                            : GroupScale::kAmax;
   for_each_row(rows, [&](std::int64_t row) {
     std::uint8_t* codes = out.row(row);
     const std::uint16_t* in = x + row * out.width;
     if (out.scale != nullptr) {
-      quantize_row(in, out.width, kind, codes, out.scale + row * (out.width / kGroup));
+      quantize_row(in, out.width, kind, codes, out.scale + row * out.num_scales());
     } else {
       quantize_row_static(in, out.width, out.static_scale, codes);
     }
@@ -171,7 +173,7 @@ void CpuBackend::requantize(const Fp8RowsView& in, const RowRanges& rows, const 
                             Stream) {
   check_argument(in.width == out.width && in.width > 0 && in.width % kGroup == 0,
                  "widths {} and {} are not one multiple of {}", in.width, out.width, kGroup);
-  check_argument(in.scale != nullptr, "requantize needs group-scaled rows");
+  check_argument(in.scale != nullptr && !in.scale_per_row, "requantize needs group-scaled rows");
   for_each_row(rows, [&](std::int64_t row) {
     requantize_row(in.row(row), in.scale + row * (in.width / kGroup), in.width, out.static_scale,
                    out.row(row));

@@ -89,9 +89,27 @@ HWY_INLINE float quantize_128(const float* x, GroupScale kind, std::uint8_t* cod
   return scale;
 }
 
+/// A row -> codes with one scale, in two passes over it.
+float quantize_token(const std::uint16_t* x, std::int64_t width, std::uint8_t* codes) {
+  const DF df;
+  const auto lanes = static_cast<std::int64_t>(hn::Lanes(df));
+  VF top = hn::Set(df, kMinGroupAmax);
+  for (std::int64_t i = 0; i < width; i += lanes) top = max_magnitude(top, widen_bf16(x + i));
+  const float amax = hn::GetLane(hn::MaxOfLanes(df, top));
+  const VF factor = hn::Set(df, kE4m3Max / amax);
+  for (std::int64_t i = 0; i < width; i += lanes) {
+    store_e4m3(hn::Mul(widen_bf16(x + i), factor), codes + i);
+  }
+  return amax * (1.0f / kE4m3Max);
+}
+
 void quantize_row_impl(const std::uint16_t* x, std::int64_t width, GroupScale kind,
                        std::uint8_t* codes, float* scale) {
   const DF df;
+  if (kind == GroupScale::kToken) {
+    scale[0] = quantize_token(x, width, codes);
+    return;
+  }
   HWY_ALIGN float values[kGroup];
   for (std::int64_t g = 0; g < width / kGroup; ++g) {
     for (std::size_t i = 0; i < kGroup; i += hn::Lanes(df)) {

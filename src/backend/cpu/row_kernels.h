@@ -11,9 +11,10 @@
 
 namespace sluice::cpu {
 
-enum class GroupScale { kAmax, kPow2 };
+/// How the scale of a group is made; kToken: the whole row is one group.
+enum class GroupScale { kAmax, kPow2, kToken };
 
-/// x [width] bf16 -> codes [width], scale [width / 128].
+/// x [width] bf16 -> codes [width], scale [width / 128], or [1] by kToken.
 void quantize_row(const std::uint16_t* x, std::int64_t width, GroupScale kind, std::uint8_t* codes,
                   float* scale);
 /// x [width] bf16 -> codes [width] with the static scale `s`.

@@ -55,26 +55,43 @@ struct FirstCast {
   std::vector<float> scale;
 };
 
+GroupScale scale_kind(Cast cast) {
+  switch (cast) {
+    case Cast::kGroup:
+      return GroupScale::kAmax;
+    case Cast::kGroupPow2:
+      return GroupScale::kPow2;
+    case Cast::kToken:
+      return GroupScale::kToken;
+    case Cast::kNone:
+    case Cast::kStatic:
+    case Cast::kStaticPow2:
+      break;
+  }
+  fail(ErrorCode::kInternal, "cast {} gives a row no scales of its own", to_string(cast));
+}
+
 /// Token `t` into row `row` of `out`.
 void cast_token(const TokenRows& tokens, std::int64_t t, const Fp8Rows& out, std::int64_t row,
                 FirstCast& between) {
-  const std::int64_t width = out.width, groups = width / kGroup;
+  const std::int64_t width = out.width, scales = out.num_scales();
   std::uint8_t* const codes = out.row(row);
-  float* const scale = out.scale != nullptr ? out.scale + row * groups : nullptr;
+  float* const scale = out.scale != nullptr ? out.scale + row * scales : nullptr;
   const bool moves = tokens.second != Cast::kNone;
   if (tokens.x == nullptr) {
-    const float* const given =
-        tokens.coded.scale != nullptr ? tokens.coded.scale + t * groups : nullptr;
+    const float* const given = tokens.coded.scale != nullptr
+                                   ? tokens.coded.scale + t * tokens.coded.num_scales()
+                                   : nullptr;
     if (moves) return requantize_row(tokens.coded.row(t), given, width, out.static_scale, codes);
     std::memcpy(codes, tokens.coded.row(t), static_cast<std::size_t>(width));
-    if (scale != nullptr) std::copy_n(given, groups, scale);
+    if (scale != nullptr) std::copy_n(given, scales, scale);
     return;
   }
   const std::uint16_t* const x = tokens.x + t * width;
   if (has_static_scale(tokens.first)) {
     return quantize_row_static(x, width, out.static_scale, codes);
   }
-  const GroupScale kind = tokens.first == Cast::kGroupPow2 ? GroupScale::kPow2 : GroupScale::kAmax;
+  const GroupScale kind = scale_kind(tokens.first);
   if (!moves) return quantize_row(x, width, kind, codes, scale);
   quantize_row(x, width, kind, between.codes.data(), between.scale.data());
   requantize_row(between.codes.data(), between.scale.data(), width, out.static_scale, codes);
@@ -85,7 +102,9 @@ void check_casts(const TokenRows& tokens, const Fp8Rows& out) {
   SLUICE_ASSERT(out.width > 0 && out.width % kGroup == 0);
   SLUICE_ASSERT((tokens.x == nullptr) == (tokens.first == Cast::kNone));
   SLUICE_ASSERT(tokens.second == Cast::kNone || has_static_scale(tokens.second));
-  if (last != Cast::kNone) SLUICE_ASSERT(has_group_scales(last) == (out.scale != nullptr));
+  if (last == Cast::kNone) return;
+  SLUICE_ASSERT((scales_per_row(last, out.width) > 0) == (out.scale != nullptr));
+  SLUICE_ASSERT((last == Cast::kToken) == out.scale_per_row);
 }
 
 }  // namespace
@@ -110,7 +129,8 @@ void CpuBackend::gather_tokens(const TokenRows& tokens, const EntryRows& entries
         }
         std::memcpy(out.row(row), out.row(first_row), static_cast<std::size_t>(out.width));
         if (out.scale == nullptr) continue;
-        std::copy_n(out.scale + first_row * groups, groups, out.scale + row * groups);
+        const std::int64_t scales = out.num_scales();
+        std::copy_n(out.scale + first_row * scales, scales, out.scale + row * scales);
       }
     }
   });

@@ -34,6 +34,23 @@ __device__ __forceinline__ float ceil_pow2(float s) {
   return __uint_as_float(mantissa == 0 ? bits : bits - mantissa + 0x00800000u);
 }
 
+/// Eight channels of bf16 in float32; returns their largest magnitude, NaN skipped.
+__device__ __forceinline__ float widen_vector(const uint4& x, float (&v)[8]) {
+  const unsigned words[4] = {x.x, x.y, x.z, x.w};
+  float amax = 0.0f;
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    v[2 * i] = __uint_as_float(words[i] << 16);
+    v[2 * i + 1] = __uint_as_float(words[i] & 0xffff0000u);
+    amax = fmaxf(amax, fmaxf(fabsf(v[2 * i]), fabsf(v[2 * i + 1])));  // fmaxf skips NaN
+  }
+  return amax;
+}
+__device__ __forceinline__ float vector_amax(const uint4& x) {
+  float v[8];
+  return widen_vector(x, v);
+}
+
 /// Four codes of four products v[i] * factor.
 __device__ __forceinline__ unsigned quantize4(const float* v, float factor) {
   const unsigned low = ptx::e4m3x2_from_float(__fmul_rn(v[1], factor), __fmul_rn(v[0], factor));

@@ -4,6 +4,7 @@
 //           format      scale                               code
 //           group       m * (1 / 448)                       e4m3(x * (448 / m))
 //           pow2        2^ceil(log2(m * (1 / 448)))         e4m3(x * (1 / scale))
+//           token       as group, of all channels of a row: a kernel of its own
 //           static      s, given                            e4m3(x * (1 / s))
 //           requantize  s1, given                           e4m3((q * scale) * (1 / s1))
 //           All in f32, each operation rounded by itself, as sluice/quant.h defines it.
@@ -153,16 +154,8 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerSm)
   };
   for_each_vector(p.rows, width / kChannels, load,
                   [&](const uint4& x, long long row, unsigned vector, bool is_valid) {
-                    const unsigned words[4] = {x.x, x.y, x.z, x.w};
                     float v[kChannels];
-                    float amax = 0.0f;
-#pragma unroll
-                    for (int i = 0; i < 4; ++i) {
-                      v[2 * i] = __uint_as_float(words[i] << 16);
-                      v[2 * i + 1] = __uint_as_float(words[i] & 0xffff0000u);
-                      amax = fmaxf(amax,
-                                   fmaxf(fabsf(v[2 * i]), fabsf(v[2 * i + 1])));  // fmaxf skips NaN
-                    }
+                    float amax = widen_vector(x, v);
                     float factor = static_factor;
                     if constexpr (Kind != QuantizeScale::kStatic) {
 #pragma unroll
@@ -181,6 +174,41 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerSm)
                     reinterpret_cast<uint2*>(p.out.row(row))[vector] = {quantize4(v, factor),
                                                                         quantize4(v + 4, factor)};
                   });
+}
+
+/// A block takes whole rows, one after the other: it reads a row, and reads it again from the L1 or
+/// the L2 once its largest magnitude is known.
+__global__ void __launch_bounds__(kThreads, kBlocksPerSm)
+    quantize_token_kernel(const __grid_constant__ Quantize p) {
+  __shared__ RowTable s;
+  __shared__ float warp_amax[2][kThreads / 32];
+  follow_predecessor();
+  sum_rows(s, p.rows);
+  const int num_rows = s.prefix[p.rows.num_experts];
+  const int vectors = static_cast<int>(p.out.width) / 8, thread = static_cast<int>(threadIdx.x);
+  int turn = 0;
+  for (int i = static_cast<int>(blockIdx.x); i < num_rows; i += static_cast<int>(gridDim.x)) {
+    const long long row = i + s.shift[find_expert(s, p.rows.num_experts, i)];
+    const uint4* const in = reinterpret_cast<const uint4*>(p.x + row * p.out.width);
+    float amax = 0.0f;
+    for (int v = thread; v < vectors; v += kThreads) amax = fmaxf(amax, vector_amax(in[v]));
+#pragma unroll
+    for (int d = 1; d < 32; d *= 2) amax = fmaxf(amax, __shfl_xor_sync(kAllLanes, amax, d));
+    // Two sets in turn: a warp may be a row ahead of one that still reads.
+    if (thread % 32 == 0) warp_amax[turn][thread / 32] = amax;
+    __syncthreads();
+#pragma unroll
+    for (int w = 0; w < kThreads / 32; ++w) amax = fmaxf(amax, warp_amax[turn][w]);
+    turn ^= 1;
+    const float factor = group_inverse(amax);
+    if (thread == 0) p.out.scale[row] = group_scale(amax);
+    for (int v = thread; v < vectors; v += kThreads) {
+      float x[8];
+      widen_vector(in[v], x);
+      reinterpret_cast<uint2*>(p.out.row(row))[v] = {quantize4(x, factor),
+                                                     quantize4(x + 4, factor)};
+    }
+  }
 }
 
 /// 16 codes of one group, and the group's scale.
@@ -237,6 +265,8 @@ void launch_quantize(const Quantize& args, int num_sms, StreamHandle stream) {
   const auto queue = static_cast<cudaStream_t>(stream);
   if (args.out.scale == nullptr) {
     launch_early(quantize_kernel<QuantizeScale::kStatic>, size, args, queue);
+  } else if (args.out.scale_per_row) {
+    launch_early(quantize_token_kernel, size, args, queue);
   } else if (args.pow2) {
     launch_early(quantize_kernel<QuantizeScale::kPow2>, size, args, queue);
   } else {

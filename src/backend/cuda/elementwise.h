@@ -17,7 +17,8 @@ struct Quantize {
   const std::uint16_t* x = nullptr;  ///< [rows, width] bf16, 16 B aligned.
   RowRanges rows;                    ///< At most kMaxRowExperts experts.
   bool pow2 = false;                 ///< Group scales are powers of two.
-  Fp8Rows out;                       ///< codes 8 B aligned, stride a multiple of 8 B.
+  /// Group scales, one scale per row, or static. Codes 8 B aligned, stride a multiple of 8 B.
+  Fp8Rows out;
 };
 void launch_quantize(const Quantize& args, int num_sms, StreamHandle stream);
 

@@ -16,9 +16,9 @@ inline constexpr int kMaxExperts = 512;
 inline constexpr int kNumTokenBoxes = 5;     ///< Tensor maps for boxes of 8 << i tokens.
 inline constexpr int kSharedLimit = 232448;  ///< Dynamic shared memory of one CTA on sm_90.
 /// Arrivals of a warp where one lane speaks for it after __syncwarp(): of the scale warp when a
-/// stage is full, of a decode kernel's math warp when it is empty. racecheck does not follow that,
-/// so checked builds let every lane arrive. (It follows prefill's math warps, which wait for
-/// products together and have no register for more.)
+/// stage is full, of a decode kernel's math warp when it is empty, of whoever has read a tile slot.
+/// racecheck does not follow that, so checked builds let every lane arrive. (It follows prefill's
+/// math warps, which wait for products together and have no register for more.)
 #ifdef SLUICE_DEVICE_CHECK
 inline constexpr int kWarpArrivals = 32;
 #else
@@ -27,8 +27,9 @@ inline constexpr int kWarpArrivals = 1;
 
 /// Where the scales of x and h meet the sums.
 enum class XScale : int {
-  kPerGroup,  ///< One per row and 128 of K: a factor of every unit.
-  kPerRow,    ///< One per row (today: one for all rows): multiplies the finished sums.
+  kPerGroup,      ///< One per row and 128 of K: a factor of every unit.
+  kPerRow,        ///< One for all rows: multiplies the finished sums.
+  kRowThenGroup,  ///< x: one of each row, which multiplies the finished sums. h: as kPerGroup.
 };
 
 /// One instantiation of the kernel.
@@ -41,6 +42,12 @@ struct Config {
   static constexpr WeightCode kCode = Code;
   static constexpr ScaleType kScale = Scale;
   static constexpr XScale kXScale = X;
+  /// NOTE: both kinds of loops in prefill spill, so there the second phase is a kernel of its own.
+  static constexpr bool kComputesBothPhases = X != XScale::kRowThenGroup || kIsDecode;
+  /// Whether a tile of `phase` ends with a stage that holds the scales of its rows, nothing else.
+  __host__ __device__ static constexpr bool has_row_stage(int phase) {
+    return X == XScale::kRowThenGroup && (!kComputesBothPhases || phase == 0);
+  }
   static constexpr int kGroup = Group;
   static constexpr Activations kActivations = Functions;
   static constexpr int kMathWarpgroups = kIsDecode ? 4 : 2;
@@ -104,7 +111,7 @@ struct Phase {
   int num_row_tiles;  // ceil(n / 256)
   int tail_slabs;     // slabs of the last row tile
   int n;
-  const float* x_scale;  // [rows, K/128] or nullptr
+  const float* x_scale;  // [rows, K/128], with XScale::kRowThenGroup [rows], or nullptr
   float x_static;
   Epilogue epilogue;
   ActivationParams activation;  //                           kHidden

@@ -4,15 +4,15 @@
 //             c[m,n] = sum_g xs[m,g/..] * ws[n,g] * sum_{k in g} x[m,k] * w[n,k]
 //           g: weight groups of 128 (or 32) along K; xs per 128. Inner sum on tensor cores on a
 //           fresh accumulator, outer sum in f32 fma, in order of g. Groups of 32: the four of a 128
-//           are first joined by ws, then meet xs. Static xs: XScale::kPerRow kernels, in which the
-//           outer sum has no xs, and c is it times xs. Then, by phase:
+//           are first joined by ws, then meet xs. Static xs (XScale::kPerRow), or one per row of x
+//           (kRowThenGroup): the outer sum has no xs, and c is it times xs. Then, by phase:
 //             kHidden  h = activate(c[gate], c[up]) in f32 -> e4m3 with a scale per (m, 128) or
 //                      static
 //             kBf16    y = bf16(c)
 //           Two phases: h of the first is x of the second.
 //
 // Operands  x   [rows, K] e4m3, K fastest, 16 B aligned        tensor copy, 128 B swizzle
-//           xs  [rows, K/128] f32, or one static scale         loads and shared stores, by a warp
+//           xs  [rows, K/128] or [rows] f32, or a static one   loads and shared stores, by a warp
 //           w   packed stream with its scales (sm90_w4a8_layout.cuh)   one bulk copy per stage
 //           h   [rows, n/2] e4m3 and [rows, n/256] f32         16-byte stores
 //           y   [rows, n] bf16                                 32-byte sectors per warp
@@ -42,6 +42,7 @@
 //           sync[2 + e]  finished phase-0 tiles of expert e, release; warps 1 and 2 acquire before
 //                     they fetch h. Tickets order all tiles; phase 1 waits only for lower tickets,
 //                     which running CTAs hold, so any number of resident CTAs makes progress.
+//           A tile whose rows of x have one scale each ends with a stage that holds these alone.
 //           Between its wait and its arrive a role owns the bytes; no one else touches them.
 //
 // Needs     n, K multiples of 128 (n of 256 for kHidden), at most 512 experts; checked on the host.
@@ -58,6 +59,7 @@
 #include "backend/cuda/sm90_w4a8_config.cuh"
 #include "backend/cuda/sm90_w4a8_math.cuh"
 #include "backend/cuda/sm90_w4a8_producer.cuh"
+#include "backend/cuda/sm90_w4a8_scales.cuh"
 
 namespace sluice::cuda {
 
@@ -69,7 +71,7 @@ __device__ __forceinline__ void init_barriers(Shared<C>& s) {
   }
   for (int i = 0; i < Shared<C>::kTileSlots; ++i) {
     ptx::mbarrier_init(&s.tile_full[i], 1);
-    ptx::mbarrier_init(&s.tile_empty[i], 2 + C::kMathWarps);
+    ptx::mbarrier_init(&s.tile_empty[i], (2 + C::kMathWarps) * kWarpArrivals);
   }
   ptx::fence_barrier_init();
 }

@@ -70,7 +70,7 @@ __device__ __forceinline__ void finish_step(const int first, const float (&joine
 }
 
 /// One slab, 8 or 16 columns: the four units of a step are multiplied together.
-template <class C, int N>
+template <class C, XScale X, int N>
 __device__ __forceinline__ void multiply_group32_few(Shared<C>& s, Ring& ring, int num_steps,
                                                      const MathLane& lane, float (&sum)[1][N / 2]) {
   float acc[4][N / 2], joined[N / 2];
@@ -89,22 +89,22 @@ __device__ __forceinline__ void multiply_group32_few(Shared<C>& s, Ring& ring, i
     for (int i = 0; i < 4; ++i) await<0>(acc[i]);
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
-      add_unit<C::kXScale>(i, 0, acc[i], load_weight_scales<C>(v.scales, i), joined, sum[0]);
+      add_unit<X>(i, 0, acc[i], load_weight_scales<C>(v.scales, i), joined, sum[0]);
     }
-    finish_step<C::kXScale, 4>(0, joined, v.x_scale, sum[0]);
+    finish_step<X, 4>(0, joined, v.x_scale, sum[0]);
     release(s, stage);
   }
 }
 
 /// One slab, 32 or 64 columns, 32 at a time: one unit is added while the next is multiplied, where
 /// registers allow two accumulators.
-template <class C, int N>
+template <class C, XScale X, int N>
 __device__ __forceinline__ void multiply_group32_slab(Shared<C>& s, Ring& ring, int num_steps,
                                                       const MathLane& lane,
                                                       float (&sum)[1][N / 2]) {
   constexpr int kParts = N / 32, kUnits = 4 * kParts;
   constexpr int kPartRows = 32 * kStepK >> 4;  // of x, in units of a descriptor
-  constexpr int kAhead = N == 64 && C::kXScale == XScale::kPerGroup ? 0 : 1;
+  constexpr int kAhead = N == 64 && X == XScale::kPerGroup ? 0 : 1;
   float acc[1 + kAhead][16], joined[16];
 #pragma unroll
   for (int i = 0; i <= kAhead; ++i) clear(acc[i]);
@@ -128,8 +128,8 @@ __device__ __forceinline__ void multiply_group32_slab(Shared<C>& s, Ring& ring, 
       } else {
         await<0>(done);
       }
-      add_unit<C::kXScale>(unit % 4, unit / 4 * 8, done, ws, joined, sum[0]);
-      if (unit % 4 == 3) finish_step<C::kXScale, 4>(unit / 4 * 8, joined, v.x_scale, sum[0]);
+      add_unit<X>(unit % 4, unit / 4 * 8, done, ws, joined, sum[0]);
+      if (unit % 4 == 3) finish_step<X, 4>(unit / 4 * 8, joined, v.x_scale, sum[0]);
     }
     release(s, stage);
   }
@@ -139,7 +139,7 @@ __device__ __forceinline__ void multiply_group32_slab(Shared<C>& s, Ring& ring, 
 /// the next step is. Weight scales are loaded a unit ahead, codes and the descriptor of x a step
 /// ahead. After the last step a warp takes the stage that it has once more and loads in vain: so
 /// the loop has no branch.
-template <class C, int N>
+template <class C, XScale X, int N>
 __device__ __forceinline__ void multiply_group32_two_slabs(Shared<C>& s, Ring& ring, int steps,
                                                            const MathLane& lane,
                                                            float (&sum)[2][N / 2]) {
@@ -159,8 +159,8 @@ __device__ __forceinline__ void multiply_group32_two_slabs(Shared<C>& s, Ring& r
     return load_codes(view_stage(s, now.stage, lane).codes + slab * C::kSlabBytes);
   };
   auto add_last = [&](ScalePair<C> scales) {
-    add_unit<C::kXScale>(3, 0, acc[1], to_float2(scales), joined, sum[1]);
-    finish_step<C::kXScale, 4>(0, joined, view_stage(s, last_stage, lane).x_scale, sum[1]);
+    add_unit<X>(3, 0, acc[1], to_float2(scales), joined, sum[1]);
+    finish_step<X, 4>(0, joined, view_stage(s, last_stage, lane).x_scale, sum[1]);
     pin(sum[1]);
     release(s, last_stage);
   };
@@ -189,10 +189,10 @@ __device__ __forceinline__ void multiply_group32_two_slabs(Shared<C>& s, Ring& r
         next_x = uniform(view_stage(s, now.stage, lane).x);
       }
       await<1>(acc[unit % 2]);
-      add_unit<C::kXScale>(i, 0, acc[unit % 2], to_float2(ws), joined, sum[slab]);
-      if (i == 3) finish_step<C::kXScale, 4>(0, joined, v.x_scale, sum[slab]);
+      add_unit<X>(i, 0, acc[unit % 2], to_float2(ws), joined, sum[slab]);
+      if (i == 3) finish_step<X, 4>(0, joined, v.x_scale, sum[slab]);
       if (unit == 4) widen<C::kCode>(codes, f[0]);
-      if (i < 3 && C::kXScale == XScale::kPerGroup) {
+      if (i < 3 && X == XScale::kPerGroup) {
         pin(joined);
       } else {
         pin(sum[slab]);
@@ -211,16 +211,16 @@ __device__ __forceinline__ void multiply_group32_two_slabs(Shared<C>& s, Ring& r
   ring = at;
 }
 
-template <class C, int N>
+template <class C, XScale X, int N>
 __device__ __forceinline__ void multiply_group32(Shared<C>& s, Ring& ring, int num_steps,
                                                  const MathLane& lane,
                                                  float (&sum)[C::kSlabsPerWarpgroup][N / 2]) {
   if constexpr (C::kSlabsPerWarpgroup == 2) {
-    multiply_group32_two_slabs<C, N>(s, ring, num_steps, lane, sum);
+    multiply_group32_two_slabs<C, X, N>(s, ring, num_steps, lane, sum);
   } else if constexpr (N <= 16) {
-    multiply_group32_few<C, N>(s, ring, num_steps, lane, sum);
+    multiply_group32_few<C, X, N>(s, ring, num_steps, lane, sum);
   } else {
-    multiply_group32_slab<C, N>(s, ring, num_steps, lane, sum);
+    multiply_group32_slab<C, X, N>(s, ring, num_steps, lane, sum);
   }
 }
 

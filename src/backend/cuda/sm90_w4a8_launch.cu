@@ -4,6 +4,7 @@
 
 #include <algorithm>
 #include <array>
+#include <optional>
 #include <string>
 #include <vector>
 
@@ -198,6 +199,7 @@ void add_hidden(Params& p, const PackedWeights& weights, const RowRanges& rows,
   require(2 * h.width == weights.shape.n, "h width", h.width, "must be half of gate_up n");
   require_pointer(h.codes, 16, "h codes");
   require(h.row_bytes() == h.width, "h stride", h.stride, "rows of h are dense");
+  require(!h.scale_per_row, "h scales per row", 1, "h has scales per 128 or a static one");
   if (h.scale == nullptr) check_scale(h.static_scale, "static h scale");
   Phase& phase = add_phase(p, weights, rows, x);
   phase.epilogue = Epilogue::kHidden;
@@ -217,50 +219,72 @@ void launch_activations(const Params& p, int num_ctas, cudaStream_t stream) {
 }
 
 template <KernelConfig Size, WeightCode Code, ScaleType Scale, int Group>
-void launch_x_scale(const Params& p, int num_ctas, cudaStream_t stream) {
-  if (p.phase[0].x_scale == nullptr) {
-    launch_activations<Size, Code, Scale, Group, XScale::kPerRow>(p, num_ctas, stream);
-  } else {
-    launch_activations<Size, Code, Scale, Group, XScale::kPerGroup>(p, num_ctas, stream);
+void launch_x_scale(const Params& p, XScale x, int num_ctas, cudaStream_t stream) {
+  switch (x) {
+    case XScale::kPerGroup:
+      return launch_activations<Size, Code, Scale, Group, XScale::kPerGroup>(p, num_ctas, stream);
+    case XScale::kPerRow:
+      return launch_activations<Size, Code, Scale, Group, XScale::kPerRow>(p, num_ctas, stream);
+    case XScale::kRowThenGroup:
+      return launch_activations<Size, Code, Scale, Group, XScale::kRowThenGroup>(p, num_ctas,
+                                                                                 stream);
   }
+  refuse("activation scales", static_cast<int>(x));
 }
 
 template <KernelConfig Size, WeightCode Code, ScaleType Scale>
-void launch_group(const Params& p, int group, int num_ctas, cudaStream_t stream) {
+void launch_group(const Params& p, int group, XScale x, int num_ctas, cudaStream_t stream) {
   if (group == 128) {
-    launch_x_scale<Size, Code, Scale, 128>(p, num_ctas, stream);
+    launch_x_scale<Size, Code, Scale, 128>(p, x, num_ctas, stream);
   } else {
-    launch_x_scale<Size, Code, Scale, 32>(p, num_ctas, stream);
+    launch_x_scale<Size, Code, Scale, 32>(p, x, num_ctas, stream);
   }
 }
 
 template <KernelConfig Size, WeightCode Code>
-void launch_scale(const Params& p, const WeightShape& shape, int num_ctas, cudaStream_t stream) {
+void launch_scale(const Params& p, const WeightShape& shape, XScale x, int num_ctas,
+                  cudaStream_t stream) {
   if (shape.scale_type == ScaleType::kBf16) {
-    launch_group<Size, Code, ScaleType::kBf16>(p, shape.group, num_ctas, stream);
+    launch_group<Size, Code, ScaleType::kBf16>(p, shape.group, x, num_ctas, stream);
   } else {
-    launch_group<Size, Code, ScaleType::kF32>(p, shape.group, num_ctas, stream);
+    launch_group<Size, Code, ScaleType::kF32>(p, shape.group, x, num_ctas, stream);
   }
 }
 
 template <KernelConfig Size>
-void launch_code(const Params& p, const PackedWeights& w, int num_ctas, cudaStream_t stream) {
+void launch_code(const Params& p, const PackedWeights& w, XScale x, int num_ctas,
+                 cudaStream_t stream) {
   if (w.code == WeightCode::kOnesComplement) {
-    launch_scale<Size, WeightCode::kOnesComplement>(p, w.shape, num_ctas, stream);
+    launch_scale<Size, WeightCode::kOnesComplement>(p, w.shape, x, num_ctas, stream);
   } else {
-    launch_scale<Size, WeightCode::kSignMagnitude>(p, w.shape, num_ctas, stream);
+    launch_scale<Size, WeightCode::kSignMagnitude>(p, w.shape, x, num_ctas, stream);
   }
 }
 
-void launch(const Params& p, const PackedWeights& w, const RowRanges& rows,
+/// Where the scales of x meet the sums of a GEMM by itself.
+XScale x_scale_of(const Fp8RowsView& x) {
+  if (x.scale == nullptr) return XScale::kPerRow;
+  return x.scale_per_row ? XScale::kRowThenGroup : XScale::kPerGroup;
+}
+
+/// The same for x and h in one kernel; empty where no kernel has both.
+std::optional<XScale> x_scale_of(const Fp8RowsView& x, const Fp8RowsView& h, KernelConfig config) {
+  const XScale first = x_scale_of(x), second = x_scale_of(h);
+  if (first == second && first != XScale::kRowThenGroup) return first;
+  const bool is_decode = config == KernelConfig::kDecode;
+  if (second == XScale::kPerGroup && is_decode) return XScale::kRowThenGroup;
+  return std::nullopt;
+}
+
+void launch(const Params& p, const PackedWeights& w, const RowRanges& rows, XScale x,
             const ConfigChoice& config, StreamHandle handle) {
   require(config.num_ctas > 0, "config.num_ctas", config.num_ctas, "take it from choose_config()");
   if (rows.max_rows == 0) return;
   const auto stream = static_cast<cudaStream_t>(handle);
   if (config.config == KernelConfig::kDecode) {
-    launch_code<KernelConfig::kDecode>(p, w, config.num_ctas, stream);
+    launch_code<KernelConfig::kDecode>(p, w, x, config.num_ctas, stream);
   } else {
-    launch_code<KernelConfig::kPrefill>(p, w, config.num_ctas, stream);
+    launch_code<KernelConfig::kPrefill>(p, w, x, config.num_ctas, stream);
   }
 }
 
@@ -293,14 +317,14 @@ void launch_grouped_gemm(const GroupedGemm& args, StreamHandle stream) {
   if (args.rows.max_rows == 0) return;
   Params p = make_params(args.rows, args.sync);
   add_bf16(p, args.weights, args.rows, args.x, args.y, args.home);
-  launch(p, args.weights, args.rows, args.config, stream);
+  launch(p, args.weights, args.rows, x_scale_of(args.x), args.config, stream);
 }
 
 void launch_gate_up(const GateUpGemm& args, StreamHandle stream) {
   if (args.rows.max_rows == 0) return;
   Params p = make_params(args.rows, args.sync);
   add_hidden(p, args.weights, args.rows, args.x, args.h, args.activation);
-  launch(p, args.weights, args.rows, args.config, stream);
+  launch(p, args.weights, args.rows, x_scale_of(args.x), args.config, stream);
 }
 
 void launch_experts(const ExpertGemms& args, StreamHandle stream) {
@@ -312,7 +336,8 @@ void launch_experts(const ExpertGemms& args, StreamHandle stream) {
   require(args.down.code == args.gate_up.code && down.group == up.group &&
               down.scale_type == up.scale_type,
           "down group", down.group, "gate_up and down must share code, group and scale type");
-  if ((args.x.scale == nullptr) != (args.h.scale == nullptr)) {  // a kernel has one kind of scales
+  const std::optional<XScale> x = x_scale_of(args.x, args.h, args.config.config);
+  if (!x) {
     launch_gate_up({.weights = args.gate_up,
                     .rows = args.rows,
                     .x = args.x,
@@ -334,7 +359,7 @@ void launch_experts(const ExpertGemms& args, StreamHandle stream) {
   Params p = make_params(args.rows, args.sync);
   add_hidden(p, args.gate_up, args.rows, args.x, args.h, args.activation);
   add_bf16(p, args.down, args.rows, args.h, args.y, args.home);
-  launch(p, args.gate_up, args.rows, args.config, stream);
+  launch(p, args.gate_up, args.rows, *x, args.config, stream);
 }
 
 }  // namespace sluice::cuda

@@ -25,7 +25,7 @@
 namespace sluice::cuda {
 
 /// One slab, one unit after the other; other warpgroups fill the gaps.
-template <class C, int N>
+template <class C, XScale X, int N>
 __device__ __forceinline__ void multiply_slab(Shared<C>& s, Ring& ring, int num_steps,
                                               const MathLane& lane, float (&sum)[1][N / 2]) {
   float acc[N / 2];
@@ -37,13 +37,13 @@ __device__ __forceinline__ void multiply_slab(Shared<C>& s, Ring& ring, int num_
     widen<C::kCode>(load_codes(v.codes), f);
     multiply(acc, f, v.x);
     await<0>(acc);
-    promote<C::kXScale, 2>(acc, load_weight_scales<C>(v.scales, 0), v.x_scale, sum[0]);
+    promote<X, 2>(acc, load_weight_scales<C>(v.scales, 0), v.x_scale, sum[0]);
     release(s, stage);
   }
 }
 
 /// One slab, few columns: the next step's weights are widened while this step is multiplied.
-template <class C, int N>
+template <class C, XScale X, int N>
 __device__ __forceinline__ void multiply_slab_ahead(Shared<C>& s, Ring& ring, int num_steps,
                                                     const MathLane& lane, float (&sum)[1][N / 2]) {
   float acc[N / 2];
@@ -58,7 +58,7 @@ __device__ __forceinline__ void multiply_slab_ahead(Shared<C>& s, Ring& ring, in
     multiply(acc, now, v.x);
     widen<C::kCode>(load_codes(view_stage(s, next_stage, lane).codes), next);
     await<0>(acc);
-    promote<C::kXScale, 2>(acc, load_weight_scales<C>(v.scales, 0), v.x_scale, sum[0]);
+    promote<X, 2>(acc, load_weight_scales<C>(v.scales, 0), v.x_scale, sum[0]);
     release(s, stage);
     stage = next_stage;
     now = next;
@@ -67,7 +67,7 @@ __device__ __forceinline__ void multiply_slab_ahead(Shared<C>& s, Ring& ring, in
 
 /// Two slabs, up to 64 columns: slab 0 is promoted while slab 1 is multiplied, slab 1 while slab 0
 /// of the next step is.
-template <class C, int N>
+template <class C, XScale X, int N>
 __device__ __forceinline__ void multiply_two_slabs(Shared<C>& s, Ring& ring, int steps,
                                                    const MathLane& lane, float (&sum)[2][N / 2]) {
   float acc0[N / 2], acc1[N / 2], xs[2][N / 4];
@@ -81,7 +81,7 @@ __device__ __forceinline__ void multiply_two_slabs(Shared<C>& s, Ring& ring, int
   // From the next stage to registers: what a step's products and their promotion read.
   auto load = [&](const StageView& v, int parity) {
     const Codes codes0 = load_codes(v.codes), codes1 = load_codes(v.codes + C::kSlabBytes);
-    load_token_scales<C::kXScale>(v.x_scale, xs[parity]);
+    load_token_scales<X>(v.x_scale, xs[parity]);
     ws0 = load_weight_scales<C>(v.scales, 0);
     ws1[parity] = load_weight_scales<C>(v.scales + C::kSlabBytes, 0);
     widen<C::kCode>(codes0, f0);
@@ -90,7 +90,7 @@ __device__ __forceinline__ void multiply_two_slabs(Shared<C>& s, Ring& ring, int
     pin(f1);
   };
   auto finish = [&](int parity) {
-    promote_columns<C::kXScale>(0, acc1, ws1[parity], xs[parity], sum[1]);
+    promote_columns<X>(0, acc1, ws1[parity], xs[parity], sum[1]);
     pin(sum[1]);
     release(s, stage);
   };
@@ -103,7 +103,7 @@ __device__ __forceinline__ void multiply_two_slabs(Shared<C>& s, Ring& ring, int
     stage = next_stage;
     multiply(acc1, f1, v.x);
     await<1>(acc0);
-    promote_columns<C::kXScale>(0, acc0, ws0, xs[parity], sum[0]);
+    promote_columns<X>(0, acc0, ws0, xs[parity], sum[0]);
     await<0>(acc1);
   };
   step(0, true);
@@ -123,7 +123,7 @@ __device__ __forceinline__ void multiply_two_slabs(Shared<C>& s, Ring& ring, int
 
 /// Two slabs, 128 columns: one unit after the other, since two accumulators do not fit beside 128
 /// sums. What a unit reads is loaded during the product or the promotion before.
-template <class C, int N>
+template <class C, XScale X, int N>
 __device__ __forceinline__ void multiply_wide(Shared<C>& s, Ring& ring, int steps,
                                               const MathLane& lane, float (&sum)[2][N / 2]) {
   // The first token scales too are loaded during a product, unless f32 weight scales take their
@@ -150,14 +150,14 @@ __device__ __forceinline__ void multiply_wide(Shared<C>& s, Ring& ring, int step
           load_scale_pair<C>(view_stage(s, stage, lane).scales + b * C::kSlabBytes, 0);
       const float* const x_scale = view_stage(s, stage, lane).x_scale;
       float xs[4];
-      if constexpr (kScalesAhead) load_token_scales<C::kXScale>(x_scale, xs);
+      if constexpr (kScalesAhead) load_token_scales<X>(x_scale, xs);
       if (b == 1 && k < num_steps) {
         next_stage = acquire_together(s, at);
         next_x = uniform(view_stage(s, next_stage, lane).x);
       }
       await<0>(acc);
-      if constexpr (!kScalesAhead) load_token_scales<C::kXScale>(x_scale, xs);
-      promote_from<C::kXScale>(xs, acc, to_float2(ws), x_scale, sum[b]);
+      if constexpr (!kScalesAhead) load_token_scales<X>(x_scale, xs);
+      promote_from<X>(xs, acc, to_float2(ws), x_scale, sum[b]);
       codes = b == 0 ? load_codes(view_stage(s, stage, lane).codes + C::kSlabBytes)
                      : load_codes(view_stage(s, next_stage, lane).codes);  // at last in vain
       pin(sum[b]);
@@ -170,7 +170,7 @@ __device__ __forceinline__ void multiply_wide(Shared<C>& s, Ring& ring, int step
 }
 
 /// All K steps of a tile. A warpgroup without slabs in this tile only keeps the ring turning.
-template <class C, int N>
+template <class C, XScale X, int N>
 __device__ __forceinline__ void multiply_tile(Shared<C>& s, Ring& ring, int num_steps,
                                               bool has_slabs, const MathLane& lane,
                                               float (&sum)[C::kSlabsPerWarpgroup][N / 2]) {
@@ -179,15 +179,15 @@ __device__ __forceinline__ void multiply_tile(Shared<C>& s, Ring& ring, int num_
   if (!has_slabs) {
     for (int k = 0; k < num_steps; ++k) release(s, acquire(s, ring));
   } else if constexpr (C::kGroup == 32) {
-    multiply_group32<C, N>(s, ring, num_steps, lane, sum);
+    multiply_group32<C, X, N>(s, ring, num_steps, lane, sum);
   } else if constexpr (C::kIsDecode && N <= 16) {
-    multiply_slab_ahead<C, N>(s, ring, num_steps, lane, sum);
+    multiply_slab_ahead<C, X, N>(s, ring, num_steps, lane, sum);
   } else if constexpr (C::kIsDecode) {
-    multiply_slab<C, N>(s, ring, num_steps, lane, sum);
+    multiply_slab<C, X, N>(s, ring, num_steps, lane, sum);
   } else if constexpr (N <= 64) {
-    multiply_two_slabs<C, N>(s, ring, num_steps, lane, sum);
+    multiply_two_slabs<C, X, N>(s, ring, num_steps, lane, sum);
   } else {
-    multiply_wide<C, N>(s, ring, num_steps, lane, sum);
+    multiply_wide<C, X, N>(s, ring, num_steps, lane, sum);
   }
 }
 

@@ -1,5 +1,5 @@
-// sm90_w4a8_producer.cuh - producer roles: claim tiles, stream weights, fetch activations and
-// scales.
+// sm90_w4a8_producer.cuh - producer roles: claim tiles, stream weights, fetch activations. Their
+// scales: sm90_w4a8_scales.cuh.
 #pragma once
 
 #include "backend/cuda/ptx/copy.cuh"
@@ -46,6 +46,14 @@ __device__ __forceinline__ void publish(Shared<C>& s, Ring& slots, const TileInf
   slots.advance<Shared<C>::kTileSlots>();
 }
 
+/// A stage to which this producer brings nothing.
+template <class C>
+__device__ __forceinline__ void pass_stage(Shared<C>& s, Ring& ring) {
+  wait_bounded(&s.empty[ring.stage], ring.parity ^ 1);
+  ptx::mbarrier_arrive(&s.full[ring.stage]);
+  ring.advance<C::kStages>();
+}
+
 /// One thread: claims tickets, publishes tiles, streams weights. Never waits for another CTA, so a
 /// second phase's weights are under way while the first phase ends.
 template <class C>
@@ -77,6 +85,7 @@ __device__ __forceinline__ void stream_weights(Shared<C>& s, const Params& p, in
         src += bytes;
         ring.advance<C::kStages>();
       }
+      if (C::has_row_stage(t.phase)) pass_stage(s, ring);
     }
   }
 }
@@ -105,7 +114,7 @@ __device__ __forceinline__ TileInfo next_tile(Shared<C>& s, Ring& slots, int lan
   wait_bounded(&s.tile_full[slots.stage], slots.parity);
   const TileInfo t = s.tile[slots.stage];
   __syncwarp();
-  if (lane == 0) ptx::mbarrier_arrive(&s.tile_empty[slots.stage]);
+  if (lane < kWarpArrivals) ptx::mbarrier_arrive(&s.tile_empty[slots.stage]);
   slots.advance<Shared<C>::kTileSlots>();
   return t;
 }
@@ -139,82 +148,7 @@ __device__ __forceinline__ void fetch_activations(Shared<C>& s, const Params& p,
       ptx::tensor_copy_2d(s.x[ring.stage], map, k * kStepK, t.row0, bar, policy);
       ring.advance<C::kStages>();
     }
-  }
-}
-
-/// Scales of a tile's first steps, as one lane of the scale warp holds them.
-template <class C>
-struct HeldScales {
-  static constexpr int kRows = C::kMaxTokens / 32;
-  static constexpr int kSteps = (C::kIsDecode ? 16 : 8) / kRows;  // NOTE: registers, of 64 or 40
-  float value[kRows][kSteps];
-  int phase = -1, row0 = 0;  // of the tile they belong to
-
-  /// Whether they are all that tile `t` needs: then its row tiles share one read. Prefill, which
-  /// takes longer for a tile than the read does, has no registers to know.
-  __device__ __forceinline__ bool serve(const TileInfo& t, int num_steps) {
-    if constexpr (!C::kIsDecode) return false;
-    const bool is_held = num_steps <= kSteps && t.phase == phase && t.row0 == row0;
-    phase = t.phase, row0 = t.row0;
-    return is_held;
-  }
-};
-
-/// One warp: activation scales. Lane i serves tokens i, i + 32, ...: it reads a few steps of its
-/// rows at once (they share a sector) and hands them out step by step. Past the last valid token it
-/// repeats it.
-template <class C>
-__device__ __forceinline__ void fetch_tile_scales(Shared<C>& s, const Phase& phase,
-                                                  const TileInfo& t, Ring& ring, int lane,
-                                                  HeldScales<C>& held) {
-  constexpr int kRows = HeldScales<C>::kRows, kSteps = HeldScales<C>::kSteps;
-  const int place = lane / 2 % 4 * C::kScalePitch + lane / 8 * 2 + lane % 2;  // of token `lane`
-  const int num_steps = phase.num_steps;
-  const float* rows = phase.x_scale + static_cast<long long>(t.row0) * num_steps;
-  const bool is_held = held.serve(t, num_steps);
-  for (int k0 = 0; k0 < num_steps; k0 += kSteps) {
-    if (!is_held) {
-#pragma unroll
-      for (int i = 0; i < kRows; ++i) {
-        const float* row = rows + min(lane + 32 * i, t.num_tokens - 1) * num_steps;
-#pragma unroll
-        for (int j = 0; j < kSteps; ++j) held.value[i][j] = row[min(k0 + j, num_steps - 1)];
-      }
-    }
-#pragma unroll
-    for (int j = 0; j < kSteps; ++j) {
-      if (k0 + j == num_steps) break;
-      wait_bounded(&s.empty[ring.stage], ring.parity ^ 1);
-#pragma unroll
-      for (int i = 0; i < kRows; ++i) s.x_scale[ring.stage][place + 8 * i] = held.value[i][j];
-      __syncwarp();
-      if (lane < kWarpArrivals) ptx::mbarrier_arrive(&s.full[ring.stage]);
-      ring.advance<C::kStages>();
-    }
-  }
-}
-
-/// The warp that owns the stages' scales. Where the main loops need none, it only says so.
-template <class C>
-__device__ __forceinline__ void fetch_scales(Shared<C>& s, const Params& p, int lane) {
-  Ring ring, slots;
-  int ready = -1;
-  HeldScales<C> held;
-  for (;;) {
-    const TileInfo t = next_tile(s, slots, lane);
-    if (t.phase < 0) return;
-    const Phase& phase = p.phase[t.phase];
-    if constexpr (C::kXScale == XScale::kPerGroup) {
-      wait_for_rows(p, t, lane, ready);
-      fetch_tile_scales(s, phase, t, ring, lane, held);
-    } else {
-      for (int k = 0; k < phase.num_steps; ++k) {
-        wait_bounded(&s.empty[ring.stage], ring.parity ^ 1);
-        __syncwarp();
-        if (lane < kWarpArrivals) ptx::mbarrier_arrive(&s.full[ring.stage]);
-        ring.advance<C::kStages>();
-      }
-    }
+    if (C::has_row_stage(t.phase)) pass_stage(s, ring);
   }
 }
 

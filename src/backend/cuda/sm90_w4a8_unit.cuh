@@ -219,13 +219,6 @@ __device__ __forceinline__ void promote(const float (&acc)[R], float2 ws, const 
   promote_from<X>(first, acc, ws, x_scale, sum);
 }
 
-/// One scale for all rows of x, after the last step.
-template <int R>
-__device__ __forceinline__ void scale_rows(float (&sum)[R], float x_scale) {
-#pragma unroll
-  for (int i = 0; i < R; ++i) sum[i] = __fmul_rn(sum[i], x_scale);
-}
-
 /// Whatever makes these values is done before this place.
 template <int R>
 __device__ __forceinline__ void pin(float (&v)[R]) {

@@ -42,6 +42,7 @@ enum class TokenCast : std::uint8_t {
   kGroup,
   kPow2,
   kStatic,
+  kToken,
   kGroupStatic,
   kPow2Static,
   kCopy,
@@ -138,7 +139,8 @@ __device__ __forceinline__ Item load_item(const GatherTokens& p, int token, int 
     const Fp8RowsView& in = p.tokens.coded;
     Item item{__ldcs(reinterpret_cast<const uint4*>(in.row(token)) + vector), 0};
     if (in.scale != nullptr) {
-      item.scale = in.scale[token * (width / kActivationGroup) + vector / 8];
+      item.scale = in.scale_per_row ? in.scale[token]
+                                    : in.scale[token * (width / kActivationGroup) + vector / 8];
     }
     return item;
   } else {
@@ -152,9 +154,10 @@ struct Coded {
   float scale;
 };
 
-/// All lanes of a warp call it; 16 neighbours hold one group of a bf16 token.
+/// All lanes of a warp call it; 16 neighbours hold one group of a bf16 token. `token_amax`: of the
+/// whole token, for kToken.
 template <TokenCast C>
-__device__ __forceinline__ Coded cast_item(const Item& in, float static_inverse) {
+__device__ __forceinline__ Coded cast_item(const Item& in, float static_inverse, float token_amax) {
   if constexpr (C == TokenCast::kCopy) {
     return {in.data, in.scale};
   } else if constexpr (C == TokenCast::kRequantize) {
@@ -164,16 +167,13 @@ __device__ __forceinline__ Coded cast_item(const Item& in, float static_inverse)
              requantize4(in.data.w, in.scale, static_inverse)},
             0};
   } else {
-    const unsigned words[4] = {in.data.x, in.data.y, in.data.z, in.data.w};
-    float v[8], amax = 0.0f;
-#pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      v[2 * i] = __uint_as_float(words[i] << 16);
-      v[2 * i + 1] = __uint_as_float(words[i] & 0xffff0000u);
-      amax = fmaxf(amax, fmaxf(fabsf(v[2 * i]), fabsf(v[2 * i + 1])));  // fmaxf skips NaN
-    }
+    float v[8];
+    float amax = widen_vector(in.data, v);
     float scale = 0.0f, factor = static_inverse;
-    if constexpr (C != TokenCast::kStatic) {
+    if constexpr (C == TokenCast::kToken) {
+      scale = group_scale(token_amax);
+      factor = group_inverse(token_amax);
+    } else if constexpr (C != TokenCast::kStatic) {
 #pragma unroll
       for (int d = 1; d < 16; d *= 2) amax = fmaxf(amax, __shfl_xor_sync(kAllLanes, amax, d));
       scale = group_scale(amax);
@@ -197,8 +197,9 @@ template <TokenCast C>
 __device__ __forceinline__ void store_rows(const GatherTokens& p, const Coded& coded,
                                            const int* place, int vector) {
   constexpr int kPerGroup = kActivationGroup / kVectorChannels<C>;
-  const std::int64_t groups = p.out.width / kActivationGroup;
-  const bool has_scale = p.out.scale != nullptr && vector % kPerGroup == 0;
+  const std::int64_t scales = p.out.num_scales();
+  const int scale_idx = p.out.scale_per_row ? 0 : vector / kPerGroup;
+  const bool has_scale = p.out.scale != nullptr && vector == scale_idx * kPerGroup;
 #pragma unroll 8
   for (int k = 0; k < p.entries.num_topk; ++k) {
     const std::int64_t row = place[k];
@@ -208,7 +209,26 @@ __device__ __forceinline__ void store_rows(const GatherTokens& p, const Coded& c
     } else {
       reinterpret_cast<uint2*>(p.out.row(row))[vector] = {coded.codes.x, coded.codes.y};
     }
-    if (has_scale) p.out.scale[row * groups + vector / kPerGroup] = coded.scale;
+    if (has_scale) p.out.scale[row * scales + scale_idx] = coded.scale;
+  }
+}
+
+/// The largest magnitude of each token of a chunk that has a row, a warp at a time. Vectors are
+/// read again when they are cast, mostly from the L2.
+__device__ void find_token_amax(const GatherTokens& p, int first, int count,
+                                const std::uint8_t* has_row, float* token_amax) {
+  const int lane = static_cast<int>(threadIdx.x) % 32;
+  const int vectors = static_cast<int>(p.out.width) / 8;
+  for (int token = static_cast<int>(threadIdx.x) / 32; token < count; token += kThreads / 32) {
+    if (!has_row[token]) continue;
+    const uint4* const in =
+        reinterpret_cast<const uint4*>(p.tokens.x + std::int64_t{first + token} * p.out.width);
+    float amax = 0.0f;
+#pragma unroll 4
+    for (int v = lane; v < vectors; v += 32) amax = fmaxf(amax, vector_amax(in[v]));
+#pragma unroll
+    for (int d = 1; d < 32; d *= 2) amax = fmaxf(amax, __shfl_xor_sync(kAllLanes, amax, d));
+    if (lane == 0) token_amax[token] = amax;
   }
 }
 
@@ -218,6 +238,7 @@ __global__ void __launch_bounds__(kThreads, kCtasPerSm)
   extern __shared__ int counters[];
   __shared__ int place[kChunkEntries];
   __shared__ std::uint8_t has_row[kChunkEntries];
+  __shared__ float token_amax[C == TokenCast::kToken ? kChunkEntries : 1];
   const GatherTokens& p = params.args;
   const EntryRows& entries = p.entries;
   const int tid = static_cast<int>(threadIdx.x), topk = entries.num_topk;
@@ -258,13 +279,19 @@ __global__ void __launch_bounds__(kThreads, kCtasPerSm)
       assign_rows(entries, publishes, first * topk, count * topk, next, place, has_row);
     }
     __syncthreads();
+    if constexpr (C == TokenCast::kToken) {
+      find_token_amax(p, first, count, has_row, token_amax);
+      __syncthreads();
+    }
     for (int base = 0; base < count * part; base += kThreads * kDepth) {
       if (first != begin || base != 0) load(first, count, base, true);
 #pragma unroll
       for (int i = 0; i < kDepth; ++i) {
         if (base + i * kThreads >= count * part) break;
-        const Coded coded = cast_item<C>(item[i], inverse);
         const int v = base + i * kThreads + tid, token = v / part;
+        float amax = 0.0f;
+        if constexpr (C == TokenCast::kToken) amax = v < count * part ? token_amax[token] : 0.0f;
+        const Coded coded = cast_item<C>(item[i], inverse, amax);
         if (v >= count * part || !has_row[token]) continue;
         store_rows<C>(p, coded, place + token * topk, part_begin + v - token * part);
       }
@@ -309,6 +336,8 @@ Launch launch_of(const TokenRows& tokens) {
     case Cast::kStatic:
     case Cast::kStaticPow2:
       return launch_gather<TokenCast::kStatic>;
+    case Cast::kToken:
+      return launch_gather<TokenCast::kToken>;
   }
   throw Error(ErrorCode::kInternal,
               "cast " + std::to_string(static_cast<int>(tokens.first)) + " has no gather kernel");
@@ -328,6 +357,7 @@ void prepare_gather_kernels() {
   prefer_shared_memory(gather_kernel<TokenCast::kGroup>);
   prefer_shared_memory(gather_kernel<TokenCast::kPow2>);
   prefer_shared_memory(gather_kernel<TokenCast::kStatic>);
+  prefer_shared_memory(gather_kernel<TokenCast::kToken>);
   prefer_shared_memory(gather_kernel<TokenCast::kGroupStatic>);
   prefer_shared_memory(gather_kernel<TokenCast::kPow2Static>);
   prefer_shared_memory(gather_kernel<TokenCast::kCopy>);

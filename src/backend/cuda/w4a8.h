@@ -18,8 +18,8 @@
 // Determinism. The bits of one output row depend on that row and its expert's weights alone: not on
 // the other rows, the row counts, the layout, or the KernelConfig. All kernels add in the same
 // order, which docs/design.md (Arithmetic) states: a fresh accumulator per weight group, then f32
-// fma along K. With a static scale the sums are multiplied by it at the end; before that they must
-// be finite in f32.
+// fma along K. With a static scale, or one per row, the sums are multiplied by it at the end;
+// before that they must be finite in f32.
 #pragma once
 
 #include <cstddef>
@@ -158,7 +158,7 @@ struct ExpertGemms {
   ConfigChoice config;
   ActivationFn activation = {};
 };
-/// Two kernels where one of x and h is static and the other is not.
+/// Two kernels where x and h have unlike scales, but for h with scales per 128 in kDecode.
 void launch_experts(const ExpertGemms& args, StreamHandle stream);
 
 }  // namespace sluice::cuda

@@ -352,8 +352,8 @@ void DeviceExchange::fill_batch(DeviceRoute& route, std::int64_t num_tokens) con
   batch.x = {window + p.x, config.wire == WireFormat::kBf16 ? DType::kBFloat16 : DType::kFloat8E4M3,
              shape(config.hidden), device};
   if (layout_.scale_bytes > 0) {
-    batch.x_scale = {window + p.scale, DType::kFloat32, shape(config.hidden / kActivationGroup),
-                     device};
+    batch.x_scale = {window + p.scale, DType::kFloat32,
+                     shape(scales_per_row(sent_cast(config.wire), config.hidden)), device};
   }
   batch.num_rows = {p.num_rows, DType::kInt32, Shape{num_local}, device};
   batch.row_begin = {p.row_begin, DType::kInt64, Shape{num_local}, device};

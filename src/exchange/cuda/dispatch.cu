@@ -320,6 +320,7 @@ void prepare_exchange_kernels() {
   prepare_dispatch<WireFormat::kE4m3Group>();
   prepare_dispatch<WireFormat::kE4m3Pow2>();
   prepare_dispatch<WireFormat::kE4m3Static>();
+  prepare_dispatch<WireFormat::kE4m3Token>();
   prefer_shared_memory(receive_kernel);
   prepare_combine_kernels();
 }
@@ -336,6 +337,8 @@ void launch_dispatch(const SlotParams& slot, const DispatchParams& dispatch, Wir
       return launch<WireFormat::kE4m3Pow2>(slot, dispatch, num_ctas, queue);
     case WireFormat::kE4m3Static:
       return launch<WireFormat::kE4m3Static>(slot, dispatch, num_ctas, queue);
+    case WireFormat::kE4m3Token:
+      return launch<WireFormat::kE4m3Token>(slot, dispatch, num_ctas, queue);
   }
   throw Error(ErrorCode::kInternal, std::string("the exchange has no kernel for wire format ") +
                                         std::to_string(static_cast<int>(wire)));

@@ -39,7 +39,9 @@ template <WireFormat Wire>
 __host__ __device__ Staging staging_of(int hidden) {
   Staging s{};
   s.payload_bytes = kElementBytes<Wire> * hidden;
-  s.num_groups = kScaled<Wire> ? hidden / kActivationGroup : 0;
+  s.num_groups = !kScaled<Wire>                   ? 0
+                 : Wire == WireFormat::kE4m3Token ? 1
+                                                  : hidden / kActivationGroup;
   const int fit = kStageBytes / (s.payload_bytes + s.scale_bytes());
   s.tokens = fit < 1 ? 1 : fit > kMaxChunk ? kMaxChunk : fit;
   return s;
@@ -54,29 +56,33 @@ __device__ inline uint2 quantize8(const float (&v)[8], float factor) {
   return {pairs[0] | pairs[1] << 16, pairs[2] | pairs[3] << 16};
 }
 
+/// Largest magnitude that 16 neighbouring threads hold, who hold one group of 128.
+__device__ inline float amax_of_group(float amax) {
+  const unsigned group = 0xffffu << (threadIdx.x & 16);
+#pragma unroll
+  for (int d = 1; d < 16; d *= 2) amax = fmaxf(amax, __shfl_xor_sync(group, amax, d));
+  return amax;
+}
+
 /// Vector `v` (8 channels) of a chunk into shared memory. Sixteen neighbouring threads hold one
-/// group of 128. Returns how many values were clipped (static wire).
+/// group of 128. `token_amax`: of the vector's token, where the wire has one scale per token.
+/// Returns how many values were clipped (static wire).
 template <WireFormat Wire>
-__device__ int stage_vector(const uint4& in, int v, float static_inverse, std::uint8_t* payload,
-                            float* scale) {
+__device__ int stage_vector(const uint4& in, int v, int row_vectors, float static_inverse,
+                            float token_amax, std::uint8_t* payload, float* scale) {
   if constexpr (Wire == WireFormat::kBf16) {
     reinterpret_cast<uint4*>(payload)[v] = in;
     return 0;
   }
-  const unsigned words[4] = {in.x, in.y, in.z, in.w};
-  float value[8], amax = 0.0f;
-#pragma unroll
-  for (int i = 0; i < 4; ++i) {
-    value[2 * i] = __uint_as_float(words[i] << 16);
-    value[2 * i + 1] = __uint_as_float(words[i] & 0xffff0000u);
-    amax = fmaxf(amax, fmaxf(fabsf(value[2 * i]), fabsf(value[2 * i + 1])));
-  }
+  float value[8];
+  float amax = widen_vector(in, value);
   float factor = static_inverse;
   int clipped = 0;
-  if constexpr (kScaled<Wire>) {
-    const unsigned group = 0xffffu << (threadIdx.x & 16);
-#pragma unroll
-    for (int d = 1; d < 16; d *= 2) amax = fmaxf(amax, __shfl_xor_sync(group, amax, d));
+  if constexpr (Wire == WireFormat::kE4m3Token) {
+    factor = group_inverse(token_amax);
+    if (v % row_vectors == 0) scale[v / row_vectors] = group_scale(token_amax);
+  } else if constexpr (kScaled<Wire>) {
+    amax = amax_of_group(amax);
     float s = group_scale(amax);
     factor = group_inverse(amax);
     if constexpr (Wire == WireFormat::kE4m3Pow2) {
@@ -108,19 +114,54 @@ __device__ inline void load_batch(const SlotParams& p, const DispatchParams& d, 
   }
 }
 
+/// The largest magnitude of each token of a chunk, as bits of a float32, in shared memory. All
+/// threads call it. `batch` holds what load_batch() reads from vector threadIdx.x on, before and
+/// after.
+__device__ inline const unsigned* find_token_amax(const SlotParams& p, const DispatchParams& d,
+                                                  int first, int num_vectors, Batch& batch) {
+  __shared__ unsigned token_amax[kMaxChunk];
+  const int row_vectors = p.hidden / 8, begin = static_cast<int>(threadIdx.x);
+  if (begin < kMaxChunk) token_amax[begin] = 0;
+  __syncthreads();
+  constexpr int kBatchVectors = kDispatchThreads * kVectorsInFlight;
+  for (int base = begin; base < num_vectors;) {
+#pragma unroll
+    for (int i = 0; i < kVectorsInFlight; ++i) {
+      const int v = base + i * kDispatchThreads;
+      if (v >= num_vectors) continue;
+      const float amax = amax_of_group(vector_amax(batch.vector[i]));
+      if (v % 16 == 0) atomicMax(&token_amax[v / row_vectors], __float_as_uint(amax));
+    }
+    base += kBatchVectors;
+    if (num_vectors > kBatchVectors) load_batch(p, d, first, num_vectors, base, batch);
+  }
+  if (num_vectors > kBatchVectors) load_batch(p, d, first, num_vectors, begin, batch);
+  __syncthreads();
+  return token_amax;
+}
+
 /// Tokens [first, first + count) in the wire format, into shared memory. `batch` holds what
 /// load_batch() reads from vector threadIdx.x on.
 template <WireFormat Wire>
 __device__ int stage_chunk(const SlotParams& p, const DispatchParams& d, int first, int count,
                            Batch& batch, std::uint8_t* payload, float* scale) {
-  const int num_vectors = count * (p.hidden / 8);
+  const int row_vectors = p.hidden / 8, num_vectors = count * row_vectors;
+  const unsigned* token_amax = nullptr;
+  if constexpr (Wire == WireFormat::kE4m3Token) {
+    token_amax = find_token_amax(p, d, first, num_vectors, batch);
+  }
   int clipped = 0;
   for (int base = static_cast<int>(threadIdx.x); base < num_vectors;) {
 #pragma unroll
     for (int i = 0; i < kVectorsInFlight; ++i) {
       const int v = base + i * kDispatchThreads;
       if (v < num_vectors) {
-        clipped += stage_vector<Wire>(batch.vector[i], v, d.static_inverse, payload, scale);
+        float amax = 0.0f;
+        if constexpr (Wire == WireFormat::kE4m3Token) {
+          amax = __uint_as_float(token_amax[v / row_vectors]);
+        }
+        clipped += stage_vector<Wire>(batch.vector[i], v, row_vectors, d.static_inverse, amax,
+                                      payload, scale);
       }
     }
     base += kDispatchThreads * kVectorsInFlight;

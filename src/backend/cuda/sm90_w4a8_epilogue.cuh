@@ -1,0 +1,188 @@
+// sm90_w4a8_epilogue.cuh - what becomes of a tile's sums: bf16 rows here or at their tokens' ranks, or
+// activated and quantized rows of h.
+#pragma once
+
+#include "backend/cuda/activation.cuh"
+#include "backend/cuda/e4m3_group.cuh"
+#include "backend/cuda/ptx/math.cuh"
+#include "backend/cuda/ptx/mbarrier.cuh"
+#include "backend/cuda/ptx/sync.cuh"
+#include "backend/cuda/sm90_w4a8_config.cuh"
+#include "backend/cuda/sm90_w4a8_unit.cuh"
+
+namespace sluice::cuda {
+
+inline constexpr int kMathBarrier = 1;  ///< Named barrier of the math warpgroups.
+inline constexpr int kHomeBarrier = 2;  ///< And from here on those of each of them.
+
+/// bf16 rows: a thread's two rows are neighbouring channels, a warp writes whole 32-byte sectors.
+template <class C, int N>
+__device__ __forceinline__ void store_bf16(const Phase& phase, const TileInfo& t,
+                                           const MathLane& lane,
+                                           const float (&sum)[C::kSlabsPerWarpgroup][N / 2]) {
+#pragma unroll
+  for (int b = 0; b < C::kSlabsPerWarpgroup; ++b) {
+    const int slab = lane.warpgroup * C::kSlabsPerWarpgroup + b;
+    const int channel = t.row_tile * kTileRows + slab * kSlabRows + lane.warp * 16 + 2 * lane.row;
+    std::uint16_t* out = phase.y + static_cast<long long>(t.row0 + lane.column) * phase.n + channel;
+    const int num_tokens = t.num_tokens - lane.column;
+#pragma unroll
+    for (int j = 0; j < N / 8; ++j) {  // one running pointer: a pointer per token would spill
+#pragma unroll
+      for (int i = 0; i < 2; ++i) {
+        if (8 * j + i < num_tokens) {
+          *reinterpret_cast<std::uint32_t*>(out + i * phase.n) =
+              ptx::bf16x2_from_float(sum[b][4 * j + 2 + i], sum[b][4 * j + i]);
+        }
+      }
+      out += 8 * static_cast<long long>(phase.n);
+    }
+  }
+}
+
+/// Rows that leave for their tokens' ranks go through shared memory, in lines of 128 bytes that a
+/// link takes whole. Each warpgroup has its own part of what store_hidden() uses in the phase
+/// before, so warpgroups do not wait for each other.
+template <class C>
+struct HomeStage {
+  static constexpr int kTokens = C::kMaxTokens / C::kMathWarpgroups;  // staged at a time
+  std::uint8_t* line;  // [kTokens, kHiddenPitch] 64 channels each
+  std::uint64_t* row;  // [kMaxTokens] origins, then where the rows go
+
+  __device__ __forceinline__ HomeStage(Shared<C>& s, const MathLane& lane)
+      : line(s.h + lane.warpgroup * kTokens * C::kHiddenPitch),
+        row(reinterpret_cast<std::uint64_t*>(s.amax[4 * lane.warpgroup])) {}
+};
+
+/// Asks for the origins of the tile's rows, which come while it is computed.
+template <class C>
+__device__ __forceinline__ void fetch_origins(Shared<C>& s, const Phase& phase, const TileInfo& t,
+                                              const MathLane& lane) {
+  static_assert(C::kMaxTokens <= 128 && 4 * sizeof(s.amax[0]) >= 8 * C::kMaxTokens);
+  if (lane.thread >= t.num_tokens) return;
+  ptx::cp_async_8(HomeStage<C>(s, lane).row + lane.thread,
+                  phase.home.origin + t.row0 + lane.thread);
+}
+
+/// bf16 rows, each to its home.
+template <class C, int N>
+__device__ __forceinline__ void store_home(Shared<C>& s, const Phase& phase, const TileInfo& t,
+                                           const MathLane& lane,
+                                           const float (&sum)[C::kSlabsPerWarpgroup][N / 2]) {
+  constexpr int kCount = N < HomeStage<C>::kTokens ? N : HomeStage<C>::kTokens;
+  const HomeStage<C> stage(s, lane);
+  const int barrier = kHomeBarrier + lane.warpgroup;
+  ptx::cp_async_wait();
+  if (lane.thread < t.num_tokens) {
+    const std::uint64_t at = stage.row[lane.thread];
+    stage.row[lane.thread] = reinterpret_cast<std::uint64_t>(
+        phase.home.rows[at >> 32] + static_cast<long long>(at & 0xffffffffu) * phase.n);
+  }
+#pragma unroll
+  for (int b = 0; b < C::kSlabsPerWarpgroup; ++b) {
+    const int slab = lane.warpgroup * C::kSlabsPerWarpgroup + b;
+    const int channel = t.row_tile * kTileRows + slab * kSlabRows + lane.thread % 8 * 8;
+#pragma unroll
+    for (int first = 0; first < N; first += kCount) {
+#pragma unroll
+      for (int j = 0; j < kCount / 8; ++j) {
+        std::uint8_t* const to =
+            stage.line + (8 * j + lane.column) * C::kHiddenPitch + (lane.warp * 8 + lane.row) * 4;
+        const int at = 4 * (first / 8 + j);
+        *reinterpret_cast<std::uint32_t*>(to) = ptx::bf16x2_from_float(sum[b][at + 2], sum[b][at]);
+        *reinterpret_cast<std::uint32_t*>(to + C::kHiddenPitch) =
+            ptx::bf16x2_from_float(sum[b][at + 3], sum[b][at + 1]);
+      }
+      ptx::named_barrier(barrier, 128);
+      for (int i = lane.thread / 8; i < kCount; i += 16) {
+        if (first + i >= t.num_tokens) break;
+        auto* const row = reinterpret_cast<std::uint16_t*>(stage.row[first + i]);
+        *reinterpret_cast<uint4*>(row + channel) = *reinterpret_cast<const uint4*>(
+            stage.line + i * C::kHiddenPitch + lane.thread % 8 * 16);
+      }
+      ptx::named_barrier(barrier, 128);
+    }
+  }
+}
+
+/// Per token, 448 / amax over the tile's 128 channels, into s.h_inv; the stored scale goes to
+/// global.
+template <class C, int N>
+__device__ __forceinline__ void scale_hidden(Shared<C>& s, const Phase& phase, const TileInfo& t,
+                                             const MathLane& lane,
+                                             const float (&h)[C::kSlabsPerWarpgroup][N / 4]) {
+  const int math_warp = lane.warpgroup * 4 + lane.warp;
+#pragma unroll
+  for (int i = 0; i < N / 4; ++i) {
+    float m = fabsf(h[0][i]);
+#pragma unroll
+    for (int b = 1; b < C::kSlabsPerWarpgroup; ++b) m = fmaxf(m, fabsf(h[b][i]));
+#pragma unroll
+    for (int d = 4; d < 32; d *= 2) m = fmaxf(m, __shfl_xor_sync(0xffffffffu, m, d));
+    if (lane.row == 0) s.amax[math_warp][8 * (i / 2) + lane.column + i % 2] = m;
+  }
+  ptx::named_barrier(kMathBarrier, C::kMathThreads);
+  const int token = lane.warpgroup * 128 + lane.thread;
+  if (token < N) {
+    float m = 0.0f;
+#pragma unroll
+    for (int w = 0; w < C::kMathWarps; ++w) m = fmaxf(m, s.amax[w][token]);
+    s.h_inv[token] = group_inverse(m);
+    if (token < t.num_tokens) {
+      phase.h_scale[static_cast<long long>(t.row0 + token) * (phase.n / kTileRows) + t.row_tile] =
+          group_scale(m);
+    }
+  }
+  ptx::named_barrier(kMathBarrier, C::kMathThreads);
+}
+
+/// h = activate(gate, up) in f32, quantized, through shared memory to whole 128-byte rows; then
+/// counts the tile as finished.
+template <class C, int N, class Activation>
+__device__ __forceinline__ void store_hidden(Shared<C>& s, const Params& p, const Phase& phase,
+                                             const TileInfo& t, const MathLane& lane,
+                                             const Activation& activate,
+                                             const float (&sum)[C::kSlabsPerWarpgroup][N / 2]) {
+  float h[C::kSlabsPerWarpgroup][N / 4];
+#pragma unroll
+  for (int b = 0; b < C::kSlabsPerWarpgroup; ++b) {
+#pragma unroll
+    for (int i = 0; i < N / 4; ++i) {
+      const int at = 4 * (i / 2) + i % 2;
+      h[b][i] = activate(sum[b][at], sum[b][at + 2]);
+    }
+  }
+  const bool dynamic = phase.h_scale != nullptr;
+  if (dynamic) scale_hidden<C, N>(s, phase, t, lane, h);
+#pragma unroll
+  for (int i = 0; i < N / 4; i += 2) {
+    const int token = 8 * (i / 2) + lane.column;
+    const float inv0 = dynamic ? s.h_inv[token] : phase.h_inv_static;
+    const float inv1 = dynamic ? s.h_inv[token + 1] : phase.h_inv_static;
+#pragma unroll
+    for (int b = 0; b < C::kSlabsPerWarpgroup; ++b) {
+      const int slab = lane.warpgroup * C::kSlabsPerWarpgroup + b;
+      std::uint8_t* dst = s.h + token * C::kHiddenPitch + slab * 32 + lane.warp * 8 + lane.row;
+      const std::uint16_t codes =
+          ptx::e4m3x2_from_float(__fmul_rn(h[b][i + 1], inv1), __fmul_rn(h[b][i], inv0));
+      dst[0] = static_cast<std::uint8_t>(codes);
+      dst[C::kHiddenPitch] = static_cast<std::uint8_t>(codes >> 8);
+    }
+  }
+  ptx::named_barrier(kMathBarrier, C::kMathThreads);
+  const int thread = lane.warpgroup * 128 + lane.thread;
+  const int part = thread % 8 * 16;
+  for (int token = thread / 8; token < t.num_tokens; token += C::kMathThreads / 8) {
+    const uint4 row = *reinterpret_cast<const uint4*>(s.h + token * C::kHiddenPitch + part);
+    std::uint8_t* dst =
+        phase.h + static_cast<long long>(t.row0 + token) * (phase.n / 2) + t.row_tile * 128 + part;
+    *reinterpret_cast<uint4*>(dst) = row;
+  }
+  ptx::named_barrier(kMathBarrier, C::kMathThreads);
+  if (thread == 0 && p.num_phases == 2) {
+    ptx::fence_proxy_async();  // the next phase reads these rows through the copy engine
+    ptx::reduce_add_release_gpu(&p.sync[kSyncHeader + t.expert], 1);
+  }
+}
+
+}  // namespace sluice::cuda
