@@ -40,7 +40,7 @@ ExpertsBenchConfig bench_config(const Options& options) {
       .geometry = geometry,
       .scale_dtype = parse_scale_dtype(geometry, options.scale_dtype, DType::kBFloat16),
       .has_minus8 = options.has_minus8,
-      .recipe = parse_recipe(options.recipe),
+      .recipes = {parse_recipe(options.recipe)},
       .num_experts = options.experts,
       .routing = {},
       .rows_per_expert = options.rows,
@@ -50,17 +50,16 @@ ExpertsBenchConfig bench_config(const Options& options) {
   if (options.hidden > 0) config.geometry.hidden = options.hidden;
   if (options.intermediate > 0) config.geometry.intermediate = options.intermediate;
   if (options.group_size > 0) config.geometry.group_size = options.group_size;
-  std::vector<std::string> routing = options.routing;
-  if (options.sweep) {
-    config.num_experts = {8, 16, 32};
-    config.rows_per_expert = {1, 8, 16, 32, 64, 128, 256, 512, 1024};
-    routing = {"uniform", "zipf", "one-expert"};
-  }
-  for (const std::string& name : routing) config.routing.push_back(parse_routing(name));
+  for (const std::string& name : options.routing) config.routing.push_back(parse_routing(name));
   for (const std::string& text : options.activations) {
     config.activations.push_back(parse_activation(text));
   }
   return config;
+}
+
+const char* values_of(const ExpertsBenchConfig& config) {
+  if (config.geometry.weight_format == WeightFormat::kMxfp4) return "-6..6";
+  return config.has_minus8 ? "-8..7" : "-7..7";
 }
 
 const char* name_of(RoutingKind routing) {
@@ -69,8 +68,44 @@ const char* name_of(RoutingKind routing) {
                                           : "one-expert";
 }
 
-void report_case(const ExpertsBenchCase& c, const ExpertsBenchReport& report, double unit_us,
-                 Table& table, Output& output) {
+/// What --sweep runs. First every kind of weights and of activation scales, then what else a rank
+/// may have: fewer experts, uneven rows, experts cut for tensor parallelism.
+std::vector<ExpertsBenchConfig> sweep_of(const ExpertsBenchConfig& base) {
+  std::vector<ExpertsBenchConfig> sweep;
+  ExpertsBenchConfig config = base;
+  if (config.geometry.weight_format != WeightFormat::kInt4) {  // MXFP4 has one kind of scales.
+    config.geometry.weight_format = WeightFormat::kInt4;
+    config.scale_dtype = DType::kBFloat16;
+  }
+  config.stage_only = true;
+  config.num_experts = {32};
+  config.routing = {RoutingKind::kUniform};
+  config.rows_per_expert = {1, 16, 64, 128, 256, 1024};
+  config.recipes = {Recipe{}, parse_recipe("bf16-static"), parse_recipe("direct-token")};
+  for (const int group_size : {128, 32}) {
+    config.geometry.group_size = group_size;
+    for (const bool has_minus8 : {false, true}) {
+      config.has_minus8 = has_minus8;
+      sweep.push_back(config);
+    }
+  }
+  config.geometry.group_size = 128, config.has_minus8 = false;
+  config.recipes = {Recipe{}};
+  config.rows_per_expert = {1, 16, 64, 128};
+  config.num_experts = {8, 16};
+  sweep.push_back(config);
+  config.num_experts = {32};
+  config.routing = {RoutingKind::kZipf, RoutingKind::kOneExpert};
+  sweep.push_back(config);
+  config.routing = {RoutingKind::kUniform};
+  config.rows_per_expert = {1, 4, 16, 64};
+  config.num_experts = {256}, config.geometry.intermediate = 256;
+  sweep.push_back(config);
+  return sweep;
+}
+
+void report_case(const ExpertsBenchConfig& config, const ExpertsBenchCase& c,
+                 const ExpertsBenchReport& report, double unit_us, Table& table, Output& output) {
   const auto time = [&](double us) {
     return fmt::format("{:.{}f}", us / unit_us, unit_us > 1 ? 3 : 1);
   };
@@ -80,9 +115,10 @@ void report_case(const ExpertsBenchCase& c, const ExpertsBenchReport& report, do
   nlohmann::ordered_json kernels;
   for (const ExpertsBenchKernel& k : c.kernels) {
     table.add(
-        {fmt::format("{}", c.num_experts), to_string(c.activation), name_of(c.routing),
-         fmt::format("{}", c.rows_per_expert), k.name, time(k.median_us), time(k.min_us),
-         time(k.max_us),
+        {fmt::format("{} of {}", c.num_experts, config.geometry.intermediate),
+         fmt::format("{}", config.geometry.group_size), values_of(config), to_string(c.recipe),
+         to_string(c.activation), name_of(c.routing), fmt::format("{}", c.rows_per_expert), k.name,
+         time(k.median_us), time(k.min_us), time(k.max_us),
          k.gbytes_per_s > 0 ? fmt::format("{:.{}f}", k.gbytes_per_s, unit_us > 1 ? 1 : 0) : "-",
          percent(k.gbytes_per_s, report.read_gbytes_per_s),
          k.tflops > 0 ? fmt::format("{:.{}f}", k.tflops, unit_us > 1 ? 3 : 0) : "-",
@@ -96,6 +132,10 @@ void report_case(const ExpertsBenchCase& c, const ExpertsBenchReport& report, do
                        {"tflops", k.tflops}});
   }
   output.json["cases"].push_back({{"num_experts", c.num_experts},
+                                  {"intermediate", config.geometry.intermediate},
+                                  {"group_size", config.geometry.group_size},
+                                  {"has_minus8", config.has_minus8},
+                                  {"recipe", to_string(c.recipe)},
                                   {"activation", to_string(c.activation)},
                                   {"routing", name_of(c.routing)},
                                   {"rows_per_expert", c.rows_per_expert},
@@ -105,7 +145,9 @@ void report_case(const ExpertsBenchCase& c, const ExpertsBenchReport& report, do
 }
 
 void bench_experts_command(const Options& options, Output& output) {
-  const ExpertsBenchConfig config = bench_config(options);
+  const ExpertsBenchConfig base = bench_config(options);
+  const std::vector<ExpertsBenchConfig> configs =
+      options.sweep ? sweep_of(base) : std::vector{base};
   const bool cuda = options.backend == "cuda";
   const int threads = options.threads > 0
                           ? options.threads
@@ -114,43 +156,46 @@ void bench_experts_command(const Options& options, Output& output) {
       make_backend({.device = {cuda ? Device::Kind::kCuda : Device::Kind::kHost, 0},
                     .num_threads = cuda ? 0 : threads});
   ProgressLine progress("bench experts");
-  const ExpertsBenchReport report =
-      bench_experts(config, *backend, [&](double fraction) { progress.update(fraction); });
-  check_ceiling(report);
+  std::vector<ExpertsBenchReport> reports;
+  const auto num_configs = static_cast<double>(configs.size());
+  for (const ExpertsBenchConfig& config : configs) {
+    reports.push_back(bench_experts(config, *backend, [&](double fraction) {
+      progress.update((static_cast<double>(reports.size()) + fraction) / num_configs);
+    }));
+    check_ceiling(reports.back());
+  }
 
-  const ModelGeometry& g = config.geometry;
-  const char* const scales = scale_dtype_text(config.scale_dtype);
+  const ModelGeometry& g = base.geometry;
+  const ExpertsBenchReport& first = reports.front();
   const double unit_us = cuda ? 1 : 1000;
-  fmt::print(
-      "experts   hidden {}, intermediate {}, groups of {}, {} scales, {} values {}, recipe {}\n",
-      g.hidden, g.intermediate, g.group_size, scales, to_string(g.weight_format),
-      g.weight_format == WeightFormat::kMxfp4 ? "-6..6"
-      : config.has_minus8                     ? "-8..7"
-                                              : "-7..7",
-      options.recipe);
-  fmt::print("device    {}: reads {:.1f} GB/s, {:.{}f} TFLOPS of {}\n", report.device,
-             report.read_gbytes_per_s, report.peak_tflops, cuda ? 0 : 3,
+  const char* const scales = scale_dtype_text(base.scale_dtype);
+  fmt::print("experts   {}, hidden {}, {} scales\n", to_string(g.weight_format), g.hidden, scales);
+  fmt::print("device    {}: reads {:.1f} GB/s, {:.{}f} TFLOPS of {}\n", first.device,
+             first.read_gbytes_per_s, first.peak_tflops, cuda ? 0 : 3,
              cuda ? "FP8" : "byte dot products");
   fmt::print("times     {}, median, smallest and largest of {}{}\n", cuda ? "us" : "ms",
              options.repeats,
              cuda ? fmt::format(" replays of a graph, {:.0f} ms of rest before each GEMM's",
                                 options.rest_ms)
                   : "; gate_up, activation and down: shares of the threads' time");
-  Table table({"experts", "activation", "routing", "rows/expert", "kernel", cuda ? "us" : "ms",
-               "min", "max", "GB/s", "% of read", "TFLOPS", cuda ? "% of FP8" : "% of dots",
-               "error/bound"});
-  for (const ExpertsBenchCase& c : report.cases) report_case(c, report, unit_us, table, output);
+  Table table({"experts", "groups", "values", "recipe", "activation", "routing", "rows/expert",
+               "kernel", cuda ? "us" : "ms", "min", "max", "GB/s", "% of read", "TFLOPS",
+               cuda ? "% of FP8" : "% of dots", "error/bound"});
+  for (std::size_t i = 0; i < configs.size(); ++i) {
+    for (const ExpertsBenchCase& c : reports[i].cases) {
+      report_case(configs[i], c, reports[i], unit_us, table, output);
+    }
+  }
   fmt::print("{}", table.to_string());
   output.json["command"] = "bench experts";
-  output.json["device"] = report.device;
+  output.json["device"] = first.device;
   output.json["geometry"] = {{"hidden", g.hidden},
                              {"intermediate", g.intermediate},
                              {"group_size", g.group_size},
                              {"weight_format", to_string(g.weight_format)},
                              {"scale_dtype", scales}};
-  output.json["recipe"] = options.recipe;
-  output.json["read_gbytes_per_s"] = report.read_gbytes_per_s;
-  output.json["peak_tflops"] = report.peak_tflops;
+  output.json["read_gbytes_per_s"] = first.read_gbytes_per_s;
+  output.json["peak_tflops"] = first.peak_tflops;
 }
 
 }  // namespace
@@ -186,15 +231,18 @@ void add_bench(Command& program, Output& output) {
   command.add_option("--activation", options->activations,
                      "swiglu | swiglu:limit=L | swiglu-oai:alpha=A,limit=L | "
                      "situ:beta=B,linear_beta=LB, instead of the preset's; may be repeated");
-  command.add_flag("--sweep", options->sweep,
-                   "8, 16 and 32 experts, 1 to 1024 rows, every routing: 81 cases");
+  command.add_flag(
+      "--sweep", options->sweep,
+      "The stage with every kind of weights and activation scales, 1 to 1024 rows; with "
+      "fewer experts, uneven rows and slices of experts: 92 cases. Uses none of the "
+      "options that choose one of these");
   command.add_option("--group-size", options->group_size, "Weights of one scale: 128 | 32")
       .one_of({128, 32});
   command
       .add_option("--recipe", options->recipe,
                   "direct: activation scales per 128 | bf16-static: static scales, as in the GEMMs "
-                  "of every static recipe")
-      .one_of({"direct", "bf16-static"})
+                  "of every static recipe | direct-token: one scale per row of x")
+      .one_of({"direct", "bf16-static", "direct-token"})
       .shows_default();
   command.add_flag("--minus8", options->has_minus8, "Weights that use -8 too, not -7..7 only");
   command.add_option("--rest", options->rest_ms, "CUDA: ms of rest before each GEMM's timing")

@@ -64,8 +64,16 @@ void DeviceRows::arrange(const std::vector<std::int32_t>& num_rows, int mean) {
            .expected_m = mean};
 }
 
-StaticScales DeviceRows::use_static(const PreparedExperts& experts) {
+std::optional<StaticScales> DeviceRows::use_scales(const Recipe& recipe,
+                                                   const PreparedExperts& experts) {
   in_.scale = as<float>(scale_), h_.scale = as<float>(h_scale_);
+  const std::vector<Cast> casts = gemm1_casts(recipe);
+  in_.scale_per_row = casts.back() == Cast::kToken;
+  if (!has_static_scale(recipe.gemm2)) return std::nullopt;
+  return use_static(experts);
+}
+
+StaticScales DeviceRows::use_static(const PreparedExperts& experts) {
   quantize();
   run(experts, nullptr);
   backend_.synchronize(stream_);

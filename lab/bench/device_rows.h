@@ -7,6 +7,7 @@
 #include <algorithm>
 #include <cstdint>
 #include <memory>
+#include <optional>
 #include <vector>
 
 #include "backend/ops.h"
@@ -25,8 +26,9 @@ class DeviceRows {
   /// Expert after expert without gaps; `mean` rows are expected of each.
   void arrange(const std::vector<std::int32_t>& num_rows, int mean);
 
-  /// Static scales instead of one per 128: the largest that the rows of this case need.
-  StaticScales use_static(const PreparedExperts& experts);
+  /// Rows with the scales of `recipe`. Static ones are the largest that the rows of this case need,
+  /// and are returned.
+  std::optional<StaticScales> use_scales(const Recipe& recipe, const PreparedExperts& experts);
 
   void quantize() { backend_.quantize(x(), rows_, false, in_, stream_); }
   void requantize() {
@@ -55,6 +57,7 @@ class DeviceRows {
   static T* as(const std::unique_ptr<DeviceBuffer>& buffer) {
     return reinterpret_cast<T*>(buffer->data());
   }
+  StaticScales use_static(const PreparedExperts& experts);
   [[nodiscard]] std::uint16_t* x() const { return as<std::uint16_t>(x_); }
 
   BackendOps& backend_;

@@ -61,8 +61,10 @@ struct Work {
 class CaseBench {
  public:
   CaseBench(const ExpertsBenchConfig& config, const ExpertsBenchReport& ceilings,
-            BackendOps& backend, DeviceRows& rows, const WeightSets& weights, LocalCalls& local)
+            const Recipe& recipe, BackendOps& backend, DeviceRows& rows, const WeightSets& weights,
+            LocalCalls& local)
       : config_(config),
+        recipe_(recipe),
         ceilings_(ceilings),
         backend_(backend),
         rows_(rows),
@@ -85,6 +87,7 @@ class CaseBench {
     std::vector<ExpertsBenchKernel> out;
     out.push_back(time("stage", gate_up + down, true,
                        [&](std::size_t set) { rows_.run(*weights_[set], &times); }));
+    if (config_.stage_only) return out;
     if (rows_.run_half(ExpertHalf::kGateUp, *weights_.front())) {
       for (const bool first : {true, false}) {
         out.push_back(
@@ -99,7 +102,7 @@ class CaseBench {
     }
     out.push_back(time("quantize", {rows * g.hidden * (2 + coded), 0}, false,
                        [&](std::size_t) { rows_.quantize(); }));
-    if (config_.recipe != Recipe{}) return out;
+    if (recipe_ != Recipe{}) return out;
     out.push_back(time("requantize", {rows * g.hidden * (coded + 1), 0}, false,
                        [&](std::size_t) { rows_.requantize(); }));
     // Beside the stage: x once, each row's codes and output written and read, y once.
@@ -161,6 +164,7 @@ class CaseBench {
   }
 
   const ExpertsBenchConfig& config_;
+  const Recipe& recipe_;
   const ExpertsBenchReport& ceilings_;
   BackendOps& backend_;
   DeviceRows& rows_;
@@ -190,10 +194,14 @@ void check_config(const ExpertsBenchConfig& config) {
   for (const int experts : config.num_experts) {
     check_argument(experts >= 1, "{} experts; at least one", experts);
   }
-  check_argument(
-      config.recipe == Recipe{} || config.recipe == parse_recipe("bf16-static"),
-      "recipe {}: the GEMMs of every recipe are those of direct or bf16-static, bench one of them",
-      to_string(config.recipe));
+  check_argument(!config.recipes.empty(), "no recipe to bench");
+  for (const Recipe& recipe : config.recipes) {
+    check_argument(recipe == Recipe{} || recipe == parse_recipe("bf16-static") ||
+                       recipe == parse_recipe("direct-token"),
+                   "recipe {}: the GEMMs of every recipe are those of direct, bf16-static or "
+                   "direct-token, bench one of them",
+                   to_string(recipe));
+  }
   for (const RoutingKind routing : config.routing) {
     check_argument(routing == RoutingKind::kUniform || routing == RoutingKind::kZipf ||
                        routing == RoutingKind::kOneExpert,
@@ -218,48 +226,52 @@ ExpertsBenchReport bench_experts(const ExpertsBenchConfig& config_in, Backend& b
   ExpertWeights weights =
       random_experts(config.geometry, config.scale_dtype, config.seed,
                      config.has_minus8 ? CodeRange::kAll : CodeRange::kSymmetric);
-  const auto reference_of = [&](const std::optional<StaticScales>& scales) {
+  const auto reference_of = [&](const Recipe& named, const std::optional<StaticScales>& scales) {
     const LayerRecipe recipe =
-        resolve_recipe(config.recipe, Mode::kNormal, DispatchDtype::kAuto, scales, "bench experts");
+        resolve_recipe(named, Mode::kNormal, DispatchDtype::kAuto, scales, "bench experts");
     return LayerReference(weights, recipe, 1.0f, error_model(backend.device().kind));
   };
   report.read_gbytes_per_s = backend.measure_read_bandwidth() * 1e-9;
   report.peak_tflops = backend.measure_arithmetic_rate() * 1e-12;
   DeviceRows rows(backend, config, std::int64_t{max_mean} * max_experts, max_experts);
-  const bool has_local = config.recipe == Recipe{};
-  LocalCalls local(backend, config.geometry, has_local ? std::int64_t{max_mean} * max_experts : 1,
+  const bool any_local =
+      !config.stage_only && std::ranges::find(config.recipes, Recipe{}) != config.recipes.end();
+  LocalCalls local(backend, config.geometry, any_local ? std::int64_t{max_mean} * max_experts : 1,
                    config.seed);
 
-  const double num_cases =
-      static_cast<double>(config.num_experts.size() * config.activations.size() *
-                          config.routing.size() * config.rows_per_expert.size());
+  const double num_cases = static_cast<double>(
+      config.num_experts.size() * config.activations.size() * config.recipes.size() *
+      config.routing.size() * config.rows_per_expert.size());
   for (const int num_experts : config.num_experts) {
     config.geometry.num_experts = num_experts;
     for (const ActivationFn& activation : config.activations) {
       weights.geometry.activation = activation;
       const WeightSets sets = prepare_sets(backend, first_experts(weights, num_experts));
-      if (has_local) local.use(first_experts(weights, num_experts), sets.size());
-      for (const RoutingKind routing : config.routing) {
-        for (const int mean : config.rows_per_expert) {
-          rows.arrange(spread_rows(routing, num_experts, mean), mean);
-          ExpertsBenchCase& out =
-              report.cases.emplace_back(ExpertsBenchCase{.num_experts = num_experts,
-                                                         .activation = activation,
-                                                         .routing = routing,
-                                                         .rows_per_expert = mean,
-                                                         .total_rows = rows.total_rows()});
-          std::optional<StaticScales> scales;
-          if (config.recipe != Recipe{}) scales = rows.use_static(*sets.front());
-          rows.quantize();
-          rows.run(*sets.front(), nullptr);
-          out.worst_error_ratio = rows.check(reference_of(scales));
-          if (has_local) {
-            local.arrange(spread_rows(routing, num_experts, mean));
-            out.worst_error_ratio =
-                std::max(out.worst_error_ratio, local.check(reference_of(scales)));
+      if (any_local) local.use(first_experts(weights, num_experts), sets.size());
+      for (const Recipe& recipe : config.recipes) {
+        const bool has_local = any_local && recipe == Recipe{};
+        for (const RoutingKind routing : config.routing) {
+          for (const int mean : config.rows_per_expert) {
+            rows.arrange(spread_rows(routing, num_experts, mean), mean);
+            ExpertsBenchCase& out =
+                report.cases.emplace_back(ExpertsBenchCase{.num_experts = num_experts,
+                                                           .activation = activation,
+                                                           .recipe = recipe,
+                                                           .routing = routing,
+                                                           .rows_per_expert = mean,
+                                                           .total_rows = rows.total_rows()});
+            const auto scales = rows.use_scales(recipe, *sets.front());
+            rows.quantize();
+            rows.run(*sets.front(), nullptr);
+            out.worst_error_ratio = rows.check(reference_of(recipe, scales));
+            if (has_local) {
+              local.arrange(spread_rows(routing, num_experts, mean));
+              out.worst_error_ratio =
+                  std::max(out.worst_error_ratio, local.check(reference_of(recipe, scales)));
+            }
+            out.kernels = CaseBench(config, report, recipe, backend, rows, sets, local).run();
+            if (on_progress) on_progress(static_cast<double>(report.cases.size()) / num_cases);
           }
-          out.kernels = CaseBench(config, report, backend, rows, sets, local).run();
-          if (on_progress) on_progress(static_cast<double>(report.cases.size()) / num_cases);
         }
       }
     }

@@ -31,6 +31,14 @@ TEST(W4A8Config, FewExpertsKeepSmallTilesUpTo64Rows) {
   EXPECT_EQ(choose(64, 0, 9), KernelConfig::kPrefill);
 }
 
+TEST(W4A8Config, OneScalePerRowKeepsOneKernelUpTo64Rows) {
+  for (const int expected_m : {1, 64, 65, 1024}) {
+    const ConfigChoice choice =
+        choose_config({.num_experts = 32, .expected_m = expected_m, .has_row_scales = true}, {});
+    EXPECT_EQ(choice.config, expected_m <= 64 ? KernelConfig::kDecode : KernelConfig::kPrefill);
+  }
+}
+
 TEST(W4A8Config, OneCtaForEachSmAndAReason) {
   const ConfigChoice choice = choose_config({.num_experts = 8, .expected_m = 8}, {.num_sms = 78});
   EXPECT_EQ(choice.num_ctas, 78);

@@ -34,7 +34,8 @@ with tempfile.TemporaryDirectory() as folder:
     check("inspect", r.returncode == 0 and "w4afp8" in r.stdout, r)
 
     for mode in ("low-latency", "normal"):
-        for recipe in ("direct", "direct-bf16", "bf16-static", "requant-static", "static", "pow2-static"):
+        for recipe in ("direct", "direct-bf16", "bf16-static", "requant-static", "static", "pow2-static",
+                       "direct-token"):
             r = run("run", "--checkpoint", model, "--ranks", "4", "--tokens", "5,0,3,1", "--repeat", "2",
                     "--mode", mode, "--recipe", recipe, "--verify", "9", "--json", report)
             check(f"run {mode} {recipe}", r.returncode == 0 and "all within bounds" in r.stdout
@@ -315,6 +316,8 @@ check("bench layer ipc: refused once", r.returncode == 2
       and r.stderr.count("8 experts are not divisible by 3 ranks") == 1, r)
 r = run("bench", "experts", "--preset", "tiny", "--rows", "1,3", "--repeat", "1")
 check("bench experts", r.returncode == 0 and "error/bound" in r.stdout and "of byte dot products" in r.stdout, r)
+r = run("bench", "experts", "--preset", "tiny", "--rows", "3", "--repeat", "1", "--recipe", "direct-token")
+check("bench experts of a recipe", r.returncode == 0 and " direct-token " in r.stdout, r)
 r = run("bench", "experts", "--preset", "tiny", "--rows", "3", "--repeat", "1", "--activation", "swiglu",
         "--activation", "situ:beta=4,linear_beta=25")
 check("bench experts of two activations", r.returncode == 0 and r.stdout.count(" swiglu ") > 2

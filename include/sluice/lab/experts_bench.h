@@ -14,14 +14,17 @@ namespace sluice {
 
 class Backend;
 
-/// One case for every combination of `num_experts`, `activations`, `routing` and `rows_per_expert`.
+/// One case for every combination of `num_experts`, `activations`, `recipes`, `routing` and
+/// `rows_per_expert`.
 struct ExpertsBenchConfig {
   ModelGeometry geometry;                ///< Sizes; its num_experts is used if the list is empty.
   DType scale_dtype = DType::kBFloat16;  ///< Of the weights.
   bool has_minus8 = false;               ///< Weights use all 16 int4 values, not -7..7 only.
-  /// `direct`: activation scales per 128 channels. `bf16-static`: static scales s1 and s2, as every
-  /// static recipe has them in its GEMMs, taken from the rows so that nothing saturates.
-  Recipe recipe = {};
+  /// A list of recipes whose GEMMs are unlike: `direct`, activation scales per 128 channels;
+  /// `bf16-static`, static scales s1 and s2, as every static recipe has them in its GEMMs, taken
+  /// from the rows so that nothing saturates; `direct-token`, one scale for each row of x.
+  std::vector<Recipe> recipes = {Recipe{}};
+  bool stage_only = false;                     ///< Only the kernel "stage".
   std::vector<int> num_experts = {};           ///< A list: local experts of this one rank.
   std::vector<ActivationFn> activations = {};  ///< A list; empty: the geometry's.
   std::vector<RoutingKind> routing = {RoutingKind::kUniform};  ///< kUniform, kZipf or kOneExpert.
@@ -43,6 +46,7 @@ struct ExpertsBenchKernel {
 struct ExpertsBenchCase {
   int num_experts = 0;
   ActivationFn activation = {};
+  Recipe recipe = {};
   RoutingKind routing = RoutingKind::kUniform;
   int rows_per_expert = 0;
   std::int64_t total_rows = 0;

@@ -210,7 +210,8 @@ struct Bench {
 
   void uniform(What what, int experts, int m, WeightCode code, bool is_static = false,
                int force = -1) {
-    const ConfigChoice c = choose_config({.num_experts = experts, .expected_m = m}, {});
+    const ConfigChoice c = choose_config(
+        {.num_experts = experts, .expected_m = m, .has_row_scales = is_token && !is_static}, {});
     const KernelConfig config = force < 0 ? c.config : static_cast<KernelConfig>(force);
     const std::string label = "m " + std::to_string(m);
     run(what, experts, std::vector<int>(experts, m), m, code, is_static, config, label.c_str());

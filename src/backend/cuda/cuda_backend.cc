@@ -227,7 +227,8 @@ cuda::ExpertGemms CudaBackend::gemms_of(const CudaExperts& experts, const Fp8Row
           .sync = experts.sync->data(),
           .config = cuda::choose_config({.num_experts = rows.num_experts,
                                          .expected_m = std::max(1, rows.expected_m),
-                                         .max_rows = static_cast<int>(rows.max_rows_per_expert)},
+                                         .max_rows = static_cast<int>(rows.max_rows_per_expert),
+                                         .has_row_scales = in.scale_per_row},
                                         {.num_sms = num_sms_}),
           .activation = experts.format.geometry.activation};
 }

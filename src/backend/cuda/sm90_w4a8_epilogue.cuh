@@ -1,5 +1,5 @@
-// sm90_w4a8_epilogue.cuh - what becomes of a tile's sums: bf16 rows here or at their tokens' ranks, or
-// activated and quantized rows of h.
+// sm90_w4a8_epilogue.cuh - what becomes of a tile's sums: bf16 rows here or at their tokens' ranks,
+// or activated and quantized rows of h.
 #pragma once
 
 #include "backend/cuda/activation.cuh"

@@ -101,6 +101,7 @@ struct ConfigProblem {
   int num_experts = 0;
   int expected_m = 0;  ///< Expected rows per expert that has rows. A hint only; never below 1.
   int max_rows = 0;    ///< Most rows any expert can have (max_m), 0 = unknown.
+  bool has_row_scales = false;  ///< x has one scale per row: two kernels in kPrefill.
 };
 struct ConfigDevice {
   int num_sms = 132;
