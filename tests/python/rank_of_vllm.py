@@ -234,6 +234,11 @@ def refused(folder, rank, ranks, kind, options):
     for text, call in wrong.items():
         with set_current_vllm_config(vllm_config(0)):  # Layers have their names in it, each once.
             expect_error(text, call)
+    for kind in ("packed-32", "w4afp8"):
+        config = vllm_config(0)
+        config.parallel_config.enable_eplb = True
+        with set_current_vllm_config(config):
+            expect_error(f"{PREFIX}: --enable-eplb moves experts between ranks", lambda: made(kind))  # noqa: B023
     with set_current_vllm_config(vllm_config(0)):
         # What the checkpoint itself leaves alone stays vLLM's.
         ignoring = scheme(32) | {"ignore": ["re:.*experts.*"]}

@@ -109,6 +109,29 @@ def with_two_batches(rank, folder):
         yield name
 
 
+def check_physical_experts(rank, path):
+    """--init-expert-location and --ep-num-redundant-experts: SGLang loads each expert where its map says, and routes by
+    that map. Sluice sees physical experts alone; each replica gives the bits of the expert."""
+    from unittest import mock
+
+    logical_of = [5, 0, 3, 7, 1, 2, 4, 6, 3, 0, 3, 5]  # Of 12 physical experts.
+    physical = {e: [p for p, logical in enumerate(logical_of) if logical == e] for e in range(8)}
+    location = mock.Mock(num_logical_experts=8, logical_to_all_physical=lambda layer, e, *_: physical[e])
+    plain = rank.layer(path)
+    seam = "sglang.srt.layers.moe.fused_moe_triton.layer.get_global_expert_location_metadata"
+    with mock.patch(seam, return_value=location):
+        placed = rank.layer(path, num_experts=12)
+    x, ids, weights = workload(1, 0, 8, plain.top_k, plain.hidden_size, rank.device)
+    replicas = ids.clone()
+    for t, row in enumerate(ids.tolist()):
+        for k, e in enumerate(row):
+            if e >= 0:
+                replicas[t, k] = physical[e][t % len(physical[e])]
+    y, expected = placed(x, topk_output(x, replicas, weights)), plain(x, topk_output(x, ids, weights))
+    assert {logical_of[p] for p in replicas.flatten().tolist() if p >= 0} == set(ids.flatten().tolist()) - {-1}
+    assert len(set(replicas.flatten().tolist())) > 9 and torch.equal(y, expected), "a replica gave other bits"
+
+
 def with_refusals(rank, folder):
     """What a layer refuses while it is made, by the field; and afterwards."""
     from sglang.srt.layers.moe import utils
@@ -164,7 +187,8 @@ def with_refusals(rank, folder):
                 refused(what, path)
         yield f"refused: {what}"
     get_context().override("test", enable_eplb=True)
-    refused("--enable-eplb", w4afp8)
+    for path in (w4afp8, ct):
+        refused("--enable-eplb", path)
     get_context().override("test", enable_eplb=False)
     yield "refused: --enable-eplb"
 
@@ -179,6 +203,10 @@ def with_refusals(rank, folder):
         else:
             raise AssertionError("new weights were taken")
     yield "refused: new weights; the old ones' memory is free"
+
+    for path in (w4afp8, ct):
+        check_physical_experts(rank, path)
+    yield "experts that lie where SGLang's map of the launch says"
 
     limited = rank.layer(w4afp8, swiglu_limit=0.25)
     assert "swiglu:limit=0.25" in Log.lines[-1], Log.lines[-1]

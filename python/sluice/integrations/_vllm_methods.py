@@ -64,6 +64,8 @@ def check_layer(layer: Any, name: str, group_size: int) -> None:
         refuse(name, "experts with biases")
     if moe.is_lora_enabled:
         refuse(name, "LoRA on routed experts")
+    if parallel.enable_eplb:
+        refuse(name, "--enable-eplb moves experts between ranks while it serves, and Sluice's are repacked")
     if not moe.is_act_and_mul:
         refuse(name, "experts without a gate matrix")
     if moe.in_dtype != torch.bfloat16:
