@@ -113,6 +113,42 @@ nb::dict stats_dict(const PyLayer& layer) {
   return d;
 }
 
+/// Waits for other ranks if `of_all`, and for the device: without the interpreter's lock.
+std::vector<std::int64_t> counted_rows(PyLayer& layer, bool of_all, const StreamArgument& stream) {
+  const Stream queue = to_stream(stream, {}, layer.backend->device());
+  const Call call(*layer.backend);
+  return of_all ? layer.layer->counted_rows_of_all(queue) : layer.layer->counted_rows(queue);
+}
+
+void bind_counts(nb::class_<PyLayer>& layer) {
+  layer
+      .def(
+          "count_rows",
+          [](PyLayer& l, bool on) {
+            const Call call(*l.backend);
+            l.layer->count_rows(on);
+          },
+          "on"_a = true,
+          "When on, calls add up the rows that each of this rank's experts receives. Nothing "
+          "waits\n"
+          "for it, and a graph captured meanwhile counts in every replay.\n\n"
+          "Raises Error: out_of_memory.")
+      .def("counted_rows", &counted_rows, nb::kw_only(), "of_all"_a = false,
+           "stream"_a = nb::none(),
+           "Rows of all calls with count_rows(): [num_local_experts] of this rank; with of_all\n"
+           "[num_experts] of all ranks together, which is collective and what balance() takes.\n\n"
+           "stream: on which the last call was queued; waits for it. None: the default stream.\n\n"
+           "Raises Error: peer_timeout naming ranks.")
+      .def(
+          "reset_counted_rows",
+          [](PyLayer& l, const StreamArgument& stream) {
+            const Stream queue = to_stream(stream, {}, l.backend->device());
+            const Call call(*l.backend);
+            l.layer->reset_counted_rows(queue);
+          },
+          nb::kw_only(), "stream"_a = nb::none(), "Sets the counts to zero.");
+}
+
 void bind_in_flight(nb::module_& m) {
   nb::class_<PyInFlight>(m, "InFlight",
                          "A call of a Layer whose tokens have been sent. Keeps layer and routing\n"
@@ -125,9 +161,12 @@ void bind_in_flight(nb::module_& m) {
 }
 
 void bind_layer_class(nb::module_& m) {
-  nb::class_<PyLayer>(m, "Layer",
-                      "One MoE layer; made by LayerGroup.add_layer(). Keeps the group's buffers,\n"
-                      "transport and backend alive.")
+  nb::class_<PyLayer> layer(
+      m, "Layer",
+      "One MoE layer; made by LayerGroup.add_layer(). Keeps the group's buffers,\n"
+      "transport and backend alive.");
+  bind_counts(layer);
+  layer
       .def_prop_ro(
           "name", [](const PyLayer& l) { return l.layer->name(); }, "As messages have it.")
       .def("forward", &moe_forward, "x"_a, "routing"_a, nb::kw_only(), "mode"_a = nb::none(),

@@ -181,6 +181,21 @@ class Layer {
   void record_gemm_input_digest(bool on) noexcept;
   [[nodiscard]] std::uint64_t gemm_input_digest() const noexcept;
 
+  /// When on, every call adds up the rows that each of this rank's experts received, where they are
+  /// counted anyway: nothing waits, and a CUDA graph that is captured meanwhile counts whenever it
+  /// is replayed. Off at creation.
+  /// Stream: turned on for the first time, allocates, which waits for the device.
+  /// Throws: kOutOfMemory.
+  void count_rows(bool on);
+  /// Of all calls with count_rows(true), in both modes: [num_local_experts].
+  /// Stream: waits for `stream`, on which the last call was queued.
+  [[nodiscard]] std::vector<std::int64_t> counted_rows(Stream stream) const;
+  /// The same of every expert, from all ranks: what balance() takes. [num_experts]
+  /// Ranks: collective.   Throws: kPeerTimeout, kTransport.
+  [[nodiscard]] std::vector<std::int64_t> counted_rows_of_all(Stream stream) const;
+  /// Sets the counts to zero.   Stream: as counted_rows().
+  void reset_counted_rows(Stream stream);
+
   struct Impl;  ///< Internal.
 
  private:

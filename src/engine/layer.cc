@@ -62,7 +62,8 @@ void Layer::forward(Mode mode, TensorView x, const Routing& routing, MutableTens
   self.stats = {};
   self.started = self.mark = Impl::Clock::now();
   self.group->order->before(stream);
-  Dispatched dispatched = m.exchange->dispatch(x, routing, stream, m.recipe.wire_static_scale());
+  Dispatched dispatched =
+      m.exchange->dispatch(x, self.counted(routing), stream, m.recipe.wire_static_scale());
   self.stats.times.dispatch_us = self.stage_us(self.mark, stream);
   self.run(m, std::move(dispatched), y, stream);
   self.group->order->after(stream);
@@ -72,7 +73,7 @@ Dispatched Layer::dispatch_send(Mode mode, TensorView x, const Routing& routing,
   Impl::ModeOfLayer& m = impl_->mode(mode);
   impl_->group->order->before(stream);
   Dispatched dispatched =
-      m.exchange->dispatch_send(x, routing, stream, m.recipe.wire_static_scale());
+      m.exchange->dispatch_send(x, impl_->counted(routing), stream, m.recipe.wire_static_scale());
   impl_->group->order->after(stream);
   dispatched.route_->layer = impl_->id;
   dispatched.route_->keeps = impl_->group;

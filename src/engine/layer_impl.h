@@ -80,7 +80,10 @@ struct Layer::Impl {
   Experts::Impl experts;
   std::array<std::optional<ModeOfLayer>, 2> modes;  ///< By Mode.
 
-  bool records_stats = false, records_digest = false;
+  bool records_stats = false, records_digest = false, counts_rows = false;
+  std::unique_ptr<DeviceBuffer> row_totals;  ///< [num_local] int64, once rows have been counted.
+  /// `routing`, counted if count_rows(true).
+  [[nodiscard]] Routing counted(Routing routing) const;
   ForwardStats stats;
   std::uint64_t digest = 0;
 

@@ -80,6 +80,11 @@ void check_dispatch(const ExchangeConfig& c, const TensorView& x, const Routing&
   check_tensor("topk_weights", routing.topk_weights, DType::kFloat32, slots, device);
 }
 
+void check_row_totals(const Exchange::Impl& impl, const MutableTensorView& totals) {
+  if (totals.empty()) return;
+  check_tensor("row_totals", totals, DType::kInt64, Shape{impl.placement.num_local()}, impl.device);
+}
+
 ExchangeConfig resolved(ExchangeConfig config, int num_ranks) {
   check_config(config, num_ranks);
   if (config.mode == Mode::kLowLatency && config.max_m == 0) {
@@ -157,6 +162,7 @@ void check_y(const Exchange::Impl& impl, const Dispatched::Route& route,
 Dispatched Exchange::dispatch(TensorView x, const Routing& routing, Stream stream,
                               float static_scale) {
   check_dispatch(impl_->config, x, routing, static_scale, impl_->device);
+  check_row_totals(*impl_, routing.row_totals);
   auto route = impl_->dispatch(x, routing, static_scale, stream);
   route->stage = Stage::kReceived;
   route->num_tokens = x.dim(0);
@@ -167,6 +173,7 @@ Dispatched Exchange::dispatch(TensorView x, const Routing& routing, Stream strea
 Dispatched Exchange::dispatch_send(TensorView x, const Routing& routing, Stream stream,
                                    float static_scale) {
   check_dispatch(impl_->config, x, routing, static_scale, impl_->device);
+  check_row_totals(*impl_, routing.row_totals);
   auto route = impl_->dispatch_send(x, routing, static_scale, stream);
   route->num_tokens = x.dim(0);
   route->owner = impl_.get();

@@ -57,6 +57,10 @@ void HostExchange::dispatch_receive(Dispatched::Route& base, Stream) {
   protocol_.wait_for_all(route.use, Flag::kDispatched, "dispatch");
   receive_rows(route);
   counters_.wait_ns = protocol_.wait_ns();
+  if (route.routing.row_totals.empty()) return;
+  for (std::size_t e = 0; e < route.num_rows.size(); ++e) {
+    route.routing.row_totals.as<std::int64_t>()[e] += route.num_rows[e];
+  }
 }
 
 void HostExchange::combine_send(Dispatched::Route& base, TensorView expert_y, Stream) {

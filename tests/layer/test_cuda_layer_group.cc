@@ -269,6 +269,33 @@ TEST_F(CudaLayerGroupTest, TwoLayersInFlightOnTwoStreams) {
   }
 }
 
+/// Counted by the kernels of a graph whenever it is replayed, with nothing waiting in between.
+TEST_F(CudaLayerGroupTest, AGraphCountsTheRowsOfEachReplay) {
+  LayerGroup group = LayerGroup::create(group_config(), *transports_[0], *backend_);
+  std::vector<Layer> layers = make_layers(group, 2);
+  const Call c = call_of(0);
+  const auto both = [&] {
+    for (const Mode mode : kModes) forward_on(stream_, layers[0], mode, c);
+    forward_on(stream_, layers[1], Mode::kNormal, c);
+  };
+  both();  // Before counting: kernels load, and nothing is counted.
+  layers[0].count_rows(true);
+  const auto launch = capture(both);
+  for (int i = 0; i < 3; ++i) launch();
+  std::vector<std::int64_t> expected(8);
+  for (const int e : tokens_of(0).topk_idx) {
+    if (e >= 0) expected[static_cast<std::size_t>(e)] += 6;  // Two modes, three times.
+  }
+  (void)take(c);
+  EXPECT_EQ(layers[0].counted_rows(stream_), expected);
+  EXPECT_EQ(layers[0].counted_rows_of_all(stream_), expected);
+  EXPECT_EQ(layers[1].counted_rows(stream_), std::vector<std::int64_t>(8));
+  layers[0].reset_counted_rows(stream_);
+  forward_on(stream_, layers[0], Mode::kLowLatency, c);
+  for (std::int64_t& n : expected) n /= 6;
+  EXPECT_EQ(layers[0].counted_rows(stream_), expected);
+}
+
 TEST_F(CudaLayerGroupTest, ThePlanIsWhatAGroupTakesLayerByLayer) {
   constexpr int kRanks = 2;
   auto transports = make_inproc_transports(kRanks);

@@ -276,7 +276,8 @@ std::unique_ptr<DeviceExchange::DeviceRoute> DeviceExchange::send(TensorView x,
                          .num_tokens = static_cast<int>(num_tokens),
                          .static_inverse = static_scale != 0 ? 1.0f / static_scale : 0.0f,
                          .receive = receive,
-                         .chunk_tokens = chunk_tokens},
+                         .chunk_tokens = chunk_tokens,
+                         .row_totals = routing.row_totals.as<std::int64_t>()},
                         config.wire, num_ctas, stream.handle);
   auto route = std::make_unique<DeviceRoute>(*this, slot, stream);
   route->routing = routing;

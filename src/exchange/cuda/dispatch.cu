@@ -232,7 +232,9 @@ __global__ void __launch_bounds__(kThreads, 1)
   if (tid == 0) p.slot->epoch = epoch, p.slot->refused = refused;
   const int num_local = p.placement.num_local();
   for (int e = tid; e < num_local; e += kThreads) {
-    p.num_rows[e] = refused ? 0 : total[p.placement.expert_of(p.window.rank, e)];
+    const int rows = refused ? 0 : total[p.placement.expert_of(p.window.rank, e)];
+    p.num_rows[e] = rows;
+    if (d.row_totals != nullptr) d.row_totals[e] += rows;
   }
   if (d.receive && !wait_for_all(p, p.dispatched, kDispatchRows, epoch)) forget_rows(p);
 }

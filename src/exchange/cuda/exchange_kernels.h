@@ -84,9 +84,10 @@ struct DispatchParams {
   const void* topk_idx = nullptr;    // [num_tokens, num_topk] int32 or int64
   bool wide_idx = false;
   int num_tokens = 0;
-  float static_inverse = 0;  // 1 / s1
-  bool receive = false;      // Also wait for every rank's rows.
-  int chunk_tokens = 1;      // Staged together; fewer if they do not fit.
+  float static_inverse = 0;            // 1 / s1
+  bool receive = false;                // Also wait for every rank's rows.
+  int chunk_tokens = 1;                // Staged together; fewer if they do not fit.
+  std::int64_t* row_totals = nullptr;  // [num_local_experts] += num_rows; null: nobody counts.
 };
 
 /// Sends rows; with `receive`, also waits for everybody's. Masked layout, or contiguous without
