@@ -15,6 +15,7 @@
 #include "sluice/config.h"
 #include "sluice/error.h"
 #include "sluice/lab/ranks.h"
+#include "sluice/placement_files.h"
 
 namespace sluice::cli {
 namespace {
@@ -31,7 +32,7 @@ struct Options {
   std::int64_t verify = 8;
   float routed_scaling_factor = 1.0f;
   bool prove = false, stats = false;
-  std::string metrics_path;
+  std::string metrics_path, expert_rows_path;
 };
 
 std::vector<int> resolve_layers(const Options& options, const Checkpoint& checkpoint) {
@@ -205,6 +206,9 @@ void report(const Options& options, const LayerRunConfig& config, const Checkpoi
   print_verification(all);
   output.json["verify"] = to_json(all);
   print_memory(config, result.layers.back().ranks, peak, has_processes, output.json);
+  if (!options.expert_rows_path.empty()) {
+    write_expert_rows(options.expert_rows_path, expert_rows(result));
+  }
   output.exit_status = passed && all.passed() ? 0 : 1;
 }
 
@@ -292,6 +296,10 @@ void add_run(Command& program, Output& output) {
   command
       .add_option("--metrics", options->metrics_path,
                   "Write the counters to FILE in Prometheus text format")
+      .type_name("FILE");
+  command
+      .add_option("--expert-rows", options->expert_rows_path,
+                  "Write the rows of every expert of each layer to FILE, for balance --counts")
       .type_name("FILE");
   command.on_parsed([options, &output] { run(*options, output); });
 }

@@ -28,5 +28,6 @@ void add_bench_model(Command& bench, Output& output);     ///< Under `bench`.
 void add_bench_load(Command& bench, Output& output);      ///< Under `bench`.
 void add_accuracy(Command& program, Output& output);
 void add_plan(Command& program, Output& output);
+void add_balance(Command& program, Output& output);
 
 }  // namespace sluice::cli

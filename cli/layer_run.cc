@@ -169,6 +169,7 @@ RankResult RankRun::run_layer(std::size_t index, LayerRunResult& shared) {
   Layer& layer = layers_[index];
   RankResult result;
   layer.record_stats(true);
+  layer.count_rows(true);
   const ExchangeCounters at_begin = layer.exchange_counters(config_.mode);
   std::vector<ForwardStats> repeats;
   std::vector<double> total_us;
@@ -196,6 +197,8 @@ RankResult RankRun::run_layer(std::size_t index, LayerRunResult& shared) {
   std::ranges::stable_sort(order, {}, [&](std::size_t i) { return slowest[i]; });
   result.stats = repeats[order[order.size() / 2]];
   result.totals = minus(layer.exchange_counters(config_.mode), at_begin);
+  result.counted_rows = layer.counted_rows(stream_);
+  layer.count_rows(false);
   result.memory = group_.memory();
   result.digest = layer.gemm_input_digest();
   result.y.resize(load_.x.size());

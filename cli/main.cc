@@ -30,6 +30,7 @@ int main(int argc, char** argv) {
   sluice::cli::add_bench(program, output);
   sluice::cli::add_accuracy(program, output);
   sluice::cli::add_plan(program, output);
+  sluice::cli::add_balance(program, output);
 
   try {
     if (const auto status = parser.parse(argc, argv)) return *status;

@@ -17,6 +17,7 @@ struct RankResult {
   ForwardStats stats;                          ///< Of the median repeat.
   ExchangeCounters counters;                   ///< Of one forward().
   ExchangeCounters totals;                     ///< Of all repeats.
+  std::vector<std::int64_t> counted_rows;      ///< [num_local_experts] of all repeats.
   std::vector<std::uint64_t> transport_bytes;  ///< [num_ranks] that the transport put in one.
   std::vector<std::uint16_t> y;
   LayerGroupMemory memory;  ///< Of all layers of the run together.

@@ -7,6 +7,7 @@
 #include <numeric>
 
 #include "report.h"
+#include "sluice/balance.h"
 #include "sluice/error.h"
 
 namespace sluice::cli {
@@ -19,9 +20,13 @@ std::vector<std::uint64_t> combine_rows(const ExchangeCounters& c, const ModelGe
   return rows;
 }
 
+/// How even the rows were.
 struct Balance {
-  std::vector<std::int64_t> rows_per_expert;  // [num_experts]
-  double imbalance_max_over_mean = 0;
+  std::vector<std::int64_t> rows_per_expert;  // [num_experts], of the last forward
+  std::vector<std::int64_t> totals;           // [num_experts], of all repeats
+  std::vector<double> rows_per_rank;          // [num_ranks], of the last forward
+  double imbalance_max_over_mean = 0;         // Of experts.
+  double rank_max_over_mean = 0;
 };
 
 Balance balance_of(const LayerRunResult& result) {
@@ -29,14 +34,12 @@ Balance balance_of(const LayerRunResult& result) {
   for (const RankResult& rank : result.ranks) {
     const auto& rows = rank.stats.rows_per_expert;
     b.rows_per_expert.insert(b.rows_per_expert.end(), rows.begin(), rows.end());
+    b.totals.insert(b.totals.end(), rank.counted_rows.begin(), rank.counted_rows.end());
+    b.rows_per_rank.push_back(std::accumulate(rows.begin(), rows.end(), 0.0));
   }
-  const auto total =
-      std::accumulate(b.rows_per_expert.begin(), b.rows_per_expert.end(), std::int64_t{0});
-  if (total > 0) {
-    b.imbalance_max_over_mean = static_cast<double>(std::ranges::max(b.rows_per_expert)) *
-                                static_cast<double>(b.rows_per_expert.size()) /
-                                static_cast<double>(total);
-  }
+  b.imbalance_max_over_mean =
+      max_over_mean(std::vector<double>(b.rows_per_expert.begin(), b.rows_per_expert.end()));
+  b.rank_max_over_mean = max_over_mean(b.rows_per_rank);
   return b;
 }
 
@@ -70,10 +73,22 @@ std::uint64_t outputs_digest(const LayerRunResult& result) {
   return hash;
 }
 
+ExpertRows expert_rows(const RunResult& result) {
+  ExpertRows rows;
+  for (const LayerRunResult& layer : result.layers) {
+    rows.layers.push_back({.layer = layer.layer, .steps = {balance_of(layer).rows_per_expert}});
+  }
+  rows.num_experts = static_cast<int>(rows.layers.front().steps.front().size());
+  return rows;
+}
+
 nlohmann::ordered_json stats_json(const LayerRunResult& result, const ModelGeometry& geometry) {
   const Balance balance = balance_of(result);
   nlohmann::ordered_json json = {{"imbalance_max_over_mean", balance.imbalance_max_over_mean},
-                                 {"rows_per_expert", balance.rows_per_expert}};
+                                 {"rows_per_expert", balance.rows_per_expert},
+                                 {"rows_per_expert_total", balance.totals},
+                                 {"rows_per_rank", balance.rows_per_rank},
+                                 {"rank_rows_max_over_mean", balance.rank_max_over_mean}};
   for (const RankResult& rank : result.ranks) {
     const ExchangeCounters& c = rank.totals;
     json["ranks"].push_back({{"num_dispatches", c.num_dispatches},
@@ -82,7 +97,8 @@ nlohmann::ordered_json stats_json(const LayerRunResult& result, const ModelGeome
                              {"combine_bytes", c.combine_bytes},
                              {"combine_rows", combine_rows(c, geometry)},
                              {"wait_ns", c.wait_ns},
-                             {"saturated_values", c.saturated_values}});
+                             {"saturated_values", c.saturated_values},
+                             {"counted_rows", rank.counted_rows}});
   }
   return json;
 }
@@ -106,6 +122,10 @@ void print_stats(const LayerRunResult& result, const ModelGeometry& geometry) {
   std::string rows;
   for (const std::int64_t n : balance.rows_per_expert) rows += fmt::format(" {}", n);
   fmt::print("rows      by expert, last forward:{}\n", rows);
+  std::string ranks;
+  for (const double n : balance.rows_per_rank) ranks += fmt::format(" {:.0f}", n);
+  fmt::print("          by rank:{}; rank_rows_max_over_mean {:.3f}\n", ranks,
+             balance.rank_max_over_mean);
   std::uint64_t saturated = 0;
   for (const RankResult& rank : result.ranks) saturated += rank.totals.saturated_values;
   fmt::print("          imbalance_max_over_mean {:.3f}; {} values saturated while sending\n",
@@ -157,8 +177,24 @@ void write_metrics(const std::string& path, const LayerRunResult& result,
                  balance.rows_per_expert[e]);
     }
   }
-  Family(text, "sluice_imbalance_max_over_mean", "gauge", "Fullest expert over the mean expert.")
-      .add(fmt::format("layer=\"{}\"", result.layer), balance.imbalance_max_over_mean);
+  {
+    Family family(text, "sluice_local_expert_rows_total", "counter",
+                  "Rows that each local expert of a rank has received.");
+    for (std::size_t r = 0; r < result.ranks.size(); ++r) {
+      const auto& rows = result.ranks[r].counted_rows;
+      for (std::size_t i = 0; i < rows.size(); ++i) {
+        family.add(fmt::format("layer=\"{}\",rank=\"{}\",local_expert=\"{}\"", result.layer, r, i),
+                   rows[i]);
+      }
+    }
+  }
+  const auto per_layer = [&](const char* name, const char* help, double value) {
+    Family(text, name, "gauge", help).add(fmt::format("layer=\"{}\"", result.layer), value);
+  };
+  per_layer("sluice_imbalance_max_over_mean", "Fullest expert over the mean expert.",
+            balance.imbalance_max_over_mean);
+  per_layer("sluice_rank_rows_max_over_mean", "Rows of the fullest rank over the mean rank.",
+            balance.rank_max_over_mean);
 
   std::ofstream file(path);
   file << text;

@@ -5,11 +5,15 @@
 #include <string>
 
 #include "layer_run.h"
+#include "sluice/placement_files.h"
 
 namespace sluice::cli {
 
 /// Of all ranks' outputs, in order of the tokens: the same over every transport and rank count.
 [[nodiscard]] std::uint64_t outputs_digest(const LayerRunResult& result);
+
+/// Of one forward of each layer: a file for `sluice balance`.
+[[nodiscard]] ExpertRows expert_rows(const RunResult& result);
 
 /// Counters of all repeats, as they stood at the end: they only grow.
 [[nodiscard]] nlohmann::ordered_json stats_json(const LayerRunResult& result,

@@ -155,6 +155,7 @@ using Name = std::optional<std::string_view>;
 }
 
 void bind_recipe(nb::module_& m);
+void bind_placement(nb::module_& m);
 void bind_repack(nb::module_& m);
 void bind_backend(nb::module_& m);
 void bind_transport(nb::module_& m);

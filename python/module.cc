@@ -56,6 +56,7 @@ NB_MODULE(_core, m) {
         "For tests: whether instances that are alive at exit are printed to stderr.");
   m.def("version", &sluice::version, "Version of the library, for example '0.1.0'.");
   sluice::python::bind_recipe(m);
+  sluice::python::bind_placement(m);
   sluice::python::bind_backend(m);
   sluice::python::bind_transport(m);
   sluice::python::bind_checkpoint(m);

@@ -97,7 +97,7 @@ PUBLIC_OF = {
     "cuda exchange": BACKEND | {"transport.h", "exchange.h", "placement.h"},
     "exchange": BACKEND | {"transport.h", "exchange.h", "placement.h"},
     "json": BASE,
-    "balance": BASE | {"placement.h", "balance.h", "expert_rows.h"},
+    "balance": BASE | {"placement.h", "balance.h", "placement_files.h"},
 }
 
 OUTSIDE = {

@@ -1,6 +1,6 @@
 """The C++ library behind the package sluice; import that instead."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 import os
 import pathlib
 from typing import overload
@@ -67,6 +67,115 @@ class Recipe:
         """Static scale of GEMM2's input, or 0."""
 
     def __repr__(self) -> str: ...
+
+class Placement:
+    """
+    Which slot holds which expert. A value; equal ones compare equal.
+
+    A rank has slots_per_rank slots: rank r those from r * slots_per_rank on.
+    """
+
+    def __init__(self, num_experts: int, num_ranks: int, slot_experts: Sequence[int]) -> None:
+        """
+        slot_experts: [num_slots], the expert of each slot, -1 for an empty one. Other engines call it
+        the physical to logical map.
+
+        Raises Error: invalid_argument.
+        """
+
+    @staticmethod
+    def identity(num_experts: int, num_ranks: int) -> Placement:
+        """
+        Expert e in slot e.
+
+        Raises Error: invalid_argument unless num_ranks divides num_experts.
+        """
+
+    @staticmethod
+    def even(num_experts: int, num_ranks: int, num_slots: int) -> Placement:
+        """
+        Each expert once, in order, as many on each rank give or take one.
+
+        Raises Error: invalid_argument.
+        """
+
+    @property
+    def num_experts(self) -> int:
+        """Logical experts."""
+
+    @property
+    def num_ranks(self) -> int: ...
+
+    @property
+    def num_slots(self) -> int:
+        """Of all ranks."""
+
+    @property
+    def slots_per_rank(self) -> int: ...
+
+    @property
+    def slot_experts(self) -> list[int]:
+        """[num_slots], the expert of each slot, -1 for an empty one."""
+
+    def slots_of(self, expert: int) -> list[int]:
+        """The slots that hold the expert, ascending."""
+
+    def __eq__(self, arg: Placement, /) -> bool: ...
+
+    def __repr__(self) -> str: ...
+
+def balance(counts: Sequence[int], ranks: int, slots: int, *, hosts: int = 1, groups: int = 0, previous: Placement | None = None) -> Placement:
+    """
+    A placement that makes the fullest rank's expected rows small.
+
+    counts: [num_experts], rows of each expert. slots: of all ranks, a multiple of ranks.
+    hosts: with more than one, all replicas of an expert are on one host. groups: groups of
+    consecutive experts that stay on one host; 0: every expert by itself. previous: where the
+    experts are now; as many as possible stay.
+
+    Raises Error: invalid_argument naming the field.
+    """
+
+def expected_rows(counts: Sequence[int], placement: Placement) -> list[float]:
+    """
+    [num_ranks], the rows that each rank is to expect.
+
+    Raises Error: invalid_argument.
+    """
+
+def max_over_mean(values: Sequence[float]) -> float:
+    """The largest over the mean: 1 if all are alike; 0 if none has anything."""
+
+def count_moves(before: Placement, after: Placement) -> int:
+    """
+    How many experts a rebalance sends from rank to rank.
+
+    Raises Error: invalid_argument.
+    """
+
+def read_placements(path: str) -> dict[int, Placement]:
+    """
+    {layer: Placement} of a file that `sluice balance` wrote.
+
+    Raises Error: io, corrupt_file naming the key, unsupported for a later version.
+    """
+
+def write_placements(path: str, placements: Mapping[int, Placement]) -> None:
+    """{layer: Placement} as a file. Raises Error: invalid_argument, io."""
+
+def read_expert_rows(path: str) -> dict[int, list[list[int]]]:
+    """
+    {layer: [num_steps][num_experts]} of a file that `sluice run --expert-rows` wrote.
+
+    Raises Error: io, corrupt_file naming the key, unsupported for a later version.
+    """
+
+def write_expert_rows(path: str, rows: Mapping[int, Sequence[Sequence[int]]]) -> None:
+    """
+    {layer: [num_steps][num_experts]} as a file for `sluice balance --counts`.
+
+    Raises Error: invalid_argument, io.
+    """
 
 class Backend:
     """
@@ -636,6 +745,27 @@ class Layer:
     One MoE layer; made by LayerGroup.add_layer(). Keeps the group's buffers,
     transport and backend alive.
     """
+
+    def count_rows(self, on: bool = True) -> None:
+        """
+        When on, calls add up the rows that each of this rank's experts receives. Nothing waits
+        for it, and a graph captured meanwhile counts in every replay.
+
+        Raises Error: out_of_memory.
+        """
+
+    def counted_rows(self, *, of_all: bool = False, stream: int | None = None) -> list[int]:
+        """
+        Rows of all calls with count_rows(): [num_local_experts] of this rank; with of_all
+        [num_experts] of all ranks together, which is collective and what balance() takes.
+
+        stream: on which the last call was queued; waits for it. None: the default stream.
+
+        Raises Error: peer_timeout naming ranks.
+        """
+
+    def reset_counted_rows(self, *, stream: int | None = None) -> None:
+        """Sets the counts to zero."""
 
     @property
     def name(self) -> str:

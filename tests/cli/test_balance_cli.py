@@ -1,0 +1,111 @@
+#!/usr/bin/env python3
+"""sluice balance from counts to placement, as a user meets it; and the counts of sluice run."""
+import json
+import os
+import subprocess
+import sys
+import tempfile
+
+SLUICE = sys.argv[1]
+failures = []
+
+
+def run(*arguments):
+    return subprocess.run([SLUICE, *map(str, arguments)], capture_output=True, text=True, timeout=100)
+
+
+def check(name, condition, result):
+    if not condition:
+        failures.append(name)
+        print(f"FAILED {name}: exit {result.returncode}\n{result.stdout}{result.stderr}")
+
+
+def read(path):
+    with open(path) as file:
+        return json.load(file)
+
+
+def write(path, text):
+    with open(path, "w") as file:
+        file.write(text if isinstance(text, str) else json.dumps(text))
+    return path
+
+
+def max_over_mean(slot_experts, rows, ranks):
+    """Worked out here once more, from the file alone."""
+    share = [rows[e] / slot_experts.count(e) for e in range(len(rows))]
+    size = len(slot_experts) // ranks
+    of_rank = [sum(share[e] for e in slot_experts[r * size:(r + 1) * size] if e is not None) for r in range(ranks)]
+    return max(of_rank) * ranks / sum(of_rank)
+
+
+with tempfile.TemporaryDirectory() as folder:
+    path = lambda name: os.path.join(folder, name)  # noqa: E731
+    model, counts, placement = path("model"), path("counts.json"), path("placement.json")
+
+    # The counts of a run: every row of every layer, whatever the number of ranks.
+    run("make-checkpoint", "--preset", "tiny", "--num-layers", "2", "--out", model)
+    for ranks in (1, 4):
+        r = run("run", "--checkpoint", model, "--layers", "all", "--ranks", ranks, "--tokens", 64 // ranks, "--routing",
+                "zipf", "--repeat", "1", "--verify", "1", "--expert-rows", counts, "--json", path("run.json"))
+        check(f"run --expert-rows on {ranks} ranks", r.returncode == 0, r)
+        rows, layers = read(counts), read(path("run.json"))["layers"]
+        check("all rows are counted", [sum(sum(s) for s in layer["steps"]) for layer in rows["layers"]] == [64 * 2] * 2
+              and [layer["layer"] for layer in rows["layers"]] == [layer["layer"] for layer in layers]
+              and rows["layers"][0]["steps"][0] == [n for rank in layers[0]["ranks"] for n in rank["rows_per_expert"]], r)
+        first = rows if ranks == 1 else first
+        check("the same counts on any number of ranks", rows == first, r)
+    num = rows["num_experts"]
+    r = run("balance", "--counts", counts, "--ranks", 4, "--slots", num + 8, "--out", placement)
+    check("balance of a run's counts", r.returncode == 0 and "worst layer" in r.stdout, r)
+
+    # A trace: the last steps decide, and what is printed is what the file says.
+    drift = [[1000 if e == t else 10 + e % 3 for e in range(16)] for t in range(6)]
+    write(counts, {"format": "sluice-expert-rows", "version": 1, "num_experts": 16,
+                   "layers": [{"layer": 7, "steps": drift}, {"layer": 9, "steps": [[1] * 16] * 6}]})
+    r = run("balance", "--counts", counts, "--ranks", 4, "--slots", 24, "--window", 2, "--out", placement, "--html",
+            path("report.html"), "--json", path("balance.json"))
+    written, said = read(placement), read(path("balance.json"))
+    check("balance", r.returncode == 0 and written["num_slots"] == 24 and len(written["layers"]) == 2
+          and "the last 2 of 6 steps" in r.stdout, r)
+    seen = [sum(step[e] for step in drift[-2:]) for e in range(16)]
+    slots = written["layers"][0]["slot_experts"]
+    check("the placement is as good as is said", abs(max_over_mean(slots, seen, 4)
+          - said["layers"][0]["after"]["max_over_mean"]) < 1e-9 and max_over_mean(slots, seen, 4) < 1.01
+          < said["layers"][0]["before"]["max_over_mean"] and said["layers"][0]["rows_per_expert"] == seen, r)
+    check("steps", [round(v, 9) for v in said["layers"][0]["steps"]["after"]]
+          == [round(max_over_mean(slots, step, 4), 9) for step in drift], r)
+    worst = max(layer["after"]["max_over_mean"] for layer in said["layers"])
+    check("the printed worst", f"{worst:.3f} after" in r.stdout, r)
+    with open(path("report.html")) as file:
+        html = file.read()
+    check("report", html.count("<svg") >= 6 and "Layer 7 over time" in html and "http" not in html, r)
+    again = run("balance", "--counts", counts, "--ranks", 4, "--slots", 24, "--window", 2, "--previous", placement,
+                "--out", path("again.json"))
+    check("balanced already: nothing moves", "moves     0 experts" in again.stdout and read(path("again.json")) == written,
+          again)
+    r = run("balance", "--counts", counts, "--ranks", 4, "--slots", 24, "--hosts", 2, "--groups", 4, "--out", placement)
+    hosts = [[{e // 4 for e in layer["slot_experts"][h * 12:(h + 1) * 12] if e is not None} for h in range(2)]
+             for layer in read(placement)["layers"]]
+    check("groups stay on a host", r.returncode == 0 and all(not a & b for a, b in hosts), r)
+
+    wrong = {
+        "num_slots 25 is no multiple of 4 ranks": ("--ranks", 4, "--slots", 25),
+        "num_slots 12 is less than 16 experts": ("--ranks", 4, "--slots", 12),
+        "num_hosts 3 does not divide num_ranks 4": ("--ranks", 4, "--slots", 24, "--hosts", 3),
+        "layer 7: the last 7 steps of 6": ("--ranks", 4, "--slots", 24, "--window", 7),
+        "num_slots 24, expected 32": ("--ranks", 4, "--slots", 32, "--previous", placement),
+        "--slots is required": ("--ranks", 4),
+    }
+    for message, arguments in wrong.items():
+        r = run("balance", "--counts", counts, *arguments)
+        check(f"refused: {message}", r.returncode == 2 and message in r.stderr, r)
+    write(path("old.json"), read(placement) | {"layers": read(placement)["layers"][:1]})
+    r = run("balance", "--counts", counts, "--ranks", 4, "--slots", 24, "--previous", path("old.json"))
+    check("refused: a layer that the placement lacks", r.returncode == 2 and "has no layer 9" in r.stderr, r)
+    write(counts, read(counts) | {"rows": 1})
+    r = run("balance", "--counts", counts, "--ranks", 4, "--slots", 24)
+    check("refused: an unknown key", r.returncode == 3 and "key 'rows' is unknown" in r.stderr and counts in r.stderr, r)
+
+print(f"{len(failures)} failures")
+sys.exit(1 if failures else 0)
