@@ -55,10 +55,11 @@ struct Subject {
   std::vector<CheckpointWarning> warnings = {};
 };
 
-/// Those of `there` that the options name, by number or by how many; by default the first.
+/// Those of `there` that the options name, by number or by how many; by default all.
 std::vector<int> layers_of(const Options& options, const std::vector<int>& there) {
   if (!options.layers.empty()) return parse_layers(options.layers, there);
-  const auto count = static_cast<std::size_t>(std::max(1, options.num_layers));
+  if (options.num_layers == 0) return there;
+  const auto count = static_cast<std::size_t>(options.num_layers);
   if (count <= there.size()) return {there.begin(), there.begin() + static_cast<int>(count)};
   throw Error(ErrorCode::kInvalidArgument,
               fmt::format("--num-layers {}: {} has {} layers with experts", count,
@@ -85,9 +86,13 @@ Subject read_checkpoint(const Options& options) {
   return subject;
 }
 
-/// How many layers of a model without files. Throws: kInvalidArgument.
+/// How many layers of a model without files: by default all, where it says which have experts, and
+/// else one. Throws: kInvalidArgument.
 std::size_t count_layers(const Options& options, const std::vector<int>& there) {
-  if (options.layers.empty()) return static_cast<std::size_t>(std::max(1, options.num_layers));
+  if (options.layers.empty()) {
+    if (options.num_layers > 0) return static_cast<std::size_t>(options.num_layers);
+    return std::max<std::size_t>(1, there.size());
+  }
   if (!there.empty()) return parse_layers(options.layers, there).size();
   refuse_layers(options.layers,
                 options.preset.empty()
@@ -249,8 +254,8 @@ void add_plan(Command& program, Output& output) {
       .not_empty();
   command
       .add_option("--num-layers", options->num_layers,
-                  "How many layers with experts, the first ones; default: 1. Layers share their "
-                  "buffers")
+                  "How many layers with experts, the first ones; default: all of --checkpoint and "
+                  "--config, 1 of --preset. Layers share their buffers")
       .range(1, 1000);
   command.add_option("--backend", options->backend, "cpu | cuda")
       .one_of({"cpu", "cuda"})

@@ -130,12 +130,12 @@ with tempfile.TemporaryDirectory() as folder:
     check("make-checkpoint of three layers", r.returncode == 0, r)
     # Layers share their buffers: only the experts are there for each.
     plans = {}
-    for layers in ("1", "2", "3", "all"):
-        option = "--layers" if layers == "all" else "--num-layers"
-        r = run("plan", "--checkpoint", several, "--ranks", "2", "--mode", "both", option, layers, "--json", report)
+    for layers in ("1", "2", "3", "all", ""):
+        option = ("--layers", layers) if layers == "all" else ("--num-layers", layers) if layers else ()
+        r = run("plan", "--checkpoint", several, "--ranks", "2", "--mode", "both", *option, "--json", report)
         with open(report) as file:
             plan = plans[layers] = json.load(file)
-        count = 3 if layers == "all" else int(layers)
+        count = 3 if layers in ("all", "") else int(layers)
         check(f"plan of {layers} layers", r.returncode == 0 and plan["layers"] == count
               and all(plan[size] == plans["1"][size] for size in ("exchange_bytes", "scratch_bytes"))
               and all(plan[size] == count * plans["1"][size] for size in sizes[:3])
@@ -147,7 +147,7 @@ with tempfile.TemporaryDirectory() as folder:
         run("run", "--checkpoint", several, "--layer", layer, "--ranks", "2", "--tokens", "4,3", "--json", report)
         with open(report) as file:
             alone[int(layer)] = json.load(file)["outputs_digest"]
-    run("plan", "--checkpoint", several, "--ranks", "2", "--tokens", "4", "--layers", "all", "--json", report)
+    run("plan", "--checkpoint", several, "--ranks", "2", "--tokens", "4", "--json", report)
     with open(report) as file:
         plan = json.load(file)
     for transport in ("inproc", "ipc"):
@@ -214,7 +214,7 @@ with tempfile.TemporaryDirectory() as folder:
         check(f"plan refuses a config with {patch}", r.returncode == 2 and expected in r.stderr, r)
     with open(config, "w") as file:
         json.dump(keys | {"brand_new": 1, "model_type": "deepseek_v4", "swiglu_limit": [0, 7, 7, 0]}, file)
-    r = run("plan", "--config", config, "--layers", "all", "--json", report)
+    r = run("plan", "--config", config, "--json", report)
     with open(report) as file:
         data = json.load(file)
     check("plan of a config's own layers", r.returncode == 0 and data["layers"] == 3 and "brand_new" in r.stdout
