@@ -22,18 +22,51 @@ namespace {
 
 constexpr MatrixRole kRoles[] = {MatrixRole::kGate, MatrixRole::kUp, MatrixRole::kDown};
 
+/// Memory that nobody has touched, of huge pages where there are any: as experts have it.
+class NewMemory {
+ public:
+  explicit NewMemory(std::size_t size) {
+    void* const data = ::mmap(nullptr, size, PROT_READ | PROT_WRITE,
+                              MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+    if (data == MAP_FAILED) {
+      fail(ErrorCode::kOutOfMemory, "cannot map {} bytes: {}", size, std::strerror(errno));
+    }
+    (void)::madvise(data, size, MADV_HUGEPAGE);  // A hint; may be refused.
+    bytes_ = {static_cast<std::byte*>(data), size};
+  }
+  ~NewMemory() { ::munmap(bytes_.data(), bytes_.size()); }
+  NewMemory(const NewMemory&) = delete;
+  NewMemory& operator=(const NewMemory&) = delete;
+  [[nodiscard]] std::span<std::byte> bytes() const noexcept { return bytes_; }
+
+ private:
+  std::span<std::byte> bytes_;
+};
+
 }  // namespace
 
 LoadFiles::LoadFiles(std::span<const std::unique_ptr<ExpertReader>> readers) {
+  std::uint64_t begin = 0;
   for (const auto& reader : readers) {
     bytes_ += reader->file_bytes();
     for (int e = 0; e < static_cast<int>(reader->shapes().experts.size()); ++e) {
-      for (const MatrixRole role : kRoles) matrices_.push_back({reader->tensors(e, role)});
+      for (const MatrixRole role : kRoles) {
+        matrices_.push_back({.tensors = reader->tensors(e, role), .begin = begin});
+        for (const TensorRef& tensor : matrices_.back().tensors) begin += tensor.size();
+      }
     }
   }
 }
 
-double LoadFiles::read(int num_threads) const {
+double LoadFiles::read_and_keep(int num_threads) const {
+  const Matrix& last = matrices_.back();
+  std::uint64_t bytes = last.begin;
+  for (const TensorRef& tensor : last.tensors) bytes += tensor.size();
+  const NewMemory memory(bytes);
+  return read_into(num_threads, memory.bytes());
+}
+
+double LoadFiles::read_into(int num_threads, std::span<std::byte> all) const {
   std::atomic<std::size_t> next{0};
   std::mutex mutex;
   std::exception_ptr error;
@@ -42,14 +75,17 @@ double LoadFiles::read(int num_threads) const {
   const auto work = [&](std::span<std::byte> memory) {
     try {
       for (std::size_t i; (i = next++) < matrices_.size();) {
+        std::uint64_t begin = matrices_[i].begin;
         for (const TensorRef& tensor : matrices_[i].tensors) {
           for (std::size_t at = 0; at < tensor.size(); at += memory.size()) {
-            const auto piece = memory.first(std::min(memory.size(), tensor.size() - at));
+            const std::size_t size = std::min(memory.size(), tensor.size() - at);
+            const auto piece = all.empty() ? memory.first(size) : all.subspan(begin + at, size);
             if (tensor.file->read(tensor.data_begin + tensor.entry.begin + at, piece) <
                 piece.size()) {
               fail(ErrorCode::kCorruptFile, "{}: cut since it was opened", place(tensor));
             }
           }
+          begin += tensor.size();
         }
       }
     } catch (...) {

@@ -2,6 +2,7 @@
 // the system's memory.
 #pragma once
 
+#include <cstddef>
 #include <cstdint>
 #include <memory>
 #include <span>
@@ -16,9 +17,12 @@ class LoadFiles {
   explicit LoadFiles(std::span<const std::unique_ptr<ExpertReader>> readers);
 
   [[nodiscard]] std::uint64_t bytes() const noexcept { return bytes_; }
-  /// Reads every tensor into memory of the thread's own, and nothing else. Returns bytes per
-  /// second.
-  [[nodiscard]] double read(int num_threads) const;
+  /// Reads every tensor, and nothing else, a piece at a time into memory of the thread's own that
+  /// stays in its core's cache. Returns bytes per second.
+  [[nodiscard]] double read(int num_threads) const { return read_into(num_threads, {}); }
+  /// The same into new memory that holds all of them afterwards, as a load to the host has to.
+  /// Throws: kOutOfMemory.
+  [[nodiscard]] double read_and_keep(int num_threads) const;
   /// Asks the system to forget the files' pages.   Throws: kIo.
   void drop() const;
   /// Share of the bytes that the system holds in memory. Throws: kIo.
@@ -27,7 +31,9 @@ class LoadFiles {
  private:
   struct Matrix {
     std::vector<TensorRef> tensors;
+    std::uint64_t begin = 0;  ///< Of its bytes among those of all matrices.
   };
+  [[nodiscard]] double read_into(int num_threads, std::span<std::byte> all) const;
   std::vector<Matrix> matrices_;  ///< In the order of a load.
   std::uint64_t bytes_ = 0;
 };

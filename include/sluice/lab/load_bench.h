@@ -28,6 +28,8 @@ struct LoadBenchPass {
   bool is_cold = false;
   double cached_share = 0;      ///< Of the bytes to read, in memory right before the read and load.
   double read_bytes_per_s = 0;  ///< Plain reads of the same tensors, by as many threads.
+  /// The same into new memory that keeps all of them; 0 unless the experts' device is the host.
+  double kept_read_bytes_per_s = 0;
   double load_bytes_per_s = 0;  ///< Bytes of the files by the time to have them prepared.
   double load_seconds = 0;
 };
@@ -49,7 +51,8 @@ struct LoadBenchReport {
   std::string without_cold;
   std::vector<LoadBenchPass> passes = {};
 
-  /// What bounds a load: the slower of reading and copying.
+  /// What bounds a load: the slower of reading and copying, on the CPU of reading into memory that
+  /// is overwritten and into memory that is kept.
   [[nodiscard]] double bound(const LoadBenchPass& pass) const noexcept;
 };
 
