@@ -20,6 +20,8 @@ struct BackendTraits {
   bool exchange_keeps_expert_y = false;
   /// ExchangeConfig::num_in_flight where one dispatch is in flight.
   int engine_slots = 1;
+  /// Codes that a thread of a load reads, and hands on, together.
+  std::size_t load_piece_bytes = std::size_t{1} << 20;
   /// What its GEMMs may add to a layer's error; docs/design.md#arithmetic derives it.
   ErrorModel error;
   /// How far a layer's output may be from the evaluator's: docs/accuracy.md#engines.

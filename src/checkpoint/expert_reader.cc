@@ -24,8 +24,10 @@ QuantMatrix without_data(const Format& format, const ExpertTensors& expert,
 }  // namespace
 
 ExpertReader::ExpertReader(const Checkpoint& checkpoint, int layer, int first_expert,
-                           int num_experts)
-    : data_(checkpoint.impl_.get()), layouts_(matrix_layouts(data_->geometry())) {
+                           int num_experts, std::size_t piece_bytes)
+    : data_(checkpoint.impl_.get()),
+      layouts_(matrix_layouts(data_->geometry())),
+      most_piece_bytes_(piece_bytes) {
   (void)data_->layer_tensors(layer);
   data_->check_range(first_expert, num_experts);
   data_->require_codes();
@@ -73,8 +75,11 @@ std::int64_t ExpertReader::row_bytes(std::size_t matrix) const noexcept {
 std::int64_t ExpertReader::piece_rows(MatrixRole role) const noexcept {
   constexpr std::int64_t kRows = 16;
   const auto matrix = static_cast<std::size_t>(role);
-  const auto most = static_cast<std::int64_t>(kPieceBytes) / row_bytes(matrix) / kRows * kRows;
-  return std::clamp<std::int64_t>(most, kRows, layouts_[matrix].n);
+  const std::int64_t n = layouts_[matrix].n;
+  const std::int64_t most = std::max(
+      kRows, static_cast<std::int64_t>(most_piece_bytes_) / row_bytes(matrix) / kRows * kRows);
+  const std::int64_t pieces = (n + most - 1) / most;
+  return std::min(n, ((n + pieces - 1) / pieces + kRows - 1) / kRows * kRows);
 }
 
 const ExpertTensors& ExpertReader::expert(int index) const {

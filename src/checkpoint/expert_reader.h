@@ -29,12 +29,13 @@ struct CheckpointData;
 
 class ExpertReader {
  public:
-  /// Codes that are read together, where 16 rows are not more.
   static constexpr std::size_t kPieceBytes = std::size_t{1} << 20;
 
-  /// Checks headers and reads the layer's static scales. Borrows `checkpoint`.
+  /// Checks headers and reads the layer's static scales. Borrows `checkpoint`. Pieces of a matrix
+  /// are about as large as each other, and no larger than `piece_bytes` where 16 rows are not.
   /// Throws: as Checkpoint::load_experts(), for everything that headers show.
-  ExpertReader(const Checkpoint& checkpoint, int layer, int first_expert, int num_experts);
+  ExpertReader(const Checkpoint& checkpoint, int layer, int first_expert, int num_experts,
+               std::size_t piece_bytes = kPieceBytes);
 
   /// What load_experts() gives, without data: shapes and dtypes of every view, and no bytes.
   [[nodiscard]] const ExpertWeights& shapes() const noexcept { return shapes_; }
@@ -80,6 +81,7 @@ class ExpertReader {
   std::array<std::vector<std::string>, 3> parts_;  ///< Of each matrix: names, by MatrixRole.
   std::array<std::string, 3> codes_parts_;         ///< Which of them has the codes.
   ExpertWeights shapes_;
+  std::size_t most_piece_bytes_;
   std::size_t scales_bytes_ = 0, piece_bytes_ = 0, codes_bytes_ = 0;
   std::uint64_t file_bytes_ = 0;
   std::atomic<std::uint64_t> bytes_read_{0};

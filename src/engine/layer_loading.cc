@@ -5,6 +5,7 @@
 #include <array>
 #include <utility>
 
+#include "backend/traits.h"
 #include "core/fail.h"
 #include "engine/expert_loader.h"
 #include "engine/layer_impl.h"
@@ -50,7 +51,8 @@ std::vector<Layer> LayerGroup::add_layers(const Checkpoint& checkpoint, std::spa
   std::vector<AgreedLayer> agreed;
   for (const int layer : layers) {
     const auto [first, count] = experts_of(checkpoint, layer, rank(), num_ranks());
-    readers.push_back(std::make_unique<ExpertReader>(checkpoint, layer, first, count));
+    readers.push_back(std::make_unique<ExpertReader>(
+        checkpoint, layer, first, count, traits_of(self.backend->device().kind).load_piece_bytes));
     agreed.push_back(
         self.agree(name_of(layer), readers.back()->shapes(), checkpoint.identity(), recipes));
   }

@@ -11,6 +11,7 @@
 
 #include "backend/check_experts.h"
 #include "backend/ops.h"
+#include "backend/traits.h"
 #include "core/fail.h"
 #include "engine/expert_loader.h"
 #include "engine/local_impl.h"
@@ -142,7 +143,8 @@ std::vector<LocalExperts> LocalGroup::add_layers(const Checkpoint& checkpoint,
   std::vector<std::unique_ptr<ExpertReader>> readers;
   std::vector<std::pair<std::string, LayerRecipe>> named;
   for (const int layer : layers) {
-    readers.push_back(std::make_unique<ExpertReader>(checkpoint, layer, first, count));
+    readers.push_back(std::make_unique<ExpertReader>(
+        checkpoint, layer, first, count, traits_of(self.backend->device().kind).load_piece_bytes));
     const std::string name = fmt::format("layer {}", layer);
     named.emplace_back(name, self.resolve(readers.back()->shapes(), recipe, name));
   }

@@ -27,6 +27,8 @@ const BackendTraits& traits() noexcept {
       .exchange_keeps_expert_y = false,
       // A second slot spares a wait for the slowest rank's release of the first.
       .engine_slots = 2,
+      // Read into a core's second-level cache, and repacked from there.
+      .load_piece_bytes = std::size_t{1} << 20,
       // Exact within a group of 128 (digits.h); groups are added in float32.
       .error = {.accumulation = 0x1p-20, .alignment = 0},
       .engine_limit = 0x1p-10,

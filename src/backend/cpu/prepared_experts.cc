@@ -6,6 +6,7 @@
 #include <cstring>
 
 #include "backend/check_experts.h"
+#include "backend/cpu/repack_kernel.h"
 #include "core/fail.h"
 #include "core/threads.h"
 #include "sluice/quant.h"
@@ -91,6 +92,10 @@ struct Move {
 void repack_codes(const Move& m, std::int64_t block) {
   const std::byte* in = m.from.codes + block * kBlockN * m.from.row_bytes;
   auto* out = const_cast<std::uint8_t*>(m.to.codes) + block * kBlockN * m.to.k / 2;
+  if (m.from.word_bytes == 4) {
+    transpose_words(in, m.from.row_bytes, m.to.k / kLineK, m.flip, out);
+    return;
+  }
   for (std::int64_t line = 0; line < m.to.k / kLineK; ++line) {
     for (int lane = 0; lane < kBlockN; ++lane) {
       std::uint32_t word;
@@ -120,13 +125,15 @@ std::uint64_t repack_scales(const Move& m, std::int64_t block) {
   std::uint64_t fault = kNoFault;
   for (int lane = 0; lane < kBlockN; ++lane) {
     const std::int64_t row = block * kBlockN + lane;
-    for (std::int64_t g = 0; g < groups; ++g) {
-      const T scale = in[row * m.from.scale_row + g / m.from.groups_per_block * m.from.scale_block +
-                         g % m.from.groups_per_block * m.from.scale_group];
-      out[g * kBlockN + lane] = scale;
-      const std::uint32_t bits = float_bits(scale);
-      if (std::fabs(std::bit_cast<float>(bits)) < kScaleLimit) continue;  // Not so for NaN.
-      fault = std::min(fault, scale_fault(m.expert, m.which, row, g, bits));
+    const T* from = in + row * m.from.scale_row;
+    for (std::int64_t g = 0; g < groups; from += m.from.scale_block) {
+      const std::int64_t end = std::min(groups, g + m.from.groups_per_block);
+      for (const T* next = from; g < end; ++g, next += m.from.scale_group) {
+        out[g * kBlockN + lane] = *next;
+        const std::uint32_t bits = float_bits(*next);
+        if (std::fabs(std::bit_cast<float>(bits)) < kScaleLimit) continue;  // Not so for NaN.
+        fault = std::min(fault, scale_fault(m.expert, m.which, row, g, bits));
+      }
     }
   }
   return fault;

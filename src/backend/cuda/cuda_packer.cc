@@ -148,7 +148,7 @@ class CudaPacker final : public ExpertPacker {
   }
 
  private:
-  static constexpr std::size_t kScalesSlots = 2, kPieceSlots = 3;
+  static constexpr std::size_t kScalesSlots = 2, kPieceSlots = 2;
 
   std::size_t matrix_bytes_;
   CudaBuffer staging_;  ///< Gate, up and down of the expert that is on its way.
