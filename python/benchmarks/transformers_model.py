@@ -22,7 +22,8 @@ from pathlib import Path
 
 import torch
 import transformers
-from model_weights import MATRICES, dequantized, experts_of, put_bf16_experts, put_fp8_experts, write_checkpoint
+from model_checks import call_of, check_decoding, check_layers, check_rows, unsteady_calls
+from model_weights import experts_of, put_bf16_experts, put_fp8_experts, write_checkpoint
 from transformers import AutoModelForCausalLM, DeepseekV3Config
 
 import sluice
@@ -39,7 +40,6 @@ GEOMETRIES = {
              "num_attention_heads": 4, "num_key_value_heads": 4, "n_routed_experts": 16, "q_lora_rank": 64,
              "kv_lora_rank": 64, "qk_rope_head_dim": 32, "qk_nope_head_dim": 32, "v_head_dim": 32},
 }
-BOUND = 0.055  # Relative L2 of the experts' sums: what rounding to e4m3 twice costs, with room.
 
 
 # --- Measuring ------------------------------------------------------------------------------------
@@ -102,21 +102,18 @@ class Clock:
             torch.cuda.empty_cache()
 
 
-def call_of(config, num_tokens, device, seed=1):
-    """x [T, H] as a norm gives it, ids and weights [T, K] as a router with evenly used experts gives them."""
-    draw = torch.Generator(device=device).manual_seed(seed)
-    x = torch.randn(num_tokens, config.hidden_size, device=device, generator=draw).bfloat16()
-    scores = torch.rand(num_tokens, config.n_routed_experts, device=device, generator=draw)
-    weights, idx = scores.topk(config.num_experts_per_tok)
-    return x, idx, weights / weights.sum(-1, keepdim=True) * config.routed_scaling_factor
-
-
 @torch.no_grad()
 def decode(model, batch, options, clock, use_graph):
     """Tokens per second of decoding: each step launched by itself, or as a graph."""
     ids = torch.arange(batch * options.context, device=model.device).reshape(batch, -1) * 7 % model.config.vocab_size
     steps = options.steps
+    # batched_mm copies the weights of every row. So transformers' generate() has it for decoding alone.
+    is_batched = model.get_experts_implementation()[""] == "batched_mm"
+    if is_batched:
+        model.set_experts_implementation("grouped_mm")
     decoder = Decoder(model, ids, options.context + 2 * steps + 8)
+    if is_batched:
+        model.set_experts_implementation("batched_mm")
     if use_graph:
         decoder.capture()
     return batch / clock.us(decoder.next, 2 * steps) * 1e6
@@ -187,92 +184,26 @@ def stage_us(folder, layer, config, options, clock, device):
         row_begin = num_rows.long().cumsum(0) - num_rows
         batch = sluice.ExpertBatch(codes, num_rows, x_scale=scale, row_begin=row_begin, expected_m=mean)
         out = torch.empty_like(rows)
-        graph = clock.in_graph(lambda: sluice.experts_grouped(experts, batch, recipe, out=out))
-        times[tokens] = clock.us(graph, options.steps)
+        # As often in one graph as the layers of layer_us(): a GPU's clock falls under load.
+        graph = clock.in_graph(
+            lambda: [sluice.experts_grouped(experts, batch, recipe, out=out) for _ in range(options.moe)])  # noqa: B023
+        times[tokens] = clock.us(graph, options.steps, options.moe)
     return times
 
 
-# --- Checking -------------------------------------------------------------------------------------
+# --- The report -----------------------------------------------------------------------------------
 
 
-def float_sums(config, layer, x, idx, weights):
-    """What the layer's experts give in float32, on the values that the INT4 weights stand for."""
-    y = torch.zeros(x.shape, device=x.device)
-    for expert in idx.unique().tolist():
-        gate, up, down = (dequantized(config, layer, expert, which, x.device).float() for which in MATRICES)
-        token, k = (idx == expert).nonzero(as_tuple=True)
-        rows = x[token].float()
-        out = (torch.nn.functional.silu(rows @ gate.T) * (rows @ up.T)) @ down.T
-        y.index_add_(0, token, out * weights[token, k, None])
-    return y
-
-
-@torch.no_grad()
-def check_layers(model, options, errors, name):
-    """Relative L2 of each layer's sums from float32; raises where it is above BOUND."""
-    for module_name, module in experts_of(model).items():
-        layer = int(module_name.split(".")[2])
-        call = call_of(model.config, options.checked, model.device, seed=layer)
-        y, wanted = module(*call).float(), float_sums(model.config, layer, *call)
-        errors.setdefault(name, {})[layer] = error = ((y - wanted).norm() / wanted.norm()).item()
-        if not 0 < error < BOUND:
-            sys.exit(f"{name}, layer {layer}: relative L2 {error:.4f} from float32, bound {BOUND}")
-
-
-@torch.no_grad()
-def check_rows(model, options):
-    """A row has the same bits whatever call it is part of."""
-    module = next(iter(experts_of(model).values()))
-    x, idx, weights = call_of(model.config, options.prefill, model.device)
-    whole = module(x, idx, weights)
-    for length in (1, 2, 16, 64, 65, 256, 1000):
-        rows = slice(0, min(length, options.prefill))
-        if not torch.equal(module(x[rows], idx[rows], weights[rows]), whole[rows]):
-            sys.exit(f"rows of a call of {length} tokens differ from those of {options.prefill}")
-
-
-@torch.no_grad()
-def decode_recorded(model, options, use_graph):
-    """Of 8 steps: the tokens [8][B, 1], and for each step and layer what the experts were given and gave. In a graph
-    the copies that are kept of those are made by the graph."""
-    ids = torch.arange(2 * options.context, device=model.device).reshape(2, -1) % model.config.vocab_size
-    modules = list(experts_of(model).values())
-    decoder, calls, tokens, steps = Decoder(model, ids, options.context + 16), [], [], []
-    hooks = [module.register_forward_hook(
-        lambda _, given, gave: calls.append([tensor.clone() for tensor in (*given, gave)])) for module in modules]
-    (decoder.capture if use_graph else decoder.next)()
-    for _ in range(8):
-        decoder.next()
-        tokens.append(decoder.token.clone())
-        steps.append([[tensor.clone() for tensor in call] for call in calls[-len(modules):]])
-    for hook in hooks:
-        hook.remove()
-    return tokens, steps
-
-
-def difference(first, second):
-    """Where two runs of decode_recorded() part first: (step, layer, "given" or "gave"), or None."""
-    for step, layers in enumerate(zip(first[1], second[1])):
-        for layer, (one, other) in enumerate(zip(*layers)):
-            if not all(map(torch.equal, one[:-1], other[:-1])):
-                return step, layer, "given"
-            if not torch.equal(one[-1], other[-1]):
-                return step, layer, "gave"
-    return None
-
-
-def check_decoding(model, options, use_graph):
-    """Decoding twice, the second time in a graph if it may: the experts give the same bits for the same input, or this
-    exits. Returns what else differs, in words, or None: attention, the router and the cache are not Sluice's."""
-    runs = [decode_recorded(model, options, use_graph=False), decode_recorded(model, options, use_graph=use_graph)]
-    where = difference(*runs)
-    if where is None:
-        same = all(map(torch.equal, *(run[0] for run in runs)))
-        return None if same else "the experts have the same bits, but other tokens come after them"
-    step, layer, what = where
-    if what == "gave":
-        sys.exit(f"step {step}, MoE layer {layer}: experts give other bits for the same input")
-    return f"step {step}, MoE layer {layer}: what comes to the experts has other bits"
+def check_attention(model, report, options, clock):
+    """Decodes by steps and again, in a graph too, and repeats each operation: with the attention that torch chooses,
+    and on a GPU without cuDNN's, whose kernel for a cache of fixed size gives other last bits from call to call."""
+    kinds = ["steps", "steps", "graph", "graph"] if clock.is_gpu else ["steps"]
+    for attention in ("as torch chooses", "without cuDNN") if clock.is_gpu else ("as torch chooses",):
+        torch.backends.cuda.enable_cudnn_sdp(attention == "as torch chooses")
+        found = {"unsteady": unsteady_calls(model, options), "runs": check_decoding(model, options, kinds)}
+        report["decoded_again"][attention] = found
+        print(json.dumps({attention: found}), flush=True)
+    torch.backends.cuda.enable_cudnn_sdp(True)
 
 
 def measure_fp8(model, report, options, clock):
@@ -282,9 +213,6 @@ def measure_fp8(model, report, options, clock):
     report["models"].append(measure(model, "transformers FP8, grouped_mm", options, clock, options.batches))
     if not report["models"][-1]["failed"]:
         check_layers(model, options, report["relative_l2"], "FP8, grouped_mm")
-
-
-# --- The report -----------------------------------------------------------------------------------
 
 
 def cell(value, digits=0):
@@ -310,6 +238,11 @@ def print_table(report, options):
     for row in [*report["models"], {"experts": "all", "failed": report["failed"]}]:
         for what, why in row["failed"].items():
             print(f"not run: {row['experts']}, {what}: {why}")
+    for attention, found in report["decoded_again"].items():
+        for how, differs in found["runs"].items():
+            print(f"attention {attention}, steps and again {how}: {differs or 'every operation gives the same bits'}")
+        for name, others in found["unsteady"].items():
+            print(f"attention {attention}, {name}: {others[0]} of {others[1]} calls repeated give other bits")
     for name, errors in report["relative_l2"].items():
         print(f"checked: {name}: relative L2 from float32 by layer: {', '.join(f'{e:.4f}' for e in errors.values())}")
 
@@ -336,7 +269,7 @@ def run(options, folder):
     clock, begin = Clock(device), time.perf_counter()
     report = {"date": time.strftime("%Y-%m-%d"), "commit": options.commit, "torch": torch.__version__,
               "device": torch.cuda.get_device_name() if clock.is_gpu else "cpu", "models": [], "relative_l2": {},
-              "transformers": transformers.__version__, "options": vars(options), "failed": {}}
+              "transformers": transformers.__version__, "options": vars(options), "failed": {}, "decoded_again": {}}
     config = DeepseekV3Config(num_hidden_layers=options.dense + options.moe, first_k_dense_replace=options.dense,
                               eos_token_id=None, dtype="bfloat16", **GEOMETRIES[options.geometry])
 
@@ -353,10 +286,7 @@ def run(options, folder):
     clock.release()
     check_layers(model, options, report["relative_l2"], "Sluice, INT4")
     check_rows(model, options)
-    for how in ("steps", "graph") if clock.is_gpu else ("steps",):
-        differs = check_decoding(model, options, use_graph=how == "graph")
-        if differs:
-            report["failed"][f"decoding by steps and again, {how}"] = differs
+    check_attention(model, report, options, clock)
     clock.release()
     said("checked")
     report["models"].append(measure(model, "Sluice, INT4", options, clock, options.batches))
@@ -370,8 +300,8 @@ def run(options, folder):
     clock.release()
     said("bf16 experts in their place, checked")
     report["models"].append(measure(model, "transformers bf16, grouped_mm", options, clock, options.batches))
-    model.set_experts_implementation("batched_mm")  # What generate() changes to for decoding on a GPU.
-    small = [batch for batch in options.batches if batch <= 16]  # It copies the weights of every row.
+    model.set_experts_implementation("batched_mm")
+    small = [batch for batch in options.batches if batch <= 16]
     report["models"].append(measure(model, "transformers bf16, batched_mm", options, clock, small, prefill=False))
     clock.release()
     said("measured")

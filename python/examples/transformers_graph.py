@@ -81,6 +81,8 @@ def main():
     arguments = parser.parse_args()
     if not arguments.sluice:
         sys.exit("the program sluice is not on the PATH; name it with --sluice")
+    # cuDNN's attention, which torch prefers on Hopper, may give other last bits from call to call.
+    torch.backends.cuda.enable_cudnn_sdp(False)
     with tempfile.TemporaryDirectory() as folder:
         published, converted = Path(folder) / "deepseek_v3", Path(folder) / "deepseek_v3-w4afp8"
         make("deepseek_v3", published)
