@@ -16,6 +16,8 @@ struct EngineConfig {
   DispatchDtype dispatch_dtype = DispatchDtype::kAuto;  ///< As in ModeRecipes.
   int max_tokens_per_rank = 0;                          ///< Of either mode.
   int max_m = 0;                       ///< ExchangeConfig::max_m of the low-latency mode.
+  int num_slots = 0;                   ///< As in LayerGroupConfig; 0: those of `placement`.
+  Placement placement = {};            ///< Of the experts; empty: Placement::even().
   float routed_scaling_factor = 1.0f;  ///< 1: the host model applies it.
   std::chrono::milliseconds peer_timeout{10'000};
 };

@@ -11,9 +11,10 @@
 // An Exchange owns every buffer it will ever need. Routing lives in the Dispatched value, never in
 // the Exchange: up to `num_in_flight` layers may be between dispatch and combine at once.
 //
-// Rank r owns experts [r * num_local_experts, (r + 1) * num_local_experts). A *row* is one token's
-// copy for one expert. Within an expert, rows are ordered by (source rank, token, k), by prefix
-// sums: the same inputs give the same bytes in the same rows, every time, on every transport.
+// Rank r owns experts [r * num_local_experts, (r + 1) * num_local_experts), unless ExpertSlots say
+// where they are. A *row* is one token's copy for one expert. Within an expert, rows are ordered by
+// (source rank, token, k), by prefix sums: the same inputs give the same bytes in the same rows,
+// every time, on every transport.
 #pragma once
 
 #include <chrono>
@@ -22,6 +23,7 @@
 #include <memory>
 #include <vector>
 
+#include "sluice/placement.h"
 #include "sluice/recipe.h"
 #include "sluice/stream.h"
 #include "sluice/tensor.h"
@@ -29,6 +31,7 @@
 namespace sluice {
 
 class Backend;
+class DeviceBuffer;
 class Layer;
 class Transport;
 
@@ -36,7 +39,10 @@ class Transport;
 struct ExchangeConfig {
   Mode mode = Mode::kLowLatency;
   WireFormat wire = WireFormat::kE4m3Group;
-  int num_experts = 0;          ///< Over all ranks. Multiple of num_ranks.
+  int num_experts = 0;  ///< Over all ranks. Multiple of num_ranks, unless num_slots is set.
+  /// Slots for experts over all ranks, a multiple of num_ranks; every dispatch then says which
+  /// expert is where (Routing::slots). 0: as many as experts, expert e in slot e.
+  int num_slots = 0;
   int num_topk = 0;             ///< Experts per token, 1 .. 32.
   int hidden = 0;               ///< Elements per token. Multiple of 128.
   int max_tokens_per_rank = 0;  ///< Largest num_tokens of any dispatch().
@@ -49,6 +55,39 @@ struct ExchangeConfig {
   /// CUDA: the most SMs one operation may use; 0 = this rank's even share of its device, which is
   /// also the limit, so that the waiting kernels of all ranks on a device can run at once.
   int num_sms = 0;
+
+  [[nodiscard]] int total_slots() const noexcept {
+    return num_slots != 0 ? num_slots : num_experts;
+  }
+};
+
+/// A placement where dispatches read it: on CUDA, a table in the device's memory that stays where
+/// it is when the placement is replaced. So a captured graph goes on with the new one.
+class ExpertSlots {
+ public:
+  /// Borrows `backend`.   Throws: kOutOfMemory.
+  ExpertSlots(const Placement& placement, Backend& backend);
+  ExpertSlots(ExpertSlots&&) noexcept;
+  ExpertSlots& operator=(ExpertSlots&&) noexcept;
+  ~ExpertSlots();
+
+  /// Replaces it by a placement of as many experts, slots and ranks.
+  /// Stream: waits for it; no other stream may have a dispatch queued that reads these slots.
+  /// Throws: kInvalidArgument naming the number that differs.
+  void assign(const Placement& placement, Stream stream);
+  [[nodiscard]] const Placement& placement() const noexcept { return placement_; }
+
+  /// Device memory; null where the exchange reads placement() itself.
+  ///   [num_experts + 1] where each expert's slots begin in the next part
+  ///   [num_slots]       slots by expert, ascending
+  ///   [num_slots]       expert of each slot, or 2^32 - 1
+  [[nodiscard]] const std::uint32_t* device_table() const noexcept;
+
+ private:
+  void write_table(Stream stream);
+  Placement placement_;
+  Backend* backend_;
+  std::unique_ptr<DeviceBuffer> table_;
 };
 
 /// The router's choice for each token. Read during dispatch() and again by combine(): the caller
@@ -60,6 +99,9 @@ struct Routing {
   /// that the local expert receives. It costs nothing that a timer shows, and may be captured in a
   /// graph. Nobody else writes there while calls are queued.
   MutableTensorView row_totals = {};
+  /// Where the experts are, for an exchange with num_slots; a Layer sets its own. The same value on
+  /// every rank: the exchange does not compare it, LayerGroup and Layer::rebalance() do.
+  const ExpertSlots* slots = nullptr;
 };
 
 /// Rows received by one rank.

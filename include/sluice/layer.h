@@ -18,6 +18,9 @@
 // Threads: one at a time, for a group and all its layers together.
 // Ranks: create(), add_layer(), forward(), dispatch_send() and finish() are collective. Every rank
 // makes the same calls in the same order, of the same layers.
+// Placement: with num_slots, a layer's experts lie where its Placement says, and rebalance() moves
+// them between two calls. Everything else here speaks of logical experts; num_local_experts is then
+// the number of this rank's slots.
 // Streams: layers of one group may be called on different streams. The device then takes the calls
 // one after the other, in the order in which they were made: forward(), dispatch_send() and
 // finish() each begin when the one before has ended. They share rows, and their kernels hold
@@ -38,6 +41,8 @@
 #include "sluice/checkpoint.h"
 #include "sluice/exchange.h"
 #include "sluice/loading.h"
+#include "sluice/placement.h"
+#include "sluice/rebalance.h"
 #include "sluice/recipe.h"
 #include "sluice/stream.h"
 #include "sluice/tensor.h"
@@ -59,6 +64,9 @@ struct LayerGroupConfig {
   /// num_experts, num_topk, hidden and intermediate of every layer. The rest is a layer's own.
   ModelGeometry geometry = {};
   ModeCapacity low_latency = {}, normal = {};
+  /// Slots for experts over all ranks: a multiple of num_ranks, and at least num_experts. 0: as
+  /// many as experts, expert e stays in slot e, and no call looks anything up.
+  int num_slots = 0;
   float routed_scaling_factor = 1.0f;  ///< 1: the host model applies it.
   /// Calls of one mode and wire format between dispatch_send() and finish(); ExchangeConfig has the
   /// limit. 0: what forward() needs on this device, 1 on CUDA, and 2 on the CPU, where a second
@@ -89,6 +97,9 @@ struct LayerSpec {
   /// Tells one set of weights from another: Checkpoint::identity(), or a digest of the caller's.
   /// The same on every rank. 0: nothing tells them apart.
   std::uint64_t identity = 0;
+  /// For a group with num_slots: `weights` are then of the experts in this rank's slots, one after
+  /// the other, whatever their numbers; for an empty slot, of any expert. Empty: Placement::even().
+  Placement placement = {};
 };
 
 /// Rank `rank`'s part of a layer of `checkpoint`, mapped into memory: for who wants the weights
@@ -109,7 +120,7 @@ struct StageTimes {
 /// What one forward() did on this rank.
 struct ForwardStats {
   StageTimes times;
-  std::vector<std::int64_t> rows_per_expert;  ///< [num_local_experts]
+  std::vector<std::int64_t> rows_per_expert;  ///< [num_local_experts], or of this rank's slots
   std::uint64_t weight_bytes_read = 0;        ///< Codes and scales of experts that had rows.
   std::uint64_t flops = 0;                    ///< 2 * rows * 3 * hidden * intermediate.
 };
@@ -160,6 +171,12 @@ class Layer {
   /// Throws what earlier calls found on the device: Exchange::check() of this layer's modes.
   void check();
 
+  /// Where the experts are. Without num_slots: the identity.
+  [[nodiscard]] const Placement& placement() const noexcept;
+  /// Moves experts to where `placement` has them: see rebalance.h.
+  RebalanceStats rebalance(const Placement& placement, Stream stream,
+                           const RebalanceOptions& options = {});
+
   [[nodiscard]] const std::string& name() const noexcept;
   /// Throws: kInvalidArgument for a mode that the group does not have.
   [[nodiscard]] const LayerRecipe& recipe(Mode mode) const;
@@ -187,10 +204,11 @@ class Layer {
   /// Stream: turned on for the first time, allocates, which waits for the device.
   /// Throws: kOutOfMemory.
   void count_rows(bool on);
-  /// Of all calls with count_rows(true), in both modes: [num_local_experts].
+  /// Of all calls with count_rows(true) since the experts last moved, in both modes:
+  /// [num_local_experts].
   /// Stream: waits for `stream`, on which the last call was queued.
   [[nodiscard]] std::vector<std::int64_t> counted_rows(Stream stream) const;
-  /// The same of every expert, from all ranks: what balance() takes. [num_experts]
+  /// The same of every logical expert, from all ranks: what balance() takes. [num_experts]
   /// Ranks: collective.   Throws: kPeerTimeout, kTransport.
   [[nodiscard]] std::vector<std::int64_t> counted_rows_of_all(Stream stream) const;
   /// Sets the counts to zero.   Stream: as counted_rows().

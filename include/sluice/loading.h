@@ -11,8 +11,10 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <vector>
 
 #include "sluice/checkpoint.h"
+#include "sluice/placement.h"
 
 namespace sluice {
 
@@ -23,6 +25,8 @@ struct LoadOptions {
   /// Told the fraction of the bytes that is read, on the calling thread, ten times a second at
   /// most. What it throws ends the load, and comes out of it.
   Progress progress = {};
+  /// Of each layer, for a group with num_slots; empty: Placement::even() for all of them.
+  std::vector<Placement> placements = {};
 };
 
 /// What loading took on one rank. Of several loads: times and bytes are sums, host_bytes and

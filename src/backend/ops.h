@@ -6,6 +6,7 @@
 // touch only valid rows: bytes of other rows are neither read nor written.
 #pragma once
 
+#include <array>
 #include <cstddef>
 #include <cstdint>
 #include <functional>
@@ -32,6 +33,12 @@ class PreparedExperts {
   /// Copies the bytes() there are to host memory, in an order of the backend's own: for
   /// comparisons. Waits for the device.
   virtual void copy_to_host(std::byte* host) const = 0;
+  /// Where expert `index` lies, scales and all, in two parts. Experts that take_any_expert() are
+  /// moved by copying these bytes, from any rank whose experts do, too.
+  /// Throws: kUnsupported where experts cannot move.
+  [[nodiscard]] virtual std::array<std::span<std::byte>, 2> expert_bytes(int index);
+  /// Whether the bytes of any expert of the same format mean the same here.
+  [[nodiscard]] virtual bool takes_any_expert() const noexcept { return true; }
 };
 
 /// Experts on their way to become PreparedExperts: memory for all of them, filled by packers.
@@ -136,6 +143,13 @@ class BackendOps : public Backend {
   /// Throws: kInvalidArgument naming the first scale that is not finite. The room is then of no
   /// use.
   virtual void finish_repack(PreparedExperts& room, Stream stream);
+  /// Makes takes_any_expert() true. Waits for `stream`.
+  virtual void take_any_expert(PreparedExperts& experts, Stream stream) {
+    (void)experts, (void)stream;
+  }
+  /// checksum_of() bytes of this device: core/checksum.h. Waits for `stream`.
+  [[nodiscard]] virtual std::uint64_t checksum(std::span<const std::byte> bytes,
+                                               std::uint64_t first_word, Stream stream);
   /// The same in steps, for experts that are read one by one. `shapes` has no data.
   /// Throws: as prepare().
   [[nodiscard]] virtual std::unique_ptr<ExpertBuilder> make_builder(

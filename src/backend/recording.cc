@@ -1,7 +1,10 @@
-// Recordings of a backend whose calls return when the work is done: the work is simply done again.
+// What backends have in common whose calls return when the work is done and whose memory the host
+// reads: a recording simply does the work again.
 #include <chrono>
 
 #include "backend/ops.h"
+#include "core/checksum.h"
+#include "core/fail.h"
 
 namespace sluice {
 namespace {
@@ -44,6 +47,15 @@ std::unique_ptr<RepeatedWork> BackendOps::make_repeated_work(std::function<void(
 
 std::unique_ptr<Recording> BackendOps::record(Stream, MarkedWork work) {
   return std::make_unique<RepeatedCalls>(std::move(work));
+}
+
+std::uint64_t BackendOps::checksum(std::span<const std::byte> bytes, std::uint64_t first_word,
+                                   Stream) {
+  return checksum_of(bytes, first_word);
+}
+
+std::array<std::span<std::byte>, 2> PreparedExperts::expert_bytes(int) {
+  fail(ErrorCode::kUnsupported, "experts of this backend cannot move between slots");
 }
 
 }  // namespace sluice

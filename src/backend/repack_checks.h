@@ -2,6 +2,7 @@
 // not a number.
 #pragma once
 
+#include <array>
 #include <cstddef>
 #include <cstdint>
 #include <span>
@@ -20,6 +21,14 @@ struct PackedMemory {
   std::byte* down = nullptr;
   PackedSizes sizes;
 };
+/// Those of expert `index`, in either part.
+[[nodiscard]] inline std::array<std::span<std::byte>, 2> part_bytes(const PackedMemory& memory,
+                                                                    int index) {
+  const auto at = static_cast<std::size_t>(index);
+  const PackedSizes& sizes = memory.sizes;
+  return {std::span(memory.gate_up + at * sizes.gate_up_bytes, sizes.gate_up_bytes),
+          std::span(memory.down + at * sizes.down_bytes, sizes.down_bytes)};
+}
 /// `memory` in its two parts.   Throws: kInvalidArgument for one that is too small, misaligned or
 /// on another device.
 [[nodiscard]] PackedMemory split_memory(const RepackFormat& format, const MutableTensorView& memory,

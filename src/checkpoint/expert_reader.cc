@@ -1,6 +1,8 @@
 #include "checkpoint/expert_reader.h"
 
 #include <algorithm>
+#include <numeric>
+#include <utility>
 
 #include "checkpoint/checkpoint_impl.h"
 #include "core/fail.h"
@@ -21,19 +23,36 @@ QuantMatrix without_data(const Format& format, const ExpertTensors& expert,
   return matrix;
 }
 
+/// Throws: kInvalidArgument.
+std::vector<int> in_order(const CheckpointData& data, int layer, int first, int count) {
+  (void)data.layer_tensors(layer);
+  data.check_range(first, count);
+  std::vector<int> numbers(static_cast<std::size_t>(count));
+  std::iota(numbers.begin(), numbers.end(), first);
+  return numbers;
+}
+
 }  // namespace
 
 ExpertReader::ExpertReader(const Checkpoint& checkpoint, int layer, int first_expert,
                            int num_experts, std::size_t piece_bytes)
+    : ExpertReader(checkpoint, layer, in_order(*checkpoint.impl_, layer, first_expert, num_experts),
+                   piece_bytes) {}
+
+ExpertReader::ExpertReader(const Checkpoint& checkpoint, int layer, std::vector<int> experts,
+                           std::size_t piece_bytes)
     : data_(checkpoint.impl_.get()),
+      experts_(std::move(experts)),
       layouts_(matrix_layouts(data_->geometry())),
       most_piece_bytes_(piece_bytes) {
   (void)data_->layer_tensors(layer);
-  data_->check_range(first_expert, num_experts);
+  check_argument(!experts_.empty(), "no experts to read");
+  for (const int e : experts_) data_->check_range(e, 1);
+  const auto num_experts = static_cast<int>(experts_.size());
   data_->require_codes();
   data_->check_layer(layer);
   shapes_.layer = layer;
-  shapes_.first_expert = first_expert;
+  shapes_.first_expert = experts_.front();
   shapes_.geometry = data_->geometry();
   shapes_.geometry.activation = checkpoint.activation(layer);
   shapes_.static_scales = checkpoint.static_scales(layer);
@@ -84,7 +103,8 @@ std::int64_t ExpertReader::piece_rows(MatrixRole role) const noexcept {
 
 const ExpertTensors& ExpertReader::expert(int index) const {
   const LayerTensors& layer = data_->layer_tensors(shapes_.layer);
-  return layer.experts[static_cast<std::size_t>(shapes_.first_expert + index)];
+  const int number = experts_[static_cast<std::size_t>(index)];
+  return layer.experts[static_cast<std::size_t>(number)];
 }
 
 std::vector<TensorRef> ExpertReader::tensors(int index, MatrixRole role) const {
@@ -147,7 +167,7 @@ void ExpertReader::judge(int index, const QuantMatrix& rows) {
     if (++seen.num_matrices < 3) return;
     all = seen.nibbles;
   }
-  data_->check_nibbles(shapes_.layer, shapes_.first_expert + index, all);
+  data_->check_nibbles(shapes_.layer, experts_[static_cast<std::size_t>(index)], all);
 }
 
 }  // namespace sluice

@@ -36,6 +36,9 @@ class ExpertReader {
   /// Throws: as Checkpoint::load_experts(), for everything that headers show.
   ExpertReader(const Checkpoint& checkpoint, int layer, int first_expert, int num_experts,
                std::size_t piece_bytes = kPieceBytes);
+  /// The same of experts with any numbers, also repeated; shapes().first_expert is the first one's.
+  ExpertReader(const Checkpoint& checkpoint, int layer, std::vector<int> experts,
+               std::size_t piece_bytes = kPieceBytes);
 
   /// What load_experts() gives, without data: shapes and dtypes of every view, and no bytes.
   [[nodiscard]] const ExpertWeights& shapes() const noexcept { return shapes_; }
@@ -77,6 +80,7 @@ class ExpertReader {
   void judge(int index, const QuantMatrix& rows);
 
   const CheckpointData* data_;
+  std::vector<int> experts_;
   std::array<MatrixLayout, 3> layouts_;
   std::array<std::vector<std::string>, 3> parts_;  ///< Of each matrix: names, by MatrixRole.
   std::array<std::string, 3> codes_parts_;         ///< Which of them has the codes.

@@ -12,9 +12,11 @@ LayerGroupConfig config_of_group(const EngineConfig& config, const ModelGeometry
                  "the engine has a recipe for neither mode: set low_latency, normal or both");
   check_argument(config.max_tokens_per_rank > 0, "max_tokens_per_rank {} is not positive",
                  config.max_tokens_per_rank);
-  LayerGroupConfig group{.geometry = geometry,
-                         .routed_scaling_factor = config.routed_scaling_factor,
-                         .peer_timeout = config.peer_timeout};
+  LayerGroupConfig group{
+      .geometry = geometry,
+      .num_slots = config.num_slots != 0 ? config.num_slots : config.placement.num_slots(),
+      .routed_scaling_factor = config.routed_scaling_factor,
+      .peer_timeout = config.peer_timeout};
   if (config.low_latency) group.low_latency = {config.max_tokens_per_rank, config.max_m};
   if (config.normal) group.normal = {.max_tokens_per_rank = config.max_tokens_per_rank};
   return group;
@@ -41,7 +43,9 @@ Engine Engine::create(const EngineConfig& config, const Checkpoint& checkpoint,
                       Transport& transport, Backend& backend) {
   LayerGroup group =
       LayerGroup::create(config_of_group(config, checkpoint.geometry()), transport, backend);
-  Layer layer = group.add_layer(checkpoint, config.layer, recipes_of(config));
+  LoadOptions options;
+  if (config.placement.num_slots() != 0) options.placements = {config.placement};
+  Layer layer = group.add_layer(checkpoint, config.layer, recipes_of(config), options);
   return {std::move(group), std::move(layer)};
 }
 

@@ -18,12 +18,17 @@ std::atomic<std::uint64_t> num_layers_made{0};
 
 }  // namespace
 
-Layer::Impl::Impl(std::shared_ptr<LayerGroup::Impl> shared, std::string layer_name,
+Layer::Impl::Impl(std::shared_ptr<LayerGroup::Impl> shared, const AgreedLayer& agreed,
                   const ExpertWeights& shapes, std::shared_ptr<PreparedExperts> prepared)
     : group(std::move(shared)),
       id(++num_layers_made),
-      name(std::move(layer_name)),
+      name(agreed.name),
       experts(shapes, std::move(prepared), group->scratch, *group->backend) {
+  if (group->config.num_slots != 0) {
+    slots.emplace(agreed.placement, *group->backend);
+  } else {
+    fixed_placement = agreed.placement;
+  }
   LayerGroupMemory& sum = group->layers;
   sum.num_layers += 1;
   sum.codes_bytes += experts.codes_bytes;
@@ -59,11 +64,12 @@ void Layer::forward(Mode mode, TensorView x, const Routing& routing, MutableTens
                     Stream stream) {
   Impl& self = *impl_;
   Impl::ModeOfLayer& m = self.mode(mode);
+  const Routing placed = self.placed(routing);
   self.stats = {};
   self.started = self.mark = Impl::Clock::now();
   self.group->order->before(stream);
   Dispatched dispatched =
-      m.exchange->dispatch(x, self.counted(routing), stream, m.recipe.wire_static_scale());
+      m.exchange->dispatch(x, self.counted(placed), stream, m.recipe.wire_static_scale());
   self.stats.times.dispatch_us = self.stage_us(self.mark, stream);
   self.run(m, std::move(dispatched), y, stream);
   self.group->order->after(stream);
@@ -71,11 +77,13 @@ void Layer::forward(Mode mode, TensorView x, const Routing& routing, MutableTens
 
 Dispatched Layer::dispatch_send(Mode mode, TensorView x, const Routing& routing, Stream stream) {
   Impl::ModeOfLayer& m = impl_->mode(mode);
+  const Routing placed = impl_->placed(routing);
   impl_->group->order->before(stream);
   Dispatched dispatched =
-      m.exchange->dispatch_send(x, impl_->counted(routing), stream, m.recipe.wire_static_scale());
+      m.exchange->dispatch_send(x, impl_->counted(placed), stream, m.recipe.wire_static_scale());
   impl_->group->order->after(stream);
   dispatched.route_->layer = impl_->id;
+  dispatched.route_->num_rebalances = impl_->num_rebalances;
   dispatched.route_->keeps = impl_->group;
   dispatched.route_->mode = mode;
   return dispatched;
@@ -86,6 +94,9 @@ void Layer::finish(Dispatched dispatched, MutableTensorView y, Stream stream) {
   check_argument(dispatched.route_ != nullptr, "finish of a Dispatched that was moved away");
   check_argument(dispatched.route_->layer == impl_->id,
                  "finish of a Dispatched that {} did not make", self.name);
+  (void)self.placed({});
+  check_argument(dispatched.route_->num_rebalances == self.num_rebalances,
+                 "finish: the experts of {} have moved since dispatch_send()", self.name);
   Impl::ModeOfLayer& m = self.mode(dispatched.route_->mode);
   self.stats = {};
   self.started = self.mark = Impl::Clock::now();
@@ -172,10 +183,10 @@ void Layer::Impl::record_digest(const RowRanges& rows, const Fp8RowsView& in, St
   const auto width = static_cast<std::size_t>(in.width);
   std::vector<std::uint8_t> codes(width);
   std::vector<float> scales(in.scale ? static_cast<std::size_t>(in.num_scales()) : 0);
-  const int rank = group->transport->rank();
+  const std::span<const int> here = placement().slot_experts(group->transport->rank());
   digest = 0;
   for (int e = 0; e < rows.num_experts; ++e) {
-    const auto expert = static_cast<std::uint64_t>(group->placement.expert_of(rank, e));
+    const auto expert = static_cast<std::uint64_t>(here[static_cast<std::size_t>(e)]);
     for (std::int64_t r = 0; r < on_host.num_rows(e); ++r) {
       const auto source = static_cast<std::size_t>(on_host.first_row(e) + r);
       backend.copy_to_host(codes.data(), in.row(static_cast<std::int64_t>(source)), width, stream);
@@ -188,6 +199,20 @@ void Layer::Impl::record_digest(const RowRanges& rows, const Fp8RowsView& in, St
   }
 }
 
+Routing Layer::Impl::placed(const Routing& routing) const {
+  if (half_moved) {
+    fail_of_ranks(ErrorCode::kTransport, half_moved->ranks(),
+                  "{}: its experts are half moved, read the layer again: {}", name,
+                  half_moved->what());
+  }
+  Routing placed = routing;
+  placed.slots = slots ? &*slots : nullptr;
+  return placed;
+}
+
+const Placement& Layer::placement() const noexcept {
+  return impl_->placement();
+}
 void Layer::check() {
   for (auto& mode : impl_->modes) {
     if (mode) mode->exchange->check();

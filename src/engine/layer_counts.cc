@@ -42,15 +42,16 @@ std::vector<std::int64_t> Layer::counted_rows_of_all(Stream stream) const {
   const std::vector<std::int64_t> mine = counted_rows(stream);
   const auto of_ranks = self.group->transport->all_gather(std::as_bytes(std::span(mine)),
                                                           self.group->config.peer_timeout);
-  const ExpertPlacement& where = self.group->placement;
+  const Placement& where = self.placement();
   std::vector<std::int64_t> rows(static_cast<std::size_t>(where.num_experts()));
   std::vector<std::int64_t> part(mine.size());
   for (int r = 0; r < where.num_ranks(); ++r) {
     const auto& bytes = of_ranks[static_cast<std::size_t>(r)];
     SLUICE_ASSERT(bytes.size() == part.size() * sizeof(part[0]));
     std::memcpy(part.data(), bytes.data(), bytes.size());
-    for (int i = 0; i < where.num_local(); ++i) {
-      rows[static_cast<std::size_t>(where.expert_of(r, i))] += part[static_cast<std::size_t>(i)];
+    const std::span<const int> experts = where.slot_experts(r);
+    for (std::size_t i = 0; i < experts.size(); ++i) {
+      if (experts[i] != kEmptySlot) rows[static_cast<std::size_t>(experts[i])] += part[i];
     }
   }
   return rows;

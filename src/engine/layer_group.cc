@@ -28,6 +28,7 @@ const ModeCapacity& capacity_of(const LayerGroupConfig& config, Mode mode) {
 Agreement group_agreement(const LayerGroupConfig& c) {
   Agreement fields{{"version", version()},
                    {"num_experts", std::to_string(c.geometry.num_experts)},
+                   {"num_slots", std::to_string(c.num_slots)},
                    {"num_topk", std::to_string(c.geometry.num_topk)},
                    {"hidden", std::to_string(c.geometry.hidden)},
                    {"intermediate", std::to_string(c.geometry.intermediate)}};
@@ -46,14 +47,17 @@ Agreement group_agreement(const LayerGroupConfig& c) {
 /// The same of one layer. An exchange that has to be made compares its own part as well.
 Agreement layer_agreement(const std::string& name, const ModelGeometry& geometry,
                           std::uint64_t identity,
-                          const std::array<std::optional<LayerRecipe>, 2>& recipes) {
+                          const std::array<std::optional<LayerRecipe>, 2>& recipes,
+                          const Placement& placement) {
   Agreement fields{
       {"version", version()},
       {"layer", name},
       {"checkpoint identity", fmt::format("{:016x}", identity)},
       {"weight format",
        fmt::format("{}, groups of {}", to_string(geometry.weight_format), geometry.group_size)},
-      {"activation", to_string(geometry.activation)}};
+      {"activation", to_string(geometry.activation)},
+      {"placement",
+       fmt::format("{} slots, digest {:016x}", placement.num_slots(), placement.digest())}};
   for (const Mode mode : kModes) {
     const auto& recipe = recipes[static_cast<std::size_t>(mode)];
     fields.emplace_back(
@@ -69,10 +73,15 @@ void check_weights(const ExpertWeights& weights, const std::string& name,
                    const LayerGroupConfig& config, const ExpertPlacement& placement, int rank) {
   const auto count = static_cast<int>(weights.experts.size());
   const int first = placement.expert_of(rank, 0), num_local = placement.num_local();
-  check_argument(weights.first_expert == first && count == num_local,
-                 "{}: the weights are experts [{}, {}), rank {} has experts [{}, {})", name,
-                 weights.first_expert, weights.first_expert + count, rank, first,
-                 first + num_local);
+  if (config.num_slots != 0) {
+    check_argument(count == num_local, "{}: the weights are of {} experts, rank {} has {} slots",
+                   name, count, rank, num_local);
+  } else {
+    check_argument(weights.first_expert == first && count == num_local,
+                   "{}: the weights are experts [{}, {}), rank {} has experts [{}, {})", name,
+                   weights.first_expert, weights.first_expert + count, rank, first,
+                   first + num_local);
+  }
   check_argument(weights.geometry.hidden == config.geometry.hidden,
                  "{}: hidden {}, the group has {}", name, weights.geometry.hidden,
                  config.geometry.hidden);
@@ -84,9 +93,16 @@ void check_weights(const ExpertWeights& weights, const std::string& name,
 
 }  // namespace
 
-void check_divisible(const ModelGeometry& geometry, int num_ranks) {
-  check_argument(num_ranks > 0 && geometry.num_experts % num_ranks == 0,
-                 "{} experts are not divisible by {} ranks", geometry.num_experts, num_ranks);
+void check_divisible(const ModelGeometry& geometry, int num_slots, int num_ranks) {
+  check_argument(num_ranks > 0, "{} ranks; at least one", num_ranks);
+  if (num_slots != 0) {
+    (void)Placement::even(geometry.num_experts, num_ranks, num_slots);
+    return;
+  }
+  check_argument(geometry.num_experts % num_ranks == 0,
+                 "{} experts are not divisible by {} ranks: num_slots {} leaves some slots empty",
+                 geometry.num_experts, num_ranks,
+                 (geometry.num_experts + num_ranks - 1) / num_ranks * num_ranks);
 }
 
 ExchangeConfig exchange_config(const LayerGroupConfig& config, Mode mode, WireFormat wire,
@@ -95,6 +111,7 @@ ExchangeConfig exchange_config(const LayerGroupConfig& config, Mode mode, WireFo
   return {.mode = mode,
           .wire = wire,
           .num_experts = config.geometry.num_experts,
+          .num_slots = config.num_slots,
           .num_topk = config.geometry.num_topk,
           .hidden = config.geometry.hidden,
           .max_tokens_per_rank = capacity.max_tokens_per_rank,
@@ -106,7 +123,7 @@ ExchangeConfig exchange_config(const LayerGroupConfig& config, Mode mode, WireFo
 }
 
 std::int64_t checked_max_rows(const LayerGroupConfig& config, int num_ranks, Device::Kind device) {
-  check_divisible(config.geometry, num_ranks);
+  check_divisible(config.geometry, config.num_slots, num_ranks);
   check_argument(
       config.geometry.intermediate > 0 && config.geometry.intermediate % kActivationGroup == 0,
       "intermediate {} is not a positive multiple of {}", config.geometry.intermediate,
@@ -165,7 +182,8 @@ LayerGroup LayerGroup::create(const LayerGroupConfig& config, Transport& transpo
   impl->config = config;
   impl->transport = &transport;
   impl->backend = &ops(backend);
-  impl->placement = {config.geometry.num_experts, transport.num_ranks()};
+  impl->placement = {config.num_slots != 0 ? config.num_slots : config.geometry.num_experts,
+                     transport.num_ranks()};
   impl->scratch = std::make_shared<ExpertScratch>();
   impl->scratch->max_rows = max_rows;
   const std::int64_t intermediate = config.geometry.intermediate;
@@ -189,14 +207,28 @@ Exchange& LayerGroup::Impl::exchange_for(const LayerRecipe& recipe) {
       .first->second;
 }
 
+Placement LayerGroup::Impl::placement_or_default(const Placement& wanted) const {
+  const int experts = config.geometry.num_experts, ranks = transport->num_ranks();
+  const int slots = placement.num_experts();
+  if (wanted == Placement()) return Placement::even(experts, ranks, slots);
+  check_argument(config.num_slots != 0, "a placement is given, the group has no num_slots");
+  check_argument(
+      wanted.num_experts() == experts && wanted.num_slots() == slots && wanted.num_ranks() == ranks,
+      "the placement has {} experts in {} slots of {} ranks; the group has {}, {} and "
+      "{}",
+      wanted.num_experts(), wanted.num_slots(), wanted.num_ranks(), experts, slots, ranks);
+  return wanted;
+}
+
 AgreedLayer LayerGroup::Impl::agree(std::string name, const ExpertWeights& shapes,
-                                    std::uint64_t identity, const ModeRecipes& recipes) {
+                                    std::uint64_t identity, const ModeRecipes& recipes,
+                                    const Placement& experts) {
   check_weights(shapes, name, config, placement, transport->rank());
-  AgreedLayer agreed{.name = std::move(name), .recipes = {}};
+  AgreedLayer agreed{.name = std::move(name), .recipes = {}, .placement = experts};
   agreed.recipes = resolve_recipes(config, recipes, shapes.static_scales, agreed.name);
-  require_agreement(*transport,
-                    layer_agreement(agreed.name, shapes.geometry, identity, agreed.recipes),
-                    config.peer_timeout);
+  require_agreement(
+      *transport, layer_agreement(agreed.name, shapes.geometry, identity, agreed.recipes, experts),
+      config.peer_timeout);
   return agreed;
 }
 
@@ -229,7 +261,7 @@ std::unique_ptr<Layer::Impl> LayerGroup::Impl::attach(const std::shared_ptr<Impl
                                                       const AgreedLayer& agreed,
                                                       const ExpertWeights& shapes,
                                                       std::shared_ptr<PreparedExperts> prepared) {
-  auto layer = std::make_unique<Layer::Impl>(self, agreed.name, shapes, std::move(prepared));
+  auto layer = std::make_unique<Layer::Impl>(self, agreed, shapes, std::move(prepared));
   for (std::size_t i = 0; i < agreed.recipes.size(); ++i) {
     const auto& recipe = agreed.recipes[i];
     if (!recipe) continue;
@@ -238,6 +270,7 @@ std::unique_ptr<Layer::Impl> LayerGroup::Impl::attach(const std::shared_ptr<Impl
     scratch->x.scale =
         backend->allocate(fp8_scale_bytes(scratch->max_rows, config.geometry.hidden));
   }
+  if (layer->slots) layer->settle_slots(shapes);
   return layer;
 }
 
@@ -245,7 +278,8 @@ Layer LayerGroup::add_layer(const LayerSpec& spec, const ModeRecipes& recipes) {
   Impl& self = *impl_;
   const std::string name =
       spec.name.empty() ? fmt::format("layer {}", spec.weights.layer) : spec.name;
-  const AgreedLayer agreed = self.agree(name, spec.weights, spec.identity, recipes);
+  const AgreedLayer agreed = self.agree(name, spec.weights, spec.identity, recipes,
+                                        self.placement_or_default(spec.placement));
 
   // First what may be refused: a layer that is not made leaves no exchange behind.
   std::shared_ptr<PreparedExperts> prepared;

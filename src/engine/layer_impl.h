@@ -12,6 +12,7 @@
 #include "backend/ops.h"
 #include "engine/experts_impl.h"
 #include "exchange/slot_ranks.h"
+#include "sluice/error.h"
 #include "sluice/layer.h"
 #include "sluice/loading.h"
 
@@ -21,13 +22,14 @@ namespace sluice {
 struct AgreedLayer {
   std::string name;
   std::array<std::optional<LayerRecipe>, 2> recipes;  ///< By Mode.
+  Placement placement;
 };
 
 struct LayerGroup::Impl {
   LayerGroupConfig config;
   Transport* transport = nullptr;
   BackendOps* backend = nullptr;
-  ExpertPlacement placement;
+  ExpertPlacement placement;  ///< Of slots over ranks: experts lie as each layer says.
 
   /// By what tells them apart. Layers point at the exchanges: a map does not move them.
   std::map<std::pair<Mode, WireFormat>, Exchange> exchanges;
@@ -39,10 +41,13 @@ struct LayerGroup::Impl {
 
   LoadStats load_stats;  ///< Of all layers that came from a checkpoint.
 
+  /// `wanted`, or what an empty one stands for.   Throws: kInvalidArgument if it does not fit.
+  [[nodiscard]] Placement placement_or_default(const Placement& wanted) const;
   /// Collective. `shapes`: this rank's experts, whose data is not looked at.
   /// Throws: as add_layer(), before anything is made.
   [[nodiscard]] AgreedLayer agree(std::string name, const ExpertWeights& shapes,
-                                  std::uint64_t identity, const ModeRecipes& recipes);
+                                  std::uint64_t identity, const ModeRecipes& recipes,
+                                  const Placement& placement);
   /// Collective: runs `body`, and lets the ranks tell each other whether theirs succeeded. Throws:
   /// what `body` throws here; kTransport naming the ranks where it failed.
   void together(const std::string& name, const std::function<void()>& body);
@@ -57,8 +62,8 @@ struct LayerGroup::Impl {
 
 struct Layer::Impl {
   /// Counts the experts, made of `shapes`, with the group.
-  Impl(std::shared_ptr<LayerGroup::Impl> group, std::string name, const ExpertWeights& shapes,
-       std::shared_ptr<PreparedExperts> prepared);
+  Impl(std::shared_ptr<LayerGroup::Impl> group, const AgreedLayer& agreed,
+       const ExpertWeights& shapes, std::shared_ptr<PreparedExperts> prepared);
   ~Impl();
   Impl(const Impl&) = delete;
   Impl& operator=(const Impl&) = delete;
@@ -80,6 +85,21 @@ struct Layer::Impl {
   Experts::Impl experts;
   std::array<std::optional<ModeOfLayer>, 2> modes;  ///< By Mode.
 
+  Placement fixed_placement;                  ///< Without slots: the identity.
+  std::optional<ExpertSlots> slots;           ///< Where the group has slots.
+  std::vector<std::uint64_t> expert_digests;  ///< [num_experts], where the group has slots.
+  std::optional<Error> half_moved;            ///< A rebalance() that failed: no call may follow it.
+  int num_rebalances = 0;                     ///< That moved something.
+  [[nodiscard]] const Placement& placement() const noexcept {
+    return slots ? slots->placement() : fixed_placement;
+  }
+  /// `routing` with this layer's slots.   Throws: kTransport if the experts are half moved.
+  [[nodiscard]] Routing placed(const Routing& routing) const;
+  /// Collective, once, where the group has slots: lets every rank store weights alike, and tells
+  /// every rank every expert's checksum.
+  /// Throws: kTransport naming the slots if replicas differ.
+  void settle_slots(const ExpertWeights& shapes);
+
   bool records_stats = false, records_digest = false, counts_rows = false;
   std::unique_ptr<DeviceBuffer> row_totals;  ///< [num_local] int64, once rows have been counted.
   /// `routing`, counted if count_rows(true).
@@ -98,8 +118,8 @@ struct Layer::Impl {
 /// Of one mode: ranks, capacity and wire format decide everything that an exchange is.
 [[nodiscard]] ExchangeConfig exchange_config(const LayerGroupConfig& config, Mode mode,
                                              WireFormat wire, Device::Kind device);
-/// Throws: kInvalidArgument unless every rank gets as many experts.
-void check_divisible(const ModelGeometry& geometry, int num_ranks);
+/// Throws: kInvalidArgument unless every rank gets as many experts, or slots.
+void check_divisible(const ModelGeometry& geometry, int num_slots, int num_ranks);
 /// Rows of the scratch: those of the larger mode.   Throws: kInvalidArgument naming the field.
 [[nodiscard]] std::int64_t checked_max_rows(const LayerGroupConfig& config, int num_ranks,
                                             Device::Kind device);

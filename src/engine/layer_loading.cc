@@ -18,14 +18,29 @@ std::string name_of(int layer) {
   return fmt::format("model.layers.{}.mlp.experts", layer);
 }
 
-/// The experts of `rank`.   Throws: kInvalidArgument.
-std::pair<int, int> experts_of(const Checkpoint& checkpoint, int layer, int rank, int num_ranks) {
+void check_layer(const Checkpoint& checkpoint, int layer) {
   check_argument(std::ranges::binary_search(checkpoint.moe_layers(), layer),
                  "layer {} of {} holds no routed experts", layer, checkpoint.path().string());
-  check_divisible(checkpoint.geometry(), num_ranks);
+}
+
+/// The experts of `rank`.   Throws: kInvalidArgument.
+std::pair<int, int> experts_of(const Checkpoint& checkpoint, int layer, int rank, int num_ranks) {
+  check_layer(checkpoint, layer);
+  check_divisible(checkpoint.geometry(), 0, num_ranks);
   check_argument(rank >= 0 && rank < num_ranks, "rank {} is not in [0, {})", rank, num_ranks);
   const ExpertPlacement placement(checkpoint.geometry().num_experts, num_ranks);
   return {placement.expert_of(rank, 0), placement.num_local()};
+}
+
+/// The experts that this rank reads, one for each of its slots: an empty slot takes the rank's
+/// first expert, so that every slot holds weights.
+std::vector<int> experts_to_read(const Placement& placement, int rank) {
+  const std::span<const int> slots = placement.slot_experts(rank);
+  const auto found = std::ranges::find_if(slots, [](int e) { return e != kEmptySlot; });
+  const int first = found == slots.end() ? 0 : *found;
+  std::vector<int> experts;
+  for (const int e : slots) experts.push_back(e == kEmptySlot ? first : e);
+  return experts;
 }
 
 }  // namespace
@@ -49,12 +64,17 @@ std::vector<Layer> LayerGroup::add_layers(const Checkpoint& checkpoint, std::spa
   if (layers.empty()) return {};
   std::vector<std::unique_ptr<ExpertReader>> readers;
   std::vector<AgreedLayer> agreed;
-  for (const int layer : layers) {
-    const auto [first, count] = experts_of(checkpoint, layer, rank(), num_ranks());
-    readers.push_back(std::make_unique<ExpertReader>(
-        checkpoint, layer, first, count, traits_of(self.backend->device().kind).load_piece_bytes));
-    agreed.push_back(
-        self.agree(name_of(layer), readers.back()->shapes(), checkpoint.identity(), recipes));
+  check_argument(options.placements.empty() || options.placements.size() == layers.size(),
+                 "{} placements are given for {} layers", options.placements.size(), layers.size());
+  for (std::size_t i = 0; i < layers.size(); ++i) {
+    check_layer(checkpoint, layers[i]);
+    const Placement placement =
+        self.placement_or_default(options.placements.empty() ? Placement() : options.placements[i]);
+    readers.push_back(
+        std::make_unique<ExpertReader>(checkpoint, layers[i], experts_to_read(placement, rank()),
+                                       traits_of(self.backend->device().kind).load_piece_bytes));
+    agreed.push_back(self.agree(name_of(layers[i]), readers.back()->shapes(), checkpoint.identity(),
+                                recipes, placement));
   }
 
   // Ranks meet after each layer, while their threads go on with the next. So a wait is for one

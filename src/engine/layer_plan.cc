@@ -13,7 +13,7 @@ LayerGroupMemory LayerGroup::plan_memory(const LayerGroupConfig& config,
                                          int num_ranks) {
   const ModelGeometry& g = config.geometry;
   const std::int64_t max_rows = checked_max_rows(config, num_ranks, device);
-  const int num_local = ExpertPlacement(g.num_experts, num_ranks).num_local();
+  const int num_local = (config.num_slots != 0 ? config.num_slots : g.num_experts) / num_ranks;
   LayerGroupMemory memory;
   memory.num_layers = static_cast<int>(layers.size());
   memory.scratch_bytes = expert_y_bytes(config, max_rows, device) +

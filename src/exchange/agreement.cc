@@ -51,12 +51,12 @@ std::vector<std::string> gather_texts(Transport& transport, std::string mine,
 }  // namespace
 
 void require_agreement(Transport& transport, const Agreement& fields,
-                       std::chrono::milliseconds timeout) {
+                       std::chrono::milliseconds timeout, const std::string& operation) {
   std::vector<std::string> texts;
   try {
     texts = gather_texts(transport, encode(fields), timeout);
   } catch (const Error& error) {
-    fail_of_ranks(error.code(), error.ranks(), "creation, comparing configurations: {}",
+    fail_of_ranks(error.code(), error.ranks(), "{}, comparing configurations: {}", operation,
                   error.what());
   }
   const auto differs = std::ranges::find_if(texts, [&](const auto& t) { return t != texts[0]; });

@@ -13,9 +13,11 @@ class Transport;
 /// Named values on which all ranks must agree: {"hidden", "7168"}.
 using Agreement = std::vector<std::pair<std::string, std::string>>;
 
-/// Collective. Throws: kTransport naming the first field that differs, with the value of rank 0 and
+/// Collective. `operation`: for messages.
+/// Throws: kTransport naming the first field that differs, with the value of rank 0 and
 /// of every rank that has another; kPeerTimeout if a rank does not take part.
 void require_agreement(Transport& transport, const Agreement& fields,
-                       std::chrono::milliseconds timeout);
+                       std::chrono::milliseconds timeout,
+                       const std::string& operation = "creation");
 
 }  // namespace sluice

@@ -22,8 +22,13 @@ namespace sluice {
 namespace {
 
 void check_config(const ExchangeConfig& c, int num_ranks) {
-  check_argument(c.num_experts > 0 && c.num_experts % num_ranks == 0,
+  check_argument(c.num_experts > 0 && (c.num_slots != 0 || c.num_experts % num_ranks == 0),
                  "num_experts {} is not a positive multiple of {} ranks", c.num_experts, num_ranks);
+  check_argument(c.num_slots == 0 || (c.num_slots >= c.num_experts && c.num_slots % num_ranks == 0),
+                 "num_slots {} is not a multiple of {} ranks that has room for {} experts",
+                 c.num_slots, num_ranks, c.num_experts);
+  check_argument(c.num_slots <= Placement::kMaxSlots, "num_slots {} exceeds {}", c.num_slots,
+                 int{Placement::kMaxSlots});
   check_argument(c.num_topk >= 1 && c.num_topk <= kMaxTopk, "num_topk {} is not in [1, {}]",
                  c.num_topk, int{kMaxTopk});
   check_argument(c.hidden > 0 && c.hidden % kActivationGroup == 0,
@@ -49,6 +54,7 @@ Agreement exchange_agreement(const ExchangeConfig& c) {
           {"mode", to_string(c.mode)},
           {"wire", to_string(c.wire)},
           {"num_experts", std::to_string(c.num_experts)},
+          {"num_slots", std::to_string(c.num_slots)},
           {"num_topk", std::to_string(c.num_topk)},
           {"hidden", std::to_string(c.hidden)},
           {"max_tokens_per_rank", std::to_string(c.max_tokens_per_rank)},
@@ -57,8 +63,24 @@ Agreement exchange_agreement(const ExchangeConfig& c) {
           {"num_in_flight", std::to_string(c.num_in_flight)}};
 }
 
-void check_dispatch(const ExchangeConfig& c, const TensorView& x, const Routing& routing,
-                    float static_scale, const Device& device) {
+void check_slots(const ExchangeConfig& c, int num_ranks, const ExpertSlots* slots) {
+  check_argument((slots != nullptr) == (c.num_slots != 0),
+                 "routing.slots {} given, num_slots is {}: an exchange with slots needs them, and "
+                 "one without takes none",
+                 slots != nullptr ? "is" : "is not", c.num_slots);
+  if (slots == nullptr) return;
+  const Placement& p = slots->placement();
+  check_argument(p.num_experts() == c.num_experts && p.num_slots() == c.num_slots &&
+                     p.num_ranks() == num_ranks,
+                 "routing.slots place {} experts in {} slots of {} ranks; the exchange has {}, {} "
+                 "and {}",
+                 p.num_experts(), p.num_slots(), p.num_ranks(), c.num_experts, c.num_slots,
+                 num_ranks);
+}
+
+void check_dispatch(const ExchangeConfig& c, int num_ranks, const TensorView& x,
+                    const Routing& routing, float static_scale, const Device& device) {
+  check_slots(c, num_ranks, routing.slots);
   if (c.wire == WireFormat::kE4m3Static) {
     check_argument(std::isnormal(static_scale) && static_scale > 0,
                    "static_scale {} is not a positive normal number", static_scale);
@@ -161,7 +183,7 @@ void check_y(const Exchange::Impl& impl, const Dispatched::Route& route,
 
 Dispatched Exchange::dispatch(TensorView x, const Routing& routing, Stream stream,
                               float static_scale) {
-  check_dispatch(impl_->config, x, routing, static_scale, impl_->device);
+  check_dispatch(impl_->config, impl_->num_ranks, x, routing, static_scale, impl_->device);
   check_row_totals(*impl_, routing.row_totals);
   auto route = impl_->dispatch(x, routing, static_scale, stream);
   route->stage = Stage::kReceived;
@@ -172,7 +194,7 @@ Dispatched Exchange::dispatch(TensorView x, const Routing& routing, Stream strea
 
 Dispatched Exchange::dispatch_send(TensorView x, const Routing& routing, Stream stream,
                                    float static_scale) {
-  check_dispatch(impl_->config, x, routing, static_scale, impl_->device);
+  check_dispatch(impl_->config, impl_->num_ranks, x, routing, static_scale, impl_->device);
   check_row_totals(*impl_, routing.row_totals);
   auto route = impl_->dispatch_send(x, routing, static_scale, stream);
   route->num_tokens = x.dim(0);

@@ -39,7 +39,8 @@ HostExchange::HostRoute::~HostRoute() {
 
 std::unique_ptr<Dispatched::Route> HostExchange::dispatch_send(TensorView x, const Routing& routing,
                                                                float static_scale, Stream stream) {
-  const std::vector<std::int32_t> idx = checked_indices(routing.topk_idx);
+  std::vector<std::int32_t> idx = checked_indices(routing.topk_idx);
+  if (routing.slots != nullptr) replace_by_slots(*routing.slots, idx);
   auto route = std::make_unique<HostRoute>(*this, protocol_.begin());
   route->routing = routing;
   stage(x, static_scale, stream);
@@ -47,7 +48,8 @@ std::unique_ptr<Dispatched::Route> HostExchange::dispatch_send(TensorView x, con
   counters_.wait_ns = protocol_.wait_ns();
   counters_.num_dispatches += 1;
   const auto slots = static_cast<std::int64_t>(x.dim(0)) * config.num_topk * num_ranks;
-  route->batch.expected_m = static_cast<int>((slots + config.num_experts - 1) / config.num_experts);
+  const std::int64_t experts = placement.num_experts();
+  route->batch.expected_m = static_cast<int>((slots + experts - 1) / experts);
   return route;
 }
 
@@ -91,6 +93,17 @@ std::vector<std::int32_t> HostExchange::checked_indices(const TensorView& topk_i
     idx[i] = static_cast<std::int32_t>(value);
   }
   return idx;
+}
+
+/// From here on `idx` has slots where it had experts.
+void HostExchange::replace_by_slots(const ExpertSlots& slots,
+                                    std::vector<std::int32_t>& idx) const {
+  const auto topk = static_cast<std::size_t>(config.num_topk);
+  for (std::size_t i = 0; i < idx.size(); ++i) {
+    if (idx[i] < 0) continue;
+    idx[i] = slots.placement().slot_of_row(idx[i], rank, static_cast<int>(i / topk),
+                                           static_cast<int>(i % topk));
+  }
 }
 
 void HostExchange::stage(TensorView x, float static_scale, Stream stream) {

@@ -64,6 +64,7 @@ class HostExchange : public Exchange::Impl {
 
  private:
   [[nodiscard]] std::vector<std::int32_t> checked_indices(const TensorView& topk_idx) const;
+  void replace_by_slots(const ExpertSlots& slots, std::vector<std::int32_t>& idx) const;
   void stage(TensorView x, float static_scale, Stream stream);
   void send_home(const HostRoute& route, TensorView expert_y);
   void sum_home(const HostRoute& route, MutableTensorView y);

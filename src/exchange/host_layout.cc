@@ -12,7 +12,7 @@ constexpr std::size_t kAlignment = 128;
 HostLayout::HostLayout(const ExchangeConfig& config, int num_ranks_in)
     : num_ranks(num_ranks_in),
       num_slots(config.num_in_flight),
-      placement(config.num_experts, num_ranks_in) {
+      placement(config.total_slots(), num_ranks_in) {
   const auto ranks = static_cast<std::size_t>(num_ranks);
   const auto tokens = static_cast<std::size_t>(config.max_tokens_per_rank);
   const auto topk = static_cast<std::size_t>(config.num_topk);
@@ -31,7 +31,7 @@ HostLayout::HostLayout(const ExchangeConfig& config, int num_ranks_in)
   window_rows = masked ? std::int64_t{placement.num_local()} * config.max_m
                        : static_cast<std::int64_t>(ranks * tokens);
   const auto rows = static_cast<std::size_t>(window_rows);
-  place(counts, ranks * (masked ? static_cast<std::size_t>(config.num_experts) : 1) * 4);
+  place(counts, ranks * (masked ? static_cast<std::size_t>(config.total_slots()) : 1) * 4);
   place(x, rows * payload_bytes);
   place(scale, rows * scale_bytes);
   if (masked) {

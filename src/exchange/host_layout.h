@@ -19,7 +19,7 @@
 //     token    [R, T] i32                    the token's index at its source
 //     home     [T, k, hidden] bf16           rows that came back, for combine
 //
-//   R ranks, E experts, L local experts, T max_tokens_per_rank, k num_topk.
+//   R ranks, E experts (or slots for them), L local experts, T max_tokens_per_rank, k num_topk.
 //
 // Normal mode expands its token copies into rows by expert in memory of its own, behind the window.
 #pragma once

@@ -16,10 +16,10 @@ class HostLowLatency final : public HostExchange {
   void send_rows(HostRoute& route, std::int64_t num_tokens,
                  const std::vector<std::int32_t>& idx) override {
     const auto* counts = exchange_counts(route, idx);
-    check_capacity(counts);
+    check_capacity(counts, route.routing.slots);
 
     // First row of this rank within each expert: the rows of all lower ranks come before it.
-    std::vector<std::int64_t> next(static_cast<std::size_t>(config.num_experts));
+    std::vector<std::int64_t> next(static_cast<std::size_t>(placement.num_experts()));
     for (int source = 0; source < rank; ++source) {
       for (std::size_t e = 0; e < next.size(); ++e) next[e] += count(counts, source, e);
     }
@@ -45,7 +45,8 @@ class HostLowLatency final : public HostExchange {
 
  private:
   [[nodiscard]] std::int32_t count(const std::int32_t* counts, int source, std::size_t e) const {
-    return counts[static_cast<std::size_t>(source) * static_cast<std::size_t>(config.num_experts) +
+    return counts[static_cast<std::size_t>(source) *
+                      static_cast<std::size_t>(placement.num_experts()) +
                   e];
   }
 
@@ -53,7 +54,7 @@ class HostLowLatency final : public HostExchange {
   const std::int32_t* exchange_counts(const HostRoute& route,
                                       const std::vector<std::int32_t>& idx) {
     const HostLayout& layout = protocol_.layout();
-    std::vector<std::int32_t> mine(static_cast<std::size_t>(config.num_experts));
+    std::vector<std::int32_t> mine(static_cast<std::size_t>(placement.num_experts()));
     for (const std::int32_t expert : idx) {
       if (expert >= 0) ++mine[static_cast<std::size_t>(expert)];
     }
@@ -74,12 +75,16 @@ class HostLowLatency final : public HostExchange {
   }
 
   /// Every rank has the same counts, so every rank refuses, or none; no row has been sent yet.
-  void check_capacity(const std::int32_t* counts) const {
-    for (std::size_t e = 0; e < static_cast<std::size_t>(config.num_experts); ++e) {
+  void check_capacity(const std::int32_t* counts, const ExpertSlots* slots) const {
+    for (int e = 0; e < placement.num_experts(); ++e) {
       std::int64_t rows = 0;
-      for (int source = 0; source < num_ranks; ++source) rows += count(counts, source, e);
-      check_argument(rows <= config.max_m, "expert {} would receive {} rows, max_m is {}", e, rows,
-                     config.max_m);
+      for (int source = 0; source < num_ranks; ++source) {
+        rows += count(counts, source, static_cast<std::size_t>(e));
+      }
+      if (rows <= config.max_m) continue;
+      fail(ErrorCode::kInvalidArgument, "expert {} would receive {} rows{}, max_m is {}",
+           slots == nullptr ? e : slots->placement().expert_of(e), rows,
+           slots == nullptr ? "" : fmt::format(" in slot {}", e), config.max_m);
     }
   }
 

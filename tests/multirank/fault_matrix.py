@@ -37,7 +37,10 @@ PLACES = {"start": r"start of the MPI transport", "communicator": r"second roll 
           "before-creation": r"creation, comparing configurations: all_gather number \d+", "creation": r"creation.*make_window number \d+",
           "before-dispatch": r"dispatch.*epoch 4", "dispatch": r"dispatch.*epoch 4",
           "before-combine": r"combine, epoch 4", "combine": r"combine, epoch 4",
-          "after-combine": r"dispatch.*epoch 5"}
+          "after-combine": r"dispatch.*epoch 5",
+          "before-rebalance": r"rebalance of moving layer, comparing configurations: all_gather number \d+",
+          "rebalance": r"rebalance of moving layer.*round \d+",
+          "after-rebalance": r"dispatch.*epoch 5"}
 if IPC:
     # A rank whose process has ended is noticed by whoever waits, for whomever.
     PLACES = {"start": r"start of the ipc transport",
@@ -45,7 +48,9 @@ if IPC:
               "creation": rf"({PLACES['before-creation']}|{PLACES['creation']})",
               "before-dispatch": r"(combine, epoch 3|dispatch.*epoch 4)", "dispatch": PLACES["dispatch"],
               "before-combine": r"(dispatch|combine).*epoch 4", "combine": r"(dispatch|combine).*epoch 4",
-              "after-combine": r"(combine, epoch 4|dispatch.*epoch 5)"}
+              "after-combine": r"(combine, epoch 4|dispatch.*epoch 5)",
+              "before-rebalance": rf"({PLACES['before-rebalance']}|combine, epoch 4)", "rebalance": PLACES["rebalance"],
+              "after-rebalance": rf"({PLACES['before-rebalance']}|dispatch.*epoch 5)"}
 CASES = [(fault, place, f"{operation}.*{GONE}", mode)
          for fault in ("kill", "stop", f"kill, {LATE} late", f"stop, {LATE} late") for place, operation in PLACES.items()
          for mode in ("low-latency", "normal")]
@@ -62,7 +67,7 @@ CASES += [] if IPC else [("stranger", "start", rf"ranks disagree on version: ran
           ("flood", "put", rf"sending on rank \d: after {TIMEOUT_MS} ms \d+ messages to rank {VICTIM} .*{GONE}", "normal")]
 if SHORT:
     CASES = [c for i, c in enumerate(CASES) if (c[0] in ("truncate", "corrupt", "lose", "order", "capacity", "stranger", "flood")) and c[3] == "normal"
-             or c[0] in ("kill", "stop") and (c[1], c[3]) in (("start", "normal"), ("creation", "normal"), ("dispatch", "low-latency"), ("combine", "normal"))
+             or c[0] in ("kill", "stop") and (c[1], c[3]) in (("start", "normal"), ("creation", "normal"), ("dispatch", "low-latency"), ("combine", "normal"), ("rebalance", "normal"))
              or c[0] == f"kill, {LATE} late" and (c[1], c[3]) in (("communicator", "normal"), ("before-creation", "normal"), ("dispatch", "low-latency"), ("before-combine", "normal"))
              or c[0] == "slow" and (c[1], c[3]) == ("dispatch", "low-latency")]
 

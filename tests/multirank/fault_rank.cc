@@ -23,6 +23,7 @@
 
 #include "core/fail.h"
 #include "exchange/exchange_model.h"
+#include "multirank/moving_layer.h"
 #include "multirank/run_ranks.h"
 #include "sluice/lab/ranks.h"
 #include "support/scalar_backend.h"
@@ -40,6 +41,7 @@ struct Options {
       "none";  // none kill stop slow truncate corrupt lose order capacity stranger flood
   std::string at = "dispatch";  // start communicator before-creation creation before-dispatch
                                 // dispatch before-combine combine after-combine
+                                // before-rebalance rebalance after-rebalance
   int victim = 2;
   int late = -1;  // Another rank, or none.
   int round = 3;
@@ -198,8 +200,24 @@ void flood(Transport& world) {
   for (int i = 0; i < 64; ++i) window->put(options.victim, 0, data);
 }
 
+/// A layer whose experts move after every call.
+void moving_rounds(Transport& world) {
+  MiddleTransport transport(world);
+  sluice::testing::MovingLayer layer(transport, options.mode,
+                                     std::chrono::milliseconds(options.timeout_ms));
+  for (int& round = transport.round; round < 2 * options.round; ++round) {
+    transport.operation = "forward";
+    if (!layer.forward_is_exact()) throw std::logic_error("wrong rows");
+    here("before-rebalance", round);
+    transport.operation = "rebalance";
+    layer.move();
+    here("after-rebalance", round);
+  }
+}
+
 void rounds(Transport& world) {
   if (options.fault == "flood") return flood(world);
+  if (options.at.ends_with("rebalance")) return moving_rounds(world);
   const bool differs = options.fault == "capacity" && this_rank == options.victim;
   if (differs) note_fault();
   const ExchangeConfig config{.mode = options.mode,

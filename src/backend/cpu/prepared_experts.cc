@@ -199,6 +199,10 @@ void PreparedCpuExperts::copy_to_host(std::byte* host) const {
   std::memcpy(host + gate_up, packed_.down, experts_.size() * packed_.sizes.down_bytes);
 }
 
+std::array<std::span<std::byte>, 2> PreparedCpuExperts::expert_bytes(int index) {
+  return part_bytes(packed_, index);
+}
+
 std::int64_t PreparedCpuExperts::repack_rows(int index, MatrixRole role, const TensorView& scales,
                                              std::int64_t first_row,
                                              std::span<const std::byte> codes) {

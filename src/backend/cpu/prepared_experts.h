@@ -89,6 +89,7 @@ class PreparedCpuExperts final : public PreparedExperts {
     return experts_.size() * (packed_.sizes.gate_up_bytes + packed_.sizes.down_bytes);
   }
   void copy_to_host(std::byte* host) const override;
+  [[nodiscard]] std::array<std::span<std::byte>, 2> expert_bytes(int index) override;
   [[nodiscard]] int num_experts() const noexcept { return static_cast<int>(experts_.size()); }
   [[nodiscard]] const PreparedExpert& expert(int i) const {
     return experts_[static_cast<std::size_t>(i)];

@@ -7,6 +7,7 @@
 #include <utility>
 
 #include "backend/cuda/check.h"
+#include "backend/cuda/checksum_kernel.h"
 #include "backend/cuda/cuda_experts.h"
 #include "backend/cuda/cuda_packer.h"
 #include "backend/cuda/elementwise.h"
@@ -114,6 +115,13 @@ class CudaBackend final : public BackendOps {
     use_device();
     static_cast<CudaExperts&>(room).finish(stream.handle);
   }
+  void take_any_expert(PreparedExperts& experts, Stream stream) override {
+    use_device();
+    auto& mine = static_cast<CudaExperts&>(experts);
+    if (!mine.takes_any_expert()) mine.use_ones_complement(stream.handle);
+  }
+  [[nodiscard]] std::uint64_t checksum(std::span<const std::byte> bytes, std::uint64_t first_word,
+                                       Stream stream) override;
   void quantize(const std::uint16_t* x, const RowRanges& rows, bool pow2, const Fp8Rows& out,
                 Stream stream) override;
   void requantize(const Fp8RowsView& in, const RowRanges& rows, const Fp8Rows& out,
@@ -159,7 +167,23 @@ class CudaBackend final : public BackendOps {
   cudaStream_t stream_ = nullptr;
   cuda::PinnedPool pinned_{index_};
   cuda::GraphPatience patience_;
+  std::unique_ptr<CudaBuffer> checksum_;  // One word; from the first checksum() on.
 };
+
+std::uint64_t CudaBackend::checksum(std::span<const std::byte> bytes, std::uint64_t first_word,
+                                    Stream stream) {
+  SLUICE_ASSERT(bytes.size() % 16 == 0);
+  if (checksum_ == nullptr) checksum_ = make_buffer(sizeof(std::uint64_t));
+  use_device();
+  const auto queue = static_cast<cudaStream_t>(stream.handle);
+  SLUICE_CUDA_CHECK(cudaMemsetAsync(checksum_->data(), 0, checksum_->bytes(), queue));
+  cuda::launch_checksum(bytes.data(), bytes.size(), first_word,
+                        reinterpret_cast<unsigned long long*>(checksum_->data()), num_sms_,
+                        stream.handle);
+  std::uint64_t sum = 0;
+  copy(&sum, checksum_->data(), sizeof(sum), cudaMemcpyDeviceToHost, stream);
+  return sum;
+}
 
 /// Copies a matrix to staging memory. Waits for whatever still reads that.
 MatrixSource CudaBackend::stage(const QuantMatrix& m, std::byte* at) const {

@@ -155,6 +155,13 @@ void CudaExperts::copy_to_host(std::byte* host) const {
                                cudaMemcpyDeviceToHost));
 }
 
+void CudaExperts::use_ones_complement(cuda::StreamHandle stream) {
+  code = cuda::WeightCode::kOnesComplement;
+  cuda::launch_recode(packed.gate_up, gate_up_shape, format.num_experts, stream);
+  cuda::launch_recode(packed.down, down_shape, format.num_experts, stream);
+  SLUICE_CUDA_CHECK(cudaStreamSynchronize(static_cast<cudaStream_t>(stream)));
+}
+
 void CudaExperts::finish(cuda::StreamHandle stream) {
   const auto queue = static_cast<cudaStream_t>(stream);
   cuda::RepackFindings found;
@@ -162,12 +169,7 @@ void CudaExperts::finish(cuda::StreamHandle stream) {
       cudaMemcpyAsync(&found, findings->data(), sizeof(found), cudaMemcpyDeviceToHost, queue));
   SLUICE_CUDA_CHECK(cudaStreamSynchronize(queue));
   throw_scale_fault(found.scale_fault, format);
-  if (found.has_minus8 != 0 && code == cuda::WeightCode::kSignMagnitude) {
-    code = cuda::WeightCode::kOnesComplement;
-    cuda::launch_recode(packed.gate_up, gate_up_shape, format.num_experts, stream);
-    cuda::launch_recode(packed.down, down_shape, format.num_experts, stream);
-    SLUICE_CUDA_CHECK(cudaStreamSynchronize(queue));
-  }
+  if (found.has_minus8 != 0 && !takes_any_expert()) use_ones_complement(stream);
   findings.reset();
   aside.reset();
 }

@@ -35,6 +35,15 @@ struct CudaExperts final : PreparedExperts {
   /// See BackendOps. The device is the current one.
   void repack(int first, std::span<const ExpertSource> sources, cuda::StreamHandle stream);
   void finish(cuda::StreamHandle stream);
+  [[nodiscard]] std::array<std::span<std::byte>, 2> expert_bytes(int index) override {
+    return part_bytes(packed, index);
+  }
+  /// kSignMagnitude cannot say -8.
+  [[nodiscard]] bool takes_any_expert() const noexcept override {
+    return code != cuda::WeightCode::kSignMagnitude;
+  }
+  /// Of all experts, from kSignMagnitude; waits for `stream`.
+  void use_ones_complement(cuda::StreamHandle stream);
 
   /// Of one expert, from sources that overlap no packed memory. Threads: any, for different halves
   /// of experts.

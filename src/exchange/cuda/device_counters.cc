@@ -10,7 +10,7 @@ ExchangeCounters counters_of(const cuda::DeviceStats& stats, const DeviceLayout&
   counters.num_dispatches = num_dispatches;
   counters.saturated_values = stats.saturated;
   const std::uint64_t token = layout.payload_bytes + layout.scale_bytes;
-  const std::uint64_t counts = static_cast<std::uint64_t>(config.num_experts) * 8u;
+  const std::uint64_t counts = static_cast<std::uint64_t>(config.total_slots()) * 8u;
   for (int r = 0; r < layout.placement.num_ranks(); ++r) {
     const std::uint64_t origins = (stats.rows[r] + stats.repeats[r]) * 8u;
     const bool has_lists = config.mode == Mode::kNormal && r != rank;

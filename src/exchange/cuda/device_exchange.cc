@@ -177,6 +177,8 @@ void DeviceExchange::make_slots() {
     p.origin = base + layout_.origin;
     p.expert_y = base + layout_.expert_y;
     p.placement = placement;
+    p.slots = nullptr;
+    p.num_experts = config.num_experts;
     p.num_topk = config.num_topk;
     p.hidden = config.hidden;
     p.max_tokens = config.max_tokens_per_rank;
@@ -269,7 +271,9 @@ std::unique_ptr<DeviceExchange::DeviceRoute> DeviceExchange::send(TensorView x,
   // Rows of the first chunk leave while the next is quantized. More than four tokens gain nothing.
   const auto chunk_tokens =
       static_cast<int>(std::clamp<std::int64_t>(num_tokens / num_ctas / 4, 1, 4));
-  cuda::launch_dispatch(slot.params,
+  SlotParams params = slot.params;
+  if (routing.slots != nullptr) params.slots = routing.slots->device_table();
+  cuda::launch_dispatch(params,
                         {.x = x.as<std::uint16_t>(),
                          .topk_idx = routing.topk_idx.data,
                          .wide_idx = routing.topk_idx.dtype == DType::kInt64,
@@ -359,7 +363,8 @@ void DeviceExchange::fill_batch(DeviceRoute& route, std::int64_t num_tokens) con
   batch.num_rows = {p.num_rows, DType::kInt32, Shape{num_local}, device};
   batch.row_begin = {p.row_begin, DType::kInt64, Shape{num_local}, device};
   const std::int64_t slots = num_tokens * config.num_topk * num_ranks;
-  batch.expected_m = static_cast<int>((slots + config.num_experts - 1) / config.num_experts);
+  batch.expected_m =
+      static_cast<int>((slots + placement.num_experts() - 1) / placement.num_experts());
   route.expert_y.data = window + p.expert_y;
   route.expert_y.dtype = DType::kBFloat16;
   route.expert_y.shape = shape(config.hidden);

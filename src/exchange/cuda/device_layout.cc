@@ -15,7 +15,7 @@ constexpr std::size_t aligned(std::size_t bytes) {
 }  // namespace
 
 DeviceLayout::DeviceLayout(const ExchangeConfig& config, int num_ranks)
-    : num_slots(config.num_in_flight), placement(config.num_experts, num_ranks) {
+    : num_slots(config.num_in_flight), placement(config.total_slots(), num_ranks) {
   const auto ranks = static_cast<std::size_t>(num_ranks);
   const auto hidden = static_cast<std::size_t>(config.hidden);
   const bool masked = config.mode == Mode::kLowLatency;
@@ -37,7 +37,7 @@ DeviceLayout::DeviceLayout(const ExchangeConfig& config, int num_ranks)
   const auto rows = static_cast<std::size_t>(max_rows);
   place(dispatched, ranks * sizeof(std::uint64_t));
   place(returned, ranks * sizeof(std::uint64_t));
-  place(counts, ranks * static_cast<std::size_t>(config.num_experts) * sizeof(std::uint64_t));
+  place(counts, ranks * static_cast<std::size_t>(config.total_slots()) * sizeof(std::uint64_t));
   place(copies,
         masked ? 0 : ranks * static_cast<std::size_t>(tokens_slots) * sizeof(std::uint64_t));
   flags_and_counts_bytes = at;
@@ -55,8 +55,9 @@ std::size_t device_workspace_bytes(const ExchangeConfig& config, int num_ranks) 
 void DeviceLayout::check(const ExchangeConfig& config, int num_ranks) const {
   check_argument(num_ranks <= kMaxDeviceRanks, "{} ranks over CUDA memory; at most {}", num_ranks,
                  int{kMaxDeviceRanks});
-  check_argument(config.num_experts <= cuda::kMaxExchangeExperts,
-                 "num_experts {} over CUDA memory; at most {}", config.num_experts,
+  check_argument(config.total_slots() <= cuda::kMaxExchangeExperts,
+                 "{} {} over CUDA memory; at most {}",
+                 config.num_slots != 0 ? "num_slots" : "num_experts", config.total_slots(),
                  int{cuda::kMaxExchangeExperts});
   check_argument(payload_bytes <= cuda::kMaxPayloadBytes,
                  "hidden {} makes rows of {} bytes; at most {} over CUDA memory", config.hidden,

@@ -14,7 +14,7 @@
 
 namespace sluice::cuda {
 
-/// Most experts over all ranks: two counters of each live in shared memory.
+/// Most experts, or slots for them, over all ranks: two counters of each live in shared memory.
 inline constexpr int kMaxExchangeExperts = 4096;
 /// Most bytes of one row without scales: two of them must fit in shared memory.
 inline constexpr int kMaxPayloadBytes = 80 * 1024;
@@ -77,6 +77,10 @@ struct SlotParams {
   std::int64_t* slot_row;   // [T, k] rank << 32 | row, or -1
   std::int64_t* row_begin;  // [num_local_experts]
   std::int32_t* num_rows;   // [num_local_experts]
+  // Where num_experts of Routing::topk_idx are: ExpertSlots::device_table(); null: expert e is in
+  // slot e. To the kernels, every other "expert" is a slot.
+  const std::uint32_t* slots;
+  int num_experts;
 };
 
 struct DispatchParams {

@@ -104,12 +104,26 @@ __device__ inline void signal_all(const SlotParams& p, std::size_t flags, std::u
   p.window.signal(r, flags, value);
 }
 
+/// The slot to which the row of a top-k entry goes that chose expert `e`: Placement::slot_of_row().
+__device__ inline int slot_of_entry(const SlotParams& p, int e, int entry) {
+  const int begin = static_cast<int>(p.slots[e]);
+  const int num_replicas = static_cast<int>(p.slots[e + 1]) - begin;
+  const int token = entry / p.num_topk;
+  const int replica = num_replicas == 1 ? 0
+                                        : replica_of_row(num_replicas, p.window.rank, token,
+                                                         entry - token * p.num_topk);
+  return static_cast<int>(p.slots[p.num_experts + 1 + begin + replica]);
+}
+
 /// Expert of one top-k entry, or -1 for an empty one. One out of range is recorded and taken as
 /// empty.
 __device__ inline int expert_of(const SlotParams& p, const DispatchParams& d, int entry) {
   const long long e = d.wide_idx ? static_cast<const std::int64_t*>(d.topk_idx)[entry]
                                  : static_cast<const std::int32_t*>(d.topk_idx)[entry];
-  if (e >= -1 && e < p.placement.num_experts()) return static_cast<int>(e);
+  if (e >= -1 && e < p.num_experts) {
+    if (p.slots == nullptr || e < 0) return static_cast<int>(e);
+    return slot_of_entry(p, static_cast<int>(e), entry);
+  }
   record_fault(p, kRefusal, {.kind = kBadIndex, .where = entry, .value = e});
   return -1;
 }

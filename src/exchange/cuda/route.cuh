@@ -72,8 +72,11 @@ __device__ inline bool place_masked(const SlotParams& p, const int* total, int* 
     if (total[e] <= p.max_m) continue;
     over = true;
     if (blockIdx.x == 0) {
+      const int slots = p.placement.num_experts();
+      const int expert =
+          p.slots == nullptr ? e : static_cast<int>(p.slots[p.num_experts + 1 + slots + e]);
       record_fault(p, kRefusal,
-                   {.kind = kOverCapacity, .where = e, .count = total[e], .value = p.max_m});
+                   {.kind = kOverCapacity, .where = expert, .count = total[e], .value = p.max_m});
     }
   }
   return over;

@@ -1,0 +1,215 @@
+// Where experts are changes no bit: permutations, replicas, empty slots, uneven ranks, before and
+// after experts have moved.
+#include <gmock/gmock.h>
+
+#include <array>
+#include <string>
+
+#include "layer/placed_fixture.h"
+#include "multirank/run_ranks.h"
+
+namespace sluice::testing {
+namespace {
+
+using ::testing::HasSubstr;
+
+class Rebalance : public ::testing::Test {
+ protected:
+  static void SetUpTestSuite() { files_ = new LayersOnDisk; }
+  static void TearDownTestSuite() { delete files_; }
+  static LayersOnDisk* files_;
+};
+LayersOnDisk* Rebalance::files_ = nullptr;
+
+/// 8 experts in slots of every kind; all of them have as many slots.
+std::vector<Placement> placements(int num_ranks) {
+  const int slots = 24 / num_ranks * num_ranks;
+  std::vector<Placement> all{Placement::even(8, num_ranks, slots)};
+  for (int replicas = 1; replicas <= 4; ++replicas) {
+    all.push_back(random_placement(8, num_ranks, slots, replicas,
+                                   static_cast<std::uint64_t>(10 * num_ranks + replicas)));
+  }
+  return all;
+}
+
+TEST_F(Rebalance, NoPlacementChangesABit) {
+  std::vector<int> which;
+  for (int i = 0; i < kNumLayers; ++i) which.push_back(i);
+  for (const int num_ranks : {1, 2, 3, 4, 5}) {
+    run_ranks(num_ranks, [&](Transport& transport) {
+      OnOneRank alone(*files_, which);
+      const auto backend = make_backend({.num_threads = 1});
+      const std::vector<Placement> all = placements(num_ranks);
+      LayerGroup group = LayerGroup::create(slots_config(all[0].num_slots()), transport, *backend);
+      for (std::size_t i = 0; i < which.size(); ++i) {
+        // Loaded into one placement, moved through the others.
+        const std::size_t first = i % all.size();
+        Layer layer = group.add_layer(files_->checkpoint(), files_->layer(which[i]),
+                                      recipes_of_layer(which[i]), {.placements = {all[first]}});
+        for (std::size_t n = 0; n < all.size(); ++n) {
+          const Placement& placement = all[(first + n) % all.size()];
+          if (n > 0) (void)layer.rebalance(placement, {});
+          EXPECT_EQ(layer.placement(), placement);
+          for (const Mode mode : kModes) {
+            const Workload load = tokens_of(transport.rank(), n);
+            EXPECT_EQ(forward(layer, mode, load), alone.forward_of(i, mode, load))
+                << num_ranks << " ranks, layer " << i << ", placement " << n << ", "
+                << to_string(mode);
+          }
+        }
+      }
+      group.check();
+    });
+  }
+}
+
+TEST_F(Rebalance, InTheMiddleOfAThousandRounds) {
+  run_ranks(4, [&](Transport& transport) {
+    OnOneRank alone(*files_, {0});
+    std::array<std::array<std::vector<std::uint16_t>, 4>, 2> expected;
+    for (std::size_t m = 0; m < 2; ++m) {
+      for (std::size_t s = 0; s < 4; ++s) {
+        expected[m][s] = alone.forward_of(0, kModes[m], tokens_of(transport.rank(), s));
+      }
+    }
+    const auto backend = make_backend({.num_threads = 1});
+    LayerGroup group = LayerGroup::create(slots_config(12), transport, *backend);
+    Layer layer = group.add_layer(files_->checkpoint(), files_->layer(0), recipes_of_layer(0));
+    int wrong = 0;
+    for (std::uint64_t round = 0; round < 1000; ++round) {
+      if (round % 25 == 24) (void)layer.rebalance(random_placement(8, 4, 12, 3, round), {});
+      const std::size_t m = round % 2, s = round / 2 % 4;
+      wrong += forward(layer, kModes[m], tokens_of(transport.rank(), s)) != expected[m][s];
+    }
+    EXPECT_EQ(wrong, 0);
+  });
+}
+
+TEST(Placed, ExpertsThatTheRanksDoNotDivide) {
+  ModelGeometry geometry = group_geometry();
+  geometry.num_experts = 384, geometry.hidden = 128;
+  const LayersOnDisk files({.geometry = geometry, .num_layers = 1});
+  const auto load_of = [&](int rank) {
+    return make_workload({.num_experts = 384, .num_topk = 3, .hidden = 128, .seed = 3}, rank * 8,
+                         8);
+  };
+  const auto run = [&](Transport& transport, int slots, const Workload& load) {
+    const auto backend = make_backend({.num_threads = 1});
+    Engine engine =
+        Engine::create({.layer = files.layer(0), .max_tokens_per_rank = 8, .num_slots = slots},
+                       files.checkpoint(), transport, *backend);
+    return forward(engine, Mode::kNormal, load);
+  };
+  run_ranks(5, [&](Transport& transport) {
+    const Workload load = load_of(transport.rank());
+    const auto alone = make_inproc_transports(1);
+    EXPECT_EQ(run(transport, 385, load), run(*alone.front(), 0, load));
+  });
+}
+
+TEST_F(Rebalance, MovesWhatHasToMoveInBoundedMemory) {
+  run_ranks(2, [&](Transport& transport) {
+    const auto backend = make_backend({.num_threads = 1});
+    LayerGroup group = LayerGroup::create(slots_config(8), transport, *backend);
+    Layer layer = group.add_layer(files_->checkpoint(), files_->layer(0), recipes_of_layer(0));
+    const std::size_t expert = layer.weight_bytes() / 4;
+    // Slots 3 and 4, of two ranks, change places; slots 0 and 1, of one rank, too.
+    const auto moved = layer.rebalance(Placement::create(8, 2, {1, 0, 2, 4, 3, 5, 6, 7}), {});
+    EXPECT_EQ(moved.num_sent, 1);
+    EXPECT_EQ(moved.num_received, 1);
+    EXPECT_EQ(moved.sent_bytes, expert);
+    EXPECT_EQ(moved.received_bytes, expert);
+    EXPECT_EQ(moved.num_copied, transport.rank() == 0 ? 3 : 0);  // One by way of what is aside.
+    EXPECT_EQ(moved.extra_bytes, 2 * expert);
+    EXPECT_GT(moved.num_rounds, 0);
+    const auto nothing = layer.rebalance(layer.placement(), {});
+    EXPECT_EQ(nothing.num_rounds + nothing.num_sent + nothing.num_copied, 0);
+
+    const Placement turned = Placement::create(8, 2, {4, 5, 6, 7, 0, 1, 2, 3});
+    (void)layer.rebalance(Placement::identity(8, 2), {});
+    const int slow = layer.rebalance(turned, {}).num_rounds;
+    (void)layer.rebalance(Placement::identity(8, 2), {});
+    const auto fast = layer.rebalance(turned, {}, {.max_experts_held = 5});
+    EXPECT_LT(fast.num_rounds, slow);
+    EXPECT_EQ(fast.extra_bytes, 5 * expert);
+  });
+}
+
+TEST_F(Rebalance, WeightsOfTheCallerGoIntoTheirSlots) {
+  run_ranks(2, [&](Transport& transport) {
+    OnOneRank alone(*files_, {1});
+    const auto backend = make_backend({.num_threads = 1});
+    LayerGroup group = LayerGroup::create(slots_config(12), transport, *backend);
+    const Placement placement = random_placement(8, 2, 12, 2, 77);
+    const ExpertWeights all = files_->checkpoint().load_experts(files_->layer(1), 0, 8);
+    LayerSpec spec{.name = "mine", .weights = all, .placement = placement};
+    spec.weights.experts.clear();
+    for (const int e : placement.slot_experts(transport.rank())) {
+      spec.weights.experts.push_back(all.experts[e == kEmptySlot ? 0u : static_cast<unsigned>(e)]);
+    }
+    Layer layer = group.add_layer(spec, recipes_of_layer(1));
+    const Workload load = tokens_of(transport.rank());
+    for (const Mode mode : kModes) {
+      EXPECT_EQ(forward(layer, mode, load), alone.forward_of(0, mode, load));
+    }
+  });
+}
+
+TEST_F(Rebalance, RefusesByName) {
+  run_ranks(2, [&](Transport& transport) {
+    const auto backend = make_backend({.num_threads = 1});
+    const auto message = [](const auto& call) -> std::string {
+      try {
+        call();
+      } catch (const Error& e) {
+        EXPECT_EQ(e.code(), ErrorCode::kInvalidArgument);
+        return e.what();
+      }
+      return "nothing";
+    };
+    LayerGroup fixed = LayerGroup::create(group_config(), transport, *backend);
+    Layer still = fixed.add_layer(files_->checkpoint(), files_->layer(0));
+    EXPECT_TRUE(still.placement().is_identity());
+    EXPECT_THAT(message([&] { (void)still.rebalance(still.placement(), {}); }),
+                HasSubstr("its group was made without num_slots"));
+    LayerGroup group = LayerGroup::create(slots_config(12), transport, *backend);
+    Layer layer = group.add_layer(files_->checkpoint(), files_->layer(0));
+    EXPECT_THAT(message([&] { (void)layer.rebalance(Placement::identity(8, 2), {}); }),
+                HasSubstr("8 experts in 8 slots of 2 ranks; the group has 8, 12 and 2"));
+    EXPECT_THAT(
+        message([&] { (void)layer.rebalance(layer.placement(), {}, {.max_experts_held = 1}); }),
+        HasSubstr("max_experts_held 1 is less than 2"));
+    EXPECT_THAT(message([&] { (void)LayerGroup::create(slots_config(7), transport, *backend); }),
+                HasSubstr("num_slots 7 is no multiple of 2 ranks"));
+    const Workload load = tokens_of(transport.rank());
+    OutputRows y(load);
+    Dispatched sent = layer.dispatch_send(Mode::kNormal, load.x_view(), load.routing_view(), {});
+    (void)layer.rebalance(random_placement(8, 2, 12, 2, 1), {});
+    EXPECT_THAT(message([&] { layer.finish(std::move(sent), y.view(), {}); }),
+                HasSubstr("have moved since dispatch_send()"));
+  });
+}
+
+// What a capacity refuses is named by the model's own number.
+TEST_F(Rebalance, ACapacityNamesTheLogicalExpert) {
+  run_ranks(2, [&](Transport& transport) {
+    const auto backend = make_backend({.num_threads = 1});
+    LayerGroupConfig config = slots_config(8);
+    config.low_latency.max_m = 4;
+    LayerGroup group = LayerGroup::create(config, transport, *backend);
+    Layer layer =
+        group.add_layer(files_->checkpoint(), files_->layer(0), {},
+                        {.placements = {Placement::create(8, 2, {7, 1, 2, 3, 4, 5, 6, 0})}});
+    Workload load = tokens_of(transport.rank());
+    for (std::size_t i = 0; i < load.topk_idx.size(); ++i) load.topk_idx[i] = i % 3 == 0 ? 7 : -1;
+    try {
+      (void)forward(layer, Mode::kLowLatency, load);
+      ADD_FAILURE() << "more rows than max_m";
+    } catch (const Error& e) {
+      EXPECT_THAT(e.what(), HasSubstr("expert 7 would receive 9 rows in slot 0, max_m is 4"));
+    }
+  });
+}
+
+}  // namespace
+}  // namespace sluice::testing
