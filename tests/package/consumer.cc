@@ -1,6 +1,7 @@
 // Includes every public header, and links the parts with third-party dependencies of their own.
 #include "sluice/activation.h"
 #include "sluice/backend.h"
+#include "sluice/balance.h"
 #include "sluice/checkpoint.h"
 #include "sluice/config.h"
 #include "sluice/engine.h"
@@ -22,7 +23,10 @@
 #include "sluice/loading.h"
 #include "sluice/local_experts.h"
 #include "sluice/matrix_source.h"
+#include "sluice/placement.h"
+#include "sluice/placement_files.h"
 #include "sluice/quant.h"
+#include "sluice/rebalance.h"
 #include "sluice/recipe.h"
 #include "sluice/repack.h"
 #include "sluice/stream.h"
