@@ -1,22 +1,62 @@
-# For code whose compile time is a cost and whose speed is none: the command line and the tests. The
-# optimizer takes more than half of the time to compile them, and the headers of JSON, formatting
-# and test libraries most of the rest. The library that they call keeps its own flags.
+# What makes a build quick. Where a second of compiling goes (g++ 12, one file of the runtime): a third
+# to headers of the standard library, a tenth to the compiler's garbage collector, half to the optimizer.
+#
+#   every file       g++ collects garbage less often (sluice_flags)
+#   most files       -O2, which is the default of this tree, and common headers precompiled
+#   hot files        -O3: sluice_hot_sources()
+#   reports          -O1: sluice_cold_sources()
+#   CLI, tests       -O1: sluice_quick_flags(), sluice_quick_compile(); the library that they call keeps its
+#                    own flags
+#
+# Precompiled headers are a list of others' headers, never of this tree's, so that a change of ours
+# recompiles what includes it and no more. A file still includes all that it uses: CUDA files and
+# builds with -DCMAKE_DISABLE_PRECOMPILE_HEADERS=ON have no such list, and tools/check_includes.py
+# looks for what a file uses without including it.
+set(SLUICE_COMMON_HEADERS <fmt/core.h> <algorithm> <array> <atomic> <chrono> <cmath> <cstring> <functional> <map>
+  <memory> <mutex> <numeric> <optional> <span> <string> <string_view> <thread> <unordered_map> <utility> <vector>)
+
+# sluice_precompile(TARGET [HEADER ...]): the common headers and these, precompiled.
+function(sluice_precompile target)
+  target_precompile_headers(${target} PRIVATE ${SLUICE_COMMON_HEADERS} ${ARGN})
+  # ccache sees through a precompiled header of g++ only with this.
+  target_compile_options(${target} PRIVATE $<$<COMPILE_LANG_AND_ID:CXX,GNU>:-fpch-preprocess>)
+endfunction()
+
+# sluice_hot_sources(TARGET FILE ...): their time is that of a layer, a conversion or a check. Flags of the
+# caller's own, for example -O1 while developing, are left alone.
+function(sluice_hot_sources target)
+  if(SLUICE_DEFAULT_FLAGS)
+    set_property(SOURCE ${ARGN} TARGET_DIRECTORY ${target} APPEND PROPERTY COMPILE_OPTIONS
+      $<$<CONFIG:Release>:-O3>)
+  endif()
+endfunction()
+
+# sluice_cold_sources(TARGET FILE ...): they run once in a command, to describe or to report.
+function(sluice_cold_sources target)
+  set_property(SOURCE ${ARGN} TARGET_DIRECTORY ${target} APPEND PROPERTY COMPILE_OPTIONS
+    $<$<CONFIG:Release>:-O1>)
+endfunction()
 
 # sluice_quick_compile(TARGET [HEADER ...]): -O1, and the headers precompiled.
 function(sluice_quick_compile target)
   sluice_quick_flags(${target})
-  target_precompile_headers(${target} PRIVATE ${ARGN})
-endfunction()
-
-# sluice_precompile(TARGET HEADER ...): the headers alone, for code whose speed counts.
-function(sluice_precompile target)
-  target_precompile_headers(${target} PRIVATE ${ARGN})
-  # ccache sees through a precompiled header of g++ only with this.
-  target_compile_options(${target} PRIVATE $<$<COMPILE_LANG_AND_ID:CXX,GNU>:-fpch-preprocess>)
+  sluice_precompile(${target} ${ARGN})
 endfunction()
 
 function(sluice_quick_flags target)
   target_compile_options(${target} PRIVATE
     $<$<AND:$<COMPILE_LANGUAGE:CXX>,$<CONFIG:Release>>:-O1>
     $<$<COMPILE_LANG_AND_ID:CXX,GNU>:-fpch-preprocess>)
+endfunction()
+
+# sluice_compile_with(TARGET LIBRARY FILE ...): these files see the library's headers. The others are compiled by
+# the same command with the library and without it, so that one build's objects serve the next one through ccache:
+# the wheel, the demo and the tests differ in CUDA and MPI alone.
+function(sluice_compile_with target library)
+  foreach(property INCLUDE_DIRECTORIES COMPILE_DEFINITIONS COMPILE_OPTIONS)
+    get_target_property(value ${library} INTERFACE_${property})
+    if(value)
+      set_property(SOURCE ${ARGN} TARGET_DIRECTORY ${target} APPEND PROPERTY ${property} ${value})
+    endif()
+  endforeach()
 endfunction()

@@ -11,6 +11,8 @@ import sys
 from collections import defaultdict
 from pathlib import Path
 
+from standard_headers import Includes
+
 # --- The layering, as data ------------------------------------------------------------------------
 # A path belongs to the first module whose prefix it starts with. `may` names the modules it may
 # include besides itself; `outside` the third-party headers (by prefix). Every module may include
@@ -22,7 +24,7 @@ MODULES = [
     ("quant",          "src/quant/",           ("public", "core"),                        ()),
     # Reads JSON that may be hostile.
     ("json",           "src/checkpoint/json_reader", ("public", "core"),                  ()),
-    ("checkpoint",     "src/checkpoint/",      ("public", "core", "quant", "json"),       ("posix", "nlohmann/")),
+    ("checkpoint",     "src/checkpoint/",      ("public", "core", "quant", "json"),       ("posix",)),
     ("device handles", "src/transport/device.cuh", ("public", "core", "ptx"),             ("cuda",)),
     ("device memory",  "src/transport/ipc_device", ("public", "core"),                    ("cuda",)),
     ("transport",      "src/transport/",       ("public", "core", "device handles", "device memory"), ("posix",)),
@@ -60,7 +62,7 @@ MODULES = [
     ("files",          "lab/files/",           ("public", "core"),                        ("posix",)),
     ("synthetic",      "lab/synthetic/",       ("public", "core", "quant", "checkpoint", "files"), ("posix", "nlohmann/")),
     ("reference",      "lab/reference/",       ("public", "core", "quant"),               ()),
-    ("convert",        "lab/convert/",         ("public", "core", "quant", "checkpoint", "files"), ("nlohmann/",)),
+    ("convert",        "lab/convert/",         ("public", "core", "quant", "checkpoint", "json", "files"), ("nlohmann/",)),
     ("accuracy",       "lab/accuracy/",        ("public", "core", "quant", "checkpoint", "traits", "reference"), ()),
     ("report",         "lab/report/",          ("public",),                               ("nlohmann/",)),
     # Kernel benchmarks time what lies under the public surface.
@@ -111,6 +113,8 @@ SOURCE_SUFFIXES = {".h", ".cc", ".cuh", ".cu", ".hpp", ".cpp"}
 TEXT_SUFFIXES = SOURCE_SUFFIXES | {".py", ".sh", ".md", ".txt", ".cmake", ".json", ".yaml"}
 SOURCE_FOLDERS = ("include", "src", "lab", "cli", "python", "tests")
 TEXT_FOLDERS = SOURCE_FOLDERS + ("docs", "tools", "scripts", "cmake")
+# Compiled with precompiled headers, which hide what a file forgets to include.
+PRECOMPILED = ("src/", "lab/", "cli/")
 HARD_LIMIT, SOFT_LIMIT, SOFT_LIMIT_HEADER = 600, 400, 250
 
 INCLUDE = re.compile(r'^\s*#\s*include\s*([<"])([^>"]+)[>"]')
@@ -241,6 +245,13 @@ class Scan:
             if len(paths) > 1:
                 self.report(paths[1], 1, "names", f"two headers are called {name}: {', '.join(paths)}")
 
+    def check_standard(self, texts):
+        includes = Includes(texts, self.resolve)
+        for path in texts:
+            if path.endswith(".cc") and path.startswith(PRECOMPILED):
+                for line, name, headers in includes.missing(path):
+                    self.report(path, line, "uses", f"{name} without including {' or '.join(headers)}")
+
     def run(self):
         sources = dict(self.files(SOURCE_FOLDERS, SOURCE_SUFFIXES))
         texts = dict(self.files(TEXT_FOLDERS, TEXT_SUFFIXES))
@@ -257,6 +268,7 @@ class Scan:
                 if path.startswith(TYPE_FOLDERS):
                     self.check_types(path, text)
         self.check_names()
+        self.check_standard({p: f.read_text(errors="replace") for p, f in sources.items()})
         return len(sources)
 
 

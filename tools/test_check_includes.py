@@ -127,6 +127,14 @@ class Planted(unittest.TestCase):
         for same in ("struct Rows;\n", "struct Rows::Impl {};\n", "struct Other {\n  struct Rows {};\n};\n"):
             self.assertEqual(scan({"src/core/one.cc": one, "src/quant/two.cc": same}).violations, [])
 
+    def test_what_is_used_is_included(self):
+        use = "std::vector<int> rows;  // std::map is a comment\n"
+        self.expect("uses", "src/core/rows.cc", use)
+        self.expect("uses", "lab/files/rows.cc", '#include "core/fail.h"\n' + use)
+        for include in ("#include <vector>\n", '#include "core/rows.h"\n'):
+            clean = {"src/core/rows.cc": include + use, "src/core/rows.h": HEADER + "#include <vector>\n"}
+            self.assertEqual(scan(clean).violations, [])
+
     def test_pragma_once(self):
         self.expect("header", "src/core/bare.h", "int x;\n")
 

@@ -2,6 +2,7 @@
 
 #include <utility>
 
+#include "checkpoint/json_reader.h"
 #include "core/fail.h"
 
 namespace sluice {
@@ -85,7 +86,7 @@ std::string OutputPlan::index_text() const {
   const char* separator = "\n";
   for (const OutputShard& shard : shards) {
     for (const SafetensorsEntry& t : shard.tensors) {
-      text += fmt::format("{}    {}: \"{}\"", separator, nlohmann::json(t.name).dump(), shard.name);
+      text += fmt::format("{}    {}: \"{}\"", separator, json_string(t.name), shard.name);
       separator = ",\n";
     }
   }

@@ -1,6 +1,7 @@
 #include "balance/rank_bins.h"
 
 #include <algorithm>
+#include <functional>
 #include <utility>
 
 #include "core/fail.h"

@@ -83,4 +83,8 @@ class JsonReader {
   int depth_ = 0;
 };
 
+/// `text`, which is UTF-8, as a JSON string with its quotes. Characters that JSON does not allow in
+/// a string are escaped; everything else stands as it is.
+[[nodiscard]] std::string json_string(std::string_view text);
+
 }  // namespace sluice

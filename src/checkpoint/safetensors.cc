@@ -4,7 +4,6 @@
 #include <array>
 #include <bit>
 #include <cstring>
-#include <nlohmann/json.hpp>
 #include <utility>
 
 #include "checkpoint/json_reader.h"
@@ -148,6 +147,15 @@ void check_coverage(const std::vector<SafetensorsEntry>& tensors, std::uint64_t 
   }
 }
 
+std::string json_shape(std::span<const std::uint64_t> shape) {
+  std::string text = "[";
+  for (const std::uint64_t dim : shape) {
+    if (text.size() > 1) text += ',';
+    text += std::to_string(dim);
+  }
+  return text + "]";
+}
+
 }  // namespace
 
 std::optional<int> safetensors_dtype_bits(std::string_view dtype) noexcept {
@@ -200,9 +208,7 @@ SafetensorsHeader parse_safetensors_header(std::span<const std::byte> file,
 }
 
 std::string make_safetensors_header(std::span<SafetensorsEntry> tensors) {
-  nlohmann::ordered_json json = {{"__metadata__", {{"format", "pt"}}}};
-  std::string text = json.dump();
-  text.pop_back();
+  std::string text = R"({"__metadata__":{"format":"pt"})";
   std::uint64_t at = 0;
   for (SafetensorsEntry& t : tensors) {
     const auto bits = safetensors_dtype_bits(t.dtype);
@@ -213,8 +219,7 @@ std::string make_safetensors_header(std::span<SafetensorsEntry> tensors) {
                    to_string(t.shape), t.dtype);
     t.begin = at, t.end = at + *bytes, at = t.end;
     text += fmt::format(",{}:{{\"dtype\":\"{}\",\"shape\":{},\"data_offsets\":[{},{}]}}",
-                        nlohmann::json(t.name).dump(), t.dtype, nlohmann::json(t.shape).dump(),
-                        t.begin, t.end);
+                        json_string(t.name), t.dtype, json_shape(t.shape), t.begin, t.end);
   }
   text += '}';
   text.append((8 - (kLengthBytes + text.size()) % 8) % 8, ' ');

@@ -6,6 +6,7 @@
 #include <optional>
 
 #include "core/fail.h"
+#include "sluice/quant.h"
 
 namespace sluice {
 namespace {
@@ -63,15 +64,15 @@ void check_codes(const WeightStats& s, const std::string& tensor, bool expects_m
 
 /// What would make the weights of a matrix plausible, where that is known.
 std::string remedy(const WeightStats& s) {
-  constexpr double kPlausible = 5, kE4m3Largest = 448;
+  constexpr double kPlausible = 5, kLargest = kE4m3Max;
   const double reciprocal = s.code_rms / s.median_scale * s.size / s.rms;
   std::string text;
   const auto add = [&](bool fits, const char* what) {
     if (fits) text += (text.empty() ? "; " : " or ") + std::string(what);
   };
   add(s.size > kMostSize && is_within(reciprocal, kPlausible), "reciprocals of the scales");
-  add(is_within(s.size * kE4m3Largest, kPlausible), "scales divided by 448 once too often");
-  add(is_within(s.size / kE4m3Largest, kPlausible), "scales not divided by 448");
+  add(is_within(s.size * kLargest, kPlausible), "scales divided by 448 once too often");
+  add(is_within(s.size / kLargest, kPlausible), "scales not divided by 448");
   return text.empty() ? text : text + "?";
 }
 

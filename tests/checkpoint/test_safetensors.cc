@@ -235,6 +235,18 @@ TEST(JsonReader, RefusesWhatIsNotJson) {
   }
 }
 
+TEST(JsonString, IsReadAsTheSameText) {
+  EXPECT_EQ(json_string("model.layers.3"), R"("model.layers.3")");
+  EXPECT_EQ(json_string("a\"b\\c\n"), R"("a\"b\\c\u000a")");
+  std::string text;
+  for (int c = 0; c < 128; ++c) text += static_cast<char>(c);
+  text += "\xc3\xa9\xf0\x9f\x98\x80";  // Two and four bytes of UTF-8.
+  const std::string json = json_string(text);
+  JsonReader reader(json, "S");
+  EXPECT_EQ(reader.string(), text);
+  reader.finish();
+}
+
 TEST(JsonReader, BoundsItsDepth) {
   const auto nested = [](int depth) {
     return std::string(static_cast<std::size_t>(depth), '[') +
