@@ -20,7 +20,7 @@ namespace {
 struct Options {
   std::string preset, config, checkpoint, recipe = "direct", mode = "low-latency", backend = "cpu",
                                           scale_dtype, memory, layers;
-  int ranks = 1, tokens = 128, num_layers = 0;
+  int ranks = 1, tokens = 128, num_layers = 0, slots = 0;
 };
 
 /// "80GB", "512MB", "1.5e9": decimal units.
@@ -132,6 +132,7 @@ class Planner {
       : geometry_(subject.geometry),
         device_(options.backend == "cuda" ? Device::Kind::kCuda : Device::Kind::kHost),
         num_ranks_(options.ranks),
+        num_slots_(options.slots),
         has_low_latency_(options.mode == "both" || parse_mode(options.mode) == Mode::kLowLatency),
         has_normal_(options.mode == "both" || parse_mode(options.mode) == Mode::kNormal) {
     ModeRecipes recipes;
@@ -147,6 +148,7 @@ class Planner {
 
   [[nodiscard]] LayerGroupMemory at(int tokens) const {
     LayerGroupConfig config{.geometry = geometry_};
+    config.num_slots = num_slots_;
     if (has_low_latency_) config.low_latency.max_tokens_per_rank = tokens;
     if (has_normal_) config.normal.max_tokens_per_rank = tokens;
     return LayerGroup::plan_memory(config, layers_, device_, num_ranks_);
@@ -167,7 +169,7 @@ class Planner {
   ModelGeometry geometry_;
   std::vector<PlannedLayer> layers_;
   Device::Kind device_;
-  int num_ranks_;
+  int num_ranks_, num_slots_;
   bool has_low_latency_, has_normal_;
 };
 
@@ -188,9 +190,11 @@ void plan(const Options& options, Output& output) {
   for (const CheckpointWarning& w : subject.warnings) {
     fmt::print("{}   {}: {}\n", w.is_note ? "note   " : "warning", w.tensor, w.text);
   }
-  fmt::print("plan      recipe {}, {} mode, {} ranks of {} experts, up to {} tokens each, {}\n",
-             options.recipe, options.mode, options.ranks, g.num_experts / options.ranks,
-             options.tokens, options.backend);
+  const std::string each = options.slots == 0
+                               ? fmt::format("{} experts", g.num_experts / options.ranks)
+                               : fmt::format("{} slots", options.slots / options.ranks);
+  fmt::print("plan      recipe {}, {} mode, {} ranks of {}, up to {} tokens each, {}\n",
+             options.recipe, options.mode, options.ranks, each, options.tokens, options.backend);
   Table table({"each rank", "bytes", ""});
   const auto add = [&](const char* name, double bytes) {
     table.add({name, fmt::format("{:.0f}", bytes), human_bytes(bytes)});
@@ -207,6 +211,7 @@ void plan(const Options& options, Output& output) {
                  {"recipe", options.recipe},
                  {"mode", options.mode},
                  {"ranks", options.ranks},
+                 {"slots", options.slots == 0 ? g.num_experts : options.slots},
                  {"tokens_per_rank", options.tokens},
                  {"layers", m.num_layers},
                  {"group_size", g.group_size},
@@ -243,6 +248,10 @@ void add_plan(Command& program, Output& output) {
   command.add_option("--ranks", options->ranks, "Expert-parallel ranks")
       .range(1, 1024)
       .shows_default();
+  command
+      .add_option("--slots", options->slots,
+                  "Room for experts on all ranks together, for a placement; default: the experts")
+      .range(1, 1 << 16);
   command.add_option("--tokens", options->tokens, "Largest number of tokens per rank")
       .range(1, 1 << 20)
       .shows_default();

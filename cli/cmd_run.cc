@@ -32,7 +32,7 @@ struct Options {
   std::int64_t verify = 8;
   float routed_scaling_factor = 1.0f;
   bool prove = false, stats = false;
-  std::string metrics_path, expert_rows_path;
+  std::string metrics_path, expert_rows_path, placement;
 };
 
 std::vector<int> resolve_layers(const Options& options, const Checkpoint& checkpoint) {
@@ -48,6 +48,27 @@ std::vector<int> resolve_layers(const Options& options, const Checkpoint& checkp
                   fmt::format("{} layers, but --stats and --metrics are of one", layers.size()));
   }
   return layers;
+}
+
+/// Those of the file for the layers that run.
+std::vector<Placement> read_placements_of(const std::string& path, const std::vector<int>& layers,
+                                          int num_ranks) {
+  const std::vector<LayerPlacement> file = read_placements(path);
+  std::vector<Placement> placements;
+  for (const int layer : layers) {
+    const auto found = std::ranges::find(file, layer, &LayerPlacement::layer);
+    if (found == file.end()) {
+      throw Error(ErrorCode::kInvalidArgument,
+                  fmt::format("--placement {} has no layer {}", path, layer));
+    }
+    if (found->placement.num_ranks() != num_ranks) {
+      throw Error(ErrorCode::kInvalidArgument,
+                  fmt::format("--placement {} is for {} ranks; there are {}", path,
+                              found->placement.num_ranks(), num_ranks));
+    }
+    placements.push_back(found->placement);
+  }
+  return placements;
 }
 
 LayerRunConfig resolve(const Options& options, const Environment& environment, int num_ranks,
@@ -66,6 +87,9 @@ LayerRunConfig resolve(const Options& options, const Environment& environment, i
       .with_digest = options.prove,
       .environment = environment};
   config.layers = resolve_layers(options, checkpoint);
+  if (!options.placement.empty()) {
+    config.placements = read_placements_of(options.placement, config.layers, num_ranks);
+  }
   if (config.tokens.size() == 1) {
     config.tokens.assign(static_cast<std::size_t>(num_ranks), config.tokens[0]);
   }
@@ -192,6 +216,13 @@ void report(const Options& options, const LayerRunConfig& config, const Checkpoi
   output.json["checkpoint"] = options.checkpoint;
   output.json["transport"] = options.transport;
   output.json["routing"] = options.routing;
+  if (!options.placement.empty()) {
+    const Placement& p = first.placement;
+    fmt::print("slots     {} of {}, {} on each rank\n", p.num_slots(), options.placement,
+               p.slots_per_rank());
+    output.json["placement"] = options.placement;
+    output.json["num_slots"] = p.num_slots();
+  }
   output.json["seed"] = options.seed;
   print_load(config, result, output.json);
   if (is_one) report_layer(options, config, checkpoint, first, output);
@@ -297,6 +328,10 @@ void add_run(Command& program, Output& output) {
       .add_option("--metrics", options->metrics_path,
                   "Write the counters to FILE in Prometheus text format")
       .type_name("FILE");
+  command
+      .add_option("--placement", options->placement,
+                  "Which slot holds which expert, of each layer: a file that balance --out wrote")
+      .existing_file();
   command
       .add_option("--expert-rows", options->expert_rows_path,
                   "Write the rows of every expert of each layer to FILE, for balance --counts")

@@ -120,6 +120,7 @@ class RankRun {
     const ModeCapacity capacity{.max_tokens_per_rank = static_cast<int>(
                                     std::max<std::int64_t>(1, std::ranges::max(config.tokens)))};
     (config.mode == Mode::kLowLatency ? group.low_latency : group.normal) = capacity;
+    if (!config.placements.empty()) group.num_slots = config.placements.front().num_slots();
     return group;
   }
 
@@ -132,6 +133,7 @@ class RankRun {
     ModeRecipes recipes{.dispatch_dtype = config_.environment.dispatch_dtype};
     (config_.mode == Mode::kLowLatency ? recipes.low_latency : recipes.normal) = config_.recipe;
     LoadOptions options;
+    options.placements = config_.placements;
     std::optional<ProgressLine> progress;
     if (rank_ == 0) {
       progress.emplace("loading");
@@ -209,6 +211,7 @@ RankResult RankRun::run_layer(std::size_t index, LayerRunResult& shared) {
   if (rank_ == 0) {
     shared.recipe = layer.recipe(config_.mode);
     shared.total_us = slowest;
+    shared.placement = layer.placement();
   }
   return result;
 }

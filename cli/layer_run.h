@@ -30,6 +30,8 @@ struct LayerRunConfig {
   int repeats = 1;
   float routed_scaling_factor = 1.0f;
   bool with_digest = false;  ///< Digest the bytes GEMM1 consumes.
+  /// Of each layer; empty: expert e in slot e.
+  std::vector<Placement> placements = {};
   Environment environment;
 };
 
@@ -40,6 +42,7 @@ struct LayerRunResult {
   std::string backend = {};           ///< Backend::description() of rank 0.
   double read_bytes_per_s = 0;        ///< Of rank 0's device; see measure_ceiling().
   std::vector<double> total_us = {};  ///< [repeats] slowest rank of each.
+  Placement placement = {};
   std::vector<RankResult> ranks = {};
 };
 

@@ -31,11 +31,20 @@ struct Balance {
 
 Balance balance_of(const LayerRunResult& result) {
   Balance b;
-  for (const RankResult& rank : result.ranks) {
-    const auto& rows = rank.stats.rows_per_expert;
-    b.rows_per_expert.insert(b.rows_per_expert.end(), rows.begin(), rows.end());
-    b.totals.insert(b.totals.end(), rank.counted_rows.begin(), rank.counted_rows.end());
-    b.rows_per_rank.push_back(std::accumulate(rows.begin(), rows.end(), 0.0));
+  const Placement& placement = result.placement;
+  b.rows_per_expert.resize(static_cast<std::size_t>(placement.num_experts()));
+  b.totals.resize(b.rows_per_expert.size());
+  for (int r = 0; r < placement.num_ranks(); ++r) {
+    const RankResult& rank = result.ranks[static_cast<std::size_t>(r)];
+    const std::span<const int> experts = placement.slot_experts(r);
+    for (std::size_t i = 0; i < experts.size(); ++i) {
+      if (experts[i] == kEmptySlot) continue;
+      const auto e = static_cast<std::size_t>(experts[i]);
+      b.rows_per_expert[e] += rank.stats.rows_per_expert[i];
+      b.totals[e] += rank.counted_rows[i];
+    }
+    b.rows_per_rank.push_back(
+        std::accumulate(rank.stats.rows_per_expert.begin(), rank.stats.rows_per_expert.end(), 0.0));
   }
   b.imbalance_max_over_mean =
       max_over_mean(std::vector<double>(b.rows_per_expert.begin(), b.rows_per_expert.end()));
@@ -178,12 +187,16 @@ void write_metrics(const std::string& path, const LayerRunResult& result,
     }
   }
   {
-    Family family(text, "sluice_local_expert_rows_total", "counter",
-                  "Rows that each local expert of a rank has received.");
+    Family family(
+        text, "sluice_slot_rows_total", "counter",
+        "Rows that each expert slot of a rank has received; expert is its logical expert.");
     for (std::size_t r = 0; r < result.ranks.size(); ++r) {
       const auto& rows = result.ranks[r].counted_rows;
       for (std::size_t i = 0; i < rows.size(); ++i) {
-        family.add(fmt::format("layer=\"{}\",rank=\"{}\",local_expert=\"{}\"", result.layer, r, i),
+        const int expert = result.placement.slot_experts(static_cast<int>(r))[i];
+        if (expert == kEmptySlot) continue;
+        family.add(fmt::format("layer=\"{}\",rank=\"{}\",slot=\"{}\",expert=\"{}\"", result.layer,
+                               r, i, expert),
                    rows[i]);
       }
     }

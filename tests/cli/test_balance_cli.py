@@ -59,6 +59,32 @@ with tempfile.TemporaryDirectory() as folder:
     r = run("balance", "--counts", counts, "--ranks", 4, "--slots", num + 8, "--out", placement)
     check("balance of a run's counts", r.returncode == 0 and "worst layer" in r.stdout, r)
 
+    # The same run where that placement says: the same outputs, the same counts of logical experts, and the memory that
+    # plan names. Slots take another expert's room on each rank.
+    r = run("run", "--checkpoint", model, "--layers", "all", "--ranks", 4, "--tokens", 16, "--routing", "zipf", "--repeat",
+            "1", "--verify", "4", "--placement", placement, "--expert-rows", counts, "--json", path("placed.json"))
+    placed = read(path("placed.json"))["layers"] if r.returncode == 0 else []
+    check("run --placement gives the same bits", r.returncode == 0 and "all within bounds" in r.stdout
+          and [layer["outputs_digest"] for layer in placed] == [layer["outputs_digest"] for layer in layers]
+          and len({layer["outputs_digest"] for layer in placed}) == 2, r)
+    check("run --placement counts logical experts", read(counts) == first, r)
+    r = run("plan", "--checkpoint", model, "--layers", "all", "--ranks", 4, "--slots", num + 8, "--tokens", 16, "--json",
+            path("plan.json"))
+    plan = read(path("plan.json"))
+    check("plan --slots is what run takes", r.returncode == 0 and plan["slots"] == num + 8
+          and f"of {(num + 8) // 4} slots" in r.stdout and placed and all(
+              rank["memory"][size] == plan[size] for rank in placed[-1]["ranks"]
+              for size in ("codes_bytes", "prepared_bytes", "exchange_bytes", "scratch_bytes", "total_bytes")), r)
+    check("slots take room", plan["prepared_bytes"] * num == layers[-1]["ranks"][0]["memory"]["prepared_bytes"] * (num + 8),
+          r)
+    for ranks, message in ((2, "is for 4 ranks; there are 2"), (4, "has no layer")):
+        if ranks == 4:
+            write(placement, read(placement) | {"layers": read(placement)["layers"][:1]})
+        r = run("run", "--checkpoint", model, "--layers", "all", "--ranks", ranks, "--tokens", 4, "--placement", placement)
+        check(f"refused: a placement that {message}", r.returncode == 2 and message in r.stderr, r)
+    r = run("plan", "--checkpoint", model, "--ranks", 4, "--slots", num + 1)
+    check("refused: slots that do not divide", r.returncode == 2 and "num_slots" in r.stderr, r)
+
     # A trace: the last steps decide, and what is printed is what the file says.
     drift = [[1000 if e == t else 10 + e % 3 for e in range(16)] for t in range(6)]
     write(counts, {"format": "sluice-expert-rows", "version": 1, "num_experts": 16,
