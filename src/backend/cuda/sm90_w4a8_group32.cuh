@@ -80,7 +80,7 @@ __device__ __forceinline__ void multiply_group32_few(Shared<C>& s, Ring& ring, i
     const int stage = acquire(s, ring);
     const StageView v = view_stage(s, stage, lane);
     Fragments f;
-    widen<C::kCode>(load_codes(v.codes), f);
+    widen<C>(load_codes(v.codes), f);
     ptx::wgmma_fence();
 #pragma unroll
     for (int i = 0; i < 4; ++i) ptx::wgmma_m64k32(acc[i], f.a[i], v.x + i * (32 >> 4), false);
@@ -112,7 +112,7 @@ __device__ __forceinline__ void multiply_group32_slab(Shared<C>& s, Ring& ring, 
     const int stage = acquire(s, ring);
     const StageView v = view_stage(s, stage, lane);
     Fragments f;
-    widen<C::kCode>(load_codes(v.codes), f);
+    widen<C>(load_codes(v.codes), f);
     pin(f);
 #pragma unroll
     for (int unit = -kAhead; unit < kUnits; ++unit) {
@@ -173,7 +173,7 @@ __device__ __forceinline__ void multiply_group32_two_slabs(Shared<C>& s, Ring& r
     if (!is_first) add_last(ws);
     ws = next_ws;
     last_stage = now.stage;
-    widen<C::kCode>(codes, f[1]);
+    widen<C>(codes, f[1]);
     pin(f[1]);
 #pragma unroll
     for (int unit = 0; unit < 7; ++unit) {  // units 0..3 of slab 0, then of slab 1
@@ -191,7 +191,7 @@ __device__ __forceinline__ void multiply_group32_two_slabs(Shared<C>& s, Ring& r
       await<1>(acc[unit % 2]);
       add_unit<X>(i, 0, acc[unit % 2], to_float2(ws), joined, sum[slab]);
       if (i == 3) finish_step<X, 4>(0, joined, v.x_scale, sum[slab]);
-      if (unit == 4) widen<C::kCode>(codes, f[0]);
+      if (unit == 4) widen<C>(codes, f[0]);
       if (i < 3 && X == XScale::kPerGroup) {
         pin(joined);
       } else {
@@ -203,7 +203,7 @@ __device__ __forceinline__ void multiply_group32_two_slabs(Shared<C>& s, Ring& r
     x = next_x;
     await<0>(acc[1]);
   };
-  widen<C::kCode>(load(0), f[0]);
+  widen<C>(load(0), f[0]);
   codes = load(1);
   step(true);
   while (left > 0) step(false);

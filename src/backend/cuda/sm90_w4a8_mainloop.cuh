@@ -34,7 +34,7 @@ __device__ __forceinline__ void multiply_slab(Shared<C>& s, Ring& ring, int num_
     const int stage = acquire(s, ring);
     const StageView v = view_stage(s, stage, lane);
     Fragments f;
-    widen<C::kCode>(load_codes(v.codes), f);
+    widen<C>(load_codes(v.codes), f);
     multiply(acc, f, v.x);
     await<0>(acc);
     promote<X, 2>(acc, load_weight_scales<C>(v.scales, 0), v.x_scale, sum[0]);
@@ -50,13 +50,13 @@ __device__ __forceinline__ void multiply_slab_ahead(Shared<C>& s, Ring& ring, in
   clear(acc);
   int stage = acquire(s, ring);
   Fragments now, next;
-  widen<C::kCode>(load_codes(view_stage(s, stage, lane).codes), now);
+  widen<C>(load_codes(view_stage(s, stage, lane).codes), now);
   for (int k = num_steps; k > 0; --k) {
     const int next_stage = k == 1 ? stage : acquire(s, ring);
     const StageView v = view_stage(s, stage, lane);
     pin(now);
     multiply(acc, now, v.x);
-    widen<C::kCode>(load_codes(view_stage(s, next_stage, lane).codes), next);
+    widen<C>(load_codes(view_stage(s, next_stage, lane).codes), next);
     await<0>(acc);
     promote<X, 2>(acc, load_weight_scales<C>(v.scales, 0), v.x_scale, sum[0]);
     release(s, stage);
@@ -84,8 +84,8 @@ __device__ __forceinline__ void multiply_two_slabs(Shared<C>& s, Ring& ring, int
     load_token_scales<X>(v.x_scale, xs[parity]);
     ws0 = load_weight_scales<C>(v.scales, 0);
     ws1[parity] = load_weight_scales<C>(v.scales + C::kSlabBytes, 0);
-    widen<C::kCode>(codes0, f0);
-    widen<C::kCode>(codes1, f1);
+    widen<C>(codes0, f0);
+    widen<C>(codes1, f1);
     pin(f0);
     pin(f1);
   };
@@ -143,7 +143,7 @@ __device__ __forceinline__ void multiply_wide(Shared<C>& s, Ring& ring, int step
 #pragma unroll
     for (int b = 0; b < 2; ++b) {
       Fragments f;
-      widen<C::kCode>(codes, f);
+      widen<C>(codes, f);
       pin(f);
       multiply(acc, f, x);
       const ScalePair<C> ws =

@@ -20,6 +20,14 @@ __device__ __forceinline__ float rcp_approx(float x) {
   return y;
 }
 
+/// Bits of `ones` where the mask has ones, of `zeros` where it has none.
+__device__ __forceinline__ std::uint32_t select_bits(std::uint32_t mask, std::uint32_t ones,
+                                                     std::uint32_t zeros) {
+  std::uint32_t bits;
+  asm("lop3.b32 %0, %1, %2, %3, 0xe2;" : "=r"(bits) : "r"(ones), "r"(mask), "r"(zeros));
+  return bits;
+}
+
 /// The smaller and the larger one; a NaN where either is one. -0 is below +0.
 __device__ __forceinline__ float min_nan(float a, float b) {
   float y;
