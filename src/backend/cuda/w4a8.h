@@ -41,7 +41,7 @@ enum class ScaleType : std::uint8_t { kBf16, kF32 };
 
 /// How int4 is stored in the packed stream; decides the instructions needed per 8 weights.
 enum class WeightCode : std::uint8_t {
-  kOnesComplement,  ///< 7 instructions, exact for all 16 values. Always valid.
+  kOnesComplement,  ///< 7 instructions, prefill 6; exact for all 16 values. Always valid.
   kSignMagnitude,   ///< 3 instructions. Requires: no weight is -8 (RepackFindings).
 };
 
