@@ -54,7 +54,8 @@ Json flat(const Json& whole) {
   for (const Json* object : objects_of(whole)) {
     for (const auto& [key, value] : object->items()) {
       // An empty name is none.
-      if (!value.is_null() && !(key == "model_type" && value == "")) sum[key] = value;
+      const bool is_name = key == "model_type" || key == "expert_dtype";
+      if (!value.is_null() && !(is_name && value == "")) sum[key] = value;
     }
   }
   return sum;
@@ -248,6 +249,30 @@ bool has_int4_group(const Json& quantization, int group_size) {
   return false;
 }
 
+/// True if some group of config_groups is MXFP4 by its container and its numbers.
+bool has_mxfp4_group(const Json& quantization) {
+  const Json* const groups = member(quantization, "config_groups");
+  if (!groups || !groups->is_object()) return false;
+  for (const auto& [name, group] : groups->items()) {
+    const Json* const weights = member(group, "weights");
+    if (!weights) continue;
+    const std::string own = text_of(group, "format");
+    if (number(*weights, {"num_bits"}) == 4 && number(*weights, {"group_size"}) == 32 &&
+        text_of(*weights, "type") == "float" && text_of(*weights, "strategy") == "group" &&
+        (own.empty() ? text_of(quantization, "format") : own) == "mxfp4-pack-quantized") {
+      return true;
+    }
+  }
+  return false;
+}
+
+/// True if every place that says in which type the experts are says fp4, and one does.
+bool has_fp4_experts(const Json& whole, const Json& quantization) {
+  const std::string own = text_of(quantization, "expert_dtype");
+  const std::string beside = text_of(flat(whole), "expert_dtype");
+  return (own.empty() ? beside : own) == "fp4" && (beside.empty() || beside == "fp4");
+}
+
 }  // namespace
 
 bool means_the_same(const Texts& texts, const ModelConfig& config) {
@@ -281,14 +306,18 @@ bool is_declared(const Texts& texts, const Format& format) {
     return (method == name || (method.empty() && algo == "MIXED_PRECISION")) && is_group_ours;
   }
   if (name == "compressed-tensors") {
-    return method == name && has_int4_group(quantization, format.group_size());
+    return method == name && (format.weight_format() == WeightFormat::kMxfp4
+                                  ? has_mxfp4_group(quantization)
+                                  : has_int4_group(quantization, format.group_size()));
   }
   if (name == "angelslim") return method == "w4a8_awq" && is_group_ours;
   if (name == "modelopt-w4a8-awq") {
     return (algo == "W4A8_AWQ" || text_of(quantization, "quant_algo") == "W4A8_AWQ") &&
            is_group_ours;
   }
-  if (name == "fp8-block") return method == "fp8";
+  const bool is_fp4 = has_fp4_experts(whole, quantization);
+  if (name == "deepseek-fp4") return method == "fp8" && is_fp4;
+  if (name == "fp8-block") return method == "fp8" && !is_fp4;
   return name == "bf16" && method.empty() && algo.empty();
 }
 

@@ -70,7 +70,8 @@ inline constexpr const char* kKeys[] = {"hidden_size",
                                         "quantization_config",
                                         "quantization",
                                         "weights",
-                                        "input_activations"};
+                                        "input_activations",
+                                        "expert_dtype"};
 
 inline constexpr const char* kValues[] = {"null",
                                           "true",
@@ -138,6 +139,8 @@ inline constexpr const char* kValues[] = {"null",
                                           "\"MIXED_PRECISION\"",
                                           "\"pack-quantized\"",
                                           "\"nvfp4-pack-quantized\"",
+                                          "\"mxfp4-pack-quantized\"",
+                                          "\"fp4\"",
                                           "\"dynamic\"",
                                           "\"static\"",
                                           "[\"Linear\"]",
@@ -172,7 +175,16 @@ inline constexpr const char* kBases[] = {
     R"({"model_type": "kimi_k3", "hidden_size": 512, "routed_expert_hidden_size": 256,
         "moe_intermediate_size": 128, "num_experts": 8, "num_experts_per_token": 2,
         "hidden_act": "situ", "activation_situ_beta": 4.0, "activation_situ_linear_beta": 25.0,
-        "quantization_config": {"quant_method": "w4afp8", "group_size": 128}})"};
+        "quantization_config": {"quant_method": "w4afp8", "group_size": 128}})",
+    R"({"model_type": "deepseek_v4", "hidden_size": 256, "moe_intermediate_size": 128,
+        "n_routed_experts": 8, "num_experts_per_tok": 2, "num_hidden_layers": 4,
+        "hidden_act": "silu", "swiglu_limit": 10.0, "expert_dtype": "fp4",
+        "quantization_config": {"quant_method": "fp8", "weight_block_size": [128, 128]}})",
+    R"({"model_type": "kimi_k3", "text_config": {"hidden_size": 256, "moe_intermediate_size": 128,
+        "num_experts": 8, "num_experts_per_token": 2, "hidden_act": "silu",
+        "quantization_config": {"quant_method": "compressed-tensors",
+        "format": "mxfp4-pack-quantized", "config_groups": {"group_0": {"targets": ["Linear"],
+        "weights": {"num_bits": 4, "type": "float", "group_size": 32, "strategy": "group"}}}}}})"};
 
 inline constexpr const char* kAlgos[] = {
     R"({"quantization": {"quant_algo": "MIXED_PRECISION"}})",

@@ -8,6 +8,7 @@
 #include <memory>
 #include <vector>
 
+#include "checkpoint/formats/mxfp4.h"
 #include "config_meaning.h"
 #include "random_program.h"
 
@@ -73,6 +74,37 @@ TEST(SecondReading, SeesAnotherLayersActivation) {
   EXPECT_FALSE(means_the_same(texts, config));
   config.activations = {.by_layer = {ActivationFn{}}, .list_key = {}, .file = {}};
   EXPECT_FALSE(means_the_same(texts, config));
+}
+
+/// What `quantization` and, beside it, `dtype` declare, if a format of that name is recognised.
+bool is_declared_as(const char* format, const char* quantization, const char* dtype) {
+  auto text = nlohmann::ordered_json::parse(kConfig);
+  text["quantization_config"] = nlohmann::ordered_json::parse(quantization);
+  if (dtype) text["expert_dtype"] = dtype;
+  const Texts texts = {.config = text.dump(), .algo = {}, .index = {}};
+  const std::unique_ptr<const Format> mxfp4 = make_mxfp4_format(
+      {.format = format, .codes = {}, .scales = {}, .code_dtypes = {}, .scale_dtypes = {}});
+  return is_declared(texts, *mxfp4);
+}
+
+TEST(SecondReading, SeesWhichExpertsAreMxfp4) {
+  constexpr const char* kFp8 = R"({"quant_method": "fp8"})";
+  EXPECT_TRUE(is_declared_as("deepseek-fp4", kFp8, "fp4"));
+  EXPECT_FALSE(is_declared_as("deepseek-fp4", kFp8, nullptr));
+  EXPECT_FALSE(is_declared_as("deepseek-fp4", kFp8, "fp8"));
+  EXPECT_FALSE(is_declared_as("deepseek-fp4", R"({"quant_method": "w4afp8"})", "fp4"));
+  EXPECT_FALSE(is_declared_as("fp8-block", kFp8, "fp4"));
+  EXPECT_TRUE(is_declared_as("fp8-block", kFp8, "fp8"));
+  constexpr const char* kOwn = R"({"quant_method": "fp8", "expert_dtype": "fp4"})";
+  EXPECT_TRUE(is_declared_as("deepseek-fp4", kOwn, nullptr));
+  EXPECT_FALSE(is_declared_as("deepseek-fp4", kOwn, "fp8"));
+  nlohmann::ordered_json packed = {{"quant_method", "compressed-tensors"},
+                                   {"format", "mxfp4-pack-quantized"}};
+  auto& weights = packed["config_groups"]["group_0"]["weights"];
+  weights = {{"num_bits", 4}, {"type", "float"}, {"group_size", 32}, {"strategy", "group"}};
+  EXPECT_TRUE(is_declared_as("compressed-tensors", packed.dump().c_str(), nullptr));
+  weights["group_size"] = 16;
+  EXPECT_FALSE(is_declared_as("compressed-tensors", packed.dump().c_str(), nullptr));
 }
 
 TEST(SecondReading, TellsBrokenJsonFromValuesOfNoSense) {
