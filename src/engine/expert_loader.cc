@@ -23,18 +23,21 @@ constexpr std::chrono::milliseconds kProgressEvery{100};
 /// One reader's experts and what becomes of them.
 struct Target {
   ExpertReader* reader;
-  std::unique_ptr<ExpertBuilder> builder;
-  std::size_t num_jobs;  ///< Two for each expert: gate and up, down.
+  std::unique_ptr<ExpertBuilder> builder = {};  ///< Made while the targets before it are read.
+  std::size_t num_jobs = 0;                     ///< Two for each expert: gate and up, down.
 };
 
 /// One load: its threads, and how far they are.
 class Load {
  public:
-  Load(BackendOps& backend, std::span<const Target> targets, int num_threads);
+  Load(BackendOps& backend, std::span<Target> targets, int num_threads);
   ~Load() { stop(); }
   Load(const Load&) = delete;
   Load& operator=(const Load&) = delete;
 
+  /// Takes memory for the experts of every target, one target after the other, while threads read
+  /// the first ones already: the device takes some milliseconds for a layer's.
+  void make_builders();
   /// Returns when everything before the end of target `index` has been read and handed on.
   /// Throws: the failure that comes first in the order of the experts; what `progress` throws.
   void wait_for(std::size_t index, const Progress& progress);
@@ -46,22 +49,28 @@ class Load {
 
  private:
   void work() noexcept;
+  /// False if there will be none, or if the load has failed.
+  [[nodiscard]] bool wait_for_builder(std::size_t index);
   void run_job(std::size_t job, ExpertPacker& packer, std::span<std::byte> spare);
   void count_job(std::size_t job) noexcept;
-  void keep_error(std::size_t job) noexcept;
+  /// Of the exception that is handled. Jobs that nobody has taken yet are left undone if it stops.
+  void keep_error(std::size_t job, bool stops) noexcept;
+  [[nodiscard]] std::size_t target_of(std::size_t& job) const noexcept;
   void stop() noexcept;
   [[nodiscard]] double fraction_read() const noexcept;
 
   BackendOps& backend_;
-  std::span<const Target> targets_;
+  std::span<Target> targets_;
   PackerSizes sizes_;
   std::size_t num_jobs_ = 0;
+  std::atomic<std::size_t> end_job_{0};  ///< Jobs from here on have no builder and never will.
   std::uint64_t file_bytes_ = 0;
   std::atomic<std::size_t> next_job_{0}, host_bytes_{0};
   std::atomic<bool> stopping_{false};
 
   std::mutex mutex_;
-  std::condition_variable changed_;
+  std::condition_variable changed_, builder_made_;
+  std::size_t num_builders_ = 0;
   std::vector<std::size_t> jobs_left_;  ///< Of each target.
   int num_running_ = 0;
   std::size_t failed_job_ = 0;
@@ -69,7 +78,7 @@ class Load {
   std::vector<std::thread> threads_;
 };
 
-Load::Load(BackendOps& backend, std::span<const Target> targets, int num_threads)
+Load::Load(BackendOps& backend, std::span<Target> targets, int num_threads)
     : backend_(backend), targets_(targets) {
   for (const Target& t : targets_) {
     sizes_.piece_bytes = std::max(sizes_.piece_bytes, t.reader->piece_bytes());
@@ -79,6 +88,7 @@ Load::Load(BackendOps& backend, std::span<const Target> targets, int num_threads
     num_jobs_ += t.num_jobs;
     jobs_left_.push_back(t.num_jobs);
   }
+  end_job_ = num_jobs_;
   const auto wanted = std::min(num_jobs_, static_cast<std::size_t>(num_threads));
   num_running_ = static_cast<int>(wanted);
   try {
@@ -90,19 +100,61 @@ Load::Load(BackendOps& backend, std::span<const Target> targets, int num_threads
   }
 }
 
+/// A target without a builder fails as its first job would, so that jobs before it still run.
+void Load::make_builders() {
+  std::size_t first_job = 0;
+  for (Target& target : targets_) {
+    bool is_made = false;
+    try {
+      target.builder = backend_.make_builder(target.reader->shapes());
+      is_made = true;
+    } catch (...) {
+      keep_error(first_job, false);
+    }
+    {
+      const std::lock_guard lock(mutex_);
+      is_made ? void(++num_builders_) : void(end_job_ = first_job);
+    }
+    builder_made_.notify_all();
+    if (!is_made) return;
+    first_job += target.num_jobs;
+  }
+}
+
+bool Load::wait_for_builder(std::size_t index) {
+  std::unique_lock lock(mutex_);
+  const auto is_over = [&] { return index < num_builders_ || end_job_ < num_jobs_ || stopping_; };
+  builder_made_.wait(lock, is_over);
+  return index < num_builders_;
+}
+
 void Load::stop() noexcept {
-  stopping_ = true;
+  {
+    const std::lock_guard lock(mutex_);  // Nobody is between a look at it and a wait.
+    stopping_ = true;
+  }
+  builder_made_.notify_all();
   for (std::thread& thread : threads_) {
     if (thread.joinable()) thread.join();
   }
 }
 
-void Load::keep_error(std::size_t job) noexcept {
-  stopping_ = true;
-  const std::lock_guard lock(mutex_);
-  if (error_ && failed_job_ < job) return;
-  error_ = std::current_exception();
-  failed_job_ = job;
+void Load::keep_error(std::size_t job, bool stops) noexcept {
+  {
+    const std::lock_guard lock(mutex_);
+    if (stops) stopping_ = true;
+    if (!error_ || job <= failed_job_) {
+      error_ = std::current_exception();
+      failed_job_ = job;
+    }
+  }
+  builder_made_.notify_all();
+}
+
+std::size_t Load::target_of(std::size_t& job) const noexcept {
+  std::size_t index = 0;
+  while (job >= targets_[index].num_jobs) job -= targets_[index++].num_jobs;
+  return index;
 }
 
 /// Jobs are taken in order and not abandoned. So the first one that fails always runs, and the
@@ -116,13 +168,15 @@ void Load::work() noexcept {
     host_bytes_ += packer->host_bytes() + sizes_.piece_bytes;
     while (!stopping_) {
       job = next_job_++;
-      if (job >= num_jobs_) break;
+      if (job >= end_job_) break;
+      std::size_t job_of_target = job;
+      if (!wait_for_builder(target_of(job_of_target))) break;
       run_job(job, *packer, {spare.get(), sizes_.piece_bytes});
       count_job(job);
     }
     packer->flush();
   } catch (...) {
-    keep_error(job);
+    keep_error(job, true);
   }
   {
     const std::lock_guard lock(mutex_);
@@ -132,8 +186,7 @@ void Load::work() noexcept {
 }
 
 void Load::count_job(std::size_t job) noexcept {
-  std::size_t index = 0;
-  while (job >= targets_[index].num_jobs) job -= targets_[index++].num_jobs;
+  const std::size_t index = target_of(job);
   {
     const std::lock_guard lock(mutex_);
     if (--jobs_left_[index] > 0) return;
@@ -142,8 +195,7 @@ void Load::count_job(std::size_t job) noexcept {
 }
 
 void Load::run_job(std::size_t job, ExpertPacker& packer, std::span<std::byte> spare) {
-  const Target* target = targets_.data();
-  while (job >= target->num_jobs) job -= (target++)->num_jobs;
+  const Target* const target = &targets_[target_of(job)];
   const int expert = static_cast<int>(job / 2);
   const auto move = [&](MatrixRole role) {
     ExpertReader& reader = *target->reader;
@@ -207,13 +259,12 @@ std::vector<std::unique_ptr<PreparedExperts>> load_prepared(
   const auto begin = std::chrono::steady_clock::now();
   std::vector<Target> targets;
   for (const auto& reader : readers) {
-    targets.push_back({.reader = reader.get(),
-                       .builder = backend.make_builder(reader->shapes()),
-                       .num_jobs = 2 * reader->shapes().experts.size()});
+    targets.push_back({.reader = reader.get(), .num_jobs = 2 * reader->shapes().experts.size()});
   }
   LoadStats mine;
   {
     Load load(backend, targets, num_threads);
+    load.make_builders();
     for (std::size_t i = 0; i < targets.size(); ++i) {
       load.wait_for(i, options.progress);
       if (on_read) on_read(i);

@@ -225,6 +225,42 @@ TEST(Loading, WeightsThatOneRankCannotRepackEndTheCallOnAll) {
   });
 }
 
+/// Has memory for the experts of one layer.
+struct RoomForOne final : ScalarBackend {
+  std::unique_ptr<ExpertBuilder> make_builder(const ExpertWeights& shapes) override {
+    if (num_made++ > 0) throw Error(ErrorCode::kOutOfMemory, "no room for a second layer");
+    return ScalarBackend::make_builder(shapes);
+  }
+  int num_made = 0;
+};
+
+// Memory for a layer is taken while the layers before it are read. What fails first is told all the
+// same, in the order of the layers.
+TEST(Loading, ALayerWithoutMemoryEndsTheLoadUnlessOneBeforeItFails) {
+  const LayersOnDisk files(spec_of(kCases[0], 3));
+  const std::vector<int> layers = layers_of(files.checkpoint());
+  const auto transports = make_inproc_transports(1);
+  const auto refused = [&](ErrorCode code, const std::string& text) {
+    for (int attempt = 0; attempt < 8; ++attempt) {
+      RoomForOne backend;
+      LayerGroup group = LayerGroup::create(group_config(), *transports[0], backend);
+      try {
+        (void)group.add_layers(files.checkpoint(), layers, {}, {.num_threads = 3});
+        ADD_FAILURE() << "nothing was refused";
+      } catch (const Error& error) {
+        EXPECT_EQ(error.code(), code) << error.what();
+        EXPECT_THAT(error.what(), HasSubstr(text));
+      }
+      EXPECT_EQ(group.memory().num_layers, 0);
+    }
+  };
+  refused(ErrorCode::kOutOfMemory, "no room for a second layer");
+  const std::string tensor =
+      "model.layers." + std::to_string(layers[0]) + ".mlp.experts.7.down_proj.weight_scale_inv";
+  spoil_scale(files.checkpoint().path(), tensor);
+  refused(ErrorCode::kCorruptFile, tensor);
+}
+
 TEST(Loading, ProgressRisesToOneAndMayEndTheLoad) {
   const LayersOnDisk files(spec_of(kCases[2]));
   const std::vector<int> layers = layers_of(files.checkpoint());

@@ -1,5 +1,8 @@
-// One thread's way onto the GPU: a piece of a matrix is read into one page-locked slot while others
-// are copied, and the matrix is repacked from device memory.
+// One thread's way onto the GPU: a piece of a matrix is read into one page-locked slot while one is
+// copied, and half an expert is repacked from device memory while the next half is copied.
+//
+//   copies, of all threads   | pieces of half n      | pieces of half n + 1  | pieces of half n + 2
+//   repacks, of this thread                          | half n                | half n + 1
 #include "backend/cuda/cuda_packer.h"
 
 #include <cuda_runtime_api.h>
@@ -59,7 +62,9 @@ class SlotRing {
   }
   ~SlotRing() {
     for (cudaEvent_t event : copied_) {
-      if (event != nullptr) (void)cudaEventDestroy(event);
+      if (event == nullptr) continue;
+      (void)cudaEventSynchronize(event);  // After a failure copies may still be on their way.
+      (void)cudaEventDestroy(event);
     }
     if (memory_.data != nullptr) pool_.give_back(memory_);
   }
@@ -103,13 +108,32 @@ class OwnStream {
   cudaStream_t stream_ = nullptr;
 };
 
+/// A point in one stream that another stream or the host waits for. Without a record nobody waits.
+class Mark {
+ public:
+  Mark() {
+    SLUICE_CUDA_CHECK(
+        cudaEventCreateWithFlags(&event_, cudaEventDisableTiming | cudaEventBlockingSync));
+  }
+  ~Mark() { (void)cudaEventDestroy(event_); }
+  Mark(const Mark&) = delete;
+  Mark& operator=(const Mark&) = delete;
+  void record(cudaStream_t stream) { SLUICE_CUDA_CHECK(cudaEventRecord(event_, stream)); }
+  void let_wait(cudaStream_t stream) { SLUICE_CUDA_CHECK(cudaStreamWaitEvent(stream, event_, 0)); }
+  void wait() { SLUICE_CUDA_CHECK(cudaEventSynchronize(event_)); }
+
+ private:
+  cudaEvent_t event_ = nullptr;
+};
+
 class CudaPacker final : public ExpertPacker {
  public:
   CudaPacker(int device, const PackerSizes& sizes, PinnedPool& pool)
       : matrix_bytes_(aligned(sizes.codes_bytes) + aligned(sizes.scales_bytes)),
-        staging_(device, 3 * matrix_bytes_),
+        staging_(device, kHalves * 2 * matrix_bytes_),
         scales_(pool, sizes.scales_bytes, kScalesSlots),
-        pieces_(pool, sizes.piece_bytes, kPieceSlots) {}
+        pieces_(pool, sizes.piece_bytes, kPieceSlots),
+        copies_(static_cast<cudaStream_t>(pool.copy_stream())) {}
 
   [[nodiscard]] std::span<std::byte> next_scales() override { return scales_.next(); }
   [[nodiscard]] std::span<std::byte> next_piece() override { return pieces_.next(); }
@@ -118,44 +142,59 @@ class CudaPacker final : public ExpertPacker {
                   const TensorView& scales) override {
     builder_ = static_cast<CudaBuilder*>(&to);
     index_ = index, role_ = role;
+    if (role != MatrixRole::kUp) begin_half();
     matrix_ = &builder_->shape(index, role);
     SLUICE_ASSERT(scales.dtype == matrix_->scales.dtype && scales.shape == matrix_->scales.shape);
     SLUICE_ASSERT(staging_bytes(*matrix_) <= matrix_bytes_);
-    codes_ = staging_.data() + static_cast<std::size_t>(role) * matrix_bytes_;
+    const std::size_t place = 2 * half_ + (role == MatrixRole::kUp ? 1 : 0);
+    codes_ = staging_.data() + place * matrix_bytes_;
     std::byte* const staged = codes_ + aligned(matrix_->codes.bytes());
-    scales_.copy(staged, {scales.as<std::byte>(), scales.bytes()}, stream_.get());
-    staged_[static_cast<std::size_t>(role)] =
-        dense_source(codes_, staged, matrix_->k(), matrix_->group_size);
+    scales_.copy(staged, {scales.as<std::byte>(), scales.bytes()}, copies_);
+    staged_[place % 2] = dense_source(codes_, staged, matrix_->k(), matrix_->group_size);
     codes_done_ = 0;
   }
 
   void add_rows(std::span<const std::byte> codes) override {
     SLUICE_ASSERT(codes_done_ + codes.size() <= matrix_->codes.bytes());
-    pieces_.copy(codes_ + codes_done_, codes, stream_.get());
+    pieces_.copy(codes_ + codes_done_, codes, copies_);
     codes_done_ += codes.size();
-    if (codes_done_ < matrix_->codes.bytes()) return;
+    if (codes_done_ < matrix_->codes.bytes() || role_ == MatrixRole::kGate) return;
+    copied_.record(copies_);
+    copied_.let_wait(repacks_.get());
     const CudaExperts& experts = builder_->experts();
     if (role_ == MatrixRole::kUp) {
-      experts.repack_gate_up(index_, staged_[0], staged_[1], stream_.get());
-    } else if (role_ == MatrixRole::kDown) {
-      experts.repack_down(index_, staged_[2], stream_.get());
+      experts.repack_gate_up(index_, staged_[0], staged_[1], repacks_.get());
+    } else {
+      experts.repack_down(index_, staged_[0], repacks_.get());
     }
+    repacked_[half_].record(repacks_.get());
   }
 
-  void flush() override { SLUICE_CUDA_CHECK(cudaStreamSynchronize(stream_.get())); }
+  void flush() override { SLUICE_CUDA_CHECK(cudaStreamSynchronize(repacks_.get())); }
   [[nodiscard]] std::size_t host_bytes() const noexcept override {
     return scales_.bytes() + pieces_.bytes();
   }
 
  private:
-  static constexpr std::size_t kScalesSlots = 2, kPieceSlots = 2;
+  static constexpr std::size_t kScalesSlots = 2, kPieceSlots = 2, kHalves = 2;
+
+  /// Copies go to the other half of the staging memory, once what lay there is repacked: that was
+  /// queued before the half in between was read, and is over.
+  void begin_half() {
+    half_ = (half_ + 1) % kHalves;
+    repacked_[half_].wait();
+  }
 
   std::size_t matrix_bytes_;
-  CudaBuffer staging_;  ///< Gate, up and down of the expert that is on its way.
+  CudaBuffer staging_;  ///< Two halves of an expert: each gate and up, or down.
   SlotRing scales_, pieces_;
-  OwnStream stream_;                    ///< Goes before what its copies read and write.
-  std::array<MatrixSource, 3> staged_;  ///< Where gate, up and down are on the device.
-  CudaBuilder* builder_ = nullptr;      // Of the matrix that is being added.
+  Mark copied_;
+  std::array<Mark, kHalves> repacked_;
+  OwnStream repacks_;                   ///< Goes before what its kernels read and write.
+  cudaStream_t copies_;                 ///< The pool's.
+  std::array<MatrixSource, 2> staged_;  ///< Where gate and up, or down, are on the device.
+  std::size_t half_ = 0;
+  CudaBuilder* builder_ = nullptr;  // Of the matrix that is being added.
   const QuantMatrix* matrix_ = nullptr;
   std::byte* codes_ = nullptr;
   int index_ = 0;
@@ -169,7 +208,19 @@ std::size_t staging_bytes(const QuantMatrix& m) {
   return aligned(m.codes.bytes()) + aligned(m.scales.bytes());
 }
 
+StreamHandle PinnedPool::copy_stream() {
+  const std::lock_guard lock(mutex_);
+  if (copies_ == nullptr) {
+    cudaStream_t stream = nullptr;
+    SLUICE_CUDA_CHECK(cudaSetDevice(device_));
+    SLUICE_CUDA_CHECK(cudaStreamCreateWithFlags(&stream, cudaStreamNonBlocking));
+    copies_ = stream;
+  }
+  return copies_;
+}
+
 PinnedPool::~PinnedPool() {
+  if (copies_ != nullptr) (void)cudaStreamDestroy(static_cast<cudaStream_t>(copies_));
   for (const Block& block : free_) (void)cudaFreeHost(block.data);
 }
 
