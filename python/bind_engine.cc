@@ -72,7 +72,8 @@ void bind_engine(nb::module_& m) {
           [](PyEngine* self, const Checkpoint& checkpoint, nb::handle_t<PyTransport> transport,
              nb::handle_t<PyBackend> backend, int layer, int max_tokens_per_rank,
              const Name& low_latency, const Name& normal, int max_m, float routed_scaling_factor,
-             const Name& dispatch_dtype, std::optional<int> timeout_ms) {
+             const Name& dispatch_dtype, std::optional<int> timeout_ms, int num_slots,
+             const std::optional<Placement>& placement) {
             const ModeRecipes recipes = recipes_of(low_latency, normal, dispatch_dtype);
             init_engine(self, checkpoint, transport, backend,
                         {.layer = layer,
@@ -81,18 +82,23 @@ void bind_engine(nb::module_& m) {
                          .dispatch_dtype = recipes.dispatch_dtype,
                          .max_tokens_per_rank = max_tokens_per_rank,
                          .max_m = max_m,
+                         .num_slots = num_slots,
+                         .placement = placement.value_or(Placement()),
                          .routed_scaling_factor = routed_scaling_factor,
                          .peer_timeout = timeout_or_environment(timeout_ms)});
           },
           "checkpoint"_a, "transport"_a, "backend"_a, nb::kw_only(), "layer"_a,
           "max_tokens_per_rank"_a, "low_latency"_a = "direct", "normal"_a = "direct", "max_m"_a = 0,
           "routed_scaling_factor"_a = 1.0f, "dispatch_dtype"_a = nb::none(),
-          "timeout_ms"_a = nb::none(),
+          "timeout_ms"_a = nb::none(), "num_slots"_a = 0, "placement"_a = nb::none(),
           "low_latency, normal: recipe of each mode; None for a mode that is not called.\n"
           "max_m: low-latency, rows reserved for each expert; 0 for the worst case.\n"
           "routed_scaling_factor: 1 where the host model applies it.\n"
           "dispatch_dtype: 'auto', 'bf16', 'fp8' or 'fp8-static'; None: SLUICE_DISPATCH_DTYPE.\n"
-          "timeout_ms: longest wait for a peer; None: SLUICE_TIMEOUT_MS or 10 s.\n\n"
+          "timeout_ms: longest wait for a peer; None: SLUICE_TIMEOUT_MS or 10 s.\n"
+          "num_slots: slots for experts over all ranks, so that experts may repeat and move; 0: "
+          "those\n"
+          "of placement, or none. placement: a Placement; None: Placement.even().\n\n"
           "Raises Error: transport naming ranks and field if ranks differ, and whatever Recipe,\n"
           "Checkpoint and Exchange raise.");
 

@@ -160,6 +160,26 @@ void bind_in_flight(nb::module_& m) {
            "Raises Error: invalid_argument, peer_timeout naming ranks.");
 }
 
+nb::dict rebalance(PyLayer& layer, const Placement& placement, int max_experts_held,
+                   const StreamArgument& stream) {
+  const Stream queue = to_stream(stream, {}, layer.backend->device());
+  RebalanceStats s;
+  {
+    const Call call(*layer.backend, nb::cast<PyTransport&>(layer.transport_object));
+    s = layer.layer->rebalance(placement, queue, {.max_experts_held = max_experts_held});
+  }
+  nb::dict d;
+  d["num_received"] = s.num_received;
+  d["num_sent"] = s.num_sent;
+  d["num_copied"] = s.num_copied;
+  d["num_rounds"] = s.num_rounds;
+  d["received_bytes"] = s.received_bytes;
+  d["sent_bytes"] = s.sent_bytes;
+  d["extra_bytes"] = s.extra_bytes;
+  d["seconds"] = s.seconds;
+  return d;
+}
+
 void bind_layer_class(nb::module_& m) {
   nb::class_<PyLayer> layer(
       m, "Layer",
@@ -195,6 +215,23 @@ void bind_layer_class(nb::module_& m) {
       .def_prop_ro(
           "gemm_input_digest", [](const PyLayer& l) { return l.layer->gemm_input_digest(); },
           "Sum over rows; 'direct' and 'direct-bf16' give the same.")
+      .def_prop_ro(
+          "placement", [](const PyLayer& l) { return l.layer->placement(); },
+          "Placement of the experts; without num_slots, expert e in slot e.")
+      .def(
+          "rebalance", &rebalance, "placement"_a, nb::kw_only(), "max_experts_held"_a = 2,
+          "stream"_a = nb::none(),
+          "Moves experts to where the Placement has them, between two calls. Collective; no call\n"
+          "of the group may be queued or in flight on another stream. Outputs stay the same bits,\n"
+          "captured graphs stay valid.\n\n"
+          "max_experts_held: experts that a rank holds beside its own meanwhile, at least 2.\n"
+          "stream: that of the calls before, which must have ended; as for moe_forward().\n\n"
+          "Returns a dict: num_received, num_sent, num_copied, num_rounds, received_bytes,\n"
+          "sent_bytes, extra_bytes, seconds; of this rank.\n\n"
+          "Raises Error: invalid_argument; transport naming ranks that have another placement. "
+          "After\n"
+          "transport or peer_timeout half-way, which name the ranks to blame, the layer refuses\n"
+          "every later call.")
       .def_prop_ro(
           "weight_bytes", [](const PyLayer& l) { return l.layer->weight_bytes(); },
           "Of the repacked weights of this rank.")

@@ -13,12 +13,15 @@ namespace {
 
 /// Of the weights as the caller holds them.
 LayerSpec spec_of(const ExpertWeights& weights, std::optional<int> layer, std::string name,
-                  std::uint64_t identity) {
+                  std::uint64_t identity, Placement placement) {
   if (layer) {
     throw Error(ErrorCode::kInvalidArgument,
                 "layer: is for a checkpoint; weights are those of one layer");
   }
-  return {.name = std::move(name), .weights = weights, .identity = identity};
+  return {.name = std::move(name),
+          .weights = weights,
+          .identity = identity,
+          .placement = std::move(placement)};
 }
 
 /// That exactly one of the two ways is taken, and nothing is given that belongs to the other.
@@ -42,17 +45,19 @@ PyLayer wrap(PyLayerGroup& group, Layer layer) {
 PyLayer add_layer(PyLayerGroup& group, const Checkpoint* checkpoint, std::optional<int> layer,
                   const ExpertWeights* weights, std::string name, std::uint64_t identity,
                   const Name& low_latency, const Name& normal, const Name& dispatch_dtype,
-                  const ProgressArgument& progress) {
+                  const ProgressArgument& progress, const std::optional<Placement>& placement) {
   const ModeRecipes recipes = recipes_of(low_latency, normal, dispatch_dtype);
   check_source(checkpoint, layer, weights, name, identity);
-  const LoadOptions options = load_options(progress, 0);
+  LoadOptions options = load_options(progress, 0);
+  if (placement) options.placements = {*placement};
   std::optional<Layer> made;
   {
     const Call call(*group.backend, *group.transport);
-    made.emplace(
-        checkpoint != nullptr
-            ? group.group->add_layer(*checkpoint, *layer, recipes, options)
-            : group.group->add_layer(spec_of(*weights, layer, std::move(name), identity), recipes));
+    made.emplace(checkpoint != nullptr
+                     ? group.group->add_layer(*checkpoint, *layer, recipes, options)
+                     : group.group->add_layer(spec_of(*weights, layer, std::move(name), identity,
+                                                      placement.value_or(Placement())),
+                                              recipes));
   }
   return wrap(group, std::move(*made));
 }
@@ -60,9 +65,11 @@ PyLayer add_layer(PyLayerGroup& group, const Checkpoint* checkpoint, std::option
 nb::typed<nb::list, PyLayer> add_layers(PyLayerGroup& group, const Checkpoint& checkpoint,
                                         const std::vector<int>& layers, const Name& low_latency,
                                         const Name& normal, const Name& dispatch_dtype,
-                                        const ProgressArgument& progress, int num_threads) {
+                                        const ProgressArgument& progress, int num_threads,
+                                        std::vector<Placement> placements) {
   const ModeRecipes recipes = recipes_of(low_latency, normal, dispatch_dtype);
-  const LoadOptions options = load_options(progress, num_threads);
+  LoadOptions options = load_options(progress, num_threads);
+  options.placements = std::move(placements);
   std::vector<Layer> made;
   {
     const Call call(*group.backend, *group.transport);
@@ -139,18 +146,19 @@ void bind_layer_group(nb::module_& m) {
           [](PyLayerGroup* self, nb::handle_t<PyTransport> transport,
              nb::handle_t<PyBackend> backend, const ModelGeometry& geometry, int low_latency_tokens,
              int normal_tokens, int max_m, float routed_scaling_factor, int num_in_flight,
-             std::optional<int> timeout_ms) {
+             std::optional<int> timeout_ms, int num_slots) {
             init_group(self, transport, backend,
                        {.geometry = geometry,
                         .low_latency = {.max_tokens_per_rank = low_latency_tokens, .max_m = max_m},
                         .normal = {.max_tokens_per_rank = normal_tokens},
+                        .num_slots = num_slots,
                         .routed_scaling_factor = routed_scaling_factor,
                         .num_in_flight = num_in_flight,
                         .peer_timeout = timeout_or_environment(timeout_ms)});
           },
           "transport"_a, "backend"_a, nb::kw_only(), "geometry"_a, "low_latency_tokens"_a = 0,
           "normal_tokens"_a = 0, "max_m"_a = 0, "routed_scaling_factor"_a = 1.0f,
-          "num_in_flight"_a = 0, "timeout_ms"_a = nb::none(),
+          "num_in_flight"_a = 0, "timeout_ms"_a = nb::none(), "num_slots"_a = 0,
           "geometry: num_experts, num_topk, hidden and intermediate of every layer.\n"
           "low_latency_tokens, normal_tokens: most tokens of a rank in a call of that mode; 0 for "
           "a\n"
@@ -159,7 +167,9 @@ void bind_layer_group(nb::module_& m) {
           "routed_scaling_factor: 1 where the host model applies it.\n"
           "num_in_flight: calls of one mode and wire format at once; 0: as many as moe_forward() "
           "needs.\n"
-          "timeout_ms: longest wait for a peer; None: SLUICE_TIMEOUT_MS or 10 s.\n\n"
+          "timeout_ms: longest wait for a peer; None: SLUICE_TIMEOUT_MS or 10 s.\n"
+          "num_slots: slots for experts over all ranks, so that experts may repeat and move; 0:\n"
+          "expert e stays in slot e.\n\n"
           "Raises Error: invalid_argument naming the field, transport naming ranks and field if "
           "ranks\n"
           "differ, out_of_memory, peer_timeout.")
@@ -167,7 +177,7 @@ void bind_layer_group(nb::module_& m) {
           "add_layer", &add_layer, "checkpoint"_a = nb::none(), nb::kw_only(),
           "layer"_a = nb::none(), "weights"_a = nb::none(), "name"_a = "", "identity"_a = 0,
           "low_latency"_a = nb::none(), "normal"_a = nb::none(), "dispatch_dtype"_a = nb::none(),
-          "progress"_a = nb::none(),
+          "progress"_a = nb::none(), "placement"_a = nb::none(),
           "A Layer, from a checkpoint and a layer's number or from weights. Collective; no call "
           "of\n"
           "the group may be queued on any rank.\n\n"
@@ -177,20 +187,26 @@ void bind_layer_group(nb::module_& m) {
           "from others; ranks compare both.\n"
           "low_latency, normal: recipe of a mode that the group has; None: 'direct'.\n"
           "dispatch_dtype: 'auto', 'bf16', 'fp8' or 'fp8-static'; None: SLUICE_DISPATCH_DTYPE.\n"
-          "progress: for a checkpoint, as in add_layers().\n\n"
+          "progress: for a checkpoint, as in add_layers().\n"
+          "placement: a Placement, for a group with num_slots; None: Placement.even(). `weights` "
+          "are\n"
+          "then of the experts in this rank's slots, one after the other.\n\n"
           "Raises Error: invalid_argument for weights that do not fit the group, transport naming\n"
           "ranks and field if ranks differ or naming ranks that could not load their experts, and\n"
           "whatever Recipe, Checkpoint and Exchange raise.")
       .def("add_layers", &add_layers, "checkpoint"_a, "layers"_a, nb::kw_only(),
            "low_latency"_a = nb::none(), "normal"_a = nb::none(), "dispatch_dtype"_a = nb::none(),
            "progress"_a = nb::none(), "num_threads"_a = 0,
+           "placements"_a = std::vector<Placement>(),
            "A list of Layers of a checkpoint, all or none, in one load: several threads read, "
            "repack\n"
            "and copy at once. Otherwise as add_layer().\n\n"
            "progress: called with the fraction done, 0 .. 1, ten times a second at most; what it\n"
            "raises ends the load. So does KeyboardInterrupt.\n"
            "num_threads: 0 for this rank's share of the cores, between 4 and 16. Each holds the\n"
-           "scales of a matrix and a few MB of its codes in host memory.")
+           "scales of a matrix and a few MB of its codes in host memory.\n"
+           "placements: a Placement for each layer, for a group with num_slots; empty:\n"
+           "Placement.even().")
       .def(
           "load_stats",
           [](const PyLayerGroup& g) { return load_stats_dict(g.group->load_stats()); },

@@ -806,6 +806,27 @@ class Layer:
         """Sum over rows; 'direct' and 'direct-bf16' give the same."""
 
     @property
+    def placement(self) -> Placement:
+        """Placement of the experts; without num_slots, expert e in slot e."""
+
+    def rebalance(self, placement: Placement, *, max_experts_held: int = 2, stream: int | None = None) -> dict:
+        """
+        Moves experts to where the Placement has them, between two calls. Collective; no call
+        of the group may be queued or in flight on another stream. Outputs stay the same bits,
+        captured graphs stay valid.
+
+        max_experts_held: experts that a rank holds beside its own meanwhile, at least 2.
+        stream: that of the calls before, which must have ended; as for moe_forward().
+
+        Returns a dict: num_received, num_sent, num_copied, num_rounds, received_bytes,
+        sent_bytes, extra_bytes, seconds; of this rank.
+
+        Raises Error: invalid_argument; transport naming ranks that have another placement. After
+        transport or peer_timeout half-way, which name the ranks to blame, the layer refuses
+        every later call.
+        """
+
+    @property
     def weight_bytes(self) -> int:
         """Of the repacked weights of this rank."""
 
@@ -837,7 +858,7 @@ class LayerGroup:
     and moe_forward() are collective; one thread at a time.
     """
 
-    def __init__(self, transport: Transport, backend: Backend, *, geometry: ModelGeometry, low_latency_tokens: int = 0, normal_tokens: int = 0, max_m: int = 0, routed_scaling_factor: float = 1.0, num_in_flight: int = 0, timeout_ms: int | None = None) -> None:
+    def __init__(self, transport: Transport, backend: Backend, *, geometry: ModelGeometry, low_latency_tokens: int = 0, normal_tokens: int = 0, max_m: int = 0, routed_scaling_factor: float = 1.0, num_in_flight: int = 0, timeout_ms: int | None = None, num_slots: int = 0) -> None:
         """
         geometry: num_experts, num_topk, hidden and intermediate of every layer.
         low_latency_tokens, normal_tokens: most tokens of a rank in a call of that mode; 0 for a
@@ -846,12 +867,14 @@ class LayerGroup:
         routed_scaling_factor: 1 where the host model applies it.
         num_in_flight: calls of one mode and wire format at once; 0: as many as moe_forward() needs.
         timeout_ms: longest wait for a peer; None: SLUICE_TIMEOUT_MS or 10 s.
+        num_slots: slots for experts over all ranks, so that experts may repeat and move; 0:
+        expert e stays in slot e.
 
         Raises Error: invalid_argument naming the field, transport naming ranks and field if ranks
         differ, out_of_memory, peer_timeout.
         """
 
-    def add_layer(self, checkpoint: Checkpoint | None = None, *, layer: int | None = None, weights: ExpertWeights | None = None, name: str = '', identity: int = 0, low_latency: str | None = None, normal: str | None = None, dispatch_dtype: str | None = None, progress: Callable | None = None) -> Layer:
+    def add_layer(self, checkpoint: Checkpoint | None = None, *, layer: int | None = None, weights: ExpertWeights | None = None, name: str = '', identity: int = 0, low_latency: str | None = None, normal: str | None = None, dispatch_dtype: str | None = None, progress: Callable | None = None, placement: Placement | None = None) -> Layer:
         """
         A Layer, from a checkpoint and a layer's number or from weights. Collective; no call of
         the group may be queued on any rank.
@@ -862,13 +885,15 @@ class LayerGroup:
         low_latency, normal: recipe of a mode that the group has; None: 'direct'.
         dispatch_dtype: 'auto', 'bf16', 'fp8' or 'fp8-static'; None: SLUICE_DISPATCH_DTYPE.
         progress: for a checkpoint, as in add_layers().
+        placement: a Placement, for a group with num_slots; None: Placement.even(). `weights` are
+        then of the experts in this rank's slots, one after the other.
 
         Raises Error: invalid_argument for weights that do not fit the group, transport naming
         ranks and field if ranks differ or naming ranks that could not load their experts, and
         whatever Recipe, Checkpoint and Exchange raise.
         """
 
-    def add_layers(self, checkpoint: Checkpoint, layers: Sequence[int], *, low_latency: str | None = None, normal: str | None = None, dispatch_dtype: str | None = None, progress: Callable | None = None, num_threads: int = 0) -> list[Layer]:
+    def add_layers(self, checkpoint: Checkpoint, layers: Sequence[int], *, low_latency: str | None = None, normal: str | None = None, dispatch_dtype: str | None = None, progress: Callable | None = None, num_threads: int = 0, placements: Sequence[Placement] = []) -> list[Layer]:
         """
         A list of Layers of a checkpoint, all or none, in one load: several threads read, repack
         and copy at once. Otherwise as add_layer().
@@ -877,6 +902,8 @@ class LayerGroup:
         raises ends the load. So does KeyboardInterrupt.
         num_threads: 0 for this rank's share of the cores, between 4 and 16. Each holds the
         scales of a matrix and a few MB of its codes in host memory.
+        placements: a Placement for each layer, for a group with num_slots; empty:
+        Placement.even().
         """
 
     def load_stats(self) -> dict:
@@ -1067,13 +1094,15 @@ class Engine(Layer):
     the checkpoint is not needed afterwards.
     """
 
-    def __init__(self, checkpoint: Checkpoint, transport: Transport, backend: Backend, *, layer: int, max_tokens_per_rank: int, low_latency: str | None = 'direct', normal: str | None = 'direct', max_m: int = 0, routed_scaling_factor: float = 1.0, dispatch_dtype: str | None = None, timeout_ms: int | None = None) -> None:
+    def __init__(self, checkpoint: Checkpoint, transport: Transport, backend: Backend, *, layer: int, max_tokens_per_rank: int, low_latency: str | None = 'direct', normal: str | None = 'direct', max_m: int = 0, routed_scaling_factor: float = 1.0, dispatch_dtype: str | None = None, timeout_ms: int | None = None, num_slots: int = 0, placement: Placement | None = None) -> None:
         """
         low_latency, normal: recipe of each mode; None for a mode that is not called.
         max_m: low-latency, rows reserved for each expert; 0 for the worst case.
         routed_scaling_factor: 1 where the host model applies it.
         dispatch_dtype: 'auto', 'bf16', 'fp8' or 'fp8-static'; None: SLUICE_DISPATCH_DTYPE.
         timeout_ms: longest wait for a peer; None: SLUICE_TIMEOUT_MS or 10 s.
+        num_slots: slots for experts over all ranks, so that experts may repeat and move; 0: those
+        of placement, or none. placement: a Placement; None: Placement.even().
 
         Raises Error: transport naming ranks and field if ranks differ, and whatever Recipe,
         Checkpoint and Exchange raise.

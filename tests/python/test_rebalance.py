@@ -1,0 +1,61 @@
+"""Experts in slots, from Python: any placement gives the bits of one rank, before and after moving."""
+
+import numpy as np
+import pytest
+from conftest import LAYER, MODES, on_every_rank
+
+import sluice
+
+TOKENS = 6
+
+
+def placements(geometry, ranks):
+    experts, slots = geometry.num_experts, (geometry.num_experts + 2 * ranks) // ranks * ranks
+    turned = [(e + 1) % experts for e in range(experts)] + [0] * (slots - experts)
+    return [sluice.Placement.even(experts, ranks, slots), sluice.Placement(experts, ranks, turned)]
+
+
+def make(checkpoint, geometry, transport, **options):
+    backend = sluice.Backend("cpu", num_threads=1)
+    group = sluice.LayerGroup(transport, backend, geometry=geometry, low_latency_tokens=TOKENS,
+                              normal_tokens=TOKENS, timeout_ms=20000, **options)
+    return group, backend
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 3])
+def test_a_placement_changes_no_bit(checkpoint, geometry, ranks):
+    transports = sluice.Transport.inproc(ranks)
+    before, after = placements(geometry, ranks)
+
+    def body(rank):
+        x, idx, weights = sluice.make_workload(geometry, TOKENS, first_token=rank * TOKENS)
+        routing = sluice.Routing(idx, weights)
+        alone, _ = make(checkpoint, geometry, sluice.Transport.inproc(1)[0])
+        expected = {mode: alone.add_layer(checkpoint, layer=LAYER).forward(x, routing, mode=mode) for mode in MODES}
+        group, backend = make(checkpoint, geometry, transports[rank], num_slots=before.num_slots)
+        [layer] = group.add_layers(checkpoint, [LAYER], placements=[before])
+        engine = sluice.Engine(checkpoint, transports[rank], backend, layer=LAYER, max_tokens_per_rank=TOKENS,
+                               placement=after, timeout_ms=20000)
+        assert layer.placement == before and engine.placement == after
+        for moved in (False, True):
+            if moved:
+                stats = layer.rebalance(after)
+                assert stats["num_rounds"] > 0 and stats["extra_bytes"] > 0
+                assert layer.placement == after
+            for mode in MODES:
+                assert np.array_equal(layer.forward(x, routing, mode=mode), expected[mode]), (moved, mode)
+        for mode in MODES:
+            assert np.array_equal(engine.forward(x, routing, mode=mode), expected[mode])
+        return True
+
+    assert all(on_every_rank(ranks, body))
+
+
+def test_what_is_refused(checkpoint, geometry):
+    group, _ = make(checkpoint, geometry, sluice.Transport.inproc(1)[0])
+    layer = group.add_layer(checkpoint, layer=LAYER)
+    assert layer.placement == sluice.Placement.identity(geometry.num_experts, 1)
+    with pytest.raises(sluice.Error, match="without num_slots"):
+        layer.rebalance(layer.placement)
+    with pytest.raises(sluice.Error, match="the group has no num_slots"):
+        group.add_layer(checkpoint, layer=LAYER, placement=placements(geometry, 1)[0])
