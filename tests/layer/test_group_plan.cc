@@ -113,7 +113,7 @@ TEST_P(R1Plan, IsTheFormula) {
   const LayerGroupMemory direct = plan(parse_recipe("direct"));
   std::size_t exchange = 0, scratch = kRows * (kIntermediate + kIntermediate / 128 * 4);
   if (is_cuda()) {
-    exchange = kRows * (token + home) + 8 * kRanks * 256 + 16 * kRanks + 8 * kTokens * 8 +
+    exchange = kRows * (token + home + 8) + 8 * kRanks * 256 + 16 * kRanks + 8 * kTokens * 8 +
                12 * kLocal + 2072 + 16;
   } else {
     exchange = 2 * (4 * kRanks * 256 + kRows * (token + 4) + kTokens * 8 * home) + kTokens * token;
