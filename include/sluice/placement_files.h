@@ -15,7 +15,8 @@
 
 namespace sluice {
 
-/// Rows of the experts of one layer, over time: [num_steps][num_experts].
+/// Rows of the experts of one layer, over time: [num_steps][num_experts]. All together are at most
+/// 2^53, so that every sum is exact.
 struct LayerRows {
   int layer = 0;
   std::vector<std::vector<std::int64_t>> steps = {};

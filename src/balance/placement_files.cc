@@ -20,6 +20,8 @@ constexpr std::string_view kPlacementFormat = "sluice-placement";
 constexpr std::uint64_t kVersion = 1;
 constexpr std::uint64_t kMaxLayer = 100'000;
 constexpr std::uint64_t kMaxRanks = Placement::kMaxSlots;
+/// Of all experts and steps of a layer: sums of them are exact, as integers and as doubles.
+constexpr std::int64_t kMaxRows = std::int64_t{1} << 53;
 
 /// What both kinds of files are: an object with format, version, numbers and layers.
 class FileReader {
@@ -123,6 +125,7 @@ std::string problem_of(const ExpertRows& rows) {
       return fmt::format("layer {} has {} steps, layer {} has {}", layer.layer, layer.steps.size(),
                          rows.layers.front().layer, rows.layers.front().steps.size());
     }
+    std::int64_t total = 0;
     for (const std::vector<std::int64_t>& step : layer.steps) {
       if (step.size() != static_cast<std::size_t>(rows.num_experts)) {
         return fmt::format("layer {}: a step has rows of {} experts, and num_experts is {}",
@@ -131,6 +134,13 @@ std::string problem_of(const ExpertRows& rows) {
       if (std::ranges::any_of(step, [](std::int64_t n) { return n < 0; })) {
         return fmt::format("layer {}: an expert has {} rows", layer.layer,
                            *std::ranges::min_element(step));
+      }
+      for (const std::int64_t n : step) {
+        if (n > kMaxRows - total) {
+          return fmt::format("layer {}: the rows of all steps together are above 2^53 = {}",
+                             layer.layer, kMaxRows);
+        }
+        total += n;
       }
     }
   }

@@ -80,6 +80,10 @@ TEST_F(PlacementFiles, RowsComeBack) {
   EXPECT_EQ(rows.layers[0].sum(), (std::vector<std::int64_t>{1, 2, 12}));
   EXPECT_EQ(rows.layers[0].sum(1), (std::vector<std::int64_t>{0, 0, 9}));
   EXPECT_THROW((void)rows.layers[0].sum(3), Error);
+  // 2^53 rows with the nine of the second step are the most that there can be.
+  const ExpertRows most =
+      read_expert_rows(write(replaced(kRows, "3], [0", "9007199254740980], [0")));
+  EXPECT_EQ(most.layers[0].sum()[2], 9007199254740989);
   write_expert_rows(path_, rows);
   EXPECT_EQ(read(), kRows);
 }
@@ -127,6 +131,8 @@ TEST_F(PlacementFiles, RowsAreRefusedByName) {
       {"[1, 2, 3]", "[1, 2.5, 3]", "byte"},
       {"[1, 2, 3]", "[1, null, 3]", "rows of an expert should be a number"},
       {"[1, 2, 3]", "[1, 2, 9223372036854775808]", "rows of an expert 9223372036854775808"},
+      {"[1, 2, 3]", "[1, 2, 9223372036854775807]", "layer 3: the rows of all steps together"},
+      {"[1, 2, 3]", "[1, 2, 9007199254740981]", "are above 2^53 = 9007199254740992"},
       {"]\n}", "]\n} 1", "byte"},
   };
   for (const Fault& fault : kFaults) {
