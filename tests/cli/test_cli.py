@@ -231,7 +231,7 @@ with tempfile.TemporaryDirectory() as folder:
         for one in data["layers"]), r)
     check("accuracy of all layers", r.returncode == 0 and "all 3: PASS" in r.stdout
           and [one["layer"] for one in data["layers"]] == [3, 4, 5]
-          and all(one["engines"]["passed"] and one["engines"]["runs"] == 12 for one in data["layers"])
+          and all(one["engines"]["passed"] and one["engines"]["runs"] == 14 for one in data["layers"])
           and data["passed"] and data["worst_layer"] in (3, 4, 5) and os.path.getsize(page) > 20000, r)
     r = run("accuracy", "--checkpoint", several, "--layer", "all", "--tokens", "6", "--suite", "gaussian", "--budget",
             "0.001%")

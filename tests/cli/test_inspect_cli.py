@@ -92,7 +92,7 @@ def sound(folder):
         check(f"memory of {m['ranks']} ranks is the plan's", plan["total_bytes"] == m["total_bytes"]
               and plan["prepared_bytes"] == m["prepared_bytes"], r)
     r, data = inspect(make(folder, "kimi-int4", "--format", "kimi-int4"))
-    check("no static scales", r.returncode == 0 and data["recipes"][0]["recipes"] == ["direct", "direct-bf16"]
+    check("no static scales", r.returncode == 0 and data["recipes"][0]["recipes"] == ["direct", "direct-bf16", "direct-token"]
           and data["recipes"][0]["static_scales"] == "none", r)
 
 
