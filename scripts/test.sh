@@ -2,7 +2,7 @@
 # test.sh - sets this machine up, builds, and runs every test. Ends with ctest's summary.
 #
 #   scripts/test.sh                  everything
-#   SLUICE_SANITIZERS=0 ...          without the sanitizer builds
+#   SLUICE_SANITIZERS=0 ...          without the sanitizer builds; =cpu-tsan: with that preset alone
 #   SLUICE_TORCH=0 ...               without PyTorch and transformers, and the tests that need them
 #   SLUICE_ENGINES=0 ...             without fetching SGLang and vLLM, whose own code some tests run
 #   SLUICE_MINUTES=n ...             cuts the sanitizers off n minutes after the start, and says so
@@ -130,10 +130,10 @@ else
   say "not tested: the Python package, as its build tools could not be installed"
 fi
 
-if [ "${SLUICE_SANITIZERS:-1}" != 0 ]; then
-  for preset in cpu-asan cpu-tsan; do
-    test_sanitized $preset
-  done
-fi
+sanitizers=${SLUICE_SANITIZERS:-cpu-asan cpu-tsan}
+[ "$sanitizers" != 0 ] || sanitizers=
+for preset in $sanitizers; do
+  test_sanitized "$preset"
+done
 say "done ($(minutes))"
 if command -v ccache >/dev/null; then { ccache --show-stats || true; } | sed -n 1,4p; fi
