@@ -9,14 +9,10 @@
 #include "report.h"
 #include "sluice/config.h"
 #include "sluice/lab/exchange_bench.h"
-#include "sluice/lab/ranks.h"
 #include "sluice/recipe.h"
 
 namespace sluice::cli {
 namespace {
-
-/// What ranks that failed may take to say so, beyond their timeouts.
-constexpr std::chrono::milliseconds kPatience{10'000};
 
 struct Options {
   std::string backend = "cpu", transport = "inproc", mode = "low-latency", wire = "fp8",
@@ -149,9 +145,7 @@ void fill_json(const Options& options, const ExchangeBenchReport& report, Output
 void run(const Options& options, Output& output) {
   const Environment environment = read_environment();
   const ExchangeBenchConfig config = resolve(options);
-  if (options.transport == "ipc" && !read_job_place()) {
-    output.exit_status = run_as_processes(options.ranks, 2 * environment.peer_timeout + kPatience);
-    output.json_path.clear();  // Rank 0 has written it.
+  if (ran_as_processes(options.transport, options.ranks, environment.peer_timeout, output)) {
     return;
   }
   Launch launch(options.transport, options.ranks, environment.peer_timeout, output);

@@ -11,13 +11,9 @@
 #include "scale_dtype.h"
 #include "sluice/config.h"
 #include "sluice/lab/layer_bench.h"
-#include "sluice/lab/ranks.h"
 
 namespace sluice::cli {
 namespace {
-
-/// What ranks that failed may take to say so, beyond their timeouts.
-constexpr std::chrono::milliseconds kPatience{10'000};
 
 struct Options {
   std::string preset = "r1-layer", backend = "cpu", transport = "inproc", mode = "low-latency",
@@ -111,9 +107,7 @@ void fill_json(const Options& options, const LayerBenchReport& report, Output& o
 void run(const Options& options, Output& output) {
   const Environment environment = read_environment();
   const LayerBenchConfig config = resolve(options);
-  if (options.transport == "ipc" && !read_job_place()) {
-    output.exit_status = run_as_processes(options.ranks, 2 * environment.peer_timeout + kPatience);
-    output.json_path.clear();  // Rank 0 has written it.
+  if (ran_as_processes(options.transport, options.ranks, environment.peer_timeout, output)) {
     return;
   }
   Launch launch(options.transport, options.ranks, environment.peer_timeout, output);

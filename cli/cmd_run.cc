@@ -14,14 +14,10 @@
 #include "run_stats.h"
 #include "sluice/config.h"
 #include "sluice/error.h"
-#include "sluice/lab/ranks.h"
 #include "sluice/placement_files.h"
 
 namespace sluice::cli {
 namespace {
-
-/// What ranks that failed may take to load, check and say so, beyond their timeouts.
-constexpr std::chrono::milliseconds kPatience{10'000};
 
 struct Options {
   std::string checkpoint, layers, mode = "low-latency", recipe = "direct", backend = "cpu",
@@ -245,10 +241,8 @@ void report(const Options& options, const LayerRunConfig& config, const Checkpoi
 
 void run(const Options& options, Output& output) {
   const Environment environment = read_environment();
-  if (options.transport == "ipc" && !read_job_place()) {
-    output.exit_status =
-        run_as_processes(std::max(1, options.ranks), 2 * environment.peer_timeout + kPatience);
-    output.json_path.clear();  // Rank 0 has written it.
+  if (ran_as_processes(options.transport, std::max(1, options.ranks), environment.peer_timeout,
+                       output)) {
     return;
   }
   Launch launch(options.transport, options.ranks, environment.peer_timeout, output);

@@ -127,11 +127,12 @@ void print_runs(std::span<const RecipeGroup> groups, const std::optional<CodeKin
   if (codes->fits_sign_magnitude()) {
     fmt::print(
         "codes     no -8 among the {} looked at: CUDA unpacks eight with 3 instructions, or "
-        "with 7 if it meets one\n",
+        "with 6 or 7 if it meets one\n",
         codes->num_codes);
   } else {
-    fmt::print("codes     {} of the {} looked at are -8: CUDA unpacks eight with 7 instructions\n",
-               codes->num_minus_eight, codes->num_codes);
+    fmt::print(
+        "codes     {} of the {} looked at are -8: CUDA unpacks eight with 6 or 7 instructions\n",
+        codes->num_minus_eight, codes->num_codes);
   }
 }
 

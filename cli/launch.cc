@@ -23,6 +23,8 @@ using std::chrono::milliseconds;
 /// How long the ranks that failed wait to hear of each other.
 constexpr milliseconds kReportTimeout{600};
 constexpr milliseconds kGoodbyeTimeout{5'000};
+/// What processes that failed may take to say so, beyond their timeouts.
+constexpr milliseconds kPatience{10'000};
 
 struct Cause {
   ErrorCode code;
@@ -67,6 +69,14 @@ std::unique_ptr<Transport> make_ipc_world(milliseconds timeout) {
 }
 
 }  // namespace
+
+bool ran_as_processes(const std::string& transport, int num_ranks, milliseconds timeout,
+                      Output& output) {
+  if (transport != "ipc" || read_job_place()) return false;
+  output.exit_status = run_as_processes(num_ranks, 2 * timeout + kPatience);
+  output.json_path.clear();
+  return true;
+}
 
 Launch::Launch(const std::string& transport, int num_ranks, milliseconds timeout, Output& output)
     : num_ranks_(std::max(1, num_ranks)), timeout_(timeout), output_(output) {

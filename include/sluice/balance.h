@@ -25,7 +25,8 @@ namespace sluice {
 
 /// What there is to place experts into.
 struct BalanceConfig {
-  int num_ranks = 0;
+  static constexpr int kMaxRanks = 4096;  ///< Time and memory grow with the square of the ranks.
+  int num_ranks = 0;                      ///< At most kMaxRanks.
   int num_slots = 0;  ///< Of all ranks: a multiple of num_ranks, at least num_experts.
   /// Hosts that the ranks are on, as many on each: host h has the h-th part of the ranks. With more
   /// than one, all replicas of an expert are on one host.

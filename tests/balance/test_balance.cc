@@ -153,6 +153,8 @@ TEST(Balance, RefusesByFieldAndValue) {
   EXPECT_THAT(refusal({}, good), HasSubstr("rows_per_expert is empty"));
   EXPECT_THAT(refusal({1, -2}, good), HasSubstr("expert 1 has -2 rows"));
   EXPECT_THAT(refusal(rows, {.num_ranks = 0, .num_slots = 8}), HasSubstr("num_ranks 0"));
+  EXPECT_THAT(refusal(rows, {.num_ranks = 4097, .num_slots = 2 * 4097}),
+              HasSubstr("num_ranks 4097 exceeds 4096"));
   EXPECT_THAT(refusal(rows, {.num_ranks = 4, .num_slots = 10}),
               HasSubstr("num_slots 10 is not a multiple of num_ranks 4"));
   EXPECT_THAT(refusal(rows, {.num_ranks = 2, .num_slots = 6}),
