@@ -15,9 +15,9 @@ namespace sluice::cli {
 
 struct Output;
 
-/// For `--transport ipc` where nobody has started processes yet: starts `num_ranks` of them with this
-/// program's arguments and waits for them. True if it did, and there is nothing left to do here: the
-/// exit status is theirs, and rank 0 has written the files.
+/// For `--transport ipc` where nobody has started processes yet: starts `num_ranks` of them with
+/// this program's arguments and waits for them. True if it did, and there is nothing left to do
+/// here: the exit status is theirs, and rank 0 has written the files.
 [[nodiscard]] bool ran_as_processes(const std::string& transport, int num_ranks,
                                     std::chrono::milliseconds timeout, Output& output);
 
