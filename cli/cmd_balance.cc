@@ -85,11 +85,12 @@ Json layer_json(const Balanced& b) {
 
 void print(const Options& options, const ExpertRows& rows, const Json& json) {
   const std::size_t num_steps = rows.layers.front().steps.size();
-  fmt::print("counts    {}: {} layers of {} experts, the last {} of {} steps\n", options.counts,
-             rows.layers.size(), rows.num_experts, json.at("window").get<int>(), num_steps);
-  fmt::print("slots     {} on {} ranks, {} hosts: {} on each rank, {} more than experts\n",
-             options.slots, options.ranks, options.hosts, options.slots / options.ranks,
-             options.slots - rows.num_experts);
+  fmt::print("counts    {}: {} of {}, the last {} of {}\n", options.counts,
+             counted(rows.layers.size(), "layer"), counted(rows.num_experts, "expert"),
+             json.at("window").get<int>(), counted(num_steps, "step"));
+  fmt::print("slots     {} on {}, {}: {} on each rank, {} more than experts\n", options.slots,
+             counted(options.ranks, "rank"), counted(options.hosts, "host"),
+             options.slots / options.ranks, options.slots - rows.num_experts);
   Table table({"layer", "rows", "fullest/mean before", "after", "replicas", "empty", "travel"});
   double before = 0, after = 0;
   std::int64_t moves = 0;
@@ -107,7 +108,7 @@ void print(const Options& options, const ExpertRows& rows, const Json& json) {
              before, after);
   fmt::print("moves     {} experts travel; before: {}\n", moves,
              json.at("previous").get<std::string>());
-  fmt::print("time      {} layers balanced in {:.2f} ms\n", rows.layers.size(),
+  fmt::print("time      {} balanced in {:.2f} ms\n", counted(rows.layers.size(), "layer"),
              json.at("balance_us").get<double>() * 1e-3);
 }
 

@@ -27,10 +27,9 @@ std::string rate(double bytes_per_s) {
 void print_report(const Options& options, const LoadBenchConfig& config,
                   const Checkpoint& checkpoint, const LoadBenchReport& r) {
   const auto human = [](auto bytes) { return human_bytes(static_cast<double>(bytes)); };
-  fmt::print("loading   {} layer{} of {}: {}, experts {} of rank {} of {}, {} of files\n",
-             config.layers.size(), config.layers.size() == 1 ? "" : "s", options.checkpoint,
-             checkpoint.format(), r.num_experts, config.rank, config.num_ranks,
-             human(r.file_bytes));
+  fmt::print("loading   {} of {}: {}, experts {} of rank {} of {}, {} of files\n",
+             counted(config.layers.size(), "layer"), options.checkpoint, checkpoint.format(),
+             r.num_experts, config.rank, config.num_ranks, human(r.file_bytes));
   fmt::print("device    {}; {} threads read and repack\n", r.device, r.num_threads);
   if (config.with_check) {
     fmt::print("checked   every byte is that of mapped and repacked weights: digest {:016x}\n",

@@ -129,8 +129,9 @@ std::size_t print_warnings(const std::vector<CheckpointWarning>& warnings,
 
 void print_review(const CheckpointReview& review, const LayerCheck& checked) {
   const std::size_t num_notes = print_warnings(review.warnings, checked);
-  fmt::print("looked at the weights of {} experts in {} layers: {} warnings, {} notes\n",
-             review.num_experts, review.num_layers, review.warnings.size() - num_notes, num_notes);
+  fmt::print("looked at the weights of {} in {}: {}, {}\n", counted(review.num_experts, "expert"),
+             counted(review.num_layers, "layer"),
+             counted(review.warnings.size() - num_notes, "warning"), counted(num_notes, "note"));
 }
 
 nlohmann::ordered_json to_json(const std::vector<CheckpointWarning>& warnings) {
@@ -151,8 +152,8 @@ void inspect_floats(const Options& options, const Checkpoint& checkpoint, const 
   print_model(checkpoint);
   fmt::print("weights   not INT4: `sluice convert --scale ...` makes INT4 of them\n\n");
   (void)print_warnings(checkpoint.warnings(), checked);
-  fmt::print("{} of {} layers are complete; weights were not looked at\n", checked.good.size(),
-             checkpoint.moe_layers().size());
+  fmt::print("{} of {} complete; weights were not looked at\n", checked.good.size(),
+             counted(checkpoint.moe_layers().size(), "layer"));
   output.json = model_json(options, checkpoint, checked);
   output.json["warnings"] = to_json(checkpoint.warnings());
 }
@@ -232,7 +233,8 @@ void inspect(const Options& options, Output& output) {
   if (!memory.empty()) print_memory(memory, planned_device(checkpoint.geometry().weight_format));
   print_layers(samples, checkpoint.geometry().num_experts);
   print_review(review, checked);
-  fmt::print("{} of {} layers can be run\n", checked.good.size(), checkpoint.moe_layers().size());
+  fmt::print("{} of {} can be run\n", checked.good.size(),
+             counted(checkpoint.moe_layers().size(), "layer"));
 
   output.json = model_json(options, checkpoint, checked);
   output.json["runs"] = runs;

@@ -193,8 +193,8 @@ void plan(const Options& options, Output& output) {
   const std::string each = options.slots == 0
                                ? fmt::format("{} experts", g.num_experts / options.ranks)
                                : fmt::format("{} slots", options.slots / options.ranks);
-  fmt::print("plan      recipe {}, {} mode, {} ranks of {}, up to {} tokens each, {}\n",
-             options.recipe, options.mode, options.ranks, each, options.tokens, options.backend);
+  fmt::print("plan      recipe {}, {} mode, {} of {}, up to {} tokens each, {}\n", options.recipe,
+             options.mode, counted(options.ranks, "rank"), each, options.tokens, options.backend);
   Table table({"each rank", "bytes", ""});
   const auto add = [&](const char* name, double bytes) {
     table.add({name, fmt::format("{:.0f}", bytes), human_bytes(bytes)});

@@ -137,9 +137,9 @@ void print_runs(std::span<const RecipeGroup> groups, const std::optional<CodeKin
 }
 
 void print_memory(std::span<const RankMemory> memory, Device::Kind device) {
-  fmt::print("memory    of all {} layers, {}, {}, low-latency mode, {} tokens per rank\n",
-             memory.front().memory.num_layers, device == Device::Kind::kCuda ? "CUDA" : "CPU",
-             kRecommendedRecipe, kPlannedTokens);
+  fmt::print("memory    of all {}, {}, {}, low-latency mode, {} tokens per rank\n",
+             counted(memory.front().memory.num_layers, "layer"),
+             device == Device::Kind::kCuda ? "CUDA" : "CPU", kRecommendedRecipe, kPlannedTokens);
   Table table({"ranks", "experts each", "weights each", "buffers each", "total each"});
   for (const RankMemory& m : memory) {
     const auto total = static_cast<double>(m.memory.total_bytes());

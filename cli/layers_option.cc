@@ -6,6 +6,7 @@
 #include <charconv>
 #include <string_view>
 
+#include "report/text_table.h"
 #include "sluice/error.h"
 
 namespace sluice::cli {
@@ -45,10 +46,11 @@ std::vector<int> parse_layers(const std::string& text, const std::vector<int>& t
     }
     const bool found = !layers.empty() && layers.back() >= first && layers.back() <= last;
     if (!found || (first == last && layers.back() != first)) {
-      refuse_layers(text, fmt::format("no experts in layer {}; they are in {} layers, {} to {}",
-                                      first == last ? fmt::format("{}", first)
-                                                    : fmt::format("{} to {}", first, last),
-                                      there.size(), there.front(), there.back()));
+      refuse_layers(
+          text, fmt::format(
+                    "no experts in layer {}; they are in {}, {} to {}",
+                    first == last ? fmt::format("{}", first) : fmt::format("{} to {}", first, last),
+                    report::counted(there.size(), "layer"), there.front(), there.back()));
     }
     more = rest.starts_with(',');
     if (more) rest.remove_prefix(1);

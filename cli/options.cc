@@ -21,7 +21,12 @@ Option Option::range(double low, double high) {
 }
 
 Option Option::non_negative() {
-  option_->check(CLI::NonNegativeNumber);
+  // CLI::NonNegativeNumber is a range up to the largest double, whose 309 digits its message has.
+  option_->check([](const std::string& value) {
+    double number = 0;
+    if (!CLI::detail::lexical_cast(value, number)) return value + " is not a number";
+    return number < 0 ? value + " is below 0" : std::string();
+  });
   return *this;
 }
 

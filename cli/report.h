@@ -9,6 +9,7 @@
 
 namespace sluice::cli {
 
+using report::counted;
 using report::Table;
 
 /// "sluice: peer timeout: ..." on standard error.

@@ -173,8 +173,8 @@ void print_layers(const RunResult& result, const std::vector<VerifyReport>& veri
 void print_passes(const RunResult& result) {
   std::vector<double> passes = result.pass_us;
   std::ranges::sort(passes);
-  fmt::print("in a row  {} layers in {} ms, median of {}; {:.2f} ms a layer\n",
-             result.layers.size(), ms(passes[passes.size() / 2]), passes.size(),
+  fmt::print("in a row  {} in {} ms, median of {}; {:.2f} ms a layer\n",
+             counted(result.layers.size(), "layer"), ms(passes[passes.size() / 2]), passes.size(),
              passes[passes.size() / 2] / 1000 / static_cast<double>(result.layers.size()));
 }
 
@@ -182,9 +182,10 @@ void print_load(const LayerRunConfig& config, const RunResult& result,
                 nlohmann::ordered_json& json) {
   const LoadStats& load = result.load;
   const auto human = [](auto bytes) { return human_bytes(static_cast<double>(bytes)); };
-  fmt::print("loaded    {} in {:.2f} s: {:.2f} GB/s; {} rank{} of {} threads, {} of host memory\n",
-             human(load.file_bytes), load.seconds, load.bytes_per_s() * 1e-9, config.num_ranks,
-             config.num_ranks == 1 ? "" : "s", load.num_threads, human(load.host_bytes));
+  fmt::print("loaded    {} in {:.2f} s: {:.2f} GB/s; {} of {}, {} of host memory\n",
+             human(load.file_bytes), load.seconds, load.bytes_per_s() * 1e-9,
+             counted(config.num_ranks, "rank"), counted(load.num_threads, "thread"),
+             human(load.host_bytes));
   json["load_us"] = load.seconds * 1e6;
   json["load"] = {{"seconds", load.seconds},
                   {"file_bytes", load.file_bytes},

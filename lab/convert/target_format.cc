@@ -51,8 +51,9 @@ class W4afp8Target final : public TargetFormat {
   void check(const TargetSpec& spec, const std::string& source) const override {
     if (is_mxfp4(spec)) {
       fail(ErrorCode::kUnsupported,
-           "{}: weights of mxfp4, which w4afp8 does not have; a scale rule quantizes them anew, as "
-           "INT4",
+           "{}: weights of mxfp4, which w4afp8 does not have; a scale rule (--scale amax7, amax8 "
+           "or mse) "
+           "quantizes them anew, as INT4",
            source);
     }
     if (spec.geometry.group_size == 128) return;

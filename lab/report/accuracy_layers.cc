@@ -142,8 +142,8 @@ Json join_layers(std::vector<Json> layers) {
 std::string layers_text(const Json& json) {
   const std::vector<Glance> all = glances(json);
   std::string text =
-      fmt::format("\n== all {} layers: {} over its worst suite, static scales over theirs ==\n",
-                  all.size(), all.front().gate);
+      fmt::format("\n== all {}: {} over its worst suite, static scales over theirs ==\n",
+                  counted(all.size(), "layer"), all.front().gate);
   Table table(columns());
   for (const Glance& g : all) table.add(cells(g));
   text += table.to_string();

@@ -11,6 +11,7 @@
 #include "report/accuracy_scales.h"
 #include "report/html_page.h"
 #include "report/svg_plot.h"
+#include "report/text_table.h"
 
 namespace sluice::report {
 namespace {
@@ -333,10 +334,11 @@ std::string accuracy_report(const Json& json) {
   if (json.contains("layers")) {
     const bool passed = json.at("passed");
     body = fmt::format(
-        "<div class='verdicts'><div class='verdict {}'><b>All {} layers: {}</b>The worst, layer "
+        "<div class='verdicts'><div class='verdict {}'><b>All {}: {}</b>The worst, layer "
         "{}, follows in full.</div></div>{}<h1 class='part'>Layer {}</h1>",
-        passed ? "pass" : "fail", json.at("layers").size(), passed ? "PASS" : "FAIL",
-        json.at("worst_layer").dump(), layers_section(json), json.at("worst_layer").dump());
+        passed ? "pass" : "fail", counted(json.at("layers").size(), "layer"),
+        passed ? "PASS" : "FAIL", json.at("worst_layer").dump(), layers_section(json),
+        json.at("worst_layer").dump());
   }
   body += Report(json.contains("layers") ? worst_layer(json) : json).render();
   return html_page("Sluice accuracy certificate", "Accuracy certificate", body,

@@ -9,6 +9,7 @@
 #include "report/accuracy_html.h"
 #include "report/html_page.h"
 #include "report/svg_plot.h"
+#include "report/text_table.h"
 
 namespace sluice::report {
 namespace {
@@ -194,11 +195,12 @@ std::string table(const Json& json) {
 }  // namespace
 
 std::string placement_report(const Json& json) {
-  const std::string heading = fmt::format(
-      "<p>{}: {} layers of {} experts, over {} slots of {} ranks on {} hosts. Before: {}.</p>",
-      text_of(json.at("counts")), json.at("layers").size(), json.at("num_experts").dump(),
-      json.at("num_slots").dump(), json.at("num_ranks").dump(), json.at("num_hosts").dump(),
-      text_of(json.at("previous")));
+  const std::string heading =
+      fmt::format("<p>{}: {} of {} experts, over {} slots of {} on {}. Before: {}.</p>",
+                  text_of(json.at("counts")), counted(json.at("layers").size(), "layer"),
+                  json.at("num_experts").dump(), json.at("num_slots").dump(),
+                  counted(json.at("num_ranks").get<int>(), "rank"),
+                  counted(json.at("num_hosts").get<int>(), "host"), text_of(json.at("previous")));
   return html_page("Sluice placement", "Placement",
                    heading + over_layers(json) + pictures(json) + over_time(json) + table(json),
                    text_of(json.at("version")));

@@ -1,10 +1,17 @@
 // text_table.h - a table for people, as lines of text.
 #pragma once
 
+#include <concepts>
 #include <string>
+#include <string_view>
 #include <vector>
 
 namespace sluice::report {
+
+/// "1 layer", "2 layers".
+[[nodiscard]] std::string counted(std::integral auto number, std::string_view noun) {
+  return std::to_string(number) + ' ' + std::string(noun) + (number == 1 ? "" : "s");
+}
 
 /// First column left-aligned, the others right-aligned, two spaces between.
 class Table {

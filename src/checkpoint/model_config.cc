@@ -244,6 +244,7 @@ ModelConfig parse_model_config(const ConfigText& text, const std::optional<Confi
   // DeepSeek-V4.1 has the key in its quantization_config.
   if (config.quantization.expert_type.empty()) {
     config.quantization.expert_type = std::move(fields.expert_type);
+    config.quantization.expert_key = "expert_dtype";
   } else if (!fields.expert_type.empty() && fields.expert_type != config.quantization.expert_type) {
     fail(ErrorCode::kUnsupported,
          "{}: expert_dtype = '{}', but quantization_config.expert_dtype = '{}'", text.name,

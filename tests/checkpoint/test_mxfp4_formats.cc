@@ -104,6 +104,35 @@ TEST(Mxfp4Formats, DeepseekIsRecognisedByTheTypeOfItsScalesToo) {
                [&] { (void)Checkpoint::open(dir / "both"); });
 }
 
+/// A model's INT4 repack may leave the key behind: then one of two sentences is not true.
+TEST(Mxfp4Formats, ExpertDtypeAgainstQuantMethodNamesBoth) {
+  const TempDir dir;
+  write_synthetic_checkpoint(spec_of("w4afp8", 128, DType::kFloat32), dir / "model");
+  RawCheckpoint raw(dir / "model");
+  const auto expect = [&](const char* name, std::vector<std::string> words) {
+    raw.write(dir / name);
+    expect_error(ErrorCode::kUnsupported, words, [&] { (void)Checkpoint::open(dir / name); });
+    expect_error(ErrorCode::kUnsupported, words,
+                 [&] { (void)describe_model(dir / name / "config.json"); });
+  };
+  raw.config["expert_dtype"] = "fp4";
+  expect("beside", {"config.json: expert_dtype = 'fp4'", "makes the experts MXFP4",
+                    "quantization_config.quant_method = 'w4afp8'", "int4 of w4afp8"});
+  raw.config["expert_dtype"] = "fp8";
+  expect("fp8", {"expert_dtype = 'fp8'", "makes the experts FP8", "quant_method = 'w4afp8'"});
+  raw.config["expert_dtype"] = "fp6";
+  expect("unknown", {"expert_dtype = 'fp6' is not known", "'fp4' or 'fp8'"});
+  raw.config.erase("expert_dtype");
+  raw.config["quantization_config"]["expert_dtype"] = "fp4";
+  expect("inside", {"quantization_config.expert_dtype = 'fp4'", "quant_method = 'w4afp8'"});
+  // The same key beside a container of MXFP4 says nothing new.
+  write_synthetic_checkpoint(mxfp4_spec(kLayouts[0]), dir / "mxfp4");
+  RawCheckpoint packed(dir / "mxfp4");
+  packed.config["expert_dtype"] = "fp4";
+  packed.write(dir / "agrees");
+  EXPECT_EQ(Checkpoint::open(dir / "agrees").weight_format(), WeightFormat::kMxfp4);
+}
+
 TEST(Mxfp4Formats, ConfigAloneSaysMxfp4) {
   for (const Layout& layout : kLayouts) {
     const TempDir dir;

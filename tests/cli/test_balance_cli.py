@@ -106,6 +106,8 @@ with tempfile.TemporaryDirectory() as folder:
     with open(path("report.html")) as file:
         html = file.read()
     check("report", html.count("<svg") >= 6 and "Layer 7 over time" in html and "http" not in html, r)
+    check("one host, two layers", "slots     24 on 4 ranks, 1 host: 6 on each rank" in r.stdout
+          and "2 layers balanced in" in r.stdout, r)
     again = run("balance", "--counts", counts, "--ranks", 4, "--slots", 24, "--window", 2, "--previous", placement,
                 "--out", path("again.json"))
     check("balanced already: nothing moves", "moves     0 experts" in again.stdout and read(path("again.json")) == written,

@@ -202,6 +202,9 @@ with tempfile.TemporaryDirectory() as folder:
         check(f"plan refuses {arguments}", r.returncode == 2 and why in r.stderr, r)
     r = run("run", "--checkpoint", several, "--layers", "")
     check("run refuses --layers ''", r.returncode == 2 and "--layers: is empty" in r.stderr, r)
+    r = run("run", "--checkpoint", several, "--layer", "-1")
+    check("run refuses a negative layer in one short line", r.returncode == 2 and "-1 is below 0" in r.stderr
+          and len(r.stderr) < 200, r)
     # config.json alone has the verdict that it has beside tensors.
     config = os.path.join(folder, "alone.json")
     keys = {**wide, "num_hidden_layers": 4, "first_k_dense_replace": 1, "hidden_act": "silu"}

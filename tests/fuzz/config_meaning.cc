@@ -266,11 +266,19 @@ bool has_mxfp4_group(const Json& quantization) {
   return false;
 }
 
-/// True if every place that says in which type the experts are says fp4, and one does.
-bool has_fp4_experts(const Json& whole, const Json& quantization) {
+/// In which type the experts are, in one of two places or in both; "two" if these differ.
+std::string expert_type(const Json& whole, const Json& quantization) {
   const std::string own = text_of(quantization, "expert_dtype");
   const std::string beside = text_of(flat(whole), "expert_dtype");
-  return (own.empty() ? beside : own) == "fp4" && (beside.empty() || beside == "fp4");
+  if (!own.empty() && !beside.empty() && own != beside) return "two";
+  return own.empty() ? beside : own;
+}
+
+/// Whether experts of this format may be said to be of `type`.
+bool is_type_of(const std::string& type, const Format& format) {
+  if (type.empty()) return true;
+  if (format.name() == "fp8-block") return type == "fp8";
+  return format.weight_format() == WeightFormat::kMxfp4 && type == "fp4";
 }
 
 }  // namespace
@@ -301,6 +309,8 @@ bool is_declared(const Texts& texts, const Format& format) {
     if (group && *group != *other) return false;
     group = other;
   }
+  const std::string type = expert_type(whole, quantization);
+  if (!is_type_of(type, format)) return false;
   const bool is_group_ours = group.value_or(128) == format.group_size();
   if (name == "w4afp8") {
     return (method == name || (method.empty() && algo == "MIXED_PRECISION")) && is_group_ours;
@@ -315,9 +325,8 @@ bool is_declared(const Texts& texts, const Format& format) {
     return (algo == "W4A8_AWQ" || text_of(quantization, "quant_algo") == "W4A8_AWQ") &&
            is_group_ours;
   }
-  const bool is_fp4 = has_fp4_experts(whole, quantization);
-  if (name == "deepseek-fp4") return method == "fp8" && is_fp4;
-  if (name == "fp8-block") return method == "fp8" && !is_fp4;
+  if (name == "deepseek-fp4") return method == "fp8" && type == "fp4";
+  if (name == "fp8-block") return method == "fp8";
   return name == "bf16" && method.empty() && algo.empty();
 }
 

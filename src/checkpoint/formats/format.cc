@@ -184,6 +184,37 @@ std::string undeclared_hint(const FormatClues& clues, const TensorRef* gate) {
        config.file, undeclared_hint(clues, clues.first_gate("weight")), kSupported);
 }
 
+/// expert_dtype says what the experts are, whatever the rest of the model is.
+/// Throws: kUnsupported naming both keys.
+void check_expert_type(const FormatClues& clues, const Format& format) {
+  const QuantizationConfig& config = clues.config;
+  const std::string& type = config.expert_type;
+  if (type.empty()) return;
+  if (type != "fp4" && type != "fp8") {
+    fail(ErrorCode::kUnsupported, "{}: {} = '{}' is not known; experts are 'fp4' or 'fp8'",
+         config.file, config.expert_key, type);
+  }
+  const bool agrees =
+      type == "fp4" ? format.weight_format() == WeightFormat::kMxfp4 : format.name() == "fp8-block";
+  if (agrees) return;
+  const auto [key, value] =
+      !config.quant_method.empty() ? std::pair("quant_method", config.quant_method)
+      : !config.quant_algo.empty() ? std::pair("quant_algo", config.quant_algo)
+                                   : std::pair("quant_algo", config.algo);
+  const std::string other =
+      value.empty() ? "there is no quantization_config.quant_method"
+      : config.quant_method.empty() && config.quant_algo.empty()
+          ? fmt::format("quantization.quant_algo = '{}' in {}", value, config.algo_file)
+          : fmt::format("quantization_config.{} = '{}'", key, value);
+  fail(ErrorCode::kUnsupported,
+       "{}: {} = '{}', which makes the experts {}, contradicts {}, which makes them {}; leave out "
+       "the key that is not true",
+       config.file, config.expert_key, type, type == "fp4" ? "MXFP4" : "FP8", other,
+       format.weight_format()
+           ? fmt::format("{} of {}", to_string(*format.weight_format()), format.name())
+           : std::string(format.name()));
+}
+
 }  // namespace
 
 std::string container_help(const std::string& name) {
@@ -199,7 +230,10 @@ Recognised recognise(const FormatClues& clues) {
   for (const auto& recogniser :
        {recognise_w4afp8, recognise_compressed_tensors, recognise_angelslim, recognise_modelopt,
         recognise_deepseek_fp4, recognise_fp8_block, recognise_bf16}) {
-    if (std::optional<Recognised> found = recogniser(clues)) return std::move(*found);
+    if (std::optional<Recognised> found = recogniser(clues)) {
+      check_expert_type(clues, *found->format);
+      return std::move(*found);
+    }
   }
   refuse_unknown(clues);
 }

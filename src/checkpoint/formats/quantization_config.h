@@ -39,6 +39,7 @@ struct QuantizationConfig {
   std::string activation_scheme;
   std::string format;       ///< compressed-tensors: the container.
   std::string expert_type;  ///< expert_dtype of DeepSeek-V4, which config.json has beside it.
+  std::string expert_key = "quantization_config.expert_dtype";  ///< Where it was, for messages.
   std::optional<std::int64_t> group_size;
   std::vector<std::int64_t> weight_block_size;
   std::vector<QuantizationGroup> groups;
