@@ -1,10 +1,13 @@
 // The expert stage of the CPU backend: bits it promises, bounds it keeps, rows it leaves alone.
 #include <gtest/gtest.h>
+#include <hwy/highway.h>
 
 #include <cstring>
+#include <set>
 #include <string>
 
 #include "backend/cpu/cpu_backend.h"
+#include "backend/cpu/gemm_tile.h"
 #include "expert_fixture.h"
 #include "sluice/backend.h"
 #include "sluice/error.h"
@@ -166,29 +169,61 @@ TEST(CpuExperts, Mxfp4ShapesAndRowCounts) {
   }
 }
 
+/// Every weight of gate and up has this byte of codes, every input that code.
+void expect_largest_sums(std::uint8_t weight, std::uint8_t code, int rows) {
+  StageCase c = mxfp4_case();
+  c.geometry.hidden = 256;
+  c.rows = {rows};
+  const auto device = backend();
+  const ExpertWeights weights = random_experts(c.geometry, c.scale_dtype, c.seed);
+  for (const QuantMatrix* m : {&weights.experts[0].gate, &weights.experts[0].up}) {
+    std::memset(const_cast<void*>(m->codes.data), weight, m->codes.bytes());
+  }
+  StageBuffers b(c);
+  std::fill(b.codes.begin(), b.codes.end(), code);
+  const auto prepared = ops(*device).prepare(weights);
+  ops(*device).expert_stage(*prepared, b.in(), b.rows(), b.h(), b.out.data(), {}, nullptr);
+  Worst worst;
+  for (int r = 0; r < rows; ++r) check_row(c, weights.experts[0], b, r, worst);
+  EXPECT_LE(worst.ratio, 1.0) << worst.where;
+}
+
 /// Every product as large as it can be, of one sign: what the int16 sums of AVX2 must hold.
 TEST(CpuExperts, Mxfp4LargestSumsAreExact) {
   for (const std::uint8_t weight : {0x77, 0xff, 0x7f}) {
     for (const std::uint8_t code : {0x7e, 0xfe, 0x77, 0xf7}) {
-      for (const int rows : {1, 9}) {
-        StageCase c = mxfp4_case();
-        c.geometry.hidden = 256;
-        c.rows = {rows};
-        const auto device = backend();
-        const ExpertWeights weights = random_experts(c.geometry, c.scale_dtype, c.seed);
-        for (const QuantMatrix* m : {&weights.experts[0].gate, &weights.experts[0].up}) {
-          std::memset(const_cast<void*>(m->codes.data), weight, m->codes.bytes());
-        }
-        StageBuffers b(c);
-        std::fill(b.codes.begin(), b.codes.end(), code);
-        const auto prepared = ops(*device).prepare(weights);
-        ops(*device).expert_stage(*prepared, b.in(), b.rows(), b.h(), b.out.data(), {}, nullptr);
-        Worst worst;
-        for (int r = 0; r < rows; ++r) check_row(c, weights.experts[0], b, r, worst);
-        EXPECT_LE(worst.ratio, 1.0) << worst.where;
-      }
+      for (const int rows : {1, 9}) expect_largest_sums(weight, code, rows);
     }
   }
+}
+
+/// What machines without this one's instructions would run, one instruction set after the other:
+/// the kernels' sums have the bits that are promised on each.
+TEST(CpuExperts, EveryInstructionSetThatThisMachineHas) {
+  std::set<std::string> seen;
+  for (const std::int64_t target : hwy::SupportedAndGeneratedTargets()) {
+    if (target == HWY_SSSE3) continue;  // The kernels are not compiled for it.
+    hwy::SetSupportedTargetsForTest(target);
+    hwy::GetChosenTarget().Update(target);
+    seen.insert(cpu::instruction_set());
+    SCOPED_TRACE(hwy::TargetName(target));
+    for (const bool is_mxfp4 : {true, false}) {
+      for (const int group : {32, 128}) {
+        if (is_mxfp4 && group == 128) continue;
+        StageCase c = is_mxfp4 ? mxfp4_case() : StageCase{};
+        c.geometry.group_size = group;
+        c.geometry.num_experts = 3;
+        c.geometry.hidden = 384, c.geometry.intermediate = 256;
+        c.rows = {1, 9, 3};  // As many as one, some, and two at once.
+        check(c);
+      }
+    }
+    expect_largest_sums(0x77, 0x7e, 9);
+    expect_largest_sums(0xff, 0xfe, 1);
+  }
+  hwy::SetSupportedTargetsForTest(0);
+  hwy::GetChosenTarget().Update(hwy::SupportedTargets());
+  EXPECT_GE(seen.size(), HWY_ARCH_X86 ? 2u : 1u) << *seen.begin();
 }
 
 /// Scales from 2^-127, which is no normal float32, on; zeros of either sign; a NaN is refused.
