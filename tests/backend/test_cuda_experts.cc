@@ -2,164 +2,30 @@
 #include <gtest/gtest.h>
 
 #include <algorithm>
-#include <cmath>
-#include <optional>
-#include <thread>
+#include <cstdio>
+#include <map>
 #include <tuple>
 
 #include "bench/random_experts.h"
-#include "sluice/lab/reference.h"
-#include "sluice/lab/workload.h"
-#include "sluice/quant.h"
-#include "sluice/recipe.h"
-#include "support/cuda_fixture.h"
+#include "cuda_experts_fixture.h"
 
 namespace sluice::testing {
 namespace {
-
-/// Every boundary of a token tile, with empty experts first and last.
-const std::vector<std::int32_t> kRows = {0,  1,  3,   7,   8,   9,    16,   17, 63,
-                                         64, 65, 127, 128, 129, 1000, 1024, 0};
-constexpr std::int64_t kCheckedRows = 3;  // Of each expert: first, middle, last.
-
-class CudaExpertsTest : public CudaBackendTest {
- protected:
-  /// The rows of `num_rows`, quantized and on the device.
-  struct Rows {
-    Workload load;
-    std::vector<std::int32_t> num_rows;
-    std::vector<std::int64_t> row_begin;
-    std::unique_ptr<DeviceBuffer> x, begin, count, codes, scale, h_codes, h_scale, y;
-    RowRanges rows;
-    Fp8Rows in, h;
-  };
-
-  /// Masked: every expert has as many rows reserved as the largest needs.
-  Rows make_rows(const ModelGeometry& g, const std::vector<std::int32_t>& num_rows, InputKind kind,
-                 bool masked) {
-    Rows r;
-    r.num_rows = num_rows;
-    const std::int64_t max_m = *std::ranges::max_element(num_rows);
-    const auto count = static_cast<std::int64_t>(num_rows.size());
-    std::int64_t total = 0;
-    for (const std::int32_t n : num_rows) {
-      r.row_begin.push_back(total);
-      total += masked ? max_m : n;
-    }
-    const auto elements = static_cast<std::size_t>(total) * static_cast<std::size_t>(g.hidden);
-    const auto inner = static_cast<std::size_t>(total) * static_cast<std::size_t>(g.intermediate);
-    r.load = make_workload(
-        {.num_experts = g.num_experts, .num_topk = 1, .hidden = g.hidden, .input = kind, .seed = 3},
-        0, total);
-    r.x = upload(r.load.x), r.begin = upload(r.row_begin), r.count = upload(num_rows);
-    r.codes = backend_->allocate(elements), r.scale = backend_->allocate(elements / 32);
-    r.h_codes = backend_->allocate(inner), r.h_scale = backend_->allocate(inner / 32);
-    r.y = upload(std::vector<std::uint16_t>(elements, 0x7fc1));
-    r.rows = {.num_experts = g.num_experts,
-              .begin = masked ? nullptr : as<std::int64_t>(r.begin),
-              .count = as<std::int32_t>(r.count),
-              .max_rows = total,
-              .max_rows_per_expert = masked ? max_m : total,
-              .expected_m = static_cast<int>(total / count)};
-    r.in = {.codes = as<std::uint8_t>(r.codes), .scale = as<float>(r.scale), .width = g.hidden};
-    r.h = {.codes = as<std::uint8_t>(r.h_codes),
-           .scale = as<float>(r.h_scale),
-           .width = g.intermediate};
-    ops_->quantize(as<std::uint16_t>(r.x), r.rows, false, r.in, stream_);
-    return r;
-  }
-
-  std::vector<std::uint16_t> run(const PreparedExperts& experts, const Rows& r) {
-    ops_->expert_stage(experts, r.in, r.rows, r.h, as<std::uint16_t>(r.y), stream_, nullptr);
-    return download<std::uint16_t>(*r.y, r.load.x.size());
-  }
-
-  /// Gives the same rows static scales, the smallest at which nothing saturates.
-  StaticScales make_static(const PreparedExperts& experts, Rows& r) {
-    (void)run(experts, r);
-    float amax = 0;
-    for (const std::uint16_t v : r.load.x) amax = std::max(amax, std::fabs(bf16_to_float(v)));
-    const auto groups = static_cast<std::size_t>(r.rows.max_rows * (r.h.width / kActivationGroup));
-    const std::vector<float> h_scale = download<float>(*r.h_scale, groups);
-    const StaticScales scales{amax / kE4m3Max, *std::ranges::max_element(h_scale)};
-    r.in.scale = nullptr, r.in.static_scale = scales.s1;
-    r.h.scale = nullptr, r.h.static_scale = scales.s2;
-    ops_->quantize(as<std::uint16_t>(r.x), r.rows, false, r.in, stream_);
-    return scales;
-  }
-
-  /// Gives the same rows one scale each, and h scales of its own.
-  void make_token(Rows& r) {
-    r.in.scale = as<float>(r.scale), r.in.static_scale = 0, r.in.scale_per_row = true;
-    r.h.scale = as<float>(r.h_scale), r.h.static_scale = 0;
-    ops_->quantize(as<std::uint16_t>(r.x), r.rows, false, r.in, stream_);
-  }
-
-  /// Element by element, a few rows of each expert; the rest only against NaN.
-  static VerifyReport verify(const ExpertWeights& weights, const Rows& r,
-                             const std::vector<std::uint16_t>& y,
-                             const std::optional<StaticScales>& scales = {}) {
-    return verify_recipe(parse_recipe(scales ? "bf16-static" : "direct"), weights, r, y, scales);
-  }
-
-  static VerifyReport verify_recipe(const Recipe& recipe, const ExpertWeights& weights,
-                                    const Rows& r, const std::vector<std::uint16_t>& y,
-                                    const std::optional<StaticScales>& scales) {
-    const LayerRecipe resolved =
-        resolve_recipe(recipe, Mode::kNormal, DispatchDtype::kAuto, scales, "test");
-    const LayerReference reference(weights, resolved, 1.0f, error_model(Device::Kind::kCuda));
-    const auto hidden = static_cast<std::size_t>(r.in.width);
-    std::vector<VerifyReport> reports(r.num_rows.size());
-    std::vector<std::thread> threads;
-    for (std::size_t e = 0; e < r.num_rows.size(); ++e) {
-      threads.emplace_back([&, e] {
-        const std::int64_t n = r.num_rows[e], checked = std::min(kCheckedRows, n);
-        const auto expert = static_cast<std::int32_t>(e);
-        const float weight = 1.0f;
-        for (std::int64_t i = 0; i < checked; ++i) {
-          const std::int64_t row =
-              r.row_begin[e] + i * (n - 1) / std::max<std::int64_t>(1, checked - 1);
-          const std::size_t at = static_cast<std::size_t>(row) * hidden;
-          compare_row(reference.row(&r.load.x[at], &expert, &weight, 1), &y[at], row, reports[e]);
-        }
-      });
-    }
-    for (std::thread& thread : threads) thread.join();
-    VerifyReport all;
-    for (const VerifyReport& one : reports) {
-      all.num_rows += one.num_rows, all.num_wrong += one.num_wrong;
-      if (one.worst_ratio >= all.worst_ratio) {
-        all.worst_ratio = one.worst_ratio, all.worst_token = one.worst_token;
-        all.worst_element = one.worst_element;
-      }
-    }
-    return all;
-  }
-};
-
-ModelGeometry geometry(int hidden, int intermediate, int group_size = 128) {
-  return {.name = "shapes",
-          .num_experts = static_cast<int>(kRows.size()),
-          .num_topk = 1,
-          .hidden = hidden,
-          .intermediate = intermediate,
-          .group_size = group_size};
-}
 
 TEST_F(CudaExpertsTest, EveryShapeAndInputWithinItsBound) {
   struct Shape {
     int hidden, intermediate, group_size;
   };
-  for (const InputKind kind : {InputKind::kGaussian, InputKind::kOutliers, InputKind::kMassive,
-                               InputKind::kRealistic, InputKind::kStudentT}) {
-    double worst = 0;
-    for (const Shape& shape :
-         {Shape{128, 128, 128}, Shape{384, 1792, 128}, Shape{1792, 384, 32}, Shape{3584, 384, 128},
-          Shape{7168, 128, 128}, Shape{128, 7168, 128}, Shape{384, 3584, 32}}) {
-      const ModelGeometry g = geometry(shape.hidden, shape.intermediate, shape.group_size);
-      for (const CodeRange range : {CodeRange::kAll, CodeRange::kSymmetric}) {
-        const ExpertWeights weights = random_experts(g, DType::kBFloat16, 5, range);
-        const auto experts = ops_->prepare(weights);
+  std::map<InputKind, double> worst;
+  for (const Shape& shape :
+       {Shape{128, 128, 128}, Shape{384, 1792, 128}, Shape{1792, 384, 32}, Shape{3584, 384, 128},
+        Shape{7168, 128, 128}, Shape{128, 7168, 128}, Shape{384, 3584, 32}}) {
+    const ModelGeometry g = geometry(shape.hidden, shape.intermediate, shape.group_size);
+    for (const CodeRange range : {CodeRange::kAll, CodeRange::kSymmetric}) {
+      const ExpertWeights weights = random_experts(g, DType::kBFloat16, 5, range);
+      const auto experts = ops_->prepare(weights);
+      for (const InputKind kind : {InputKind::kGaussian, InputKind::kOutliers, InputKind::kMassive,
+                                   InputKind::kRealistic, InputKind::kStudentT}) {
         Rows r = make_rows(g, kRows, kind, false);
         std::optional<StaticScales> scales;
         for (const bool is_static : {false, true}) {
@@ -170,11 +36,13 @@ TEST_F(CudaExpertsTest, EveryShapeAndInputWithinItsBound) {
               << g.group_size << (is_static ? " static" : "") << " input " << static_cast<int>(kind)
               << ": row " << report.worst_token << " element " << report.worst_element << " has "
               << report.worst_ratio << " of its bound";
-          worst = std::max(worst, report.worst_ratio);
+          worst[kind] = std::max(worst[kind], report.worst_ratio);
         }
       }
     }
-    std::printf("input %d: worst error %.3f of its bound\n", static_cast<int>(kind), worst);
+  }
+  for (const auto& [kind, ratio] : worst) {
+    std::printf("input %d: worst error %.3f of its bound\n", static_cast<int>(kind), ratio);
   }
 }
 
@@ -211,24 +79,24 @@ TEST_F(CudaExpertsTest, OneScalePerTokenIsWithinItsBoundAndGivesTheSameBits) {
     const auto experts = ops_->prepare(weights);
     for (const InputKind kind :
          {InputKind::kOutliers, InputKind::kMassive, InputKind::kRealistic}) {
-      for (const bool masked : {false, true}) {
-        SCOPED_TRACE(::testing::Message()
-                     << "hidden " << hidden << " groups of " << group_size << " input "
-                     << static_cast<int>(kind) << (masked ? " masked" : ""));
-        Rows r = make_rows(g, kRows, kind, masked);
-        make_token(r);
-        const auto whole = run(*experts, r);
-        EXPECT_TRUE(verify_recipe(parse_recipe("direct-token"), weights, r, whole, {}).passed());
-        for (const ExpertHalf half : {ExpertHalf::kGateUp, ExpertHalf::kDown}) {
-          ASSERT_TRUE(ops_->expert_half(half, *experts, r.in, r.rows, r.h, as<std::uint16_t>(r.y),
-                                        stream_));
-        }
-        EXPECT_TRUE(download<std::uint16_t>(*r.y, whole.size()) == whole);
-        for (const int expected_m : {1, 256}) {  // The decode kernel, and prefill's.
-          r.rows.expected_m = expected_m;
-          EXPECT_TRUE(run(*experts, r) == whole) << expected_m << " rows expected";
-        }
+      SCOPED_TRACE(::testing::Message() << "hidden " << hidden << " groups of " << group_size
+                                        << " input " << static_cast<int>(kind));
+      Rows dense = make_rows(g, kRows, kind, false);
+      make_token(dense);
+      const auto whole = run(*experts, dense);
+      EXPECT_TRUE(verify_recipe(parse_recipe("direct-token"), weights, dense, whole, {}).passed());
+      expect_same_bits(*experts, dense, whole);
+      Rows masked = make_masked(g, dense);
+      make_token(masked);
+      // The same rows elsewhere; what lies between them stays as it is.
+      std::vector<std::uint16_t> moved(masked.load.x.size(), kNan);
+      for (std::size_t e = 0; e < kRows.size(); ++e) {
+        std::copy_n(&whole[static_cast<std::size_t>(dense.row_begin[e] * hidden)],
+                    kRows[e] * hidden,
+                    &moved[static_cast<std::size_t>(masked.row_begin[e] * hidden)]);
       }
+      EXPECT_TRUE(run(*experts, masked) == moved);
+      expect_same_bits(*experts, masked, moved);
     }
   }
 }
@@ -241,7 +109,7 @@ TEST_F(CudaExpertsTest, OneKernelAndTwoGiveTheSameBitsInBothLayouts) {
     const Rows r = make_rows(g, kRows, InputKind::kRealistic, masked);
     const auto whole = run(*experts, r);
     EXPECT_TRUE(verify(weights, r, whole).passed());
-    backend_->copy_from_host(r.y->data(), std::vector<std::uint16_t>(whole.size(), 0x7fc1).data(),
+    backend_->copy_from_host(r.y->data(), std::vector<std::uint16_t>(whole.size(), kNan).data(),
                              whole.size() * 2, stream_);
     for (const ExpertHalf half : {ExpertHalf::kGateUp, ExpertHalf::kDown}) {
       ASSERT_TRUE(
@@ -312,7 +180,7 @@ TEST_F(CudaExpertsTest, OneExpertsRowsBeginWhereTheRangesSay) {
   late.rows.begin = as<std::int64_t>(begin), late.rows.count = as<std::int32_t>(count);
   const auto y = run(*experts, late);
   for (std::size_t i = 0; i < y.size(); ++i) {
-    ASSERT_EQ(y[i], i < 3 * hidden ? 0x7fc1 : expected[i]) << "row " << i / hidden;
+    ASSERT_EQ(y[i], i < 3 * hidden ? kNan : expected[i]) << "row " << i / hidden;
   }
 
   // Without begin and count every row is valid.
