@@ -69,9 +69,10 @@ RepackFormat format_of(const ExpertWeights& weights) {
 
 CudaExperts::CudaExperts(const RepackFormat& f, const MutableTensorView& room, int device_index)
     : format(f), device(device_index) {
-  check_format(format);
+  // What no kernel computes first: it may be of a kind that check_format() does not know.
   cuda::check_weight_format(format.geometry.weight_format);
   cuda::check_kernel_activation(format.geometry.activation);
+  check_format(format);
   const ModelGeometry& g = format.geometry;
   gate_up_shape = weight_shape(format, 2 * g.intermediate, g.hidden);
   down_shape = weight_shape(format, g.hidden, g.intermediate);

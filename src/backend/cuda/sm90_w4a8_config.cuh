@@ -16,9 +16,9 @@ inline constexpr int kMaxExperts = 512;
 inline constexpr int kNumTokenBoxes = 5;     ///< Tensor maps for boxes of 8 << i tokens.
 inline constexpr int kSharedLimit = 232448;  ///< Dynamic shared memory of one CTA on sm_90.
 /// Arrivals of a warp where one lane speaks for it after __syncwarp(): of the scale warp when a
-/// stage is full, of a decode kernel's math warp when it is empty, of whoever has read a tile slot.
-/// racecheck does not follow that, so checked builds let every lane arrive. (It follows prefill's
-/// math warps, which wait for products together and have no register for more.)
+/// stage is full, of a math warp when it is empty, of whoever has read a tile slot. racecheck does
+/// not follow that, so checked builds let every lane arrive. They may spill: prefill's math warps
+/// have no register for it.
 #ifdef SLUICE_DEVICE_CHECK
 inline constexpr int kWarpArrivals = 32;
 #else
@@ -56,7 +56,6 @@ struct Config {
   static constexpr int kMaxTokens = kIsDecode || Group == 32 ? 64 : 128;
   static constexpr int kMathWarps = 4 * kMathWarpgroups;
   static constexpr int kMathThreads = 32 * kMathWarps;
-  static constexpr int kReleaseArrivals = kIsDecode ? kWarpArrivals : 1;  // of a math warp
   static constexpr int kThreads = kMathThreads + 128;
   // NOTE: setmaxnreg only moves registers within what the CTA got at launch: the largest multiple
   // of 8 per thread that fits. Asking for more blocks forever.

@@ -67,7 +67,7 @@ template <class C>
 __device__ __forceinline__ void init_barriers(Shared<C>& s) {
   for (int i = 0; i < C::kStages; ++i) {
     ptx::mbarrier_init(&s.full[i], 2 + kWarpArrivals);
-    ptx::mbarrier_init(&s.empty[i], C::kMathWarps * C::kReleaseArrivals);
+    ptx::mbarrier_init(&s.empty[i], C::kMathWarps * kWarpArrivals);
   }
   for (int i = 0; i < Shared<C>::kTileSlots; ++i) {
     ptx::mbarrier_init(&s.tile_full[i], 1);

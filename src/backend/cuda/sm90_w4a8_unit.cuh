@@ -248,7 +248,7 @@ __device__ __forceinline__ void pin(Fragments& f) {
 template <class C>
 __device__ __forceinline__ void release(Shared<C>& s, int stage) {
   __syncwarp();
-  if (threadIdx.x % 32 < C::kReleaseArrivals) ptx::mbarrier_arrive(&s.empty[stage]);
+  if (threadIdx.x % 32 < kWarpArrivals) ptx::mbarrier_arrive(&s.empty[stage]);
 }
 
 template <int R>
