@@ -1,22 +1,17 @@
 #include "transport/ipc_messages.h"
 
-#include <sys/random.h>
-
-#include <cerrno>
 #include <cstring>
 #include <span>
 #include <vector>
 
-#include "core/fail.h"
+#include "core/random_bytes.h"
 #include "core/sha256.h"
 
 namespace sluice {
 
 Nonce new_nonce() {
   Nonce nonce;
-  if (getrandom(nonce.data(), nonce.size(), 0) != static_cast<ssize_t>(nonce.size())) {
-    fail(ErrorCode::kTransport, "getrandom: {}", std::strerror(errno));
-  }
+  draw_random(nonce);
   return nonce;
 }
 

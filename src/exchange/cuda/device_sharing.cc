@@ -5,11 +5,11 @@
 
 #include <cstdint>
 #include <cstring>
-#include <random>
 #include <span>
 
 #include "backend/cuda/check.h"
 #include "core/fail.h"
+#include "core/random_bytes.h"
 
 namespace sluice {
 namespace {
@@ -22,8 +22,9 @@ struct DeviceAndProcess {
 
 std::uint64_t this_process() {
   static const std::uint64_t token = [] {
-    std::random_device random;
-    return std::uint64_t{random()} << 32 | random();
+    std::uint64_t drawn = 0;
+    draw_random(std::as_writable_bytes(std::span(&drawn, 1)));
+    return drawn;
   }();
   return token;
 }
