@@ -67,6 +67,8 @@ class _StubType(abc.ABCMeta):
     def __getitem__(cls, _):
         return cls
 
+    __iter__ = None  # Otherwise __getitem__ would make a stub a sequence without an end.
+
     def __repr__(cls):
         return f"<stub of {cls._stub_name}>"
 

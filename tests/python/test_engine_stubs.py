@@ -65,6 +65,12 @@ def test_an_engine_imports_and_its_own_code_runs(engine):
             assert "absent.ops.quant.compress() was called" in str(error)
         else:
             raise AssertionError("a stub was called")
+        try:
+            [*inner.quant.shapes]
+        except TypeError as error:
+            assert "not iterable" in str(error), error
+        else:
+            raise AssertionError("a stub was iterated over")
         import math
         assert engine_stubs.seam("engine.inner.Derived.__init__") and engine_stubs.seam("math.pi") == math.pi
         for name, what in (("engine.inner.Derived.apply", "engine.inner.Derived has no apply"),
