@@ -60,4 +60,15 @@ struct BalanceConfig {
 /// a rebalance sends.   Throws: kInvalidArgument if experts or ranks are not as many.
 [[nodiscard]] int count_moves(const Placement& from, const Placement& to);
 
+/// A placement on the way from one to another, so that experts can move a few at a time between the
+/// steps of a server. Each call with the result of the one before comes closer, and the last one
+/// gives `to`. On the way no rank receives more than `max_received` experts from others at a time,
+/// and every expert has a slot.
+/// Where experts change places in a ring of more ranks than that allows, a part of the ring turns;
+/// one expert of it then travels once more for each part.
+/// Throws: kInvalidArgument if experts, ranks or slots are not as many, or max_received is less
+///   than 1.
+[[nodiscard]] Placement placement_toward(const Placement& from, const Placement& to,
+                                         int max_received);
+
 }  // namespace sluice

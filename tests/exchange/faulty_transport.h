@@ -17,6 +17,9 @@ struct Faults {
   std::function<bool(int peer, std::size_t offset, std::vector<std::byte>& data)> on_put = {};
   /// May change the epoch of a signal, or return false to lose it.
   std::function<bool(int peer, int flag, std::uint64_t& epoch)> on_signal = {};
+  /// May change where this rank finds the device memory of the others. [num_ranks]
+  std::function<void(std::vector<std::shared_ptr<std::byte>>& of_ranks, std::size_t bytes)>
+      on_share = {};
 };
 
 class FaultyWindow final : public Window {
@@ -60,6 +63,13 @@ class FaultyTransport final : public Transport {
   [[nodiscard]] std::vector<std::vector<std::byte>> all_gather(
       std::span<const std::byte> mine, std::chrono::milliseconds timeout) override {
     return inner_->all_gather(mine, timeout);
+  }
+  [[nodiscard]] std::vector<std::shared_ptr<std::byte>> share_device_memory(
+      std::shared_ptr<std::byte> mine, std::size_t bytes,
+      std::chrono::milliseconds timeout) override {
+    auto of_ranks = inner_->share_device_memory(std::move(mine), bytes, timeout);
+    if (faults_.on_share) faults_.on_share(of_ranks, bytes);
+    return of_ranks;
   }
   [[nodiscard]] TransportCounters counters() const override { return inner_->counters(); }
 

@@ -1,19 +1,26 @@
 // bench_rebalance.cc - what uneven routing costs a layer, what a better placement gains, and what
 // it takes to get there while serving: eight ranks on one GPU, R1's layer.
 //
-//   bench_rebalance [--tokens 128] [--ranks 8] [--extra 32] [--experts 256]
+//   bench_rebalance [--tokens 128] [--ranks 8] [--extra 32] [--experts 256] [--layers 4]
 //
 // Routing is Zipf. The placement comes from the rows of other tokens with the same popularities. A
 // layer's time is that of graphs of kCalls calls, which are captured once and replayed before and
 // after the experts have moved. Every output is compared with the one before.
+//
+// Then the steps of a server: a graph of all layers and a wait for it. Between two steps the
+// experts of one layer move, all of them or a few at a time.
 #include <cuda_runtime_api.h>
 
 #include <algorithm>
+#include <chrono>
 #include <cstdio>
 #include <cstdlib>
-#include <cstring>
+#include <functional>
 #include <memory>
+#include <numeric>
+#include <optional>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "backend/cuda/check.h"
@@ -32,7 +39,7 @@ constexpr int kCalls = 10, kRepeats = 9, kTopk = 8, kHidden = 7168, kIntermediat
 constexpr std::chrono::seconds kTimeout{60};
 
 struct Options {
-  int tokens = 128, ranks = 8, extra = 32, experts = 256;
+  int tokens = 128, ranks = 8, extra = 32, experts = 256, layers = 4;
 };
 
 /// The same weights for the same expert, wherever it is made.
@@ -66,6 +73,16 @@ struct ExpertMemory {
   }
 };
 
+double milliseconds_since(std::chrono::steady_clock::time_point begin) {
+  return std::chrono::duration<double, std::milli>(std::chrono::steady_clock::now() - begin)
+      .count();
+}
+
+double median(std::vector<double> values) {
+  std::ranges::sort(values);
+  return values[values.size() / 2];
+}
+
 Workload tokens(const Options& o, std::int64_t first, std::int64_t count) {
   return make_workload({.num_experts = o.experts,
                         .num_topk = kTopk,
@@ -86,7 +103,8 @@ std::vector<std::int64_t> rows_of(const Options& o, std::int64_t first, std::int
   return rows;
 }
 
-/// One rank: its layer, its tokens on the device, and a graph of kCalls calls.
+/// One rank: its layers, which have the same weights, its tokens on the device, a graph of kCalls
+/// calls, and one of a call of each layer.
 class Rank {
  public:
   Rank(const Options& o, int rank, Transport& transport)
@@ -101,7 +119,9 @@ class Rank {
         weights_(upload(load_.topk_weights)),
         y_(backend_->allocate(load_.x.size() * 2)) {}
   ~Rank() {
-    if (graph_ != nullptr) (void)cudaGraphExecDestroy(graph_);
+    for (cudaGraphExec_t graph : {graph_, step_}) {
+      if (graph != nullptr) (void)cudaGraphExecDestroy(graph);
+    }
   }
   Rank(const Rank&) = delete;
   Rank& operator=(const Rank&) = delete;
@@ -126,11 +146,16 @@ class Rank {
                                       .up = m.matrix(1, kIntermediate, kHidden),
                                       .down = m.matrix(2, kHidden, kIntermediate)});
     }
-    layer_.emplace(group_->add_layer(spec));
-    call();
+    for (int i = 0; i < options_.layers; ++i) layers_.push_back(group_->add_layer(spec));
+    for (Layer& layer : layers_) call(layer);
     synchronize();
     meet();
-    capture();
+    graph_ = capture([&] {
+      for (int i = 0; i < kCalls; ++i) call(layers_.front());
+    });
+    step_ = capture([&] {
+      for (Layer& layer : layers_) call(layer);
+    });
     meet();
   }
   void meet() { (void)transport_.all_gather({}, kTimeout); }
@@ -153,9 +178,8 @@ class Rank {
     }
     meet();
     (void)cudaEventDestroy(begin), (void)cudaEventDestroy(end);
-    layer_->check();
-    std::ranges::sort(us);
-    return us[kRepeats / 2];
+    group_->check();
+    return median(us);
   }
   [[nodiscard]] std::vector<std::uint16_t> output() {
     std::vector<std::uint16_t> bits(load_.x.size());
@@ -163,8 +187,17 @@ class Rank {
     return bits;
   }
   RebalanceStats move(const Placement& to, int held) {
-    return layer_->rebalance(to, stream_, {.max_experts_held = held});
+    return layers_.front().rebalance(to, stream_, {.max_experts_held = held});
   }
+  /// A step of a server: all layers, and a wait for the last one. Milliseconds.
+  double step_ms() {
+    const auto begin = std::chrono::steady_clock::now();
+    SLUICE_CUDA_CHECK(cudaGraphLaunch(step_, queue()));
+    synchronize();
+    return milliseconds_since(begin);
+  }
+  [[nodiscard]] Layer& layer(int i) { return layers_[static_cast<std::size_t>(i)]; }
+  [[nodiscard]] Stream stream() const { return stream_; }
 
  private:
   template <class T>
@@ -175,25 +208,27 @@ class Rank {
   }
   [[nodiscard]] cudaStream_t queue() const { return static_cast<cudaStream_t>(stream_.handle); }
   void synchronize() { backend_->synchronize(stream_); }
-  void call() {
+  void call(Layer& layer) {
     const Device device = backend_->device();
     const Shape rows{load_.num_tokens, kHidden}, entries{load_.num_tokens, kTopk};
     MutableTensorView y;
     y.data = y_->data(), y.dtype = DType::kBFloat16, y.shape = rows, y.device = device;
-    layer_->forward(Mode::kLowLatency, {x_->data(), DType::kBFloat16, rows, device},
-                    {.topk_idx = {idx_->data(), DType::kInt32, entries, device},
-                     .topk_weights = {weights_->data(), DType::kFloat32, entries, device}},
-                    y, stream_);
+    layer.forward(Mode::kLowLatency, {x_->data(), DType::kBFloat16, rows, device},
+                  {.topk_idx = {idx_->data(), DType::kInt32, entries, device},
+                   .topk_weights = {weights_->data(), DType::kFloat32, entries, device}},
+                  y, stream_);
   }
-  void capture() {
+  cudaGraphExec_t capture(const std::function<void()>& body) {
     cudaGraph_t graph = nullptr;
+    cudaGraphExec_t exec = nullptr;
     SLUICE_CUDA_CHECK(cudaStreamBeginCapture(queue(), cudaStreamCaptureModeThreadLocal));
-    for (int i = 0; i < kCalls; ++i) call();
+    body();
     SLUICE_CUDA_CHECK(cudaStreamEndCapture(queue(), &graph));
-    SLUICE_CUDA_CHECK(cudaGraphInstantiate(&graph_, graph, 0));
+    SLUICE_CUDA_CHECK(cudaGraphInstantiate(&exec, graph, 0));
     SLUICE_CUDA_CHECK(cudaGraphDestroy(graph));
-    SLUICE_CUDA_CHECK(cudaGraphUpload(graph_, queue()));
+    SLUICE_CUDA_CHECK(cudaGraphUpload(exec, queue()));
     synchronize();
+    return exec;
   }
 
   Options options_;
@@ -203,8 +238,8 @@ class Rank {
   Workload load_;
   std::unique_ptr<DeviceBuffer> x_, idx_, weights_, y_;
   std::optional<LayerGroup> group_;
-  std::optional<Layer> layer_;
-  cudaGraphExec_t graph_ = nullptr;
+  std::vector<Layer> layers_;
+  cudaGraphExec_t graph_ = nullptr, step_ = nullptr;
 };
 
 void print_placement(const char* name, const std::vector<std::int64_t>& rows,
@@ -212,6 +247,39 @@ void print_placement(const char* name, const std::vector<std::int64_t>& rows,
   const std::vector<double> of_ranks = expected_rows(rows, placement);
   std::printf("%-22s  fullest rank over mean %.3f   layer %8.1f us\n", name,
               max_over_mean(of_ranks), us);
+  std::fflush(stdout);
+}
+
+/// The steps of a server while the experts of its layers move to `to`, no rank receiving more than
+/// `max_received` at a time; 0: a layer at once.
+void move_between_steps(Rank& rank, const Options& o, const Placement& to, int max_received,
+                        int held, bool prints) {
+  std::vector<double> steps, moves, after_move;
+  rank.meet();
+  for (int i = 0; i < 2 * kRepeats; ++i) steps.push_back(rank.step_ms());
+  const auto expected = rank.output();
+  std::uint64_t bytes = 0;
+  int rounds = 0;
+  rank.meet();
+  for (int i = 0; i < o.layers; ++i) {
+    Layer& layer = rank.layer(i);
+    while (!(layer.placement() == to)) {
+      const auto begin = std::chrono::steady_clock::now();
+      const RebalanceStats s = layer.rebalance(
+          max_received == 0 ? to : placement_toward(layer.placement(), to, max_received),
+          rank.stream(), {.max_experts_held = held});
+      moves.push_back(milliseconds_since(begin));
+      after_move.push_back(rank.step_ms());
+      bytes += s.received_bytes, rounds += s.num_rounds;
+    }
+  }
+  if (rank.output() != expected) throw Error(ErrorCode::kInternal, "other bits");
+  rank.meet();
+  if (!prints) return;
+  std::printf("  %7d %5d   %8.3f   %6zu   %6d   %8.1f   %8.3f   %8.3f   %9.2f   %9.3f\n",
+              max_received, held, median(steps), moves.size(), rounds,
+              static_cast<double>(bytes) * 1e-6, median(moves), std::ranges::max(moves),
+              std::accumulate(moves.begin(), moves.end(), 0.0), median(after_move));
   std::fflush(stdout);
 }
 
@@ -250,6 +318,22 @@ void run(const Options& o) {
     move("of these tokens", of_real, 2);
     move("even again", even, 5);
     move("of these tokens", of_real, 9);
+    move("even again", even, 5);
+    if (r == 0) {
+      std::printf(
+          "steps of %d layers; at most so many experts received at a time (0: all of a layer), "
+          "held\n"
+          "                step, ms   parts    rounds   MB in      part, ms   longest    all, ms   "
+          "  "
+          "step after, ms\n",
+          o.layers);
+    }
+    bool is_even = true;
+    for (const auto& [max_received, held] :
+         {std::pair{0, 2}, {0, 9}, {1, 2}, {2, 3}, {4, 5}, {8, 9}}) {
+      move_between_steps(rank, o, is_even ? of_real : even, max_received, held, r == 0);
+      is_even = !is_even;
+    }
     rank.meet();
   });
 }
@@ -261,6 +345,7 @@ int parse(int argc, char** argv, Options& o) {
                     : name == "--ranks"   ? &o.ranks
                     : name == "--extra"   ? &o.extra
                     : name == "--experts" ? &o.experts
+                    : name == "--layers"  ? &o.layers
                                           : nullptr;
     if (to == nullptr) return 2;
     *to = std::atoi(argv[i + 1]);
@@ -276,7 +361,9 @@ int main(int argc, char** argv) {
   setenv("CUDA_MODULE_LOADING", "EAGER", 0);
   sluice::bench::Options options;
   if (sluice::bench::parse(argc, argv, options) != 0) {
-    std::fprintf(stderr, "bench_rebalance [--tokens N] [--ranks N] [--extra N] [--experts N]\n");
+    std::fprintf(
+        stderr,
+        "bench_rebalance [--tokens N] [--ranks N] [--extra N] [--experts N] [--layers N]\n");
     return 2;
   }
   try {
