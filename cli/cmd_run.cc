@@ -10,6 +10,7 @@
 #include "layer_run.h"
 #include "layers_option.h"
 #include "report.h"
+#include "run_rebalance.h"
 #include "run_report.h"
 #include "run_stats.h"
 #include "sluice/config.h"
@@ -27,7 +28,8 @@ struct Options {
   std::uint64_t seed = 1;
   std::int64_t verify = 8;
   float routed_scaling_factor = 1.0f;
-  bool prove = false, stats = false;
+  bool prove = false, stats = false, rebalance = false;
+  int slots = 0;
   std::string metrics_path, expert_rows_path, placement;
 };
 
@@ -39,9 +41,10 @@ std::vector<int> resolve_layers(const Options& options, const Checkpoint& checkp
     refuse_layers(options.layers, fmt::format("--layer {} too", options.layer));
   }
   std::vector<int> layers = parse_layers(options.layers, checkpoint.moe_layers());
-  if (layers.size() > 1 && (options.stats || !options.metrics_path.empty())) {
-    refuse_layers(options.layers,
-                  fmt::format("{} layers, but --stats and --metrics are of one", layers.size()));
+  if (layers.size() > 1 && options.stats) {
+    refuse_layers(options.layers, fmt::format("{} layers, but --stats is of one; --json and "
+                                              "--metrics have those of all",
+                                              layers.size()));
   }
   return layers;
 }
@@ -67,6 +70,23 @@ std::vector<Placement> read_placements_of(const std::string& path, const std::ve
   return placements;
 }
 
+/// Where the experts are, and whether they move.
+void resolve_slots(const Options& options, LayerRunConfig& config) {
+  const auto refuse = [](const std::string& text) {
+    throw Error(ErrorCode::kInvalidArgument, text);
+  };
+  config.num_slots = options.slots;
+  config.rebalances = options.rebalance;
+  if (!options.placement.empty()) {
+    if (options.slots != 0) refuse("--slots: --placement has a number of slots");
+    config.placements = read_placements_of(options.placement, config.layers, config.num_ranks);
+    config.num_slots = config.placements.front().num_slots();
+  }
+  if (options.rebalance && config.num_slots == 0) {
+    refuse("--rebalance: needs slots that experts can move to; give --slots or --placement");
+  }
+}
+
 LayerRunConfig resolve(const Options& options, const Environment& environment, int num_ranks,
                        const Checkpoint& checkpoint) {
   LayerRunConfig config{
@@ -83,9 +103,7 @@ LayerRunConfig resolve(const Options& options, const Environment& environment, i
       .with_digest = options.prove,
       .environment = environment};
   config.layers = resolve_layers(options, checkpoint);
-  if (!options.placement.empty()) {
-    config.placements = read_placements_of(options.placement, config.layers, num_ranks);
-  }
+  resolve_slots(options, config);
   if (config.tokens.size() == 1) {
     config.tokens.assign(static_cast<std::size_t>(num_ranks), config.tokens[0]);
   }
@@ -121,6 +139,7 @@ LayerRunConfig twin_of(const LayerRunConfig& config) {
   LayerRunConfig other = config;
   other.recipe = proving_twin(config.recipe);
   other.repeats = 1;
+  other.rebalances = false;
   other.environment.dispatch_dtype = DispatchDtype::kAuto;
   return other;
 }
@@ -180,20 +199,19 @@ void report_layer(const Options& options, const LayerRunConfig& config,
   fmt::print("outputs   digest {:016x}\n", outputs_digest(result));
   output.json["stats"] = stats_json(result, checkpoint.geometry());
   if (options.stats) print_stats(result, checkpoint.geometry());
-  if (!options.metrics_path.empty()) {
-    write_metrics(options.metrics_path, result, checkpoint.geometry());
-  }
 }
 
 /// Several layers: a line for each, and what they take together.
-void report_layers(const LayerRunConfig& config, const RunResult& result,
-                   const std::vector<VerifyReport>& verified, Output& output) {
+void report_layers(const LayerRunConfig& config, const ModelGeometry& geometry,
+                   const RunResult& result, const std::vector<VerifyReport>& verified,
+                   Output& output) {
   print_layers(result, verified);
   print_passes(result);
   for (std::size_t i = 0; i < result.layers.size(); ++i) {
     nlohmann::ordered_json layer = {{"layer", result.layers[i].layer}};
     fill_json(layer, config, result.layers[i], summarize(result.layers[i]));
     layer["verify"] = to_json(verified[i]);
+    layer["stats"] = stats_json(result.layers[i], geometry);
     output.json["layers"].push_back(std::move(layer));
   }
   output.json["pass_us"] = result.pass_us;
@@ -212,11 +230,11 @@ void report(const Options& options, const LayerRunConfig& config, const Checkpoi
   output.json["checkpoint"] = options.checkpoint;
   output.json["transport"] = options.transport;
   output.json["routing"] = options.routing;
-  if (!options.placement.empty()) {
+  if (config.num_slots != 0) {
     const Placement& p = first.placement;
-    fmt::print("slots     {} of {}, {} on each rank\n", p.num_slots(), options.placement,
-               p.slots_per_rank());
-    output.json["placement"] = options.placement;
+    fmt::print("slots     {}{}, {} on each rank\n", p.num_slots(),
+               options.placement.empty() ? "" : " of " + options.placement, p.slots_per_rank());
+    if (!options.placement.empty()) output.json["placement"] = options.placement;
     output.json["num_slots"] = p.num_slots();
   }
   output.json["seed"] = options.seed;
@@ -229,10 +247,17 @@ void report(const Options& options, const LayerRunConfig& config, const Checkpoi
     verified.push_back(verify_layer(config, checkpoint, layer, result.loads, options.verify));
     add(all, verified.back());
   }
-  if (!is_one) report_layers(config, result, verified, output);
+  if (!is_one) report_layers(config, checkpoint.geometry(), result, verified, output);
+  for (std::size_t i = 0; config.rebalances && i < result.layers.size(); ++i) {
+    nlohmann::ordered_json& json = is_one ? output.json : output.json["layers"][i];
+    passed = report_rebalance(result.layers[i], json) && passed;
+  }
   print_verification(all);
   output.json["verify"] = to_json(all);
   print_memory(config, result.layers.back().ranks, peak, has_processes, output.json);
+  if (!options.metrics_path.empty()) {
+    write_metrics(options.metrics_path, result.layers, checkpoint.geometry());
+  }
   if (!options.expert_rows_path.empty()) {
     write_expert_rows(options.expert_rows_path, expert_rows(result));
   }
@@ -326,6 +351,15 @@ void add_run(Command& program, Output& output) {
       .add_option("--placement", options->placement,
                   "Which slot holds which expert, of each layer: a file that balance --out wrote")
       .existing_file();
+  command
+      .add_option("--slots", options->slots,
+                  "Slots for experts over all ranks, so that experts may repeat and move, and the "
+                  "ranks need not divide them")
+      .range(1, Placement::kMaxSlots);
+  command.add_flag(
+      "--rebalance", options->rebalance,
+      "After the repeats of a layer, balance its experts by their rows, move them, and "
+      "repeat: the outputs must be the same bits");
   command
       .add_option("--expert-rows", options->expert_rows_path,
                   "Write the rows of every expert of each layer to FILE, for balance --counts")

@@ -16,6 +16,7 @@
 #include "rank_results.h"
 #include "report.h"
 #include "sluice/backend.h"
+#include "sluice/balance.h"
 #include "sluice/lab/ranks.h"
 #include "sluice/transport.h"
 
@@ -96,6 +97,8 @@ class RankRun {
 
   /// Layer `index` by itself. Fills recipe and times of `shared`, which is rank 0's.
   RankResult run_layer(std::size_t index, LayerRunResult& shared);
+  /// Balances the experts of layer `index`, which gave the outputs `y`, moves them, and repeats.
+  RebalanceResult rebalance(std::size_t index, const std::vector<std::uint16_t>& y);
 
   /// All layers in a row, `repeats` times: microseconds of each, the slowest rank's.
   std::vector<double> run_passes() {
@@ -120,7 +123,7 @@ class RankRun {
     const ModeCapacity capacity{.max_tokens_per_rank = static_cast<int>(
                                     std::max<std::int64_t>(1, std::ranges::max(config.tokens)))};
     (config.mode == Mode::kLowLatency ? group.low_latency : group.normal) = capacity;
-    if (!config.placements.empty()) group.num_slots = config.placements.front().num_slots();
+    group.num_slots = config.num_slots;
     return group;
   }
 
@@ -151,6 +154,14 @@ class RankRun {
       for (std::size_t i = 0; i < slowest.size(); ++i) slowest[i] = std::max(slowest[i], times[i]);
     }
     return slowest;
+  }
+
+  [[nodiscard]] std::vector<std::uint16_t> output() {
+    std::vector<std::uint16_t> y(load_.x.size());
+    if (!y.empty()) {
+      backend_.copy_to_host(y.data(), y_.data, y.size() * sizeof(y[0]), stream_);
+    }
+    return y;
   }
 
   const LayerRunConfig& config_;
@@ -200,19 +211,43 @@ RankResult RankRun::run_layer(std::size_t index, LayerRunResult& shared) {
   result.stats = repeats[order[order.size() / 2]];
   result.totals = minus(layer.exchange_counters(config_.mode), at_begin);
   result.counted_rows = layer.counted_rows(stream_);
-  layer.count_rows(false);
   result.memory = group_.memory();
   result.digest = layer.gemm_input_digest();
-  result.y.resize(load_.x.size());
-  if (!result.y.empty()) {
-    backend_.copy_to_host(result.y.data(), y_.data, result.y.size() * sizeof(result.y[0]), stream_);
-  }
+  result.y = output();
+  if (rank_ == 0) shared.placement = layer.placement();
+  if (config_.rebalances) result.rebalance = rebalance(index, result.y);
+  result.moves = layer.rebalance_counters();
+  layer.count_rows(false);
   result.peak_resident_bytes = peak_resident_bytes();
   if (rank_ == 0) {
     shared.recipe = layer.recipe(config_.mode);
     shared.total_us = slowest;
-    shared.placement = layer.placement();
   }
+  return result;
+}
+
+RebalanceResult RankRun::rebalance(std::size_t index, const std::vector<std::uint16_t>& y) {
+  Layer& layer = layers_[index];
+  const Placement& before = layer.placement();
+  const BalanceConfig config{.num_ranks = before.num_ranks(), .num_slots = before.num_slots()};
+  const Placement placement = balance(layer.counted_rows_of_all(stream_), config, before);
+  (void)layer.rebalance(placement, stream_);
+  RebalanceResult result{.has_same_bits = true};
+  result.slot_experts.assign(placement.slot_experts().begin(), placement.slot_experts().end());
+  layer.record_gemm_input_digest(false);
+  const std::vector<std::uint16_t> poison(y.size(), 0x7fc1);  // A NaN: what is not written shows.
+  std::vector<double> total_us;
+  for (int i = 0; i < config_.repeats; ++i) {
+    if (!y.empty()) backend_.copy_from_host(y_.data, poison.data(), y.size() * 2, stream_);
+    (void)transport_.all_gather({}, config_.environment.peer_timeout);
+    layer.forward(config_.mode, x_, routing_, y_, stream_);
+    total_us.push_back(layer.stats().times.total_us);
+    result.has_same_bits = result.has_same_bits && output() == y;
+    layer.check();
+  }
+  result.rows = layer.stats().rows_per_expert;
+  result.counted_rows = layer.counted_rows(stream_);
+  result.total_us = slowest_of(total_us);
   return result;
 }
 

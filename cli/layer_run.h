@@ -30,8 +30,12 @@ struct LayerRunConfig {
   int repeats = 1;
   float routed_scaling_factor = 1.0f;
   bool with_digest = false;  ///< Digest the bytes GEMM1 consumes.
-  /// Of each layer; empty: expert e in slot e.
+  /// Of each layer; empty: Placement::even() in num_slots, and without them expert e in slot e.
   std::vector<Placement> placements = {};
+  int num_slots = 0;  ///< Over all ranks; as `placements` have, if there are any.
+  /// After the repeats of a layer: balance its experts by the rows that were counted, move them,
+  /// and repeat.
+  bool rebalances = false;
   Environment environment;
 };
 
@@ -56,7 +60,8 @@ struct RunResult {
   std::vector<double> pass_us;
 };
 
-/// Runs the layers on every rank: each by itself, `repeats` times, then all of them in a row. All
+/// Runs the layers on every rank: each by itself, `repeats` times, and as often again where its
+/// experts move; then all of them in a row. All
 /// ranks fail or none; the first cause is thrown. The result is the reporter's; other processes
 /// get an empty one.
 /// Throws: kInvalidArgument for more outputs than kMaxOutputBytes; they are kept to be verified.

@@ -34,6 +34,40 @@ LoadStats load_stats_from(const Json& j) {
           .num_threads = j[4]};
 }
 
+Json to_json(const RebalanceCounters& c) {
+  return {c.num_rebalances, c.num_received,   c.num_sent,   c.num_copied,
+          c.num_rounds,     c.received_bytes, c.sent_bytes, c.seconds};
+}
+
+RebalanceCounters moves_from(const Json& j) {
+  return {.num_rebalances = j[0],
+          .num_received = j[1],
+          .num_sent = j[2],
+          .num_copied = j[3],
+          .num_rounds = j[4],
+          .received_bytes = j[5],
+          .sent_bytes = j[6],
+          .seconds = j[7]};
+}
+
+Json to_json(const std::optional<RebalanceResult>& r) {
+  if (!r) return nullptr;
+  return {{"slot_experts", r->slot_experts},
+          {"rows", r->rows},
+          {"counted_rows", r->counted_rows},
+          {"total_us", r->total_us},
+          {"has_same_bits", r->has_same_bits}};
+}
+
+std::optional<RebalanceResult> rebalance_from(const Json& j) {
+  if (j.is_null()) return std::nullopt;
+  return RebalanceResult{.slot_experts = j["slot_experts"],
+                         .rows = j["rows"],
+                         .counted_rows = j["counted_rows"],
+                         .total_us = j["total_us"],
+                         .has_same_bits = j["has_same_bits"]};
+}
+
 Json to_json(const RankResult& r) {
   const StageTimes& t = r.stats.times;
   const auto* y = reinterpret_cast<const std::uint8_t*>(r.y.data());
@@ -51,6 +85,8 @@ Json to_json(const RankResult& r) {
           {"memory",
            {r.memory.codes_bytes, r.memory.scales_bytes, r.memory.prepared_bytes,
             r.memory.exchange_bytes, r.memory.scratch_bytes}},
+          {"moves", to_json(r.moves)},
+          {"rebalance", to_json(r.rebalance)},
           {"digest", r.digest},
           {"peak_resident_bytes", r.peak_resident_bytes},
           {"num_ranks_on_device", r.num_ranks_on_device}};
@@ -72,6 +108,8 @@ RankResult result_from(const Json& j) {
                           .prepared_bytes = j["memory"][2],
                           .exchange_bytes = j["memory"][3],
                           .scratch_bytes = j["memory"][4]},
+               .moves = moves_from(j["moves"]),
+               .rebalance = rebalance_from(j["rebalance"]),
                .digest = j["digest"],
                .peak_resident_bytes = j["peak_resident_bytes"],
                .num_ranks_on_device = j["num_ranks_on_device"]};

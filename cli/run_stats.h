@@ -21,7 +21,7 @@ namespace sluice::cli {
 void print_stats(const LayerRunResult& result, const ModelGeometry& geometry);
 
 /// Prometheus text format.   Throws: kIo naming the file.
-void write_metrics(const std::string& path, const LayerRunResult& result,
+void write_metrics(const std::string& path, const std::vector<LayerRunResult>& layers,
                    const ModelGeometry& geometry);
 
 }  // namespace sluice::cli

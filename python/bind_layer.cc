@@ -180,6 +180,20 @@ nb::dict rebalance(PyLayer& layer, const Placement& placement, int max_experts_h
   return d;
 }
 
+nb::dict rebalance_counters(const PyLayer& layer) {
+  const RebalanceCounters& c = layer.layer->rebalance_counters();
+  nb::dict d;
+  d["num_rebalances"] = c.num_rebalances;
+  d["num_received"] = c.num_received;
+  d["num_sent"] = c.num_sent;
+  d["num_copied"] = c.num_copied;
+  d["num_rounds"] = c.num_rounds;
+  d["received_bytes"] = c.received_bytes;
+  d["sent_bytes"] = c.sent_bytes;
+  d["seconds"] = c.seconds;
+  return d;
+}
+
 void bind_layer_class(nb::module_& m) {
   nb::class_<PyLayer> layer(
       m, "Layer",
@@ -232,6 +246,10 @@ void bind_layer_class(nb::module_& m) {
           "After\n"
           "transport or peer_timeout half-way, which name the ranks to blame, the layer refuses\n"
           "every later call.")
+      .def("rebalance_counters", &rebalance_counters,
+           "dict of what all rebalance() of this layer did on this rank; counters only grow:\n"
+           "num_rebalances; num_received, num_sent, num_copied (experts); num_rounds;\n"
+           "received_bytes, sent_bytes; seconds.")
       .def_prop_ro(
           "weight_bytes", [](const PyLayer& l) { return l.layer->weight_bytes(); },
           "Of the repacked weights of this rank.")

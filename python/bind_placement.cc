@@ -101,6 +101,12 @@ void bind_balance(nb::module_& m) {
       "values"_a, "The largest over the mean: 1 if all are alike; 0 if none has anything.");
   m.def("count_moves", &count_moves, "before"_a, "after"_a,
         "How many experts a rebalance sends from rank to rank.\n\nRaises Error: invalid_argument.");
+  m.def("placement_toward", &placement_toward, "before"_a, "after"_a, "max_received"_a,
+        "A placement on the way from one to another, for moving experts a few at a time: no rank\n"
+        "receives more than max_received experts from others at once. Called again with its "
+        "result,\n"
+        "it gives `after` in the end.\n\n"
+        "Raises Error: invalid_argument.");
 }
 
 /// By layer, in the order of their numbers.

@@ -40,6 +40,7 @@
 
 #include "sluice/checkpoint.h"
 #include "sluice/exchange.h"
+#include "sluice/layer_stats.h"
 #include "sluice/loading.h"
 #include "sluice/placement.h"
 #include "sluice/rebalance.h"
@@ -109,35 +110,6 @@ struct LayerSpec {
 [[nodiscard]] LayerSpec read_layer(const Checkpoint& checkpoint, int layer, int rank,
                                    int num_ranks);
 
-/// Wall time of the stages of one forward(), microseconds. Where GEMM1 and activation are one fused
-/// kernel, the time is split by what each of its threads measured (CPU) or reported as GEMM1
-/// (CUDA).
-struct StageTimes {
-  double dispatch_us = 0, quantize_us = 0, gemm1_us = 0, activation_us = 0, gemm2_us = 0,
-         combine_us = 0, total_us = 0;
-};
-
-/// What one forward() did on this rank.
-struct ForwardStats {
-  StageTimes times;
-  std::vector<std::int64_t> rows_per_expert;  ///< [num_local_experts], or of this rank's slots
-  std::uint64_t weight_bytes_read = 0;        ///< Codes and scales of experts that had rows.
-  std::uint64_t flops = 0;                    ///< 2 * rows * 3 * hidden * intermediate.
-};
-
-/// Bytes that a group and its layers hold on one rank. The first three are sums over the layers.
-struct LayerGroupMemory {
-  int num_layers = 0;
-  std::size_t codes_bytes = 0;     ///< INT4 codes of the rank's experts, as the maker had them.
-  std::size_t scales_bytes = 0;    ///< Their group scales.
-  std::size_t prepared_bytes = 0;  ///< Both, in the backend's own order: what stays resident.
-  std::size_t exchange_bytes = 0;  ///< Buffers of the exchanges, one per mode and wire format.
-  std::size_t scratch_bytes = 0;   ///< Rows between the stages.
-  [[nodiscard]] std::size_t total_bytes() const noexcept {
-    return prepared_bytes + exchange_bytes + scratch_bytes;
-  }
-};
-
 /// What plan_memory() has to know of a layer that is not there yet.
 struct PlannedLayer {
   ModeRecipes recipes = {};
@@ -176,6 +148,8 @@ class Layer {
   /// Moves experts to where `placement` has them: see rebalance.h.
   RebalanceStats rebalance(const Placement& placement, Stream stream,
                            const RebalanceOptions& options = {});
+  /// Of all rebalance() so far, on this rank.
+  [[nodiscard]] const RebalanceCounters& rebalance_counters() const noexcept;
 
   [[nodiscard]] const std::string& name() const noexcept;
   /// Throws: kInvalidArgument for a mode that the group does not have.

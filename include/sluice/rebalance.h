@@ -36,4 +36,14 @@ struct RebalanceStats {
   double seconds = 0;
 };
 
+/// What all rebalance() of a layer did on this rank since the layer was made. Counters only grow;
+/// subtract two readings. A rebalance() that failed does not count, nor does one to the placement
+/// that there is.
+struct RebalanceCounters {
+  std::uint64_t num_rebalances = 0;
+  std::uint64_t num_received = 0, num_sent = 0, num_copied = 0, num_rounds = 0;
+  std::uint64_t received_bytes = 0, sent_bytes = 0;
+  double seconds = 0;
+};
+
 }  // namespace sluice

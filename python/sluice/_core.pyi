@@ -153,6 +153,15 @@ def count_moves(before: Placement, after: Placement) -> int:
     Raises Error: invalid_argument.
     """
 
+def placement_toward(before: Placement, after: Placement, max_received: int) -> Placement:
+    """
+    A placement on the way from one to another, for moving experts a few at a time: no rank
+    receives more than max_received experts from others at once. Called again with its result,
+    it gives `after` in the end.
+
+    Raises Error: invalid_argument.
+    """
+
 def read_placements(path: str) -> dict[int, Placement]:
     """
     {layer: Placement} of a file that `sluice balance` wrote.
@@ -824,6 +833,13 @@ class Layer:
         Raises Error: invalid_argument; transport naming ranks that have another placement. After
         transport or peer_timeout half-way, which name the ranks to blame, the layer refuses
         every later call.
+        """
+
+    def rebalance_counters(self) -> dict:
+        """
+        dict of what all rebalance() of this layer did on this rank; counters only grow:
+        num_rebalances; num_received, num_sent, num_copied (experts); num_rounds;
+        received_bytes, sent_bytes; seconds.
         """
 
     @property

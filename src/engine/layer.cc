@@ -83,7 +83,7 @@ Dispatched Layer::dispatch_send(Mode mode, TensorView x, const Routing& routing,
       m.exchange->dispatch_send(x, impl_->counted(placed), stream, m.recipe.wire_static_scale());
   impl_->group->order->after(stream);
   dispatched.route_->layer = impl_->id;
-  dispatched.route_->num_rebalances = impl_->num_rebalances;
+  dispatched.route_->num_rebalances = impl_->moves.num_rebalances;
   dispatched.route_->keeps = impl_->group;
   dispatched.route_->mode = mode;
   return dispatched;
@@ -95,7 +95,7 @@ void Layer::finish(Dispatched dispatched, MutableTensorView y, Stream stream) {
   check_argument(dispatched.route_->layer == impl_->id,
                  "finish of a Dispatched that {} did not make", self.name);
   (void)self.placed({});
-  check_argument(dispatched.route_->num_rebalances == self.num_rebalances,
+  check_argument(dispatched.route_->num_rebalances == self.moves.num_rebalances,
                  "finish: the experts of {} have moved since dispatch_send()", self.name);
   Impl::ModeOfLayer& m = self.mode(dispatched.route_->mode);
   self.stats = {};

@@ -89,7 +89,7 @@ struct Layer::Impl {
   std::optional<ExpertSlots> slots;           ///< Where the group has slots.
   std::vector<std::uint64_t> expert_digests;  ///< [num_experts], where the group has slots.
   std::optional<Error> half_moved;            ///< A rebalance() that failed: no call may follow it.
-  int num_rebalances = 0;                     ///< That moved something.
+  RebalanceCounters moves;                    ///< Of every rebalance() to another placement.
   [[nodiscard]] const Placement& placement() const noexcept {
     return slots ? slots->placement() : fixed_placement;
   }

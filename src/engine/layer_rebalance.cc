@@ -39,6 +39,17 @@ void check_alike(const std::string& name, const ExpertWeights& shapes) {
   }
 }
 
+/// All but num_rebalances.
+void add(RebalanceCounters& sum, const RebalanceStats& one) {
+  sum.num_received += static_cast<std::uint64_t>(one.num_received);
+  sum.num_sent += static_cast<std::uint64_t>(one.num_sent);
+  sum.num_copied += static_cast<std::uint64_t>(one.num_copied);
+  sum.num_rounds += static_cast<std::uint64_t>(one.num_rounds);
+  sum.received_bytes += one.received_bytes;
+  sum.sent_bytes += one.sent_bytes;
+  sum.seconds += one.seconds;
+}
+
 }  // namespace
 
 void Layer::Impl::settle_slots(const ExpertWeights& shapes) {
@@ -129,7 +140,7 @@ RebalanceStats Layer::rebalance(const Placement& to, Stream stream,
     }
     self.half_moved.reset();
     reset_counted_rows(stream);  // They were of what the slots held before.
-    ++self.num_rebalances;
+    ++self.moves.num_rebalances;
     stats = mover->stats();
     // Giving memory back waits for the device, so no rank may queue a call before all have done it.
     mover.reset();
@@ -137,7 +148,12 @@ RebalanceStats Layer::rebalance(const Placement& to, Stream stream,
   }
   group.order->after(stream);
   stats.seconds = std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
+  if (!(from == wanted)) add(self.moves, stats);
   return stats;
+}
+
+const RebalanceCounters& Layer::rebalance_counters() const noexcept {
+  return impl_->moves;
 }
 
 }  // namespace sluice

@@ -26,7 +26,7 @@ struct Dispatched::Route {
   const void* owner = nullptr;  ///< The Exchange::Impl that made it.
   // Set by Layer::dispatch_send():
   std::uint64_t layer = 0;            ///< Layer::Impl::id of the one that made it.
-  int num_rebalances = 0;             ///< Layer::Impl::num_rebalances when it was sent.
+  std::uint64_t num_rebalances = 0;   ///< Of Layer::Impl::moves when it was sent.
   std::shared_ptr<const void> keeps;  ///< What holds the exchange; goes after ~Route of the rest.
   Mode mode = Mode::kLowLatency;
   bool at_home = false;  ///< The rows went home already: combine() has none to bring, on any rank.

@@ -85,6 +85,53 @@ with tempfile.TemporaryDirectory() as folder:
     r = run("plan", "--checkpoint", model, "--ranks", 4, "--slots", num + 1)
     check("refused: slots that do not divide", r.returncode == 2 and "num_slots" in r.stderr, r)
 
+    # Experts that move between two calls: the same bits, and what moved in every form of the counters. Ranks that do
+    # not divide the experts take slots.
+    one = str(layers[0]["layer"])
+    for transport, ranks, which in (("inproc", 4, "all"), ("ipc", 3, one)):
+        slots = (num + 8) // ranks * ranks
+        r = run("run", "--checkpoint", model, "--layers", which, "--ranks", ranks, "--transport", transport, "--tokens", 16,
+                "--routing", "zipf", "--repeat", "2", "--verify", "2", "--slots", slots, "--rebalance", "--json",
+                path("moved.json"), "--metrics", path("metrics"), *(("--stats",) if which == one else ()))
+        if not os.path.exists(path("moved.json")):
+            check(f"run --rebalance over {transport}", False, r)
+            continue
+        data = read(path("moved.json"))
+        of_layers = data.get("layers", [data])
+        with open(path("metrics")) as file:
+            metrics = dict(line.rsplit(" ", 1) for line in file if not line.startswith("#"))
+        check(f"run --rebalance over {transport}", r.returncode == 0 and r.stdout.count("outputs the same bits") == len(of_layers)
+              and f"slots     {slots}, {slots // ranks} on each rank" in r.stdout, r)
+        for layer in of_layers:
+            moved, ranks_of = layer["rebalance"], [rank["rebalances"] for rank in layer["stats"]["ranks"]]
+            rows = layer["stats"]["rows_per_expert"]
+            check("run --rebalance: what moved", moved["same_bits"] and moved["num_experts"] > 0
+                  and moved["num_experts"] == sum(n["num_received"] for n in ranks_of) == sum(n["num_sent"] for n in ranks_of)
+                  and moved["bytes"] == sum(n["received_bytes"] for n in ranks_of) == sum(n["sent_bytes"] for n in ranks_of)
+                  and all(n["num_rebalances"] == 1 and n["seconds"] > 0 for n in ranks_of), r)
+            check("run --rebalance: rows", len(moved["repeats_us_after"]) == 2 and sum(rows) == 16 * 2 * ranks
+                  and sum(moved["rows_per_rank_after"]) == sum(rows)
+                  and layer["stats"]["rows_per_expert_total"] == [4 * n for n in rows]
+                  and moved["rank_rows_max_over_mean_after"] == layer["stats"]["rank_rows_max_over_mean"]
+                  < moved["rank_rows_max_over_mean_before"], r)
+            check("run --rebalance: the placement is what balance makes", abs(moved["rank_rows_max_over_mean_after"]
+                  - max_over_mean([None if e < 0 else e for e in moved["slot_experts_after"]], rows, ranks)) < 0.25, r)
+            for rank, n in enumerate(ranks_of):
+                labels = f'{{layer="{layer["layer"]}",rank="{rank}"}}'
+                check("run --rebalance --metrics", all(float(metrics[f"sluice_{name}_total{labels}"]) == n[key] for name, key in (
+                    ("rebalances", "num_rebalances"), ("rebalance_received_experts", "num_received"),
+                    ("rebalance_sent_experts", "num_sent"), ("rebalance_copied_experts", "num_copied"),
+                    ("rebalance_received_bytes", "received_bytes"), ("rebalance_sent_bytes", "sent_bytes"))), r)
+                if which == one:
+                    check("run --rebalance --stats", f"moves     rank {rank}: 1 rebalances, {n['num_received']} experts and "
+                          f"{n['received_bytes']} bytes received, {n['num_sent']} and {n['sent_bytes']} sent" in r.stdout, r)
+        os.remove(path("moved.json"))
+    for arguments, message in ((("--rebalance",), "give --slots or --placement"),
+                               (("--slots", num + 1), f"num_slots {num + 1} is no multiple of 4 ranks"),
+                               (("--slots", num + 4, "--placement", placement), "--placement has a number of slots")):
+        r = run("run", "--checkpoint", model, "--ranks", 4, "--tokens", 4, *arguments)
+        check(f"refused: {message}", r.returncode == 2 and message in r.stderr, r)
+
     # A trace: the last steps decide, and what is printed is what the file says.
     drift = [[1000 if e == t else 10 + e % 3 for e in range(16)] for t in range(6)]
     write(counts, {"format": "sluice-expert-rows", "version": 1, "num_experts": 16,

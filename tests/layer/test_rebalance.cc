@@ -7,6 +7,7 @@
 
 #include "layer/placed_fixture.h"
 #include "multirank/run_ranks.h"
+#include "sluice/balance.h"
 
 namespace sluice::testing {
 namespace {
@@ -21,11 +22,11 @@ class Rebalance : public ::testing::Test {
 };
 LayersOnDisk* Rebalance::files_ = nullptr;
 
-/// 8 experts in slots of every kind; all of them have as many slots.
-std::vector<Placement> placements(int num_ranks) {
-  const int slots = 24 / num_ranks * num_ranks;
+/// 8 experts in slots of every kind; all of them have as many slots. Without a slot to spare these
+/// are the identity and permutations.
+std::vector<Placement> placements(int num_ranks, int slots) {
   std::vector<Placement> all{Placement::even(8, num_ranks, slots)};
-  for (int replicas = 1; replicas <= 4; ++replicas) {
+  for (int replicas = 1; replicas <= (slots == 8 ? 2 : 4); ++replicas) {
     all.push_back(random_placement(8, num_ranks, slots, replicas,
                                    static_cast<std::uint64_t>(10 * num_ranks + replicas)));
   }
@@ -36,33 +37,38 @@ TEST_F(Rebalance, NoPlacementChangesABit) {
   std::vector<int> which;
   for (int i = 0; i < kNumLayers; ++i) which.push_back(i);
   for (const int num_ranks : {1, 2, 3, 4, 5}) {
+    std::vector<int> slot_counts{24 / num_ranks * num_ranks};
+    if (8 % num_ranks == 0) slot_counts.push_back(8);
     run_ranks(num_ranks, [&](Transport& transport) {
       OnOneRank alone(*files_, which);
       const auto backend = make_backend({.num_threads = 1});
-      const std::vector<Placement> all = placements(num_ranks);
-      LayerGroup group = LayerGroup::create(slots_config(all[0].num_slots()), transport, *backend);
-      for (std::size_t i = 0; i < which.size(); ++i) {
-        // Loaded into one placement, moved through the others.
-        const std::size_t first = i % all.size();
-        Layer layer = group.add_layer(files_->checkpoint(), files_->layer(which[i]),
-                                      recipes_of_layer(which[i]), {.placements = {all[first]}});
-        for (std::size_t n = 0; n < all.size(); ++n) {
-          const Placement& placement = all[(first + n) % all.size()];
-          if (n > 0) (void)layer.rebalance(placement, {});
-          EXPECT_EQ(layer.placement(), placement);
-          for (const Mode mode : kModes) {
-            const Workload load = tokens_of(transport.rank(), n);
-            EXPECT_EQ(forward(layer, mode, load), alone.forward_of(i, mode, load))
-                << num_ranks << " ranks, layer " << i << ", placement " << n << ", "
-                << to_string(mode);
+      for (const int num_slots : slot_counts) {
+        const std::vector<Placement> all = placements(num_ranks, num_slots);
+        LayerGroup group = LayerGroup::create(slots_config(num_slots), transport, *backend);
+        for (std::size_t i = 0; i < which.size(); ++i) {
+          // Loaded into one placement, moved through the others.
+          const std::size_t first = i % all.size();
+          Layer layer = group.add_layer(files_->checkpoint(), files_->layer(which[i]),
+                                        recipes_of_layer(which[i]), {.placements = {all[first]}});
+          for (std::size_t n = 0; n < all.size(); ++n) {
+            const Placement& placement = all[(first + n) % all.size()];
+            if (n > 0) (void)layer.rebalance(placement, {});
+            EXPECT_EQ(layer.placement(), placement);
+            for (const Mode mode : kModes) {
+              const Workload load = tokens_of(transport.rank(), n);
+              EXPECT_EQ(forward(layer, mode, load), alone.forward_of(i, mode, load))
+                  << num_ranks << " ranks, " << num_slots << " slots, layer " << i << ", placement "
+                  << n << ", " << to_string(mode);
+            }
           }
         }
+        group.check();
       }
-      group.check();
     });
   }
 }
 
+// At first all at once, later few at a time with calls between.
 TEST_F(Rebalance, InTheMiddleOfAThousandRounds) {
   run_ranks(4, [&](Transport& transport) {
     OnOneRank alone(*files_, {0});
@@ -75,35 +81,60 @@ TEST_F(Rebalance, InTheMiddleOfAThousandRounds) {
     const auto backend = make_backend({.num_threads = 1});
     LayerGroup group = LayerGroup::create(slots_config(12), transport, *backend);
     Layer layer = group.add_layer(files_->checkpoint(), files_->layer(0), recipes_of_layer(0));
-    int wrong = 0;
+    Placement wanted = layer.placement();
+    int wrong = 0, most_received = 0;
     for (std::uint64_t round = 0; round < 1000; ++round) {
-      if (round % 25 == 24) (void)layer.rebalance(random_placement(8, 4, 12, 3, round), {});
+      if (round % 25 == 24) wanted = random_placement(8, 4, 12, 3, round);
+      const bool at_once = round < 500;
+      if (!(layer.placement() == wanted)) {
+        const auto moved =
+            layer.rebalance(at_once ? wanted : placement_toward(layer.placement(), wanted, 1), {});
+        if (!at_once) most_received = std::max(most_received, moved.num_received);
+      }
       const std::size_t m = round % 2, s = round / 2 % 4;
       wrong += forward(layer, kModes[m], tokens_of(transport.rank(), s)) != expected[m][s];
     }
     EXPECT_EQ(wrong, 0);
+    EXPECT_EQ(layer.placement(), wanted);
+    EXPECT_EQ(most_received, 1);
+    EXPECT_GT(layer.rebalance_counters().num_rebalances, 60u);
   });
 }
 
+// 384 experts over 5 ranks: in both modes, before and after experts move and repeat.
 TEST(Placed, ExpertsThatTheRanksDoNotDivide) {
   ModelGeometry geometry = group_geometry();
   geometry.num_experts = 384, geometry.hidden = 128;
   const LayersOnDisk files({.geometry = geometry, .num_layers = 1});
-  const auto load_of = [&](int rank) {
-    return make_workload({.num_experts = 384, .num_topk = 3, .hidden = 128, .seed = 3}, rank * 8,
-                         8);
-  };
-  const auto run = [&](Transport& transport, int slots, const Workload& load) {
-    const auto backend = make_backend({.num_threads = 1});
-    Engine engine =
-        Engine::create({.layer = files.layer(0), .max_tokens_per_rank = 8, .num_slots = slots},
-                       files.checkpoint(), transport, *backend);
-    return forward(engine, Mode::kNormal, load);
-  };
+  LayerGroupConfig config = group_config();
+  config.geometry = geometry;
   run_ranks(5, [&](Transport& transport) {
-    const Workload load = load_of(transport.rank());
-    const auto alone = make_inproc_transports(1);
-    EXPECT_EQ(run(transport, 385, load), run(*alone.front(), 0, load));
+    const Workload load =
+        make_workload({.num_experts = 384, .num_topk = 3, .hidden = 128, .seed = 3},
+                      transport.rank() * kTokens, kTokens);
+    const auto backend = make_backend({.num_threads = 1});
+    const auto alone_transport = make_inproc_transports(1);
+    LayerGroup alone = LayerGroup::create(config, *alone_transport.front(), *backend);
+    LayerGroupConfig placed_config = config;
+    placed_config.num_slots = 400;
+    LayerGroup placed = LayerGroup::create(placed_config, transport, *backend);
+    for (const int recipes : {0, 3}) {
+      const auto add_to = [&](LayerGroup& group) {
+        return group.add_layer(files.checkpoint(), files.layer(0), recipes_of_layer(recipes));
+      };
+      Layer whole = add_to(alone), layer = add_to(placed);
+      for (std::uint64_t move = 0; move < 2; ++move) {
+        if (move > 0) (void)layer.rebalance(random_placement(384, 5, 400, 4, 9), {});
+        for (const Mode mode : kModes) {
+          EXPECT_EQ(forward(layer, mode, load), forward(whole, mode, load))
+              << "recipes " << recipes << ", move " << move << ", " << to_string(mode);
+        }
+      }
+    }
+    const Engine engine =
+        Engine::create({.layer = files.layer(0), .max_tokens_per_rank = 8, .num_slots = 385},
+                       files.checkpoint(), transport, *backend);
+    EXPECT_EQ(engine.placement(), Placement::even(384, 5, 385));
   });
 }
 
@@ -132,6 +163,13 @@ TEST_F(Rebalance, MovesWhatHasToMoveInBoundedMemory) {
     const auto fast = layer.rebalance(turned, {}, {.max_experts_held = 5});
     EXPECT_LT(fast.num_rounds, slow);
     EXPECT_EQ(fast.extra_bytes, 5 * expert);
+    const RebalanceCounters& sum = layer.rebalance_counters();
+    EXPECT_EQ(sum.num_rebalances, 5u);
+    EXPECT_EQ(sum.num_sent, 1u + 1 + 4 + 4 + 4);
+    EXPECT_EQ(sum.num_received, sum.num_sent);
+    EXPECT_EQ(sum.sent_bytes, sum.num_sent * expert);
+    EXPECT_EQ(sum.received_bytes, sum.num_received * expert);
+    EXPECT_GT(sum.seconds, 0);
   });
 }
 

@@ -20,6 +20,7 @@
 #include "sluice/lab/synthetic.h"
 #include "sluice/lab/workload.h"
 #include "sluice/layer.h"
+#include "sluice/layer_stats.h"
 #include "sluice/loading.h"
 #include "sluice/local_experts.h"
 #include "sluice/matrix_source.h"

@@ -34,6 +34,10 @@ def test_the_hot_expert_is_on_every_rank(counts):
     assert sluice.max_over_mean(sluice.expected_rows(counts, before)) > 3.7
     assert sluice.balance(counts, 4, 12, previous=after) == after
     assert sluice.count_moves(after, after) == 0 < sluice.count_moves(before, after)
+    now, parts = before, 0
+    while now != after:
+        now, parts = sluice.placement_toward(now, after, 1), parts + 1
+    assert parts > 1
 
 
 def test_hosts_keep_groups_together():

@@ -42,6 +42,9 @@ def test_a_placement_changes_no_bit(checkpoint, geometry, ranks):
                 stats = layer.rebalance(after)
                 assert stats["num_rounds"] > 0 and stats["extra_bytes"] > 0
                 assert layer.placement == after
+                counters = layer.rebalance_counters()
+                assert counters.pop("num_rebalances") == 1 and engine.rebalance_counters()["num_rebalances"] == 0
+                assert counters == {name: stats[name] for name in counters} and (ranks == 1 or counters["sent_bytes"] > 0)
             for mode in MODES:
                 assert np.array_equal(layer.forward(x, routing, mode=mode), expected[mode]), (moved, mode)
         for mode in MODES:
