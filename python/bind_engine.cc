@@ -16,7 +16,7 @@ namespace {
 
 nb::dict plan(const ModelGeometry& geometry, int num_ranks, int max_tokens_per_rank,
               const Name& low_latency, const Name& normal, int max_m, std::string_view scale_dtype,
-              std::string_view device, int num_layers) {
+              std::string_view device, int num_layers, int num_slots) {
   if (scale_dtype != "f32" && scale_dtype != "bf16") {
     throw Error(ErrorCode::kInvalidArgument,
                 fmt::format("scale_dtype '{}' is not f32 or bf16", scale_dtype));
@@ -31,7 +31,7 @@ nb::dict plan(const ModelGeometry& geometry, int num_ranks, int max_tokens_per_r
   }
   const ModeRecipes recipes{.low_latency = recipe_or_none(low_latency),
                             .normal = recipe_or_none(normal)};
-  LayerGroupConfig config{.geometry = geometry};
+  LayerGroupConfig config{.geometry = geometry, .num_slots = num_slots};
   if (recipes.low_latency) config.low_latency = {max_tokens_per_rank, max_m};
   if (recipes.normal) config.normal.max_tokens_per_rank = max_tokens_per_rank;
   const std::vector<PlannedLayer> planned(
@@ -104,12 +104,14 @@ void bind_engine(nb::module_& m) {
 
   m.def("plan", &plan, "geometry"_a, nb::kw_only(), "num_ranks"_a, "max_tokens_per_rank"_a,
         "low_latency"_a = "direct", "normal"_a = "direct", "max_m"_a = 0, "scale_dtype"_a = "f32",
-        "device"_a = "cpu", "num_layers"_a = 1,
+        "device"_a = "cpu", "num_layers"_a = 1, "num_slots"_a = 0,
         "dict of the bytes that a LayerGroup of num_layers layers takes on each rank, before "
         "anything "
         "is\n"
         "loaded: num_layers; codes_bytes, scales_bytes and prepared_bytes of all layers together;\n"
-        "exchange_bytes and scratch_bytes, which they share; total_bytes of the last three.\n\n"
+        "exchange_bytes and scratch_bytes, which they share; moving_bytes, 0 before experts move;\n"
+        "total_bytes of the last four.\n\n"
+        "num_slots: room for so many experts on all ranks together, as LayerGroup has it.\n\n"
         "Raises Error: invalid_argument.");
 }
 

@@ -161,12 +161,13 @@ void bind_in_flight(nb::module_& m) {
 }
 
 nb::dict rebalance(PyLayer& layer, const Placement& placement, int max_experts_held,
-                   const StreamArgument& stream) {
+                   bool keep_memory, const StreamArgument& stream) {
   const Stream queue = to_stream(stream, {}, layer.backend->device());
   RebalanceStats s;
   {
     const Call call(*layer.backend, nb::cast<PyTransport&>(layer.transport_object));
-    s = layer.layer->rebalance(placement, queue, {.max_experts_held = max_experts_held});
+    s = layer.layer->rebalance(placement, queue,
+                               {.max_experts_held = max_experts_held, .keep_memory = keep_memory});
   }
   nb::dict d;
   d["num_received"] = s.num_received;
@@ -234,11 +235,13 @@ void bind_layer_class(nb::module_& m) {
           "Placement of the experts; without num_slots, expert e in slot e.")
       .def(
           "rebalance", &rebalance, "placement"_a, nb::kw_only(), "max_experts_held"_a = 2,
-          "stream"_a = nb::none(),
+          "keep_memory"_a = false, "stream"_a = nb::none(),
           "Moves experts to where the Placement has them, between two calls. Collective; no call\n"
           "of the group may be queued or in flight on another stream. Outputs stay the same bits,\n"
           "captured graphs stay valid.\n\n"
           "max_experts_held: experts that a rank holds beside its own meanwhile, at least 2.\n"
+          "keep_memory: keep the memory for them until a rebalance() without it, for experts that\n"
+          "move a few at a time.\n"
           "stream: that of the calls before, which must have ended; as for moe_forward().\n\n"
           "Returns a dict: num_received, num_sent, num_copied, num_rounds, received_bytes,\n"
           "sent_bytes, extra_bytes, seconds; of this rank.\n\n"

@@ -131,6 +131,7 @@ nb::dict memory_dict(const LayerGroupMemory& m) {
   d["prepared_bytes"] = m.prepared_bytes;
   d["exchange_bytes"] = m.exchange_bytes;
   d["scratch_bytes"] = m.scratch_bytes;
+  d["moving_bytes"] = m.moving_bytes;
   d["total_bytes"] = m.total_bytes();
   return d;
 }
@@ -215,7 +216,8 @@ void bind_layer_group(nb::module_& m) {
       .def(
           "memory", [](const PyLayerGroup& g) { return memory_dict(g.group->memory()); },
           "dict of the bytes that the group and its layers hold on this rank, as plan() names "
-          "them.")
+          "them;\n"
+          "moving_bytes is what rebalance() keeps.")
       .def(
           "check",
           [](PyLayerGroup& g) {

@@ -35,8 +35,9 @@ struct LayerGroupMemory {
   std::size_t prepared_bytes = 0;  ///< Both, in the backend's own order: what stays resident.
   std::size_t exchange_bytes = 0;  ///< Buffers of the exchanges, one per mode and wire format.
   std::size_t scratch_bytes = 0;   ///< Rows between the stages.
+  std::size_t moving_bytes = 0;    ///< Kept by rebalance() with keep_memory.
   [[nodiscard]] std::size_t total_bytes() const noexcept {
-    return prepared_bytes + exchange_bytes + scratch_bytes;
+    return prepared_bytes + exchange_bytes + scratch_bytes + moving_bytes;
   }
 };
 

@@ -24,6 +24,10 @@ struct RebalanceOptions {
   /// Experts that the extra memory of a rank holds, at least 2: one that is kept aside, the others
   /// on their way. More of them means fewer rounds.
   int max_experts_held = 2;
+  /// Keep that memory for the next rebalance() of any layer of the group: on a device it takes
+  /// longer to make, and to show to the other ranks, than to move an expert. So set it where
+  /// experts move a few at a time. The next rebalance() without it gives the memory back.
+  bool keep_memory = false;
 };
 
 /// What one rebalance() did. Bytes and experts are of this rank; rounds are the same on every rank.
@@ -32,7 +36,7 @@ struct RebalanceStats {
   int num_copied = 0;                  ///< Between slots of this rank, set-aside ones included.
   int num_rounds = 0;
   std::uint64_t received_bytes = 0, sent_bytes = 0;
-  std::size_t extra_bytes = 0;  ///< Memory held meanwhile.
+  std::size_t extra_bytes = 0;  ///< Memory held meanwhile, what was kept included.
   double seconds = 0;
 };
 

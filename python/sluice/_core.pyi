@@ -818,13 +818,15 @@ class Layer:
     def placement(self) -> Placement:
         """Placement of the experts; without num_slots, expert e in slot e."""
 
-    def rebalance(self, placement: Placement, *, max_experts_held: int = 2, stream: int | None = None) -> dict:
+    def rebalance(self, placement: Placement, *, max_experts_held: int = 2, keep_memory: bool = False, stream: int | None = None) -> dict:
         """
         Moves experts to where the Placement has them, between two calls. Collective; no call
         of the group may be queued or in flight on another stream. Outputs stay the same bits,
         captured graphs stay valid.
 
         max_experts_held: experts that a rank holds beside its own meanwhile, at least 2.
+        keep_memory: keep the memory for them until a rebalance() without it, for experts that
+        move a few at a time.
         stream: that of the calls before, which must have ended; as for moe_forward().
 
         Returns a dict: num_received, num_sent, num_copied, num_rounds, received_bytes,
@@ -930,7 +932,8 @@ class LayerGroup:
 
     def memory(self) -> dict:
         """
-        dict of the bytes that the group and its layers hold on this rank, as plan() names them.
+        dict of the bytes that the group and its layers hold on this rank, as plan() names them;
+        moving_bytes is what rebalance() keeps.
         """
 
     def check(self) -> None:
@@ -1124,11 +1127,14 @@ class Engine(Layer):
         Checkpoint and Exchange raise.
         """
 
-def plan(geometry: ModelGeometry, *, num_ranks: int, max_tokens_per_rank: int, low_latency: str | None = 'direct', normal: str | None = 'direct', max_m: int = 0, scale_dtype: str = 'f32', device: str = 'cpu', num_layers: int = 1) -> dict:
+def plan(geometry: ModelGeometry, *, num_ranks: int, max_tokens_per_rank: int, low_latency: str | None = 'direct', normal: str | None = 'direct', max_m: int = 0, scale_dtype: str = 'f32', device: str = 'cpu', num_layers: int = 1, num_slots: int = 0) -> dict:
     """
     dict of the bytes that a LayerGroup of num_layers layers takes on each rank, before anything is
     loaded: num_layers; codes_bytes, scales_bytes and prepared_bytes of all layers together;
-    exchange_bytes and scratch_bytes, which they share; total_bytes of the last three.
+    exchange_bytes and scratch_bytes, which they share; moving_bytes, 0 before experts move;
+    total_bytes of the last four.
+
+    num_slots: room for so many experts on all ranks together, as LayerGroup has it.
 
     Raises Error: invalid_argument.
     """

@@ -4,7 +4,6 @@
 #include <bit>
 #include <utility>
 
-#include "backend/traits.h"
 #include "core/fail.h"
 
 namespace sluice {
@@ -23,6 +22,12 @@ std::vector<int> ranks_in(std::uint64_t mask) {
 
 }  // namespace
 
+std::size_t expert_bytes(PreparedExperts& experts) {
+  std::size_t bytes = 0;
+  for (const std::span<std::byte> part : experts.expert_bytes(0)) bytes += part.size();
+  return bytes;
+}
+
 std::uint64_t expert_checksum(BackendOps& backend, PreparedExperts& experts, int index,
                               Stream stream) {
   std::uint64_t sum = 0, words = 0;
@@ -33,39 +38,28 @@ std::uint64_t expert_checksum(BackendOps& backend, PreparedExperts& experts, int
   return sum;
 }
 
-ExpertMover::ExpertMover(const MovedExperts& what, int max_experts_held, Stream stream)
+ExpertMover::ExpertMover(const MovedExperts& what, Stream stream)
     : what_(what),
       stream_(stream),
       rank_(what.transport.rank()),
-      num_ranks_(what.transport.num_ranks()) {
+      num_ranks_(what.transport.num_ranks()),
+      rounds_before_(what.memory.num_rounds) {
   const auto parts = what.experts.expert_bytes(0);
   for (std::size_t i = 0; i < parts.size(); ++i) part_bytes_[i] = parts[i].size();
   expert_bytes_ = part_bytes_[0] + part_bytes_[1];
-  stats_.extra_bytes = expert_bytes_ * static_cast<std::size_t>(max_experts_held);
-  if (traits_of(what.backend.device().kind).has_host_memory) return;
-  memory_ = what.backend.allocate(stats_.extra_bytes);
-}
-
-void ExpertMover::connect() {
-  constexpr std::size_t kFlagsAlone = 128;
-  const std::size_t bytes = memory_ ? kFlagsAlone : stats_.extra_bytes;
-  if (memory_) {
-    device_ = what_.transport.share_device_memory(
-        std::shared_ptr<std::byte>(memory_, memory_->data()), stats_.extra_bytes, what_.timeout);
-    memory_.reset();
-  }
-  window_ = what_.transport.make_window(bytes, 2 * num_ranks_, what_.timeout);
+  stats_.extra_bytes = what.memory.bytes();
 }
 
 void ExpertMover::run(const MovePlan& plan) {
   try {
-    signal(kReady, 1);
+    signal(kReady, rounds_before_ + 1);
     for (const std::vector<ExpertMove>& moves : plan.rounds) {
       ++round_;
       run_round(plan, moves);
     }
     ++round_;
     await(kReady);  // Nobody uses the layer before everybody has all of it.
+    what_.memory.num_rounds += round_;
   } catch (const Error& e) {
     give_up(e.ranks());
     throw;
@@ -78,11 +72,11 @@ void ExpertMover::run_round(const MovePlan& plan, const std::vector<ExpertMove>&
   send(plan, moves);
   copy(plan, moves);
   what_.backend.synchronize(stream_);
-  signal(kSent, round_);
+  signal(kSent, rounds_before_ + round_);
   await(kSent);
   receive(plan, moves);
   what_.backend.synchronize(stream_);
-  signal(kReady, round_ + 1);
+  signal(kReady, rounds_before_ + round_ + 1);
 }
 
 std::array<std::span<std::byte>, 2> ExpertMover::part(std::byte* memory, int index) const {
@@ -92,8 +86,7 @@ std::array<std::span<std::byte>, 2> ExpertMover::part(std::byte* memory, int ind
 
 std::array<std::span<std::byte>, 2> ExpertMover::bytes_of(const MovePlan& plan, int place) {
   if (!plan.is_aside(place)) return what_.experts.expert_bytes(place % plan.slots_per_rank);
-  return part(device_.empty() ? window_->local() : device_[static_cast<std::size_t>(rank_)].get(),
-              0);
+  return part(what_.memory.local(), 0);
 }
 
 void ExpertMover::copy_bytes(const std::array<std::span<std::byte>, 2>& from,
@@ -107,13 +100,13 @@ void ExpertMover::copy_bytes(const std::array<std::span<std::byte>, 2>& from,
 void ExpertMover::put(int peer, int index, const std::array<std::span<std::byte>, 2>& bytes) {
   stats_.num_sent += 1;
   stats_.sent_bytes += expert_bytes_;
-  if (!device_.empty()) {
-    copy_bytes(bytes, part(device_[static_cast<std::size_t>(peer)].get(), index));
+  if (std::byte* const theirs = what_.memory.of_rank(peer); theirs != nullptr) {
+    copy_bytes(bytes, part(theirs, index));
     return;
   }
   const std::size_t at = static_cast<std::size_t>(index) * expert_bytes_;
-  window_->put(peer, at, bytes[0]);
-  window_->put(peer, at + part_bytes_[0], bytes[1]);
+  what_.memory.window().put(peer, at, bytes[0]);
+  what_.memory.window().put(peer, at + part_bytes_[0], bytes[1]);
 }
 
 void ExpertMover::send(const MovePlan& plan, const std::vector<ExpertMove>& moves) {
@@ -135,13 +128,11 @@ void ExpertMover::copy(const MovePlan& plan, const std::vector<ExpertMove>& move
 }
 
 void ExpertMover::receive(const MovePlan& plan, const std::vector<ExpertMove>& moves) {
-  std::byte* const memory =
-      device_.empty() ? window_->local() : device_[static_cast<std::size_t>(rank_)].get();
   int arriving = 0;
   for (const ExpertMove& move : moves) {
     const int source = plan.rank_of(move.from);
     if (plan.rank_of(move.to) != rank_ || source == rank_) continue;
-    const auto here = part(memory, plan.is_aside(move.to) ? 0 : ++arriving);
+    const auto here = part(what_.memory.local(), plan.is_aside(move.to) ? 0 : ++arriving);
     const std::uint64_t sum = what_.backend.checksum({here[0].data(), expert_bytes_}, 0, stream_);
     const std::uint64_t wanted = what_.checksums[static_cast<std::size_t>(move.expert)];
     if (sum != wanted) {
@@ -159,7 +150,7 @@ void ExpertMover::receive(const MovePlan& plan, const std::vector<ExpertMove>& m
 
 void ExpertMover::signal(Flag kind, std::uint64_t value) {
   for (int peer = 0; peer < num_ranks_; ++peer) {
-    window_->signal(peer, kind * num_ranks_ + rank_, value);
+    what_.memory.window().signal(peer, kind * num_ranks_ + rank_, value);
   }
 }
 
@@ -172,13 +163,14 @@ void ExpertMover::await(Flag kind) {
     const int flag = kind * num_ranks_ + source;
     bool late = false;
     try {
-      late = !window_->wait_flags({&flag, 1}, round_, deadline).empty();
+      late =
+          !what_.memory.window().wait_flags({&flag, 1}, rounds_before_ + round_, deadline).empty();
     } catch (const Error& e) {
       fail_of_ranks(e.code(), e.ranks(), "rebalance of {}, {} of round {}, rank {}: {}",
                     what_.layer, what, round_, rank_, e.what());
     }
     if (late) missing.push_back(source);
-    const std::uint64_t seen = window_->flag(flag);
+    const std::uint64_t seen = what_.memory.window().flag(flag);
     if (seen < kGaveUp) continue;
     std::vector<int> blamed = ranks_in(seen & (kGaveUp - 1));
     if (blamed.empty()) blamed.push_back(source);
@@ -200,7 +192,7 @@ void ExpertMover::give_up(const std::vector<int>& blamed) noexcept {
   for (const Flag kind : {kReady, kSent}) {
     for (int peer = 0; peer < num_ranks_; ++peer) {
       try {
-        window_->signal(peer, kind * num_ranks_ + rank_, value);
+        what_.memory.window().signal(peer, kind * num_ranks_ + rank_, value);
       } catch (const Error&) {
         // That peer finds out by its own bounded wait.
       }

@@ -1,6 +1,6 @@
 // expert_mover.h - carries out a move plan: one rank's part, over the transport.
 //
-//   window or device memory of a rank:   [ aside | arriving 1 | arriving 2 ... ]
+//   memory of a rank (mover_memory.h):   [ aside | arriving 1 | arriving 2 ... ]
 //
 //   round i:  wait until every rank is ready for it         flag ready  = i, from every rank
 //             send to the arriving parts of other ranks
@@ -20,6 +20,7 @@
 #include <vector>
 
 #include "backend/ops.h"
+#include "engine/mover_memory.h"
 #include "exchange/move_plan.h"
 #include "sluice/rebalance.h"
 #include "sluice/transport.h"
@@ -32,9 +33,13 @@ struct MovedExperts {
   Transport& transport;
   BackendOps& backend;
   PreparedExperts& experts;
+  MoverMemory& memory;  ///< Connected; of expert_bytes() times max_experts_held at least.
   std::span<const std::uint64_t> checksums;  ///< [num_experts] of each logical expert.
   std::chrono::milliseconds timeout;
 };
+
+/// Of one expert as the backend holds it.
+[[nodiscard]] std::size_t expert_bytes(PreparedExperts& experts);
 
 /// Of expert `index` of `experts`, where it lies.
 [[nodiscard]] std::uint64_t expert_checksum(BackendOps& backend, PreparedExperts& experts,
@@ -42,12 +47,8 @@ struct MovedExperts {
 
 class ExpertMover {
  public:
-  /// Allocates what a device has to hold.   Throws: kOutOfMemory.
-  ExpertMover(const MovedExperts& what, int max_experts_held, Stream stream);
+  ExpertMover(const MovedExperts& what, Stream stream);
 
-  /// Collective: shows the memory to the other ranks. Nothing has moved if it throws.
-  /// Throws: kTransport, kPeerTimeout naming ranks.
-  void connect();
   /// Collective. After an error experts lie in wrong places.
   /// Throws: kPeerTimeout or kTransport naming round, rank and the ranks to blame; kTransport
   ///   naming sender, slot and expert if what arrived is not the expert.
@@ -76,9 +77,7 @@ class ExpertMover {
   int rank_, num_ranks_;
   std::array<std::size_t, 2> part_bytes_{};
   std::size_t expert_bytes_ = 0;
-  std::shared_ptr<DeviceBuffer> memory_;            // On a device, until connect().
-  std::unique_ptr<Window> window_;                  // Flags; on the host the memory, too.
-  std::vector<std::shared_ptr<std::byte>> device_;  // [num_ranks], on a device.
+  std::uint64_t rounds_before_;  // Of the moves before: flags have these numbers.
   std::uint64_t round_ = 0;
   RebalanceStats stats_;
 };

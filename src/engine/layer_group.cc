@@ -312,6 +312,7 @@ LayerGroupMemory LayerGroup::memory() const noexcept {
     memory.exchange_bytes += exchange.held_bytes();
   memory.scratch_bytes =
       impl_->expert_y->bytes() + impl_->scratch->x.bytes() + impl_->scratch->h.bytes();
+  if (impl_->mover_memory) memory.moving_bytes = impl_->mover_memory->bytes();
   return memory;
 }
 

@@ -11,6 +11,7 @@
 
 #include "backend/ops.h"
 #include "engine/experts_impl.h"
+#include "engine/mover_memory.h"
 #include "exchange/slot_ranks.h"
 #include "sluice/error.h"
 #include "sluice/layer.h"
@@ -39,7 +40,8 @@ struct LayerGroup::Impl {
   std::unique_ptr<StreamOrder> order;  ///< Of calls: they share scratch, SMs and peers.
   LayerGroupMemory layers;             ///< Of the layers that are alive: the sums over layers.
 
-  LoadStats load_stats;  ///< Of all layers that came from a checkpoint.
+  LoadStats load_stats;                       ///< Of all layers that came from a checkpoint.
+  std::unique_ptr<MoverMemory> mover_memory;  ///< During a move, and after one that keeps it.
 
   /// `wanted`, or what an empty one stands for.   Throws: kInvalidArgument if it does not fit.
   [[nodiscard]] Placement placement_or_default(const Placement& wanted) const;
@@ -51,6 +53,11 @@ struct LayerGroup::Impl {
   /// Collective: runs `body`, and lets the ranks tell each other whether theirs succeeded. Throws:
   /// what `body` throws here; kTransport naming the ranks where it failed.
   void together(const std::string& name, const std::function<void()>& body);
+  /// Collective, between calls: connected memory of `bytes` bytes at least, that of the last move
+  /// where it was kept.   Throws: kOutOfMemory, kTransport, kPeerTimeout; nothing has moved.
+  [[nodiscard]] MoverMemory& memory_for_moves(const std::string& name, std::size_t bytes);
+  /// Collective.
+  void free_memory_for_moves();
   /// Collective. The layer, with what it is the first to need.
   [[nodiscard]] std::unique_ptr<Layer::Impl> attach(const std::shared_ptr<Impl>& self,
                                                     const AgreedLayer& agreed,
@@ -95,6 +102,10 @@ struct Layer::Impl {
   }
   /// `routing` with this layer's slots.   Throws: kTransport if the experts are half moved.
   [[nodiscard]] Routing placed(const Routing& routing) const;
+  /// Collective: moves the experts, and lets calls see it. After an error half-way the layer is
+  /// half_moved.
+  [[nodiscard]] RebalanceStats move_experts(const Placement& to, Stream stream,
+                                            const RebalanceOptions& options);
   /// Collective, once, where the group has slots: lets every rank store weights alike, and tells
   /// every rank every expert's checksum.
   /// Throws: kTransport naming the slots if replicas differ.

@@ -97,6 +97,48 @@ void Layer::Impl::settle_slots(const ExpertWeights& shapes) {
   }
 }
 
+MoverMemory& LayerGroup::Impl::memory_for_moves(const std::string& name, std::size_t bytes) {
+  if (mover_memory && mover_memory->bytes() >= bytes) return *mover_memory;
+  mover_memory.reset();
+  together(name, [&] { mover_memory = std::make_unique<MoverMemory>(*backend, bytes); });
+  mover_memory->connect(*transport, config.peer_timeout);
+  return *mover_memory;
+}
+
+void LayerGroup::Impl::free_memory_for_moves() {
+  mover_memory.reset();
+  // That waits for the device, so no rank may queue a call before all have done it.
+  (void)transport->all_gather({}, config.peer_timeout);
+}
+
+RebalanceStats Layer::Impl::move_experts(const Placement& to, Stream stream,
+                                         const RebalanceOptions& options) {
+  PreparedExperts& mine = *experts.prepared;
+  const std::size_t bytes = expert_bytes(mine) * static_cast<std::size_t>(options.max_experts_held);
+  RebalanceStats moved;
+  try {
+    MoverMemory& memory = group->memory_for_moves(name, bytes);
+    half_moved = Error(ErrorCode::kInternal, "its last rebalance did not end");
+    ExpertMover mover({.layer = name,
+                       .transport = *group->transport,
+                       .backend = *group->backend,
+                       .experts = mine,
+                       .memory = memory,
+                       .checksums = expert_digests,
+                       .timeout = group->config.peer_timeout},
+                      stream);
+    mover.run(plan_moves(placement(), to, options.max_experts_held - 1));
+    slots->assign(to, stream);
+    moved = mover.stats();
+  } catch (const Error& e) {
+    if (half_moved) half_moved = e;
+    group->mover_memory.reset();  // Its flags may say that a rank gave up.
+    throw;
+  }
+  half_moved.reset();
+  return moved;
+}
+
 RebalanceStats Layer::rebalance(const Placement& to, Stream stream,
                                 const RebalanceOptions& options) {
   Impl& self = *impl_;
@@ -115,37 +157,16 @@ RebalanceStats Layer::rebalance(const Placement& to, Stream stream,
                     {{"rebalance of", self.name},
                      {"placement", fmt::format("{:016x}", from.digest())},
                      {"new placement", fmt::format("{:016x}", wanted.digest())},
-                     {"max_experts_held", std::to_string(options.max_experts_held)}},
+                     {"max_experts_held", std::to_string(options.max_experts_held)},
+                     {"keep_memory", options.keep_memory ? "true" : "false"}},
                     group.config.peer_timeout, "rebalance of " + self.name);
   RebalanceStats stats;
   if (!(from == wanted)) {
-    std::optional<ExpertMover> mover;
-    group.together(self.name, [&] {
-      mover.emplace(MovedExperts{.layer = self.name,
-                                 .transport = *group.transport,
-                                 .backend = *group.backend,
-                                 .experts = *self.experts.prepared,
-                                 .checksums = self.expert_digests,
-                                 .timeout = group.config.peer_timeout},
-                    options.max_experts_held, stream);
-    });
-    mover->connect();
-    self.half_moved = Error(ErrorCode::kInternal, "its last rebalance did not end");
-    try {
-      mover->run(plan_moves(from, wanted, options.max_experts_held - 1));
-      self.slots->assign(wanted, stream);
-    } catch (const Error& e) {
-      self.half_moved = e;
-      throw;
-    }
-    self.half_moved.reset();
+    stats = self.move_experts(wanted, stream, options);
     reset_counted_rows(stream);  // They were of what the slots held before.
     ++self.moves.num_rebalances;
-    stats = mover->stats();
-    // Giving memory back waits for the device, so no rank may queue a call before all have done it.
-    mover.reset();
-    (void)group.transport->all_gather({}, group.config.peer_timeout);
   }
+  if (!options.keep_memory && group.mover_memory) group.free_memory_for_moves();
   group.order->after(stream);
   stats.seconds = std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
   if (!(from == wanted)) add(self.moves, stats);

@@ -181,7 +181,7 @@ TEST_P(CudaRebalance, GraphsGoOnAfterExpertsHaveMoved) {
         moved += layer.rebalance(wanted, rank.stream()).num_rounds > 0;
       } else {
         const Placement next = placement_toward(layer.placement(), wanted, 1);
-        moved += layer.rebalance(next, rank.stream()).num_rounds > 0;
+        moved += layer.rebalance(next, rank.stream(), {.keep_memory = true}).num_rounds > 0;
       }
       const std::size_t m = round % 2;
       graphs[m]->replay();

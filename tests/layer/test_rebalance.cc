@@ -84,11 +84,12 @@ TEST_F(Rebalance, InTheMiddleOfAThousandRounds) {
     Placement wanted = layer.placement();
     int wrong = 0, most_received = 0;
     for (std::uint64_t round = 0; round < 1000; ++round) {
-      if (round % 25 == 24) wanted = random_placement(8, 4, 12, 3, round);
+      if (round % 25 == 12) wanted = random_placement(8, 4, 12, 3, round);
       const bool at_once = round < 500;
       if (!(layer.placement() == wanted)) {
-        const auto moved =
-            layer.rebalance(at_once ? wanted : placement_toward(layer.placement(), wanted, 1), {});
+        const Placement to = at_once ? wanted : placement_toward(layer.placement(), wanted, 1);
+        const auto moved = layer.rebalance(to, {}, {.keep_memory = !at_once});
+        EXPECT_EQ(group.memory().moving_bytes, at_once ? 0 : moved.extra_bytes);
         if (!at_once) most_received = std::max(most_received, moved.num_received);
       }
       const std::size_t m = round % 2, s = round / 2 % 4;
@@ -98,6 +99,8 @@ TEST_F(Rebalance, InTheMiddleOfAThousandRounds) {
     EXPECT_EQ(layer.placement(), wanted);
     EXPECT_EQ(most_received, 1);
     EXPECT_GT(layer.rebalance_counters().num_rebalances, 60u);
+    (void)layer.rebalance(wanted, {});
+    EXPECT_EQ(group.memory().moving_bytes, 0u);
   });
 }
 

@@ -34,12 +34,15 @@ def test_a_placement_changes_no_bit(checkpoint, geometry, ranks):
         expected = {mode: alone.add_layer(checkpoint, layer=LAYER).forward(x, routing, mode=mode) for mode in MODES}
         group, backend = make(checkpoint, geometry, transports[rank], num_slots=before.num_slots)
         [layer] = group.add_layers(checkpoint, [LAYER], placements=[before])
+        assert group.memory() == sluice.plan(geometry, num_ranks=ranks, max_tokens_per_rank=TOKENS,
+                                             num_slots=before.num_slots)
         engine = sluice.Engine(checkpoint, transports[rank], backend, layer=LAYER, max_tokens_per_rank=TOKENS,
                                placement=after, timeout_ms=20000)
         assert layer.placement == before and engine.placement == after
         for moved in (False, True):
             if moved:
-                stats = layer.rebalance(after)
+                stats = layer.rebalance(after, keep_memory=True)
+                assert group.memory()["moving_bytes"] == stats["extra_bytes"]
                 assert stats["num_rounds"] > 0 and stats["extra_bytes"] > 0
                 assert layer.placement == after
                 counters = layer.rebalance_counters()
@@ -47,6 +50,8 @@ def test_a_placement_changes_no_bit(checkpoint, geometry, ranks):
                 assert counters == {name: stats[name] for name in counters} and (ranks == 1 or counters["sent_bytes"] > 0)
             for mode in MODES:
                 assert np.array_equal(layer.forward(x, routing, mode=mode), expected[mode]), (moved, mode)
+        layer.rebalance(after)
+        assert group.memory()["moving_bytes"] == 0
         for mode in MODES:
             assert np.array_equal(engine.forward(x, routing, mode=mode), expected[mode])
         return True

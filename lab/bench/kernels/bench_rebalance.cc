@@ -251,9 +251,9 @@ void print_placement(const char* name, const std::vector<std::int64_t>& rows,
 }
 
 /// The steps of a server while the experts of its layers move to `to`, no rank receiving more than
-/// `max_received` at a time; 0: a layer at once.
+/// `max_received` at a time; 0: a layer at once. `keep`: the memory for experts on their way.
 void move_between_steps(Rank& rank, const Options& o, const Placement& to, int max_received,
-                        int held, bool prints) {
+                        int held, bool keep, bool prints) {
   std::vector<double> steps, moves, after_move;
   rank.meet();
   for (int i = 0; i < 2 * kRepeats; ++i) steps.push_back(rank.step_ms());
@@ -267,7 +267,7 @@ void move_between_steps(Rank& rank, const Options& o, const Placement& to, int m
       const auto begin = std::chrono::steady_clock::now();
       const RebalanceStats s = layer.rebalance(
           max_received == 0 ? to : placement_toward(layer.placement(), to, max_received),
-          rank.stream(), {.max_experts_held = held});
+          rank.stream(), {.max_experts_held = held, .keep_memory = keep});
       moves.push_back(milliseconds_since(begin));
       after_move.push_back(rank.step_ms());
       bytes += s.received_bytes, rounds += s.num_rounds;
@@ -276,8 +276,8 @@ void move_between_steps(Rank& rank, const Options& o, const Placement& to, int m
   if (rank.output() != expected) throw Error(ErrorCode::kInternal, "other bits");
   rank.meet();
   if (!prints) return;
-  std::printf("  %7d %5d   %8.3f   %6zu   %6d   %8.1f   %8.3f   %8.3f   %9.2f   %9.3f\n",
-              max_received, held, median(steps), moves.size(), rounds,
+  std::printf("%8d %5d %5s %9.3f %6zu %7d %9.1f %9.3f %9.3f %9.2f %11.3f\n", max_received, held,
+              keep ? "yes" : "no", median(steps), moves.size(), rounds,
               static_cast<double>(bytes) * 1e-6, median(moves), std::ranges::max(moves),
               std::accumulate(moves.begin(), moves.end(), 0.0), median(after_move));
   std::fflush(stdout);
@@ -321,17 +321,26 @@ void run(const Options& o) {
     move("even again", even, 5);
     if (r == 0) {
       std::printf(
-          "steps of %d layers; at most so many experts received at a time (0: all of a layer), "
-          "held\n"
-          "                step, ms   parts    rounds   MB in      part, ms   longest    all, ms   "
-          "  "
-          "step after, ms\n",
+          "steps of %d layers; a rank receives at most so many experts at a time, 0: a whole "
+          "layer\n"
+          "received  held  kept  step, ms  parts  rounds     MB in  part, ms   longest   all, ms  "
+          "step after\n",
           o.layers);
     }
+    struct Case {
+      int max_received, held;
+      bool keep;
+    };
     bool is_even = true;
-    for (const auto& [max_received, held] :
-         {std::pair{0, 2}, {0, 9}, {1, 2}, {2, 3}, {4, 5}, {8, 9}}) {
-      move_between_steps(rank, o, is_even ? of_real : even, max_received, held, r == 0);
+    for (const Case& c : {Case{0, 2, false},
+                          {0, 2, true},
+                          {0, 9, false},
+                          {0, 9, true},
+                          {1, 2, false},
+                          {1, 2, true},
+                          {2, 3, true},
+                          {4, 5, true}}) {
+      move_between_steps(rank, o, is_even ? of_real : even, c.max_received, c.held, c.keep, r == 0);
       is_even = !is_even;
     }
     rank.meet();
