@@ -38,11 +38,12 @@ bool report_rebalance(const LayerRunResult& result, nlohmann::ordered_json& json
   const double before = max_over_mean(rows_before), after = max_over_mean(rows_after);
   const std::vector<double>& times = result.ranks.front().rebalance->total_us;
   fmt::print(
-      "rebalance layer {}: {} experts to other ranks, {} in {} rounds and {:.2f} ms; fullest rank "
+      "rebalance layer {}: {} to other ranks, {} in {} and {:.2f} ms; fullest rank "
       "over mean {:.3f}, then {:.3f}; total {:.2f}, then {:.2f} ms; outputs {}\n",
-      result.layer, all.num_received, human_bytes(static_cast<double>(all.received_bytes)),
-      all.num_rounds, all.seconds * 1e3, before, after, median(result.total_us) / 1000,
-      median(times) / 1000, same_bits ? "the same bits" : "DIFFERENT");
+      result.layer, counted(all.num_received, "expert"),
+      human_bytes(static_cast<double>(all.received_bytes)), counted(all.num_rounds, "round"),
+      all.seconds * 1e3, before, after, median(result.total_us) / 1000, median(times) / 1000,
+      same_bits ? "the same bits" : "DIFFERENT");
   json["rebalance"] = {{"num_experts", all.num_received},
                        {"bytes", all.received_bytes},
                        {"num_rounds", all.num_rounds},

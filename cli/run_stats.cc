@@ -174,10 +174,10 @@ void print_stats(const LayerRunResult& result, const ModelGeometry& geometry) {
     const RebalanceCounters& moves = result.ranks[r].moves;
     if (moves.num_rebalances == 0) continue;
     fmt::print(
-        "moves     rank {}: {} rebalances, {} experts and {} bytes received, {} and {} sent, {} "
-        "copied, {:.2f} ms\n",
-        r, moves.num_rebalances, moves.num_received, moves.received_bytes, moves.num_sent,
-        moves.sent_bytes, moves.num_copied, moves.seconds * 1e3);
+        "moves     rank {}: {}, {} and {} bytes received, {} and {} sent, {} copied, {:.2f} ms\n",
+        r, counted(moves.num_rebalances, "rebalance"), counted(moves.num_received, "expert"),
+        moves.received_bytes, moves.num_sent, moves.sent_bytes, moves.num_copied,
+        moves.seconds * 1e3);
   }
 }
 

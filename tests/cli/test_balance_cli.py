@@ -123,8 +123,9 @@ with tempfile.TemporaryDirectory() as folder:
                     ("rebalance_sent_experts", "num_sent"), ("rebalance_copied_experts", "num_copied"),
                     ("rebalance_received_bytes", "received_bytes"), ("rebalance_sent_bytes", "sent_bytes"))), r)
                 if which == one:
-                    check("run --rebalance --stats", f"moves     rank {rank}: 1 rebalances, {n['num_received']} experts and "
-                          f"{n['received_bytes']} bytes received, {n['num_sent']} and {n['sent_bytes']} sent" in r.stdout, r)
+                    plural = "" if n["num_received"] == 1 else "s"
+                    check("run --rebalance --stats", f"moves     rank {rank}: 1 rebalance, {n['num_received']} expert{plural} "
+                          f"and {n['received_bytes']} bytes received, {n['num_sent']} and {n['sent_bytes']} sent" in r.stdout, r)
         os.remove(path("moved.json"))
     for arguments, message in ((("--rebalance",), "give --slots or --placement"),
                                (("--slots", num + 1), f"num_slots {num + 1} is no multiple of 4 ranks"),
