@@ -102,6 +102,10 @@ class Planted(unittest.TestCase):
         self.expect("outside", "src/exchange/mpi_user.cc", "#include <mpi.h>\n")
         self.expect("outside", "src/core/missing.cc", '#include "core/missing.h"\n')
 
+    def test_random(self):
+        self.expect("random", "src/exchange/cuda/send.cc", "std::random_device draw;\n")
+        self.assertEqual(scan({"src/core/any.cc": "// No std::random_device here.\n"}).violations, [])
+
     def test_environment(self):
         self.expect("environment", "src/core/mmap.cc", "const char* p = getenv(\"HOME\");\n")
 
