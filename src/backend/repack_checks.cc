@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <array>
 #include <bit>
+#include <cmath>
 #include <utility>
 
 #include "backend/ops.h"
@@ -183,6 +184,13 @@ bool overlaps_itself(const RepackFormat& format, const PackedMemory& memory, int
 void throw_scale_fault(std::uint64_t fault, const RepackFormat& format) {
   if (fault == kNoFault) return;
   const auto value = std::bit_cast<float>(static_cast<std::uint32_t>(fault & 0xffff) << 16);
+  if (std::fabs(value) < kScaleLimit) {  // Of MXFP4 on CUDA.
+    fail(ErrorCode::kInvalidArgument,
+         "expert {} {}: scale [{}, {}] = {} is more than 2^127 times below another of its row "
+         "within 128 weights",
+         format.first_expert + static_cast<int>(fault >> 54), kMatrixNames[fault >> 52 & 3],
+         fault >> 32 & 0xfffff, fault >> 16 & 0xffff, value);
+  }
   fail(ErrorCode::kInvalidArgument,
        "expert {} {}: scale [{}, {}] = {} is not a finite number below 2^118",
        format.first_expert + static_cast<int>(fault >> 54), kMatrixNames[fault >> 52 & 3],

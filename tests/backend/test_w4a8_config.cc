@@ -52,6 +52,12 @@ TEST(W4A8Config, PackedBytesAreCodesAndScales) {
   EXPECT_EQ(packed_expert_bytes({.n = 128, .k = 128, .scale_type = ScaleType::kF32}),
             2u * (4096 + 64 * 4));
   EXPECT_EQ(packed_expert_bytes({.n = 128, .k = 256, .group = 32}), 2u * 2 * (4096 + 64 * 4 * 2));
+  EXPECT_EQ(packed_expert_bytes({.n = 128,
+                                 .k = 256,
+                                 .group = 32,
+                                 .scale_type = ScaleType::kE8M0,
+                                 .format = WeightFormat::kMxfp4}),
+            2u * 2 * (4096 + 64 * 4));
 }
 
 }  // namespace

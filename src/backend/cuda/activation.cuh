@@ -16,13 +16,14 @@ namespace sluice::cuda {
 /// Which functions a kernel computes.
 enum class Activations : int {
   kSwiglu,  ///< ActivationKind::kSwiglu.
-  kOthers,  ///< Every other kind.
+  kOthers,  ///< Every other kind; plain SwiGLU too, as one with an infinite limit.
 };
 
 /// An ActivationFn as its functor wants it. Fields of other kinds are 0.
 struct ActivationParams {
   ActivationKind kind;
-  // kSwigluLimit is kSwigluOai with alpha 1 and an offset of -0, which leave every bit as it is.
+  // kSwigluLimit is kSwigluOai with alpha 1 and an offset of -0, which leave every bit as it is;
+  // kSwiglu is kSwigluLimit with a limit of infinity, where a kernel is compiled for all functions.
   float limit, alpha, offset;
   float beta, inv_beta;
   float linear_beta, inv_linear_beta;

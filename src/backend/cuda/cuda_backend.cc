@@ -117,8 +117,7 @@ class CudaBackend final : public BackendOps {
   }
   void take_any_expert(PreparedExperts& experts, Stream stream) override {
     use_device();
-    auto& mine = static_cast<CudaExperts&>(experts);
-    if (!mine.takes_any_expert()) mine.use_ones_complement(stream.handle);
+    static_cast<CudaExperts&>(experts).take_any_expert(stream.handle);
   }
   [[nodiscard]] std::uint64_t checksum(std::span<const std::byte> bytes, std::uint64_t first_word,
                                        Stream stream) override;

@@ -13,8 +13,7 @@ cuda::WeightShape weight_shape(const RepackFormat& format, int n, int k) {
   return {.n = n,
           .k = k,
           .group = format.geometry.group_size,
-          .scale_type = format.scale_dtype == DType::kFloat32 ? cuda::ScaleType::kF32
-                                                              : cuda::ScaleType::kBf16,
+          .scale_type = cuda::scale_type(format.scale_dtype),
           .format = format.geometry.weight_format};
 }
 
@@ -74,6 +73,7 @@ CudaExperts::CudaExperts(const RepackFormat& f, const MutableTensorView& room, i
   cuda::check_kernel_activation(format.geometry.activation);
   check_format(format);
   const ModelGeometry& g = format.geometry;
+  if (g.weight_format == WeightFormat::kMxfp4) code = cuda::WeightCode::kE2M1;
   gate_up_shape = weight_shape(format, 2 * g.intermediate, g.hidden);
   down_shape = weight_shape(format, g.hidden, g.intermediate);
   MutableTensorView view = room;
@@ -156,7 +156,12 @@ void CudaExperts::copy_to_host(std::byte* host) const {
                                cudaMemcpyDeviceToHost));
 }
 
-void CudaExperts::use_ones_complement(cuda::StreamHandle stream) {
+void CudaExperts::take_any_expert(cuda::StreamHandle stream) {
+  if (takes_any_expert()) return;
+  if (code == cuda::WeightCode::kE2M1) {
+    code = cuda::WeightCode::kE2M1Far;
+    return;
+  }
   code = cuda::WeightCode::kOnesComplement;
   cuda::launch_recode(packed.gate_up, gate_up_shape, format.num_experts, stream);
   cuda::launch_recode(packed.down, down_shape, format.num_experts, stream);
@@ -170,7 +175,7 @@ void CudaExperts::finish(cuda::StreamHandle stream) {
       cudaMemcpyAsync(&found, findings->data(), sizeof(found), cudaMemcpyDeviceToHost, queue));
   SLUICE_CUDA_CHECK(cudaStreamSynchronize(queue));
   throw_scale_fault(found.scale_fault, format);
-  if (found.has_minus8 != 0 && !takes_any_expert()) use_ones_complement(stream);
+  if (found.has_minus8 != 0 || found.has_far != 0) take_any_expert(stream);
   findings.reset();
   aside.reset();
 }

@@ -38,12 +38,12 @@ struct CudaExperts final : PreparedExperts {
   [[nodiscard]] std::array<std::span<std::byte>, 2> expert_bytes(int index) override {
     return part_bytes(packed, index);
   }
-  /// kSignMagnitude cannot say -8.
+  /// kSignMagnitude cannot say -8, kE2M1 runs no far matrix.
   [[nodiscard]] bool takes_any_expert() const noexcept override {
-    return code != cuda::WeightCode::kSignMagnitude;
+    return code != cuda::WeightCode::kSignMagnitude && code != cuda::WeightCode::kE2M1;
   }
-  /// Of all experts, from kSignMagnitude; waits for `stream`.
-  void use_ones_complement(cuda::StreamHandle stream);
+  /// Makes it so for all experts; waits for `stream`.
+  void take_any_expert(cuda::StreamHandle stream);
 
   /// Of one expert, from sources that overlap no packed memory. Threads: any, for different halves
   /// of experts.
@@ -66,7 +66,8 @@ struct CudaExperts final : PreparedExperts {
   RepackFormat format;
   int device;
   cuda::WeightShape gate_up_shape, down_shape;
-  /// The cheaper code, which has no -8; finish() turns it into the other one if there is any.
+  /// The cheaper code, of int4 without -8, of mxfp4 without far matrices; finish() turns it into
+  /// the other one if there is any. This is int4's.
   cuda::WeightCode code = cuda::WeightCode::kSignMagnitude;
   std::unique_ptr<CudaBuffer> memory;  // Empty where it is the caller's.
   PackedMemory packed;

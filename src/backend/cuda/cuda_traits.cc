@@ -8,12 +8,11 @@ namespace {
 
 PackedSizes packed_sizes(const ModelGeometry& geometry, DType scale_dtype) {
   const auto bytes = [&](int n, int k) {
-    return packed_expert_bytes(
-        {.n = n,
-         .k = k,
-         .group = geometry.group_size,
-         .scale_type = scale_dtype == DType::kBFloat16 ? ScaleType::kBf16 : ScaleType::kF32,
-         .format = geometry.weight_format});
+    return packed_expert_bytes({.n = n,
+                                .k = k,
+                                .group = geometry.group_size,
+                                .scale_type = scale_type(scale_dtype),
+                                .format = geometry.weight_format});
   };
   return {.gate_up_bytes = bytes(2 * geometry.intermediate, geometry.hidden),
           .down_bytes = bytes(geometry.hidden, geometry.intermediate),

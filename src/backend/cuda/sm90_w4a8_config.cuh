@@ -36,7 +36,10 @@ enum class XScale : int {
 template <KernelConfig Size, WeightCode Code, ScaleType Scale, int Group, XScale X,
           Activations Functions = Activations::kSwiglu, WeightFormat Format = WeightFormat::kInt4>
 struct Config {
-  static_assert(Format == WeightFormat::kInt4, "the main loop widens int4");
+  /// The kernel of far matrices, and no others. It is for correctness: one size does.
+  static constexpr bool kIsFar = Code == WeightCode::kE2M1Far;
+  static_assert((Format == WeightFormat::kMxfp4) == (Code == WeightCode::kE2M1 || kIsFar));
+  static_assert(!kIsFar || Size == KernelConfig::kDecode);
   static constexpr bool kIsDecode = Size == KernelConfig::kDecode;
   static constexpr WeightFormat kFormat = Format;
   static constexpr WeightCode kCode = Code;
@@ -49,11 +52,13 @@ struct Config {
     return X == XScale::kRowThenGroup && (!kComputesBothPhases || phase == 0);
   }
   static constexpr int kGroup = Group;
+  /// Of K that one accumulator sums: the four scales of mxfp4 within 128 are in its codes.
+  static constexpr int kUnit = Format == WeightFormat::kMxfp4 ? kStepK : Group;
   static constexpr Activations kActivations = Functions;
   static constexpr int kMathWarpgroups = kIsDecode ? 4 : 2;
   static constexpr int kSlabsPerWarpgroup = kSlabsPerTile / kMathWarpgroups;
   // Groups of 32 keep four weight scales alive beside the sums: 128 columns would spill.
-  static constexpr int kMaxTokens = kIsDecode || Group == 32 ? 64 : 128;
+  static constexpr int kMaxTokens = kIsDecode || kUnit == 32 ? 64 : 128;
   static constexpr int kMathWarps = 4 * kMathWarpgroups;
   static constexpr int kMathThreads = 32 * kMathWarps;
   static constexpr int kThreads = kMathThreads + 128;
@@ -129,7 +134,8 @@ struct Params {
   const std::int32_t* num_rows;    // [num_experts]
   const std::int64_t* row_offset;  // [num_experts] or nullptr
   int max_m;
-  int* sync;  // [0] next ticket, [1] CTAs that have left, [2 + e] finished tiles of phase 0
+  bool chooses;  // mxfp4: only experts whose matrix in phase 0 is near, or far, as the kernel is
+  int* sync;     // [0] next ticket, [1] CTAs that have left, [2 + e] finished tiles of phase 0
 };
 
 template <class C>

@@ -1,11 +1,13 @@
-// sm90_w4a8_experts.cuh - int4 weights x fp8 activations: the experts of a layer in one kernel.
+// sm90_w4a8_experts.cuh - int4 or mxfp4 weights x fp8 activations: the experts of a layer in one
+// kernel.
 //
 // Maths     per phase (one grouped GEMM), local expert e, row m of e, output channel n:
 //             c[m,n] = sum_g xs[m,g/..] * ws[n,g] * sum_{k in g} x[m,k] * w[n,k]
 //           g: weight groups of 128 (or 32) along K; xs per 128. Inner sum on tensor cores on a
 //           fresh accumulator, outer sum in f32 fma, in order of g. Groups of 32: the four of a 128
 //           are first joined by ws, then meet xs. Static xs (XScale::kPerRow), or one per row of x
-//           (kRowThenGroup): the outer sum has no xs, and c is it times xs. Then, by phase:
+//           (kRowThenGroup): the outer sum has no xs, and c is it times xs. Scales of mxfp4 go into
+//           codes, and units are of 128: sm90_w4a8_mxfp4_loops.cuh. Then, by phase:
 //             kHidden  h = activate(c[gate], c[up]) in f32 -> e4m3 with a scale per (m, 128) or
 //                      static
 //             kBf16    y = bf16(c)

@@ -4,6 +4,7 @@
 
 #include <algorithm>
 #include <array>
+#include <limits>
 #include <optional>
 #include <string>
 #include <vector>
@@ -101,14 +102,6 @@ const Maps& maps_of(const Fp8RowsView& x, std::int64_t rows) {
               std::string(what) + " " + std::to_string(value) + " has no CUDA kernel");
 }
 
-void check_format(WeightFormat format) {
-  switch (format) {
-    case WeightFormat::kInt4:
-      return;
-  }
-  refuse("weight format", static_cast<int>(format));
-}
-
 /// 1 / beta, or 0 for a kind without one.
 float inverse_of(float beta, const ActivationFn& fn) {
   if (beta == 0) return 0;
@@ -121,10 +114,17 @@ float inverse_of(float beta, const ActivationFn& fn) {
 }
 
 void check_shape(const WeightShape& shape) {
-  check_format(shape.format);
+  check_weight_format(shape.format);
   require(shape.n > 0 && shape.n % 128 == 0, "n", shape.n, "must be a positive multiple of 128");
   require(shape.k > 0 && shape.k % 128 == 0, "k", shape.k, "must be a positive multiple of 128");
-  require(allows_group_size(shape.format, shape.group), "group", shape.group, "must be 128 or 32");
+  require(allows_group_size(shape.format, shape.group), "group", shape.group,
+          "must be 128 or 32, of mxfp4 32");
+  require((shape.scale_type == ScaleType::kE8M0) == (shape.format == WeightFormat::kMxfp4),
+          "scale type", static_cast<int>(shape.scale_type), "must be e8m0 for mxfp4 alone");
+}
+
+bool is_mxfp4(WeightCode code) {
+  return code == WeightCode::kE2M1 || code == WeightCode::kE2M1Far;
 }
 
 void check_scale(float s, const char* what) {
@@ -159,6 +159,8 @@ Phase& add_phase(Params& p, const PackedWeights& weights, const RowRanges& rows,
                  const Fp8RowsView& x) {
   const WeightShape& shape = weights.shape;
   check_shape(shape);
+  require(is_mxfp4(weights.code) == (shape.format == WeightFormat::kMxfp4), "weight code",
+          static_cast<int>(weights.code), "is another format's");
   require(x.width == shape.k, "activation width", x.width, "must equal k");
   require_pointer(weights.data, 128, "packed weights");
   require_pointer(x.codes, 16, "activation codes");
@@ -209,6 +211,24 @@ void add_hidden(Params& p, const PackedWeights& weights, const RowRanges& rows,
   phase.h_inv_static = h.scale == nullptr ? 1.0f / h.static_scale : 0.0f;
 }
 
+/// Plain SwiGLU is one with a limit that never acts.
+template <KernelConfig Size, WeightCode Code, XScale X>
+using Mxfp4 =
+    Config<Size, Code, ScaleType::kE8M0, 32, X, Activations::kOthers, WeightFormat::kMxfp4>;
+
+template <KernelConfig Size, WeightCode Code>
+void launch_mxfp4(const Params& p, XScale x, int num_ctas, cudaStream_t stream) {
+  switch (x) {
+    case XScale::kPerGroup:
+      return launch_kernel<Mxfp4<Size, Code, XScale::kPerGroup>>(p, num_ctas, stream);
+    case XScale::kPerRow:
+      return launch_kernel<Mxfp4<Size, Code, XScale::kPerRow>>(p, num_ctas, stream);
+    case XScale::kRowThenGroup:
+      return launch_kernel<Mxfp4<Size, Code, XScale::kRowThenGroup>>(p, num_ctas, stream);
+  }
+  refuse("activation scales", static_cast<int>(x));
+}
+
 template <KernelConfig Size, WeightCode Code, ScaleType Scale, int Group, XScale X>
 void launch_activations(const Params& p, int num_ctas, cudaStream_t stream) {
   if (p.phase[0].activation.kind == ActivationKind::kSwiglu) {
@@ -254,11 +274,21 @@ void launch_scale(const Params& p, const WeightShape& shape, XScale x, int num_c
 template <KernelConfig Size>
 void launch_code(const Params& p, const PackedWeights& w, XScale x, int num_ctas,
                  cudaStream_t stream) {
-  if (w.code == WeightCode::kOnesComplement) {
-    launch_scale<Size, WeightCode::kOnesComplement>(p, w.shape, x, num_ctas, stream);
-  } else {
-    launch_scale<Size, WeightCode::kSignMagnitude>(p, w.shape, x, num_ctas, stream);
+  switch (w.code) {
+    case WeightCode::kOnesComplement:
+      return launch_scale<Size, WeightCode::kOnesComplement>(p, w.shape, x, num_ctas, stream);
+    case WeightCode::kSignMagnitude:
+      return launch_scale<Size, WeightCode::kSignMagnitude>(p, w.shape, x, num_ctas, stream);
+    case WeightCode::kE2M1:
+      return launch_mxfp4<Size, WeightCode::kE2M1>(p, x, num_ctas, stream);
+    case WeightCode::kE2M1Far: {  // Of each expert one of the two kernels does nothing.
+      Params chosen = p;
+      chosen.chooses = true;
+      launch_mxfp4<Size, WeightCode::kE2M1>(chosen, x, num_ctas, stream);
+      return launch_mxfp4<KernelConfig::kDecode, WeightCode::kE2M1Far>(chosen, x, num_ctas, stream);
+    }
   }
+  refuse("weight code", static_cast<int>(w.code));
 }
 
 /// Where the scales of x meet the sums of a GEMM by itself.
@@ -291,6 +321,7 @@ void launch(const Params& p, const PackedWeights& w, const RowRanges& rows, XSca
 }  // namespace
 
 ActivationParams activation_params(const ActivationFn& fn) {
+  constexpr float kInfinity = std::numeric_limits<float>::infinity();
   switch (fn.kind) {
     case ActivationKind::kSwiglu:
     case ActivationKind::kSwigluLimit:
@@ -298,8 +329,8 @@ ActivationParams activation_params(const ActivationFn& fn) {
     case ActivationKind::kSitu:
       check_activation(fn);
       return {.kind = fn.kind,
-              .limit = fn.limit,
-              .alpha = fn.kind == ActivationKind::kSwigluLimit ? 1.0f : fn.alpha,
+              .limit = fn.kind == ActivationKind::kSwiglu ? kInfinity : fn.limit,
+              .alpha = fn.kind == ActivationKind::kSwigluOai ? fn.alpha : 1.0f,
               .offset = fn.kind == ActivationKind::kSwigluOai ? 1.0f : -0.0f,
               .beta = fn.beta,
               .inv_beta = inverse_of(fn.beta, fn),
@@ -337,7 +368,8 @@ void launch_experts(const ExpertGemms& args, StreamHandle stream) {
               down.scale_type == up.scale_type,
           "down group", down.group, "gate_up and down must share code, group and scale type");
   const std::optional<XScale> x = x_scale_of(args.x, args.h, args.config.config);
-  if (!x) {
+  // Far and near matrices are different kernels', and one expert may have both.
+  if (!x || args.gate_up.code == WeightCode::kE2M1Far) {
     launch_gate_up({.weights = args.gate_up,
                     .rows = args.rows,
                     .x = args.x,

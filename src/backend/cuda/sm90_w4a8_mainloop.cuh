@@ -9,6 +9,7 @@
 //   prefill, up to 64        multiply_two_slabs   a product runs while the one before is promoted
 //   prefill, 128             multiply_wide        the next stage is awaited during a product
 //   groups of 32             multiply_group32     sm90_w4a8_group32.cuh
+//   mxfp4                    multiply_mxfp4       sm90_w4a8_mxfp4_loops.cuh
 //
 // ptxas serializes products (an error here, see ptxas_guard.sh) unless
 //   - the fragments of all products that will be in flight together are finished (pin) first;
@@ -19,6 +20,7 @@
 #pragma once
 
 #include "backend/cuda/sm90_w4a8_group32.cuh"
+#include "backend/cuda/sm90_w4a8_mxfp4_loops.cuh"
 #include "backend/cuda/sm90_w4a8_ring.cuh"
 #include "backend/cuda/sm90_w4a8_unit.cuh"
 
@@ -178,6 +180,8 @@ __device__ __forceinline__ void multiply_tile(Shared<C>& s, Ring& ring, int num_
   for (int b = 0; b < C::kSlabsPerWarpgroup; ++b) clear(sum[b]);
   if (!has_slabs) {
     for (int k = 0; k < num_steps; ++k) release(s, acquire(s, ring));
+  } else if constexpr (C::kFormat == WeightFormat::kMxfp4) {
+    multiply_mxfp4<C, X, N>(s, ring, num_steps, lane, sum);
   } else if constexpr (C::kGroup == 32) {
     multiply_group32<C, X, N>(s, ring, num_steps, lane, sum);
   } else if constexpr (C::kIsDecode && N <= 16) {

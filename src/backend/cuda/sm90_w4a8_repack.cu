@@ -17,6 +17,7 @@
 
 #include "backend/cuda/check.h"
 #include "backend/cuda/sm90_w4a8_layout.cuh"
+#include "backend/cuda/sm90_w4a8_source.cuh"
 #include "backend/cuda/w4a8.h"
 #include "sluice/error.h"
 
@@ -34,48 +35,6 @@ struct RepackParams {
   bool is_gate_up;
   bool ones_complement;
 };
-
-/// Matrix and row behind fragment row (16 warp + 8 half + c) of a slab.
-struct SourceRow {
-  int matrix;
-  int row;
-};
-__device__ SourceRow source_row(const RepackParams& p, int slab, int warp, int half, int c) {
-  if (p.is_gate_up) return {half, slab * 32 + warp * 8 + c};
-  return {0, slab * kSlabRows + warp * 16 + 2 * c + half};
-}
-
-/// A row's weights 16 i + 4 q + 0..3 of the K step as they are stored, i = 0..7, q = lane % 4.
-template <bool kDense>
-__device__ void load_pairs(const RepackParams& p, SourceRow from, int step, int q,
-                           std::uint32_t (&pairs)[8]) {
-  const MatrixSource& m = p.from[from.matrix];
-  const std::byte* const row = m.codes + from.row * m.row_bytes;
-  if constexpr (!kDense) {
-#pragma unroll
-    for (int i = 0; i < 8; ++i) {
-      const int k = step * kStepK + 16 * i + 4 * q;
-      pairs[i] = *reinterpret_cast<const std::uint16_t*>(row + k / 8 * m.word_bytes + k % 8 / 2);
-    }
-    return;
-  }
-  // Lane r of the four has the bytes of i = 2 r and 2 r + 1; word[q] is what lane q needs of them.
-  const uint4 w = *reinterpret_cast<const uint4*>(row + step * (kStepK / 2) + 16 * q);
-  std::uint32_t word[4] = {__byte_perm(w.x, w.z, 0x5410), __byte_perm(w.x, w.z, 0x7632),
-                           __byte_perm(w.y, w.w, 0x5410), __byte_perm(w.y, w.w, 0x7632)};
-  // A transposition of 4 x 4 words over 4 lanes: of 2 x 2 within both halves, then of the halves.
-  const auto trade = [q](std::uint32_t& low, std::uint32_t& high, int bit) {
-    const bool is_high = (q & bit) != 0;
-    const std::uint32_t got = __shfl_xor_sync(0xffffffffu, is_high ? low : high, bit);
-    (is_high ? low : high) = got;
-  };
-  trade(word[0], word[1], 1);
-  trade(word[2], word[3], 1);
-  trade(word[0], word[2], 2);
-  trade(word[1], word[3], 2);
-#pragma unroll
-  for (int i = 0; i < 8; ++i) pairs[i] = word[i / 2] >> (i % 2 * 16) & 0xffff;
-}
 
 /// Four weights as a sign (bit 7) and magnitude (bits 2..0) per byte.
 __device__ std::uint32_t to_signed(const RepackParams& p, std::uint32_t pairs, bool& has_minus8) {
@@ -175,6 +134,7 @@ __global__ void __launch_bounds__(256) recode_kernel(std::uint8_t* packed, int b
 
 void launch_repack(const Repack& args, StreamHandle stream) {
   const WeightShape& s = args.shape;
+  if (s.format == WeightFormat::kMxfp4) return launch_repack_mxfp4(args, stream);
   if (s.n <= 0 || s.n % 128 != 0 || s.k <= 0 || s.k % 128 != 0 ||
       (s.group != 128 && s.group != 32)) {
     throw Error(ErrorCode::kInvalidArgument, "repack: n " + std::to_string(s.n) + " and k " +
@@ -192,11 +152,7 @@ void launch_repack(const Repack& args, StreamHandle stream) {
                        .is_gate_up = args.is_gate_up,
                        .ones_complement = args.code == WeightCode::kOnesComplement};
   const dim3 grid(s.k / kStepK, s.n / kSlabRows);
-  const auto is_dense = [](const MatrixSource& m) {
-    return m.word_bytes == 4 && m.row_bytes % 16 == 0 &&
-           reinterpret_cast<std::uintptr_t>(m.codes) % 16 == 0;
-  };
-  const bool all_dense = is_dense(p.from[0]) && (!args.is_gate_up || is_dense(p.from[1]));
+  const bool all_dense = is_dense(args);
   const auto kernel = all_dense ? repack_kernel<true> : repack_kernel<false>;
   kernel<<<grid, 128, 0, static_cast<cudaStream_t>(stream)>>>(p);
   SLUICE_CUDA_CHECK(cudaGetLastError());

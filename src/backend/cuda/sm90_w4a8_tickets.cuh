@@ -18,13 +18,25 @@ __device__ __forceinline__ TicketShape shape_tickets(const Phase& phase, int num
   return {row_tiles, (phase.num_row_tiles + row_tiles - 1) / row_tiles};
 }
 
+/// Rows of an expert that this launch computes: none where its matrix is another kernel's.
+template <class C>
+__device__ __forceinline__ int rows_of(const Params& p, int expert) {
+  if constexpr (C::kFormat == WeightFormat::kMxfp4) {
+    const Phase& phase = p.phase[0];
+    const auto* const word = reinterpret_cast<const std::uint32_t*>(
+        phase.weights + expert * phase.expert_bytes + kFarWordAt);
+    if (p.chooses && ((*word & kFarMatrix) != 0) != C::kIsFar) return 0;
+  }
+  return p.num_rows[expert];
+}
+
 /// Token tiles before each expert, by one warp. Counts are read from global memory once per CTA.
 template <class C>
 __device__ __forceinline__ void scan_token_tiles(Shared<C>& s, const Params& p, int lane) {
   int total = 0;
   for (int first = 0; first < p.num_experts; first += 32) {
     const int e = first + lane;
-    const int rows = e < p.num_experts ? p.num_rows[e] : 0;
+    const int rows = e < p.num_experts ? rows_of<C>(p, e) : 0;
     int sum = rows > 0 ? (rows + C::kMaxTokens - 1) / C::kMaxTokens : 0;
     for (int d = 1; d < 32; d *= 2) {
       const int below = __shfl_up_sync(0xffffffffu, sum, d);

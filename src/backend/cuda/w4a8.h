@@ -37,12 +37,18 @@ namespace sluice::cuda {
 using StreamHandle = void*;
 
 /// Type of the weight scales, in the checkpoint and inside the packed stream.
-enum class ScaleType : std::uint8_t { kBf16, kF32 };
+/// kE8M0 is that of mxfp4.
+enum class ScaleType : std::uint8_t { kBf16, kF32, kE8M0 };
 
-/// How int4 is stored in the packed stream; decides the instructions needed per 8 weights.
+/// Requires: one of float32, bfloat16, float8_e8m0.
+[[nodiscard]] ScaleType scale_type(DType dtype);
+
+/// How weights are stored in the packed stream; decides the instructions needed per 8 weights.
 enum class WeightCode : std::uint8_t {
-  kOnesComplement,  ///< 7 instructions, prefill 6; exact for all 16 values. Always valid.
-  kSignMagnitude,   ///< 3 instructions. Requires: no weight is -8 (RepackFindings).
+  kOnesComplement,  ///< int4: 7 instructions, prefill 6; exact for all 16 values. Always valid.
+  kSignMagnitude,   ///< int4: 3 instructions. Requires: no weight is -8 (RepackFindings).
+  kE2M1,            ///< mxfp4: 10.3 instructions. Requires: no matrix is far (RepackFindings).
+  kE2M1Far,         ///< The same, and perhaps far matrices: kernels of their own for both kinds.
 };
 
 /// One weight matrix shape, the same for every expert. n and k are multiples of 128.
@@ -60,10 +66,11 @@ void check_weight_format(WeightFormat format);
 /// Bytes of one expert's packed stream; a multiple of 128. Experts follow each other without gaps.
 [[nodiscard]] std::size_t packed_expert_bytes(const WeightShape& shape);
 
-/// What repacking notes about its sources, in device memory. Begin with {kNoFault, 0}.
+/// What repacking notes about its sources, in device memory. Begin with {}.
 struct RepackFindings {
   unsigned long long scale_fault = kNoFault;  ///< The first bad scale: scale_fault().
   std::int32_t has_minus8 = 0;                ///< A weight is -8: kSignMagnitude cannot say so.
+  std::int32_t has_far = 0;                   ///< A matrix of mxfp4 is far: kE2M1 lacks its loops.
 };
 
 /// Repacking of one expert's gate and up together, or of its down (or any single GEMM).
@@ -77,8 +84,10 @@ struct Repack {
   int expert = 0;                      ///< For findings.
   RepackFindings* findings = nullptr;  ///< Not null.
 };
-/// Input and output must not overlap. Scales are multiplied by 2^9 on the way (exact).
+/// Input and output must not overlap. Scales of int4 are multiplied by 2^9 on the way (exact).
 void launch_repack(const Repack& args, StreamHandle stream);
+/// The same of mxfp4, which launch_repack() calls.
+void launch_repack_mxfp4(const Repack& args, StreamHandle stream);
 
 /// Turns the codes of packed experts from kSignMagnitude into kOnesComplement, where they lie. A -8
 /// that was packed as kSignMagnitude is -0 there, which no other weight is, so none is lost.
@@ -159,7 +168,8 @@ struct ExpertGemms {
   ConfigChoice config;
   ActivationFn activation = {};
 };
-/// Two kernels where x and h have unlike scales, but for h with scales per 128 in kDecode.
+/// Two kernels where x and h have unlike scales, but for h with scales per 128 in kDecode. Four
+/// with kE2M1Far.
 void launch_experts(const ExpertGemms& args, StreamHandle stream);
 
 }  // namespace sluice::cuda

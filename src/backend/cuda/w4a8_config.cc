@@ -43,15 +43,21 @@ ConfigChoice choose_config(const ConfigProblem& problem, const ConfigDevice& dev
   return choice;
 }
 
+ScaleType scale_type(DType dtype) {
+  SLUICE_ASSERT(dtype == DType::kFloat32 || dtype == DType::kBFloat16 ||
+                dtype == DType::kFloat8E8M0);
+  return dtype == DType::kFloat32    ? ScaleType::kF32
+         : dtype == DType::kBFloat16 ? ScaleType::kBf16
+                                     : ScaleType::kE8M0;
+}
+
 void check_weight_format(WeightFormat format) {
   switch (format) {
     case WeightFormat::kInt4:
-      return;
     case WeightFormat::kMxfp4:
-      break;
+      return;
   }
-  fail(ErrorCode::kUnsupported, "the CUDA backend does not compute experts of {}",
-       to_string(format));
+  fail(ErrorCode::kUnsupported, "weight format {} has no CUDA kernel", static_cast<int>(format));
 }
 
 std::size_t packed_expert_bytes(const WeightShape& shape) {
