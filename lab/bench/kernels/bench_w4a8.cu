@@ -6,8 +6,8 @@
 //
 //   bench_w4a8 [--quick]          a fixed list of cases, weights in groups of 128
 //   bench_w4a8 --rows 16,64,128   the stage at these rows per expert; narrowed by
-//       --experts 8 --group 32 --static|--token --code 7 --config decode|prefill
-//       --intermediate 256
+//       --experts 8 --group 32 --static|--token --code 7|mxfp4 --config decode|prefill
+//       --hidden 4096 --intermediate 256 --activation swiglu:limit=10
 #include <algorithm>
 #include <chrono>
 #include <cstring>
@@ -20,7 +20,7 @@
 namespace sluice::cuda::bench {
 namespace {
 
-constexpr int kHidden = 7168, kMaxM = 1024;
+constexpr int kMaxM = 1024;
 
 /// Plain reads: the ceiling that decode is held against.
 __global__ void read_all(const uint4* data, std::size_t n, int* sink) {
@@ -78,12 +78,13 @@ Timing time_graph(int per_graph, int replays, Launch launch) {
 
 /// What weights there are: experts of one shape. Launches rotate through them.
 struct Pool {
-  int experts = 32, intermediate = 2048, group = 128;
+  int experts = 32, hidden = 7168, intermediate = 2048, group = 128;
+  bool is_mxfp4 = false;
 };
 
 struct Bench {
   Pool pool;
-  Weights weights[2];  // by WeightCode
+  Weights weights[3];  // by WeightCode; of int4 two, or of mxfp4 one
   Buffer<std::uint8_t> x, h;
   Buffer<float> x_scale, h_scale;
   Buffer<std::uint16_t> y;
@@ -91,28 +92,30 @@ struct Bench {
   double read_gbs = 0;
   bool rests = true;
   bool is_token = false;  // x has one scale per row, unless it is static
+  ActivationFn activation;
 
   explicit Bench(Data data, const Pool& of = {}) : pool(of) {
-    for (int i = 0; i < 2; ++i) {
+    for (int i = pool.is_mxfp4 ? 2 : 0; i < (pool.is_mxfp4 ? 3 : 2); ++i) {
       weights[i] = make_weights({.num_experts = pool.experts,
-                                 .hidden = kHidden,
+                                 .hidden = pool.hidden,
                                  .intermediate = pool.intermediate,
-                                 .group = pool.group,
+                                 .group = pool.is_mxfp4 ? 32 : pool.group,
+                                 .scale_type = pool.is_mxfp4 ? ScaleType::kE8M0 : ScaleType::kBf16,
                                  .code = static_cast<WeightCode>(i),
                                  .seed = 5,
                                  .keep_canonical = false,
                                  .data = data});
     }
     const std::size_t rows = static_cast<std::size_t>(pool.experts) * kMaxM;
-    x = Buffer<std::uint8_t>(rows * kHidden);
+    x = Buffer<std::uint8_t>(rows * pool.hidden);
     h = Buffer<std::uint8_t>(rows * pool.intermediate);
-    x_scale = Buffer<float>(rows * kHidden / 128);
+    x_scale = Buffer<float>(rows * pool.hidden / 128);
     h_scale = Buffer<float>(rows * pool.intermediate / 128);
-    y = Buffer<std::uint16_t>(rows * kHidden);
+    y = Buffer<std::uint16_t>(rows * pool.hidden);
     num_rows = Buffer<std::int32_t>(pool.experts);
     sync = Buffer<std::int32_t>(sync_bytes(pool.experts) / 4);
     sync.fill(0);
-    random_activations<<<4096, 256>>>(x.data, x.size, kHidden, 3, data);
+    random_activations<<<4096, 256>>>(x.data, x.size, pool.hidden, 3, data);
     random_activations<<<4096, 256>>>(h.data, h.size, pool.intermediate, 4, data);
     random_scales<<<1024, 256>>>(x_scale.data, x_scale.size, 5, false, 1e-3f, 1.0f);
     random_scales<<<1024, 256>>>(h_scale.data, h_scale.size, 6, false, 1e-3f, 1.0f);
@@ -120,7 +123,7 @@ struct Bench {
   }
 
   void measure_read() {
-    const Buffer<std::uint8_t>& all = weights[0].packed_gate_up;
+    const Buffer<std::uint8_t>& all = weights[pool.is_mxfp4 ? 2 : 0].packed_gate_up;
     const Timing t = time_graph(4, 15, [&](cudaStream_t s, int) {
       read_all<<<132 * 8, 512, 0, s>>>(reinterpret_cast<const uint4*>(all.data), all.size / 16,
                                        sync.data);
@@ -149,7 +152,7 @@ struct Bench {
     const Fp8RowsView in{.codes = x.data,
                          .scale = is_static ? nullptr : x_scale.data,
                          .static_scale = 0.002f,
-                         .width = kHidden,
+                         .width = pool.hidden,
                          .scale_per_row = is_token && !is_static};
     const Fp8Rows hidden{h.data, is_static ? nullptr : h_scale.data, 0.5f, pool.intermediate};
     long long total = 0, active = 0;
@@ -167,12 +170,18 @@ struct Bench {
                         .h = hidden,
                         .y = y.data,
                         .sync = sync.data,
-                        .config = choice},
+                        .config = choice,
+                        .activation = activation},
                        s);
       } else if (what == kGemm1) {
-        launch_gate_up(
-            {.weights = a, .rows = rows, .x = in, .h = hidden, .sync = sync.data, .config = choice},
-            s);
+        launch_gate_up({.weights = a,
+                        .rows = rows,
+                        .x = in,
+                        .h = hidden,
+                        .sync = sync.data,
+                        .config = choice,
+                        .activation = activation},
+                       s);
       } else {
         launch_grouped_gemm({.weights = b,
                              .rows = rows,
@@ -185,12 +194,12 @@ struct Bench {
     });
     double bytes = 0, flops = 0;
     if (what != kGemm2) {
-      bytes += 1.0 * gu / experts * active + total * (kHidden * 1.03 + pool.intermediate);
-      flops += 2.0 * total * kHidden * 2 * pool.intermediate;
+      bytes += 1.0 * gu / experts * active + total * (pool.hidden * 1.03 + pool.intermediate);
+      flops += 2.0 * total * pool.hidden * 2 * pool.intermediate;
     }
     if (what != kGemm1) {
-      bytes += 1.0 * dn / experts * active + total * (pool.intermediate + 2.0 * kHidden);
-      flops += 2.0 * total * kHidden * pool.intermediate;
+      bytes += 1.0 * dn / experts * active + total * (pool.intermediate + 2.0 * pool.hidden);
+      flops += 2.0 * total * pool.hidden * pool.intermediate;
     }
     std::printf(
         "%-7s E %2d %-10s expected %5d %-7s %-7s %-6s %8.1f us (%.1f..%.1f) %6.0f GB/s %4.0f%% "
@@ -199,7 +208,9 @@ struct Bench {
         : what == kGemm1 ? "gate_up"
                          : "down",
         experts, label, expected, config == KernelConfig::kDecode ? "decode" : "prefill",
-        code == WeightCode::kOnesComplement ? "7-instr" : "3-instr",
+        code == WeightCode::kE2M1             ? "mxfp4"
+        : code == WeightCode::kOnesComplement ? "7-instr"
+                                              : "3-instr",
         is_static  ? "static"
         : is_token ? "token"
                    : "group",
@@ -257,14 +268,20 @@ int bench_all(bool quick, bool rests, Data data) {
 /// Chosen cases instead of the fixed list.
 struct Choice {
   std::vector<int> rows;
-  int experts = 32, intermediate = 2048, group = 128, config = -1;  // -1: choose_config()
+  Pool pool;
+  int experts = 32, config = -1;  // -1: choose_config()
   bool is_static = false, is_token = false;
   WeightCode code = WeightCode::kSignMagnitude;
+  ActivationFn activation;
 };
 
 int bench_chosen(const Choice& c, bool rests, Data data) {
-  std::printf("groups of %d\n", c.group);
-  Bench b(data, {std::max(32, c.experts), c.intermediate, c.group});
+  std::printf("hidden %d, intermediate %d, groups of %d, %s\n", c.pool.hidden, c.pool.intermediate,
+              c.pool.is_mxfp4 ? 32 : c.pool.group, to_string(c.activation).c_str());
+  Pool pool = c.pool;
+  pool.experts = std::max(32, c.experts);
+  Bench b(data, pool);
+  b.activation = c.activation;
   b.rests = rests;
   b.is_token = c.is_token;
   b.measure_read();
@@ -313,11 +330,17 @@ int main(int argc, char** argv) {
       if (arg == "--token") choice.is_token = true;
       if (arg == "--rows") choice.rows = sluice::cuda::bench::parse_list(value);
       if (arg == "--experts") choice.experts = std::atoi(value);
-      if (arg == "--intermediate") choice.intermediate = std::atoi(value);
-      if (arg == "--group") choice.group = std::atoi(value);
+      if (arg == "--intermediate") choice.pool.intermediate = std::atoi(value);
+      if (arg == "--group") choice.pool.group = std::atoi(value);
       if (arg == "--code" && std::string("7") == value) {
         choice.code = sluice::cuda::WeightCode::kOnesComplement;
       }
+      if (arg == "--code" && std::string("mxfp4") == value) {
+        choice.code = sluice::cuda::WeightCode::kE2M1;
+        choice.pool.is_mxfp4 = true;
+      }
+      if (arg == "--hidden") choice.pool.hidden = std::atoi(value);
+      if (arg == "--activation") choice.activation = sluice::parse_activation(value);
       if (arg == "--config") choice.config = std::string("prefill") == value;
     }
     if (!choice.rows.empty()) return sluice::cuda::bench::bench_chosen(choice, rests, data);

@@ -3,97 +3,24 @@
 // First the activation functions by themselves (check_activation.cuh). For each case: h against the
 // activation of the float64 product (per element: e4m3 rounding + a constant times the terms'
 // magnitudes), y against the float64 product of the device's own h (bf16 rounding + constant * sum
-// |a||w|), untouched padding, same bits twice, and same bits from both kernel configurations.
+// |a||w|), untouched padding, same bits twice, and same bits from both kernel configurations; of
+// mxfp4 also which matrices are packed as far ones. The cases: check_cases.cuh.
+//
+//   check_w4a8 [--short|--tiny] [--mxfp4] [--repeats N]    --mxfp4: cases of mxfp4 alone
+//
 // Exit status 0 only if everything holds. Prints the worst constant seen.
 #include <cmath>
 #include <cstring>
 #include <string>
 #include <thread>
 
-#include "bench/kernels/check_activation.cuh"
+#include "bench/kernels/check_cases.cuh"
 #include "bench/kernels/layer.cuh"
 
 namespace sluice::cuda::bench {
 namespace {
 
 constexpr int kSampledRows = 12, kSampledColumns = 160;
-
-double decode_e4m3(std::uint8_t c) {
-  const int e = (c >> 3) & 15, m = c & 7;
-  if ((c & 0x7f) == 0x7f) return std::nan("");
-  const double v = e == 0 ? std::ldexp(m, -9) : std::ldexp(8 + m, e - 10);
-  return (c & 0x80) != 0 ? -v : v;
-}
-double decode_bf16(std::uint16_t b) {
-  const std::uint32_t bits = std::uint32_t{b} << 16;
-  float f;
-  std::memcpy(&f, &bits, 4);
-  return f;
-}
-
-struct Case {
-  int hidden, intermediate;
-  std::vector<int> rows;
-  int group;
-  ScaleType scale_type;
-  WeightCode code;
-  bool is_contiguous, is_static;
-  const char* activation = "swiglu";
-  float x_static = 0.004f;
-  bool is_token = false;  // x has one scale per row, h its own per 128; not with is_static
-  std::string name() const {
-    return "H " + std::to_string(hidden) + " I " + std::to_string(intermediate) + " E " +
-           std::to_string(rows.size()) + " g" + std::to_string(group) +
-           (scale_type == ScaleType::kBf16 ? " bf16" : " f32") +
-           (code == WeightCode::kOnesComplement ? " 7-instr" : " 3-instr") +
-           (is_contiguous ? " contiguous" : " masked") +
-           (is_token       ? " token "
-            : !is_static   ? " group "
-            : x_static > 1 ? " huge "
-                           : " static ") +
-           activation;
-  }
-};
-
-/// Host copy of one matrix of all experts.
-struct HostMatrix {
-  std::vector<std::uint8_t> codes, scales;
-  int n, k, group;
-  bool bf16;
-  double scale(std::size_t e, int row, int col) const {
-    const std::size_t at = (e * n + row) * (k / group) + col / group;
-    if (bf16) return decode_bf16(reinterpret_cast<const std::uint16_t*>(scales.data())[at]);
-    return reinterpret_cast<const float*>(scales.data())[at];
-  }
-  int weight(std::size_t e, int row, int col) const {
-    const int v = codes[((e * n + row) * k + col) / 2] >> (col % 2 * 4) & 15;
-    return v >= 8 ? v - 16 : v;
-  }
-};
-
-/// Row `row` of matrix times activation codes x with scales xs: one for each `x_group` channels, or
-/// null for a static one.
-Sum dot(const HostMatrix& m, std::size_t e, int row, const std::uint8_t* x, const float* xs,
-        float static_scale, int x_group = 128) {
-  static const auto table = [] {
-    std::vector<double> t(256);
-    for (int i = 0; i < 256; ++i) t[i] = decode_e4m3(static_cast<std::uint8_t>(i));
-    return t;
-  }();
-  Sum sum;
-  for (int g = 0; g < m.k; g += m.group) {
-    double part = 0, magnitude = 0;
-    for (int k = g; k < g + m.group; ++k) {
-      const double t = table[x[k]] * m.weight(e, row, k);
-      part += t;
-      magnitude += std::fabs(t);
-    }
-    const double s = m.scale(e, row, g) * (xs != nullptr ? xs[g / x_group] : static_scale);
-    sum.value += part * s;
-    sum.magnitude += magnitude * s;
-  }
-  return sum;
-}
 
 struct Outputs {
   std::vector<std::uint8_t> h;
@@ -228,6 +155,21 @@ void check_padding(const Case& c, const std::vector<int>& base, std::size_t tota
   }
 }
 
+/// Whether mxfp4's matrices are packed as their scales demand.
+bool has_expected_matrices(const Case& c, const Weights& w) {
+  if (c.code != WeightCode::kE2M1) return true;
+  const auto experts = static_cast<int>(c.rows.size());
+  const int up = count_far(w.packed_gate_up, w.gate_up().shape, experts);
+  const int down = count_far(w.packed_down, w.down().shape, experts);
+  const int want = c.spread == Spread::kFar      ? experts
+                   : c.spread == Spread::kOneFar ? experts / 2
+                                                 : 0;
+  if (up == want && down == want) return true;
+  std::printf("FAIL %s: %d and %d of %d matrices are far, not %d\n", c.name().c_str(), up, down,
+              experts, want);
+  return false;
+}
+
 bool run_case(const Case& c, int repeats = 1) {
   const int experts = static_cast<int>(c.rows.size());
   Weights w = make_weights({.num_experts = experts,
@@ -236,7 +178,9 @@ bool run_case(const Case& c, int repeats = 1) {
                             .group = c.group,
                             .scale_type = c.scale_type,
                             .code = c.code,
-                            .seed = static_cast<std::uint64_t>(c.hidden + 3 * c.intermediate)});
+                            .seed = static_cast<std::uint64_t>(c.hidden + 3 * c.intermediate),
+                            .spread = c.spread});
+  if (!has_expected_matrices(c, w)) return false;
   int max_m = 1;
   for (int n : c.rows) max_m = std::max(max_m, n);
   std::vector<int> base(experts);
@@ -288,7 +232,7 @@ bool run_case(const Case& c, int repeats = 1) {
             i < 2 ? c.intermediate : c.hidden,
             i < 2 ? c.hidden : c.intermediate,
             c.group,
-            c.scale_type == ScaleType::kBf16};
+            c.scale_type};
   }
   std::vector<Report> reports(experts);
   std::vector<std::thread> threads;
@@ -321,56 +265,12 @@ bool run_case(const Case& c, int repeats = 1) {
   return ok;
 }
 
-int check_all(bool is_short, bool is_tiny, int repeats) {
-  const std::vector<int> all{0, 1, 3, 7, 8, 9, 16, 17, 63, 64, 65, 127, 128, 129, 1000, 1024, 2, 0};
-  const std::vector<int> few{0, 5, 0, 9, 33, 70, 0};
-  const auto kBf16 = ScaleType::kBf16, kF32 = ScaleType::kF32;
-  const auto k7 = WeightCode::kOnesComplement, k3 = WeightCode::kSignMagnitude;
-  std::vector<Case> cases{
-      {128, 128, few, 128, kBf16, k7, false, false}, {384, 128, few, 128, kBf16, k3, true, false},
-      {128, 384, few, 128, kF32, k7, false, true},   {384, 1792, few, 32, kBf16, k7, true, false},
-      {384, 384, few, 32, kF32, k3, false, true},    {1792, 384, few, 128, kF32, k3, true, true},
-      {128, 128, {0}, 128, kBf16, k7, false, false}, {128, 128, {1}, 128, kBf16, k3, false, true},
-  };
-  // Down tiles of one and two steps, so many that a ticket has several: uneven, the last one short.
-  std::vector<int> many(160);
-  for (int e = 0; e < 160; ++e) many[e] = e % 4;
-  many[9] = 70;
-  cases.push_back({3456, 128, many, 128, kBf16, k3, false, false});
-  cases.push_back({3456, 256, many, 32, kF32, k7, true, false});
-  cases.push_back({3456, 128, many, 128, kBf16, k7, false, true});
-  const char* const limits[] = {"swiglu:limit=0.25", "swiglu-oai:alpha=1.702,limit=0.25",
-                                "situ:beta=0.5,linear_beta=0.25"};
-  for (const char* const fn : limits) {
-    cases.push_back({384, 384, few, 128, kBf16, k3, false, false, fn});
-    cases.push_back({1792, 256, few, 32, kF32, k7, true, false, fn});
-    cases.push_back({384, 256, few, 128, kBf16, k7, true, true, fn});
-    cases.push_back({384, 256, few, 128, kF32, k3, false, true, fn, 1e38f});  // Infinite sums.
-  }
-  cases.push_back({384, 256, few, 128, kBf16, k3, false, true, "swiglu", 1e38f});
-  const auto token = [&](Case c) {
-    c.is_token = true;
-    return c;
-  };
-  cases.insert(cases.begin() + 4, token({384, 384, few, 32, kBf16, k7, true, false}));
-  cases.insert(cases.begin() + 5, token({1792, 384, few, 128, kF32, k3, false, false}));
-  cases.push_back(token({128, 128, few, 128, kBf16, k7, false, false}));
-  cases.push_back(token({3456, 256, many, 128, kBf16, k3, true, false}));
-  cases.push_back(token({384, 256, few, 32, kF32, k3, false, false, limits[0]}));
-  if (is_tiny) cases.resize(7);  // all kinds of activation scales, both groups, both codes
-  if (!is_short && !is_tiny) {
-    cases.push_back({1792, 384, all, 128, kBf16, k7, false, false});
-    cases.push_back({3584, 1792, all, 128, kBf16, k3, true, false});
-    cases.push_back({7168, 2048, all, 128, kBf16, k7, false, false});
-    cases.push_back({7168, 2048, all, 128, kBf16, k3, true, true});
-    cases.push_back({7168, 384, all, 32, kBf16, k7, false, false});
-    cases.push_back({7168, 384, all, 32, kBf16, k3, true, true});
-    cases.push_back({1792, 7168, all, 128, kF32, k7, true, false});
-    cases.push_back(token({7168, 384, all, 128, kBf16, k3, false, false}));
-    cases.push_back(token({1792, 384, all, 32, kBf16, k7, true, false}));
-  }
+int check_all(const CaseChoice& choice, int repeats) {
+  const std::vector<Case> cases = all_cases(choice);
   int failed = 0;
-  for (const char* const fn : kActivations) failed += check_edges(fn) + check_precision(fn);
+  if (choice.has_int4) {
+    for (const char* const fn : kActivations) failed += check_edges(fn) + check_precision(fn);
+  }
   for (const Case& c : cases) failed += run_case(c, repeats) ? 0 : 1;
   std::printf("%d failures in %zu cases and the functions by themselves\n", failed, cases.size());
   return failed == 0 ? 0 : 1;
@@ -381,14 +281,15 @@ int check_all(bool is_short, bool is_tiny, int repeats) {
 
 int main(int argc, char** argv) {
   try {
-    bool is_short = false, is_tiny = false;
+    sluice::cuda::bench::CaseChoice choice;
     int repeats = 1;
     for (int i = 1; i < argc; ++i) {
-      if (std::strcmp(argv[i], "--short") == 0) is_short = true;  // small shapes
-      if (std::strcmp(argv[i], "--tiny") == 0) is_tiny = true;    // seven cases, for sanitizers
+      if (std::strcmp(argv[i], "--short") == 0) choice.is_short = true;  // small shapes
+      if (std::strcmp(argv[i], "--tiny") == 0) choice.is_tiny = true;    // few, for sanitizers
+      if (std::strcmp(argv[i], "--mxfp4") == 0) choice.has_int4 = false;
       if (std::strcmp(argv[i], "--repeats") == 0 && i + 1 < argc) repeats = std::atoi(argv[++i]);
     }
-    return sluice::cuda::bench::check_all(is_short, is_tiny, repeats);
+    return sluice::cuda::bench::check_all(choice, repeats);
   } catch (const std::exception& e) {
     std::printf("error: %s\n", e.what());
     return 1;

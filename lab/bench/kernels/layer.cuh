@@ -11,55 +11,10 @@
 #include "backend/cuda/check.h"
 #include "backend/cuda/ptx/math.cuh"
 #include "backend/cuda/w4a8.h"
+#include "bench/kernels/random_mxfp4.cuh"
 #include "sluice/repack.h"
 
 namespace sluice::cuda::bench {
-
-/// Device memory that lives as long as the object.
-template <class T>
-struct Buffer {
-  T* data = nullptr;
-  std::size_t size = 0;
-  Buffer() = default;
-  explicit Buffer(std::size_t n) : size(n) {
-    if (n > 0) SLUICE_CUDA_CHECK(cudaMalloc(&data, n * sizeof(T)));
-  }
-  Buffer(Buffer&& o) noexcept : data(o.data), size(o.size) {
-    o.data = nullptr;
-    o.size = 0;
-  }
-  Buffer& operator=(Buffer&& o) noexcept {
-    std::swap(data, o.data);
-    std::swap(size, o.size);
-    return *this;
-  }
-  ~Buffer() { cudaFree(data); }
-  void fill(int byte) { SLUICE_CUDA_CHECK(cudaMemset(data, byte, size * sizeof(T))); }
-  void upload(const std::vector<T>& v) {
-    SLUICE_CUDA_CHECK(cudaMemcpy(data, v.data(), v.size() * sizeof(T), cudaMemcpyHostToDevice));
-  }
-  std::vector<T> download() const {
-    std::vector<T> v(size);
-    SLUICE_CUDA_CHECK(cudaMemcpy(v.data(), data, size * sizeof(T), cudaMemcpyDeviceToHost));
-    return v;
-  }
-};
-
-__host__ __device__ inline std::uint32_t hash(std::uint64_t x) {
-  x = (x + 0x9e3779b97f4a7c15ull) * 0xbf58476d1ce4e5b9ull;
-  x = (x ^ (x >> 31)) * 0x94d049bb133111ebull;
-  return static_cast<std::uint32_t>(x >> 32);
-}
-
-/// kUniform: every code is equally likely. The hardest case for correctness, and for power.
-/// kNormal: what a checkpoint and a quantizer produce: normal values, largest magnitude on the
-/// scale's end.
-enum class Data { kUniform, kNormal };
-
-__device__ inline float normal(std::uint32_t r) {
-  const float u = ((r & 0xffff) + 0.5f) * 0x1p-16f, v = (r >> 16) * 0x1p-16f;
-  return sqrtf(-2.0f * logf(u)) * cospif(2.0f * v);
-}
 
 /// Random int4 pairs; without -8 if `symmetric`.
 __global__ void random_codes(std::uint8_t* out, std::size_t n, std::uint64_t seed, bool symmetric,
@@ -125,11 +80,14 @@ struct Weights {
   Buffer<std::uint8_t> codes[3], scales[3];
   Buffer<std::uint8_t> packed_gate_up, packed_down;
 
+  WeightFormat format() const {
+    return scale_type == ScaleType::kE8M0 ? WeightFormat::kMxfp4 : WeightFormat::kInt4;
+  }
   PackedWeights gate_up() const {
-    return {packed_gate_up.data, {2 * intermediate, hidden, group, scale_type}, code};
+    return {packed_gate_up.data, {2 * intermediate, hidden, group, scale_type, format()}, code};
   }
   PackedWeights down() const {
-    return {packed_down.data, {hidden, intermediate, group, scale_type}, code};
+    return {packed_down.data, {hidden, intermediate, group, scale_type, format()}, code};
   }
 };
 
@@ -141,7 +99,29 @@ struct WeightSpec {
   std::uint64_t seed = 1;
   bool keep_canonical = true;
   Data data = Data::kUniform;
+  Spread spread = Spread::kFew;  ///< Of mxfp4: kE2M1, groups of 32, kE8M0.
 };
+
+inline void random_matrix(const WeightSpec& spec, const Weights& w, int i) {
+  const std::size_t num_scales = 2 * w.codes[i].size / spec.group;
+  if (spec.code != WeightCode::kE2M1) {
+    random_codes<<<1024, 256>>>(w.codes[i].data, w.codes[i].size, spec.seed * 8 + i,
+                                spec.code == WeightCode::kSignMagnitude, spec.data);
+    random_scales<<<1024, 256>>>(w.scales[i].data, num_scales, spec.seed * 8 + 4 + i,
+                                 spec.scale_type == ScaleType::kBf16, 0x1p-8f, 3.0f);
+    return;
+  }
+  random_e2m1<<<1024, 256>>>(w.codes[i].data, w.codes[i].size, spec.seed * 8 + i, spec.data);
+  const int k = i < 2 ? spec.hidden : spec.intermediate,
+            n = i < 2 ? spec.intermediate : spec.hidden;
+  // Sums of all bytes' scales would leave float32 before the activation.
+  const bool is_all = spec.spread == Spread::kAllBytes;
+  random_e8m0<<<1024, 256>>>(w.scales[i].data, num_scales, k / 32, n, spec.seed * 8 + 4 + i,
+                             is_all && i < 2 ? Spread::kMost : spec.spread);
+  if (spec.spread == Spread::kZeros) {
+    zero_far_groups<<<1024, 256>>>(w.scales[i].data, w.codes[i].data, num_scales);
+  }
+}
 
 inline Weights make_weights(const WeightSpec& spec) {
   Weights w{.num_experts = spec.num_experts,
@@ -152,15 +132,12 @@ inline Weights make_weights(const WeightSpec& spec) {
             .code = spec.code};
   const std::size_t experts = spec.num_experts;
   const std::size_t elements = static_cast<std::size_t>(spec.hidden) * spec.intermediate;
-  const std::size_t sb = spec.scale_type == ScaleType::kBf16 ? 2 : 4;
+  const std::size_t sb = scale_bytes(spec.scale_type);
   const std::size_t one_scales = elements / spec.group;
   for (int i = 0; i < 3; ++i) {
     w.codes[i] = Buffer<std::uint8_t>(experts * elements / 2);
     w.scales[i] = Buffer<std::uint8_t>(experts * one_scales * sb);
-    random_codes<<<1024, 256>>>(w.codes[i].data, w.codes[i].size, spec.seed * 8 + i,
-                                spec.code == WeightCode::kSignMagnitude, spec.data);
-    random_scales<<<1024, 256>>>(w.scales[i].data, experts * one_scales, spec.seed * 8 + 4 + i,
-                                 sb == 2, 0x1p-8f, 3.0f);
+    random_matrix(spec, w, i);
   }
   const std::size_t gu = packed_expert_bytes(w.gate_up().shape);
   const std::size_t dn = packed_expert_bytes(w.down().shape);
@@ -190,6 +167,7 @@ inline Weights make_weights(const WeightSpec& spec) {
                   nullptr);
   }
   SLUICE_CUDA_CHECK(cudaDeviceSynchronize());
+  if (findings.download()[0].has_far != 0) w.code = WeightCode::kE2M1Far;
   if (!spec.keep_canonical) {
     for (int i = 0; i < 3; ++i) {
       w.codes[i] = Buffer<std::uint8_t>();
