@@ -192,7 +192,7 @@ Json certify_layer(const Options& options, Subject& subject) {
   const EngineRanks engines = subject.engines(options, Mode::kLowLatency);
   if (subject.checkpoint()) config.engine = &engines;
   fmt::print("layer     {}: {} experts, top-{}, hidden {}, intermediate {}, group {}\n",
-             subject.description(), g.num_experts, g.num_topk, g.hidden, g.intermediate,
+             subject.description(), g.num_experts, g.num_topk, g.token_width(), g.inner_width(),
              g.group_size);
   if (options.layer != "all") fmt::print("original  {}\n", subject.source().original_kind());
 
@@ -202,8 +202,8 @@ Json certify_layer(const Options& options, Subject& subject) {
                {"geometry",
                 {{"num_experts", g.num_experts},
                  {"num_topk", g.num_topk},
-                 {"hidden", g.hidden},
-                 {"intermediate", g.intermediate},
+                 {"hidden", g.token_width()},
+                 {"intermediate", g.inner_width()},
                  {"activation", to_string(g.activation)},
                  {"group_size", g.group_size}}},
                {"tokens", options.tokens},

@@ -168,7 +168,7 @@ void add_convert(Command& program, Output& output) {
       .required();
   command.add_option("--format", options->format, "Layout of the result")
       .required()
-      .one_of({"w4afp8", "compressed-tensors", "deepseek-fp4"});
+      .one_of({"w4afp8", "compressed-tensors", "deepseek-fp4", "gpt-oss"});
   command
       .add_option("--scale", options->scale,
                   "How BF16 and FP8 weights get their INT4 scales; required for them, refused for "

@@ -29,7 +29,7 @@ void print_model(const Checkpoint& checkpoint) {
   fmt::print(
       "model     {}: {} experts, top-{}, hidden {}, intermediate {}, scaling factor {}, activation "
       "{}\n",
-      g.name, g.num_experts, g.num_topk, g.hidden, g.intermediate, g.routed_scaling_factor,
+      g.name, g.num_experts, g.num_topk, g.token_width(), g.inner_width(), g.routed_scaling_factor,
       to_string(g.activation));
   fmt::print("layers    {} with routed experts: {}\n", layers.size(), layer_list(layers));
 }
@@ -47,8 +47,13 @@ void print_head(const Checkpoint& checkpoint, const LayerSample& sample) {
                nibbles.is_borne_out() ? "stored as the format says"
                                       : "no evidence for or against how the format stores them");
   }
-  fmt::print("weights   {}, {} scale per {} along K\n", is_int4 ? "signed int4" : "mxfp4 (e2m1)",
-             to_string(sample.scale_dtype), g.group_size);
+  fmt::print("weights   {}, {} scale per {} along K{}\n", is_int4 ? "signed int4" : "mxfp4 (e2m1)",
+             to_string(sample.scale_dtype), g.group_size,
+             g.has_bias ? "; biases, which the CPU alone adds" : "");
+  if (g.token_width() != g.hidden || g.inner_width() != g.intermediate) {
+    fmt::print("padded    inside, to hidden {} and intermediate {}, with zeros\n", g.hidden,
+               g.intermediate);
+  }
   fmt::print("size      {} per expert, {} per layer, {} in all\n", human_bytes(expert_bytes),
              human_bytes(expert_bytes * g.num_experts),
              human_bytes(expert_bytes * g.num_experts * static_cast<double>(layers.size())));
@@ -103,8 +108,8 @@ nlohmann::ordered_json model_json(const Options& options, const Checkpoint& chec
           {"model", g.name},
           {"num_experts", g.num_experts},
           {"num_topk", g.num_topk},
-          {"hidden", g.hidden},
-          {"intermediate", g.intermediate},
+          {"hidden", g.token_width()},
+          {"intermediate", g.inner_width()},
           {"group_size", g.group_size},
           {"routed_scaling_factor", g.routed_scaling_factor},
           {"moe_layers", checkpoint.moe_layers()},
@@ -230,7 +235,7 @@ void inspect(const Options& options, Output& output) {
   print_head(checkpoint, samples.front());
   print_activations(activations);
   print_runs(recipes, codes);
-  if (!memory.empty()) print_memory(memory, planned_device(checkpoint.geometry().weight_format));
+  if (!memory.empty()) print_memory(memory, planned_device(checkpoint.geometry()));
   print_layers(samples, checkpoint.geometry().num_experts);
   print_review(review, checked);
   fmt::print("{} of {} can be run\n", checked.good.size(),

@@ -20,7 +20,7 @@ struct Options {
 };
 
 bool is_mxfp4(const std::string& format) {
-  return format == "kimi-mxfp4" || format == "deepseek-fp4";
+  return format == "kimi-mxfp4" || format == "deepseek-fp4" || format == "gpt-oss";
 }
 
 SyntheticCheckpoint make_spec(const Options& options) {
@@ -45,8 +45,10 @@ SyntheticCheckpoint make_spec(const Options& options) {
   if (spec.format == "kimi-int4") spec.geometry.group_size = 32;
   if (options.group_size != 0) spec.geometry.group_size = options.group_size;
   if (options.experts != 0) spec.geometry.num_experts = options.experts;
-  if (options.hidden != 0) spec.geometry.hidden = options.hidden;
-  if (options.intermediate != 0) spec.geometry.intermediate = options.intermediate;
+  ModelGeometry& g = spec.geometry;
+  g.set_widths(options.hidden != 0 ? options.hidden : g.token_width(),
+               options.intermediate != 0 ? options.intermediate : g.inner_width());
+  if (spec.format == "gpt-oss") g.has_bias = true;
   return spec;
 }
 
@@ -90,7 +92,7 @@ void make_checkpoint(const Options& options, Output& output) {
              num_files, seconds.count());
   fmt::print("{} {}: layers {}..{}, {} experts, top-{}, hidden {}, intermediate {}, seed {}\n",
              checkpoint.format(), g.name, layer, checkpoint.moe_layers().back(), g.num_experts,
-             g.num_topk, g.hidden, g.intermediate, spec.seed);
+             g.num_topk, g.token_width(), g.inner_width(), spec.seed);
   if (scales) fmt::print("layer {}: s1 = {:.6g}, s2 = {:.6g}\n", layer, scales->s1, scales->s2);
   if (!checkpoint.weight_format()) {
     fmt::print("note: {} cannot be run; `sluice convert --scale ...` makes INT4 of it\n",
@@ -113,7 +115,7 @@ void make_checkpoint(const Options& options, Output& output) {
                  {"layers", checkpoint.moe_layers()},
                  {"num_experts", g.num_experts},
                  {"num_topk", g.num_topk},
-                 {"hidden", g.hidden},
+                 {"hidden", g.token_width()},
                  {"intermediate", g.intermediate},
                  {"group_size", g.group_size},
                  {"routed_scaling_factor", g.routed_scaling_factor},

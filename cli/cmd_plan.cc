@@ -185,7 +185,7 @@ void plan(const Options& options, Output& output) {
   fmt::print(
       "layers    {} of {}: {} experts, top-{}, hidden {}, intermediate {}, {}, {} scale per {}, "
       "activation {}\n",
-      m.num_layers, g.name, g.num_experts, g.num_topk, g.hidden, g.intermediate,
+      m.num_layers, g.name, g.num_experts, g.num_topk, g.token_width(), g.inner_width(),
       to_string(g.weight_format), scales, g.group_size, fmt::join(activations, " and "));
   for (const CheckpointWarning& w : subject.warnings) {
     fmt::print("{}   {}: {}\n", w.is_note ? "note   " : "warning", w.tensor, w.text);

@@ -177,8 +177,8 @@ void print_checkpoint(const Options& options, const LayerRunConfig& config,
       "{}     {} of {}: {}, {} experts, top-{}, hidden {}, intermediate {}{}\n",
       is_one ? "layer" : "layers",
       is_one ? fmt::format("{}", config.layers.front()) : fmt::format("{}", config.layers.size()),
-      options.checkpoint, checkpoint.format(), g.num_experts, g.num_topk, g.hidden, g.intermediate,
-      other_than_swiglu(checkpoint, config.layers));
+      options.checkpoint, checkpoint.format(), g.num_experts, g.num_topk, g.token_width(),
+      g.inner_width(), other_than_swiglu(checkpoint, config.layers));
   const auto print = [](const std::vector<CheckpointWarning>& warnings) {
     for (const CheckpointWarning& w : warnings) {
       fmt::print("{}   {}: {}\n", w.is_note ? "note   " : "warning", w.tensor, w.text);

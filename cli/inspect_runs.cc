@@ -76,8 +76,9 @@ CodeKind code_kind(std::span<const LayerSample> samples) {
   return kind;
 }
 
-Device::Kind planned_device(WeightFormat format) {
-  return format == WeightFormat::kInt4 ? Device::Kind::kCuda : Device::Kind::kHost;
+Device::Kind planned_device(const ModelGeometry& geometry) {
+  const bool runs_on_cuda = geometry.weight_format == WeightFormat::kInt4 && !geometry.has_bias;
+  return runs_on_cuda ? Device::Kind::kCuda : Device::Kind::kHost;
 }
 
 std::vector<RankMemory> memory_by_ranks(const Checkpoint& checkpoint, DType scale_dtype) {
@@ -92,8 +93,7 @@ std::vector<RankMemory> memory_by_ranks(const Checkpoint& checkpoint, DType scal
   for (int ranks = 1; ranks <= 64 && g.num_experts % ranks == 0; ranks *= 2) {
     result.push_back({.num_ranks = ranks,
                       .num_local_experts = g.num_experts / ranks,
-                      .memory = LayerGroup::plan_memory(config, layers,
-                                                        planned_device(g.weight_format), ranks)});
+                      .memory = LayerGroup::plan_memory(config, layers, planned_device(g), ranks)});
   }
   return result;
 }

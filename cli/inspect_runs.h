@@ -54,8 +54,8 @@ struct RankMemory {
 /// Tokens per rank that memory is planned for.
 constexpr int kPlannedTokens = 128;
 
-/// What memory is planned for: CUDA, unless it does not compute weights of this format.
-[[nodiscard]] Device::Kind planned_device(WeightFormat format);
+/// What memory is planned for: CUDA, unless it does not compute such weights or their biases.
+[[nodiscard]] Device::Kind planned_device(const ModelGeometry& geometry);
 
 /// What all layers take on each of 1, 2, 4 .. 64 ranks, as far as they divide the experts:
 /// planned_device(), recommended recipe, low-latency mode, kPlannedTokens.

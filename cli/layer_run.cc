@@ -50,7 +50,8 @@ Workload workload_of(const LayerRunConfig& config, const ModelGeometry& geometry
                         .hidden = geometry.hidden,
                         .routing = config.routing,
                         .input = InputKind::kRealistic,
-                        .seed = config.seed},
+                        .seed = config.seed,
+                        .num_channels = geometry.token_width()},
                        first, config.tokens[static_cast<std::size_t>(rank)]);
 }
 

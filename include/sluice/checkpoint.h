@@ -20,6 +20,7 @@
 
 #include "sluice/activation.h"
 #include "sluice/error.h"
+#include "sluice/quant.h"
 #include "sluice/recipe.h"
 #include "sluice/tensor.h"
 #include "sluice/weight_format.h"
@@ -37,6 +38,27 @@ struct ModelGeometry {
   float routed_scaling_factor = 1.0f;
   WeightFormat weight_format = WeightFormat::kInt4;  ///< Of gate, up and down.
   ActivationFn activation = {};                      ///< Of gate and up.
+  /// The model's own widths, where they are no multiples of 128: hidden and intermediate are then
+  /// the next ones, and the channels between are zeros, which change no bit. 0: the same.
+  int model_hidden = 0, model_intermediate = 0;
+  bool has_bias = false;  ///< Each matrix has a bias for its outputs: QuantMatrix::bias.
+
+  /// Channels of a token, and between gate, up and down, without what was padded.
+  [[nodiscard]] int token_width() const noexcept {
+    return model_hidden != 0 ? model_hidden : hidden;
+  }
+  [[nodiscard]] int inner_width() const noexcept {
+    return model_intermediate != 0 ? model_intermediate : intermediate;
+  }
+  /// Sets all four of them for a model's widths.
+  void set_widths(int token, int inner) noexcept {
+    const auto padded = [](int width) {
+      return (width + kActivationGroup - 1) / kActivationGroup * kActivationGroup;
+    };
+    hidden = padded(token), intermediate = padded(inner);
+    model_hidden = token == hidden ? 0 : token;
+    model_intermediate = inner == intermediate ? 0 : inner;
+  }
 };
 
 /// Sizes and activation of a published model's layer. Throws: kInvalidArgument listing the names.
@@ -49,6 +71,10 @@ struct QuantMatrix {
   TensorView scales;  ///< [N, K / group_size], see allows_scale_dtype(); finite, > 0.
   int group_size = 128;
   WeightFormat format = WeightFormat::kInt4;
+  /// Added to each output before anything else happens to it: [N] float32, or no shape and no data
+  /// in models without one.
+  TensorView bias = {};
+  [[nodiscard]] bool has_bias() const noexcept { return bias.shape.rank() == 1; }
   [[nodiscard]] std::int64_t n() const noexcept { return codes.dim(0); }
   [[nodiscard]] std::int64_t k() const noexcept { return codes.dim(1) * 2; }
 };
@@ -118,8 +144,8 @@ class Checkpoint {
   ~Checkpoint();
 
   [[nodiscard]] const std::filesystem::path& path() const noexcept;
-  /// "w4afp8", "compressed-tensors", "deepseek-fp4", "angelslim", "modelopt-w4a8-awq", "fp8-block"
-  /// or "bf16".
+  /// "w4afp8", "compressed-tensors", "deepseek-fp4", "gpt-oss", "angelslim", "modelopt-w4a8-awq",
+  /// "fp8-block" or "bf16".
   [[nodiscard]] std::string format() const;
   [[nodiscard]] const std::string& format_evidence() const noexcept;  ///< Why we think so.
   /// Empty for fp8-block and bf16: such experts can be converted, but not loaded.
@@ -153,8 +179,9 @@ class Checkpoint {
   ///   bytes; codes that lie in the file in another order or with an offset are copied.
   [[nodiscard]] ExpertWeights load_experts(int layer, int first_expert, int num_experts) const;
 
-  /// One matrix of one expert as [n, k] float32, of any format: FP8 and BF16 weights exactly, INT4
-  /// and MXFP4 as code * scale, times its pre_quant_scale if it has one.
+  /// One matrix of one expert as [n, k] float32, of any format and of the model's own widths: FP8
+  /// and BF16 weights exactly, INT4 and MXFP4 as code * scale, times its pre_quant_scale if it has
+  /// one.
   /// Throws: kInvalidArgument (layer, expert, size of `out`), kCorruptFile.
   void load_floats(int layer, int expert, MatrixRole role, std::span<float> out) const;
 

@@ -128,6 +128,9 @@ class Layer {
 
   /// The whole layer: y = combine(experts(dispatch(x))).
   /// x, y:   [num_tokens, hidden] bf16, num_tokens <= max_tokens_per_rank of the mode; 0 is fine.
+  ///         Where the model's own width is no multiple of 128, either may have that one instead
+  ///         (ModelGeometry::token_width()): it is padded with zeros, for one more copy of the
+  ///         rows. In rows of `hidden` the caller has zeros behind the model's channels.
   /// Stream: asynchronous on CUDA; may be captured in a graph: nothing is allocated.
   /// Throws: as Exchange::dispatch(); kInvalidArgument for a mode that the group does not have.
   void forward(Mode mode, TensorView x, const Routing& routing, MutableTensorView y, Stream stream);

@@ -60,7 +60,9 @@ struct LocalGroupConfig {
 struct LocalGroupMemory {
   int num_layers = 0;
   std::size_t prepared_bytes = 0;  ///< Weights in the backend's own order, once where shared.
-  std::size_t scratch_bytes = 0;   ///< Rows between the stages, and what reserve() left behind.
+  /// Rows between the stages, and what reserve() left behind; two more of [max_entries, hidden]
+  /// bf16 where a layer's own width is padded.
+  std::size_t scratch_bytes = 0;
 };
 
 /// One call of LocalExperts with the same tensors, for callers that repeat it: its arguments are
@@ -111,7 +113,8 @@ class LocalExperts {
   ///          where it is e4m3 with a scale per token; else empty.
   /// routing: topk_idx [num_tokens, num_topk] int32 or int64, topk_weights the same in float32;
   ///          num_topk is 1 .. 32. An expert may occur twice in a token.
-  /// y:       [num_tokens, hidden] bf16; may be x.
+  /// y:       [num_tokens, hidden] bf16; may be x. Where the model's own width is no multiple of
+  ///          128, bf16 x and y may have that one instead, as Layer::forward() does.
   /// Stream:  asynchronous on CUDA, without allocation or host synchronization. May be captured in
   ///          a graph once a call has run.
   /// Throws:  kInvalidArgument naming the tensor or the number of entries.

@@ -122,7 +122,8 @@ void multiply_block(const SourceMatrix& matrix, bool original, const Columns<T>&
   for (int c = 0; c < in.num_columns(); ++c) {
     for (int i = 0; i < rows; ++i) {
       out[c * m.n() + n + i] =
-          total[static_cast<std::size_t>((c / kPanel * kBlockN + i) * kPanel + c % kPanel)];
+          total[static_cast<std::size_t>((c / kPanel * kBlockN + i) * kPanel + c % kPanel)] +
+          (m.has_bias() ? static_cast<T>(m.bias.as<float>()[n + i]) : T{0});
     }
   }
 }

@@ -167,14 +167,22 @@ class CheckpointSource final : public LayerSource {
     auto memory = std::make_shared<MatrixMemory>();
     memory->owner = weights_.storage;
     memory->original.resize(static_cast<std::size_t>(m.n() * m.k()));
+    // What is padded stays 0: no weight of the model is there.
+    const bool is_down = role == MatrixRole::kDown;
+    const std::int64_t own_n = is_down ? geometry_.token_width() : geometry_.inner_width();
+    const std::int64_t own_k = is_down ? geometry_.inner_width() : geometry_.token_width();
     if (original_) {
-      original_->load_floats(layer_, expert, role, memory->original);
+      std::vector<float> own(static_cast<std::size_t>(own_n * own_k));
+      original_->load_floats(layer_, expert, role, own);
+      for (std::int64_t n = 0; n < own_n; ++n) {
+        std::copy_n(own.begin() + n * own_k, own_k, memory->original.begin() + n * m.k());
+      }
       return as_source(std::move(memory), m);
     }
     const CounterRng rng(seed_, matrix_stream(expert, role));
-    pool_.for_each_task(m.n(), [&](std::int64_t n, int) {
+    pool_.for_each_task(own_n, [&](std::int64_t n, int) {
       const std::uint8_t* codes = m.codes.as<std::uint8_t>() + n * m.codes.dim(1);
-      for (std::int64_t k = 0; k < m.k(); ++k) {
+      for (std::int64_t k = 0; k < own_k; ++k) {
         const std::int64_t s = n * m.scales.dim(1) + k / m.group_size;
         const auto i = static_cast<std::uint64_t>(n * m.k() + k);
         memory->original[i] =
@@ -196,11 +204,11 @@ class CheckpointSource final : public LayerSource {
 
 void check_original(const Checkpoint& checkpoint, const Checkpoint& original) {
   const ModelGeometry &a = checkpoint.geometry(), &b = original.geometry();
-  check_argument(
-      a.num_experts == b.num_experts && a.hidden == b.hidden && a.intermediate == b.intermediate,
-      "{}: {} experts, hidden {}, intermediate {}; its original {} has {}, {} and {}",
-      checkpoint.path().string(), a.num_experts, a.hidden, a.intermediate, original.path().string(),
-      b.num_experts, b.hidden, b.intermediate);
+  check_argument(a.num_experts == b.num_experts && a.token_width() == b.token_width() &&
+                     a.inner_width() == b.inner_width(),
+                 "{}: {} experts, hidden {}, intermediate {}; its original {} has {}, {} and {}",
+                 checkpoint.path().string(), a.num_experts, a.token_width(), a.inner_width(),
+                 original.path().string(), b.num_experts, b.token_width(), b.inner_width());
 }
 
 }  // namespace
@@ -211,6 +219,11 @@ std::unique_ptr<LayerSource> make_synthetic_source(const ModelGeometry& geometry
   check_argument(is_width(geometry.hidden) && is_width(geometry.intermediate),
                  "hidden {} and intermediate {} must be positive multiples of {}", geometry.hidden,
                  geometry.intermediate, int{kActivationGroup});
+  check_argument(!geometry.has_bias && geometry.token_width() == geometry.hidden &&
+                     geometry.inner_width() == geometry.intermediate,
+                 "{}: made-up weights have no biases and no widths that are padded; write a "
+                 "checkpoint (sluice make-checkpoint) and give it instead",
+                 geometry.name);
   return std::make_unique<SyntheticSource>(geometry, seed);
 }
 

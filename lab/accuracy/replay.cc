@@ -3,6 +3,7 @@
 #include <cmath>
 #include <cstring>
 #include <fstream>
+#include <utility>
 
 #include "checkpoint/safetensors.h"
 #include "core/fail.h"
@@ -91,6 +92,18 @@ void read_routing(const Dump& dump, const SafetensorsEntry& idx, const Safetenso
   }
 }
 
+/// Rows of `width` become rows of `padded`, with zeros behind.
+void pad_rows(std::vector<std::uint16_t>& x, int width, int padded) {
+  if (width == padded) return;
+  std::vector<std::uint16_t> wide(x.size() / static_cast<std::size_t>(width) *
+                                  static_cast<std::size_t>(padded));
+  for (std::size_t i = 0; i < x.size(); ++i) {
+    const std::size_t row = i / static_cast<std::size_t>(width);
+    wide[row * static_cast<std::size_t>(padded) + i % static_cast<std::size_t>(width)] = x[i];
+  }
+  x = std::move(wide);
+}
+
 }  // namespace
 
 TokenSuite read_dump(const std::filesystem::path& file, const ModelGeometry& geometry) {
@@ -98,9 +111,10 @@ TokenSuite read_dump(const std::filesystem::path& file, const ModelGeometry& geo
   const SafetensorsEntry& x = dump.matrix("x", "BF16", "F32");
   const SafetensorsEntry& idx = dump.matrix("topk_idx", "I32", "I64");
   const SafetensorsEntry& weights = dump.matrix("topk_weights", "F32", "F32");
-  check_argument(x.shape[1] == static_cast<std::uint64_t>(geometry.hidden),
+  const int width = geometry.token_width();
+  check_argument(x.shape[1] == static_cast<std::uint64_t>(width),
                  "{}: x has shape {}, but the layer's hidden is {}", dump.name(),
-                 to_string(x.shape), geometry.hidden);
+                 to_string(x.shape), width);
   check_argument(x.shape[0] > 0 && x.shape[0] < (1u << 24),
                  "{}: x has shape {}: no or too many tokens", dump.name(), to_string(x.shape));
   for (const SafetensorsEntry* entry : {&idx, &weights}) {
@@ -111,9 +125,11 @@ TokenSuite read_dump(const std::filesystem::path& file, const ModelGeometry& geo
   }
   TokenSuite suite{.name = "replay", .tokens = {}, .calibration = {}};
   suite.tokens.num_tokens = static_cast<std::int64_t>(x.shape[0]);
-  suite.tokens.hidden = geometry.hidden;
+  suite.tokens.hidden = width;
   suite.tokens.num_topk = geometry.num_topk;
   read_x(dump, x, suite.tokens);
+  pad_rows(suite.tokens.x, width, geometry.hidden);
+  suite.tokens.hidden = geometry.hidden;
   read_routing(dump, idx, weights, geometry, suite.tokens);
   return suite;
 }

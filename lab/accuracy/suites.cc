@@ -55,7 +55,8 @@ TokenSuite make_suite(std::string_view name, const ModelGeometry& geometry, std:
                       .routing = d.routing,
                       .input = d.input,
                       .seed = seed,
-                      .num_outlier_places = kNumOutlierPlaces};
+                      .num_outlier_places = kNumOutlierPlaces,
+                      .num_channels = geometry.token_width()};
     TokenSuite suite{
         .name = d.name, .tokens = make_workload(spec, 0, num_tokens), .calibration = {}};
     if (d.routing == RoutingKind::kDeadExpert) {  // Padding tokens: nothing but zeros.

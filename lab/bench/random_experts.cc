@@ -1,5 +1,6 @@
 #include "bench/random_experts.h"
 
+#include <algorithm>
 #include <cstddef>
 #include <cstring>
 #include <memory>
@@ -90,6 +91,16 @@ QuantMatrix random_matrix(std::int64_t n, std::int64_t k, int group_size, DType 
           .group_size = group_size};
 }
 
+/// Of each output, within +-1.
+TensorView random_bias(std::int64_t n, std::uint64_t seed, std::uint64_t stream, Carver& memory) {
+  const CounterRng rng(seed, ~(stream + 2));
+  auto* const bias = reinterpret_cast<float*>(memory.take(static_cast<std::size_t>(n) * 4));
+  for (std::int64_t i = 0; i < n; ++i) {
+    bias[i] = static_cast<float>(2 * rng.uniform(static_cast<std::uint64_t>(i)) - 1);
+  }
+  return {bias, DType::kFloat32, {n}};
+}
+
 }  // namespace
 
 ExpertWeights random_experts(const ModelGeometry& geometry, DType scale_dtype, std::uint64_t seed,
@@ -106,7 +117,9 @@ ExpertWeights random_experts(const ModelGeometry& geometry, DType scale_dtype, s
                  group_size_refusal(geometry.weight_format));
   const std::int64_t weights = std::int64_t{geometry.hidden} * geometry.intermediate;
   const auto scale_bytes = static_cast<std::int64_t>(size_bytes(scale_dtype));
-  const std::int64_t matrix = weights / 2 + weights / geometry.group_size * scale_bytes + 128;
+  const std::int64_t matrix =
+      weights / 2 + weights / geometry.group_size * scale_bytes + 128 +
+      (geometry.has_bias ? 4 * std::max(geometry.hidden, geometry.intermediate) + 128 : 0);
   auto storage = std::make_shared<Storage>();
   // No initialization: every byte that is read is written below.
   storage->bytes.reset(new std::byte[static_cast<std::size_t>(matrix * 3 * geometry.num_experts)]);
@@ -116,11 +129,12 @@ ExpertWeights random_experts(const ModelGeometry& geometry, DType scale_dtype, s
   for (int e = 0; e < geometry.num_experts; ++e) {
     const auto stream = static_cast<std::uint64_t>(e) * 3;
     const auto make = [&](std::int64_t n, std::int64_t k, std::uint64_t which) {
-      if (geometry.weight_format == WeightFormat::kMxfp4) {
-        return random_mxfp4(n, k, seed, stream + which, memory);
-      }
-      return random_matrix(n, k, geometry.group_size, scale_dtype, seed, stream + which, range,
-                           memory);
+      QuantMatrix m = geometry.weight_format == WeightFormat::kMxfp4
+                          ? random_mxfp4(n, k, seed, stream + which, memory)
+                          : random_matrix(n, k, geometry.group_size, scale_dtype, seed,
+                                          stream + which, range, memory);
+      if (geometry.has_bias) m.bias = random_bias(n, seed, stream + which, memory);
+      return m;
     };
     out.experts.push_back({.gate = make(geometry.intermediate, geometry.hidden, 0),
                            .up = make(geometry.intermediate, geometry.hidden, 1),

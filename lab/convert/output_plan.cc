@@ -23,6 +23,27 @@ class PlanBuilder {
     }
   }
 
+  /// Experts of a layer whose tensors lie one after the other in tensors [num_experts, ..].
+  void add_layer(int layer, int num_experts, const std::vector<SafetensorsEntry>& tensors) {
+    const std::size_t first = plan_.jobs.size();
+    for (int e = 0; e < num_experts; ++e) {
+      OutputJob& job = plan_.jobs.emplace_back();
+      job.layer = layer, job.expert = e;
+    }
+    for (const SafetensorsEntry& t : tensors) {
+      SafetensorsEntry all{
+          .name = spelling_.name(layer, 0, t.name), .dtype = t.dtype, .shape = t.shape};
+      all.shape.insert(all.shape.begin(), static_cast<std::uint64_t>(num_experts));
+      const OutputPlace whole = add_entry(std::move(all));
+      const std::uint64_t bytes = whole.bytes / static_cast<std::uint64_t>(num_experts);
+      for (std::uint64_t e = 0; e < static_cast<std::uint64_t>(num_experts); ++e) {
+        OutputJob& job = plan_.jobs[first + e];
+        job.places.push_back({whole.shard, whole.tensor, e * bytes, bytes});
+        job.bytes += bytes;
+      }
+    }
+  }
+
   void add_copy(const TensorRef& tensor) {
     OutputJob& job = plan_.jobs.emplace_back();
     job.tensor = &tensor;
@@ -41,11 +62,10 @@ class PlanBuilder {
       shard.header = make_safetensors_header(shard.tensors);
       shard.file_bytes = shard.header.size() + shard.tensors.back().end;
     }
-    std::vector<std::size_t> next(count);
     for (OutputJob& job : plan_.jobs) {
       for (OutputPlace& place : job.places) {
         const OutputShard& shard = plan_.shards[place.shard];
-        place.offset = shard.header.size() + shard.tensors[next[place.shard]++].begin;
+        place.offset += shard.header.size() + shard.tensors[place.tensor].begin;
       }
     }
     return std::move(plan_);
@@ -53,6 +73,12 @@ class PlanBuilder {
 
  private:
   void add_tensor(OutputJob& job, SafetensorsEntry entry) {
+    job.places.push_back(add_entry(std::move(entry)));
+    job.bytes += job.places.back().bytes;
+  }
+
+  /// The whole tensor, at offset 0 until the files are laid out.
+  OutputPlace add_entry(SafetensorsEntry entry) {
     std::uint64_t bytes = 1;
     for (const std::uint64_t dim : entry.shape) bytes *= dim;
     const auto bits = safetensors_dtype_bits(entry.dtype);
@@ -66,9 +92,11 @@ class PlanBuilder {
     }
     used_ += bytes;
     plan_.bytes += bytes;
-    job.bytes += bytes;
-    job.places.push_back({.shard = files_.size() - 1, .offset = 0, .bytes = bytes});
     files_.back().push_back(std::move(entry));
+    return {.shard = files_.size() - 1,
+            .tensor = files_.back().size() - 1,
+            .offset = 0,
+            .bytes = bytes};
   }
 
   ExpertSpelling spelling_;
@@ -108,6 +136,10 @@ OutputPlan plan_output(const CheckpointData& source, const TargetFormat& target,
   PlanBuilder builder(source.index.spelling, max_shard_bytes);
   const std::vector<SafetensorsEntry> tensors = target.tensors(spec);
   for (const int layer : layers) {
+    if (target.is_fused()) {
+      builder.add_layer(layer, spec.geometry.num_experts, tensors);
+      continue;
+    }
     for (int e = 0; e < spec.geometry.num_experts; ++e) builder.add_expert(layer, e, tensors);
   }
   if (!experts_only) {

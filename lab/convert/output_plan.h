@@ -17,7 +17,7 @@ namespace sluice {
 
 /// Where one tensor goes.
 struct OutputPlace {
-  std::size_t shard = 0;
+  std::size_t shard = 0, tensor = 0;  ///< Of OutputShard::tensors.
   std::uint64_t offset = 0, bytes = 0;
 };
 

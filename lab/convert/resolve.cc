@@ -53,6 +53,10 @@ void resolve_rule(const ConvertOptions& options, int group, ResolvedConversion& 
   spec.geometry.group_size = group;
   spec.geometry.weight_format = WeightFormat::kInt4;
   check_argument(group == 128 || group == 32, "group size {} is neither 128 nor 32", group);
+  for (const int width : {spec.geometry.token_width(), spec.geometry.inner_width()}) {
+    check_argument(width % group == 0, "group size {}: the experts' width {} is no multiple of it",
+                   group, width);
+  }
   spec.scale_dtype =
       options.scale_dtype.value_or(options.format == "w4afp8" ? DType::kFloat32 : DType::kBFloat16);
   out.rule = QuantizeRule{

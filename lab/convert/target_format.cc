@@ -2,6 +2,7 @@
 
 #include <array>
 #include <cstring>
+#include <tuple>
 
 #include "core/fail.h"
 
@@ -43,12 +44,34 @@ std::array<std::uint64_t, 2> shape_of(const MatrixLayout& matrix) {
   return {static_cast<std::uint64_t>(matrix.n), static_cast<std::uint64_t>(matrix.k)};
 }
 
+/// Throws: kUnsupported for biases, which a layout has no place for.
+void refuse_bias(const TargetSpec& spec, const std::string& source, std::string_view format) {
+  if (!spec.geometry.has_bias) return;
+  fail(ErrorCode::kUnsupported,
+       "{}: its experts have biases (gate_up_proj_bias and down_proj_bias, or gate_proj.bias), "
+       "which {} has no place for; gpt-oss and mxfp4 in compressed-tensors have",
+       source, format);
+}
+
+/// Exact: what was bf16 is bf16.   Throws: kUnsupported.
+std::vector<std::byte> bf16_bytes(const TensorView& bias) {
+  std::vector<std::uint16_t> out;
+  for (std::int64_t i = 0; i < bias.dim(0); ++i) {
+    const float value = bias.as<float>()[i];
+    out.push_back(bf16_from_float(value));
+    if (bf16_to_float(out.back()) == value) continue;
+    fail(ErrorCode::kUnsupported, "bias [{}] = {} is not a bfloat16", i, value);
+  }
+  return bytes_of(out);
+}
+
 /// docs/formats.md#w4afp8
 class W4afp8Target final : public TargetFormat {
  public:
   [[nodiscard]] std::string_view name() const noexcept override { return "w4afp8"; }
 
   void check(const TargetSpec& spec, const std::string& source) const override {
+    refuse_bias(spec, source, name());
     if (is_mxfp4(spec)) {
       fail(ErrorCode::kUnsupported,
            "{}: weights of mxfp4, which w4afp8 does not have; a scale rule (--scale amax7, amax8 "
@@ -100,6 +123,10 @@ struct Mxfp4Names {
   const char *codes, *code_dtype, *scales, *scale_dtype;
 };
 
+std::size_t num_mxfp4_tensors(const TargetSpec& spec) {
+  return spec.geometry.has_bias ? 3 : 2;
+}
+
 std::vector<SafetensorsEntry> mxfp4_tensors(const TargetSpec& spec, const Mxfp4Names& names) {
   std::vector<SafetensorsEntry> out;
   for (const MatrixLayout& matrix : matrix_layouts(spec.geometry)) {
@@ -108,14 +135,70 @@ std::vector<SafetensorsEntry> mxfp4_tensors(const TargetSpec& spec, const Mxfp4N
         {.name = matrix.part(names.codes), .dtype = names.code_dtype, .shape = {n, k / 2}});
     out.push_back(
         {.name = matrix.part(names.scales), .dtype = names.scale_dtype, .shape = {n, k / 32}});
+    if (spec.geometry.has_bias) {
+      out.push_back({.name = matrix.part("bias"), .dtype = "BF16", .shape = {n}});
+    }
   }
   return out;
 }
 
-std::vector<std::byte> mxfp4_bytes_of(std::size_t index, const Expert& expert) {
-  const QuantMatrix& matrix = matrix_of(expert, index / 2);
-  return copy_of(index % 2 == 0 ? matrix.codes : matrix.scales);
+std::vector<std::byte> mxfp4_bytes_of(std::size_t index, const TargetSpec& spec,
+                                      const Expert& expert) {
+  const std::size_t count = num_mxfp4_tensors(spec);
+  const QuantMatrix& matrix = matrix_of(expert, index / count);
+  if (index % count == 2) return bf16_bytes(matrix.bias);
+  return copy_of(index % count == 0 ? matrix.codes : matrix.scales);
 }
+
+/// docs/formats.md#gpt-oss
+class GptOssTarget final : public TargetFormat {
+ public:
+  [[nodiscard]] std::string_view name() const noexcept override { return "gpt-oss"; }
+  [[nodiscard]] bool is_fused() const noexcept override { return true; }
+
+  void check(const TargetSpec& spec, const std::string& source) const override {
+    if (is_mxfp4(spec) && spec.geometry.has_bias) return;
+    fail(ErrorCode::kUnsupported, "{}: gpt-oss holds MXFP4 with biases, and these weights are {}",
+         source, is_mxfp4(spec) ? "without biases" : "INT4");
+  }
+  [[nodiscard]] std::vector<SafetensorsEntry> tensors(const TargetSpec& spec) const override {
+    const auto hidden = static_cast<std::uint64_t>(spec.geometry.token_width());
+    const auto inner = static_cast<std::uint64_t>(spec.geometry.inner_width());
+    std::vector<SafetensorsEntry> out;
+    for (const auto& [stem, n, k] : {std::tuple{std::string("gate_up_proj_"), 2 * inner, hidden},
+                                     {"down_proj_", hidden, inner}}) {
+      out.push_back({.name = stem + "blocks", .dtype = "U8", .shape = {n, k / 32, 16}});
+      out.push_back({.name = stem + "scales", .dtype = "U8", .shape = {n, k / 32}});
+      out.push_back({.name = stem + "bias", .dtype = "BF16", .shape = {n}});
+    }
+    return out;
+  }
+  [[nodiscard]] std::vector<std::byte> bytes(std::size_t index, const TargetSpec&,
+                                             const Expert& expert,
+                                             const InputScales&) const override {
+    const auto of = [&](const QuantMatrix& m) {
+      return index % 3 == 0   ? copy_of(m.codes)
+             : index % 3 == 1 ? copy_of(m.scales)
+                              : bf16_bytes(m.bias);
+    };
+    if (index >= 3) return of(expert.down);
+    const std::vector<std::byte> gate = of(expert.gate), up = of(expert.up);
+    const auto rows = static_cast<std::size_t>(expert.gate.n());
+    const std::size_t width = gate.size() / rows;
+    std::vector<std::byte> out(2 * gate.size());
+    for (std::size_t row = 0; row < rows; ++row) {
+      std::memcpy(&out[2 * row * width], &gate[row * width], width);
+      std::memcpy(&out[(2 * row + 1) * width], &up[row * width], width);
+    }
+    return out;
+  }
+  [[nodiscard]] Json quantization_config(const TargetSpec&) const override {
+    return {{"quant_method", "mxfp4"},
+            {"modules_to_not_convert",
+             {"model.layers.*.self_attn", "model.layers.*.mlp.router", "model.embed_tokens",
+              "lm_head"}}};
+  }
+};
 
 /// docs/formats.md#deepseek-v4
 class DeepseekFp4Target final : public TargetFormat {
@@ -123,6 +206,7 @@ class DeepseekFp4Target final : public TargetFormat {
   [[nodiscard]] std::string_view name() const noexcept override { return "deepseek-fp4"; }
 
   void check(const TargetSpec& spec, const std::string& source) const override {
+    refuse_bias(spec, source, name());
     if (is_mxfp4(spec)) return;
     fail(ErrorCode::kUnsupported, "{}: deepseek-fp4 holds MXFP4, and these weights would be INT4",
          source);
@@ -130,10 +214,10 @@ class DeepseekFp4Target final : public TargetFormat {
   [[nodiscard]] std::vector<SafetensorsEntry> tensors(const TargetSpec& spec) const override {
     return mxfp4_tensors(spec, {"weight", "I8", "scale", "F8_E8M0"});
   }
-  [[nodiscard]] std::vector<std::byte> bytes(std::size_t index, const TargetSpec&,
+  [[nodiscard]] std::vector<std::byte> bytes(std::size_t index, const TargetSpec& spec,
                                              const Expert& expert,
                                              const InputScales&) const override {
-    return mxfp4_bytes_of(index, expert);
+    return mxfp4_bytes_of(index, spec, expert);
   }
   [[nodiscard]] Json quantization_config(const TargetSpec& spec) const override {
     const Json blocks = spec.rest_blocks.empty() ? Json{128, 128} : Json(spec.rest_blocks);
@@ -151,7 +235,9 @@ class CompressedTensorsTarget final : public TargetFormat {
  public:
   [[nodiscard]] std::string_view name() const noexcept override { return "compressed-tensors"; }
 
-  void check(const TargetSpec&, const std::string&) const override {}
+  void check(const TargetSpec& spec, const std::string& source) const override {
+    if (!is_mxfp4(spec)) refuse_bias(spec, source, "INT4 in compressed-tensors");
+  }
 
   [[nodiscard]] std::vector<SafetensorsEntry> tensors(const TargetSpec& spec) const override {
     if (is_mxfp4(spec)) return mxfp4_tensors(spec, {"weight_packed", "U8", "weight_scale", "U8"});
@@ -175,7 +261,7 @@ class CompressedTensorsTarget final : public TargetFormat {
   [[nodiscard]] std::vector<std::byte> bytes(std::size_t index, const TargetSpec& spec,
                                              const Expert& expert,
                                              const InputScales& inputs) const override {
-    if (is_mxfp4(spec)) return mxfp4_bytes_of(index, expert);
+    if (is_mxfp4(spec)) return mxfp4_bytes_of(index, spec, expert);
     if (index >= 9) return bytes_of(std::vector<float>{input_scale_of(inputs, index - 9)});
     const QuantMatrix& matrix = matrix_of(expert, index / 3);
     switch (index % 3) {
@@ -240,8 +326,9 @@ std::unique_ptr<const TargetFormat> make_target_format(const std::string& name) 
   if (name == "w4afp8") return std::make_unique<W4afp8Target>();
   if (name == "compressed-tensors") return std::make_unique<CompressedTensorsTarget>();
   if (name == "deepseek-fp4") return std::make_unique<DeepseekFp4Target>();
+  if (name == "gpt-oss") return std::make_unique<GptOssTarget>();
   fail(ErrorCode::kInvalidArgument,
-       "format '{}' is none of: w4afp8, compressed-tensors, deepseek-fp4", name);
+       "format '{}' is none of: w4afp8, compressed-tensors, deepseek-fp4, gpt-oss", name);
 }
 
 }  // namespace sluice

@@ -40,6 +40,8 @@ class TargetFormat {
                                                      const InputScales& inputs) const = 0;
   [[nodiscard]] virtual nlohmann::ordered_json quantization_config(
       const TargetSpec& spec) const = 0;
+  /// True if tensors() are parts of one tensor [E, ..] for all experts of a layer.
+  [[nodiscard]] virtual bool is_fused() const noexcept { return false; }
   /// config.json's expert_dtype; empty: no such key.
   [[nodiscard]] virtual std::string expert_type() const { return {}; }
 };

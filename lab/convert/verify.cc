@@ -99,6 +99,15 @@ class Verifier {
       }
     });
     result_so_far_.weights_compared += layout.n * layout.k;
+    if (!given.has_bias()) return;
+    for (std::int64_t n = 0; n < layout.n; ++n) {
+      const float x = given.bias.as<float>()[n], y = made.bias.as<float>()[n];
+      if (std::bit_cast<std::uint32_t>(x) == std::bit_cast<std::uint32_t>(y)) continue;
+      fail(ErrorCode::kCorruptFile,
+           "verification: the bias of {} [{}] is {} in the source, {} in "
+           "the result",
+           matrix_name(layout), n, x, y);
+    }
   }
 
   void check_weight(const MatrixLayout& layout, const QuantMatrix& given, const QuantMatrix& made,
@@ -176,7 +185,9 @@ class Verifier {
 
 void check_geometry(const ModelGeometry& a, const ModelGeometry& b) {
   if (a.num_experts == b.num_experts && a.num_topk == b.num_topk && a.hidden == b.hidden &&
-      a.intermediate == b.intermediate && a.routed_scaling_factor == b.routed_scaling_factor) {
+      a.intermediate == b.intermediate && a.token_width() == b.token_width() &&
+      a.inner_width() == b.inner_width() && a.has_bias == b.has_bias &&
+      a.routed_scaling_factor == b.routed_scaling_factor) {
     return;
   }
   fail(ErrorCode::kCorruptFile, "verification: the result's config.json has other sizes");

@@ -178,7 +178,11 @@ std::vector<Interval> multiply(const QuantMatrix& m, const QuantizedVector& v,
       }
       lost.add(alignment_loss(unit, v, peaks, model.alignment), 1);
     }
-    out[static_cast<std::size_t>(n)] = {sum, model.accumulation * magnitude + lost.bound() + flips};
+    Interval& y = out[static_cast<std::size_t>(n)];
+    y = {sum, model.accumulation * magnitude + lost.bound() + flips};
+    if (!m.has_bias()) continue;
+    y.value += m.bias.as<float>()[n];
+    y.error += kF32Slack * std::fabs(y.value);  // One addition.
   }
   return out;
 }

@@ -152,6 +152,8 @@ Workload make_workload(const WorkloadSpec& spec, std::int64_t first_token,
   check_argument(spec.num_experts > 0 && spec.num_topk > 0 && spec.hidden > 0,
                  "a workload of {} experts, top-{}, hidden {}: all must be positive",
                  spec.num_experts, spec.num_topk, spec.hidden);
+  check_argument(spec.num_channels >= 0 && spec.num_channels <= spec.hidden,
+                 "num_channels {} is not in [0, hidden {}]", spec.num_channels, spec.hidden);
   check_argument(num_tokens >= 0, "a workload of {} tokens", num_tokens);
   check_argument(spec.num_outlier_places >= 1 && spec.num_outlier_places <= 8,
                  "num_outlier_places {} is not in [1, 8]", spec.num_outlier_places);
@@ -171,6 +173,10 @@ Workload make_workload(const WorkloadSpec& spec, std::int64_t first_token,
     const auto token = static_cast<std::uint64_t>(first_token) + t;
     fill_token(spec, gains, token, &load.x[t * hidden]);
     const CounterRng choice(spec.seed ^ 0x5bd1e995u, kTokenStream + token);
+    if (spec.num_channels > 0) {
+      std::fill(load.x.begin() + static_cast<std::ptrdiff_t>(t * hidden) + spec.num_channels,
+                load.x.begin() + static_cast<std::ptrdiff_t>((t + 1) * hidden), std::uint16_t{0});
+    }
     route_token(spec, weight, choice, &load.topk_idx[t * topk], &load.topk_weights[t * topk]);
   }
   return load;

@@ -121,10 +121,10 @@ void synthetic_activations(const SyntheticTokens& tokens, MutableTensorView x) {
 
 Calibration::Calibration(const SyntheticCheckpoint& spec, int layer)
     : seed_(spec.seed), layer_(layer), geometry_(spec.geometry) {
-  const auto hidden = static_cast<std::size_t>(geometry_.hidden);
+  const auto hidden = static_cast<std::size_t>(geometry_.token_width());
   x_.resize(kNumCalibrationTokens * hidden);
   const SyntheticTokens tokens{.seed = seed_, .layer = layer_, .token_seed = kCalibrationTokens};
-  const ChannelGains gains = channel_gains(seed_, layer_, geometry_.hidden);
+  const ChannelGains gains = channel_gains(seed_, layer_, geometry_.token_width());
   for (int t = 0; t < kNumCalibrationTokens; ++t) {
     float* const x = x_.data() + static_cast<std::size_t>(t) * hidden;
     fill_token_at(tokens, gains, t, x);
@@ -147,7 +147,7 @@ std::vector<int> Calibration::tokens_of(int expert) const {
 InputScales Calibration::input_scales(int expert, const SyntheticExpert& weights) const {
   /// Few rows and tokens are tried, so the true maximum is somewhat larger; e4m3 does not mind.
   constexpr float kHeadroom = 2.0f;
-  const auto hidden = static_cast<std::size_t>(geometry_.hidden);
+  const auto hidden = static_cast<std::size_t>(geometry_.token_width());
   std::vector<int> tokens = tokens_of(expert);
   const auto amax_of = [&](int t) { return token_amax_[static_cast<std::size_t>(t)]; };
   std::ranges::stable_sort(tokens, [&](int a, int b) { return amax_of(a) > amax_of(b); });

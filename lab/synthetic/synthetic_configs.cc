@@ -63,6 +63,11 @@ Json synthetic_quantization_config(const SyntheticCheckpoint& spec) {
               {"scale_fmt", "ue8m0"},
               {"weight_block_size", {128, 128}},
               {"activation_scheme", "dynamic"}};
+    case Family::kGptOss:
+      return {{"quant_method", "mxfp4"},
+              {"modules_to_not_convert",
+               {"model.layers.*.self_attn", "model.layers.*.mlp.router", "model.embed_tokens",
+                "lm_head"}}};
     case Family::kAngelslim:
       return {{"quant_method", "w4a8_awq"},
               {"kv_cache_quant_method", "fp8"},

@@ -12,6 +12,7 @@ enum class Family {
   kKimi,
   kKimiMxfp4,
   kDeepseekFp4,
+  kGptOss,
   kAngelslim,
   kModelopt,
   kFp8Block,

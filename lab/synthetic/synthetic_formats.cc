@@ -24,6 +24,7 @@ constexpr FormatDefinition kDefinitions[] = {
     {"kimi-int4", Family::kKimi, true, false},
     {"kimi-mxfp4", Family::kKimiMxfp4, true, false},
     {"deepseek-fp4", Family::kDeepseekFp4, true, false},
+    {"gpt-oss", Family::kGptOss, true, false},
     {"angelslim", Family::kAngelslim, false, true},
     {"modelopt-w4a8-awq", Family::kModelopt, true, true},
     {"fp8-block", Family::kFp8Block, false, false},
@@ -157,6 +158,22 @@ std::vector<float> originals(const SyntheticMatrix& m) {
   return out;
 }
 
+/// Of each output, bf16: most within +-0.5.
+std::vector<float> biases(const SyntheticMatrix& m) {
+  RandomStream random(stream_key({m.key, 0x62696173}));
+  std::vector<float> out;
+  for (int row = 0; row < m.n; ++row) out.push_back(stored(0.25f * random.normal(), "BF16"));
+  return out;
+}
+
+/// What `bytes_of` gives of gate and up in turn, or of down.
+template <class Function>
+std::vector<std::byte> fused(const SyntheticExpert& expert, std::size_t matrix,
+                             const Function& bytes_of) {
+  if (matrix == 2) return bytes_of(expert.matrices[2]);
+  return in_turn(bytes_of(expert.matrices[0]), bytes_of(expert.matrices[1]), expert.matrices[0].n);
+}
+
 struct Fp8Matrix {
   std::vector<std::byte> codes;
   std::vector<float> scales;
@@ -205,6 +222,10 @@ std::vector<std::string> synthetic_format_names() {
   return names;
 }
 
+bool is_fused(const SyntheticCheckpoint& spec) {
+  return definition(spec).family == Family::kGptOss;
+}
+
 bool has_input_scales(const SyntheticCheckpoint& spec) {
   return definition(spec).has_static_inputs ? spec.with_input_scales : spec.with_static_activations;
 }
@@ -212,7 +233,8 @@ bool has_input_scales(const SyntheticCheckpoint& spec) {
 void check_synthetic_format(const SyntheticCheckpoint& spec) {
   const FormatDefinition& d = definition(spec);
   const int group = spec.geometry.group_size;
-  const bool is_mxfp4 = d.family == Family::kKimiMxfp4 || d.family == Family::kDeepseekFp4;
+  const bool is_mxfp4 = d.family == Family::kKimiMxfp4 || d.family == Family::kDeepseekFp4 ||
+                        d.family == Family::kGptOss;
   const bool is_float = spec.scale_dtype == DType::kFloat32 || spec.scale_dtype == DType::kBFloat16;
   check_argument(is_mxfp4 ? spec.scale_dtype == DType::kFloat8E8M0 : is_float,
                  "scale_dtype {}; {} has {}", to_string(spec.scale_dtype), d.name,
@@ -224,6 +246,10 @@ void check_synthetic_format(const SyntheticCheckpoint& spec) {
   } else {
     check_argument(group == 128, "group_size {}; {} has 128", group, d.name);
   }
+  const bool has_bias = spec.geometry.has_bias;
+  check_argument(d.family != Family::kGptOss || has_bias, "{} has biases", d.name);
+  check_argument(!has_bias || d.family == Family::kGptOss || d.family == Family::kKimiMxfp4,
+                 "biases: gpt-oss and kimi-mxfp4 have them, not {}", d.name);
   check_argument(!spec.with_static_activations || d.family == Family::kCompressedTensors,
                  "static activations can be chosen for compressed-tensors only, not for {}",
                  d.name);
@@ -237,8 +263,8 @@ std::vector<SyntheticTensor> synthetic_tensors(const SyntheticCheckpoint& spec) 
   const std::string scale_dtype = spec.scale_dtype == DType::kBFloat16 ? "BF16" : "F32";
   std::vector<SyntheticTensor> out;
   for (std::size_t m = 0; m < 3; ++m) {
-    const auto hidden = static_cast<std::uint64_t>(spec.geometry.hidden);
-    const auto intermediate = static_cast<std::uint64_t>(spec.geometry.intermediate);
+    const auto hidden = static_cast<std::uint64_t>(spec.geometry.token_width());
+    const auto intermediate = static_cast<std::uint64_t>(spec.geometry.inner_width());
     const std::uint64_t n = m == 2 ? hidden : intermediate, k = m == 2 ? intermediate : hidden;
     const auto add = [&](const char* what, const std::string& dtype,
                          std::vector<std::uint64_t> shape, Content content) {
@@ -262,11 +288,21 @@ std::vector<SyntheticTensor> synthetic_tensors(const SyntheticCheckpoint& spec) 
       case Family::kKimiMxfp4:
         add("weight_packed", "U8", {n, k / 2}, Content::kMxfp4Codes);
         add("weight_scale", "U8", {n, k / group}, Content::kMxfp4Scales);
+        if (spec.geometry.has_bias) add("bias", "BF16", {n}, Content::kBias);
         break;
       case Family::kDeepseekFp4:
         add("weight", "I8", {n, k / 2}, Content::kMxfp4Codes);
         add("scale", "F8_E8M0", {n, k / group}, Content::kMxfp4Scales);
         break;
+      case Family::kGptOss: {
+        if (m == 1) break;  // With gate.
+        const std::string stem = m == 0 ? "gate_up_proj_" : "down_proj_";
+        const std::uint64_t rows = m == 0 ? 2 * n : n;
+        out.push_back({stem + "blocks", "U8", {rows, k / 32, 16}, Content::kFusedCodes, m});
+        out.push_back({stem + "scales", "U8", {rows, k / 32}, Content::kFusedScales, m});
+        out.push_back({stem + "bias", "BF16", {rows}, Content::kFusedBias, m});
+        break;
+      }
       case Family::kAngelslim:
         add("qweight", "I8", {n, k / 2}, Content::kNibblesAlongK);
         add("weight_scale.int4", scale_dtype, {n, k / group}, Content::kScales);
@@ -331,6 +367,18 @@ std::vector<std::byte> synthetic_bytes(const SyntheticTensor& tensor,
       return mxfp4_bytes(m).codes;
     case Content::kMxfp4Scales:
       return mxfp4_bytes(m).scales;
+    case Content::kBias:
+      return number_bytes(biases(m), tensor.dtype);
+    case Content::kFusedCodes:
+      return fused(expert, tensor.matrix,
+                   [](const SyntheticMatrix& one) { return mxfp4_bytes(one).codes; });
+    case Content::kFusedScales:
+      return fused(expert, tensor.matrix,
+                   [](const SyntheticMatrix& one) { return mxfp4_bytes(one).scales; });
+    case Content::kFusedBias:
+      return fused(expert, tensor.matrix, [&](const SyntheticMatrix& one) {
+        return number_bytes(biases(one), tensor.dtype);
+      });
     case Content::kFp8Codes:
       return fp8_blocks(m).codes;
     case Content::kFp8Scales:

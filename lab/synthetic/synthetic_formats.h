@@ -27,6 +27,10 @@ struct SyntheticTensor {
     kPreQuantScale,  ///< AWQ's factor of each input channel.
     kMxfp4Codes,
     kMxfp4Scales,
+    kBias,
+    kFusedCodes,  ///< gpt-oss: rows of gate and up in turn (matrix 0), or of down (2).
+    kFusedScales,
+    kFusedBias,
     kFp8Codes,  ///< Blocks of 128 x 128.
     kFp8Scales,
     kBf16,
@@ -46,6 +50,9 @@ void check_synthetic_format(const SyntheticCheckpoint& spec);
 
 /// True if input scales are calibrated and written, in shards or in act_scales.safetensors.
 [[nodiscard]] bool has_input_scales(const SyntheticCheckpoint& spec);
+
+/// True if a tensor is of all experts of a layer, [E, ..], one part after the other.
+[[nodiscard]] bool is_fused(const SyntheticCheckpoint& spec);
 
 /// Of one expert, in the order they are written; w4afp8's input scales have a file of their own.
 [[nodiscard]] std::vector<SyntheticTensor> synthetic_tensors(const SyntheticCheckpoint& spec);

@@ -43,4 +43,17 @@ Mxfp4Bytes mxfp4_bytes(const SyntheticMatrix& m) {
   return out;
 }
 
+std::vector<std::byte> in_turn(const std::vector<std::byte>& gate, const std::vector<std::byte>& up,
+                               int num_rows) {
+  const auto rows = static_cast<std::size_t>(num_rows);
+  const std::size_t width = gate.size() / rows;
+  std::vector<std::byte> out;
+  for (std::size_t row = 0; row < rows; ++row) {
+    for (const auto* matrix : {&gate, &up}) {
+      for (std::size_t i = 0; i < width; ++i) out.push_back((*matrix)[row * width + i]);
+    }
+  }
+  return out;
+}
+
 }  // namespace sluice

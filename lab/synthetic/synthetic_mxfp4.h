@@ -16,4 +16,8 @@ struct Mxfp4Bytes {
 };
 [[nodiscard]] Mxfp4Bytes mxfp4_bytes(const SyntheticMatrix& m);
 
+/// Rows of bytes as gpt-oss has them: row 0 of `gate`, row 0 of `up`, row 1 of `gate` and so on.
+[[nodiscard]] std::vector<std::byte> in_turn(const std::vector<std::byte>& gate,
+                                             const std::vector<std::byte>& up, int num_rows);
+
 }  // namespace sluice

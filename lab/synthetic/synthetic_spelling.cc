@@ -39,6 +39,8 @@ constexpr std::array kSpellings = {
              "kimi_linear", "num_experts", "num_experts_per_token", DenseKey::kFirst},
     Spelling{"qwen3", "model.layers.", ".mlp.experts.", false, false, "qwen3_moe", "num_experts",
              "num_experts_per_tok", DenseKey::kList},
+    Spelling{"gpt-oss", "model.layers.", ".mlp.experts.", false, false, "gpt_oss",
+             "num_local_experts", "num_experts_per_tok", DenseKey::kNone},
     Spelling{"qwen3.8", "model.language_model.layers.", ".mlp.experts.", false, true,
              "qwen3_5_moe_text", "num_experts", "num_experts_per_tok", DenseKey::kList},
 };
@@ -89,6 +91,16 @@ constexpr std::array kPublished = {
     Published{"qwen3.8", "compressed-tensors", "qwen3.8", DType::kBFloat16},
     Published{"qwen3-235b", "w4afp8", "qwen3"},
     Published{"qwen3-30b", "w4afp8", "qwen3"},
+    Published{.preset = "gpt-oss-120b",
+              .format = "gpt-oss",
+              .spelling = "gpt-oss",
+              .scale_dtype = DType::kFloat8E8M0,
+              .first_layer = 0},
+    Published{.preset = "gpt-oss-20b",
+              .format = "gpt-oss",
+              .spelling = "gpt-oss",
+              .scale_dtype = DType::kFloat8E8M0,
+              .first_layer = 0},
 };
 
 void add_dense_layers(const SyntheticCheckpoint& spec, DenseKey key, Json& model) {
@@ -137,18 +149,25 @@ Json model_keys(const SyntheticCheckpoint& spec, const Spelling& spelling) {
   Json model = {{"model_type", spelling.model_type ? spelling.model_type : g.name.c_str()}};
   if (spec.spelling == "kimi-k3") {
     // The experts' inputs are half as wide as the model.
-    model["hidden_size"] = 2 * g.hidden;
-    model["routed_expert_hidden_size"] = g.hidden;
+    model["hidden_size"] = 2 * g.token_width();
+    model["routed_expert_hidden_size"] = g.token_width();
   } else {
-    model["hidden_size"] = g.hidden;
+    model["hidden_size"] = g.token_width();
   }
-  model["moe_intermediate_size"] = g.intermediate;
+  const bool is_gpt_oss = spec.spelling == "gpt-oss";
+  model[is_gpt_oss ? "intermediate_size" : "moe_intermediate_size"] = g.inner_width();
   model[spelling.num_experts] = g.num_experts;
   model[spelling.num_topk] = g.num_topk;
   model["routed_scaling_factor"] = g.routed_scaling_factor;
   add_dense_layers(spec, spelling.dense, model);
   model["num_hidden_layers"] = spec.first_layer + spec.num_layers;
-  add_activation(g.activation, spec.spelling != "deepseek", model);
+  if (is_gpt_oss) {
+    model["experts_per_token"] = g.num_topk;
+    model["hidden_act"] = "silu";
+    model["swiglu_limit"] = g.activation.limit;
+  } else {
+    add_activation(g.activation, spec.spelling != "deepseek", model);
+  }
   return model;
 }
 
@@ -176,6 +195,10 @@ SyntheticCheckpoint synthetic_preset(const std::string& preset) {
 void check_synthetic_spelling(const SyntheticCheckpoint& spec) {
   Json unused;
   (void)spelling_of(spec);
+  const ActivationFn& fn = spec.geometry.activation;
+  check_argument(
+      spec.spelling != "gpt-oss" || (fn.kind == ActivationKind::kSwigluOai && fn.alpha == 1.702f),
+      "spelling gpt-oss has the activation swiglu-oai:alpha=1.702, not {}", to_string(fn));
   add_activation(spec.geometry.activation, true, unused);
 }
 
@@ -191,8 +214,8 @@ std::string synthetic_tensor_name(const SyntheticCheckpoint& spec, int layer, in
       }
     }
   }
-  return spelling.prefix + std::to_string(layer) + spelling.container + std::to_string(expert) +
-         "." + own;
+  const std::string number = expert < 0 ? "" : std::to_string(expert) + ".";
+  return spelling.prefix + std::to_string(layer) + spelling.container + number + own;
 }
 
 Json synthetic_model_config(const SyntheticCheckpoint& spec) {

@@ -118,11 +118,10 @@ void fill_expert(const SyntheticCheckpoint& spec, int layer, int expert, Synthet
   };
   const int group = g.group_size;
   const bool is_super = key(3) % 64 == 0;
-  fill_matrix(key(0), SyntheticRole::kGate, false, g.intermediate, g.hidden, group,
-              out.matrices[0]);
-  fill_matrix(key(1), SyntheticRole::kUp, false, g.intermediate, g.hidden, group, out.matrices[1]);
-  fill_matrix(key(2), SyntheticRole::kDown, is_super, g.hidden, g.intermediate, group,
-              out.matrices[2]);
+  const int hidden = g.token_width(), inner = g.inner_width();
+  fill_matrix(key(0), SyntheticRole::kGate, false, inner, hidden, group, out.matrices[0]);
+  fill_matrix(key(1), SyntheticRole::kUp, false, inner, hidden, group, out.matrices[1]);
+  fill_matrix(key(2), SyntheticRole::kDown, is_super, hidden, inner, group, out.matrices[2]);
 }
 
 }  // namespace sluice

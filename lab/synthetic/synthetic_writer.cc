@@ -26,9 +26,6 @@ namespace {
 
 namespace fs = std::filesystem;
 
-/// Widths are multiples of this.
-constexpr int kWidthUnit = kActivationGroup;
-
 /// One file to be written: its tensors, and where their bytes begin.
 struct Shard {
   std::string name;
@@ -38,8 +35,8 @@ struct Shard {
 
 /// Where one tensor goes.
 struct Place {
-  std::size_t shard = 0;
-  std::uint64_t offset = 0;
+  std::size_t shard = 0, tensor = 0;
+  std::uint64_t offset = 0;  // In the tensor, until the files are laid out.
 };
 
 void check_spec(const SyntheticCheckpoint& spec) {
@@ -51,10 +48,10 @@ void check_spec(const SyntheticCheckpoint& spec) {
   check_argument(g.num_topk >= 1 && g.num_topk <= g.num_experts,
                  "num_topk {} is outside [1, {} experts]", g.num_topk, g.num_experts);
   for (const auto& [field, value] :
-       {std::pair{"hidden", g.hidden}, {"intermediate", g.intermediate}}) {
-    check_argument(value >= kWidthUnit && value % kWidthUnit == 0 && value <= 1 << 17,
-                   "{} {} is not a multiple of {} in [{}, {}]", field, value, kWidthUnit,
-                   kWidthUnit, 1 << 17);
+       {std::pair{"hidden", g.token_width()}, {"intermediate", g.inner_width()}}) {
+    const int unit = g.group_size;  // Readers pad the rest of 128.
+    check_argument(value >= unit && value % unit == 0 && value <= 1 << 17,
+                   "{} {} is not a multiple of {} in [{}, {}]", field, value, unit, unit, 1 << 17);
   }
   check_argument(g.routed_scaling_factor > 0 && g.routed_scaling_factor < 1e6f,
                  "routed_scaling_factor {} is outside (0, 1e6)", g.routed_scaling_factor);
@@ -130,23 +127,29 @@ void SyntheticWriter::plan_shards() {
   std::vector<std::vector<SafetensorsEntry>> files(1);
   std::uint64_t used = 0;
   places_.resize(num_jobs());
-  for (std::size_t job = 0; job < num_jobs(); ++job) {
+  // Experts that share a tensor lie in it one after the other.
+  const auto num_together = is_fused(spec_) ? static_cast<std::size_t>(g.num_experts) : 1;
+  for (std::size_t job = 0; job < num_jobs(); job += num_together) {
     const auto per_layer = static_cast<std::size_t>(g.num_experts);
     const int layer = spec_.first_layer + static_cast<int>(job / per_layer);
+    const int expert = is_fused(spec_) ? -1 : static_cast<int>(job % per_layer);
     for (const SyntheticTensor& tensor : tensors_) {
-      const std::uint64_t size = tensor_bytes(tensor);
+      const std::uint64_t one = tensor_bytes(tensor), size = num_together * one;
       if (used > 0 && used + size > spec_.max_shard_bytes) files.emplace_back(), used = 0;
       used += size;
-      places_[job].push_back({.shard = files.size() - 1});
-      files.back().push_back({.name = synthetic_tensor_name(
-                                  spec_, layer, static_cast<int>(job % per_layer), tensor.part),
+      for (std::size_t i = 0; i < num_together; ++i) {
+        places_[job + i].push_back(
+            {.shard = files.size() - 1, .tensor = files.back().size(), .offset = i * one});
+      }
+      std::vector<std::uint64_t> shape = tensor.shape;
+      if (is_fused(spec_)) shape.insert(shape.begin(), num_together);
+      files.back().push_back({.name = synthetic_tensor_name(spec_, layer, expert, tensor.part),
                               .dtype = tensor.dtype,
-                              .shape = tensor.shape});
+                              .shape = std::move(shape)});
     }
   }
   check_argument(files.size() <= 99'999, "max_shard_bytes {} needs {} shards; at most 99999",
                  spec_.max_shard_bytes, files.size());
-  std::vector<std::size_t> next(files.size());
   for (std::size_t i = 0; i < files.size(); ++i) {
     Shard& shard = shards_.emplace_back();
     shard.name = fmt::format("model-{:05}-of-{:05}.safetensors", i + 1, files.size());
@@ -156,7 +159,7 @@ void SyntheticWriter::plan_shards() {
   for (auto& parts : places_) {
     for (Place& place : parts) {
       const Shard& shard = shards_[place.shard];
-      place.offset = shard.header.size() + shard.tensors[next[place.shard]++].begin;
+      place.offset += shard.header.size() + shard.tensors[place.tensor].begin;
     }
   }
 }

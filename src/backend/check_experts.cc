@@ -19,6 +19,9 @@ void check_matrix(const QuantMatrix& m, std::int64_t n, std::int64_t k, int expe
   check_argument(m.scales.shape == Shape({n, k / m.group_size}),
                  "expert {} {}: scales are {}, expected [{}, {}]", expert, name,
                  m.scales.shape.to_string(), n, k / m.group_size);
+  check_argument(!m.has_bias() || (m.bias.dtype == DType::kFloat32 && m.bias.shape == Shape({n})),
+                 "expert {} {}: the bias is {} {}, expected float32 [{}]", expert, name,
+                 to_string(m.bias.dtype), m.bias.shape.to_string(), n);
 }
 
 }  // namespace
@@ -28,6 +31,12 @@ void check_experts(const ExpertWeights& weights) {
   for (std::size_t i = 0; i < weights.experts.size(); ++i) {
     const Expert& expert = weights.experts[i];
     const int index = weights.first_expert + static_cast<int>(i);
+    for (const QuantMatrix* m : {&expert.gate, &expert.up, &expert.down}) {
+      check_argument(m->has_bias() == weights.geometry.has_bias,
+                     "expert {}: a matrix {} a bias, and the geometry says that {}", index,
+                     m->has_bias() ? "has" : "lacks",
+                     weights.geometry.has_bias ? "all have one" : "none has one");
+    }
     check_matrix(expert.gate, inter, hidden, index, "gate");
     check_matrix(expert.up, inter, hidden, index, "up");
     check_matrix(expert.down, hidden, inter, index, "down");

@@ -72,6 +72,8 @@ class ExpertPacker {
   /// next_scales(). An expert's up follows its gate directly. Other threads may add other matrices.
   virtual void add_scales(ExpertBuilder& to, int index, MatrixRole role,
                           const TensorView& scales) = 0;
+  /// The bias of a matrix of expert `index`, [N]. Throws: kUnsupported where there are none.
+  virtual void add_bias(ExpertBuilder& to, int index, MatrixRole role, std::span<const float> bias);
   /// Codes of the next rows of the matrix, a multiple of 16 of them, in the last next_piece().
   virtual void add_rows(std::span<const std::byte> codes) = 0;
   /// Returns when everything that was added is in its place.
@@ -203,6 +205,16 @@ class BackendOps : public Backend {
   /// out.static_scale.
   virtual void gather_tokens(const TokenRows& tokens, const EntryRows& entries, const Fp8Rows& out,
                              Stream stream) = 0;
+
+  /// The first `bytes` bytes of `count` rows, which begin `to_stride` and `from_stride` bytes
+  /// apart.
+  virtual void copy_rows(std::byte* to, std::size_t to_stride, const std::byte* from,
+                         std::size_t from_stride, std::size_t bytes, std::int64_t count,
+                         Stream stream) {
+    for (std::int64_t i = 0; i < count; ++i, to += to_stride, from += from_stride) {
+      copy_on_device(to, from, bytes, stream);
+    }
+  }
 
   /// y[t] = bf16(factor * sum_k weights[t, k] * rows[row_of[t, k]]), in order of k over the entries
   /// that have a row: float32, where product, sum and the last product are each rounded.

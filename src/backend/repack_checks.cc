@@ -95,6 +95,9 @@ std::unique_ptr<PreparedExperts> BackendOps::make_room(const RepackFormat&,
 void BackendOps::repack(PreparedExperts&, int, std::span<const ExpertSource>, Stream) {
   refuse_repacking();
 }
+void ExpertPacker::add_bias(ExpertBuilder&, int, MatrixRole, std::span<const float>) {
+  refuse_bias();
+}
 void BackendOps::finish_repack(PreparedExperts&, Stream) {
   refuse_repacking();
 }
@@ -123,6 +126,7 @@ void check_format(const RepackFormat& format) {
       g.weight_format == WeightFormat::kInt4 || format.codes == CodeKind::kTwosComplement,
       "codes with an offset: {} has none", to_string(g.weight_format));
   check_activation(g.activation);
+  if (g.has_bias) refuse_bias();
 }
 
 PackedSizes packed_sizes(const RepackFormat& format, Device::Kind kind) {

@@ -7,6 +7,7 @@
 #include <cstddef>
 
 #include "sluice/backend.h"
+#include "sluice/error.h"
 #include "sluice/repack.h"
 #include "sluice/tensor.h"
 
@@ -16,6 +17,8 @@ struct BackendTraits {
   /// Host code may read and write its memory. The exchange for host memory then works on it as it
   /// is, and row counts are checked before work is queued.
   bool has_host_memory = false;
+  /// Its GEMMs add QuantMatrix::bias.
+  bool adds_bias = false;
   /// Dispatched::expert_y() is memory of the exchange, so a layer group reserves none of its own.
   bool exchange_keeps_expert_y = false;
   /// ExchangeConfig::num_in_flight where one dispatch is in flight.
@@ -37,5 +40,16 @@ struct BackendTraits {
 
 /// Throws: kInvalidArgument for a kind without a backend.
 [[nodiscard]] const BackendTraits& traits_of(Device::Kind kind);
+
+[[noreturn]] inline void refuse_bias() {
+  throw Error(ErrorCode::kUnsupported,
+              "experts with biases (gate_up_proj_bias and down_proj_bias of gpt-oss, or "
+              "gate_proj.bias) run on the CPU, from a checkpoint or from host memory, and nowhere "
+              "else");
+}
+/// That a backend of this kind adds biases, if the experts have them.   Throws: kUnsupported.
+inline void check_bias(const ModelGeometry& geometry, Device::Kind device) {
+  if (geometry.has_bias && !traits_of(device).adds_bias) refuse_bias();
+}
 
 }  // namespace sluice

@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <array>
 #include <cmath>
+#include <cstring>
 #include <iterator>
 #include <span>
 #include <utility>
@@ -114,7 +115,9 @@ CheckpointData CheckpointData::open(const std::filesystem::path& dir) {
   Recognised recognised = recognise(
       {.config = data.config.quantization, .index = data.index, .geometry = data.config.geometry});
   data.format = std::move(recognised.format);
+  check_widths(data.config, data.format->name(), data.format->group_size());
   data.config.geometry.group_size = data.format->group_size();
+  data.config.geometry.has_bias = data.format->has_bias();
   if (const auto own = data.format->weight_format()) data.config.geometry.weight_format = *own;
   data.config.geometry.activation = data.config.activations.of(data.moe_layers.front());
   // One layer's tensors must bear out the config; every other is checked when it is loaded.
@@ -149,7 +152,14 @@ Expert CheckpointData::load_expert(int layer, int expert, ExpertStorage& storage
   std::size_t i = 0;
   for (const MatrixLayout& matrix : matrix_layouts(config.geometry)) {
     format->check_values(tensors, matrix);
-    matrices[i++] = format->load(tensors, matrix, storage);
+    matrices[i] = format->load(tensors, matrix, storage);
+    if (format->has_bias()) {
+      const std::vector<float> bias = format->bias(tensors, matrix);
+      const auto copy = allocate(storage, bias.size() * sizeof(float));
+      std::memcpy(copy.data(), bias.data(), copy.size());
+      matrices[i].bias = {copy.data(), DType::kFloat32, {matrix.n}};
+    }
+    ++i;
   }
   const Expert result = {.gate = matrices[0], .up = matrices[1], .down = matrices[2]};
   if (format->weight_format() == WeightFormat::kInt4) {
@@ -297,8 +307,12 @@ ExpertWeights Checkpoint::load_experts(int layer, int first_expert, int num_expe
   weights.geometry = impl_->config.geometry;
   weights.geometry.activation = impl_->config.activations.of(layer);
   weights.static_scales = static_scales(layer);
+  const auto layouts = matrix_layouts(impl_->geometry());
   for (int e = first_expert; e < first_expert + num_experts; ++e) {
-    weights.experts.push_back(impl_->load_expert(layer, e, *storage));
+    const Expert own = impl_->load_expert(layer, e, *storage);
+    weights.experts.push_back({.gate = padded(own.gate, layouts[0], *storage),
+                               .up = padded(own.up, layouts[1], *storage),
+                               .down = padded(own.down, layouts[2], *storage)});
   }
   const ExpertStorage* const raw = storage.release();
   weights.storage = std::shared_ptr<const void>(raw, ExpertStorageDeleter{raw});

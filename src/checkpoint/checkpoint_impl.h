@@ -33,7 +33,8 @@ struct CheckpointData {
   [[nodiscard]] const LayerTensors& layer_tensors(int layer) const;
   /// Names, dtypes and shapes of all experts of a layer. Throws: kCorruptFile, kUnsupported.
   void check_layer(int layer) const;
-  /// One expert of a layer that check_layer() has seen. Throws: as Checkpoint::load_experts().
+  /// One expert of a layer that check_layer() has seen, of the model's own widths. Throws: as
+  /// Checkpoint::load_experts().
   [[nodiscard]] Expert load_expert(int layer, int expert, ExpertStorage& storage) const;
   /// One matrix of such an expert as [n, k] float32, for quantizing: of float formats exactly, of
   /// INT4 (code * scale) * factor of the channel, each product rounded. Throws: the same.

@@ -2,7 +2,9 @@
 
 #include <fmt/core.h>
 
+#include <algorithm>
 #include <charconv>
+#include <iterator>
 #include <utility>
 
 namespace sluice {
@@ -24,6 +26,14 @@ constexpr std::string_view kContainers[] = {
 constexpr std::pair<std::string_view, std::string_view> kStems[] = {
     {"gate_proj.", "w1."}, {"up_proj.", "w3."}, {"down_proj.", "w2."}};
 constexpr std::string_view kExperts = ".experts.";
+/// gpt-oss' own, each [E, ..].
+constexpr std::string_view kFusedParts[] = {"gate_up_proj_blocks", "gate_up_proj_scales",
+                                            "gate_up_proj_bias",   "down_proj_blocks",
+                                            "down_proj_scales",    "down_proj_bias"};
+
+bool is_fused_part(std::string_view part) noexcept {
+  return std::ranges::find(kFusedParts, part) != std::end(kFusedParts);
+}
 
 /// Takes a decimal number without leading zeros off the front of `text`.
 std::optional<int> take_number(std::string_view& text) {
@@ -59,6 +69,7 @@ std::optional<ExpertName> take_container(std::string_view& name) {
 }  // namespace
 
 std::string ExpertSpelling::name(int layer, int expert, std::string_view part) const {
+  if (is_fused_part(part)) return fmt::format("{}{}{}{}", prefix, layer, container, part);
   std::string_view stem;
   if (has_numbered_stems) {
     for (const auto& [word, number] : kStems) {
@@ -113,6 +124,12 @@ std::optional<int> fused_experts_layer(std::string_view name) {
   if (rest.empty() || is_digit(rest[0])) return std::nullopt;
   if (!is_numbered_weight && rest.find("proj") == std::string_view::npos) return std::nullopt;
   return known ? known->layer : -1;
+}
+
+std::optional<FusedName> parse_fused_name(std::string_view name) {
+  const auto known = take_container(name);
+  if (!known || !is_fused_part(name)) return std::nullopt;
+  return FusedName{known->layer, name, known->prefix, known->container};
 }
 
 bool is_bias(std::string_view name) noexcept {

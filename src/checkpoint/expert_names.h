@@ -19,7 +19,8 @@ struct ExpertSpelling {
   std::string_view container = ".mlp.experts.";  ///< Before the expert's. Static storage.
   bool has_numbered_stems = false;  ///< w1, w3, w2 instead of gate_proj, up_proj, down_proj.
 
-  /// The checkpoint's own name of a canonical part: "gate_proj.weight" may become "w1.weight".
+  /// The checkpoint's own name of a canonical part: "gate_proj.weight" may become "w1.weight". That
+  /// of a FusedName's part has no expert.
   [[nodiscard]] std::string name(int layer, int expert, std::string_view part) const;
 };
 
@@ -45,6 +46,15 @@ struct ExpertName {
 /// Weights or biases of all experts of a layer in one tensor: "...mlp.experts.gate_up_proj_packed".
 /// The value is the layer's number, or -1 if the name has none in a known place.
 [[nodiscard]] std::optional<int> fused_experts_layer(std::string_view name);
+
+/// A tensor of all experts of a layer in gpt-oss' layout: gate_up_proj_ or down_proj_ before
+/// blocks, scales or bias. Views point into the name and into static storage.
+struct FusedName {
+  int layer = 0;
+  std::string_view part, prefix, container;
+};
+/// Empty if `name` is no such tensor under a known prefix and container.
+[[nodiscard]] std::optional<FusedName> parse_fused_name(std::string_view name);
 
 /// "gate_up_proj_bias", "down_proj.bias": no weights.
 [[nodiscard]] bool is_bias(std::string_view name) noexcept;

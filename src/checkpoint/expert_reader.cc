@@ -1,6 +1,7 @@
 #include "checkpoint/expert_reader.h"
 
 #include <algorithm>
+#include <cstring>
 #include <numeric>
 #include <utility>
 
@@ -17,9 +18,10 @@ QuantMatrix without_data(const Format& format, const ExpertTensors& expert,
   matrix.group_size = format.group_size();
   matrix.format = *format.weight_format();
   matrix.codes.dtype = code_dtype(matrix.format);
-  matrix.codes.shape = {layout.n, layout.k / 2};
+  matrix.codes.shape = {layout.padded_n, layout.padded_k / 2};
   matrix.scales.dtype = format.scale_dtype(expert, layout);
-  matrix.scales.shape = {layout.n, layout.k / matrix.group_size};
+  matrix.scales.shape = {layout.padded_n, layout.padded_k / matrix.group_size};
+  if (format.has_bias()) matrix.bias.shape = {layout.padded_n};
   return matrix;
 }
 
@@ -65,7 +67,8 @@ ExpertReader::ExpertReader(const Checkpoint& checkpoint, int layer, std::vector<
     codes_parts_[m] = data_->format->codes_part(layouts_[m]);
   }
   for (std::size_t m = 0; m < layouts_.size(); ++m) {
-    codes_bytes_ = std::max(codes_bytes_, static_cast<std::size_t>(layouts_[m].n * row_bytes(m)));
+    codes_bytes_ =
+        std::max(codes_bytes_, static_cast<std::size_t>(layouts_[m].padded_n * row_bytes(m)));
     piece_bytes_ =
         std::max(piece_bytes_,
                  static_cast<std::size_t>(piece_rows(static_cast<MatrixRole>(m)) * row_bytes(m)));
@@ -80,7 +83,10 @@ ExpertReader::ExpertReader(const Checkpoint& checkpoint, int layer, std::vector<
         const TensorRef* const tensor = expert(e).find(part);
         if (tensor == nullptr) continue;  // An optional one.
         file_bytes_ += tensor->size();
-        if (part != codes_parts_[m]) beside_codes += aligned_in_room(tensor->size());
+        if (is_beside(part, m)) beside_codes += aligned_in_room(tensor->size());
+      }
+      if (layouts_[m].is_padded()) {
+        beside_codes += aligned_in_room(matrices[m]->scales.bytes());
       }
       scales_bytes_ = std::max(scales_bytes_, beside_codes);
     }
@@ -88,13 +94,18 @@ ExpertReader::ExpertReader(const Checkpoint& checkpoint, int layer, std::vector<
 }
 
 std::int64_t ExpertReader::row_bytes(std::size_t matrix) const noexcept {
-  return layouts_[matrix].k / 2;
+  return layouts_[matrix].padded_k / 2;
+}
+
+/// What read_scales() reads.
+bool ExpertReader::is_beside(const std::string& part, std::size_t matrix) const {
+  return part != codes_parts_[matrix] && part != data_->format->bias_part(layouts_[matrix]);
 }
 
 std::int64_t ExpertReader::piece_rows(MatrixRole role) const noexcept {
   constexpr std::int64_t kRows = 16;
   const auto matrix = static_cast<std::size_t>(role);
-  const std::int64_t n = layouts_[matrix].n;
+  const std::int64_t n = layouts_[matrix].padded_n;
   const std::int64_t most = std::max(
       kRows, static_cast<std::int64_t>(most_piece_bytes_) / row_bytes(matrix) / kRows * kRows);
   const std::int64_t pieces = (n + most - 1) / most;
@@ -130,7 +141,7 @@ TensorView ExpertReader::read_scales(int index, MatrixRole role, std::span<std::
   ExpertTensors tensors;
   for (const std::string& part : parts_[matrix]) {
     const TensorRef* const in_file = expert(index).find(part);
-    if (in_file == nullptr || part == codes_parts_[matrix]) continue;
+    if (in_file == nullptr || !is_beside(part, matrix)) continue;
     TensorRef& tensor = tensors.parts.emplace_back(part, *in_file).tensor;
     const auto bytes = memory.first(tensor.size());
     read(tensor, 0, bytes);
@@ -139,15 +150,67 @@ TensorView ExpertReader::read_scales(int index, MatrixRole role, std::span<std::
   }
   ExpertStorage storage{.files = {}, .copies = {}, .room = memory};
   data_->format->check_values(tensors, layouts_[matrix]);
-  return data_->format->scales(tensors, layouts_[matrix], storage);
+  const MatrixLayout& layout = layouts_[matrix];
+  const TensorView scales = data_->format->scales(tensors, layout, storage);
+  if (!layout.is_padded()) return scales;
+  return padded_scales(scales, layout.padded_n, layout.padded_k / data_->format->group_size(),
+                       storage);
+}
+
+std::vector<float> ExpertReader::read_bias(int index, MatrixRole role) {
+  const MatrixLayout& layout = layouts_[static_cast<std::size_t>(role)];
+  const std::string part = data_->format->bias_part(layout);
+  if (part.empty()) return {};
+  TensorRef tensor = part_of(expert(index), part);
+  std::vector<std::byte> bytes(tensor.size());
+  read(tensor, 0, bytes);
+  tensor.read_bytes = bytes.data();
+  ExpertTensors tensors;
+  tensors.parts.push_back({.name = part, .tensor = tensor});
+  std::vector<float> bias = data_->format->bias(tensors, layout);
+  bias.resize(static_cast<std::size_t>(layout.padded_n));  // With zeros.
+  return bias;
+}
+
+/// Rows that have others between them in the file, or zeros behind them here: a half of `spare`
+/// takes as many as it can hold of the file's, as often as it needs to.
+void ExpertReader::read_scattered_rows(int index, std::size_t matrix, std::int64_t first_row,
+                                       std::span<std::byte> rows, std::span<std::byte> spare) {
+  const MatrixLayout& layout = layouts_[matrix];
+  const RowStep step = data_->format->rows(layout);
+  const TensorRef& codes = part_of(expert(index), codes_parts_[matrix]);
+  const auto own = static_cast<std::size_t>(layout.k / 2);
+  const auto width = static_cast<std::size_t>(row_bytes(matrix));
+  const auto half = spare.size() / 2;
+  const auto most = static_cast<std::int64_t>(half / own / 2 * 2) / step.step;
+  SLUICE_ASSERT(most > 0);
+  const std::int64_t last =
+      std::min(layout.n, first_row + static_cast<std::int64_t>(rows.size() / width));
+  std::byte* to = rows.data();
+  for (std::int64_t row = first_row; row < last; row += most) {
+    const std::int64_t count = std::min(most, last - row);
+    const auto bytes = spare.first(static_cast<std::size_t>(count * step.step) * own);
+    read(codes, static_cast<std::uint64_t>(row * step.step) * own, bytes);
+    data_->format->make_canonical(bytes, layout, spare.subspan(half, bytes.size()));
+    for (std::int64_t i = 0; i < count; ++i, to += width) {
+      std::memcpy(to, bytes.data() + static_cast<std::size_t>(step.first + i * step.step) * own,
+                  own);
+      std::memset(to + own, 0, width - own);
+    }
+  }
+  std::memset(to, 0, static_cast<std::size_t>(rows.data() + rows.size() - to));
 }
 
 void ExpertReader::read_rows(int index, MatrixRole role, std::int64_t first_row,
                              std::span<std::byte> rows, std::span<std::byte> spare) {
   const auto matrix = static_cast<std::size_t>(role);
-  const TensorRef& codes = part_of(expert(index), codes_parts_[matrix]);
-  read(codes, static_cast<std::uint64_t>(first_row * row_bytes(matrix)), rows);
-  data_->format->make_canonical(rows, layouts_[matrix], spare.first(rows.size()));
+  if (layouts_[matrix].is_padded() || data_->format->rows(layouts_[matrix]).step != 1) {
+    read_scattered_rows(index, matrix, first_row, rows, spare.first(rows.size()));
+  } else {
+    const TensorRef& codes = part_of(expert(index), codes_parts_[matrix]);
+    read(codes, static_cast<std::uint64_t>(first_row * row_bytes(matrix)), rows);
+    data_->format->make_canonical(rows, layouts_[matrix], spare.first(rows.size()));
+  }
   // E2m1 has no second way to store its nibbles that rows could be evidence of.
   if (first_row > 0 || data_->format->weight_format() != WeightFormat::kInt4) return;
   QuantMatrix view;

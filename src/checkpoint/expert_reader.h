@@ -49,7 +49,8 @@ class ExpertReader {
   [[nodiscard]] std::size_t codes_bytes() const noexcept { return codes_bytes_; }
   /// Rows of a piece of such a matrix: a multiple of 16. The last piece may have fewer.
   [[nodiscard]] std::int64_t piece_rows(MatrixRole role) const noexcept;
-  /// Bytes of all tensors of all these experts, as they lie in the files.
+  /// Bytes of all tensors of all these experts, as they lie in the files. Where gate and up lie row
+  /// by row in one tensor (gpt-oss), it is read for each of them and counts twice.
   [[nodiscard]] std::uint64_t file_bytes() const noexcept { return file_bytes_; }
   /// Bytes that were read so far.
   [[nodiscard]] std::uint64_t bytes_read() const noexcept { return bytes_read_; }
@@ -64,6 +65,9 @@ class ExpertReader {
   void read_rows(int index, MatrixRole role, std::int64_t first_row, std::span<std::byte> rows,
                  std::span<std::byte> spare);
 
+  /// [N] float32, padded like the shapes; empty where experts have none. Throws: the same.
+  [[nodiscard]] std::vector<float> read_bias(int index, MatrixRole role);
+
   /// The tensors of one matrix as they lie in their files, for who wants to read just them.
   [[nodiscard]] std::vector<TensorRef> tensors(int index, MatrixRole role) const;
 
@@ -76,6 +80,9 @@ class ExpertReader {
 
   [[nodiscard]] const ExpertTensors& expert(int index) const;
   [[nodiscard]] std::int64_t row_bytes(std::size_t matrix) const noexcept;
+  [[nodiscard]] bool is_beside(const std::string& part, std::size_t matrix) const;
+  void read_scattered_rows(int index, std::size_t matrix, std::int64_t first_row,
+                           std::span<std::byte> rows, std::span<std::byte> spare);
   void read(const TensorRef& tensor, std::uint64_t at, std::span<std::byte> bytes);
   void judge(int index, const QuantMatrix& rows);
 

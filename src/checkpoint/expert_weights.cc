@@ -11,6 +11,7 @@ void for_each_view(const Expert& expert, Function&& function) {
   for (const QuantMatrix* matrix : {&expert.gate, &expert.up, &expert.down}) {
     function(matrix->codes);
     function(matrix->scales);
+    if (matrix->has_bias()) function(matrix->bias);
   }
 }
 

@@ -18,8 +18,9 @@ namespace {
 
 using Kind = ConfigKeyKind;
 
-/// Widths are multiples of this, the group of activations and the largest of weights.
-constexpr int kWidthUnit = kActivationGroup;
+/// Widths are multiples of this, the smallest group of weights. Those between the groups of
+/// activations are padded with zeros; what a format's own groups need, check_widths() says.
+constexpr int kWidthUnit = 32;
 /// Far above any model there is; small enough that products of two sizes fit 64 bits.
 constexpr int kMaxSize = 1 << 20;
 
@@ -74,17 +75,25 @@ Named required(const ConfigFields& fields, Kind kind, const char* what) {
        config_key_names(kind));
 }
 
-int width(const ConfigFields& fields, const Named& named) {
-  if (named.value % kWidthUnit == 0) return named.value;
+int next_multiple(int value, int unit) {
+  return (value + unit - 1) / unit * unit;
+}
+
+[[noreturn]] void refuse_width(const std::string& file, const Named& named, int unit,
+                               std::string_view whose) {
   fail(ErrorCode::kUnsupported,
-       "{}: {} = {} is not a multiple of {}, as scales need it; pad the experts' tensors with zero "
+       "{}: {} = {} is not a multiple of {}, as {} need it; pad the experts' tensors with zero "
        "channels to {}",
-       fields.file, named.key, named.value, kWidthUnit,
-       (named.value / kWidthUnit + 1) * kWidthUnit);
+       file, named.key, named.value, unit, whose, next_multiple(named.value, unit));
+}
+
+Named width(const ConfigFields& fields, const Named& named) {
+  if (named.value % kWidthUnit != 0) refuse_width(fields.file, named, kWidthUnit, "scales");
+  return named;
 }
 
 /// Width of the experts' inputs and outputs.
-int hidden_width(const ConfigFields& fields, ModelConfig& config) {
+Named hidden_width(const ConfigFields& fields, ModelConfig& config) {
   const Named hidden = required(fields, Kind::kHidden, "the width");
   const std::optional<Named> latent = agreed(fields, Kind::kLatent, 1);
   if (!latent) return width(fields, hidden);
@@ -99,7 +108,7 @@ int hidden_width(const ConfigFields& fields, ModelConfig& config) {
 }
 
 /// The experts' own width, or that of dense layers in models that have no others (Mixtral).
-int intermediate_width(const ConfigFields& fields) {
+Named intermediate_width(const ConfigFields& fields) {
   if (const auto own = agreed(fields, Kind::kIntermediate, 1)) return width(fields, *own);
   if (const auto dense = agreed(fields, Kind::kDense, 1)) return width(fields, *dense);
   fail(ErrorCode::kUnsupported, "{}: no key gives the experts' width; the names known are {}, {}",
@@ -128,9 +137,10 @@ void read_geometry(const ConfigFields& fields, ModelConfig& config) {
   config.geometry = {.name = fields.model_type.empty() ? "unnamed" : fields.model_type,
                      .num_experts = experts.value,
                      .num_topk = topk.value,
-                     .hidden = hidden_width(fields, config),
-                     .intermediate = intermediate_width(fields),
                      .routed_scaling_factor = scaling_factor(fields)};
+  const Named hidden = hidden_width(fields, config), inner = intermediate_width(fields);
+  config.geometry.set_widths(hidden.value, inner.value);
+  config.hidden_key = hidden.key, config.intermediate_key = inner.key;
   if (topk.value > experts.value) {
     fail(ErrorCode::kUnsupported, "{}: {} = {} is above the {} experts there are", fields.file,
          topk.key, topk.value, experts.value);
@@ -251,6 +261,15 @@ ModelConfig parse_model_config(const ConfigText& text, const std::optional<Confi
          fields.expert_type, config.quantization.expert_type);
   }
   return config;
+}
+
+void check_widths(const ModelConfig& config, std::string_view format, int group_size) {
+  const ModelGeometry& g = config.geometry;
+  for (const Named& named : {Named{config.hidden_key, g.token_width()},
+                             Named{config.intermediate_key, g.inner_width()}}) {
+    if (named.value % group_size == 0) continue;
+    refuse_width(config.quantization.file, named, group_size, fmt::format("{}'s scales", format));
+  }
 }
 
 ModelConfig read_model_config(const std::filesystem::path& file) {

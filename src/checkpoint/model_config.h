@@ -21,9 +21,10 @@ struct ConfigText {
 
 struct ModelConfig {
   ModelGeometry geometry;
-  int num_layers = 0;             ///< 0 if not given.
-  int num_prediction_layers = 0;  ///< Announced behind the others (MTP).
-  int first_k_dense_replace = 0;  ///< Layers below this have no routed experts.
+  std::string hidden_key, intermediate_key;  ///< Which keys gave the experts' widths.
+  int num_layers = 0;                        ///< 0 if not given.
+  int num_prediction_layers = 0;             ///< Announced behind the others (MTP).
+  int first_k_dense_replace = 0;             ///< Layers below this have no routed experts.
   LayerActivations activations;
   QuantizationConfig quantization;
   std::vector<CheckpointWarning> warnings;  ///< `tensor` is "config.json: KEY".
@@ -54,5 +55,9 @@ struct ModelConfig {
 /// parse_model_config() of `file`, a model's config.json, and of the hf_quant_config.json beside
 /// it. Throws: the same, and kIo (no such file).
 [[nodiscard]] ModelConfig read_model_config(const std::filesystem::path& file);
+
+/// That weights in groups of `group_size`, as `format` has them, fill the model's own widths.
+/// Throws: kUnsupported naming key, value and unit.
+void check_widths(const ModelConfig& config, std::string_view format, int group_size);
 
 }  // namespace sluice

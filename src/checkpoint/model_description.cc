@@ -34,11 +34,13 @@ ModelDescription describe_model(const std::filesystem::path& config_file) {
   const TensorIndex index = usual_names(config.quantization);
   const Recognised found =
       recognise({.config = config.quantization, .index = index, .geometry = config.geometry});
+  check_widths(config, found.format->name(), found.format->group_size());
   ModelDescription model{.geometry = std::move(config.geometry),
                          .moe_layers = config.expected_layers(),
                          .activations = {},
                          .warnings = std::move(config.warnings)};
   model.geometry.group_size = found.format->group_size();
+  model.geometry.has_bias = found.format->has_bias();
   if (const auto own = found.format->weight_format()) model.geometry.weight_format = *own;
   const auto add = [&](const ActivationFn& fn) {
     if (std::ranges::find(model.activations, fn) == model.activations.end()) {

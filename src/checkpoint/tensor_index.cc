@@ -93,6 +93,7 @@ class IndexBuilder {
   }
 
   [[nodiscard]] TensorIndex take() && {
+    for (auto& [layer, tensors] : whole_) split_whole(layer, tensors);
     if (index_.spelling.has_numbered_stems) {
       for (auto& [layer, tensors] : index_.layers) {
         for (ExpertTensors& expert : tensors.experts) {
@@ -124,6 +125,13 @@ class IndexBuilder {
   [[nodiscard]] std::uint64_t& digest() { return index_.digest; }
 
  private:
+  /// A tensor of all experts of a layer.
+  struct Whole {
+    std::string name;
+    std::string_view prefix, container;
+    TensorRef tensor;
+  };
+
   /// In relation to the file that is being read.
   enum class Place { kHere, kElsewhere, kNowhere };
 
@@ -199,7 +207,54 @@ class IndexBuilder {
     index_.others.push_back(std::move(tensor));
   }
 
+  /// Tensors of all experts of one layer: each expert gets its part. Without codes among them they
+  /// belong to a layout that is not read.
+  void split_whole(int layer, std::vector<Whole>& tensors) {
+    const bool has_codes = std::ranges::any_of(
+        tensors, [](const auto& part) { return part.name.ends_with("_blocks"); });
+    for (Whole& whole : tensors) {
+      if (!has_codes) {
+        add_other(std::move(whole.tensor));
+        continue;
+      }
+      const SafetensorsEntry& entry = whole.tensor.entry;
+      const auto count = static_cast<std::uint64_t>(num_experts_);
+      if (entry.shape.empty() || entry.shape.front() != count) {
+        fail(ErrorCode::kUnsupported,
+             "{}: shape {}, but config.json has {} experts, which the first dimension counts",
+             place(whole.tensor), to_string(entry.shape), num_experts_);
+      }
+      check_spelling({.layer = layer,
+                      .expert = 0,
+                      .part = whole.name,
+                      .prefix = whole.prefix,
+                      .container = whole.container},
+                     whole.tensor);
+      LayerTensors& made = index_.layers[layer];
+      made.experts.resize(static_cast<std::size_t>(num_experts_));
+      const std::uint64_t bytes = whole.tensor.size() / count;
+      for (std::uint64_t e = 0; e < count; ++e) {
+        TensorRef one = whole.tensor;
+        one.entry.shape.erase(one.entry.shape.begin());
+        one.entry.begin = entry.begin + e * bytes;
+        one.entry.end = one.entry.begin + bytes;
+        made.experts[e].parts.push_back({.name = whole.name, .tensor = std::move(one)});
+      }
+    }
+  }
+
   void add_tensor(TensorRef tensor, Place where) {
+    if (const auto whole = parse_fused_name(tensor.entry.name); whole && where == Place::kHere) {
+      std::vector<Whole>& parts = whole_[whole->layer];
+      const auto other = std::ranges::find(parts, whole->part, &Whole::name);
+      if (other != parts.end()) {
+        fail(ErrorCode::kUnsupported, "{}: is also in {}; {} would say which of them counts",
+             place(tensor), other->tensor.file->path().string(), kIndexFile);
+      }
+      parts.push_back(
+          {std::string(whole->part), whole->prefix, whole->container, std::move(tensor)});
+      return;
+    }
     const auto name = parse_expert_name(tensor.entry.name);
     if (!name) {
       if (where == Place::kHere) add_other(std::move(tensor));
@@ -237,6 +292,7 @@ class IndexBuilder {
 
   std::filesystem::path dir_;
   int num_experts_;
+  std::map<int, std::vector<Whole>> whole_;
   std::optional<WeightMap> weight_map_;
   TensorIndex index_;
   std::string first_name_, first_stem_;

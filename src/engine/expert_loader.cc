@@ -201,6 +201,9 @@ void Load::run_job(std::size_t job, ExpertPacker& packer, std::span<std::byte> s
     ExpertReader& reader = *target->reader;
     packer.add_scales(*target->builder, expert, role,
                       reader.read_scales(expert, role, packer.next_scales()));
+    if (reader.shapes().geometry.has_bias) {
+      packer.add_bias(*target->builder, expert, role, reader.read_bias(expert, role));
+    }
     const QuantMatrix& matrix =
         reader.shapes().experts[static_cast<std::size_t>(expert)].matrix(role);
     for (std::int64_t row = 0; row < matrix.n(); row += reader.piece_rows(role)) {

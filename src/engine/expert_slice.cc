@@ -42,12 +42,17 @@ QuantMatrix rows_of(const QuantMatrix& m, std::int64_t first, std::int64_t count
   QuantMatrix rows = m;
   rows.codes = rows_of(m.codes, first, count);
   rows.scales = rows_of(m.scales, first, count);
+  if (m.has_bias()) rows.bias = {m.bias.as<float>() + first, DType::kFloat32, {count}};
   return rows;
 }
 
 QuantMatrix columns_of(const QuantMatrix& m, std::int64_t first, std::int64_t count,
                        ExpertStorage& storage) {
   QuantMatrix columns = m;
+  if (m.has_bias() && first > 0) {  // Outputs of slices add up: the first one's has the bias.
+    const auto bytes = m.bias.bytes();
+    columns.bias.data = storage.copies.emplace_back(new std::byte[bytes]()).get();
+  }
   columns.codes = columns_of(m.codes, first / 2, count / 2, storage);
   columns.scales = columns_of(m.scales, first / m.group_size, count / m.group_size, storage);
   return columns;
@@ -71,6 +76,7 @@ ExpertWeights slice_experts(const ExpertWeights& experts, int slice, int num_sli
   storage->base = experts.storage;
   ExpertWeights sliced = experts;
   sliced.geometry.intermediate = static_cast<int>(count);
+  sliced.geometry.model_intermediate = 0;  // Of the last slice alone would it be another number.
   for (Expert& expert : sliced.experts) {
     expert.gate = rows_of(expert.gate, first, count);
     expert.up = rows_of(expert.up, first, count);

@@ -1,9 +1,11 @@
 // One forward pass: exchange, experts, exchange. Nothing here allocates device memory.
 #include "sluice/layer.h"
 
+#include <algorithm>
 #include <atomic>
 #include <chrono>
 
+#include "core/check_tensor.h"
 #include "core/fail.h"
 #include "core/row_digest.h"
 #include "engine/layer_impl.h"
@@ -51,6 +53,42 @@ Layer::Impl::ModeOfLayer& Layer::Impl::mode(Mode mode) {
   return *found;
 }
 
+TensorView LayerGroup::Impl::padded(const TensorView& x, Stream stream) const {
+  const ModelGeometry& g = config.geometry;
+  if (!padded_x || x.shape.rank() != 2 || x.dim(1) != g.token_width()) return x;
+  const std::int64_t most =
+      std::max(config.low_latency.max_tokens_per_rank, config.normal.max_tokens_per_rank);
+  check_argument(x.dim(0) <= most, "x has {} tokens, more than max_tokens_per_rank {}", x.dim(0),
+                 most);
+  check_tensor("x", x, DType::kBFloat16, x.shape, backend->device());
+  const auto own = static_cast<std::size_t>(g.token_width()) * sizeof(std::uint16_t);
+  const auto stride = static_cast<std::size_t>(g.hidden) * sizeof(std::uint16_t);
+  backend->copy_rows(padded_x->data(), stride, x.as<std::byte>(), own, own, x.dim(0), stream);
+  return {padded_x->data(), DType::kBFloat16, {x.dim(0), g.hidden}, backend->device()};
+}
+
+MutableTensorView LayerGroup::Impl::padded(const MutableTensorView& y) const {
+  const ModelGeometry& g = config.geometry;
+  if (!padded_y || y.shape.rank() != 2 || y.dim(1) != g.token_width()) return y;
+  check_tensor("y", y, DType::kBFloat16, y.shape, backend->device());
+  const Shape shape{y.dim(0), g.hidden};
+  check_argument(
+      static_cast<std::size_t>(shape.num_elements()) * sizeof(std::uint16_t) <= padded_y->bytes(),
+      "y has {} tokens, more than max_tokens_per_rank", y.dim(0));
+  MutableTensorView wide;
+  wide.data = padded_y->data(), wide.dtype = DType::kBFloat16, wide.shape = shape;
+  wide.device = backend->device();
+  return wide;
+}
+
+void LayerGroup::Impl::copy_padded(const MutableTensorView& y, Stream stream) const {
+  const ModelGeometry& g = config.geometry;
+  if (!padded_y || y.dim(1) != g.token_width()) return;
+  const auto own = static_cast<std::size_t>(g.token_width()) * sizeof(std::uint16_t);
+  const auto stride = static_cast<std::size_t>(g.hidden) * sizeof(std::uint16_t);
+  backend->copy_rows(y.as<std::byte>(), own, padded_y->data(), stride, own, y.dim(0), stream);
+}
+
 double Layer::Impl::stage_us(Clock::time_point& start, Stream stream) {
   if (!records_stats) return 0;
   group->backend->synchronize(stream);
@@ -68,8 +106,8 @@ void Layer::forward(Mode mode, TensorView x, const Routing& routing, MutableTens
   self.stats = {};
   self.started = self.mark = Impl::Clock::now();
   self.group->order->before(stream);
-  Dispatched dispatched =
-      m.exchange->dispatch(x, self.counted(placed), stream, m.recipe.wire_static_scale());
+  Dispatched dispatched = m.exchange->dispatch(self.group->padded(x, stream), self.counted(placed),
+                                               stream, m.recipe.wire_static_scale());
   self.stats.times.dispatch_us = self.stage_us(self.mark, stream);
   self.run(m, std::move(dispatched), y, stream);
   self.group->order->after(stream);
@@ -80,7 +118,8 @@ Dispatched Layer::dispatch_send(Mode mode, TensorView x, const Routing& routing,
   const Routing placed = impl_->placed(routing);
   impl_->group->order->before(stream);
   Dispatched dispatched =
-      m.exchange->dispatch_send(x, impl_->counted(placed), stream, m.recipe.wire_static_scale());
+      m.exchange->dispatch_send(impl_->group->padded(x, stream), impl_->counted(placed), stream,
+                                m.recipe.wire_static_scale());
   impl_->group->order->after(stream);
   dispatched.route_->layer = impl_->id;
   dispatched.route_->num_rebalances = impl_->moves.num_rebalances;
@@ -140,7 +179,8 @@ void Layer::Impl::run(ModeOfLayer& m, Dispatched dispatched, MutableTensorView y
 
   if (records_stats) record_rows(batch, stream);
   mark = Clock::now();
-  m.exchange->combine(std::move(dispatched), expert_y, y, stream);
+  m.exchange->combine(std::move(dispatched), expert_y, group->padded(y), stream);
+  group->copy_padded(y, stream);
   stats.times.combine_us = stage_us(mark, stream);
   stats.times.total_us = std::chrono::duration<double, std::micro>(Clock::now() - started).count();
 }

@@ -31,7 +31,9 @@ Agreement group_agreement(const LayerGroupConfig& c) {
                    {"num_slots", std::to_string(c.num_slots)},
                    {"num_topk", std::to_string(c.geometry.num_topk)},
                    {"hidden", std::to_string(c.geometry.hidden)},
-                   {"intermediate", std::to_string(c.geometry.intermediate)}};
+                   {"intermediate", std::to_string(c.geometry.intermediate)},
+                   {"token width", std::to_string(c.geometry.token_width())},
+                   {"biases", c.geometry.has_bias ? "yes" : "no"}};
   for (const Mode mode : kModes) {
     const ModeCapacity& capacity = capacity_of(c, mode);
     fields.emplace_back(fmt::format("{} max_tokens_per_rank", to_string(mode)),
@@ -88,6 +90,11 @@ void check_weights(const ExpertWeights& weights, const std::string& name,
   check_argument(weights.geometry.intermediate == config.geometry.intermediate,
                  "{}: intermediate {}, the group has {}", name, weights.geometry.intermediate,
                  config.geometry.intermediate);
+  check_argument(weights.geometry.token_width() == config.geometry.token_width() &&
+                     weights.geometry.has_bias == config.geometry.has_bias,
+                 "{}: the model's width is {} {} biases, the group's {} {}", name,
+                 weights.geometry.token_width(), weights.geometry.has_bias ? "with" : "without",
+                 config.geometry.token_width(), config.geometry.has_bias ? "with" : "without");
   check_experts(weights);
 }
 
@@ -148,6 +155,14 @@ std::int64_t checked_max_rows(const LayerGroupConfig& config, int num_ranks, Dev
   return max_rows;
 }
 
+std::size_t padded_bytes(const LayerGroupConfig& config) {
+  const ModelGeometry& g = config.geometry;
+  if (g.token_width() == g.hidden) return 0;
+  const auto tokens = static_cast<std::size_t>(
+      std::max(config.low_latency.max_tokens_per_rank, config.normal.max_tokens_per_rank));
+  return tokens * static_cast<std::size_t>(g.hidden) * sizeof(std::uint16_t);
+}
+
 std::size_t expert_y_bytes(const LayerGroupConfig& config, std::int64_t max_rows,
                            Device::Kind device) {
   if (traits_of(device).exchange_keeps_expert_y) return 0;
@@ -176,6 +191,7 @@ std::array<std::optional<LayerRecipe>, 2> resolve_recipes(const LayerGroupConfig
 LayerGroup LayerGroup::create(const LayerGroupConfig& config, Transport& transport,
                               Backend& backend) {
   const Device::Kind device = backend.device().kind;
+  check_bias(config.geometry, device);
   const std::int64_t max_rows = checked_max_rows(config, transport.num_ranks(), device);
   require_agreement(transport, group_agreement(config), config.peer_timeout);
   auto impl = std::make_shared<Impl>();
@@ -190,6 +206,13 @@ LayerGroup LayerGroup::create(const LayerGroupConfig& config, Transport& transpo
   impl->scratch->h.codes = backend.allocate(fp8_code_bytes(max_rows, intermediate));
   impl->scratch->h.scale = backend.allocate(fp8_scale_bytes(max_rows, intermediate));
   impl->expert_y = backend.allocate(expert_y_bytes(config, max_rows, device));
+  if (const std::size_t bytes = padded_bytes(config); bytes > 0) {
+    impl->padded_x = backend.allocate(bytes);
+    impl->padded_y = backend.allocate(bytes);
+    const std::vector<std::byte> zeros(bytes);
+    backend.copy_from_host(impl->padded_x->data(), zeros.data(), bytes, {});
+    backend.synchronize({});
+  }
   impl->order = impl->backend->make_stream_order();
   // As at the end of add_layer(): no rank queues a call while another one still allocates.
   (void)transport.all_gather({}, config.peer_timeout);
@@ -312,6 +335,9 @@ LayerGroupMemory LayerGroup::memory() const noexcept {
     memory.exchange_bytes += exchange.held_bytes();
   memory.scratch_bytes =
       impl_->expert_y->bytes() + impl_->scratch->x.bytes() + impl_->scratch->h.bytes();
+  for (const auto* buffer : {&impl_->padded_x, &impl_->padded_y}) {
+    if (*buffer) memory.scratch_bytes += (*buffer)->bytes();
+  }
   if (impl_->mover_memory) memory.moving_bytes = impl_->mover_memory->bytes();
   return memory;
 }

@@ -40,6 +40,16 @@ struct LayerGroup::Impl {
   std::unique_ptr<StreamOrder> order;  ///< Of calls: they share scratch, SMs and peers.
   LayerGroupMemory layers;             ///< Of the layers that are alive: the sums over layers.
 
+  /// Tokens of all `hidden` channels, for callers who bring the model's own; null where these are
+  /// as many. In padded_x the channels behind the model's are zeros.
+  std::unique_ptr<DeviceBuffer> padded_x, padded_y;
+  /// x, or padded_x with its rows, if it has the model's own width.   Throws: kInvalidArgument.
+  [[nodiscard]] TensorView padded(const TensorView& x, Stream stream) const;
+  /// y, or as many rows of padded_y.   Throws: the same.
+  [[nodiscard]] MutableTensorView padded(const MutableTensorView& y) const;
+  /// The model's channels of padded(y) into y.
+  void copy_padded(const MutableTensorView& y, Stream stream) const;
+
   LoadStats load_stats;                       ///< Of all layers that came from a checkpoint.
   std::unique_ptr<MoverMemory> mover_memory;  ///< During a move, and after one that keeps it.
 
@@ -134,6 +144,8 @@ void check_divisible(const ModelGeometry& geometry, int num_slots, int num_ranks
 /// Rows of the scratch: those of the larger mode.   Throws: kInvalidArgument naming the field.
 [[nodiscard]] std::int64_t checked_max_rows(const LayerGroupConfig& config, int num_ranks,
                                             Device::Kind device);
+/// Bytes of LayerGroup::Impl::padded_x, and of padded_y.
+[[nodiscard]] std::size_t padded_bytes(const LayerGroupConfig& config);
 /// Bytes of LayerGroup::Impl::expert_y.
 [[nodiscard]] std::size_t expert_y_bytes(const LayerGroupConfig& config, std::int64_t max_rows,
                                          Device::Kind device);

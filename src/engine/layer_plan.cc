@@ -12,13 +12,14 @@ LayerGroupMemory LayerGroup::plan_memory(const LayerGroupConfig& config,
                                          std::span<const PlannedLayer> layers, Device::Kind device,
                                          int num_ranks) {
   const ModelGeometry& g = config.geometry;
+  check_bias(g, device);
   const std::int64_t max_rows = checked_max_rows(config, num_ranks, device);
   const int num_local = (config.num_slots != 0 ? config.num_slots : g.num_experts) / num_ranks;
   LayerGroupMemory memory;
   memory.num_layers = static_cast<int>(layers.size());
   memory.scratch_bytes = expert_y_bytes(config, max_rows, device) +
                          fp8_code_bytes(max_rows, g.intermediate) +
-                         fp8_scale_bytes(max_rows, g.intermediate);
+                         fp8_scale_bytes(max_rows, g.intermediate) + 2 * padded_bytes(config);
   const std::size_t weights = static_cast<std::size_t>(num_local) * 3u *
                               static_cast<std::size_t>(g.hidden) *
                               static_cast<std::size_t>(g.intermediate);

@@ -28,8 +28,12 @@ void LocalExperts::Impl::check(const TokenCall& call) const {
     fail(ErrorCode::kInvalidArgument, "x is {}, but recipe {} begins with bfloat16",
          to_string(x.dtype), to_string(recipe));
   }
-  check_tensor("x", x, is_bf16 ? DType::kBFloat16 : DType::kFloat8E4M3, Shape{num_tokens, hidden},
-               device);
+  const auto own_width = [&](const auto& tensor) {
+    return tensor.shape.rank() == 2 && tensor.dim(1) == geometry.token_width() ? tensor.dim(1)
+                                                                               : hidden;
+  };
+  check_tensor("x", x, is_bf16 ? DType::kBFloat16 : DType::kFloat8E4M3,
+               Shape{num_tokens, is_bf16 ? own_width(x) : hidden}, device);
   const std::int64_t scales = is_bf16 ? 0 : scales_per_row(sent_cast(recipe.wire), hidden);
   if (scales > 0) {
     check_tensor("x_scale", x_scale, DType::kFloat32, Shape{num_tokens, scales}, device);
@@ -51,7 +55,17 @@ void LocalExperts::Impl::check(const TokenCall& call) const {
   check_argument(num_tokens <= group->config.max_entries / idx.dim(1),
                  "{} tokens with {} top-k entries each exceed max_entries {}", num_tokens,
                  idx.dim(1), group->config.max_entries);
-  check_tensor("y", y, DType::kBFloat16, Shape{num_tokens, hidden}, device);
+  check_tensor("y", y, DType::kBFloat16, Shape{num_tokens, own_width(y)}, device);
+}
+
+TensorView LocalExperts::Impl::padded(const TensorView& x, Stream stream) const {
+  const std::int64_t hidden = group->config.hidden;
+  if (x.dim(1) == hidden) return x;
+  std::byte* const to = group->room.padded_x->data();
+  const std::size_t own = static_cast<std::size_t>(x.dim(1)) * sizeof(std::uint16_t);
+  group->backend->copy_rows(to, static_cast<std::size_t>(hidden) * sizeof(std::uint16_t),
+                            x.as<std::byte>(), own, own, x.dim(0), stream);
+  return {to, DType::kBFloat16, {x.dim(0), hidden}, x.device};
 }
 
 TokenRows LocalExperts::Impl::tokens_of(const TensorView& x, const TensorView& x_scale) const {
@@ -127,8 +141,11 @@ void LocalExperts::Impl::queue(const TokenCall& call, Stream stream) const {
       .max_rows_per_expert = num_entries,
       .expected_m = static_cast<int>((num_entries + model_experts - 1) / model_experts)};
   const Fp8Rows h = hidden_rows();
+  const bool is_narrow = call.y.dim(1) != hidden;
+  std::byte* const y = is_narrow ? group->room.padded_y->data() : call.y.as<std::byte>();
 
-  group->backend->gather_tokens(tokens_of(call.x, call.x_scale), entries, in, stream);
+  group->backend->gather_tokens(tokens_of(padded(call.x, stream), call.x_scale), entries, in,
+                                stream);
   group->backend->expert_stage(*prepared, in, rows, h, expert_y, stream, nullptr);
   group->backend->sum_entries({.rows = expert_y,
                                .row_of = entries.row_of,
@@ -137,8 +154,13 @@ void LocalExperts::Impl::queue(const TokenCall& call, Stream stream) const {
                                .num_topk = entries.num_topk,
                                .width = hidden,
                                .factor = group->config.routed_scaling_factor,
-                               .y = call.y.as<std::uint16_t>()},
+                               .y = reinterpret_cast<std::uint16_t*>(y)},
                               stream);
+  if (!is_narrow) return;
+  const std::size_t own = static_cast<std::size_t>(call.y.dim(1)) * sizeof(std::uint16_t);
+  group->backend->copy_rows(call.y.as<std::byte>(), own, y,
+                            static_cast<std::size_t>(hidden) * sizeof(std::uint16_t), own,
+                            entries.num_tokens, stream);
 }
 
 void LocalExperts::forward(TensorView x, const Routing& routing, MutableTensorView y, Stream stream,

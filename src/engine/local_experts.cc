@@ -123,6 +123,7 @@ LayerRecipe LocalGroup::Impl::resolve(const ExpertWeights& shapes, const Recipe&
   check_argument(shapes.first_expert >= 0, "{}: first_expert {} is negative", name,
                  shapes.first_expert);
   check_fits(config, shapes.geometry, name);
+  check_bias(shapes.geometry, backend->device().kind);
   check_experts(shapes);
   return resolve_recipe(recipe, Mode::kNormal, DispatchDtype::kAuto, shapes.static_scales, name);
 }

@@ -53,6 +53,9 @@ struct LocalExperts::Impl {
         recipe(resolved),
         ranges(group->backend->allocate(static_cast<std::size_t>(count) *
                                         (sizeof(std::int64_t) + sizeof(std::int32_t)))) {
+    if (geometry.token_width() != geometry.hidden) {
+      group->room.grow_padded(group->config, *group->backend);
+    }
     group->num_layers += 1;
     group->prepared[prepared.get()] += 1;
   }
@@ -70,6 +73,8 @@ struct LocalExperts::Impl {
   void check(const TokenCall& call) const;
   /// The rows of a batch; `begin` is memory for what it leaves out.   Throws: kInvalidArgument.
   [[nodiscard]] RowRanges check(const BatchCall& call, std::vector<std::int64_t>& begin) const;
+  /// x, or its rows in the room's padded_x if they have the model's own width.
+  [[nodiscard]] TensorView padded(const TensorView& x, Stream stream) const;
   /// The kernels of a call that was checked, without the order of the group's calls.
   void queue(const TokenCall& call, Stream stream) const;
   void queue(const BatchCall& call, const RowRanges& rows, Stream stream) const;

@@ -28,12 +28,15 @@ struct LocalRoom {
   /// Of tokens: [max_entries, hidden] bf16; until GEMM2 writes a row, its codes lie at its
   /// beginning. Of a batch: codes [rows, hidden] alone.
   std::unique_ptr<DeviceBuffer> rows;
-  std::unique_ptr<DeviceBuffer> row_of;                 ///< [max_entries] int32
+  std::unique_ptr<DeviceBuffer> row_of;  ///< [max_entries] int32
+  /// Tokens of all channels, for those who bring the model's own: [max_entries, hidden] bf16; null
+  /// where no layer needs it. In padded_x the channels behind the model's are zeros.
+  std::unique_ptr<DeviceBuffer> padded_x, padded_y;
   std::vector<std::unique_ptr<DeviceBuffer>> outgrown;  ///< Graphs may use it.
 
   [[nodiscard]] std::size_t bytes() const noexcept {
     std::size_t sum = 0;
-    for (const auto* part : {&x_scale, &h_codes, &h_scale, &rows, &row_of}) {
+    for (const auto* part : {&x_scale, &h_codes, &h_scale, &rows, &row_of, &padded_x, &padded_y}) {
       if (*part) sum += (*part)->bytes();
     }
     for (const auto& buffer : outgrown) sum += buffer->bytes();
@@ -55,6 +58,16 @@ struct LocalRoom {
     grow(x_scale, fp8_scale_bytes(c.max_entries, c.hidden), backend);
     grow(rows, expert_y_bytes(c), backend);
     grow(row_of, row_of_bytes(c), backend);
+    if (padded_x) grow_padded(c, backend);
+  }
+  void grow_padded(const LocalGroupConfig& c, Backend& backend) {
+    const std::size_t bytes = expert_y_bytes(c);
+    if (padded_x && padded_x->bytes() >= bytes) return;
+    grow(padded_y, bytes, backend);
+    grow(padded_x, bytes, backend);
+    const std::vector<std::byte> zeros(bytes);
+    backend.copy_from_host(padded_x->data(), zeros.data(), bytes, {});
+    backend.synchronize({});
   }
 };
 

@@ -92,6 +92,8 @@ class MatrixReader {
   QuantMatrix read(int index, MatrixRole role) {
     QuantMatrix matrix = matrix_of(reader_.shapes().experts[static_cast<std::size_t>(index)], role);
     matrix.scales = reader_.read_scales(index, role, scales_.bytes());
+    bias_ = reader_.read_bias(index, role);
+    if (matrix.has_bias()) matrix.bias.data = bias_.data();
     codes_.clear();
     const std::int64_t most = std::min(max_rows_, reader_.piece_rows(role));
     for (std::int64_t row = 0; row < matrix.n(); row += most) {
@@ -109,6 +111,7 @@ class MatrixReader {
   std::int64_t max_rows_;
   Slot scales_, piece_, spare_;
   std::vector<std::byte> codes_;
+  std::vector<float> bias_;
 };
 
 /// Experts [first, first + count) of a layer, read matrix by matrix, are those that are mapped.
@@ -127,6 +130,11 @@ inline void expect_reads_alike(const Checkpoint& checkpoint, int layer, int firs
       const QuantMatrix& expected = matrix_of(mapped.experts[at], role);
       const QuantMatrix& shape = matrix_of(reader.shapes().experts[at], role);
       ASSERT_EQ(read.group_size, expected.group_size);
+      ASSERT_EQ(read.has_bias(), expected.has_bias());
+      if (read.has_bias()) {
+        ASSERT_EQ(read.bias.shape, expected.bias.shape);
+        ASSERT_EQ(std::memcmp(read.bias.data, expected.bias.data, expected.bias.bytes()), 0);
+      }
       for (const auto& [r, x, s] : {std::tuple{read.codes, expected.codes, shape.codes},
                                     {read.scales, expected.scales, shape.scales}}) {
         ASSERT_EQ(r.dtype, x.dtype);

@@ -151,6 +151,20 @@ constexpr Family kFamilies[] = {
   "moe_intermediate_size": [3072, 3072], "moe_topk": [8, 8], "num_experts": 64,
   "num_shared_expert": [1, 1], "use_mixed_mlp_moe": true, "use_qk_norm": true,
   "hidden_act": "silu", "num_hidden_layers": 32})"},
+    {"gpt-oss-120b", 128, 4, 2880, 2880, R"({
+  "architectures": ["GptOssForCausalLM"], "attention_bias": true, "attention_dropout": 0.0,
+  "eos_token_id": 200002, "experts_per_token": 4, "head_dim": 64, "hidden_act": "silu",
+  "hidden_size": 2880, "initial_context_length": 4096, "initializer_range": 0.02,
+  "intermediate_size": 2880, "layer_types": ["sliding_attention", "full_attention"],
+  "max_position_embeddings": 131072, "model_type": "gpt_oss", "num_attention_heads": 64,
+  "num_experts_per_tok": 4, "num_hidden_layers": 36, "num_key_value_heads": 8,
+  "num_local_experts": 128, "output_router_logits": false, "pad_token_id": 199999,
+  "quantization_config": {"modules_to_not_convert": ["model.layers.*.self_attn",
+  "model.layers.*.mlp.router", "model.embed_tokens", "lm_head"], "quant_method": "mxfp4"},
+  "rms_norm_eps": 1e-05, "rope_theta": 150000, "router_aux_loss_coef": 0.9, "sliding_window": 128,
+  "rope_scaling": {"beta_fast": 32.0, "beta_slow": 1.0, "factor": 32.0, "rope_type": "yarn",
+  "original_max_position_embeddings": 4096, "truncate": false}, "swiglu_limit": 7.0,
+  "tie_word_embeddings": false, "use_cache": true, "vocab_size": 201088})"},
     {"Ling", 256, 8, 8192, 2048, R"({
   "model_type": "bailing_moe_v2", "hidden_size": 8192, "intermediate_size": 18432,
   "moe_intermediate_size": 2048, "num_experts": 256, "num_experts_per_tok": 8, "use_bias": false,
@@ -172,8 +186,8 @@ TEST(ConfigFamilies, LoadWithoutAFalseRefusal) {
     const ModelConfig config = read(dir, family.config);
     EXPECT_EQ(config.geometry.num_experts, family.experts);
     EXPECT_EQ(config.geometry.num_topk, family.topk);
-    EXPECT_EQ(config.geometry.hidden, family.hidden);
-    EXPECT_EQ(config.geometry.intermediate, family.intermediate);
+    EXPECT_EQ(config.geometry.token_width(), family.hidden);
+    EXPECT_EQ(config.geometry.inner_width(), family.intermediate);
     std::string warnings;
     for (const CheckpointWarning& w : config.warnings) warnings += w.text + "\n";
     if (*family.note) {
@@ -187,12 +201,14 @@ TEST(ConfigFamilies, LoadWithoutAFalseRefusal) {
 
 TEST(ConfigFamilies, WhatIsNotSupportedIsNamed) {
   const std::pair<const char*, std::vector<std::string>> rows[] = {
-      // gpt-oss-120b
+      // gpt-oss-120b without its limit, and with a width that no group of weights fills
       {R"({"model_type": "gpt_oss", "hidden_size": 2880, "intermediate_size": 2880,
            "num_local_experts": 128, "experts_per_token": 4, "num_experts_per_tok": 4,
-           "hidden_act": "silu", "initial_context_length": 4096, "attention_bias": true,
-           "quantization_config": {"quant_method": "mxfp4"}})",
-       {"hidden_size = 2880", "multiple of 128"}},
+           "hidden_act": "silu", "quantization_config": {"quant_method": "mxfp4"}})",
+       {"swigluoai needs a swiglu_limit"}},
+      {R"({"model_type": "gpt_oss", "hidden_size": 2896, "intermediate_size": 2880,
+           "num_local_experts": 128, "experts_per_token": 4, "swiglu_limit": 7.0})",
+       {"hidden_size = 2896", "multiple of 32", "2912"}},
       // ERNIE-4.5-VL: experts of two sizes
       {R"({"model_type": "ernie4_5_moe_vl", "hidden_size": 2560, "moe_num_experts": [64, 64],
            "moe_intermediate_size": [1536, 512], "moe_k": 6})",

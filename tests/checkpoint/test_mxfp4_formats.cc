@@ -216,15 +216,5 @@ TEST(Mxfp4Formats, TheSchemeMustBeMxfp4s) {
       ErrorCode::kUnsupported, {"input_activations = 4-bit 'float'"});
 }
 
-TEST(Mxfp4Formats, GptOssIsRefusedByName) {
-  const TempDir dir;
-  write_synthetic_checkpoint(mxfp4_spec(kLayouts[0]), dir / "model");
-  RawCheckpoint raw(dir / "model");
-  raw.config["quantization_config"] = {{"quant_method", "mxfp4"}};
-  raw.write(dir / "gpt-oss");
-  expect_error(ErrorCode::kUnsupported, {"quant_method = 'mxfp4'", "gpt-oss", "biases"},
-               [&] { (void)Checkpoint::open(dir / "gpt-oss"); });
-}
-
 }  // namespace
 }  // namespace sluice

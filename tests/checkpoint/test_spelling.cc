@@ -25,8 +25,7 @@ SyntheticCheckpoint small(const std::string& preset) {
   SyntheticCheckpoint spec = synthetic_preset(preset);
   spec.geometry.num_experts = 2;
   spec.geometry.num_topk = 1;
-  spec.geometry.hidden = 256;
-  spec.geometry.intermediate = 128;
+  spec.geometry.set_widths(256, 128);
   return spec;
 }
 

@@ -57,7 +57,7 @@ TEST(Synthetic, EveryPresetHasAWholeGeometry) {
               ElementsAre("tiny", "r1-slice", "r1-layer", "kimi-k2", "kimi-k2-int4", "kimi-k2.5",
                           "kimi-k3", "kimi-k3-mxfp4", "glm-5", "deepseek-v4-flash",
                           "deepseek-v4-pro", "deepseek-v4-flash-mxfp4", "deepseek-v4-pro-mxfp4",
-                          "qwen3.8", "qwen3-235b", "qwen3-30b"));
+                          "qwen3.8", "qwen3-235b", "qwen3-30b", "gpt-oss-120b", "gpt-oss-20b"));
   for (const std::string& name : preset_names()) {
     const ModelGeometry g = preset_geometry(name);
     EXPECT_EQ(g.name, name);
@@ -65,7 +65,10 @@ TEST(Synthetic, EveryPresetHasAWholeGeometry) {
     EXPECT_EQ(g.intermediate % 128, 0);
     EXPECT_LE(g.num_topk, g.num_experts);
     EXPECT_TRUE(allows_group_size(g.weight_format, g.group_size));
-    EXPECT_EQ(g.weight_format == WeightFormat::kMxfp4, name.ends_with("-mxfp4"));
+    const bool is_gpt_oss = name.starts_with("gpt-oss");
+    EXPECT_EQ(g.weight_format == WeightFormat::kMxfp4, name.ends_with("-mxfp4") || is_gpt_oss);
+    EXPECT_EQ(g.has_bias, is_gpt_oss);
+    EXPECT_EQ(g.token_width(), is_gpt_oss ? 2880 : g.hidden);
   }
   EXPECT_EQ(preset_geometry("r1-layer").num_experts, 256);
   EXPECT_EQ(preset_geometry("kimi-k2").num_experts, 384);
@@ -73,6 +76,9 @@ TEST(Synthetic, EveryPresetHasAWholeGeometry) {
   EXPECT_EQ(preset_geometry("kimi-k2-int4").group_size, 32);
   EXPECT_EQ(to_string(preset_geometry("glm-5").activation), "swiglu");
   EXPECT_EQ(to_string(preset_geometry("deepseek-v4-pro").activation), "swiglu:limit=10");
+  EXPECT_EQ(preset_geometry("gpt-oss-120b").hidden, 2944);
+  EXPECT_EQ(to_string(preset_geometry("gpt-oss-120b").activation),
+            "swiglu-oai:alpha=1.702,limit=7");
   EXPECT_EQ(to_string(preset_geometry("kimi-k3").activation), "situ:beta=4,linear_beta=25");
   expect_error(ErrorCode::kInvalidArgument, {"'huge'", "tiny, r1-slice"},
                [] { (void)preset_geometry("huge"); });

@@ -201,6 +201,18 @@ with tempfile.TemporaryDirectory() as folder:
         check(f"plan refuses {arguments}", r.returncode == 2 and why in r.stderr, r)
     r = run("run", "--checkpoint", several, "--layers", "")
     check("run refuses --layers ''", r.returncode == 2 and "--layers: is empty" in r.stderr, r)
+    # gpt-oss: fused tensors, biases, and widths that are padded inside.
+    oss = os.path.join(folder, "gpt-oss")
+    r = run("make-checkpoint", "--preset", "gpt-oss-20b", "--experts", "8", "--hidden", "288", "--intermediate", "160",
+            "--out", oss)
+    check("make gpt-oss", r.returncode == 0, r)
+    r = run("run", "--checkpoint", oss, "--ranks", "2", "--tokens", "4,3", "--prove")
+    check("gpt-oss agrees with float64", r.returncode == 0 and "all within bounds" in r.stdout
+          and "hidden 288, intermediate 160" in r.stdout, r)
+    r = run("accuracy", "--checkpoint", oss, "--tokens", "4", "--suite", "gaussian", "--recipe", "direct", "--ranks", "2")
+    check("gpt-oss has a certificate that its engines keep", r.returncode == 0 and "PASS" in r.stdout, r)
+    r = run("plan", "--checkpoint", oss, "--backend", "cuda", "--ranks", "2")
+    check("plan refuses biases on CUDA by name", r.returncode == 2 and "gate_up_proj_bias" in r.stderr, r)
     r = run("run", "--checkpoint", several, "--layer", "-1")
     check("run refuses a negative layer in one short line", r.returncode == 2 and "-1 is below 0" in r.stderr
           and len(r.stderr) < 200, r)

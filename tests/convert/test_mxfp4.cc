@@ -44,6 +44,55 @@ TEST(ConvertMxfp4, BetweenContainersGivesWhatTheIndependentWriterGives) {
   EXPECT_EQ(Checkpoint::open(dir / "made-kimi").weight_format(), WeightFormat::kMxfp4);
 }
 
+/// gpt-oss' fused tensors, with biases and widths that are no multiples of 128.
+TEST(ConvertMxfp4, GptOssAndBackGivesWhatTheIndependentWriterGives) {
+  SyntheticCheckpoint fused = synthetic_preset("gpt-oss-20b");
+  fused.geometry.num_experts = 4, fused.geometry.num_topk = 2, fused.num_layers = 2;
+  fused.geometry.set_widths(160, 96);
+  SyntheticCheckpoint single = fused;
+  single.format = "kimi-mxfp4";
+  fused.max_shard_bytes = 100'000;
+  const TempDir dir;
+  write_synthetic_checkpoint(fused, dir / "fused");
+  write_synthetic_checkpoint(single, dir / "single");
+  const ConvertReport there = convert_checkpoint(
+      {.from = dir / "fused", .to = dir / "made-single", .format = "compressed-tensors"});
+  EXPECT_TRUE(there.is_verified);
+  EXPECT_EQ(there.weights_compared, 2 * 4 * 3 * 160 * 96);
+  expect_same_tensors(dir / "single", dir / "made-single");
+  const ConvertReport back = convert_checkpoint({.from = dir / "made-single",
+                                                 .to = dir / "made-fused",
+                                                 .format = "gpt-oss",
+                                                 .max_shard_bytes = 70'000});
+  EXPECT_TRUE(back.is_verified);
+  expect_same_tensors(dir / "fused", dir / "made-fused");
+  EXPECT_EQ(RawCheckpoint(dir / "made-fused").config["quantization_config"]["quant_method"],
+            "mxfp4");
+  // Experts in shares fill their parts of the same tensors.
+  for (const int first : {2, 0}) {
+    (void)convert_checkpoint({.from = dir / "made-single",
+                              .to = dir / "shares",
+                              .format = "gpt-oss",
+                              .first_expert = first,
+                              .num_experts = 2});
+  }
+  expect_same_tensors(dir / "fused", dir / "shares");
+  for (const char* format : {"w4afp8", "deepseek-fp4", "compressed-tensors"}) {
+    expect_error(ErrorCode::kUnsupported, {"have biases", "gate_up_proj_bias", "no place for"},
+                 [&] {
+                   (void)convert_checkpoint({.from = dir / "fused",
+                                             .to = dir / "no",
+                                             .format = format,
+                                             .scale_rule = ScaleRule::kAmax7,
+                                             .group_size = 32});
+                 });
+  }
+  write_synthetic_checkpoint(mxfp4_spec("kimi-mxfp4"), dir / "bare");
+  expect_error(ErrorCode::kUnsupported, {"gpt-oss holds MXFP4 with biases", "without biases"}, [&] {
+    (void)convert_checkpoint({.from = dir / "bare", .to = dir / "no", .format = "gpt-oss"});
+  });
+}
+
 TEST(ConvertMxfp4, BecomesInt4ByARuleAlone) {
   const TempDir dir;
   write_synthetic_checkpoint(mxfp4_spec("deepseek-fp4"), dir / "from");

@@ -118,9 +118,13 @@ bool sizes_agree(const Json& config, const ModelGeometry& g) {
   const auto topk = number(config, {"num_experts_per_tok", "num_experts_per_token", "moe_topk",
                                     "moe_top_k", "moe_router_topk", "moe_k", "num_selected_experts",
                                     "experts_per_token", "top_k_experts", "num_activated_experts"});
-  return hidden && (latent ? latent : hidden) == g.hidden &&
-         (own ? own : dense) == g.intermediate && experts == g.num_experts && topk == g.num_topk &&
-         g.hidden % 128 == 0 && g.intermediate % 128 == 0 && g.num_topk <= g.num_experts;
+  const auto is_padded = [](int width, int padded) {
+    return width % 32 == 0 && padded % 128 == 0 && padded >= width && padded - width < 128;
+  };
+  return hidden && (latent ? latent : hidden) == g.token_width() &&
+         (own ? own : dense) == g.inner_width() && experts == g.num_experts && topk == g.num_topk &&
+         is_padded(g.token_width(), g.hidden) && is_padded(g.inner_width(), g.intermediate) &&
+         g.num_topk <= g.num_experts;
 }
 
 bool factor_agrees(const Json& config, float factor) {
@@ -292,12 +296,27 @@ bool means_the_same(const Texts& texts, const ModelConfig& config) {
          activations_agree(keys, config) && nothing_else_is_on(whole) && descriptions_agree(whole);
 }
 
+/// Groups of `group_size` weights must fill the experts' widths.
+static bool widths_fit(const Texts& texts, int group_size) {
+  const Json keys = flat(Json::parse(texts.config, nullptr, false));
+  const auto latent = number(keys, {"routed_expert_hidden_size", "moe_latent_size"});
+  const auto own =
+      number(keys, {"moe_intermediate_size", "moe_ffn_hidden_size", "expert_ffn_hidden_size",
+                    "expert_intermediate_size", "routed_expert_intermediate_size"});
+  for (const auto& width : {latent ? latent : number(keys, {"hidden_size"}),
+                            own ? own : number(keys, {"intermediate_size"})}) {
+    if (std::fmod(width.value_or(0), group_size) != 0) return false;
+  }
+  return true;
+}
+
 bool is_declared(const Texts& texts, const Format& format) {
   const Json whole = Json::parse(texts.config, nullptr, false);
   const Json algo_file = Json::parse(texts.algo.empty() ? "{}" : texts.algo, nullptr, false);
   if (whole.is_discarded() || algo_file.is_discarded()) {
     return has_exponent(texts.config + texts.algo);
   }
+  if (!widths_fit(texts, format.group_size())) return false;
   const Json quantization = quantization_of(whole);
   const std::string method = text_of(quantization, "quant_method");
   const Json* const inner = member(algo_file, "quantization");
@@ -320,6 +339,7 @@ bool is_declared(const Texts& texts, const Format& format) {
                                   ? has_mxfp4_group(quantization)
                                   : has_int4_group(quantization, format.group_size()));
   }
+  if (name == "gpt-oss") return method == "mxfp4" && format.has_bias();
   if (name == "angelslim") return method == "w4a8_awq" && is_group_ours;
   if (name == "modelopt-w4a8-awq") {
     return (algo == "W4A8_AWQ" || text_of(quantization, "quant_algo") == "W4A8_AWQ") &&

@@ -189,6 +189,7 @@ void check_config(const Texts& texts) {
     }
     const sluice::Recognised found = sluice::recognise(
         {.config = config.quantization, .index = index, .geometry = config.geometry});
+    sluice::check_widths(config, found.format->name(), found.format->group_size());
     if (!sluice::fuzz::is_declared(texts, *found.format)) {
       broken(texts, "a format is recognised where it is declared", found.evidence.c_str());
     }

@@ -135,7 +135,8 @@ inline LayerOutcome try_layer(const Checkpoint& checkpoint, const LayerCase& c) 
                                                    .num_topk = g.num_topk,
                                                    .hidden = g.hidden,
                                                    .routing = c.routing,
-                                                   .seed = 7},
+                                                   .seed = 7,
+                                                   .num_channels = g.token_width()},
                                                   first, c.tokens[r]);
     if (c.edit) c.edit(rank, load);
     out.y[r].assign(load.x.size(), 0x7fc1);  // Poison: a NaN that nothing writes.

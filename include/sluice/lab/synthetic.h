@@ -19,7 +19,8 @@ struct SyntheticCheckpoint {
   ModelGeometry geometry;
   /// "w4afp8", "compressed-tensors", "kimi-int4" (compressed-tensors in groups of 32, without an
   /// activation scheme), "kimi-mxfp4" (compressed-tensors of MXFP4), "deepseek-fp4" (MXFP4 as
-  /// DeepSeek-V4 has it), "angelslim", "modelopt-w4a8-awq", "fp8-block" or "bf16".
+  /// DeepSeek-V4 has it), "gpt-oss" (MXFP4 with biases, fused by layer), "angelslim",
+  /// "modelopt-w4a8-awq", "fp8-block" or "bf16".
   std::string format = "w4afp8";
   /// Whose names tensors and keys of config.json have: synthetic_spelling_names().
   std::string spelling = "deepseek";
@@ -34,12 +35,13 @@ struct SyntheticCheckpoint {
   std::size_t max_shard_bytes = std::size_t{1} << 30;
 };
 
-/// "deepseek", "glm-5", "deepseek-v4", "kimi-k2.5", "kimi-k3", "qwen3", "qwen3.8": docs/formats.md.
+/// "deepseek", "glm-5", "deepseek-v4", "kimi-k2.5", "kimi-k3", "qwen3", "qwen3.8", "gpt-oss":
+/// docs/formats.md.
 [[nodiscard]] std::vector<std::string> synthetic_spelling_names();
 
-/// Geometry, layout and spelling that a preset's model is published with: in INT4, but for presets
-/// whose name ends in "-mxfp4". Without it, models that are published in MXFP4 (DeepSeek-V4,
-/// Kimi-K3) get an INT4 layout that repacks of theirs have.
+/// Geometry, layout and spelling that a preset's model is published with: in INT4, but for gpt-oss
+/// and presets whose name ends in "-mxfp4". Without it, models that are published in MXFP4
+/// (DeepSeek-V4, Kimi-K3) get an INT4 layout that repacks of theirs have.
 /// Throws: as preset_geometry().
 [[nodiscard]] SyntheticCheckpoint synthetic_preset(const std::string& preset);
 

@@ -47,6 +47,8 @@ struct WorkloadSpec {
   int num_outlier_places = 8;
   /// kTokenSpread: limit of a token's factor. 1 makes a calibration set without the large tokens.
   double max_token_scale = std::numeric_limits<double>::infinity();
+  /// Channels behind the first so many are zeros: ModelGeometry::token_width(). 0: none are.
+  int num_channels = 0;
 };
 
 /// Host memory for one rank's tokens.

@@ -51,6 +51,10 @@ class CpuPacker final : public ExpertPacker {
     experts_ = static_cast<CpuBuilder&>(to).experts.get();
     index_ = index, role_ = role, scales_ = scales, next_row_ = 0;
   }
+  void add_bias(ExpertBuilder& to, int index, MatrixRole role,
+                std::span<const float> bias) override {
+    static_cast<CpuBuilder&>(to).experts->set_bias(index, role, bias);
+  }
   void add_rows(std::span<const std::byte> codes) override {
     next_row_ += experts_->repack_rows(index_, role_, scales_, next_row_, codes);
   }

@@ -11,7 +11,8 @@ PackedSizes packed_sizes(const ModelGeometry& geometry, DType scale_dtype) {
                           .scale_dtype = scale_dtype,
                           .group_size = geometry.group_size,
                           .n = n,
-                          .k = k}
+                          .k = k,
+                          .has_bias = geometry.has_bias}
         .memory_bytes();
   };
   return {.gate_up_bytes = 2 * bytes(geometry.intermediate, geometry.hidden),
@@ -24,6 +25,7 @@ PackedSizes packed_sizes(const ModelGeometry& geometry, DType scale_dtype) {
 const BackendTraits& traits() noexcept {
   static constexpr BackendTraits kTraits{
       .has_host_memory = true,
+      .adds_bias = true,
       .exchange_keeps_expert_y = false,
       // A second slot spares a wait for the slowest rank's release of the first.
       .engine_slots = 2,

@@ -29,6 +29,12 @@ void gather_row(const float* acc, int rows, int row, float* out) {
   }
 }
 
+/// Of the 128 channels from 128 * `group` on, if the matrix has a bias.
+void add_bias(const PreparedMatrix& m, std::int64_t group, float* values) {
+  if (m.bias == nullptr) return;
+  for (int i = 0; i < kGroup; ++i) values[i] += m.bias[group * kGroup + i];
+}
+
 }  // namespace
 
 struct ExpertStage::Call {
@@ -185,6 +191,8 @@ void ExpertStage::gemm1_task(const Call& call, std::int64_t task, ThreadState& s
   for (int r = 0; r < item.rows; ++r) {
     gather_row(gate, item.rows, r, gate_row);
     gather_row(up, item.rows, r, up_row);
+    add_bias(expert.gate, group, gate_row);
+    add_bias(expert.up, group, up_row);
     const std::int64_t row = item.first_row + r;
     std::uint8_t* codes = call.h.row(row) + group * kGroup;
     const bool dynamic = call.h.scale != nullptr;
@@ -202,7 +210,8 @@ void ExpertStage::gemm2_task(const Call& call, std::int64_t task, ThreadState& s
   const std::int64_t group = task % (width / kGroup);
   reserve(state);  // This thread may have had no task of GEMM1.
   auto* acc = reinterpret_cast<float*>(state.gate.data());
-  gemm_tile({.weights = &call.experts.expert(item.expert).down,
+  const PreparedMatrix& down = call.experts.expert(item.expert).down;
+  gemm_tile({.weights = &down,
              .first_block = group * kTaskBlocks,
              .num_blocks = kTaskBlocks,
              .x = h_.of(item),
@@ -210,6 +219,7 @@ void ExpertStage::gemm2_task(const Call& call, std::int64_t task, ThreadState& s
   for (int r = 0; r < item.rows; ++r) {
     alignas(64) float values[kGroup];
     gather_row(acc, item.rows, r, values);
+    add_bias(down, group, values);
     round_to_bf16(values, kGroup, call.out + (item.first_row + r) * width + group * kGroup);
   }
 }

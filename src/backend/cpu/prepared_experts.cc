@@ -46,6 +46,7 @@ PreparedMatrix describe(const QuantMatrix& m) {
   out.group_size = m.group_size;
   out.n = m.n();
   out.k = m.k();
+  out.has_bias = m.has_bias();
   return out;
 }
 
@@ -68,6 +69,10 @@ void place(PreparedExpert& e, std::byte* gate_up, std::byte* down) {
   const auto put = [](PreparedMatrix& m, std::byte* at) {
     m.codes = reinterpret_cast<const std::uint8_t*>(at);
     m.scales = at + PreparedMatrix::whole_pages(m.code_bytes());
+    if (m.has_bias) {
+      m.bias = reinterpret_cast<const float*>(at + m.memory_bytes() -
+                                              PreparedMatrix::whole_pages(m.bias_bytes()));
+    }
     return at + m.memory_bytes();
   };
   put(e.up, put(e.gate, gate_up));
@@ -203,11 +208,22 @@ std::array<std::span<std::byte>, 2> PreparedCpuExperts::expert_bytes(int index) 
   return part_bytes(packed_, index);
 }
 
+const PreparedMatrix& PreparedCpuExperts::matrix(int index, MatrixRole role) const {
+  const PreparedExpert& e = experts_[static_cast<std::size_t>(index)];
+  return role == MatrixRole::kGate ? e.gate : role == MatrixRole::kUp ? e.up : e.down;
+}
+
+void PreparedCpuExperts::set_bias(int index, MatrixRole role, std::span<const float> bias) {
+  const PreparedMatrix& to = matrix(index, role);
+  check_argument(to.has_bias && static_cast<std::int64_t>(bias.size()) == to.n,
+                 "expert {}: a bias of {} numbers is not what was announced", index, bias.size());
+  std::ranges::copy(bias, const_cast<float*>(to.bias));
+}
+
 std::int64_t PreparedCpuExperts::repack_rows(int index, MatrixRole role, const TensorView& scales,
                                              std::int64_t first_row,
                                              std::span<const std::byte> codes) {
-  const PreparedExpert& e = experts_[static_cast<std::size_t>(index)];
-  PreparedMatrix out = role == MatrixRole::kGate ? e.gate : role == MatrixRole::kUp ? e.up : e.down;
+  PreparedMatrix out = matrix(index, role);
   const std::int64_t row_bytes = out.k / 2, groups = out.k / out.group_size;
   const std::int64_t rows = static_cast<std::int64_t>(codes.size()) / row_bytes;
   const DType dtype = out.scale_dtype;
@@ -232,6 +248,12 @@ void PreparedCpuExperts::repack(const ExpertWeights& weights, ThreadPool& pool) 
     const Expert& e = weights.experts[i];
     const ExpertSource source{source_of(e.gate), source_of(e.up), source_of(e.down)};
     repack_expert(static_cast<int>(i), source, experts_[i], pool);
+    for (const MatrixRole role : {MatrixRole::kGate, MatrixRole::kUp, MatrixRole::kDown}) {
+      const QuantMatrix& m = e.matrix(role);
+      if (!m.has_bias()) continue;
+      set_bias(static_cast<int>(i), role,
+               {m.bias.as<float>(), static_cast<std::size_t>(m.bias.dim(0))});
+    }
     weights.release_pages(static_cast<int>(i));
   }
   finish();

@@ -10,7 +10,7 @@
 //
 // so that the low nibbles of a line are k, k+2, k+4, k+6 and the high ones k+1, k+3, k+5, k+7 of 16
 // channels: the operand shape of the byte dot products. int4 is stored as w + 8 (0 .. 15), e2m1 as
-// its code. Scales keep their values and type: [block][k / group_size][16].
+// its code. Scales keep their values and type: [block][k / group_size][16]. A bias is [N].
 #pragma once
 
 #include <atomic>
@@ -42,17 +42,22 @@ struct PreparedMatrix {
   DType scale_dtype = DType::kFloat32;
   int group_size = 128;
   std::int64_t n = 0, k = 0;
+  bool has_bias = false;
+  const float* bias = nullptr;  ///< [N], or null.
 
   [[nodiscard]] std::int64_t code_bytes() const noexcept { return n * k / 2; }
   [[nodiscard]] std::int64_t scale_bytes() const noexcept {
     return n * (k / group_size) * static_cast<std::int64_t>(size_bytes(scale_dtype));
   }
-  /// Codes and scales begin on pages of their own.
+  [[nodiscard]] std::int64_t bias_bytes() const noexcept {
+    return has_bias ? n * static_cast<std::int64_t>(sizeof(float)) : 0;
+  }
+  /// Codes, scales and bias begin on pages of their own.
   [[nodiscard]] static std::size_t whole_pages(std::int64_t bytes) noexcept {
     return (static_cast<std::size_t>(bytes) + kPageBytes - 1) / kPageBytes * kPageBytes;
   }
   [[nodiscard]] std::size_t memory_bytes() const noexcept {
-    return whole_pages(code_bytes()) + whole_pages(scale_bytes());
+    return whole_pages(code_bytes()) + whole_pages(scale_bytes()) + whole_pages(bias_bytes());
   }
 };
 
@@ -75,6 +80,9 @@ class PreparedCpuExperts final : public PreparedExperts {
   /// Throws: kInvalidArgument if scales or rows are not as the shape was.
   std::int64_t repack_rows(int index, MatrixRole role, const TensorView& scales,
                            std::int64_t first_row, std::span<const std::byte> codes);
+
+  /// [N] of one matrix, which was announced with a bias.
+  void set_bias(int index, MatrixRole role, std::span<const float> bias);
 
   /// Room for experts that repack() brings, in `memory` unless that is empty.
   /// Throws: kInvalidArgument, kOutOfMemory.
@@ -101,6 +109,7 @@ class PreparedCpuExperts final : public PreparedExperts {
   }
 
  private:
+  [[nodiscard]] const PreparedMatrix& matrix(int index, MatrixRole role) const;
   void repack_expert(int index, const ExpertSource& source, const PreparedExpert& out,
                      ThreadPool& pool);
 

@@ -79,6 +79,15 @@ class CudaBackend final : public BackendOps {
     SLUICE_CUDA_CHECK(cudaMemcpyAsync(to, from, bytes, cudaMemcpyDeviceToDevice,
                                       static_cast<cudaStream_t>(stream.handle)));
   }
+  void copy_rows(std::byte* to, std::size_t to_stride, const std::byte* from,
+                 std::size_t from_stride, std::size_t bytes, std::int64_t count,
+                 Stream stream) override {
+    use_device();
+    if (count == 0) return;
+    SLUICE_CUDA_CHECK(cudaMemcpy2DAsync(to, to_stride, from, from_stride, bytes,
+                                        static_cast<std::size_t>(count), cudaMemcpyDeviceToDevice,
+                                        static_cast<cudaStream_t>(stream.handle)));
+  }
   void synchronize(Stream stream) override {
     use_device();
     SLUICE_CUDA_CHECK(cudaStreamSynchronize(static_cast<cudaStream_t>(stream.handle)));

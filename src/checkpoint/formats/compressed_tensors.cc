@@ -185,8 +185,9 @@ bool check_inputs(const QuantizationConfig& config, const std::string& at,
 }
 
 /// E2m1 codes with e8m0 scales for each 32, as Kimi-K3 has them.
-Recognised recognise_mxfp4(const QuantizationConfig& config, const QuantizationGroup& group,
+Recognised recognise_mxfp4(const FormatClues& clues, const QuantizationGroup& group,
                            const std::string& name) {
+  const QuantizationConfig& config = clues.config;
   const QuantizationArgs& weights = group.weights;
   const std::string at = name + ".weights";
   if (!weights.is_present) refuse(config, at, "null", "the experts' weights must be MXFP4");
@@ -215,7 +216,8 @@ Recognised recognise_mxfp4(const QuantizationConfig& config, const QuantizationG
                                        .codes = "weight_packed",
                                        .scales = "weight_scale",
                                        .code_dtypes = {"U8"},
-                                       .scale_dtypes = {"U8", "F8_E8M0"}}),
+                                       .scale_dtypes = {"U8", "F8_E8M0"},
+                                       .bias = clues.first_gate("bias") ? "bias" : ""}),
           .evidence = fmt::format("config.json: quant_method = 'compressed-tensors', format "
                                   "'mxfp4-pack-quantized', {} activations",
                                   inputs.is_present ? "dynamic e4m3" : "no scheme for")};
@@ -305,7 +307,7 @@ std::optional<Recognised> recognise_compressed_tensors(const FormatClues& clues)
   if (config.has_transforms) {
     refuse(config, "transform_config", "{...}", "rotated or scaled weights are not supported");
   }
-  if (is_mxfp4) return recognise_mxfp4(config, group, at);
+  if (is_mxfp4) return recognise_mxfp4(clues, group, at);
   check_weights(config, at + ".weights", group.weights);
   const bool is_static = check_inputs(config, at + ".input_activations", group.input_activations);
   const int group_size = static_cast<int>(*group.weights.group_size);

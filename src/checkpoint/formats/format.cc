@@ -17,9 +17,19 @@ std::string MatrixLayout::part(std::string_view what) const {
 
 std::array<MatrixLayout, 3> matrix_layouts(const ModelGeometry& g) {
   using Role = MatrixLayout::Role;
-  return {MatrixLayout{.role = Role::kGate, .n = g.intermediate, .k = g.hidden},
-          MatrixLayout{.role = Role::kUp, .n = g.intermediate, .k = g.hidden},
-          MatrixLayout{.role = Role::kDown, .n = g.hidden, .k = g.intermediate}};
+  const MatrixLayout gate{.role = Role::kGate,
+                          .n = g.inner_width(),
+                          .k = g.token_width(),
+                          .padded_n = g.intermediate,
+                          .padded_k = g.hidden};
+  MatrixLayout up = gate;
+  up.role = Role::kUp;
+  return {gate, up,
+          MatrixLayout{.role = Role::kDown,
+                       .n = gate.k,
+                       .k = gate.n,
+                       .padded_n = gate.padded_k,
+                       .padded_k = gate.padded_n}};
 }
 
 std::string Format::input_scale_part(const MatrixLayout& matrix) const {
@@ -27,6 +37,12 @@ std::string Format::input_scale_part(const MatrixLayout& matrix) const {
 }
 
 std::string Format::refusal(const ExpertTensors::Part& part) const {
+  if (part.name.starts_with("gate_up_proj_") || part.name.starts_with("down_proj_")) {  // FusedName
+    return fmt::format(
+        "holds all experts in one tensor, as gpt-oss has it under quant_method 'mxfp4', and the "
+        "config says {}",
+        name());
+  }
   if (part.name.ends_with("bias")) return "is a bias; experts with biases are not supported";
   return fmt::format("is not part of {}; ignoring it could change results", name());
 }
@@ -52,6 +68,12 @@ std::string Format::scale_part(const MatrixLayout&) const {
 DType Format::scale_dtype(const ExpertTensors& expert, const MatrixLayout& matrix) const {
   return part_of(expert, scale_part(matrix)).entry.dtype == "BF16" ? DType::kBFloat16
                                                                    : DType::kFloat32;
+}
+
+std::vector<float> Format::bias(const ExpertTensors& expert, const MatrixLayout& matrix) const {
+  const std::string part = bias_part(matrix);
+  if (part.empty()) return {};
+  return read_bias(part_of(expert, part), rows(matrix), matrix.n);
 }
 
 std::string Format::codes_part(const MatrixLayout&) const {
@@ -98,8 +120,8 @@ namespace {
 
 constexpr const char* kSupported =
     "w4afp8, compressed-tensors (pack-quantized INT4, mxfp4-pack-quantized), w4a8_awq (AngelSlim), "
-    "modelopt (W4A8_AWQ), fp8 (with experts of fp4, or 128x128 blocks), or no quantization with "
-    "BF16 weights";
+    "modelopt (W4A8_AWQ), mxfp4 (gpt-oss), fp8 (with experts of fp4, or 128x128 blocks), or no "
+    "quantization with BF16 weights";
 
 /// A container that is known, but not read.
 struct Container {
@@ -122,9 +144,6 @@ constexpr Container kContainers[] = {
     {"eetq", kFromFloats},
     {"aqlm", kFromFloats},
     {"torchao", kFromFloats},
-    {"mxfp4",
-     "gpt-oss' experts have biases and lie interleaved in fused tensors, which are not supported; "
-     "MXFP4 is read as compressed-tensors and as DeepSeek-V4 has it"},
     {"mxfp8", "it has scales by 32; fp8 in 128x128 blocks can be converted"},
     {"nvfp4", "NVFP4 experts (E2M1 with E4M3 scales) are not supported; convert BF16 weights"},
     {"modelopt_fp4", "NVFP4 experts are not supported; convert BF16 weights"},
@@ -229,7 +248,7 @@ Recognised recognise(const FormatClues& clues) {
   // What the checkpoint declares decides; bf16 is what declares nothing.
   for (const auto& recogniser :
        {recognise_w4afp8, recognise_compressed_tensors, recognise_angelslim, recognise_modelopt,
-        recognise_deepseek_fp4, recognise_fp8_block, recognise_bf16}) {
+        recognise_deepseek_fp4, recognise_gpt_oss, recognise_fp8_block, recognise_bf16}) {
     if (std::optional<Recognised> found = recogniser(clues)) {
       check_expert_type(clues, *found->format);
       return std::move(*found);

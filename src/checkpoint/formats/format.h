@@ -29,7 +29,9 @@ namespace sluice {
 struct MatrixLayout {
   enum class Role { kGate, kUp, kDown };
   Role role = Role::kGate;
-  std::int64_t n = 0, k = 0;
+  std::int64_t n = 0, k = 0;                ///< The model's own.
+  std::int64_t padded_n = n, padded_k = k;  ///< Of the canonical matrix.
+  [[nodiscard]] bool is_padded() const noexcept { return padded_n != n || padded_k != k; }
 
   /// "gate_proj", "up_proj", "down_proj"
   [[nodiscard]] std::string_view stem() const noexcept;
@@ -48,6 +50,11 @@ struct PartSpec {
   bool is_optional = false;
 };
 
+/// Row i of a matrix is row `first + i * step` of a tensor.
+struct RowStep {
+  std::int64_t first = 0, step = 1;
+};
+
 class Format {
  public:
   virtual ~Format() = default;
@@ -60,6 +67,8 @@ class Format {
   }
   /// Weights per scale along K. Of floats: what they are quantized with unless asked otherwise.
   [[nodiscard]] virtual int group_size() const noexcept { return 128; }
+  /// True if every matrix has a bias.
+  [[nodiscard]] virtual bool has_bias() const noexcept { return false; }
   /// True if -8 is an ordinary value: scales of amax / 8 or amax / 7.5.
   [[nodiscard]] virtual bool makes_minus_eight() const noexcept { return true; }
 
@@ -75,8 +84,16 @@ class Format {
   /// Most bytes that scales() copies.
   [[nodiscard]] virtual std::size_t copied_bytes(const MatrixLayout& matrix) const;
   /// Name of the tensor with the weights' codes; empty for floats. Rows [first, first + count) of
-  /// the matrix, both even, are bytes [first * k / 2, (first + count) * k / 2) of it.
+  /// the matrix, both even, are bytes [first * k / 2, (first + count) * k / 2) of it, unless rows()
+  /// says more.
   [[nodiscard]] virtual std::string codes_part(const MatrixLayout& matrix) const;
+  /// Rows of codes_part() that are the matrix's.
+  [[nodiscard]] virtual RowStep rows(const MatrixLayout&) const { return {}; }
+  /// Name of the tensor with the bias; empty if there is none.
+  [[nodiscard]] virtual std::string bias_part(const MatrixLayout&) const { return {}; }
+  /// [n], or empty.   Throws: kCorruptFile for a number that is not finite.
+  [[nodiscard]] virtual std::vector<float> bias(const ExpertTensors& expert,
+                                                const MatrixLayout& matrix) const;
   /// Makes such rows canonical where they lie. `spare` is as large, and left in any state.
   virtual void make_canonical(std::span<std::byte> rows, const MatrixLayout& matrix,
                               std::span<std::byte> spare) const;
@@ -142,6 +159,7 @@ struct FormatClues {
 [[nodiscard]] std::optional<Recognised> recognise_angelslim(const FormatClues& clues);
 [[nodiscard]] std::optional<Recognised> recognise_modelopt(const FormatClues& clues);
 [[nodiscard]] std::optional<Recognised> recognise_deepseek_fp4(const FormatClues& clues);
+[[nodiscard]] std::optional<Recognised> recognise_gpt_oss(const FormatClues& clues);
 [[nodiscard]] std::optional<Recognised> recognise_fp8_block(const FormatClues& clues);
 [[nodiscard]] std::optional<Recognised> recognise_bf16(const FormatClues& clues);
 

@@ -23,8 +23,17 @@ class Mxfp4Format final : public Format {
 
   [[nodiscard]] std::vector<PartSpec> parts(const MatrixLayout& matrix) const override {
     const auto n = static_cast<std::uint64_t>(matrix.n), k = static_cast<std::uint64_t>(matrix.k);
-    return {{.name = codes_part(matrix), .dtypes = layout_.code_dtypes, .shape = {n, k / 2}},
-            {.name = scale_part(matrix), .dtypes = layout_.scale_dtypes, .shape = {n, k / kGroup}}};
+    std::vector<PartSpec> specs = {
+        {.name = codes_part(matrix), .dtypes = layout_.code_dtypes, .shape = {n, k / 2}},
+        {.name = scale_part(matrix), .dtypes = layout_.scale_dtypes, .shape = {n, k / kGroup}}};
+    if (has_bias()) {
+      specs.push_back({.name = bias_part(matrix), .dtypes = {"BF16", "F16", "F32"}, .shape = {n}});
+    }
+    return specs;
+  }
+  [[nodiscard]] bool has_bias() const noexcept override { return !layout_.bias.empty(); }
+  [[nodiscard]] std::string bias_part(const MatrixLayout& matrix) const override {
+    return has_bias() ? matrix.part(layout_.bias) : std::string();
   }
   [[nodiscard]] std::string input_scale_part(const MatrixLayout&) const override { return ""; }
   [[nodiscard]] std::string scale_part(const MatrixLayout& matrix) const override {

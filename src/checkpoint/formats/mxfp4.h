@@ -15,6 +15,7 @@ struct Mxfp4Layout {
   std::string_view codes, scales;             ///< "weight_packed", "weight_scale"
   std::vector<std::string_view> code_dtypes;  ///< Of two codes in a byte.
   std::vector<std::string_view> scale_dtypes;
+  std::string_view bias = {};  ///< "bias", of experts that have one.
 };
 
 [[nodiscard]] std::unique_ptr<const Format> make_mxfp4_format(Mxfp4Layout layout);

@@ -162,6 +162,86 @@ TensorView load_e8m0(const TensorRef& tensor, std::int64_t n, std::int64_t group
   return {bytes.data(), DType::kFloat8E8M0, {n, groups}};
 }
 
+std::vector<float> read_bias(const TensorRef& tensor, RowStep rows, std::int64_t n) {
+  tensor.will_need();
+  const std::byte* const bytes = tensor.bytes().data();
+  const bool is_f32 = tensor.entry.dtype == "F32", is_f16 = tensor.entry.dtype == "F16";
+  std::vector<float> out(static_cast<std::size_t>(n));
+  for (std::int64_t i = 0; i < n; ++i) {
+    const std::int64_t row = rows.first + i * rows.step;
+    float& value = out[static_cast<std::size_t>(i)];
+    if (is_f32) {
+      std::memcpy(&value, bytes + row * 4, 4);
+    } else {
+      std::uint16_t bits;
+      std::memcpy(&bits, bytes + row * 2, 2);
+      value = is_f16 ? f16_to_float(bits) : bf16_to_float(bits);
+    }
+    if (std::isfinite(value)) continue;
+    fail(ErrorCode::kCorruptFile, "{}: bias [{}] = {} is not a finite number", place(tensor), row,
+         value);
+  }
+  return out;
+}
+
+namespace {
+
+/// Rows of `in`, each followed by `fill`, and rows of it alone at the end. An element of `fill` is
+/// as large as one of `in`.
+TensorView padded_rows(const TensorView& in, std::int64_t n, std::int64_t width,
+                       std::span<const std::byte> fill, ExpertStorage& storage) {
+  const std::size_t row = static_cast<std::size_t>(width) * fill.size();
+  const std::size_t own = static_cast<std::size_t>(in.dim(1)) * fill.size();
+  std::byte* const out = allocate(storage, static_cast<std::size_t>(n) * row).data();
+  for (std::int64_t r = 0; r < n; ++r) {
+    std::byte* const to = out + static_cast<std::size_t>(r) * row;
+    const bool is_there = r < in.dim(0);
+    if (is_there) std::memcpy(to, in.as<std::byte>() + static_cast<std::size_t>(r) * own, own);
+    for (std::size_t at = is_there ? own : 0; at < row; at += fill.size()) {
+      std::memcpy(to + at, fill.data(), fill.size());
+    }
+  }
+  return {out, in.dtype, {n, width}};
+}
+
+}  // namespace
+
+TensorView padded_codes(const TensorView& in, std::int64_t n, std::int64_t width,
+                        ExpertStorage& storage) {
+  constexpr std::byte kZero{};  // Of int4 and of e2m1.
+  return padded_rows(in, n, width, {&kZero, 1}, storage);
+}
+
+TensorView padded_scales(const TensorView& in, std::int64_t n, std::int64_t width,
+                         ExpertStorage& storage) {
+  const float f32 = 1;
+  const std::uint16_t bf16 = bf16_from_float(1);
+  const std::uint8_t e8m0 = 127;
+  switch (in.dtype) {
+    case DType::kFloat32:
+      return padded_rows(in, n, width, std::as_bytes(std::span(&f32, 1)), storage);
+    case DType::kBFloat16:
+      return padded_rows(in, n, width, std::as_bytes(std::span(&bf16, 1)), storage);
+    default:
+      SLUICE_ASSERT(in.dtype == DType::kFloat8E8M0);
+      return padded_rows(in, n, width, std::as_bytes(std::span(&e8m0, 1)), storage);
+  }
+}
+
+QuantMatrix padded(const QuantMatrix& in, const MatrixLayout& matrix, ExpertStorage& storage) {
+  if (!matrix.is_padded()) return in;
+  QuantMatrix out = in;
+  out.codes = padded_codes(in.codes, matrix.padded_n, matrix.padded_k / 2, storage);
+  out.scales = padded_scales(in.scales, matrix.padded_n, matrix.padded_k / in.group_size, storage);
+  if (in.has_bias()) {
+    const TensorView column(in.bias.data, DType::kFloat32, {1, matrix.n});
+    const float zero = 0;
+    out.bias = padded_rows(column, 1, matrix.padded_n, std::as_bytes(std::span(&zero, 1)), storage);
+    out.bias.shape = {matrix.padded_n};
+  }
+  return out;
+}
+
 TensorView view_codes(const TensorRef& tensor, const MatrixLayout& matrix, ExpertStorage& storage,
                       WeightFormat format) {
   tensor.will_need();

@@ -6,6 +6,7 @@
 #include <cstdint>
 #include <span>
 #include <string_view>
+#include <vector>
 
 #include "checkpoint/expert_storage.h"
 #include "checkpoint/formats/format.h"
@@ -33,6 +34,19 @@ void check_part(const TensorRef& tensor, const PartSpec& spec,
 /// The same of e8m0, whose NaN is refused.
 [[nodiscard]] TensorView load_e8m0(const TensorRef& tensor, std::int64_t n, std::int64_t groups,
                                    ExpertStorage& storage);
+
+/// [n] of a BF16, F16 or F32 tensor, those of `rows`. Throws: kCorruptFile for one that is not
+/// finite.
+[[nodiscard]] std::vector<float> read_bias(const TensorRef& tensor, RowStep rows, std::int64_t n);
+
+/// `in` with zero codes, or scales of one, up to [n, width], in new memory of `storage`.
+[[nodiscard]] TensorView padded_codes(const TensorView& in, std::int64_t n, std::int64_t width,
+                                      ExpertStorage& storage);
+[[nodiscard]] TensorView padded_scales(const TensorView& in, std::int64_t n, std::int64_t width,
+                                       ExpertStorage& storage);
+/// Codes, scales and bias of a matrix as the model has it, padded to what is canonical.
+[[nodiscard]] QuantMatrix padded(const QuantMatrix& in, const MatrixLayout& matrix,
+                                 ExpertStorage& storage);
 
 /// [n, k / 2] codes as they lie in the file.
 [[nodiscard]] TensorView view_codes(const TensorRef& tensor, const MatrixLayout& matrix,
