@@ -134,6 +134,13 @@ void bind_geometry(nb::module_& m) {
       .def_ro("num_topk", &ModelGeometry::num_topk, "Experts of a token.")
       .def_ro("hidden", &ModelGeometry::hidden, "Multiple of 128.")
       .def_ro("intermediate", &ModelGeometry::intermediate, "Multiple of 128.")
+      .def_prop_ro(
+          "token_width", &ModelGeometry::token_width,
+          "Channels of a token in the model: hidden, where that is a multiple of 128. The\n"
+          "rest of hidden is padded inside, with zeros.")
+      .def_prop_ro("inner_width", &ModelGeometry::inner_width, "The same of intermediate.")
+      .def_ro("has_bias", &ModelGeometry::has_bias,
+              "Whether every matrix has a bias, which the CPU backend alone adds.")
       .def_ro("group_size", &ModelGeometry::group_size, "Weights that share a scale: 128 or 32.")
       .def_ro("routed_scaling_factor", &ModelGeometry::routed_scaling_factor, "Of config.json.")
       .def_prop_ro(

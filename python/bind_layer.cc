@@ -275,7 +275,7 @@ PyLayer make_layer(nb::object transport, nb::object backend_object, PyBackend* b
   return {.transport_object = std::move(transport),
           .backend_object = std::move(backend_object),
           .backend = backend,
-          .hidden = config.geometry.hidden,
+          .hidden = config.geometry.token_width(),
           .only_mode = only,
           .layer = std::move(layer)};
 }

@@ -68,10 +68,11 @@ Value named(std::string_view name, const char* argument,
 }
 
 WeightLayout weight_layout(std::string_view name) {
-  return named<WeightLayout, 3>(name, "weight_layout",
+  return named<WeightLayout, 4>(name, "weight_layout",
                                 {{{"int4", WeightLayout::kInt4},
                                   {"uint4b8", WeightLayout::kUint4b8},
-                                  {"uint4b8-transposed", WeightLayout::kUint4b8Transposed}}});
+                                  {"uint4b8-transposed", WeightLayout::kUint4b8Transposed},
+                                  {"mxfp4", WeightLayout::kMxfp4}}});
 }
 
 ScaleLayout scale_layout(std::string_view name) {
@@ -146,21 +147,24 @@ void bind_repack(nb::module_& m) {
   m.def(
       "packed_sizes",
       [](int num_experts, int hidden, int intermediate, int group_size, bool scales_are_bf16,
-         std::string_view device) {
-        const RepackFormat format{
-            .geometry = {.name = "sizes",
-                         .num_experts = num_experts,
-                         .num_topk = 1,
-                         .hidden = hidden,
-                         .intermediate = intermediate,
-                         .group_size = group_size},
-            .num_experts = num_experts,
-            .scale_dtype = scales_are_bf16 ? DType::kBFloat16 : DType::kFloat32};
+         std::string_view device, std::string_view weight_format) {
+        const WeightFormat own = parse_weight_format(weight_format);
+        const RepackFormat format{.geometry = {.name = "sizes",
+                                               .num_experts = num_experts,
+                                               .num_topk = 1,
+                                               .hidden = hidden,
+                                               .intermediate = intermediate,
+                                               .group_size = group_size,
+                                               .weight_format = own},
+                                  .num_experts = num_experts,
+                                  .scale_dtype = own == WeightFormat::kMxfp4 ? DType::kFloat8E8M0
+                                                 : scales_are_bf16           ? DType::kBFloat16
+                                                                             : DType::kFloat32};
         const PackedSizes sizes = packed_sizes(format, parse_device(device).kind);
         return nb::make_tuple(sizes.gate_up_bytes, sizes.down_bytes, sizes.alignment);
       },
       nb::kw_only(), "num_experts"_a, "hidden"_a, "intermediate"_a, "group_size"_a = 128,
-      "scales_are_bf16"_a = true, "device"_a = "cpu",
+      "scales_are_bf16"_a = true, "device"_a = "cpu", "weight_format"_a = "int4",
       "(bytes of one expert's gate and up, bytes of its down, alignment) of packed weights: first\n"
       "gate and up of every expert, then down of every expert.\n\n"
       "Raises Error: invalid_argument naming the field.");

@@ -34,7 +34,7 @@ struct ExpertSource {
 struct RepackFormat {
   ModelGeometry geometry;  ///< Of it: hidden, intermediate, group_size, format and activation.
   int num_experts = 0;     ///< Experts here, 1 .. 512.
-  DType scale_dtype = DType::kBFloat16;  ///< Or kFloat32.
+  DType scale_dtype = DType::kBFloat16;  ///< Or kFloat32; kFloat8E8M0 of MXFP4.
   CodeKind codes = CodeKind::kTwosComplement;
   int first_expert = 0;  ///< Number of the first one, for messages.
 };
@@ -62,6 +62,7 @@ enum class WeightLayout : std::uint8_t {
   kInt4,               ///< int8 [E, N, K / 2], two's complement, even k in the low nibble.
   kUint4b8,            ///< int32 [E, N, K / 8], weight + 8, k rising from the lowest nibble.
   kUint4b8Transposed,  ///< int32 [E, K / 8, N] of the same words.
+  kMxfp4,  ///< uint8 [E, N, K / 2] of e2m1, even k low; scales uint8 [E, N, K / 32] of e8m0.
 };
 /// Orders of the scales.
 enum class ScaleLayout : std::uint8_t {
@@ -82,7 +83,7 @@ struct StackedSources {
   RepackFormat format;
   std::vector<ExpertSource> experts;
 };
-/// Sizes, group size (128 or 32) and every expert's place. Looks at no weight.
+/// Sizes, group size (128 or 32), weight format and every expert's place. Looks at no weight.
 /// Throws: kInvalidArgument naming the tensor, what it is and what was expected.
 [[nodiscard]] StackedSources stacked_sources(const StackedWeights& weights);
 

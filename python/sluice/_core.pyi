@@ -333,6 +333,21 @@ class ModelGeometry:
         """Multiple of 128."""
 
     @property
+    def token_width(self) -> int:
+        """
+        Channels of a token in the model: hidden, where that is a multiple of 128. The
+        rest of hidden is padded inside, with zeros.
+        """
+
+    @property
+    def inner_width(self) -> int:
+        """The same of intermediate."""
+
+    @property
+    def has_bias(self) -> bool:
+        """Whether every matrix has a bias, which the CPU backend alone adds."""
+
+    @property
     def group_size(self) -> int:
         """Weights that share a scale: 128 or 32."""
 
@@ -725,7 +740,7 @@ def repack_stacked(w13: sluice._array.Array, w13_scale: sluice._array.Array, w2:
     finite; out_of_memory.
     """
 
-def packed_sizes(*, num_experts: int, hidden: int, intermediate: int, group_size: int = 128, scales_are_bf16: bool = True, device: str = 'cpu') -> tuple:
+def packed_sizes(*, num_experts: int, hidden: int, intermediate: int, group_size: int = 128, scales_are_bf16: bool = True, device: str = 'cpu', weight_format: str = 'int4') -> tuple:
     """
     (bytes of one expert's gate and up, bytes of its down, alignment) of packed weights: first
     gate and up of every expert, then down of every expert.

@@ -23,31 +23,41 @@ struct CodeStack {
        to_string(view.tensor.dtype), view.tensor.shape.to_string());
 }
 
-CodeStack codes_of(const char* name, const StridedView& view, WeightLayout layout) {
-  const bool is_int4 = layout == WeightLayout::kInt4;
-  const TensorView& t = view.tensor;
-  const bool fits =
-      is_int4 ? t.dtype == DType::kInt8 || t.dtype == DType::kUInt8 || t.dtype == DType::kPackedInt4
-              : t.dtype == DType::kInt32;
-  if (t.shape.rank() != 3 || !fits) {
-    refuse(name, view,
-           is_int4                            ? "int8 [num_experts, N, K / 2]"
-           : layout == WeightLayout::kUint4b8 ? "int32 [num_experts, N, K / 8]"
-                                              : "int32 [num_experts, K / 8, N]");
+/// What codes of a layout are, for messages.
+std::string_view wanted_codes(WeightLayout layout) {
+  switch (layout) {
+    case WeightLayout::kInt4:
+      return "int8 [num_experts, N, K / 2]";
+    case WeightLayout::kMxfp4:
+      return "uint8 [num_experts, N, K / 2]";
+    case WeightLayout::kUint4b8:
+      return "int32 [num_experts, N, K / 8]";
+    case WeightLayout::kUint4b8Transposed:
+      return "int32 [num_experts, K / 8, N]";
   }
-  const std::int64_t element = is_int4 ? 1 : 4;
+  fail(ErrorCode::kInternal, "no such layout of weights");
+}
+
+CodeStack codes_of(const char* name, const StridedView& view, WeightLayout layout) {
+  const bool is_bytes = layout == WeightLayout::kInt4 || layout == WeightLayout::kMxfp4;
+  const TensorView& t = view.tensor;
+  const bool fits = is_bytes ? t.dtype == DType::kInt8 || t.dtype == DType::kUInt8 ||
+                                   t.dtype == DType::kPackedInt4
+                             : t.dtype == DType::kInt32;
+  if (t.shape.rank() != 3 || !fits) refuse(name, view, wanted_codes(layout));
+  const std::int64_t element = is_bytes ? 1 : 4;
   const int rows = layout == WeightLayout::kUint4b8Transposed ? 2 : 1, words = 3 - rows;
-  if (is_int4 && view.strides[2] != 1) {
+  if (is_bytes && view.strides[2] != 1) {
     fail(ErrorCode::kInvalidArgument,
          "{}: expected the last dimension densest, got strides [{}, {}, {}]", name, view.strides[0],
          view.strides[1], view.strides[2]);
   }
   return {.num_experts = t.dim(0),
           .n = t.dim(rows),
-          .k = t.dim(words) * (is_int4 ? 2 : 8),
+          .k = t.dim(words) * (is_bytes ? 2 : 8),
           .expert_bytes = view.strides[0] * element,
           .row_bytes = view.strides[static_cast<std::size_t>(rows)] * element,
-          .word_bytes = is_int4 ? 4 : view.strides[static_cast<std::size_t>(words)] * element,
+          .word_bytes = is_bytes ? 4 : view.strides[static_cast<std::size_t>(words)] * element,
           .data = t.as<std::byte>()};
 }
 
@@ -57,6 +67,26 @@ struct ScaleStack {
   std::int64_t expert;
   MatrixSource where;  ///< Of expert 0; its scales alone are set.
 };
+
+/// E8m0 codes, one for each 32, in one order alone.
+ScaleStack e8m0_scales_of(const char* name, const StridedView& view, const CodeStack& codes,
+                          ScaleLayout layout) {
+  const TensorView& t = view.tensor;
+  const bool fits =
+      t.dtype == DType::kInt8 || t.dtype == DType::kUInt8 || t.dtype == DType::kFloat8E8M0;
+  const Shape shape{codes.num_experts, codes.n, codes.k / 32};
+  if (!fits || t.shape != shape || codes.k % 32 != 0) {
+    refuse(name, view,
+           fmt::format("uint8 [{}, {}, {} / 32] of e8m0", codes.num_experts, codes.n, codes.k));
+  }
+  check_argument(layout != ScaleLayout::kInterleaved,
+                 "{}: scales of mxfp4 lie plain, [num_experts, N, K / 32], not interleaved", name);
+  ScaleStack stack{.group_size = 32, .expert = view.strides[0], .where = {}};
+  stack.where.scales = t.as<std::byte>();
+  stack.where.scale_row = view.strides[1];
+  stack.where.scale_block = view.strides[2];
+  return stack;
+}
 
 ScaleStack scales_of(const char* name, const StridedView& view, const CodeStack& codes,
                      ScaleLayout layout) {
@@ -116,25 +146,29 @@ StackedSources stacked_sources(const StackedWeights& weights) {
                  "w2: {} experts of [{}, {}], expected {} of [hidden {}, intermediate {}] as w13 "
                  "has them",
                  w2.num_experts, w2.n, w2.k, w13.num_experts, hidden, inter);
-  const ScaleStack s13 = scales_of("w13_scale", weights.w13_scale, w13, weights.scale_layout);
-  const ScaleStack s2 = scales_of("w2_scale", weights.w2_scale, w2, weights.scale_layout);
-  const DType dtype = weights.w13_scale.tensor.dtype;
-  check_argument(s2.group_size == s13.group_size && weights.w2_scale.tensor.dtype == dtype,
-                 "w2_scale: {} for groups of {}, w13_scale: {} for groups of {}; expected the same",
-                 to_string(weights.w2_scale.tensor.dtype), s2.group_size, to_string(dtype),
-                 s13.group_size);
+  const bool is_mxfp4 = weights.weight_layout == WeightLayout::kMxfp4;
+  const auto find = is_mxfp4 ? e8m0_scales_of : scales_of;
+  const ScaleStack s13 = find("w13_scale", weights.w13_scale, w13, weights.scale_layout);
+  const ScaleStack s2 = find("w2_scale", weights.w2_scale, w2, weights.scale_layout);
+  const DType dtype = is_mxfp4 ? DType::kFloat8E8M0 : weights.w13_scale.tensor.dtype;
+  check_argument(
+      s2.group_size == s13.group_size && (is_mxfp4 || weights.w2_scale.tensor.dtype == dtype),
+      "w2_scale: {} for groups of {}, w13_scale: {} for groups of {}; expected the same",
+      to_string(weights.w2_scale.tensor.dtype), s2.group_size, to_string(dtype), s13.group_size);
 
   StackedSources found;
-  found.format = {.geometry = {.name = "arrays",
-                               .num_experts = static_cast<int>(w13.num_experts),
-                               .num_topk = 1,
-                               .hidden = static_cast<int>(hidden),
-                               .intermediate = static_cast<int>(inter),
-                               .group_size = s13.group_size,
-                               .activation = weights.activation},
-                  .num_experts = static_cast<int>(w13.num_experts),
-                  .scale_dtype = dtype,
-                  .codes = weights.weight_layout == WeightLayout::kInt4 ? CodeKind::kTwosComplement
+  found.format = {
+      .geometry = {.name = "arrays",
+                   .num_experts = static_cast<int>(w13.num_experts),
+                   .num_topk = 1,
+                   .hidden = static_cast<int>(hidden),
+                   .intermediate = static_cast<int>(inter),
+                   .group_size = s13.group_size,
+                   .weight_format = is_mxfp4 ? WeightFormat::kMxfp4 : WeightFormat::kInt4,
+                   .activation = weights.activation},
+      .num_experts = static_cast<int>(w13.num_experts),
+      .scale_dtype = dtype,
+      .codes = weights.weight_layout == WeightLayout::kInt4 || is_mxfp4 ? CodeKind::kTwosComplement
                                                                         : CodeKind::kOffset};
   const auto bytes = static_cast<std::int64_t>(size_bytes(dtype));
   for (std::int64_t e = 0; e < w13.num_experts; ++e) {

@@ -212,6 +212,10 @@ def refused(folder, rank, ranks, kind, options):
         "groups of 64; 32 and 128": with_scheme(weights={"group_size": 64}),
         "weights.num_bits is 8": with_scheme(weights={"num_bits": 8}),
         "weights.symmetric is False": with_scheme(weights={"symmetric": False}),
+        "format is 'mxfp4-pack-quantized', expected 'pack-quantized'": with_scheme(
+            format="mxfp4-pack-quantized", weights={"type": "float"}),
+        "quant_method is 'mxfp4'": lambda: get_quantization_config("sluice").override_quantization_method(
+            {"quant_method": "mxfp4"}, "sluice", hf_config=None),
         "weights.actorder 'group'": actorder,
         "only none or dynamic FP8": with_scheme(input_activations=int8_inputs),
         "input_activations float of 8 bits": with_scheme(input_activations=float_inputs),

@@ -33,6 +33,19 @@ def _is_on_device_of(space: Any, backend: Any) -> bool:
     return (f"{device}:0" if device == "cuda" else device) == backend.device
 
 
+def _bytes_of_e8m0(scale: Any) -> Any:
+    """As uint8, which everybody exchanges, where a framework has a type for e8m0."""
+    if not str(getattr(scale, "dtype", "")).endswith("float8_e8m0fnu"):
+        return scale
+    import torch
+
+    return scale.view(torch.uint8 if isinstance(scale, torch.Tensor) else "uint8")
+
+
+def _is_uint8(array: Any) -> bool:
+    return str(getattr(array, "dtype", "")) in ("uint8", "torch.uint8")
+
+
 class W4A8Experts:
     """Experts of one layer on one device, repacked once. Shapes as the module says.
 
@@ -42,7 +55,9 @@ class W4A8Experts:
     twice what it was at least. All experts of one backend and size share it, and growing it touches no
     weight.
     weight_layout: "int4" as the module says; "uint4b8", int32 [E, N, K / 8] of weights + 8, k rising from
-    the lowest four bits (compressed-tensors); "uint4b8-transposed", int32 [E, K / 8, N] of the same words.
+    the lowest four bits (compressed-tensors); "uint4b8-transposed", int32 [E, K / 8, N] of the same words;
+    "mxfp4", uint8 [E, N, K / 2] of e2m1 with scales uint8 [E, N, K / 32] of e8m0, which is also what int8 or uint8
+    codes beside scales of uint8 or float8_e8m0fnu are taken for.
     scale_layout: "plain" [E, N, K / G]; "interleaved" [E, K / G / a, N * a], as SGLang holds them after its own
     processing (a is 4, or 1 where K / G is no multiple of 4) and, with a = 1, vLLM; "by-shape": whichever of
     the two has the shape, plain if both have.
@@ -64,9 +79,12 @@ class W4A8Experts:
                  max_rows: int = 1, weight_layout: str = "int4", scale_layout: str = "by-shape",
                  memory: Any = None) -> None:
         space = space_of(w13, "w13")
+        w13_scale, w2_scale = _bytes_of_e8m0(w13_scale), _bytes_of_e8m0(w2_scale)
+        if weight_layout == "int4" and _is_uint8(w13_scale):
+            weight_layout = "mxfp4"
         if weight_layout == "int4" and str(w13.dtype).endswith("int32"):
             raise Error("invalid_argument", "w13: int32 words of eight weights need weight_layout: "
-                        f"{' or '.join(WEIGHT_LAYOUTS[1:])}")
+                        f"{' or '.join(WEIGHT_LAYOUTS[1:3])}")
         s1, s2 = _static_scale("a1_scale", a1_scale), _static_scale("a2_scale", a2_scale)
         if (s1 is None) != (s2 is None):
             raise Error("invalid_argument", "a1_scale and a2_scale: give both or neither")
@@ -103,7 +121,7 @@ class W4A8Experts:
     def _from_host(self, space: Any, arrays: list, memory: Any, weight_layout: str) -> Any:
         """Through the device's staging memory, which takes rows as they are published."""
         w13, w13_scale, w2, w2_scale = arrays
-        if weight_layout != "int4" or memory is not None or len(w13.shape) != 3:
+        if weight_layout not in ("int4", "mxfp4") or memory is not None or len(w13.shape) != 3:
             raise Error("invalid_argument", f"w13: expected memory on {self.backend.device}, where alone "
                         "weight_layout and memory can be given, got memory of the host")
         middle, hidden, columns = int(w13.shape[1]) // 2, 2 * int(w13.shape[2]), int(w13_scale.shape[-1])
@@ -114,7 +132,7 @@ class W4A8Experts:
         weights = _core.ExpertWeights.from_arrays(
             pair(w13, w13_scale, 0, middle), pair(w13, w13_scale, middle, 2 * middle),
             pair(w2, w2_scale, 0, hidden), group_size=hidden // columns if columns else 0,
-            activation=self.activation)
+            activation=self.activation, weight_format=weight_layout)
         with self._lock:
             return _core.repack(weights, self.backend, max_rows=1)
 

@@ -5,7 +5,7 @@ from typing import Any, NamedTuple
 from .. import _core
 from .._error import Error
 
-WEIGHT_LAYOUTS = ("int4", "uint4b8", "uint4b8-transposed")
+WEIGHT_LAYOUTS = ("int4", "uint4b8", "uint4b8-transposed", "mxfp4")
 
 
 class WeightMemory(NamedTuple):
@@ -29,7 +29,7 @@ def weight_memory(num_experts: int, hidden: int, intermediate: int, *, group_siz
 
     memory: [bytes] uint8, what W4A8Experts takes as memory=. The others are views of it, of the shapes that
     weight_layout has, uninitialized; w13_scale and w2_scale of scale_dtype, torch.bfloat16 unless given, or
-    torch.float32. transposed_scales: [E, K / G, N] instead of [E, N, K / G]. After W4A8Experts has been
+    torch.float32; of weight_layout "mxfp4" torch.uint8, in groups of 32. transposed_scales: [E, K / G, N] instead of [E, N, K / G]. After W4A8Experts has been
     made the views hold repacked bytes: the engine drops them. While it is made, it takes the memory of two
     experts more.
 
@@ -38,15 +38,21 @@ def weight_memory(num_experts: int, hidden: int, intermediate: int, *, group_siz
     import torch
 
     device = torch.device(device)
-    scale_dtype = torch.bfloat16 if scale_dtype is None else scale_dtype
-    if scale_dtype not in (torch.bfloat16, torch.float32):
-        raise Error("invalid_argument", f"scale_dtype: expected torch.bfloat16 or torch.float32, got {scale_dtype}")
+    is_mxfp4 = weight_layout == "mxfp4"
+    known = (torch.uint8,) if is_mxfp4 else (torch.bfloat16, torch.float32)
+    scale_dtype = known[0] if scale_dtype is None else scale_dtype
+    if scale_dtype not in known:
+        raise Error("invalid_argument",
+                    f"scale_dtype: expected {' or '.join(str(dtype) for dtype in known)}, got {scale_dtype}")
+    if is_mxfp4 and transposed_scales:
+        raise Error("invalid_argument", "transposed_scales: scales of mxfp4 are [E, N, K / 32]")
     if weight_layout not in WEIGHT_LAYOUTS:
         raise Error("invalid_argument",
                     f"weight_layout: '{weight_layout}' is none of {', '.join(WEIGHT_LAYOUTS)}")
     gate_up, down, alignment = _core.packed_sizes(
         num_experts=num_experts, hidden=hidden, intermediate=intermediate, group_size=group_size,
-        scales_are_bf16=scale_dtype == torch.bfloat16, device=device.type)
+        scales_are_bf16=scale_dtype == torch.bfloat16, device=device.type,
+        weight_format="mxfp4" if is_mxfp4 else "int4")
     space = torch.empty(num_experts * (gate_up + down) + alignment, dtype=torch.uint8, device=device)
     memory = space[-space.data_ptr() % alignment :][: num_experts * (gate_up + down)]
 
@@ -58,8 +64,8 @@ def weight_memory(num_experts: int, hidden: int, intermediate: int, *, group_siz
         scales = scales.view(scale_dtype)
         scales = scales.view(num_experts, k // group_size, n) if transposed_scales \
             else scales.view(num_experts, n, k // group_size)
-        if weight_layout == "int4":
-            return codes.view(torch.int8).view(num_experts, n, k // 2), scales
+        if weight_layout in ("int4", "mxfp4"):
+            return codes.view(torch.uint8 if is_mxfp4 else torch.int8).view(num_experts, n, k // 2), scales
         words = codes.view(torch.int32)
         return (words.view(num_experts, n, k // 8) if weight_layout == "uint4b8"
                 else words.view(num_experts, k // 8, n)), scales

@@ -12,8 +12,9 @@ The same as functions, which repack at the first call with some weights:
 E experts, hidden H, intermediate I, group G (128 or 32), gate rows before up rows:
     w13 [E, 2 I, H / 2] int8     w13_scale [E, 2 I, H / G] float32 or bfloat16
     w2  [E, H, I / 2]   int8     w2_scale  [E, H, I / G]
-as checkpoints publish them (W4AFP8): int4 in two's complement, two to a byte with even k low. W4A8Experts
-takes other orders too. Arrays lie on the device of the backend and are read there, in any strides whose last
+as checkpoints publish them (W4AFP8): int4 in two's complement, two to a byte with even k low. Or MXFP4, which scales
+of uint8 tell: w13, w2 of uint8 are then e2m1, and scales [.., K / 32] of uint8 (or float8_e8m0fnu) powers of two,
+2^(code - 127). A backend that cannot compute it refuses it by name. W4A8Experts takes other orders too. Arrays lie on the device of the backend and are read there, in any strides whose last
 dimension of int8 codes is densest; plain ones may also lie in host memory.
     a1_scale, a2_scale: static scales of the inputs of the two GEMMs, or None: one number, or one for
     each expert, of which the largest counts.

@@ -156,8 +156,8 @@ class SluiceExperts(nn.Module):
         share for each rank of a process group."""
         rank, size = (process_group.rank(), process_group.size()) if process_group else (0, 1)
         sizes = {"experts": (self.num_experts * size, checkpoint.geometry.num_experts),
-                 "hidden size": (self.hidden_dim, checkpoint.geometry.hidden),
-                 "intermediate size": (self.intermediate_dim, checkpoint.geometry.intermediate)}
+                 "hidden size": (self.hidden_dim, checkpoint.geometry.token_width),
+                 "intermediate size": (self.intermediate_dim, checkpoint.geometry.inner_width)}
         for name, (model, stored) in sizes.items():
             if model != stored:
                 raise Error("invalid_argument", f"layer {layer}: {name} is {model} in the model and {stored} in "

@@ -1,0 +1,110 @@
+"""W4A8Experts of MXFP4: bytes as engines hold them, beside what the same bytes are to ExpertWeights."""
+
+import numpy as np
+import pytest
+from spaces import Torch, as_float
+
+import sluice
+from sluice import _core
+from sluice.compat import w4a8
+from sluice.compat.w4a8 import W4A8Experts
+
+E, H, I, TOKENS, TOPK = 4, 256, 128, 6, 2  # noqa: E741
+
+
+@pytest.fixture(scope="module")
+def published():
+    """w13, w13_scale, w2, w2_scale: any bytes are codes; scales from 2^-9 to 2^-6."""
+    rng = np.random.default_rng(5)
+    draw = lambda low, high, *shape: rng.integers(low, high, shape, dtype=np.uint8)  # noqa: E731
+    return (draw(0, 256, E, 2 * I, H // 2), draw(118, 122, E, 2 * I, H // 32), draw(0, 256, E, H, I // 2),
+            draw(118, 122, E, H, I // 32))
+
+
+@pytest.fixture(scope="module")
+def tokens():
+    rng = np.random.default_rng(6)
+    bits = rng.standard_normal((TOKENS, H)).astype(np.float32).view(np.uint32) >> 16
+    idx = np.stack([rng.permutation(E)[:TOPK] for _ in range(TOKENS)]).astype(np.int64)
+    return bits.astype(np.uint16), idx, rng.random((TOKENS, TOPK), dtype=np.float32)
+
+
+def dequantized(codes, scales):
+    """In words: sign, two bits of exponent with a bias of 1, one of mantissa; times 2^(scale - 127)."""
+    nibbles = np.stack([codes & 15, codes >> 4], -1).reshape(*codes.shape[:-1], -1)
+    exponent, mantissa = (nibbles >> 1) & 3, (nibbles & 1) * 0.5
+    size = np.where(exponent == 0, mantissa, (1 + mantissa) * 2.0 ** (exponent.astype(int) - 1))
+    return np.where(nibbles < 8, size, -size) * np.repeat(2.0 ** (scales.astype(int) - 127), 32, -1)
+
+
+def test_the_same_bits_as_from_arrays_and_close_to_float64(space, published, tokens, backend):
+    x, idx, weights = tokens
+    arrays = [space.array(a) for a in published]
+    call = lambda made: space.bits(made.grouped(  # noqa: E731
+        space.bf16(x), None, space.array(idx), space.array(weights)))
+    y = call(W4A8Experts(*arrays, backend=backend))
+    assert np.array_equal(y, call(W4A8Experts(*arrays, backend=backend, weight_layout="mxfp4")))
+    w13, s13, w2, s2 = published
+    halves = [(np.ascontiguousarray(w13[:, a]), np.ascontiguousarray(s13[:, a]))
+              for a in (slice(0, I), slice(I, 2 * I))]
+    made = _core.ExpertWeights.from_arrays(*halves, (w2, s2), group_size=32, weight_format="mxfp4")
+    group = _core.LocalGroup(backend, hidden=H, intermediate=I, max_entries=TOKENS * TOPK)
+    layer = group.add_layer(made, recipe="direct-bf16")
+    assert np.array_equal(y, space.bits(layer.forward_topk(
+        space.bf16(x), space.array(idx), space.array(weights))))
+    gate_up, down = dequantized(w13, s13), dequantized(w2, s2)
+    exact = np.zeros((TOKENS, H))
+    for t in range(TOKENS):
+        for e, weight in zip(idx[t], weights[t]):
+            c = gate_up[e] @ as_float(x[t])
+            exact[t] += weight * (down[e] @ (c[:I] / (1 + np.exp(-c[:I])) * c[I:]))
+    assert np.linalg.norm(as_float(y) - exact) < 0.1 * np.linalg.norm(exact)
+
+
+def test_masked_and_the_functions_take_them(space, published, tokens, backend):
+    x = np.stack([tokens[0]] * E)
+    num_rows = np.array([3, 0, 6, 1], np.int32)
+    arrays = [space.array(a) for a in published]
+    experts = W4A8Experts(*arrays, backend=backend)
+    one = space.bits(experts.masked(space.bf16(x), None, space.array(num_rows)))
+    other = space.bits(w4a8.w4a8_moe_masked(space.bf16(x), None, space.array(num_rows), *arrays, backend=backend))
+    for e, n in enumerate(num_rows):
+        assert np.array_equal(one[e, :n], other[e, :n]) and (n == 0 or np.any(one[e, :n]))
+
+
+def test_what_is_no_mxfp4_is_refused_by_name(space, published, backend):
+    w13, s13, w2, s2 = published
+
+    def refused(text, *arrays, **layout):
+        with pytest.raises(sluice.Error, match=text) as caught:
+            W4A8Experts(*[space.array(a) for a in arrays], backend=backend, **layout)
+        assert caught.value.code == "invalid_argument"
+
+    refused(r"w13_scale: expected uint8 \[4, 256, 256 / 32\] of e8m0", w13, s13[:, :, :4], w2, s2)
+    refused("w13_scale: scales of mxfp4 lie plain", w13, s13, w2, s2, scale_layout="interleaved")
+    refused("w13: expected uint8 .*, got int32", w13.view(np.int32), s13, w2, s2, weight_layout="mxfp4")
+    bad = s13.copy()
+    bad[2, I + 3, 1] = 255
+    refused(r"expert 2 up: scale \[3, 1\] = nan is not a finite number", w13, bad, w2, s2)
+
+
+def test_in_the_memory_of_the_weights(published, tokens, backend):
+    torch = pytest.importorskip("torch", reason="torch is not installed")
+    space = Torch()
+    x, idx, weights = tokens
+    run = lambda e: space.bits(e.grouped(  # noqa: E731
+        space.bf16(x), None, space.array(idx), space.array(weights)))
+    expected = run(W4A8Experts(*[space.array(a) for a in published], backend=backend))
+    place = w4a8.weight_memory(E, H, I, group_size=32, weight_layout="mxfp4", device="cpu")
+    assert {p.dtype for p in place} == {torch.uint8}
+    for parameter, array in zip(place[1:], published):
+        parameter.copy_(space.array(array))
+    experts = W4A8Experts(*place[1:], backend=backend, memory=place.memory)
+    assert experts.weight_bytes == place.memory.numel()
+    assert np.array_equal(run(experts), expected)
+    e8m0 = getattr(torch, "float8_e8m0fnu", None)
+    if e8m0 is not None:
+        w13, s13, w2, s2 = (space.array(a) for a in published)
+        assert np.array_equal(run(W4A8Experts(w13, s13.view(e8m0), w2, s2.view(e8m0), backend=backend)), expected)
+    with pytest.raises(sluice.Error, match="scale_dtype: expected torch.uint8"):
+        w4a8.weight_memory(E, H, I, group_size=32, weight_layout="mxfp4", scale_dtype=torch.bfloat16, device="cpu")
