@@ -98,8 +98,11 @@ std::vector<ExpertsBenchConfig> sweep_of(const ExpertsBenchConfig& base) {
   config.routing = {RoutingKind::kZipf, RoutingKind::kOneExpert};
   sweep.push_back(config);
   config.routing = {RoutingKind::kUniform};
+  config.num_experts = {48}, config.geometry.group_size = 32;  // Kimi-K2 over eight ranks.
+  config.rows_per_expert = {8, 32, 128};
+  sweep.push_back(config);
+  config.num_experts = {256}, config.geometry.group_size = 128, config.geometry.intermediate = 256;
   config.rows_per_expert = {1, 4, 16, 64};
-  config.num_experts = {256}, config.geometry.intermediate = 256;
   sweep.push_back(config);
   return sweep;
 }
@@ -234,7 +237,7 @@ void add_bench(Command& program, Output& output) {
   command.add_flag(
       "--sweep", options->sweep,
       "The stage with every kind of weights and activation scales, 1 to 1024 rows; with "
-      "fewer experts, uneven rows and slices of experts: 92 cases. Uses none of the "
+      "fewer experts, uneven rows and slices of experts: 95 cases. Uses none of the "
       "options that choose one of these");
   command.add_option("--group-size", options->group_size, "Weights of one scale: 128 | 32")
       .one_of({128, 32});
