@@ -14,8 +14,9 @@ E experts, hidden H, intermediate I, group G (128 or 32), gate rows before up ro
     w2  [E, H, I / 2]   int8     w2_scale  [E, H, I / G]
 as checkpoints publish them (W4AFP8): int4 in two's complement, two to a byte with even k low. Or MXFP4, which scales
 of uint8 tell: w13, w2 of uint8 are then e2m1, and scales [.., K / 32] of uint8 (or float8_e8m0fnu) powers of two,
-2^(code - 127). A backend that cannot compute it refuses it by name. W4A8Experts takes other orders too. Arrays lie on the device of the backend and are read there, in any strides whose last
-dimension of int8 codes is densest; plain ones may also lie in host memory.
+2^(code - 127). A backend that cannot compute it refuses it by name. W4A8Experts takes other orders too. Arrays lie on
+the device of the backend and are read there, in any strides whose last dimension of int8 codes is densest; plain ones
+may also lie in host memory.
     a1_scale, a2_scale: static scales of the inputs of the two GEMMs, or None: one number, or one for
     each expert, of which the largest counts.
     activation: "swiglu", "swiglu:limit=10" (DeepSeek-V4), "swiglu-oai:alpha=1.702,limit=7" (gpt-oss),
