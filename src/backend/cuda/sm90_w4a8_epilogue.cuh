@@ -20,23 +20,26 @@ template <class C, int N>
 __device__ __forceinline__ void store_bf16(const Phase& phase, const TileInfo& t,
                                            const MathLane& lane,
                                            const float (&sum)[C::kSlabsPerWarpgroup][N / 2]) {
+  const int first_slab = lane.warpgroup * C::kSlabsPerWarpgroup;
+  const int channel =
+      t.row_tile * kTileRows + first_slab * kSlabRows + lane.warp * 16 + 2 * lane.row;
+  std::uint16_t* out = phase.y + static_cast<long long>(t.row0 + lane.column) * phase.n + channel;
+  const int num_tokens = t.num_tokens - lane.column;
+  // One running pointer, since a pointer per token would spill. The slabs of a token one after the
+  // other: both know then whether there is such a token.
 #pragma unroll
-  for (int b = 0; b < C::kSlabsPerWarpgroup; ++b) {
-    const int slab = lane.warpgroup * C::kSlabsPerWarpgroup + b;
-    const int channel = t.row_tile * kTileRows + slab * kSlabRows + lane.warp * 16 + 2 * lane.row;
-    std::uint16_t* out = phase.y + static_cast<long long>(t.row0 + lane.column) * phase.n + channel;
-    const int num_tokens = t.num_tokens - lane.column;
+  for (int j = 0; j < N / 8; ++j) {
 #pragma unroll
-    for (int j = 0; j < N / 8; ++j) {  // one running pointer: a pointer per token would spill
+    for (int i = 0; i < 2; ++i) {
+      if (8 * j + i < num_tokens) {
 #pragma unroll
-      for (int i = 0; i < 2; ++i) {
-        if (8 * j + i < num_tokens) {
-          *reinterpret_cast<std::uint32_t*>(out + i * phase.n) =
+        for (int b = 0; b < C::kSlabsPerWarpgroup; ++b) {
+          *reinterpret_cast<std::uint32_t*>(out + i * phase.n + b * kSlabRows) =
               ptx::bf16x2_from_float(sum[b][4 * j + 2 + i], sum[b][4 * j + i]);
         }
       }
-      out += 8 * static_cast<long long>(phase.n);
     }
+    out += 8 * static_cast<long long>(phase.n);
   }
 }
 
@@ -105,6 +108,24 @@ __device__ __forceinline__ void store_home(Shared<C>& s, const Phase& phase, con
   }
 }
 
+/// One round of the largest values over a warp's eight rows: lanes whose rows differ in `bit` share
+/// `Count` columns from `first` on, and each keeps half of them.
+template <int Count, int R>
+__device__ __forceinline__ void max_of_rows(float (&m)[R], int row, int bit, int& first) {
+  if constexpr (Count == 1) {
+    m[0] = fmaxf(m[0], __shfl_xor_sync(0xffffffffu, m[0], 4 * bit));
+  } else {
+    const bool is_upper = (row & bit) != 0;
+#pragma unroll
+    for (int i = 0; i < Count / 2; ++i) {
+      const float sent = is_upper ? m[i] : m[i + Count / 2];
+      const float kept = is_upper ? m[i + Count / 2] : m[i];
+      m[i] = fmaxf(kept, __shfl_xor_sync(0xffffffffu, sent, 4 * bit));
+    }
+    if (is_upper) first += Count / 2;
+  }
+}
+
 /// Per token, 448 / amax over the tile's 128 channels, into s.h_inv; the stored scale goes to
 /// global.
 template <class C, int N>
@@ -112,14 +133,23 @@ __device__ __forceinline__ void scale_hidden(Shared<C>& s, const Phase& phase, c
                                              const MathLane& lane,
                                              const float (&h)[C::kSlabsPerWarpgroup][N / 4]) {
   const int math_warp = lane.warpgroup * 4 + lane.warp;
+  float m[N / 4];
 #pragma unroll
   for (int i = 0; i < N / 4; ++i) {
-    float m = fabsf(h[0][i]);
+    m[i] = fabsf(h[0][i]);
 #pragma unroll
-    for (int b = 1; b < C::kSlabsPerWarpgroup; ++b) m = fmaxf(m, fabsf(h[b][i]));
+    for (int b = 1; b < C::kSlabsPerWarpgroup; ++b) m[i] = fmaxf(m[i], fabsf(h[b][i]));
+  }
+  // The eight rows of a warp. At first two lanes have the same columns; each hands half of them to
+  // the other and keeps the rest, so the values to exchange become fewer from round to round.
+  int first = 0;
+  max_of_rows<N / 4>(m, lane.row, 1, first);
+  max_of_rows<N / 8>(m, lane.row, 2, first);
+  max_of_rows<(N > 16 ? N / 16 : 1)>(m, lane.row, 4, first);
 #pragma unroll
-    for (int d = 4; d < 32; d *= 2) m = fmaxf(m, __shfl_xor_sync(0xffffffffu, m, d));
-    if (lane.row == 0) s.amax[math_warp][8 * (i / 2) + lane.column + i % 2] = m;
+  for (int i = 0; i < (N / 4 + 7) / 8; ++i) {
+    const int at = first + i;
+    if (lane.row < N / 4) s.amax[math_warp][8 * (at / 2) + lane.column + at % 2] = m[i];
   }
   ptx::named_barrier(kMathBarrier, C::kMathThreads);
   const int token = lane.warpgroup * 128 + lane.thread;

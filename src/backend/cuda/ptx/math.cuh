@@ -6,10 +6,10 @@
 
 namespace sluice::cuda::ptx {
 
-/// 2^x, relative error below 2^-22; subnormal results kept.
+/// 2^x, relative error below 2^-22; 0 where that is subnormal.
 __device__ __forceinline__ float exp2_approx(float x) {
   float y;
-  asm("ex2.approx.f32 %0, %1;" : "=f"(y) : "f"(x));
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
   return y;
 }
 
