@@ -80,7 +80,7 @@ __device__ __forceinline__ void multiply_group32_few(Shared<C>& s, Ring& ring, i
     const int stage = acquire(s, ring);
     const StageView v = view_stage(s, stage, lane);
     Fragments f;
-    widen<C>(load_codes(v.codes), f);
+    widen<C, true>(load_codes(v.codes), f);
     ptx::wgmma_fence();
 #pragma unroll
     for (int i = 0; i < 4; ++i) ptx::wgmma_m64k32(acc[i], f.a[i], v.x + i * (32 >> 4), false);
@@ -112,7 +112,7 @@ __device__ __forceinline__ void multiply_group32_slab(Shared<C>& s, Ring& ring, 
     const int stage = acquire(s, ring);
     const StageView v = view_stage(s, stage, lane);
     Fragments f;
-    widen<C>(load_codes(v.codes), f);
+    widen<C, N == 32>(load_codes(v.codes), f);
     pin(f);
 #pragma unroll
     for (int unit = -kAhead; unit < kUnits; ++unit) {

@@ -50,13 +50,13 @@ __device__ __forceinline__ MathLane make_math_lane() {
 
 /// One word of the stream -> the e4m3 bytes of rows r (`lo`) and r + 8 (`hi`), scaled by 2^-9.
 ///
-/// One's complement adds the sign of a weight to its magnitude. Prefill does it for all eight at
-/// once: signs and magnitudes of both rows lie seven bits apart, and no sum leaves its four bits.
-/// That is six instructions, one of them not on the integer pipe, instead of seven.
-/// NOTE: in decode ptxas serializes products when they are widened so (C7513).
-template <class C>
+/// One's complement adds the sign of a weight to its magnitude. `AllAtOnce` does it for all eight:
+/// signs and magnitudes of both rows lie seven bits apart, and no sum leaves its four bits. That is
+/// six instructions, one of them not on the integer pipe, instead of seven.
+/// NOTE: in decode's loop of 64 columns ptxas serializes products when they are widened so (C7513).
+template <class C, bool AllAtOnce>
 __device__ __forceinline__ void widen(std::uint32_t word, std::uint32_t& lo, std::uint32_t& hi) {
-  if constexpr (C::kCode == WeightCode::kOnesComplement && !C::kIsDecode) {
+  if constexpr (C::kCode == WeightCode::kOnesComplement && AllAtOnce) {
     const std::uint32_t signs = word & 0x88888888u;
     const std::uint32_t sums = word - signs + __funnelshift_r(signs, signs, 7);
     lo = ptx::select_bits(0x0f0f0f0fu, sums, signs);
@@ -125,16 +125,16 @@ __device__ __forceinline__ Codes load_codes(const std::uint8_t* codes) {
   return {*reinterpret_cast<const uint4*>(codes), *reinterpret_cast<const uint4*>(codes + 2048)};
 }
 
-template <class C>
+template <class C, bool AllAtOnce = !C::kIsDecode>
 __device__ __forceinline__ void widen(const Codes& codes, Fragments& f) {
-  widen<C>(codes.lo.x, f.a[0][0], f.a[0][1]);
-  widen<C>(codes.lo.y, f.a[0][2], f.a[0][3]);
-  widen<C>(codes.lo.z, f.a[1][0], f.a[1][1]);
-  widen<C>(codes.lo.w, f.a[1][2], f.a[1][3]);
-  widen<C>(codes.hi.x, f.a[2][0], f.a[2][1]);
-  widen<C>(codes.hi.y, f.a[2][2], f.a[2][3]);
-  widen<C>(codes.hi.z, f.a[3][0], f.a[3][1]);
-  widen<C>(codes.hi.w, f.a[3][2], f.a[3][3]);
+  widen<C, AllAtOnce>(codes.lo.x, f.a[0][0], f.a[0][1]);
+  widen<C, AllAtOnce>(codes.lo.y, f.a[0][2], f.a[0][3]);
+  widen<C, AllAtOnce>(codes.lo.z, f.a[1][0], f.a[1][1]);
+  widen<C, AllAtOnce>(codes.lo.w, f.a[1][2], f.a[1][3]);
+  widen<C, AllAtOnce>(codes.hi.x, f.a[2][0], f.a[2][1]);
+  widen<C, AllAtOnce>(codes.hi.y, f.a[2][2], f.a[2][3]);
+  widen<C, AllAtOnce>(codes.hi.z, f.a[3][0], f.a[3][1]);
+  widen<C, AllAtOnce>(codes.hi.w, f.a[3][2], f.a[3][3]);
 }
 
 /// acc = slab * x over 128 of K; asynchronous, one commit group. acc has R = columns / 2 registers.
