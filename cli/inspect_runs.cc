@@ -77,8 +77,8 @@ CodeKind code_kind(std::span<const LayerSample> samples) {
 }
 
 Device::Kind planned_device(const ModelGeometry& geometry) {
-  const bool runs_on_cuda = geometry.weight_format == WeightFormat::kInt4 && !geometry.has_bias;
-  return runs_on_cuda ? Device::Kind::kCuda : Device::Kind::kHost;
+  // Biases are added on the CPU alone.
+  return geometry.has_bias ? Device::Kind::kHost : Device::Kind::kCuda;
 }
 
 std::vector<RankMemory> memory_by_ranks(const Checkpoint& checkpoint, DType scale_dtype) {
