@@ -49,6 +49,7 @@ class Subject {
             fmt::format("checkpoint {}, layer {} ({})", path, layer, checkpoint.format())) {}
   Subject(const std::string& preset, std::uint64_t seed)
       : seed_(seed),
+        preset_(preset),
         source_(make_synthetic_source(preset_geometry(preset), seed)),
         description_("preset " + preset) {}
   ~Subject() {
@@ -83,9 +84,8 @@ class Subject {
       throw Error(ErrorCode::kIo, "cannot make a directory like " + pattern);
     }
     stand_in_dir_ = pattern;
-    SyntheticCheckpoint spec;
-    spec.geometry = source_->geometry();
-    spec.geometry.intermediate = 128;
+    SyntheticCheckpoint spec = synthetic_preset(preset_);
+    spec.geometry.set_widths(spec.geometry.hidden, 128);
     spec.seed = seed_;
     spec.with_input_scales = false;
     write_synthetic_checkpoint(spec, stand_in_dir_ / "checkpoint");
@@ -95,6 +95,7 @@ class Subject {
   std::uint64_t seed_;
   int layer_ = 0;
   const Checkpoint* checkpoint_ = nullptr;
+  std::string preset_;
   std::optional<Checkpoint> stand_in_;
   std::unique_ptr<LayerSource> source_;
   std::filesystem::path stand_in_dir_;

@@ -177,7 +177,7 @@ void add_balance(Command& program, Output& output) {
       .existing_file();
   command.add_option("--ranks", options->ranks, "Expert-parallel ranks")
       .required()
-      .range(1, 1 << 16);
+      .range(1, int{BalanceConfig::kMaxRanks});
   command
       .add_option("--slots", options->slots,
                   "Room for experts on all ranks together: a multiple of the ranks")
@@ -186,7 +186,7 @@ void add_balance(Command& program, Output& output) {
   command
       .add_option("--hosts", options->hosts,
                   "Hosts of the ranks; all replicas of an expert are then on one of them")
-      .range(1, 1 << 16)
+      .range(1, int{BalanceConfig::kMaxRanks})
       .shows_default();
   command
       .add_option("--groups", options->groups,

@@ -29,27 +29,35 @@ constexpr milliseconds kPatience{10'000};
 struct Cause {
   ErrorCode code;
   std::string text;
+  bool blames_peers = false;  ///< It names ranks that failed, and is their consequence.
 };
 
-std::string encode(const std::optional<Cause>& cause) {
-  return cause ? static_cast<char>('A' + static_cast<int>(cause->code)) + cause->text : "";
+Cause cause_of(const Error& error) {
+  return {error.code(), error.what(),
+          error.code() == ErrorCode::kPeerTimeout || !error.ranks().empty()};
 }
 
-/// The first cause by rank; timeouts only if there is nothing else.
+/// Two characters for the code and whom it blames, then the text; empty without a cause.
+std::string encode(const std::optional<Cause>& cause) {
+  if (!cause) return "";
+  std::string text{static_cast<char>('A' + static_cast<int>(cause->code)),
+                   cause->blames_peers ? 'p' : '-'};
+  return text += cause->text;
+}
+
+/// The first cause by rank; one that blames peers only if there is nothing else.
 Error worst(const std::vector<std::string>& texts) {
   std::size_t rank = texts.size();
   for (std::size_t r = texts.size(); r-- > 0;) {
     if (texts[r].empty()) continue;
-    const bool timeout = texts[r][0] - 'A' == static_cast<int>(ErrorCode::kPeerTimeout);
-    const bool have_cause =
-        rank < texts.size() && texts[rank][0] - 'A' != static_cast<int>(ErrorCode::kPeerTimeout);
-    if (!timeout || !have_cause) rank = r;
+    const bool have_cause = rank < texts.size() && texts[rank][1] != 'p';
+    if (texts[r][1] != 'p' || !have_cause) rank = r;
   }
   const auto same = std::ranges::count(texts, texts[rank]);
   const std::string who = same == static_cast<std::ptrdiff_t>(texts.size())
                               ? std::string("every rank: ")
                               : fmt::format("rank {}: ", rank);
-  return {static_cast<ErrorCode>(texts[rank][0] - 'A'), who + texts[rank].substr(1)};
+  return {static_cast<ErrorCode>(texts[rank][0] - 'A'), who + texts[rank].substr(2)};
 }
 
 /// Among the processes that a launcher started.
@@ -142,9 +150,9 @@ void Launch::together(const std::function<void()>& body) {
   try {
     body();
   } catch (const Error& error) {
-    mine = {error.code(), error.what()};
+    mine = cause_of(error);
   } catch (const std::exception& error) {
-    mine = {ErrorCode::kInternal, error.what()};
+    mine = {.code = ErrorCode::kInternal, .text = error.what()};
   }
   // Who failed by itself waits for those who will time out because of it; who timed out does not
   // wait for the missing much longer.
@@ -154,7 +162,7 @@ void Launch::together(const std::function<void()>& body) {
     texts = gather(encode(mine), is_consequence ? kReportTimeout : timeout_ + kReportTimeout);
   } catch (const Error& error) {
     // Not everybody answers, so each says what it knows; and MPI cannot be ended.
-    if (!mine) mine = {error.code(), error.what()};
+    if (!mine) mine = cause_of(error);
     throw Error(mine->code, fmt::format("rank {}: {}", rank_, mine->text));
   }
   if (std::ranges::all_of(texts, [](const auto& text) { return text.empty(); })) return;

@@ -15,7 +15,6 @@ namespace sluice {
 namespace {
 
 namespace fs = std::filesystem;
-using namespace nlohmann::literals;
 
 constexpr const char* kChecksums = "SHA256SUMS";
 
@@ -29,15 +28,23 @@ std::string converted_config(const fs::path& source, const nlohmann::ordered_jso
   const auto file = MappedFile::open(source / "config.json");
   const auto* text = reinterpret_cast<const char*>(file->bytes().data());
   auto config = nlohmann::ordered_json::parse(text, text + file->bytes().size());
+  // The objects that describe the language model; one that is null is none.
+  std::vector<nlohmann::ordered_json*> parts{&config};
+  for (const char* const name : {"text_config", "language_config", "llm_config"}) {
+    if (config.contains(name) && config[name].is_object()) parts.push_back(&config[name]);
+  }
   // Where it stands now, or where one is looked for first.
-  const bool is_nested = config.contains("/text_config/quantization_config"_json_pointer);
-  auto& owner = is_nested ? config["text_config"] : config;
-  if (is_nested) config.erase("quantization_config");
-  owner["quantization_config"] = quantization;
-  // It says in which form the experts are, and they have another one now.
-  config.erase("expert_dtype");
-  if (config.contains("text_config")) config["text_config"].erase("expert_dtype");
-  if (!expert_type.empty()) owner["expert_dtype"] = expert_type;
+  auto* owner = &config;
+  for (auto* const part : parts) {
+    if (part->contains("quantization_config")) owner = part;
+  }
+  for (auto* const part : parts) {
+    part->erase("quantization_config");
+    // It says in which form the experts are, and they have another one now.
+    part->erase("expert_dtype");
+  }
+  (*owner)["quantization_config"] = quantization;
+  if (!expert_type.empty()) (*owner)["expert_dtype"] = expert_type;
   return config.dump(2) + "\n";
 }
 

@@ -30,7 +30,7 @@ void throw_cause(const std::vector<std::exception_ptr>& failures) {
     try {
       std::rethrow_exception(failure);
     } catch (const Error& error) {
-      if (error.code() != ErrorCode::kPeerTimeout) throw;
+      if (error.code() != ErrorCode::kPeerTimeout && error.ranks().empty()) throw;
       if (!consequence) consequence = failure;
     }
   }

@@ -128,6 +128,8 @@ TEST(GptOss, WhatIsNotAsItShouldBeIsRefused) {
   const auto unsupported = ErrorCode::kUnsupported, corrupt = ErrorCode::kCorruptFile;
   expect_refused(spec, [&](RawCheckpoint& raw) { raw.at(scales).bytes[5] = '\xff'; }, corrupt,
                  {scales, "nan (0xff)"});
+  expect_refused(spec, [&](RawCheckpoint& raw) { raw.at(scales).bytes[5] = '\xf5'; }, unsupported,
+                 {scales, "= 2^118 is not below 2^118"});
   expect_refused(spec, [&](RawCheckpoint& raw) { raw.at(bias).bytes.replace(6, 2, "\xc0\x7f"); },
                  corrupt, {bias, "bias [3] = nan"});
   expect_refused(spec, [&](RawCheckpoint& raw) { raw.erase(bias); }, unsupported,

@@ -197,7 +197,10 @@ TEST(Mxfp4Formats, TheSchemeMustBeMxfp4s) {
   } cases[] = {{"num_bits", 8, "num_bits = 8; MXFP4 has 4"},
                {"type", "int", "type = 'int'"},
                {"group_size", 16, "group_size = 16; MXFP4 has 32"},
-               {"strategy", "tensor_group", "strategy = 'tensor_group'"}};
+               {"strategy", "tensor_group", "strategy = 'tensor_group'"},
+               {"symmetric", false, "symmetric = false"},
+               {"dynamic", true, "dynamic = 'true'"},
+               {"scale_dtype", "torch.float8_e4m3fn", "scale_dtype = 'torch.float8_e4m3fn'"}};
   for (const auto& c : cases) {
     expect_refused(
         mxfp4_spec(kLayouts[0]),

@@ -213,6 +213,18 @@ with tempfile.TemporaryDirectory() as folder:
     check("gpt-oss has a certificate that its engines keep", r.returncode == 0 and "PASS" in r.stdout, r)
     r = run("plan", "--checkpoint", oss, "--backend", "cuda", "--ranks", "2")
     check("plan refuses biases on CUDA by name", r.returncode == 2 and "gate_up_proj_bias" in r.stderr, r)
+    # A rank that cannot load its experts says why, also where the others only know that it could not.
+    shard = next(os.path.join(oss, f) for f in sorted(os.listdir(oss)) if f.endswith(".safetensors"))
+    with open(shard, "r+b") as file:
+        size = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(size))
+        (name,) = [n for n in header if n.endswith("gate_up_proj_bias")]
+        file.seek(8 + size + header[name]["data_offsets"][1] - 2)  # Of the last expert, on the last rank.
+        file.write(b"\xc0\x7f")
+    for transport in ("inproc", "ipc"):
+        r = run("run", "--checkpoint", oss, "--ranks", "2", "--tokens", "4", "--transport", transport)
+        check(f"the rank that cannot load says why over {transport}", r.returncode == 3
+              and "gate_up_proj_bias" in r.stderr and "nan is not a finite" in r.stderr, r)
     r = run("run", "--checkpoint", several, "--layer", "-1")
     check("run refuses a negative layer in one short line", r.returncode == 2 and "-1 is below 0" in r.stderr
           and len(r.stderr) < 200, r)

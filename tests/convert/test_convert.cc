@@ -107,6 +107,13 @@ TEST(Convert, KeepsTheNamesOfALanguageModelAmongOthers) {
       {.from = dir / "from", .to = dir / "to", .format = "compressed-tensors"});
   expect_same_tensors(dir / "from", dir / "to");
   EXPECT_EQ(Checkpoint::open(dir / "to").geometry().name, "kimi_k25");
+  // A part that is null is none, here as for the reader.
+  RawCheckpoint flat(dir / "plain");
+  flat.config["text_config"] = nullptr;
+  flat.write(dir / "null");
+  (void)convert_checkpoint(
+      {.from = dir / "null", .to = dir / "of_null", .format = "compressed-tensors"});
+  expect_same_tensors(dir / "null", dir / "of_null");
 
   const std::string stray = "model.layers.3.mlp.experts.0.up_proj.bias";
   raw.add(stray, {"F32", {}, "abcd"});

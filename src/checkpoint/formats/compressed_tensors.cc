@@ -203,6 +203,18 @@ Recognised recognise_mxfp4(const FormatClues& clues, const QuantizationGroup& gr
   if (weights.strategy != "group") {
     refuse(config, at + ".strategy", "'" + weights.strategy + "'", "only 'group' is supported");
   }
+  if (weights.is_symmetric == false) {
+    refuse(config, at + ".symmetric", "false", "MXFP4 has no zero points");
+  }
+  if (!weights.dynamic.empty() && weights.dynamic != "false") {
+    refuse(config, at + ".dynamic", "'" + weights.dynamic + "'", "weights are static");
+  }
+  // Nothing else says what the bytes of the scales mean.
+  if (!weights.scale_dtype.empty() && weights.scale_dtype != "torch.uint8" &&
+      weights.scale_dtype != "torch.float8_e8m0fnu") {
+    refuse(config, at + ".scale_dtype", "'" + weights.scale_dtype + "'",
+           "scales of MXFP4 are e8m0: 'torch.uint8' or 'torch.float8_e8m0fnu'");
+  }
   if (!weights.actorder.empty() && weights.actorder != "weight" && weights.actorder != "static") {
     refuse(config, at + ".actorder", "'" + weights.actorder + "'",
            "groups reordered along K (g_idx) are not supported");

@@ -153,11 +153,18 @@ TensorView load_e8m0(const TensorRef& tensor, std::int64_t n, std::int64_t group
   tensor.will_need();
   keep_file(storage, tensor);
   const auto bytes = tensor.bytes();
-  const auto bad = std::ranges::find(bytes, std::byte{0xff});
+  // With more than 2^117 a sum of products could leave float32.
+  constexpr int kLargest = 117 + 127;
+  const auto bad = std::ranges::find_if(
+      bytes, [](std::byte code) { return std::to_integer<int>(code) > kLargest; });
   if (bad != bytes.end()) {
     const std::int64_t at = bad - bytes.begin();
-    fail(ErrorCode::kCorruptFile, "{}: scale [{}, {}] = nan (0xff) is not a power of two",
-         place(tensor), at / groups, at % groups);
+    if (*bad == std::byte{0xff}) {
+      fail(ErrorCode::kCorruptFile, "{}: scale [{}, {}] = nan (0xff) is not a power of two",
+           place(tensor), at / groups, at % groups);
+    }
+    fail(ErrorCode::kUnsupported, "{}: scale [{}, {}] = 2^{} is not below 2^118", place(tensor),
+         at / groups, at % groups, std::to_integer<int>(*bad) - 127);
   }
   return {bytes.data(), DType::kFloat8E8M0, {n, groups}};
 }

@@ -105,6 +105,8 @@ void read_args(JsonReader& json, const std::string& file, QuantizationArgs& args
       read_string(json, args.type);
     } else if (key == "strategy") {
       read_string(json, args.strategy);
+    } else if (key == "scale_dtype") {
+      read_string(json, args.scale_dtype);
     } else if (key == "actorder") {
       if (json.peek() == Kind::kBool) {
         args.actorder = json.boolean() ? "group" : "";

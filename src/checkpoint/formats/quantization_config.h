@@ -19,7 +19,8 @@ struct QuantizationArgs {
   std::string type;                                  ///< "int" or "float"
   std::string strategy;                              ///< "tensor", "channel", "group", "token", ...
   std::string actorder;
-  std::string dynamic;  ///< "true", "false", "local"
+  std::string scale_dtype;  ///< As of torch, e.g. "torch.uint8".
+  std::string dynamic;      ///< "true", "false", "local"
   std::optional<bool> is_symmetric;
   friend bool operator==(const QuantizationArgs&, const QuantizationArgs&) = default;
 };
