@@ -16,8 +16,8 @@
 //   multiply pipe   the second row's signs shifted left                                     1
 //                   tables: two multiply-adds for each row and two words                    2
 //
-// int4 takes 7 (one's complement, decode), 6 (prefill) or 3 (sign and magnitude) in all, but its
-// scales meet every unit of 128: two instructions for each accumulator there, one here.
+// int4 takes 6 or 7 (one's complement) or 3 (sign and magnitude) in all, but its scales meet every
+// unit of 128: two instructions for each accumulator there, one here.
 #pragma once
 
 #include <cstdint>

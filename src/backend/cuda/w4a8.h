@@ -45,7 +45,7 @@ enum class ScaleType : std::uint8_t { kBf16, kF32, kE8M0 };
 
 /// How weights are stored in the packed stream; decides the instructions needed per 8 weights.
 enum class WeightCode : std::uint8_t {
-  kOnesComplement,  ///< int4: 7 instructions, prefill 6; exact for all 16 values. Always valid.
+  kOnesComplement,  ///< int4: 6 instructions, 7 in decode's 64 columns. Always valid.
   kSignMagnitude,   ///< int4: 3 instructions. Requires: no weight is -8 (RepackFindings).
   kE2M1,            ///< mxfp4: 10.3 instructions. Requires: no matrix is far (RepackFindings).
   kE2M1Far,         ///< The same, and perhaps far matrices: kernels of their own for both kinds.
