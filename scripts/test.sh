@@ -5,7 +5,8 @@
 #   SLUICE_SANITIZERS=0 ...          without the sanitizer builds; =cpu-tsan: with that preset alone
 #   SLUICE_TORCH=0 ...               without PyTorch and transformers, and the tests that need them
 #   SLUICE_ENGINES=0 ...             without fetching SGLang and vLLM, whose own code some tests run
-#   SLUICE_MINUTES=n ...             cuts the sanitizers off n minutes after the start, and says so
+#   SLUICE_MINUTES=n ...             cuts the wheel's tests and the sanitizers off n minutes after the
+#                                    start, and says so
 #   SLUICE_JOBS=n ...                jobs at a time; default: one for each core
 #
 # In order: all tests of the release build, among them the checks of the tree (layering, format, links);
@@ -13,7 +14,7 @@
 # release build's tests have run the package; the tests under ASan + UBSan; those with threads under
 # TSan. The CUDA parts are built where there is an nvcc; their tests report themselves skipped where
 # there is no GPU. Tests with MPI run as processes of this machine; one of them makes network namespaces
-# if it may. The sanitizers stand last, so that a slow machine with a limit of time loses those alone.
+# if it may. The sanitizers stand last, so that a slow machine with a limit of time loses those first.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 # shellcheck source=scripts/setup.sh
@@ -78,17 +79,20 @@ test_wheel() {
   "$venv/bin/python" -m pip install -q --disable-pip-version-check "$(ls "$wheels"/*.whl)[test]" ./python/deep_ep_shim
   "$venv/bin/python" tests/package/one_layer.py
   # Two at a time: the tests of models and engines, which mostly import and compile in one thread, and the others.
-  local part models=() others=() status=0
+  local part models=() others=() left status=0 models_status=0
   for part in transformers transformers_generate sglang vllm torch_ops; do
     models+=("tests/python/test_$part.py") others+=("--ignore=tests/python/test_$part.py")
   done
   local -x SLUICE_COMMAND=$PWD/build/ci/cli/sluice SLUICE_SELF_CONTAINED=1
-  "$venv/bin/python" -m pytest -q -p no:cacheprovider --durations=8 "${models[@]}" >build/models-tests.log 2>&1 &
+  left=$(seconds_left)
+  timeout "$left" "$venv/bin/python" -m pytest -q -p no:cacheprovider --durations=8 "${models[@]}" \
+    >build/models-tests.log 2>&1 &
   local job=$!
-  "$venv/bin/python" -m pytest -q -p no:cacheprovider --durations=8 "${others[@]}" || status=$?
-  wait "$job" || status=$?
+  timeout "$left" "$venv/bin/python" -m pytest -q -p no:cacheprovider --durations=8 "${others[@]}" || status=$?
+  wait "$job" || models_status=$?
   cat build/models-tests.log
-  return $status
+  unless_cut_off "the wheel's tests" "$status" || return
+  unless_cut_off "the wheel's tests of models and engines" "$models_status"
 }
 
 # Seconds until SLUICE_MINUTES are over, at least 1; 0, which is no limit, without SLUICE_MINUTES.
@@ -98,7 +102,13 @@ seconds_left() {
   echo $((left > 1 ? left : 1))
 }
 
-# $1: preset. A build or test that is cut off is no failure, and named.
+# $1: what; $2: its exit status, which is passed on. What was cut off is no failure, and named.
+unless_cut_off() {
+  [ "$2" = 124 ] || return "$2"
+  printf 'note: %s: cut off after %s minutes; what was left is not tested\n' "$1" "$SLUICE_MINUTES"
+}
+
+# $1: preset
 test_sanitized() {
   local preset=$1 status=0
   say "build $preset ($(minutes))"
@@ -108,9 +118,7 @@ test_sanitized() {
     say "test $preset ($(minutes))"
     timeout "$(seconds_left)" ctest --preset "$preset" -j "$jobs" || status=$?
   fi
-  [ "$status" = 124 ] || return "$status"
-  printf 'note: %s was cut off after %s minutes; what it had left is not tested under it\n' "$preset" \
-    "$SLUICE_MINUTES"
+  unless_cut_off "$preset" "$status"
 }
 
 with_python=ON
