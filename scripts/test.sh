@@ -85,8 +85,13 @@ test_wheel() {
   done
   local -x SLUICE_COMMAND=$PWD/build/ci/cli/sluice SLUICE_SELF_CONTAINED=1
   left=$(seconds_left)
-  timeout "$left" "$venv/bin/python" -m pytest -q -p no:cacheprovider --durations=8 "${models[@]}" \
-    >build/models-tests.log 2>&1 &
+  # Without PyTorch every test of a model or engine skips itself, and pytest calls no test at all a failure.
+  if [ "$with_torch" != 0 ]; then
+    timeout "$left" "$venv/bin/python" -m pytest -q -p no:cacheprovider --durations=8 "${models[@]}" \
+      >build/models-tests.log 2>&1 &
+  else
+    printf 'note: the tests of models and engines are left out: no PyTorch\n' >build/models-tests.log &
+  fi
   local job=$!
   timeout "$left" "$venv/bin/python" -m pytest -q -p no:cacheprovider --durations=8 "${others[@]}" || status=$?
   wait "$job" || models_status=$?
