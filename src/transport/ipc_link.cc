@@ -7,6 +7,7 @@
 #include <cstring>
 
 #include "core/fail.h"
+#include "transport/parts.h"
 
 namespace sluice {
 namespace {
@@ -21,35 +22,6 @@ constexpr milliseconds kGrace{500};
 struct Header {
   std::uint64_t number, bytes;
 };
-
-void append(std::vector<std::byte>& to, std::span<const std::byte> bytes) {
-  to.insert(to.end(), bytes.begin(), bytes.end());
-}
-
-/// All parts as one message: a size before each.
-std::vector<std::byte> pack(const std::vector<std::vector<std::byte>>& parts) {
-  std::vector<std::byte> all;
-  for (const auto& part : parts) {
-    const std::uint64_t size = part.size();
-    append(all, std::as_bytes(std::span(&size, 1)));
-    append(all, part);
-  }
-  return all;
-}
-
-std::vector<std::vector<std::byte>> unpack(std::span<const std::byte> all, int num_parts) {
-  std::vector<std::vector<std::byte>> parts;
-  for (int r = 0; r < num_parts; ++r) {
-    std::uint64_t size = 0;
-    SLUICE_ASSERT(all.size() >= sizeof(size));
-    std::memcpy(&size, all.data(), sizeof(size));
-    all = all.subspan(sizeof(size));
-    SLUICE_ASSERT(all.size() >= size);
-    parts.emplace_back(all.begin(), all.begin() + static_cast<std::ptrdiff_t>(size));
-    all = all.subspan(size);
-  }
-  return parts;
-}
 
 /// What has arrived of one rank's part.
 class IncomingPart {

@@ -8,13 +8,12 @@
 #include <bit>
 #include <cerrno>
 #include <cstring>
-#include <list>
 #include <thread>
 
 #include "core/fail.h"
 #include "core/sha256.h"
-#include "sluice/config.h"
-#include "transport/ipc_messages.h"
+#include "transport/handshake.h"
+#include "transport/reception.h"
 #include "transport/socket_io.h"
 
 namespace sluice {
@@ -23,13 +22,12 @@ namespace {
 using Clock = std::chrono::steady_clock;
 using std::chrono::milliseconds;
 
-/// How long a connection may take to say who it is.
-constexpr milliseconds kPatience{2'000};
+/// Its number counts the layouts of the handshake's messages and of IpcBoard.
+constexpr Greeting kGreeting{"sluice ipc 2"};
 /// How much longer the others wait for rank 0, which knows who is missing.
 constexpr milliseconds kGrace{500};
 /// The longest time between two looks of rank 0 for ranks that want to join.
 constexpr milliseconds kLookOut{100};
-constexpr std::size_t kMaxStrangers = 64;
 
 template <class T>
 std::span<std::byte> bytes_of(T& value) {
@@ -59,7 +57,13 @@ std::pair<FileDescriptor, FileDescriptor> make_lifeline() {
 class Host {
  public:
   Host(const IpcConfig& config, milliseconds timeout)
-      : config_(config), timeout_(timeout), listener_(listen_at(ipc_meeting_name(config.job))) {
+      : config_(config),
+        timeout_(timeout),
+        reception_(listen_at(ipc_meeting_name(config.job)), {.greeting = kGreeting,
+                                                             .secret = config.secret,
+                                                             .guest = "guest",
+                                                             .num_files = 1,
+                                                             .is_same_user = true}) {
     const auto ranks = static_cast<std::size_t>(config.num_ranks);
     membership_.memory = SharedMemory::create(sizeof(IpcBoard));
     membership_.board().members[0].joined = 1;
@@ -82,97 +86,29 @@ class Host {
   }
 
  private:
-  /// A connection that has not yet said who it is.
-  struct Guest {
-    FileDescriptor socket;
-    Nonce nonce;
-    Deadline until;
-    Join join;
-    std::size_t num_received = 0;
-    std::vector<FileDescriptor> files;
-  };
-
   /// Hears who is there, until `deadline` if nobody is. False if nobody was.
   bool look(Deadline deadline) {
     membership_.board().last_look_ns =
         std::chrono::nanoseconds(Clock::now().time_since_epoch()).count();
-    std::vector<pollfd> entries = {{listener_.get(), POLLIN, 0}};
-    for (const Guest& guest : guests_) {
-      entries.push_back({guest.socket.get(), POLLIN, 0});
-      deadline = std::min(deadline, guest.until);
-    }
+    std::vector<pollfd> entries;
+    deadline = reception_.add_to(entries, deadline);
     const int num_ready = poll(entries.data(), entries.size(), ms_until(deadline));
     if (num_ready < 0 && errno != EINTR) {
       fail(ErrorCode::kTransport, "poll: {}", std::strerror(errno));
     }
-    for (auto guest = guests_.begin(); guest != guests_.end();) {
-      guest = hear(*guest) ? std::next(guest) : guests_.erase(guest);
-    }
-    while (accept_one()) {
-    }
+    reception_.hear_all([this](Reception::Guest& guest) { take_in(guest); });
     return num_ready > 0;
   }
 
-  bool accept_one() {
-    FileDescriptor socket(accept4(listener_.get(), nullptr, nullptr, SOCK_CLOEXEC | SOCK_NONBLOCK));
-    if (!socket) return false;
-    if (!is_same_user(socket.get()) || guests_.size() >= kMaxStrangers) {
-      ++num_strangers_;
-      return true;
-    }
-    Guest guest{std::move(socket), new_nonce(), Clock::now() + kPatience, {}, 0, {}};
-    Hello hello{};
-    std::memcpy(hello.greeting, kGreeting, sizeof(kGreeting));
-    hello.nonce = guest.nonce;
-    if (send_all(guest.socket.get(), bytes_of(hello), Clock::now()) == Io::kDone) {
-      guests_.push_back(std::move(guest));
-    } else {
-      ++num_strangers_;  // Gone again before a word.
-    }
-    return true;
-  }
-
-  /// False once there is nothing more to hear from this connection.
-  bool hear(Guest& guest) {
-    const std::ptrdiff_t received = receive_some(
-        guest.socket.get(), bytes_of(guest.join).subspan(guest.num_received), &guest.files);
-    if (received > 0) guest.num_received += static_cast<std::size_t>(received);
-    if (received >= 0 && guest.num_received < sizeof(Join) && Clock::now() < guest.until) {
-      return true;
-    }
-    const Join& join = guest.join;
-    const bool is_ours = guest.num_received == sizeof(Join) && guest.files.size() == 1 &&
-                         std::memcmp(join.greeting, kGreeting, sizeof(kGreeting)) == 0 &&
-                         same(join.proof, prove(config_, "guest", guest.nonce, join.nonce,
-                                                join.rank, join.num_ranks));
-    if (is_ours) {
-      take_in(guest);
-    } else {
-      ++num_strangers_;
-    }
-    return false;
-  }
-
-  void take_in(Guest& guest) {
+  void take_in(Reception::Guest& guest) {
     const Join& join = guest.join;
     const auto r = static_cast<std::size_t>(join.rank);
-    const std::string theirs(join.version, strnlen(join.version, sizeof(join.version)));
-    std::string difference;
-    if (theirs != version()) {
-      difference =
-          fmt::format("ranks disagree on version: rank 0 has 'sluice {}', rank {} has '{}'",
-                      version(), join.rank, "sluice " + theirs);
-    } else if (join.num_ranks != config_.num_ranks) {
-      difference = fmt::format("ranks disagree on num_ranks: rank 0 has '{}', rank {} has '{}'",
-                               config_.num_ranks, join.rank, join.num_ranks);
-    } else if (join.rank < 1 || join.rank >= config_.num_ranks) {
-      difference = fmt::format("a process claims rank {} of {}", join.rank, config_.num_ranks);
-    } else if (membership_.sockets[r]) {
-      difference = fmt::format("two processes claim rank {}", join.rank);
-    }
+    const bool is_taken = r < membership_.sockets.size() && membership_.sockets[r];
+    const std::string difference = difference_of(join, config_.num_ranks, is_taken);
     Answer answer{};
     answer.kind = AnswerKind::kAccept;
-    answer.proof = prove(config_, "host", guest.nonce, join.nonce, join.rank, join.num_ranks);
+    answer.proof =
+        prove(config_.secret, "host", guest.nonce, join.nonce, join.rank, join.num_ranks);
     const int board = membership_.memory.file();
     if (send_all(guest.socket.get(), bytes_of(answer), Clock::now() + kGrace, {&board, 1}) !=
         Io::kDone) {
@@ -198,9 +134,10 @@ class Host {
     std::ranges::sort(missing);
     board.members[0].blamed = mask_of(missing);
     const std::string strangers =
-        num_strangers_ == 0
+        reception_.num_strangers() == 0
             ? ""
-            : fmt::format("; {} connections of other programs were refused", num_strangers_);
+            : fmt::format("; {} connections of other programs were refused",
+                          reception_.num_strangers());
     refuse({ErrorCode::kPeerTimeout,
             fmt::format("after {} ms still missing rank(s){}{}", timeout_.count(), list_of(missing),
                         strangers),
@@ -231,11 +168,10 @@ class Host {
 
   const IpcConfig& config_;
   milliseconds timeout_;
-  FileDescriptor listener_;
+  Reception reception_;
   IpcMembership membership_;
-  std::list<Guest> guests_;
   std::vector<FileDescriptor> others_to_tell_;
-  int num_joined_ = 1, num_strangers_ = 0;
+  int num_joined_ = 1;
 };
 
 /// The other ranks' side.
@@ -295,15 +231,10 @@ class Visitor {
     }
     Hello hello{};
     if (receive_all(socket.get(), bytes_of(hello), deadline_) != Io::kDone) return {};
-    if (std::memcmp(hello.greeting, kGreeting, sizeof(kGreeting)) != 0) {
+    if (hello.greeting != kGreeting) {
       fail(ErrorCode::kTransport, "{}: another program listens where rank 0 should", place());
     }
-    Join join{};
-    std::memcpy(join.greeting, kGreeting, sizeof(kGreeting));
-    std::strncpy(join.version, version(), sizeof(join.version) - 1);
-    join.rank = config_.rank, join.num_ranks = config_.num_ranks;
-    join.nonce = new_nonce();
-    join.proof = prove(config_, "guest", hello.nonce, join.nonce, join.rank, join.num_ranks);
+    Join join = answer_to(hello, config_.secret, "guest", config_.rank, config_.num_ranks);
     if (send_all(socket.get(), bytes_of(join), deadline_, {&lifeline, 1}) != Io::kDone) return {};
     Answer answer{};
     std::vector<FileDescriptor> files;
@@ -315,7 +246,7 @@ class Visitor {
     if (io == Io::kLate) return {};
     if (answer.kind != AnswerKind::kAccept || files.size() != 1 ||
         !same(answer.proof,
-              prove(config_, "host", hello.nonce, join.nonce, join.rank, join.num_ranks))) {
+              prove(config_.secret, "host", hello.nonce, join.nonce, join.rank, join.num_ranks))) {
       fail(ErrorCode::kTransport, "{}: who listens as rank 0 does not know the job's secret",
            place());
     }
