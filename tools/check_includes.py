@@ -93,7 +93,7 @@ PUBLIC_OF = {
     "checkpoint": VALUES | {"checkpoint.h"},
     "device handles": BASE | {"transport.h"},
     "device memory": BASE | {"transport.h"},
-    "transport": BASE | {"transport.h"},
+    "transport": BASE | {"transport.h", "network.h"},
     "rows": BACKEND, "traits": BACKEND, "scale fault": BASE, "repack checks": BACKEND, "experts check": BACKEND, "ops": BACKEND, "cpu backend": BACKEND, "ptx": BASE,
     "cuda support": BASE, "cuda carveout": BASE, "cuda formats": VALUES, "cuda backend": BACKEND, "backend": BACKEND,
     "cuda exchange": BACKEND | {"transport.h", "exchange.h", "placement.h"},
@@ -103,7 +103,7 @@ PUBLIC_OF = {
 }
 
 OUTSIDE = {
-    "posix": re.compile(r"(sys/\w+|unistd|fcntl|sched|pthread|dirent|poll|signal|errno|linux/\w+)\.h$"),
+    "posix": re.compile(r"(sys/\w+|unistd|fcntl|sched|pthread|dirent|poll|signal|errno|netdb|netinet/\w+|linux/\w+)\.h$"),
     "cuda": re.compile(r"(cuda|cuda_\w+|cooperative_groups|driver_types|vector_types|nvtx3/.*)(\.h|\.hpp)?$"),
     "simd": re.compile(r"(immintrin|cpuid|x86intrin|arm_neon)\.h$"),
 }

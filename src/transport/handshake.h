@@ -8,7 +8,7 @@
 //
 // A proof is an HMAC over both nonces, the rank and the number of ranks; the secret never travels.
 // The structs are sent as they lie in memory, between little-endian machines alone. What follows
-// an acceptance is the business of each meeting (ipc_rendezvous.h).
+// an acceptance is the business of each meeting (ipc_rendezvous.h, tcp_link.h).
 #pragma once
 
 #include <array>

@@ -1,0 +1,70 @@
+#include "transport/tcp_channel.h"
+
+#include <sys/socket.h>
+
+#include <cerrno>
+#include <cstring>
+#include <utility>
+
+#include "core/fail.h"
+#include "transport/socket_io.h"
+
+namespace sluice {
+
+void TcpChannel::close() {
+  socket_.reset();
+  out_.clear();
+}
+
+void TcpChannel::post(TcpMessage kind, std::uint64_t number, std::span<const std::byte> payload) {
+  if (!is_open()) return;
+  check_argument(payload.size() <= kMaxBytes, "a message of {} bytes over tcp exceeds {}",
+                 payload.size(), std::uint64_t{kMaxBytes});
+  const Header header{kind, 0, number, payload.size()};
+  std::vector<std::byte>& message = out_.emplace_back(sizeof(header) + payload.size());
+  std::memcpy(message.data(), &header, sizeof(header));
+  if (!payload.empty()) {
+    std::memcpy(message.data() + sizeof(header), payload.data(), payload.size());
+  }
+}
+
+bool TcpChannel::send_some() {
+  while (!out_.empty()) {
+    const std::vector<std::byte>& message = out_.front();
+    const ssize_t sent = send(socket_.get(), message.data() + num_sent_, message.size() - num_sent_,
+                              MSG_NOSIGNAL | MSG_DONTWAIT);
+    if (sent < 0) {
+      if (errno == EINTR) continue;
+      return errno == EAGAIN || errno == EWOULDBLOCK;
+    }
+    num_sent_ += static_cast<std::size_t>(sent);
+    if (num_sent_ < message.size()) continue;
+    out_.pop_front();
+    num_sent_ = 0;
+  }
+  return true;
+}
+
+bool TcpChannel::receive_some(const Hear& hear) {
+  while (is_open()) {
+    const bool in_header = num_received_ < sizeof(Header);
+    const std::span<std::byte> to =
+        in_header ? std::as_writable_bytes(std::span(&header_, 1)).subspan(num_received_)
+                  : std::span(bytes_).subspan(num_received_ - sizeof(Header));
+    if (!to.empty()) {
+      const std::ptrdiff_t received = sluice::receive_some(socket_.get(), to, nullptr);
+      if (received <= 0) return received == 0;
+      num_received_ += static_cast<std::size_t>(received);
+    }
+    if (in_header && num_received_ == sizeof(Header)) {
+      if (header_.bytes > kMaxBytes || header_.reserved != 0) return false;
+      bytes_.assign(header_.bytes, std::byte{0});
+    }
+    if (num_received_ < sizeof(Header) || num_received_ < sizeof(Header) + header_.bytes) continue;
+    num_received_ = 0;
+    hear(header_.kind, header_.number, std::exchange(bytes_, {}));
+  }
+  return true;
+}
+
+}  // namespace sluice

@@ -1,0 +1,68 @@
+// tcp_channel.h - one connection between two processes that have met: whole messages in, and a
+// queue of messages out. Nothing here waits.
+//
+// Threads: one at a time.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <deque>
+#include <functional>
+#include <span>
+#include <vector>
+
+#include "core/file_descriptor.h"
+
+namespace sluice {
+
+/// The end of a meeting over TCP speaks these; `number` means something else in each.
+enum class TcpMessage : std::uint32_t {
+  kPart = 1,  ///< r -> 0: what this rank gives to collective `number`.
+  kAll,       ///< 0 -> r: what all ranks gave to collective `number`.
+  kBeat,      ///< r -> 0: alive; `number` is its progress.
+  kWho,       ///< r -> 0: question `number`: who has come how far?
+  kTable,     ///< 0 -> r: its answer.
+  kGaveUp,    ///< r -> 0: failed in a collective, and blames others.
+  kBye,       ///< r -> 0: leaves in order.
+  kGone,      ///< 0 -> r: rank `number` takes part no more.
+  kRefusal,   ///< 0 -> r: the meeting is off; the payload says why.
+};
+
+class TcpChannel {
+ public:
+  /// Longest payload. A longer one is taken for noise, and ends the connection.
+  static constexpr std::uint64_t kMaxBytes = std::uint64_t{1} << 28;
+
+  using Hear = std::function<void(TcpMessage, std::uint64_t number, std::vector<std::byte>)>;
+
+  TcpChannel() = default;
+  explicit TcpChannel(FileDescriptor socket) : socket_(std::move(socket)) {}
+
+  [[nodiscard]] int socket() const noexcept { return socket_.get(); }
+  [[nodiscard]] bool is_open() const noexcept { return static_cast<bool>(socket_); }
+  [[nodiscard]] bool has_output() const noexcept { return !out_.empty(); }
+  void close();
+
+  /// Queues a message; nothing if the connection is closed.
+  void post(TcpMessage kind, std::uint64_t number, std::span<const std::byte> payload = {});
+  /// Sends what the system takes. False if the other end has closed.
+  [[nodiscard]] bool send_some();
+  /// Gives every message that is complete to `hear`. False if the other end has closed or talks
+  /// nonsense.
+  [[nodiscard]] bool receive_some(const Hear& hear);
+
+ private:
+  struct Header {
+    TcpMessage kind;
+    std::uint32_t reserved;
+    std::uint64_t number, bytes;
+  };
+  FileDescriptor socket_;
+  std::deque<std::vector<std::byte>> out_;
+  std::size_t num_sent_ = 0;  // Of the first message.
+  Header header_{};
+  std::vector<std::byte> bytes_;
+  std::size_t num_received_ = 0;  // Of header and payload.
+};
+
+}  // namespace sluice

@@ -1,0 +1,221 @@
+// Collectives over TCP, and whom the ranks blame when one of them breaks off: that rank, and never
+// one that has only not come yet. Every test makes the order of events itself.
+#include <gmock/gmock.h>
+
+#include <future>
+#include <numeric>
+#include <optional>
+#include <thread>
+
+#include "support/child_process.h"
+#include "tcp_ranks.h"
+
+namespace sluice::testing {
+namespace {
+
+using namespace std::chrono_literals;
+using ::testing::ElementsAre;
+using ::testing::HasSubstr;
+using ::testing::IsEmpty;
+using ::testing::Lt;
+
+constexpr int kRanks = 4;
+
+void gather(TcpLink& link) {
+  (void)link.gather({}, "all_gather", kLong);
+}
+
+std::vector<std::byte> part_of(int rank, int round) {
+  // Also none, and more than a socket holds.
+  const std::size_t size = round == 0 ? 0 : round == 1 ? 3'000'000 : static_cast<std::size_t>(rank);
+  std::vector<std::byte> bytes(size);
+  for (std::size_t i = 0; i < size; ++i)
+    bytes[i] = static_cast<std::byte>(i * 7 + 13 * rank + round);
+  return bytes;
+}
+
+TEST(TcpLink, EveryRankGetsEveryPart) {
+  const TcpJob job(kRanks);
+  std::vector<std::future<TcpOutcome>> ranks;
+  for (int r = 0; r < kRanks; ++r) {
+    ranks.push_back(start_rank(job.config(r), kLong, [r](TcpLink& link) {
+      EXPECT_EQ(link.rank(), r);
+      EXPECT_EQ(link.num_ranks(), kRanks);
+      for (int round = 0; round < 50; ++round) {
+        const auto all = link.gather(part_of(r, round), "all_gather", kLong);
+        ASSERT_EQ(all.size(), kRanks);
+        for (int s = 0; s < kRanks; ++s) {
+          EXPECT_TRUE(all[static_cast<std::size_t>(s)] == part_of(s, round)) << round << " " << s;
+        }
+      }
+    }));
+  }
+  for (auto& rank : ranks) EXPECT_EQ(rank.get().text, "");
+}
+
+TEST(TcpLink, OneRankIsAGroupToo) {
+  const TcpJob job(1);
+  auto only = start_rank(job.config(0), kLong, [](TcpLink& link) {
+    EXPECT_THAT(link.gather(part_of(3, 2), "all_gather", kLong), ElementsAre(part_of(3, 2)));
+  });
+  EXPECT_EQ(only.get().text, "");
+}
+
+void expect_blame(const TcpOutcome& outcome, ErrorCode code, int victim, const std::string& why) {
+  EXPECT_EQ(outcome.code, code) << outcome.text;
+  EXPECT_THAT(outcome.text, HasSubstr("missing rank(s) " + std::to_string(victim) + why));
+  EXPECT_THAT(outcome.ranks, ElementsAre(victim)) << outcome.text;
+}
+
+enum class Fate { kLeaves, kEnds };
+
+/// Rank `victim` meets its fate before a collective to which rank `late` comes last, or never.
+void blame_one(int victim, int late, Fate fate) {
+  SCOPED_TRACE(::testing::Message()
+               << "rank " << victim << (fate == Fate::kEnds ? " ends" : " leaves") << ", rank "
+               << late << " is late");
+  const TcpJob job(kRanks);
+  std::optional<ChildProcess> child;
+  if (fate == Fate::kEnds) {
+    child.emplace([&] {
+      // Its process ends with a link that nobody closed.
+      (void)std::make_unique<TcpLink>(job.config(victim), kLong).release();
+      _exit(0);
+    });
+  }
+  std::promise<void> others_failed;
+  const std::shared_future<void> cue = others_failed.get_future().share();
+  std::vector<std::future<TcpOutcome>> early;
+  std::future<TcpOutcome> last;
+  for (int r = 0; r < kRanks; ++r) {
+    if (r == victim) {
+      if (fate == Fate::kLeaves) early.push_back(start_rank(job.config(r), kLong));
+    } else if (r == late) {
+      last = start_rank(job.config(r), kLong, [cue](TcpLink& link) {
+        cue.wait();
+        gather(link);
+      });
+    } else {
+      early.push_back(start_rank(job.config(r), kLong, gather));
+    }
+  }
+  const ErrorCode code = fate == Fate::kEnds ? ErrorCode::kTransport : ErrorCode::kPeerTimeout;
+  const char* const why =
+      fate == Fate::kEnds ? ", whose process has ended" : ", which left before this collective";
+  std::vector<TcpOutcome> outcomes;
+  for (auto& rank : early) outcomes.push_back(rank.get());
+  others_failed.set_value();
+  outcomes.push_back(last.get());
+  int num_failed = 0;
+  for (const auto& outcome : outcomes) {
+    if (outcome.text.empty()) continue;  // The victim that left.
+    ++num_failed;
+    expect_blame(outcome, code, victim, why);
+    EXPECT_LT(outcome.took, 10s);  // At once, not at the timeout.
+  }
+  EXPECT_EQ(num_failed, kRanks - 1);
+}
+
+TEST(TcpLink, ARankThatLeavesIsNamedAndALateOneIsNot) {
+  for (const auto& [victim, late] : {std::pair(2, 3), {3, 1}, {0, 2}, {1, 3}}) {
+    blame_one(victim, late, Fate::kLeaves);
+  }
+}
+
+TEST(TcpLink, AnEndedProcessIsNamedAndALateRankIsNot) {
+  for (const auto& [victim, late] : {std::pair(2, 3), {3, 1}, {0, 2}, {1, 3}}) {
+    blame_one(victim, late, Fate::kEnds);
+  }
+}
+
+/// Rank `victim` is stopped before a collective that the others begin.
+void stop_one(int victim) {
+  SCOPED_TRACE(victim);
+  const TcpJob job(kRanks);
+  const ChildProcess child([&] {
+    TcpLink link(job.config(victim), kLong);
+    raise(SIGSTOP);
+    gather(link);
+  });
+  std::vector<std::future<TcpOutcome>> ranks;
+  for (int r = 0; r < kRanks; ++r) {
+    if (r == victim) continue;
+    ranks.push_back(start_rank(job.config(r), kLong, [](TcpLink& link) {
+      const auto begin = std::chrono::steady_clock::now();
+      try {
+        (void)link.gather({}, "all_gather", 1s);
+      } catch (const Error&) {
+        EXPECT_THAT(std::chrono::steady_clock::now() - begin, Lt(1s + 2s));
+        EXPECT_THROW(gather(link), Error);  // Out of step from now on.
+        throw;
+      }
+    }));
+  }
+  for (auto& rank : ranks) {
+    const TcpOutcome outcome = rank.get();
+    expect_blame(outcome, ErrorCode::kPeerTimeout, victim, "");
+    EXPECT_THAT(outcome.text, HasSubstr("all_gather number 0 on rank "));
+  }
+}
+
+TEST(TcpLink, AStoppedRankIsNamedWithinTheTimeoutAndTwoSeconds) {
+  stop_one(2);
+  stop_one(0);
+}
+
+// Rank 3 waits less long than the others, for rank 2, which comes after that.
+TEST(TcpLink, WhomARankGaveUpForIsNamedByTheOthersToo) {
+  const TcpJob job(kRanks);
+  std::promise<void> gave_up;
+  const std::shared_future<void> cue = gave_up.get_future().share();
+  auto zero = start_rank(job.config(0), kLong, gather);
+  auto one = start_rank(job.config(1), kLong, gather);
+  auto two = start_rank(job.config(2), kLong, [cue](TcpLink& link) {
+    cue.wait();
+    gather(link);
+  });
+  auto three = start_rank(job.config(3), kLong, [](TcpLink& link) {
+    (void)link.gather({}, "all_gather", 2s);  // Enough for ranks 0 and 1 to come.
+  });
+  const TcpOutcome third = three.get();
+  expect_blame(third, ErrorCode::kPeerTimeout, 2, "");
+  EXPECT_THAT(third.text, HasSubstr("after 2000 ms still missing"));
+  expect_blame(zero.get(), ErrorCode::kPeerTimeout, 2, ", which did not come in time");
+  expect_blame(one.get(), ErrorCode::kPeerTimeout, 2, ", which did not come in time");
+  gave_up.set_value();
+  const TcpOutcome second = two.get();  // It cannot blame itself.
+  EXPECT_THAT(second.text, HasSubstr(", which gave up this rank"));
+}
+
+TEST(TcpLink, RanksKnowHowFarTheOthersAreAndWhoIsSilent) {
+  const TcpJob job(3);
+  const ChildProcess stopped([&] {
+    TcpLink link(job.config(2), kLong);
+    link.set_progress(5);
+    gather(link);
+    raise(SIGSTOP);
+  });
+  const auto body = [](TcpLink& link) {
+    link.set_progress(static_cast<std::uint64_t>(10 + link.rank()));
+    gather(link);
+    std::this_thread::sleep_for(2s);
+    const auto members = link.ask(1s);
+    ASSERT_TRUE(members);
+    ASSERT_EQ(members->size(), 3u);
+    EXPECT_EQ((*members)[0].progress, 10u);
+    EXPECT_EQ((*members)[1].progress, 11u);
+    EXPECT_EQ((*members)[2].progress, 5u);
+    EXPECT_LT((*members)[1].silent_ms, 1500u);
+    EXPECT_GT((*members)[2].silent_ms, 1500u);
+    EXPECT_THAT(link.gone(), IsEmpty());
+    gather(link);
+  };
+  auto zero = start_rank(job.config(0), kLong, body), one = start_rank(job.config(1), kLong, body);
+  std::this_thread::sleep_for(4s);
+  stopped.send(SIGKILL);
+  expect_blame(zero.get(), ErrorCode::kTransport, 2, ", whose process has ended");
+  expect_blame(one.get(), ErrorCode::kTransport, 2, ", whose process has ended");
+}
+
+}  // namespace
+}  // namespace sluice::testing
