@@ -143,6 +143,9 @@ ConfigFields read_object(JsonReader& json, const std::string& file, bool is_inne
       case Kind::kExpertType:
         require_kind(json, Json::kString, "a name", key, file);
         fields.expert_type = json.string();
+        if (fields.expert_type.empty()) {
+          fail(ErrorCode::kUnsupported, "{}: {} = '' is not 'fp4' or 'fp8'", file, key);
+        }
         return;
       case Kind::kLanguage:
         // A language model has no language model of its own.

@@ -238,6 +238,7 @@ class IndexBuilder {
         one.entry.shape.erase(one.entry.shape.begin());
         one.entry.begin = entry.begin + e * bytes;
         one.entry.end = one.entry.begin + bytes;
+        one.expert = static_cast<int>(e);
         made.experts[e].parts.push_back({.name = whole.name, .tensor = std::move(one)});
       }
     }
@@ -349,7 +350,8 @@ std::string TensorIndex::hint(int layer) const {
 }
 
 std::string place(const TensorRef& tensor) {
-  return fmt::format("{}: tensor {}", tensor.file->path().string(), tensor.entry.name);
+  const std::string whose = tensor.expert < 0 ? "" : fmt::format(", expert {}", tensor.expert);
+  return fmt::format("{}: tensor {}{}", tensor.file->path().string(), tensor.entry.name, whose);
 }
 
 std::uint64_t digest_bytes(std::span<const std::byte> bytes, std::uint64_t seed) noexcept {

@@ -31,6 +31,7 @@ struct TensorRef {
   /// Its bytes, where they were read into memory instead of mapped. Whoever holds this TensorRef
   /// may change them.
   std::byte* read_bytes = nullptr;
+  int expert = -1;  ///< Whose part of a tensor of all experts this is; -1: it is whole.
 
   [[nodiscard]] bool exists() const noexcept { return file != nullptr; }
   [[nodiscard]] std::size_t size() const noexcept { return entry.end - entry.begin; }
@@ -47,7 +48,8 @@ struct TensorRef {
   }
 };
 
-/// Says where a tensor is, for messages: "DIR/model-00001-of-00002.safetensors: tensor NAME".
+/// Says where a tensor is, for messages: "DIR/model-00001-of-00002.safetensors: tensor NAME", with
+/// ", expert 17" behind it for a part of a tensor of all experts.
 [[nodiscard]] std::string place(const TensorRef& tensor);
 
 /// What an expert has, by the canonical part of the name after "experts.17.": "gate_proj.weight"

@@ -127,11 +127,17 @@ TEST(GptOss, WhatIsNotAsItShouldBeIsRefused) {
                     bias = name_of("gate_up_proj_bias");
   const auto unsupported = ErrorCode::kUnsupported, corrupt = ErrorCode::kCorruptFile;
   expect_refused(spec, [&](RawCheckpoint& raw) { raw.at(scales).bytes[5] = '\xff'; }, corrupt,
-                 {scales, "nan (0xff)"});
+                 {scales + ", expert 0: scale", "nan (0xff)"});
+  expect_refused(spec,
+                 [&](RawCheckpoint& raw) {
+                   std::string& bytes = raw.at(scales).bytes;
+                   bytes[bytes.size() / 3 * 2 + 5] = '\xff';  // Of three experts.
+                 },
+                 corrupt, {scales + ", expert 2: scale [", "nan (0xff)"});
   expect_refused(spec, [&](RawCheckpoint& raw) { raw.at(scales).bytes[5] = '\xf5'; }, unsupported,
                  {scales, "= 2^118 is not below 2^118"});
   expect_refused(spec, [&](RawCheckpoint& raw) { raw.at(bias).bytes.replace(6, 2, "\xc0\x7f"); },
-                 corrupt, {bias, "bias [3] = nan"});
+                 corrupt, {bias + ", expert 0: bias [3] = nan"});
   expect_refused(spec, [&](RawCheckpoint& raw) { raw.erase(bias); }, unsupported,
                  {bias, "is missing", "gpt-oss needs it"});
   expect_refused(spec, [&](RawCheckpoint& raw) { raw.erase(name_of("down_proj_blocks")); },

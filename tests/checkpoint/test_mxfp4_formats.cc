@@ -4,6 +4,8 @@
 #include <gtest/gtest.h>
 
 #include <cmath>
+#include <fstream>
+#include <string>
 #include <vector>
 
 #include "format_fixture.h"
@@ -102,6 +104,45 @@ TEST(Mxfp4Formats, DeepseekIsRecognisedByTheTypeOfItsScalesToo) {
   expect_error(ErrorCode::kUnsupported,
                {"expert_dtype = 'fp8'", "quantization_config.expert_dtype = 'fp4'"},
                [&] { (void)Checkpoint::open(dir / "both"); });
+  const auto refuse = [&](const char* name, std::vector<std::string> words) {
+    raw.write(dir / name);
+    expect_error(ErrorCode::kUnsupported, words, [&] { (void)Checkpoint::open(dir / name); });
+  };
+  raw.config.erase("expert_dtype");
+  raw.config["quantization_config"]["weight_block_size"] = {7};
+  refuse("one", {"weight_block_size = [7]", "rows and columns"});
+  raw.config["quantization_config"]["weight_block_size"] = {32, 0};
+  refuse("zero", {"weight_block_size = [32, 0]", "above 0"});
+  raw.config["quantization_config"]["weight_block_size"] = {128, 128};
+  raw.config["quantization_config"]["expert_dtype"] = "";
+  refuse("empty-inside", {"expert_dtype = '' is not 'fp4' or 'fp8'"});
+  raw.config["quantization_config"].erase("expert_dtype");
+  raw.config["expert_dtype"] = "";
+  refuse("empty", {"expert_dtype = '' is not 'fp4' or 'fp8'"});
+  // FP8 by its own words, and its experts are not.
+  raw.config["expert_dtype"] = "fp8";
+  refuse("fp8", {"gate_proj.weight is I8 beside", "deepseek-fp4", "expert_dtype here is 'fp8'"});
+}
+
+/// hf_quant_config.json may say what the rest of the model is, or the same.
+TEST(Mxfp4Formats, ExpertDtypeAgainstHfQuantConfigNamesBoth) {
+  const TempDir dir;
+  write_synthetic_checkpoint(mxfp4_spec(kLayouts[1]), dir / "model");
+  const auto write = [&](const std::string& algo) {
+    std::ofstream(dir / "model" / "hf_quant_config.json")
+        << R"({"quantization": {"quant_algo": ")" << algo << R"("}})";
+  };
+  for (const char* const algo : {"FP8", "FP8_BLOCK_SCALES", "MIXED_PRECISION", "W4A8_MXFP4_FP8"}) {
+    write(algo);
+    EXPECT_EQ(Checkpoint::open(dir / "model").format(), "deepseek-fp4") << algo;
+  }
+  for (const char* const algo : {"NVFP4", "W4A16_AWQ"}) {
+    write(algo);
+    expect_error(ErrorCode::kUnsupported,
+                 {"expert_dtype = 'fp4'", std::string("quant_algo = '") + algo + "'",
+                  "hf_quant_config.json"},
+                 [&] { (void)Checkpoint::open(dir / "model"); });
+  }
 }
 
 /// A model's INT4 repack may leave the key behind: then one of two sentences is not true.

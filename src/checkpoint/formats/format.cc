@@ -203,6 +203,20 @@ std::string undeclared_hint(const FormatClues& clues, const TensorRef* gate) {
        config.file, undeclared_hint(clues, clues.first_gate("weight")), kSupported);
 }
 
+/// What hf_quant_config.json says beside expert_dtype, if it says anything: FP8, of which the rest
+/// of the model is, or that not all is the same.
+void check_algo_of_experts(const QuantizationConfig& config) {
+  const std::string algo = lower(config.algo);
+  const bool agrees = algo.empty() || algo == "fp8" || algo == "fp8_block_scales" ||
+                      algo == "mixed_precision" ||
+                      (config.expert_type == "fp4" && algo.find("mxfp4") != std::string::npos);
+  if (agrees) return;
+  fail(
+      ErrorCode::kUnsupported,
+      "{}: {} = '{}', but quantization.quant_algo = '{}' in {}; leave out the key that is not true",
+      config.file, config.expert_key, config.expert_type, config.algo, config.algo_file);
+}
+
 /// expert_dtype says what the experts are, whatever the rest of the model is.
 /// Throws: kUnsupported naming both keys.
 void check_expert_type(const FormatClues& clues, const Format& format) {
@@ -213,6 +227,7 @@ void check_expert_type(const FormatClues& clues, const Format& format) {
     fail(ErrorCode::kUnsupported, "{}: {} = '{}' is not known; experts are 'fp4' or 'fp8'",
          config.file, config.expert_key, type);
   }
+  check_algo_of_experts(config);
   const bool agrees =
       type == "fp4" ? format.weight_format() == WeightFormat::kMxfp4 : format.name() == "fp8-block";
   if (agrees) return;

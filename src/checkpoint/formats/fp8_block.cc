@@ -68,6 +68,16 @@ std::optional<Recognised> recognise_fp8_block(const FormatClues& clues) {
          "128] is supported, and W4A8 runs need INT4 (w4afp8 or compressed-tensors)",
          config.file, fmt::format("[{}]", fmt::join(config.weight_block_size, ", ")));
   }
+  const TensorRef* const weight = clues.first_gate("weight");
+  const TensorRef* const scale = clues.first_gate("scale");
+  if (weight && weight->entry.dtype == "I8" && scale) {
+    fail(ErrorCode::kUnsupported,
+         "{}: quantization_config.quant_method = 'fp8', but {} is I8 beside {} of {}: these look "
+         "like DeepSeek-V4's MXFP4 experts (deepseek-fp4), which expert_dtype = 'fp4' declares; "
+         "expert_dtype here is {}",
+         config.file, weight->entry.name, scale->entry.name, scale->entry.dtype,
+         config.expert_type.empty() ? "not given" : "'" + config.expert_type + "'");
+  }
   return Recognised{
       .format = std::make_unique<Fp8BlockFormat>(),
       .evidence = "config.json: quant_method = 'fp8', weight_block_size = [128, 128]"};

@@ -1,5 +1,8 @@
 #include "checkpoint/formats/quantization_config.h"
 
+#include <fmt/format.h>
+
+#include <algorithm>
 #include <charconv>
 #include <map>
 #include <system_error>
@@ -33,6 +36,14 @@ void read_name(JsonReader& json, std::string_view key, const std::string& file, 
   if (json.peek() == Kind::kNull) return json.skip();
   if (json.peek() != Kind::kString) refuse_value(file, key, json.raw(), "a name");
   out = json.string();
+}
+
+/// An empty name would read as a key that is not there.
+void read_expert_type(JsonReader& json, std::string_view key, const std::string& file,
+                      std::string& out) {
+  if (json.peek() == Kind::kNull) return json.skip();
+  read_name(json, key, file, out);
+  if (out.empty()) refuse_value(file, key, "''", "'fp4' or 'fp8'");
 }
 
 /// A whole number, which some writers make -1 to say that there is none.
@@ -154,6 +165,10 @@ void read_block_size(JsonReader& json, std::string_view key, const std::string& 
                      std::vector<std::int64_t>& out) {
   if (json.peek() != Kind::kArray) return json.skip();
   json.array([&] { out.push_back(read_whole_number(json, key, file)); });
+  if (out.size() != 2 || std::ranges::any_of(out, [](std::int64_t size) { return size < 1; })) {
+    refuse_value(file, key, fmt::format("[{}]", fmt::join(out, ", ")),
+                 "rows and columns of a block, two numbers above 0");
+  }
 }
 
 std::string text_of(const std::optional<std::int64_t>& value) {
@@ -207,7 +222,7 @@ void read_quantization_config(JsonReader& json, QuantizationConfig& config) {
     } else if (key == "format") {
       read_string(json, config.format);
     } else if (key == "expert_dtype") {
-      read_name(json, key, config.file, config.expert_type);
+      read_expert_type(json, key, config.file, config.expert_type);
     } else if (key == "group_size" || key == "weight_group_size") {
       // Two names of one number.
       std::optional<std::int64_t> size;
