@@ -25,6 +25,18 @@ std::int64_t scales_of_row(const PyLocalExperts& self) {
   return scales_per_row(sent == Cast::kToken ? sent : Cast::kGroup, self.hidden);
 }
 
+/// What x must have: the model's own width if it is bf16 of that, else hidden.
+std::int64_t width_of(const PyLocalExperts& self, const Array& x) {
+  if (self.token_width == self.hidden) return self.hidden;
+  const Input any = import_input(x, {.name = "x",
+                                     .dtypes = {DType::kBFloat16, DType::kFloat8E4M3},
+                                     .dims = {-1, -1},
+                                     .shape = self.x_shape.c_str(),
+                                     .device = self.backend->device()});
+  const bool is_own = any.view.dtype == DType::kBFloat16 && any.view.dim(1) == self.token_width;
+  return is_own ? self.token_width : self.hidden;
+}
+
 nb::object forward_routed(PyLocalExperts& self, const Array& x, const Routing& routing,
                           const std::optional<Array>& x_scale, const std::optional<Array>& out,
                           const StreamArgument& stream, KnownCall* known = nullptr) {
@@ -32,7 +44,7 @@ nb::object forward_routed(PyLocalExperts& self, const Array& x, const Routing& r
   const auto import = [&](std::initializer_list<DType> dtypes) {
     return import_input(x, {.name = "x",
                             .dtypes = dtypes,
-                            .dims = {-1, self.hidden},
+                            .dims = {-1, width_of(self, x)},
                             .shape = self.x_shape.c_str(),
                             .device = device});
   };
@@ -51,7 +63,7 @@ nb::object forward_routed(PyLocalExperts& self, const Array& x, const Routing& r
   const Output y = output_or_new(out,
                                  {.name = "out",
                                   .dtypes = {DType::kBFloat16},
-                                  .dims = {num_tokens, self.hidden},
+                                  .dims = {num_tokens, tokens.view.dim(1)},
                                   .shape = "[num_tokens, hidden], as x",
                                   .device = device},
                                  tokens.framework, *self.backend->backend);
@@ -150,7 +162,12 @@ PyLocalExperts add_weights(PyLocalGroup& self, const ExpertWeights& weights,
     const Call call(*self.backend);
     experts.emplace(self.group->add_layer(weights, parse_recipe(recipe), std::move(name)));
   }
-  return {self.backend_object, self.backend, self.group->config().hidden, {}, std::move(experts)};
+  return {self.backend_object,
+          self.backend,
+          self.group->config().hidden,
+          weights.geometry.token_width(),
+          {},
+          std::move(experts)};
 }
 
 PyLocalExperts add_experts(PyLocalGroup& self, const PyExperts& repacked, const LayerRecipe& recipe,
@@ -161,7 +178,11 @@ PyLocalExperts add_experts(PyLocalGroup& self, const PyExperts& repacked, const 
     experts.emplace(
         self.group->add_layer(*repacked.experts, recipe, first_expert, std::move(name)));
   }
-  return {self.backend_object, self.backend, self.group->config().hidden, repacked.memory,
+  return {self.backend_object,
+          self.backend,
+          self.group->config().hidden,
+          repacked.experts->geometry().token_width(),
+          repacked.memory,
           std::move(experts)};
 }
 
@@ -178,8 +199,12 @@ nb::typed<nb::list, PyLocalExperts> add_checkpoint(PyLocalGroup& self, const Che
   }
   nb::list list;
   for (LocalExperts& experts : made) {
-    list.append(nb::cast(PyLocalExperts{
-        self.backend_object, self.backend, self.group->config().hidden, {}, std::move(experts)}));
+    list.append(nb::cast(PyLocalExperts{self.backend_object,
+                                        self.backend,
+                                        self.group->config().hidden,
+                                        checkpoint.geometry().token_width(),
+                                        {},
+                                        std::move(experts)}));
   }
   return nb::typed<nb::list, PyLocalExperts>(list);
 }
@@ -204,8 +229,9 @@ void bind_local_experts(nb::module_& m) {
               experts.emplace(
                   LocalExperts::create(config, weights, *b.backend, parse_recipe(recipe)));
             }
-            new (self)
-                PyLocalExperts{nb::borrow(backend), &b, config.hidden, {}, std::move(experts)};
+            new (self) PyLocalExperts{
+                nb::borrow(backend), &b, config.hidden, weights.geometry.token_width(), {},
+                std::move(experts)};
           },
           "weights"_a, "backend"_a, nb::kw_only(), "max_entries"_a, "recipe"_a = "direct",
           "routed_scaling_factor"_a = 1.0f,
@@ -224,7 +250,9 @@ void bind_local_experts(nb::module_& m) {
           "experts, -1, and any other number. Summed in float32 in order of k, rounded once; with\n"
           "all experts of a layer the bits of an Engine.\n\n"
           "x: [num_tokens, hidden] bfloat16 (or uint16), or e4m3 in the recipe's wire format;\n"
-          "0 tokens are fine.\n"
+          "0 tokens are fine. Where hidden is padded (ModelGeometry.token_width), bfloat16 rows "
+          "may\n"
+          "have the model's own width, and y has it then.\n"
           "x_scale: [num_tokens, hidden / 128] float32, for e4m3 with group scales;\n"
           "[num_tokens, 1] for e4m3 with one scale per token.\n"
           "out: y's memory, which may be x; None makes a new array: torch's for tensors of torch,\n"

@@ -1,5 +1,6 @@
 #include <fmt/format.h>
 #include <nanobind/stl/optional.h>
+#include <nanobind/stl/pair.h>
 #include <nanobind/stl/string_view.h>
 
 #include <array>
@@ -82,11 +83,25 @@ ScaleLayout scale_layout(std::string_view name) {
                                  {"interleaved", ScaleLayout::kInterleaved}}});
 }
 
+/// What of the tensors' sizes is the model's; the rest is padded.
+void set_own_widths(const std::pair<int, int>& widths, ModelGeometry& geometry) {
+  ModelGeometry own = geometry;
+  own.set_widths(widths.first, widths.second);
+  if (widths.first < 1 || widths.second < 1 || own.hidden != geometry.hidden ||
+      own.intermediate != geometry.intermediate) {
+    throw Error(ErrorCode::kInvalidArgument,
+                fmt::format("widths: ({}, {}) are not padded to hidden {} and intermediate {}",
+                            widths.first, widths.second, geometry.hidden, geometry.intermediate));
+  }
+  geometry = own;
+}
+
 PyExperts repack_stacked(const Array& w13, const Array& w13_scale, const Array& w2,
                          const Array& w2_scale, nb::handle_t<PyBackend> backend,
                          std::string_view activation, std::string_view weights,
                          std::string_view scales, const std::optional<Array>& memory,
-                         std::int64_t max_rows, const StreamArgument& stream) {
+                         std::int64_t max_rows, const std::optional<std::pair<int, int>>& widths,
+                         const StreamArgument& stream) {
   auto& b = nb::cast<PyBackend&>(backend);
   const Device device = b.device();
   std::array<Tensor, 4> tensors;
@@ -109,13 +124,14 @@ PyExperts repack_stacked(const Array& w13, const Array& w13_scale, const Array& 
                                    .shape = "[bytes]",
                                    .device = device});
   }
-  const StackedSources found = stacked_sources({.w13 = views[0],
-                                                .w13_scale = views[1],
-                                                .w2 = views[2],
-                                                .w2_scale = views[3],
-                                                .weight_layout = weight_layout(weights),
-                                                .scale_layout = scale_layout(scales),
-                                                .activation = parse_activation(activation)});
+  StackedSources found = stacked_sources({.w13 = views[0],
+                                          .w13_scale = views[1],
+                                          .w2 = views[2],
+                                          .w2_scale = views[3],
+                                          .weight_layout = weight_layout(weights),
+                                          .scale_layout = scale_layout(scales),
+                                          .activation = parse_activation(activation)});
+  if (widths) set_own_widths(*widths, found.format.geometry);
   const Stream queue = to_stream(stream, Framework::of(w13.object), device);
   std::optional<Experts> experts;
   {
@@ -137,10 +153,11 @@ void bind_repack(nb::module_& m) {
       "repack_stacked", &repack_stacked, "w13"_a, "w13_scale"_a, "w2"_a, "w2_scale"_a, "backend"_a,
       nb::kw_only(), "activation"_a = "swiglu", "weight_layout"_a = "int4",
       "scale_layout"_a = "by-shape", "memory"_a = nb::none(), "max_rows"_a = 1,
-      "stream"_a = nb::none(),
+      "widths"_a = nb::none(), "stream"_a = nb::none(),
       "Experts of stacked tensors, which lie on the backend's device in any strides and are read\n"
       "there. sluice.compat.w4a8.W4A8Experts has their shapes, the layouts and what memory may "
       "be.\n"
+      "widths: the model's own hidden and intermediate size, where the tensors are padded.\n"
       "stream: handle, None: torch's current one for tensors of torch. Waits for it.\n\n"
       "Raises Error: invalid_argument naming the tensor, or the expert and the scale that is not\n"
       "finite; out_of_memory.");

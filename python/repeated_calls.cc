@@ -78,7 +78,9 @@ void KnownCall::make_result() {
   const Device device = self_.backend->device();
   const bool is_there = x.device_type == to_dlpack(device).device_type &&
                         x.device_index == to_dlpack(device).device_id;
-  if (!is_there || x.ndim < 2 || x.shape.at(x.ndim - 1) != self_.hidden) return;  // Refused later.
+  if (!is_there || x.ndim < 2) return;  // Refused later.
+  const std::int64_t width = x.shape.at(x.ndim - 1);
+  if (width != self_.hidden && (x.ndim > 2 || width != self_.token_width)) return;
   const std::vector<std::int64_t> dims(x.shape.begin(), x.shape.begin() + x.ndim);
   y_.emplace(framework_.allocate(export_dtype(DType::kBFloat16, false), dims, device));
 }

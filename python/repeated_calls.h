@@ -67,9 +67,14 @@ struct PyLocalExperts {
   nb::object backend_object;
   PyBackend* backend;
   int hidden;
+  /// Of a token in the model, which bf16 rows of forward() may have: hidden, or less where that is
+  /// padded.
+  int token_width;
   nb::object memory;  ///< As PyExperts'.
   std::optional<LocalExperts> experts;
-  std::string x_shape = "[num_tokens, " + std::to_string(hidden) + "]";  ///< For messages.
+  std::string x_shape =  ///< For messages.
+      "[num_tokens, " + std::to_string(hidden) +
+      (token_width == hidden ? "]" : " or, of bfloat16, " + std::to_string(token_width) + "]");
   RepeatedCalls calls = {};
 };
 

@@ -730,10 +730,11 @@ def requantize(backend: Backend, codes: sluice._array.Array, scale: sluice._arra
     Raises Error: invalid_argument.
     """
 
-def repack_stacked(w13: sluice._array.Array, w13_scale: sluice._array.Array, w2: sluice._array.Array, w2_scale: sluice._array.Array, backend: Backend, *, activation: str = 'swiglu', weight_layout: str = 'int4', scale_layout: str = 'by-shape', memory: sluice._array.Array | None = None, max_rows: int = 1, stream: int | None = None) -> Experts:
+def repack_stacked(w13: sluice._array.Array, w13_scale: sluice._array.Array, w2: sluice._array.Array, w2_scale: sluice._array.Array, backend: Backend, *, activation: str = 'swiglu', weight_layout: str = 'int4', scale_layout: str = 'by-shape', memory: sluice._array.Array | None = None, max_rows: int = 1, widths: tuple[int, int] | None = None, stream: int | None = None) -> Experts:
     """
     Experts of stacked tensors, which lie on the backend's device in any strides and are read
     there. sluice.compat.w4a8.W4A8Experts has their shapes, the layouts and what memory may be.
+    widths: the model's own hidden and intermediate size, where the tensors are padded.
     stream: handle, None: torch's current one for tensors of torch. Waits for it.
 
     Raises Error: invalid_argument naming the tensor, or the expert and the scale that is not
@@ -990,7 +991,8 @@ class LocalExperts:
         all experts of a layer the bits of an Engine.
 
         x: [num_tokens, hidden] bfloat16 (or uint16), or e4m3 in the recipe's wire format;
-        0 tokens are fine.
+        0 tokens are fine. Where hidden is padded (ModelGeometry.token_width), bfloat16 rows may
+        have the model's own width, and y has it then.
         x_scale: [num_tokens, hidden / 128] float32, for e4m3 with group scales;
         [num_tokens, 1] for e4m3 with one scale per token.
         out: y's memory, which may be x; None makes a new array: torch's for tensors of torch,

@@ -108,3 +108,59 @@ def test_in_the_memory_of_the_weights(published, tokens, backend):
         assert np.array_equal(run(W4A8Experts(w13, s13.view(e8m0), w2, s2.view(e8m0), backend=backend)), expected)
     with pytest.raises(sluice.Error, match="scale_dtype: expected torch.uint8"):
         w4a8.weight_memory(E, H, I, group_size=32, weight_layout="mxfp4", scale_dtype=torch.bfloat16, device="cpu")
+
+
+def padded_by_hand(array, rows, columns, fill):
+    out = np.full((len(array), rows, columns), fill, array.dtype)
+    out[:, : array.shape[1], : array.shape[2]] = array
+    return out
+
+
+@pytest.mark.parametrize("layout", ["mxfp4", "int4"])
+def test_widths_of_whole_groups_are_padded(space, backend, layout):
+    """Hidden 160 and intermediate 96 give the bits of the same weights with zeros up to 256 and 128, of which a row has
+    160. bf16 rows may have either width."""
+    hidden, inner, wide, wider = 160, 96, 256, 128
+    rng = np.random.default_rng(9)
+    codes_type, one = (np.uint8, 127) if layout == "mxfp4" else (np.int8, 1)
+    shapes = [(2 * inner, hidden), (hidden, inner)]
+    codes = [rng.integers(0, 256, (E, n, k // 2), dtype=np.uint8).view(codes_type) for n, k in shapes]
+    scales = [rng.integers(118, 122, (E, n, k // 32), dtype=np.uint8) for n, k in shapes]
+    if layout == "int4":
+        scales = [(s.astype(np.float32) - 100) / 1024 for s in scales]
+    own = [codes[0], scales[0], codes[1], scales[1]]
+    halves = lambda array, columns, fill: np.concatenate(  # noqa: E731
+        [padded_by_hand(part, wider, columns, fill) for part in np.split(array, 2, 1)], 1)
+    by_hand = [halves(own[0], wide // 2, 0), halves(own[1], wide // 32, one),
+               padded_by_hand(own[2], wide, wider // 2, 0), padded_by_hand(own[3], wide, wider // 32, one)]
+    bits = rng.standard_normal((TOKENS, hidden)).astype(np.float32).view(np.uint32) >> 16
+    idx = np.stack([rng.permutation(E)[:TOPK] for _ in range(TOKENS)]).astype(np.int64)
+    weights = rng.random((TOKENS, TOPK), dtype=np.float32)
+    x, wide_x = bits.astype(np.uint16), np.zeros((TOKENS, wide), np.uint16)
+    wide_x[:, :hidden] = x
+    run = lambda experts, rows, **out: space.bits(experts.grouped(  # noqa: E731
+        space.bf16(rows), None, space.array(idx), space.array(weights), **out))
+    experts = W4A8Experts(*map(space.array, own), backend=backend)
+    assert (experts.hidden, experts.intermediate, experts.token_width) == (wide, wider, hidden)
+    expected = run(W4A8Experts(*map(space.array, by_hand), backend=backend), wide_x)
+    assert np.any(expected[:, :hidden]) and not np.any(expected[:, hidden:])
+    for _ in range(3):  # The third is a kept call.
+        assert np.array_equal(run(experts, x), expected[:, :hidden])
+    assert np.array_equal(run(experts, wide_x), expected)
+    with pytest.raises(sluice.Error, match=r"x: expected shape \[rows, 256\], got \[6, 192\]"):
+        run(experts, wide_x[:, :192])
+    num_rows = space.array(np.array([TOKENS, 0, 1, 2], np.int32))
+    batch = np.stack([wide_x] * E)
+    masked = space.bits(experts.masked(space.bf16(batch), None, num_rows))
+    assert np.any(masked[0, :, :hidden]) and not np.any(masked[0, :, hidden:])
+
+
+def test_what_is_not_padded_is_refused(published, backend):
+    torch = pytest.importorskip("torch", reason="torch is not installed")
+    space = Torch()
+    w13, s13, w2, s2 = (space.array(a) for a in published)
+    narrow = [w13[:, :, : H // 2 - 16], s13[:, :, : H // 32 - 1], w2[:, : H - 32], s2[:, : H - 32]]
+    with pytest.raises(sluice.Error, match="hidden 224, intermediate 128 are padded .* memory= nor"):
+        W4A8Experts(*narrow, backend=backend, memory=torch.empty(1, dtype=torch.uint8))
+    with pytest.raises(sluice.Error, match="multiples of 128"):  # Half a group.
+        W4A8Experts(w13[:, :, : H // 2 - 8], s13, w2[:, : H - 16], s2[:, : H - 16], backend=backend)

@@ -132,6 +132,15 @@ class NumpySpace:
     def event(self) -> Any:
         return None
 
+    def filled_like(self, array: Any, shape: tuple, value: Any) -> Any:
+        """Of the array's type. 1 as bf16's bits where those are what it has."""
+        bits = 0x3F80 if value == 1 and array.dtype == numpy.uint16 else value
+        return numpy.full(shape, bits, array.dtype)
+
+    def side_by_side(self, arrays: list) -> Any:
+        """Along the second dimension."""
+        return numpy.concatenate(arrays, 1)
+
 
 _E4M3_AS_BF16 = _e4m3_as_bf16()
 
@@ -235,6 +244,12 @@ class TorchSpace:
         event = self.torch.cuda.Event()
         event.record(self.torch.cuda.current_stream(self.device))
         return event
+
+    def filled_like(self, array: Any, shape: tuple, value: Any) -> Any:
+        return self.torch.full(shape, value, dtype=array.dtype, device=self.device)
+
+    def side_by_side(self, arrays: list) -> Any:
+        return self.torch.cat(arrays, 1)
 
 
 def space_of(array: Any, name: str = "x") -> "NumpySpace | TorchSpace":

@@ -6,6 +6,7 @@ from .. import _core
 from .._error import Error
 from ._arrays import as_float32, check, row_major, space_of
 from ._w4a8_memory import WEIGHT_LAYOUTS, apart_from
+from ._w4a8_padding import own_widths, padded
 from ._w4a8_rooms import backend_for, lock_of, room_for
 
 
@@ -61,6 +62,9 @@ class W4A8Experts:
     scale_layout: "plain" [E, N, K / G]; "interleaved" [E, K / G / a, N * a], as SGLang holds them after its own
     processing (a is 4, or 1 where K / G is no multiple of 4) and, with a = 1, vLLM; "by-shape": whichever of
     the two has the shape, plain if both have.
+    H and I are multiples of 128. Of layouts "int4" in groups of 32 and "mxfp4", both plain, they may be multiples of 32:
+    copies of the weights are then padded with zeros to the next ones. grouped() takes bfloat16 rows of H and gives such;
+    masked(), and grouped() with rows of e4m3, have the padded width, which is `hidden`.
     memory: [bytes] uint8 on the backend's device for the repacked weights, kept alive by this object; None:
     it takes its own. It may be that of w13 and w2 themselves, as weight_memory() lays them out: they are
     then used up.
@@ -100,9 +104,14 @@ class W4A8Experts:
                 raise Error("invalid_argument", f"{name}: expected {space.place}, got {space_of(array, name).place}")
             arrays.append(space.for_import(apart_from(memory, array) if "scale" in name else array))
         self._lock = lock_of(self.backend)
+        self._widths = own_widths(arrays, weight_layout, scale_layout, memory)
+        if self._widths is not None:
+            arrays = padded(space, arrays, weight_layout)
         experts = self._repack(space, arrays, memory, weight_layout, scale_layout)
         geometry = experts.geometry
         self.num_experts, self.hidden, self.intermediate = len(experts), geometry.hidden, geometry.intermediate
+        self.token_width = geometry.token_width
+        """Of bfloat16 rows: hidden, or the model's own width where that is no multiple of 128."""
         self.weight_bytes = experts.weight_bytes
         """Bytes of the repacked weights."""
         self._experts = experts
@@ -116,11 +125,14 @@ class W4A8Experts:
         with self._lock:
             return _core.repack_stacked(
                 *arrays, self.backend, activation=self.activation, weight_layout=weight_layout,
-                scale_layout=scale_layout, memory=memory, max_rows=1)
+                scale_layout=scale_layout, memory=memory, max_rows=1, widths=self._widths)
 
     def _from_host(self, space: Any, arrays: list, memory: Any, weight_layout: str) -> Any:
         """Through the device's staging memory, which takes rows as they are published."""
         w13, w13_scale, w2, w2_scale = arrays
+        if self._widths is not None:
+            raise Error("invalid_argument", f"w13: hidden {self._widths[0]}, intermediate {self._widths[1]} are padded "
+                        f"where the weights lie: expected memory on {self.backend.device}, got memory of the host")
         if weight_layout not in ("int4", "mxfp4") or memory is not None or len(w13.shape) != 3:
             raise Error("invalid_argument", f"w13: expected memory on {self.backend.device}, where alone "
                         "weight_layout and memory can be given, got memory of the host")
@@ -190,7 +202,8 @@ class W4A8Experts:
                 if error.code != "invalid_argument":
                     raise
         space = space_of(x)
-        check(space, "x", x, ("bf16", "e4m3"), ["rows", self.hidden])
+        has_own_width = space.has_type(x, "bf16") and len(x.shape) == 2 and x.shape[1] == self.token_width
+        check(space, "x", x, ("bf16", "e4m3"), ["rows", self.token_width if has_own_width else self.hidden])
         check(space, "topk_idx", topk_idx, ("i64", "i32"), [x.shape[0], "num_topk"])
         check(space, "topk_weights", topk_weights, ("f32", "bf16"), [int(n) for n in topk_idx.shape])
         x_scale = self._checked_scale(space, x, x_scale)
