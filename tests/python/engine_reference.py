@@ -51,8 +51,21 @@ def quantized(v, error, scale=None):
     return code * scale, slack * scale
 
 
+def activated(gate, up, kind, numbers):
+    """Of SwiGLU, also with a limit, and of SiTU-GLU: what the gate gives and what up gives, whose product is h. Neither
+    changes faster than 1.1 times its input."""
+    if kind == "situ":
+        beta, linear_beta = numbers["beta"], numbers["linear_beta"]
+        return beta * torch.tanh(gate / beta) * torch.sigmoid(gate), linear_beta * torch.tanh(up / linear_beta)
+    limit = numbers.get("limit", float("inf"))
+    gate, up = gate.clamp(max=limit), up.clamp(-limit, limit)
+    return gate * torch.sigmoid(gate), up
+
+
 class Layer:
     """Experts as dequantized matrices in float64: gate, up [E, I, H] and down [E, H, I]."""
+
+    activation: tuple[str, dict] = ("swiglu", {})
 
     def __init__(self, checkpoint, layer):
         num = checkpoint.geometry.num_experts
@@ -80,9 +93,9 @@ class Layer:
         """One expert's rows [n, H]."""
         gate, up = (read @ w[e].T for w in (self.gate, self.up))
         off_gate, off_up = (sums * (read.abs() @ w[e].abs().T) for w in (self.gate, self.up))
-        silu = gate * torch.sigmoid(gate)
-        h = silu * up
-        off = 1.1 * off_gate * up.abs() + silu.abs() * off_up + off_gate * off_up + 4 * F32 * h.abs()
+        of_gate, of_up = activated(gate, up, *self.activation)
+        h = of_gate * of_up
+        off = 1.1 * off_gate * of_up.abs() + of_gate.abs() * off_up + off_gate * off_up + 4 * F32 * h.abs()
         h, near = quantized(h, off, s2)
         parts = torch.stack([a @ w.T for a, w in zip(h.chunk(slices, 1), self.down[e].chunk(slices, 1))])
         return parts.sum(0), (near + sums * h.abs()) @ self.down[e].abs().T, parts.abs().sum(0)

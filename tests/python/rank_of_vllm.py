@@ -12,12 +12,13 @@ import types
 from pathlib import Path
 
 import engine_reference
+import mxfp4_files
 import torch
 import vllm_on_cpu
 from engine_stubs import seam, version_of
 from vllm_layer import (
-    EXPERTS, LAYER, PREFIX, TOKENS, inputs, load, make_checkpoints, make_layer, quant_config, routing_of, scheme,
-    vllm_config,
+    EXPERTS, LAYER, MXFP4, PREFIX, TOKENS, inputs, load, make_checkpoints, make_layer, mxfp4_layer, quant_config,
+    routing_of, scheme, vllm_config,
 )
 from vllm_on_cpu import DEVICE
 
@@ -57,6 +58,12 @@ CASES = {
     "low-latency-2-static": (2, "w4afp8", {"dp": 2, "ep": True, "all2all": "deepep_low_latency"}),
     "low-latency-4": (4, "w4afp8", {"dp": 4, "ep": True, "all2all": "deepep_low_latency", **DIRECT}),
     "high-throughput-4": (4, "w4afp8", {"dp": 4, "ep": True, "all2all": "deepep_high_throughput", **DIRECT}),
+    "deepseek-v4": (1, "deepseek_v4", {}),
+    "deepseek-v4-low-latency": (2, "deepseek_v4", {"dp": 2, "ep": True, "all2all": "deepep_low_latency"}),
+    "kimi-k3": (2, "kimi_k3", {"tp": 2, "ep": True}),
+    "kimi-k3-high-throughput": (2, "kimi_k3", {"dp": 2, "ep": True, "all2all": "deepep_high_throughput"}),
+    "mxfp4-packed": (1, "kimi_k3-ct", {}),
+    "mxfp4-padded": (2, "kimi_k3-narrow", {"tp": 2}),
     "refused": (1, "w4afp8", {}),
     "moved": (1, "w4afp8", {}),
 }
@@ -112,6 +119,8 @@ def run_layer(folder, rank, ranks, kind, options):
     on_gpu = DEVICE != "cpu"
     if on_gpu:
         torch.cuda.set_device(0)
+    if kind in MXFP4:
+        x = x[:, : MXFP4[kind][1]].contiguous()
     there, routed = x.to(DEVICE), tuple(t.to(DEVICE) for t in tokens)
     with set_current_vllm_config(config):
         init_distributed_environment(ranks, rank, f"file://{folder}/store", 0 if on_gpu else rank, "gloo")
@@ -120,7 +129,9 @@ def run_layer(folder, rank, ranks, kind, options):
         watch_exchange(calls)
         placed = watch_memory()
         with torch.device(DEVICE):
-            layer = make_layer(quant_config(kind, folder), routing_of(routed))
+            made = quant_config(kind, folder)
+            layer = mxfp4_layer(made, kind, folder, routing_of(routed)) if kind in MXFP4 else make_layer(
+                made, routing_of(routed))
         experts = load(layer, folder / kind)
         sizes, logits = torch.tensor(TOKENS[:dp], dtype=torch.int32), torch.zeros(len(x), EXPERTS, device=DEVICE)
 
@@ -142,7 +153,8 @@ def run_layer(folder, rank, ranks, kind, options):
     # packed-32 has float32 scales where vLLM expects the model's bfloat16: those are repacked elsewhere.
     assert placed == [kind != "packed-32"], placed
     source = folder / ("bf16" if kind == "packed-128" else "w4afp8")
-    reference = engine_reference.Layer(sluice.Checkpoint(str(source)), LAYER)
+    reference = mxfp4_files.Layer(folder / kind) if kind in MXFP4 else engine_reference.Layer(
+        sluice.Checkpoint(str(source)), LAYER)
     wires = {"allgather_reducescatter": "vllm", "deepep_high_throughput": "vllm", "deepep_low_latency": True}
     all2all = options.get("all2all")
     is_static = kind == "w4afp8" and "options" not in options
@@ -184,6 +196,27 @@ def check_exchange(all2all, calls):
 # --- Refusals -------------------------------------------------------------------------------------
 
 
+def mxfp4_refusals(folder, route):
+    """Of layers and files of DeepSeek-V4 and Kimi-K3: what a message has, and what gives it."""
+
+    def made(kind, **changes):
+        return mxfp4_layer(quant_config(kind, folder), kind, folder, route, **changes)
+
+    def fp8_experts():
+        config = quant_config("deepseek_v4", folder)
+        config._resolved_expert_dtype = "fp8"  # As vLLM has it from config.json of DeepSeek-V4-Flash-Base.
+        mxfp4_layer(config, "deepseek_v4", folder, route)
+
+    return {
+        "ffn.experts: experts with biases": lambda: made("deepseek_v4", has_bias=True),
+        "intermediate size of a rank 272 is no multiple of 32": lambda: made("kimi_k3", intermediate_size=272),
+        "experts of expert_dtype 'fp8'": fp8_experts,
+        "weights of w2 (7) were loaded": lambda: load(made("deepseek_v4"), folder / "deepseek_v4", drop="5.w2.weight"),
+        "expected uint8 or int8 (DeepSeek-V4 MXFP4)": lambda: load(made("deepseek_v4"), folder / "deepseek_v4-floats"),
+        "other values than powers of two": lambda: load(made("deepseek_v4"), folder / "deepseek_v4-scales"),
+    }
+
+
 def refused(folder, rank, ranks, kind, options):
     from vllm.config import set_current_vllm_config
     from vllm.distributed import ensure_model_parallel_initialized, init_distributed_environment
@@ -203,6 +236,10 @@ def refused(folder, rank, ranks, kind, options):
         fields = {name: getattr(weights, name) for name in type(weights).model_fields} | {"actorder": "group"}
         config._check_scheme(PREFIX, {"format": "pack-quantized", "weights": types.SimpleNamespace(**fields)})
 
+    def asks(method, model):
+        return lambda: get_quantization_config("sluice").override_quantization_method(
+            {"quant_method": method}, "sluice", hf_config=types.SimpleNamespace(model_type=model))
+
     float_inputs = {"type": "float", "num_bits": 8, "strategy": "tensor", "dynamic": False, "symmetric": True}
     int8_inputs = {"type": "int", "num_bits": 8, "strategy": "token", "dynamic": True, "symmetric": True}
     wrong = {
@@ -212,19 +249,24 @@ def refused(folder, rank, ranks, kind, options):
         "groups of 64; 32 and 128": with_scheme(weights={"group_size": 64}),
         "weights.num_bits is 8": with_scheme(weights={"num_bits": 8}),
         "weights.symmetric is False": with_scheme(weights={"symmetric": False}),
-        "format is 'mxfp4-pack-quantized', expected 'pack-quantized'": with_scheme(
-            format="mxfp4-pack-quantized", weights={"type": "float"}),
-        "quant_method is 'mxfp4'": lambda: get_quantization_config("sluice").override_quantization_method(
-            {"quant_method": "mxfp4"}, "sluice", hf_config=None),
+        "format is 'nvfp4-pack-quantized', expected 'pack-quantized'": with_scheme(
+            format="nvfp4-pack-quantized", weights={"type": "float"}),
+        "weights.num_bits is 8 in mxfp4-pack-quantized": with_scheme(
+            format="mxfp4-pack-quantized", weights={"type": "float", "num_bits": 8}),
+        "experts: input_activations int of 8 bits": with_scheme(
+            format="mxfp4-pack-quantized", weights={"type": "float"}, input_activations=int8_inputs),
+        "'gpt_oss': MXFP4 experts with biases": asks("mxfp4", "gpt_oss"),
+        "quant_method is 'gpt_oss_mxfp4'": asks("gpt_oss_mxfp4", None),
+        "quant_method is 'quark'": asks("quark", "deepseek_v4"),
+        **mxfp4_refusals(folder, route),
         "weights.actorder 'group'": actorder,
-        "only none or dynamic FP8": with_scheme(input_activations=int8_inputs),
+        "bits; only none or dynamic FP8": with_scheme(input_activations=int8_inputs),
         "input_activations float of 8 bits": with_scheme(input_activations=float_inputs),
         "weights of w2 (7), scales of w2 (7)": lambda: load(made(), packed, drop=("5.down_proj.weight_packed",
                                                                                  "5.down_proj.weight_scale")),
         "expected torch.int32 (compressed-tensors INT4)": lambda: load(made(), folder / "floats"),
         "no INT4 experts of this name": lambda: made("w4afp8", prefix="model.layers.7.mlp.experts"),
-        "it is for compressed-tensors": lambda: get_quantization_config("sluice").override_quantization_method(
-            {"quant_method": "fp8"}, "sluice", hf_config=None),
+        "only that of DeepSeek-V4 has 4-bit experts": asks("fp8", "deepseek_v3"),
         "quant_method is 'fp8'": lambda: get_quantization_config("w4afp8").override_quantization_method(
             {"quant_method": "fp8"}, "w4afp8", hf_config=None),
     }
@@ -259,6 +301,10 @@ def refused(folder, rank, ranks, kind, options):
             else:
                 scales = load_w4afp8().routed_experts.quant_method.moe_kernel.fused_experts.experts._scales
                 assert bool(scales) == (drop is None), scales
+    for kind in ("packed-32", "kimi_k3", "deepseek_v4"):
+        with set_current_vllm_config(vllm_config(0, options={"recipe": "static"})):
+            made_of = lambda k=kind: mxfp4_layer(quant_config(k, folder), k, folder, route) if k in MXFP4 else made(k)  # noqa: E731
+            expect_error("no static scales of inputs", made_of)
     with set_current_vllm_config(vllm_config(0, options={"recipes": "static"})):
         expect_error("known is recipe", lambda: made("w4afp8"))
 

@@ -118,26 +118,69 @@ class Rank:
         distributed.initialize_model_parallel(backend="gloo")
         initialize_moe_config()
 
-    def layer(self, folder, **changes):
+    def layer(self, folder, load=True, **changes):
         """From the checkpoint's config.json and files, as SGLang's models make and fill theirs."""
         from sglang.srt.layers.moe.ep_moe.layer import get_moe_impl_class
-        from sglang.srt.layers.quantization import get_quantization_config
+        from sglang.srt.layers.moe.utils import get_moe_a2a_backend
 
         sizes = json.loads((folder / "config.json").read_text())
         quantization = sizes["quantization_config"]
-        config = get_quantization_config(quantization["quant_method"]).from_config(quantization)
+        if sizes["model_type"] in MXFP4:
+            changes = {"swiglu_limit": sizes["numbers"].get("limit"), **of_kimi_k3(sizes), **changes}
+        config = config_of(sizes["model_type"], quantization)
         with torch.device(self.device):
             layer = get_moe_impl_class(config)(**{
                 "num_experts": sizes["n_routed_experts"], "top_k": sizes["num_experts_per_tok"],
                 "hidden_size": sizes["hidden_size"], "intermediate_size": sizes["moe_intermediate_size"],
                 "layer_id": LAYER, "params_dtype": torch.bfloat16, "quant_config": config, "prefix": PREFIX,
-                "routed_scaling_factor": sizes["routed_scaling_factor"], "reduce_results": True, **changes})
-        load_weights(layer, folder)
+                "routed_scaling_factor": sizes["routed_scaling_factor"], "reduce_results": get_moe_a2a_backend().is_none(),
+                **changes})
+        if not load:
+            return layer
+        load_weights(layer, folder, sizes["model_type"])
         layer.quant_method.process_weights_after_loading(layer)
         return layer
 
 
-def load_weights(layer, folder):
+MXFP4 = ("deepseek_v4", "kimi_k3")
+
+
+def config_of(model, quantization):
+    """SGLang's configuration of the experts, as its model loader and its models make it."""
+    from sglang.srt.layers.quantization import get_quantization_config
+    from sglang.srt.layers.quantization.mxfp4 import Mxfp4Config
+
+    if model == "kimi_k3" and "mxfp4" in quantization["format"]:  # As models/kimi_k3.py, KimiK3MoE.
+        return Mxfp4Config(is_checkpoint_mxfp4_serialized=True)
+    config = get_quantization_config(quantization["quant_method"]).from_config(quantization)
+    if model == "deepseek_v4":  # As model_loader/loader.py; the model's configuration finds it in the files.
+        config.is_fp4_experts, config.dequant_fp4_to_fp8 = True, False
+    return config
+
+
+def of_kimi_k3(sizes):
+    """As models/kimi_k3.py gives them to its experts."""
+    if sizes["activation"] != "situ":
+        return {}
+    numbers = sizes["numbers"]
+    return {"activation": "situ", "gemm1_alpha": numbers["beta"], "gemm1_clamp_limit": numbers["linear_beta"],
+            "gate_up_interleaved": False}
+
+
+def renamed(name, model):
+    """As the models' load_weights() rename their checkpoints' tensors; experts are below PREFIX here."""
+    if model == "deepseek_v4":
+        name = "model." + name.replace(".ffn.", ".mlp.").replace(".scale", ".weight_scale_inv")
+    if model == "kimi_k3":
+        name = name.removeprefix("language_model.").replace(".block_sparse_moe.", ".mlp.")
+        name = name.replace("weight_packed", "weight")
+    if model in MXFP4:
+        for number, stem in ("w1", "gate_proj"), ("w2", "down_proj"), ("w3", "up_proj"):
+            name = name.replace(f".{number}.", f".{stem}.")
+    return name
+
+
+def load_weights(layer, folder, model=None):
     """The loop of SGLang's models over its iterator, its mappings and its layer's loader."""
     from sglang.srt.layers.moe.fused_moe_triton.layer import FusedMoE
     from sglang.srt.model_loader.weight_utils import safetensors_weights_iterator
@@ -146,6 +189,7 @@ def load_weights(layer, folder):
     mapping += FusedMoE.make_expert_input_scale_params_mapping(layer.num_experts)
     params, loaded = dict(layer.named_parameters()), 0
     for name, tensor in safetensors_weights_iterator(sorted(str(f) for f in folder.glob("*.safetensors"))):
+        name = renamed(name, model)
         for ours, theirs, expert, shard in mapping:
             if theirs in name:
                 param = params[name.replace(f"{PREFIX}.", "experts.").replace(theirs, ours).removeprefix("experts.")]

@@ -18,9 +18,12 @@ import time
 import traceback
 from pathlib import Path
 
+import mxfp4_files
 import torch
 from engine_reference import SHARE, Layer
-from sglang_engine import LAYER, PREFIX, TOKENS, Log, Rank, load_engine, load_weights, stubs, topk_output, workload
+from sglang_engine import (
+    LAYER, PREFIX, TOKENS, Log, Rank, config_of, load_engine, load_weights, stubs, topk_output, workload,
+)
 
 CHECKPOINTS = {  # Folder -> what SLUICE_RECIPE is, and whether the scales in it are used.
     "w4afp8": [("auto", True), ("direct", False)], "w4afp8-ones": [("auto", False)], "ct-32": [("auto", False)],
@@ -38,6 +41,8 @@ def cases(folder):
             scales = [float(torch.tensor(s).bfloat16()) for s in checkpoint.static_scales(LAYER)]
         for recipe, is_static in recipes:
             yield f"{name}, {recipe}", folder / name, recipe, scales if is_static else None, Layer(checkpoint, LAYER)
+    for model in mxfp4_files.MODELS:
+        yield f"{model}, auto", folder / model, "auto", None, mxfp4_files.Layer(folder / model)
 
 
 def with_all_reduce(rank, folder):
@@ -132,6 +137,56 @@ def check_physical_experts(rank, path):
     assert len(set(replicas.flatten().tolist())) > 9 and torch.equal(y, expected), "a replica gave other bits"
 
 
+def with_mxfp4_refusals(rank, folder, refused):
+    """DeepSeek-V4 and Kimi-K3 as they are not, gpt-oss, and what the setting is for."""
+    from sglang.srt.layers.moe import utils
+    from sglang.srt.layers.quantization.mxfp4 import Mxfp4MoEMethod
+    from sglang.srt.runtime_context import get_flags
+
+    v4, k3 = folder / "deepseek_v4", folder / "kimi_k3"
+    for path in (v4, k3):
+        for what, changes in {
+            "MXFP4 experts with biases (with_bias=True)": {"with_bias": True},
+            "intermediate size, cut by 1, 272": {"intermediate_size": 272},
+            "hidden size, 192 is no multiple of 128": {"hidden_size": 192},
+            "--disable-shared-experts-fusion": {"num_fused_shared_experts": 1, "num_experts": 9},
+        }.items():
+            refused(what, path, switch="SLUICE_MXFP4=0", **changes)
+        refused("SLUICE_RECIPE=static, and MXFP4", path, recipe="static", switch="SLUICE_MXFP4=0")
+        with get_flags().moe.override(runner_backend=utils.MoeRunnerBackend.MARLIN):
+            refused("--moe-runner-backend marlin", path, switch="SLUICE_MXFP4=0")
+    refused("activation 'situ' with beta None", k3, switch="SLUICE_MXFP4=0", gemm1_alpha=None)
+    # As gpt-oss' model has it (models/gpt_oss.py).
+    refused("with_bias=True", k3, switch="SLUICE_MXFP4=0", activation="silu", gemm1_alpha=1.702, gemm1_clamp_limit=7.0,
+            with_bias=True)
+    config = config_of("deepseek_v4", mxfp4_files.QUANTIZATION["deepseek_v4"])
+    config.dequant_fp4_to_fp8 = True
+    refused("SGLANG_DSV4_FP4_DEQUANT=1", v4, switch="SLUICE_MXFP4=0", quant_config=config)
+    for name, what in (("floats", "is torch.float8_e4m3fn"), ("scales", "is torch.float32 that is no power of two"),
+                       ("missing", "is not a finite number")):
+        refused(what, folder / f"deepseek_v4-{name}", switch="scale" if name == "missing" else "SLUICE_MXFP4=0")
+    # SGLang serves V4 on Hopper with a runner that it chooses itself.
+    with get_flags().moe.override(runner_backend=utils.MoeRunnerBackend.FLASHINFER_MXFP4):
+        assert type(rank.layer(v4).quant_method).__name__ == "SluiceMxfp4MoEMethod"
+    os.environ["SLUICE_MXFP4"] = "0"
+    config = config_of("kimi_k3", mxfp4_files.QUANTIZATION["kimi_k3"])
+    layer = rank.layer(k3, load=False)
+    assert type(layer.quant_method) is Mxfp4MoEMethod and "SGLang serves it" in "".join(Log.lines[-3:]), Log.lines[-3:]
+    os.environ["SLUICE_MXFP4"] = "1"
+    with_other_names(rank, folder)
+
+
+def with_other_names(rank, folder):
+    """Scales of float32, which stand for the same powers of two, and compressed-tensors of another model."""
+    x, ids, weights = workload(1, 0, 8, 3, 256, rank.device)
+    run = lambda layer: layer(x, topk_output(x, ids, weights))  # noqa: E731
+    expected = run(rank.layer(folder / "deepseek_v4"))
+    assert torch.equal(run(rank.layer(folder / "deepseek_v4-f32")), expected)
+    config = config_of("qwen3_moe", mxfp4_files.QUANTIZATION["kimi_k3"])
+    assert type(config).__name__ == "CompressedTensorsConfig"
+    assert torch.equal(run(rank.layer(folder / "kimi_k3", quant_config=config)), run(rank.layer(folder / "kimi_k3")))
+
+
 def with_refusals(rank, folder):
     """What a layer refuses while it is made, by the field; and afterwards."""
     from sglang.srt.layers.moe import utils
@@ -143,12 +198,13 @@ def with_refusals(rank, folder):
     w4afp8, ct = folder / "w4afp8", folder / "ct-32"
     os.environ["SLUICE_RECIPE"] = "auto"
 
-    def refused(what, path, recipe="auto", **changes):
+    def refused(what, path, recipe="auto", switch="SLUICE_SGLANG=0", **changes):
         os.environ["SLUICE_RECIPE"] = recipe
         try:
             rank.layer(path, **changes)
         except sluice.Error as error:
-            assert what in str(error) and PREFIX in str(error) and "SLUICE_SGLANG=0" in str(error), error
+            assert what in str(error) and switch in str(error), error
+            assert PREFIX in str(error) or switch == "scale", error
         else:
             raise AssertionError(f"not refused: {what}")
         os.environ["SLUICE_RECIPE"] = "auto"
@@ -177,6 +233,8 @@ def with_refusals(rank, folder):
         (other / "config.json").write_text(json.dumps(config))
         refused(what, other)
         yield f"refused: INT4 with {field} {value}"
+    with_mxfp4_refusals(rank, folder, refused)
+    yield "refused: MXFP4 that Sluice has no experts for, and SLUICE_MXFP4=0 leaves it to SGLang"
     refused("SLUICE_RECIPE=static", ct, recipe="static")
     refused("some input scales are calibrated", folder / "w4afp8-some")
     yield "refused: a recipe that the checkpoint has not"

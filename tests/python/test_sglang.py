@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import engine_stubs
+import mxfp4_files
 import pytest
 
 import sluice
@@ -20,6 +21,8 @@ if engine_stubs.path_of("sglang") is None:
 
 from safetensors.torch import load_file, save_file  # noqa: E402
 
+# A rank's share of the other one is padded where its experts are cut: 192 of 384 to 256, 96 to 128.
+MXFP4_SIZES = {"deepseek_v4": (256, 512), "kimi_k3": (256, 384)}
 SIZES = {"num_experts": 8, "num_topk": 3, "hidden": 256, "intermediate": 512, "routed_scaling_factor": 2.5}
 
 
@@ -43,6 +46,17 @@ def make_checkpoints(folder):
     config = json.loads((folder / "ct-32-w4a16" / "config.json").read_text())
     config["quantization_config"]["config_groups"]["group_0"]["input_activations"] = None
     (folder / "ct-32-w4a16" / "config.json").write_text(json.dumps(config))
+    for model, (hidden, intermediate) in MXFP4_SIZES.items():
+        mxfp4_files.write(folder / model, model, hidden, intermediate)
+    of_scales = lambda n: n.endswith(".scale")  # noqa: E731
+    for name, change in {
+        "f32": lambda n, t: t.float() if of_scales(n) else t, "scales": lambda n, t: t.float() * 1.5 if of_scales(n) else t,
+        "floats": lambda n, t: t if of_scales(n) else t.float().to(torch.float8_e4m3fn),
+        "missing": lambda n, t: None if n.endswith("experts.6.w2.scale") else t,
+    }.items():
+        mxfp4_files.write(folder / f"deepseek_v4-{name}", "deepseek_v4", *MXFP4_SIZES["deepseek_v4"],
+                          change=lambda tensors, change=change: {
+                              n: new for n, t in tensors.items() if (new := change(n, t)) is not None})
 
 
 PROGRAM = Path(__file__).with_name("sglang_layer.py")
@@ -55,7 +69,7 @@ def run(tmp_path_factory):
     """Of one run: results (check -> None or what went wrong), logs of the first ranks, the log of the launch."""
     folder = tmp_path_factory.mktemp("sglang")
     make_checkpoints(folder)
-    environment = {n: v for n, v in os.environ.items() if not n.startswith(("SLUICE_RECIPE", "SLUICE_SGLANG"))}
+    environment = {n: v for n, v in os.environ.items() if not n.startswith(("SLUICE_RECIPE", "SLUICE_SGLANG", "SLUICE_MXFP4"))}
     done = subprocess.run([sys.executable, PROGRAM, folder, DEVICE, *map(str, RANKS)], capture_output=True, text=True,
                           timeout=280, env=environment | {"PYTHONDONTWRITEBYTECODE": ""})
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-8000:]
@@ -74,12 +88,16 @@ def test_the_log_says_what_runs(run):
     """With version and recipe; once for each kind of layer, not for each layer."""
     version = re.escape(sluice.__version__)
     lines = "\n".join(run["log"] + run["logs"]["1 ranks, deepep, auto"])
-    assert re.search(rf"Sluice {version} computes W4AFP8 and .* SLUICE_RECIPE=auto", lines)
+    assert re.search(rf"Sluice {version} computes W4AFP8, .* and MXFP4 experts .* SLUICE_RECIPE=auto, SLUICE_MXFP4=1", lines)
     of_two = "\n".join(run["logs"]["2 ranks, deepep, auto"])
     line = (rf"Sluice {version}: model\.layers\.3\.mlp\.experts: W4AFP8 experts, 4 of 8, hidden 256, "
             r"intermediate 512, groups of 128, swiglu, static scales of the checkpoint, .*deepep, s1 0.0178")
     assert re.search(line, of_two)
     assert of_two.count("compressed-tensors INT4 experts, 4 of 8, hidden 256, intermediate 512, groups of 32") == 1
+    line = (rf"Sluice {version}: model\.layers\.3\.mlp\.experts: MXFP4 experts, 4 of 8, hidden 256, intermediate {{}}, "
+            r"groups of 32, {}, dynamic scales for each 128 values, .*deepep")
+    assert re.search(line.format(512, r"swiglu:limit=0\.75"), of_two)
+    assert re.search(line.format(384, r"situ:beta=1\.5,linear_beta=1\.25"), of_two)
     cut = "\n".join(run["logs"]["2 ranks, all-reduce, experts cut"])
     assert "8 of 8, hidden 256, intermediate 256" in cut
 

@@ -18,7 +18,9 @@ if engine_stubs.path_of("vllm") is None:
 
 GROUP = "vllm.general_plugins"
 CASES = ["w4afp8", "w4afp8-static", "packed-32", "packed-128", "tensor-parallel", "expert-map", "all-gather",
-         "low-latency-2", "low-latency-2-static", "low-latency-4", "high-throughput-4", "refused", "moved"]
+         "low-latency-2", "low-latency-2-static", "low-latency-4", "high-throughput-4", "deepseek-v4",
+         "deepseek-v4-low-latency", "kimi-k3", "kimi-k3-high-throughput", "mxfp4-packed", "mxfp4-padded", "refused",
+         "moved"]
 
 
 def declared():
@@ -57,5 +59,7 @@ def test_the_log_says_that_sluice_is_in_use(output):
                   ("W4AFP8", "direct", "BatchedExperts", "DeepEPLLPrepareAndFinalize"),
                   ("W4AFP8", "requant-static", "BatchedExperts", "DeepEPLLPrepareAndFinalize"),
                   ("W4AFP8", "direct", "StandardExperts", "DeepEPHTPrepareAndFinalize"),
+                  ("DeepSeek-V4 MXFP4", "direct", "BatchedExperts", "DeepEPLLPrepareAndFinalize"),
+                  ("MXFP4", "direct-bf16", "StandardExperts", "MoEPrepareAndFinalizeNoDPEPModular"),
                   ("compressed-tensors INT4", "direct-bf16", "StandardExperts", "MoEPrepareAndFinalizeNoDPEPModular")]:
         assert re.search(said.format(*parts), output), (parts, output)

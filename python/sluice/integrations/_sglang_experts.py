@@ -28,51 +28,66 @@ _logger = logging.getLogger("sluice.integrations.sglang")
 # --- What is refused ------------------------------------------------------------------------------
 
 
-def _refuse(layer: Any, what: str) -> NoReturn:
-    raise Error("unsupported", f"{layer.layer_name or f'layer {layer.layer_id}'}: {what}; SLUICE_SGLANG=0 serves it "
-                               "without Sluice")
+_ELSE = "SLUICE_SGLANG=0 serves it without Sluice"
 
 
-def activation_of(layer: Any, config: Any) -> str:
+def _refuse(layer: Any, what: str, otherwise: str = _ELSE) -> NoReturn:
+    raise Error("unsupported", f"{layer.layer_name or f'layer {layer.layer_id}'}: {what}; {otherwise}")
+
+
+# SGLang itself chooses flashinfer_mxfp4 for the FP4 experts of DeepSeek-V4.
+_RUNNERS = {"INT4": ("auto", "cutlass", "deep_gemm"), "MXFP4": ("auto", "deep_gemm", "flashinfer_mxfp4")}
+
+
+def activation_of(layer: Any, config: Any, otherwise: str = _ELSE) -> str:
     """In Sluice's words, from SGLang's MoeRunnerConfig."""
     if not config.is_gated:
-        _refuse(layer, "experts without a gate matrix (is_gated=False)")
+        _refuse(layer, "experts without a gate matrix (is_gated=False)", otherwise)
+    numbers = {name: getattr(config, name, None) for name in ("gemm1_alpha", "gemm1_beta", "gemm1_clamp_limit")}
+    if config.activation == "situ":  # Kimi-K3's, whose two numbers come under names of another one.
+        beta, linear_beta = numbers["gemm1_alpha"], numbers["gemm1_clamp_limit"]
+        if beta is None or linear_beta is None:
+            _refuse(layer, f"activation 'situ' with beta {beta} and linear beta {linear_beta}", otherwise)
+        return f"situ:beta={beta:g},linear_beta={linear_beta:g}"
     if config.activation != "silu":
-        _refuse(layer, f"activation {config.activation!r}; silu is supported")
-    for name in "gemm1_alpha", "gemm1_beta", "gemm1_clamp_limit":
-        if getattr(config, name, None) is not None:
-            _refuse(layer, f"{name}={getattr(config, name)}: an activation of its own")
+        _refuse(layer, f"activation {config.activation!r}; silu and situ are supported", otherwise)
+    for name, value in numbers.items():
+        if value is not None:
+            _refuse(layer, f"{name}={value}: an activation of its own", otherwise)
     limit = getattr(config, "swiglu_limit", None)
     return f"swiglu:limit={limit:g}" if limit else "swiglu"
 
 
-def check_supported(layer: Any, config: Any, group_size: int) -> None:
-    """Raises Error: unsupported, naming the layer and the field, before any weight is read."""
-    activation_of(layer, config)
+def check_supported(layer: Any, config: Any, group_size: int, kind: str = "INT4", otherwise: str = _ELSE) -> None:
+    """Raises Error: unsupported, naming the layer and the field, before any weight is read.
+
+    kind: INT4 or MXFP4, whose intermediate size of a rank may be any multiple of 32: it is padded."""
+    if layer.with_bias:
+        _refuse(layer, f"{kind} experts with biases (with_bias=True)", otherwise)
+    activation_of(layer, config, otherwise)
     for name, value in {"apply_router_weight_on_input": True, "no_combine": True}.items():
         if getattr(config, name, None) == value:
-            _refuse(layer, f"{name}={value}")
-    if layer.with_bias:
-        _refuse(layer, "experts with biases (with_bias=True)")
+            _refuse(layer, f"{name}={value}", otherwise)
     if layer.num_fused_shared_experts:
         _refuse(layer, f"{layer.num_fused_shared_experts} shared experts fused with the routed ones; launch with "
-                       "--disable-shared-experts-fusion")
+                       "--disable-shared-experts-fusion", otherwise)
     if config.params_dtype != torch.bfloat16:
-        _refuse(layer, f"hidden states of {config.params_dtype}; launch with --dtype bfloat16")
+        _refuse(layer, f"hidden states of {config.params_dtype}; launch with --dtype bfloat16", otherwise)
     if group_size not in (32, 128):
-        _refuse(layer, f"INT4 weights in groups of {group_size}; 128 and 32 are supported")
-    sizes = {"hidden size": config.hidden_size,
-             f"intermediate size, cut by {layer.moe_tp_size}": config.intermediate_size_per_partition}
-    for name, size in sizes.items():
-        if size % 128:
-            _refuse(layer, f"{name}, {size} is no multiple of 128")
+        _refuse(layer, f"INT4 weights in groups of {group_size}; 128 and 32 are supported", otherwise)
+    sizes = {"hidden size": (config.hidden_size, 128),
+             f"intermediate size, cut by {layer.moe_tp_size}": (config.intermediate_size_per_partition,
+                                                                128 if kind == "INT4" else 32)}
+    for name, (size, step) in sizes.items():
+        if size % step:
+            _refuse(layer, f"{name}, {size} is no multiple of {step}", otherwise)
     if get_moe_a2a_backend().value not in ("none", "deepep"):
-        _refuse(layer, f"--moe-a2a-backend {get_moe_a2a_backend().value}; none and deepep are supported")
-    if get_moe_runner_backend().value not in ("auto", "cutlass", "deep_gemm"):
+        _refuse(layer, f"--moe-a2a-backend {get_moe_a2a_backend().value}; none and deepep are supported", otherwise)
+    if get_moe_runner_backend().value not in _RUNNERS[kind]:
         _refuse(layer, f"--moe-runner-backend {get_moe_runner_backend().value} asks for experts of SGLang's own; "
-                       "leave it out")
+                       "leave it out", otherwise)
     if _of_server("enable_eplb"):
-        _refuse(layer, "--enable-eplb moves experts between ranks while it serves")
+        _refuse(layer, "--enable-eplb moves experts between ranks while it serves", otherwise)
 
 
 def _of_server(name: str) -> Any:
@@ -362,8 +377,10 @@ def moe_scheme(result: Any, config: Any, layer: Any, layer_name: str | None = No
 
 
 def run_moe_core(original: Any, layer: Any, dispatch_output: Any) -> Any:
-    """Around DeepEPMoE.run_moe_core(), which knows of no compressed-tensors."""
-    scheme = getattr(layer, "scheme", None)
+    """Around DeepEPMoE.run_moe_core(), which knows of no compressed-tensors and, without DeepGEMM, of no MXFP4."""
+    scheme, method = getattr(layer, "scheme", None), layer.quant_method
     if isinstance(scheme, SluiceInt4MoE):
         return scheme.apply_weights(layer, dispatch_output)
+    if getattr(method, "runs_any_dispatch", False):
+        return method.apply(layer, dispatch_output)
     return original(layer, dispatch_output)

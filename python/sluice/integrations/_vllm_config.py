@@ -1,4 +1,4 @@
-"""vLLM's quantization configs whose routed experts Sluice computes: "w4afp8" and "sluice"."""
+"""vLLM's quantization configs whose routed experts Sluice computes: "w4afp8" and, of three formats, "sluice"."""
 
 import re
 from typing import Any
@@ -6,14 +6,16 @@ from typing import Any
 import torch
 from vllm.config import get_current_vllm_config
 from vllm.model_executor.layers.fused_moe import RoutedExperts
-from vllm.model_executor.layers.quantization import register_quantization_config
+from vllm.model_executor.layers.quantization import get_quantization_config, register_quantization_config
 from vllm.model_executor.layers.quantization.compressed_tensors.compressed_tensors import CompressedTensorsConfig
 from vllm.model_executor.layers.quantization.fp8 import Fp8Config
+from vllm.model_executor.layers.quantization.mxfp4 import Mxfp4Config
+from vllm.model_executor.layers.quantization.utils.quant_utils import is_layer_skipped
 from vllm.model_executor.models.utils import WeightsMapper
 from vllm.transformers_utils.config import get_safetensors_params_metadata
 
 from .._error import Error
-from ._vllm_methods import PackedMethod, W4AFP8Method, refuse
+from ._vllm_methods import Mxfp4Method, PackedMethod, W4AFP8Method, refuse
 
 _EXPERT_WEIGHT = re.compile(r"(.*\.experts)\.\d+\.[^.]+\.weight$")
 _INT8, _FP8 = ("I8", "U8"), ("F8_E4M3",)
@@ -28,6 +30,12 @@ def _recipe() -> str:
         raise Error("invalid_argument", f"additional_config['sluice']: {options}; known is recipe, one of auto, static "
                                         "and direct")
     return recipe
+
+
+def _check_dynamic(prefix: str) -> None:
+    """Raises Error: unsupported where static scales are asked for, for a format that has none."""
+    if _recipe() == "static":
+        refuse(prefix, 'recipe "static", and the checkpoint has no static scales of inputs')
 
 
 class W4AFP8Config(Fp8Config):
@@ -120,7 +128,8 @@ class W4AFP8Config(Fp8Config):
 
 
 class SluiceConfig(CompressedTensorsConfig):
-    """--quantization sluice: a compressed-tensors checkpoint whose INT4 experts Sluice computes as W4A8.
+    """--quantization sluice: a checkpoint whose INT4 or MXFP4 experts Sluice computes as W4A8. This class is of
+    compressed-tensors; from_config() gives another one for the other formats.
 
     Experts that the checkpoint leaves unquantized, and everything that is no expert, stay vLLM's.
     """
@@ -136,14 +145,26 @@ class SluiceConfig(CompressedTensorsConfig):
         return 90
 
     @classmethod
-    def override_quantization_method(cls, hf_quant_cfg: Any, user_quant: str | None, **_: Any) -> str | None:
+    def override_quantization_method(cls, hf_quant_cfg: Any, user_quant: str | None, **others: Any) -> str | None:
         if user_quant != "sluice":
             return None
-        method = (hf_quant_cfg or {}).get("quant_method")
-        if method != "compressed-tensors":
+        method, model = (hf_quant_cfg or {}).get("quant_method"), getattr(others.get("hf_config"), "model_type", None)
+        if method in ("mxfp4", "gpt_oss_mxfp4") and (model == "gpt_oss" or method != "mxfp4"):
+            refuse("--quantization sluice", f"quant_method is {method!r}, model_type 'gpt_oss': MXFP4 experts with "
+                                            "biases, which Sluice's backends for GPUs do not add; without the switch "
+                                            "vLLM's own experts serve it")
+        if method in ("fp8", "deepseek_v4_fp8") and model not in ("deepseek_v4", "deepseek_v41"):
+            refuse("--quantization sluice", f"quant_method is {method!r} of model_type {model!r}: only that of "
+                                            "DeepSeek-V4 has 4-bit experts")
+        if method not in _FORMATS:
             refuse("--quantization sluice", f"quant_method is {method!r} in the checkpoint; it is for "
-                                            "compressed-tensors (w4afp8 needs no switch)")
+                                            "compressed-tensors and MXFP4 (w4afp8 needs no switch)")
         return "sluice"
+
+    @classmethod
+    def from_config(cls, config: dict[str, Any]) -> Any:
+        made = _FORMATS.get(config.get("quant_method", ""))
+        return super().from_config(config) if made is None else made().from_config(config)
 
     def get_quant_method(self, layer: torch.nn.Module, prefix: str) -> Any:
         if not isinstance(layer, RoutedExperts):
@@ -156,7 +177,26 @@ class SluiceConfig(CompressedTensorsConfig):
             return super().get_quant_method(layer, prefix)
         if any(scheme != schemes[0] for scheme in schemes):
             refuse(prefix, "gate, up and down of an expert have different quantization schemes")
+        _check_dynamic(prefix)
+        if self._is_mxfp4_scheme(prefix, schemes[0]):
+            return Mxfp4Method(layer, prefix, "compressed-tensors MXFP4", ("_weight_packed", "_weight_scale"))
         return PackedMethod(layer, prefix, self._check_scheme(prefix, schemes[0]))
+
+    @staticmethod
+    def _is_mxfp4_scheme(prefix: str, scheme: Any) -> bool:
+        """Raises Error: unsupported, naming what else MXFP4 experts have."""
+        if scheme.get("format") != "mxfp4-pack-quantized":
+            return False
+        weights, inputs = scheme["weights"], scheme.get("input_activations")
+        wanted = {"weights.type": (weights.type, "float"), "weights.num_bits": (weights.num_bits, 4),
+                  "weights.group_size": (weights.group_size, 32), "weights.symmetric": (weights.symmetric, True)}
+        for field, (found, expected) in wanted.items():
+            if found != expected:
+                refuse(prefix, f"{field} is {getattr(found, 'value', found)!r} in mxfp4-pack-quantized, expected "
+                               f"{expected!r}")
+        if inputs is not None and not (inputs.type == "float" and inputs.num_bits == 8 and inputs.dynamic):
+            refuse(prefix, f"input_activations {inputs.type} of {inputs.num_bits} bits; only none or dynamic FP8")
+        return True
 
     @staticmethod
     def _check_scheme(prefix: str, scheme: Any) -> int:
@@ -176,6 +216,60 @@ class SluiceConfig(CompressedTensorsConfig):
         if inputs is not None and not is_dynamic_fp8:
             refuse(prefix, f"input_activations {inputs.type} of {inputs.num_bits} bits; only none or dynamic FP8")
         return weights.group_size
+
+
+_NAMES = "_weight", "_weight_scale"  # Of vLLM's own parameters for MXFP4, which the models' loaders fill.
+
+
+class SluiceMxfp4Config(Mxfp4Config):
+    """Of Kimi-K3: vLLM's configuration of the model calls its compressed-tensors "mxfp4"."""
+
+    @classmethod
+    def get_name(cls) -> str:
+        return "sluice"
+
+    @classmethod
+    def get_min_capability(cls) -> int:
+        return 90
+
+    def get_quant_method(self, layer: torch.nn.Module, prefix: str) -> Any:
+        if isinstance(layer, RoutedExperts):
+            _check_dynamic(prefix)
+            return Mxfp4Method(layer, prefix, "MXFP4", _NAMES)
+        return super().get_quant_method(layer, prefix)
+
+
+def _deepseek_v4_config() -> Any:
+    """vLLM's class for DeepSeek-V4 with Sluice's experts. It is imported only for such a model."""
+    theirs: Any = get_quantization_config("deepseek_v4_fp8")
+
+    class SluiceDeepseekV4Config(theirs):
+        @classmethod
+        def get_name(cls) -> str:
+            return "sluice"
+
+        @classmethod
+        def get_min_capability(cls) -> int:
+            return 90
+
+        def get_quant_method(self, layer: torch.nn.Module, prefix: str) -> Any:
+            if not isinstance(layer, RoutedExperts) or is_layer_skipped(
+                    prefix=prefix, ignored_layers=self.ignored_layers, fused_mapping=self.packed_modules_mapping):
+                return super().get_quant_method(layer, prefix)
+            if self.expert_dtype != "fp4" or self.moe_quant_algo:
+                refuse(prefix, f"experts of expert_dtype {self.expert_dtype!r}, moe_quant_algo "
+                               f"{self.moe_quant_algo!r}: only MXFP4 ('fp4') is Sluice's; without --quantization "
+                               "sluice vLLM's own experts serve it")
+            _check_dynamic(prefix)
+            return Mxfp4Method(layer, prefix, "DeepSeek-V4 MXFP4", _NAMES)
+
+    return SluiceDeepseekV4Config
+
+
+# quant_method -> who makes the class of its config; None: SluiceConfig. vLLM renames "fp8" of DeepSeek-V4.
+_FORMATS: dict[str, Any] = {
+    "compressed-tensors": None, "mxfp4": lambda: SluiceMxfp4Config, "fp8": _deepseek_v4_config,
+    "deepseek_v4_fp8": _deepseek_v4_config}
 
 
 def register() -> None:

@@ -20,12 +20,16 @@ from vllm.model_executor.utils import replace_parameter, set_weight_attrs
 
 from .. import _core
 from .._error import Error
+from ..compat._w4a8_scales import e8m0_bytes
 from ..compat.w4a8 import W4A8Experts, WeightMemory, weight_memory
 from ._vllm_experts import BatchedExperts, SluiceExperts, StandardExperts
 
 # vLLM prints what loggers below "vllm" say, and nothing of others.
 logger = init_logger("vllm.sluice")
 
+_E8M0_ONE = 127
+_CODE_TYPES = {torch.uint8, torch.int8} | {
+    getattr(torch, name) for name in ("float4_e2m1fn_x2",) if hasattr(torch, name)}
 FP8_BLOCK = [128, 128]
 """What makes vLLM's prepare/finalize classes send e4m3 with one scale for each 128 values."""
 
@@ -56,8 +60,9 @@ def activation_of(layer: Any, name: str) -> str:
                  "without a limit, OpenAI's form in two halves, and SiTU-GLU")
 
 
-def check_layer(layer: Any, name: str, group_size: int) -> None:
-    """Raises Error: unsupported for a layer that Sluice cannot compute, naming it and what it has."""
+def check_layer(layer: Any, name: str, group_size: int, width: int) -> None:
+    """Raises Error: unsupported for a layer that Sluice cannot compute, naming it and what it has. width: what the sizes
+    are multiples of."""
     moe: FusedMoEConfig = layer.moe_config
     parallel = moe.moe_parallel_config
     if moe.has_bias:
@@ -74,8 +79,8 @@ def check_layer(layer: Any, name: str, group_size: int) -> None:
         refuse(name, f"INT4 weights in groups of {group_size}; 32 and 128 are supported")
     sizes = {"hidden size": moe.hidden_dim, "intermediate size of a rank": moe.intermediate_size_per_partition}
     for what, size in sizes.items():
-        if size % 128:
-            refuse(name, f"{what} {size} is no multiple of 128" + (
+        if size % width:
+            refuse(name, f"{what} {size} is no multiple of {width}" + (
                 f" (tensor parallelism cuts it into {moe.tp_size}; --enable-expert-parallel does not)"
                 if moe.tp_size > 1 else ""))
     known = "allgather_reducescatter", "deepep_high_throughput", "deepep_low_latency"
@@ -97,10 +102,12 @@ class SluiceMoEMethod(FusedMoEMethodBase):
     format_name: str
     weight_layout: str
     suffixes: tuple[str, str]  # Of a matrix's codes and scales, in the parameters' names.
+    width = 128  # What hidden and intermediate size must be multiples of.
+    weights_name = "INT4"
 
     def __init__(self, layer: Any, name: str, group_size: int) -> None:
         super().__init__(layer.moe_config)
-        check_layer(layer, name, group_size)
+        check_layer(layer, name, group_size, self.width)
         self.name, self.group_size = name, group_size
         self._num_loaded: dict[str, int] = {}
         self._place: WeightMemory | None = None
@@ -233,9 +240,9 @@ class SluiceMoEMethod(FusedMoEMethodBase):
         recipe = {(True, False): "direct-bf16", (True, True): "bf16-static", (False, False): "direct",
                   (False, True): "requant-static"}[is_bf16, is_static]
         logger.info_once(
-            "Sluice %s computes the routed experts: %s as W4A8 (INT4 in groups of %d, activations e4m3), recipe %s, %s "
-            "with %s", _core.version(), self.format_name, self.group_size, recipe, type(made).__name__,
-            type(self.moe_kernel.prepare_finalize).__name__)
+            "Sluice %s computes the routed experts: %s as W4A8 (%s in groups of %d, activations e4m3), recipe %s, %s "
+            "with %s", _core.version(), self.format_name, self.weights_name, self.group_size, recipe,
+            type(made).__name__, type(self.moe_kernel.prepare_finalize).__name__)
 
     def apply(self, layer: Any, x: torch.Tensor, topk_weights: torch.Tensor, topk_ids: torch.Tensor,
               shared_experts: Any, shared_experts_input: torch.Tensor | None) -> torch.Tensor:
@@ -262,6 +269,46 @@ class PackedMethod(SluiceMoEMethod):
         self._create_matrices(layer, num_experts, hidden_size, intermediate_size_per_partition, params_dtype, attrs)
         for name in "w13", "w2":
             self._register(layer, f"{name}_weight_shape", torch.empty(num_experts, 2), attrs)
+
+
+class Mxfp4Method(SluiceMoEMethod):
+    """MXFP4: e2m1 codes, two in a byte, and e8m0 scales of 32. Sizes are padded to multiples of 128 with zeros, as
+    vLLM's own MXFP4 methods have them padded: it then pads hidden states, and cuts the result."""
+
+    weight_layout = "mxfp4"
+    width = 32
+    weights_name = "MXFP4"
+
+    def __init__(self, layer: Any, name: str, format_name: str, suffixes: tuple[str, str]) -> None:
+        self.format_name, self.suffixes = format_name, suffixes
+        super().__init__(layer, name, 32)
+
+    def maybe_roundup_sizes(self, hidden_size: int, intermediate_size: int, *args: Any,
+                            **kwargs: Any) -> tuple[int, int]:
+        sizes = FusedMoEMethodBase.maybe_roundup_sizes(self, hidden_size, intermediate_size, *args, **kwargs)
+        hidden, intermediate = (-(-size // 128) * 128 for size in sizes)
+        return hidden, intermediate
+
+    def create_weights(self, layer: Any, num_experts: int, hidden_size: int, intermediate_size_per_partition: int,
+                       params_dtype: torch.dtype, **attrs: Any) -> None:
+        self._create_matrices(layer, num_experts, hidden_size, intermediate_size_per_partition, torch.uint8, attrs)
+        for name in "w13", "w2":  # What is padded stays as it is here.
+            getattr(layer, name + self.suffixes[0]).data.zero_()
+            getattr(layer, name + self.suffixes[1]).data.fill_(_E8M0_ONE)
+            if self.suffixes[0] == "_weight_packed":  # Of compressed-tensors, some of whose exporters write it.
+                self._register(layer, f"{name}_weight_shape", torch.empty(num_experts, 2), attrs)
+
+    def _as_codes(self, param: Any, tensor: torch.Tensor, what: str) -> torch.Tensor:
+        if tensor.dtype not in _CODE_TYPES:
+            refuse(self.name, f"{what} is {tensor.dtype} in the checkpoint, expected uint8 or int8 ({self.format_name})")
+        return tensor.view(torch.uint8)
+
+    def _as_scales(self, param: Any, tensor: torch.Tensor, what: str) -> torch.Tensor:
+        codes = e8m0_bytes(tensor)
+        if codes is None:
+            refuse(self.name, f"{what} is {tensor.dtype} in the checkpoint with other values than powers of two, "
+                              f"expected e8m0 ({self.format_name})")
+        return codes
 
 
 class W4AFP8Method(SluiceMoEMethod):

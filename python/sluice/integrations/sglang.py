@@ -5,6 +5,7 @@ Installing sluice beside sglang is all: SGLang finds ``register`` by the entry p
 
 - W4AFP8 experts (quantization "w4afp8", DeepSeek-R1-W4AFP8): ``W4AFp8MoEMethod``;
 - INT4 experts of compressed-tensors in groups of 128 or 32 (Kimi-K2): what ``get_moe_scheme`` gives;
+- MXFP4 experts (DeepSeek-V4, Kimi-K3): what ``get_quant_method`` of three configurations gives for them;
 - the module ``deep_ep``, for ``--moe-a2a-backend deepep`` on one host.
 
 Everything else of a model stays SGLang's. A layer that Sluice has no experts for is refused while the
@@ -15,6 +16,7 @@ environment:
     SLUICE_RECIPE=auto          static scales where the checkpoint has them, otherwise dynamic ones
                   static        static scales of the checkpoint, also if all are 1.0
                   direct        dynamic scales for each 128 values, whatever the checkpoint has
+    SLUICE_MXFP4=0              MXFP4 experts stay SGLang's own, in all layers; INT4 ones are Sluice's
     SLUICE_DEEP_EP=0            deep_ep stays what is installed (several hosts); the experts are Sluice's
 
 docs/serving.md has the rest: launch lines, numerics, memory, limits and messages.
@@ -33,6 +35,7 @@ __all__ = ["register", "setting"]
 _SETTINGS = {  # Name -> its values, the default first.
     "SLUICE_SGLANG": ("1", "0"),
     "SLUICE_RECIPE": ("auto", "static", "direct"),
+    "SLUICE_MXFP4": ("1", "0"),
     "SLUICE_DEEP_EP": ("1", "0"),
 }
 
@@ -42,6 +45,9 @@ SEAMS = (
     "sglang.srt.layers.quantization.compressed_tensors.compressed_tensors.CompressedTensorsConfig.get_moe_scheme",
     "sglang.srt.layers.moe.ep_moe.layer.DeepEPMoE.run_moe_core",
     "sglang.srt.server_args.ServerArgs.add_cli_args",
+    "sglang.srt.layers.quantization.fp8.Fp8Config.get_quant_method",
+    "sglang.srt.layers.quantization.mxfp4.Mxfp4Config.get_quant_method",
+    "sglang.srt.layers.quantization.compressed_tensors.compressed_tensors.CompressedTensorsConfig.get_quant_method",
 )
 
 _logger = logging.getLogger(__name__)
@@ -57,8 +63,9 @@ def setting(name: str) -> str:
 
 
 def _about() -> str:
-    return (f"Sluice {__version__} computes W4AFP8 and compressed-tensors INT4 experts (SLUICE_SGLANG=0 switches it "
-            f"off, SLUICE_RECIPE={setting('SLUICE_RECIPE')})")
+    kinds = ", compressed-tensors INT4 and MXFP4" if setting("SLUICE_MXFP4") == "1" else " and compressed-tensors INT4"
+    return (f"Sluice {__version__} computes W4AFP8{kinds} experts (SLUICE_SGLANG=0 switches it off, "
+            f"SLUICE_RECIPE={setting('SLUICE_RECIPE')}, SLUICE_MXFP4={setting('SLUICE_MXFP4')})")
 
 
 def register() -> None:
@@ -92,14 +99,17 @@ def _register() -> None:
                                        "0.5.23") from error
     try:
         from . import _sglang_experts as ours
+        from . import _sglang_mxfp4
     except ImportError as error:
         raise Error("unsupported", f"this SGLang has no name that the experts need ({error}); sluice {__version__} was "
                                    "written for 0.5.23") from error
-    method, scheme, core, arguments = SEAMS
+    method, scheme, core, arguments, *configurations = SEAMS
     HookRegistry.register(method, ours.SluiceW4AFp8MoEMethod, HookType.REPLACE)
     HookRegistry.register(scheme, ours.moe_scheme, HookType.AFTER)
     HookRegistry.register(core, ours.run_moe_core, HookType.AROUND)
     HookRegistry.register(arguments, _add_to_help, HookType.AFTER)
+    for configuration in configurations:
+        HookRegistry.register(configuration, _sglang_mxfp4.quant_method, HookType.AROUND)
 
 
 def _provide_deep_ep() -> None:

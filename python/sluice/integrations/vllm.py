@@ -1,15 +1,17 @@
-"""A plug-in for vLLM: Sluice computes the routed experts of INT4 models.
+"""A plug-in for vLLM: Sluice computes the routed experts of INT4 and MXFP4 models.
 
     pip install .                                               # in a checkout of Sluice; docs/serving.md
     vllm serve DeepSeek-R1-W4AFP8                               # loads: vLLM alone has no w4afp8
     vllm serve Kimi-K2-Thinking --quantization sluice           # compressed-tensors INT4 experts as W4A8
+    vllm serve DeepSeek-V4-Flash --quantization sluice          # MXFP4 experts as W4A8, as Kimi-K3's
 
 vLLM calls register() in each of its processes (entry point "sluice" of the group vllm.general_plugins;
 VLLM_PLUGINS leaves it out). It adds two quantization methods:
 
 - "w4afp8", taken by itself for checkpoints that say so. Experts are Sluice's, other matrices are FP8 in
   blocks or unquantized, as the checkpoint's files have them, and vLLM's.
-- "sluice", for compressed-tensors checkpoints (groups of 32 and 128), only where --quantization names it.
+- "sluice", for compressed-tensors checkpoints (INT4 in groups of 32 and 128, MXFP4), Kimi-K3 and DeepSeek-V4, only
+  where --quantization names it. gpt-oss, whose experts have biases, is refused.
 
 and the module "deep_ep" (sluice.compat.deep_ep), if no DeepEP is installed, for
 --all2all-backend deepep_low_latency and deepep_high_throughput on one host. Both send e4m3.
