@@ -12,6 +12,7 @@ Importing this registers
   as is every checkpoint without such experts.
 - "sluice" in ALL_EXPERTS_FUNCTIONS, for a model in bfloat16 that is loaded already:
   model.set_experts_implementation("sluice"). Each layer's weights are quantized at its first call.
+- the same in ALL_FP8_EXPERTS_FUNCTIONS, for the MXFP4 experts of DeepSeek-V4, which are computed as they are.
 - "sluice" as an ep_implementation of DistributedConfig, and in the place of "auto" for INT4 experts:
   each rank holds its share of them, and tokens go through Sluice's exchange.
 
@@ -29,6 +30,7 @@ import torch
 from safetensors import safe_open
 from torch import nn
 from transformers.distributed.expert_parallel import EPImplementationInterface
+from transformers.integrations.finegrained_fp8 import ALL_FP8_EXPERTS_FUNCTIONS
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 from transformers.quantizers.auto import (
     AUTO_QUANTIZER_MAPPING,
@@ -43,6 +45,7 @@ from transformers.utils.quantization_config import FineGrainedFP8Config
 from .. import _core
 from .._error import Error
 from ._transformers_activation import activation_of
+from ._transformers_fp4 import fp4_experts_forward
 from ._transformers_layers import (
     Buffers,
     ExpertParallel,
@@ -299,5 +302,6 @@ def sluice_experts_forward(self: nn.Module, hidden_states: torch.Tensor, top_k_i
 
 
 ALL_EXPERTS_FUNCTIONS.register("sluice", sluice_experts_forward)
+ALL_FP8_EXPERTS_FUNCTIONS.register("sluice", fp4_experts_forward)
 EPImplementationInterface.register("sluice", ExpertParallel)
 EPImplementationInterface.register("auto", auto_expert_parallel)
