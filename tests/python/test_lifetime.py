@@ -102,45 +102,56 @@ def test_weights_keep_their_arrays(checkpoint, backend):
 
 def test_other_threads_run_while_a_call_waits(checkpoint):
     """A rank that waits for a peer holds no lock of the interpreter."""
-    transport, backend = sluice.Transport.inproc(2)[0], sluice.Backend(num_threads=1)
-    failures = []
+    transports, backend = sluice.Transport.inproc(2), sluice.Backend(num_threads=1)
+
+    def make(rank, backend):
+        return sluice.Engine(checkpoint, transports[rank], backend, layer=LAYER, max_tokens_per_rank=1,
+                             timeout_ms=20000)
+
+    engines, called = [], threading.Event()
 
     def wait():
-        try:
-            sluice.Engine(checkpoint, transport, backend, layer=LAYER, max_tokens_per_rank=1, timeout_ms=1000)
-        except sluice.Error as error:
-            failures.append(error.code)
+        called.set()
+        engines.append(make(0, backend))
 
     thread = threading.Thread(target=wait)
-    start = time.monotonic()
     thread.start()
-    time.sleep(0.05)
-    assert time.monotonic() - start < 0.5
+    called.wait()
+    time.sleep(0.2)  # Until it is inside.
+    assert not engines
     # Meanwhile neither of the two serves anybody else.
     with pytest.raises(sluice.Error, match="backend: in use by another thread"):
         backend.measure_read_bandwidth()
+    engines.append(make(1, sluice.Backend(num_threads=1)))
     thread.join()
-    assert failures == ["peer_timeout"]
+    assert len(engines) == 2
     assert backend.measure_read_bandwidth() > 0
 
 
-def waits_without_the_lock(call, *arguments, **options):
-    """A call that waits for a rank in vain; meanwhile another thread runs on and on."""
-    ticks, stop = [0], threading.Event()
+def waits_without_the_lock(call, peer):
+    """Returns what `call` returns. It waits for what `peer` does in another thread, and that thread has
+    run for a while before. With the interpreter's lock held the thread would not run, and `call` would
+    end with its timeout."""
+    ticks, failures = [0], []
 
-    def tick():
-        while not stop.wait(0.002):
+    def other():
+        for _ in range(20):
+            time.sleep(0.002)
             ticks[0] += 1
+        try:
+            peer()
+        except Exception as failure:  # noqa: BLE001 - raised below
+            failures.append(failure)
 
-    thread = threading.Thread(target=tick)
+    thread = threading.Thread(target=other)
     thread.start()
     try:
-        with pytest.raises(sluice.Error) as caught:
-            call(*arguments, **options)
+        result = call()
+        assert ticks[0] == 20, "the call did not wait"
     finally:
-        stop.set()
         thread.join()
-    assert caught.value.code == "peer_timeout" and ticks[0] > 20, (caught.value, ticks)
+    assert not failures, failures
+    return result
 
 
 def test_every_call_that_waits_releases_the_lock(checkpoint, geometry):
@@ -148,32 +159,34 @@ def test_every_call_that_waits_releases_the_lock(checkpoint, geometry):
     routing, sizes = sluice.Routing(idx, weights), {"num_experts": geometry.num_experts,
                                                     "num_topk": geometry.num_topk, "hidden": geometry.hidden}
 
-    def made(kind):
-        """Of rank 0 of two; the other one is there while it is made."""
+    def exchanges():
         transports = sluice.Transport.inproc(2)
-        if kind == "exchange":
-            make = lambda t: sluice.Exchange(  # noqa: E731
-                t, sluice.Backend(num_threads=1), max_tokens_per_rank=2, timeout_ms=500, wire="bf16", **sizes)
-        else:
-            make = lambda t: sluice.Engine(  # noqa: E731
-                checkpoint, t, sluice.Backend(num_threads=1), layer=LAYER, max_tokens_per_rank=2, timeout_ms=500)
-        return on_every_rank(2, lambda rank: make(transports[rank]))
+        return on_every_rank(2, lambda rank: sluice.Exchange(
+            transports[rank], sluice.Backend(num_threads=1), max_tokens_per_rank=2, timeout_ms=20000, wire="bf16",
+            **sizes))
 
-    transport = sluice.Transport.inproc(2)[0]
-    waits_without_the_lock(transport.all_gather, b"x", timeout_ms=500)
-    waits_without_the_lock(sluice.dispatch, made("exchange")[0], x, routing)
-    waits_without_the_lock(made("exchange")[0].dispatch_send, x, routing)
-    exchanges = made("exchange")
-    there = on_every_rank(2, lambda rank: sluice.dispatch(exchanges[rank], x, routing))
+    def waits(call, ranks):
+        return waits_without_the_lock(lambda: call(ranks[0]), lambda: call(ranks[1]))
+
+    waits(lambda transport: transport.all_gather(b"x", timeout_ms=20000), sluice.Transport.inproc(2))
+    waits(lambda exchange: sluice.dispatch(exchange, x, routing), exchanges())
+    waits(lambda exchange: exchange.dispatch_send(x, routing), exchanges())
+    ranks = exchanges()
+    there = on_every_rank(2, lambda rank: sluice.dispatch(ranks[rank], x, routing))
     rows = np.ascontiguousarray(there[0].batch.x)
-    waits_without_the_lock(sluice.combine, there[0], rows)
-    exchanges = made("exchange")
-    there = on_every_rank(2, lambda rank: sluice.dispatch(exchanges[rank], x, routing))
+    waits(lambda dispatched: sluice.combine(dispatched, rows), there)
+    ranks = exchanges()
+    there = on_every_rank(2, lambda rank: sluice.dispatch(ranks[rank], x, routing))
     there[0].combine_send(rows)
-    waits_without_the_lock(there[0].combine_receive)
+    waits_without_the_lock(there[0].combine_receive, lambda: there[1].combine_send(rows))
+    there[1].combine_receive()
+    transports = sluice.Transport.inproc(2)
+    engines = on_every_rank(2, lambda rank: sluice.Engine(
+        checkpoint, transports[rank], sluice.Backend(num_threads=1), layer=LAYER, max_tokens_per_rank=2,
+        timeout_ms=20000))
     for mode in MODES:
-        waits_without_the_lock(sluice.moe_forward, made("engine")[0], x, routing, mode=mode)
-    waits_without_the_lock(sluice.Transport.ipc, "lock", secret="s", rank=0, num_ranks=2, timeout_ms=500)
+        waits(lambda engine: sluice.moe_forward(engine, x, routing, mode=mode), engines)
+    waits(lambda rank: sluice.Transport.ipc("lock", secret="s", rank=rank, num_ranks=2, timeout_ms=20000), (0, 1))
 
 
 def growth(body, calls):
