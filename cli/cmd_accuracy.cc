@@ -334,7 +334,9 @@ void add_accuracy(Command& program, Output& output) {
   command.add_option("--gate", options->gate, "Recipe the budget judges").shows_default();
   command.add_flag("--calibrate", options->calibrate,
                    "Static scales from each suite's calibration tokens, not the checkpoint");
-  command.add_option("--html", options->html, "Write the report to FILE").type_name("FILE");
+  command.add_option("--html", options->html, "Write the report to FILE")
+      .type_name("FILE")
+      .writable_file();
   command.add_option("--seed", options->seed, "Seed of tokens and weights").shows_default();
   command.add_option("--threads", options->threads, "Worker threads; default: every core")
       .range(0, 1024);

@@ -202,9 +202,12 @@ void add_balance(Command& program, Output& output) {
       .add_option("--previous", options->previous,
                   "The placement of now: experts stay where they are as far as that costs nothing")
       .existing_file();
-  command.add_option("--out", options->out, "Write the placement to FILE").type_name("FILE");
+  command.add_option("--out", options->out, "Write the placement to FILE")
+      .type_name("FILE")
+      .writable_file();
   command.add_option("--html", options->html, "Write a report with pictures to FILE")
-      .type_name("FILE");
+      .type_name("FILE")
+      .writable_file();
   command.on_parsed([options, &output] { balance_layers(*options, output); });
 }
 

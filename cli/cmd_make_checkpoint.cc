@@ -116,7 +116,7 @@ void make_checkpoint(const Options& options, Output& output) {
                  {"num_experts", g.num_experts},
                  {"num_topk", g.num_topk},
                  {"hidden", g.token_width()},
-                 {"intermediate", g.intermediate},
+                 {"intermediate", g.inner_width()},
                  {"group_size", g.group_size},
                  {"routed_scaling_factor", g.routed_scaling_factor},
                  {"scale_dtype", to_string(spec.scale_dtype)},

@@ -346,7 +346,8 @@ void add_run(Command& program, Output& output) {
   command
       .add_option("--metrics", options->metrics_path,
                   "Write the counters to FILE in Prometheus text format")
-      .type_name("FILE");
+      .type_name("FILE")
+      .writable_file();
   command
       .add_option("--placement", options->placement,
                   "Which slot holds which expert, of each layer: a file that balance --out wrote")
@@ -363,7 +364,8 @@ void add_run(Command& program, Output& output) {
   command
       .add_option("--expert-rows", options->expert_rows_path,
                   "Write the rows of every expert of each layer to FILE, for balance --counts")
-      .type_name("FILE");
+      .type_name("FILE")
+      .writable_file();
   command.on_parsed([options, &output] { run(*options, output); });
 }
 

@@ -22,7 +22,8 @@ int main(int argc, char** argv) {
 
   sluice::cli::Output output;
   program.add_option("--json", output.json_path, "Write everything printed to FILE as JSON")
-      .type_name("FILE");
+      .type_name("FILE")
+      .writable_file();
   sluice::cli::add_make_checkpoint(program, output);
   sluice::cli::add_inspect(program, output);
   sluice::cli::add_convert(program, output);

@@ -1,6 +1,11 @@
 #include "options.h"
 
+#include <unistd.h>
+
 #include <CLI/CLI.hpp>
+#include <filesystem>
+#include <system_error>
+#include <type_traits>
 #include <utility>
 
 namespace sluice::cli {
@@ -57,6 +62,21 @@ Option Option::existing_directory() {
   return *this;
 }
 
+Option Option::writable_file() {
+  option_->check([](const std::string& value) -> std::string {
+    const std::filesystem::path path(value);
+    std::error_code ignored;  // What cannot be looked at does not exist for us.
+    if (std::filesystem::is_directory(path, ignored)) return value + " is a directory";
+    if (std::filesystem::exists(path, ignored)) {
+      return access(value.c_str(), W_OK) == 0 ? "" : value + " cannot be written";
+    }
+    const std::string parent = path.has_parent_path() ? path.parent_path().string() : ".";
+    if (!std::filesystem::is_directory(parent, ignored)) return "there is no folder " + parent;
+    return access(parent.c_str(), W_OK) == 0 ? "" : "no file can be made in " + parent;
+  });
+  return *this;
+}
+
 Option Option::comma_separated() {
   option_->delimiter(',');
   return *this;
@@ -82,7 +102,14 @@ void Command::require_subcommand() {
 
 template <class Value>
 Option Command::add_option(const char* name, Value& value, const char* help) {
-  return Option(app_->add_option(name, value, help));
+  CLI::Option* const option = app_->add_option(name, value, help);
+  if constexpr (std::is_unsigned_v<Value>) {
+    // The library's own conversion takes -1 for the largest number.
+    option->check([](const std::string& text) {
+      return text.starts_with('-') ? text + " is below 0" : std::string();
+    });
+  }
+  return Option(option);
 }
 
 template Option Command::add_option(const char*, int&, const char*);

@@ -34,7 +34,8 @@ class Option {
   Option one_of(std::initializer_list<int> values);
   Option existing_file();
   Option existing_directory();
-  Option comma_separated();            ///< For lists: "1,16,64" as well as several words.
+  Option writable_file();    ///< Not written yet, so that a mistyped path costs no finished run.
+  Option comma_separated();  ///< For lists: "1,16,64" as well as several words.
   Option type_name(const char* name);  ///< What the help shows as the value, e.g. FILE.
   Option shows_default();              ///< The help tells the value that stands there now.
 

@@ -7,14 +7,10 @@
 
 #include "report.h"
 #include "sluice/balance.h"
+#include "sluice/lab/median.h"
 
 namespace sluice::cli {
 namespace {
-
-double median(std::vector<double> values) {
-  std::ranges::sort(values);
-  return values[values.size() / 2];
-}
 
 double sum_of(const std::vector<std::int64_t>& rows) {
   return static_cast<double>(std::accumulate(rows.begin(), rows.end(), std::int64_t{0}));

@@ -11,6 +11,7 @@
 #include "bench/exchange_traffic.h"
 #include "bench/rank_reports.h"
 #include "core/fail.h"
+#include "sluice/lab/median.h"
 #include "sluice/lab/ranks.h"
 #include "sluice/transport.h"
 

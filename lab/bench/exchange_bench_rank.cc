@@ -7,6 +7,7 @@
 
 #include "core/fail.h"
 #include "exchange/slot_ranks.h"
+#include "sluice/lab/median.h"
 #include "sluice/quant.h"
 
 namespace sluice {

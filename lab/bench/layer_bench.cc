@@ -15,6 +15,7 @@
 #include "exchange/slot_ranks.h"
 #include "sluice/exchange.h"
 #include "sluice/experts.h"
+#include "sluice/lab/median.h"
 #include "sluice/layer.h"
 
 namespace sluice {

@@ -15,6 +15,7 @@
 #include "checkpoint/expert_reader.h"
 #include "core/fail.h"
 #include "load_files.h"
+#include "sluice/lab/median.h"
 #include "sluice/local_experts.h"
 
 namespace sluice {
@@ -24,11 +25,6 @@ using Clock = std::chrono::steady_clock;
 
 double seconds_since(Clock::time_point begin) {
   return std::chrono::duration<double>(Clock::now() - begin).count();
-}
-
-double median(std::vector<double> values) {
-  std::ranges::sort(values);
-  return values[values.size() / 2];
 }
 
 /// Anonymous memory of this process.

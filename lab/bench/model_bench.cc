@@ -15,6 +15,7 @@
 #include "bench/random_experts.h"
 #include "core/fail.h"
 #include "sluice/experts.h"
+#include "sluice/lab/median.h"
 #include "sluice/lab/ranks.h"
 #include "sluice/lab/reference.h"
 #include "sluice/lab/workload.h"
@@ -286,10 +287,6 @@ struct Pass {
            batch.load().num_tokens);
     }
   }
-  [[nodiscard]] double median_us() {
-    std::ranges::sort(us);
-    return us[us.size() / 2];
-  }
 };
 
 void check_config(const ModelBenchConfig& config) {
@@ -343,9 +340,9 @@ ModelBenchReport bench_model(const ModelBenchConfig& config, Backend& backend_in
   for (std::size_t b = 0; b < batches.size(); ++b) {
     auto& [exchange, local, stages] = passes[b];
     report.cases.push_back({.num_tokens = config.num_tokens[b],
-                            .exchange_us = exchange.median_us(),
-                            .local_us = local.median_us(),
-                            .stages_us = stages.median_us()});
+                            .exchange_us = median(exchange.us),
+                            .local_us = median(local.us),
+                            .stages_us = median(stages.us)});
   }
   (void)model.memory();  // As before the graphs.
   if (on_progress) on_progress(1);

@@ -52,9 +52,4 @@ inline std::vector<std::string> run_as_threads(
   return results;
 }
 
-[[nodiscard]] inline double median(std::vector<double> values) {
-  std::ranges::sort(values);
-  return values.empty() ? 0 : values[values.size() / 2];
-}
-
 }  // namespace sluice

@@ -33,6 +33,17 @@ with tempfile.TemporaryDirectory() as folder:
     r = run("inspect", model)
     check("inspect", r.returncode == 0 and "w4afp8" in r.stdout, r)
 
+    # What cannot be written is said before the work, not after it.
+    absent = os.path.join(folder, "absent")
+    for option, command in (("--json", "inspect"), ("--metrics", "run"), ("--expert-rows", "run")):
+        arguments = (model,) if command == "inspect" else ("--checkpoint", model)
+        for path, reason in ((os.path.join(absent, "file"), f"no folder {absent}"), (folder, "is a directory")):
+            r = run(command, *arguments, option, path)
+            check(f"{option} {path}", r.returncode == 2 and option in r.stderr and reason in r.stderr
+                  and "experts" not in r.stdout, r)
+    r = run("run", "--checkpoint", model, "--seed", "-1")
+    check("a negative seed", r.returncode == 2 and "--seed" in r.stderr and "-1 is below 0" in r.stderr, r)
+
     for mode in ("low-latency", "normal"):
         for recipe in ("direct", "direct-bf16", "bf16-static", "requant-static", "static", "pow2-static",
                        "direct-token"):

@@ -27,6 +27,7 @@
 #include <vector>
 
 #include "backend/cuda/check.h"
+#include "sluice/lab/median.h"
 
 namespace sluice::cuda::bench {
 namespace {
@@ -96,11 +97,6 @@ struct Gpu {
 struct Times {
   double out_us, home_us, pair_us;
 };
-
-double median(std::vector<double> values) {
-  std::ranges::sort(values);
-  return values[values.size() / 2];
-}
 
 class NcclBench {
  public:

@@ -27,6 +27,7 @@
 #include "core/counter_rng.h"
 #include "sluice/backend.h"
 #include "sluice/balance.h"
+#include "sluice/lab/median.h"
 #include "sluice/lab/ranks.h"
 #include "sluice/lab/workload.h"
 #include "sluice/layer.h"
@@ -76,11 +77,6 @@ struct ExpertMemory {
 double milliseconds_since(std::chrono::steady_clock::time_point begin) {
   return std::chrono::duration<double, std::milli>(std::chrono::steady_clock::now() - begin)
       .count();
-}
-
-double median(std::vector<double> values) {
-  std::ranges::sort(values);
-  return values[values.size() / 2];
 }
 
 Workload tokens(const Options& o, std::int64_t first, std::int64_t count) {
