@@ -32,6 +32,11 @@ struct JobPlace {
 /// Throws: kInvalidArgument naming the variable, its value and what it may be.
 [[nodiscard]] std::optional<JobPlace> read_job_place();
 
+/// Names this host: the same in all processes on it, and in no other. NCCL_HOSTID if it is set, as
+/// NCCL does, so that a part of a host can be taken for a host of its own; otherwise host name and
+/// boot.
+[[nodiscard]] std::string host_id();
+
 /// "0.1.0"
 [[nodiscard]] const char* version() noexcept;
 

@@ -1,8 +1,15 @@
-// network.h - where processes on several hosts meet.
+// network.h - ranks as processes of several hosts: where they meet, and NCCL between them.
 #pragma once
 
+#include <chrono>
+#include <cstddef>
+#include <functional>
+#include <memory>
+#include <span>
 #include <string>
 #include <vector>
+
+#include "sluice/transport.h"
 
 namespace sluice {
 
@@ -20,5 +27,40 @@ struct TcpConfig {
   /// Rank 0: a socket that listens already, to take over and to close. -1: none.
   int listener = -1;
 };
+
+/// A group that the caller has: torch.distributed's, an MPI communicator, another Transport.
+struct ProcessGroup {
+  int rank = 0, num_ranks = 1;
+  /// Collective: every rank's bytes, as many on each, ordered by rank.
+  std::function<std::vector<std::vector<std::byte>>(std::span<const std::byte>)> all_gather;
+};
+
+struct NcclConfig {
+  int device = 0;         ///< CUDA device of this rank.
+  std::string host = {};  ///< This process's host; ranks with equal ones share one. "": host_id().
+  std::string library = {};  ///< Path of NCCL. "": the one that the process has loaded, or else the
+                             ///< loader's libnccl.so.2.
+};
+
+/// Ranks as processes that each have a GPU, on any number of hosts with as many ranks on each.
+/// Within a host they share device memory as over ipc, and a group of one host is a group over ipc.
+/// Between hosts NCCL connects the ranks of one local index. `meeting` is for set-up, and finds out
+/// whom to name if something fails.
+/// Ranks: collective.
+/// Throws: kUnsupported without NCCL 2.28 or a CUDA device, or if hosts have different numbers of
+///   ranks; kInvalidArgument; kPeerTimeout naming the ranks that did not come; kTransport.
+[[nodiscard]] std::unique_ptr<Transport> make_nccl_transport(const NcclConfig& config,
+                                                             const TcpConfig& meeting,
+                                                             std::chrono::milliseconds timeout);
+
+/// The same, for processes that have a group. It is used once, to agree on a meeting place.
+[[nodiscard]] std::unique_ptr<Transport> make_nccl_transport(const NcclConfig& config,
+                                                             const ProcessGroup& group,
+                                                             std::chrono::milliseconds timeout);
+
+/// A meeting place for the ranks of `group`: a free port of rank 0's host, all addresses that the
+/// host has, and a new secret. Rank 0 listens already.
+/// Ranks: collective. Throws: kTransport; what the group throws.
+[[nodiscard]] TcpConfig agree_on_meeting(const ProcessGroup& group);
 
 }  // namespace sluice

@@ -1,7 +1,10 @@
 #include "sluice/config.h"
 
+#include <unistd.h>
+
 #include <charconv>
 #include <cstdlib>
+#include <fstream>
 #include <string_view>
 
 #include "core/fail.h"
@@ -84,6 +87,16 @@ Environment read_environment() {
     environment.peer_timeout = std::chrono::milliseconds(ms);
   }
   return environment;
+}
+
+std::string host_id() {
+  const std::string named = text_of("NCCL_HOSTID");
+  if (!named.empty()) return named;
+  char name[256] = {};
+  (void)gethostname(name, sizeof(name) - 1);
+  std::ifstream file("/proc/sys/kernel/random/boot_id");
+  std::string boot;
+  return std::getline(file, boot) ? fmt::format("{} {}", name, boot) : name;
 }
 
 const char* version() noexcept {

@@ -1,0 +1,145 @@
+#include <algorithm>
+#include <cstring>
+#include <utility>
+
+#include "core/fail.h"
+#include "core/random_bytes.h"
+#include "core/sha256.h"
+#include "sluice/config.h"
+#include "transport/nccl_transport.h"
+
+namespace sluice {
+namespace {
+
+using std::chrono::milliseconds;
+
+std::string text_of(std::span<const std::byte> bytes) {
+  return {reinterpret_cast<const char*>(bytes.data()), bytes.size()};
+}
+
+/// Different in any two jobs, whatever their secrets.
+std::string new_token() {
+  std::array<std::byte, 16> token;
+  draw_random(token);
+  return to_hex(token);
+}
+
+}  // namespace
+
+NcclTransport::NcclTransport(const NcclApi& api, const NcclConfig& config, const TcpConfig& meeting,
+                             milliseconds timeout)
+    : link_(meeting, timeout) {
+  place_ranks(config.host.empty() ? host_id() : config.host, meeting.secret, timeout);
+  if (num_hosts() > 1) connect_rail(api, config.device, timeout);
+}
+
+/// Who is where; and the ranks of this host meet.
+void NcclTransport::place_ranks(const std::string& host, const std::string& secret,
+                                milliseconds timeout) {
+  const std::string mine = new_token() + host;
+  const auto all = link_.gather(std::as_bytes(std::span(mine)), "make_nccl_transport", timeout);
+  const std::size_t token_size = new_token().size();
+  const std::string token = text_of(std::span(all[0]).first(token_size));
+  for (const auto& part : all) {
+    hosts_.push_back(text_of(std::span(part).subspan(token_size)));
+    const auto first = std::ranges::find(hosts_, hosts_.back());
+    const auto r = hosts_.size() - 1, f = static_cast<std::size_t>(first - hosts_.begin());
+    host_of_.push_back(f == r ? num_hosts() : host_of_[f]);
+    if (f == r) ranks_of_.emplace_back();
+    ranks_of_[static_cast<std::size_t>(host_of_.back())].push_back(static_cast<int>(r));
+  }
+  for (const auto& ranks : ranks_of_) {
+    if (ranks.size() == ranks_of_[0].size()) continue;
+    fail(ErrorCode::kUnsupported,
+         "host {} has {} ranks and host {} has {}: NCCL connects hosts with as many ranks on each",
+         hosts_[0], ranks_of_[0].size(), hosts_[static_cast<std::size_t>(ranks[0])], ranks.size());
+  }
+  const int own = host_of_[static_cast<std::size_t>(rank())];
+  const std::span<const int> here = ranks_of(own);
+  mates_ =
+      make_ipc_transport({.job = fmt::format("{}/{}", token, own),
+                          .secret = secret,
+                          .rank = static_cast<int>(std::ranges::find(here, rank()) - here.begin()),
+                          .num_ranks = static_cast<int>(here.size())},
+                         timeout);
+}
+
+/// Each rank of host 0 makes the id of its rail.
+void NcclTransport::connect_rail(const NcclApi& api, int device, milliseconds timeout) {
+  const int own = host_of_[static_cast<std::size_t>(rank())];
+  const auto local = static_cast<std::size_t>(mates_->rank());
+  NcclRailConfig config{.host = own, .hosts = hosts_, .device = device, .timeout = timeout};
+  for (int h = 0; h < num_hosts(); ++h) config.members.push_back(ranks_of(h)[local]);
+  NcclId id{};
+  if (own == 0) {
+    if (const int status = api.new_id(&id); status != kNcclSuccess) {
+      fail(ErrorCode::kTransport, "ncclGetUniqueId on rank {}: NCCL says: {}", rank(),
+           api.error_string(status));
+    }
+  }
+  const auto ids = link_.gather(id, "make_nccl_transport", timeout);
+  const auto& made = ids[static_cast<std::size_t>(config.members[0])];
+  SLUICE_ASSERT(made.size() == config.id.size());
+  std::ranges::copy(made, config.id.begin());
+  rail_ = std::make_unique<NcclRail>(api, link_, std::move(config));
+}
+
+std::unique_ptr<Window> NcclTransport::make_window(std::size_t bytes, int num_flags,
+                                                   milliseconds timeout) {
+  if (num_hosts() > 1) {
+    fail(ErrorCode::kUnsupported,
+         "make_window: transport nccl has no windows of host memory between its {} hosts",
+         num_hosts());
+  }
+  return mates_->make_window(bytes, num_flags, timeout);
+}
+
+std::vector<std::vector<std::byte>> NcclTransport::all_gather(std::span<const std::byte> mine,
+                                                              milliseconds timeout) {
+  auto all = link_.gather(mine, "all_gather", timeout);
+  for (std::size_t r = 0; r < all.size(); ++r) {
+    if (all[r].size() == mine.size()) continue;
+    fail(ErrorCode::kTransport, "all_gather: rank {} brought {} bytes, rank {} brought {}", rank(),
+         mine.size(), r, all[r].size());
+  }
+  return all;
+}
+
+std::vector<std::shared_ptr<std::byte>> NcclTransport::share_device_memory(
+    std::shared_ptr<std::byte> mine, std::size_t bytes, milliseconds timeout) {
+  if (num_hosts() > 1) {
+    fail(ErrorCode::kUnsupported,
+         "the exchange of this build has no path between hosts for CUDA memory: the group has {} "
+         "hosts",
+         num_hosts());
+  }
+  return mates_->share_device_memory(std::move(mine), bytes, timeout);
+}
+
+TransportCounters NcclTransport::counters() const {
+  if (num_hosts() == 1) return mates_->counters();
+  const auto ranks = static_cast<std::size_t>(num_ranks());
+  return {.bytes_put = std::vector<std::uint64_t>(ranks),
+          .puts = std::vector<std::uint64_t>(ranks)};
+}
+
+std::unique_ptr<Transport> make_nccl_transport(const NcclConfig& config, const TcpConfig& meeting,
+                                               milliseconds timeout) {
+  const NcclApi& api = nccl_library(config.library);
+  const int num_devices = count_nccl_devices();
+  if (num_devices == 0) {
+    fail(ErrorCode::kUnsupported,
+         "transport 'nccl' needs a GPU for each rank: rank {} sees no CUDA device", meeting.rank);
+  }
+  check_argument(config.device >= 0 && config.device < num_devices,
+                 "device {} of rank {} is not in [0, {})", config.device, meeting.rank,
+                 num_devices);
+  return std::make_unique<NcclTransport>(api, config, meeting, timeout);
+}
+
+std::unique_ptr<Transport> make_nccl_transport(const NcclConfig& config, const ProcessGroup& group,
+                                               milliseconds timeout) {
+  return make_nccl_transport(config, agree_on_meeting(group), timeout);
+}
+
+}  // namespace sluice

@@ -1,0 +1,140 @@
+// NCCL's functions, from the library that is opened at run time. It is not linked: the library
+// that a program needs is the one that its framework has loaded, wherever that lies, and a program
+// without ranks on several hosts needs none.
+#include <cuda_runtime_api.h>
+#include <dlfcn.h>
+#include <nccl.h>
+
+#include <cstring>
+#include <mutex>
+#include <optional>
+
+#include "core/fail.h"
+#include "transport/nccl_api.h"
+
+namespace sluice {
+namespace {
+
+static_assert(sizeof(ncclUniqueId) == sizeof(NcclId));
+static_assert(ncclSuccess == kNcclSuccess && ncclInProgress == kNcclInProgress);
+static_assert(NCCL_VERSION_CODE >= kMinNcclVersion, "NCCL 2.28 or later");
+
+constexpr const char* kSoname = "libnccl.so.2";
+
+/// The function of that name, with the type that the header gives it.
+template <class Function>
+Function* find(void* library, const char* name, const std::string& path) {
+  void* const symbol = dlsym(library, name);
+  if (symbol == nullptr) {
+    fail(ErrorCode::kUnsupported, "NCCL at {} has no function {}", path, name);
+  }
+  return reinterpret_cast<Function*>(symbol);
+}
+#define SLUICE_NCCL(name) find<decltype(name)>(library, #name, path)
+
+ncclUniqueId native(const NcclId& id) {
+  ncclUniqueId copy;
+  std::memcpy(&copy, id.data(), sizeof(copy));
+  return copy;
+}
+
+void* open(const std::string& path) {
+  // The one that the process has already, whoever loaded it, and from where.
+  void* library = path.empty() ? dlopen(kSoname, RTLD_NOW | RTLD_NOLOAD) : nullptr;
+  if (library == nullptr) {
+    library = dlopen(path.empty() ? kSoname : path.c_str(), RTLD_NOW | RTLD_LOCAL);
+  }
+  if (library == nullptr) fail(ErrorCode::kUnsupported, "opening NCCL: {}", dlerror());
+  return library;
+}
+
+std::string path_of(void* function, const std::string& otherwise) {
+  Dl_info info{};
+  return dladdr(function, &info) != 0 && info.dli_fname != nullptr ? info.dli_fname : otherwise;
+}
+
+NcclApi fill(void* library, const std::string& asked) {
+  std::string path = asked.empty() ? kSoname : asked;
+  NcclApi api;
+  const auto get_version = SLUICE_NCCL(ncclGetVersion);
+  path = path_of(reinterpret_cast<void*>(get_version), path);
+  api.path = path;
+  if (get_version(&api.version) != ncclSuccess || api.version < kMinNcclVersion) {
+    fail(ErrorCode::kUnsupported, "NCCL at {} has version {}; at least {} (2.28.0) is needed", path,
+         api.version, int{kMinNcclVersion});
+  }
+  api.error_string = [f = SLUICE_NCCL(ncclGetErrorString)](int status) {
+    return f(static_cast<ncclResult_t>(status));
+  };
+  api.last_error = [f = SLUICE_NCCL(ncclGetLastError)](NcclComm comm) {
+    return f(static_cast<ncclComm_t>(comm));
+  };
+  api.new_id = [f = SLUICE_NCCL(ncclGetUniqueId)](NcclId* id) {
+    ncclUniqueId made;
+    const int status = f(&made);
+    std::memcpy(id->data(), &made, sizeof(made));
+    return status;
+  };
+  api.init = [f = SLUICE_NCCL(ncclCommInitRankConfig)](NcclComm* comm, int num_ranks,
+                                                       const NcclId& id, int rank, int device) {
+    if (cudaSetDevice(device) != cudaSuccess) return static_cast<int>(ncclUnhandledCudaError);
+    ncclConfig_t config = NCCL_CONFIG_INITIALIZER;
+    config.blocking = 0;
+    ncclComm_t made = nullptr;
+    const int status = f(&made, num_ranks, native(id), rank, &config);
+    *comm = made;
+    return status;
+  };
+  api.async_error = [f = SLUICE_NCCL(ncclCommGetAsyncError)](NcclComm comm, int* status) {
+    ncclResult_t result = ncclSuccess;
+    const int called = f(static_cast<ncclComm_t>(comm), &result);
+    *status = result;
+    return called;
+  };
+  api.abort = [f = SLUICE_NCCL(ncclCommAbort)](NcclComm comm) -> int {
+    return f(static_cast<ncclComm_t>(comm));
+  };
+  api.group_start = [f = SLUICE_NCCL(ncclGroupStart)]() -> int { return f(); };
+  api.group_end = [f = SLUICE_NCCL(ncclGroupEnd)]() -> int { return f(); };
+  api.send = [f = SLUICE_NCCL(ncclSend)](const void* data, std::size_t bytes, int peer,
+                                         NcclComm comm, void* stream) -> int {
+    return f(data, bytes, ncclUint8, peer, static_cast<ncclComm_t>(comm),
+             static_cast<cudaStream_t>(stream));
+  };
+  api.receive = [f = SLUICE_NCCL(ncclRecv)](void* data, std::size_t bytes, int peer, NcclComm comm,
+                                            void* stream) -> int {
+    return f(data, bytes, ncclUint8, peer, static_cast<ncclComm_t>(comm),
+             static_cast<cudaStream_t>(stream));
+  };
+  return api;
+}
+
+#undef SLUICE_NCCL
+
+}  // namespace
+
+const NcclApi& nccl_library(const std::string& path) {
+  static std::mutex mutex;
+  static std::optional<NcclApi> api;
+  static std::string opened;
+  const std::lock_guard lock(mutex);
+  if (!api) {
+    api = fill(open(path), path);
+    opened = path;
+  } else if (!path.empty() && path != opened && path != api->path) {
+    fail(ErrorCode::kUnsupported, "NCCL at {} is asked for, but {} is open already", path,
+         api->path);
+  }
+  return *api;
+}
+
+int count_nccl_devices() {
+  int count = 0;
+  if (cudaGetDeviceCount(&count) != cudaSuccess) {
+    (void)cudaGetLastError();
+    return 0;
+  }
+  return count;
+}
+
+}  // namespace sluice

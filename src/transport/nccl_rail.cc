@@ -1,0 +1,281 @@
+#include "transport/nccl_rail.h"
+
+#include <algorithm>
+#include <memory>
+#include <utility>
+
+#include "core/fail.h"
+
+namespace sluice {
+namespace {
+
+using Clock = std::chrono::steady_clock;
+using std::chrono::milliseconds;
+
+/// How often the thread looks.
+constexpr milliseconds kLook{20};
+/// How long rank 0 may take to say how far everybody is.
+constexpr milliseconds kAsk{900};
+/// How long NCCL may take to end what is under way.
+constexpr milliseconds kAbort{800};
+/// A rank that is alive is heard every 500 ms.
+constexpr std::uint32_t kSilentMs = 1'500;
+
+}  // namespace
+
+NcclRail::NcclRail(const NcclApi& api, TcpLink& link, NcclRailConfig config)
+    : api_(api), link_(link), config_(std::move(config)) {
+  SLUICE_ASSERT(config_.host >= 0 && config_.host < num_hosts());
+  SLUICE_ASSERT(config_.members[static_cast<std::size_t>(config_.host)] == link.rank());
+  connect();
+  thread_ = std::thread([this] { look_after(); });
+}
+
+NcclRail::~NcclRail() {
+  {
+    const Lock lock(mutex_);
+    is_ending_ = true;
+    ended_.notify_all();
+  }
+  thread_.join();
+  break_off();
+}
+
+void NcclRail::connect() {
+  num_begun_ = 1;
+  link_.set_progress(num_begun_);
+  NcclComm comm = nullptr;
+  const int status = api_.init(&comm, num_hosts(), config_.id, config_.host, config_.device);
+  comm_ = comm;
+  if (const auto error = error_of(status, "ncclCommInitRankConfig")) {
+    break_off();
+    throw Error(*error);
+  }
+  try {
+    settle("connecting the hosts");
+  } catch (const Error&) {
+    break_off();
+    throw;
+  }
+}
+
+void NcclRail::exchange(std::span<const Send> sends, std::span<const Receive> receives,
+                        void* stream) {
+  check();
+  std::optional<Error> error;
+  const auto call = [&](int status, const char* name) {
+    if (!error) error = error_of(status, name);
+  };
+  {
+    Lock lock(mutex_);
+    if (comm_ == nullptr) throw Error(*failure_);
+    call(api_.group_start(), "ncclGroupStart");
+    for (const Send& s : sends) {
+      if (!error) call(api_.send(s.data, s.bytes, s.host, comm_, stream), "ncclSend");
+    }
+    for (const Receive& r : receives) {
+      if (!error) call(api_.receive(r.data, r.bytes, r.host, comm_, stream), "ncclRecv");
+    }
+    // A group that was opened is closed, whatever happened in it.
+    call(api_.group_end(), "ncclGroupEnd");
+    if (error) fail_with(*error, lock);
+  }
+  if (error) throw Error(*error);
+  settle("an operation between the hosts");
+}
+
+/// Waits until NCCL has done what it does on the host.
+void NcclRail::settle(const char* operation) {
+  const auto deadline = Clock::now() + config_.timeout;
+  for (int round = 0;; ++round) {
+    Lock lock(mutex_);
+    if (failure_) throw Error(*failure_);
+    int status = kNcclSuccess;
+    auto error = error_of(api_.async_error(comm_, &status), "ncclCommGetAsyncError");
+    if (!error && status == kNcclSuccess) return;
+    if (!error) error = error_of(status, operation);
+    if (!error) error = gone_error(operation);
+    if (!error && Clock::now() >= deadline) {
+      // Asking takes a while, and the thread must not wait for it.
+      lock.unlock();
+      error = late_error(operation);
+      lock.lock();
+    }
+    if (error) {
+      fail_with(*error, lock);
+      throw Error(*failure_);
+    }
+    lock.unlock();
+    std::this_thread::sleep_for(std::chrono::microseconds(round < 100 ? 50 : 1'000));
+  }
+}
+
+int NcclRail::watch(NcclProgress progress, std::function<void(const Error&)> on_failure) {
+  const Lock lock(mutex_);
+  watches_[next_watch_] = {progress, std::move(on_failure), 0, Clock::now()};
+  return next_watch_++;
+}
+
+void NcclRail::stop_watching(int watch) {
+  const Lock lock(mutex_);
+  const auto found = watches_.find(watch);
+  if (found == watches_.end()) return;
+  num_begun_ += found->second.progress.begun->load();
+  watches_.erase(found);
+}
+
+void NcclRail::check() const {
+  const Lock lock(mutex_);
+  if (failure_) throw Error(*failure_);
+}
+
+/// The thread.
+void NcclRail::look_after() {
+  Lock lock(mutex_);
+  while (!is_ending_) {
+    if (!failure_) {
+      if (const auto error = look(lock)) fail_with(*error, lock);
+    }
+    ended_.wait_for(lock, kLook, [this] { return is_ending_; });
+  }
+}
+
+/// What has failed by now, if anything has.
+std::optional<Error> NcclRail::look(Lock& lock) {
+  int status = kNcclSuccess;
+  auto error = error_of(api_.async_error(comm_, &status), "ncclCommGetAsyncError");
+  if (!error) error = error_of(status, "an operation between the hosts");
+  if (error) return error;
+  const auto now = Clock::now();
+  std::uint64_t begun_by_all = num_begun_;
+  bool is_late = false, is_busy = false;
+  for (auto& [number, watch] : watches_) {
+    // `done` first: an operation may begin between the two looks.
+    const std::uint64_t done = watch.progress.done->load(), begun = watch.progress.begun->load();
+    begun_by_all += begun;
+    if (done != watch.seen_done || begun <= done) watch.since = now, watch.seen_done = done;
+    is_busy |= begun > done;
+    is_late |= now - watch.since >= config_.timeout;
+  }
+  link_.set_progress(begun_by_all);
+  if (!is_busy) return {};
+  const std::string operation = fmt::format("operation {} between the hosts", begun_by_all);
+  if (!is_late) return gone_error(operation);
+  lock.unlock();
+  Error late = late_error(operation);
+  lock.lock();
+  return late;
+}
+
+std::string NcclRail::place(const std::string& operation) const {
+  const int rank = link_.rank();
+  return fmt::format("{} on rank {} of host {}", operation, rank,
+                     config_.hosts[static_cast<std::size_t>(rank)]);
+}
+
+/// "rank 2 of host b, rank 3 of host b"
+std::string NcclRail::names_of(const std::vector<int>& ranks) const {
+  std::string text;
+  for (const int r : ranks) {
+    text += fmt::format("{}rank {} of host {}", text.empty() ? "" : ", ", r,
+                        config_.hosts[static_cast<std::size_t>(r)]);
+  }
+  return text;
+}
+
+/// Nothing if `status` is no error.
+std::optional<Error> NcclRail::error_of(int status, const char* call) const {
+  if (status == kNcclSuccess || status == kNcclInProgress) return {};
+  const char* const more = comm_ != nullptr ? api_.last_error(comm_) : nullptr;
+  return Error(
+      ErrorCode::kTransport,
+      fmt::format("{}: {}: {}{}{}", place(call), "NCCL says", api_.error_string(status),
+                  more != nullptr && *more != '\0' ? "; " : "", more != nullptr ? more : ""));
+}
+
+/// Somebody whom an operation needs has gone, whoever waits for whom.
+std::optional<Error> NcclRail::gone_error(const std::string& operation) const {
+  const std::vector<int> gone = link_.gone();
+  if (gone.empty()) return {};
+  return Error(ErrorCode::kTransport,
+               fmt::format("{}: missing {}, whose process has ended, or which gave up",
+                           place(operation), names_of(gone)),
+               gone);
+}
+
+/// Whom to blame for an operation that takes too long. All ranks of the job are looked at: a rank
+/// of this rail may only wait for another rank of its host.
+Error NcclRail::late_error(const std::string& operation) const {
+  if (auto gone = gone_error(operation)) return *gone;
+  const auto members = link_.ask(kAsk);
+  std::vector<int> silent, behind;
+  std::uint64_t least = 0, most = 0;
+  for (std::size_t r = 0; members && r < members->size(); ++r) {
+    const TcpMember& member = (*members)[r];
+    if (member.silent_ms > kSilentMs) silent.push_back(static_cast<int>(r));
+    if (r == 0 || member.progress < least) least = member.progress, behind.clear();
+    if (member.progress == least) behind.push_back(static_cast<int>(r));
+    most = std::max(most, member.progress);
+  }
+  const std::string start =
+      fmt::format("{}: after {} ms ", place(operation), config_.timeout.count());
+  if (!members) {
+    return {ErrorCode::kPeerTimeout, start + "missing " + names_of({0}) + ", which does not answer",
+            std::vector<int>{0}};
+  }
+  if (!silent.empty()) {
+    return {ErrorCode::kPeerTimeout,
+            start + "still missing " + names_of(silent) + ", not heard of any more", silent};
+  }
+  if (least < most) {
+    return {ErrorCode::kPeerTimeout,
+            fmt::format("{}still missing {}, at operation {} of {}", start, names_of(behind), least,
+                        most),
+            behind};
+  }
+  std::vector<int> others = config_.members;
+  std::erase(others, link_.rank());
+  return {ErrorCode::kTransport,
+          fmt::format("{}every rank is there, but nothing moves between it and {}", start,
+                      names_of(others)),
+          others};
+}
+
+/// The first failure counts. Ends what is under way, and tells whoever watches.
+void NcclRail::fail_with(const Error& error, Lock& lock) {
+  if (failure_) return;
+  failure_ = error;
+  std::vector<std::function<void(const Error&)>> listeners;
+  for (const auto& [number, watch] : watches_) listeners.push_back(watch.on_failure);
+  lock.unlock();
+  // Before the kernels end: what follows them on a stream must know that they failed.
+  for (const auto& on_failure : listeners) on_failure(error);
+  break_off();
+  lock.lock();
+}
+
+/// Ends the communicator, on a thread of its own: it is left to itself if NCCL takes too long.
+void NcclRail::break_off() {
+  NcclComm comm = nullptr;
+  {
+    const Lock lock(mutex_);
+    comm = std::exchange(comm_, nullptr);
+  }
+  if (comm == nullptr) return;
+  struct Work {
+    std::mutex mutex;
+    std::condition_variable done;
+    bool is_done = false;
+  };
+  const auto work = std::make_shared<Work>();
+  std::thread([work, comm, function = api_.abort] {
+    (void)function(comm);
+    const std::lock_guard lock(work->mutex);
+    work->is_done = true;
+    work->done.notify_all();
+  }).detach();
+  std::unique_lock lock(work->mutex);
+  work->done.wait_for(lock, kAbort, [&] { return work->is_done; });
+}
+
+}  // namespace sluice

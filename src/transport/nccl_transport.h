@@ -1,0 +1,63 @@
+// nccl_transport.h - the ranks of several hosts: a rail of NCCL between hosts, ipc within each.
+#pragma once
+
+#include <chrono>
+#include <cstddef>
+#include <memory>
+#include <span>
+#include <string>
+#include <vector>
+
+#include "sluice/network.h"
+#include "transport/nccl_api.h"
+#include "transport/nccl_rail.h"
+#include "transport/tcp_link.h"
+
+namespace sluice {
+
+class NcclTransport final : public Transport {
+ public:
+  /// Collective. `api` outlives it. Throws as make_nccl_transport() does.
+  NcclTransport(const NcclApi& api, const NcclConfig& config, const TcpConfig& meeting,
+                std::chrono::milliseconds timeout);
+
+  [[nodiscard]] int rank() const noexcept override { return link_.rank(); }
+  [[nodiscard]] int num_ranks() const noexcept override { return link_.num_ranks(); }
+  [[nodiscard]] std::string name() const override { return "nccl"; }
+  /// Within one host.
+  [[nodiscard]] std::unique_ptr<Window> make_window(std::size_t bytes, int num_flags,
+                                                    std::chrono::milliseconds timeout) override;
+  [[nodiscard]] std::vector<std::vector<std::byte>> all_gather(
+      std::span<const std::byte> mine, std::chrono::milliseconds timeout) override;
+  /// Within one host.
+  [[nodiscard]] std::vector<std::shared_ptr<std::byte>> share_device_memory(
+      std::shared_ptr<std::byte> mine, std::size_t bytes,
+      std::chrono::milliseconds timeout) override;
+  [[nodiscard]] TransportCounters counters() const override;
+
+  /// [num_ranks] the host of each rank, numbered in the order of their first ranks.
+  [[nodiscard]] std::span<const int> host_of_rank() const noexcept { return host_of_; }
+  [[nodiscard]] int num_hosts() const noexcept { return static_cast<int>(ranks_of_.size()); }
+  /// The ranks of a host, ascending: their local indices are their places here.
+  [[nodiscard]] std::span<const int> ranks_of(int host) const {
+    return ranks_of_[static_cast<std::size_t>(host)];
+  }
+  /// Of this rank's local index; null in a group of one host.
+  [[nodiscard]] NcclRail* rail() const noexcept { return rail_.get(); }
+  /// The ranks of this host, over ipc; rank r there is ranks_of(own host)[r].
+  [[nodiscard]] Transport& mates() const noexcept { return *mates_; }
+
+ private:
+  void place_ranks(const std::string& host, const std::string& secret,
+                   std::chrono::milliseconds timeout);
+  void connect_rail(const NcclApi& api, int device, std::chrono::milliseconds timeout);
+
+  TcpLink link_;
+  std::vector<std::string> hosts_;  // [num_ranks] names.
+  std::vector<int> host_of_;        // [num_ranks]
+  std::vector<std::vector<int>> ranks_of_;
+  std::unique_ptr<Transport> mates_;
+  std::unique_ptr<NcclRail> rail_;
+};
+
+}  // namespace sluice
