@@ -303,8 +303,8 @@ def refused(folder, rank, ranks, kind, options):
                 assert bool(scales) == (drop is None), scales
     for kind in ("packed-32", "kimi_k3", "deepseek_v4"):
         with set_current_vllm_config(vllm_config(0, options={"recipe": "static"})):
-            made_of = lambda k=kind: mxfp4_layer(quant_config(k, folder), k, folder, route) if k in MXFP4 else made(k)  # noqa: E731
-            expect_error("no static scales of inputs", made_of)
+            make = (lambda k=kind: mxfp4_layer(quant_config(k, folder), k, folder, route)) if kind in MXFP4 else made
+            expect_error("no static scales of inputs", make)
     with set_current_vllm_config(vllm_config(0, options={"recipes": "static"})):
         expect_error("known is recipe", lambda: made("w4afp8"))
 

@@ -133,8 +133,8 @@ class Rank:
                 "num_experts": sizes["n_routed_experts"], "top_k": sizes["num_experts_per_tok"],
                 "hidden_size": sizes["hidden_size"], "intermediate_size": sizes["moe_intermediate_size"],
                 "layer_id": LAYER, "params_dtype": torch.bfloat16, "quant_config": config, "prefix": PREFIX,
-                "routed_scaling_factor": sizes["routed_scaling_factor"], "reduce_results": get_moe_a2a_backend().is_none(),
-                **changes})
+                "routed_scaling_factor": sizes["routed_scaling_factor"],
+                "reduce_results": get_moe_a2a_backend().is_none(), **changes})
         if not load:
             return layer
         load_weights(layer, folder, sizes["model_type"])

@@ -50,7 +50,8 @@ def make_checkpoints(folder):
         mxfp4_files.write(folder / model, model, hidden, intermediate)
     of_scales = lambda n: n.endswith(".scale")  # noqa: E731
     for name, change in {
-        "f32": lambda n, t: t.float() if of_scales(n) else t, "scales": lambda n, t: t.float() * 1.5 if of_scales(n) else t,
+        "f32": lambda n, t: t.float() if of_scales(n) else t,
+        "scales": lambda n, t: t.float() * 1.5 if of_scales(n) else t,
         "floats": lambda n, t: t if of_scales(n) else t.float().to(torch.float8_e4m3fn),
         "missing": lambda n, t: None if n.endswith("experts.6.w2.scale") else t,
     }.items():
@@ -69,7 +70,8 @@ def run(tmp_path_factory):
     """Of one run: results (check -> None or what went wrong), logs of the first ranks, the log of the launch."""
     folder = tmp_path_factory.mktemp("sglang")
     make_checkpoints(folder)
-    environment = {n: v for n, v in os.environ.items() if not n.startswith(("SLUICE_RECIPE", "SLUICE_SGLANG", "SLUICE_MXFP4"))}
+    settings = "SLUICE_RECIPE", "SLUICE_SGLANG", "SLUICE_MXFP4"
+    environment = {n: v for n, v in os.environ.items() if not n.startswith(settings)}
     done = subprocess.run([sys.executable, PROGRAM, folder, DEVICE, *map(str, RANKS)], capture_output=True, text=True,
                           timeout=280, env=environment | {"PYTHONDONTWRITEBYTECODE": ""})
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-8000:]
@@ -88,7 +90,8 @@ def test_the_log_says_what_runs(run):
     """With version and recipe; once for each kind of layer, not for each layer."""
     version = re.escape(sluice.__version__)
     lines = "\n".join(run["log"] + run["logs"]["1 ranks, deepep, auto"])
-    assert re.search(rf"Sluice {version} computes W4AFP8, .* and MXFP4 experts .* SLUICE_RECIPE=auto, SLUICE_MXFP4=1", lines)
+    line = rf"Sluice {version} computes W4AFP8, .* and MXFP4 experts .* SLUICE_RECIPE=auto, SLUICE_MXFP4=1"
+    assert re.search(line, lines)
     of_two = "\n".join(run["logs"]["2 ranks, deepep, auto"])
     line = (rf"Sluice {version}: model\.layers\.3\.mlp\.experts: W4AFP8 experts, 4 of 8, hidden 256, "
             r"intermediate 512, groups of 128, swiglu, static scales of the checkpoint, .*deepep, s1 0.0178")

@@ -96,7 +96,8 @@ def test_gpt_oss_is_refused_by_name():
     named."""
     sizes = {"vocab_size": 256, "hidden_size": 256, "intermediate_size": 128, "num_attention_heads": 4, "head_dim": 64,
              "num_key_value_heads": 2, "num_hidden_layers": 1, "num_local_experts": 4, "num_experts_per_tok": 2}
-    model = transformers.AutoModelForCausalLM.from_config(transformers.AutoConfig.for_model("gpt_oss", **sizes)).bfloat16()
+    config = transformers.AutoConfig.for_model("gpt_oss", **sizes)
+    model = transformers.AutoModelForCausalLM.from_config(config).bfloat16()
     model.set_experts_implementation("sluice")
     with pytest.raises(sluice.Error, match="GptOssExperts: experts with biases"), torch.no_grad():
         model(torch.arange(4)[None])

@@ -1,5 +1,7 @@
 """W4A8Experts of MXFP4: bytes as engines hold them, beside what the same bytes are to ExpertWeights."""
 
+import json
+
 import numpy as np
 import pytest
 from spaces import Torch, as_float
@@ -164,3 +166,33 @@ def test_what_is_not_padded_is_refused(published, backend):
         W4A8Experts(*narrow, backend=backend, memory=torch.empty(1, dtype=torch.uint8))
     with pytest.raises(sluice.Error, match="multiples of 128"):  # Half a group.
         W4A8Experts(w13[:, :, : H // 2 - 8], s13, w2[:, : H - 16], s2[:, : H - 16], backend=backend)
+
+
+def test_local_experts_of_a_checkpoint_take_the_models_own_width(tmp_path, backend):
+    """Hidden 160, intermediate 96, from a file with DeepSeek-V4's names: every element against float64."""
+    torch = pytest.importorskip("torch", reason="torch is not installed")
+    mxfp4_files = pytest.importorskip("mxfp4_files")
+    folder = tmp_path / "model"
+    mxfp4_files.write(folder, "deepseek_v4", 160, 96)
+    reference = mxfp4_files.Layer(folder)
+    (folder / "config.json").write_text(json.dumps({
+        "model_type": "deepseek_v4", "hidden_size": 160, "moe_intermediate_size": 96, "swiglu_limit": 0.75,
+        "n_routed_experts": mxfp4_files.EXPERTS, "num_experts_per_tok": mxfp4_files.TOPK, "num_hidden_layers": 4,
+        "expert_dtype": "fp4", "quantization_config": mxfp4_files.QUANTIZATION["deepseek_v4"]}))
+    checkpoint = sluice.Checkpoint(folder)
+    assert (checkpoint.geometry.token_width, checkpoint.geometry.hidden) == (160, 256)
+    draw = torch.Generator().manual_seed(4)
+    x = torch.randn(TOKENS, 160, generator=draw).bfloat16()
+    ids = torch.stack([torch.randperm(mxfp4_files.EXPERTS, generator=draw)[: mxfp4_files.TOPK] for _ in range(TOKENS)])
+    weights = torch.rand(ids.shape, generator=draw)
+    group = _core.LocalGroup(backend, hidden=256, intermediate=128, max_entries=ids.numel())
+    loaded = checkpoint.load_experts(mxfp4_files.LAYER, 0, mxfp4_files.EXPERTS)
+    outputs = []
+    for experts in (sluice.LocalExperts(loaded, backend, max_entries=ids.numel()), group.add_layer(loaded),
+                    *group.add_layers(checkpoint, [mxfp4_files.LAYER], first=0, count=mxfp4_files.EXPERTS)):
+        y = experts.forward(x, sluice.Routing(ids, weights))
+        assert reference.check(y, x, ids, weights, roundings=1) > 0.5
+        outputs.append(y)
+        wide = experts.forward(torch.nn.functional.pad(x, (0, 96)), sluice.Routing(ids, weights))
+        assert torch.equal(wide[:, :160], y) and not wide[:, 160:].any()
+    assert torch.equal(outputs[0], outputs[1]) and torch.equal(outputs[0], outputs[2])

@@ -164,7 +164,7 @@ def make_layer(config, route, block="mlp", **changes):
 
 
 def renamed(name, parameters):
-    """As the models' own mappers and loaders do (deepseek_v4: _make_deepseek_v4_weights_mapper, kimi_k3: load_weights)."""
+    """As the models' own do: _make_deepseek_v4_weights_mapper() of deepseek_v4, load_weights() of kimi_k3."""
     if name.startswith("language_model."):
         name = name.removeprefix("language_model.")
         for number, stem in ("w1", "gate_proj"), ("w2", "down_proj"), ("w3", "up_proj"):

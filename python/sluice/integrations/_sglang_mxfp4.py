@@ -1,8 +1,8 @@
 """What sluice.integrations.sglang puts in the place of SGLang's own MXFP4 experts.
 
 SGLang has three configurations that come to such experts: Fp8Config where a model's experts are FP4 (DeepSeek-V4),
-Mxfp4Config (Kimi-K3, whose model makes one of its compressed-tensors configuration, and gpt-oss), and compressed-tensors
-of any other model. All three load e2m1 codes and e8m0 scales, under names of their own.
+Mxfp4Config (Kimi-K3, whose model makes one of its compressed-tensors configuration, and gpt-oss), and
+compressed-tensors of any other model. All three load e2m1 codes and e8m0 scales, under names of their own.
 """
 
 from typing import Any

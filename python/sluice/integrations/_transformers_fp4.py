@@ -28,8 +28,8 @@ class _Layer:
 
     def run(self, x: torch.Tensor, idx: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
         if x.dtype != torch.bfloat16:
-            raise Error("invalid_argument", f"hidden states: expected torch.bfloat16, got {x.dtype}; load the model with "
-                                            "dtype=torch.bfloat16")
+            raise Error("invalid_argument", f"hidden states: expected torch.bfloat16, got {x.dtype}; load the model "
+                                            "with dtype=torch.bfloat16")
         return self._experts.grouped(x, None, idx, weights)
 
 
@@ -60,8 +60,8 @@ def _repacked(module: nn.Module) -> _Layer:
     experts = W4A8Experts(tensors[0].view(torch.uint8), _scales(module, names[1]), tensors[2].view(torch.uint8),
                           _scales(module, names[3]), activation=activation, weight_layout="mxfp4")
     _logger.warning_once(
-        f"Sluice {__version__} computes {type(module).__name__}: MXFP4 experts as W4A8 (activations e4m3), {activation}, "
-        "recipe direct-bf16. transformers' own copy of the weights stays in memory.")
+        f"Sluice {__version__} computes {type(module).__name__}: MXFP4 experts as W4A8 (activations e4m3), "
+        f"{activation}, recipe direct-bf16. transformers' own copy of the weights stays in memory.")
     layer = _Layer(experts)
     module.__dict__["_sluice_layer"] = state, layer
     return layer

@@ -61,8 +61,8 @@ def activation_of(layer: Any, name: str) -> str:
 
 
 def check_layer(layer: Any, name: str, group_size: int, width: int) -> None:
-    """Raises Error: unsupported for a layer that Sluice cannot compute, naming it and what it has. width: what the sizes
-    are multiples of."""
+    """Raises Error: unsupported for a layer that Sluice cannot compute, naming it and what it has. width: what the
+    sizes are multiples of."""
     moe: FusedMoEConfig = layer.moe_config
     parallel = moe.moe_parallel_config
     if moe.has_bias:
@@ -300,7 +300,8 @@ class Mxfp4Method(SluiceMoEMethod):
 
     def _as_codes(self, param: Any, tensor: torch.Tensor, what: str) -> torch.Tensor:
         if tensor.dtype not in _CODE_TYPES:
-            refuse(self.name, f"{what} is {tensor.dtype} in the checkpoint, expected uint8 or int8 ({self.format_name})")
+            refuse(self.name, f"{what} is {tensor.dtype} in the checkpoint, expected uint8 or int8 "
+                              f"({self.format_name})")
         return tensor.view(torch.uint8)
 
     def _as_scales(self, param: Any, tensor: torch.Tensor, what: str) -> torch.Tensor:
