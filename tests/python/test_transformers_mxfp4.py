@@ -8,7 +8,8 @@ from tiny_models import COMMON, torch, transformers
 import sluice
 
 from transformers.integrations.finegrained_fp8 import FP8Experts, replace_with_fp8_linear  # isort: skip
-from transformers.utils.quantization_config import FineGrainedFP8Config  # isort: skip
+from transformers.quantizers.auto import AutoHfQuantizer  # isort: skip
+from transformers.utils.quantization_config import FineGrainedFP8Config, Mxfp4Config  # isort: skip
 
 SIZES = {**COMMON, "num_hidden_layers": 1, "num_key_value_heads": 2, "head_dim": 64, "num_experts": mxfp4_files.EXPERTS,
          "num_experts_per_tok": 2, "moe_intermediate_size": 128}
@@ -92,8 +93,8 @@ def test_what_sluice_has_not_is_refused_by_name(folder):
 
 
 def test_gpt_oss_is_refused_by_name():
-    """Its MXFP4 experts have a class of their own, without a choice of implementations; of bfloat16 ones biases are
-    named."""
+    """Its MXFP4 experts have a class of their own, without a choice of implementations: asking for Sluice's is refused
+    when they would be made. Of bfloat16 ones biases are named."""
     sizes = {"vocab_size": 256, "hidden_size": 256, "intermediate_size": 128, "num_attention_heads": 4, "head_dim": 64,
              "num_key_value_heads": 2, "num_hidden_layers": 1, "num_local_experts": 4, "num_experts_per_tok": 2}
     config = transformers.AutoConfig.for_model("gpt_oss", **sizes)
@@ -101,3 +102,10 @@ def test_gpt_oss_is_refused_by_name():
     model.set_experts_implementation("sluice")
     with pytest.raises(sluice.Error, match="GptOssExperts: experts with biases"), torch.no_grad():
         model(torch.arange(4)[None])
+    quantizer = AutoHfQuantizer.from_config(Mxfp4Config(), pre_quantized=True)
+    with pytest.raises(sluice.Error, match="GptOssForCausalLM: experts_implementation='sluice' .* biases"):
+        quantizer.preprocess_model(model)
+    model.set_experts_implementation("eager")
+    quantizer.quantization_config.dequantize = True  # What transformers does where there is no GPU.
+    quantizer.preprocess_model(model)
+    assert type(model.model.layers[0].mlp.experts).__name__ == "GptOssExperts"

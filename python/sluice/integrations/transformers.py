@@ -10,6 +10,7 @@ Importing this registers
   transformers. A checkpoint whose routed experts are INT4 (in groups of 128; compressed-tensors also
   of 32) loads with SluiceExperts in place of the experts. The rest is what transformers makes of it,
   as is every checkpoint without such experts.
+- a quantizer for "mxfp4" (gpt-oss) that refuses "sluice" by name, and is transformers' own otherwise.
 - "sluice" in ALL_EXPERTS_FUNCTIONS, for a model in bfloat16 that is loaded already:
   model.set_experts_implementation("sluice"). Each layer's weights are quantized at its first call.
 - the same in ALL_FP8_EXPERTS_FUNCTIONS, for the MXFP4 experts of DeepSeek-V4, which are computed as they are.
@@ -39,6 +40,7 @@ from transformers.quantizers.auto import (
 )
 from transformers.quantizers.quantizer_compressed_tensors import CompressedTensorsHfQuantizer
 from transformers.quantizers.quantizer_finegrained_fp8 import FineGrainedFP8HfQuantizer
+from transformers.quantizers.quantizer_mxfp4 import Mxfp4HfQuantizer
 from transformers.utils import logging
 from transformers.utils.quantization_config import FineGrainedFP8Config
 
@@ -236,7 +238,18 @@ class CompressedTensorsQuantizer(_RoutedExperts, CompressedTensorsHfQuantizer):
         super()._process_model_before_weight_loading(model, **kwargs)
 
 
+class Mxfp4Quantizer(Mxfp4HfQuantizer):
+    """As transformers', whose class for gpt-oss' MXFP4 experts would pass over a request for Sluice's without a word."""
+
+    def _process_model_before_weight_loading(self, model: Any, *args: Any, **kwargs: Any) -> None:
+        if getattr(model.config, "_experts_implementation", None) == "sluice":
+            _refuse(model, "experts_implementation='sluice' with MXFP4 experts that have biases (quant_method 'mxfp4', "
+                           "gpt-oss); leave it out, and transformers' own run")
+        super()._process_model_before_weight_loading(model, *args, **kwargs)
+
+
 AUTO_QUANTIZER_MAPPING["compressed-tensors"] = CompressedTensorsQuantizer
+AUTO_QUANTIZER_MAPPING["mxfp4"] = Mxfp4Quantizer
 
 
 # --- Models in bfloat16 ---------------------------------------------------------------------------
