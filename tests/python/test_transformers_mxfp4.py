@@ -1,9 +1,10 @@
 """MXFP4 experts of transformers' own classes, through experts_implementation="sluice"."""
 
+import json
 
 import mxfp4_files
 import pytest
-from tiny_models import COMMON, torch, transformers
+from tiny_models import COMMON, needs_ct, torch, transformers
 
 import sluice
 
@@ -109,3 +110,47 @@ def test_gpt_oss_is_refused_by_name():
     quantizer.quantization_config.dequantize = True  # What transformers does where there is no GPU.
     quantizer.preprocess_model(model)
     assert type(model.model.layers[0].mlp.experts).__name__ == "GptOssExperts"
+
+
+def saved_in_compressed_tensors(folder, hidden, intermediate):
+    """A tiny Qwen3-MoE as transformers saves it, with experts in mxfp4-pack-quantized. The weights of `folder`'s file."""
+    from safetensors.torch import load_file, save_file
+
+    mxfp4_files.write(folder / "experts", "kimi_k3", hidden, intermediate)
+    torch.manual_seed(0)
+    sizes = {**SIZES, "hidden_size": hidden, "moe_intermediate_size": intermediate,
+             "num_hidden_layers": mxfp4_files.LAYER + 1, "mlp_only_layers": list(range(mxfp4_files.LAYER))}
+    config = transformers.AutoConfig.for_model("qwen3_moe", **sizes)
+    model = folder / "model"
+    transformers.AutoModelForCausalLM.from_config(config).bfloat16().save_pretrained(model)
+    kept = {n: t for n, t in load_file(model / "model.safetensors").items() if ".experts." not in n}
+    stems = {"w1": "gate_proj", "w2": "down_proj", "w3": "up_proj"}
+    for name, tensor in load_file(folder / "experts" / "model.safetensors").items():
+        prefix, expert, matrix, part = name.rsplit(".", 3)
+        del prefix
+        kept[f"model.layers.{mxfp4_files.LAYER}.mlp.experts.{expert}.{stems[matrix]}.{part}"] = tensor
+    save_file(kept, model / "model.safetensors", {"format": "pt"})
+    settings = json.loads((model / "config.json").read_text())
+    settings["quantization_config"] = mxfp4_files.QUANTIZATION["kimi_k3"] | {"ignore": ["re:.*self_attn.*", "lm_head"]}
+    (model / "config.json").write_text(json.dumps(settings))
+    return model
+
+
+@needs_ct
+@pytest.mark.parametrize("hidden, intermediate", [(256, 128), (160, 96)])
+def test_a_compressed_tensors_checkpoint_loads(tmp_path, hidden, intermediate):
+    """From its files to the experts' output; widths of 160 and 96 are padded inside."""
+    path = saved_in_compressed_tensors(tmp_path, hidden, intermediate)
+    model, info = transformers.AutoModelForCausalLM.from_pretrained(path, output_loading_info=True)
+    assert not info["missing_keys"] and not info["unexpected_keys"], info
+    experts = model.model.layers[mxfp4_files.LAYER].mlp.experts
+    assert type(experts).__name__ == "SluiceExperts"
+    x, ids, weights = call()
+    x = x[:, :hidden].contiguous()
+    with torch.no_grad():
+        y = experts(x, ids, weights)
+        assert model(torch.arange(6)[None]).logits.isfinite().all()
+    reference = mxfp4_files.Layer(tmp_path / "experts")
+    reference.activation = "swiglu", {}  # Qwen3's; the file is one of Kimi-K3's weights alone.
+    ids = torch.where(ids < mxfp4_files.EXPERTS, ids, -1)
+    assert reference.check(y, x, ids, weights, roundings=1) > 0.5

@@ -170,7 +170,8 @@ class SluiceExperts(nn.Module):
             group = buffers.layer_group(device, checkpoint.geometry)
             self._layer = SplitLayer(group.add_layer(checkpoint, layer=layer), process_group, device)
         else:
-            group = buffers.local_group(device, self.hidden_dim, self.intermediate_dim)
+            geometry = checkpoint.geometry  # Whose widths are padded to multiples of 128.
+            group = buffers.local_group(device, geometry.hidden, geometry.intermediate)
             experts, = group.add_layers(checkpoint, [layer], first=rank * self.num_experts, count=self.num_experts)
             self._layer = LocalLayer(group, device, experts)
         self._number = torch_ops.register(self, self._layer)

@@ -8,7 +8,7 @@ Importing this registers
 
 - the quantization method "w4afp8", and a quantizer for "compressed-tensors" in place of the one of
   transformers. A checkpoint whose routed experts are INT4 (in groups of 128; compressed-tensors also
-  of 32) loads with SluiceExperts in place of the experts. The rest is what transformers makes of it,
+  of 32, and MXFP4) loads with SluiceExperts in place of the experts. The rest is what transformers makes of it,
   as is every checkpoint without such experts.
 - a quantizer for "mxfp4" (gpt-oss) that refuses "sluice" by name, and is transformers' own otherwise.
 - "sluice" in ALL_EXPERTS_FUNCTIONS, for a model in bfloat16 that is loaded already:
@@ -219,18 +219,20 @@ class W4AFP8Quantizer(_RoutedExperts, FineGrainedFP8HfQuantizer):
 
 
 class CompressedTensorsQuantizer(_RoutedExperts, CompressedTensorsHfQuantizer):
-    """As transformers', but for INT4 experts in groups, which are Sluice's."""
+    """As transformers', but for experts in INT4 or MXFP4, in groups, which are Sluice's."""
 
-    def _has_int4_experts(self, files: list[str] | None) -> bool:
+    def _has_our_experts(self, files: list[str] | None) -> bool:
         scheme = self.quantization_config.quantization_config
         groups = scheme.config_groups.values() if scheme and not self.quantization_config.dequantize else ()
-        weights = [group.weights for group in groups if group.weights is not None]
-        is_int4 = any(w.num_bits == 4 and w.type == "int" and w.group_size in (32, 128) for w in weights)
-        return is_int4 and bool(files) and files[0].endswith(".safetensors") and any(
+        weights = [(group.weights, group.format or scheme.format) for group in groups if group.weights is not None]
+        is_ours = any(w.num_bits == 4 and (
+            (w.type == "int" and w.group_size in (32, 128)) or
+            (w.type == "float" and w.group_size == 32 and form == "mxfp4-pack-quantized")) for w, form in weights)
+        return is_ours and bool(files) and files[0].endswith(".safetensors") and any(
             n.endswith("weight_packed") and _OF_AN_EXPERT.search(n) for n in _names_in(files))
 
     def _process_model_before_weight_loading(self, model: Any, checkpoint_files: Any = None, **kwargs: Any) -> None:
-        if self._has_int4_experts(checkpoint_files):
+        if self._has_our_experts(checkpoint_files):
             self._replace(model, self._experts_of(model, checkpoint_files))
             stored = {n.rpartition(".")[2] for n in _names_in(checkpoint_files) if not _OF_AN_EXPERT.search(n)}
             if not stored & (set(self.serialized_names["weight"]) - {"weight"}):
