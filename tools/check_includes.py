@@ -67,6 +67,7 @@ MODULES = [
     ("convert",        "lab/convert/",         ("public", "core", "quant", "checkpoint", "json", "files"), ("nlohmann/",)),
     ("accuracy",       "lab/accuracy/",        ("public", "core", "quant", "checkpoint", "traits", "reference"), ()),
     ("report",         "lab/report/",          ("public",),                               ("nlohmann/",)),
+    ("network",        "lab/network/",         ("public", "core"),                        ("nlohmann/",)),
     # Kernel benchmarks time what lies under the public surface.
     ("kernel bench",   "lab/bench/kernels/",   ("public", "core", "cuda backend", "cuda exchange", "cuda support", "cuda formats", "ptx"), ("posix", "cuda")),
     ("bench",          "lab/bench/",           ("public", "core", "quant", "checkpoint", "ops", "slot ranks"), ("posix",)),

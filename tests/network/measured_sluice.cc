@@ -1,0 +1,94 @@
+// This project's figures of exchanges and layers: docs/performance-gpu.md.
+#include <utility>
+
+#include "network/measured.h"
+
+namespace sluice::testing {
+namespace {
+
+constexpr Mode kLow = Mode::kLowLatency, kNormal = Mode::kNormal;
+constexpr Quantity kDispatch = Quantity::kDispatch, kCombine = Quantity::kCombine;
+
+void add_two_gpus(std::vector<Series>& all) {
+  const std::string where = "Two H200s over NVLink";
+  const MachineModel m = machine_preset("h200-nvlink");
+  const ModelGeometry r1 = sizes(7168, 8, 256);
+  const std::vector<int> tokens = {1, 16, 64, 128, 256, 1024, 4096};
+  const std::vector<int> few = {1, 128, 1024, 4096}, some = {128, 1024, 4096};
+  all.push_back(over_tokens(where, "dispatch", m, kDispatch, 0.10, r1, kLow, 2, tokens,
+                            {10.9, 11.3, 14.8, 20.8, 31.6, 103, 375}));
+  all.push_back(over_tokens(where, "combine", m, kCombine, 0.10, r1, kLow, 2, tokens,
+                            {8.2, 11.4, 18.5, 30.0, 52.9, 190, 716}));
+  all.push_back(over_tokens(where, "dispatch, hidden 6144", m, kDispatch, 0.15, sizes(6144, 8, 256),
+                            kLow, 2, few, {10.7, 19.5, 90.8, 329}));
+  all.push_back(over_tokens(where, "combine, hidden 6144", m, kCombine, 0.10, sizes(6144, 8, 256),
+                            kLow, 2, few, {8.2, 27.2, 165, 617}));
+  all.push_back(over_tokens(where, "dispatch, hidden 3584", m, kDispatch, 0.15, sizes(3584, 8, 256),
+                            kLow, 2, few, {10.4, 15.3, 58.8, 209}));
+  all.push_back(over_tokens(where, "combine, hidden 3584", m, kCombine, 0.10, sizes(3584, 8, 256),
+                            kLow, 2, few, {8.3, 19.0, 99.0, 364}));
+  all.push_back(over_tokens(where, "all-gather, 2 experts of every token", m, kDispatch, 0.30,
+                            sizes(7168, 2, 2), kLow, 2, {1, 16, 64, 128, 256, 1024},
+                            {8.7, 9.9, 10.5, 12.6, 15.4, 36.9}));
+  all.push_back(over_tokens(where, "reduce-scatter, 2 experts of every token", m, kCombine, 0.35,
+                            sizes(7168, 2, 2), kLow, 2, {1, 16, 64, 128, 256, 1024},
+                            {6.0, 7.1, 9.5, 13.1, 18.5, 53.0}));
+  all.push_back(over_tokens(where, "normal mode, dispatch", m, kDispatch, 0.15, r1, kNormal, 2,
+                            some, {24.3, 52.4, 169}));
+  all.push_back(over_tokens(where, "normal mode, combine", m, kCombine, 0.05, r1, kNormal, 2, some,
+                            {30.9, 189, 717}));
+  const std::vector<int> decode = {1, 16, 64, 128, 256}, prefill = {512, 1024, 2048, 4096};
+  all.push_back(over_tokens(where, "stage", m, Quantity::kStage, 0.20, r1, kLow, 2, decode,
+                            {66.3, 425.6, 640.3, 667.6, 697.2}));
+  all.push_back(over_tokens(where, "layer, rows leave from the experts", m, Quantity::kLayer, 0.15,
+                            r1, kLow, 2, decode, {80.8, 443.9, 670.6, 710.3, 765.7}));
+  all.push_back(over_tokens(where, "layer, one part after the other", m, Quantity::kLayerApart,
+                            0.15, r1, kLow, 2, decode, {81.5, 448.0, 682.2, 730.6, 812.6}));
+  all.push_back(over_tokens(where, "normal mode, stage", m, Quantity::kStage, 0.20, r1, kNormal, 2,
+                            prefill, {855, 1274, 1835, 3818}));
+  all.push_back(over_tokens(where, "normal mode, layer, rows leave from the experts", m,
+                            Quantity::kLayer, 0.20, r1, kNormal, 2, prefill,
+                            {996, 1445, 2032, 4080}));
+  all.push_back(over_tokens(where, "normal mode, layer, one part after the other", m,
+                            Quantity::kLayerApart, 0.20, r1, kNormal, 2, prefill,
+                            {1062, 1716, 2378, 4422}));
+}
+
+void add_one_card(std::vector<Series>& all) {
+  const std::string where = "Eight ranks on one H200";
+  const MachineModel m = machine_preset("h200-one-card");
+  const ModelGeometry r1 = sizes(7168, 8, 256);
+  const std::vector<int> tokens = {1, 16, 64, 128, 256, 1024};
+  all.push_back(over_tokens(where, "dispatch", m, kDispatch, 0.15, r1, kLow, 8, tokens,
+                            {10.35, 12.55, 20.65, 32.35, 57.9, 205}));
+  all.push_back(over_tokens(where, "combine", m, kCombine, 0.30, r1, kLow, 8, tokens,
+                            {7.7, 9.45, 26.5, 44.0, 79.2, 290}));
+  all.push_back(over_tokens(where, "dispatch, another card", m, kDispatch, 0.15, r1, kLow, 8,
+                            {1, 128, 1024}, {10.9, 36.2, 196}));
+  all.push_back(over_tokens(where, "combine, another card", m, kCombine, 0.15, r1, kLow, 8,
+                            {1, 128, 1024}, {7.0, 44.4, 291}));
+  all.push_back(over_tokens(where, "normal mode, dispatch", m, kDispatch, 0.20, r1, kNormal, 8,
+                            {4096}, {1022}));
+  all.push_back(over_tokens(where, "normal mode, combine", m, kCombine, 0.10, r1, kNormal, 8,
+                            {4096}, {1141}));
+  all.push_back(over_tokens(where, "stage", m, Quantity::kStage, 0.30, r1, kLow, 8, {1, 32, 128},
+                            {380, 1410, 1735}));
+  all.push_back(over_tokens(where, "layer, the host waits after each part", m,
+                            Quantity::kLayerApart, 0.40, r1, kLow, 8, {1, 32, 128},
+                            {490, 1560, 1930}));
+  ModelGeometry flash = sizes(4096, 6, 256);
+  flash.weight_format = WeightFormat::kMxfp4, flash.group_size = 32;
+  all.push_back(over_tokens(where, "layer of V4-Flash, MXFP4, the host waits after each part", m,
+                            Quantity::kLayerApart, 0.25, flash, kLow, 8, {64}, {1110}));
+}
+
+}  // namespace
+
+std::vector<Series> sluice_series() {
+  std::vector<Series> all;
+  add_two_gpus(all);
+  add_one_card(all);
+  return all;
+}
+
+}  // namespace sluice::testing
