@@ -1,14 +1,20 @@
 // sluice bench exchange - dispatch and combine by themselves, beside all-gather and reduce-scatter.
 #include <fmt/core.h>
+#include <unistd.h>
 
+#include <algorithm>
+#include <array>
+#include <cmath>
 #include <memory>
 #include <optional>
+#include <set>
 
 #include "command.h"
 #include "launch.h"
 #include "report.h"
 #include "sluice/config.h"
 #include "sluice/lab/exchange_bench.h"
+#include "sluice/lab/network_model.h"
 #include "sluice/recipe.h"
 
 namespace sluice::cli {
@@ -20,7 +26,8 @@ struct Options {
   int ranks = 8, experts = 256, topk = 8, hidden = 7168, pairs = 20, repeats = 10, sms = 0,
       devices = 0;
   std::vector<int> tokens = {1, 16, 64, 128};
-  bool without_all_gather = false;
+  bool without_all_gather = false, calibrate = false;
+  std::string machine = "h200-ib400";  ///< --calibrate: where all other numbers are from.
   std::uint64_t seed = 1;
 };
 
@@ -142,13 +149,102 @@ void fill_json(const Options& options, const ExchangeBenchReport& report, Output
   output.json["links_together_gbytes_per_s"] = report.links_together_gbytes_per_s;
 }
 
+/// On how many hosts the ranks are, for --calibrate: one, or as many as there are ranks.
+/// Throws on every rank: kInvalidArgument for anything between, where a time would be of both ways.
+std::size_t count_hosts(Launch& launch, std::chrono::milliseconds timeout) {
+  const auto parts = launch.run_ranks([&](int, Transport& transport) {
+    std::array<char, 256> name{};
+    if (gethostname(name.data(), name.size() - 1) != 0) name[0] = '?';
+    std::set<std::string> hosts;
+    for (const auto& other : transport.all_gather(std::as_bytes(std::span(name)), timeout)) {
+      hosts.emplace(reinterpret_cast<const char*>(other.data()));
+    }
+    const auto num_ranks = static_cast<std::size_t>(transport.num_ranks());
+    if (hosts.size() != 1 && hosts.size() != num_ranks) {
+      throw Error(ErrorCode::kInvalidArgument,
+                  fmt::format("--calibrate: {} ranks are on {} hosts; put all on one, or each on a "
+                              "host of its own",
+                              num_ranks, hosts.size()));
+    }
+    return std::to_string(hosts.size());
+  });
+  return parts.empty() ? 0 : std::stoul(parts.front());
+}
+
+/// Bytes that one rank sends to others in an operation, against its time.
+std::vector<SizeTime> points_of(const Options& options, const ExchangeBenchReport& report,
+                                double ExchangeBenchTimes::*bytes, double ExchangeBenchTimes::*us) {
+  std::vector<SizeTime> points;
+  for (const ExchangeBenchCase& c : report.cases) {
+    points.push_back(
+        {c.exchange.*bytes * c.exchange.off_rank_share / options.ranks, c.exchange.*us});
+  }
+  return points;
+}
+
+/// Lines through the times, as numbers of a machine. On one host dispatch pushes and combine pulls;
+/// over the network both are one kind of crossing.
+void calibrate(const Options& options, const ExchangeBenchReport& report, std::size_t num_hosts,
+               Output& output) {
+  const auto out = points_of(options, report, &ExchangeBenchTimes::dispatch_bytes,
+                             &ExchangeBenchTimes::dispatch_us);
+  const auto home = points_of(options, report, &ExchangeBenchTimes::combine_bytes,
+                              &ExchangeBenchTimes::combine_us);
+  auto both = out;
+  both.insert(both.end(), home.begin(), home.end());
+  struct Line {
+    const char *what, *fixed, *rate;
+    const std::vector<SizeTime>& points;
+  };
+  const std::vector<Line> lines =
+      num_hosts == 1
+          ? std::vector<Line>{{"dispatch", "dispatch_fixed_us", "push_gbytes_per_s", out},
+                              {"combine", "combine_fixed_us", "pull_gbytes_per_s", home}}
+          : std::vector<Line>{{"crossing", "network_latency_us", "network_gbytes_per_s", both}};
+  output.json["base"] = options.machine;
+  MachineModel machine = machine_preset(options.machine);
+  for (const Line& line : lines) {
+    const LineFit fit = fit_line(line.points);
+    set_parameter(machine, line.fixed, fit.fixed_us);
+    set_parameter(machine, line.rate, fit.gbytes_per_s);
+    output.json["parameters"][line.fixed] = fit.fixed_us;
+    output.json["parameters"][line.rate] = fit.gbytes_per_s;
+    output.json["fits"].push_back({{"operation", line.what},
+                                   {"num_points", line.points.size()},
+                                   {"rms_error", fit.rms_error},
+                                   {"worst_error", fit.worst_error}});
+    fmt::print(
+        "fit       {}: {:.1f} us and {:.3g} GB/s to other ranks; {} times, error {:.0f} % rms, "
+        "{:+.0f} % at worst\n",
+        line.what, fit.fixed_us, fit.gbytes_per_s, line.points.size(), 100 * fit.rms_error,
+        100 * fit.worst_error);
+  }
+  fmt::print("machine   {} with these numbers{}\n", options.machine,
+             output.json_path.empty() ? "; --json FILE writes it for plan --machine FILE"
+                                      : ": plan --machine " + output.json_path);
+}
+
+void check_calibrate(const Options& options) {
+  if (!options.calibrate) return;
+  (void)machine_preset(options.machine);
+  const std::set<int> sizes(options.tokens.begin(), options.tokens.end());
+  if (options.ranks >= 2 && sizes.size() >= 2) return;
+  throw Error(ErrorCode::kInvalidArgument,
+              fmt::format("--calibrate needs two ranks and two numbers of tokens; --ranks is {}, "
+                          "--tokens has {}",
+                          options.ranks, sizes.size()));
+}
+
 void run(const Options& options, Output& output) {
   const Environment environment = read_environment();
   const ExchangeBenchConfig config = resolve(options);
+  check_calibrate(options);
   if (ran_as_processes(options.transport, options.ranks, environment.peer_timeout, output)) {
     return;
   }
   Launch launch(options.transport, options.ranks, environment.peer_timeout, output);
+  const std::size_t num_hosts =
+      options.calibrate ? count_hosts(launch, environment.peer_timeout) : 0;
   std::optional<ProgressLine> progress;
   if (launch.is_reporter()) progress.emplace("bench exchange");
   const ExchangeBenchReport report = bench_exchange(
@@ -162,13 +258,14 @@ void run(const Options& options, Output& output) {
   print_header(options, config, report);
   print_cases(config, report);
   fill_json(options, report, output);
+  if (options.calibrate) calibrate(options, report, num_hosts, output);
 }
 
 }  // namespace
 
 void add_bench_exchange(Command& bench, Output& output) {
-  Command command = bench.add_subcommand(
-      "exchange", "Dispatch and combine over ranks of this host; checked, then timed");
+  Command command =
+      bench.add_subcommand("exchange", "Dispatch and combine over ranks; checked, then timed");
   const auto options = std::make_shared<Options>();
   command
       .add_option("--devices", options->devices,
@@ -182,8 +279,8 @@ void add_bench_exchange(Command& bench, Output& output) {
   command
       .add_option("--transport", options->transport,
                   "inproc (ranks are threads, on CUDA streams of one process) | ipc (ranks are "
-                  "processes)")
-      .one_of({"inproc", "ipc"})
+                  "processes) | mpi (CPU: processes of mpirun)")
+      .one_of({"inproc", "ipc", "mpi"})
       .shows_default();
   command.add_option("--ranks", options->ranks, "Expert-parallel ranks")
       .range(1, 64)
@@ -211,6 +308,12 @@ void add_bench_exchange(Command& bench, Output& output) {
   command.add_option("--seed", options->seed, "Seed of values and routing").shows_default();
   command.add_flag("--no-all-gather", options->without_all_gather,
                    "Leave the all-gather + reduce-scatter baseline out");
+  command.add_flag("--calibrate", options->calibrate,
+                   "Fit latency and rate, and write them with --json for plan --machine");
+  command
+      .add_option("--machine", options->machine,
+                  "--calibrate: the preset that all other numbers of the machine are of")
+      .shows_default();
   command.on_parsed([options, &output] { run(*options, output); });
 }
 

@@ -1,4 +1,5 @@
-// sluice plan - what layers take on each rank, before anything is loaded; and what would fit.
+// sluice plan - what layers take on each rank, before anything is loaded; what would fit; and with
+// --hosts, how long a layer is to take.
 #include <fmt/format.h>
 
 #include <algorithm>
@@ -8,6 +9,7 @@
 
 #include "command.h"
 #include "layers_option.h"
+#include "plan_hosts.h"
 #include "report.h"
 #include "scale_dtype.h"
 #include "sluice/checkpoint.h"
@@ -18,9 +20,11 @@ namespace sluice::cli {
 namespace {
 
 struct Options {
-  std::string preset, config, checkpoint, recipe = "direct", mode = "low-latency", backend = "cpu",
-                                          scale_dtype, memory, layers;
-  int ranks = 1, tokens = 128, num_layers = 0, slots = 0;
+  std::string preset, config, checkpoint, recipe = "direct", mode, backend = "cpu", scale_dtype,
+                                          memory, layers;
+  int ranks = 0, num_layers = 0, slots = 0;
+  std::vector<int> tokens;
+  HostsOptions hosts;
 };
 
 /// "80GB", "512MB", "1.5e9": decimal units.
@@ -173,12 +177,12 @@ class Planner {
   bool has_low_latency_, has_normal_;
 };
 
-void plan(const Options& options, Output& output) {
+void plan_memory(const Options& options, Output& output) {
   const Subject subject = read_subject(options);
   const Planner planner(options, subject);
   const ModelGeometry& g = subject.geometry;
   const char* const scales = to_string(subject.scale_dtypes.front());
-  const LayerGroupMemory m = planner.at(options.tokens);
+  const LayerGroupMemory m = planner.at(options.tokens.front());
   const auto total = static_cast<double>(m.total_bytes());
   std::vector<std::string> activations;
   for (const ActivationFn& fn : subject.activations) activations.push_back(to_string(fn));
@@ -194,7 +198,8 @@ void plan(const Options& options, Output& output) {
                                ? fmt::format("{} experts", g.num_experts / options.ranks)
                                : fmt::format("{} slots", options.slots / options.ranks);
   fmt::print("plan      recipe {}, {} mode, {} of {}, up to {} tokens each, {}\n", options.recipe,
-             options.mode, counted(options.ranks, "rank"), each, options.tokens, options.backend);
+             options.mode, counted(options.ranks, "rank"), each, options.tokens.front(),
+             options.backend);
   Table table({"each rank", "bytes", ""});
   const auto add = [&](const char* name, double bytes) {
     table.add({name, fmt::format("{:.0f}", bytes), human_bytes(bytes)});
@@ -212,7 +217,7 @@ void plan(const Options& options, Output& output) {
                  {"mode", options.mode},
                  {"ranks", options.ranks},
                  {"slots", options.slots == 0 ? g.num_experts : options.slots},
-                 {"tokens_per_rank", options.tokens},
+                 {"tokens_per_rank", options.tokens.front()},
                  {"layers", m.num_layers},
                  {"group_size", g.group_size},
                  {"weight_format", to_string(g.weight_format)},
@@ -231,32 +236,116 @@ void plan(const Options& options, Output& output) {
   output.json["most_tokens_per_rank"] = most;
   output.json["fits"] = total <= memory;
   fmt::print("memory    {} a rank: at most {} tokens per rank fit; {} {}\n", human_bytes(memory),
-             most, options.tokens, total <= memory ? "fit" : "DO NOT FIT");
+             most, options.tokens.front(), total <= memory ? "fit" : "DO NOT FIT");
   output.exit_status = total <= memory ? 0 : 1;
+}
+
+/// The defaults are those of memory, or of hosts.
+void plan(Options options, Output& output) {
+  const HostsOptions& hosts = options.hosts;
+  if (hosts.hosts == 0) {
+    const HostsOptions defaults;
+    if (!hosts.routing.empty() || !hosts.counts.empty() || !hosts.set.empty() ||
+        hosts.machine != defaults.machine || hosts.groups != 1 || hosts.topk_groups != 1 ||
+        hosts.sum_parts != 0 || hosts.piece_tokens != 0) {
+      throw Error(ErrorCode::kInvalidArgument,
+                  "--machine, --set, --routing, --counts, --groups, --topk-groups, --sum-parts and "
+                  "--piece-tokens are for --hosts");
+    }
+    if (options.tokens.size() > 1) {
+      throw Error(ErrorCode::kInvalidArgument,
+                  fmt::format("--tokens has {} numbers; without --hosts it is one, the largest",
+                              options.tokens.size()));
+    }
+    if (options.tokens.empty()) options.tokens = {128};
+    if (options.mode.empty()) options.mode = "low-latency";
+    if (options.ranks == 0) options.ranks = 1;
+    plan_memory(options, output);
+    return;
+  }
+  if (!options.memory.empty()) {
+    throw Error(ErrorCode::kInvalidArgument,
+                fmt::format("--memory {}: --hosts plans time, not memory", options.memory));
+  }
+  plan_hosts(hosts,
+             {.geometry = read_subject(options).geometry,
+              .recipe = options.recipe,
+              .mode = options.mode.empty() ? "both" : options.mode,
+              .ranks = options.ranks,
+              .slots = options.slots,
+              .tokens = options.tokens},
+             output);
+}
+
+void add_hosts_options(Command& command, HostsOptions& hosts) {
+  command
+      .add_option("--hosts", hosts.hosts,
+                  "Predict the time of a layer over so many hosts, instead of its memory")
+      .range(1, 512);
+  command
+      .add_option("--machine", hosts.machine,
+                  "--hosts: a preset, or a file such as bench exchange --calibrate writes")
+      .shows_default();
+  command
+      .add_option("--set", hosts.set,
+                  "--hosts: numbers of the machine, e.g. network_gbytes_per_s=22,overlap=1")
+      .comma_separated();
+  command.add_option("--routing", hosts.routing, "--hosts: uniform (default) | zipf")
+      .one_of({"uniform", "zipf"});
+  command
+      .add_option("--counts", hosts.counts,
+                  "--hosts: route as these rows of experts say, e.g. of run --expert-rows")
+      .existing_file();
+  command
+      .add_option("--groups", hosts.groups,
+                  "--hosts: groups of experts that the router chooses first; DeepSeek-R1: 8")
+      .range(1, 1 << 16)
+      .shows_default();
+  command
+      .add_option("--topk-groups", hosts.topk_groups,
+                  "--hosts: how many of them a token takes; DeepSeek-R1: 4")
+      .range(1, 1 << 16)
+      .shows_default();
+  command
+      .add_option("--sum-parts", hosts.sum_parts,
+                  "--hosts: order of the sum; 1 sends every row home, default: a sum for each host")
+      .range(1, 1 << 16);
+  command
+      .add_option(
+          "--piece-tokens", hosts.piece_tokens,
+          "--hosts, low-latency mode: tokens that a piece for a host has room for; default: "
+          "all of a rank's")
+      .range(1, 1 << 20);
+  command.add_option("--seed", hosts.seed, "--hosts: of sampled routing").shows_default();
 }
 
 }  // namespace
 
 void add_plan(Command& program, Output& output) {
-  Command command = program.add_subcommand("plan", "Memory of layers on each rank; what would fit");
+  Command command = program.add_subcommand(
+      "plan", "Memory of layers on each rank, what would fit; or times over hosts");
   const auto options = std::make_shared<Options>();
   command.add_option("--preset", options->preset, "Geometry by name");
   command.add_option("--config", options->config, "Geometry from a model's config.json")
       .existing_file();
   command.add_option("--checkpoint", options->checkpoint, "Geometry and scales of this checkpoint")
       .existing_directory();
-  command.add_option("--ranks", options->ranks, "Expert-parallel ranks")
-      .range(1, 1024)
-      .shows_default();
+  command
+      .add_option("--ranks", options->ranks,
+                  "Expert-parallel ranks; default: 1, with --hosts 8 for each")
+      .range(1, 4096);
   command
       .add_option("--slots", options->slots,
                   "Room for experts on all ranks together, for a placement; default: the experts")
       .range(1, 1 << 16);
-  command.add_option("--tokens", options->tokens, "Largest number of tokens per rank")
-      .range(1, 1 << 20)
-      .shows_default();
+  command
+      .add_option("--tokens", options->tokens,
+                  "Largest number of tokens per rank, default 128; with --hosts a list of numbers")
+      .comma_separated()
+      .range(1, 1 << 20);
   command.add_option("--recipe", options->recipe, "What is rounded where").shows_default();
-  command.add_option("--mode", options->mode, "low-latency | normal | both").shows_default();
+  command.add_option("--mode", options->mode,
+                     "low-latency (default) | normal | both, the default of --hosts");
   command
       .add_option("--layers", options->layers,
                   "Layers of --checkpoint or --config, by number: all, or a list such as 3,5-10")
@@ -275,6 +364,7 @@ void add_plan(Command& program, Output& output) {
       .one_of({"f32", "bf16"});
   command.add_option("--memory", options->memory,
                      "Bytes there are on a rank, e.g. 80GB: fail if the plan does not fit");
+  add_hosts_options(command, options->hosts);
   command.on_parsed([options, &output] { plan(*options, output); });
 }
 

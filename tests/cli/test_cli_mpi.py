@@ -77,6 +77,15 @@ with tempfile.TemporaryDirectory() as folder:
                                       [p["rows_per_expert"] for p in data["ranks"]])
             check(f"{mode} {recipe}: the same bytes over all", outcome["inproc"] == outcome["mpi"] == outcome["ipc"], r)
 
+    # Latency and rate of the transport, as numbers of a machine that plan takes.
+    machine = os.path.join(folder, "machine.json")
+    r = processes((2, ["--json", machine, "bench", "exchange", "--calibrate", "--transport", "mpi", "--ranks", "2",
+                       "--tokens", "1,8,64", "--hidden", "1024", "--experts", "16", "--topk", "2", "--pairs", "3",
+                       "--repeat", "3", "--no-all-gather"]))
+    check("calibrate", r.returncode == 0 and r.stdout.count("fit       ") == 2, r)
+    r = run(SLUICE, "plan", "--preset", "r1-layer", "--hosts", "2", "--machine", machine)
+    check("plan with it", r.returncode == 0 and "machine   machine: " in r.stdout, r)
+
     # Over ipc sluice starts its own processes, unless a launcher did; each cause is said once.
     ipc = ["run", "--checkpoint", model, "--tokens", "4", "--transport", "ipc"]
     r = run(SLUICE, *ipc, "--ranks", "3")

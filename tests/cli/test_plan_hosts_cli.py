@@ -1,0 +1,133 @@
+#!/usr/bin/env python3
+"""sluice plan --hosts and bench exchange --calibrate: what is printed, written and refused.
+
+    test_plan_hosts_cli.py PROGRAM
+"""
+import json
+import os
+import subprocess
+import sys
+import tempfile
+
+PROGRAM = sys.argv[1]
+failures = []
+
+
+def run(*arguments, env=None):
+    return subprocess.run([PROGRAM, *map(str, arguments)], capture_output=True, text=True, timeout=120,
+                          env={**os.environ, **(env or {})})
+
+
+def check(what, ok, result):
+    if not ok:
+        failures.append(what)
+        print(f"FAILED: {what}\n--- exit status {result.returncode}\n{result.stdout}{result.stderr}")
+
+
+with tempfile.TemporaryDirectory() as folder:
+    def path(name):
+        return os.path.join(folder, name)
+
+    def read(name):
+        with open(path(name), encoding="utf-8") as file:
+            return json.load(file)
+
+    def plan(*arguments):
+        r = run("--json", path("plan.json"), "plan", "--preset", "r1-layer", *arguments)
+        return r, read("plan.json") if r.returncode == 0 else None
+
+    # Both modes, several numbers of tokens; what is printed is what the file says.
+    r, said = plan("--hosts", 8)
+    check("plan", r.returncode == 0 and "EP64" in r.stdout and "bound     low-latency, 128 tokens: " in r.stdout, r)
+    cases = {(c["mode"], c["tokens_per_rank"]): c for c in said["cases"]}
+    check("cases", sorted(cases) == [("low-latency", t) for t in (1, 16, 64, 128)]
+          + [("normal", t) for t in (1024, 4096)], r)
+    for key, case in cases.items():
+        line = next(l.split() for l in r.stdout.splitlines() if l.split()[:2] == [key[0], str(key[1])])
+        check(f"printed {key}", abs(float(line[6]) - case["layer_us"]) <= 0.5 and case["bound"] in r.stdout, r)
+        check(f"shares of {key}", abs(sum(case["shares"].values()) - case["layer_us"]) < 1e-6 * case["layer_us"], r)
+        check(f"bytes of {key}", abs(case["network_bytes_per_host"] - 8 * (
+            case["dispatch"]["network_bytes_per_rank"] + case["combine"]["network_bytes_per_rank"])) < 1, r)
+    check("sensitivity", all(c["sensitivity"] for c in said["cases"]) and "+30 %" in r.stdout, r)
+
+    # One number changed on the command line is that change in the sensitivity table.
+    slow, changed = plan("--hosts", 8, "--set", f"network_gbytes_per_s={45 * 1.3}")
+    rate = {key: next(s for s in c["sensitivity"] if s["parameter"] == "network_gbytes_per_s")
+            for key, c in cases.items()}
+    check("--set", all(abs(c["layer_us"] - cases[c["mode"], c["tokens_per_rank"]]["layer_us"]
+                           - rate[c["mode"], c["tokens_per_rank"]]["more_us"]) < 1e-6 for c in changed["cases"]), slow)
+
+    # Fewer hosts for a token: DeepSeek's groups. Other routing: Zipf, and counts.
+    grouped, said_grouped = plan("--hosts", 8, "--groups", 8, "--topk-groups", 4)
+    check("groups", said_grouped["routing"]["hosts_per_token"] <= 4 < said["routing"]["hosts_per_token"], grouped)
+    zipf, said_zipf = plan("--hosts", 2, "--routing", "zipf")
+    check("zipf", said_zipf["routing"]["standard_error"] > 0 and "16384 tokens sampled" in zipf.stdout
+          and plan("--hosts", 2, "--routing", "zipf")[0].stdout == zipf.stdout, zipf)
+    rows = [1000 if e < 64 else 10 for e in range(256)]
+    with open(path("rows.json"), "w", encoding="utf-8") as file:
+        json.dump({"format": "sluice-expert-rows", "version": 1, "num_experts": 256,
+                   "layers": [{"layer": 3, "steps": [rows]}]}, file)
+    counted, said_counted = plan("--hosts", 4, "--counts", path("rows.json"))
+    check("counts", said_counted["routing"]["hosts_per_token"] < 2 < plan("--hosts", 4)[1]["routing"]["hosts_per_token"],
+          counted)
+    spread, said_spread = plan("--hosts", 4, "--counts", path("rows.json"), "--slots", 320)
+    check("slots", said_spread["slots"] == 320 and said_spread["cases"][-1]["stage_us"]
+          < said_counted["cases"][-1]["stage_us"], spread)
+
+    # Slots beyond the experts; one host; fewer ranks on a host.
+    r, many = plan("--hosts", 64, "--slots", 512, "--tokens", "8,64", "--mode", "low-latency")
+    check("replicas", r.returncode == 0 and [c["tokens_per_rank"] for c in many["cases"]] == [8, 64], r)
+    r, one = plan("--hosts", 1, "--machine", "h200-nvlink")
+    check("one host", r.returncode == 0 and all(c["network_bytes_per_host"] == 0 for c in one["cases"]), r)
+    r, narrow = plan("--hosts", 8, "--ranks", 8)
+    check("a rank on each host", r.returncode == 0 and all(c["dispatch"]["link_us"] == 0 for c in narrow["cases"]), r)
+    whole, small = plan("--hosts", 8)[1], plan("--hosts", 8, "--piece-tokens", 64)[1]
+    check("smaller pieces", small["cases"][3]["dispatch"]["network_bytes_per_rank"]
+          < 0.51 * whole["cases"][3]["dispatch"]["network_bytes_per_rank"]
+          and small["cases"][0] == whole["cases"][0] and small["cases"][5] == whole["cases"][5], r)
+
+    with open(path("bad.json"), "w", encoding="utf-8") as file:
+        json.dump({"base": "h200-ib400", "parameters": {"speed": 1}}, file)
+    refused = {
+        "--ranks 12 is no multiple of --hosts 8": ("--hosts", 8, "--ranks", 12),
+        "--ranks 512 does not divide 256 experts; give --slots, at least 512": ("--hosts", 64),
+        "machine 'h300' is none of: h200-ib400": ("--hosts", 2, "--machine", "h300"),
+        "parameter 'speed' is none of: network_gbytes_per_s": ("--hosts", 2, "--set", "speed=3"),
+        "--set 'overlap' is not NAME=NUMBER": ("--hosts", 2, "--set", "overlap"),
+        "--set 'overlap=x' is not NAME=NUMBER": ("--hosts", 2, "--set", "overlap=x"),
+        "overlap 2 is not in 0 .. 1": ("--hosts", 2, "--set", "overlap=2"),
+        "network_gbytes_per_s is 0, num_hosts 2": ("--hosts", 2, "--machine", "h200-nvlink"),
+        "num_groups 7 does not divide num_experts 256": ("--hosts", 2, "--groups", 7),
+        "--routing zipf knows no groups; --groups is 8": ("--hosts", 2, "--groups", 8, "--topk-groups", 4, "--routing", "zipf"),
+        "sum_parts 3 is neither 1 nor num_hosts 2 times": ("--hosts", 2, "--sum-parts", 3),
+        "--memory 80GB: --hosts plans time": ("--hosts", 2, "--memory", "80GB"),
+        "are for --hosts": ("--set", "overlap=1"),
+        "--tokens has 2 numbers": ("--tokens", "1,2"),
+        "recipe 'x' is": ("--hosts", 2, "--recipe", "x"),
+        "has no measured experts' stage": ("--hosts", 2, "--machine", "deepep-ll-h800"),
+        "'speed' is none of": ("--hosts", 2, "--machine", path("bad.json")),
+    }
+    for message, arguments in refused.items():
+        r = run("plan", "--preset", "r1-layer", *arguments)
+        check(f"refused: {message}", r.returncode in (2, 3) and message in r.stderr, r)
+
+    # A machine that was measured here, over threads and over processes.
+    for transport in ("inproc", "ipc"):
+        machine = path(f"{transport}.json")
+        r = run("--json", machine, "bench", "exchange", "--calibrate", "--transport", transport, "--ranks", 2, "--tokens",
+                "1,8,64", "--hidden", 1024, "--experts", 16, "--topk", 2, "--pairs", 3, "--repeat", 3, "--no-all-gather")
+        said = read(f"{transport}.json") if r.returncode == 0 else {}
+        check(f"calibrate over {transport}", set(said.get("parameters", {})) == {
+            "dispatch_fixed_us", "push_gbytes_per_s", "combine_fixed_us", "pull_gbytes_per_s"}
+            and said["parameters"]["push_gbytes_per_s"] > 0 and len(said["fits"]) == 2
+            and all(abs(f["worst_error"]) >= f["rms_error"] - 1e-12 for f in said["fits"]), r)
+        r, with_it = plan("--hosts", 2, "--machine", machine)
+        check(f"plan with {transport}", r.returncode == 0 and with_it["machine"] == transport
+              and all(with_it["parameters"][name] == value for name, value in said["parameters"].items()), r)
+    for message, arguments in {"--calibrate needs two ranks and two numbers": ("--tokens", 4),
+                               "machine 'x' is none of": ("--machine", "x")}.items():
+        r = run("bench", "exchange", "--calibrate", "--ranks", 2, *arguments)
+        check(f"refused: {message}", r.returncode == 2 and message in r.stderr, r)
+
+print(f"{len(failures)} failures")
+sys.exit(1 if failures else 0)
