@@ -147,6 +147,15 @@ void report_case(const ExpertsBenchConfig& config, const ExpertsBenchCase& c,
                                   {"kernels", kernels}});
 }
 
+/// ", 0.190 TFLOPS of byte dot products, 0.2 TFLOPS of ..."
+std::string ceilings_text(const ExpertsBenchReport& report, int digits) {
+  std::string text;
+  for (const ExpertsBenchCeiling& ceiling : report.arithmetic) {
+    text += fmt::format(", {:.{}f} TFLOPS of {}", ceiling.tflops, digits, ceiling.kind);
+  }
+  return text;
+}
+
 void bench_experts_command(const Options& options, Output& output) {
   const ExpertsBenchConfig base = bench_config(options);
   const std::vector<ExpertsBenchConfig> configs =
@@ -173,9 +182,8 @@ void bench_experts_command(const Options& options, Output& output) {
   const double unit_us = cuda ? 1 : 1000;
   const char* const scales = scale_dtype_text(base.scale_dtype);
   fmt::print("experts   {}, hidden {}, {} scales\n", to_string(g.weight_format), g.hidden, scales);
-  fmt::print("device    {}: reads {:.1f} GB/s, {:.{}f} TFLOPS of {}\n", first.device,
-             first.read_gbytes_per_s, first.peak_tflops, cuda ? 0 : 3,
-             cuda ? "FP8" : "byte dot products");
+  fmt::print("device    {}: reads {:.1f} GB/s{}\n", first.device, first.read_gbytes_per_s,
+             ceilings_text(first, cuda ? 0 : 3));
   fmt::print("times     {}, median, smallest and largest of {}{}\n", cuda ? "us" : "ms",
              options.repeats,
              cuda ? fmt::format(" replays of a graph, {:.0f} ms of rest before each GEMM's",
@@ -199,6 +207,9 @@ void bench_experts_command(const Options& options, Output& output) {
                              {"scale_dtype", scales}};
   output.json["read_gbytes_per_s"] = first.read_gbytes_per_s;
   output.json["peak_tflops"] = first.peak_tflops;
+  for (const ExpertsBenchCeiling& ceiling : first.arithmetic) {
+    output.json["arithmetic"].push_back({{"kind", ceiling.kind}, {"tflops", ceiling.tflops}});
+  }
 }
 
 }  // namespace

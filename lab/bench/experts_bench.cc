@@ -232,7 +232,10 @@ ExpertsBenchReport bench_experts(const ExpertsBenchConfig& config_in, Backend& b
     return LayerReference(weights, recipe, 1.0f, error_model(backend.device().kind));
   };
   report.read_gbytes_per_s = backend.measure_read_bandwidth() * 1e-9;
-  report.peak_tflops = backend.measure_arithmetic_rate() * 1e-12;
+  for (const ArithmeticRate& rate : backend.measure_arithmetic_rates()) {
+    report.arithmetic.push_back({rate.kind, rate.operations_per_s * 1e-12});
+    report.peak_tflops = std::max(report.peak_tflops, report.arithmetic.back().tflops);
+  }
   DeviceRows rows(backend, config, std::int64_t{max_mean} * max_experts, max_experts);
   const bool any_local =
       !config.stage_only && std::ranges::find(config.recipes, Recipe{}) != config.recipes.end();

@@ -120,11 +120,23 @@ class StreamOrder {
   virtual void after(Stream stream) { (void)stream; }
 };
 
+/// What kernels multiply with, and how fast a device does nothing else.
+struct ArithmeticRate {
+  const char* kind = "";        ///< For reports: "int16 dot products".
+  double operations_per_s = 0;  ///< Two for each multiply-add of a weight and an activation.
+};
+
 /// The GEMMs of expert_stage().
 enum class ExpertHalf : std::uint8_t { kGateUp, kDown };
 
 class BackendOps : public Backend {
  public:
+  /// measure_arithmetic_rate() for each kind of arithmetic that expert_stage() uses on this device,
+  /// in order of the rows per expert from which on it does. The largest is that of the device.
+  [[nodiscard]] virtual std::vector<ArithmeticRate> measure_arithmetic_rates() {
+    return {{.kind = "FP8", .operations_per_s = measure_arithmetic_rate()}};
+  }
+
   /// Repacks `weights`, which lie in host memory, expert by expert and releases each one's mapped
   /// pages, so that no second copy of the weights is ever resident.
   [[nodiscard]] virtual std::unique_ptr<PreparedExperts> prepare(const ExpertWeights& weights) = 0;

@@ -5,7 +5,9 @@
 
 #include <algorithm>
 #include <string>
+#include <vector>
 
+#include "backend/ops.h"
 #include "sluice/backend.h"
 #include "sluice/error.h"
 #include "sluice/lab/experts_bench.h"
@@ -41,6 +43,26 @@ TEST(ExpertsBench, AnUnknownCeilingIsAnError) {
   ExpertsBenchReport report = report_of(0.5);
   report.peak_tflops = 0;
   EXPECT_THROW(check_ceiling(report), Error);
+}
+
+/// All cores together, of each kind of arithmetic, against one of them. Both are the best of ten
+/// intervals in time that threads had a core for; cores that share units with others, or a clock
+/// that falls when all work, take the tenth that is allowed.
+TEST(ExpertsBench, AllThreadsReachWhatOneDoes) {
+#if defined(__SANITIZE_ADDRESS__) || defined(__SANITIZE_THREAD__)
+  GTEST_SKIP() << "instrumented code has other limits than the processor's";
+#endif
+  const auto one = make_backend({.num_threads = 1});
+  const auto all = make_backend({});
+  const std::vector<ArithmeticRate> single = ops(*one).measure_arithmetic_rates();
+  const std::vector<ArithmeticRate> whole = ops(*all).measure_arithmetic_rates();
+  ASSERT_FALSE(single.empty());
+  ASSERT_EQ(single.size(), whole.size());
+  for (std::size_t i = 0; i < single.size(); ++i) {
+    EXPECT_STREQ(single[i].kind, whole[i].kind);
+    EXPECT_GT(single[i].operations_per_s, 1e9) << single[i].kind;  // A core of any speed.
+    EXPECT_GE(whole[i].operations_per_s, 0.9 * single[i].operations_per_s) << single[i].kind;
+  }
 }
 
 /// On weights that stay in the caches, which is as fast as the stage gets, with one thread and two.

@@ -59,11 +59,18 @@ struct ExpertsBenchCase {
   std::vector<ExpertsBenchKernel> kernels = {};
 };
 
+/// A kind of arithmetic that kernels use, and what the device does of it alone.
+struct ExpertsBenchCeiling {
+  std::string kind;  ///< "FP8", "byte dot products", "int16 dot products"
+  double tflops = 0;
+};
+
 /// Ceilings measured in the same run.
 struct ExpertsBenchReport {
   std::string device;
   double read_gbytes_per_s = 0;
   double peak_tflops = 0;  ///< Of Backend::measure_arithmetic_rate(): what no kernel can pass.
+  std::vector<ExpertsBenchCeiling> arithmetic = {};  ///< One at least; peak_tflops is the largest.
   std::vector<ExpertsBenchCase> cases = {};
 };
 

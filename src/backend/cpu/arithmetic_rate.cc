@@ -1,4 +1,4 @@
-// The byte dot products of gemm_tile.cc by themselves: in registers, without scales.
+// The dot products of gemm_tile.cc by themselves: in registers, without scales.
 #include <algorithm>
 #include <atomic>
 #include <chrono>
@@ -8,6 +8,7 @@
 #include <vector>
 
 #include "backend/cpu/ceilings.h"
+#include "backend/cpu/gemm_tile.h"
 #include "core/threads.h"
 
 #undef HWY_TARGET_INCLUDE
@@ -28,7 +29,7 @@ inline constexpr int kSteps = 1024;  // Of one call: microseconds, the resolutio
 #if HWY_TARGET == HWY_SCALAR
 
 /// Operations: two for each multiply-add of a value, as in gemm_tile.cc. `sink` gets their sum.
-std::int64_t dot_steps_impl(const std::uint8_t* bytes, std::uint32_t* sink) {
+std::int64_t dot_steps_impl(DigitLayout, const std::uint8_t* bytes, std::uint32_t* sink) {
   std::uint32_t s0 = 0, s1 = 0, s2 = 0, s3 = 0, s4 = 0, s5 = 0, s6 = 0, s7 = 0;
   const std::uint32_t a0 = bytes[2], a1 = bytes[3], a2 = bytes[4], a3 = bytes[5];
   for (int step = 0; step < kSteps; ++step) {
@@ -49,6 +50,14 @@ struct PairSum {
   HWY_INLINE PairSum() : v(hn::Zero(kI16)) {}
   HWY_INLINE void add(VU8 w, VI8 a) { v = hn::Add(v, dot_pairs(w, a)); }
   HWY_INLINE VI32 total() const { return hn::BitCast(kI32, v); }
+};
+
+/// As WordDot::add().
+struct WordSum {
+  VI32 v;
+  HWY_INLINE WordSum() : v(hn::Zero(kI32)) {}
+  HWY_INLINE void add(VU8 w, VI8 a) { WordDot::add(hn::BitCast(kI16, w), hn::BitCast(kI16, a), v); }
+  HWY_INLINE VI32 total() const { return v; }
 };
 
 #if SLUICE_BYTE_DOT_HAS_VNNI
@@ -86,17 +95,18 @@ HWY_INLINE VI32 dot_steps(const std::uint8_t* bytes) {
   return hn::Add(hn::Add(low, mid), high);
 }
 
-/// Operations: two for each multiply-add of a value, whose two digits are a byte product each.
-/// `sink` gets a sum of all lanes.
-std::int64_t dot_steps_impl(const std::uint8_t* bytes, std::uint32_t* sink) {
+/// Operations: two for each multiply-add of a value, which is two products of bytes or one of
+/// int16. `sink` gets a sum of all lanes.
+std::int64_t dot_steps_impl(DigitLayout layout, const std::uint8_t* bytes, std::uint32_t* sink) {
+  const auto add = [&](VI32 sum) HWY_ATTR {
+    *sink += static_cast<std::uint32_t>(hn::GetLane(hn::SumOfLanes(kI32, sum)));
+    return std::int64_t{kSteps} * 12 * kRegBytes;
+  };
+  if (layout == DigitLayout::kWords) return add(dot_steps<WordSum>(bytes));
 #if SLUICE_BYTE_DOT_HAS_VNNI
-  const bool has_vnni = __builtin_cpu_supports("avx512vnni") != 0;
-  const VI32 sum = has_vnni ? dot_steps<VnniSum>(bytes) : dot_steps<PairSum>(bytes);
-#else
-  const VI32 sum = dot_steps<PairSum>(bytes);
+  if (__builtin_cpu_supports("avx512vnni") != 0) return add(dot_steps<VnniSum>(bytes));
 #endif
-  *sink += static_cast<std::uint32_t>(hn::GetLane(hn::SumOfLanes(kI32, sum)));
-  return std::int64_t{kSteps} * 12 * kRegBytes;
+  return add(dot_steps<PairSum>(bytes));
 }
 
 #endif
@@ -112,6 +122,10 @@ HWY_EXPORT(dot_steps_impl);
 
 using Clock = std::chrono::steady_clock;
 
+const char* name_of(DigitLayout layout) {
+  return layout == DigitLayout::kWords ? "int16 dot products" : "byte dot products";
+}
+
 /// Of this thread so far.
 double cpu_seconds() {
   timespec t{};
@@ -125,7 +139,7 @@ struct alignas(64) DotShare {
 
 /// All threads work from one time to another, so that they share what cores share. What counts is
 /// the time they had a core for: another program takes from that, but not from what a core can do.
-double flops_per_second(ThreadPool& pool, std::chrono::milliseconds interval) {
+double flops_per_second(DigitLayout layout, ThreadPool& pool, std::chrono::milliseconds interval) {
   alignas(64) std::uint8_t bytes[6 * 64];
   for (int i = 0; i < 6 * 64; ++i) bytes[i] = static_cast<std::uint8_t>(i % 16);
   std::vector<DotShare> shares(static_cast<std::size_t>(pool.num_threads()));
@@ -134,13 +148,14 @@ double flops_per_second(ThreadPool& pool, std::chrono::milliseconds interval) {
   std::atomic<std::uint32_t> sums{0};
   pool.run([&](int t) {
     std::uint32_t sum = 0;
-    (void)HWY_DYNAMIC_DISPATCH(dot_steps_impl)(bytes, &sum);  // Wide vectors take time to wake.
+    (void)HWY_DYNAMIC_DISPATCH(dot_steps_impl)(layout, bytes,
+                                               &sum);  // Wide vectors take time to wake.
     if (missing.fetch_sub(1) == 1) begin = Clock::now().time_since_epoch().count();
     while (begin == 0) std::this_thread::yield();
     const Clock::time_point end = Clock::time_point(Clock::duration(begin.load())) + interval;
     const double start = cpu_seconds();
     std::int64_t done = 0;
-    while (Clock::now() < end) done += HWY_DYNAMIC_DISPATCH(dot_steps_impl)(bytes, &sum);
+    while (Clock::now() < end) done += HWY_DYNAMIC_DISPATCH(dot_steps_impl)(layout, bytes, &sum);
     shares[static_cast<std::size_t>(t)] = {static_cast<double>(done), cpu_seconds() - start};
     sums += sum;
   });
@@ -154,13 +169,18 @@ double flops_per_second(ThreadPool& pool, std::chrono::milliseconds interval) {
 
 }  // namespace
 
-double dot_flops_per_second(ThreadPool& pool) {
+std::vector<ArithmeticRate> dot_rates(ThreadPool& pool) {
   constexpr int kIntervals = 10;
-  double best = 0;
-  for (int i = 0; i < kIntervals; ++i) {
-    best = std::max(best, flops_per_second(pool, std::chrono::milliseconds(15)));
+  std::vector<ArithmeticRate> rates;
+  for (const DigitLayout layout : {DigitLayout::kBytes, DigitLayout::kWords}) {
+    if (digit_layout(1) != layout && digit_layout(kMaxTileRows) != layout) continue;
+    double best = 0;
+    for (int i = 0; i < kIntervals; ++i) {
+      best = std::max(best, flops_per_second(layout, pool, std::chrono::milliseconds(15)));
+    }
+    rates.push_back({name_of(layout), best});
   }
-  return best;
+  return rates;
 }
 
 }  // namespace sluice::cpu

@@ -1,11 +1,13 @@
-// byte_dot-inl.h - registers and byte dot products of one instruction set; included per target.
+// byte_dot-inl.h - registers and dot products of one instruction set; included per target.
 //
 // PairDot  u8 x s8 pairs into int16 (vpmaddubsw), added in int16, widened to int32 at a flush.
 //          A pair of products is at most w * 128 * 2, w the largest weight as stored: of int4 (15)
 //          8 of them fit an int16, of e2m1 (24) 4 do, an even number of each line's two.
 // VnniDot  u8 x s8 quads straight into int32 (vpdpbusd).
+// WordDot  s16 x s16 pairs into int32 (vpmaddwd), added there.
 //
-// Highway 1.0.3 has neither operation, hence the intrinsics. Elsewhere PairDot is plain Highway.
+// Highway 1.0.3 has none of these for every target, hence the intrinsics. Elsewhere all but VnniDot
+// are plain Highway.
 #if defined(SLUICE_BYTE_DOT_INL_H_) == defined(HWY_TARGET_TOGGLE)
 #ifdef SLUICE_BYTE_DOT_INL_H_
 #undef SLUICE_BYTE_DOT_INL_H_
@@ -155,6 +157,41 @@ struct VnniDot {
   }
 };
 #endif
+
+/// Up to as many rows meet byte dot products where others would meet WordDot.
+inline constexpr int kFewRows = 2;
+
+/// int32 lane i = w[2i] * a[2i] + w[2i+1] * a[2i+1]
+HWY_INLINE VI32 dot_words(VI16 w, VI16 a) {
+#if HWY_TARGET == HWY_AVX3
+  return VI32{_mm512_madd_epi16(w.raw, a.raw)};
+#elif HWY_TARGET == HWY_AVX2
+  return VI32{_mm256_madd_epi16(w.raw, a.raw)};
+#elif HWY_TARGET == HWY_SSE4
+  return VI32{_mm_madd_epi16(w.raw, a.raw)};
+#else
+  const VI32 w32 = hn::BitCast(kI32, w), a32 = hn::BitCast(kI32, a);
+  const VI32 w_even = hn::ShiftRight<16>(hn::ShiftLeft<16>(w32));
+  const VI32 a_even = hn::ShiftRight<16>(hn::ShiftLeft<16>(a32));
+  return hn::Add(hn::Mul(w_even, a_even),
+                 hn::Mul(hn::ShiftRight<16>(w32), hn::ShiftRight<16>(a32)));
+#endif
+}
+
+struct WordDot {
+  /// Rows whose sums, with the weights of a step, a digit and a product, fit the registers.
+  static constexpr int kRows = HWY_TARGET == HWY_AVX3 ? 8 : HWY_TARGET == HWY_AVX2 ? 6 : 2;
+  static HWY_INLINE void add(VI16 w, VI16 a, VI32& sum) {
+    const VI32 product = dot_words(w, a);
+#if HWY_TARGET == HWY_AVX2 || HWY_TARGET == HWY_AVX3
+    // Written out: g++ 12 gives each sum of a loop two registers otherwise, copies one to the other
+    // and, short of registers then, loads the weights again for each row.
+    asm("vpaddd %1, %0, %0" : "+v"(sum.raw) : "v"(product.raw));
+#else
+    sum = hn::Add(sum, product);
+#endif
+  }
+};
 
 inline constexpr const char* kInstructionSet = HWY_TARGET == HWY_AVX3   ? "AVX-512"
                                                : HWY_TARGET == HWY_AVX2 ? "AVX2"

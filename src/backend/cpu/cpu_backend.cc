@@ -2,6 +2,7 @@
 
 #include <fmt/format.h>
 
+#include <algorithm>
 #include <cstring>
 
 #include "backend/cpu/ceilings.h"
@@ -87,7 +88,15 @@ double CpuBackend::measure_read_bandwidth() {
 }
 
 double CpuBackend::measure_arithmetic_rate() {
-  return dot_flops_per_second(pool_);
+  double most = 0;
+  for (const ArithmeticRate& rate : measure_arithmetic_rates()) {
+    most = std::max(most, rate.operations_per_s);
+  }
+  return most;
+}
+
+std::vector<ArithmeticRate> CpuBackend::measure_arithmetic_rates() {
+  return dot_rates(pool_);
 }
 
 std::unique_ptr<DeviceBuffer> CpuBackend::allocate(std::size_t bytes) {

@@ -27,6 +27,7 @@ class CpuBackend final : public BackendOps {
   [[nodiscard]] std::string description() const override;
   [[nodiscard]] double measure_read_bandwidth() override;
   [[nodiscard]] double measure_arithmetic_rate() override;
+  [[nodiscard]] std::vector<ArithmeticRate> measure_arithmetic_rates() override;
   [[nodiscard]] std::unique_ptr<DeviceBuffer> allocate(std::size_t bytes) override;
   void copy_to_host(void* host, const void* device, std::size_t bytes, Stream) override;
   void copy_from_host(void* device, const void* host, std::size_t bytes, Stream) override;

@@ -1,6 +1,7 @@
 #include "backend/cpu/digits.h"
 
 #include <array>
+#include <cstring>
 #include <limits>
 
 #include "sluice/quant.h"
@@ -29,28 +30,68 @@ std::array<Digits, 256> make_table() {
   return table;
 }
 
-}  // namespace
+const std::array<Digits, 256>& table() {
+  static const std::array<Digits, 256> digits = make_table();
+  return digits;
+}
 
-DigitGroup split_digits(const std::uint8_t* codes, float scale, std::uint8_t* main,
-                        std::uint8_t* low) {
-  static const std::array<Digits, 256> table = make_table();
+/// Where the digits of DigitLayout::kBytes go.
+struct BytePlaces {
+  static int step(int line, int i) { return line * 2 + i % 2; }
+  void put_main(int line, int i, const Digits& d) const {
+    std::uint8_t* at = main + line * 16 + i % 2 * 8 + i / 2;
+    at[0] = static_cast<std::uint8_t>(d.mid);
+    at[4] = static_cast<std::uint8_t>(d.high);
+  }
+  void put_low(int line, int i, const Digits& d) const {
+    low[line * 8 + i % 2 * 4 + i / 2] = static_cast<std::uint8_t>(d.low);
+  }
+  std::uint8_t *main, *low;
+};
+/// And of kWords.
+struct WordPlaces {
+  static int step(int line, int i) { return line * 4 + i % 2 * 2 + i / 2 % 2; }
+  static int at(int line, int i) { return 2 * (2 * step(line, i) + i / 4); }
+  void put_main(int line, int i, const Digits& d) const {
+    const auto word = static_cast<std::int16_t>(d.mid + d.high * 256);
+    std::memcpy(main + at(line, i), &word, 2);
+  }
+  void put_low(int line, int i, const Digits& d) const {
+    const std::int16_t word = d.low;
+    std::memcpy(low + at(line, i), &word, 2);
+  }
+  std::uint8_t *main, *low;
+};
+
+template <class Places>
+DigitGroup split(const Places& to, const std::uint8_t* codes, float scale) {
+  const std::array<Digits, 256>& digits = table();
   DigitGroup out;
   out.scale = scale * 0x1p-9f;
+  bool has_nan = false;
   for (int line = 0; line < kGroup / 8; ++line) {
     std::int32_t sum = 0;
     for (int i = 0; i < 8; ++i) {
-      const Digits& d = table[codes[line * 8 + i]];
-      const int odd = i % 2;
-      main[line * 16 + odd * 8 + i / 2] = static_cast<std::uint8_t>(d.mid);
-      main[line * 16 + odd * 8 + 4 + i / 2] = static_cast<std::uint8_t>(d.high);
-      low[line * 8 + odd * 4 + i / 2] = static_cast<std::uint8_t>(d.low);
+      const Digits& d = digits[codes[line * 8 + i]];
+      to.put_main(line, i, d);
       sum += d.q;
-      out.has_low |= d.low;
-      if (d.is_nan) out.scale = std::numeric_limits<float>::quiet_NaN();
+      out.low |= std::uint64_t{d.low != 0} << Places::step(line, i);
+      has_nan |= d.is_nan;
     }
     out.sum[line / 4] += sum;
   }
+  if (has_nan) out.scale = std::numeric_limits<float>::quiet_NaN();
+  if (out.low == 0) return out;
+  for (int k = 0; k < kGroup; ++k) to.put_low(k / 8, k % 8, digits[codes[k]]);
   return out;
+}
+
+}  // namespace
+
+DigitGroup split_digits(DigitLayout layout, const std::uint8_t* codes, float scale,
+                        std::uint8_t* main, std::uint8_t* low) {
+  return layout == DigitLayout::kBytes ? split(BytePlaces{main, low}, codes, scale)
+                                       : split(WordPlaces{main, low}, codes, scale);
 }
 
 }  // namespace sluice::cpu

@@ -4,11 +4,12 @@
 //
 //   q = low + 8 * mid + 2048 * high      low in [-4, 3], mid in [-128, 127], high in [-112, 112]
 //
-// each of which meets a weight in a byte dot product: int4 + 8, or 2 * e2m1 + 12. sum_k w * q over
-// a scale group of such integers stays below 2^31 and is computed without any rounding, so neither
-// the order of the additions, nor the instruction set, nor the rows computed together can change a
-// bit of it. `low` is zero unless a value below 2^-3 occurs in the group (in units of its scale),
-// and is then skipped.
+// each of which meets a weight in a byte dot product: int4 + 8, or 2 * e2m1 + 12. Or mid and high
+// are one digit of 16 bits, word = mid + 256 * high in [-28672, 28672], in a dot product of int16.
+// sum_k w * q over a scale group of such integers stays below 2^31 and is computed without any
+// rounding, so neither the order of the additions, nor the instruction set, nor the rows computed
+// together, nor the choice of digits can change a bit of it. `low` is zero unless a value below
+// 2^-3 occurs (in units of its group's scale). A mask says where, and all else is skipped.
 #pragma once
 
 #include <cstdint>
@@ -21,20 +22,29 @@ inline constexpr int kMidShift = 3;    ///< Weight of `mid`: 8.
 inline constexpr int kHighShift = 11;  ///< Weight of `high`: 2048.
 
 inline constexpr int kGroup = kActivationGroup;
-/// [line][mid of even k (4 bytes), high of even k, mid of odd k, high of odd k], 16 lines of 8 k.
+
+/// In which order the digits of 128 channels lie, 16 lines of 8 k, as prepared_experts.h has them.
+/// One dot product takes the weights and digits of one step.
+enum class DigitLayout : std::uint8_t {
+  /// main [line][mid of k 0 2 4 6, high of them, mid of k 1 3 5 7, high of them] int8, low [line][
+  /// k 0 2 4 6, k 1 3 5 7] int8. A step is half a line.
+  kBytes,
+  /// main and low [line][k 0 4, 2 6, 1 5, 3 7] int16. A step is a quarter of a line.
+  kWords,
+};
 inline constexpr int kMainDigitBytes = 2 * kGroup;
-/// [line][low of even k, low of odd k]
-inline constexpr int kLowDigitBytes = kGroup;
+inline constexpr int kLowDigitBytes = 2 * kGroup;  ///< Of which kBytes uses the first half.
 
 /// What a GEMM needs to know about 128 channels of one row besides their digits.
 struct DigitGroup {
-  float scale = 0;           ///< Activation scale * 2^-9; NaN if the group holds a NaN.
-  std::int32_t has_low = 0;  ///< Any low digit not zero.
-  std::int32_t sum[4]{};     ///< Of q over each 32 channels: weights are stored with an offset.
+  float scale = 0;        ///< Activation scale * 2^-9; NaN if the group holds a NaN.
+  std::int32_t sum[4]{};  ///< Of q over each 32 channels: weights are stored with an offset.
+  std::uint64_t low = 0;  ///< Bit i: a low digit of step i is not zero.
 };
 
-/// Splits 128 codes. main: kMainDigitBytes, low: kLowDigitBytes, both written in full.
-DigitGroup split_digits(const std::uint8_t* codes, float scale, std::uint8_t* main,
-                        std::uint8_t* low);
+/// Splits 128 codes. main [kMainDigitBytes] is written in full, low [kLowDigitBytes] only if a
+/// digit of it is not zero.
+DigitGroup split_digits(DigitLayout layout, const std::uint8_t* codes, float scale,
+                        std::uint8_t* main, std::uint8_t* low);
 
 }  // namespace sluice::cpu

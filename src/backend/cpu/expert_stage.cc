@@ -64,7 +64,8 @@ void ExpertStage::Digits::reserve(std::int64_t rows, std::int64_t width) {
 
 DigitRows ExpertStage::Digits::of(const Item& item) const {
   const std::int64_t first = item.wave_row * num_groups;
-  return {.digits = reinterpret_cast<std::uint8_t*>(digits.data()) + first * kMainDigitBytes,
+  return {.layout = digit_layout(item.rows),
+          .digits = reinterpret_cast<std::uint8_t*>(digits.data()) + first * kMainDigitBytes,
           .low = reinterpret_cast<std::uint8_t*>(low.data()) + first * kLowDigitBytes,
           .groups = reinterpret_cast<DigitGroup*>(groups.data()) + first,
           .rows = item.rows};

@@ -8,15 +8,17 @@
 // Operands  codes  [blocks][K / 8][64]             PreparedMatrix: streamed once from memory
 //           scales [blocks][K / group_size][16]    bf16, f32 or e8m0
 //           digits [K / 128][rows][256]            DigitRows: read per block, from L1 or L2
-//           low    [K / 128][rows][128]            only where DigitGroup::has_low
+//           low    [K / 128][rows][256]            only the steps that DigitGroup::low names
 //           acc    [blocks][rows][16] f32
 //
-// Tile      16 channels x `rows` rows x 128 k; a line of weights is widened to bytes once (in L1
-//           when more than a few rows use it) and meets 1, 2 (AVX2) or up to 8 (AVX-512) rows in
-//           registers.
+// Tile      16 channels x `rows` rows x 128 k. Few rows: a line of weights is widened to bytes in
+//           registers and meets 1, 2 (AVX2) or up to 8 (AVX-512 VNNI) rows there. More rows: the
+//           weights of 128 k are widened once, in L1, to bytes (VNNI) or to int16 (all others:
+//           gemm_words-inl.h), and meet up to 8 rows at once from there.
 //
 // Bits      the same for every instruction set, every number of rows and every position of a row.
-// Bound     few rows: bytes of codes. Many: byte dot products, 2 per weight and row.
+// Bound     few rows: bytes of codes. Many: dot products, for each weight and row two of bytes
+//           or one of int16.
 #pragma once
 
 #include <cstdint>
@@ -29,6 +31,7 @@ namespace sluice::cpu {
 /// Rows of one GEMM operand, split into digits: group-major, so that the rows of one group are
 /// contiguous.
 struct DigitRows {
+  DigitLayout layout = DigitLayout::kBytes;
   std::uint8_t* digits = nullptr;  ///< [K / 128][rows][kMainDigitBytes]
   std::uint8_t* low = nullptr;     ///< [K / 128][rows][kLowDigitBytes]
   DigitGroup* groups = nullptr;    ///< [K / 128][rows]
@@ -37,7 +40,8 @@ struct DigitRows {
   /// Splits one group of one row into its place.
   void set(std::int64_t group, int row, const std::uint8_t* codes, float scale) const {
     const std::int64_t i = group * rows + row;
-    groups[i] = split_digits(codes, scale, digits + i * kMainDigitBytes, low + i * kLowDigitBytes);
+    groups[i] =
+        split_digits(layout, codes, scale, digits + i * kMainDigitBytes, low + i * kLowDigitBytes);
   }
 };
 
@@ -52,6 +56,10 @@ struct GemmTile {
   float* acc = nullptr;  ///< [num_blocks][x.rows][16], overwritten.
 };
 
+/// The layout of digits with which gemm_tile() is best for `rows` rows on this machine.
+[[nodiscard]] DigitLayout digit_layout(int rows);
+
+/// The layout of tile.x decides which kernel runs.
 void gemm_tile(const GemmTile& tile);
 
 /// "AVX2", "AVX-512", "AVX-512 VNNI": what the kernels use on this machine.

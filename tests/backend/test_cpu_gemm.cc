@@ -1,0 +1,235 @@
+// The CPU's GEMM kernels by themselves: every layout of digits, on every instruction set of this
+// machine, gives the bits of exact integers.
+#include <gtest/gtest.h>
+#include <hwy/highway.h>
+
+#include <bit>
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <random>
+#include <vector>
+
+#include "backend/cpu/gemm_tile.h"
+#include "sluice/quant.h"
+
+namespace sluice::testing {
+namespace {
+
+using cpu::DigitLayout;
+
+constexpr DigitLayout kLayouts[] = {DigitLayout::kBytes, DigitLayout::kWords};
+
+/// Which activations a case has.
+enum class Codes { kAny, kOnlyLarge, kOnlySmall, kMixed };
+
+/// A matrix of random weights, rows of random codes, and what their product has to be.
+struct GemmCase {
+  WeightFormat format = WeightFormat::kInt4;
+  int group_size = 128;
+  int rows = 1;
+  Codes kind = Codes::kMixed;
+  std::int64_t k = 384, n = 64;
+};
+
+class Gemm {
+ public:
+  explicit Gemm(const GemmCase& c) : c_(c), random_(static_cast<unsigned>(c.rows)) {
+    codes_.resize(static_cast<std::size_t>(c.n * c.k / 2));
+    for (std::uint8_t& code : codes_) code = static_cast<std::uint8_t>(random_());
+    const auto num_scales = static_cast<std::size_t>(c.n * c.k / c.group_size);
+    for (std::size_t i = 0; i < num_scales; ++i) {
+      scales_.push_back(0.001f * static_cast<float>(1 + random_() % 1000));
+    }
+    x_.resize(static_cast<std::size_t>(c.rows * c.k));
+    for (std::uint8_t& code : x_) code = random_code();
+    for (std::size_t i = 0; i < x_.size() / 128; ++i) {
+      x_scales_.push_back(0.01f * static_cast<float>(1 + random_() % 100));
+    }
+    expected_.resize(static_cast<std::size_t>(c.n * c.rows));
+    for (std::size_t i = 0; i < expected_.size(); ++i) {
+      const auto at = static_cast<std::int64_t>(i) / 16;
+      expected_[i] = expected(static_cast<int>(at % c.rows),
+                              at / c.rows * 16 + static_cast<std::int64_t>(i) % 16);
+    }
+  }
+
+  /// [n / 16][rows][16]
+  [[nodiscard]] std::vector<float> run(DigitLayout layout) const {
+    const cpu::PreparedMatrix m{.codes = codes_.data(),
+                                .scales = scales_.data(),
+                                .format = c_.format,
+                                .scale_dtype = DType::kFloat32,
+                                .group_size = c_.group_size,
+                                .n = c_.n,
+                                .k = c_.k};
+    const std::size_t groups = x_.size() / cpu::kGroup;
+    // Digits that are not to be read are not zero.
+    std::vector<std::uint8_t> digits(groups * cpu::kMainDigitBytes, 0x5a), low(digits);
+    std::vector<cpu::DigitGroup> infos(groups);
+    const cpu::DigitRows rows{.layout = layout,
+                              .digits = digits.data(),
+                              .low = low.data(),
+                              .groups = infos.data(),
+                              .rows = c_.rows};
+    for (int r = 0; r < c_.rows; ++r) {
+      for (std::int64_t g = 0; g < c_.k / cpu::kGroup; ++g) {
+        rows.set(g, r, &x_[static_cast<std::size_t>(r * c_.k + g * cpu::kGroup)], x_scale(r, g));
+      }
+    }
+    std::vector<float> acc(static_cast<std::size_t>(c_.n * c_.rows), -1.0f);
+    cpu::gemm_tile({.weights = &m,
+                    .num_blocks = static_cast<int>(c_.n / cpu::kBlockN),
+                    .x = rows,
+                    .acc = acc.data()});
+    return acc;
+  }
+
+  void check(DigitLayout layout) const {
+    const std::vector<float> acc = run(layout);
+    for (std::size_t i = 0; i < acc.size(); ++i) {
+      const float y = acc[i], z = expected_[i];
+      if (std::isnan(y) && std::isnan(z)) continue;
+      const std::size_t block = i / 16 / static_cast<std::size_t>(c_.rows);
+      ASSERT_EQ(std::bit_cast<std::uint32_t>(y), std::bit_cast<std::uint32_t>(z))
+          << "row " << i / 16 % static_cast<std::size_t>(c_.rows) << " of " << c_.rows
+          << ", channel " << block * 16 + i % 16 << ": " << y << ", not " << z << "; layout "
+          << static_cast<int>(layout) << ", groups of " << c_.group_size;
+    }
+  }
+
+ private:
+  [[nodiscard]] float expected(int row, std::int64_t channel) const {
+    float acc = 0;
+    for (std::int64_t first = 0; first < c_.k; first += c_.group_size) {
+      std::int64_t sum = 0;
+      bool is_nan = false;
+      for (std::int64_t k = first / 128 * 128; k < first / 128 * 128 + 128; ++k) {
+        const float a = e4m3_to_float(x_[static_cast<std::size_t>(row * c_.k + k)]);
+        is_nan |= std::isnan(a);
+        if (k < first || k >= first + c_.group_size || std::isnan(a)) continue;
+        sum += weight(channel, k) * static_cast<std::int64_t>(a * 512);
+      }
+      const std::int64_t at = (channel / 16 * (c_.k / c_.group_size) + first / c_.group_size) * 16;
+      const float scale = is_nan ? std::nanf("") : x_scale(row, first / 128) * 0x1p-9f;
+      const float factor = scales_[static_cast<std::size_t>(at + channel % 16)] * scale;
+      acc = acc + static_cast<float>(sum) * factor;
+    }
+    return acc;
+  }
+
+  std::uint8_t random_code() {
+    const auto sign = static_cast<std::uint8_t>(random_() & 0x80);
+    switch (c_.kind) {
+      case Codes::kAny:
+        return static_cast<std::uint8_t>(random_());
+      case Codes::kOnlyLarge:
+        return sign | 0x7e;
+      case Codes::kOnlySmall:
+        return static_cast<std::uint8_t>(sign | random_() % 32);
+      case Codes::kMixed:
+        break;
+    }
+    // Mostly without a low digit.
+    const unsigned draw = random_() % 64;
+    return static_cast<std::uint8_t>(sign | (draw == 0 ? random_() % 32 : 0x28 + draw));
+  }
+  [[nodiscard]] float x_scale(int row, std::int64_t group) const {
+    return x_scales_[static_cast<std::size_t>(row * (c_.k / 128) + group)];
+  }
+  /// int4, or twice the e2m1 value (whose scale counts half: ours are not e8m0).
+  [[nodiscard]] std::int64_t weight(std::int64_t n, std::int64_t k) const {
+    const std::int64_t line = n / 16 * (c_.k / 8) + k / 8;
+    const std::uint8_t byte = codes_[static_cast<std::size_t>(line * 64 + n % 16 * 4 + k % 8 / 2)];
+    const int nibble = k % 2 == 0 ? byte & 0xf : byte >> 4;
+    if (c_.format == WeightFormat::kInt4) return nibble - 8;
+    constexpr int kTwice[] = {0, 1, 2, 3, 4, 6, 8, 12};
+    return nibble < 8 ? kTwice[nibble] : -kTwice[nibble - 8];
+  }
+
+  GemmCase c_;
+  std::mt19937 random_;
+  std::vector<std::uint8_t> codes_, x_;
+  std::vector<float> scales_, x_scales_, expected_;
+};
+
+/// Each case with every layout of digits, on each instruction set of this machine.
+void check_on_every_target(const std::vector<Gemm>& cases) {
+  for (const std::int64_t target : hwy::SupportedAndGeneratedTargets()) {
+    if (target == HWY_SSSE3) continue;  // The kernels are not compiled for it.
+    hwy::SetSupportedTargetsForTest(target);
+    hwy::GetChosenTarget().Update(target);
+    SCOPED_TRACE(hwy::TargetName(target));
+    for (const Gemm& gemm : cases) {
+      for (const DigitLayout layout : kLayouts) {
+        if (target == HWY_SCALAR && layout != DigitLayout::kBytes) continue;  // Has bytes only.
+        gemm.check(layout);
+      }
+    }
+  }
+  hwy::SetSupportedTargetsForTest(0);
+  hwy::GetChosenTarget().Update(hwy::SupportedTargets());
+}
+
+TEST(CpuGemm, EveryLayoutOnEveryInstructionSet) {
+  std::vector<Gemm> cases;
+  for (const int rows : {1, 2, 3, 4, 5, 7, 8, 13, 16, 17, 31, 64}) {
+    cases.emplace_back(GemmCase{.rows = rows});
+    cases.emplace_back(GemmCase{.group_size = 32, .rows = rows});
+    cases.emplace_back(GemmCase{.format = WeightFormat::kMxfp4, .group_size = 32, .rows = rows});
+  }
+  check_on_every_target(cases);
+}
+
+TEST(CpuGemm, AnyActivations) {
+  std::vector<Gemm> cases;
+  for (const Codes kind : {Codes::kAny, Codes::kOnlyLarge, Codes::kOnlySmall}) {
+    for (const int group_size : {128, 32}) {
+      for (const WeightFormat format : {WeightFormat::kInt4, WeightFormat::kMxfp4}) {
+        cases.emplace_back(
+            GemmCase{.format = format, .group_size = group_size, .rows = 6, .kind = kind, .n = 32});
+      }
+    }
+  }
+  check_on_every_target(cases);
+}
+
+/// Of all 256 codes, in every place of a group.
+TEST(CpuGemm, DigitsAreTheValue) {
+  for (int code = 0; code < 256; ++code) {
+    const float value = e4m3_to_float(static_cast<std::uint8_t>(code));
+    if (std::isnan(value)) continue;
+    const auto q = static_cast<std::int32_t>(value * 512);
+    for (int k = 0; k < 128; ++k) {
+      std::uint8_t codes[128] = {}, main[cpu::kMainDigitBytes], low[cpu::kLowDigitBytes];
+      codes[k] = static_cast<std::uint8_t>(code);
+      for (const DigitLayout layout : kLayouts) {
+        std::memset(low, 0, sizeof low);
+        const cpu::DigitGroup g = cpu::split_digits(layout, codes, 3.0f, main, low);
+        EXPECT_EQ(g.scale, 3.0f / 512);
+        for (int i = 0; i < 4; ++i) EXPECT_EQ(g.sum[i], i == k / 32 ? q : 0);
+        std::int32_t sum = 0;
+        std::uint64_t mask = 0;
+        const int i = k % 8, line = k / 8;
+        if (layout == DigitLayout::kBytes) {
+          const int half = line * 16 + i % 2 * 8 + i / 2, step = line * 2 + i % 2;
+          const auto digit = [](std::uint8_t byte) { return static_cast<std::int8_t>(byte); };
+          sum = digit(low[step * 4 + i / 2]) + digit(main[half]) * 8 + digit(main[half + 4]) * 2048;
+          if (low[step * 4 + i / 2] != 0) mask = std::uint64_t{1} << step;
+        } else {
+          const int step = line * 4 + i % 2 * 2 + i / 2 % 2;
+          std::int16_t word, least;
+          std::memcpy(&word, main + 4 * step + i / 4 * 2, 2);
+          std::memcpy(&least, low + 4 * step + i / 4 * 2, 2);
+          sum = least + word * 8;
+          if (least != 0) mask = std::uint64_t{1} << step;
+        }
+        ASSERT_EQ(sum, q) << "code " << code << " k " << k;
+        ASSERT_EQ(g.low, mask) << "code " << code << " k " << k;
+      }
+    }
+  }
+}
+
+}  // namespace
+}  // namespace sluice::testing
