@@ -14,10 +14,11 @@ namespace sluice {
 std::unique_ptr<Backend> make_cpu_backend(const BackendConfig& config) {
   check_argument(config.device.index == 0, "host device index {} is not 0", config.device.index);
   check_argument(config.num_threads >= 0, "num_threads {} is negative", config.num_threads);
-  std::vector<int> cores = core_share(available_cores(), config.local_rank, config.num_local_ranks);
+  const std::vector<int> cores =
+      core_share(available_cores(), config.local_rank, config.num_local_ranks);
   const int num_threads =
       config.num_threads > 0 ? config.num_threads : static_cast<int>(cores.size());
-  return std::make_unique<cpu::CpuBackend>(num_threads, std::move(cores));
+  return std::make_unique<cpu::CpuBackend>(num_threads, cores);
 }
 
 namespace cpu {
@@ -26,8 +27,8 @@ namespace {
 
 class CpuBuilder final : public ExpertBuilder {
  public:
-  explicit CpuBuilder(const ExpertWeights& shapes)
-      : experts(std::make_unique<PreparedCpuExperts>(shapes)) {}
+  CpuBuilder(const ExpertWeights& shapes, const MemoryNodes& nodes)
+      : experts(std::make_unique<PreparedCpuExperts>(shapes, nodes)) {}
   [[nodiscard]] std::unique_ptr<PreparedExperts> finish() override {
     experts->finish();
     return std::move(experts);
@@ -75,8 +76,9 @@ class CpuPacker final : public ExpertPacker {
 
 }  // namespace
 
-CpuBackend::CpuBackend(int num_threads, std::vector<int> cores)
-    : pool_(num_threads, std::move(cores)), stage_(pool_) {}
+CpuBackend::CpuBackend(int num_threads, const std::vector<int>& cores,
+                       const std::filesystem::path& node_root)
+    : pool_(num_threads, cores), nodes_(cores, num_threads, node_root), stage_(pool_, nodes_) {}
 
 std::string CpuBackend::description() const {
   return fmt::format("cpu, {} thread{}, {}", pool_.num_threads(),
@@ -116,13 +118,13 @@ void CpuBackend::copy_on_device(void* to, const void* from, std::size_t bytes, S
 }
 
 std::unique_ptr<PreparedExperts> CpuBackend::prepare(const ExpertWeights& weights) {
-  auto experts = std::make_unique<PreparedCpuExperts>(weights);
+  auto experts = std::make_unique<PreparedCpuExperts>(weights, nodes_);
   experts->repack(weights, pool_);
   return experts;
 }
 
 std::unique_ptr<ExpertBuilder> CpuBackend::make_builder(const ExpertWeights& shapes) {
-  return std::make_unique<CpuBuilder>(shapes);
+  return std::make_unique<CpuBuilder>(shapes, nodes_);
 }
 
 std::unique_ptr<ExpertPacker> CpuBackend::make_packer(const PackerSizes& sizes) {
@@ -131,7 +133,7 @@ std::unique_ptr<ExpertPacker> CpuBackend::make_packer(const PackerSizes& sizes) 
 
 std::unique_ptr<PreparedExperts> CpuBackend::make_room(const RepackFormat& format,
                                                        const MutableTensorView& memory) {
-  return std::make_unique<PreparedCpuExperts>(format, memory);
+  return std::make_unique<PreparedCpuExperts>(format, memory, nodes_);
 }
 
 void CpuBackend::repack(PreparedExperts& room, int first, std::span<const ExpertSource> sources,

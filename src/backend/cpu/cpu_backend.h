@@ -4,11 +4,13 @@
 // instruction set, nor on which rows are computed together (digits.h, gemm_tile.h).
 #pragma once
 
+#include <filesystem>
 #include <functional>
 #include <memory>
 #include <string>
 
 #include "backend/cpu/expert_stage.h"
+#include "backend/cpu/memory_nodes.h"
 #include "backend/ops.h"
 #include "core/threads.h"
 
@@ -21,7 +23,9 @@ namespace cpu {
 
 class CpuBackend final : public BackendOps {
  public:
-  CpuBackend(int num_threads, std::vector<int> cores);
+  /// `node_root`: see MemoryNodes.
+  CpuBackend(int num_threads, const std::vector<int>& cores,
+             const std::filesystem::path& node_root = "/sys/devices/system/node");
 
   [[nodiscard]] Device device() const noexcept override { return {}; }
   [[nodiscard]] std::string description() const override;
@@ -60,6 +64,7 @@ class CpuBackend final : public BackendOps {
   void for_each_row(const RowRanges& rows, const std::function<void(std::int64_t row)>& body);
 
   ThreadPool pool_;
+  MemoryNodes nodes_;
   ExpertStage stage_;
 };
 

@@ -121,10 +121,11 @@ void ExpertStage::run_wave(const Call& call, ExpertStageTimes& times) {
   const double split_us = us_since(start);
 
   const auto gemm1_start = Clock::now();
-  pool_.for_each_task(num_items * (call.experts.intermediate() / kGroup),
-                      [&](std::int64_t task, int thread) {
-                        gemm1_task(call, task, threads_[static_cast<std::size_t>(thread)]);
-                      });
+  nodes_.for_each_task(pool_, num_items, call.experts.intermediate() / kGroup,
+                       [&](std::int64_t item, std::int64_t group, int thread) {
+                         gemm1_task(call, wave_[static_cast<std::size_t>(item)], group,
+                                    threads_[static_cast<std::size_t>(thread)]);
+                       });
   const double fused_us = us_since(gemm1_start);
   double gemm1 = 0, activation = 0;
   for (const ThreadState& state : threads_) {
@@ -136,10 +137,11 @@ void ExpertStage::run_wave(const Call& call, ExpertStageTimes& times) {
   times.activation_us += fused_us * share;
 
   const auto gemm2_start = Clock::now();
-  pool_.for_each_task(num_items * (call.experts.hidden() / kGroup),
-                      [&](std::int64_t task, int thread) {
-                        gemm2_task(call, task, threads_[static_cast<std::size_t>(thread)]);
-                      });
+  nodes_.for_each_task(pool_, num_items, call.experts.hidden() / kGroup,
+                       [&](std::int64_t item, std::int64_t group, int thread) {
+                         gemm2_task(call, wave_[static_cast<std::size_t>(item)], group,
+                                    threads_[static_cast<std::size_t>(thread)]);
+                       });
   times.gemm2_us += us_since(gemm2_start);
 }
 
@@ -165,11 +167,10 @@ void ExpertStage::reserve(ThreadState& state) {
   state.up = PageBuffer(kAccBytes);
 }
 
-void ExpertStage::gemm1_task(const Call& call, std::int64_t task, ThreadState& state) const {
+void ExpertStage::gemm1_task(const Call& call, const Item& item, std::int64_t group,
+                             ThreadState& state) const {
   reserve(state);
   const std::int64_t groups = call.h.width / kGroup;
-  const Item& item = wave_[static_cast<std::size_t>(task / groups)];
-  const std::int64_t group = task % groups;
   const PreparedExpert& expert = call.experts.expert(item.expert);
   auto* gate = reinterpret_cast<float*>(state.gate.data());
   auto* up = reinterpret_cast<float*>(state.up.data());
@@ -205,10 +206,9 @@ void ExpertStage::gemm1_task(const Call& call, std::int64_t task, ThreadState& s
   state.activation_us += us_since(activation_start);
 }
 
-void ExpertStage::gemm2_task(const Call& call, std::int64_t task, ThreadState& state) const {
+void ExpertStage::gemm2_task(const Call& call, const Item& item, std::int64_t group,
+                             ThreadState& state) const {
   const std::int64_t width = call.experts.hidden();
-  const Item& item = wave_[static_cast<std::size_t>(task / (width / kGroup))];
-  const std::int64_t group = task % (width / kGroup);
   reserve(state);  // This thread may have had no task of GEMM1.
   auto* acc = reinterpret_cast<float*>(state.gate.data());
   const PreparedMatrix& down = call.experts.expert(item.expert).down;

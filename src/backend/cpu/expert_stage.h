@@ -5,13 +5,15 @@
 //     2  GEMM1, activation, quantize, digits of h  one task per (item, 128 channels of h)
 //     3  GEMM2, bf16                               one task per (item, 128 channels of the output)
 //
-// Each weight is read once per item, in the order in which it lies in memory.
+// Each weight is read once per item, in the order in which it lies in memory, by a thread of the
+// node where it lies if there are several (memory_nodes.h).
 #pragma once
 
 #include <cstdint>
 #include <vector>
 
 #include "backend/cpu/gemm_tile.h"
+#include "backend/cpu/memory_nodes.h"
 #include "backend/cpu/page_buffer.h"
 #include "backend/ops.h"
 
@@ -26,7 +28,8 @@ void check_rows(const RowRanges& rows);
 
 class ExpertStage {
  public:
-  explicit ExpertStage(ThreadPool& pool) : pool_(pool) {}
+  /// Both outlive the stage.
+  ExpertStage(ThreadPool& pool, const MemoryNodes& nodes) : pool_(pool), nodes_(nodes) {}
 
   void run(const PreparedCpuExperts& experts, const Fp8RowsView& in, const RowRanges& rows,
            const Fp8Rows& h, std::uint16_t* out, ExpertStageTimes* times);
@@ -55,10 +58,11 @@ class ExpertStage {
   void run_wave(const Call& call, ExpertStageTimes& times);
   void split_input(const Call& call, std::int64_t wave_row) const;
   static void reserve(ThreadState& state);
-  void gemm1_task(const Call& call, std::int64_t task, ThreadState& state) const;
-  void gemm2_task(const Call& call, std::int64_t task, ThreadState& state) const;
+  void gemm1_task(const Call& call, const Item& item, std::int64_t group, ThreadState& state) const;
+  void gemm2_task(const Call& call, const Item& item, std::int64_t group, ThreadState& state) const;
 
   ThreadPool& pool_;
+  const MemoryNodes& nodes_;
   std::vector<Item> wave_;
   Digits x_, h_;
   std::vector<ThreadState> threads_;

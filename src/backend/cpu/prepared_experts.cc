@@ -169,7 +169,7 @@ void lower(std::atomic<std::uint64_t>& least, std::uint64_t value) {
 
 }  // namespace
 
-PreparedCpuExperts::PreparedCpuExperts(const ExpertWeights& weights)
+PreparedCpuExperts::PreparedCpuExperts(const ExpertWeights& weights, const MemoryNodes& nodes)
     : format_{.geometry = weights.geometry,
               .num_experts = static_cast<int>(weights.experts.size()),
               .first_expert = weights.first_expert} {
@@ -195,6 +195,16 @@ PreparedCpuExperts::PreparedCpuExperts(const ExpertWeights& weights)
              .sizes = {.gate_up_bytes = gate_up, .down_bytes = down}};
   for (std::size_t i = 0; i < experts_.size(); ++i) {
     place(experts_[i], packed_.gate_up + i * gate_up, packed_.down + i * down);
+  }
+  place_codes(nodes);
+}
+
+void PreparedCpuExperts::place_codes(const MemoryNodes& nodes) const {
+  for (const PreparedExpert& e : experts_) {
+    for (const PreparedMatrix* m : {&e.gate, &e.up, &e.down}) {
+      auto* const codes = reinterpret_cast<std::byte*>(const_cast<std::uint8_t*>(m->codes));
+      nodes.place(codes, static_cast<std::size_t>(m->code_bytes()), m->n / kActivationGroup);
+    }
   }
 }
 
@@ -259,7 +269,8 @@ void PreparedCpuExperts::repack(const ExpertWeights& weights, ThreadPool& pool) 
   finish();
 }
 
-PreparedCpuExperts::PreparedCpuExperts(const RepackFormat& format, const MutableTensorView& memory)
+PreparedCpuExperts::PreparedCpuExperts(const RepackFormat& format, const MutableTensorView& memory,
+                                       const MemoryNodes& nodes)
     : format_(format) {
   check_format(format);
   check_weight_format(format.geometry.weight_format);
@@ -280,6 +291,7 @@ PreparedCpuExperts::PreparedCpuExperts(const RepackFormat& format, const Mutable
     place(experts_.back(), packed_.gate_up + at * packed_.sizes.gate_up_bytes,
           packed_.down + at * packed_.sizes.down_bytes);
   }
+  if (memory.empty()) place_codes(nodes);
 }
 
 void PreparedCpuExperts::repack_expert(int index, const ExpertSource& source,

@@ -18,6 +18,7 @@
 #include <span>
 #include <vector>
 
+#include "backend/cpu/memory_nodes.h"
 #include "backend/cpu/page_buffer.h"
 #include "backend/ops.h"
 #include "backend/repack_checks.h"
@@ -68,9 +69,9 @@ struct PreparedExpert {
 class PreparedCpuExperts final : public PreparedExperts {
  public:
   /// Room for experts of these shapes, whose data is not looked at. Matrices may differ in group
-  /// size and type of scales.
+  /// size and type of scales. Codes get their memory on the nodes of their channels' shares.
   /// Throws: kInvalidArgument for shapes, dtypes or group sizes that are not ours; kOutOfMemory.
-  explicit PreparedCpuExperts(const ExpertWeights& shapes);
+  explicit PreparedCpuExperts(const ExpertWeights& shapes, const MemoryNodes& nodes);
   /// Fills it, and releases the pages of each expert when it is done.
   /// Throws: kInvalidArgument for scales that are not finite.
   void repack(const ExpertWeights& weights, ThreadPool& pool);
@@ -84,9 +85,11 @@ class PreparedCpuExperts final : public PreparedExperts {
   /// [N] of one matrix, which was announced with a bias.
   void set_bias(int index, MatrixRole role, std::span<const float> bias);
 
-  /// Room for experts that repack() brings, in `memory` unless that is empty.
+  /// Room for experts that repack() brings, in `memory` unless that is empty; that of the caller
+  /// stays on the nodes where it is.
   /// Throws: kInvalidArgument, kOutOfMemory.
-  PreparedCpuExperts(const RepackFormat& format, const MutableTensorView& memory);
+  PreparedCpuExperts(const RepackFormat& format, const MutableTensorView& memory,
+                     const MemoryNodes& nodes);
 
   /// Experts [first, first + sources.size()); see BackendOps::repack().
   void repack(int first, std::span<const ExpertSource> sources, ThreadPool& pool);
@@ -109,6 +112,7 @@ class PreparedCpuExperts final : public PreparedExperts {
   }
 
  private:
+  void place_codes(const MemoryNodes& nodes) const;
   [[nodiscard]] const PreparedMatrix& matrix(int index, MatrixRole role) const;
   void repack_expert(int index, const ExpertSource& source, const PreparedExpert& out,
                      ThreadPool& pool);

@@ -1,0 +1,139 @@
+// Machines with several nodes of memory, from made-up folders: which thread belongs where, what
+// each node computes, and that no bit depends on it.
+#include <gtest/gtest.h>
+#include <unistd.h>
+
+#include <atomic>
+#include <cstddef>
+#include <cstring>
+#include <filesystem>
+#include <fstream>
+#include <string>
+#include <utility>
+#include <vector>
+
+#include "backend/cpu/cpu_backend.h"
+#include "backend/cpu/memory_nodes.h"
+#include "backend/cpu/page_buffer.h"
+#include "core/threads.h"
+#include "expert_fixture.h"
+
+namespace sluice::testing {
+namespace {
+
+/// A folder as /sys/devices/system/node; gone with this object.
+class FakeNodes {
+ public:
+  explicit FakeNodes(const std::vector<std::pair<int, std::string>>& cores_of_nodes)
+      : root_(std::filesystem::temp_directory_path() /
+              ("sluice_nodes_" + std::to_string(getpid()) + "_" + std::to_string(next_++))) {
+    std::filesystem::create_directories(root_ / "power");  // A folder of another kind.
+    std::ofstream(root_ / "online") << "0\n";
+    for (const auto& [node, cores] : cores_of_nodes) {
+      const auto folder = root_ / ("node" + std::to_string(node));
+      std::filesystem::create_directories(folder);
+      std::ofstream(folder / "cpulist") << cores << '\n';
+    }
+  }
+  FakeNodes(const FakeNodes&) = delete;
+  FakeNodes& operator=(const FakeNodes&) = delete;
+  ~FakeNodes() { std::filesystem::remove_all(root_); }
+  [[nodiscard]] const std::filesystem::path& root() const { return root_; }
+
+ private:
+  static inline int next_ = 0;
+  std::filesystem::path root_;
+};
+
+std::vector<int> nodes_of_threads(const cpu::MemoryNodes& nodes, int num_threads) {
+  std::vector<int> out;
+  for (int t = 0; t < num_threads; ++t) out.push_back(nodes.of_thread(t));
+  return out;
+}
+
+TEST(CpuNodes, ThreadsBelongToTheNodesOfTheirCores) {
+  const FakeNodes two({{0, "0-1,4"}, {3, "2-3,5"}, {7, ""}});  // Node 7 is memory alone.
+  const cpu::MemoryNodes all({0, 1, 2, 3, 4, 5}, 6, two.root());
+  EXPECT_EQ(all.count(), 2);
+  EXPECT_EQ(nodes_of_threads(all, 6), (std::vector<int>{0, 0, 1, 1, 0, 1}));
+  const cpu::MemoryNodes uneven({1, 2, 3}, 3, two.root());
+  EXPECT_EQ(nodes_of_threads(uneven, 3), (std::vector<int>{0, 1, 1}));
+  EXPECT_EQ(uneven.share(0, 16).first, 0);
+  EXPECT_EQ(uneven.share(0, 16).last, 5);
+  EXPECT_EQ(uneven.share(1, 16).first, 5);
+  EXPECT_EQ(uneven.share(1, 16).last, 16);
+  const cpu::MemoryNodes more_threads({0, 2}, 5, two.root());
+  EXPECT_EQ(nodes_of_threads(more_threads, 5), (std::vector<int>{0, 1, 0, 1, 0}));
+  const cpu::MemoryNodes one_of_two({2, 3}, 2, two.root());
+  EXPECT_EQ(one_of_two.count(), 1);
+}
+
+TEST(CpuNodes, WhatCannotBeReadIsOneNode) {
+  for (const char* const cores : {"", "x", "3-", "-1", "5-2", "0,,1"}) {
+    const FakeNodes odd({{0, "0-1"}, {1, cores}});
+    EXPECT_EQ(cpu::MemoryNodes({0, 1}, 2, odd.root()).count(), 1) << cores;
+  }
+  EXPECT_EQ(cpu::MemoryNodes({0, 1}, 2, "/no/such/folder").count(), 1);
+  EXPECT_EQ(cpu::MemoryNodes({0, 1}, 2, FakeNodes({{0, "0-1"}}).root()).count(), 1);
+}
+
+TEST(CpuNodes, EveryTaskIsDoneOnce) {
+  const FakeNodes three({{0, "0"}, {1, "1"}, {2, "2-3"}});
+  for (const int num_threads : {1, 2, 3, 4, 7}) {
+    const cpu::MemoryNodes nodes({0, 1, 2, 3}, num_threads, three.root());
+    ThreadPool pool(num_threads, available_cores());
+    for (const std::int64_t slices : {1, 2, 3, 16}) {
+      constexpr std::int64_t kItems = 5;
+      std::vector<std::atomic<int>> done(static_cast<std::size_t>(kItems * slices));
+      nodes.for_each_task(pool, kItems, slices,
+                          [&](std::int64_t item, std::int64_t slice, int thread) {
+                            EXPECT_LT(thread, num_threads);
+                            ++done[static_cast<std::size_t>(item * slices + slice)];
+                          });
+      for (const std::atomic<int>& count : done) EXPECT_EQ(count, 1);
+    }
+  }
+}
+
+TEST(CpuNodes, OneThreadTakesItsNodeFirst) {
+  const FakeNodes two({{0, "0"}, {1, "1"}});
+  const cpu::MemoryNodes nodes({1, 0}, 2, two.root());  // Thread 0 is on node 1.
+  ASSERT_EQ(nodes.of_thread(0), 1);
+  ThreadPool pool(1, available_cores());  // The other thread never comes.
+  std::vector<std::int64_t> order;
+  nodes.for_each_task(pool, 2, 4, [&](std::int64_t item, std::int64_t slice, int) {
+    order.push_back(item * 10 + slice);
+  });
+  EXPECT_EQ(order, (std::vector<std::int64_t>{2, 3, 12, 13, 0, 1, 10, 11}));
+}
+
+/// Whatever the system says to nodes that this machine may not have, memory is memory.
+TEST(CpuNodes, PlacedMemoryCanBeWritten) {
+  const FakeNodes two({{0, "0"}, {1, "1"}});
+  const cpu::MemoryNodes nodes({0, 1}, 2, two.root());
+  for (const std::size_t bytes : {std::size_t{128}, std::size_t{5} << 20}) {
+    cpu::PageBuffer buffer(bytes);
+    nodes.place(buffer.data(), bytes, 8);
+    std::memset(buffer.data(), 7, bytes);
+    EXPECT_EQ(buffer.data()[bytes - 1], std::byte{7});
+  }
+}
+
+TEST(CpuNodes, TheStageGivesTheSameBits) {
+  const FakeNodes two({{0, "0"}, {1, "1"}});
+  StageCase c;
+  c.geometry.num_experts = 3;
+  c.geometry.hidden = 384, c.geometry.intermediate = 256;
+  c.rows = {5, 0, 70};
+  const auto run = [&](const std::filesystem::path& root) {
+    cpu::CpuBackend device(2, {0, 1}, root);
+    const auto prepared = device.prepare(random_experts(c.geometry, c.scale_dtype, c.seed));
+    StageBuffers b(c);
+    device.expert_stage(*prepared, b.in(), b.rows(), b.h(), b.out.data(), {}, nullptr);
+    return b.out;
+  };
+  EXPECT_TRUE(run(two.root()) == run("/no/such/folder"));
+}
+
+}  // namespace
+}  // namespace sluice::testing
