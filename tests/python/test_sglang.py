@@ -54,6 +54,7 @@ def make_checkpoints(folder):
         "scales": lambda n, t: t.float() * 1.5 if of_scales(n) else t,
         "floats": lambda n, t: t if of_scales(n) else t.float().to(torch.float8_e4m3fn),
         "missing": lambda n, t: None if n.endswith("experts.6.w2.scale") else t,
+        "codes": lambda n, t: None if n.endswith("experts.6.w2.weight") else t,
     }.items():
         mxfp4_files.write(folder / f"deepseek_v4-{name}", "deepseek_v4", *MXFP4_SIZES["deepseek_v4"],
                           change=lambda tensors, change=change: {

@@ -61,11 +61,13 @@ class SluiceMxfp4MoEMethod(FusedMoEMethodBase):
         self._place: WeightMemory | None = weight_memory(
             num_experts, hidden_size, padded, group_size=32, weight_layout="mxfp4", device=torch.empty(0).device)
         load = attrs.pop("weight_loader")
+        self._came: dict[str, set] = {name: set() for name in self._names}  # (matrix, expert), also of other ranks.
         for name, tensor in zip(self._names, self._place[1:]):
             is_scale = "scale" in name
             tensor.fill_(_NAN if is_scale else 0)
             layer.register_parameter(name, Parameter(tensor, requires_grad=False))
-            set_weight_attrs(getattr(layer, name), {**attrs, "weight_loader": _as_bytes(layer, load, is_scale)})
+            set_weight_attrs(getattr(layer, name), {
+                **attrs, "weight_loader": _as_bytes(layer, load, is_scale, self._came[name])})
             if is_scale:
                 getattr(layer, name).quant_method = FusedMoeWeightScaleSupported.GROUP.value
 
@@ -76,16 +78,23 @@ class SluiceMxfp4MoEMethod(FusedMoEMethodBase):
         if self._place is None:  # SGLang may ask again.
             return
         _check_in_place(layer, self._place, self._names)
+        self._check_codes(layer)
         self._experts = LayerExperts(layer, self.moe_runner_config, "MXFP4", self._place, None, "mxfp4")
         self._place = None
         _let_go(layer, self._names)
         _set_dispatcher(layer)
 
+    def _check_codes(self, layer: Any) -> None:
+        """Whatever came has both. A scale that did not come is NaN and refused for it; codes would be zeros."""
+        for codes, scales in (self._names[:2], self._names[2:]):
+            for matrix, expert in sorted(self._came[scales] - self._came[codes]):
+                _refuse(layer, f"{matrix} of expert {expert} has scales and no weights that SGLang loads", _SWITCH)
+
     def apply(self, layer: Any, dispatch_output: Any) -> Any:
         return self._experts.run(layer, dispatch_output)
 
 
-def _as_bytes(layer: Any, load: Any, is_scale: bool) -> Any:
+def _as_bytes(layer: Any, load: Any, is_scale: bool, came: set) -> Any:
     """SGLang's loader, which copies numbers, behind one that hands on the bytes of e2m1 and e8m0."""
 
     def loader(param: Any, loaded_weight: torch.Tensor, weight_name: str, *args: Any, **kwargs: Any) -> None:
@@ -100,6 +109,8 @@ def _as_bytes(layer: Any, load: Any, is_scale: bool) -> Any:
                                "int8", _SWITCH)
             codes = loaded_weight.view(torch.uint8)
         load(param, codes, weight_name, *args, **kwargs)
+        given = dict(zip(("shard_id", "expert_id"), args)) | kwargs
+        came.add((given["shard_id"], given.get("expert_id")))
 
     return loader
 
