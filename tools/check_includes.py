@@ -101,7 +101,7 @@ PUBLIC_OF = {
     "rows": BACKEND, "traits": BACKEND, "scale fault": BASE, "repack checks": BACKEND, "experts check": BACKEND, "ops": BACKEND, "cpu backend": BACKEND, "ptx": BASE,
     "cuda support": BASE, "cuda carveout": BASE, "cuda formats": VALUES, "cuda backend": BACKEND, "backend": BACKEND,
     "cuda exchange": BACKEND | {"transport.h", "exchange.h", "placement.h"},
-    "exchange": BACKEND | {"transport.h", "exchange.h", "placement.h"},
+    "exchange": BACKEND | {"transport.h", "exchange.h", "hosts.h", "network_bytes.h", "placement.h"},
     "json": BASE,
     "balance": BASE | {"placement.h", "balance.h", "placement_files.h"},
 }

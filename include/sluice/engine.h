@@ -18,6 +18,8 @@ struct EngineConfig {
   int max_m = 0;                       ///< ExchangeConfig::max_m of the low-latency mode.
   int num_slots = 0;                   ///< As in LayerGroupConfig; 0: those of `placement`.
   Placement placement = {};            ///< Of the experts; empty: Placement::even().
+  Hosts hosts = {};                    ///< As in LayerGroupConfig.
+  int sum_parts = 0;                   ///< As in ExchangeConfig.
   float routed_scaling_factor = 1.0f;  ///< 1: the host model applies it.
   std::chrono::milliseconds peer_timeout{10'000};
 };

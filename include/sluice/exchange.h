@@ -23,6 +23,7 @@
 #include <memory>
 #include <vector>
 
+#include "sluice/hosts.h"
 #include "sluice/placement.h"
 #include "sluice/recipe.h"
 #include "sluice/stream.h"
@@ -49,6 +50,10 @@ struct ExchangeConfig {
   /// Low-latency: rows reserved per local expert; 0 = num_ranks * max_tokens_per_rank, which no
   /// routing without repeated experts can exceed. More rows than this are refused on every rank.
   int max_m = 0;
+  Hosts hosts = {};  ///< Which rank is on which host. In CUDA memory: one host.
+  /// Parts of the experts that combine() adds up apart, as it says; 0: as many as hosts. With more
+  /// than one host: 1, or as many as hosts, times a power of two where they are even and in order.
+  int sum_parts = 0;
   float routed_scaling_factor = 1.0f;              ///< Applied once, by combine().
   int num_in_flight = 2;                           ///< Dispatched values alive at once, 1 .. 8.
   std::chrono::milliseconds peer_timeout{10'000};  ///< Longest wait for any one peer.
@@ -58,6 +63,10 @@ struct ExchangeConfig {
 
   [[nodiscard]] int total_slots() const noexcept {
     return num_slots != 0 ? num_slots : num_experts;
+  }
+  /// sum_parts, or what its 0 stands for.
+  [[nodiscard]] int total_parts() const noexcept {
+    return sum_parts != 0 ? sum_parts : hosts.num_hosts();
   }
 };
 
@@ -203,7 +212,10 @@ class Exchange {
 
   /// y[t] = routed_scaling_factor * sum_k topk_weights[t, k] * expert_y(row of t at topk_idx[t, k])
   /// It is added in float32 in order of k, then rounded to bf16 once: the same bits on every run
-  /// and for any number of ranks. A token with no expert gives a row of zeros.
+  /// and for any number of ranks. With sum_parts G > 1, part g is the g-th of G equal parts of the
+  /// expert slots (of uneven hosts: host g): each part is added in order of k, then the parts in
+  /// rounds of neighbours: the same bits for any number of hosts. A token with no expert gives a
+  /// row of zeros.
   ///
   /// expert_y: [num_local_experts, max_m, hidden] or [max_rows, hidden] bf16, rows as batch().x.
   /// y:        [num_tokens, hidden] bf16.

@@ -68,6 +68,10 @@ struct LayerGroupConfig {
   /// Slots for experts over all ranks: a multiple of num_ranks, and at least num_experts. 0: as
   /// many as experts, expert e stays in slot e, and no call looks anything up.
   int num_slots = 0;
+  /// Which rank is on which host, and the parts of the sum: as in ExchangeConfig. With sum_parts
+  /// above 1 the bits of an output follow the parts that its experts' slots are in.
+  Hosts hosts = {};
+  int sum_parts = 0;
   float routed_scaling_factor = 1.0f;  ///< 1: the host model applies it.
   /// Calls of one mode and wire format between dispatch_send() and finish(); ExchangeConfig has the
   /// limit. 0: what forward() needs on this device, 1 on CUDA, and 2 on the CPU, where a second

@@ -15,6 +15,8 @@ LayerGroupConfig config_of_group(const EngineConfig& config, const ModelGeometry
   LayerGroupConfig group{
       .geometry = geometry,
       .num_slots = config.num_slots != 0 ? config.num_slots : config.placement.num_slots(),
+      .hosts = config.hosts,
+      .sum_parts = config.sum_parts,
       .routed_scaling_factor = config.routed_scaling_factor,
       .peer_timeout = config.peer_timeout};
   if (config.low_latency) group.low_latency = {config.max_tokens_per_rank, config.max_m};

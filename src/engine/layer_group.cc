@@ -40,6 +40,8 @@ Agreement group_agreement(const LayerGroupConfig& c) {
                         std::to_string(capacity.max_tokens_per_rank));
     fields.emplace_back(fmt::format("{} max_m", to_string(mode)), std::to_string(capacity.max_m));
   }
+  fields.emplace_back("hosts", c.hosts.to_string());
+  fields.emplace_back("sum_parts", std::to_string(c.sum_parts));
   fields.emplace_back("routed_scaling_factor", fmt::format("{:a}", c.routed_scaling_factor));
   fields.emplace_back("num_in_flight", std::to_string(c.num_in_flight));
   fields.emplace_back("send_from_experts", c.send_from_experts ? "yes" : "no");
@@ -123,6 +125,8 @@ ExchangeConfig exchange_config(const LayerGroupConfig& config, Mode mode, WireFo
           .hidden = config.geometry.hidden,
           .max_tokens_per_rank = capacity.max_tokens_per_rank,
           .max_m = capacity.max_m,
+          .hosts = config.hosts,
+          .sum_parts = config.sum_parts,
           .routed_scaling_factor = config.routed_scaling_factor,
           .num_in_flight =
               config.num_in_flight != 0 ? config.num_in_flight : traits_of(device).engine_slots,

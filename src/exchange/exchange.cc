@@ -13,6 +13,7 @@
 #include "exchange/host_layout.h"
 #include "exchange/impl.h"
 #include "exchange/limits.h"
+#include "exchange/sum_parts.h"
 #include "sluice/backend.h"
 #include "sluice/config.h"
 #include "sluice/quant.h"
@@ -47,6 +48,18 @@ void check_config(const ExchangeConfig& c, int num_ranks) {
                  c.peer_timeout.count());
   check_argument(std::isfinite(c.routed_scaling_factor), "routed_scaling_factor {} is not finite",
                  c.routed_scaling_factor);
+  check_argument(c.hosts.num_ranks() == 0 || c.hosts.num_ranks() == num_ranks,
+                 "hosts are of {} ranks, there are {}", c.hosts.num_ranks(), num_ranks);
+  (void)SumParts(c, num_ranks);
+}
+
+/// What only the exchange for host memory does.
+void check_device(const ExchangeConfig& c) {
+  if (c.hosts.num_hosts() > 1 || c.total_parts() > 1) {
+    fail(ErrorCode::kUnsupported,
+         "{}, sum_parts {}: the exchange in CUDA memory is on one host and adds up in one part",
+         c.hosts.to_string(), c.total_parts());
+  }
 }
 
 Agreement exchange_agreement(const ExchangeConfig& c) {
@@ -59,6 +72,8 @@ Agreement exchange_agreement(const ExchangeConfig& c) {
           {"hidden", std::to_string(c.hidden)},
           {"max_tokens_per_rank", std::to_string(c.max_tokens_per_rank)},
           {"max_m", std::to_string(c.max_m)},
+          {"hosts", c.hosts.to_string()},
+          {"sum_parts", std::to_string(c.total_parts())},
           {"routed_scaling_factor", fmt::format("{:a}", c.routed_scaling_factor)},
           {"num_in_flight", std::to_string(c.num_in_flight)}};
 }
@@ -124,8 +139,9 @@ std::size_t Exchange::workspace_bytes(const ExchangeConfig& config, int num_rank
                                       Device::Kind kind) {
   check_argument(num_ranks >= 1, "{} ranks; at least one", num_ranks);
   const ExchangeConfig checked = resolved(config, num_ranks);
-  return traits_of(kind).has_host_memory ? host_workspace_bytes(checked, num_ranks)
-                                         : device_workspace_bytes(checked, num_ranks);
+  if (traits_of(kind).has_host_memory) return host_workspace_bytes(checked, num_ranks);
+  check_device(checked);
+  return device_workspace_bytes(checked, num_ranks);
 }
 
 std::int64_t Exchange::max_rows(const ExchangeConfig& config, int num_ranks) {
@@ -135,9 +151,11 @@ std::int64_t Exchange::max_rows(const ExchangeConfig& config, int num_ranks) {
 
 Exchange Exchange::create(const ExchangeConfig& config, Transport& transport, Backend& backend) {
   const ExchangeConfig checked = resolved(config, transport.num_ranks());
+  const bool is_on_host = traits_of(backend.device().kind).has_host_memory;
+  if (!is_on_host) check_device(checked);
   require_agreement(transport, exchange_agreement(checked), checked.peer_timeout);
   std::unique_ptr<Impl> impl;
-  if (traits_of(backend.device().kind).has_host_memory) {
+  if (is_on_host) {
     impl = make_host_exchange(checked, transport, backend);
   } else {
 #ifdef SLUICE_HAS_CUDA
@@ -151,6 +169,16 @@ Exchange Exchange::create(const ExchangeConfig& config, Transport& transport, Ba
   impl->num_ranks = transport.num_ranks();
   impl->device = backend.device();
   return Exchange(std::move(impl));
+}
+
+ExchangeCounters counters_for(int num_ranks) {
+  ExchangeCounters counters;
+  const auto ranks = static_cast<std::size_t>(num_ranks);
+  counters.dispatch_bytes.resize(ranks);
+  counters.combine_bytes.resize(ranks);
+  counters.dispatch_rows.resize(ranks);
+  counters.wait_ns.resize(ranks);
+  return counters;
 }
 
 namespace {

@@ -33,12 +33,39 @@
 
 namespace sluice {
 
-struct HostLayout {
+/// Slots of a window, and the flags of each.
+struct SlotLayout {
+  int num_ranks = 1, num_slots = 1, num_flag_kinds = kFlagKinds;
+  std::size_t slot_bytes = 0;
+
+  [[nodiscard]] std::size_t window_bytes() const noexcept {
+    return slot_bytes * static_cast<std::size_t>(num_slots);
+  }
+  [[nodiscard]] int num_flags() const noexcept { return num_slots * num_flag_kinds * num_ranks; }
+  [[nodiscard]] int flag(int slot, Flag kind, int source) const noexcept {
+    return (slot * num_flag_kinds + static_cast<int>(kind)) * num_ranks + source;
+  }
+};
+
+/// Lays parts of a slot behind each other, each at a multiple of 128 bytes.
+class SlotParts {
+ public:
+  void place(std::size_t& offset, std::size_t bytes) {
+    offset = at_;
+    at_ += (bytes + kAlignment - 1) / kAlignment * kAlignment;
+  }
+  [[nodiscard]] std::size_t bytes() const noexcept { return at_; }
+
+ private:
+  static constexpr std::size_t kAlignment = 128;
+  std::size_t at_ = 0;
+};
+
+struct HostLayout : SlotLayout {
   HostLayout(const ExchangeConfig& config, int num_ranks);
 
   // Byte offsets within a slot.
   std::size_t counts = 0, x = 0, scale = 0, origin = 0, experts = 0, token = 0, home = 0;
-  std::size_t slot_bytes = 0;
   // Memory outside the window, in bytes for one slot.
   std::size_t rows_x_bytes = 0, rows_scale_bytes = 0;  ///< Normal mode's expanded rows.
   std::size_t staging_bytes = 0;                       ///< Own tokens in the wire format.
@@ -47,20 +74,12 @@ struct HostLayout {
   std::size_t scale_bytes = 0;    ///< One row's scales.
   std::size_t home_bytes = 0;     ///< One row on its way home.
 
-  int num_ranks = 1, num_slots = 1;
   ExpertPlacement placement;
   std::int64_t window_rows = 0;  ///< Rows of x in the window.
   std::int64_t expanded_rows = 0;
 
   [[nodiscard]] std::int64_t max_rows() const noexcept {
     return expanded_rows ? expanded_rows : window_rows;
-  }
-  [[nodiscard]] std::size_t window_bytes() const noexcept {
-    return slot_bytes * static_cast<std::size_t>(num_slots);
-  }
-  [[nodiscard]] int num_flags() const noexcept { return num_slots * kFlagKinds * num_ranks; }
-  [[nodiscard]] int flag(int slot, Flag kind, int source) const noexcept {
-    return (slot * kFlagKinds + static_cast<int>(kind)) * num_ranks + source;
   }
   /// Everything a host exchange reserves on one rank.
   [[nodiscard]] std::size_t total_bytes() const noexcept {

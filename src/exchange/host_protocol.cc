@@ -1,13 +1,21 @@
 #include "exchange/host_protocol.h"
 
-#include <numeric>
+#include <algorithm>
+#include <utility>
 
 #include "core/fail.h"
 
 namespace sluice {
 namespace {
 
-std::unique_ptr<Window> make_window(Transport& transport, const HostLayout& layout,
+using namespace std::chrono_literals;
+
+/// How often a wait with several hosts looks whom the other rank waits for.
+constexpr std::chrono::milliseconds kLookEvery = 20ms;
+/// Flag::kWaitsFor: how often something was said, since flags only grow; then the rank plus one.
+constexpr int kRankBits = 24;
+
+std::unique_ptr<Window> make_window(Transport& transport, const SlotLayout& layout,
                                     std::chrono::milliseconds timeout) {
   try {
     return transport.make_window(layout.window_bytes(), layout.num_flags(), timeout);
@@ -18,12 +26,15 @@ std::unique_ptr<Window> make_window(Transport& transport, const HostLayout& layo
 
 }  // namespace
 
-HostProtocol::HostProtocol(const ExchangeConfig& config, Transport& transport)
-    : layout_(config, transport.num_ranks()),
+HostProtocol::HostProtocol(const SlotLayout& layout, std::span<const ProtocolStep> steps,
+                           ProtocolPeers peers, std::chrono::milliseconds timeout,
+                           Transport& transport)
+    : layout_(layout),
+      peers_(std::move(peers)),
       rank_(transport.rank()),
-      timeout_(config.peer_timeout),
+      timeout_(timeout),
       window_(make_window(transport, layout_, timeout_)),
-      steps_(protocol_steps(config.mode == Mode::kLowLatency)),
+      steps_(steps),
       wait_ns_(static_cast<std::size_t>(layout_.num_ranks)) {
   SLUICE_ASSERT(layout_.num_slots <= kMaxInFlight);
 }
@@ -44,7 +55,7 @@ void HostProtocol::release(Use use) noexcept {
   try {
     if (failure_) return;
     // From any step: a dispatch may be dropped.
-    for (int peer = 0; peer < layout_.num_ranks; ++peer) raise(use, peer, Flag::kReleased);
+    for (const int peer : peers_.peers) raise(use, peer, Flag::kReleased);
   } catch (const Error& error) {
     failure_ = error;
   }
@@ -55,13 +66,33 @@ void HostProtocol::stop(Error failure) {
   throw failure_.emplace(std::move(failure));
 }
 
+int HostProtocol::blamed_for(int source) const {
+  if (!peers_.has_hosts()) return source;
+  const std::uint64_t said = window_->flag(layout_.flag(0, Flag::kWaitsFor, source));
+  const int other = static_cast<int>(said & ((1u << kRankBits) - 1)) - 1;
+  return other < 0 || other == rank_ ? source : other;
+}
+
+void HostProtocol::say_waits_for(int other) {
+  if (other == said_waits_for_) return;
+  said_waits_for_ = other;
+  const std::uint64_t value = ++num_said_ << kRankBits | static_cast<std::uint64_t>(other + 1);
+  for (const int peer : peers_.of(raised_at(Flag::kWaitsFor))) {
+    if (peer != rank_) window_->signal(peer, layout_.flag(0, Flag::kWaitsFor, rank_), value);
+  }
+}
+
 template <class Step>
 auto HostProtocol::guarded(const char* operation, std::uint64_t epoch, const Step& step) {
   try {
     return step();
   } catch (const Error& error) {
+    std::string text = error.what();
+    if (peers_.has_hosts() && text.find(" on host ") == std::string::npos) {
+      for (const int lost : error.ranks()) text += fmt::format("; rank {}", peers_.name(lost));
+    }
     stop({error.code(),
-          fmt::format("{}, epoch {}, rank {}: {}", operation, epoch, rank_, error.what()),
+          fmt::format("{}, epoch {}, rank {}: {}", operation, epoch, peers_.name(rank_), text),
           error.ranks()});
   }
 }
@@ -87,6 +118,10 @@ void HostProtocol::signal(const Use& use, int peer, Flag kind) {
   raise(use, peer, kind);
 }
 
+void HostProtocol::signal_all(const Use& use, Flag kind) {
+  for (const int peer : peers_.of(raised_at(kind))) signal(use, peer, kind);
+}
+
 void HostProtocol::raise(const Use& use, int peer, Flag kind) {
   guarded(use.operation, use.epoch,
           [&] { window_->signal(peer, layout_.flag(use.slot, kind, rank_), use.epoch); });
@@ -95,43 +130,63 @@ void HostProtocol::raise(const Use& use, int peer, Flag kind) {
 void HostProtocol::wait_for_all(const Use& use, Flag kind, const char* operation) {
   SLUICE_ASSERT(next_step(use).awaits == kind);
   await(use.slot, kind, use.epoch, use.epoch, operation);
-  for (int source = 0; source < layout_.num_ranks; ++source) {
+  for (const int source : peers_.of(awaited_from(kind))) {
     const std::uint64_t seen = window_->flag(layout_.flag(use.slot, kind, source));
     if (!is_out_of_step(seen, use.epoch)) continue;
     stop({ErrorCode::kTransport,
           fmt::format("{} on rank {}: rank {} is at epoch {}, expected {}: ranks made "
                       "different calls",
-                      operation, rank_, source, seen, use.epoch),
+                      operation, peers_.name(rank_), peers_.name(source), seen, use.epoch),
           {source}});
   }
+}
+
+bool HostProtocol::arrives(int source, int flag, std::uint64_t epoch,
+                           std::chrono::steady_clock::time_point deadline) {
+  const auto wait_until = [&](std::chrono::steady_clock::time_point until) {
+    return window_->wait_flags(std::span(&flag, 1), epoch, until).empty();
+  };
+  if (!peers_.has_hosts()) return wait_until(deadline);
+  while (!wait_until(std::min(deadline, std::chrono::steady_clock::now() + kLookEvery))) {
+    if (std::chrono::steady_clock::now() >= deadline) return false;
+    say_waits_for(blamed_for(source));
+  }
+  return true;
 }
 
 void HostProtocol::await(int slot, Flag kind, std::uint64_t epoch, std::uint64_t op_epoch,
                          const char* operation) {
   const auto start = std::chrono::steady_clock::now();
   const auto deadline = start + timeout_;
-  std::vector<int> flags(static_cast<std::size_t>(layout_.num_ranks));
-  std::iota(flags.begin(), flags.end(), layout_.flag(slot, kind, 0));
   // One source after another: the time until each arrived is what it kept us waiting.
   std::string missing;
   std::vector<int> missing_ranks;
-  for (int source = 0; source < layout_.num_ranks; ++source) {
+  for (const int source : peers_.of(awaited_from(kind))) {
     const auto before = std::chrono::steady_clock::now();
-    const int flag = flags[static_cast<std::size_t>(source)];
-    const bool late = guarded(operation, op_epoch, [&] {
-      return !window_->wait_flags(std::span(&flag, 1), epoch, deadline).empty();
-    });
+    const int flag = layout_.flag(slot, kind, source);
+    const bool late =
+        guarded(operation, op_epoch, [&] { return !arrives(source, flag, epoch, deadline); });
     const auto waited = std::chrono::steady_clock::now() - before;
     wait_ns_[static_cast<std::size_t>(source)] += static_cast<std::uint64_t>(
         std::chrono::duration_cast<std::chrono::nanoseconds>(waited).count());
-    if (!late) continue;
-    missing += fmt::format(" {} (expected {}, seen {})", source, epoch, window_->flag(flag));
-    missing_ranks.push_back(source);
+    if (!late) {
+      // Whom this rank gives up for stays said.
+      if (missing.empty()) guarded(operation, op_epoch, [&] { say_waits_for(-1); });
+      continue;
+    }
+    const int lost = blamed_for(source);
+    missing += lost == source ? fmt::format(" {} (expected {}, seen {})", peers_.name(source),
+                                            epoch, window_->flag(flag))
+                              : fmt::format(" {} (for which rank {} waits)", peers_.name(lost),
+                                            peers_.name(source));
+    missing_ranks.push_back(lost);
   }
   if (missing.empty()) return;
+  std::ranges::sort(missing_ranks);
+  missing_ranks.erase(std::ranges::unique(missing_ranks).begin(), missing_ranks.end());
   stop({ErrorCode::kPeerTimeout,
         fmt::format("{}, epoch {}, rank {}: after {} ms still missing rank(s){}", operation,
-                    op_epoch, rank_, timeout_.count(), missing),
+                    op_epoch, peers_.name(rank_), timeout_.count(), missing),
         std::move(missing_ranks)});
 }
 

@@ -5,6 +5,10 @@
 // later use is an error that is named. A rank writes into a peer's slot for epoch n only after that
 // peer released the slot's use before n. The rules themselves are in slot_rules.h; calls that do
 // not follow its steps are refused as bugs.
+//
+// With several hosts a rank often waits for one that itself waits for a lost rank. So a rank that
+// has waited for a while tells its peers whom its wait depends on in the end, by a flag of its own,
+// until the wait ends. Whoever runs out of time blames that rank, and not the one in between.
 #pragma once
 
 #include <chrono>
@@ -15,6 +19,7 @@
 
 #include "exchange/host_layout.h"
 #include "exchange/limits.h"
+#include "exchange/protocol_peers.h"
 #include "sluice/error.h"
 #include "sluice/transport.h"
 
@@ -22,9 +27,10 @@ namespace sluice {
 
 class HostProtocol {
  public:
-  HostProtocol(const ExchangeConfig& config, Transport& transport);
+  /// Makes the window, which is collective: layouts and steps are the same on every rank.
+  HostProtocol(const SlotLayout& layout, std::span<const ProtocolStep> steps, ProtocolPeers peers,
+               std::chrono::milliseconds timeout, Transport& transport);
 
-  [[nodiscard]] const HostLayout& layout() const noexcept { return layout_; }
   [[nodiscard]] int rank() const noexcept { return rank_; }
   /// Of the window there is, which the layout asked for.
   [[nodiscard]] std::size_t window_bytes() const noexcept { return window_->bytes(); }
@@ -35,6 +41,9 @@ class HostProtocol {
     std::uint64_t epoch = 0;
     const char* operation = "dispatch";  ///< For messages.
   };
+
+  /// With whom this rank exchanges flags.
+  [[nodiscard]] const ProtocolPeers& peers() const noexcept { return peers_; }
 
   /// Takes the lowest free slot for the next epoch and waits until every peer has released its own.
   /// Throws: kInvalidArgument if all are in flight; kPeerTimeout.
@@ -47,8 +56,11 @@ class HostProtocol {
   void put(const Use& use, int peer, std::size_t offset, std::span<const std::byte> data);
   /// Raises `kind` of this rank at `peer`, after everything put so far.
   void signal(const Use& use, int peer, Flag kind);
-  /// Waits for `kind` of every rank. Throws: kPeerTimeout naming operation, epoch and ranks;
-  /// kTransport if a flag is from a later epoch.
+  /// Raises `kind` at every rank that awaits it.
+  void signal_all(const Use& use, Flag kind);
+  /// Waits for `kind` of every rank that raises it here: on one host, of every rank.
+  /// Throws: kPeerTimeout naming operation, epoch and ranks; kTransport if a flag is from a later
+  /// epoch.
   void wait_for_all(const Use& use, Flag kind, const char* operation);
 
   /// This rank's own bytes of a slot.
@@ -70,15 +82,25 @@ class HostProtocol {
   void raise(const Use& use, int peer, Flag kind);
   void await(int slot, Flag kind, std::uint64_t epoch, std::uint64_t op_epoch,
              const char* operation);
+  /// Waits for `flag` of `source`; false at the deadline.
+  [[nodiscard]] bool arrives(int source, int flag, std::uint64_t epoch,
+                             std::chrono::steady_clock::time_point deadline);
+  /// Whom a wait for `source` depends on: whom it says that it waits for, else itself.
+  [[nodiscard]] int blamed_for(int source) const;
+  /// Tells the peers; -1: nobody any more.
+  void say_waits_for(int other);
 
-  HostLayout layout_;
+  SlotLayout layout_;
+  ProtocolPeers peers_;
   int rank_;
   std::chrono::milliseconds timeout_;
   std::unique_ptr<Window> window_;
   std::span<const ProtocolStep> steps_;
   SlotTable<std::uint64_t, kMaxInFlight> slots_;
   std::vector<std::uint64_t> wait_ns_;  // [num_ranks]
-  std::optional<Error> failure_;        // The first fatal one.
+  int said_waits_for_ = -1;
+  std::uint64_t num_said_ = 0;
+  std::optional<Error> failure_;  // The first fatal one.
 };
 
 }  // namespace sluice

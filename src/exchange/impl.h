@@ -69,6 +69,9 @@ struct Exchange::Impl {
   std::size_t held_bytes = 0;  ///< Of its buffers and window; set by the implementation.
 };
 
+/// All zero, for as many ranks.
+[[nodiscard]] ExchangeCounters counters_for(int num_ranks);
+
 // One implementation per kind of memory, and what it takes. Configurations are checked.
 [[nodiscard]] std::size_t host_workspace_bytes(const ExchangeConfig& config, int num_ranks);
 [[nodiscard]] std::size_t device_workspace_bytes(const ExchangeConfig& config, int num_ranks);

@@ -15,9 +15,14 @@ enum class Flag : std::uint8_t {
   kDispatched,  ///< All rows of the source have arrived.
   kCombined,    ///< All expert outputs the source owed this rank have arrived.
   kReleased,    ///< The source is done with its own slot: it may be written for a later epoch.
-  kNone,        ///< No flag.
+  // With several hosts:
+  kSent,      ///< The source's token copies for this host have arrived at their relay.
+  kGathered,  ///< All expert outputs that the source owes this rank's tokens and sources are here.
+  kWaitsFor,  ///< Whom a wait of the source depends on, as HostProtocol encodes it; no epoch.
+  kNone,      ///< No flag.
 };
-inline constexpr int kFlagKinds = 4;
+inline constexpr int kFlagKinds = 4;          ///< Of an exchange on one host: the first ones.
+inline constexpr int kTwoLevelFlagKinds = 7;  ///< With several hosts.
 
 /// A part of an operation: a rank waits for a flag of every rank, then puts its bytes and raises
 /// one at every rank.
@@ -38,6 +43,40 @@ inline constexpr ProtocolStep kNormalSteps[] = {{Flag::kReleased, Flag::kDispatc
 /// combine, the experts run and other operations may begin.
 [[nodiscard]] constexpr std::span<const ProtocolStep> protocol_steps(bool low_latency) {
   return low_latency ? std::span<const ProtocolStep>(kLowLatencySteps) : kNormalSteps;
+}
+
+// With several hosts: over the network to the relays, then inside the host; back the other way.
+inline constexpr ProtocolStep kTwoLevelLowLatencySteps[] = {
+    {Flag::kReleased, Flag::kSent},     {Flag::kSent, Flag::kCounts},
+    {Flag::kCounts, Flag::kDispatched}, {Flag::kDispatched, Flag::kNone},
+    {Flag::kNone, Flag::kGathered},     {Flag::kGathered, Flag::kCombined},
+    {Flag::kCombined, Flag::kReleased}};
+inline constexpr ProtocolStep kTwoLevelNormalSteps[] = {
+    {Flag::kReleased, Flag::kSent},     {Flag::kSent, Flag::kDispatched},
+    {Flag::kDispatched, Flag::kNone},   {Flag::kNone, Flag::kGathered},
+    {Flag::kGathered, Flag::kCombined}, {Flag::kCombined, Flag::kReleased}};
+[[nodiscard]] constexpr std::span<const ProtocolStep> two_level_steps(bool low_latency) {
+  return low_latency ? std::span<const ProtocolStep>(kTwoLevelLowLatencySteps)
+                     : kTwoLevelNormalSteps;
+}
+
+/// Whose flag a rank awaits, and at whom it raises its own.
+enum class Reach : std::uint8_t {
+  kPeers,    ///< All ranks that write into this rank's slot, or it into theirs: the three below.
+  kMates,    ///< The ranks of its host, itself included.
+  kRelays,   ///< Its relay on every other host.
+  kSources,  ///< The ranks of other hosts whose relay it is.
+};
+/// With several hosts. On one host all ranks are peers and mates.
+[[nodiscard]] constexpr Reach awaited_from(Flag kind) {
+  if (kind == Flag::kSent) return Reach::kSources;
+  if (kind == Flag::kCombined) return Reach::kRelays;
+  return kind == Flag::kReleased || kind == Flag::kWaitsFor ? Reach::kPeers : Reach::kMates;
+}
+[[nodiscard]] constexpr Reach raised_at(Flag kind) {
+  if (kind == Flag::kSent) return Reach::kRelays;
+  if (kind == Flag::kCombined) return Reach::kSources;
+  return kind == Flag::kReleased || kind == Flag::kWaitsFor ? Reach::kPeers : Reach::kMates;
 }
 
 /// A flag of epoch n or later says that epoch n is there: an earlier use's cannot.

@@ -61,6 +61,8 @@ struct LayerCase {
   float routed_scaling_factor = 1.0f;
   int max_tokens_per_rank = 0;  ///< 0 = the largest of `tokens`.
   int max_m = 0;
+  Hosts hosts = {};
+  int sum_parts = 0;
   int num_threads = 1;
   RoutingKind routing = RoutingKind::kUniform;
   std::chrono::milliseconds timeout{20'000};
@@ -126,6 +128,8 @@ inline LayerOutcome try_layer(const Checkpoint& checkpoint, const LayerCase& c) 
                                     .dispatch_dtype = c.dispatch_dtype,
                                     .max_tokens_per_rank = max_tokens,
                                     .max_m = c.max_m,
+                                    .hosts = c.hosts,
+                                    .sum_parts = c.sum_parts,
                                     .routed_scaling_factor = c.routed_scaling_factor,
                                     .peer_timeout = c.timeout},
                                    own ? *own : checkpoint, *transport, *backend);

@@ -1,0 +1,115 @@
+// network_record.h - the bytes that one rank sends to one relay: a header, then a record for each
+// token that has an expert on the relay's host.
+//
+//   header   num_records i32, rows [S] i32 (low-latency: of the source, for every expert slot)
+//   record   payload | scales | token i32 | slots [k] i32 | weights [k] f32
+//
+// `slots` has -1 for entries that are empty or have their expert on another host. Weights travel
+// where the relay adds up. Header and record are multiples of 16 bytes, so that a GPU can copy
+// them in words of that size; offsets depend on the configuration alone. Records follow each other
+// without gaps, in order of their tokens: what is sent is one piece of memory.
+//
+// Pure functions of a configuration and bytes; both exchanges may use them.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <cstring>
+#include <span>
+#include <vector>
+
+#include "sluice/exchange.h"
+
+namespace sluice {
+
+struct NetworkRecord {
+  NetworkRecord() = default;
+  explicit NetworkRecord(const ExchangeConfig& config);
+
+  std::size_t payload_bytes = 0, scale_bytes = 0;
+  std::size_t scales = 0, token = 0, slots = 0, weights = 0;  ///< Offsets; the payload's is 0.
+  std::size_t bytes = 0;
+  std::size_t header_bytes = 0;
+  std::size_t counts = 0;  ///< Offset of the rows in a header.
+  int num_topk = 0;
+  int num_counts = 0;  ///< Rows in a header: total_slots(), in normal mode none.
+  bool has_weights = false;
+
+  /// Of `num_tokens` tokens, header included.
+  [[nodiscard]] std::size_t piece_bytes(std::int64_t num_tokens) const noexcept {
+    return header_bytes + static_cast<std::size_t>(num_tokens) * bytes;
+  }
+};
+
+/// One record to read.
+class RecordView {
+ public:
+  RecordView(const NetworkRecord& layout, const std::byte* record)
+      : layout_(&layout), record_(record) {}
+  [[nodiscard]] std::span<const std::byte> payload() const {
+    return {record_, layout_->payload_bytes};
+  }
+  [[nodiscard]] std::span<const std::byte> scales() const {
+    return {record_ + layout_->scales, layout_->scale_bytes};
+  }
+  [[nodiscard]] std::int32_t token() const { return word<std::int32_t>(layout_->token); }
+  /// -1: not on this host.
+  [[nodiscard]] std::int32_t slot(int k) const {
+    return word<std::int32_t>(layout_->slots + static_cast<std::size_t>(k) * 4);
+  }
+  [[nodiscard]] float weight(int k) const {
+    return word<float>(layout_->weights + static_cast<std::size_t>(k) * 4);
+  }
+
+ private:
+  template <class T>
+  [[nodiscard]] T word(std::size_t offset) const {
+    T value;
+    std::memcpy(&value, record_ + offset, sizeof(value));
+    return value;
+  }
+  const NetworkRecord* layout_;
+  const std::byte* record_;
+};
+
+/// What a relay received from one source.
+class PieceView {
+ public:
+  PieceView(const NetworkRecord& layout, const std::byte* piece)
+      : layout_(&layout), piece_(piece) {}
+  [[nodiscard]] std::int32_t num_records() const;
+  /// [num_counts]
+  [[nodiscard]] std::span<const std::byte> counts() const {
+    return {piece_ + layout_->counts, static_cast<std::size_t>(layout_->num_counts) * 4};
+  }
+  [[nodiscard]] RecordView record(std::int64_t i) const {
+    return {*layout_, piece_ + layout_->piece_bytes(i)};
+  }
+
+ private:
+  const NetworkRecord* layout_;
+  const std::byte* piece_;
+};
+
+/// Writes a record. slots: [k], all of the token, of which those on host `host` are kept.
+/// host_of_slot: [total_slots].   weights: [k], where the layout has them.
+/// out: [layout.bytes], written whole.
+void write_record(const NetworkRecord& layout, std::span<const std::byte> payload,
+                  std::span<const std::byte> scales, std::int32_t token,
+                  std::span<const std::int32_t> slots, const float* weights, int host,
+                  std::span<const int> host_of_slot, std::byte* out);
+
+/// Writes a header.   counts: [num_counts].   out: [layout.header_bytes], written whole.
+void write_header(const NetworkRecord& layout, std::int32_t num_records,
+                  std::span<const std::int32_t> counts, std::byte* out);
+
+/// The tokens of a rank that have an expert on each host, ascending.
+/// slots: [num_tokens, num_topk], -1 for none.   Returns: [num_hosts].
+[[nodiscard]] std::vector<std::vector<std::int32_t>> tokens_by_host(
+    std::span<const std::int32_t> slots, int num_topk, int num_hosts,
+    std::span<const int> host_of_slot);
+
+/// [total_slots]
+[[nodiscard]] std::vector<int> hosts_of_slots(const Hosts& hosts, int total_slots, int num_ranks);
+
+}  // namespace sluice
