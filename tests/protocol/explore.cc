@@ -3,6 +3,7 @@
 // follows, without the bytes themselves.
 //
 //   explore --ranks 2 --operations 6 [--mode normal] [--split] [--mutant M]
+//   explore --hosts 0,0,1 --operations 3 [...]      three ranks: two on host 0, one on host 1
 //
 // Two slots, two operations in flight, as docs/design.md describes. Signals on their way arrive in
 // any order, also those of one pair of ranks; one signal arrives a second time, arbitrarily late (a
@@ -14,9 +15,13 @@
 //   - no put reaches a buffer that its owner still reads for an earlier use
 //   - no flag of a later use is seen;  some step is possible until all ranks are done
 //
+// With hosts, what a relay passes on is what lies in its own buffers when it does, so bytes of
+// another use travel on, and whoever takes them in the end finds them.
+//
 // Mutants: no-epoch (a flag is a mere "ready"), parity (one bit of the use), flag-before-data,
-// no-release (slots are reused without asking). Exits with 0 if nothing is violated, else with 1
-// after printing the steps that lead there.
+// no-release (slots are reused without asking); with hosts also relay-early (a relay passes on
+// before the pieces came) and missed-rank (a relay adds up without waiting for its last mate).
+// Exits with 0 if nothing is violated, else with 1 after printing the steps that lead there.
 #include <fmt/core.h>
 
 #include <algorithm>
@@ -30,37 +35,12 @@
 #include <unordered_set>
 #include <vector>
 
-#include "exchange/slot_rules.h"
+#include "explore_model.h"
 
 namespace {
 
-using sluice::Flag, sluice::ProtocolStep;
-using u8 = std::uint8_t;
-constexpr int kMaxRanks = 3, kSlots = 2, kMaxSignals = 28;
-
-constexpr int kReleased = static_cast<int>(Flag::kReleased);
-constexpr const char* kKindName[] = {"counts", "rows", "outputs", "release"};
-
-struct Model {
-  int ranks = 2, operations = 6;
-  bool low_latency = true, split = false, epochs = true, parity = false;
-  bool flag_before_data = false, asks_for_release = true;
-};
-
-/// A signal on its way, and the bytes put before it.
-struct Signal {
-  u8 from, to, slot, kind, epoch;  // kind: a Flag
-  u8 parts;  // 1: the bytes are on their way, 2: the signal is, 4: it is a second copy
-};
-
-struct State {
-  // A wait and the put that follows it are one step: nobody else can see what lies between.
-  sluice::SlotTable<u8, kSlots> slots[kMaxRanks];
-  u8 flag[kMaxRanks][kSlots][sluice::kFlagKinds][kMaxRanks];  // [owner][slot][kind][source]
-  u8 bytes[kMaxRanks][kSlots][kReleased][kMaxRanks];          // The use whose bytes lie there.
-  u8 copied, num_signals;
-  Signal signals[kMaxSignals];
-};
+using namespace sluice::protocol;
+using sluice::Flag, sluice::ProtocolStep, sluice::Reach;
 
 struct Digest {
   std::uint64_t a, b;
@@ -93,7 +73,9 @@ struct Violation {
 class Explorer {
  public:
   explicit Explorer(const Model& model)
-      : m_(model), steps_(sluice::protocol_steps(model.low_latency)) {
+      : m_(model),
+        steps_(model.has_hosts() ? sluice::two_level_steps(model.low_latency)
+                                 : sluice::protocol_steps(model.low_latency)) {
     seen_.reserve(1 << 22);
   }
 
@@ -138,21 +120,35 @@ class Explorer {
     return m_.epochs ? sluice::has_arrived(flag, epoch) : flag != 0;
   }
 
-  /// All ranks have raised `kind`; then what they announced must be there.
+  /// All who are awaited have raised `kind`; then what they announced must be there.
   [[nodiscard]] bool all_arrived(const State& s, int r, int slot, int kind) const {
     const u8 epoch = s.slots[r].epoch[slot];
+    const auto flag_kind = static_cast<Flag>(kind);
     for (int source = 0; source < m_.ranks; ++source) {
+      if (!m_.awaits(r, flag_kind, source)) continue;
       if (!arrived(s.flag[r][slot][kind][source], epoch)) return false;
     }
     for (int source = 0; source < m_.ranks; ++source) {
+      if (!m_.awaits(r, flag_kind, source)) continue;
       const u8 flag = s.flag[r][slot][kind][source];
       if (m_.epochs && !m_.parity && sluice::is_out_of_step(flag, epoch)) {
         throw Violation{
             fmt::format("rank {} sees epoch {} of rank {} during {}", r, flag, source, epoch)};
       }
-      if (kind != kReleased) expect_bytes(s, r, slot, kind, source);
     }
+    if (kind != kReleased) expect_all_bytes(s, r, slot, flag_kind);
     return true;
+  }
+
+  /// Counts and rows come from every rank, the others from those who are awaited. A relay that
+  /// adds up does not look: who gets the sum finds what is missing.
+  void expect_all_bytes(const State& s, int r, int slot, Flag kind) const {
+    const bool is_of_all = kind == Flag::kCounts || kind == Flag::kDispatched;
+    for (int source = 0; source < m_.ranks; ++source) {
+      if (is_of_all || m_.awaits(r, kind, source)) {
+        expect_bytes(s, r, slot, static_cast<int>(kind), source);
+      }
+    }
   }
 
   void expect_bytes(const State& s, int r, int slot, int kind, int source) const {
@@ -190,12 +186,15 @@ class Explorer {
     const ProtocolStep step = steps_[mine.step[slot]];
     const u8 epoch = mine.epoch[slot];
     if (step.awaits == Flag::kNone) {  // The experts have read the rows until now.
-      for (int source = 0; source < m_.ranks; ++source) {
-        expect_bytes(s, r, slot, static_cast<int>(Flag::kDispatched), source);
-      }
+      expect_all_bytes(s, r, slot, Flag::kDispatched);
+    } else if (step.awaits == Flag::kSent && !m_.relays_wait) {
+      // The mutant goes on.
     } else if (step.awaits != Flag::kReleased &&
                !all_arrived(s, r, slot, static_cast<int>(step.awaits))) {
       return false;
+    }
+    if (step.raises == Flag::kCombined && m_.has_hosts()) {  // A relay reads weights once more.
+      expect_all_bytes(s, r, slot, Flag::kSent);
     }
     mine.step[slot] += 1;
     if (step.raises == Flag::kReleased) mine.release(slot);
@@ -204,14 +203,47 @@ class Explorer {
     return true;
   }
 
-  /// Rank r puts and raises `kind` at every rank; at itself at once.
+  /// The uses of what rank r puts, by the rank that it is from.
+  void set_uses(const State& s, int r, Signal& p) const {
+    const auto kind = static_cast<Flag>(p.kind);
+    std::fill(std::begin(p.uses), std::end(p.uses), kNothing);
+    p.uses[r] = p.epoch;
+    if (!m_.has_hosts()) return;
+    const auto& own = s.bytes[r][p.slot];
+    for (int other = 0; other < m_.ranks; ++other) {
+      if (kind == Flag::kCounts || kind == Flag::kDispatched) {  // A relay passes on its pieces.
+        if (other != r && m_.relays_for(r, other)) {
+          p.uses[other] = own[static_cast<int>(Flag::kSent)][other];
+        }
+      } else if (kind == Flag::kCombined && m_.is_in(Reach::kMates, r, other)) {  // It adds up.
+        const u8 use = own[static_cast<int>(Flag::kGathered)][other];
+        if (use != p.epoch) p.uses[r] = use;
+      }
+    }
+  }
+
+  static void store(State& s, const Signal& p) {
+    for (int source = 0; source < kMaxRanks; ++source) {
+      if (p.uses[source] != kNothing) s.bytes[p.to][p.slot][p.kind][source] = p.uses[source];
+    }
+  }
+
+  /// Rank r puts and raises `kind` at every rank that awaits it; at itself at once.
   bool put(State& n, int r, int slot, u8 kind) {
     const u8 epoch = n.slots[r].epoch[slot];
     for (int to = 0; to < m_.ranks; ++to) {
-      Signal signal{static_cast<u8>(r), static_cast<u8>(to), static_cast<u8>(slot), kind, epoch, 2};
+      if (!m_.is_in(sluice::raised_at(static_cast<Flag>(kind)), r, to)) continue;
+      Signal signal{.from = static_cast<u8>(r),
+                    .to = static_cast<u8>(to),
+                    .slot = static_cast<u8>(slot),
+                    .kind = kind,
+                    .epoch = epoch,
+                    .uses = {},
+                    .parts = 2};
+      set_uses(n, r, signal);
       if (kind != kReleased) check_overwrite(n, signal);
       if (to == r) {
-        if (kind != kReleased) n.bytes[r][slot][kind][r] = epoch;
+        if (kind != kReleased) store(n, signal);
         n.flag[r][slot][kind][r] = epoch;
         continue;
       }
@@ -246,7 +278,7 @@ class Explorer {
     if (p.parts & 1) {
       State n = s;
       check_overwrite(n, p);
-      n.bytes[p.to][p.slot][p.kind][p.from] = p.epoch;
+      store(n, p);
       take(n, i, 1);
       visit(n, say("bytes arrive"));
       if (!m_.flag_before_data) return true;
@@ -254,7 +286,7 @@ class Explorer {
     if (!(p.parts & 6)) return true;
     State n = s;
     if ((p.parts & 2) && p.kind != kReleased && !m_.split && !m_.flag_before_data) {
-      n.bytes[p.to][p.slot][p.kind][p.from] = p.epoch;
+      store(n, p);
     }
     u8& flag = n.flag[p.to][p.slot][p.kind][p.from];
     // Flags only grow; a flag without an epoch is just set again.
@@ -304,6 +336,12 @@ int main(int argc, char** argv) {
     }
     if (name == "--ranks") m.ranks = std::stoi(value);
     if (name == "--operations") m.operations = std::stoi(value);
+    if (name == "--hosts") {
+      for (const char c : value) {
+        if (c != ',') m.host_of.push_back(c - '0');
+      }
+      m.ranks = static_cast<int>(m.host_of.size());
+    }
     if (name == "--mode") m.low_latency = value == "low-latency";
     if (name == "--mutant") mutant = value;
     ++i;
@@ -312,13 +350,16 @@ int main(int argc, char** argv) {
   if (mutant == "parity") m.parity = true;
   if (mutant == "flag-before-data") m.flag_before_data = true;
   if (mutant == "no-release") m.asks_for_release = false;
+  if (mutant == "relay-early") m.relays_wait = false;
+  if (mutant == "missed-rank") m.sums_all = false;
   if (m.ranks < 1 || m.ranks > kMaxRanks || m.operations < 1 || m.operations > 100) {
     fmt::print("ranks {} not in [1, {}] or operations {} not in [1, 100]\n", m.ranks, kMaxRanks,
                m.operations);
     return 2;
   }
   Explorer explorer(m);
-  fmt::print("{} ranks, {} operations, two in flight, {}, mutant {}: ", m.ranks, m.operations,
+  fmt::print("{} ranks{}, {} operations, two in flight, {}, mutant {}: ", m.ranks,
+             m.has_hosts() ? " on several hosts" : "", m.operations,
              m.low_latency ? "low-latency" : "normal", mutant);
   std::fflush(stdout);
   try {
