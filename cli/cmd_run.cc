@@ -10,6 +10,7 @@
 #include "layer_run.h"
 #include "layers_option.h"
 #include "report.h"
+#include "run_hosts.h"
 #include "run_rebalance.h"
 #include "run_report.h"
 #include "run_stats.h"
@@ -29,7 +30,7 @@ struct Options {
   std::int64_t verify = 8;
   float routed_scaling_factor = 1.0f;
   bool prove = false, stats = false, rebalance = false;
-  int slots = 0;
+  int slots = 0, hosts = 1, sum_parts = 0;
   std::string metrics_path, expert_rows_path, placement;
 };
 
@@ -104,6 +105,7 @@ LayerRunConfig resolve(const Options& options, const Environment& environment, i
       .environment = environment};
   config.layers = resolve_layers(options, checkpoint);
   resolve_slots(options, config);
+  resolve_hosts(options.hosts, options.sum_parts, config);
   if (config.tokens.size() == 1) {
     config.tokens.assign(static_cast<std::size_t>(num_ranks), config.tokens[0]);
   }
@@ -248,6 +250,11 @@ void report(const Options& options, const LayerRunConfig& config, const Checkpoi
     add(all, verified.back());
   }
   if (!is_one) report_layers(config, checkpoint.geometry(), result, verified, output);
+  for (std::size_t i = 0; config.hosts.num_hosts() > 1 && i < result.layers.size(); ++i) {
+    nlohmann::ordered_json& json = is_one ? output.json : output.json["layers"][i];
+    passed =
+        report_hosts(config, checkpoint.geometry(), result.layers[i], result.loads, json) && passed;
+  }
   for (std::size_t i = 0; config.rebalances && i < result.layers.size(); ++i) {
     nlohmann::ordered_json& json = is_one ? output.json : output.json["layers"][i];
     passed = report_rebalance(result.layers[i], json) && passed;
@@ -356,6 +363,17 @@ void add_run(Command& program, Output& output) {
       .add_option("--slots", options->slots,
                   "Slots for experts over all ranks, so that experts may repeat and move, and the "
                   "ranks need not divide them")
+      .range(1, Placement::kMaxSlots);
+  command
+      .add_option("--hosts", options->hosts,
+                  "Hosts that the ranks are on, as many on each, real ones or virtual: tokens then "
+                  "cross the network once for each host")
+      .range(1, 1024)
+      .shows_default();
+  command
+      .add_option("--sum-parts", options->sum_parts,
+                  "Parts of the experts that are added up apart; default: as many as hosts. The "
+                  "same bits for any number of hosts; with 1 those of one host, for more bytes")
       .range(1, Placement::kMaxSlots);
   command.add_flag(
       "--rebalance", options->rebalance,

@@ -125,6 +125,8 @@ class RankRun {
                                     std::max<std::int64_t>(1, std::ranges::max(config.tokens)))};
     (config.mode == Mode::kLowLatency ? group.low_latency : group.normal) = capacity;
     group.num_slots = config.num_slots;
+    group.hosts = config.hosts;
+    group.sum_parts = config.sum_parts;
     return group;
   }
 

@@ -33,6 +33,8 @@ struct LayerRunConfig {
   /// Of each layer; empty: Placement::even() in num_slots, and without them expert e in slot e.
   std::vector<Placement> placements = {};
   int num_slots = 0;  ///< Over all ranks; as `placements` have, if there are any.
+  Hosts hosts = {};   ///< Of `num_ranks` ranks, or one.
+  int sum_parts = 0;  ///< ExchangeConfig::sum_parts
   /// After the repeats of a layer: balance its experts by the rows that were counted, move them,
   /// and repeat.
   bool rebalances = false;
