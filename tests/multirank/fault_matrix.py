@@ -1,8 +1,11 @@
 #!/usr/bin/env python3
 """Every fault at every place, over processes: who says what, and how long after the fault.
 
-    fault_matrix.py [--short] FAULT_RANK MPIRUN [FLAGS...]
-    fault_matrix.py [--short] --transport ipc FAULT_RANK
+    fault_matrix.py [--short] [--hosts] FAULT_RANK MPIRUN [FLAGS...]
+    fault_matrix.py [--short] [--hosts] --transport ipc FAULT_RANK
+
+--hosts: the cells of kill, stop and slow with the four ranks on two virtual hosts. A survivor names
+rank 2 with its host.
 
 Prints a table in Markdown. Exits with 1 if a survivor did not report an error that names rank,
 operation and epoch within the timeout plus one second, if it names any other rank than the one
@@ -24,6 +27,8 @@ import time
 ARGUMENTS = sys.argv[1:]
 SHORT = ARGUMENTS[0] == "--short"
 ARGUMENTS = ARGUMENTS[SHORT:]
+HOSTS = ARGUMENTS[0] == "--hosts"
+ARGUMENTS = ARGUMENTS[HOSTS:]
 IPC = ARGUMENTS[:2] == ["--transport", "ipc"]
 FAULT_RANK, *MPIRUN = ARGUMENTS[2 * IPC:]
 RANKS, VICTIM, LATE, ROUND = 4, 2, 3, 3
@@ -65,7 +70,15 @@ for mode in ("low-latency", "normal"):
               ("capacity", "creation", rf"ranks disagree on max_tokens_per_rank: rank 0 has '8', rank {VICTIM} has '9'", mode)]
 CASES += [] if IPC else [("stranger", "start", rf"ranks disagree on version: rank \d has 'sluice [\d.]+', rank {VICTIM} has 'sluice 9.9.9'", "normal"),
           ("flood", "put", rf"sending on rank \d: after {TIMEOUT_MS} ms \d+ messages to rank {VICTIM} .*{GONE}", "normal")]
-if SHORT:
+if HOSTS:
+    # Steps of the two levels have names of their own, so a survivor may be at any of one operation.
+    at_host = rf"missing rank\(s\)(?:[^:]*\b){VICTIM}(?: on host 1\b|.*rank {VICTIM} on host 1\b)"
+    CASES = [(fault, place, pattern and pattern.replace(GONE, at_host), mode) for fault, place, pattern, mode in CASES
+             if place in ("before-dispatch", "dispatch", "before-combine", "combine", "after-combine")
+             and fault.split(",")[0] in ("kill", "stop", "slow")]
+if SHORT and HOSTS:
+    CASES = [c for c in CASES if c[0] in ("kill", "stop") and (c[1], c[3]) in (("dispatch", "low-latency"), ("combine", "normal"))]
+elif SHORT:
     CASES = [c for i, c in enumerate(CASES) if (c[0] in ("truncate", "corrupt", "lose", "order", "capacity", "stranger", "flood")) and c[3] == "normal"
              or c[0] in ("kill", "stop") and (c[1], c[3]) in (("start", "normal"), ("creation", "normal"), ("dispatch", "low-latency"), ("combine", "normal"), ("rebalance", "normal"))
              or c[0] == f"kill, {LATE} late" and (c[1], c[3]) in (("communicator", "normal"), ("before-creation", "normal"), ("dispatch", "low-latency"), ("before-combine", "normal"))
@@ -112,7 +125,7 @@ def run_case(case):
     fault, place, pattern, mode = case
     launcher = [] if IPC else [*MPIRUN, "--enable-recovery", "-n", str(RANKS)]
     fault, late = fault.split(",")[0], fault.endswith("late")
-    command = [*launcher, FAULT_RANK, "--fault", fault, "--at", place, "--mode", mode,
+    command = [*launcher, FAULT_RANK, *(["--hosts", "2"] if HOSTS else []), "--fault", fault, "--at", place, "--mode", mode,
                *(["--late", str(LATE)] if late else []), "--timeout-ms", str(TIMEOUT_MS), "--transport", "ipc" if IPC else "mpi"]
     with tempfile.NamedTemporaryFile("w") as out, tempfile.TemporaryFile("w+") as err:
         job = subprocess.Popen(command, stdout=out, stderr=err, start_new_session=True)

@@ -6,7 +6,7 @@
 //   fault_rank 1: at <ms> [<error code or ok>] ranks <Error::ranks()>: <message>
 //
 // The clock is the monotonic one. A rank that is killed prints nothing. `--late 3` lets rank 3 come
-// later to the place of the fault.
+// later to the place of the fault. `--hosts 2` puts the ranks on as many hosts.
 #include <fmt/core.h>
 #include <gtest/gtest-spi.h>
 #include <mpi.h>
@@ -46,6 +46,7 @@ struct Options {
   int late = -1;  // Another rank, or none.
   int round = 3;
   int timeout_ms = 2000;
+  int hosts = 1;
   Mode mode = Mode::kLowLatency;
   std::string transport = "mpi";
 };
@@ -225,6 +226,7 @@ void rounds(Transport& world) {
                               .num_topk = 2,
                               .hidden = 1024,
                               .max_tokens_per_rank = differs ? 9 : 8,
+                              .hosts = options.hosts > 1 ? Hosts::even(options.hosts, 4) : Hosts(),
                               .peer_timeout = std::chrono::milliseconds(options.timeout_ms)};
   const Traffic t = make_traffic({8, 6, 7, 8}, 8, 2, 1024, 4);
   MiddleTransport transport(world);
@@ -301,6 +303,7 @@ int main(int argc, char** argv) {
   if (given.count("--at")) options.at = given["--at"];
   if (given.count("--late")) options.late = std::stoi(given["--late"]);
   if (given.count("--mode")) options.mode = parse_mode(given["--mode"]);
+  if (given.count("--hosts")) options.hosts = std::stoi(given["--hosts"]);
   if (given.count("--timeout-ms")) options.timeout_ms = std::stoi(given["--timeout-ms"]);
   if (given.count("--transport")) options.transport = given["--transport"];
   if (options.transport == "ipc" && !read_job_place()) {

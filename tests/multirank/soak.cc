@@ -3,6 +3,7 @@
 //   soak --rounds 10000 --ranks 8                              ranks are threads
 //   mpirun -n 4 soak --rounds 10000 --transport mpi            ranks are processes
 //   soak --rounds 10000 --ranks 4 --transport ipc              the same, started here
+//   soak ... --hosts 2                                         on as many virtual hosts
 //
 // Rounds use the low-latency and the normal exchange in turn, now with one and now with two layers
 // in flight, combined in either order. One rank in eight dawdles for up to 2 ms before a round; in
@@ -15,7 +16,7 @@
 #include <map>
 #include <random>
 
-#include "exchange/exchange_model.h"
+#include "exchange/two_level_model.h"
 #include "multirank/run_ranks.h"
 #include "sluice/lab/ranks.h"
 #include "support/scalar_backend.h"
@@ -47,14 +48,15 @@ std::vector<Traffic> make_traffics(int num_ranks) {
 
 class Soak {
  public:
-  Soak(Transport& transport, const std::vector<Traffic>& traffics, Totals& totals)
+  Soak(Transport& transport, const std::vector<Traffic>& traffics, const Hosts& hosts,
+       Totals& totals)
       : rank_(transport.rank()),
         num_ranks_(transport.num_ranks()),
         traffics_(traffics),
         totals_(totals),
         own_(static_cast<unsigned>(1000 + rank_)),
-        exchanges_{Exchange::create(config(Mode::kLowLatency), transport, backend_),
-                   Exchange::create(config(Mode::kNormal), transport, backend_)} {}
+        exchanges_{Exchange::create(config(Mode::kLowLatency, hosts), transport, backend_),
+                   Exchange::create(config(Mode::kNormal, hosts), transport, backend_)} {}
 
   void run(int rounds) {
     for (int round = 0; round < rounds;) {
@@ -83,12 +85,13 @@ class Soak {
   }
 
  private:
-  static ExchangeConfig config(Mode mode) {
+  static ExchangeConfig config(Mode mode, const Hosts& hosts) {
     return {.mode = mode,
             .num_experts = kExperts,
             .num_topk = kTopk,
             .hidden = kHidden,
             .max_tokens_per_rank = kMaxTokens,
+            .hosts = hosts,
             .routed_scaling_factor = 2.5f,
             .peer_timeout = kTimeout};
   }
@@ -116,8 +119,9 @@ class Soak {
     MutableTensorView y;
     y.data = y_.data(), y.dtype = DType::kBFloat16, y.shape = Shape{t.num_tokens[rank_], kHidden};
     exchange.combine(std::move(d), {rows_.data(), DType::kBFloat16, batch.x.shape}, y, {});
+    const ExchangeConfig& config = exchange.config();
     for (std::int64_t i = 0; i < t.num_tokens[rank_]; ++i) {
-      const auto expected = combined(t, rank_, i, WireFormat::kE4m3Group, 2.5f);
+      const auto expected = combined_by_parts(t, config, rank_, i, parts_of(config));
       totals_.wrong += !std::equal(expected.begin(), expected.end(), y_.begin() + i * kHidden);
       totals_.tokens += 1;
     }
@@ -156,7 +160,7 @@ class Soak {
   std::vector<std::uint16_t> rows_, y_;
 };
 
-int run(int rounds, int num_ranks, const std::string& transport_name) {
+int run(int rounds, int num_ranks, int num_hosts, const std::string& transport_name) {
   if (transport_name == "ipc" && !read_job_place()) {
     return run_as_processes(num_ranks, kProcessTimeout);
   }
@@ -166,10 +170,12 @@ int run(int rounds, int num_ranks, const std::string& transport_name) {
     num_ranks = control_transport()->num_ranks();
   }
   const std::vector<Traffic> traffics = make_traffics(num_ranks);
+  const Hosts hosts = num_hosts > 1 ? Hosts::even(num_hosts, num_ranks) : Hosts();
   Totals totals;
   const auto start = Clock::now();
-  const auto failures = try_ranks(
-      num_ranks, [&](Transport& transport) { Soak(transport, traffics, totals).run(rounds); });
+  const auto failures = try_ranks(num_ranks, [&](Transport& transport) {
+    Soak(transport, traffics, hosts, totals).run(rounds);
+  });
   const double seconds = std::chrono::duration<double>(Clock::now() - start).count();
   const int rows = sum_over_ranks(static_cast<int>(totals.rows));
   const int tokens = sum_over_ranks(static_cast<int>(totals.tokens));
@@ -184,9 +190,10 @@ int run(int rounds, int num_ranks, const std::string& transport_name) {
   }
   if (speaks) {
     fmt::print(
-        "soak: {} rounds over {}, {} ranks, {:.1f} s: {} rows and {} tokens checked, {} wrong; "
-        "{} stalls; {} ranks failed or timed out\n",
-        rounds, transport_name, num_ranks, seconds, rows, tokens, wrong, stalls, failed);
+        "soak: {} rounds over {}, {} ranks on {}, {:.1f} s: {} rows and {} tokens checked, {} "
+        "wrong; {} stalls; {} ranks failed or timed out\n",
+        rounds, transport_name, num_ranks, hosts.to_string(), seconds, rows, tokens, wrong, stalls,
+        failed);
   }
   const bool ended = end_processes();
   return wrong == 0 && failed == 0 && stalls > 0 && ended ? 0 : 1;
@@ -197,11 +204,11 @@ int run(int rounds, int num_ranks, const std::string& transport_name) {
 
 int main(int argc, char** argv) {
   std::map<std::string, std::string> given = {
-      {"--rounds", "1000"}, {"--ranks", "8"}, {"--transport", "inproc"}};
+      {"--rounds", "1000"}, {"--ranks", "8"}, {"--hosts", "1"}, {"--transport", "inproc"}};
   for (int i = 1; i + 1 < argc; i += 2) given[argv[i]] = argv[i + 1];
   try {
     return sluice::testing::run(std::stoi(given["--rounds"]), std::stoi(given["--ranks"]),
-                                given["--transport"]);
+                                std::stoi(given["--hosts"]), given["--transport"]);
   } catch (const std::exception& error) {
     fmt::print(stderr, "soak: {}\n", error.what());
     return 2;
