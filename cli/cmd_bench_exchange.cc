@@ -237,6 +237,7 @@ void check_calibrate(const Options& options) {
 
 void run(const Options& options, Output& output) {
   const Environment environment = read_environment();
+  check_transport(options.transport, options.backend);
   const ExchangeBenchConfig config = resolve(options);
   check_calibrate(options);
   if (ran_as_processes(options.transport, options.ranks, environment.peer_timeout, output)) {
@@ -277,10 +278,12 @@ void add_bench_exchange(Command& bench, Output& output) {
       .one_of({"cpu", "cuda"})
       .shows_default();
   command
-      .add_option("--transport", options->transport,
-                  "inproc (ranks are threads, on CUDA streams of one process) | ipc (ranks are "
-                  "processes) | mpi (CPU: processes of mpirun)")
-      .one_of({"inproc", "ipc", "mpi"})
+      .add_option(
+          "--transport", options->transport,
+          "inproc (ranks are threads, on CUDA streams of one process) | ipc (ranks are "
+          "processes) | mpi (CPU: processes of mpirun) | nccl (GPUs of processes on several "
+          "hosts)")
+      .one_of({"inproc", "ipc", "mpi", "nccl"})
       .shows_default();
   command.add_option("--ranks", options->ranks, "Expert-parallel ranks")
       .range(1, 64)

@@ -273,6 +273,7 @@ void report(const Options& options, const LayerRunConfig& config, const Checkpoi
 
 void run(const Options& options, Output& output) {
   const Environment environment = read_environment();
+  check_transport(options.transport, options.backend);
   if (ran_as_processes(options.transport, std::max(1, options.ranks), environment.peer_timeout,
                        output)) {
     return;
@@ -331,8 +332,9 @@ void add_run(Command& program, Output& output) {
   command
       .add_option("--transport", options->transport,
                   "inproc (ranks are threads) | ipc (ranks are processes of this host, started "
-                  "here, by torchrun, mpirun or srun) | mpi (ranks are the processes of mpirun)")
-      .one_of({"inproc", "mpi", "ipc"})
+                  "here, by torchrun, mpirun or srun) | mpi (ranks are the processes of mpirun) | "
+                  "nccl (GPUs of processes on several hosts, started by torchrun, mpirun or srun)")
+      .one_of({"inproc", "mpi", "ipc", "nccl"})
       .shows_default();
   command.add_option("--routing", options->routing, "uniform | zipf | one-expert").shows_default();
   command.add_option("--seed", options->seed, "Seed of tokens and routing").shows_default();

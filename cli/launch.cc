@@ -14,6 +14,7 @@
 #include "report.h"
 #include "sluice/config.h"
 #include "sluice/lab/ranks.h"
+#include "sluice/network.h"
 
 namespace sluice::cli {
 namespace {
@@ -76,7 +77,31 @@ std::unique_ptr<Transport> make_ipc_world(milliseconds timeout) {
                             timeout);
 }
 
+/// The same, on any number of hosts.
+std::unique_ptr<Transport> make_nccl_world(milliseconds timeout) {
+  const auto place = read_job_place();
+  if (!place) {
+    throw Error(ErrorCode::kInvalidArgument,
+                "--transport nccl: no launcher has given this process a rank: RANK (torchrun), "
+                "OMPI_COMM_WORLD_RANK (mpirun), SLURM_PROCID (srun) and SLUICE_RANK are not set");
+  }
+  return make_nccl_transport({}, *place, timeout);
+}
+
+std::unique_ptr<Transport> make_world(const std::string& transport, milliseconds timeout) {
+  if (transport == "mpi") return make_mpi_transport(timeout);
+  return transport == "nccl" ? make_nccl_world(timeout) : make_ipc_world(timeout);
+}
+
 }  // namespace
+
+void check_transport(const std::string& transport, const std::string& backend) {
+  if (transport != "nccl" || backend == "cuda") return;
+  throw Error(ErrorCode::kInvalidArgument,
+              fmt::format("--transport nccl moves the memory of GPUs, --backend is {}: use "
+                          "--backend cuda, or --transport mpi for ranks of several hosts",
+                          backend));
+}
 
 bool ran_as_processes(const std::string& transport, int num_ranks, milliseconds timeout,
                       Output& output) {
@@ -90,7 +115,7 @@ Launch::Launch(const std::string& transport, int num_ranks, milliseconds timeout
     : num_ranks_(std::max(1, num_ranks)), timeout_(timeout), output_(output) {
   if (transport == "inproc") return;
   is_mpi_ = transport == "mpi";
-  world_ = is_mpi_ ? make_mpi_transport(timeout) : make_ipc_world(timeout);
+  world_ = make_world(transport, timeout);
   has_processes_ = true;
   rank_ = world_->rank();
   num_ranks_ = world_->num_ranks();

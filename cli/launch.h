@@ -21,11 +21,14 @@ struct Output;
 [[nodiscard]] bool ran_as_processes(const std::string& transport, int num_ranks,
                                     std::chrono::milliseconds timeout, Output& output);
 
+/// Throws: kInvalidArgument if `transport` cannot move the memory of `backend`.
+void check_transport(const std::string& transport, const std::string& backend);
+
 class Launch {
  public:
-  /// `transport`: inproc, mpi or ipc. `num_ranks` 0 = one, or one for each process of the job; any
-  /// other number must be that of the processes. All processes but rank 0 lose their standard
-  /// output and write no files.
+  /// `transport`: inproc, mpi, ipc or nccl. `num_ranks` 0 = one, or one for each process of the
+  /// job; any other number must be that of the processes. All processes but rank 0 lose their
+  /// standard output and write no files.
   Launch(const std::string& transport, int num_ranks, std::chrono::milliseconds timeout,
          Output& output);
 

@@ -22,13 +22,18 @@ struct Environment {
 struct JobPlace {
   int rank = 0, num_ranks = 1;
   int num_ranks_on_host = 1;
-  std::string job;     ///< What only the processes of this job have in common.
-  std::string secret;  ///< What they prove to each other. SLUICE_SECRET, or else `job`.
+  std::string job;              ///< What only the processes of this job have in common.
+  std::string secret;           ///< What they prove to each other. SLUICE_SECRET, or else `job`.
+  bool has_own_secret = false;  ///< SLUICE_SECRET is set.
+  /// Where processes of several hosts meet, "host:port" of rank 0: SLUICE_MEETING, or MASTER_ADDR
+  /// and the port after MASTER_PORT, at which torchrun listens itself. Empty if neither is set.
+  std::string meeting;
 };
 
-/// The first launcher whose variables are set: sluice (SLUICE_RANK, SLUICE_WORLD_SIZE, SLUICE_JOB),
-/// torchrun (RANK, WORLD_SIZE, LOCAL_WORLD_SIZE, MASTER_ADDR, MASTER_PORT), mpirun
-/// (OMPI_COMM_WORLD_*, OMPI_MCA_ess_base_jobid) or srun (SLURM_*). Nothing if there was none.
+/// The first launcher whose variables are set: sluice (SLUICE_RANK, SLUICE_WORLD_SIZE, SLUICE_JOB,
+/// SLUICE_LOCAL_WORLD_SIZE), torchrun (RANK, WORLD_SIZE, LOCAL_WORLD_SIZE, MASTER_ADDR,
+/// MASTER_PORT), mpirun (OMPI_COMM_WORLD_*, OMPI_MCA_ess_base_jobid) or srun (SLURM_*). Nothing if
+/// there was none.
 /// Throws: kInvalidArgument naming the variable, its value and what it may be.
 [[nodiscard]] std::optional<JobPlace> read_job_place();
 

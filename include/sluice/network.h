@@ -9,6 +9,7 @@
 #include <string>
 #include <vector>
 
+#include "sluice/config.h"
 #include "sluice/transport.h"
 
 namespace sluice {
@@ -56,6 +57,13 @@ struct NcclConfig {
 /// The same, for processes that have a group. It is used once, to agree on a meeting place.
 [[nodiscard]] std::unique_ptr<Transport> make_nccl_transport(const NcclConfig& config,
                                                              const ProcessGroup& group,
+                                                             std::chrono::milliseconds timeout);
+
+/// The same, for processes that a launcher started. On one host they need no meeting place.
+/// Throws also: kInvalidArgument naming the variable that is missing, SLUICE_MEETING or
+///   SLUICE_SECRET, before anything else is tried.
+[[nodiscard]] std::unique_ptr<Transport> make_nccl_transport(const NcclConfig& config,
+                                                             const JobPlace& place,
                                                              std::chrono::milliseconds timeout);
 
 /// A meeting place for the ranks of `group`: a free port of rank 0's host, all addresses that the

@@ -1,5 +1,5 @@
 #include <algorithm>
-#include <cstring>
+#include <array>
 #include <utility>
 
 #include "core/fail.h"
@@ -7,6 +7,7 @@
 #include "core/sha256.h"
 #include "sluice/config.h"
 #include "transport/nccl_transport.h"
+#include "transport/tcp_socket.h"
 
 namespace sluice {
 namespace {
@@ -30,7 +31,10 @@ NcclTransport::NcclTransport(const NcclApi& api, const NcclConfig& config, const
                              milliseconds timeout)
     : link_(meeting, timeout) {
   place_ranks(config.host.empty() ? host_id() : config.host, meeting.secret, timeout);
-  if (num_hosts() > 1) connect_rail(api, config.device, timeout);
+  if (num_hosts() == 1) return;
+  SLUICE_ASSERT(api.num_devices > 0);
+  const int device = config.device >= 0 ? config.device : mates_->rank() % api.num_devices;
+  connect_rail(api, device, timeout);
 }
 
 /// Who is where; and the ranks of this host meet.
@@ -126,20 +130,55 @@ TransportCounters NcclTransport::counters() const {
 std::unique_ptr<Transport> make_nccl_transport(const NcclConfig& config, const TcpConfig& meeting,
                                                milliseconds timeout) {
   const NcclApi& api = nccl_library(config.library);
-  const int num_devices = count_nccl_devices();
-  if (num_devices == 0) {
+  if (api.num_devices == 0) {
     fail(ErrorCode::kUnsupported,
          "transport 'nccl' needs a GPU for each rank: rank {} sees no CUDA device", meeting.rank);
   }
-  check_argument(config.device >= 0 && config.device < num_devices,
-                 "device {} of rank {} is not in [0, {})", config.device, meeting.rank,
-                 num_devices);
+  check_argument(config.device >= -1 && config.device < api.num_devices,
+                 "device {} of rank {} is not in [-1, {})", config.device, meeting.rank,
+                 api.num_devices);
   return std::make_unique<NcclTransport>(api, config, meeting, timeout);
 }
 
 std::unique_ptr<Transport> make_nccl_transport(const NcclConfig& config, const ProcessGroup& group,
                                                milliseconds timeout) {
   return make_nccl_transport(config, agree_on_meeting(group), timeout);
+}
+
+std::unique_ptr<Transport> make_nccl_transport(const NcclConfig& config, const JobPlace& place,
+                                               milliseconds timeout) {
+  if (place.num_ranks_on_host == place.num_ranks) {
+    (void)nccl_library(config.library);  // Refuses before others are waited for.
+    const auto ipc = make_ipc_transport({.job = place.job,
+                                         .secret = place.secret,
+                                         .rank = place.rank,
+                                         .num_ranks = place.num_ranks},
+                                        timeout);
+    const auto all_gather = [&](std::span<const std::byte> mine) {
+      return ipc->all_gather(mine, timeout);
+    };
+    return make_nccl_transport(config, ProcessGroup{place.rank, place.num_ranks, all_gather},
+                               timeout);
+  }
+  check_argument(!place.meeting.empty(),
+                 "SLUICE_MEETING='' names no place, host:port, where rank 0 can be reached by the "
+                 "job's {} ranks, of which {} are on this host; nor do MASTER_ADDR and MASTER_PORT",
+                 place.num_ranks, place.num_ranks_on_host);
+  check_argument(place.has_own_secret,
+                 "SLUICE_SECRET='' proves nothing: processes that meet at {} need a secret of the "
+                 "job, the same in all of them",
+                 place.meeting);
+  try {
+    (void)parse_address(place.meeting);
+  } catch (const Error& error) {
+    fail(error.code(), "SLUICE_MEETING: {}", error.what());
+  }
+  return make_nccl_transport(config,
+                             TcpConfig{.addresses = {place.meeting},
+                                       .secret = place.secret,
+                                       .rank = place.rank,
+                                       .num_ranks = place.num_ranks},
+                             timeout);
 }
 
 }  // namespace sluice

@@ -24,7 +24,8 @@ inline constexpr int kMinNcclVersion = 22'800;
 
 struct NcclApi {
   int version = 0;
-  std::string path;  ///< Of the library.
+  std::string path;     ///< Of the library.
+  int num_devices = 0;  ///< CUDA devices that this process sees; 0 without a driver.
 
   std::function<const char*(int status)> error_string;
   std::function<const char*(NcclComm)> last_error;
@@ -43,8 +44,5 @@ struct NcclApi {
 /// Throws: kUnsupported if there is none, it is too old, another one is open, or this build has no
 /// NCCL.
 [[nodiscard]] const NcclApi& nccl_library(const std::string& path);
-
-/// CUDA devices of this process; 0 without a driver.
-[[nodiscard]] int count_nccl_devices();
 
 }  // namespace sluice

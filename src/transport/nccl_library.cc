@@ -26,7 +26,8 @@ template <class Function>
 Function* find(void* library, const char* name, const std::string& path) {
   void* const symbol = dlsym(library, name);
   if (symbol == nullptr) {
-    fail(ErrorCode::kUnsupported, "NCCL at {} has no function {}", path, name);
+    fail(ErrorCode::kUnsupported, "transport 'nccl': the library {} has no function {}", path,
+         name);
   }
   return reinterpret_cast<Function*>(symbol);
 }
@@ -44,7 +45,7 @@ void* open(const std::string& path) {
   if (library == nullptr) {
     library = dlopen(path.empty() ? kSoname : path.c_str(), RTLD_NOW | RTLD_LOCAL);
   }
-  if (library == nullptr) fail(ErrorCode::kUnsupported, "opening NCCL: {}", dlerror());
+  if (library == nullptr) fail(ErrorCode::kUnsupported, "transport 'nccl': {}", dlerror());
   return library;
 }
 
@@ -53,14 +54,23 @@ std::string path_of(void* function, const std::string& otherwise) {
   return dladdr(function, &info) != 0 && info.dli_fname != nullptr ? info.dli_fname : otherwise;
 }
 
+int count_devices() {
+  int count = 0;
+  if (cudaGetDeviceCount(&count) == cudaSuccess) return count;
+  (void)cudaGetLastError();
+  return 0;
+}
+
 NcclApi fill(void* library, const std::string& asked) {
   std::string path = asked.empty() ? kSoname : asked;
   NcclApi api;
   const auto get_version = SLUICE_NCCL(ncclGetVersion);
   path = path_of(reinterpret_cast<void*>(get_version), path);
   api.path = path;
+  api.num_devices = count_devices();
   if (get_version(&api.version) != ncclSuccess || api.version < kMinNcclVersion) {
-    fail(ErrorCode::kUnsupported, "NCCL at {} has version {}; at least {} (2.28.0) is needed", path,
+    fail(ErrorCode::kUnsupported,
+         "transport 'nccl': the library {} has version {}; at least {} (2.28.0) is needed", path,
          api.version, int{kMinNcclVersion});
   }
   api.error_string = [f = SLUICE_NCCL(ncclGetErrorString)](int status) {
@@ -122,19 +132,10 @@ const NcclApi& nccl_library(const std::string& path) {
     api = fill(open(path), path);
     opened = path;
   } else if (!path.empty() && path != opened && path != api->path) {
-    fail(ErrorCode::kUnsupported, "NCCL at {} is asked for, but {} is open already", path,
-         api->path);
+    fail(ErrorCode::kUnsupported,
+         "transport 'nccl': the library {} is asked for, but {} is open already", path, api->path);
   }
   return *api;
-}
-
-int count_nccl_devices() {
-  int count = 0;
-  if (cudaGetDeviceCount(&count) != cudaSuccess) {
-    (void)cudaGetLastError();
-    return 0;
-  }
-  return count;
 }
 
 }  // namespace sluice

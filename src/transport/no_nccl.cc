@@ -9,8 +9,4 @@ const NcclApi& nccl_library(const std::string&) {
        "transport 'nccl' is not in this build: configure with SLUICE_NCCL=ON and SLUICE_CUDA=ON");
 }
 
-int count_nccl_devices() {
-  return 0;
-}
-
 }  // namespace sluice

@@ -296,6 +296,27 @@ with tempfile.TemporaryDirectory() as folder:
     for name, (arguments, text) in refusals.items():
         r = run("run", "--checkpoint", model, *arguments)
         check(name, r.returncode == 2 and text in r.stderr, r)
+
+    # Ranks of several hosts: each thing that is missing is named, before anybody is waited for.
+    launched = {"RANK": "1", "WORLD_SIZE": "4", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1"}
+    placed = launched | {"MASTER_PORT": "29500", "SLUICE_SECRET": "s"}
+    for name, arguments, env, text in (
+        ("nccl on the CPU", ["--backend", "cpu"], placed, "--transport nccl moves the memory of GPUs, --backend is cpu"),
+        ("nccl without a launcher", [], {}, "no launcher has given this process a rank: RANK"),
+        ("nccl without a meeting place", [], launched, "SLUICE_MEETING=''"),
+        ("nccl without a secret", [], launched | {"MASTER_PORT": "29500"}, "SLUICE_SECRET=''"),
+        ("nccl at no port", [], placed | {"MASTER_PORT": "65535"}, "MASTER_PORT='65535'"),
+        ("nccl at no address", [], placed | {"SLUICE_MEETING": "node"}, "SLUICE_MEETING: address 'node' is not"),
+        ("nccl with a rank too many", [], placed | {"RANK": "4"}, "RANK='4' is not a whole number in [0, 3]"),
+        # In vain on a machine with GPUs, where it would start.
+        ("nccl without NCCL or GPU", [], placed, "transport 'nccl'"),
+    ):
+        arguments = ["--transport", "nccl", *(arguments or ["--backend", "cuda"])]
+        for command in (["run", "--checkpoint", model], ["bench", "exchange"]):
+            if text == "transport 'nccl'" and shutil.which("nvidia-smi"):
+                continue
+            r = run(*command, *arguments, env=env)
+            check(f"{name}: {command[0]}", r.returncode == 2 and text in r.stderr, r)
     r = run("run", "--checkpoint", os.path.join(folder, "absent"))
     check("absent checkpoint", r.returncode == 2 and "absent" in r.stderr, r)
 

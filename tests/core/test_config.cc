@@ -50,7 +50,10 @@ class Config : public ::testing::Test {
                                            "SLUICE_RANK",
                                            "SLUICE_WORLD_SIZE",
                                            "SLUICE_JOB",
+                                           "SLUICE_LOCAL_WORLD_SIZE",
                                            "SLUICE_SECRET",
+                                           "SLUICE_MEETING",
+                                           "NCCL_HOSTID",
                                            "RANK",
                                            "WORLD_SIZE",
                                            "LOCAL_WORLD_SIZE",
@@ -65,7 +68,8 @@ class Config : public ::testing::Test {
                                            "SLURM_PROCID",
                                            "SLURM_NTASKS",
                                            "SLURM_JOB_ID",
-                                           "SLURM_STEP_ID"};
+                                           "SLURM_STEP_ID",
+                                           "SLURM_STEP_NUM_NODES"};
   std::vector<std::pair<std::string, std::string>> before_;
 };
 
@@ -130,6 +134,41 @@ TEST_F(Config, JobsOfOneLauncherHaveDifferentNames) {
   EXPECT_NE(read_job_place()->job, first);
   set("SLUICE_SECRET", "hush");
   EXPECT_EQ(read_job_place()->secret, "hush");
+}
+
+TEST_F(Config, OfSeveralHostsAnEvenShareIsHere) {
+  set("SLURM_PROCID", "2"), set("SLURM_NTASKS", "8"), set("SLURM_JOB_ID", "9");
+  set("SLURM_STEP_NUM_NODES", "2");
+  EXPECT_EQ(read_job_place()->num_ranks_on_host, 4);
+  set("SLURM_STEP_NUM_NODES", "9");
+  EXPECT_THAT(refusal(read_job_place), HasSubstr("SLURM_STEP_NUM_NODES='9'"));
+}
+
+TEST_F(Config, WhereHostsMeetIsSaidOrFollowsTorchrunsPort) {
+  set("RANK", "0"), set("WORLD_SIZE", "2"), set("LOCAL_WORLD_SIZE", "1");
+  set("MASTER_ADDR", "node1");
+  EXPECT_EQ(read_job_place()->meeting, "");
+  EXPECT_FALSE(read_job_place()->has_own_secret);
+  set("MASTER_PORT", "29500"), set("SLUICE_SECRET", "hush");
+  EXPECT_EQ(read_job_place()->meeting, "node1:29501");
+  EXPECT_TRUE(read_job_place()->has_own_secret);
+  set("MASTER_ADDR", "fe80::1");
+  EXPECT_EQ(read_job_place()->meeting, "[fe80::1]:29501");
+  set("SLUICE_MEETING", "node7:1234");
+  EXPECT_EQ(read_job_place()->meeting, "node7:1234");
+  unsetenv("SLUICE_MEETING"), set("MASTER_PORT", "65535");
+  EXPECT_THAT(refusal(read_job_place),
+              HasSubstr("MASTER_PORT='65535' is not a whole number in [1, 65534]"));
+  set("LOCAL_WORLD_SIZE", "2");  // One host needs no place.
+  EXPECT_EQ(read_job_place()->meeting, "");
+}
+
+TEST_F(Config, AHostIsNamedAsNcclNamesIt) {
+  const std::string here = host_id();
+  EXPECT_FALSE(here.empty());
+  EXPECT_EQ(host_id(), here);
+  set("NCCL_HOSTID", "half of it");
+  EXPECT_EQ(host_id(), "half of it");
 }
 
 TEST_F(Config, ARankOutsideItsJobIsRefused) {

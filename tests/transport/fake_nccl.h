@@ -43,6 +43,7 @@ class FakeNccl {
     NcclApi api;
     api.version = kMinNcclVersion;
     api.path = "fake_nccl.h";
+    api.num_devices = 1;
     api.error_string = [](int status) {
       return status == kRemoteError ? "remote process exited" : "some other error";
     };

@@ -2,8 +2,8 @@
 // one that has only not come yet. Every test makes the order of events itself.
 #include <gmock/gmock.h>
 
+#include <atomic>
 #include <future>
-#include <numeric>
 #include <optional>
 #include <thread>
 
@@ -195,7 +195,8 @@ TEST(TcpLink, RanksKnowHowFarTheOthersAreAndWhoIsSilent) {
     gather(link);
     raise(SIGSTOP);
   });
-  const auto body = [](TcpLink& link) {
+  std::atomic<int> num_asked{0};
+  const auto body = [&](TcpLink& link) {
     link.set_progress(static_cast<std::uint64_t>(10 + link.rank()));
     gather(link);
     std::this_thread::sleep_for(2s);
@@ -208,10 +209,13 @@ TEST(TcpLink, RanksKnowHowFarTheOthersAreAndWhoIsSilent) {
     EXPECT_LT((*members)[1].silent_ms, 1500u);
     EXPECT_GT((*members)[2].silent_ms, 1500u);
     EXPECT_THAT(link.gone(), IsEmpty());
+    num_asked += 1;
     gather(link);
   };
   auto zero = start_rank(job.config(0), kLong, body), one = start_rank(job.config(1), kLong, body);
-  std::this_thread::sleep_for(4s);
+  while (num_asked < 2 && zero.wait_for(0s) != std::future_status::ready) {
+    std::this_thread::sleep_for(5ms);
+  }
   stopped.send(SIGKILL);
   expect_blame(zero.get(), ErrorCode::kTransport, 2, ", whose process has ended");
   expect_blame(one.get(), ErrorCode::kTransport, 2, ", whose process has ended");

@@ -82,16 +82,16 @@ TEST(TcpMeeting, ARankThatIsKilledBeforeAllHaveComeIsNamed) {
 TEST(TcpMeeting, ARankZeroThatStopsIsNamedAndNotThoseThatWaitForIt) {
   const TcpJob job(4);
   const ChildProcess zero([&] { const TcpLink link(job.config(0), kLong); });
-  auto one = start_rank(job.config(1), 2s);
+  auto one = start_rank(job.config(1), 1s);
   std::this_thread::sleep_for(500ms);
   zero.send(SIGSTOP);
-  auto two = start_rank(job.config(2), 2s), three = start_rank(job.config(3), 2s);
+  auto two = start_rank(job.config(2), 1s), three = start_rank(job.config(3), 1s);
   for (auto* rank : {&one, &two, &three}) {
     const TcpOutcome outcome = rank->get();
     EXPECT_EQ(outcome.code, ErrorCode::kPeerTimeout);
-    EXPECT_THAT(outcome.text, HasSubstr("after 2000 ms still missing rank(s) 0"));
+    EXPECT_THAT(outcome.text, HasSubstr("after 1000 ms still missing rank(s) 0"));
     EXPECT_THAT(outcome.ranks, ElementsAre(0)) << outcome.text;
-    EXPECT_LT(outcome.took, 2s + 2s);
+    EXPECT_LT(outcome.took, 1s + 2s);
   }
 }
 
