@@ -6,6 +6,7 @@
 #include <nanobind/stl/vector.h>
 
 #include "bindings.h"
+#include "sluice/network.h"
 
 namespace sluice::python {
 
@@ -40,15 +41,44 @@ std::unique_ptr<PyTransport> ipc(const IpcConfig& config, const Timeout& timeout
   return owned(make_ipc_transport(config, timeout));
 }
 
-std::unique_ptr<PyTransport> from_group(const nb::object& group, const Timeout& timeout_ms) {
-  // The group's own calls are Python's.
-  const auto [rank, num_ranks, job, secret] =
-      nb::cast<std::tuple<int, int, std::string, std::string>>(
-          nb::module_::import_("sluice._group").attr("meet")(group));
-  return ipc({.job = job, .secret = secret, .rank = rank, .num_ranks = num_ranks}, timeout_ms);
+NcclConfig nccl_config(const std::optional<int>& device) {
+  return {
+      .device = device.value_or(-1),
+      .library = nb::cast<std::string>(nb::module_::import_("sluice._group").attr("nccl_path")())};
 }
 
-std::unique_ptr<PyTransport> from_environment(const Timeout& timeout_ms) {
+/// The all_gather of a group of Python's, which is called with the GIL and may throw.
+ProcessGroup group_of(int rank, int num_ranks, const nb::object& all_gather) {
+  return {rank, num_ranks, [&all_gather](std::span<const std::byte> mine) {
+            const nb::gil_scoped_acquire acquired;
+            std::vector<std::vector<std::byte>> parts;
+            for (const nb::handle part : all_gather(nb::bytes(mine.data(), mine.size()))) {
+              const auto bytes = nb::cast<nb::bytes>(part);
+              const auto* const data = static_cast<const std::byte*>(bytes.data());
+              parts.emplace_back(data, data + bytes.size());
+            }
+            return parts;
+          }};
+}
+
+std::unique_ptr<PyTransport> from_group(const nb::object& group, const std::optional<int>& device,
+                                        const Timeout& timeout_ms) {
+  // The group's own calls are Python's.
+  using Met = std::tuple<int, int, std::string, std::string, int, nb::object>;
+  const auto [rank, num_ranks, job, secret, num_hosts, all_gather] =
+      nb::cast<Met>(nb::module_::import_("sluice._group").attr("meet")(group, host_id()));
+  if (num_hosts == 1) {
+    return ipc({.job = job, .secret = secret, .rank = rank, .num_ranks = num_ranks}, timeout_ms);
+  }
+  const auto timeout = timeout_or_environment(timeout_ms);
+  const NcclConfig config = nccl_config(device);
+  const ProcessGroup shared = group_of(rank, num_ranks, all_gather);
+  const nb::gil_scoped_release released;
+  return owned(make_nccl_transport(config, shared, timeout));
+}
+
+std::unique_ptr<PyTransport> from_environment(const std::optional<int>& device,
+                                              const Timeout& timeout_ms) {
   const std::optional<JobPlace> place = read_job_place();
   if (!place) {
     throw Error(ErrorCode::kInvalidArgument,
@@ -56,10 +86,10 @@ std::unique_ptr<PyTransport> from_environment(const Timeout& timeout_ms) {
                 "SLUICE_RANK, SLUICE_WORLD_SIZE and SLUICE_JOB");
   }
   if (place->num_ranks_on_host != place->num_ranks) {
-    throw Error(ErrorCode::kUnsupported,
-                fmt::format("{} of the job's {} ranks are on this host; this transport stays on "
-                            "one: use Transport.mpi()",
-                            place->num_ranks_on_host, place->num_ranks));
+    const auto timeout = timeout_or_environment(timeout_ms);
+    const NcclConfig config = nccl_config(device);
+    const nb::gil_scoped_release released;
+    return owned(make_nccl_transport(config, *place, timeout));
   }
   return ipc({.job = place->job,
               .secret = place->secret,
@@ -94,16 +124,21 @@ void bind_makers(nb::class_<PyTransport>& c) {
   c.def_static("inproc", &inproc, "num_ranks"_a,
                "Ranks as threads of this process: a list with the transport of each rank.")
       .def_static(
-          "from_group", &from_group, "group"_a, nb::kw_only(), "timeout_ms"_a = nb::none(),
-          "Ranks as the processes of a group on one host: a torch ProcessGroup, an mpi4py\n"
-          "communicator, or any object with rank, size and all_gather(object) -> list. The\n"
-          "group is used once, to agree on a meeting place. Collective.\n\n"
-          "Raises Error: unsupported if a rank is on another host, peer_timeout naming "
+          "from_group", &from_group, "group"_a, nb::kw_only(), "device"_a = nb::none(),
+          "timeout_ms"_a = nb::none(),
+          "Ranks as the processes of a group: a torch ProcessGroup, an mpi4py communicator, or\n"
+          "any object with rank, size and all_gather(object) -> list. The group is used at the\n"
+          "start alone, to agree on a meeting place. Over ipc if all are on one host (host_id()),\n"
+          "over nccl if not. device: the CUDA device of this rank, for nccl; default: its index\n"
+          "on its host. Collective.\n\n"
+          "Raises Error: unsupported on several hosts without NCCL or a GPU, peer_timeout naming "
           "ranks.")
-      .def_static("from_environment", &from_environment, nb::kw_only(), "timeout_ms"_a = nb::none(),
-                  "Ranks as the processes that a launcher started on this host: torchrun, mpirun, "
-                  "srun,\n"
-                  "or SLUICE_RANK, SLUICE_WORLD_SIZE and SLUICE_JOB. Collective.\n\n"
+      .def_static("from_environment", &from_environment, nb::kw_only(), "device"_a = nb::none(),
+                  "timeout_ms"_a = nb::none(),
+                  "Ranks as the processes that a launcher started: torchrun, mpirun, srun, or\n"
+                  "SLUICE_RANK, SLUICE_WORLD_SIZE and SLUICE_JOB. Over ipc on one host; over nccl\n"
+                  "on several, which also takes SLUICE_SECRET, and SLUICE_MEETING or MASTER_ADDR\n"
+                  "and MASTER_PORT. Collective.\n\n"
                   "Raises Error: invalid_argument naming the variable, unsupported, peer_timeout.")
       .def_static(
           "ipc",
@@ -143,7 +178,7 @@ void bind_transport(nb::module_& m) {
           "Size of the group.")
       .def_prop_ro(
           "name", [](const PyTransport& t) { return t.transport->name(); },
-          "'inproc', 'ipc' or 'mpi'.")
+          "'inproc', 'ipc', 'mpi' or 'nccl'.")
       .def("all_gather", &all_gather, "mine"_a, nb::kw_only(), "timeout_ms"_a = nb::none(),
            "Every rank's bytes, as many on each, ordered by rank. For set-up. Collective.\n\n"
            "Raises Error: peer_timeout naming ranks, transport.")
@@ -151,6 +186,10 @@ void bind_transport(nb::module_& m) {
         return fmt::format("<sluice.Transport {}, rank {} of {}>", t.transport->name(),
                            t.transport->rank(), t.transport->num_ranks());
       });
+  m.def(
+      "host_id", &host_id,
+      "Names this host: NCCL_HOSTID if it is set, or host name and boot. Ranks with the same name "
+      "are on one host.");
   m.def(
       "end_mpi",
       [](const Timeout& timeout_ms) {

@@ -235,20 +235,24 @@ class Transport:
         """
 
     @staticmethod
-    def from_group(group: object, *, timeout_ms: int | None = None) -> Transport:
+    def from_group(group: object, *, device: int | None = None, timeout_ms: int | None = None) -> Transport:
         """
-        Ranks as the processes of a group on one host: a torch ProcessGroup, an mpi4py
-        communicator, or any object with rank, size and all_gather(object) -> list. The
-        group is used once, to agree on a meeting place. Collective.
+        Ranks as the processes of a group: a torch ProcessGroup, an mpi4py communicator, or
+        any object with rank, size and all_gather(object) -> list. The group is used at the
+        start alone, to agree on a meeting place. Over ipc if all are on one host (host_id()),
+        over nccl if not. device: the CUDA device of this rank, for nccl; default: its index
+        on its host. Collective.
 
-        Raises Error: unsupported if a rank is on another host, peer_timeout naming ranks.
+        Raises Error: unsupported on several hosts without NCCL or a GPU, peer_timeout naming ranks.
         """
 
     @staticmethod
-    def from_environment(*, timeout_ms: int | None = None) -> Transport:
+    def from_environment(*, device: int | None = None, timeout_ms: int | None = None) -> Transport:
         """
-        Ranks as the processes that a launcher started on this host: torchrun, mpirun, srun,
-        or SLUICE_RANK, SLUICE_WORLD_SIZE and SLUICE_JOB. Collective.
+        Ranks as the processes that a launcher started: torchrun, mpirun, srun, or
+        SLUICE_RANK, SLUICE_WORLD_SIZE and SLUICE_JOB. Over ipc on one host; over nccl
+        on several, which also takes SLUICE_SECRET, and SLUICE_MEETING or MASTER_ADDR
+        and MASTER_PORT. Collective.
 
         Raises Error: invalid_argument naming the variable, unsupported, peer_timeout.
         """
@@ -282,7 +286,7 @@ class Transport:
 
     @property
     def name(self) -> str:
-        """'inproc', 'ipc' or 'mpi'."""
+        """'inproc', 'ipc', 'mpi' or 'nccl'."""
 
     def all_gather(self, mine: bytes, *, timeout_ms: int | None = None) -> list[bytes]:
         """
@@ -292,6 +296,11 @@ class Transport:
         """
 
     def __repr__(self) -> str: ...
+
+def host_id() -> str:
+    """
+    Names this host: NCCL_HOSTID if it is set, or host name and boot. Ranks with the same name are on one host.
+    """
 
 def end_mpi(*, timeout_ms: int | None = None) -> bool:
     """

@@ -1,7 +1,8 @@
 """Meeting place of the processes of a group, agreed on through whatever group they have already."""
 
+import importlib.util
+import os
 import secrets
-import socket
 import sys
 from collections.abc import Callable
 from typing import Any
@@ -42,29 +43,32 @@ def _parts(group: Any) -> tuple[int, int, Callable[[Any], list]]:
     return _value(group.rank), _value(group.size), group.all_gather
 
 
-def _host() -> str:
-    try:
-        with open("/proc/sys/kernel/random/boot_id", encoding="ascii") as file:
-            return f"{socket.gethostname()} {file.read().strip()}"
-    except OSError:
-        return socket.gethostname()
+def meet(group: Any, host: str) -> tuple[int, int, str, str, int, Callable[[bytes], list]]:
+    """Collective over the group. `host` names this process's host.
 
-
-def meet(group: Any) -> tuple[int, int, str, str]:
-    """(rank, num_ranks, job, secret) for Transport.ipc(). Collective over the group."""
+    Returns rank, num_ranks, a job and a secret for Transport.ipc(), on how many hosts the ranks are, and all_gather.
+    """
     rank, size, all_gather = _parts(group)
-    everyone = all_gather((_host(), secrets.token_hex(16), secrets.token_hex(32)))
+    everyone = all_gather((host, secrets.token_hex(16), secrets.token_hex(32)))
     if len(everyone) != size:
         raise Error(
             "invalid_argument",
             f"group: all_gather gave {len(everyone)} objects for {size} ranks",
         )
-    host, job, secret = everyone[0]
-    elsewhere = [r for r, theirs in enumerate(everyone) if theirs[0] != host]
-    if elsewhere:
-        raise Error(
-            "unsupported",
-            f"group: rank(s) {', '.join(map(str, elsewhere))} are not on the host of rank 0 "
-            f"({host.split()[0]}); this transport stays on one host",
-        )
-    return rank, size, job, secret
+    _, job, secret = everyone[0]
+    return rank, size, job, secret, len({theirs[0] for theirs in everyone}), all_gather
+
+
+def nccl_path() -> str:
+    """Path of the package nvidia-nccl's library; empty if torch has loaded one, or there is no such package."""
+    if "torch" in sys.modules:
+        return ""
+    try:
+        spec = importlib.util.find_spec("nvidia.nccl")
+    except ModuleNotFoundError:
+        return ""
+    for folder in spec.submodule_search_locations or [] if spec else []:
+        path = os.path.join(folder, "lib", "libnccl.so.2")
+        if os.path.exists(path):
+            return path
+    return ""

@@ -85,6 +85,16 @@ def test_mpi():
     )
 
 
+@pytest.fixture
+def no_nccl():
+    """Where there are GPUs, NCCL would start."""
+    try:
+        sluice.Backend("cuda")
+    except sluice.Error:
+        return
+    pytest.skip("this machine has a GPU")
+
+
 class Group:
     def __init__(self, rank=0, size=1, all_gather=None):
         self.rank, self.size = rank, lambda: size
@@ -103,10 +113,6 @@ def test_refusals(monkeypatch):
     assert caught.value.code == "invalid_argument"
     with pytest.raises(sluice.Error, match="all_gather gave 1 objects for 2 ranks"):
         sluice.Transport.from_group(Group(size=2))
-    elsewhere = Group(size=2, all_gather=lambda mine: [mine, ("far", *mine[1:])])
-    with pytest.raises(sluice.Error, match=r"rank\(s\) 1 are not on the host of rank 0") as caught:
-        sluice.Transport.from_group(elsewhere)
-    assert caught.value.code == "unsupported"
     with pytest.raises(sluice.Error, match="1") as caught:
         sluice.Transport.from_group(Group(size=2, all_gather=lambda mine: [mine, mine]), timeout_ms=50)
     assert caught.value.code == "peer_timeout"
@@ -118,3 +124,44 @@ def test_refusals(monkeypatch):
     monkeypatch.setenv("SLUICE_WORLD_SIZE", "2")
     with pytest.raises(sluice.Error, match="SLUICE_RANK='7'"):
         sluice.Transport.from_environment()
+
+
+def test_ranks_of_two_hosts_take_nccl(monkeypatch, no_nccl):
+    """A group chooses it by the hosts of its ranks, and says so where it cannot work."""
+    def all_gather(mine):  # First who is where, then where to meet.
+        return [mine, mine if isinstance(mine, bytes) else ("far", *mine[1:])]
+
+    with pytest.raises(sluice.Error, match="transport 'nccl'") as caught:
+        sluice.Transport.from_group(Group(size=2, all_gather=all_gather))
+    assert caught.value.code == "unsupported"
+    assert sluice.host_id()
+    monkeypatch.setenv("NCCL_HOSTID", "part of a host")
+    assert sluice.host_id() == "part of a host"
+
+
+def test_a_torch_group_of_two_hosts(tmp_path, no_nccl):
+    pytest.importorskip("torch", reason="torch is not installed")
+    script = Path(__file__).with_name("rank_of_torch_hosts.py")
+    for text in run_ranks(script, 2, tmp_path):
+        assert text.startswith("unsupported transport 'nccl'"), text
+
+
+def test_the_environment_of_two_hosts(monkeypatch, no_nccl):
+    """What a launcher says is enough, or the variable that is missing is named."""
+    for name in ("SLUICE_SECRET", "SLUICE_MEETING", "MASTER_ADDR", "MASTER_PORT", "SLUICE_RANK"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in (("RANK", "1"), ("WORLD_SIZE", "4"), ("LOCAL_WORLD_SIZE", "2"), ("MASTER_ADDR", "127.0.0.1")):
+        monkeypatch.setenv(name, value)
+
+    def refusal():
+        with pytest.raises(sluice.Error) as caught:
+            sluice.Transport.from_environment()
+        return caught.value
+
+    assert refusal().code == "invalid_argument" and "SLUICE_MEETING=''" in str(refusal())
+    monkeypatch.setenv("MASTER_PORT", "65535")
+    assert "MASTER_PORT='65535' is not a whole number in [1, 65534]" in str(refusal())
+    monkeypatch.setenv("MASTER_PORT", "29500")
+    assert "SLUICE_SECRET=''" in str(refusal()) and "127.0.0.1:29501" in str(refusal())
+    monkeypatch.setenv("SLUICE_SECRET", "s")
+    assert refusal().code == "unsupported" and "transport 'nccl'" in str(refusal())
