@@ -207,6 +207,13 @@ std::optional<Error> NcclRail::gone_error(const std::string& operation) const {
 /// of this rail may only wait for another rank of its host.
 Error NcclRail::late_error(const std::string& operation) const {
   if (auto gone = gone_error(operation)) return *gone;
+  const std::string start =
+      fmt::format("{}: after {} ms ", place(operation), config_.timeout.count());
+  // Only now: a rank may leave while its last bytes are still on their way to this one.
+  if (const auto left = link_.left(); !left.empty()) {
+    return {ErrorCode::kPeerTimeout, start + "missing " + names_of(left) + ", which has left",
+            left};
+  }
   const auto members = link_.ask(kAsk);
   std::vector<int> silent, behind;
   std::uint64_t least = 0, most = 0;
@@ -217,8 +224,6 @@ Error NcclRail::late_error(const std::string& operation) const {
     if (member.progress == least) behind.push_back(static_cast<int>(r));
     most = std::max(most, member.progress);
   }
-  const std::string start =
-      fmt::format("{}: after {} ms ", place(operation), config_.timeout.count());
   if (!members) {
     return {ErrorCode::kPeerTimeout, start + "missing " + names_of({0}) + ", which does not answer",
             std::vector<int>{0}};

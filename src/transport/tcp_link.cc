@@ -177,7 +177,17 @@ std::optional<std::vector<TcpMember>> TcpLink::ask(milliseconds timeout) {
 
 std::vector<int> TcpLink::gone() const {
   std::vector<int> ranks;
-  for (const auto& [rank, why] : impl_->hub.gone()) ranks.push_back(rank);
+  for (const auto& [rank, why] : impl_->hub.gone()) {
+    if (why.presence != Presence::kLeft) ranks.push_back(rank);
+  }
+  return ranks;
+}
+
+std::vector<int> TcpLink::left() const {
+  std::vector<int> ranks;
+  for (const auto& [rank, why] : impl_->hub.gone()) {
+    if (why.presence == Presence::kLeft) ranks.push_back(rank);
+  }
   return ranks;
 }
 

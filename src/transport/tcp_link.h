@@ -48,8 +48,8 @@ struct TcpMember {
   std::uint64_t progress = 0;   ///< The last one that set_progress() told.
 };
 
-/// Rank of one job of processes. Threads: one at a time, but ask(), gone() and set_progress() from
-/// any.
+/// Rank of one job of processes. Threads: one at a time, but ask(), gone(), left() and
+/// set_progress() from any.
 class TcpLink {
  public:
   /// Collective. Throws: kPeerTimeout naming the ranks that did not come; kTransport if ranks
@@ -74,8 +74,10 @@ class TcpLink {
   /// that is stopped is one that has been silent for long.
   [[nodiscard]] std::optional<std::vector<TcpMember>> ask(std::chrono::milliseconds timeout);
 
-  /// Ranks that take part no more, in ascending order. Asks nobody.
+  /// Ranks that take part no more, in ascending order: those whose process has ended or that gave
+  /// up, and those that left in order. Asks nobody.
   [[nodiscard]] std::vector<int> gone() const;
+  [[nodiscard]] std::vector<int> left() const;
 
   /// From now on the others learn this number when they ask. It only grows.
   void set_progress(std::uint64_t progress) noexcept;

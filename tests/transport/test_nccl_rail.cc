@@ -190,6 +190,30 @@ TEST(NcclRail, AnOperationThatOneRankDoesNotBeginFailsOnTheOther) {
   EXPECT_EQ(one.get().text, "");
 }
 
+// It had nothing more to send, and its last bytes may still be on their way.
+TEST(NcclRail, ARankThatLeavesInOrderIsMissedAfterTheTimeoutAlone) {
+  const TcpJob job(2);
+  FakeNccl nccl;
+  auto one = start_member(job, nccl, 1, [](NcclRail&, FakeStream&) {});
+  auto zero = start_member(job, nccl, 0, [&](NcclRail& rail, FakeStream& stream) {
+    EXPECT_EQ(one.get().text, "");
+    const auto begin = Clock::now();
+    std::byte byte{};
+    rail.exchange(std::vector<NcclRail::Send>{{1, &byte, 1}}, {}, &stream);
+    try {
+      while (Clock::now() < begin + kLong) {
+        rail.check();
+        std::this_thread::sleep_for(1ms);
+      }
+    } catch (const Error&) {
+      EXPECT_GE(Clock::now() - begin, kTimeout);
+      throw;
+    }
+  });
+  expect_named(zero.get(), ErrorCode::kPeerTimeout, 1,
+               "after 1000 ms missing rank 1 of host b, which has left");
+}
+
 TEST(NcclRail, WhatNcclReportsLaterEndsTheRailAtOnce) {
   const TcpJob job(2);
   FakeNccl nccl;
