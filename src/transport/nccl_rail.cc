@@ -225,6 +225,7 @@ Error NcclRail::late_error(const std::string& operation) const {
     most = std::max(most, member.progress);
   }
   if (!members) {
+    if (auto gone = gone_error(operation)) return *gone;  // By now.
     return {ErrorCode::kPeerTimeout, start + "missing " + names_of({0}) + ", which does not answer",
             std::vector<int>{0}};
   }

@@ -109,6 +109,8 @@ Blame TcpLink::Impl::blame_for_delay(milliseconds timeout) {
     if (member.silent_ms > kSilentMs) silent.push_back(r);
   }
   if (!members) {
+    // Rank 0 may have given up at the same moment, and have said why.
+    if (const auto gone = hub.gone(); !gone.empty()) return blame_for_break(gone, config.rank);
     late = {0};
   } else if (late.empty() && !silent.empty()) {
     late = silent, what = ", which came but does not answer any more";
