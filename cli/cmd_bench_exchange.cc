@@ -1,6 +1,5 @@
 // sluice bench exchange - dispatch and combine by themselves, beside all-gather and reduce-scatter.
 #include <fmt/core.h>
-#include <unistd.h>
 
 #include <algorithm>
 #include <array>
@@ -153,8 +152,8 @@ void fill_json(const Options& options, const ExchangeBenchReport& report, Output
 /// Throws on every rank: kInvalidArgument for anything between, where a time would be of both ways.
 std::size_t count_hosts(Launch& launch, std::chrono::milliseconds timeout) {
   const auto parts = launch.run_ranks([&](int, Transport& transport) {
-    std::array<char, 256> name{};
-    if (gethostname(name.data(), name.size() - 1) != 0) name[0] = '?';
+    std::array<char, 512> name{};
+    host_id().copy(name.data(), name.size() - 1);
     std::set<std::string> hosts;
     for (const auto& other : transport.all_gather(std::as_bytes(std::span(name)), timeout)) {
       hosts.emplace(reinterpret_cast<const char*>(other.data()));

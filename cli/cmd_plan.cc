@@ -20,8 +20,8 @@ namespace sluice::cli {
 namespace {
 
 struct Options {
-  std::string preset, config, checkpoint, recipe = "direct", mode, backend = "cpu", scale_dtype,
-                                          memory, layers;
+  std::string preset, config, checkpoint, recipe = "direct", mode, backend, scale_dtype, memory,
+                                          layers;
   int ranks = 0, num_layers = 0, slots = 0;
   std::vector<int> tokens;
   HostsOptions hosts;
@@ -259,13 +259,17 @@ void plan(Options options, Output& output) {
     }
     if (options.tokens.empty()) options.tokens = {128};
     if (options.mode.empty()) options.mode = "low-latency";
+    if (options.backend.empty()) options.backend = "cpu";
     if (options.ranks == 0) options.ranks = 1;
     plan_memory(options, output);
     return;
   }
-  if (!options.memory.empty()) {
-    throw Error(ErrorCode::kInvalidArgument,
-                fmt::format("--memory {}: --hosts plans time, not memory", options.memory));
+  if (!options.memory.empty() || !options.backend.empty() || !options.scale_dtype.empty() ||
+      !options.layers.empty() || options.num_layers > 0) {
+    throw Error(
+        ErrorCode::kInvalidArgument,
+        "--memory, --backend, --scale-dtype, --layers and --num-layers plan memory; --hosts "
+        "plans the time of one layer");
   }
   plan_hosts(hosts,
              {.geometry = read_subject(options).geometry,
@@ -355,9 +359,7 @@ void add_plan(Command& program, Output& output) {
                   "How many layers with experts, the first ones; default: all of --checkpoint and "
                   "--config, 1 of --preset. Layers share their buffers")
       .range(1, 1000);
-  command.add_option("--backend", options->backend, "cpu | cuda")
-      .one_of({"cpu", "cuda"})
-      .shows_default();
+  command.add_option("--backend", options->backend, "cpu (default) | cuda").one_of({"cpu", "cuda"});
   command
       .add_option("--scale-dtype", options->scale_dtype,
                   "f32 (default) | bf16: the weights' scales, which neither preset nor config say")
