@@ -80,7 +80,7 @@ test_wheel() {
   "$venv/bin/python" tests/package/one_layer.py
   # Two at a time: the tests of models and engines, which mostly import and compile in one thread, and the others.
   local part models=() others=() left status=0 models_status=0
-  for part in transformers transformers_generate sglang vllm torch_ops; do
+  for part in transformers transformers_generate transformers_mxfp4 sglang vllm torch_ops; do
     models+=("tests/python/test_$part.py") others+=("--ignore=tests/python/test_$part.py")
   done
   local -x SLUICE_COMMAND=$PWD/build/ci/cli/sluice SLUICE_SELF_CONTAINED=1

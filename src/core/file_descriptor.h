@@ -21,6 +21,7 @@ class FileDescriptor {
   void reset() noexcept {
     if (fd_ >= 0) close(std::exchange(fd_, -1));
   }
+  [[nodiscard]] int release() noexcept { return std::exchange(fd_, -1); }
   [[nodiscard]] int get() const noexcept { return fd_; }
   [[nodiscard]] explicit operator bool() const noexcept { return fd_ >= 0; }
 

@@ -199,7 +199,8 @@ void MpiLink::Impl::apply(int source, const Record& record, std::span<const std:
   }
   if (record.kind == RecordKind::kPart) {
     Share& share = shares[{record.group, record.object, source}];
-    if (record.at != share.arrived || payload.size() > record.total - record.at) {
+    const bool is_other = share.arrived > 0 && share.bytes.size() != record.total;
+    if (is_other || record.at != share.arrived || payload.size() > record.total - record.at) {
       fail_of_ranks(ErrorCode::kTransport, {source},
                     "from rank {}: part at {} of gather {}, expected at {} of {}", source,
                     record.at, record.object, share.arrived, record.total);

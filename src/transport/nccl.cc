@@ -43,8 +43,11 @@ void NcclTransport::place_ranks(const std::string& host, const std::string& secr
   const std::string mine = new_token() + host;
   const auto all = link_.gather(std::as_bytes(std::span(mine)), "make_nccl_transport", timeout);
   const std::size_t token_size = new_token().size();
-  const std::string token = text_of(std::span(all[0]).first(token_size));
   for (const auto& part : all) {
+    if (part.size() <= token_size) {
+      fail(ErrorCode::kTransport, "make_nccl_transport: rank {} gave {} bytes, no host",
+           hosts_.size(), part.size());
+    }
     hosts_.push_back(text_of(std::span(part).subspan(token_size)));
     const auto first = std::ranges::find(hosts_, hosts_.back());
     const auto r = hosts_.size() - 1, f = static_cast<std::size_t>(first - hosts_.begin());
@@ -58,6 +61,7 @@ void NcclTransport::place_ranks(const std::string& host, const std::string& secr
          "host {} has {} ranks and host {} has {}: NCCL connects hosts with as many ranks on each",
          hosts_[0], ranks_of_[0].size(), hosts_[static_cast<std::size_t>(ranks[0])], ranks.size());
   }
+  const std::string token = text_of(std::span(all[0]).first(token_size));
   const int own = host_of_[static_cast<std::size_t>(rank())];
   const std::span<const int> here = ranks_of(own);
   mates_ =
@@ -129,6 +133,7 @@ TransportCounters NcclTransport::counters() const {
 
 std::unique_ptr<Transport> make_nccl_transport(const NcclConfig& config, const TcpConfig& meeting,
                                                milliseconds timeout) {
+  FileDescriptor listener(meeting.listener);  // Closed if this rank has no library or no GPU.
   const NcclApi& api = nccl_library(config.library);
   if (api.num_devices == 0) {
     fail(ErrorCode::kUnsupported,
@@ -137,6 +142,7 @@ std::unique_ptr<Transport> make_nccl_transport(const NcclConfig& config, const T
   check_argument(config.device >= -1 && config.device < api.num_devices,
                  "device {} of rank {} is not in [-1, {})", config.device, meeting.rank,
                  api.num_devices);
+  (void)listener.release();  // The transport closes it.
   return std::make_unique<NcclTransport>(api, config, meeting, timeout);
 }
 

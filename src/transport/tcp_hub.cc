@@ -118,6 +118,7 @@ void TcpHub::give_up(const TcpDeparture& why) {
 }
 
 std::optional<std::vector<TcpMember>> TcpHub::ask(Deadline deadline) {
+  const std::lock_guard one_question(asking_);
   Lock lock(mutex_);
   if (config_.rank == 0) {
     wait_a_turn(lock);
@@ -312,9 +313,13 @@ void TcpHub::hear_rank_0(TcpMessage kind, std::uint64_t number, std::vector<std:
   if (kind == TcpMessage::kAll) {
     if (number == number_) all_ = std::move(bytes);
   } else if (kind == TcpMessage::kTable) {
-    if (number == question_) answer_ = array_of<TcpMember>(bytes);
+    auto members = array_of<TcpMember>(bytes);
+    const bool is_whole = members.size() == static_cast<std::size_t>(config_.num_ranks);
+    if (number == question_ && is_whole) answer_ = std::move(members);
   } else if (kind == TcpMessage::kGone) {
-    if (static_cast<int>(number) != config_.rank) depart(static_cast<int>(number), decode(bytes));
+    const auto ranks = static_cast<std::uint64_t>(config_.num_ranks);
+    const auto own = static_cast<std::uint64_t>(config_.rank);
+    if (number < ranks && number != own) depart(static_cast<int>(number), decode(bytes));
   } else if (kind == TcpMessage::kRefusal) {
     refuse({ErrorCode::kTransport,
             std::string(reinterpret_cast<const char*>(bytes.data()), bytes.size())});
@@ -327,7 +332,14 @@ void TcpHub::complete() {
   if (!std::ranges::all_of(peers_, has_part)) return;
   std::vector<std::vector<std::byte>> parts;
   for (Peer& peer : peers_) parts.push_back(std::move(*std::exchange(peer.part, std::nullopt)));
-  all_ = pack(parts);
+  auto all = pack(parts);
+  if (all.size() > TcpChannel::kMaxBytes) {
+    refuse({ErrorCode::kInvalidArgument,
+            fmt::format("collective {} brings {} bytes of all ranks; at most {}", number_,
+                        all.size(), TcpChannel::kMaxBytes)});
+    return;
+  }
+  all_ = std::move(all);
   tell_all(TcpMessage::kAll, number_, *all_);
 }
 

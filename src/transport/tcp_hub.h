@@ -84,6 +84,7 @@ class TcpHub {
   void send_some();
 
   const TcpConfig config_;
+  std::mutex asking_;  // Held by the one who asks; taken before mutex_.
   mutable std::mutex mutex_;
   std::condition_variable changed_;
   FileDescriptor bell_;                   // Wakes the thread.

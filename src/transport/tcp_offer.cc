@@ -99,7 +99,7 @@ TcpConfig agree_on_meeting(const ProcessGroup& group) {
       config.addresses.push_back(std::exchange(line, {}));
     }
   }
-  if (listener) config.listener = dup(listener.get());
+  if (listener) config.listener = listener.release();
   return config;
 }
 

@@ -9,7 +9,6 @@ import sys
 from pathlib import Path
 
 import engine_stubs
-import mxfp4_files
 import pytest
 
 import sluice
@@ -19,6 +18,7 @@ pytest.importorskip("compressed_tensors", reason="compressed-tensors is not inst
 if engine_stubs.path_of("sglang") is None:
     pytest.skip("SGLang's Python files were not fetched (scripts/setup.sh)", allow_module_level=True)
 
+import mxfp4_files  # noqa: E402
 from safetensors.torch import load_file, save_file  # noqa: E402
 
 # A rank's share of the other one is padded where its experts are cut: 192 of 384 to 256, 96 to 128.

@@ -2,12 +2,12 @@
 
 import json
 
-import mxfp4_files
 import pytest
 from tiny_models import COMMON, needs_ct, torch, transformers
 
 import sluice
 
+import mxfp4_files  # isort: skip
 from transformers.integrations.finegrained_fp8 import FP8Experts, replace_with_fp8_linear  # isort: skip
 from transformers.quantizers.auto import AutoHfQuantizer  # isort: skip
 from transformers.utils.quantization_config import FineGrainedFP8Config, Mxfp4Config  # isort: skip

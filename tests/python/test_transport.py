@@ -131,8 +131,10 @@ def test_ranks_of_two_hosts_take_nccl(monkeypatch, no_nccl):
     def all_gather(mine):  # First who is where, then where to meet.
         return [mine, mine if isinstance(mine, bytes) else ("far", *mine[1:])]
 
+    before = os.listdir("/proc/self/fd")
     with pytest.raises(sluice.Error, match="transport 'nccl'") as caught:
         sluice.Transport.from_group(Group(size=2, all_gather=all_gather))
+    assert len(os.listdir("/proc/self/fd")) == len(before)  # Nobody listens any more.
     assert caught.value.code == "unsupported"
     assert sluice.host_id()
     monkeypatch.setenv("NCCL_HOSTID", "part of a host")
