@@ -79,12 +79,22 @@ with tempfile.TemporaryDirectory() as folder:
 
     # Latency and rate of the transport, as numbers of a machine that plan takes.
     machine = os.path.join(folder, "machine.json")
-    r = processes((2, ["--json", machine, "bench", "exchange", "--calibrate", "--transport", "mpi", "--ranks", "2",
-                       "--tokens", "1,8,64", "--hidden", "1024", "--experts", "16", "--topk", "2", "--pairs", "3",
-                       "--repeat", "3", "--no-all-gather"]))
+    calibrate = ["--json", machine, "bench", "exchange", "--calibrate", "--transport", "mpi", "--ranks", "2",
+                 "--tokens", "1,8,64", "--hidden", "1024", "--experts", "16", "--topk", "2", "--pairs", "3",
+                 "--repeat", "3", "--no-all-gather"]
+    r = processes((2, calibrate))
     check("calibrate", r.returncode == 0 and r.stdout.count("fit       ") == 2, r)
     r = run(SLUICE, "plan", "--preset", "r1-layer", "--hosts", "2", "--machine", machine)
     check("plan with it", r.returncode == 0 and "machine   machine: " in r.stdout, r)
+    # Processes that say they are on hosts of their own: one line, of the network. Some here, some there: refused.
+    apart = ["env", "NCCL_HOSTID=other", SLUICE, *calibrate]
+    r = run(*MPIRUN, "-n", "1", SLUICE, *calibrate, ":", "-n", "1", *apart)
+    with open(machine) as file:
+        parameters = json.load(file)["parameters"]
+    check("calibrate a network", r.returncode == 0 and set(parameters) == {"network_latency_us", "network_gbytes_per_s"}, r)
+    calibrate[calibrate.index("--ranks") + 1] = "4"
+    r = run(*MPIRUN, "-n", "3", SLUICE, *calibrate, ":", "-n", "1", "env", "NCCL_HOSTID=other", SLUICE, *calibrate)
+    check("refused: two hosts of four ranks", r.returncode == 2 and "4 ranks are on 2 hosts" in r.stderr, r)
 
     # Over ipc sluice starts its own processes, unless a launcher did; each cause is said once.
     ipc = ["run", "--checkpoint", model, "--tokens", "4", "--transport", "ipc"]
