@@ -317,8 +317,8 @@ void add_hosts_options(Command& command, HostsOptions& hosts) {
   command
       .add_option(
           "--piece-tokens", hosts.piece_tokens,
-          "--hosts, low-latency mode: tokens that a piece for a host has room for; default: "
-          "all of a rank's")
+          "--hosts, low-latency mode: tokens that a piece for a host has room for, at least the "
+          "mean; default: all of a rank's")
       .range(1, 1 << 20);
   command.add_option("--seed", hosts.seed, "--hosts: of sampled routing").shows_default();
 }

@@ -21,6 +21,10 @@ namespace {
 
 using Json = nlohmann::ordered_json;
 
+// Every preset is of GPUs, also the one that a file's other numbers are of.
+constexpr const char* kNote =
+    "over CPUs an exchange of several hosts runs today; over GPUs this is a prediction";
+
 constexpr int kSampledTokens = 16384;  // Standard error of hosts per token: below 0.02.
 
 template <class... Args>
@@ -31,9 +35,13 @@ template <class... Args>
 /// --machine, a preset or a file, with what --set says.
 MachineModel resolve_machine(const HostsOptions& options) {
   const std::vector<std::string> names = machine_names();
-  const bool is_file = std::ranges::find(names, options.machine) == names.end() &&
-                       std::filesystem::exists(options.machine);
-  MachineModel machine = is_file ? read_machine(options.machine) : machine_preset(options.machine);
+  const bool is_preset = std::ranges::find(names, options.machine) != names.end();
+  if (!is_preset && (!std::filesystem::exists(options.machine) ||
+                     std::filesystem::is_directory(options.machine))) {
+    refuse("--machine '{}' is no file, and none of: {}", options.machine, fmt::join(names, ", "));
+  }
+  MachineModel machine =
+      is_preset ? machine_preset(options.machine) : read_machine(options.machine);
   for (const std::string& text : options.set) {
     const std::size_t equal = text.find('=');
     double value = 0;
@@ -237,6 +245,7 @@ void print_head(const HostsOptions& options, const HostsPlan& plan, const Machin
   const double own = 1.0 / options.hosts;
   fmt::print("routing   {}: a token needs {:.2f} other hosts and {:.2f} ranks\n", routed.about,
              routed.spread.hosts_per_token() * (1 - own), routed.spread.ranks_per_token());
+  if (options.hosts > 1) fmt::print("note      {}\n", kNote);
 }
 
 }  // namespace
@@ -254,6 +263,10 @@ void plan_hosts(const HostsOptions& options, const HostsPlan& plan_in, Output& o
       refuse("--ranks {} does not divide {} experts; give --slots, at least {}", plan.ranks,
              num_experts, (num_experts + plan.ranks - 1) / plan.ranks * plan.ranks);
     }
+  }
+  if (options.piece_tokens != 0 && (plan.mode == "normal" || options.hosts == 1)) {
+    refuse("--piece-tokens {} is for low-latency mode over several hosts; --mode {}, --hosts {}",
+           options.piece_tokens, plan.mode, options.hosts);
   }
   const MachineModel machine = resolve_machine(options);
   const Routed routed = route(options, plan);
@@ -285,6 +298,7 @@ void plan_hosts(const HostsOptions& options, const HostsPlan& plan_in, Output& o
                    {"hosts_per_token", routed.spread.hosts_per_token()},
                    {"ranks_per_token", routed.spread.ranks_per_token()},
                    {"standard_error", routed.spread.standard_error}}}};
+  if (options.hosts > 1) output.json["note"] = kNote;
   for (const Case& c : cases) output.json["cases"].push_back(case_json(c));
 }
 

@@ -52,10 +52,12 @@ MODULES = [
     ("backend",        "src/backend/",         ("public", "core", "traits", "ops", "cpu backend", "cuda backend"), ("cuda",)),
     # Which rank has a slot: a value for host code and kernels.
     ("slot ranks",     "src/exchange/slot_ranks.h", (),                                    ()),
+    # The order of a sum and what it refuses: the model of the network refuses the same.
+    ("sum parts",      "src/exchange/sum_parts.h", ("public",),                            ()),
     ("cuda exchange",  "src/exchange/cuda/",   ("public", "core", "quant", "ops", "ptx", "device handles", "slot ranks", "exchange",
                                                 "cuda support", "cuda carveout", "cuda formats"),
                                                                                           ("cuda",)),
-    ("exchange",       "src/exchange/",        ("public", "core", "quant", "traits", "rows", "ops", "slot ranks"), ()),
+    ("exchange",       "src/exchange/",        ("public", "core", "quant", "traits", "rows", "ops", "slot ranks", "sum parts"), ()),
     # Which experts to repeat and where to put them, from counts.
     ("balance",        "src/balance/",         ("public", "core", "json"),                ()),
     ("engine",         "src/engine/",          ("public", "core", "quant", "checkpoint", "traits", "ops", "slot ranks", "experts check", "exchange"), ()),
@@ -67,7 +69,7 @@ MODULES = [
     ("convert",        "lab/convert/",         ("public", "core", "quant", "checkpoint", "json", "files"), ("nlohmann/",)),
     ("accuracy",       "lab/accuracy/",        ("public", "core", "quant", "checkpoint", "traits", "reference"), ()),
     ("report",         "lab/report/",          ("public",),                               ("nlohmann/",)),
-    ("network",        "lab/network/",         ("public", "core"),                        ("nlohmann/",)),
+    ("network",        "lab/network/",         ("public", "core", "sum parts"),           ("nlohmann/",)),
     # Kernel benchmarks time what lies under the public surface.
     ("kernel bench",   "lab/bench/kernels/",   ("public", "core", "cuda backend", "cuda exchange", "cuda support", "cuda formats", "ptx"), ("posix", "cuda")),
     ("bench",          "lab/bench/",           ("public", "core", "quant", "checkpoint", "ops", "slot ranks"), ("posix",)),
@@ -102,6 +104,7 @@ PUBLIC_OF = {
     "cuda support": BASE, "cuda carveout": BASE, "cuda formats": VALUES, "cuda backend": BACKEND, "backend": BACKEND,
     "cuda exchange": BACKEND | {"transport.h", "exchange.h", "placement.h"},
     "exchange": BACKEND | {"transport.h", "exchange.h", "hosts.h", "network_bytes.h", "placement.h"},
+    "sum parts": {"exchange.h"},
     "json": BASE,
     "balance": BASE | {"placement.h", "balance.h", "placement_files.h"},
 }

@@ -11,12 +11,13 @@
 namespace sluice {
 namespace {
 
-constexpr double kMostRate = 1e6, kMostTime = 1e6;
+// A rate that a machine has is no less than kLeastRate, so that every time is finite.
+constexpr double kLeastRate = 1e-3, kMostRate = 1e6, kMostTime = 1e6;
 
 constexpr std::array kParameters = {
     MachineParameter{"network_gbytes_per_s", "GB/s",
                      "a rank sends to other hosts, and receives as much at a time",
-                     &MachineModel::network_gbytes_per_s, 0, kMostRate},
+                     &MachineModel::network_gbytes_per_s, kLeastRate, kMostRate},
     MachineParameter{"network_latency_us", "us", "one crossing of the network, without its bytes",
                      &MachineModel::network_latency_us, 0, kMostTime},
     MachineParameter{"network_peer_us", "us", "a crossing takes longer for each other host",
@@ -25,10 +26,10 @@ constexpr std::array kParameters = {
                      &MachineModel::host_sync_us, 0, kMostTime},
     MachineParameter{"push_gbytes_per_s", "GB/s",
                      "a device stores to others of its host while they store to it",
-                     &MachineModel::push_gbytes_per_s, 0, kMostRate},
+                     &MachineModel::push_gbytes_per_s, kLeastRate, kMostRate},
     MachineParameter{"pull_gbytes_per_s", "GB/s",
                      "a device loads from others of its host while they load from it",
-                     &MachineModel::pull_gbytes_per_s, 0, kMostRate},
+                     &MachineModel::pull_gbytes_per_s, kLeastRate, kMostRate},
     MachineParameter{"dispatch_fixed_us", "us", "a dispatch inside a host, without its bytes",
                      &MachineModel::dispatch_fixed_us, 0, kMostTime},
     MachineParameter{"combine_fixed_us", "us", "a combine inside a host, without its bytes",
@@ -37,10 +38,10 @@ constexpr std::array kParameters = {
                      &MachineModel::normal_fixed_us, 0, kMostTime},
     MachineParameter{"place_gbytes_per_s", "GB/s",
                      "a sender reads its tokens and puts its own rows into place",
-                     &MachineModel::place_gbytes_per_s, 1e-3, kMostRate},
+                     &MachineModel::place_gbytes_per_s, kLeastRate, kMostRate},
     MachineParameter{"memory_gbytes_per_s", "GB/s",
                      "copies of tokens to rows, and sums of rows, read and written",
-                     &MachineModel::memory_gbytes_per_s, 1e-3, kMostRate},
+                     &MachineModel::memory_gbytes_per_s, kLeastRate, kMostRate},
     MachineParameter{"overlap", "share",
                      "of the shorter of network and steps inside a host that lies beside the other",
                      &MachineModel::overlap, 0, 1},
@@ -69,6 +70,9 @@ void set_parameter(MachineModel& machine, std::string_view name, double value) {
 }
 
 MachineModel read_machine(const std::filesystem::path& path) {
+  if (std::filesystem::is_directory(path)) {
+    fail(ErrorCode::kIo, "cannot read {}: it is a folder", path.string());
+  }
   std::ifstream file(path);
   if (!file) fail(ErrorCode::kIo, "cannot read {}", path.string());
   const std::string text{std::istreambuf_iterator<char>(file), std::istreambuf_iterator<char>()};

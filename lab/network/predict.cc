@@ -6,6 +6,7 @@
 #include <utility>
 
 #include "core/fail.h"
+#include "exchange/sum_parts.h"
 #include "network/model_parts.h"
 #include "network/traffic.h"
 #include "sluice/lab/network_model.h"
@@ -40,6 +41,30 @@ void check_network(const MachineModel& machine, const ClusterLayer& layer) {
       machine.name, layer.num_ranks / layer.num_hosts);
 }
 
+/// By the exchange's own check.
+void check_sum_parts(const ClusterLayer& layer, std::size_t num_slots) {
+  (void)SumParts({.num_experts = layer.geometry.num_experts,
+                  .num_slots = static_cast<int>(num_slots),
+                  .hosts = Hosts::even(layer.num_hosts, layer.num_ranks),
+                  .sum_parts = layer.sum_parts},
+                 layer.num_ranks);
+}
+
+/// A piece has room for what the fullest host needs on average: with less, most would overflow.
+void check_piece(const ClusterLayer& layer, const TokenSpread& spread) {
+  if (layer.piece_tokens == 0) return;
+  check_argument(layer.mode == Mode::kLowLatency && layer.num_hosts > 1,
+                 "piece_tokens {} is of low-latency mode over several hosts; mode {}, num_hosts {}",
+                 layer.piece_tokens, to_string(layer.mode), layer.num_hosts);
+  const int tokens = layer.tokens_per_rank;
+  const double records = tokens * *std::ranges::max_element(spread.hosts);
+  const int least = std::clamp(static_cast<int>(std::ceil(records - 1e-6)), 1, tokens);
+  check_argument(layer.piece_tokens >= least && layer.piece_tokens <= tokens,
+                 "piece_tokens {} is not in {} .. {}: of {} tokens, {:.1f} need the fullest host "
+                 "on average",
+                 layer.piece_tokens, least, tokens, tokens, records);
+}
+
 }  // namespace
 
 double largest_sum(std::span<const double> values, std::size_t num_parts) {
@@ -68,14 +93,8 @@ void check_layer(const MachineModel& machine, const ClusterLayer& layer,
                  "the spread is of {} hosts, {} ranks and {} slots; the layer has {} and {}",
                  spread.hosts.size(), spread.ranks.size(), spread.slots.size(), layer.num_hosts,
                  layer.num_ranks);
-  int parts = layer.sum_parts;
-  while (parts > layer.num_hosts && parts % 2 == 0) parts /= 2;
-  check_argument(layer.sum_parts == 0 || layer.sum_parts == 1 || parts == layer.num_hosts,
-                 "sum_parts {} is neither 1 nor num_hosts {} times a power of two", layer.sum_parts,
-                 layer.num_hosts);
-  check_argument(layer.piece_tokens >= 0 && layer.piece_tokens <= layer.tokens_per_rank,
-                 "piece_tokens {} is not in 1 .. tokens_per_rank {}", layer.piece_tokens,
-                 layer.tokens_per_rank);
+  check_sum_parts(layer, spread.slots.size());
+  check_piece(layer, spread);
 }
 
 StepPrediction predict_dispatch(const MachineModel& machine, const ClusterLayer& layer,
@@ -158,6 +177,19 @@ void add_rows_from_experts(const MachineModel& machine, const ClusterLayer& laye
   result.layer_us += late + sum + machine.combine_fixed_us;
 }
 
+/// The largest part of a layer's time. Experts and steps inside a host are one part each, named
+/// with the larger of the two numbers that they are the sum of.
+std::string bound_of(const TimeShares& s) {
+  const std::array<std::pair<double, const char*>, 4> parts{
+      {{s.latency_us, "latency"},
+       {s.network_us, "network"},
+       {s.link_us + s.memory_us,
+        s.link_us >= s.memory_us ? "inside a host (link)" : "inside a host (memory)"},
+       {s.weights_us + s.products_us,
+        s.weights_us >= s.products_us ? "experts (weights)" : "experts (products)"}}};
+  return std::ranges::max_element(parts, {}, [](const auto& p) { return p.first; })->second;
+}
+
 }  // namespace
 
 LayerPrediction predict_layer(const MachineModel& machine, const ClusterLayer& layer,
@@ -185,15 +217,7 @@ LayerPrediction predict_layer(const MachineModel& machine, const ClusterLayer& l
   result.hosts_per_token = spread.hosts_per_token() * (layer.num_hosts - 1) / layer.num_hosts;
   result.bytes_per_host = (result.dispatch.network_bytes + result.combine.network_bytes) *
                           layer.num_ranks / layer.num_hosts;
-  const std::array<std::pair<double, const char*>, 6> bounds{
-      {{shares.latency_us, "latency"},
-       {shares.network_us, "network"},
-       {shares.link_us, "link inside the host"},
-       {shares.memory_us, "memory of the exchange"},
-       {shares.weights_us, "experts: reading weights"},
-       {shares.products_us, "experts: products"}}};
-  result.bound =
-      std::ranges::max_element(bounds, {}, [](const auto& b) { return b.first; })->second;
+  result.bound = bound_of(shares);
   return result;
 }
 

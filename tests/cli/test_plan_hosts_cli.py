@@ -48,6 +48,22 @@ with tempfile.TemporaryDirectory() as folder:
         check(f"shares of {key}", abs(sum(case["shares"].values()) - case["layer_us"]) < 1e-6 * case["layer_us"], r)
         check(f"bytes of {key}", abs(case["network_bytes_per_host"] - 8 * (
             case["dispatch"]["network_bytes_per_rank"] + case["combine"]["network_bytes_per_rank"])) < 1, r)
+    # Experts are one part, though the table has two columns of them.
+    def bounds(case):
+        s = case["shares"]
+        return {"latency": s["latency_us"], "network": s["network_us"], "inside a host": s["link_us"] + s["memory_us"],
+                "experts": s["weights_us"] + s["products_us"]}
+    two, said_two = plan("--hosts", 2)
+    for case in [*cases.values(), *said_two["cases"], *plan("--hosts", 1)[1]["cases"]]:
+        sums = bounds(case)
+        check(f"bound {case['bound']}", case["bound"].split(" (")[0] == max(sums, key=sums.get), two)
+    check("bound of halves", "128 tokens: experts (weights)" in two.stdout
+          and "4096 tokens: network" in two.stdout, two)
+    # Nobody shall take the figures for measured ones.
+    note = "over CPUs an exchange of several hosts runs today; over GPUs this is a prediction"
+    one, said_one = plan("--hosts", 1)
+    check("note", f"note      {note}\n" in two.stdout and said_two["note"] == note
+          and "note  " not in one.stdout and "note" not in said_one, two)
     check("sensitivity", all(c["sensitivity"] for c in said["cases"]) and "+30 %" in r.stdout, r)
 
     # One number changed on the command line is that change in the sensitivity table.
@@ -81,9 +97,9 @@ with tempfile.TemporaryDirectory() as folder:
     check("one host", r.returncode == 0 and all(c["network_bytes_per_host"] == 0 for c in one["cases"]), r)
     r, narrow = plan("--hosts", 8, "--ranks", 8)
     check("a rank on each host", r.returncode == 0 and all(c["dispatch"]["link_us"] == 0 for c in narrow["cases"]), r)
-    whole, small = plan("--hosts", 8)[1], plan("--hosts", 8, "--piece-tokens", 64)[1]
+    whole, small = plan("--hosts", 8)[1], plan("--hosts", 8, "--piece-tokens", 96)[1]
     check("smaller pieces", small["cases"][3]["dispatch"]["network_bytes_per_rank"]
-          < 0.51 * whole["cases"][3]["dispatch"]["network_bytes_per_rank"]
+          < 0.76 * whole["cases"][3]["dispatch"]["network_bytes_per_rank"]
           and small["cases"][0] == whole["cases"][0] and small["cases"][5] == whole["cases"][5], r)
 
     with open(path("bad.json"), "w", encoding="utf-8") as file:
@@ -91,7 +107,12 @@ with tempfile.TemporaryDirectory() as folder:
     refused = {
         "--ranks 12 is no multiple of --hosts 8": ("--hosts", 8, "--ranks", 12),
         "--ranks 512 does not divide 256 experts; give --slots, at least 512": ("--hosts", 64),
-        "machine 'h300' is none of: h200-ib400": ("--hosts", 2, "--machine", "h300"),
+        "--machine 'h300' is no file, and none of: h200-ib400": ("--hosts", 2, "--machine", "h300"),
+        f"--machine '{folder}' is no file, and none of: h200-ib400": ("--hosts", 2, "--machine", folder),
+        "network_gbytes_per_s 0.0001 is not in 0.001 .. 1000000 GB/s":
+            ("--hosts", 2, "--set", "network_gbytes_per_s=1e-4"),
+        "push_gbytes_per_s 0 is not in 0.001 .. 1000000 GB/s": ("--hosts", 2, "--set", "push_gbytes_per_s=0"),
+        "pull_gbytes_per_s 1e-320 is not in 0.001 .. 1000000 GB/s": ("--hosts", 2, "--set", "pull_gbytes_per_s=1e-320"),
         "parameter 'speed' is none of: network_gbytes_per_s": ("--hosts", 2, "--set", "speed=3"),
         "--set 'overlap' is not NAME=NUMBER": ("--hosts", 2, "--set", "overlap"),
         "--set 'overlap=x' is not NAME=NUMBER": ("--hosts", 2, "--set", "overlap=x"),
@@ -99,7 +120,16 @@ with tempfile.TemporaryDirectory() as folder:
         "network_gbytes_per_s is 0, num_hosts 2": ("--hosts", 2, "--machine", "h200-nvlink"),
         "num_groups 7 does not divide num_experts 256": ("--hosts", 2, "--groups", 7),
         "--routing zipf knows no groups; --groups is 8": ("--hosts", 2, "--groups", 8, "--topk-groups", 4, "--routing", "zipf"),
-        "sum_parts 3 is neither 1 nor num_hosts 2 times": ("--hosts", 2, "--sum-parts", 3),
+        "sum_parts 3 does not divide 256 expert slots": ("--hosts", 2, "--sum-parts", 3),
+        "sum_parts 512 is not in [0, 256]": ("--hosts", 2, "--sum-parts", 512),
+        "sum_parts 4 of 8 hosts of 8 ranks: it must be 1 or 8, or": ("--hosts", 8, "--sum-parts", 4),
+        # 8 hosts, 128 tokens: 66 % of a piece are records, so 84.7.
+        "piece_tokens 84 is not in 85 .. 128: of 128 tokens, 84.7 need the fullest host on average":
+            ("--hosts", 8, "--piece-tokens", 84),
+        "--piece-tokens 96 is for low-latency mode over several hosts; --mode normal, --hosts 8":
+            ("--hosts", 8, "--piece-tokens", 96, "--mode", "normal"),
+        "--piece-tokens 96 is for low-latency mode over several hosts; --mode both, --hosts 1":
+            ("--hosts", 1, "--piece-tokens", 96),
         "--hosts plans the time of one layer": ("--hosts", 2, "--memory", "80GB"),
         "--num-layers plan memory": ("--hosts", 2, "--num-layers", 3),
         "are for --hosts": ("--set", "overlap=1"),
@@ -111,6 +141,12 @@ with tempfile.TemporaryDirectory() as folder:
     for message, arguments in refused.items():
         r = run("plan", "--preset", "r1-layer", *arguments)
         check(f"refused: {message}", r.returncode in (2, 3) and message in r.stderr, r)
+
+    # The least rates, in every time and share: long times, but numbers.
+    r, slowest = plan("--hosts", 8, "--set", "network_gbytes_per_s=.001,push_gbytes_per_s=.001,pull_gbytes_per_s=.001")
+    check("least rates", r.returncode == 0 and "inf" not in r.stdout.split() and "nan" not in r.stdout
+          and all(1e5 < c["layer_us"] < 1e10 for c in slowest["cases"]), r)
+    check("least piece", plan("--hosts", 8, "--piece-tokens", 85)[0].returncode == 0, r)
 
     # A machine that was measured here, over threads and over processes.
     for transport in ("inproc", "ipc"):

@@ -55,7 +55,8 @@ enum class ExchangeRules {
   kDeepEpNormal,      ///< DeepEP's normal kernels: a row once to each host, once to each rank.
 };
 
-/// Parameters of a machine. A rate or latency that is 0 is one that the machine does not have.
+/// Parameters of a machine. A rate or latency that is 0 is one that the machine does not have;
+/// set_parameter() takes no rate below 0.001.
 struct MachineModel {
   std::string name;
   std::string about;  ///< One line.
@@ -109,10 +110,11 @@ struct ClusterLayer {
   Mode mode = Mode::kLowLatency;
   int num_hosts = 1, num_ranks = 8;
   int tokens_per_rank = 128;
-  /// Order of the sum (design.md): 0 or num_hosts times a power of two sends one sum for each token
-  /// and host home, 1 every row.
+  /// Order of the sum, as in ExchangeConfig: 1 sends every row home, all others one sum for each
+  /// token and host.
   int sum_parts = 0;
-  /// Low-latency mode over several hosts: records that a piece has room for; 0: tokens_per_rank.
+  /// Low-latency mode over several hosts: records that a piece has room for, at least the mean
+  /// number of the fullest host's, at most tokens_per_rank; 0: tokens_per_rank.
   int piece_tokens = 0;
 };
 
@@ -139,7 +141,9 @@ struct LayerPrediction {
   double hosts_per_token = 0;  ///< Other hosts than the token's own.
   double bytes_per_host = 0;   ///< That a host sends over the network in a layer; receives as much.
   TimeShares shares;
-  std::string bound;  ///< The largest of the shares, in words.
+  /// The largest of latency, network, link + memory, and weights + products. The last two are
+  /// "inside a host (link)" or "(memory)", "experts (weights)" or "(products)", by the larger one.
+  std::string bound;
 };
 
 /// By the machine's rules. Throws: kInvalidArgument naming the field; for a machine without what
