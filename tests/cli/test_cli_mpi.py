@@ -82,16 +82,23 @@ with tempfile.TemporaryDirectory() as folder:
     calibrate = ["--json", machine, "bench", "exchange", "--calibrate", "--transport", "mpi", "--ranks", "2",
                  "--tokens", "1,8,64", "--hidden", "1024", "--experts", "16", "--topk", "2", "--pairs", "3",
                  "--repeat", "3", "--no-all-gather"]
+    # On a busy machine times need not grow with the bytes, and the command says that there is no rate.
+    def is_measured(r):
+        return r.returncode == 0 or "the times do not grow with the bytes" not in r.stderr
+
     r = processes((2, calibrate))
-    check("calibrate", r.returncode == 0 and r.stdout.count("fit       ") == 2, r)
-    r = run(SLUICE, "plan", "--preset", "r1-layer", "--hosts", "2", "--machine", machine)
-    check("plan with it", r.returncode == 0 and "machine   machine: " in r.stdout, r)
+    if is_measured(r):
+        check("calibrate", r.returncode == 0 and r.stdout.count("fit       ") == 2, r)
+        r = run(SLUICE, "plan", "--preset", "r1-layer", "--hosts", "2", "--machine", machine)
+        check("plan with it", r.returncode == 0 and "machine   machine: " in r.stdout, r)
     # Processes that say they are on hosts of their own: one line, of the network. Some here, some there: refused.
     apart = ["env", "NCCL_HOSTID=other", SLUICE, *calibrate]
     r = run(*MPIRUN, "-n", "1", SLUICE, *calibrate, ":", "-n", "1", *apart)
-    with open(machine) as file:
-        parameters = json.load(file)["parameters"]
-    check("calibrate a network", r.returncode == 0 and set(parameters) == {"network_latency_us", "network_gbytes_per_s"}, r)
+    if is_measured(r):
+        check("calibrate apart", r.returncode == 0, r)
+        with open(machine) as file:
+            parameters = json.load(file)["parameters"]
+        check("calibrate a network", set(parameters) == {"network_latency_us", "network_gbytes_per_s"}, r)
     calibrate[calibrate.index("--ranks") + 1] = "4"
     r = run(*MPIRUN, "-n", "3", SLUICE, *calibrate, ":", "-n", "1", "env", "NCCL_HOSTID=other", SLUICE, *calibrate)
     check("refused: two hosts of four ranks", r.returncode == 2 and "4 ranks are on 2 hosts" in r.stderr, r)
