@@ -206,7 +206,8 @@ TEST(NcclRail, ARankThatLeavesInOrderIsMissedAfterTheTimeoutAlone) {
         std::this_thread::sleep_for(1ms);
       }
     } catch (const Error&) {
-      EXPECT_GE(Clock::now() - begin, kTimeout);
+      // Not at once. The rail counts from its last look, which was before `begin`.
+      EXPECT_GE(Clock::now() - begin, kTimeout / 2);
       throw;
     }
   });
