@@ -84,9 +84,9 @@ void HostExchange::send_home(const HostRoute& route, TensorView expert_y) {
   const auto* rows = static_cast<const std::byte*>(expert_y.data);
   route.rows.for_each([&](const RowOrigin& origin, std::size_t row) {
     const auto place = static_cast<std::size_t>(origin.token_slot);
-    protocol_.put(route.use, origin.source, layout_.home + place * layout_.home_bytes,
-                  {rows + row * layout_.home_bytes, layout_.home_bytes});
-    counters_.combine_bytes[static_cast<std::size_t>(origin.source)] += layout_.home_bytes;
+    protocol_.put(route.use, origin.source, layout_.home + place * layout_.row_bytes,
+                  {rows + row * layout_.row_bytes, layout_.row_bytes});
+    counters_.combine_bytes[static_cast<std::size_t>(origin.source)] += layout_.row_bytes;
   });
   protocol_.signal_all(route.use, Flag::kCombined);
 }

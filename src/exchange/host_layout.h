@@ -61,18 +61,17 @@ class SlotParts {
   std::size_t at_ = 0;
 };
 
-struct HostLayout : SlotLayout {
-  HostLayout(const ExchangeConfig& config, int num_ranks);
-
+/// What arrives at the experts' ranks, on one host or several: counts to token of the pictures.
+struct ReceiveLayout : SlotLayout {
   // Byte offsets within a slot.
-  std::size_t counts = 0, x = 0, scale = 0, origin = 0, experts = 0, token = 0, home = 0;
+  std::size_t counts = 0, x = 0, scale = 0, origin = 0, experts = 0, token = 0;
   // Memory outside the window, in bytes for one slot.
   std::size_t rows_x_bytes = 0, rows_scale_bytes = 0;  ///< Normal mode's expanded rows.
-  std::size_t staging_bytes = 0;                       ///< Own tokens in the wire format.
+  std::size_t staging_bytes = 0;                       ///< Once: own tokens in the wire format.
 
   std::size_t payload_bytes = 0;  ///< One row without scales.
   std::size_t scale_bytes = 0;    ///< One row's scales.
-  std::size_t home_bytes = 0;     ///< One row on its way home.
+  std::size_t row_bytes = 0;      ///< One row of bf16 on its way home.
 
   ExpertPlacement placement;
   std::int64_t window_rows = 0;  ///< Rows of x in the window.
@@ -81,11 +80,21 @@ struct HostLayout : SlotLayout {
   [[nodiscard]] std::int64_t max_rows() const noexcept {
     return expanded_rows ? expanded_rows : window_rows;
   }
-  /// Everything a host exchange reserves on one rank.
+  /// Everything that the exchange reserves on one rank.
   [[nodiscard]] std::size_t total_bytes() const noexcept {
     return window_bytes() + staging_bytes +
            static_cast<std::size_t>(num_slots) * (rows_x_bytes + rows_scale_bytes);
   }
+
+ protected:
+  ReceiveLayout(const ExchangeConfig& config, int num_ranks, int num_flag_kinds);
+  void place_received(SlotParts& parts, const ExchangeConfig& config);
+};
+
+struct HostLayout : ReceiveLayout {
+  HostLayout(const ExchangeConfig& config, int num_ranks);
+
+  std::size_t home = 0;  ///< Byte offset within a slot.
 };
 
 }  // namespace sluice

@@ -28,7 +28,7 @@ TwoLevelExchange::TwoLevelExchange(const ExchangeConfig& config_in, Transport& t
   rank = transport.rank();
   num_ranks = transport.num_ranks();
   placement = layout_.placement;
-  max_rows = layout_.expanded_rows > 0 ? layout_.expanded_rows : layout_.window_rows;
+  max_rows = layout_.max_rows();
   for (int h = 0; h < config.hosts.num_hosts(); ++h) {
     own_index_.push_back(relayed_indices(config.hosts, h)[static_cast<std::size_t>(rank)]);
   }

@@ -34,7 +34,7 @@
 
 namespace sluice {
 
-struct TwoLevelLayout : SlotLayout {
+struct TwoLevelLayout : ReceiveLayout {
   TwoLevelLayout(const ExchangeConfig& config, int num_ranks);
 
   NetworkRecord record;
@@ -43,16 +43,7 @@ struct TwoLevelLayout : SlotLayout {
 
   // Byte offsets within a slot.
   std::size_t sent = 0, gather = 0, home = 0;
-  std::size_t counts = 0, x = 0, scale = 0, origin = 0, experts = 0, token = 0;
-
-  std::size_t payload_bytes = 0, scale_bytes = 0;  ///< One row's.
-  std::size_t row_bytes = 0;                       ///< One row of bf16 on its way home.
-  std::int64_t max_tokens = 0, entries = 0;        ///< T, and T * k
-  ExpertPlacement placement;
-  std::int64_t window_rows = 0, expanded_rows = 0;
-  // Memory outside the window, in bytes for one slot.
-  std::size_t rows_x_bytes = 0, rows_scale_bytes = 0;  ///< Normal mode's expanded rows.
-  std::size_t staging_bytes = 0;                       ///< Once.
+  std::int64_t max_tokens = 0, entries = 0;  ///< T, and T * k
 
   [[nodiscard]] std::size_t piece_of(int relayed_index) const {
     return sent + static_cast<std::size_t>(relayed_index) * piece_bytes;
@@ -63,11 +54,6 @@ struct TwoLevelLayout : SlotLayout {
   }
   [[nodiscard]] std::size_t home_of(int host, std::int64_t token_idx) const {
     return home + static_cast<std::size_t>(host * max_tokens + token_idx) * 2 * row_bytes;
-  }
-  /// Everything that the exchange reserves on one rank.
-  [[nodiscard]] std::size_t total_bytes() const noexcept {
-    return window_bytes() + staging_bytes +
-           static_cast<std::size_t>(num_slots) * (rows_x_bytes + rows_scale_bytes);
   }
 };
 
