@@ -16,8 +16,15 @@ void TcpChannel::close() {
   out_.clear();
 }
 
+void TcpChannel::finish() {
+  if (!is_open() || is_finished_) return;
+  is_finished_ = true;
+  out_.clear();
+  (void)shutdown(socket_.get(), SHUT_WR);  // Fails where the other end has closed: no loss.
+}
+
 void TcpChannel::post(TcpMessage kind, std::uint64_t number, std::span<const std::byte> payload) {
-  if (!is_open()) return;
+  if (!is_open() || is_finished_) return;
   check_argument(payload.size() <= kMaxBytes, "a message of {} bytes over tcp exceeds {}",
                  payload.size(), std::uint64_t{kMaxBytes});
   const Header header{kind, 0, number, payload.size()};

@@ -42,8 +42,12 @@ class TcpChannel {
   [[nodiscard]] bool is_open() const noexcept { return static_cast<bool>(socket_); }
   [[nodiscard]] bool has_output() const noexcept { return !out_.empty(); }
   void close();
+  /// These were the last words: the other end reads them, then the end of the connection. It can
+  /// still be heard. Whoever closes with bytes that it has not read may take its own last words
+  /// back: the system then resets the connection, and drops what it had not sent yet.
+  void finish();
 
-  /// Queues a message; nothing if the connection is closed.
+  /// Queues a message; nothing if the connection is closed or finished.
   void post(TcpMessage kind, std::uint64_t number, std::span<const std::byte> payload = {});
   /// Sends what the system takes. False if the other end has closed.
   [[nodiscard]] bool send_some();
@@ -58,6 +62,7 @@ class TcpChannel {
     std::uint64_t number, bytes;
   };
   FileDescriptor socket_;
+  bool is_finished_ = false;
   std::deque<std::vector<std::byte>> out_;
   std::size_t num_sent_ = 0;  // Of the first message.
   Header header_{};

@@ -13,6 +13,7 @@
 #include "core/fail.h"
 #include "transport/parts.h"
 #include "transport/tcp_join.h"
+#include "transport/tcp_socket.h"
 
 namespace sluice {
 namespace {
@@ -21,33 +22,12 @@ using Clock = std::chrono::steady_clock;
 using std::chrono::milliseconds;
 
 constexpr milliseconds kBeat{500};
-/// What a link that goes may take to send its last words.
-constexpr milliseconds kLastWords{200};
+/// What a link that goes may take until the others have heard its last words.
+constexpr milliseconds kLastWords{500};
 /// What the thread may take to look at everything once more.
 constexpr milliseconds kTurn{500};
 
 static_assert(sizeof(TcpMember) == 24, "sent as it lies in memory");
-
-/// A TcpDeparture as bytes: presence, then the blamed ranks.
-std::vector<std::byte> encode(const TcpDeparture& why) {
-  std::vector<std::int32_t> words = {static_cast<std::int32_t>(why.presence)};
-  words.insert(words.end(), why.blamed.begin(), why.blamed.end());
-  const auto bytes = std::as_bytes(std::span(words));
-  return {bytes.begin(), bytes.end()};
-}
-
-template <class T>
-std::vector<T> array_of(const std::vector<std::byte>& bytes) {
-  std::vector<T> values(bytes.size() / sizeof(T));
-  if (!values.empty()) std::memcpy(values.data(), bytes.data(), values.size() * sizeof(T));
-  return values;
-}
-
-TcpDeparture decode(const std::vector<std::byte>& bytes) {
-  const auto words = array_of<std::int32_t>(bytes);
-  if (words.empty()) return {};
-  return {static_cast<Presence>(words[0]), {words.begin() + 1, words.end()}};
-}
 
 }  // namespace
 
@@ -212,10 +192,7 @@ void TcpHub::run() {
   for (;;) {
     if (is_ending_) {
       end = std::min(end, Clock::now() + kLastWords);
-      const auto has_words = [](const Peer& p) {
-        return p.channel.is_open() && p.channel.has_output();
-      };
-      if (std::ranges::none_of(peers_, has_words) || Clock::now() >= end) return;
+      if (!finish() || Clock::now() >= end) return;
     }
     try {
       turn(lock);
@@ -231,6 +208,19 @@ void TcpHub::run() {
   }
 }
 
+/// This link goes: ends every connection whose last words are out. False once all the others have
+/// heard theirs and closed.
+bool TcpHub::finish() {
+  bool is_any_open = false;
+  const auto finish_one = [&](TcpChannel& channel) {
+    if (!channel.has_output()) channel.finish();
+    is_any_open |= channel.is_open();
+  };
+  for (Peer& peer : peers_) finish_one(peer.channel);
+  std::ranges::for_each(refused_, finish_one);
+  return is_any_open;
+}
+
 void TcpHub::send_some() {
   for (Peer& peer : peers_) {
     if (peer.channel.is_open()) (void)peer.channel.send_some();
@@ -244,10 +234,12 @@ void TcpHub::turn(Lock& lock) {
   if (is_ending_) until = std::min(until, Clock::now() + milliseconds(5));
   if (turns_ < turns_wanted_) until = Clock::now();
   std::vector<pollfd> entries = {{bell_.get(), POLLIN, 0}};
-  for (const Peer& peer : peers_) {
-    const short out = peer.channel.has_output() ? POLLOUT : 0;
-    entries.push_back({peer.channel.socket(), static_cast<short>(POLLIN | out), 0});
-  }
+  const auto add = [&entries](const TcpChannel& channel) {
+    const short out = channel.has_output() ? POLLOUT : 0;
+    entries.push_back({channel.socket(), static_cast<short>(POLLIN | out), 0});
+  };
+  for (const Peer& peer : peers_) add(peer.channel);
+  std::ranges::for_each(refused_, add);
   if (reception_) until = reception_->add_to(entries, until);
   lock.unlock();
   const int num_ready = poll(entries.data(), entries.size(), ms_until(until));
@@ -259,10 +251,14 @@ void TcpHub::turn(Lock& lock) {
   std::uint64_t rings = 0;
   (void)!read(bell_.get(), &rings, sizeof(rings));
   for (std::size_t i = 0; i < peers_.size(); ++i) serve(static_cast<int>(i));
+  for (TcpChannel& channel : refused_) {
+    if (!channel.receive_some([](TcpMessage, std::uint64_t, const auto&) {})) channel.close();
+  }
   if (reception_) {
     reception_->hear_all([this](Reception::Guest& guest) { take_in(guest); });
-    const auto is_away = [](const Peer& p) { return p.member.presence == Presence::kAway; };
-    if (std::ranges::none_of(peers_, is_away)) reception_.reset();
+    // Whoever joined and has not said a word yet may have to join again.
+    const auto is_silent = [](const Peer& p) { return p.member.arrived == 0; };
+    if (std::ranges::none_of(peers_, is_silent)) reception_.reset();
   }
   // After all that had come was heard, so that nobody seems silent who was not.
   for (const auto& [rank, question] : std::exchange(questions_, {})) {
@@ -288,6 +284,11 @@ void TcpHub::serve(int rank) {
   };
   if (peer.channel.receive_some(hear_one)) return;
   peer.channel.close();
+  if (config_.rank == 0 && peer.member.arrived == 0 && !gone_.contains(rank)) {
+    // It joined, and did not learn in time that it was accepted. It may come again.
+    peer = Peer{};
+    return;
+  }
   depart(rank, {.presence = Presence::kEnded});
 }
 
@@ -303,7 +304,7 @@ void TcpHub::hear(int rank, TcpMessage kind, std::uint64_t number, std::vector<s
   } else if (kind == TcpMessage::kWho) {
     questions_.emplace_back(rank, number);
   } else if (kind == TcpMessage::kGaveUp) {
-    depart(rank, decode(bytes));
+    depart(rank, decode_departure(bytes));
   } else if (kind == TcpMessage::kBye) {
     depart(rank, {.presence = Presence::kLeft});
   }
@@ -313,13 +314,14 @@ void TcpHub::hear_rank_0(TcpMessage kind, std::uint64_t number, std::vector<std:
   if (kind == TcpMessage::kAll) {
     if (number == number_) all_ = std::move(bytes);
   } else if (kind == TcpMessage::kTable) {
-    auto members = array_of<TcpMember>(bytes);
-    const bool is_whole = members.size() == static_cast<std::size_t>(config_.num_ranks);
-    if (number == question_ && is_whole) answer_ = std::move(members);
+    std::vector<TcpMember> members(static_cast<std::size_t>(config_.num_ranks));
+    if (number != question_ || bytes.size() != members.size() * sizeof(TcpMember)) return;
+    std::memcpy(members.data(), bytes.data(), bytes.size());
+    answer_ = std::move(members);
   } else if (kind == TcpMessage::kGone) {
     const auto ranks = static_cast<std::uint64_t>(config_.num_ranks);
     const auto own = static_cast<std::uint64_t>(config_.rank);
-    if (number < ranks && number != own) depart(static_cast<int>(number), decode(bytes));
+    if (number < ranks && number != own) depart(static_cast<int>(number), decode_departure(bytes));
   } else if (kind == TcpMessage::kRefusal) {
     refuse({ErrorCode::kTransport,
             std::string(reinterpret_cast<const char*>(bytes.data()), bytes.size())});
@@ -346,6 +348,7 @@ void TcpHub::complete() {
 void TcpHub::take_in(Reception::Guest& guest) {
   const Join& join = guest.join;
   const auto r = static_cast<std::size_t>(join.rank);
+  if (r > 0 && r < peers_.size()) serve(join.rank);  // The end of an attempt that it gave up.
   const bool is_taken = r < peers_.size() && peers_[r].member.presence != Presence::kAway;
   const std::string difference = difference_of(join, config_.num_ranks, is_taken);
   Answer answer{};
@@ -362,11 +365,15 @@ void TcpHub::take_in(Reception::Guest& guest) {
     refuse({ErrorCode::kTransport, difference});
     return;
   }
+  send_at_once(guest.socket.get());
   Peer& peer = peers_[r];
   peer.channel = TcpChannel(std::move(guest.socket));
   peer.member.presence = Presence::kHere;
   peer.last_heard = Clock::now();
   if (refusal_) refuse(*refusal_);
+  if (is_ending_) {
+    peer.channel.post(TcpMessage::kGone, 0, encode({.presence = Presence::kLeft}));
+  }
 }
 
 /// Tells rank 0 that this rank is alive.

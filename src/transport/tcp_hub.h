@@ -20,15 +20,10 @@
 #include "transport/reception.h"
 #include "transport/socket_io.h"
 #include "transport/tcp_channel.h"
+#include "transport/tcp_departure.h"
 #include "transport/tcp_link.h"
 
 namespace sluice {
-
-/// Why a rank takes part no more, as all ranks are told.
-struct TcpDeparture {
-  Presence presence = Presence::kEnded;
-  std::vector<int> blamed = {};  ///< Of one that gave up: the ranks that it gave up for.
-};
 
 class TcpHub {
  public:
@@ -65,6 +60,7 @@ class TcpHub {
 
   // Of the thread, which holds the lock but while it sleeps.
   void run();
+  [[nodiscard]] bool finish();
   void turn(Lock& lock);
   void serve(int rank);
   void hear(int rank, TcpMessage kind, std::uint64_t number, std::vector<std::byte> bytes);

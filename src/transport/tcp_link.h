@@ -56,7 +56,9 @@ class TcpLink {
   /// disagree on version or num_ranks, two claim one rank, nobody can listen at rank 0's address,
   /// or rank 0 does not take this process for one of its job; kInvalidArgument.
   TcpLink(const TcpConfig& config, std::chrono::milliseconds timeout);
-  ~TcpLink();  ///< Tells the others that this rank has left in order. Waits for nobody.
+  /// Tells the others that this rank has left in order. Waits until they have heard it; for one
+  /// that does not answer, 500 ms.
+  ~TcpLink();
   TcpLink(const TcpLink&) = delete;
   TcpLink& operator=(const TcpLink&) = delete;
 

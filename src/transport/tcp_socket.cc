@@ -164,6 +164,11 @@ int port_of_listener(int socket) {
                    : reinterpret_cast<const sockaddr_in6&>(address).sin6_port);
 }
 
+void send_at_once(int socket) {
+  const int yes = 1;
+  (void)setsockopt(socket, IPPROTO_TCP, TCP_NODELAY, &yes, sizeof(yes));
+}
+
 Connected connect_over_tcp(const std::string& address, Deadline deadline) {
   const Resolved resolved = resolve(parse_address(address), deadline);
   Connected result{{}, resolved.reason};
@@ -174,8 +179,7 @@ Connected connect_over_tcp(const std::string& address, Deadline deadline) {
       result.reason = std::strerror(error);
       continue;
     }
-    const int yes = 1;
-    (void)setsockopt(socket.get(), IPPROTO_TCP, TCP_NODELAY, &yes, sizeof(yes));
+    send_at_once(socket.get());
     return {std::move(socket), ""};
   }
   return result;

@@ -23,6 +23,9 @@ struct TcpAddress {
 /// The port that `socket` listens at. Throws: kInvalidArgument if it does not listen over TCP.
 [[nodiscard]] int port_of_listener(int socket);
 
+/// Words that leave `socket` do not wait for an answer to earlier ones.
+void send_at_once(int socket);
+
 struct Connected {
   FileDescriptor socket;  ///< Empty if nobody listens there.
   std::string reason;     ///< Then.

@@ -9,6 +9,8 @@
 
 #include "support/child_process.h"
 #include "tcp_ranks.h"
+#include "transport/tcp_channel.h"
+#include "transport/tcp_join.h"
 
 namespace sluice::testing {
 namespace {
@@ -65,6 +67,35 @@ void expect_blame(const TcpOutcome& outcome, ErrorCode code, int victim, const s
   EXPECT_EQ(outcome.code, code) << outcome.text;
   EXPECT_THAT(outcome.text, HasSubstr("missing rank(s) " + std::to_string(victim) + why));
   EXPECT_THAT(outcome.ranks, ElementsAre(victim)) << outcome.text;
+}
+
+// The system resets a connection that is closed with bytes that nobody has read, and drops what it
+// has not sent yet: here, the end of a collective and word of rank 0's leaving.
+TEST(TcpLink, ALinkThatGoesIsHeardToTheEndByARankThatKeepsTalking) {
+  // It is in the hands of the system at once, but does not arrive before somebody reads.
+  const std::vector<std::byte> big(1'000'000, std::byte{7});
+  for (int round = 0; round < 5; ++round) {
+    const TcpJob job(2);
+    auto zero = start_rank(job.config(0), kLong,
+                           [&](TcpLink& link) { (void)link.gather(big, "all_gather", kLong); });
+    TcpChannel one(join_over_tcp(job.config(1), kLong));
+    one.post(TcpMessage::kPart, 1);
+    one.post(TcpMessage::kPart, 2);
+    std::vector<std::pair<TcpMessage, std::uint64_t>> heard;
+    const auto hear = [&](TcpMessage kind, std::uint64_t number, const auto& bytes) {
+      heard.emplace_back(kind, number);
+      EXPECT_TRUE(number != 2 || bytes.size() > big.size()) << bytes.size();
+    };
+    const auto silence_ends = std::chrono::steady_clock::now() + 20ms;
+    do {
+      one.post(TcpMessage::kBeat, heard.size());
+      if (!one.send_some()) break;
+    } while (std::chrono::steady_clock::now() < silence_ends || one.receive_some(hear));
+    one.close();
+    EXPECT_THAT(heard, ElementsAre(std::pair(TcpMessage::kAll, 1), std::pair(TcpMessage::kAll, 2),
+                                   std::pair(TcpMessage::kGone, 0)));
+    EXPECT_EQ(zero.get().text, "");
+  }
 }
 
 enum class Fate { kLeaves, kEnds };

@@ -201,6 +201,24 @@ TEST(TcpMeeting, TwoProcessesCannotBeOneRank) {
   }
 }
 
+// As one does that waited in vain for its acceptance, of a rank 0 that had no CPU.
+TEST(TcpMeeting, WhoeverTriesAgainIsNoSecondProcess) {
+  const TcpJob job(2);
+  auto zero = start_rank(job.config(0), kLong);
+  for (int i = 0; i < 3; ++i) {
+    const FileDescriptor attempt = connect_until(job.address);
+    Hello hello{};
+    ASSERT_EQ(
+        receive_all(attempt.get(), std::as_writable_bytes(std::span(&hello, 1)), Clock::now() + 5s),
+        Io::kDone);
+    const Join join = answer_to(hello, job.secret, kTcpGuest, 1, 2);
+    ASSERT_EQ(send_all(attempt.get(), std::as_bytes(std::span(&join, 1)), Clock::now() + 5s),
+              Io::kDone);
+  }
+  auto one = start_rank(job.config(1), kLong);
+  EXPECT_EQ(zero.get().text + one.get().text, "");
+}
+
 TEST(TcpMeeting, APortThatIsTakenIsNamed) {
   const TcpJob job(2);
   const FileDescriptor taken = listen_over_tcp(job.address, Clock::now() + 5s);
