@@ -3,6 +3,7 @@
 #include <atomic>
 #include <condition_variable>
 #include <cstring>
+#include <exception>
 #include <map>
 #include <mutex>
 
@@ -44,10 +45,12 @@ class Group {
     std::vector<bool> present;
     int num_present = 0, num_left = 0;
     std::shared_ptr<SharedWindow> window;
+    std::exception_ptr failure;  ///< What `make` threw.
   };
 
   /// Brings `mine` to meeting `index` and waits for the others. The first to see all present calls
-  /// `make` under the lock. Throws: kPeerTimeout naming who is missing.
+  /// `make` under the lock. Throws: kPeerTimeout naming who is missing; on every rank what `make`
+  /// threw.
   template <class Make>
   Meeting meet(std::uint64_t index, int rank, std::span<const std::byte> mine,
                const char* operation, std::chrono::milliseconds timeout, const Make& make) {
@@ -61,7 +64,11 @@ class Group {
     meeting.parts[static_cast<std::size_t>(rank)].assign(mine.begin(), mine.end());
     meeting.present[static_cast<std::size_t>(rank)] = true;
     if (++meeting.num_present == num_ranks_) {
-      make(meeting);
+      try {
+        make(meeting);
+      } catch (...) {
+        meeting.failure = std::current_exception();
+      }
       changed_.notify_all();
     }
     const bool complete =
@@ -77,6 +84,7 @@ class Group {
     }
     Meeting result = meeting;
     if (++meeting.num_left == num_ranks_) meetings_.erase(index);
+    if (result.failure) std::rethrow_exception(result.failure);
     return result;
   }
 
@@ -161,11 +169,12 @@ class InprocTransport final : public Transport {
         group_->meet(next_++, rank_, std::as_bytes(std::span(sizes)), "make_window", timeout,
                      [&](Group::Meeting& m) {
                        if (std::ranges::count(m.parts, m.parts[0]) != group_->num_ranks()) return;
-                       m.window = std::make_shared<SharedWindow>();
-                       m.window->bytes = bytes, m.window->num_flags = num_flags;
+                       const auto window = std::make_shared<SharedWindow>();
+                       window->bytes = bytes, window->num_flags = num_flags;
                        for (int r = 0; r < group_->num_ranks(); ++r) {
-                         m.window->regions.push_back(std::make_unique<Region>(bytes, num_flags));
+                         window->regions.push_back(std::make_unique<Region>(bytes, num_flags));
                        }
+                       m.window = window;  // Whole, or not at all.
                      });
     if (!meeting.window) refuse_sizes(meeting);
     return std::make_unique<InprocWindow>(meeting.window, rank_, counters_);

@@ -117,7 +117,12 @@ int NcclRail::watch(NcclProgress progress, std::function<void(const Error&)> on_
 }
 
 void NcclRail::stop_watching(int watch) {
-  const Lock lock(mutex_);
+  Lock lock(mutex_);
+  // What `on_failure` uses may be gone as soon as this call has returned.
+  const auto is_called_elsewhere = [this] {
+    return telling_ != std::thread::id{} && telling_ != std::this_thread::get_id();
+  };
+  told_.wait(lock, [&] { return !is_called_elsewhere(); });
   const auto found = watches_.find(watch);
   if (found == watches_.end()) return;
   num_begun_ += found->second.progress.begun->load();
@@ -253,9 +258,14 @@ void NcclRail::fail_with(const Error& error, Lock& lock) {
   failure_ = error;
   std::vector<std::function<void(const Error&)>> listeners;
   for (const auto& [number, watch] : watches_) listeners.push_back(watch.on_failure);
+  telling_ = std::this_thread::get_id();
   lock.unlock();
   // Before the kernels end: what follows them on a stream must know that they failed.
   for (const auto& on_failure : listeners) on_failure(error);
+  lock.lock();
+  telling_ = {};
+  told_.notify_all();
+  lock.unlock();
   break_off();
   lock.lock();
 }

@@ -84,9 +84,12 @@ class NcclRail {
   void exchange(std::span<const Send> sends, std::span<const Receive> receives, void* stream);
 
   /// From now on an operation that has begun on the device and is not done within the timeout
-  /// fails. `on_failure` is called once, on a thread of the rail, for whatever reason it fails.
-  /// Returns what stop_watching() takes.
+  /// fails. `on_failure` is called once, on a thread of the rail or the one that found the failure,
+  /// for whatever reason it fails. It does not throw, and calls nothing of the rail but
+  /// stop_watching(). Returns what stop_watching() takes.
   [[nodiscard]] int watch(NcclProgress progress, std::function<void(const Error&)> on_failure);
+  /// When it returns, `on_failure` is not running and will not be called any more, unless it is
+  /// called from there.
   void stop_watching(int watch);
 
   /// Throws what failed, if something has.
@@ -120,6 +123,8 @@ class NcclRail {
   std::condition_variable ended_;
   NcclComm comm_ = nullptr;  // Null once it has failed.
   std::optional<Error> failure_;
+  std::thread::id telling_;  // The thread that calls what watches have left here.
+  std::condition_variable told_;
   std::map<int, Watch> watches_;
   int next_watch_ = 0;
   std::uint64_t num_begun_ = 0;  // Operations begun that no watch counts: connecting is the first.

@@ -4,6 +4,8 @@
 #include <gmock/gmock.h>
 
 #include <future>
+#include <latch>
+#include <list>
 #include <thread>
 
 #include "fake_nccl.h"
@@ -237,6 +239,29 @@ TEST(NcclRail, WhatNcclReportsLaterEndsTheRailAtOnce) {
   }
 }
 
+// What a listener uses may go as soon as its watch has been stopped.
+TEST(NcclRail, AWatchIsStoppedOnlyWhenItsListenerHasReturned) {
+  const TcpJob job(2);
+  FakeNccl nccl;
+  std::latch both_watch(2);
+  const auto body = [&](NcclRail& rail, FakeStream& stream) {
+    std::promise<void> begun;
+    std::atomic<bool> has_returned{false};
+    const int watch = rail.watch({&stream.begun, &stream.done}, [&](const Error&) {
+      begun.set_value();
+      std::this_thread::sleep_for(200ms);
+      has_returned = true;
+    });
+    both_watch.arrive_and_wait();
+    nccl.async_status = FakeNccl::kRemoteError;
+    begun.get_future().wait();
+    rail.stop_watching(watch);
+    EXPECT_TRUE(has_returned);
+  };
+  auto zero = start_member(job, nccl, 0, body), one = start_member(job, nccl, 1, body);
+  EXPECT_EQ(zero.get().text + one.get().text, "");
+}
+
 // Every rank is there, and nothing moves: it is the network.
 TEST(NcclRail, ANetworkThatMovesNothingIsSaidToBeThat) {
   const TcpJob job(2);
@@ -257,7 +282,8 @@ TEST(NcclRail, ANetworkThatMovesNothingIsSaidToBeThat) {
 
 TEST(NcclRail, AnAbortThatHangsIsNotWaitedFor) {
   const TcpJob job(2);
-  static FakeNccl nccl;  // The thread that is left to itself uses it until it ends.
+  static std::list<FakeNccl> kept;  // The thread that is left to itself uses it until it ends.
+  FakeNccl& nccl = kept.emplace_back();
   nccl.abort_hangs = true;
   std::promise<void> failed;
   auto one = start_rank(job.config(1), kLong, [&](TcpLink&) { failed.get_future().wait(); });

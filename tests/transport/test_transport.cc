@@ -3,6 +3,7 @@
 #include <gmock/gmock.h>
 
 #include <cstring>
+#include <future>
 #include <numeric>
 
 #include "multirank/run_ranks.h"
@@ -151,6 +152,27 @@ TEST(Transport, WindowsOfDifferentSizesAreRefusedOnEveryRank) {
     EXPECT_THAT(failure->text, HasSubstr("rank 0 asks for 64 bytes"));
     EXPECT_THAT(failure->text, HasSubstr("rank 1 for 128 bytes"));
   }
+}
+
+// Ranks as threads: one of them makes the window of all.
+TEST(Transport, AWindowThatDoesNotFitIsRefusedOnEveryRankAndASmallerOneIsMade) {
+  const auto transports = make_inproc_transports(3);
+  std::vector<std::future<void>> ranks;
+  for (const auto& transport : transports) {
+    ranks.push_back(std::async(std::launch::async, [&transport] {
+      const auto start = Clock::now();
+      try {
+        (void)transport->make_window(std::size_t{1} << 60, 1, kTimeout);
+        ADD_FAILURE() << "rank " << transport->rank() << " has a window of 2^60 bytes";
+      } catch (const Error& error) {
+        EXPECT_EQ(error.code(), ErrorCode::kOutOfMemory);
+        EXPECT_THAT(error.what(), HasSubstr("a window of 1152921504606846976 bytes"));
+      }
+      EXPECT_LT(Clock::now() - start, kTimeout / 2);
+      EXPECT_EQ(transport->make_window(100, 1, kTimeout)->bytes(), 100u);
+    }));
+  }
+  for (auto& rank : ranks) rank.get();
 }
 
 TEST(Transport, BytesAreCountedForEachPeer) {
