@@ -2,6 +2,8 @@
 #include <gmock/gmock.h>
 #include <gtest/gtest.h>
 
+#include <fstream>
+
 #include "checkpoint/formats/part_readers.h"
 #include "format_fixture.h"
 #include "sluice/checkpoint.h"
@@ -347,6 +349,32 @@ TEST(Fp8Block, RefusesNanAndOtherBlocks) {
                    raw.config["quantization_config"]["weight_block_size"] = {64, 128};
                  },
                  ErrorCode::kUnsupported, {"weight_block_size = [64, 128]", "[128, 128]"});
+}
+
+/// A model's FP8 repack may leave the key behind.
+TEST(Fp8Block, ExpertDtypeFp4IsNamedBesideTheTensorThatContradictsIt) {
+  expect_refused(
+      spec_of("fp8-block"), [](RawCheckpoint& raw) { raw.config["expert_dtype"] = "fp4"; },
+      ErrorCode::kUnsupported,
+      {"config.json: expert_dtype = 'fp4'", name_of(0, "gate_proj.weight") + " is F8_E4M3",
+       "as fp8-block has them", "leave out the key"});
+}
+
+TEST(Fp8Block, WhatHfQuantConfigSaysMustBeFp8) {
+  const TempDir dir;
+  write_synthetic_checkpoint(spec_of("fp8-block"), dir / "model");
+  const auto write = [&](const std::string& algo) {
+    std::ofstream(dir / "model" / "hf_quant_config.json")
+        << R"({"quantization": {"quant_algo": ")" << algo << R"("}})";
+  };
+  for (const char* const algo : {"FP8", "FP8_BLOCK_SCALES"}) {
+    write(algo);
+    EXPECT_EQ(Checkpoint::open(dir / "model").format(), "fp8-block") << algo;
+  }
+  write("NVFP4");
+  expect_error(ErrorCode::kUnsupported,
+               {"quant_method = 'fp8'", "hf_quant_config.json says quant_algo = 'NVFP4'"},
+               [&] { (void)Checkpoint::open(dir / "model"); });
 }
 
 TEST(Bf16, RefusesInfinity) {

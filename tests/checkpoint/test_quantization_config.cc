@@ -43,6 +43,10 @@ TEST(Containers, AreRefusedByName) {
       {R"({"quant_method": "w8a8_int8"})", {"'w8a8_int8'", "INT4"}},
       {R"({"quant_method": "brand_new"})", {"'brand_new'", "supported are"}},
       {R"({"quant_method": "fp8", "weight_block_size": [32, 32]})", {"[32, 32]", "[128, 128]"}},
+      {R"({"quant_method": "w4afp8", "weight_block_size": "128"})",
+       {"weight_block_size = \"128\" is not rows and columns of a block"}},
+      {R"({"quant_method": "w4afp8", "weight_block_size": 128})",
+       {"weight_block_size = 128 is not rows and columns of a block"}},
   };
   for (const Row& row : rows) {
     SCOPED_TRACE(row.quantization);

@@ -60,7 +60,10 @@ class Fp8BlockFormat final : public Format {
 std::optional<Recognised> recognise_fp8_block(const FormatClues& clues) {
   const QuantizationConfig& config = clues.config;
   if (config.quant_method != "fp8" || config.weight_block_size.empty()) return std::nullopt;
-  if (!config.algo.empty() && config.algo != "FP8_BLOCK_SCALES") return std::nullopt;
+  // FP8 says less than the block size does, and nothing else.
+  const bool agrees =
+      config.algo.empty() || config.algo == "FP8_BLOCK_SCALES" || config.algo == "FP8";
+  if (!agrees) return std::nullopt;
   const std::vector<std::int64_t> block = {kBlock, kBlock};
   if (config.weight_block_size != block) {
     fail(ErrorCode::kUnsupported,

@@ -163,11 +163,12 @@ void read_groups(JsonReader& json, const std::string& file,
 
 void read_block_size(JsonReader& json, std::string_view key, const std::string& file,
                      std::vector<std::int64_t>& out) {
-  if (json.peek() != Kind::kArray) return json.skip();
+  constexpr const char* kMeaning = "rows and columns of a block, two numbers above 0";
+  if (json.peek() == Kind::kNull) return json.skip();
+  if (json.peek() != Kind::kArray) refuse_value(file, key, json.raw(), kMeaning);
   json.array([&] { out.push_back(read_whole_number(json, key, file)); });
   if (out.size() != 2 || std::ranges::any_of(out, [](std::int64_t size) { return size < 1; })) {
-    refuse_value(file, key, fmt::format("[{}]", fmt::join(out, ", ")),
-                 "rows and columns of a block, two numbers above 0");
+    refuse_value(file, key, fmt::format("[{}]", fmt::join(out, ", ")), kMeaning);
   }
 }
 
