@@ -204,9 +204,12 @@ void calibrate(const Options& options, const ExchangeBenchReport& report, std::s
   MachineModel machine = machine_preset(options.machine);
   for (const Line& line : lines) {
     const LineFit fit = fit_line(line.points);
-    set_parameter(machine, line.fixed, fit.fixed_us);
+    const double fixed = num_hosts == 1 ? fit.fixed_us
+                                        : network_latency_of(machine, parse_mode(options.mode),
+                                                             options.ranks, fit.fixed_us);
+    set_parameter(machine, line.fixed, fixed);
     set_parameter(machine, line.rate, fit.gbytes_per_s);
-    output.json["parameters"][line.fixed] = fit.fixed_us;
+    output.json["parameters"][line.fixed] = fixed;
     output.json["parameters"][line.rate] = fit.gbytes_per_s;
     output.json["fits"].push_back({{"operation", line.what},
                                    {"num_points", line.points.size()},
@@ -217,6 +220,10 @@ void calibrate(const Options& options, const ExchangeBenchReport& report, std::s
         "{:+.0f} % at worst\n",
         line.what, fit.fixed_us, fit.gbytes_per_s, line.points.size(), 100 * fit.rms_error,
         100 * fit.worst_error);
+  }
+  if (num_hosts > 1) {
+    fmt::print("fit       network_latency_us {:.1f}: without what {} says of a host's own times\n",
+               machine.network_latency_us, options.machine);
   }
   fmt::print("machine   {} with these numbers{}\n", options.machine,
              output.json_path.empty() ? "; --json FILE writes it for plan --machine FILE"

@@ -285,7 +285,9 @@ void run(const Options& options, Output& output) {
     checkpoint = Checkpoint::open(options.checkpoint);
     config = resolve(options, environment, launch.num_ranks(), *checkpoint);
     if (options.prove) (void)proving_twin(config.recipe);  // Refuse before working.
+    const std::string note = compare_with_real_hosts(config.hosts, launch.hosts());
     print_checkpoint(options, config, *checkpoint);
+    if (!note.empty()) fmt::print("note      {}\n", note);
   });
   RunResult result = run_layers(config, *checkpoint, launch);
   RunResult twin;

@@ -138,6 +138,7 @@ void Launch::find_place() {
   char name[256] = {};
   (void)gethostname(name, sizeof(name) - 1);
   const auto hosts = gather(name, timeout_);
+  hosts_ = gather(host_id(), timeout_);
   place_ = {0, 0};
   for (std::size_t r = 0; r < hosts.size(); ++r) {
     if (hosts[r] != name) continue;

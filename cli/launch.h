@@ -43,6 +43,9 @@ class Launch {
   };
   [[nodiscard]] Place place_of(int rank) const;
 
+  /// [num_ranks] host_id() of each rank; empty where ranks are threads.
+  [[nodiscard]] const std::vector<std::string>& hosts() const noexcept { return hosts_; }
+
   /// Runs `body` on every process, none of which goes on if it failed on any: all throw the same
   /// cause, naming its rank. A rank that does not even say so is named by the timeout.
   void together(const std::function<void()>& body);
@@ -64,6 +67,7 @@ class Launch {
   bool has_processes_ = false, is_mpi_ = false;
   std::chrono::milliseconds timeout_;
   Output& output_;
+  std::vector<std::string> hosts_;
   Place place_;                       // Of this process's rank, over processes.
   std::unique_ptr<Transport> world_;  // Null where ranks are threads, and after finish().
 };

@@ -64,6 +64,7 @@ Option Option::existing_directory() {
 
 Option Option::writable_file() {
   option_->check([](const std::string& value) -> std::string {
+    if (value.empty()) return "the name of the file is empty";
     const std::filesystem::path path(value);
     std::error_code ignored;  // What cannot be looked at does not exist for us.
     if (std::filesystem::is_directory(path, ignored)) return value + " is a directory";
@@ -104,9 +105,11 @@ template <class Value>
 Option Command::add_option(const char* name, Value& value, const char* help) {
   CLI::Option* const option = app_->add_option(name, value, help);
   if constexpr (std::is_unsigned_v<Value>) {
-    // The library's own conversion takes -1 for the largest number.
+    // The library's own conversion takes -1, also behind white space, for the largest number.
     option->check([](const std::string& text) {
-      return text.starts_with('-') ? text + " is below 0" : std::string();
+      if (text.starts_with('-')) return text + " is below 0";
+      const bool is_number = !text.empty() && text[0] >= '0' && text[0] <= '9';
+      return is_number ? std::string() : "'" + text + "' is not a number";
     });
   }
   return Option(option);

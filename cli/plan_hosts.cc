@@ -14,6 +14,7 @@
 #include "sluice/error.h"
 #include "sluice/lab/network_model.h"
 #include "sluice/lab/workload.h"
+#include "sluice/layer.h"
 #include "sluice/placement_files.h"
 
 namespace sluice::cli {
@@ -131,6 +132,7 @@ Json shares_json(const TimeShares& s) {
 struct Case {
   ClusterLayer layer;
   LayerPrediction p = {};
+  std::size_t exchange_bytes = 0;  ///< Of each rank, over CPUs.
   std::vector<Sensitivity> changes = {};
 };
 
@@ -152,6 +154,7 @@ Json case_json(const Case& c) {
                {"combine", step(c.p.combine)},
                {"layer_us", c.p.layer_us},
                {"network_bytes_per_host", c.p.bytes_per_host},
+               {"exchange_bytes", c.exchange_bytes},
                {"shares", shares_json(c.p.shares)},
                {"bound", c.p.bound}};
   for (const Sensitivity& s : c.changes) {
@@ -209,6 +212,25 @@ void print_sensitivities(const MachineModel& machine, const std::vector<const Ca
              table.to_string());
 }
 
+/// As the layer's group would take it.
+std::size_t exchange_bytes_of(const ClusterLayer& layer, int num_slots) {
+  LayerGroupConfig config{.geometry = layer.geometry};
+  config.num_slots = num_slots;
+  if (layer.num_hosts > 1) config.hosts = Hosts::even(layer.num_hosts, layer.num_ranks);
+  config.sum_parts = layer.sum_parts;
+  PlannedLayer planned{.weight_format = layer.geometry.weight_format,
+                       .group_size = layer.geometry.group_size};
+  if (layer.mode == Mode::kLowLatency) {
+    config.low_latency.max_tokens_per_rank = layer.tokens_per_rank;
+    planned.recipes.low_latency = layer.recipe;
+  } else {
+    config.normal.max_tokens_per_rank = layer.tokens_per_rank;
+    planned.recipes.normal = layer.recipe;
+  }
+  return LayerGroup::plan_memory(config, std::vector{planned}, Device::Kind::kHost, layer.num_ranks)
+      .exchange_bytes;
+}
+
 std::vector<Case> predict_cases(const HostsOptions& options, const HostsPlan& plan,
                                 const MachineModel& machine, const TokenSpread& spread) {
   std::vector<Case> cases;
@@ -229,6 +251,7 @@ std::vector<Case> predict_cases(const HostsOptions& options, const HostsPlan& pl
       if (mode == Mode::kLowLatency) c.layer.piece_tokens = std::min(options.piece_tokens, t);
       c.p = predict_layer(machine, c.layer, spread);
       c.changes = sensitivities(machine, c.layer, spread);
+      c.exchange_bytes = exchange_bytes_of(c.layer, plan.slots);
       cases.push_back(std::move(c));
     }
   }
@@ -281,6 +304,11 @@ void plan_hosts(const HostsOptions& options, const HostsPlan& plan_in, Output& o
   for (const Case* c : last) {
     fmt::print("bound     {}, {} tokens: {}\n", to_string(c->layer.mode), c->layer.tokens_per_rank,
                c->p.bound);
+  }
+  for (const Case* c : last) {
+    fmt::print("memory    {}, {} tokens: the exchange takes {} of each rank, over CPUs\n",
+               to_string(c->layer.mode), c->layer.tokens_per_rank,
+               human_bytes(static_cast<double>(c->exchange_bytes)));
   }
   print_sensitivities(machine, last);
   Json parameters;

@@ -2,6 +2,8 @@
 
 #include <fmt/core.h>
 
+#include <set>
+
 #include "report.h"
 #include "sluice/error.h"
 #include "sluice/network_bytes.h"
@@ -46,6 +48,32 @@ void resolve_hosts(int num_hosts, int sum_parts, LayerRunConfig& config) {
                             "in where a sum has {} of them; give --sum-parts 1",
                             parts));
   }
+}
+
+std::string compare_with_real_hosts(const Hosts& hosts, const std::vector<std::string>& names) {
+  const auto short_name = [&](int r) {
+    const std::string& name = names[static_cast<std::size_t>(r)];
+    return name.substr(0, name.find(' '));  // Without the boot.
+  };
+  if (hosts.num_hosts() == 1) {
+    const std::set<std::string> real(names.begin(), names.end());
+    if (real.size() <= 1) return "";
+    return fmt::format(
+        "the ranks are on {} hosts; a token crosses the network once for each rank that needs it, "
+        "and with --hosts {} once for each host",
+        real.size(), real.size());
+  }
+  for (int r = 0; r < static_cast<int>(names.size()); ++r) {
+    const int first = hosts.ranks_of(hosts.host_of(r)).front();
+    if (names[static_cast<std::size_t>(r)] == names[static_cast<std::size_t>(first)]) continue;
+    throw Error(ErrorCode::kInvalidArgument,
+                fmt::format("--hosts {} makes ranks {} and {} ranks of one host, but they are on "
+                            "{} and {}; start the ranks of a host one after the other, as many on "
+                            "each (mpirun --map-by ppr:{}:node)",
+                            hosts.num_hosts(), first, r, short_name(first), short_name(r),
+                            hosts.num_ranks() / hosts.num_hosts()));
+  }
+  return "";
 }
 
 std::vector<HostTraffic> host_traffic(const LayerRunConfig& config, const ModelGeometry& geometry,

@@ -3,6 +3,7 @@
 
 #include <cstdint>
 #include <nlohmann/json.hpp>
+#include <string>
 #include <vector>
 
 #include "layer_run.h"
@@ -13,6 +14,13 @@ namespace sluice::cli {
 /// Throws: kInvalidArgument if the hosts do not divide the ranks, or with --rebalance, which
 ///   compares bits, for more than one part.
 void resolve_hosts(int num_hosts, int sum_parts, LayerRunConfig& config);
+
+/// `names`: [num_ranks] host_id() of each rank, or empty where all are threads of one process.
+/// Returns what is to be noted of ranks on several hosts in an exchange that takes them for one, or
+/// nothing. A host may count as several, which are virtual then.
+/// Throws: kInvalidArgument naming two ranks that `hosts` puts on one host and that are on two.
+[[nodiscard]] std::string compare_with_real_hosts(const Hosts& hosts,
+                                                  const std::vector<std::string>& names);
 
 /// What one host sent to the others in one forward().
 struct HostTraffic {

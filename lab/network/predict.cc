@@ -29,6 +29,11 @@ double network_latency(const MachineModel& machine, const ClusterLayer& layer) {
   return machine.network_latency_us + (layer.num_hosts - 1) * machine.network_peer_us;
 }
 
+/// Tokens go to rows in a kernel of their own, and counts cross the network before them.
+bool copies_tokens(const MachineModel& machine, Mode mode) {
+  return mode == Mode::kNormal && machine.rules == ExchangeRules::kSluice;
+}
+
 void check_network(const MachineModel& machine, const ClusterLayer& layer) {
   check_argument(layer.num_hosts == 1 || machine.network_gbytes_per_s > 0,
                  "machine {} has no network between hosts: network_gbytes_per_s is 0, num_hosts {}",
@@ -103,7 +108,7 @@ StepPrediction predict_dispatch(const MachineModel& machine, const ClusterLayer&
   check_network(machine, layer);
   const Traffic traffic(machine, layer, spread);
   const Moved network = traffic.network_dispatch(), link = traffic.link_dispatch();
-  const bool copies = traffic.is_normal() && machine.rules == ExchangeRules::kSluice;
+  const bool copies = copies_tokens(machine, layer.mode);
   StepPrediction step{.latency_us = machine.dispatch_fixed_us + network_latency(machine, layer),
                       .network_us = microseconds(network.most, machine.network_gbytes_per_s),
                       .link_us = microseconds(link.most, machine.push_gbytes_per_s),
@@ -144,6 +149,19 @@ StepPrediction predict_combine(const MachineModel& machine, const ClusterLayer& 
   const double inside = std::max(step.link_us, step.memory_us);
   step.total_us = step.latency_us + together(step.network_us, inside, machine.overlap);
   return step;
+}
+
+double network_latency_of(const MachineModel& machine, Mode mode, int num_hosts, double fixed_us) {
+  check_argument(num_hosts >= 2, "num_hosts {}: a network has at least 2", num_hosts);
+  // Both steps together, as they are predicted above.
+  double others = machine.dispatch_fixed_us + machine.combine_fixed_us;
+  int num_crossings = 2;
+  if (copies_tokens(machine, mode)) {
+    others += machine.normal_fixed_us + machine.host_sync_us;
+    num_crossings = 3;
+  }
+  const double crossing = (2 * fixed_us - others) / num_crossings;
+  return std::max(0.0, crossing - (num_hosts - 1) * machine.network_peer_us);
 }
 
 namespace {

@@ -23,21 +23,30 @@ void TcpChannel::finish() {
   (void)shutdown(socket_.get(), SHUT_WR);  // Fails where the other end has closed: no loss.
 }
 
-void TcpChannel::post(TcpMessage kind, std::uint64_t number, std::span<const std::byte> payload) {
-  if (!is_open() || is_finished_) return;
+TcpChannel::Message TcpChannel::make_message(TcpMessage kind, std::uint64_t number,
+                                             std::span<const std::byte> payload) {
   check_argument(payload.size() <= kMaxBytes, "a message of {} bytes over tcp exceeds {}",
                  payload.size(), std::uint64_t{kMaxBytes});
   const Header header{kind, 0, number, payload.size()};
-  std::vector<std::byte>& message = out_.emplace_back(sizeof(header) + payload.size());
-  std::memcpy(message.data(), &header, sizeof(header));
+  auto message = std::make_shared<std::vector<std::byte>>(sizeof(header) + payload.size());
+  std::memcpy(message->data(), &header, sizeof(header));
   if (!payload.empty()) {
-    std::memcpy(message.data() + sizeof(header), payload.data(), payload.size());
+    std::memcpy(message->data() + sizeof(header), payload.data(), payload.size());
   }
+  return message;
+}
+
+void TcpChannel::post(Message message) {
+  if (is_open() && !is_finished_) out_.push_back(std::move(message));
+}
+
+void TcpChannel::post(TcpMessage kind, std::uint64_t number, std::span<const std::byte> payload) {
+  if (is_open() && !is_finished_) post(make_message(kind, number, payload));
 }
 
 bool TcpChannel::send_some() {
   while (!out_.empty()) {
-    const std::vector<std::byte>& message = out_.front();
+    const std::vector<std::byte>& message = *out_.front();
     const ssize_t sent = send(socket_.get(), message.data() + num_sent_, message.size() - num_sent_,
                               MSG_NOSIGNAL | MSG_DONTWAIT);
     if (sent < 0) {

@@ -8,6 +8,7 @@
 #include <cstdint>
 #include <deque>
 #include <functional>
+#include <memory>
 #include <span>
 #include <vector>
 
@@ -49,6 +50,12 @@ class TcpChannel {
 
   /// Queues a message; nothing if the connection is closed or finished.
   void post(TcpMessage kind, std::uint64_t number, std::span<const std::byte> payload = {});
+  /// The same of one that several channels send: what a collective gives to thousands of ranks is
+  /// in memory once.
+  using Message = std::shared_ptr<const std::vector<std::byte>>;
+  [[nodiscard]] static Message make_message(TcpMessage kind, std::uint64_t number,
+                                            std::span<const std::byte> payload);
+  void post(Message message);
   /// Sends what the system takes. False if the other end has closed.
   [[nodiscard]] bool send_some();
   /// Gives every message that is complete to `hear`. False if the other end has closed or talks
@@ -63,7 +70,7 @@ class TcpChannel {
   };
   FileDescriptor socket_;
   bool is_finished_ = false;
-  std::deque<std::vector<std::byte>> out_;
+  std::deque<Message> out_;
   std::size_t num_sent_ = 0;  // Of the first message.
   Header header_{};
   std::vector<std::byte> bytes_;

@@ -148,7 +148,8 @@ void TcpHub::wait_a_turn(Lock& lock) {
 }
 
 void TcpHub::tell_all(TcpMessage kind, std::uint64_t number, std::span<const std::byte> payload) {
-  for (std::size_t r = 1; r < peers_.size(); ++r) peers_[r].channel.post(kind, number, payload);
+  const auto message = TcpChannel::make_message(kind, number, payload);
+  for (std::size_t r = 1; r < peers_.size(); ++r) peers_[r].channel.post(message);
 }
 
 /// `rank` takes part no more; rank 0 tells the others.

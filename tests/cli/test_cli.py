@@ -43,6 +43,12 @@ with tempfile.TemporaryDirectory() as folder:
                   and "experts" not in r.stdout, r)
     r = run("run", "--checkpoint", model, "--seed", "-1")
     check("a negative seed", r.returncode == 2 and "--seed" in r.stderr and "-1 is below 0" in r.stderr, r)
+    r = run("run", "--checkpoint", model, "--seed", " -1")
+    check("a negative seed behind a space", r.returncode == 2 and "' -1' is not a number" in r.stderr, r)
+    for option in ("--json", "--metrics", "--expert-rows"):
+        r = run("run", "--checkpoint", model, option, "")
+        check(f"{option} without a name", r.returncode == 2 and option in r.stderr
+              and "the name of the file is empty" in r.stderr, r)
 
     for mode in ("low-latency", "normal"):
         for recipe in ("direct", "direct-bf16", "bf16-static", "requant-static", "static", "pow2-static",

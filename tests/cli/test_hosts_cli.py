@@ -89,4 +89,21 @@ with tempfile.TemporaryDirectory() as folder:
         r = run(SLUICE, *common, *arguments)
         check(name, r.returncode == 2 and text in r.stderr, r)
 
+    # Where the ranks really are. NCCL_HOSTID makes hosts of this one.
+    def on_hosts(of_rank, *arguments):
+        script = f'NCCL_HOSTID=h$((OMPI_COMM_WORLD_RANK {of_rank})) exec "$@"'
+        return run(*MPIRUN, "-n", "4", "bash", "-c", script, "sluice", SLUICE, *common, "--transport", "mpi", *arguments)
+
+    if MPIRUN:
+        r = on_hosts("/ 2", "--hosts", "2")
+        check("hosts as they are", r.returncode == 0 and "note      the ranks" not in r.stdout, r)
+        r = on_hosts("/ 2", "--hosts", "4")
+        check("more hosts than there are", r.returncode == 0, r)
+        r = on_hosts("% 2", "--hosts", "2")
+        check("ranks in turns", r.returncode == 2
+              and "--hosts 2 makes ranks 0 and 1 ranks of one host, but they are on h0 and h1" in r.stderr, r)
+        r = on_hosts("% 2")
+        check("hosts that nobody named", r.returncode == 0 and "note      the ranks are on 2 hosts" in r.stdout
+              and "with --hosts 2 once for each host" in r.stdout, r)
+
 sys.exit(1 if failures else 0)

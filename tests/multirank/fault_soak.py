@@ -10,7 +10,7 @@ each test:
 
     test_ipc_faults              100 passed    0 failed    3.9 s each at most
 
-The output of every run that failed is printed behind its line. Exits with 0 if no run failed, with
+The output of every run that failed is printed at once, before that line. Exits with 0 if no run failed, with
 1 if one did, with 2 if there is no such test. A run is a failure, too, if it takes longer than the
 test's TIMEOUT in ctest. A test that cannot run on this machine is skipped, and its line says so.
 """
@@ -45,14 +45,15 @@ def run_once(command, directory, environment, seconds, skipped):
     """("passed", "skipped" or what is to be shown of a run that failed; seconds it took)"""
     begin = time.monotonic()
     with tempfile.TemporaryFile("w+", errors="replace") as out:
+        # A process group, no session: Linux shares the CPUs between sessions, whatever their nice.
         job = subprocess.Popen(command, cwd=directory, env=environment, stdout=out,
-                               stderr=subprocess.STDOUT, start_new_session=True)
+                               stderr=subprocess.STDOUT, preexec_fn=os.setpgrp)
         try:
             status = f"exit status {job.wait(timeout=seconds)}"
         except subprocess.TimeoutExpired:
             status = f"not at its end after {seconds:.0f} s"
         finally:
-            # Also what a failed run has left in its session.
+            # Also what a failed run has left in its group.
             try:
                 os.killpg(job.pid, signal.SIGKILL)
             except ProcessLookupError:
@@ -94,6 +95,9 @@ def main():
                 result, seconds = run_once(*how)
                 results.append(result)
                 longest = max(longest, seconds)
+                if result not in ("passed", "skipped"):
+                    print(f"{name} run {len(results)} failed:", flush=True)
+                    print("    " + result.rstrip().replace("\n", "\n    "), flush=True)
             if results == ["skipped"]:
                 print(f"{name:28} skipped: it cannot run here", flush=True)
                 continue
@@ -101,8 +105,6 @@ def main():
             num_failed += len(failures)
             print(f"{name:28} {len(results) - len(failures):5} passed {len(failures):4} failed "
                   f"{longest:6.1f} s each at most", flush=True)
-            for failure in failures:
-                print("    " + failure.rstrip().replace("\n", "\n    "), flush=True)
     finally:
         for process in busy:
             process.kill()

@@ -280,6 +280,26 @@ TEST(NetworkModel, SharesAddUpAndRatesScale) {
   }
 }
 
+// What a calibration over hosts takes for the network is not what else a dispatch takes.
+TEST(NetworkModel, ACalibratedLatencyCountsOtherFixedTimesOnce) {
+  MachineModel machine = machine_preset("h200-ib400");
+  machine.network_latency_us = 23, machine.network_peer_us = 0.5;
+  for (const Mode mode : {Mode::kLowLatency, Mode::kNormal}) {
+    ClusterLayer layer = r1(4, 64, mode);
+    layer.num_ranks = 4;
+    const RoutingRule rule{.num_experts = 256, .num_topk = 8};
+    const TokenSpread spread = even_spread(rule, Placement::identity(256, 4), 4);
+    const double fixed = (predict_dispatch(machine, layer, spread).latency_us +
+                          predict_combine(machine, layer, spread).latency_us) /
+                         2;
+    EXPECT_GT(fixed, 23 + 9) << to_string(mode);
+    EXPECT_NEAR(network_latency_of(machine, mode, 4, fixed), 23, 1e-9) << to_string(mode);
+    EXPECT_EQ(network_latency_of(machine, mode, 4, 1), 0) << "less than the others are";
+  }
+  EXPECT_THAT([&] { (void)network_latency_of(machine, Mode::kNormal, 1, 30); },
+              ThrowsMessage<Error>(HasSubstr("num_hosts 1")));
+}
+
 TEST(NetworkModel, APieceWithLessRoomSendsLess) {
   const MachineModel machine = machine_preset("h200-ib400");
   ClusterLayer layer = r1(32, 128);

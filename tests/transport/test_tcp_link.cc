@@ -1,6 +1,7 @@
 // Collectives over TCP, and whom the ranks blame when one of them breaks off: that rank, and never
 // one that has only not come yet. Every test makes the order of events itself.
 #include <gmock/gmock.h>
+#include <sys/socket.h>
 
 #include <atomic>
 #include <future>
@@ -96,6 +97,27 @@ TEST(TcpLink, ALinkThatGoesIsHeardToTheEndByARankThatKeepsTalking) {
                                    std::pair(TcpMessage::kGone, 0)));
     EXPECT_EQ(zero.get().text, "");
   }
+}
+
+// Rank 0 of 2048 would otherwise hold what all ranks gave 2048 times.
+TEST(TcpChannel, AMessageToManyIsInMemoryOnce) {
+  int ends[2][2] = {};
+  for (auto& pair : ends) ASSERT_EQ(socketpair(AF_UNIX, SOCK_STREAM, 0, pair), 0);
+  TcpChannel a{FileDescriptor(ends[0][0])}, b{FileDescriptor(ends[1][0])};
+  const FileDescriptor far_a(ends[0][1]);
+  TcpChannel far_b{FileDescriptor(ends[1][1])};
+  const auto bytes = part_of(3, 2);
+  const TcpChannel::Message message = TcpChannel::make_message(TcpMessage::kAll, 5, bytes);
+  a.post(message), b.post(message);
+  EXPECT_EQ(message.use_count(), 3);
+  EXPECT_TRUE(b.send_some());
+  EXPECT_EQ(message.use_count(), 2);
+  int num_heard = 0;
+  EXPECT_TRUE(far_b.receive_some([&](TcpMessage kind, std::uint64_t number, const auto& payload) {
+    EXPECT_TRUE(kind == TcpMessage::kAll && number == 5 && payload == bytes);
+    num_heard += 1;
+  }));
+  EXPECT_EQ(num_heard, 1);
 }
 
 enum class Fate { kLeaves, kEnds };

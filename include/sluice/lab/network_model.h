@@ -189,4 +189,10 @@ struct SizeTime {
 ///   times do not grow with bytes.
 [[nodiscard]] LineFit fit_line(std::span<const SizeTime> points);
 
+/// network_latency_us of a machine whose dispatch and combine over `num_hosts` hosts of one rank
+/// take `fixed_us` on average without their bytes: what its other fixed times leave of that, or 0
+/// where they are more.
+[[nodiscard]] double network_latency_of(const MachineModel& machine, Mode mode, int num_hosts,
+                                        double fixed_us);
+
 }  // namespace sluice
