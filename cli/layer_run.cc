@@ -189,9 +189,13 @@ RankResult RankRun::run_layer(std::size_t index, LayerRunResult& shared) {
   const ExchangeCounters at_begin = layer.exchange_counters(config_.mode);
   std::vector<ForwardStats> repeats;
   std::vector<double> total_us;
+  std::optional<ProgressLine> progress;
+  if (rank_ == 0) progress.emplace("running");
   for (int i = 0; i < config_.repeats; ++i) {
     // Ranks start together, so that waiting for a late one is not counted as dispatch.
     (void)transport_.all_gather({}, config_.environment.peer_timeout);
+    // Every rank has been through the layer by now.
+    if (progress && i > 0) progress->update(static_cast<double>(i) / config_.repeats);
     layer.record_gemm_input_digest(config_.with_digest && i == 0);
     const TransportCounters before = transport_.counters();
     layer.forward(config_.mode, x_, routing_, y_, stream_);

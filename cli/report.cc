@@ -11,7 +11,9 @@
 namespace sluice::cli {
 
 void print_error(const Error& error) {
-  fmt::print(stderr, "sluice: {}: {}\n", to_string(error.code()), error.what());
+  // On a terminal, instead of a progress line, which may be another process's.
+  const char* const erase = isatty(STDERR_FILENO) != 0 ? "\r\033[K" : "";
+  fmt::print(stderr, "{}sluice: {}: {}\n", erase, to_string(error.code()), error.what());
 }
 
 ProgressLine::ProgressLine(std::string label)
