@@ -86,9 +86,10 @@ run_fault() {
   noticed=$((noticed + 1))
 }
 faults() {
-  say "planted: 1, the flag does not wait for the rows; 2, it comes before the first row is sent"
+  say "planted: 1, the flag does not wait for the rows; 2, it comes before the first row is sent; 4, the first" \
+    "block of threads signs for all"
   local fault size missed=0
-  for fault in 1 2; do
+  for fault in 1 2 4; do
     noticed=0
     for size in 1 2 3; do
       run_fault $fault $size

@@ -74,6 +74,13 @@ struct DeviceWindow {
     cuda::ptx::store_release_sys(at<std::uint64_t>(peer, flags) + rank, value);
   }
 
+  /// Adds to that flag instead, if several threads of this rank have a share in it. A peer that
+  /// sees the sum also sees every put that was there before each of the shares.
+  __device__ __forceinline__ void add_to_signal(int peer, std::size_t flags,
+                                                std::uint64_t share) const {
+    cuda::ptx::reduce_add_release_sys(at<std::uint64_t>(peer, flags) + rank, share);
+  }
+
   /// Waits until rank `source` has set its flag at `flags` of the own window to `value` or more, or
   /// until give_up(), which is asked after each look in vain, says true. Returns the last look's
   /// flag.

@@ -17,6 +17,7 @@
 #include "exchange/cuda/device_layout.h"
 #include "exchange/cuda/device_sharing.h"
 #include "exchange/cuda/exchange_kernels.h"
+#include "exchange/cuda/split.h"
 #include "exchange/impl.h"
 #include "sluice/quant.h"
 #include "sluice/transport.h"
@@ -82,15 +83,6 @@ class DeviceExchange final : public Exchange::Impl {
   void fill_batch(DeviceRoute& route, std::int64_t num_tokens) const;
   void check_stream(Stream stream) const;
   void use_device() const { SLUICE_CUDA_CHECK(cudaSetDevice(device.index)); }
-  [[nodiscard]] int ctas_for(std::int64_t num_tokens) const {
-    return static_cast<int>(std::clamp<std::int64_t>(num_tokens, 1, max_ctas_));
-  }
-  /// Of a combine: a CTA for each token; fewer than 16 tokens are split, 2 kB of y for each CTA.
-  [[nodiscard]] int ctas_for_sum(std::int64_t num_tokens) const {
-    constexpr std::int64_t kEnough = 16;
-    const std::int64_t parts = std::min(kEnough, num_tokens * config.hidden / 1024);
-    return ctas_for(std::max(num_tokens, parts));
-  }
   void throw_fault();
 
   Backend& backend_;
@@ -267,10 +259,7 @@ std::unique_ptr<DeviceExchange::DeviceRoute> DeviceExchange::send(TensorView x,
   use_device();
   Slot& slot = take_slot(stream);
   const std::int64_t num_tokens = x.dim(0);
-  const int num_ctas = ctas_for(num_tokens);
-  // Rows of the first chunk leave while the next is quantized. More than four tokens gain nothing.
-  const auto chunk_tokens =
-      static_cast<int>(std::clamp<std::int64_t>(num_tokens / num_ctas / 4, 1, 4));
+  const DispatchSplit split = split_dispatch(num_tokens, config.hidden, config.wire, max_ctas_);
   SlotParams params = slot.params;
   if (routing.slots != nullptr) params.slots = routing.slots->device_table();
   cuda::launch_dispatch(params,
@@ -280,9 +269,10 @@ std::unique_ptr<DeviceExchange::DeviceRoute> DeviceExchange::send(TensorView x,
                          .num_tokens = static_cast<int>(num_tokens),
                          .static_inverse = static_scale != 0 ? 1.0f / static_scale : 0.0f,
                          .receive = receive,
-                         .chunk_tokens = chunk_tokens,
+                         .chunk_tokens = split.chunk_tokens,
+                         .parts = split.parts,
                          .row_totals = routing.row_totals.as<std::int64_t>()},
-                        config.wire, num_ctas, stream.handle);
+                        config.wire, split.num_ctas, stream.handle);
   auto route = std::make_unique<DeviceRoute>(*this, slot, stream);
   route->routing = routing;
   fill_batch(*route, num_tokens);
@@ -340,7 +330,7 @@ void DeviceExchange::sum(DeviceRoute& route, MutableTensorView y, Stream stream,
                         .y = y.as<std::uint16_t>(),
                         .send = also_send,
                         .at_home = route.at_home},
-                       ctas_for_sum(y.dim(0)), stream.handle);
+                       ctas_of_combine(y.dim(0), config.hidden, max_ctas_), stream.handle);
   route.returned = true;
 }
 

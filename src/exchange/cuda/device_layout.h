@@ -5,7 +5,8 @@
 // count.
 //
 //   slot
-//     dispatched [R] u64      flag of each source: epoch of its last dispatch whose rows are here
+//     dispatched [R] u64      flag of each source: 65536 * epoch of its last dispatch when all rows
+//                             of that are here (kDispatchShares)
 //     returned   [R] u64      flag of each rank: 2 * epoch when its expert_y may be read,
 //                             2 * epoch + 1 when it dropped the dispatch instead
 //     counts     [R, E] u64   epoch << 32 | rows that rank r sends to expert e

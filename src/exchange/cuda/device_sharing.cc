@@ -47,6 +47,16 @@ void enable_peer_access(int device, const std::byte* window) {
   cudaPointerAttributes attributes{};
   SLUICE_CUDA_CHECK(cudaPointerGetAttributes(&attributes, window));
   if (attributes.device == device) return;
+  int has_atomics = 0;
+  SLUICE_CUDA_CHECK(cudaDeviceGetP2PAttribute(&has_atomics, cudaDevP2PAttrNativeAtomicSupported,
+                                              device, attributes.device));
+  if (has_atomics == 0) {
+    fail(
+        ErrorCode::kUnsupported,
+        "cuda:{} cannot add to words in the memory of cuda:{}, which the exchange's flags need: no "
+        "NVLink connects them",
+        device, attributes.device);
+  }
   const cudaError_t status = cudaDeviceEnablePeerAccess(attributes.device, 0);
   if (status == cudaErrorPeerAccessAlreadyEnabled) {
     (void)cudaGetLastError();

@@ -5,8 +5,9 @@
 //           x[row(t, k)] = quantize(x[t]), quantized once per token
 // Operands  x [T, hidden] bf16; topk_idx [T, k]; the window of device_layout.h.
 // Tile      each CTA owns a range of tokens, in chunks of a few tokens: loaded and quantized into
-//           shared memory, then one bulk copy per row. Work does not depend on the number of
-//           experts.
+//           shared memory, then one bulk copy per row. Where there are more SMs than tokens,
+//           several CTAs share a token, each with some of its groups of 128. Work does not depend
+//           on the number of experts.
 // Shared    two counters per expert, the chunk's rows, two chunks of payload and scales.
 // Needs     hidden % 128 == 0; all CTAs of all ranks of a device resident at once.
 // Bound     bytes: x is read once, each row written once.
@@ -17,8 +18,8 @@
 //   3 the first chunk is quantized while the counts travel
 //   4 counts of every rank: where its rows begin, and whether a capacity is exceeded
 //     (all ranks see the same counts and so refuse alike)
-//   5 rows; the last CTA to finish raises this rank's flag at every rank
-//   6 that CTA waits for every rank's flag and publishes num_rows
+//   5 rows; when they are there, the CTA's share of this rank's flag, at every rank
+//   6 the first CTA publishes num_rows, and waits for the flags of every rank
 // Reuse: counts are overwritten only after every rank returned the slot's last use (kReuse); rows
 // only after that rank's new counts have arrived, so after its kernels that read the old ones.
 #include <cuda_runtime.h>
@@ -40,83 +41,102 @@ namespace {
 constexpr int kThreads = kDispatchThreads;
 constexpr int kWarps = kThreads / 32;
 
-/// Peers are spread over the CTAs, and a CTA's peers and their experts over its warps.
-__device__ void send_counts(const SlotParams& p, std::uint64_t epoch, const int* total) {
-  const int warp = static_cast<int>(threadIdx.x) / 32, lane = static_cast<int>(threadIdx.x) % 32;
-  const int num_ctas = static_cast<int>(gridDim.x), cta = static_cast<int>(blockIdx.x);
-  const int peers = (p.window.num_ranks - cta + num_ctas - 1) / num_ctas;
-  const int parts = max(1, kWarps / max(1, peers));
-  for (int job = warp; job < peers * parts; job += kWarps) {
-    const int turn = job / parts, part = job - turn * parts;
-    const int peer = cta + turn * num_ctas, begin = p.window.rank * p.placement.num_experts();
-#pragma unroll 4
-    for (int e = part * 32 + lane; e < p.placement.num_experts(); e += parts * 32) {
-      p.window.put_word(peer, p.counts, begin + e, epoch << 32 | static_cast<unsigned>(total[e]));
+/// Counts this rank's entries by expert, those before the CTA's own tokens in `next`, all others
+/// in `total`. `expert`: of entry threadIdx.x. The experts of the entries [begin, begin + kept)
+/// stay in `first_expert`.
+__device__ void count_entries(const SlotParams& p, const DispatchParams& d, int expert, int begin,
+                              int kept, int* total, int* next, int* first_expert) {
+  const int num_entries = d.num_tokens * p.num_topk, tid = static_cast<int>(threadIdx.x);
+  const auto count = [&](int i, int e) {
+    const int mine = i - begin;
+    if (mine >= 0 && mine < kept) first_expert[mine] = e;
+    if (e >= 0) atomicAdd(mine < 0 ? &next[e] : &total[e], 1);
+  };
+  if (tid < num_entries) count(tid, expert);
+  constexpr int kBatch = 8;  // Loads in flight together.
+  for (int base = tid + kThreads; base < num_entries; base += kBatch * kThreads) {
+    long long chosen[kBatch];
+#pragma unroll
+    for (int j = 0; j < kBatch; ++j) {
+      const int i = base + j * kThreads;
+      chosen[j] = i < num_entries ? chosen_by(d, i) : -1;
+    }
+#pragma unroll
+    for (int j = 0; j < kBatch; ++j) {
+      const int i = base + j * kThreads;
+      if (i < num_entries) count(i, expert_of_choice(p, chosen[j], i));
     }
   }
 }
 
-/// The warps send the rows of one staged chunk; lane 0 of each owns its bulk copies.
+/// Peers are spread over the CTAs.
+__device__ void send_counts(const SlotParams& p, std::uint64_t epoch, const int* total,
+                            const int* next) {
+  const int begin = p.window.rank * p.placement.num_experts();
+  for (int peer = static_cast<int>(blockIdx.x); peer < p.window.num_ranks;
+       peer += static_cast<int>(gridDim.x)) {
+    for (int e = static_cast<int>(threadIdx.x); e < p.placement.num_experts(); e += kThreads) {
+      p.window.put_word(peer, p.counts, begin + e,
+                        epoch << 32 | static_cast<unsigned>(total[e] + next[e]));
+    }
+  }
+}
+
+/// One warp: how often, and to which row, a token's entry k travels to `peer`. To another rank a
+/// token crosses once, with a list of its rows there (normal mode). True: entry k's row is the one.
+__device__ bool crosses(const SlotParams& p, std::uint64_t epoch, int peer, int k,
+                        const std::int64_t* row_of_entry, std::int64_t source, bool lists) {
+  const int lane = static_cast<int>(threadIdx.x) % 32;
+  const std::int64_t other = lane < p.num_topk ? row_of_entry[lane] : -1;
+  const bool same = other >= 0 && (other >> 32) == peer;
+  if ((__ballot_sync(kAllLanes, same) & ((1u << k) - 1)) != 0) return false;
+  if (same && lists) {
+    p.window.put_word(peer, p.copies, source * p.num_topk + lane,
+                      epoch << 32 | static_cast<std::uint32_t>(other));
+  }
+  return true;
+}
+
+/// The warps send the rows of one staged chunk; lane 0 of each owns its bulk copies. `is_first`:
+/// the CTA has the tokens' first part, and with it what there is once for each row.
 template <WireFormat Wire>
-__device__ void send_chunk(const SlotParams& p, const Staging& s, std::uint64_t epoch, int first,
-                           int count, const std::int64_t* place, const std::uint8_t* payload,
+__device__ void send_chunk(const SlotParams& p, const Staging& s, const TokenPart& part,
+                           bool is_first, std::uint64_t epoch, int first, int count,
+                           const std::int64_t* place, const std::uint8_t* payload,
                            const float* scale, int* sent) {
   const int warp = static_cast<int>(threadIdx.x) / 32, lane = static_cast<int>(threadIdx.x) % 32;
   for (int j = warp; j < count * p.num_topk; j += kWarps) {
     const std::int64_t at = place[j];
-    if (lane == 0) p.slot_row[std::int64_t{first} * p.num_topk + j] = at;
+    if (lane == 0 && is_first) p.slot_row[std::int64_t{first} * p.num_topk + j] = at;
     if (at < 0) continue;
-    const int token = j / p.num_topk, k = j % p.num_topk;
+    const int token = j / p.num_topk, k = j - token * p.num_topk;
     const int peer = static_cast<int>(at >> 32);
     const std::int64_t row = at & 0xffffffff;
-    if (lane == 0) {
+    if (lane == 0 && is_first) {
       p.window.put(peer, p.origin, row,
                    static_cast<std::uint64_t>(p.window.rank) << 32 |
                        static_cast<std::uint32_t>(first * p.num_topk + j));
     }
-    // To another rank a token crosses once, with a list of its rows there; here no link is saved.
-    if (p.max_m == 0 && peer != p.window.rank) {
-      const std::int64_t other = lane < p.num_topk ? place[token * p.num_topk + lane] : -1;
-      const bool same = other >= 0 && (other >> 32) == peer;
-      if ((__ballot_sync(kAllLanes, same) & ((1u << k) - 1)) != 0) {
-        if (lane == 0) atomicAdd(&sent[kMaxDeviceRanks + peer], 1);
-        continue;
-      }
-      if (same) {
-        const std::int64_t source = std::int64_t{p.window.rank} * p.max_tokens + first + token;
-        p.window.put_word(peer, p.copies, source * p.num_topk + lane,
-                          epoch << 32 | static_cast<std::uint32_t>(other));
-      }
+    // Here no link is saved.
+    if (p.max_m == 0 && peer != p.window.rank &&
+        !crosses(p, epoch, peer, k, place + token * p.num_topk,
+                 std::int64_t{p.window.rank} * p.max_tokens + first + token, is_first)) {
+      if (lane == 0 && is_first) atomicAdd(&sent[kMaxDeviceRanks + peer], 1);
+      continue;
     }
     if (lane == 0) {
-      p.window.put_bulk(peer, p.x, row * s.payload_bytes, payload + token * s.payload_bytes,
-                        static_cast<std::uint32_t>(s.payload_bytes));
-      atomicAdd(&sent[peer], 1);
+      p.window.put_bulk(peer, p.x, row * s.payload_bytes + part.first_byte,
+                        payload + token * s.payload_bytes, part.bytes);
+      if (is_first) atomicAdd(&sent[peer], 1);
     }
     if constexpr (kScaled<Wire>) {
-      for (int g = lane; g < s.num_groups; g += 32) {
-        p.window.put(peer, p.scale, row * s.num_groups + g, scale[token * s.num_groups + g]);
+      for (int g = lane; g < part.num_scales; g += 32) {
+        p.window.put(peer, p.scale, row * s.num_groups + part.first_scale + g,
+                     scale[token * s.num_groups + g]);
       }
     }
   }
   if (lane == 0) p.window.close_puts();
-}
-
-/// True for all threads of the CTA that finishes last; then everything the others did is visible.
-__device__ bool arrive_last(const SlotParams& p) {
-  __shared__ bool last;
-  __syncthreads();
-  if (gridDim.x == 1) return true;
-  if (threadIdx.x == 0) {
-    __threadfence_system();
-    last = atomicAdd(&p.slot->arrived, 1) == static_cast<int>(gridDim.x) - 1;
-    if (last) {
-      p.slot->arrived = 0;
-      __threadfence();
-    }
-  }
-  __syncthreads();
-  return last;
 }
 
 __device__ void forget_rows(const SlotParams& p) {
@@ -124,6 +144,22 @@ __device__ void forget_rows(const SlotParams& p) {
   for (int e = static_cast<int>(threadIdx.x); e < num_local; e += static_cast<int>(blockDim.x)) {
     p.num_rows[e] = 0;
   }
+}
+
+/// The first CTA: how many rows came, and then that the dispatch was. It waits for this rank's own
+/// flag at least: by then no CTA needs the slot's last epoch.
+__device__ void finish(const SlotParams& p, const DispatchParams& d, std::uint64_t epoch,
+                       bool refused, const int* total) {
+  const int num_local = p.placement.num_local();
+  for (int e = static_cast<int>(threadIdx.x); e < num_local; e += kThreads) {
+    const int rows = refused ? 0 : total[p.placement.expert_of(p.window.rank, e)];
+    p.num_rows[e] = rows;
+    if (d.row_totals != nullptr) d.row_totals[e] += rows;
+  }
+  const int first = d.receive ? 0 : p.window.rank;
+  const int end = d.receive ? p.window.num_ranks : first + 1;
+  if (!wait_for_ranks(p, p.dispatched, kDispatchRows, epoch, first, end)) return forget_rows(p);
+  if (threadIdx.x == 0) p.slot->epoch = epoch, p.slot->refused = refused;
 }
 
 template <WireFormat Wire>
@@ -134,19 +170,29 @@ __global__ void __launch_bounds__(kThreads, 1)
   __shared__ std::int64_t place[kMaxChunk * kMaxTopk];
   __shared__ int sent[2 * kMaxDeviceRanks];           // Rows, then repeats.
   __shared__ int first_expert[kMaxChunk * kMaxTopk];  // Of the first chunk's slots.
+  // All that the parameters alone decide, before earlier kernels have ended.
+  read_ahead(p, d);
   Staging s = staging_of<Wire>(p.hidden);
   s.tokens = min(s.tokens, d.chunk_tokens);
+  const int tid = static_cast<int>(threadIdx.x), lane = tid % 32;
+  const int share = static_cast<int>(blockIdx.x) / d.parts;  // Of the tokens.
+  const int num_shares = static_cast<int>(gridDim.x) / d.parts;
+  const int part_idx = static_cast<int>(blockIdx.x) - share * d.parts;
+  const TokenPart part = part_of<Wire>(s, p.hidden, d.parts, part_idx);
+  const int begin = static_cast<int>(std::int64_t{d.num_tokens} * share / num_shares);
+  const int end = static_cast<int>(std::int64_t{d.num_tokens} * (share + 1) / num_shares);
   int* const total = reinterpret_cast<int*>(shared);
   int* const next = total + p.placement.num_experts();
   std::uint8_t* const buffers = shared + s.counters_bytes(p.placement.num_experts());
-  const int tid = static_cast<int>(threadIdx.x), lane = tid % 32;
-  const int num_ctas = static_cast<int>(gridDim.x), cta = static_cast<int>(blockIdx.x);
-  const int begin = static_cast<int>(std::int64_t{d.num_tokens} * cta / num_ctas);
-  const int end = static_cast<int>(std::int64_t{d.num_tokens} * (cta + 1) / num_ctas);
   const auto payload_of = [&](int buffer) { return buffers + buffer * s.buffer_bytes(); };
   const auto scale_of = [&](int buffer) {
     return reinterpret_cast<float*>(payload_of(buffer) + s.tokens * s.payload_bytes);
   };
+  const auto x_of = [&](int token) {
+    return d.x + std::int64_t{token} * p.hidden + part.first_vector * 8;
+  };
+  for (int e = tid; e < 2 * p.placement.num_experts(); e += kThreads) total[e] = 0;
+  if (tid < 2 * kMaxDeviceRanks) sent[tid] = 0;
 
   // Loads in flight together: the first tokens, whether to run, as which epoch, the first experts,
   // and whether every rank has let go of the slot's last use (a relaxed load will do: stores do not
@@ -154,40 +200,30 @@ __global__ void __launch_bounds__(kThreads, 1)
   const int first_count = min(s.tokens, end - begin);
   begin_in_order(p);
   Batch batch;
-  load_batch(p, d, begin, first_count * (p.hidden / 8), tid, batch);
+  load_batch(x_of(begin), first_count * part.row_vectors, tid, batch);
   const bool failed = has_failed(p);
   const std::uint64_t epoch = *static_cast<volatile std::uint64_t*>(&p.slot->epoch) + 1;
   bool reusable = true;
   if (tid < p.window.num_ranks) {
     reusable = p.window.word(p.returned, tid) >= wanted(kReuse, epoch);
   }
-  const int num_slots = d.num_tokens * p.num_topk;
-  int expert = tid < num_slots ? expert_of(p, d, tid) : -1;
-  for (int e = tid; e < 2 * p.placement.num_experts(); e += kThreads) total[e] = 0;
-  if (tid < 2 * kMaxDeviceRanks) sent[tid] = 0;
+  const int expert = tid < d.num_tokens * p.num_topk ? expert_of(p, d, tid) : -1;
   if (__syncthreads_or(failed) != 0) {
     forget_rows(p);
     return;
   }
-  for (int i = tid; i < num_slots;) {
-    const int mine = i - begin * p.num_topk;
-    if (mine >= 0 && mine < first_count * p.num_topk) first_expert[mine] = expert;
-    if (expert >= 0) {
-      atomicAdd(&total[expert], 1);
-      if (mine < 0) atomicAdd(&next[expert], 1);
-    }
-    i += kThreads;
-    if (i < num_slots) expert = expert_of(p, d, i);
-  }
+  count_entries(p, d, expert, begin * p.num_topk, first_count * p.num_topk, total, next,
+                first_expert);
   bool ok = __syncthreads_and(reusable) != 0 || wait_for_all(p, p.returned, kReuse, epoch);
-  if (ok) send_counts(p, epoch, total);
-  int clipped = stage_chunk<Wire>(p, d, begin, first_count, batch, payload_of(0), scale_of(0));
+  if (ok) send_counts(p, epoch, total, next);
+  int clipped = stage_chunk<Wire>(x_of(begin), first_count, part.row_vectors, d.static_inverse,
+                                  batch, payload_of(0), scale_of(0));
   __syncthreads();  // total[] is about to become the sum over ranks.
   const RouteResult routed = ok ? place_experts(p, epoch, total, next) : RouteResult::kMissing;
   ok = routed != RouteResult::kMissing;
   const bool refused = routed == RouteResult::kRefused;
 
-  if (SLUICE_PLANTED_FAULT == 2 && ok && cta == 0) signal_all(p, p.dispatched, epoch);
+  if (SLUICE_PLANTED_FAULT == 2 && ok) signal_share(p);
   int buffer = 0;
   for (int t = begin; ok && t < end; t += s.tokens, buffer ^= 1) {
     const int count = min(s.tokens, end - t);
@@ -203,40 +239,31 @@ __global__ void __launch_bounds__(kThreads, 1)
     }
     ptx::fence_proxy_async_shared();  // The copy engine reads what ordinary stores wrote.
     __syncthreads();
-    send_chunk<Wire>(p, s, epoch, t, count, place, payload_of(buffer), scale_of(buffer), sent);
+    send_chunk<Wire>(p, s, part, part_idx == 0, epoch, t, count, place, payload_of(buffer),
+                     scale_of(buffer), sent);
     if (t + s.tokens < end) {
       const int next_count = min(s.tokens, end - t - s.tokens);
-      load_batch(p, d, t + s.tokens, next_count * (p.hidden / 8), tid, batch);
+      load_batch(x_of(t + s.tokens), next_count * part.row_vectors, tid, batch);
       if (lane == 0) p.window.wait_sources<1>();  // The other buffer's copies have read it.
       __syncthreads();
-      clipped += stage_chunk<Wire>(p, d, t + s.tokens, next_count, batch, payload_of(buffer ^ 1),
-                                   scale_of(buffer ^ 1));
+      clipped +=
+          stage_chunk<Wire>(x_of(t + s.tokens), next_count, part.row_vectors, d.static_inverse,
+                            batch, payload_of(buffer ^ 1), scale_of(buffer ^ 1));
     }
   }
-  // Makes the copies visible to this thread, which signals.
+  // Makes the copies visible to this thread, and the barrier to those that signal.
   if (lane == 0 && SLUICE_PLANTED_FAULT != 1) p.window.wait_puts();
-  if (clipped > 0) atomicAdd(&p.state->stats.saturated, static_cast<unsigned long long>(clipped));
-  const bool last = arrive_last(p);
-  // Other CTAs may have failed; this one alone would know.
-  const bool stopped = __syncthreads_or(!ok || (num_ctas > 1 && has_failed(p))) != 0;
-  if (!stopped && last && SLUICE_PLANTED_FAULT != 2) signal_all(p, p.dispatched, epoch);
+  __syncthreads();
+  if (ok && SLUICE_PLANTED_FAULT != 2) signal_share(p);
   if (lane == 0 && SLUICE_PLANTED_FAULT == 1) p.window.wait_puts();
+  if (clipped > 0) atomicAdd(&p.state->stats.saturated, static_cast<unsigned long long>(clipped));
   if (tid < p.window.num_ranks && sent[tid] > 0) {
     atomicAdd(&p.state->stats.rows[tid], static_cast<unsigned long long>(sent[tid]));
     atomicAdd(&p.state->stats.repeats[tid],
               static_cast<unsigned long long>(sent[kMaxDeviceRanks + tid]));
   }
-  if (stopped) forget_rows(p);
-  if (stopped || !last) return;
-
-  if (tid == 0) p.slot->epoch = epoch, p.slot->refused = refused;
-  const int num_local = p.placement.num_local();
-  for (int e = tid; e < num_local; e += kThreads) {
-    const int rows = refused ? 0 : total[p.placement.expert_of(p.window.rank, e)];
-    p.num_rows[e] = rows;
-    if (d.row_totals != nullptr) d.row_totals[e] += rows;
-  }
-  if (d.receive && !wait_for_all(p, p.dispatched, kDispatchRows, epoch)) forget_rows(p);
+  if (!ok) return forget_rows(p);
+  if (blockIdx.x == 0) finish(p, d, epoch, refused, total);
 }
 
 /// Copies tokens of other ranks that crossed once for several experts of this rank: a warp reads

@@ -52,7 +52,6 @@ struct DeviceStats {
 /// One rank's state that outlives a kernel, in device memory; zero at creation.
 struct SlotState {
   std::uint64_t epoch;  // Of the slot's last dispatch.
-  int arrived;          // CTAs of the running kernel that are done.
   int refused;          // The slot's dispatch exceeded a capacity: no rows, NaN for every token.
 };
 struct ExchangeState {
@@ -88,9 +87,10 @@ struct DispatchParams {
   const void* topk_idx = nullptr;    // [num_tokens, num_topk] int32 or int64
   bool wide_idx = false;
   int num_tokens = 0;
-  float static_inverse = 0;            // 1 / s1
-  bool receive = false;                // Also wait for every rank's rows.
-  int chunk_tokens = 1;                // Staged together; fewer if they do not fit.
+  float static_inverse = 0;  // 1 / s1
+  bool receive = false;      // Also wait for every rank's rows.
+  int chunk_tokens = 1;      // Staged together; fewer if they do not fit.
+  int parts = 1;             // CTAs that share a token; more than one: each has one token.
   std::int64_t* row_totals = nullptr;  // [num_local_experts] += num_rows; null: nobody counts.
 };
 

@@ -12,7 +12,8 @@
 
 /// Set by tests/exchange/CMakeLists.txt alone, for builds that its rounds must refuse. 1: a rank's
 /// `dispatched` flag does not wait until its rows have arrived. 2: it is raised before the first
-/// row is sent. 3: combine does not wait for the other ranks' rows.
+/// row is sent. 3: combine does not wait for the other ranks' rows. 4: the first CTA of a dispatch
+/// adds the shares of all others to the flag.
 #ifndef SLUICE_PLANTED_FAULT
 #define SLUICE_PLANTED_FAULT 0
 #endif
@@ -21,6 +22,15 @@ namespace sluice::cuda {
 
 inline constexpr unsigned kAllLanes = 0xffffffffu;
 inline constexpr int kDispatchThreads = 512;
+/// What a dispatch adds to this rank's `dispatched` flag at every rank. Each CTA adds a share when
+/// its rows are there, so no CTA waits for another: CTA 0 what the others leave, the others 1 each.
+inline constexpr std::uint64_t kDispatchShares = 1 << 16;
+
+/// Reads a kernel's parameters, each line of which else stops the step that first needs it.
+__device__ inline void read_ahead(const SlotParams& p, const DispatchParams& d) {
+  asm volatile("" ::"l"(p.window.base[0]), "r"(p.window.rank), "l"(p.counts), "l"(p.expert_y));
+  asm volatile("" ::"l"(p.state), "l"(p.slots), "l"(d.x), "l"(d.row_totals));
+}
 
 /// The first fault of its record wins; the host clears a refusal's `claimed` when it has read it.
 __device__ inline void record_fault(const SlotParams& p, FaultRecord record,
@@ -46,26 +56,27 @@ __device__ inline void fail_exchange(const SlotParams& p, const DeviceFault& fau
   *static_cast<volatile int*>(&p.state->failed) = 1;
 }
 
-/// What a flag of operation `op` must hold. A `returned` flag is 2 * epoch when expert_y may be
+/// What a flag of operation `op` must hold. A `dispatched` flag grows by kDispatchShares in every
+/// epoch. A `returned` flag is 2 * epoch when expert_y may be
 /// read, and 2 * epoch + 1 when the rank dropped that dispatch instead (device_layout.h). Combine
 /// waits for this epoch's value; a new dispatch waits until the last epoch was returned either way.
 __device__ inline std::uint64_t wanted(Operation op, std::uint64_t epoch) {
   if (op == kCombineRows) return 2 * epoch;
   if (op == kReuse) return 2 * (epoch - 1);
-  return epoch;
+  return epoch * kDispatchShares;
 }
 
-/// Waits until the own flag of every rank, at byte `flags` of the window, says `epoch`. All threads
-/// of the CTA call it and get the same answer; false means that the exchange has failed.
-__device__ inline bool wait_for_all(const SlotParams& p, std::size_t flags, Operation op,
-                                    std::uint64_t epoch) {
+/// Waits until the own flags of ranks [first, end), at byte `flags` of the window, say `epoch`. All
+/// threads of the CTA call it and get the same answer; false means that the exchange has failed.
+__device__ inline bool wait_for_ranks(const SlotParams& p, std::size_t flags, Operation op,
+                                      std::uint64_t epoch, int first, int end) {
   __shared__ std::uint64_t seen[kMaxDeviceRanks];
   __shared__ unsigned long long missing, later, dropped;
   const int r = static_cast<int>(threadIdx.x);
   if (r == 0) missing = later = dropped = 0;
   __syncthreads();
   const std::uint64_t want = wanted(op, epoch);
-  if (r < p.window.num_ranks) {
+  if (r >= first && r < end) {
     const std::uint64_t begin = ptx::global_timer();
     std::uint64_t waited = 0;
     const std::uint64_t value = p.window.wait(flags, r, want, [&] {
@@ -83,17 +94,23 @@ __device__ inline bool wait_for_all(const SlotParams& p, std::size_t flags, Oper
   const unsigned long long bad = missing | later | dropped;
   if (bad != 0 && r == 0) {
     const unsigned long long who = missing != 0 ? missing : later != 0 ? later : dropped;
+    const std::uint64_t unit = op == kDispatchRows ? kDispatchShares : 1;
     fail_exchange(p, {.kind = missing != 0 ? kPeerMissing
                               : later != 0 ? kOutOfStep
                                            : kDropped,
                       .operation = op,
                       .epoch = epoch,
                       .missing = who,
-                      .expected = want,
-                      .seen = seen[__ffsll(static_cast<long long>(who)) - 1]});
+                      .expected = want / unit,
+                      .seen = seen[__ffsll(static_cast<long long>(who)) - 1] / unit});
   }
   __syncthreads();
   return bad == 0;
+}
+
+__device__ inline bool wait_for_all(const SlotParams& p, std::size_t flags, Operation op,
+                                    std::uint64_t epoch) {
+  return wait_for_ranks(p, flags, op, epoch, 0, p.window.num_ranks);
 }
 
 /// Threads r < num_ranks set this rank's flag, at byte `flags` of every rank's window, after
@@ -102,6 +119,16 @@ __device__ inline void signal_all(const SlotParams& p, std::size_t flags, std::u
   const int r = static_cast<int>(threadIdx.x);
   if (r >= p.window.num_ranks) return;
   p.window.signal(r, flags, value);
+}
+
+/// The same with this CTA's share of the rank's `dispatched` flag.
+__device__ inline void signal_share(const SlotParams& p) {
+  const int r = static_cast<int>(threadIdx.x);
+  if (r >= p.window.num_ranks) return;
+  const std::uint64_t all = SLUICE_PLANTED_FAULT == 4 ? 0 : gridDim.x - 1;
+  const std::uint64_t share = blockIdx.x == 0 ? kDispatchShares - all : 1;
+  if (SLUICE_PLANTED_FAULT == 4 && blockIdx.x != 0) return;
+  p.window.add_to_signal(r, p.dispatched, share);
 }
 
 /// The slot to which the row of a top-k entry goes that chose expert `e`: Placement::slot_of_row().
@@ -115,17 +142,25 @@ __device__ inline int slot_of_entry(const SlotParams& p, int e, int entry) {
   return static_cast<int>(p.slots[p.num_experts + 1 + begin + replica]);
 }
 
-/// Expert of one top-k entry, or -1 for an empty one. One out of range is recorded and taken as
-/// empty.
-__device__ inline int expert_of(const SlotParams& p, const DispatchParams& d, int entry) {
-  const long long e = d.wide_idx ? static_cast<const std::int64_t*>(d.topk_idx)[entry]
-                                 : static_cast<const std::int32_t*>(d.topk_idx)[entry];
+/// What the caller chose for a top-k entry.
+__device__ inline long long chosen_by(const DispatchParams& d, int entry) {
+  return d.wide_idx ? static_cast<const std::int64_t*>(d.topk_idx)[entry]
+                    : static_cast<const std::int32_t*>(d.topk_idx)[entry];
+}
+
+/// Expert of an entry for which the caller chose `e`, or -1 if it is empty. One out of range is
+/// recorded and taken as empty.
+__device__ inline int expert_of_choice(const SlotParams& p, long long e, int entry) {
   if (e >= -1 && e < p.num_experts) {
     if (p.slots == nullptr || e < 0) return static_cast<int>(e);
     return slot_of_entry(p, static_cast<int>(e), entry);
   }
   record_fault(p, kRefusal, {.kind = kBadIndex, .where = entry, .value = e});
   return -1;
+}
+
+__device__ inline int expert_of(const SlotParams& p, const DispatchParams& d, int entry) {
+  return expert_of_choice(p, chosen_by(d, entry), entry);
 }
 
 }  // namespace sluice::cuda

@@ -35,6 +35,13 @@ inline constexpr bool kScaled = wire_scale_bytes(Wire, kActivationGroup) > 0;
 template <WireFormat Wire>
 inline constexpr int kElementBytes = wire_payload_bytes(Wire, 1);
 
+/// The part of every token that one CTA has: groups of 128 channels.
+struct TokenPart {
+  int first_vector, row_vectors;  // Of 8 channels.
+  std::uint32_t first_byte, bytes;
+  int first_scale, num_scales;
+};
+
 template <WireFormat Wire>
 __host__ __device__ Staging staging_of(int hidden) {
   Staging s{};
@@ -45,6 +52,21 @@ __host__ __device__ Staging staging_of(int hidden) {
   const int fit = kStageBytes / (s.payload_bytes + s.scale_bytes());
   s.tokens = fit < 1 ? 1 : fit > kMaxChunk ? kMaxChunk : fit;
   return s;
+}
+
+/// Part `index` of `parts`. A wire with one scale per token has one part.
+template <WireFormat Wire>
+__device__ TokenPart part_of(const Staging& s, int hidden, int parts, int index) {
+  constexpr int kGroupBytes = kActivationGroup * kElementBytes<Wire>;
+  const int groups = hidden / kActivationGroup;
+  const int first = groups * index / parts, count = groups * (index + 1) / parts - first;
+  const bool has_group_scales = kScaled<Wire> && Wire != WireFormat::kE4m3Token;
+  return {.first_vector = first * (kActivationGroup / 8),
+          .row_vectors = count * (kActivationGroup / 8),
+          .first_byte = static_cast<std::uint32_t>(first) * kGroupBytes,
+          .bytes = static_cast<std::uint32_t>(count) * kGroupBytes,
+          .first_scale = has_group_scales ? first : 0,
+          .num_scales = has_group_scales ? count : s.num_groups};
 }
 
 __device__ inline uint2 quantize8(const float (&v)[8], float factor) {
@@ -103,10 +125,9 @@ struct Batch {
   uint4 vector[kVectorsInFlight];
 };
 
-/// From vector `base` of the chunk that begins at token `first` and has `num_vectors`.
-__device__ inline void load_batch(const SlotParams& p, const DispatchParams& d, int first,
-                                  int num_vectors, int base, Batch& batch) {
-  const uint4* const in = reinterpret_cast<const uint4*>(d.x + std::int64_t{first} * p.hidden);
+/// From vector `base` of the chunk that lies at `x` and has `num_vectors`.
+__device__ inline void load_batch(const std::uint16_t* x, int num_vectors, int base, Batch& batch) {
+  const uint4* const in = reinterpret_cast<const uint4*>(x);
 #pragma unroll
   for (int i = 0; i < kVectorsInFlight; ++i) {
     const int v = base + i * kDispatchThreads;
@@ -114,13 +135,19 @@ __device__ inline void load_batch(const SlotParams& p, const DispatchParams& d, 
   }
 }
 
+/// Of whole tokens, from token `first` of a dispatch.
+__device__ inline void load_batch(const SlotParams& p, const DispatchParams& d, int first,
+                                  int num_vectors, int base, Batch& batch) {
+  load_batch(d.x + std::int64_t{first} * p.hidden, num_vectors, base, batch);
+}
+
 /// The largest magnitude of each token of a chunk, as bits of a float32, in shared memory. All
 /// threads call it. `batch` holds what load_batch() reads from vector threadIdx.x on, before and
 /// after.
-__device__ inline const unsigned* find_token_amax(const SlotParams& p, const DispatchParams& d,
-                                                  int first, int num_vectors, Batch& batch) {
+__device__ inline const unsigned* find_token_amax(const std::uint16_t* x, int num_vectors,
+                                                  int row_vectors, Batch& batch) {
   __shared__ unsigned token_amax[kMaxChunk];
-  const int row_vectors = p.hidden / 8, begin = static_cast<int>(threadIdx.x);
+  const int begin = static_cast<int>(threadIdx.x);
   if (begin < kMaxChunk) token_amax[begin] = 0;
   __syncthreads();
   constexpr int kBatchVectors = kDispatchThreads * kVectorsInFlight;
@@ -133,22 +160,23 @@ __device__ inline const unsigned* find_token_amax(const SlotParams& p, const Dis
       if (v % 16 == 0) atomicMax(&token_amax[v / row_vectors], __float_as_uint(amax));
     }
     base += kBatchVectors;
-    if (num_vectors > kBatchVectors) load_batch(p, d, first, num_vectors, base, batch);
+    if (num_vectors > kBatchVectors) load_batch(x, num_vectors, base, batch);
   }
-  if (num_vectors > kBatchVectors) load_batch(p, d, first, num_vectors, begin, batch);
+  if (num_vectors > kBatchVectors) load_batch(x, num_vectors, begin, batch);
   __syncthreads();
   return token_amax;
 }
 
-/// Tokens [first, first + count) in the wire format, into shared memory. `batch` holds what
-/// load_batch() reads from vector threadIdx.x on.
+/// A chunk of `count` rows of `row_vectors` at `x` in the wire format, into shared memory. A row is
+/// a token, or a part of one in whole groups (not for a wire with one scale per token). `batch`
+/// holds what load_batch() reads from vector threadIdx.x on. Returns how many values were clipped.
 template <WireFormat Wire>
-__device__ int stage_chunk(const SlotParams& p, const DispatchParams& d, int first, int count,
+__device__ int stage_chunk(const std::uint16_t* x, int count, int row_vectors, float static_inverse,
                            Batch& batch, std::uint8_t* payload, float* scale) {
-  const int row_vectors = p.hidden / 8, num_vectors = count * row_vectors;
+  const int num_vectors = count * row_vectors;
   const unsigned* token_amax = nullptr;
   if constexpr (Wire == WireFormat::kE4m3Token) {
-    token_amax = find_token_amax(p, d, first, num_vectors, batch);
+    token_amax = find_token_amax(x, num_vectors, row_vectors, batch);
   }
   int clipped = 0;
   for (int base = static_cast<int>(threadIdx.x); base < num_vectors;) {
@@ -160,14 +188,22 @@ __device__ int stage_chunk(const SlotParams& p, const DispatchParams& d, int fir
         if constexpr (Wire == WireFormat::kE4m3Token) {
           amax = __uint_as_float(token_amax[v / row_vectors]);
         }
-        clipped += stage_vector<Wire>(batch.vector[i], v, row_vectors, d.static_inverse, amax,
+        clipped += stage_vector<Wire>(batch.vector[i], v, row_vectors, static_inverse, amax,
                                       payload, scale);
       }
     }
     base += kDispatchThreads * kVectorsInFlight;
-    load_batch(p, d, first, num_vectors, base, batch);
+    load_batch(x, num_vectors, base, batch);
   }
   return clipped;
+}
+
+/// Tokens [first, first + count) of a dispatch.
+template <WireFormat Wire>
+__device__ int stage_chunk(const SlotParams& p, const DispatchParams& d, int first, int count,
+                           Batch& batch, std::uint8_t* payload, float* scale) {
+  return stage_chunk<Wire>(d.x + std::int64_t{first} * p.hidden, count, p.hidden / 8,
+                           d.static_inverse, batch, payload, scale);
 }
 
 }  // namespace sluice::cuda

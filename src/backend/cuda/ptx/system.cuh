@@ -27,6 +27,12 @@ __device__ __forceinline__ void store_relaxed_sys(std::uint64_t* p, std::uint64_
   asm volatile("st.relaxed.sys.global.b64 [%0], %1;" ::"l"(p), "l"(value) : "memory");
 }
 
+/// Adds to a word once everything before it, of this thread and of those that it has synchronized
+/// with, is there.
+__device__ __forceinline__ void reduce_add_release_sys(std::uint64_t* p, std::uint64_t value) {
+  asm volatile("red.release.sys.global.add.u64 [%0], %1;" ::"l"(p), "l"(value) : "memory");
+}
+
 /// Nanoseconds; the same clock on every SM.
 __device__ __forceinline__ std::uint64_t global_timer() {
   std::uint64_t ns;
