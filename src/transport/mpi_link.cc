@@ -2,6 +2,7 @@
 
 #include <mpi.h>
 
+#include <algorithm>
 #include <condition_variable>
 #include <cstring>
 #include <deque>
@@ -264,10 +265,7 @@ void MpiLink::Impl::ship(std::unique_lock<std::mutex>& lock, int to, millisecond
 }
 
 bool MpiLink::Impl::all_sent() const {
-  for (const Peer& p : peers) {
-    if (!p.sending.empty()) return false;
-  }
-  return true;
+  return std::ranges::all_of(peers, [](const Peer& p) { return p.sending.empty(); });
 }
 
 namespace {
@@ -302,10 +300,7 @@ bool MpiLink::end(milliseconds timeout) {
       link->ship(r, timeout);
     }
     all = link->wait_until(Clock::now() + timeout, [&] {
-      for (const Peer& p : impl.peers) {
-        if (!p.said_goodbye) return false;
-      }
-      return impl.all_sent();
+      return std::ranges::all_of(impl.peers, &Peer::said_goodbye) && impl.all_sent();
     });
   } catch (const Error&) {
     all = false;  // Whoever needs to know why has been told by the operation that failed.
