@@ -88,8 +88,9 @@ void resolve_slots(const Options& options, LayerRunConfig& config) {
   }
 }
 
-LayerRunConfig resolve(const Options& options, const Environment& environment, int num_ranks,
+LayerRunConfig resolve(const Options& options, const Environment& environment, const Launch& launch,
                        const Checkpoint& checkpoint) {
+  const int num_ranks = launch.num_ranks();
   LayerRunConfig config{
       .num_ranks = num_ranks,
       .tokens = options.tokens,
@@ -105,7 +106,7 @@ LayerRunConfig resolve(const Options& options, const Environment& environment, i
       .environment = environment};
   config.layers = resolve_layers(options, checkpoint);
   resolve_slots(options, config);
-  resolve_hosts(options.hosts, options.sum_parts, config);
+  resolve_hosts(options.hosts, launch.transport_hosts(), options.sum_parts, config);
   if (config.tokens.size() == 1) {
     config.tokens.assign(static_cast<std::size_t>(num_ranks), config.tokens[0]);
   }
@@ -283,7 +284,7 @@ void run(const Options& options, Output& output) {
   LayerRunConfig config;
   launch.together([&] {
     checkpoint = Checkpoint::open(options.checkpoint);
-    config = resolve(options, environment, launch.num_ranks(), *checkpoint);
+    config = resolve(options, environment, launch, *checkpoint);
     if (options.prove) (void)proving_twin(config.recipe);  // Refuse before working.
     const std::string note = compare_with_real_hosts(config.hosts, launch.hosts());
     print_checkpoint(options, config, *checkpoint);
@@ -371,7 +372,7 @@ void add_run(Command& program, Output& output) {
   command
       .add_option("--hosts", options->hosts,
                   "Hosts that the ranks are on, as many on each, real ones or virtual: tokens then "
-                  "cross the network once for each host")
+                  "cross the network once for each host; over nccl those that there are")
       .range(1, 1024)
       .shows_default();
   command

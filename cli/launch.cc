@@ -85,7 +85,7 @@ std::unique_ptr<Transport> make_nccl_world(milliseconds timeout) {
                 "--transport nccl: no launcher has given this process a rank: RANK (torchrun), "
                 "OMPI_COMM_WORLD_RANK (mpirun), SLURM_PROCID (srun) and SLUICE_RANK are not set");
   }
-  return make_nccl_transport({}, *place, timeout);
+  return make_nccl_transport({.device = -1}, *place, timeout);
 }
 
 std::unique_ptr<Transport> make_world(const std::string& transport, milliseconds timeout) {
@@ -135,10 +135,12 @@ Launch::Launch(const std::string& transport, int num_ranks, milliseconds timeout
 }
 
 void Launch::find_place() {
-  char name[256] = {};
-  (void)gethostname(name, sizeof(name) - 1);
-  const auto hosts = gather(name, timeout_);
+  char machine[256] = {};
+  (void)gethostname(machine, sizeof(machine) - 1);
   hosts_ = gather(host_id(), timeout_);
+  // A GPU is one of its host's, as transport nccl counts; cores are shared by the whole machine.
+  const std::string name = world_->name() == "nccl" ? host_id() : machine;
+  const auto hosts = gather(name, timeout_);
   place_ = {0, 0};
   for (std::size_t r = 0; r < hosts.size(); ++r) {
     if (hosts[r] != name) continue;

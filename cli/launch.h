@@ -9,6 +9,7 @@
 #include <vector>
 
 #include "sluice/error.h"
+#include "sluice/hosts.h"
 #include "sluice/transport.h"
 
 namespace sluice::cli {
@@ -37,7 +38,7 @@ class Launch {
   /// The one that prints, verifies and writes.
   [[nodiscard]] bool is_reporter() const noexcept { return rank_ == 0; }
 
-  /// Where `rank` of this process stands among the ranks of its machine.
+  /// Where `rank` of this process stands among the ranks of its machine, or over nccl of its host.
   struct Place {
     int local_rank = 0, num_local_ranks = 1;
   };
@@ -45,6 +46,8 @@ class Launch {
 
   /// [num_ranks] host_id() of each rank; empty where ranks are threads.
   [[nodiscard]] const std::vector<std::string>& hosts() const noexcept { return hosts_; }
+  /// Which rank is on which host, where the transport finds that out; else one host.
+  [[nodiscard]] Hosts transport_hosts() const { return world_ ? world_->hosts() : Hosts(); }
 
   /// Runs `body` on every process, none of which goes on if it failed on any: all throw the same
   /// cause, naming its rank. A rank that does not even say so is named by the timeout.

@@ -2,6 +2,7 @@
 
 #include <fmt/core.h>
 
+#include <algorithm>
 #include <set>
 
 #include "report.h"
@@ -19,6 +20,8 @@ ExchangeConfig exchange_of(const LayerRunConfig& config, const ModelGeometry& ge
           .num_slots = config.num_slots,
           .num_topk = geometry.num_topk,
           .hidden = static_cast<int>(geometry.hidden),
+          .max_tokens_per_rank =
+              static_cast<int>(std::max<std::int64_t>(1, std::ranges::max(config.tokens))),
           .hosts = config.hosts,
           .sum_parts = config.sum_parts};
 }
@@ -38,10 +41,10 @@ std::vector<int> entries_by_host(const Hosts& hosts, const Placement& placement,
 
 }  // namespace
 
-void resolve_hosts(int num_hosts, int sum_parts, LayerRunConfig& config) {
-  if (num_hosts > 1) config.hosts = Hosts::even(num_hosts, config.num_ranks);
+void resolve_hosts(int num_hosts, const Hosts& found, int sum_parts, LayerRunConfig& config) {
+  config.hosts = num_hosts > 1 ? Hosts::even(num_hosts, config.num_ranks) : found;
   config.sum_parts = sum_parts;
-  const int parts = sum_parts != 0 ? sum_parts : num_hosts;
+  const int parts = sum_parts != 0 ? sum_parts : config.hosts.num_hosts();
   if (config.rebalances && parts > 1) {
     throw Error(ErrorCode::kInvalidArgument,
                 fmt::format("--rebalance: compares bits, which follow the parts that experts are "
@@ -83,6 +86,9 @@ std::vector<HostTraffic> host_traffic(const LayerRunConfig& config, const ModelG
   const ExchangeConfig exchange = exchange_of(config, geometry, result);
   std::vector<HostTraffic> traffic(static_cast<std::size_t>(hosts.num_hosts()));
   const std::size_t header = network_header_bytes(exchange);
+  // GPUs send whole pieces of fixed size where no host may wait (docs/design.md#several-hosts).
+  const bool is_fixed = config.backend == Device::Kind::kCuda && config.mode == Mode::kLowLatency;
+  const auto others = static_cast<std::size_t>(hosts.num_hosts() - 1);
   for (int r = 0; r < config.num_ranks; ++r) {
     const int own = hosts.host_of(r);
     HostTraffic& mine = traffic[static_cast<std::size_t>(own)];
@@ -92,7 +98,12 @@ std::vector<HostTraffic> host_traffic(const LayerRunConfig& config, const ModelG
       mine.dispatch_bytes += counted.dispatch_bytes[static_cast<std::size_t>(peer)];
       mine.combine_bytes += counted.combine_bytes[static_cast<std::size_t>(peer)];
     }
-    mine.dispatch_formula_bytes += header * static_cast<std::size_t>(hosts.num_hosts() - 1);
+    if (is_fixed) {
+      mine.dispatch_formula_bytes += others * network_dispatch_piece_bytes(exchange);
+      mine.combine_formula_bytes += others * network_combine_piece_bytes(exchange);
+    } else {
+      mine.dispatch_formula_bytes += others * header;
+    }
     const Workload& load = loads[static_cast<std::size_t>(r)];
     for (std::int64_t t = 0; t < load.num_tokens; ++t) {
       const std::vector<int> entries = entries_by_host(hosts, result.placement, load, r, t);
@@ -101,6 +112,7 @@ std::vector<HostTraffic> host_traffic(const LayerRunConfig& config, const ModelG
         if (h == own || n == 0) continue;
         mine.token_copies += 1;
         mine.rows += n;
+        if (is_fixed) continue;
         mine.dispatch_formula_bytes += network_record_bytes(exchange);
         traffic[static_cast<std::size_t>(h)].combine_formula_bytes +=
             network_combine_bytes(exchange, n);

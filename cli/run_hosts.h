@@ -7,13 +7,15 @@
 #include <vector>
 
 #include "layer_run.h"
+#include "sluice/hosts.h"
 
 namespace sluice::cli {
 
-/// Where the ranks of `config` are, and in how many parts the sum is made; 0: as many as hosts.
+/// Where the ranks of `config` are, if not where they were `found`, and in how many parts the sum
+/// is made; 0: as many as hosts.
 /// Throws: kInvalidArgument if the hosts do not divide the ranks, or with --rebalance, which
 ///   compares bits, for more than one part.
-void resolve_hosts(int num_hosts, int sum_parts, LayerRunConfig& config);
+void resolve_hosts(int num_hosts, const Hosts& found, int sum_parts, LayerRunConfig& config);
 
 /// `names`: [num_ranks] host_id() of each rank, or empty where all are threads of one process.
 /// Returns what is to be noted of ranks on several hosts in an exchange that takes them for one, or

@@ -2,6 +2,7 @@
 #include <nanobind/stl/optional.h>
 #include <nanobind/stl/string.h>
 #include <nanobind/stl/string_view.h>
+#include <nanobind/stl/vector.h>
 
 #include <vector>
 
@@ -73,7 +74,8 @@ void bind_engine(nb::module_& m) {
              nb::handle_t<PyBackend> backend, int layer, int max_tokens_per_rank,
              const Name& low_latency, const Name& normal, int max_m, float routed_scaling_factor,
              const Name& dispatch_dtype, std::optional<int> timeout_ms, int num_slots,
-             const std::optional<Placement>& placement) {
+             const std::optional<Placement>& placement, const std::vector<int>& hosts,
+             int sum_parts) {
             const ModeRecipes recipes = recipes_of(low_latency, normal, dispatch_dtype);
             init_engine(self, checkpoint, transport, backend,
                         {.layer = layer,
@@ -84,6 +86,8 @@ void bind_engine(nb::module_& m) {
                          .max_m = max_m,
                          .num_slots = num_slots,
                          .placement = placement.value_or(Placement()),
+                         .hosts = hosts_or_transport(hosts),
+                         .sum_parts = sum_parts,
                          .routed_scaling_factor = routed_scaling_factor,
                          .peer_timeout = timeout_or_environment(timeout_ms)});
           },
@@ -91,6 +95,7 @@ void bind_engine(nb::module_& m) {
           "max_tokens_per_rank"_a, "low_latency"_a = "direct", "normal"_a = "direct", "max_m"_a = 0,
           "routed_scaling_factor"_a = 1.0f, "dispatch_dtype"_a = nb::none(),
           "timeout_ms"_a = nb::none(), "num_slots"_a = 0, "placement"_a = nb::none(),
+          "hosts"_a = std::vector<int>(), "sum_parts"_a = 0,
           "low_latency, normal: recipe of each mode; None for a mode that is not called.\n"
           "max_m: low-latency, rows reserved for each expert; 0 for the worst case.\n"
           "routed_scaling_factor: 1 where the host model applies it.\n"
@@ -98,7 +103,12 @@ void bind_engine(nb::module_& m) {
           "timeout_ms: longest wait for a peer; None: SLUICE_TIMEOUT_MS or 10 s.\n"
           "num_slots: slots for experts over all ranks, so that experts may repeat and move; 0: "
           "those\n"
-          "of placement, or none. placement: a Placement; None: Placement.even().\n\n"
+          "of placement, or none. placement: a Placement; None: Placement.even().\n"
+          "hosts: each rank's host, numbered from 0; empty: those that the transport knows. Over "
+          "several\n"
+          "hosts a token crosses the network once for each. sum_parts: parts of the experts that "
+          "are\n"
+          "added up apart; 0: as many as hosts; 1: the order of one host, for more bytes.\n\n"
           "Raises Error: transport naming ranks and field if ranks differ, and whatever Recipe,\n"
           "Checkpoint and Exchange raise.");
 

@@ -2,6 +2,7 @@
 #include <nanobind/stl/optional.h>
 #include <nanobind/stl/string.h>
 #include <nanobind/stl/string_view.h>
+#include <nanobind/stl/vector.h>
 
 #include <array>
 
@@ -275,7 +276,8 @@ void bind_exchange(nb::module_& m) {
           [](PyExchange* self, nb::handle_t<PyTransport> transport, nb::handle_t<PyBackend> backend,
              int num_experts, int num_topk, int hidden, int max_tokens_per_rank,
              std::string_view mode, std::string_view wire, int max_m, float routed_scaling_factor,
-             int num_in_flight, std::optional<int> timeout_ms) {
+             int num_in_flight, std::optional<int> timeout_ms, const std::vector<int>& hosts,
+             int sum_parts) {
             auto& t = nb::cast<PyTransport&>(transport);
             auto& b = nb::cast<PyBackend&>(backend);
             const ExchangeConfig config{.mode = parse_mode(mode),
@@ -285,6 +287,8 @@ void bind_exchange(nb::module_& m) {
                                         .hidden = hidden,
                                         .max_tokens_per_rank = max_tokens_per_rank,
                                         .max_m = max_m,
+                                        .hosts = hosts_or_transport(hosts),
+                                        .sum_parts = sum_parts,
                                         .routed_scaling_factor = routed_scaling_factor,
                                         .num_in_flight = num_in_flight,
                                         .peer_timeout = timeout_or_environment(timeout_ms)};
@@ -302,13 +306,19 @@ void bind_exchange(nb::module_& m) {
           "max_tokens_per_rank"_a, "mode"_a = "low-latency",
           "wire"_a = to_string(WireFormat::kE4m3Group), "max_m"_a = 0,
           "routed_scaling_factor"_a = 1.0f, "num_in_flight"_a = 2, "timeout_ms"_a = nb::none(),
+          "hosts"_a = std::vector<int>(), "sum_parts"_a = 0,
           "Collective.\n\n"
           "num_experts: over all ranks. mode: 'low-latency' (masked) or 'normal' (contiguous).\n"
           "wire: Recipe.wire.\n"
           "max_m: low-latency, rows reserved for each expert; 0 for the worst case.\n"
           "routed_scaling_factor: applied once, by combine. num_in_flight: Dispatched alive at "
           "once.\n"
-          "timeout_ms: longest wait for a peer; None: SLUICE_TIMEOUT_MS or 10 s.\n\n"
+          "timeout_ms: longest wait for a peer; None: SLUICE_TIMEOUT_MS or 10 s.\n"
+          "hosts: each rank's host, numbered from 0; empty: those that the transport knows. Over "
+          "several\n"
+          "hosts a token crosses the network once for each. sum_parts: parts of the experts that "
+          "are\n"
+          "added up apart; 0: as many as hosts; 1: the order of one host, for more bytes.\n\n"
           "Raises Error: invalid_argument naming the field, transport if ranks differ,\n"
           "peer_timeout, out_of_memory, unsupported.")
       .def_prop_ro(

@@ -147,12 +147,15 @@ void bind_layer_group(nb::module_& m) {
           [](PyLayerGroup* self, nb::handle_t<PyTransport> transport,
              nb::handle_t<PyBackend> backend, const ModelGeometry& geometry, int low_latency_tokens,
              int normal_tokens, int max_m, float routed_scaling_factor, int num_in_flight,
-             std::optional<int> timeout_ms, int num_slots) {
+             std::optional<int> timeout_ms, int num_slots, const std::vector<int>& hosts,
+             int sum_parts) {
             init_group(self, transport, backend,
                        {.geometry = geometry,
                         .low_latency = {.max_tokens_per_rank = low_latency_tokens, .max_m = max_m},
                         .normal = {.max_tokens_per_rank = normal_tokens},
                         .num_slots = num_slots,
+                        .hosts = hosts_or_transport(hosts),
+                        .sum_parts = sum_parts,
                         .routed_scaling_factor = routed_scaling_factor,
                         .num_in_flight = num_in_flight,
                         .peer_timeout = timeout_or_environment(timeout_ms)});
@@ -160,6 +163,7 @@ void bind_layer_group(nb::module_& m) {
           "transport"_a, "backend"_a, nb::kw_only(), "geometry"_a, "low_latency_tokens"_a = 0,
           "normal_tokens"_a = 0, "max_m"_a = 0, "routed_scaling_factor"_a = 1.0f,
           "num_in_flight"_a = 0, "timeout_ms"_a = nb::none(), "num_slots"_a = 0,
+          "hosts"_a = std::vector<int>(), "sum_parts"_a = 0,
           "geometry: num_experts, num_topk, hidden and intermediate of every layer.\n"
           "low_latency_tokens, normal_tokens: most tokens of a rank in a call of that mode; 0 for "
           "a\n"
@@ -170,7 +174,12 @@ void bind_layer_group(nb::module_& m) {
           "needs.\n"
           "timeout_ms: longest wait for a peer; None: SLUICE_TIMEOUT_MS or 10 s.\n"
           "num_slots: slots for experts over all ranks, so that experts may repeat and move; 0:\n"
-          "expert e stays in slot e.\n\n"
+          "expert e stays in slot e.\n"
+          "hosts: each rank's host, numbered from 0; empty: those that the transport knows. Over "
+          "several\n"
+          "hosts a token crosses the network once for each. sum_parts: parts of the experts that "
+          "are\n"
+          "added up apart; 0: as many as hosts; 1: the order of one host, for more bytes.\n\n"
           "Raises Error: invalid_argument naming the field, transport naming ranks and field if "
           "ranks\n"
           "differ, out_of_memory, peer_timeout.")

@@ -179,6 +179,16 @@ void bind_transport(nb::module_& m) {
       .def_prop_ro(
           "name", [](const PyTransport& t) { return t.transport->name(); },
           "'inproc', 'ipc', 'mpi' or 'nccl'.")
+      .def_prop_ro(
+          "hosts",
+          [](const PyTransport& t) {
+            const Hosts hosts = t.transport->hosts();
+            std::vector<int> of_rank;
+            for (int r = 0; r < t.transport->num_ranks(); ++r) of_rank.push_back(hosts.host_of(r));
+            return of_rank;
+          },
+          "Each rank's host, numbered from 0, where the transport finds that out (nccl); else one\n"
+          "host.")
       .def("all_gather", &all_gather, "mine"_a, nb::kw_only(), "timeout_ms"_a = nb::none(),
            "Every rank's bytes, as many on each, ordered by rank. For set-up. Collective.\n\n"
            "Raises Error: peer_timeout naming ranks, transport.")

@@ -10,6 +10,7 @@
 #include <chrono>
 #include <optional>
 #include <string_view>
+#include <vector>
 
 #include "arrays.h"
 #include "sluice/backend.h"
@@ -18,6 +19,7 @@
 #include "sluice/error.h"
 #include "sluice/exchange.h"
 #include "sluice/experts.h"
+#include "sluice/hosts.h"
 #include "sluice/layer.h"
 #include "sluice/transport.h"
 
@@ -142,6 +144,11 @@ using Name = std::optional<std::string_view>;
 /// Positive milliseconds, or what the environment says.
 [[nodiscard]] inline std::chrono::milliseconds timeout_or_environment(std::optional<int> ms) {
   return ms ? std::chrono::milliseconds(*ms) : read_environment().peer_timeout;
+}
+
+/// Of each rank's host; empty: those that the transport knows.
+[[nodiscard]] inline Hosts hosts_or_transport(const std::vector<int>& host_of_rank) {
+  return host_of_rank.empty() ? Hosts() : Hosts::create(host_of_rank);
 }
 
 /// x [num_tokens, hidden] of a dispatch.

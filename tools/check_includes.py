@@ -29,7 +29,9 @@ MODULES = [
     ("device memory",  "src/transport/ipc_device", ("public", "core"),                    ("cuda",)),
     ("nccl library",   "src/transport/nccl_library", ("public", "core", "nccl table"),    ("posix", "cuda")),
     ("nccl table",     "src/transport/nccl_api.h", (),                                     ()),
-    ("transport",      "src/transport/",       ("public", "core", "device handles", "device memory", "nccl table"), ("posix",)),
+    # What crosses hosts, for the exchange that spreads it inside them.
+    ("rails",          "src/transport/rails.h", ("public",),                              ()),
+    ("transport",      "src/transport/",       ("public", "core", "device handles", "device memory", "nccl table", "rails"), ("posix",)),
     # What rows are: values that kernels take as arguments.
     ("rows",           "src/backend/rows.h",   ("public",),                               ()),
     # What is known of a backend before there is one; each backend's folder defines its own.
@@ -54,7 +56,7 @@ MODULES = [
     ("slot ranks",     "src/exchange/slot_ranks.h", (),                                    ()),
     # The order of a sum and what it refuses: the model of the network refuses the same.
     ("sum parts",      "src/exchange/sum_parts.h", ("public",),                            ()),
-    ("cuda exchange",  "src/exchange/cuda/",   ("public", "core", "quant", "ops", "ptx", "device handles", "slot ranks", "exchange",
+    ("cuda exchange",  "src/exchange/cuda/",   ("public", "core", "quant", "ops", "ptx", "device handles", "rails", "slot ranks", "sum parts", "exchange",
                                                 "cuda support", "cuda carveout", "cuda formats"),
                                                                                           ("cuda",)),
     ("exchange",       "src/exchange/",        ("public", "core", "quant", "traits", "rows", "ops", "slot ranks", "sum parts"), ()),
@@ -102,7 +104,7 @@ PUBLIC_OF = {
     "transport": BASE | {"transport.h", "network.h"},
     "rows": BACKEND, "traits": BACKEND, "scale fault": BASE, "repack checks": BACKEND, "experts check": BACKEND, "ops": BACKEND, "cpu backend": BACKEND, "ptx": BASE,
     "cuda support": BASE, "cuda carveout": BASE, "cuda formats": VALUES, "cuda backend": BACKEND, "backend": BACKEND,
-    "cuda exchange": BACKEND | {"transport.h", "exchange.h", "placement.h"},
+    "cuda exchange": BACKEND | {"transport.h", "exchange.h", "network_bytes.h", "placement.h"},
     "exchange": BACKEND | {"transport.h", "exchange.h", "hosts.h", "network_bytes.h", "placement.h"},
     "sum parts": {"exchange.h"},
     "json": BASE,

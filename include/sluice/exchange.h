@@ -50,9 +50,12 @@ struct ExchangeConfig {
   /// Low-latency: rows reserved per local expert; 0 = num_ranks * max_tokens_per_rank, which no
   /// routing without repeated experts can exceed. More rows than this are refused on every rank.
   int max_m = 0;
-  Hosts hosts = {};  ///< Which rank is on which host. In CUDA memory: one host.
+  /// Which rank is on which host; empty: Transport::hosts(). In CUDA memory several hosts need
+  /// transport nccl, and as many ranks on each.
+  Hosts hosts = {};
   /// Parts of the experts that combine() adds up apart, as it says; 0: as many as hosts. With more
   /// than one host: 1, or as many as hosts, times a power of two where they are even and in order.
+  /// In CUDA memory of one host: 1.
   int sum_parts = 0;
   float routed_scaling_factor = 1.0f;              ///< Applied once, by combine().
   int num_in_flight = 2;                           ///< Dispatched values alive at once, 1 .. 8.
@@ -152,7 +155,8 @@ class Dispatched {
 /// Monotonic counters since create(); the consumer subtracts.
 struct ExchangeCounters {
   std::vector<std::uint64_t> dispatch_bytes;  ///< [num_ranks] put to each rank, own included.
-  /// [num_ranks] put to each rank (CPU), or of rows that came from each rank's experts (CUDA).
+  /// [num_ranks] put to each rank (CPU, and over the network), or of rows that came from each
+  /// rank's experts (CUDA, on a host).
   std::vector<std::uint64_t> combine_bytes;
   std::vector<std::uint64_t> dispatch_rows;  ///< [num_ranks] token copies sent to each rank.
   std::vector<std::uint64_t> wait_ns;        ///< [num_ranks] spent waiting for each source.
@@ -202,7 +206,9 @@ class Exchange {
   ///          makes a layer.
   /// Stream:  asynchronous on CUDA; the batch may be read by later work on `stream`. No allocation
   ///          and no host synchronization: may be captured in a CUDA graph and replayed, also
-  ///          interleaved with other graphs of this exchange, in the same order on every rank.
+  ///          interleaved with other graphs of this exchange, in the same order on every rank. On
+  ///          CUDA over several hosts normal mode waits for the stream once, since hosts tell each
+  ///          other sizes first; it refuses to be captured.
   /// Throws:  kInvalidArgument before anything is sent; the same on *every* rank when an expert
   ///          would receive more than its capacity. kPeerTimeout names operation, epoch and
   ///          missing ranks. On CUDA what the device finds is thrown by the next dispatch or by

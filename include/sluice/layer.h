@@ -68,8 +68,9 @@ struct LayerGroupConfig {
   /// Slots for experts over all ranks: a multiple of num_ranks, and at least num_experts. 0: as
   /// many as experts, expert e stays in slot e, and no call looks anything up.
   int num_slots = 0;
-  /// Which rank is on which host, and the parts of the sum: as in ExchangeConfig. With sum_parts
-  /// above 1 the bits of an output follow the parts that its experts' slots are in.
+  /// Which rank is on which host (empty: Transport::hosts()), and the parts of the sum: as in
+  /// ExchangeConfig. With sum_parts above 1 the bits of an output follow the parts that its
+  /// experts' slots are in.
   Hosts hosts = {};
   int sum_parts = 0;
   float routed_scaling_factor = 1.0f;  ///< 1: the host model applies it.

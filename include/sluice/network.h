@@ -37,7 +37,7 @@ struct ProcessGroup {
 };
 
 struct NcclConfig {
-  int device = 0;         ///< CUDA device of this rank.
+  int device = 0;  ///< CUDA device of this rank. -1: by its place among the ranks of its host.
   std::string host = {};  ///< This process's host; ranks with equal ones share one. "": host_id().
   std::string library = {};  ///< Path of NCCL. "": the one that the process has loaded, or else the
                              ///< loader's libnccl.so.2.

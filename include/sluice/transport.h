@@ -19,6 +19,8 @@
 #include <string>
 #include <vector>
 
+#include "sluice/hosts.h"
+
 namespace sluice {
 
 /// Monotonic counters; the consumer subtracts. Indexed by peer rank; own rank included.
@@ -85,6 +87,9 @@ class Transport {
       std::shared_ptr<std::byte> mine, std::size_t bytes, std::chrono::milliseconds timeout);
 
   [[nodiscard]] virtual TransportCounters counters() const = 0;
+
+  /// Which rank is on which host, where the transport finds that out (nccl); else one host.
+  [[nodiscard]] virtual Hosts hosts() const { return {}; }
 };
 
 /// Ranks as threads of this process. Element r belongs to rank r, whose thread alone uses it.

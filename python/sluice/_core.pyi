@@ -288,6 +288,13 @@ class Transport:
     def name(self) -> str:
         """'inproc', 'ipc', 'mpi' or 'nccl'."""
 
+    @property
+    def hosts(self) -> list[int]:
+        """
+        Each rank's host, numbered from 0, where the transport finds that out (nccl); else one
+        host.
+        """
+
     def all_gather(self, mine: bytes, *, timeout_ms: int | None = None) -> list[bytes]:
         """
         Every rank's bytes, as many on each, ordered by rank. For set-up. Collective.
@@ -590,7 +597,7 @@ class Exchange:
     same calls in the same order. Keeps transport and backend alive.
     """
 
-    def __init__(self, transport: Transport, backend: Backend, *, num_experts: int, num_topk: int, hidden: int, max_tokens_per_rank: int, mode: str = 'low-latency', wire: str = 'e4m3 + f32 scale per 128', max_m: int = 0, routed_scaling_factor: float = 1.0, num_in_flight: int = 2, timeout_ms: int | None = None) -> None:
+    def __init__(self, transport: Transport, backend: Backend, *, num_experts: int, num_topk: int, hidden: int, max_tokens_per_rank: int, mode: str = 'low-latency', wire: str = 'e4m3 + f32 scale per 128', max_m: int = 0, routed_scaling_factor: float = 1.0, num_in_flight: int = 2, timeout_ms: int | None = None, hosts: Sequence[int] = [], sum_parts: int = 0) -> None:
         """
         Collective.
 
@@ -599,6 +606,9 @@ class Exchange:
         max_m: low-latency, rows reserved for each expert; 0 for the worst case.
         routed_scaling_factor: applied once, by combine. num_in_flight: Dispatched alive at once.
         timeout_ms: longest wait for a peer; None: SLUICE_TIMEOUT_MS or 10 s.
+        hosts: each rank's host, numbered from 0; empty: those that the transport knows. Over several
+        hosts a token crosses the network once for each. sum_parts: parts of the experts that are
+        added up apart; 0: as many as hosts; 1: the order of one host, for more bytes.
 
         Raises Error: invalid_argument naming the field, transport if ranks differ,
         peer_timeout, out_of_memory, unsupported.
@@ -901,7 +911,7 @@ class LayerGroup:
     and moe_forward() are collective; one thread at a time.
     """
 
-    def __init__(self, transport: Transport, backend: Backend, *, geometry: ModelGeometry, low_latency_tokens: int = 0, normal_tokens: int = 0, max_m: int = 0, routed_scaling_factor: float = 1.0, num_in_flight: int = 0, timeout_ms: int | None = None, num_slots: int = 0) -> None:
+    def __init__(self, transport: Transport, backend: Backend, *, geometry: ModelGeometry, low_latency_tokens: int = 0, normal_tokens: int = 0, max_m: int = 0, routed_scaling_factor: float = 1.0, num_in_flight: int = 0, timeout_ms: int | None = None, num_slots: int = 0, hosts: Sequence[int] = [], sum_parts: int = 0) -> None:
         """
         geometry: num_experts, num_topk, hidden and intermediate of every layer.
         low_latency_tokens, normal_tokens: most tokens of a rank in a call of that mode; 0 for a
@@ -912,6 +922,9 @@ class LayerGroup:
         timeout_ms: longest wait for a peer; None: SLUICE_TIMEOUT_MS or 10 s.
         num_slots: slots for experts over all ranks, so that experts may repeat and move; 0:
         expert e stays in slot e.
+        hosts: each rank's host, numbered from 0; empty: those that the transport knows. Over several
+        hosts a token crosses the network once for each. sum_parts: parts of the experts that are
+        added up apart; 0: as many as hosts; 1: the order of one host, for more bytes.
 
         Raises Error: invalid_argument naming the field, transport naming ranks and field if ranks
         differ, out_of_memory, peer_timeout.
@@ -1139,7 +1152,7 @@ class Engine(Layer):
     the checkpoint is not needed afterwards.
     """
 
-    def __init__(self, checkpoint: Checkpoint, transport: Transport, backend: Backend, *, layer: int, max_tokens_per_rank: int, low_latency: str | None = 'direct', normal: str | None = 'direct', max_m: int = 0, routed_scaling_factor: float = 1.0, dispatch_dtype: str | None = None, timeout_ms: int | None = None, num_slots: int = 0, placement: Placement | None = None) -> None:
+    def __init__(self, checkpoint: Checkpoint, transport: Transport, backend: Backend, *, layer: int, max_tokens_per_rank: int, low_latency: str | None = 'direct', normal: str | None = 'direct', max_m: int = 0, routed_scaling_factor: float = 1.0, dispatch_dtype: str | None = None, timeout_ms: int | None = None, num_slots: int = 0, placement: Placement | None = None, hosts: Sequence[int] = [], sum_parts: int = 0) -> None:
         """
         low_latency, normal: recipe of each mode; None for a mode that is not called.
         max_m: low-latency, rows reserved for each expert; 0 for the worst case.
@@ -1148,6 +1161,9 @@ class Engine(Layer):
         timeout_ms: longest wait for a peer; None: SLUICE_TIMEOUT_MS or 10 s.
         num_slots: slots for experts over all ranks, so that experts may repeat and move; 0: those
         of placement, or none. placement: a Placement; None: Placement.even().
+        hosts: each rank's host, numbered from 0; empty: those that the transport knows. Over several
+        hosts a token crosses the network once for each. sum_parts: parts of the experts that are
+        added up apart; 0: as many as hosts; 1: the order of one host, for more bytes.
 
         Raises Error: transport naming ranks and field if ranks differ, and whatever Recipe,
         Checkpoint and Exchange raise.

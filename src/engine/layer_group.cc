@@ -192,8 +192,10 @@ std::array<std::optional<LayerRecipe>, 2> resolve_recipes(const LayerGroupConfig
   return resolved;
 }
 
-LayerGroup LayerGroup::create(const LayerGroupConfig& config, Transport& transport,
+LayerGroup LayerGroup::create(const LayerGroupConfig& wanted, Transport& transport,
                               Backend& backend) {
+  LayerGroupConfig config = wanted;
+  if (config.hosts.num_ranks() == 0) config.hosts = transport.hosts();
   const Device::Kind device = backend.device().kind;
   check_bias(config.geometry, device);
   const std::int64_t max_rows = checked_max_rows(config, transport.num_ranks(), device);

@@ -55,9 +55,9 @@ void check_config(const ExchangeConfig& c, int num_ranks) {
 
 /// What only the exchange for host memory does.
 void check_device(const ExchangeConfig& c) {
-  if (c.hosts.num_hosts() > 1 || c.total_parts() > 1) {
+  if (c.hosts.num_hosts() == 1 && c.total_parts() > 1) {
     fail(ErrorCode::kUnsupported,
-         "{}, sum_parts {}: the exchange in CUDA memory is on one host and adds up in one part",
+         "{}, sum_parts {}: the exchange in CUDA memory of one host adds up in one part",
          c.hosts.to_string(), c.total_parts());
   }
 }
@@ -150,7 +150,9 @@ std::int64_t Exchange::max_rows(const ExchangeConfig& config, int num_ranks) {
 }
 
 Exchange Exchange::create(const ExchangeConfig& config, Transport& transport, Backend& backend) {
-  const ExchangeConfig checked = resolved(config, transport.num_ranks());
+  ExchangeConfig with_hosts = config;
+  if (config.hosts.num_ranks() == 0) with_hosts.hosts = transport.hosts();
+  const ExchangeConfig checked = resolved(with_hosts, transport.num_ranks());
   const bool is_on_host = traits_of(backend.device().kind).has_host_memory;
   if (!is_on_host) check_device(checked);
   require_agreement(transport, exchange_agreement(checked), checked.peer_timeout);

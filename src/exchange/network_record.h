@@ -2,6 +2,7 @@
 // token that has an expert on the relay's host.
 //
 //   header   num_records i32, rows [S] i32 (low-latency: of the source, for every expert slot)
+//            or, between GPUs in normal mode: num_records i32, rows of bf16 that come home i32
 //   record   payload | scales | token i32 | slots [k] i32 | weights [k] f32
 //
 // `slots` has -1 for entries that are empty or have their expert on another host. Weights travel

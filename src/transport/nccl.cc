@@ -116,10 +116,11 @@ std::vector<std::vector<std::byte>> NcclTransport::all_gather(std::span<const st
 std::vector<std::shared_ptr<std::byte>> NcclTransport::share_device_memory(
     std::shared_ptr<std::byte> mine, std::size_t bytes, milliseconds timeout) {
   if (num_hosts() > 1) {
-    fail(ErrorCode::kUnsupported,
-         "the exchange of this build has no path between hosts for CUDA memory: the group has {} "
-         "hosts",
-         num_hosts());
+    fail(
+        ErrorCode::kUnsupported,
+        "share_device_memory: ranks of {} hosts do not address each other's memory: what is spread "
+        "over all of them, such as experts that move, stays on one host",
+        num_hosts());
   }
   return mates_->share_device_memory(std::move(mine), bytes, timeout);
 }
@@ -129,6 +130,10 @@ TransportCounters NcclTransport::counters() const {
   const auto ranks = static_cast<std::size_t>(num_ranks());
   return {.bytes_put = std::vector<std::uint64_t>(ranks),
           .puts = std::vector<std::uint64_t>(ranks)};
+}
+
+Hosts NcclTransport::hosts() const {
+  return num_hosts() == 1 ? Hosts() : Hosts::create(host_of_);
 }
 
 std::unique_ptr<Transport> make_nccl_transport(const NcclConfig& config, const TcpConfig& meeting,

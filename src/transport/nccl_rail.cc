@@ -110,7 +110,7 @@ void NcclRail::settle(const char* operation) {
   }
 }
 
-int NcclRail::watch(NcclProgress progress, std::function<void(const Error&)> on_failure) {
+int NcclRail::watch(RailProgress progress, std::function<void(const Error&)> on_failure) {
   const Lock lock(mutex_);
   watches_[next_watch_] = {progress, std::move(on_failure), 0, Clock::now()};
   return next_watch_++;

@@ -15,7 +15,6 @@
 // ends, too, also where a captured graph is replayed without a call of this library.
 #pragma once
 
-#include <atomic>
 #include <chrono>
 #include <condition_variable>
 #include <cstddef>
@@ -31,16 +30,10 @@
 
 #include "sluice/error.h"
 #include "transport/nccl_api.h"
+#include "transport/rails.h"
 #include "transport/tcp_link.h"
 
 namespace sluice {
-
-/// Words in host memory that the device counts up: before an operation, and when it is complete.
-/// They never go back. The same operations are counted on every rank.
-struct NcclProgress {
-  const std::atomic<std::uint64_t>* begun = nullptr;
-  const std::atomic<std::uint64_t>* done = nullptr;
-};
 
 struct NcclRailConfig {
   std::vector<int> members = {};        ///< The rail's ranks, by host.
@@ -51,53 +44,29 @@ struct NcclRailConfig {
   std::chrono::milliseconds timeout{10'000};
 };
 
-/// Threads: one at a time.
-class NcclRail {
+class NcclRail final : public Rail {
  public:
-  struct Send {
-    int host;
-    const void* data;
-    std::size_t bytes;
-  };
-  struct Receive {
-    int host;
-    void* data;
-    std::size_t bytes;
-  };
-
   /// Collective over the rail. `api` and `link` outlive it.
   /// Throws: kPeerTimeout or kTransport naming ranks and hosts; kTransport with what NCCL says.
   NcclRail(const NcclApi& api, TcpLink& link, NcclRailConfig config);
-  ~NcclRail();  ///< Waits for nobody: what is under way is aborted.
+  ~NcclRail() override;  ///< Waits for nobody: what is under way is aborted.
   NcclRail(const NcclRail&) = delete;
   NcclRail& operator=(const NcclRail&) = delete;
 
-  [[nodiscard]] int num_hosts() const noexcept { return static_cast<int>(config_.members.size()); }
-  [[nodiscard]] int host() const noexcept { return config_.host; }
-
-  /// Queues all of these as one operation, which is complete when all of them are. For each send of
-  /// one host there is a receive of as many bytes at the other, in the same order.
-  /// Stream: asynchronous. It may be captured after an operation between the same hosts has been
-  ///   run: the first one connects them.
-  /// Throws: kPeerTimeout, kTransport, as above and from then on. Waits only while NCCL connects
-  ///   hosts, and no longer than the timeout.
-  void exchange(std::span<const Send> sends, std::span<const Receive> receives, void* stream);
-
-  /// From now on an operation that has begun on the device and is not done within the timeout
-  /// fails. `on_failure` is called once, on a thread of the rail or the one that found the failure,
-  /// for whatever reason it fails. It does not throw, and calls nothing of the rail but
-  /// stop_watching(). Returns what stop_watching() takes.
-  [[nodiscard]] int watch(NcclProgress progress, std::function<void(const Error&)> on_failure);
-  /// When it returns, `on_failure` is not running and will not be called any more, unless it is
-  /// called from there.
-  void stop_watching(int watch);
-
-  /// Throws what failed, if something has.
-  void check() const;
+  [[nodiscard]] int num_hosts() const noexcept override {
+    return static_cast<int>(config_.members.size());
+  }
+  [[nodiscard]] int host() const noexcept override { return config_.host; }
+  void exchange(std::span<const Send> sends, std::span<const Receive> receives,
+                void* stream) override;
+  [[nodiscard]] int watch(RailProgress progress,
+                          std::function<void(const Error&)> on_failure) override;
+  void stop_watching(int watch) override;
+  void check() const override;
 
  private:
   struct Watch {
-    NcclProgress progress;
+    RailProgress progress;
     std::function<void(const Error&)> on_failure;
     std::uint64_t seen_done = 0;
     std::chrono::steady_clock::time_point since{};  // When that was seen, or there was nothing.

@@ -11,11 +11,12 @@
 #include "sluice/network.h"
 #include "transport/nccl_api.h"
 #include "transport/nccl_rail.h"
+#include "transport/rails.h"
 #include "transport/tcp_link.h"
 
 namespace sluice {
 
-class NcclTransport final : public Transport {
+class NcclTransport final : public RailTransport {
  public:
   /// Collective. `api` outlives it. Throws as make_nccl_transport() does.
   NcclTransport(const NcclApi& api, const NcclConfig& config, const TcpConfig& meeting,
@@ -34,6 +35,7 @@ class NcclTransport final : public Transport {
       std::shared_ptr<std::byte> mine, std::size_t bytes,
       std::chrono::milliseconds timeout) override;
   [[nodiscard]] TransportCounters counters() const override;
+  [[nodiscard]] Hosts hosts() const override;
 
   /// [num_ranks] the host of each rank, numbered in the order of their first ranks.
   [[nodiscard]] std::span<const int> host_of_rank() const noexcept { return host_of_; }
@@ -42,10 +44,9 @@ class NcclTransport final : public Transport {
   [[nodiscard]] std::span<const int> ranks_of(int host) const {
     return ranks_of_[static_cast<std::size_t>(host)];
   }
-  /// Of this rank's local index; null in a group of one host.
-  [[nodiscard]] NcclRail* rail() const noexcept { return rail_.get(); }
-  /// The ranks of this host, over ipc; rank r there is ranks_of(own host)[r].
-  [[nodiscard]] Transport& mates() const noexcept { return *mates_; }
+  [[nodiscard]] NcclRail* rail() const noexcept override { return rail_.get(); }
+  /// Over ipc.
+  [[nodiscard]] Transport& mates() const noexcept override { return *mates_; }
 
  private:
   void place_ranks(const std::string& host, const std::string& secret,

@@ -163,7 +163,9 @@ class CudaRank {
                       .payload_bytes = static_cast<int>(table_.payload_bytes),
                       .first_token = static_cast<int>(rounds_.first_token(rank_)),
                       .factor = exchange_->config().routed_scaling_factor,
-                      .found = as<Mismatches>(found_) + 1},
+                      .found = as<Mismatches>(found_) + 1,
+                      .num_parts = exchange_->config().total_parts(),
+                      .experts_per_part = rounds_.num_experts / exchange_->config().total_parts()},
                      stream().handle);
   }
 

@@ -70,6 +70,34 @@ __global__ void check_batch_kernel(BatchCheck p) {
   }
 }
 
+/// The sum of a token's channel: each part in order of k, then neighbours in rounds; what has no
+/// entry is left out.
+__device__ float sum_of(const SumCheck& p, int t, const std::uint8_t* row, int c) {
+  float part[kMaxCheckedParts] = {};
+  unsigned has = 0;
+  for (int k = 0; k < p.num_topk; ++k) {
+    const int e = p.topk_idx[t * p.num_topk + k];
+    if (e < 0) continue;
+    const float value = from_bf16(expert_value(e, row, p.payload_bytes, c));
+    const float product = __fmul_rn(p.weights[t * p.num_topk + k], value);
+    const int mine = p.num_parts == 1 ? 0 : e / p.experts_per_part;
+#pragma unroll
+    for (int i = 0; i < kMaxCheckedParts; ++i) {
+      if (i == mine) part[i] = __fadd_rn(part[i], product), has |= 1u << i;
+    }
+  }
+#pragma unroll
+  for (int step = 1; step < kMaxCheckedParts; step *= 2) {
+#pragma unroll
+    for (int i = 0; i + step < kMaxCheckedParts; i += 2 * step) {
+      const bool left = has >> i & 1, right = has >> (i + step) & 1;
+      if (right) part[i] = left ? __fadd_rn(part[i], part[i + step]) : part[i + step];
+      if (right) has |= 1u << i;
+    }
+  }
+  return part[0];
+}
+
 __global__ void check_sum_kernel(SumCheck p) {
   __shared__ int wrong, first;
   for (int t = blockIdx.x; t < p.num_tokens; t += gridDim.x) {
@@ -79,14 +107,7 @@ __global__ void check_sum_kernel(SumCheck p) {
         p.table + static_cast<std::size_t>(p.first_token + t) * p.payload_bytes;
     int count = 0, where = 1 << 30;
     for (int c = threadIdx.x; c < p.hidden; c += kThreads) {
-      float sum = 0;
-      for (int k = 0; k < p.num_topk; ++k) {
-        const int e = p.topk_idx[t * p.num_topk + k];
-        if (e < 0) continue;
-        const float value = from_bf16(expert_value(e, row, p.payload_bytes, c));
-        sum = __fadd_rn(sum, __fmul_rn(p.weights[t * p.num_topk + k], value));
-      }
-      const std::uint16_t want = to_bf16(__fmul_rn(sum, p.factor));
+      const std::uint16_t want = to_bf16(__fmul_rn(sum_of(p, t, row, c), p.factor));
       if (p.y[static_cast<std::size_t>(t) * p.hidden + c] != want) ++count, where = min(where, c);
     }
     if (count > 0) atomicAdd(&wrong, count), atomicMin(&first, where);

@@ -40,7 +40,10 @@ struct SumCheck {
   int num_tokens, num_topk, hidden, payload_bytes, first_token;
   float factor;
   Mismatches* found;
+  int num_parts = 1;         // The sum is of so many parts, at most kMaxCheckedParts...
+  int experts_per_part = 1;  // ... each of so many experts.
 };
+inline constexpr int kMaxCheckedParts = 8;
 void launch_check_sum(const SumCheck& check, void* stream);
 
 /// Fills num_bytes with 0xff: e4m3 NaN, bf16 NaN, f32 NaN.

@@ -1,9 +1,10 @@
 // The main of tests with ranks: `test` runs them as threads, `mpirun -n N test --transport mpi` and
 // `test --transport ipc --processes N` as processes. Then only process 0 reports what passes, and
-// each reports what it saw fail.
+// each reports what it saw fail. `--transport nccl --processes N --hosts H` takes them for H hosts.
 #include <gmock/gmock.h>
 
 #include <cstdio>
+#include <cstdlib>
 #include <map>
 #include <string>
 
@@ -52,13 +53,20 @@ int run_as_rank(const std::string& transport) {
 }  // namespace sluice::testing
 
 int main(int argc, char** argv) {
-  std::map<std::string, std::string> given = {{"--transport", "inproc"}, {"--processes", "2"}};
+  std::map<std::string, std::string> given = {
+      {"--transport", "inproc"}, {"--processes", "2"}, {"--hosts", "1"}};
   for (int i = 1; i + 1 < argc; ++i) {
     if (given.count(argv[i])) given[argv[i]] = argv[i + 1];
   }
-  if (given["--transport"] == "ipc" && !sluice::read_job_place()) {
+  const bool starts_processes = given["--transport"] == "ipc" || given["--transport"] == "nccl";
+  if (starts_processes && !sluice::read_job_place()) {
     return sluice::run_as_processes(std::stoi(given["--processes"]),
                                     sluice::testing::kProcessTimeout);
+  }
+  if (given["--transport"] == "nccl") {
+    const sluice::JobPlace place = sluice::read_job_place().value();
+    const int host = place.rank * std::stoi(given["--hosts"]) / place.num_ranks;
+    setenv("NCCL_HOSTID", ("virtual-host-" + std::to_string(host)).c_str(), 1);
   }
   ::testing::InitGoogleMock(&argc, argv);
   if (given["--transport"] == "inproc") return RUN_ALL_TESTS();

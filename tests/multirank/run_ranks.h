@@ -1,8 +1,10 @@
 // run_ranks.h - runs one body per rank, each with its transport: ranks are threads of this process,
 // or processes that all run the same tests: `mpirun -n N test --transport mpi`, or
-// `test --transport ipc --processes N`.
+// `test --transport ipc --processes N`, or `test --transport nccl --processes N --hosts H`, where
+// processes of one machine are taken for H hosts.
 #pragma once
 
+#include <algorithm>
 #include <cstring>
 #include <exception>
 #include <functional>
@@ -11,9 +13,11 @@
 #include <string>
 #include <vector>
 
+#include "sluice/backend.h"
 #include "sluice/config.h"
 #include "sluice/error.h"
 #include "sluice/lab/ranks.h"
+#include "sluice/network.h"
 #include "sluice/transport.h"
 
 namespace sluice::testing {
@@ -27,12 +31,32 @@ inline std::unique_ptr<Transport>& control_transport() {
   return transport;
 }
 
+/// What the processes were started with: mpi, ipc or nccl.
+inline std::string& process_transport() {
+  static std::string name;
+  return name;
+}
+
+/// Between the processes of a group over ipc, which NCCL_HOSTID spreads over hosts.
+inline std::unique_ptr<Transport> make_nccl_over(Transport& ipc,
+                                                 std::chrono::milliseconds timeout) {
+  const ProcessGroup group{ipc.rank(), ipc.num_ranks(), [&](std::span<const std::byte> mine) {
+                             return ipc.all_gather(mine, timeout);
+                           }};
+  const int device = ipc.rank() % std::max(1, num_devices(Device::Kind::kCuda));
+  return make_nccl_transport({.device = device}, group, timeout);
+}
+
 /// A transport of the first `num_ranks` processes, 0 = all; null on the others.
 inline std::unique_ptr<Transport> make_process_transport(const std::string& name, int num_ranks,
                                                          std::chrono::milliseconds timeout) {
   if (name == "mpi") return make_mpi_transport(timeout, num_ranks);
+  if (name == "nccl") {
+    const auto ipc = make_process_transport("ipc", num_ranks, timeout);
+    return ipc == nullptr ? nullptr : make_nccl_over(*ipc, timeout);
+  }
   if (name != "ipc") {
-    throw Error(ErrorCode::kInvalidArgument, "transport '" + name + "' is neither mpi nor ipc");
+    throw Error(ErrorCode::kInvalidArgument, "transport '" + name + "' is not mpi, ipc or nccl");
   }
   const JobPlace place = read_job_place().value();
   if (num_ranks == 0) num_ranks = place.num_ranks;
@@ -42,9 +66,10 @@ inline std::unique_ptr<Transport> make_process_transport(const std::string& name
       timeout);
 }
 
-/// `name`: mpi or ipc. To be followed by end_processes().
+/// `name`: mpi, ipc or nccl. To be followed by end_processes().
 inline void start_processes(const std::string& name) {
-  control_transport() = make_process_transport(name, 0, kProcessTimeout);
+  process_transport() = name;
+  control_transport() = make_process_transport(name == "nccl" ? "ipc" : name, 0, kProcessTimeout);
 }
 /// False if not all processes reached this.
 inline bool end_processes() {
@@ -145,7 +170,7 @@ template <class Body>
 std::vector<std::exception_ptr> try_processes(int num_ranks, const Body& body,
                                               const WrapTransport& wrap) {
   std::unique_ptr<Transport> transport =
-      make_process_transport(control_transport()->name(), num_ranks, kProcessTimeout);
+      make_process_transport(process_transport(), num_ranks, kProcessTimeout);
   std::exception_ptr mine;
   if (transport) {
     const int rank = transport->rank();

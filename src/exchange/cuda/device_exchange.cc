@@ -17,6 +17,7 @@
 #include "exchange/cuda/device_layout.h"
 #include "exchange/cuda/device_sharing.h"
 #include "exchange/cuda/exchange_kernels.h"
+#include "exchange/cuda/rail_exchange.h"
 #include "exchange/cuda/split.h"
 #include "exchange/impl.h"
 #include "sluice/quant.h"
@@ -388,6 +389,10 @@ ExchangeCounters DeviceExchange::counters() const {
 
 std::unique_ptr<Exchange::Impl> make_cuda_exchange(const ExchangeConfig& config,
                                                    Transport& transport, Backend& backend) {
+  if (config.hosts.num_hosts() > 1) {
+    return make_rail_exchange(config, transport, backend,
+                              make_cuda_rail_device(backend.device().index));
+  }
   return std::make_unique<DeviceExchange>(config, transport, backend);
 }
 

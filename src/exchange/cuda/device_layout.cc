@@ -1,6 +1,7 @@
 #include "exchange/cuda/device_layout.h"
 
 #include "core/fail.h"
+#include "exchange/cuda/rail_layout.h"
 #include "exchange/impl.h"
 
 namespace sluice {
@@ -49,6 +50,7 @@ DeviceLayout::DeviceLayout(const ExchangeConfig& config, int num_ranks)
 }
 
 std::size_t device_workspace_bytes(const ExchangeConfig& config, int num_ranks) {
+  if (config.hosts.num_hosts() > 1) return RailLayout(config, num_ranks).total_bytes();
   return DeviceLayout(config, num_ranks).total_bytes();
 }
 

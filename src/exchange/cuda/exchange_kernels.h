@@ -26,6 +26,7 @@ enum FaultKind : int {
   kPeerMissing,   // missing, expected, seen
   kOutOfStep,     // missing = the ranks whose flag is of a later epoch, expected, seen
   kDropped,       // missing = the ranks that dropped the dispatch this combine waits for
+  kGaveUp,        // where = the rank of another host whose exchange has stopped
 };
 enum Operation : int { kDispatchCounts, kDispatchRows, kCombineRows, kReuse };
 

@@ -1,0 +1,96 @@
+#include "exchange/cuda/rail_faults.h"
+
+#include <utility>
+
+#include "core/fail.h"
+
+namespace sluice {
+
+using cuda::DeviceFault;
+
+RailFaults::RailFaults(const ExchangeConfig& config, int rank, const Rail& rail,
+                       std::shared_ptr<DeviceFault> records)
+    : config_(config),
+      rank_(rank),
+      host_(config.hosts.host_of(rank)),
+      rail_(rail),
+      records_(std::move(records)) {}
+
+std::optional<DeviceFault> RailFaults::find(cuda::FaultRecord record) const noexcept {
+  const DeviceFault* const fault = records_.get() + record;
+  if (__atomic_load_n(&fault->kind, __ATOMIC_ACQUIRE) == cuda::kNoFault) return {};
+  return *fault;
+}
+
+std::vector<int> RailFaults::ranks_of(const DeviceFault& fault) const {
+  if (fault.kind == cuda::kGaveUp) return {fault.where};
+  std::vector<int> ranks;
+  const auto mates = config_.hosts.ranks_of(host_);
+  for (std::size_t m = 0; m < mates.size(); ++m) {
+    if (fault.missing >> m & 1) ranks.push_back(mates[m]);
+  }
+  return ranks;
+}
+
+std::string RailFaults::describe(const DeviceFault& fault) const {
+  static constexpr const char* kOperations[] = {"dispatch (row counts)", "dispatch", "combine",
+                                                "dispatch (reuse of buffers)"};
+  const std::string where =
+      fmt::format("{} epoch {} on rank {} of host {}: ", kOperations[fault.operation], fault.epoch,
+                  rank_, host_);
+  std::string who;
+  for (const int r : ranks_of(fault)) {
+    who +=
+        fmt::format("{}rank {} of host {}", who.empty() ? "" : ", ", r, config_.hosts.host_of(r));
+  }
+  const std::string flag = fmt::format(" (flag {}, expected {})", fault.seen, fault.expected);
+  switch (fault.kind) {
+    case cuda::kGaveUp:
+      return where + "the exchange of " + who + " has stopped, so its tokens do not come";
+    case cuda::kDropped:
+      return where + who + " dropped its dispatch instead of combining it" + flag;
+    case cuda::kOutOfStep:
+      return where + "out of step: a later epoch from " + who + flag;
+    default:
+      return where + "still missing " + who + flag;
+  }
+}
+
+void RailFaults::throw_failure() {
+  if (failure_) {
+    fail_of_ranks(ErrorCode::kTransport, failure_->ranks(), "this exchange stopped earlier: {}",
+                  failure_->what());
+  }
+  try {
+    rail_.check();
+    const auto fault = find(cuda::kFailure);
+    if (!fault) return;
+    throw Error(fault->kind == cuda::kPeerMissing ? ErrorCode::kPeerTimeout : ErrorCode::kTransport,
+                describe(*fault), ranks_of(*fault));
+  } catch (const Error& error) {
+    failure_ = error;
+    throw;
+  }
+}
+
+std::optional<DeviceFault> RailFaults::take_refusal() noexcept {
+  const auto refusal = find(cuda::kRefusal);
+  if (refusal)
+    __atomic_store_n(&records_.get()[cuda::kRefusal].kind, int{cuda::kNoFault}, __ATOMIC_RELEASE);
+  return refusal;
+}
+
+void RailFaults::throw_refusal(const DeviceFault& refusal) const {
+  if (refusal.kind == cuda::kBadIndex) {
+    fail(ErrorCode::kInvalidArgument,
+         "an earlier dispatch had topk_idx[{}, {}] = {}, not in [-1, {}): that slot was left empty",
+         refusal.where / config_.num_topk, refusal.where % config_.num_topk, refusal.value,
+         config_.num_experts);
+  }
+  fail(ErrorCode::kInvalidArgument,
+       "an earlier dispatch would have given expert {} {} rows, max_m is {}: every rank refused "
+       "it, its combine gave NaN",
+       refusal.where, refusal.count, refusal.value);
+}
+
+}  // namespace sluice
