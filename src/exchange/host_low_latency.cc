@@ -27,12 +27,7 @@ class HostLowLatency final : public HostExchange {
   }
 
   void receive_rows(HostRoute& route) override {
-    std::byte* const slot = protocol_.local(route.use);
-    route.rows =
-        masked_rows(received_counts(route), reinterpret_cast<std::int32_t*>(slot + layout_.origin),
-                    placement, rank, num_ranks, config.max_m);
-    fill_batch(config, route.rows, slot + layout_.x, slot + layout_.scale,
-               Shape{placement.num_local(), config.max_m, config.hidden}, route.batch);
+    take_masked_rows(config, layout_, rank, protocol_.local(route.use), route.rows, route.batch);
   }
 
  private:

@@ -18,21 +18,9 @@ class HostNormal final : public HostExchange {
   }
 
   void receive_rows(HostRoute& route) override {
-    const TokenCopies copies{.num_copies = received<std::int32_t>(route, layout_.counts),
-                             .x = received<std::byte>(route, layout_.x),
-                             .scale = received<std::byte>(route, layout_.scale),
-                             .experts = received<std::int32_t>(route, layout_.experts),
-                             .token = received<std::int32_t>(route, layout_.token),
-                             .num_ranks = num_ranks,
-                             .num_topk = config.num_topk,
-                             .max_tokens = config.max_tokens_per_rank,
-                             .payload_bytes = layout_.payload_bytes,
-                             .scale_bytes = layout_.scale_bytes};
-    std::byte* const rows_x = expanded_[static_cast<std::size_t>(route.use.slot)]->data();
-    std::byte* const rows_scale = rows_x + layout_.rows_x_bytes;
-    route.rows = expand_copies(copies, placement.num_local(), rows_x, rows_scale);
-    fill_batch(config, route.rows, rows_x, rows_scale, Shape{layout_.expanded_rows, config.hidden},
-               route.batch);
+    take_copies(config, layout_, protocol_.local(route.use),
+                expanded_[static_cast<std::size_t>(route.use.slot)]->data(), route.rows,
+                route.batch);
   }
 
  private:
@@ -43,14 +31,10 @@ class HostNormal final : public HostExchange {
     std::vector<std::int32_t> experts(topk);
     std::int32_t copies = 0;
     for (std::int64_t t = 0; t < num_tokens; ++t) {
-      bool needed = false;
-      for (std::size_t k = 0; k < topk; ++k) {
-        const std::int32_t slot = route.slots[static_cast<std::size_t>(t) * topk + k];
-        const bool here = slot >= 0 && placement.rank_of(slot) == peer;
-        experts[k] = here ? placement.local_of(slot) : -1;
-        needed |= here;
-      }
-      if (!needed) continue;
+      const auto slot_of = [&](std::size_t k) {
+        return route.slots[static_cast<std::size_t>(t) * topk + k];
+      };
+      if (!local_experts_on(peer, placement, slot_of, experts)) continue;
       const std::size_t row = region + static_cast<std::size_t>(copies++);
       const auto token = static_cast<std::int32_t>(t);
       const auto payload = staged_.payload(t), scales = staged_.scales(t);
@@ -67,11 +51,6 @@ class HostNormal final : public HostExchange {
     protocol_.put(route.use, peer, layout_.counts + static_cast<std::size_t>(rank) * sizeof(copies),
                   std::as_bytes(std::span(&copies, 1)));
     count_sent(peer, sizeof(copies), 0);
-  }
-
-  template <class T>
-  [[nodiscard]] const T* received(const HostRoute& route, std::size_t offset) {
-    return reinterpret_cast<const T*>(protocol_.local(route.use) + offset);
   }
 };
 

@@ -41,6 +41,10 @@ void HostRows::add_to(const MutableTensorView& totals) const {
   for (std::size_t e = 0; e < num_rows.size(); ++e) totals.as<std::int64_t>()[e] += num_rows[e];
 }
 
+namespace {
+
+/// Masked layout: rows of local expert e from e * max_m on.
+/// token_slots: [num_local, max_m] of the rows that arrived.
 HostRows masked_rows(const RowCounts& counts, const std::int32_t* token_slots,
                      const ExpertPlacement& placement, int rank, int num_ranks, int max_m) {
   HostRows rows;
@@ -58,7 +62,17 @@ HostRows masked_rows(const RowCounts& counts, const std::int32_t* token_slots,
   return rows;
 }
 
-namespace {
+/// Token copies that arrived, from each source rank in order of its tokens.
+struct TokenCopies {
+  const std::int32_t* num_copies;  ///< [num_ranks]
+  const std::byte* x;              ///< [num_ranks, T, payload_bytes]
+  const std::byte* scale;          ///< [num_ranks, T, scale_bytes]
+  const std::int32_t* experts;     ///< [num_ranks, T, k] local expert of each top-k entry, or -1
+  const std::int32_t* token;       ///< [num_ranks, T]
+  int num_ranks, num_topk;
+  std::int64_t max_tokens;  ///< T
+  std::size_t payload_bytes, scale_bytes;
+};
 
 /// Calls body(copy, source, entry, local expert) in order of (source, token, entry).
 template <class Body>
@@ -77,8 +91,8 @@ void for_each_row(const TokenCopies& c, const Body& body) {
   }
 }
 
-}  // namespace
-
+/// Contiguous layout: copies every token to its rows, in order of (expert, source, token, entry).
+/// rows_x: [rows, payload_bytes].   rows_scale: [rows, scale_bytes].
 HostRows expand_copies(const TokenCopies& copies, int num_local, std::byte* rows_x,
                        std::byte* rows_scale) {
   HostRows rows;
@@ -104,6 +118,7 @@ HostRows expand_copies(const TokenCopies& copies, int num_local, std::byte* rows
   return rows;
 }
 
+/// The views of a batch over these rows.   shape: [num_local, max_m, hidden] or [rows, hidden].
 void fill_batch(const ExchangeConfig& config, HostRows& rows, std::byte* x, std::byte* scale,
                 Shape shape, ExpertBatch& batch) {
   const bool bf16 = config.wire == WireFormat::kBf16;
@@ -118,6 +133,39 @@ void fill_batch(const ExchangeConfig& config, HostRows& rows, std::byte* x, std:
   const auto num_local = static_cast<std::int64_t>(rows.num_rows.size());
   batch.num_rows = {rows.num_rows.data(), DType::kInt32, Shape{num_local}};
   batch.row_begin = {rows.row_begin.data(), DType::kInt64, Shape{num_local}};
+}
+
+}  // namespace
+
+void take_masked_rows(const ExchangeConfig& config, const ReceiveLayout& layout, int rank,
+                      std::byte* slot, HostRows& rows, ExpertBatch& batch) {
+  const ExpertPlacement& placement = layout.placement;
+  const RowCounts counts(reinterpret_cast<const std::int32_t*>(slot + layout.counts),
+                         placement.num_ranks(), placement.num_experts());
+  rows = masked_rows(counts, reinterpret_cast<const std::int32_t*>(slot + layout.origin), placement,
+                     rank, placement.num_ranks(), config.max_m);
+  fill_batch(config, rows, slot + layout.x, slot + layout.scale,
+             Shape{placement.num_local(), config.max_m, config.hidden}, batch);
+}
+
+void take_copies(const ExchangeConfig& config, const ReceiveLayout& layout, const std::byte* slot,
+                 std::byte* expanded, HostRows& rows, ExpertBatch& batch) {
+  const auto words = [slot](std::size_t offset) {
+    return reinterpret_cast<const std::int32_t*>(slot + offset);
+  };
+  const TokenCopies copies{.num_copies = words(layout.counts),
+                           .x = slot + layout.x,
+                           .scale = slot + layout.scale,
+                           .experts = words(layout.experts),
+                           .token = words(layout.token),
+                           .num_ranks = layout.placement.num_ranks(),
+                           .num_topk = config.num_topk,
+                           .max_tokens = config.max_tokens_per_rank,
+                           .payload_bytes = layout.payload_bytes,
+                           .scale_bytes = layout.scale_bytes};
+  std::byte* const scales = expanded + layout.rows_x_bytes;
+  rows = expand_copies(copies, layout.placement.num_local(), expanded, scales);
+  fill_batch(config, rows, expanded, scales, Shape{layout.expanded_rows, config.hidden}, batch);
 }
 
 }  // namespace sluice

@@ -7,6 +7,7 @@
 #include <span>
 #include <vector>
 
+#include "exchange/host_layout.h"
 #include "exchange/slot_ranks.h"
 #include "sluice/exchange.h"
 
@@ -63,31 +64,27 @@ struct HostRows {
   void add_to(const MutableTensorView& totals) const;
 };
 
-/// Masked layout: rows of local expert e from e * max_m on.
-/// token_slots: [num_local, max_m] of the rows that arrived.
-[[nodiscard]] HostRows masked_rows(const RowCounts& counts, const std::int32_t* token_slots,
-                                   const ExpertPlacement& placement, int rank, int num_ranks,
-                                   int max_m);
+/// Of a token's top-k entries, whose slots slot_of(k) gives (-1: none): the local expert of each one
+/// on rank `peer`, else -1. False if none is there.
+template <class SlotOf>
+[[nodiscard]] bool local_experts_on(int peer, const ExpertPlacement& placement,
+                                    const SlotOf& slot_of, std::span<std::int32_t> experts) {
+  bool is_needed = false;
+  for (std::size_t k = 0; k < experts.size(); ++k) {
+    const std::int32_t slot = slot_of(k);
+    const bool is_here = slot >= 0 && placement.rank_of(slot) == peer;
+    experts[k] = is_here ? placement.local_of(slot) : -1;
+    is_needed |= is_here;
+  }
+  return is_needed;
+}
 
-/// Token copies that arrived, from each source rank in order of its tokens.
-struct TokenCopies {
-  const std::int32_t* num_copies;  ///< [num_ranks]
-  const std::byte* x;              ///< [num_ranks, T, payload_bytes]
-  const std::byte* scale;          ///< [num_ranks, T, scale_bytes]
-  const std::int32_t* experts;     ///< [num_ranks, T, k] local expert of each top-k entry, or -1
-  const std::int32_t* token;       ///< [num_ranks, T]
-  int num_ranks, num_topk;
-  std::int64_t max_tokens;  ///< T
-  std::size_t payload_bytes, scale_bytes;
-};
-
-/// Contiguous layout: copies every token to its rows, in order of (expert, source, token, entry).
-/// rows_x: [rows, payload_bytes].   rows_scale: [rows, scale_bytes].
-[[nodiscard]] HostRows expand_copies(const TokenCopies& copies, int num_local, std::byte* rows_x,
-                                     std::byte* rows_scale);
-
-/// The views of a batch over these rows.   shape: [num_local, max_m, hidden] or [rows, hidden].
-void fill_batch(const ExchangeConfig& config, HostRows& rows, std::byte* x, std::byte* scale,
-                Shape shape, ExpertBatch& batch);
+/// What has arrived in `slot`, a slot of the window, on rank `rank`: fills `rows`, and `batch` over
+/// them. Masked layout: the rows stay where they are.
+void take_masked_rows(const ExchangeConfig& config, const ReceiveLayout& layout, int rank,
+                      std::byte* slot, HostRows& rows, ExpertBatch& batch);
+/// The same of token copies, which are expanded into `expanded`, the memory behind the window.
+void take_copies(const ExchangeConfig& config, const ReceiveLayout& layout, const std::byte* slot,
+                 std::byte* expanded, HostRows& rows, ExpertBatch& batch);
 
 }  // namespace sluice

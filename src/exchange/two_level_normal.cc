@@ -18,21 +18,9 @@ class TwoLevelNormal final : public TwoLevelExchange {
   }
 
   void receive_rows(TwoLevelRoute& route) override {
-    const TokenCopies copies{.num_copies = received<std::int32_t>(route, layout_.counts),
-                             .x = received<std::byte>(route, layout_.x),
-                             .scale = received<std::byte>(route, layout_.scale),
-                             .experts = received<std::int32_t>(route, layout_.experts),
-                             .token = received<std::int32_t>(route, layout_.token),
-                             .num_ranks = num_ranks,
-                             .num_topk = config.num_topk,
-                             .max_tokens = config.max_tokens_per_rank,
-                             .payload_bytes = layout_.payload_bytes,
-                             .scale_bytes = layout_.scale_bytes};
-    std::byte* const rows_x = expanded_[static_cast<std::size_t>(route.use.slot)]->data();
-    std::byte* const rows_scale = rows_x + layout_.rows_x_bytes;
-    route.rows = expand_copies(copies, placement.num_local(), rows_x, rows_scale);
-    fill_batch(config, route.rows, rows_x, rows_scale, Shape{layout_.expanded_rows, config.hidden},
-               route.batch);
+    take_copies(config, layout_, protocol_.local(route.use),
+                expanded_[static_cast<std::size_t>(route.use.slot)]->data(), route.rows,
+                route.batch);
   }
 
  private:
@@ -46,14 +34,8 @@ class TwoLevelNormal final : public TwoLevelExchange {
     std::int32_t copies = 0;
     for (std::int32_t r = 0; r < from.num_records(); ++r) {
       const RecordView record = from.record(r);
-      bool needed = false;
-      for (std::size_t k = 0; k < topk; ++k) {
-        const std::int32_t slot = record.slot(static_cast<int>(k));
-        const bool here = slot >= 0 && placement.rank_of(slot) == mate;
-        experts[k] = here ? placement.local_of(slot) : -1;
-        needed |= here;
-      }
-      if (!needed) continue;
+      const auto slot_of = [&](std::size_t k) { return record.slot(static_cast<int>(k)); };
+      if (!local_experts_on(mate, placement, slot_of, experts)) continue;
       const std::size_t row = region + static_cast<std::size_t>(copies++);
       const std::int32_t token = record.token();
       const auto payload = record.payload(), scales = record.scales();

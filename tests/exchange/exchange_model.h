@@ -68,6 +68,30 @@ inline Traffic make_traffic(std::vector<std::int64_t> tokens, int num_experts, i
   return t;
 }
 
+/// The same global tokens and experts, spread over `num_ranks`.
+inline Traffic spread_over(const Traffic& t, int num_ranks) {
+  Traffic out{
+      .num_topk = t.num_topk, .hidden = t.hidden, .num_experts = t.num_experts, .num_tokens = {}};
+  std::vector<std::uint16_t> x;
+  std::vector<std::int32_t> idx;
+  std::vector<float> weights;
+  for (int r = 0; r < t.num_ranks(); ++r) {
+    x.insert(x.end(), t.x[r].begin(), t.x[r].end());
+    idx.insert(idx.end(), t.topk_idx[r].begin(), t.topk_idx[r].end());
+    weights.insert(weights.end(), t.topk_weights[r].begin(), t.topk_weights[r].end());
+  }
+  const auto total = static_cast<std::int64_t>(idx.size()) / t.num_topk;
+  for (int r = 0; r < num_ranks; ++r) {
+    const std::int64_t begin = total * r / num_ranks, end = total * (r + 1) / num_ranks;
+    out.num_tokens.push_back(end - begin);
+    out.x.emplace_back(x.begin() + begin * t.hidden, x.begin() + end * t.hidden);
+    out.topk_idx.emplace_back(idx.begin() + begin * t.num_topk, idx.begin() + end * t.num_topk);
+    out.topk_weights.emplace_back(weights.begin() + begin * t.num_topk,
+                                  weights.begin() + end * t.num_topk);
+  }
+  return out;
+}
+
 /// One row as it must arrive: payload bytes, then scale bytes.
 inline std::vector<std::byte> wire_bytes(const std::uint16_t* x, int hidden, WireFormat wire,
                                          float static_scale) {
