@@ -174,8 +174,8 @@ class FakeNccl {
     others.erase(others.begin());
     const Posted& send = is_send ? posted : other;
     const Posted& receive = is_send ? other : posted;
-    std::memcpy(receive.operation.data, send.operation.data,
-                std::min(send.operation.bytes, receive.operation.bytes));
+    const std::size_t bytes = std::min(send.operation.bytes, receive.operation.bytes);
+    if (bytes > 0) std::memcpy(receive.operation.data, send.operation.data, bytes);
     for (const Posted* p : {&send, &receive}) {
       if (--p->group->num_left == 0) p->group->stream->done += 1;
     }
