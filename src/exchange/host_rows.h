@@ -64,8 +64,8 @@ struct HostRows {
   void add_to(const MutableTensorView& totals) const;
 };
 
-/// Of a token's top-k entries, whose slots slot_of(k) gives (-1: none): the local expert of each one
-/// on rank `peer`, else -1. False if none is there.
+/// Of a token's top-k entries, whose slots slot_of(k) gives (-1: none): the local expert of each
+/// one on rank `peer`, else -1. False if none is there.
 template <class SlotOf>
 [[nodiscard]] bool local_experts_on(int peer, const ExpertPlacement& placement,
                                     const SlotOf& slot_of, std::span<std::int32_t> experts) {
