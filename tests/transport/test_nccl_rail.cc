@@ -282,7 +282,8 @@ TEST(NcclRail, ANetworkThatMovesNothingIsSaidToBeThat) {
 
 TEST(NcclRail, AnAbortThatHangsIsNotWaitedFor) {
   const TcpJob job(2);
-  static std::list<FakeNccl> kept;  // The thread that is left to itself uses it until it ends.
+  // The thread that is left to itself uses it until it ends, so nobody destroys it.
+  static auto& kept = *new std::list<FakeNccl>;
   FakeNccl& nccl = kept.emplace_back();
   nccl.abort_hangs = true;
   std::promise<void> failed;
