@@ -3,6 +3,18 @@
 import numpy as np
 import pytest
 
+import sluice
+
+
+def has_gpu():
+    try:
+        return sluice.Backend("cuda") is not None
+    except sluice.Error:
+        return False
+
+
+DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(not has_gpu(), reason="needs a GPU"))]
+
 
 class Numpy:
     def array(self, a):

@@ -4,7 +4,7 @@ import json
 
 import numpy as np
 import pytest
-from spaces import Torch, as_float
+from spaces import DEVICES, Numpy, Torch, as_float
 
 import sluice
 from sluice import _core
@@ -12,6 +12,25 @@ from sluice.compat import w4a8
 from sluice.compat.w4a8 import W4A8Experts
 
 E, H, I, TOKENS, TOPK = 4, 256, 128, 6, 2  # noqa: E741
+
+
+@pytest.fixture(params=DEVICES)
+def device(request):
+    return request.param
+
+
+@pytest.fixture
+def backend(device):
+    return sluice.Backend(device, **{} if device == "cuda" else {"num_threads": 1})
+
+
+@pytest.fixture(params=["numpy", "torch"])
+def space(request, device):
+    if request.param == "torch":
+        return Torch(device)
+    if device == "cuda":
+        pytest.skip("numpy has no arrays on a GPU")
+    return Numpy()
 
 
 @pytest.fixture(scope="module")
@@ -90,14 +109,14 @@ def test_what_is_no_mxfp4_is_refused_by_name(space, published, backend):
     refused(r"expert 2 up: scale \[3, 1\] = nan is not a finite number", w13, bad, w2, s2)
 
 
-def test_in_the_memory_of_the_weights(published, tokens, backend):
+def test_in_the_memory_of_the_weights(published, tokens, backend, device):
     torch = pytest.importorskip("torch", reason="torch is not installed")
-    space = Torch()
+    space = Torch(device)
     x, idx, weights = tokens
     run = lambda e: space.bits(e.grouped(  # noqa: E731
         space.bf16(x), None, space.array(idx), space.array(weights)))
     expected = run(W4A8Experts(*[space.array(a) for a in published], backend=backend))
-    place = w4a8.weight_memory(E, H, I, group_size=32, weight_layout="mxfp4", device="cpu")
+    place = w4a8.weight_memory(E, H, I, group_size=32, weight_layout="mxfp4", device=device)
     assert {p.dtype for p in place} == {torch.uint8}
     for parameter, array in zip(place[1:], published):
         parameter.copy_(space.array(array))
@@ -157,18 +176,18 @@ def test_widths_of_whole_groups_are_padded(space, backend, layout):
     assert np.any(masked[0, :, :hidden]) and not np.any(masked[0, :, hidden:])
 
 
-def test_what_is_not_padded_is_refused(published, backend):
+def test_what_is_not_padded_is_refused(published, backend, device):
     torch = pytest.importorskip("torch", reason="torch is not installed")
-    space = Torch()
+    space = Torch(device)
     w13, s13, w2, s2 = (space.array(a) for a in published)
     narrow = [w13[:, :, : H // 2 - 16], s13[:, :, : H // 32 - 1], w2[:, : H - 32], s2[:, : H - 32]]
     with pytest.raises(sluice.Error, match="hidden 224, intermediate 128 are padded .* memory= nor"):
-        W4A8Experts(*narrow, backend=backend, memory=torch.empty(1, dtype=torch.uint8))
+        W4A8Experts(*narrow, backend=backend, memory=torch.empty(1, dtype=torch.uint8, device=device))
     with pytest.raises(sluice.Error, match="multiples of 128"):  # Half a group.
         W4A8Experts(w13[:, :, : H // 2 - 8], s13, w2[:, : H - 16], s2[:, : H - 16], backend=backend)
 
 
-def test_local_experts_of_a_checkpoint_take_the_models_own_width(tmp_path, backend):
+def test_local_experts_of_a_checkpoint_take_the_models_own_width(tmp_path, backend, device):
     """Hidden 160, intermediate 96, from a file with DeepSeek-V4's names: every element against float64."""
     torch = pytest.importorskip("torch", reason="torch is not installed")
     mxfp4_files = pytest.importorskip("mxfp4_files")
@@ -190,9 +209,10 @@ def test_local_experts_of_a_checkpoint_take_the_models_own_width(tmp_path, backe
     outputs = []
     for experts in (sluice.LocalExperts(loaded, backend, max_entries=ids.numel()), group.add_layer(loaded),
                     *group.add_layers(checkpoint, [mxfp4_files.LAYER], first=0, count=mxfp4_files.EXPERTS)):
-        y = experts.forward(x, sluice.Routing(ids, weights))
-        assert reference.check(y, x, ids, weights, roundings=1) > 0.5
+        routing = sluice.Routing(ids.to(device), weights.to(device))
+        y = experts.forward(x.to(device), routing)
+        assert reference.check(y.cpu(), x, ids, weights, roundings=1) > 0.5
         outputs.append(y)
-        wide = experts.forward(torch.nn.functional.pad(x, (0, 96)), sluice.Routing(ids, weights))
+        wide = experts.forward(torch.nn.functional.pad(x, (0, 96)).to(device), routing)
         assert torch.equal(wide[:, :160], y) and not wide[:, 160:].any()
     assert torch.equal(outputs[0], outputs[1]) and torch.equal(outputs[0], outputs[2])

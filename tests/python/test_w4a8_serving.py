@@ -7,7 +7,7 @@ import weakref
 import numpy as np
 import pytest
 from conftest import LAYER
-from spaces import Torch, as_bf16, as_float
+from spaces import DEVICES, Torch, as_bf16, as_float
 
 import sluice
 from sluice.compat import _w4a8_cache, _w4a8_rooms, w4a8
@@ -288,16 +288,6 @@ def test_one_scale_for_each_token(published, space, backend, geometry):
         only, weight = np.full((3, 1), e, np.int64), np.ones((3, 1), np.float32)
         expected = experts.grouped(codes[e][:3], scale[e][:3], space.array(only), space.array(weight))
         assert np.array_equal(y[e], space.bits(expected))
-
-
-def has_gpu():
-    try:
-        return sluice.Backend("cuda") is not None
-    except sluice.Error:
-        return False
-
-
-DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(not has_gpu(), reason="needs a GPU"))]
 
 
 @pytest.mark.parametrize("device", DEVICES)
