@@ -86,8 +86,8 @@ class CudaLayerWidths : public CudaBackendTest, public ::testing::WithParamInter
     backend_->copy_from_host(y_own_->data(), again.data(), again.size() * 2, stream_);
   }
   void expect_within_bounds(const LayerRecipe& recipe) {
-    const LayerReference reference(checkpoint_.load_experts(0, 0, geometry_.num_experts), recipe,
-                                   1.0f, error_model(Device::Kind::kCuda));
+    const LayerReference reference(checkpoint_.load_experts(layer_, 0, geometry_.num_experts),
+                                   recipe, 1.0f, error_model(Device::Kind::kCuda));
     const auto rows = download<std::uint16_t>(*y_wide_, kTokens * wide_);
     VerifyReport report;
     const auto topk = static_cast<std::size_t>(geometry_.num_topk);
@@ -101,6 +101,7 @@ class CudaLayerWidths : public CudaBackendTest, public ::testing::WithParamInter
 
   TemporaryCheckpoint files_{spec_of(GetParam())};
   Checkpoint checkpoint_ = Checkpoint::open(files_.path());
+  int layer_ = checkpoint_.moe_layers().front();
   ModelGeometry geometry_;
   Workload load_;
   std::size_t wide_ = 0, own_ = 0;
@@ -114,7 +115,7 @@ TEST_P(CudaLayerWidths, ALayerTakesTheModelsWidth) {
       SCOPED_TRACE(::testing::Message() << name << ' ' << to_string(mode));
       const bool is_fast = mode == Mode::kLowLatency;
       const std::optional<Recipe> recipe = parse_recipe(name);
-      Engine engine = Engine::create({.layer = 0,
+      Engine engine = Engine::create({.layer = layer_,
                                       .low_latency = is_fast ? recipe : std::nullopt,
                                       .normal = is_fast ? std::nullopt : recipe,
                                       .max_tokens_per_rank = kTokens + 2},
@@ -141,8 +142,8 @@ TEST_P(CudaLayerWidths, LocalExpertsTakeTheModelsWidth) {
                                          .intermediate = geometry_.intermediate,
                                          .max_entries = kTokens * geometry_.num_topk},
                                         *backend_);
-  LocalExperts experts =
-      std::move(group.add_layers(checkpoint_, std::array{0}, 0, geometry_.num_experts).front());
+  LocalExperts experts = std::move(
+      group.add_layers(checkpoint_, std::array{layer_}, 0, geometry_.num_experts).front());
   group.reserve(4 * kTokens * geometry_.num_topk);  // Room grows, and what pads stays zero.
   experts.forward(x(*x_wide_, wide_), routing(), y(*y_wide_, wide_), stream_);
   experts.forward(x(*x_own_, own_), routing(), y(*y_own_, own_), stream_);
