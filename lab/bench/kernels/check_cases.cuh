@@ -102,7 +102,7 @@ inline Sum dot(const HostMatrix& m, std::size_t e, int row, const std::uint8_t* 
 /// Which cases.
 struct CaseChoice {
   bool is_short = false, is_tiny = false;
-  bool has_int4 = true;
+  bool has_int4 = true, has_mxfp4 = true;
 };
 
 inline const std::vector<int> kAllRows{0,  1,  3,   7,   8,   9,    16,   17, 63,
@@ -197,7 +197,8 @@ inline std::vector<Case> mxfp4_cases(const CaseChoice& choice) {
 }
 
 inline std::vector<Case> all_cases(const CaseChoice& choice) {
-  std::vector<Case> cases = mxfp4_cases(choice);
+  std::vector<Case> cases;
+  if (choice.has_mxfp4) cases = mxfp4_cases(choice);
   if (!choice.has_int4) return cases;
   const std::vector<Case> int4 = int4_cases(choice);
   cases.insert(cases.end(), int4.begin(), int4.end());

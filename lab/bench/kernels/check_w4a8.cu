@@ -6,7 +6,7 @@
 // |a||w|), untouched padding, same bits twice, and same bits from both kernel configurations; of
 // mxfp4 also which matrices are packed as far ones. The cases: check_cases.cuh.
 //
-//   check_w4a8 [--short|--tiny] [--mxfp4] [--repeats N]    --mxfp4: cases of mxfp4 alone
+//   check_w4a8 [--short|--tiny] [--mxfp4|--int4] [--repeats N]    cases of one kind of weights
 //
 // Exit status 0 only if everything holds. Prints the worst constant seen.
 #include <cmath>
@@ -266,6 +266,9 @@ bool run_case(const Case& c, int repeats = 1) {
 }
 
 int check_all(const CaseChoice& choice, int repeats) {
+  if (!choice.has_int4 && !choice.has_mxfp4) {
+    throw Error(ErrorCode::kInvalidArgument, "--mxfp4 and --int4 leave no cases");
+  }
   const std::vector<Case> cases = all_cases(choice);
   int failed = 0;
   if (choice.has_int4) {
@@ -287,6 +290,7 @@ int main(int argc, char** argv) {
       if (std::strcmp(argv[i], "--short") == 0) choice.is_short = true;  // small shapes
       if (std::strcmp(argv[i], "--tiny") == 0) choice.is_tiny = true;    // few, for sanitizers
       if (std::strcmp(argv[i], "--mxfp4") == 0) choice.has_int4 = false;
+      if (std::strcmp(argv[i], "--int4") == 0) choice.has_mxfp4 = false;
       if (std::strcmp(argv[i], "--repeats") == 0 && i + 1 < argc) repeats = std::atoi(argv[++i]);
     }
     return sluice::cuda::bench::check_all(choice, repeats);
