@@ -14,6 +14,7 @@
 #include <span>
 #include <vector>
 
+#include "backend/queued_work.h"
 #include "backend/rows.h"
 #include "sluice/backend.h"
 #include "sluice/checkpoint.h"
@@ -87,39 +88,6 @@ struct ExpertStageTimes {
   double gemm1_us = 0, activation_us = 0, gemm2_us = 0;
 };
 
-/// Work that was recorded once and can be replayed: a graph on a GPU.
-class Recording {
- public:
-  virtual ~Recording() = default;
-  /// Queues the work again. Asynchronous where the device has streams.
-  virtual void replay() = 0;
-  /// Microseconds between neighbouring marks of the last replay; waits for it.
-  [[nodiscard]] virtual std::vector<double> marks_us() = 0;
-};
-/// Queues work, calling its argument at the points in time that are of interest.
-using MarkedWork = std::function<void(const std::function<void()>& mark)>;
-
-/// Work that is queued again and again, each time on a stream of the caller's choice.
-class RepeatedWork {
- public:
-  virtual ~RepeatedWork() = default;
-  /// Stream: work queued before stays as it is. While `stream` is captured, so is the work itself.
-  virtual void queue(Stream stream) = 0;
-};
-
-/// Orders the uses of what calls on several streams share. This one is for devices without
-/// streams, whose calls return when they are done.
-class StreamOrder {
- public:
-  virtual ~StreamOrder() = default;
-  /// Work queued on `stream` from here on begins when everything has ended that the last after() on
-  /// another stream covers. While a stream is captured, only uses in the same capture count: graphs
-  /// are ordered by whoever launches them.
-  virtual void before(Stream stream) { (void)stream; }
-  /// Ends a use: covers what was queued on `stream` so far.
-  virtual void after(Stream stream) { (void)stream; }
-};
-
 /// What kernels multiply with, and how fast a device does nothing else.
 struct ArithmeticRate {
   const char* kind = "";        ///< For reports: "int16 dot products".
@@ -180,6 +148,11 @@ class BackendOps : public Backend {
   /// Must be gone before the backend.
   [[nodiscard]] virtual std::unique_ptr<RepeatedWork> make_repeated_work(
       std::function<void(Stream)> work);
+
+  /// Must be gone before the backend.
+  [[nodiscard]] virtual std::unique_ptr<KernelChain> make_kernel_chain() {
+    return std::make_unique<KernelChain>();
+  }
 
   [[nodiscard]] virtual std::unique_ptr<StreamOrder> make_stream_order() {
     return std::make_unique<StreamOrder>();

@@ -111,6 +111,17 @@ RowRanges LocalExperts::Impl::check(const BatchCall& call, std::vector<std::int6
 }
 
 void LocalExperts::Impl::queue(const BatchCall& call, const RowRanges& rows, Stream stream) const {
+  chain->queue(stream, [&](Stream s) { queue_each(call, rows, s); });
+}
+
+void LocalExperts::Impl::queue(const TokenCall& call, Stream stream) const {
+  const std::int64_t hidden = group->config.hidden;
+  if (call.x.dim(1) != hidden || call.y.dim(1) != hidden) return queue_each(call, stream);
+  chain->queue(stream, [&](Stream s) { queue_each(call, s); });
+}
+
+void LocalExperts::Impl::queue_each(const BatchCall& call, const RowRanges& rows,
+                                    Stream stream) const {
   const std::int64_t hidden = group->config.hidden;
   Fp8RowsView in = received_rows(call.batch, recipe.wire, recipe.wire_static_scale(), hidden);
   if (recipe.gemm1 != Cast::kNone) {
@@ -124,7 +135,7 @@ void LocalExperts::Impl::queue(const BatchCall& call, const RowRanges& rows, Str
                                call.expert_y.as<std::uint16_t>(), stream, &times);
 }
 
-void LocalExperts::Impl::queue(const TokenCall& call, Stream stream) const {
+void LocalExperts::Impl::queue_each(const TokenCall& call, Stream stream) const {
   const std::int64_t hidden = group->config.hidden;
   const EntryRows entries = entries_of(call.routing);
   const std::int64_t num_entries = entries.num_tokens * entries.num_topk;

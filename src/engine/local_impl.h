@@ -52,7 +52,8 @@ struct LocalExperts::Impl {
         first_expert(first),
         recipe(resolved),
         ranges(group->backend->allocate(static_cast<std::size_t>(count) *
-                                        (sizeof(std::int64_t) + sizeof(std::int32_t)))) {
+                                        (sizeof(std::int64_t) + sizeof(std::int32_t)))),
+        chain(group->backend->make_kernel_chain()) {
     if (geometry.token_width() != geometry.hidden) {
       group->room.grow_padded(group->config, *group->backend);
     }
@@ -75,9 +76,12 @@ struct LocalExperts::Impl {
   [[nodiscard]] RowRanges check(const BatchCall& call, std::vector<std::int64_t>& begin) const;
   /// x, or its rows in the room's padded_x if they have the model's own width.
   [[nodiscard]] TensorView padded(const TensorView& x, Stream stream) const;
-  /// The kernels of a call that was checked, without the order of the group's calls.
+  /// A call that was checked, without the order of the group's calls.
   void queue(const TokenCall& call, Stream stream) const;
   void queue(const BatchCall& call, const RowRanges& rows, Stream stream) const;
+  /// Its kernels, and copies for tokens of a width that is padded.
+  void queue_each(const TokenCall& call, Stream stream) const;
+  void queue_each(const BatchCall& call, const RowRanges& rows, Stream stream) const;
 
   std::shared_ptr<LocalGroup::Impl> group;
   std::string name;
@@ -86,6 +90,7 @@ struct LocalExperts::Impl {
   int num_experts, first_expert;
   LayerRecipe recipe;
   std::unique_ptr<DeviceBuffer> ranges;  ///< begin [num_experts] int64, then count int32.
+  std::unique_ptr<KernelChain> chain;    ///< Of the layer, whose weights are the same each time.
 };
 
 }  // namespace sluice

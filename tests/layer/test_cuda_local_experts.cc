@@ -3,6 +3,8 @@
 #include <cuda_runtime_api.h>
 #include <gtest/gtest.h>
 
+#include <atomic>
+#include <chrono>
 #include <limits>
 #include <memory>
 #include <vector>
@@ -230,6 +232,57 @@ TEST_F(CudaLocalExpertsTest, CallsOnTwoStreamsTakeTurns) {
     for (std::size_t i = 0; i < layers.size(); ++i) forward_on(streams[i % 2], layers[i], calls[i]);
     for (std::size_t i = 0; i < layers.size(); ++i) {
       ASSERT_EQ(take(calls[i]), expected[i]) << "round " << round << " layer " << i;
+    }
+  }
+}
+
+/// Keeps a stream from going on until it is released, or for five seconds.
+class Barrier {
+ public:
+  explicit Barrier(Stream stream) {
+    const auto wait = [](void* flag) {
+      const auto end = Clock::now() + std::chrono::seconds(5);
+      while (!*static_cast<std::atomic<bool>*>(flag) && Clock::now() < end) {
+      }
+    };
+    EXPECT_EQ(cudaLaunchHostFunc(static_cast<cudaStream_t>(stream.handle), wait, &is_open_),
+              cudaSuccess);
+  }
+  void open() { is_open_ = true; }
+  [[nodiscard]] double seconds() const {
+    return std::chrono::duration<double>(Clock::now() - begin_).count();
+  }
+
+ private:
+  using Clock = std::chrono::steady_clock;
+  std::atomic<bool> is_open_{false};
+  Clock::time_point begin_ = Clock::now();
+};
+
+// All of them are queued before the first one runs, so each must keep its own parameters.
+TEST_F(CudaLocalExpertsTest, CallsThatShareAGraphKeepTheirOwnParameters) {
+  LocalGroup group = LocalGroup::create(config(300), *backend_);
+  std::vector<LocalExperts> layers;
+  std::vector<Recipe> recipes;
+  for (int i = 0; i < 3; ++i) {
+    recipes.push_back(named_recipes()[static_cast<std::size_t>(i)].recipe);
+    layers.push_back(group.add_layer(weights(i), recipes.back()));
+  }
+  std::vector<Call> calls;
+  std::vector<std::vector<std::uint16_t>> expected;
+  for (int i = 0; i < 24; ++i) {
+    const std::int64_t tokens = i % 5 == 4 ? 300 : 1 + i % 3 * 7;
+    calls.push_back(call_of(tokens, static_cast<std::uint64_t>(10 * i)));
+    expected.push_back(engine(i % 3, recipes[static_cast<std::size_t>(i % 3)], calls.back()));
+  }
+  for (int round = 0; round < 3; ++round) {
+    Barrier barrier(stream_);
+    for (std::size_t i = 0; i < calls.size(); ++i) forward_on(stream_, layers[i % 3], calls[i]);
+    EXPECT_LT(barrier.seconds(), 3) << "queueing waited for the device";
+    barrier.open();
+    EXPECT_EQ(cudaDeviceSynchronize(), cudaSuccess);
+    for (std::size_t i = 0; i < calls.size(); ++i) {
+      ASSERT_EQ(take(calls[i]), expected[i]) << "round " << round << " call " << i;
     }
   }
 }

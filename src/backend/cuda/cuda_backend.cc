@@ -13,6 +13,7 @@
 #include "backend/cuda/elementwise.h"
 #include "backend/cuda/fp8_rate.h"
 #include "backend/cuda/graph_recording.h"
+#include "backend/cuda/kernel_chain.h"
 #include "backend/cuda/read_rate.h"
 #include "backend/cuda/repeated_work.h"
 #include "backend/cuda/stream_order.h"
@@ -75,6 +76,7 @@ class CudaBackend final : public BackendOps {
     copy(device, host, bytes, cudaMemcpyHostToDevice, stream);
   }
   void copy_on_device(void* to, const void* from, std::size_t bytes, Stream stream) override {
+    cuda::refuse_in_chain("a copy");
     use_device();
     SLUICE_CUDA_CHECK(cudaMemcpyAsync(to, from, bytes, cudaMemcpyDeviceToDevice,
                                       static_cast<cudaStream_t>(stream.handle)));
@@ -82,6 +84,7 @@ class CudaBackend final : public BackendOps {
   void copy_rows(std::byte* to, std::size_t to_stride, const std::byte* from,
                  std::size_t from_stride, std::size_t bytes, std::int64_t count,
                  Stream stream) override {
+    cuda::refuse_in_chain("a copy of rows");
     use_device();
     if (count == 0) return;
     SLUICE_CUDA_CHECK(cudaMemcpy2DAsync(to, to_stride, from, from_stride, bytes,
@@ -100,6 +103,9 @@ class CudaBackend final : public BackendOps {
   [[nodiscard]] std::unique_ptr<RepeatedWork> make_repeated_work(
       std::function<void(Stream)> work) override {
     return cuda::make_repeated_work(index_, stream_, patience_, std::move(work));
+  }
+  [[nodiscard]] std::unique_ptr<KernelChain> make_kernel_chain() override {
+    return cuda::make_kernel_chain(index_, stream_);
   }
   [[nodiscard]] std::unique_ptr<StreamOrder> make_stream_order() override {
     use_device();
@@ -148,7 +154,9 @@ class CudaBackend final : public BackendOps {
                                  std::uint16_t* out, Stream stream) override;
 
  private:
-  void use_device() const { SLUICE_CUDA_CHECK(cudaSetDevice(index_)); }
+  void use_device() const {
+    if (!cuda::is_in_chain()) SLUICE_CUDA_CHECK(cudaSetDevice(index_));  // The chain has done it.
+  }
   [[nodiscard]] std::unique_ptr<CudaBuffer> make_buffer(std::size_t bytes) const {
     use_device();
     return std::make_unique<CudaBuffer>(index_, bytes);

@@ -11,6 +11,7 @@
 #include <cuda_runtime.h>
 
 #include "backend/cuda/check.h"
+#include "backend/cuda/kernel_list.h"
 
 namespace sluice::cuda {
 
@@ -25,16 +26,24 @@ struct LaunchSize {
   int blocks = 1, threads = 1, shared_bytes = 0, blocks_y = 1;
 };
 
+/// While this thread has a list, the launch goes there.
 template <class Params>
 void launch_early(void (*kernel)(Params), const LaunchSize& size, const Params& params,
                   cudaStream_t stream) {
+  const dim3 blocks(static_cast<unsigned>(size.blocks), static_cast<unsigned>(size.blocks_y));
+  const dim3 threads(static_cast<unsigned>(size.threads));
+  const auto shared_bytes = static_cast<std::size_t>(size.shared_bytes);
+  if (thread_list != nullptr) {
+    thread_list->add(reinterpret_cast<const void*>(kernel), blocks, threads, shared_bytes, params);
+    return;
+  }
   cudaLaunchAttribute attribute{};
   attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
   attribute.val.programmaticStreamSerializationAllowed = 1;
   cudaLaunchConfig_t config{};
-  config.gridDim = dim3(static_cast<unsigned>(size.blocks), static_cast<unsigned>(size.blocks_y));
-  config.blockDim = dim3(static_cast<unsigned>(size.threads));
-  config.dynamicSmemBytes = static_cast<std::size_t>(size.shared_bytes);
+  config.gridDim = blocks;
+  config.blockDim = threads;
+  config.dynamicSmemBytes = shared_bytes;
   config.stream = stream;
   config.attrs = &attribute;
   config.numAttrs = 1;

@@ -6,6 +6,7 @@
 #include <algorithm>
 #include <utility>
 
+#include "backend/cuda/apart_from_captures.h"
 #include "backend/cuda/check.h"
 
 namespace sluice::cuda {
@@ -13,19 +14,6 @@ namespace {
 
 constexpr int kLeastPatience = 2, kMostPatience = 1 << 16;
 constexpr int kLaunchesThatPay = 32;
-
-/// While it lives, what this thread does is no concern of captures that other threads have begun,
-/// which would otherwise fail through the calls that make a graph.
-class ApartFromCaptures {
- public:
-  ApartFromCaptures() { (void)cudaThreadExchangeStreamCaptureMode(&mode_); }
-  ~ApartFromCaptures() { (void)cudaThreadExchangeStreamCaptureMode(&mode_); }
-  ApartFromCaptures(const ApartFromCaptures&) = delete;
-  ApartFromCaptures& operator=(const ApartFromCaptures&) = delete;
-
- private:
-  cudaStreamCaptureMode mode_ = cudaStreamCaptureModeRelaxed;
-};
 
 class GraphWork final : public RepeatedWork {
  public:
@@ -46,9 +34,7 @@ class GraphWork final : public RepeatedWork {
   void queue(Stream stream) override {
     SLUICE_CUDA_CHECK(cudaSetDevice(index_));
     const auto queue = static_cast<cudaStream_t>(stream.handle);
-    cudaStreamCaptureStatus status{};
-    SLUICE_CUDA_CHECK(cudaStreamIsCapturing(queue, &status));
-    if (status != cudaStreamCaptureStatusNone) {
+    if (is_capturing(queue)) {
       work_(stream);  // Its kernels overlap with their neighbours; a graph in a graph would not.
       return;
     }
@@ -65,9 +51,7 @@ class GraphWork final : public RepeatedWork {
   /// False while somebody captures on the backend's own stream.
   [[nodiscard]] bool make_graph() {
     const ApartFromCaptures apart;
-    cudaStreamCaptureStatus own{};
-    SLUICE_CUDA_CHECK(cudaStreamIsCapturing(own_stream_, &own));
-    if (own != cudaStreamCaptureStatusNone) return false;
+    if (is_capturing(own_stream_)) return false;
     SLUICE_CUDA_CHECK(cudaStreamBeginCapture(own_stream_, cudaStreamCaptureModeRelaxed));
     cudaGraph_t captured = nullptr;
     try {
