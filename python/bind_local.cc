@@ -72,9 +72,7 @@ nb::object forward_routed(PyLocalExperts& self, const Array& x, const Routing& r
     const Call call(*self.backend);
     self.experts->forward(tokens.view, routing, y.view, queue, scale.view);
   }
-  if (known != nullptr) {
-    known->was_made([&] { return self.experts->keep(tokens.view, routing, y.view, scale.view); });
-  }
+  if (known != nullptr) known->was_made(tokens.view, routing, scale.view, y.view);
   return y.object;
 }
 
@@ -151,7 +149,7 @@ nb::object forward_batch(PyLocalExperts& self, const Array& x, const Array& num_
     const Call call(*self.backend);
     self.experts->forward_batch(batch, y.view, queue);
   }
-  if (known) known->was_made([&] { return self.experts->keep_batch(batch, y.view); });
+  if (known) known->was_made(batch, y.view);
   return y.object;
 }
 

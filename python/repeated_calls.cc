@@ -9,72 +9,91 @@
 namespace sluice::python {
 namespace {
 
-bool identify_tensor(nb::handle object, TensorId& id) {
+/// False for an array that no framework describes cheaply (framework.h) or that has more dimensions
+/// than a call's tensors.
+bool describe_tensor(nb::handle object, TensorForm& form, const std::byte*& data) {
   nb::dlpack::dltensor tensor;
   const Framework framework = Framework::of(object);
   if (!framework || !framework.import(object, tensor)) return false;
-  if (tensor.ndim > TensorId::kMaxRank || tensor.strides == nullptr) return false;
-  id.data = static_cast<const std::byte*>(tensor.data) + tensor.byte_offset;
-  id.ndim = tensor.ndim;
-  id.device_type = tensor.device.device_type;
-  id.device_index = tensor.device.device_id;
-  id.code = tensor.dtype.code;
-  id.bits = tensor.dtype.bits;
-  id.lanes = tensor.dtype.lanes;
-  std::copy_n(tensor.shape, tensor.ndim, id.shape.begin());
-  std::copy_n(tensor.strides, tensor.ndim, id.strides.begin());
+  if (tensor.ndim > TensorForm::kMaxRank || tensor.strides == nullptr) return false;
+  data = static_cast<const std::byte*>(tensor.data) + tensor.byte_offset;
+  form.ndim = tensor.ndim;
+  form.device_type = tensor.device.device_type;
+  form.device_index = tensor.device.device_id;
+  form.code = tensor.dtype.code;
+  form.bits = tensor.dtype.bits;
+  form.lanes = tensor.dtype.lanes;
+  std::copy_n(tensor.shape, tensor.ndim, form.shape.begin());
+  std::copy_n(tensor.strides, tensor.ndim, form.strides.begin());
   return true;
+}
+
+Shape shape_of(const TensorForm& form) {
+  switch (form.ndim) {
+    case 1:
+      return {form.shape[0]};
+    case 2:
+      return {form.shape[0], form.shape[1]};
+    default:
+      return {form.shape[0], form.shape[1], form.shape[2]};
+  }
+}
+
+MutableTensorView writable(const TensorView& view) {
+  MutableTensorView y;
+  y.data = const_cast<void*>(view.data), y.dtype = view.dtype;
+  y.shape = view.shape, y.device = view.device;
+  return y;
 }
 
 }  // namespace
 
-bool identify(const Array* array, TensorId& id) {
-  id = {};
-  return array == nullptr || identify_tensor(array->object, id);
-}
-
-RepeatedCalls::Entry* RepeatedCalls::entry_of(const CallId& id) {
-  const auto found = std::ranges::find(entries_, id, &Entry::id);
-  if (found == entries_.end() || found->last_use == 0) return nullptr;
-  found->last_use = ++now_;
-  return found;
-}
-
 LocalCall* RepeatedCalls::find(const CallId& id) {
-  Entry* const entry = entry_of(id);
-  if (entry == nullptr || !entry->call) return nullptr;
+  auto* const entry = calls_.find(id);
+  if (entry == nullptr || !entry->value) return nullptr;
   ++num_repeated_;
-  return &*entry->call;
+  return &*entry->value;
 }
 
-bool RepeatedCalls::is_worth_keeping(const CallId& id) {
-  if (entry_of(id) != nullptr) return true;
-  Entry& oldest = *std::ranges::min_element(entries_, {}, &Entry::last_use);
-  oldest.call.reset();
-  oldest.id = id;
-  oldest.last_use = ++now_;
+const CallDtypes* RepeatedCalls::find(const CallForm& form) {
+  auto* const entry = forms_.find(form);
+  return entry == nullptr ? nullptr : &entry->value;
+}
+
+bool RepeatedCalls::came_before(const CallId& id) {
+  if (calls_.find(id) != nullptr) return true;
+  calls_.add(id, std::nullopt);
   return false;
 }
 
 void RepeatedCalls::keep(const CallId& id, LocalCall call) {
-  if (Entry* const entry = entry_of(id)) entry->call.emplace(std::move(call));
+  if (auto* const entry = calls_.find(id)) entry->value.emplace(std::move(call));
+}
+
+void RepeatedCalls::keep(const CallForm& form, const CallDtypes& dtypes) {
+  if (forms_.find(form) == nullptr) forms_.add(form, dtypes);
 }
 
 KnownCall::KnownCall(PyLocalExperts& self, const Array& x, const Array& routing,
                      const Array* weights, const std::optional<Array>& x_scale, int expected_m,
                      const std::optional<Array>& out)
     : self_(self), framework_(Framework::of(x.object)), y_(out) {
-  id_.expected_m = expected_m;
-  if (!identify(&x, id_.x) || !identify(&routing, id_.routing) || !identify(weights, id_.weights) ||
-      !identify(x_scale ? &*x_scale : nullptr, id_.x_scale)) {
+  id_.form.expected_m = expected_m;
+  if (!identify(kX, &x) || !identify(kRouting, &routing) || !identify(kWeights, weights) ||
+      !identify(kScale, x_scale ? &*x_scale : nullptr)) {
     return;
   }
   if (!y_) make_result();
-  is_identified_ = y_.has_value() && identify(&*y_, id_.y);
+  is_identified_ = y_.has_value() && identify(kY, &*y_);
+}
+
+bool KnownCall::identify(CallTensor which, const Array* array) {
+  return array == nullptr ||
+         describe_tensor(array->object, id_.form.tensors[which], id_.data[which]);
 }
 
 void KnownCall::make_result() {
-  const TensorId& x = id_.x;
+  const TensorForm& x = id_.form.tensors[kX];
   const Device device = self_.backend->device();
   const bool is_there = x.device_type == to_dlpack(device).device_type &&
                         x.device_index == to_dlpack(device).device_id;
@@ -89,11 +108,61 @@ bool KnownCall::run() {
   if (!is_identified_) return false;
   const Exclusive exclusive(*self_.backend);
   LocalCall* const call = self_.calls.find(id_);
-  if (call == nullptr) return false;
+  const CallDtypes* const dtypes = call == nullptr ? self_.calls.find(id_.form) : nullptr;
+  if (call == nullptr && dtypes == nullptr) return false;
   const Stream stream = to_stream(std::nullopt, framework_, self_.backend->device());
   const nb::gil_scoped_release released;
-  call->run(stream);
+  if (call != nullptr) {
+    call->run(stream);
+  } else {
+    run_form(*dtypes, stream);
+  }
   return true;
+}
+
+TensorView KnownCall::view(CallTensor which, const CallDtypes& dtypes) const {
+  const TensorForm& form = id_.form.tensors[which];
+  if (form.ndim < 0) return {};
+  return {id_.data[which], dtypes[which], shape_of(form), self_.backend->device()};
+}
+
+void KnownCall::run_form(const CallDtypes& dtypes, Stream stream) {
+  LocalExperts& experts = *self_.experts;
+  const TensorView x = view(kX, dtypes), scale = view(kScale, dtypes);
+  const MutableTensorView y = writable(view(kY, dtypes));
+  if (id_.form.tensors[kWeights].ndim < 0) {
+    const ExpertBatch batch{.layout = Mode::kLowLatency,
+                            .x = x,
+                            .x_scale = scale,
+                            .num_rows = view(kRouting, dtypes),
+                            .row_begin = {},
+                            .expected_m = id_.form.expected_m};
+    experts.forward_batch(batch, y, stream);
+    if (self_.calls.came_before(id_)) self_.calls.keep(id_, experts.keep_batch(batch, y));
+  } else {
+    const Routing routing{.topk_idx = view(kRouting, dtypes),
+                          .topk_weights = view(kWeights, dtypes)};
+    experts.forward(x, routing, y, stream, scale);
+    if (self_.calls.came_before(id_)) {
+      self_.calls.keep(id_, experts.keep(x, routing, y, scale));
+    }
+  }
+}
+
+void KnownCall::was_made(const TensorView& x, const Routing& routing, const TensorView& x_scale,
+                         const MutableTensorView& y) {
+  note({x.dtype, routing.topk_idx.dtype, routing.topk_weights.dtype, x_scale.dtype, y.dtype});
+}
+
+void KnownCall::was_made(const ExpertBatch& batch, const MutableTensorView& y) {
+  note({batch.x.dtype, batch.num_rows.dtype, DType::kFloat32, batch.x_scale.dtype, y.dtype});
+}
+
+void KnownCall::note(const CallDtypes& dtypes) {
+  if (!is_identified_) return;
+  const Exclusive exclusive(*self_.backend);
+  self_.calls.keep(id_.form, dtypes);
+  self_.calls.came_before(id_);
 }
 
 }  // namespace sluice::python

@@ -1,10 +1,12 @@
-// repeated_calls.h - calls that come again with the same memory, as a decode loop makes them.
+// repeated_calls.h - calls that come again, as a decode loop makes them: with the same memory, or
+// with other memory of the same form.
 //
-// A call is recognised by everything of its tensors that anything here looks at: address, element
+// A form is everything of a call's tensors that anything here looks at but their addresses: element
 // type, device, shape and strides. What the tensors hold is none of it. Python objects are not
 // remembered: other tensors over the same memory are the same call.
 #pragma once
 
+#include <algorithm>
 #include <array>
 #include <cstdint>
 #include <optional>
@@ -15,26 +17,59 @@
 
 namespace sluice::python {
 
-/// One argument; `ndim` is -1 for one that is not there.
-struct TensorId {
+/// Of one argument; `ndim` is -1 for one that is not there.
+struct TensorForm {
   static constexpr int kMaxRank = 3;
-  const std::byte* data = nullptr;
+  std::array<std::int64_t, kMaxRank> shape{}, strides{};
   std::int32_t ndim = -1, device_type = 0, device_index = 0;
   std::uint8_t code = 0, bits = 0;
   std::uint16_t lanes = 0;
-  std::array<std::int64_t, kMaxRank> shape{}, strides{};
-  bool operator==(const TensorId&) const = default;
+  bool operator==(const TensorForm&) const = default;
 };
 
-struct CallId {
-  TensorId x, routing, weights, x_scale, y;  ///< `routing`: topk_idx, or the rows of each expert.
+/// A call's tensors. kRouting: topk_idx, or the rows of each expert; kWeights: none for a batch.
+enum CallTensor : std::uint8_t { kX, kRouting, kWeights, kScale, kY, kNumCallTensors };
+
+struct CallForm {
+  std::array<TensorForm, kNumCallTensors> tensors;
   int expected_m = 0;
+  bool operator==(const CallForm&) const = default;
+};
+struct CallId {
+  std::array<const std::byte*, kNumCallTensors> data{};  // First, since it tells most apart.
+  CallForm form;
   bool operator==(const CallId&) const = default;
 };
+/// What the tensors were taken for: frameworks without bfloat16 bring its bits.
+using CallDtypes = std::array<DType, kNumCallTensors>;
 
-/// nullptr: an argument that is not there. False for an array that no framework describes cheaply
-/// (framework.h) or that has more dimensions than a call's tensors.
-[[nodiscard]] bool identify(const Array* array, TensorId& id);
+/// The last of their kind; the oldest makes room.
+template <class Key, class Value, std::size_t kNum>
+class Recent {
+ public:
+  struct Entry {
+    Key key;
+    Value value;
+    std::uint64_t last_use = 0;  ///< 0: never.
+  };
+  [[nodiscard]] Entry* find(const Key& key) {
+    for (Entry& entry : entries_) {
+      if (entry.last_use == 0 || entry.key != key) continue;
+      entry.last_use = ++now_;
+      return &entry;
+    }
+    return nullptr;
+  }
+  /// Requires: find() did not find it.
+  void add(const Key& key, Value value) {
+    Entry& oldest = *std::ranges::min_element(entries_, {}, &Entry::last_use);
+    oldest.value = std::move(value), oldest.key = key, oldest.last_use = ++now_;
+  }
+
+ private:
+  std::array<Entry, kNum> entries_;
+  std::uint64_t now_ = 0;
+};
 
 /// The last calls of some LocalExperts. They are forgotten before the LocalExperts go.
 /// Threads: one at a time, as the LocalExperts.
@@ -42,24 +77,20 @@ class RepeatedCalls {
  public:
   /// The call to run if it was kept.
   [[nodiscard]] LocalCall* find(const CallId& id);
-  /// To be told of each call that find() did not know and that was made: whether to keep it, which
-  /// is so when it came before.
-  [[nodiscard]] bool is_worth_keeping(const CallId& id);
+  /// The dtypes of a call of this form that was made, and so was checked.
+  [[nodiscard]] const CallDtypes* find(const CallForm& form);
+  /// To be asked of each call that find() did not know and that was made: one that came before is
+  /// worth keeping. Remembers it.
+  bool came_before(const CallId& id);
   void keep(const CallId& id, LocalCall call);
-  /// How often find() found one.
+  void keep(const CallForm& form, const CallDtypes& dtypes);
+  /// How often find() found a call.
   [[nodiscard]] std::int64_t num_repeated() const noexcept { return num_repeated_; }
 
  private:
-  struct Entry {
-    CallId id;
-    std::optional<LocalCall> call;
-    std::uint64_t last_use = 0;  ///< 0: never.
-  };
-  [[nodiscard]] Entry* entry_of(const CallId& id);
-
-  static constexpr std::size_t kNumEntries = 8;  // Batch sizes of one layer and recipe.
-  std::array<Entry, kNumEntries> entries_;
-  std::uint64_t now_ = 0;
+  Recent<CallId, std::optional<LocalCall>, 8> calls_;  // Batch sizes of one layer and recipe.
+  // Numbers of tokens vary more.
+  Recent<CallForm, CallDtypes, 64> forms_;
   std::int64_t num_repeated_ = 0;
 };
 
@@ -79,25 +110,26 @@ struct PyLocalExperts {
 };
 
 /// A call that may have come before. Its result is made here if the caller brought none: another
-/// result is another call. Nothing is known of arrays that identify() does not take.
+/// result is another call. Nothing is known of arrays of other frameworks than framework.h's.
 class KnownCall {
  public:
   KnownCall(PyLocalExperts& self, const Array& x, const Array& routing, const Array* weights,
             const std::optional<Array>& x_scale, int expected_m, const std::optional<Array>& out);
   [[nodiscard]] const std::optional<Array>& y() const noexcept { return y_; }
 
-  /// True if it came before and is queued again, on the framework's current stream.
+  /// True if it, or one of its form, came before: it is queued, on the framework's current stream.
   [[nodiscard]] bool run();
-  /// To be told when it has been made. `keep` makes a LocalCall of its tensors.
-  template <class Keep>
-  void was_made(const Keep& keep) {
-    if (!is_identified_) return;
-    const Exclusive exclusive(*self_.backend);
-    if (self_.calls.is_worth_keeping(id_)) self_.calls.keep(id_, keep());
-  }
+  /// To be told when it has been made of these views.
+  void was_made(const TensorView& x, const Routing& routing, const TensorView& x_scale,
+                const MutableTensorView& y);
+  void was_made(const ExpertBatch& batch, const MutableTensorView& y);
 
  private:
+  [[nodiscard]] bool identify(CallTensor which, const Array* array);
   void make_result();
+  [[nodiscard]] TensorView view(CallTensor which, const CallDtypes& dtypes) const;
+  void run_form(const CallDtypes& dtypes, Stream stream);
+  void note(const CallDtypes& dtypes);
 
   PyLocalExperts& self_;
   Framework framework_;

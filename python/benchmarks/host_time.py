@@ -2,7 +2,7 @@
 
 Each line is the least of several rounds: microseconds of the calling thread for one call, while the device
 keeps up. "again" is a call whose tensors have the memory of an earlier call; "anew" one that has other memory
-each time, out of more buffers than calls are remembered.
+each time, out of more buffers than calls are remembered; "any size" one that has another number of tokens as well.
 """
 
 import time
@@ -46,32 +46,38 @@ def main():
     experts, weights = make_experts(num, hidden, 512)
     print(f"torch {torch.__version__}, {torch.cuda.get_device_name()}, {sluice.__version__}: us of the host for a call")
 
-    def batch():
+    def batch(tokens):
         x = torch.randn(tokens, hidden, device=DEVICE).bfloat16()
         idx = torch.randint(0, num, (tokens, topk), device=DEVICE)
-        return x, None, idx, torch.rand(tokens, topk, device=DEVICE)
+        return x, None, idx, torch.rand(tokens, topk, device=DEVICE), torch.empty_like(x)
 
-    many = [(*batch(), torch.empty(tokens, hidden, dtype=torch.bfloat16, device=DEVICE)) for _ in range(50)]
+    many = [batch(tokens) for _ in range(50)]
+    sizes = [batch(1 + i % 40) for i in range(50)]
     x, none, idx, w, out = many[0]
     layer = next(iter(experts._grouped.values()), None)
     rows = torch.randn(num, 16, hidden, device=DEVICE).bfloat16()
     codes, scale = rows.to(torch.float8_e4m3fn), torch.ones(num, 16, hidden // 128, device=DEVICE)
     count = torch.full((num,), 2, dtype=torch.int32, device=DEVICE)
     expert_y = torch.empty_like(rows)
+    batches = [(codes.clone(), scale.clone(), count) for _ in range(50)]
     lines = {
         "grouped, again, out=": lambda i: experts.grouped(x, None, idx, w, out=out),
         "grouped, again": lambda i: experts.grouped(x, None, idx, w),
         "grouped, anew, out=": lambda i: experts.grouped(*many[i % 50][:4], out=many[i % 50][4]),
         "grouped, anew": lambda i: experts.grouped(*many[i % 50][:4]),
+        "grouped, any size, out=": lambda i: experts.grouped(*sizes[i % 50][:4], out=sizes[i % 50][4]),
         "masked bf16, again, out=": lambda i: experts.masked(rows, None, count, out=expert_y),
         "masked bf16, again": lambda i: experts.masked(rows, None, count),
         "masked e4m3, again, out=": lambda i: experts.masked(codes, scale, count, out=expert_y),
+        "masked e4m3, anew, out=": lambda i: experts.masked(*batches[i % 50], out=expert_y),
         "the function, again, out=": lambda i: w4a8_moe_grouped(x, None, idx, w, *weights, out=out),
     }
     for name, call in lines.items():
         print(f"  {name:28} {host_us(call):6.2f}", flush=True)
     layer = next(iter(experts._grouped.values()))
     print(f"  {'core.forward_topk, again':28} {host_us(lambda i: layer.forward_topk(x, idx, w, None, out)):6.2f}")
+    calls = [(x, idx, w, None, out) for x, _, idx, w, out in many]
+    print(f"  {'core.forward_topk, anew':28} {host_us(lambda i: layer.forward_topk(*calls[i % 50])):6.2f}")
     print(f"  calls recognised: {layer.num_repeated_calls}")
     print(f"  {'torch.empty_like(x)':28} {host_us(lambda i: torch.empty_like(x)):6.2f}")
     print(f"  {'torch.add(x, x, out=)':28} {host_us(lambda i: torch.add(x, x, out=out)):6.2f}")

@@ -336,6 +336,36 @@ def test_calls_that_come_again(arrays, geometry, device):
 
 
 @pytest.mark.parametrize("device", DEVICES)
+def test_calls_on_other_memory(arrays, geometry, device):
+    """Calls of known shapes are not looked at anew, whatever their memory; more shapes than are remembered."""
+    torch, backend = Torch(device), sluice.Backend(device)
+    turned = [np.ascontiguousarray(a[::-1]) for a in arrays]
+    layers = [W4A8Experts(*[torch.array(a) for a in weights], backend=backend) for weights in (arrays, turned)]
+    loads = []
+    for tokens in [*range(1, 20), *range(100, 150)]:
+        x, idx, w = sluice.make_workload(geometry, tokens, first_token=31 * tokens)
+        x, idx, w = torch.bf16(x), torch.array(idx.astype(np.int64)), torch.array(w)
+        loads.append((x, idx, w, [torch.bits(layer.grouped(x, None, idx, w)) for layer in layers]))
+        assert not np.array_equal(*loads[-1][3])
+    for turn in range(3):
+        for x, idx, w, expected in loads:
+            for layer, bits in zip(layers, expected):
+                made = [layer.grouped(x.clone(), None, idx.clone(), w.clone()) for _ in range(2)]
+                out = torch.torch.full_like(x, float("nan"))
+                assert layer.grouped(x.clone(), None, idx, w.clone(), out=out) is out
+                for y in (*made, out):
+                    assert np.array_equal(torch.bits(y), bits), (turn, len(x))
+    x, idx, w, _ = loads[7]
+    for wrong in (x[:, :-128], x.half(), x[:, None]):
+        with pytest.raises(sluice.Error, match="^x: expected"):
+            layers[0].grouped(wrong, None, idx, w)
+    with pytest.raises(sluice.Error, match="^topk_weights: expected"):
+        layers[0].grouped(x, None, idx, w[:5])
+    with pytest.raises(sluice.Error, match="^out: expected"):
+        layers[0].grouped(x, None, idx, w, out=x.t().contiguous().t())
+
+
+@pytest.mark.parametrize("device", DEVICES)
 def test_batches_that_come_again(arrays, geometry, device):
     torch, num, max_m = Torch(device), geometry.num_experts, 4
     experts = W4A8Experts(*[torch.array(a) for a in arrays], backend=sluice.Backend(device))
