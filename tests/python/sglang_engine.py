@@ -109,12 +109,13 @@ class Rank:
         self.rank, self.size, self.device = rank, size, device
         arguments = get_context().override_server_args(
             device=device, tp_size=size, chunked_prefill_size=64, **switches).install()
-        publish(arguments, role="scheduler", ranks=SpawnRanks(world_rank=rank, gpu_id=0))
+        gpu = rank % torch.cuda.device_count() if device == "cuda" else 0
+        publish(arguments, role="scheduler", ranks=SpawnRanks(world_rank=rank, gpu_id=gpu))
         if device == "cuda":
-            torch.cuda.set_device(0)
-            distributed.set_custom_all_reduce(False)  # For ranks with a GPU each.
+            torch.cuda.set_device(gpu)
+            distributed.set_custom_all_reduce(False)  # For ranks with a GPU each and NCCL between them.
         distributed.init_distributed_environment(
-            world_size=size, rank=rank, local_rank=0, distributed_init_method=f"file://{store}", backend="gloo")
+            world_size=size, rank=rank, local_rank=gpu, distributed_init_method=f"file://{store}", backend="gloo")
         distributed.initialize_model_parallel(backend="gloo")
         initialize_moe_config()
 

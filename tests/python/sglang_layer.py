@@ -2,7 +2,7 @@
 
     sglang_layer.py FOLDER DEVICE RANKS...
 
-FOLDER has checkpoints (see test_sglang.py). DEVICE is cpu, or cuda, of which all ranks share the first. SGLang loads
+FOLDER has checkpoints (see test_sglang.py). DEVICE is cpu, or cuda, whose GPUs the ranks take in turn. SGLang loads
 its plug-ins by its own loader, and runs each case in ranks of its own, which talk over gloo. Writes
 FOLDER/results.json: for each check its name, and None or what went wrong.
 """
