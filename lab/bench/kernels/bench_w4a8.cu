@@ -27,10 +27,13 @@ __global__ void read_all(const uint4* data, std::size_t n, int* sink) {
   std::uint32_t sum = 0;
   const std::size_t stride = std::size_t{gridDim.x} * blockDim.x;
   std::size_t i = blockIdx.x * std::size_t{blockDim.x} + threadIdx.x;
-  for (; i + 7 * stride < n; i += 8 * stride) {
+  for (; i < n; i += 8 * stride) {
     uint4 v[8];
 #pragma unroll
-    for (int j = 0; j < 8; ++j) v[j] = __ldcs(data + i + j * stride);
+    for (int j = 0; j < 8; ++j) {
+      const std::size_t at = i + j * stride;
+      v[j] = at < n ? __ldcs(data + at) : uint4{};
+    }
 #pragma unroll
     for (int j = 0; j < 8; ++j) sum ^= v[j].x ^ v[j].y ^ v[j].z ^ v[j].w;
   }
