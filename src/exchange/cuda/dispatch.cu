@@ -41,33 +41,8 @@ namespace {
 constexpr int kThreads = kDispatchThreads;
 constexpr int kWarps = kThreads / 32;
 
-/// Counts this rank's entries by expert, those before the CTA's own tokens in `next`, all others
-/// in `total`. `expert`: of entry threadIdx.x. The experts of the entries [begin, begin + kept)
-/// stay in `first_expert`.
-__device__ void count_entries(const SlotParams& p, const DispatchParams& d, int expert, int begin,
-                              int kept, int* total, int* next, int* first_expert) {
-  const int num_entries = d.num_tokens * p.num_topk, tid = static_cast<int>(threadIdx.x);
-  const auto count = [&](int i, int e) {
-    const int mine = i - begin;
-    if (mine >= 0 && mine < kept) first_expert[mine] = e;
-    if (e >= 0) atomicAdd(mine < 0 ? &next[e] : &total[e], 1);
-  };
-  if (tid < num_entries) count(tid, expert);
-  constexpr int kBatch = 8;  // Loads in flight together.
-  for (int base = tid + kThreads; base < num_entries; base += kBatch * kThreads) {
-    long long chosen[kBatch];
-#pragma unroll
-    for (int j = 0; j < kBatch; ++j) {
-      const int i = base + j * kThreads;
-      chosen[j] = i < num_entries ? chosen_by(d, i) : -1;
-    }
-#pragma unroll
-    for (int j = 0; j < kBatch; ++j) {
-      const int i = base + j * kThreads;
-      if (i < num_entries) count(i, expert_of_choice(p, chosen[j], i));
-    }
-  }
-}
+constexpr bool kSignsEarly = SLUICE_PLANTED_FAULT == 2 || SLUICE_PLANTED_FAULT == 4;
+constexpr int kFirstEntries = 2;  // Of each thread, loaded at once.
 
 /// Peers are spread over the CTAs.
 __device__ void send_counts(const SlotParams& p, std::uint64_t epoch, const int* total,
@@ -82,58 +57,60 @@ __device__ void send_counts(const SlotParams& p, std::uint64_t epoch, const int*
   }
 }
 
-/// One warp: how often, and to which row, a token's entry k travels to `peer`. To another rank a
-/// token crosses once, with a list of its rows there (normal mode). True: entry k's row is the one.
+/// One warp: whether entry k of a token takes the token to `peer`, as the first one that chose it.
+/// With `lists`, that entry also sends the list of all rows there. `list`: the token's entries.
 __device__ bool crosses(const SlotParams& p, std::uint64_t epoch, int peer, int k,
-                        const std::int64_t* row_of_entry, std::int64_t source, bool lists) {
+                        const ChunkEntry* list, const int* next, std::int64_t source, bool lists) {
   const int lane = static_cast<int>(threadIdx.x) % 32;
-  const std::int64_t other = lane < p.num_topk ? row_of_entry[lane] : -1;
-  const bool same = other >= 0 && (other >> 32) == peer;
+  const bool same = lane < p.num_topk && list[lane].peer == peer;
   if ((__ballot_sync(kAllLanes, same) & ((1u << k) - 1)) != 0) return false;
   if (same && lists) {
-    p.window.put_word(peer, p.copies, source * p.num_topk + lane,
-                      epoch << 32 | static_cast<std::uint32_t>(other));
+    p.window.put_word(
+        peer, p.copies, source * p.num_topk + lane,
+        epoch << 32 | static_cast<std::uint32_t>(next[list[lane].expert] + list[lane].before));
   }
   return true;
 }
 
 /// The warps send the rows of one staged chunk; lane 0 of each owns its bulk copies. `is_first`:
 /// the CTA has the tokens' first part, and with it what there is once for each row.
-template <WireFormat Wire>
+template <WireFormat Wire, Mode Layout>
 __device__ void send_chunk(const SlotParams& p, const Staging& s, const TokenPart& part,
-                           bool is_first, std::uint64_t epoch, int first, int count,
-                           const std::int64_t* place, const std::uint8_t* payload,
+                           bool is_first, std::uint64_t epoch, int first, int num_entries,
+                           const ChunkEntry* list, const int* next, const std::uint8_t* payload,
                            const float* scale, int* sent) {
   const int warp = static_cast<int>(threadIdx.x) / 32, lane = static_cast<int>(threadIdx.x) % 32;
-  for (int j = warp; j < count * p.num_topk; j += kWarps) {
-    const std::int64_t at = place[j];
-    if (lane == 0 && is_first) p.slot_row[std::int64_t{first} * p.num_topk + j] = at;
-    if (at < 0) continue;
-    const int token = j / p.num_topk, k = j - token * p.num_topk;
-    const int peer = static_cast<int>(at >> 32);
-    const std::int64_t row = at & 0xffffffff;
-    if (lane == 0 && is_first) {
-      p.window.put(peer, p.origin, row,
-                   static_cast<std::uint64_t>(p.window.rank) << 32 |
-                       static_cast<std::uint32_t>(first * p.num_topk + j));
-    }
-    // Here no link is saved.
-    if (p.max_m == 0 && peer != p.window.rank &&
-        !crosses(p, epoch, peer, k, place + token * p.num_topk,
-                 std::int64_t{p.window.rank} * p.max_tokens + first + token, is_first)) {
-      if (lane == 0 && is_first) atomicAdd(&sent[kMaxDeviceRanks + peer], 1);
+  for (int j = warp; j < num_entries; j += kWarps) {
+    const ChunkEntry entry = list[j];
+    const int entry_idx = first * p.num_topk + j, peer = entry.peer;
+    if (peer < 0) {
+      if (lane == 0 && is_first) p.slot_row[entry_idx] = -1;
       continue;
     }
-    if (lane == 0) {
+    const std::int64_t row = next[entry.expert] + entry.before;
+    // Here no link is saved.
+    bool travels = true;
+    if (Layout == Mode::kNormal && peer != p.window.rank) {
+      const int first_entry = entry.token * p.num_topk;
+      travels = crosses(p, epoch, peer, j - first_entry, list + first_entry, next,
+                        std::int64_t{p.window.rank} * p.max_tokens + first + entry.token, is_first);
+    }
+    if (travels && lane == 0) {
       p.window.put_bulk(peer, p.x, row * s.payload_bytes + part.first_byte,
-                        payload + token * s.payload_bytes, part.bytes);
-      if (is_first) atomicAdd(&sent[peer], 1);
+                        payload + entry.token * s.payload_bytes, part.bytes);
     }
     if constexpr (kScaled<Wire>) {
-      for (int g = lane; g < part.num_scales; g += 32) {
+      for (int g = lane; travels && g < part.num_scales; g += 32) {
         p.window.put(peer, p.scale, row * s.num_groups + part.first_scale + g,
-                     scale[token * s.num_groups + g]);
+                     scale[entry.token * s.num_groups + g]);
       }
+    }
+    if (lane == 0 && is_first) {
+      p.window.put(
+          peer, p.origin, row,
+          static_cast<std::uint64_t>(p.window.rank) << 32 | static_cast<std::uint32_t>(entry_idx));
+      p.slot_row[entry_idx] = std::int64_t{peer} << 32 | row;
+      atomicAdd(&sent[travels ? peer : kMaxDeviceRanks + peer], 1);
     }
   }
   if (lane == 0) p.window.close_puts();
@@ -162,12 +139,12 @@ __device__ void finish(const SlotParams& p, const DispatchParams& d, std::uint64
   if (threadIdx.x == 0) p.slot->epoch = epoch, p.slot->refused = refused;
 }
 
-template <WireFormat Wire>
+template <WireFormat Wire, Mode Layout>
 __global__ void __launch_bounds__(kThreads, 1)
     dispatch_kernel(const __grid_constant__ SlotParams p,
                     const __grid_constant__ DispatchParams d) {
   extern __shared__ __align__(128) unsigned char shared[];
-  __shared__ std::int64_t place[kMaxChunk * kMaxTopk];
+  __shared__ ChunkEntry list[2][kMaxChunk * kMaxTopk];
   __shared__ int sent[2 * kMaxDeviceRanks];           // Rows, then repeats.
   __shared__ int first_expert[kMaxChunk * kMaxTopk];  // Of the first chunk's slots.
   // All that the parameters alone decide, before earlier kernels have ended.
@@ -207,54 +184,70 @@ __global__ void __launch_bounds__(kThreads, 1)
   if (tid < p.window.num_ranks) {
     reusable = p.window.word(p.returned, tid) >= wanted(kReuse, epoch);
   }
-  const int expert = tid < d.num_tokens * p.num_topk ? expert_of(p, d, tid) : -1;
+  const int num_entries = d.num_tokens * p.num_topk;
+  int expert[kFirstEntries];
+#pragma unroll
+  for (int j = 0; j < kFirstEntries; ++j) {
+    const int i = tid + j * kThreads;
+    expert[j] = i < num_entries ? expert_of(p, d, i) : -1;
+  }
   if (__syncthreads_or(failed) != 0) {
     forget_rows(p);
     return;
   }
-  count_entries(p, d, expert, begin * p.num_topk, first_count * p.num_topk, total, next,
-                first_expert);
+  const int own = begin * p.num_topk, kept = first_count * p.num_topk;
+#pragma unroll
+  for (int j = 0; j < kFirstEntries; ++j) {
+    const int i = tid + j * kThreads;
+    if (i < num_entries) count_entry(i, expert[j], own, kept, total, next, first_expert);
+  }
+  if (d.wide_idx) {
+    count_rest<std::int64_t>(p, d, kFirstEntries * kThreads, own, kept, total, next, first_expert);
+  } else {
+    count_rest<std::int32_t>(p, d, kFirstEntries * kThreads, own, kept, total, next, first_expert);
+  }
   bool ok = __syncthreads_and(reusable) != 0 || wait_for_all(p, p.returned, kReuse, epoch);
   if (ok) send_counts(p, epoch, total, next);
+  // While they travel: all that does not depend on them. One warp looks after the list of entries.
+  const bool lists = tid / 32 == kWarps - 1;
+  if (Layout == Mode::kLowLatency) begin_masked(p, next);
+  if (lists) list_entries(p, d, 0, first_count * p.num_topk, first_expert, list[0]);
   int clipped = stage_chunk<Wire>(x_of(begin), first_count, part.row_vectors, d.static_inverse,
                                   batch, payload_of(0), scale_of(0));
-  __syncthreads();  // total[] is about to become the sum over ranks.
-  const RouteResult routed = ok ? place_experts(p, epoch, total, next) : RouteResult::kMissing;
+  ptx::fence_proxy_async_shared();  // The copy engine reads what ordinary stores wrote.
+  const RouteResult routed =
+      ok ? place_experts<Layout>(p, epoch, total, next) : RouteResult::kMissing;
   ok = routed != RouteResult::kMissing;
   const bool refused = routed == RouteResult::kRefused;
 
-  if (SLUICE_PLANTED_FAULT == 2 && ok) signal_share(p);
+  if (kSignsEarly && ok) signal_share(p);
+  for (int i = begin * p.num_topk + tid; refused && i < end * p.num_topk; i += kThreads) {
+    p.slot_row[i] = -1;
+  }
   int buffer = 0;
-  for (int t = begin; ok && t < end; t += s.tokens, buffer ^= 1) {
-    const int count = min(s.tokens, end - t);
-    if (refused) {
-      for (int i = tid; i < count * p.num_topk; i += kThreads) {
-        p.slot_row[std::int64_t{t} * p.num_topk + i] = -1;
-      }
-      continue;
-    }
-    if (tid < 32) {
-      assign_rows(p, d, t * p.num_topk, count * p.num_topk, t == begin ? first_expert : nullptr,
-                  next, place);
-    }
-    ptx::fence_proxy_async_shared();  // The copy engine reads what ordinary stores wrote.
+  for (int t = begin; ok && !refused && t < end; buffer ^= 1) {
+    const int count = min(s.tokens, end - t) * p.num_topk;
+    send_chunk<Wire, Layout>(p, s, part, part_idx == 0, epoch, t, count, list[buffer], next,
+                             payload_of(buffer), scale_of(buffer), sent);
+    t += s.tokens;
+    if (t >= end) break;
+    const int next_count = min(s.tokens, end - t);
+    load_batch(x_of(t), next_count * part.row_vectors, tid, batch);
+    if (lane == 0) p.window.wait_sources<1>();  // The other buffer's copies have read it.
     __syncthreads();
-    send_chunk<Wire>(p, s, part, part_idx == 0, epoch, t, count, place, payload_of(buffer),
-                     scale_of(buffer), sent);
-    if (t + s.tokens < end) {
-      const int next_count = min(s.tokens, end - t - s.tokens);
-      load_batch(x_of(t + s.tokens), next_count * part.row_vectors, tid, batch);
-      if (lane == 0) p.window.wait_sources<1>();  // The other buffer's copies have read it.
-      __syncthreads();
-      clipped +=
-          stage_chunk<Wire>(x_of(t + s.tokens), next_count, part.row_vectors, d.static_inverse,
-                            batch, payload_of(buffer ^ 1), scale_of(buffer ^ 1));
+    clipped += stage_chunk<Wire>(x_of(t), next_count, part.row_vectors, d.static_inverse, batch,
+                                 payload_of(buffer ^ 1), scale_of(buffer ^ 1));
+    if (lists) {
+      advance(count, list[buffer], next);
+      list_entries(p, d, t * p.num_topk, next_count * p.num_topk, nullptr, list[buffer ^ 1]);
     }
+    ptx::fence_proxy_async_shared();
+    __syncthreads();
   }
   // Makes the copies visible to this thread, and the barrier to those that signal.
   if (lane == 0 && SLUICE_PLANTED_FAULT != 1) p.window.wait_puts();
   __syncthreads();
-  if (ok && SLUICE_PLANTED_FAULT != 2) signal_share(p);
+  if (ok && !kSignsEarly) signal_share(p);
   if (lane == 0 && SLUICE_PLANTED_FAULT == 1) p.window.wait_puts();
   if (clipped > 0) atomicAdd(&p.state->stats.saturated, static_cast<unsigned long long>(clipped));
   if (tid < p.window.num_ranks && sent[tid] > 0) {
@@ -329,15 +322,21 @@ template <WireFormat Wire>
 void launch(const SlotParams& slot, const DispatchParams& dispatch, int num_ctas,
             cudaStream_t stream) {
   const int bytes = staging_of<Wire>(slot.hidden).total_bytes(slot.placement.num_experts());
-  launch_in_order(dispatch_kernel<Wire>, num_ctas, kThreads, bytes, stream, slot, dispatch);
+  const auto kernel = slot.max_m > 0 ? dispatch_kernel<Wire, Mode::kLowLatency>
+                                     : dispatch_kernel<Wire, Mode::kNormal>;
+  launch_in_order(kernel, num_ctas, kThreads, bytes, stream, slot, dispatch);
 }
 
 template <WireFormat Wire>
 void prepare_dispatch() {
-  constexpr int kMostShared = 220 * 1024;
-  SLUICE_CUDA_CHECK(cudaFuncSetAttribute(dispatch_kernel<Wire>,
-                                         cudaFuncAttributeMaxDynamicSharedMemorySize, kMostShared));
-  prefer_shared_memory(dispatch_kernel<Wire>);
+  constexpr int kMostShared = 216 * 1024;  // Beside what the kernel names.
+  const auto prepare = [](auto kernel) {
+    SLUICE_CUDA_CHECK(
+        cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kMostShared));
+    prefer_shared_memory(kernel);
+  };
+  prepare(dispatch_kernel<Wire, Mode::kLowLatency>);
+  prepare(dispatch_kernel<Wire, Mode::kNormal>);
 }
 
 }  // namespace

@@ -12,8 +12,8 @@
 
 /// Set by tests/exchange/CMakeLists.txt alone, for builds that its rounds must refuse. 1: a rank's
 /// `dispatched` flag does not wait until its rows have arrived. 2: it is raised before the first
-/// row is sent. 3: combine does not wait for the other ranks' rows. 4: the first CTA of a dispatch
-/// adds the shares of all others to the flag.
+/// row is sent. 3: combine does not wait for the other ranks' rows. 4: the first CTA of a
+/// dispatch signs for all others, as soon as it knows where its rows go.
 #ifndef SLUICE_PLANTED_FAULT
 #define SLUICE_PLANTED_FAULT 0
 #endif
@@ -77,10 +77,11 @@ __device__ inline bool wait_for_ranks(const SlotParams& p, std::size_t flags, Op
   __syncthreads();
   const std::uint64_t want = wanted(op, epoch);
   if (r >= first && r < end) {
-    const std::uint64_t begin = ptx::global_timer();
-    std::uint64_t waited = 0;
+    std::uint64_t begin = 0, waited = 0;
     const std::uint64_t value = p.window.wait(flags, r, want, [&] {
-      waited = ptx::global_timer() - begin;
+      const std::uint64_t now = ptx::global_timer();
+      if (begin == 0) begin = now;
+      waited = now - begin;
       return waited > p.timeout_ns || has_failed(p);
     });
     seen[r] = value;
@@ -125,10 +126,10 @@ __device__ inline void signal_all(const SlotParams& p, std::size_t flags, std::u
 __device__ inline void signal_share(const SlotParams& p) {
   const int r = static_cast<int>(threadIdx.x);
   if (r >= p.window.num_ranks) return;
-  const std::uint64_t all = SLUICE_PLANTED_FAULT == 4 ? 0 : gridDim.x - 1;
-  const std::uint64_t share = blockIdx.x == 0 ? kDispatchShares - all : 1;
-  if (SLUICE_PLANTED_FAULT == 4 && blockIdx.x != 0) return;
-  p.window.add_to_signal(r, p.dispatched, share);
+  const bool for_all = SLUICE_PLANTED_FAULT == 4;
+  if (for_all && blockIdx.x != 0) return;
+  const std::uint64_t others = for_all ? 0 : gridDim.x - 1;
+  p.window.add_to_signal(r, p.dispatched, blockIdx.x == 0 ? kDispatchShares - others : 1);
 }
 
 /// The slot to which the row of a top-k entry goes that chose expert `e`: Placement::slot_of_row().

@@ -1,5 +1,5 @@
 // route.cuh - which row each top-k entry gets: counts of all ranks, first rows of all experts, then
-// one entry after another.
+// one entry after another. What does not depend on counts is done before they are waited for.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -11,16 +11,58 @@ namespace sluice::cuda {
 /// Rows have been given; a capacity is exceeded; counts of a rank did not arrive.
 enum class RouteResult { kPlaced, kRefused, kMissing };
 
+/// A top-k entry of the chunk that a CTA sends.
+struct alignas(16) ChunkEntry {
+  int expert;  // Or -1: empty.
+  int before;  // Entries of the chunk before it with the same expert.
+  int peer;    // The expert's rank.
+  int token;   // Of the chunk.
+};
+
+/// Counts one entry by expert: in `next` if it is before the CTA's own tokens, else in `total`. The
+/// experts of the entries [begin, begin + kept) stay in `first_expert`.
+__device__ inline void count_entry(int entry, int expert, int begin, int kept, int* total,
+                                   int* next, int* first_expert) {
+  const int mine = entry - begin;
+  if (mine >= 0 && mine < kept) first_expert[mine] = expert;
+  if (expert >= 0) atomicAdd(mine < 0 ? &next[expert] : &total[expert], 1);
+}
+
+/// The same for all entries from `first` on. Their loads are in flight together: nothing converts
+/// or looks at a value before the last one has been asked for.
+template <class Index>
+__device__ void count_rest(const SlotParams& p, const DispatchParams& d, int first, int begin,
+                           int kept, int* total, int* next, int* first_expert) {
+  constexpr int kBatch = 16;
+  const Index* const topk_idx = static_cast<const Index*>(d.topk_idx);
+  const int num_entries = d.num_tokens * p.num_topk;
+  for (int base = first + static_cast<int>(threadIdx.x); base < num_entries;
+       base += kBatch * kDispatchThreads) {
+    Index chosen[kBatch];
+#pragma unroll
+    for (int j = 0; j < kBatch; ++j) {
+      const int i = base + j * kDispatchThreads;
+      if (i < num_entries) chosen[j] = topk_idx[i];
+    }
+#pragma unroll
+    for (int j = 0; j < kBatch; ++j) {
+      const int i = base + j * kDispatchThreads;
+      if (i >= num_entries) break;
+      count_entry(i, expert_of_choice(p, chosen[j], i), begin, kept, total, next, first_expert);
+    }
+  }
+}
+
 /// Thread i's share of experts: every rank's counts of them, waited for. Adds those of lower ranks
 /// to next[e] and replaces total[e] by the sum over all. Returns the ranks whose counts did not
 /// arrive, a bit each.
 __device__ inline unsigned long long gather_counts(const SlotParams& p, std::uint64_t epoch,
                                                    int* total, int* next) {
-  constexpr int kBatch = 8;
+  constexpr int kBatch = 4;
   const int ranks = p.window.num_ranks;
   const auto tag = static_cast<std::uint32_t>(epoch);
   unsigned long long missing = 0;
-  const std::uint64_t begin = ptx::global_timer();
+  std::uint64_t begin = 0;
   for (int e = static_cast<int>(threadIdx.x); e < p.placement.num_experts();
        e += kDispatchThreads) {
     int below = 0, all = 0;
@@ -39,6 +81,7 @@ __device__ inline unsigned long long gather_counts(const SlotParams& p, std::uin
           if (r0 + i < ranks) fresh &= static_cast<std::uint32_t>(word[i] >> 32) == tag;
         }
         if (fresh) break;
+        if (begin == 0) begin = ptx::global_timer();
         if (ptx::global_timer() - begin > p.timeout_ns || has_failed(p)) {
           for (int i = 0; i < kBatch && r0 + i < ranks; ++i) {
             if (static_cast<std::uint32_t>(word[i] >> 32) != tag) missing |= 1ull << (r0 + i);
@@ -60,15 +103,22 @@ __device__ inline unsigned long long gather_counts(const SlotParams& p, std::uin
   return missing;
 }
 
-/// Low-latency: expert e's rows begin at its own max_m; the experts are those of gather_counts(),
-/// so no barrier lies between. True: a capacity is exceeded.
-__device__ inline bool place_masked(const SlotParams& p, const int* total, int* next) {
-  bool over = false;
+/// Low-latency: expert e's rows begin at its own max_m, whatever the counts are. The thread that
+/// calls gather_counts() for an expert does this for it, before.
+__device__ inline void begin_masked(const SlotParams& p, int* next) {
   for (int e = static_cast<int>(threadIdx.x); e < p.placement.num_experts();
        e += kDispatchThreads) {
     const int local = p.placement.local_of(e), begin = local * p.max_m;
     next[e] += begin;
     if (blockIdx.x == 0 && p.placement.rank_of(e) == p.window.rank) p.row_begin[local] = begin;
+  }
+}
+
+/// True: one of the thread's experts exceeds its capacity.
+__device__ inline bool exceeds_masked(const SlotParams& p, const int* total) {
+  bool over = false;
+  for (int e = static_cast<int>(threadIdx.x); e < p.placement.num_experts();
+       e += kDispatchThreads) {
     if (total[e] <= p.max_m) continue;
     over = true;
     if (blockIdx.x == 0) {
@@ -105,52 +155,65 @@ __device__ inline void place_contiguous(const SlotParams& p, const int* total, i
   }
 }
 
+/// Who did not send counts: the exchange stops.
+__device__ inline void fail_counts(const SlotParams& p, std::uint64_t epoch,
+                                   unsigned long long missing) {
+  __shared__ unsigned long long all_missing;
+  if (threadIdx.x == 0) all_missing = 0;
+  __syncthreads();
+  if (missing != 0) atomicOr(&all_missing, missing);
+  __syncthreads();
+  if (threadIdx.x != 0) return;
+  fail_exchange(p, {.kind = kPeerMissing,
+                    .operation = kDispatchCounts,
+                    .epoch = epoch,
+                    .missing = all_missing,
+                    .expected = epoch,
+                    .seen = 0});
+}
+
 /// With every rank's counts: total[e] becomes the sum over ranks, next[e] the row of this CTA's
-/// first entry with expert e. All threads get the same answer.
-__device__ inline RouteResult place_experts(const SlotParams& p, std::uint64_t epoch, int* total,
-                                            int* next) {
+/// first entry with expert e (low-latency: after begin_masked()). All threads get the same answer.
+/// What any of them did before is seen by all after it.
+template <Mode Layout>
+__device__ RouteResult place_experts(const SlotParams& p, std::uint64_t epoch, int* total,
+                                     int* next) {
   const unsigned long long missing = gather_counts(p, epoch, total, next);
-  const bool over = missing == 0 && p.max_m > 0 && place_masked(p, total, next);
-  if (__syncthreads_or(missing != 0) != 0) {
-    __shared__ unsigned long long all_missing;
-    if (threadIdx.x == 0) all_missing = 0;
-    __syncthreads();
-    if (missing != 0) atomicOr(&all_missing, missing);
-    __syncthreads();
-    if (threadIdx.x == 0) {
-      fail_exchange(p, {.kind = kPeerMissing,
-                        .operation = kDispatchCounts,
-                        .epoch = epoch,
-                        .missing = all_missing,
-                        .expected = epoch,
-                        .seen = 0});
-    }
+  const bool over = Layout == Mode::kLowLatency && missing == 0 && exceeds_masked(p, total);
+  if (__syncthreads_or(missing != 0 || over) != 0) {
+    if (__syncthreads_or(missing != 0) == 0) return RouteResult::kRefused;
+    fail_counts(p, epoch, missing);
     return RouteResult::kMissing;
   }
-  if (p.max_m > 0)
-    return __syncthreads_or(over) != 0 ? RouteResult::kRefused : RouteResult::kPlaced;
-  place_contiguous(p, total, next);
-  __syncthreads();
+  if (Layout == Mode::kNormal) {
+    place_contiguous(p, total, next);
+    __syncthreads();
+  }
   return RouteResult::kPlaced;
 }
 
-/// One warp gives the entries [first, first + count) their rows, in order. `expert`: theirs, or
-/// null.
-__device__ inline void assign_rows(const SlotParams& p, const DispatchParams& d, int first,
-                                   int count, const int* expert, int* next, std::int64_t* place) {
+/// One warp lists the entries [first, first + count), those of a chunk. `expert`: theirs, or null.
+__device__ inline void list_entries(const SlotParams& p, const DispatchParams& d, int first,
+                                    int count, const int* expert, ChunkEntry* list) {
   const int lane = static_cast<int>(threadIdx.x) % 32;
   for (int base = 0; base < count; base += 32) {
     const int i = base + lane;
     const int e = i >= count ? -1 : expert != nullptr ? expert[i] : expert_of(p, d, first + i);
     const unsigned same = __match_any_sync(kAllLanes, e);
-    const int before = __popc(same & ((1u << lane) - 1));
-    std::int64_t at = -1;
-    if (e >= 0) at = std::int64_t{p.placement.rank_of(e)} << 32 | (next[e] + before);
+    int before = __popc(same & ((1u << lane) - 1));
+    for (int j = 0; j < base; ++j) before += list[j].expert == e;
     __syncwarp();
-    if (e >= 0 && before == 0) next[e] += __popc(same);
+    if (i < count) list[i] = {e, before, e < 0 ? -1 : p.placement.rank_of(e), i / p.num_topk};
     __syncwarp();
-    if (i < count) place[i] = at;
   }
+}
+
+/// The same warp, after the rows of that chunk have been sent: next[e] is for the next chunk.
+__device__ inline void advance(int count, const ChunkEntry* list, int* next) {
+  for (int i = static_cast<int>(threadIdx.x) % 32; i < count; i += 32) {
+    if (list[i].expert >= 0) atomicAdd(&next[list[i].expert], 1);
+  }
+  __syncwarp();
 }
 
 }  // namespace sluice::cuda

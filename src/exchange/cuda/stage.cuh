@@ -5,6 +5,7 @@
 
 #include "backend/cuda/e4m3_group.cuh"
 #include "backend/cuda/ptx/math.cuh"
+#include "backend/cuda/ptx/sync.cuh"
 #include "exchange/cuda/exchange_kernels.h"
 #include "exchange/cuda/protocol.cuh"
 #include "sluice/quant.h"
@@ -147,7 +148,7 @@ __device__ inline void load_batch(const SlotParams& p, const DispatchParams& d, 
 __device__ inline const unsigned* find_token_amax(const std::uint16_t* x, int num_vectors,
                                                   int row_vectors, Batch& batch) {
   __shared__ unsigned token_amax[kMaxChunk];
-  const int begin = static_cast<int>(threadIdx.x);
+  const int begin = ptx::thread_index();
   if (begin < kMaxChunk) token_amax[begin] = 0;
   __syncthreads();
   constexpr int kBatchVectors = kDispatchThreads * kVectorsInFlight;
@@ -179,7 +180,7 @@ __device__ int stage_chunk(const std::uint16_t* x, int count, int row_vectors, f
     token_amax = find_token_amax(x, num_vectors, row_vectors, batch);
   }
   int clipped = 0;
-  for (int base = static_cast<int>(threadIdx.x); base < num_vectors;) {
+  for (int base = ptx::thread_index(); base < num_vectors;) {
 #pragma unroll
     for (int i = 0; i < kVectorsInFlight; ++i) {
       const int v = base + i * kDispatchThreads;
