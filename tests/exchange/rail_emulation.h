@@ -134,31 +134,38 @@ class EmulatedDevice final : public RailDevice {
     begin(p, stream);
     cuda::sizes_step(kAlone, p);
   }
-  void count(const cuda::RailSlot& p, Stream stream) override {
-    begin(p, stream);
-    for (int h = 0; h < p.num_hosts; ++h) cuda::count_step(kAlone, p, h);
-  }
   void place(const cuda::RailSlot& p, const cuda::RailTokens& d, Stream stream) override {
     begin(p, stream);
-    for (int h = 0; h < p.num_hosts; ++h) cuda::place_step(kAlone, p, d, h);
+    std::vector<std::vector<std::int32_t>> words(static_cast<std::size_t>(p.num_hosts));
+    std::vector<cuda::PlaceSpace> spaces;
+    for (auto& of_host : words) {
+      of_host.assign(static_cast<std::size_t>(cuda::words_of_place(p)), -1);
+      spaces.push_back(cuda::place_space(p, of_host.data()));
+    }
+    for (int h = 0; h < p.num_hosts; ++h) {
+      cuda::count_step(kAlone, p, h, spaces[static_cast<std::size_t>(h)]);
+    }
+    for (int h = 0; h < p.num_hosts; ++h) {
+      cuda::place_step(kAlone, p, d, h, spaces[static_cast<std::size_t>(h)]);
+    }
   }
   void spread(const cuda::RailSlot& p, int, Stream stream) override {
     begin(p, stream);
-    if (cuda::is_stopped(p) || p.slot->refused != 0) return;
-    for (int i = 0; i < p.max_tokens; ++i) {
+    const bool is_idle = cuda::is_stopped(p) || p.slot->refused != 0;
+    for (int i = 0; !is_idle && i < p.max_tokens; ++i) {
       for (int h = 0; h < p.num_hosts; ++h) cuda::spread_step(kAlone, p, h, i);
     }
-  }
-  void finish(const cuda::RailSlot& p, Stream stream) override {
-    begin(p, stream);
     cuda::finish_step(kAlone, p);
   }
-  void give(const cuda::RailSlot& p, bool sends, bool dropped, bool waits, Stream stream) override {
+  void give(const cuda::RailSlot& p, bool dropped, Stream stream) override {
     begin(p, stream);
-    cuda::give_step(kAlone, p, sends, dropped, waits);
+    cuda::give_step(kAlone, p, dropped);
   }
-  void relay(const cuda::RailSlot& p, int, Stream stream) override {
+  void relay(const cuda::RailSlot& p, bool sends, int, Stream stream) override {
     begin(p, stream);
+    cuda::begin_operation(p);
+    if (sends) cuda::give_step(kAlone, p, false);
+    cuda::await_step(kAlone, p);
     const Space space(p);
     for (int i = 0; i < p.max_tokens; ++i) {
       for (int h = 0; h < p.num_hosts; ++h) cuda::relay_step(kAlone, p, h, i, space.space());

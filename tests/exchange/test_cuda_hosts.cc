@@ -4,6 +4,7 @@
 //   NCCL_NET=Socket NCCL_SOCKET_IFNAME=lo test_cuda_hosts --transport nccl --processes 4 --hosts 2
 #include <gmock/gmock.h>
 
+#include <algorithm>
 #include <chrono>
 #include <cstdio>
 #include <cstdlib>
@@ -97,6 +98,56 @@ TEST_F(CudaHostsTest, AtTheSizeOfALayer) {
   for (const Mode mode : kModes) {
     expect_exact(rounds, over_hosts(rounds, mode), 8);
     if (HasFailure()) return;
+  }
+}
+
+// For reports: what the halves take on the device at the size of a layer, checked first.
+TEST_F(CudaHostsTest, TimesOfTheHalves) {
+  Rounds rounds = rounds_of(128, 8, 7168, 12);
+  rounds.fresh_counts = false;
+  rounds.num_experts = 256;
+  for (const Mode mode : kModes) {
+    run(rounds, over_hosts(rounds, mode), [&](CudaRank& rank) {
+      const Round round = make_round(rounds, 0);
+      ASSERT_NO_FATAL_FAILURE(rank.round_trip(round));
+      Exchange& exchange = rank.exchange();
+      const auto queue = static_cast<cudaStream_t>(rank.stream().handle);
+      constexpr int kTimes = 21, kMarks = 5;
+      cudaEvent_t marks[kMarks];
+      for (auto& mark : marks) ASSERT_EQ(cudaEventCreate(&mark), cudaSuccess);
+      std::vector<std::vector<float>> times(kMarks - 1);
+      for (int i = 0; i < kTimes; ++i) {
+        rank.barrier();
+        int next = 0;
+        const auto mark = [&] { ASSERT_EQ(cudaEventRecord(marks[next++], queue), cudaSuccess); };
+        mark();
+        Dispatched d = exchange.dispatch_send(rank.x(), rank.routing(), rank.stream());
+        mark();
+        exchange.dispatch_receive(d, rank.stream());
+        mark();
+        exchange.combine_send(d, d.expert_y(), rank.stream());
+        mark();
+        exchange.combine_receive(std::move(d), rank.y(), rank.stream());
+        mark();
+        rank.backend().synchronize(rank.stream());
+        for (std::size_t m = 0; m < times.size(); ++m) {
+          float ms = 0;
+          ASSERT_EQ(cudaEventElapsedTime(&ms, marks[m], marks[m + 1]), cudaSuccess);
+          times[m].push_back(1e3f * ms);
+        }
+      }
+      exchange.check();
+      for (auto& t : times) std::nth_element(t.begin(), t.begin() + kTimes / 2, t.end());
+      if (rank.rank() == 0) {
+        std::printf(
+            "%s, 128 tokens of 7168, top-8 of 256: send %.0f, receive %.0f, give %.0f, "
+            "home %.0f us\n",
+            to_string(mode), times[0][kTimes / 2], times[1][kTimes / 2], times[2][kTimes / 2],
+            times[3][kTimes / 2]);
+        std::fflush(stdout);
+      }
+      for (auto& mark : marks) ASSERT_EQ(cudaEventDestroy(mark), cudaSuccess);
+    });
   }
 }
 

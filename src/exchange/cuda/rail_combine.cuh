@@ -1,6 +1,7 @@
 // rail_combine.cuh - the steps of combine over hosts: sums in the order of exchange/sum_parts.h.
 //
-//   give     one team: tells the mates that expert_y may be read, or waits until all have said so
+//   give     one team: tells the mates that expert_y may be read
+//   await    every team that reads it: until all mates have said so
 //   relay    a team for each record of another host: its rows, or their sum, into the home piece
 //   (rail)
 //   sum      a team for each own token
@@ -39,13 +40,14 @@ SLUICE_STEP Vector* home_row(const RailSlot& p, std::byte* pieces, int h, int ro
          std::int64_t{row} * (p.hidden / 8);
 }
 
-SLUICE_STEP void give_step(const Team& team, const RailSlot& p, bool sends, bool dropped,
-                           bool waits) {
-  if (waits && team.index == 0) begin_operation(p);
+SLUICE_STEP void give_step(const Team& team, const RailSlot& p, bool dropped) {
+  if (team.any(is_stopped(p))) return;
+  signal_mates(team, p, p.returned, 2 * p.slot->epoch + (dropped ? 1 : 0));
+}
+
+SLUICE_STEP void await_step(const Team& team, const RailSlot& p) {
   if (team.any(is_stopped(p) || (team.index == 0 && rail_has_failed(p)))) return;
-  const std::uint64_t epoch = p.slot->epoch;
-  if (sends) signal_mates(team, p, p.returned, 2 * epoch + (dropped ? 1 : 0));
-  if (waits) (void)wait_for_mates(team, p, p.returned, kCombineRows, epoch);
+  (void)wait_for_mates(team, p, p.returned, kCombineRows, p.slot->epoch);
 }
 
 /// The rows of record `i` from host `h`, which lie on this host. Returns how many.

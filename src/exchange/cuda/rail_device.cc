@@ -69,19 +69,17 @@ class CudaRailDevice final : public RailDevice {
     cuda::launch_pack(p, d, wire, num_ctas, stream.handle);
   }
   void sizes(const RailSlot& p, Stream stream) override { cuda::launch_sizes(p, stream.handle); }
-  void count(const RailSlot& p, Stream stream) override { cuda::launch_count(p, stream.handle); }
   void place(const RailSlot& p, const RailTokens& d, Stream stream) override {
     cuda::launch_place(p, d, stream.handle);
   }
   void spread(const RailSlot& p, int num_ctas, Stream stream) override {
     cuda::launch_spread(p, num_ctas, stream.handle);
   }
-  void finish(const RailSlot& p, Stream stream) override { cuda::launch_finish(p, stream.handle); }
-  void give(const RailSlot& p, bool sends, bool dropped, bool waits, Stream stream) override {
-    cuda::launch_give(p, sends, dropped, waits, stream.handle);
+  void give(const RailSlot& p, bool dropped, Stream stream) override {
+    cuda::launch_give(p, dropped, stream.handle);
   }
-  void relay(const RailSlot& p, int num_ctas, Stream stream) override {
-    cuda::launch_relay(p, num_ctas, stream.handle);
+  void relay(const RailSlot& p, bool sends, int num_ctas, Stream stream) override {
+    cuda::launch_relay(p, sends, num_ctas, stream.handle);
   }
   void sum(const RailSlot& p, const RailTokens& d, int num_ctas, Stream stream) override {
     cuda::launch_sum(p, d, num_ctas, stream.handle);

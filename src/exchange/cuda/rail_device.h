@@ -39,13 +39,13 @@ class RailDevice {
   virtual void pack(const cuda::RailSlot& p, const cuda::RailTokens& d, WireFormat wire,
                     int num_ctas, Stream stream) = 0;
   virtual void sizes(const cuda::RailSlot& p, Stream stream) = 0;
-  virtual void count(const cuda::RailSlot& p, Stream stream) = 0;
+  /// count and place.
   virtual void place(const cuda::RailSlot& p, const cuda::RailTokens& d, Stream stream) = 0;
+  /// spread and finish.
   virtual void spread(const cuda::RailSlot& p, int num_ctas, Stream stream) = 0;
-  virtual void finish(const cuda::RailSlot& p, Stream stream) = 0;
-  virtual void give(const cuda::RailSlot& p, bool sends, bool dropped, bool waits,
-                    Stream stream) = 0;
-  virtual void relay(const cuda::RailSlot& p, int num_ctas, Stream stream) = 0;
+  virtual void give(const cuda::RailSlot& p, bool dropped, Stream stream) = 0;
+  /// give, if it `sends`, await and relay.
+  virtual void relay(const cuda::RailSlot& p, bool sends, int num_ctas, Stream stream) = 0;
   virtual void sum(const cuda::RailSlot& p, const cuda::RailTokens& d, int num_ctas,
                    Stream stream) = 0;
   virtual void keep_rows(const cuda::RailSlot& p, const std::uint16_t* expert_y, int num_ctas,

@@ -158,9 +158,6 @@ void RailExchange::make_slots() {
     p.record_of = at<std::int32_t>(own, layout_.record_of);
     p.home_at = at<std::int32_t>(own, layout_.home_at);
     p.send = own + layout_.send, p.pieces = own + layout_.pieces;
-    p.chunk_rows = at<std::int32_t>(own, layout_.chunk_rows);
-    p.chunk_home = at<std::int32_t>(own, layout_.chunk_home);
-    p.total = at<std::int32_t>(own, layout_.total), p.first = at<std::int32_t>(own, layout_.first);
     p.place = at<std::int64_t>(own, layout_.place);
     p.relay_at = at<std::int32_t>(own, layout_.relay_at);
     p.home_out = own + layout_.home_out, p.home_in = own + layout_.home_in;
@@ -195,10 +192,9 @@ void RailExchange::meet() {
   const RailTokens none{};
   rail_device_->route(slot.params, none, stream);
   exchange_pieces(slot, stream);
-  rail_device_->count(slot.params, stream);
   rail_device_->place(slot.params, none, stream);
-  rail_device_->finish(slot.params, stream);
-  rail_device_->give(slot.params, true, false, true, stream);
+  rail_device_->spread(slot.params, 1, stream);
+  rail_device_->relay(slot.params, true, 1, stream);
   exchange_home(slot, stream);
   rail_device_->sum(slot.params, none, 1, stream);
   rail_device_->synchronize(stream);
@@ -220,7 +216,7 @@ void RailExchange::release(RailRoute& route) noexcept {
   try {
     rail_device_->use();
     if (!route.received) receive(route, route.stream);
-    if (!route.returned) rail_device_->give(route.params, true, true, false, route.stream);
+    if (!route.returned) rail_device_->give(route.params, true, route.stream);
     route.slot.order->after(route.stream);
   } catch (const Error&) {
     // Others find out by their own bounded waits.
@@ -272,11 +268,9 @@ void RailExchange::dispatch_receive(Dispatched::Route& base, Stream stream) {
 void RailExchange::receive(RailRoute& route, Stream stream) {
   route.stream = stream;
   route.received = true;
-  rail_device_->count(route.params, stream);
   rail_device_->place(route.params, route.tokens, stream);
   rail_device_->spread(
       route.params, ctas_for(std::int64_t{layout_.num_hosts} * config.max_tokens_per_rank), stream);
-  rail_device_->finish(route.params, stream);
 }
 
 /// Rows that the caller kept in memory of its own are copied to where mates read them.
@@ -291,7 +285,7 @@ void RailExchange::combine_send(Dispatched::Route& base, TensorView expert_y, St
   rail_device_->use();
   route.stream = stream;
   keep_rows(route, expert_y, stream);
-  rail_device_->give(route.params, true, false, false, stream);
+  rail_device_->give(route.params, false, stream);
   route.returned = true;
 }
 
@@ -316,9 +310,9 @@ void RailExchange::return_rows(RailRoute& route, MutableTensorView y, bool also_
   route.stream = stream;
   route.returned = true;
   route.tokens.y = y.as<std::uint16_t>();
-  rail_device_->give(route.params, also_send, false, true, stream);
-  rail_device_->relay(
-      route.params, ctas_for(std::int64_t{layout_.num_hosts} * config.max_tokens_per_rank), stream);
+  rail_device_->relay(route.params, also_send,
+                      ctas_for(std::int64_t{layout_.num_hosts} * config.max_tokens_per_rank),
+                      stream);
   exchange_home(route.slot, stream);
   rail_device_->sum(route.params, route.tokens, ctas_for(route.tokens.num_tokens), stream);
 }

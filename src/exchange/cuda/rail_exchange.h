@@ -2,8 +2,8 @@
 // the host side of the kernels.
 //
 //   dispatch_send     route, pack, pieces over the rail
-//   dispatch_receive  count, place, spread, finish      inside the host
-//   combine_send      flags inside the host
+//   dispatch_receive  place, spread                     inside the host
+//   combine_send      give
 //   combine_receive   relay, home rows over the rail, sum
 //
 // Low-latency mode sends pieces of fixed size: the host waits for nothing, and all of it may be

@@ -2,10 +2,11 @@
 // rail_place.cuh and rail_combine.cuh, each taken by the threads of a CTA.
 //
 // Operands  pieces and home rows of rail_layout.h in own memory, rows in the mates' windows.
-// Tile      route, sizes, finish, give: one CTA. count, place: a CTA for each host; they wait for
-//           the mates' counts. pack, relay, sum: CTAs stride over tokens or records; spread, too.
-// Shared    pack: one token, as stage.cuh has it; relay, sum: where one token's rows are, and 48 B
-//           for each thread and level of the sum's tree.
+// Tile      route, sizes, give: one CTA. place: a CTA for each host; they wait for the mates'
+//           counts. pack, spread, relay, sum: CTAs stride over tokens or records. The CTA of spread
+//           that is last raises the flags and waits for the mates'; all CTAs of relay wait.
+// Shared    pack: one token, as stage.cuh has it; place: counts of each chunk of records; relay,
+//           sum: where one token's rows are, and 48 B for each thread and level of the sum's tree.
 // Needs     hidden % 128 == 0; all CTAs of all ranks of a device that wait resident at once.
 // Bound     bytes: a token is read once and written once for each host, then once for each row of
 //           this host; each row of an expert is read once by its relay.
@@ -30,7 +31,7 @@ constexpr int kRowCta = 256;
 constexpr int kSpreadCta = 448;
 
 __device__ Team this_team() {
-  return {static_cast<int>(threadIdx.x), static_cast<int>(blockDim.x)};
+  return {static_cast<int>(threadIdx.x), static_cast<int>(blockDim.x), blockIdx.x == 0};
 }
 
 __global__ void __launch_bounds__(kOneCta, 1)
@@ -47,15 +48,14 @@ __global__ void __launch_bounds__(kDispatchThreads, 1)
   const Staging s = staging_of<Wire>(p.hidden);
   std::uint8_t* const payload = shared;
   float* const scale = reinterpret_cast<float*>(shared + s.payload_bytes);
-  SlotParams slot{};
-  slot.hidden = p.hidden;
-  const DispatchParams dispatch{.x = d.x, .static_inverse = d.static_inverse};
+  const int vectors = p.hidden / 8;
   int clipped = 0;
   for (int t = static_cast<int>(blockIdx.x); t < d.num_tokens; t += static_cast<int>(gridDim.x)) {
     Batch batch;
-    load_batch(slot, dispatch, t, p.hidden / 8, team.index, batch);
+    const std::uint16_t* const x = d.x + std::int64_t{t} * p.hidden;
+    load_batch(x, vectors, team.index, batch);
     team.sync();  // The token before has left.
-    clipped += stage_chunk<Wire>(slot, dispatch, t, 1, batch, payload, scale);
+    clipped += stage_chunk<Wire>(x, 1, vectors, d.static_inverse, batch, payload, scale);
     team.sync();
     pack_step(team, p, d, t, reinterpret_cast<const std::byte*>(payload), scale);
   }
@@ -66,32 +66,46 @@ __global__ void sizes_kernel(const __grid_constant__ RailSlot p) {
   sizes_step(this_team(), p);
 }
 
-__global__ void __launch_bounds__(kHostCta, 1) count_kernel(const __grid_constant__ RailSlot p) {
-  count_step(this_team(), p, static_cast<int>(blockIdx.x));
-}
-
 __global__ void __launch_bounds__(kHostCta, 1)
     place_kernel(const __grid_constant__ RailSlot p, const __grid_constant__ RailTokens d) {
-  place_step(this_team(), p, d, static_cast<int>(blockIdx.x));
+  extern __shared__ __align__(128) std::int32_t words[];
+  const Team team = this_team();
+  const int h = static_cast<int>(blockIdx.x);
+  const PlaceSpace space = place_space(p, words);
+  count_step(team, p, h, space);
+  team.sync();
+  place_step(team, p, d, h, space);
+}
+
+/// True for all threads of the CTA that finishes last; then all that the others did is visible.
+__device__ bool arrive_last(const RailSlot& p) {
+  __shared__ bool last;
+  __syncthreads();
+  if (threadIdx.x == 0) {
+    __threadfence_system();
+    last = atomicAdd(&p.slot->arrived, 1) == static_cast<int>(gridDim.x) - 1;
+    if (last) {
+      p.slot->arrived = 0;
+      __threadfence();
+    }
+  }
+  __syncthreads();
+  return last;
 }
 
 __global__ void __launch_bounds__(kSpreadCta, 1) spread_kernel(const __grid_constant__ RailSlot p) {
   const Team team = this_team();
-  if (team.any(is_stopped(p) || p.slot->refused != 0)) return;
-  const int all = p.num_hosts * p.max_tokens;
+  const bool is_idle = team.any(is_stopped(p) || p.slot->refused != 0);
+  const int all = is_idle ? 0 : p.num_hosts * p.max_tokens;
   for (int j = static_cast<int>(blockIdx.x); j < all; j += static_cast<int>(gridDim.x)) {
     const int i = j / p.num_hosts;  // All hosts' first records, then the second ones.
     spread_step(team, p, j - i * p.num_hosts, i);
   }
+  if (arrive_last(p)) finish_step(team, p);
 }
 
-__global__ void finish_kernel(const __grid_constant__ RailSlot p) {
-  finish_step(this_team(), p);
-}
-
-__global__ void give_kernel(const __grid_constant__ RailSlot p, bool sends, bool dropped,
-                            bool waits) {
-  give_step(this_team(), p, sends, dropped, waits);
+__global__ void give_kernel(const __grid_constant__ RailSlot p, bool dropped) {
+  give_step(this_team(), p, dropped);
 }
 
 __device__ SumSpace shared_space() {
@@ -100,9 +114,13 @@ __device__ SumSpace shared_space() {
   return {&rows, reinterpret_cast<Level*>(shared)};
 }
 
-__global__ void __launch_bounds__(kRowCta) relay_kernel(const __grid_constant__ RailSlot p) {
+__global__ void __launch_bounds__(kRowCta)
+    relay_kernel(const __grid_constant__ RailSlot p, bool sends) {
   const Team team = this_team();
   const SumSpace space = shared_space();
+  if (team.is_first && team.index == 0) begin_operation(p);
+  if (team.is_first && sends) give_step(team, p, false);
+  await_step(team, p);
   const int all = p.num_hosts * p.max_tokens;
   for (int j = static_cast<int>(blockIdx.x); j < all; j += static_cast<int>(gridDim.x)) {
     const int i = j / p.num_hosts;
@@ -117,11 +135,7 @@ __global__ void __launch_bounds__(kRowCta)
   for (int t = static_cast<int>(blockIdx.x); t < d.num_tokens; t += static_cast<int>(gridDim.x)) {
     sum_step(team, p, d, t, space);
   }
-}
-
-/// The last one of a combine.
-__global__ void end_kernel(const __grid_constant__ RailSlot p) {
-  end_operation(p);
+  if (arrive_last(p) && team.index == 0) end_operation(p);
 }
 
 __global__ void __launch_bounds__(kRowCta)
@@ -180,6 +194,7 @@ void prepare_rail_kernels() {
   prepare_pack<WireFormat::kE4m3Pow2>();
   prepare_pack<WireFormat::kE4m3Static>();
   prepare_pack<WireFormat::kE4m3Token>();
+  allow_shared(place_kernel);
   allow_shared(relay_kernel);
   allow_shared(sum_kernel);
 }
@@ -210,33 +225,24 @@ void launch_sizes(const RailSlot& p, void* stream) {
   launch(sizes_kernel, 1, kMaxRailHosts, 0, stream, p);
 }
 
-void launch_count(const RailSlot& p, void* stream) {
-  launch(count_kernel, p.num_hosts, kHostCta, 0, stream, p);
-}
-
 void launch_place(const RailSlot& p, const RailTokens& d, void* stream) {
-  launch(place_kernel, p.num_hosts, kHostCta, 0, stream, p, d);
+  launch(place_kernel, p.num_hosts, kHostCta, 4 * words_of_place(p), stream, p, d);
 }
 
 void launch_spread(const RailSlot& p, int num_ctas, void* stream) {
   launch(spread_kernel, num_ctas, kSpreadCta, 0, stream, p);
 }
 
-void launch_finish(const RailSlot& p, void* stream) {
-  launch(finish_kernel, 1, kMaxDeviceRanks, 0, stream, p);
+void launch_give(const RailSlot& p, bool dropped, void* stream) {
+  launch(give_kernel, 1, kMaxDeviceRanks, 0, stream, p, dropped);
 }
 
-void launch_give(const RailSlot& p, bool sends, bool dropped, bool waits, void* stream) {
-  launch(give_kernel, 1, kMaxDeviceRanks, 0, stream, p, sends, dropped, waits);
-}
-
-void launch_relay(const RailSlot& p, int num_ctas, void* stream) {
-  launch(relay_kernel, num_ctas, kRowCta, shared_bytes_of_sum(p), stream, p);
+void launch_relay(const RailSlot& p, bool sends, int num_ctas, void* stream) {
+  launch(relay_kernel, num_ctas, kRowCta, shared_bytes_of_sum(p), stream, p, sends);
 }
 
 void launch_sum(const RailSlot& p, const RailTokens& d, int num_ctas, void* stream) {
   launch(sum_kernel, num_ctas, kRowCta, shared_bytes_of_sum(p), stream, p, d);
-  launch(end_kernel, 1, 1, 0, stream, p);
 }
 
 void launch_keep_rows(const RailSlot& p, const std::uint16_t* expert_y, int num_ctas,

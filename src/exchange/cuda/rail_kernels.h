@@ -19,12 +19,10 @@ void launch_route(const RailSlot& p, const RailTokens& d, void* stream);
 void launch_pack(const RailSlot& p, const RailTokens& d, WireFormat wire, int num_ctas,
                  void* stream);
 void launch_sizes(const RailSlot& p, void* stream);
-void launch_count(const RailSlot& p, void* stream);
 void launch_place(const RailSlot& p, const RailTokens& d, void* stream);
 void launch_spread(const RailSlot& p, int num_ctas, void* stream);
-void launch_finish(const RailSlot& p, void* stream);
-void launch_give(const RailSlot& p, bool sends, bool dropped, bool waits, void* stream);
-void launch_relay(const RailSlot& p, int num_ctas, void* stream);
+void launch_give(const RailSlot& p, bool dropped, void* stream);
+void launch_relay(const RailSlot& p, bool sends, int num_ctas, void* stream);
 void launch_sum(const RailSlot& p, const RailTokens& d, int num_ctas, void* stream);
 void launch_keep_rows(const RailSlot& p, const std::uint16_t* expert_y, int num_ctas, void* stream);
 

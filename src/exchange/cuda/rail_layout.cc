@@ -17,6 +17,8 @@ constexpr std::size_t aligned(std::size_t bytes) {
 
 /// Tokens and records whose order counts are walked by a thread for each chunk.
 constexpr int kTokensPerChunk = 2, kMostChunks = 256;
+/// Words of shared memory that one team of `place` may take: rail_place.cuh.
+constexpr int kMostPlaceWords = 50 * 1024;
 
 class Places {
  public:
@@ -48,8 +50,11 @@ RailLayout::RailLayout(const ExchangeConfig& config, int num_ranks)
   constexpr std::size_t kWord = sizeof(std::int32_t);
   row_bytes = 2 * static_cast<std::size_t>(config.hidden);
   home_rows = static_cast<int>(network_combine_bytes(config, config.num_topk) / row_bytes);
-  num_chunks = std::clamp(config.max_tokens_per_rank / kTokensPerChunk, 1, kMostChunks);
-  count_width = masked ? config.total_slots() : placement.num_local() * num_mates;
+  const int width_of_host = placement.num_local() * num_mates;
+  count_width = masked ? config.total_slots() : width_of_host;
+  const int fitting = (kMostPlaceWords - 2 * count_width) / (width_of_host + 1);
+  num_chunks = std::clamp(config.max_tokens_per_rank / kTokensPerChunk, 1,
+                          std::clamp(fitting, 1, kMostChunks));
   max_rows = masked ? std::int64_t{placement.num_local()} * config.max_m
                     : num_ranks * static_cast<std::int64_t>(entries);
   const auto chunks = static_cast<std::size_t>(num_chunks);
@@ -76,10 +81,6 @@ RailLayout::RailLayout(const ExchangeConfig& config, int num_ranks)
   own.place(home_at, hosts * tokens * kWord);
   own.place(send, hosts * piece_stride);
   own.place(pieces, hosts * piece_stride);
-  own.place(chunk_rows, hosts * chunks * local * mates * kWord);
-  own.place(chunk_home, hosts * chunks * kWord);
-  own.place(total, hosts * width * kWord);
-  own.place(first, hosts * width * kWord);
   own.place(place, hosts * entries * sizeof(std::int64_t));
   own.place(relay_at, hosts * tokens * kWord);
   own.place(home_out, hosts * home_stride);

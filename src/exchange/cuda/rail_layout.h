@@ -44,8 +44,8 @@ struct RailLayout {
 
   // Byte offsets within a slot of the own memory.
   std::size_t slots = 0, slot_rows = 0, chunk_records = 0, record_of = 0, home_at = 0, send = 0,
-              pieces = 0, chunk_rows = 0, chunk_home = 0, total = 0, first = 0, place = 0,
-              relay_at = 0, home_out = 0, home_in = 0, row_begin = 0, num_rows = 0;
+              pieces = 0, place = 0, relay_at = 0, home_out = 0, home_in = 0, row_begin = 0,
+              num_rows = 0;
   std::size_t private_slot_bytes = 0;
   std::size_t piece_stride = 0, home_stride = 0;
 

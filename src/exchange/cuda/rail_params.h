@@ -32,6 +32,7 @@ struct RailState {
   std::uint64_t epoch;        // Of the slot's last complete dispatch.
   std::uint64_t begun, done;  // Operations: RailProgress.
   int refused;                // The slot's dispatch exceeded a capacity.
+  int arrived;                // CTAs of the running kernel that are done.
 };
 
 struct RailSlot {
@@ -62,9 +63,6 @@ struct RailSlot {
   std::int32_t* record_of;        // [num_hosts, T] record of the own token there, or -1
   std::int32_t* home_at;          // [num_hosts, T] its first row in `home_in`
   std::byte *send, *pieces;       // [num_hosts, piece_stride]; the own piece is in `pieces`
-  std::int32_t* chunk_rows;       // [num_hosts, num_chunks, slots of a host]
-  std::int32_t* chunk_home;       // [num_hosts, num_chunks] rows home
-  std::int32_t *total, *first;    // [num_hosts, count_width]
   std::int64_t* place;            // [num_hosts, T, k] by record: mate << 32 | row, or -1
   std::int32_t* relay_at;         // [num_hosts, T] by record: first row in `home_out`
   std::byte *home_out, *home_in;  // [num_hosts, home_stride]

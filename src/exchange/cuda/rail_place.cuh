@@ -4,15 +4,30 @@
 //   count    a team for each host: rows of its source's records for each slot; counts to the mates
 //   place    a team for each host, when all counts are here: the row of every entry
 //   spread   a team for each record: rows to the mates
-//   finish   one team: flags to the mates and theirs
+//   finish   one team, when all records are spread: flags to the mates and theirs
 #pragma once
 
 #include "exchange/cuda/rail_protocol.cuh"
 
 namespace sluice::cuda {
 
+/// What a team shares from count to place.
+struct PlaceSpace {
+  std::int32_t* rows;           // [num_chunks, slots of a host]
+  std::int32_t* home;           // [num_chunks] rows of bf16 that go home
+  std::int32_t *total, *first;  // [count_width] rows; then the source's first row
+};
+SLUICE_STEP int words_of_place(const RailSlot& p) {
+  return p.num_chunks * (slots_of_host(p) + 1) + 2 * p.count_width;
+}
+SLUICE_STEP PlaceSpace place_space(const RailSlot& p, std::int32_t* words) {
+  std::int32_t* const home = words + p.num_chunks * slots_of_host(p);
+  std::int32_t* const total = home + p.num_chunks;
+  return {words, home, total, total + p.count_width};
+}
+
 /// Counts the rows of the records from host `h`, and gives the counts to the mates.
-SLUICE_STEP void count_step(const Team& team, const RailSlot& p, int h) {
+SLUICE_STEP void count_step(const Team& team, const RailSlot& p, int h, const PlaceSpace& space) {
   if (h == p.host && team.index == 0) {  // What dispatch_send() began.
     end_operation(p);
     begin_operation(p);
@@ -34,8 +49,7 @@ SLUICE_STEP void count_step(const Team& team, const RailSlot& p, int h) {
   }
   const std::uint64_t epoch = p.slot->epoch + 1;
   const int width = slots_of_host(p), records = num_records(p, h);
-  std::int32_t* const rows =
-      p.chunk_rows + static_cast<std::size_t>(h) * static_cast<std::size_t>(p.num_chunks * width);
+  std::int32_t* const rows = space.rows;
   for (int i = team.index; i < p.num_chunks * width; i += team.size) rows[i] = 0;
   team.sync();
   for (int chunk = team.index; chunk < p.num_chunks; chunk += team.size) {
@@ -51,7 +65,7 @@ SLUICE_STEP void count_step(const Team& team, const RailSlot& p, int h) {
       }
       home += home_rows_of(p, entries);
     }
-    p.chunk_home[h * p.num_chunks + chunk] = home;
+    space.home[chunk] = home;
   }
   team.sync();
   if (!wait_for_mates(team, p, p.returned, kReuse, epoch)) return;
@@ -163,11 +177,12 @@ SLUICE_STEP void add_begins(const Team& team, const RailSlot& p, const RailToken
 }
 
 /// Gives every entry of the records from host `h` its row: ordered by source, token and entry.
-SLUICE_STEP void place_step(const Team& team, const RailSlot& p, const RailTokens& d, int h) {
+SLUICE_STEP void place_step(const Team& team, const RailSlot& p, const RailTokens& d, int h,
+                            const PlaceSpace& space) {
   if (team.any(is_stopped(p))) return;
   const std::uint64_t epoch = p.slot->epoch + 1;
-  std::int32_t* const total = p.total + static_cast<std::size_t>(h) * p.count_width;
-  std::int32_t* const first = p.first + static_cast<std::size_t>(h) * p.count_width;
+  std::int32_t* const total = space.total;
+  std::int32_t* const first = space.first;
   if (!gather_counts(team, p, epoch, p.rail[h], total, first)) return;
   const bool refused = exceeds_capacity(team, p, h, total);
   if (h == p.host && team.index == 0) p.slot->refused = refused;
@@ -176,8 +191,7 @@ SLUICE_STEP void place_step(const Team& team, const RailSlot& p, const RailToken
 
   // From here on by index on the host, chunk by chunk.
   const int width = slots_of_host(p), num_local = p.placement.num_local();
-  std::int32_t* const rows =
-      p.chunk_rows + static_cast<std::size_t>(h) * static_cast<std::size_t>(p.num_chunks * width);
+  std::int32_t* const rows = space.rows;
   for (int e = team.index; e < width; e += team.size) {
     const int m = e / num_local;
     const int slot = p.max_m > 0 ? p.placement.expert_of(p.mates[m], e - m * num_local) : e;
@@ -192,7 +206,7 @@ SLUICE_STEP void place_step(const Team& team, const RailSlot& p, const RailToken
   const int records = num_records(p, h);
   for (int chunk = team.index; chunk < p.num_chunks; chunk += team.size) {
     int home = 0;
-    for (int c = 0; c < chunk; ++c) home += p.chunk_home[h * p.num_chunks + c];
+    for (int c = 0; c < chunk; ++c) home += space.home[c];
     const int end = begin_of_chunk(p, records, chunk + 1);
     for (int i = begin_of_chunk(p, records, chunk); i < end; ++i) {
       const std::byte* const record = record_at(p, h, i);

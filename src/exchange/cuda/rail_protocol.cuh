@@ -82,7 +82,7 @@ SLUICE_STEP bool wait_for_mates(const Team& team, const RailSlot& p, std::size_t
       rest();
       seen = load_acquire(flag);
     }
-    if (waited != 0) add_to(&p.state->stats.wait_ns[m], waited);
+    if (waited != 0 && team.is_first) add_to(&p.state->stats.wait_ns[m], waited);
     if (seen >= want && seen <= newest) continue;
     ok = false;
     const bool dropped = op == kCombineRows && seen == want + 1;

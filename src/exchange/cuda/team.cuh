@@ -33,6 +33,7 @@ namespace sluice::cuda {
 
 struct Team {
   int index, size;
+  bool is_first = true;  // Of those that take the step: it reports.
 
   /// What the others wrote before is seen after.
   SLUICE_STEP void sync() const {
