@@ -313,6 +313,26 @@ TEST(RailExchange, WhatDoesNotFitIsRefusedByName) {
               HasSubstr("2 hosts of 2 ranks over transport inproc: GPUs of several hosts need"));
 }
 
+TEST(RailExchange, MemoryIsPlannedAndUnevenHostsAreRefused) {
+  const Traffic t = make_traffic(tokens_of(4), 24, 4, 128, 23);
+  const ExchangeConfig c = config_for(t, Mode::kLowLatency, Hosts::even(2, 4));
+  const std::size_t planned = Exchange::workspace_bytes(c, 4, Device::Kind::kCuda);
+  for (const auto& failure : try_emulated_hosts(c.hosts, kTimeout, [&](EmulatedHosts& transport) {
+         EmulatedRank rank(transport, c, t.s1);
+         EXPECT_EQ(rank.exchange->held_bytes, planned);
+       })) {
+    if (failure) std::rethrow_exception(failure);
+  }
+  ExchangeConfig uneven = c;
+  uneven.hosts = Hosts::create({0, 0, 0, 1});
+  try {
+    (void)Exchange::workspace_bytes(uneven, 4, Device::Kind::kCuda);
+    ADD_FAILURE() << "planned";
+  } catch (const Error& error) {
+    EXPECT_THAT(error.what(), HasSubstr("as many ranks on each host"));
+  }
+}
+
 // What crosses the network is what network_bytes.h says.
 TEST(RailExchange, BytesAreThoseOfTheFormulas) {
   const Traffic t = make_traffic({9, 4, 6, 2}, 24, 4, 256, 22);

@@ -50,7 +50,11 @@ DeviceLayout::DeviceLayout(const ExchangeConfig& config, int num_ranks)
 }
 
 std::size_t device_workspace_bytes(const ExchangeConfig& config, int num_ranks) {
-  if (config.hosts.num_hosts() > 1) return RailLayout(config, num_ranks).total_bytes();
+  if (config.hosts.num_hosts() > 1) {
+    const RailLayout layout(config, num_ranks);
+    layout.check(config, num_ranks);
+    return layout.total_bytes();
+  }
   return DeviceLayout(config, num_ranks).total_bytes();
 }
 
