@@ -56,7 +56,7 @@ nlohmann::ordered_json to_json(const ExchangeBenchTimes& t) {
 
 /// What one device sends and receives over its link in a pair, against what a copy gets.
 std::string share_of_link(const ExchangeBenchTimes& t, const ExchangeBenchReport& report) {
-  if (report.num_devices < 2) return "-";
+  if (report.link_gbytes_per_s == 0) return "-";
   const double bytes = (t.dispatch_bytes + t.combine_bytes) * t.off_rank_share;
   const double gbytes_per_s = bytes / report.num_devices / t.pair_us * 1e-3;
   return fmt::format("{:.0f} %", 100 * gbytes_per_s / report.link_gbytes_per_s);
@@ -91,7 +91,7 @@ void print_header(const Options& options, const ExchangeBenchConfig& config,
       options.experts, options.topk, options.hidden, options.routing);
   fmt::print("device    {}: copies {:.0f} GB/s (read and written), reads {:.0f} GB/s\n",
              report.device, report.copy_gbytes_per_s, report.read_gbytes_per_s);
-  if (report.num_devices > 1) {
+  if (report.link_gbytes_per_s > 0) {
     fmt::print(
         "link      {} devices; one copies {:.0f} GB/s from another, {:.0f} while each copies from "
         "the next\n",
@@ -244,12 +244,13 @@ void check_calibrate(const Options& options) {
 void run(const Options& options, Output& output) {
   const Environment environment = read_environment();
   check_transport(options.transport, options.backend);
-  const ExchangeBenchConfig config = resolve(options);
+  ExchangeBenchConfig config = resolve(options);
   check_calibrate(options);
   if (ran_as_processes(options.transport, options.ranks, environment.peer_timeout, output)) {
     return;
   }
   Launch launch(options.transport, options.ranks, environment.peer_timeout, output);
+  config.exchange.hosts = launch.transport_hosts();
   const std::size_t num_hosts =
       options.calibrate ? count_hosts(launch, environment.peer_timeout) : 0;
   std::optional<ProgressLine> progress;

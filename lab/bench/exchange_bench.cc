@@ -242,7 +242,10 @@ ExchangeBenchReport bench_exchange(const ExchangeBenchConfig& bench,
     DeviceReport mine;
     if (r == 0) mine = measure_device(bench);
     (void)transport.all_gather({}, kBenchTimeout);
-    if (report.num_devices > 1) measure_link(bench, report.num_devices, r, transport, mine);
+    // Ranks of several hosts do not address each other's memory.
+    const bool is_one_host = transport.hosts().num_hosts() == 1;
+    if (report.num_devices > 1 && is_one_host)
+      measure_link(bench, report.num_devices, r, transport, mine);
     return to_bytes(mine);
   });
   const auto first = from_bytes<DeviceReport>(parts.front());

@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <cstring>
+#include <optional>
 #include <utility>
 #include <vector>
 
@@ -160,7 +161,34 @@ std::int64_t BenchRank::check_rows(const Dispatched& d) {
   return checked;
 }
 
+namespace {
+
+/// Adds neighbours in rounds; leaves out what has no entry (docs/design.md#the-order-of-the-sum).
+float sum_of_parts(std::vector<std::optional<float>>& parts) {
+  while (parts.size() > 1) {
+    std::size_t left = 0;
+    for (std::size_t i = 0; i < parts.size(); i += 2) {
+      const std::optional<float> a = parts[i];
+      const std::optional<float> b = i + 1 < parts.size() ? parts[i + 1] : std::nullopt;
+      parts[left++] = a && b ? std::optional(*a + *b) : a ? a : b;
+    }
+    parts.resize(left);
+  }
+  return parts.front().value_or(0.0f);
+}
+
+}  // namespace
+
 std::int64_t BenchRank::check_sums() {
+  const ExchangeConfig& config = exchange_->config();
+  const bool is_by_host = config.total_parts() == config.hosts.num_hosts();
+  const int experts_per_part = config.num_experts / config.total_parts();
+  const auto part_of = [&](std::int32_t expert) {
+    return static_cast<std::size_t>(
+        is_by_host ? config.hosts.host_of(expert / exchange_->num_local_experts())
+                   : expert / experts_per_part);
+  };
+  std::vector<std::optional<float>> parts;
   const auto hidden = static_cast<std::size_t>(traffic_.config.hidden);
   const auto topk = static_cast<std::size_t>(traffic_.config.num_topk);
   const auto tokens = static_cast<std::size_t>(traffic_.tokens);
@@ -171,13 +199,15 @@ std::int64_t BenchRank::check_sums() {
     const std::int32_t* const idx = &traffic_.topk_idx[(first + t) * topk];
     const float* const weight = &traffic_.weights[(first + t) * topk];
     for (std::size_t c = 0; c < hidden; ++c) {
-      float sum = 0;
+      parts.assign(static_cast<std::size_t>(config.total_parts()), std::nullopt);
       for (std::size_t k = 0; k < topk; ++k) {
         if (idx[k] < 0) continue;
         const float product =
             weight[k] * bf16_to_float(bf16_from_float(expert_value(idx[k], first + t, c)));
-        sum = sum + product;
+        std::optional<float>& part = parts[part_of(idx[k])];
+        part = part.value_or(0.0f) + product;
       }
+      const float sum = sum_of_parts(parts);
       const std::uint16_t want = bf16_from_float(sum * traffic_.config.routed_scaling_factor);
       if (y[t * hidden + c] != want) {
         fail(ErrorCode::kInternal, "rank {}: token {} element {} is {}, expected {}", rank_, t, c,
