@@ -7,6 +7,7 @@
 #include <string>
 
 #include "backend/cpu/cpu_backend.h"
+#include "backend/cpu/cpu_features.h"
 #include "backend/cpu/gemm_tile.h"
 #include "expert_fixture.h"
 #include "sluice/backend.h"
@@ -197,33 +198,49 @@ TEST(CpuExperts, Mxfp4LargestSumsAreExact) {
   }
 }
 
-/// What machines without this one's instructions would run, one instruction set after the other:
-/// the kernels' sums have the bits that are promised on each.
+/// Stages of every format, whose experts have one row, some, two at once, and two tiles.
+void check_every_format() {
+  for (const bool is_mxfp4 : {true, false}) {
+    for (const int group : {32, 128}) {
+      if (is_mxfp4 && group == 128) continue;
+      StageCase c = is_mxfp4 ? mxfp4_case() : StageCase{};
+      c.geometry.group_size = group;
+      c.geometry.num_experts = 4;
+      c.geometry.hidden = 384, c.geometry.intermediate = 256;
+      c.rows = {1, 9, 3, 21};
+      check(c, 2);
+    }
+  }
+  for (const int rows : {9, 17}) expect_largest_sums(0x77, 0x7e, rows);
+  expect_largest_sums(0xff, 0xfe, 1);
+}
+
+/// What machines without this one's instructions would run, one instruction set after the other,
+/// then without VNNI, and with tiles: the kernels' sums have the bits that are promised on each.
 TEST(CpuExperts, EveryInstructionSetThatThisMachineHas) {
   std::set<std::string> seen;
+  const cpu::CpuFeatures all = cpu::cpu_features();
   for (const std::int64_t target : hwy::SupportedAndGeneratedTargets()) {
     if (target == HWY_SSSE3) continue;  // The kernels are not compiled for it.
     hwy::SetSupportedTargetsForTest(target);
     hwy::GetChosenTarget().Update(target);
-    seen.insert(cpu::instruction_set());
     SCOPED_TRACE(hwy::TargetName(target));
-    for (const bool is_mxfp4 : {true, false}) {
-      for (const int group : {32, 128}) {
-        if (is_mxfp4 && group == 128) continue;
-        StageCase c = is_mxfp4 ? mxfp4_case() : StageCase{};
-        c.geometry.group_size = group;
-        c.geometry.num_experts = 3;
-        c.geometry.hidden = 384, c.geometry.intermediate = 256;
-        c.rows = {1, 9, 3};  // As many as one, some, and two at once.
-        check(c);
+    for (const bool vnni : {all.vnni, false}) {
+      for (const cpu::TileUnit tiles : {all.tiles, cpu::TileUnit::kNone, cpu::TileUnit::kScalar}) {
+        cpu::set_cpu_features_for_test(cpu::CpuFeatures{.vnni = vnni, .tiles = tiles});
+        if (!seen.insert(cpu::instruction_set()).second) continue;
+        SCOPED_TRACE(cpu::instruction_set());
+        check_every_format();
       }
     }
-    expect_largest_sums(0x77, 0x7e, 9);
-    expect_largest_sums(0xff, 0xfe, 1);
   }
+  cpu::set_cpu_features_for_test(std::nullopt);
   hwy::SetSupportedTargetsForTest(0);
   hwy::GetChosenTarget().Update(hwy::SupportedTargets());
   EXPECT_GE(seen.size(), HWY_ARCH_X86 ? 2u : 1u) << *seen.begin();
+  std::string names;
+  for (const std::string& name : seen) names += name + "; ";
+  RecordProperty("instruction_sets", names);
 }
 
 /// Scales from 2^-127, which is no normal float32, on; zeros of either sign; a NaN is refused.

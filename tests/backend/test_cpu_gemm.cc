@@ -10,15 +10,18 @@
 #include <random>
 #include <vector>
 
+#include "backend/cpu/cpu_features.h"
 #include "backend/cpu/gemm_tile.h"
 #include "sluice/quant.h"
 
 namespace sluice::testing {
 namespace {
 
+using cpu::CpuFeatures;
 using cpu::DigitLayout;
+using cpu::TileUnit;
 
-constexpr DigitLayout kLayouts[] = {DigitLayout::kBytes, DigitLayout::kWords};
+constexpr DigitLayout kLayouts[] = {DigitLayout::kBytes, DigitLayout::kWords, DigitLayout::kTiles};
 
 /// Which activations a case has.
 enum class Codes { kAny, kOnlyLarge, kOnlySmall, kMixed };
@@ -153,18 +156,38 @@ class Gemm {
   std::vector<float> scales_, x_scales_, expected_;
 };
 
-/// Each case with every layout of digits, on each instruction set of this machine.
+/// This machine's features, and each of them taken away; tiles in memory in any case.
+std::vector<CpuFeatures> subsets_of_features() {
+  const CpuFeatures all = cpu::cpu_features();
+  std::vector<CpuFeatures> out;
+  for (const bool vnni : {true, false}) {
+    for (const TileUnit tiles : {TileUnit::kAmx, TileUnit::kScalar}) {
+      if (vnni && !all.vnni) continue;
+      if (tiles == TileUnit::kAmx && all.tiles != TileUnit::kAmx) continue;
+      out.push_back({.vnni = vnni, .tiles = tiles});
+    }
+  }
+  return out;
+}
+
+/// Each case with every layout of digits, on each instruction set of this machine, with and without
+/// what it has beyond them.
 void check_on_every_target(const std::vector<Gemm>& cases) {
   for (const std::int64_t target : hwy::SupportedAndGeneratedTargets()) {
     if (target == HWY_SSSE3) continue;  // The kernels are not compiled for it.
     hwy::SetSupportedTargetsForTest(target);
     hwy::GetChosenTarget().Update(target);
     SCOPED_TRACE(hwy::TargetName(target));
-    for (const Gemm& gemm : cases) {
-      for (const DigitLayout layout : kLayouts) {
-        if (target == HWY_SCALAR && layout != DigitLayout::kBytes) continue;  // Has bytes only.
-        gemm.check(layout);
+    for (const CpuFeatures& features : subsets_of_features()) {
+      cpu::set_cpu_features_for_test(features);
+      SCOPED_TRACE(cpu::instruction_set());
+      for (const Gemm& gemm : cases) {
+        for (const DigitLayout layout : kLayouts) {
+          if (target == HWY_SCALAR && layout != DigitLayout::kBytes) continue;  // Has bytes only.
+          gemm.check(layout);
+        }
       }
+      cpu::set_cpu_features_for_test(std::nullopt);
     }
   }
   hwy::SetSupportedTargetsForTest(0);
@@ -211,10 +234,14 @@ TEST(CpuGemm, DigitsAreTheValue) {
         std::int32_t sum = 0;
         std::uint64_t mask = 0;
         const int i = k % 8, line = k / 8;
-        if (layout == DigitLayout::kBytes) {
-          const int half = line * 16 + i % 2 * 8 + i / 2, step = line * 2 + i % 2;
+        if (layout != DigitLayout::kWords) {
+          const bool tiles = layout == DigitLayout::kTiles;
+          const int step = line * 2 + i % 2;
+          const int half = tiles ? line / 8 * 128 + line % 8 * 8 + i % 2 * 4 + i / 2
+                                 : line * 16 + i % 2 * 8 + i / 2;
           const auto digit = [](std::uint8_t byte) { return static_cast<std::int8_t>(byte); };
-          sum = digit(low[step * 4 + i / 2]) + digit(main[half]) * 8 + digit(main[half + 4]) * 2048;
+          sum = digit(low[step * 4 + i / 2]) + digit(main[half]) * 8 +
+                digit(main[half + (tiles ? 64 : 4)]) * 2048;
           if (low[step * 4 + i / 2] != 0) mask = std::uint64_t{1} << step;
         } else {
           const int step = line * 4 + i % 2 * 2 + i / 2 % 2;

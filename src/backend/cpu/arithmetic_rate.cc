@@ -8,7 +8,9 @@
 #include <vector>
 
 #include "backend/cpu/ceilings.h"
+#include "backend/cpu/cpu_features.h"
 #include "backend/cpu/gemm_tile.h"
+#include "backend/cpu/tile_unit.h"
 #include "core/threads.h"
 
 #undef HWY_TARGET_INCLUDE
@@ -95,6 +97,26 @@ HWY_INLINE VI32 dot_steps(const std::uint8_t* bytes) {
   return hn::Add(hn::Add(low, mid), high);
 }
 
+/// As multiply_unit() has them in gemm_tiles-inl.h: four sums, two operands of either side.
+template <class Tiles>
+std::int64_t tile_steps(const std::uint8_t* bytes, std::uint32_t* sink) {
+  constexpr int kTileSteps = kSteps / 16;
+  Tiles tiles{TileShape{}};
+  tiles.template load<4>(bytes, 0), tiles.template load<5>(bytes + 64, 0);
+  tiles.template load<6>(bytes + 128, 0), tiles.template load<7>(bytes + 192, 0);
+  tiles.template zero<0>(), tiles.template zero<1>();
+  tiles.template zero<2>(), tiles.template zero<3>();
+  for (int step = 0; step < kTileSteps; ++step) {
+    tiles.template dot<0, 4, 6>(), tiles.template dot<1, 5, 6>();
+    tiles.template dot<2, 4, 7>(), tiles.template dot<3, 5, 7>();
+  }
+  alignas(64) std::int32_t sums[4][kTileRows * kTileN];
+  tiles.template store<0>(sums[0]), tiles.template store<1>(sums[1]);
+  tiles.template store<2>(sums[2]), tiles.template store<3>(sums[3]);
+  for (const auto& sum : sums) *sink += static_cast<std::uint32_t>(sum[0]);
+  return std::int64_t{kTileSteps} * 4 * kTileRows * kTileN * kTileK;
+}
+
 /// Operations: two for each multiply-add of a value, which is two products of bytes or one of
 /// int16. `sink` gets a sum of all lanes.
 std::int64_t dot_steps_impl(DigitLayout layout, const std::uint8_t* bytes, std::uint32_t* sink) {
@@ -102,9 +124,15 @@ std::int64_t dot_steps_impl(DigitLayout layout, const std::uint8_t* bytes, std::
     *sink += static_cast<std::uint32_t>(hn::GetLane(hn::SumOfLanes(kI32, sum)));
     return std::int64_t{kSteps} * 12 * kRegBytes;
   };
+  if (layout == DigitLayout::kTiles) {
+#if HWY_TARGET == HWY_AVX3
+    if (cpu_features().tiles == TileUnit::kAmx) return tile_steps<AmxTiles>(bytes, sink);
+#endif
+    return tile_steps<ScalarTiles>(bytes, sink);
+  }
   if (layout == DigitLayout::kWords) return add(dot_steps<WordSum>(bytes));
 #if SLUICE_BYTE_DOT_HAS_VNNI
-  if (__builtin_cpu_supports("avx512vnni") != 0) return add(dot_steps<VnniSum>(bytes));
+  if (cpu_features().vnni) return add(dot_steps<VnniSum>(bytes));
 #endif
   return add(dot_steps<PairSum>(bytes));
 }
@@ -123,6 +151,7 @@ HWY_EXPORT(dot_steps_impl);
 using Clock = std::chrono::steady_clock;
 
 const char* name_of(DigitLayout layout) {
+  if (layout == DigitLayout::kTiles) return "tile dot products";
   return layout == DigitLayout::kWords ? "int16 dot products" : "byte dot products";
 }
 
@@ -172,7 +201,7 @@ double flops_per_second(DigitLayout layout, ThreadPool& pool, std::chrono::milli
 std::vector<ArithmeticRate> dot_rates(ThreadPool& pool) {
   constexpr int kIntervals = 10;
   std::vector<ArithmeticRate> rates;
-  for (const DigitLayout layout : {DigitLayout::kBytes, DigitLayout::kWords}) {
+  for (const DigitLayout layout : {DigitLayout::kBytes, DigitLayout::kWords, DigitLayout::kTiles}) {
     if (digit_layout(1) != layout && digit_layout(kMaxTileRows) != layout) continue;
     double best = 0;
     for (int i = 0; i < kIntervals; ++i) {

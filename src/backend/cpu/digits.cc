@@ -37,6 +37,7 @@ const std::array<Digits, 256>& table() {
 
 /// Where the digits of DigitLayout::kBytes go.
 struct BytePlaces {
+  static constexpr bool kAlwaysLow = false;
   static int step(int line, int i) { return line * 2 + i % 2; }
   void put_main(int line, int i, const Digits& d) const {
     std::uint8_t* at = main + line * 16 + i % 2 * 8 + i / 2;
@@ -50,6 +51,7 @@ struct BytePlaces {
 };
 /// And of kWords.
 struct WordPlaces {
+  static constexpr bool kAlwaysLow = false;
   static int step(int line, int i) { return line * 4 + i % 2 * 2 + i / 2 % 2; }
   static int at(int line, int i) { return 2 * (2 * step(line, i) + i / 4); }
   void put_main(int line, int i, const Digits& d) const {
@@ -61,6 +63,16 @@ struct WordPlaces {
     std::memcpy(low + at(line, i), &word, 2);
   }
   std::uint8_t *main, *low;
+};
+
+/// And of kTiles.
+struct TilePlaces : BytePlaces {
+  static constexpr bool kAlwaysLow = true;
+  void put_main(int line, int i, const Digits& d) const {
+    std::uint8_t* at = main + line / 8 * 128 + line % 8 * 8 + i % 2 * 4 + i / 2;
+    at[0] = static_cast<std::uint8_t>(d.mid);
+    at[64] = static_cast<std::uint8_t>(d.high);
+  }
 };
 
 template <class Places>
@@ -81,7 +93,7 @@ DigitGroup split(const Places& to, const std::uint8_t* codes, float scale) {
     out.sum[line / 4] += sum;
   }
   if (has_nan) out.scale = std::numeric_limits<float>::quiet_NaN();
-  if (out.low == 0) return out;
+  if (out.low == 0 && !Places::kAlwaysLow) return out;
   for (int k = 0; k < kGroup; ++k) to.put_low(k / 8, k % 8, digits[codes[k]]);
   return out;
 }
@@ -90,8 +102,15 @@ DigitGroup split(const Places& to, const std::uint8_t* codes, float scale) {
 
 DigitGroup split_digits(DigitLayout layout, const std::uint8_t* codes, float scale,
                         std::uint8_t* main, std::uint8_t* low) {
-  return layout == DigitLayout::kBytes ? split(BytePlaces{main, low}, codes, scale)
-                                       : split(WordPlaces{main, low}, codes, scale);
+  switch (layout) {
+    case DigitLayout::kBytes:
+      return split(BytePlaces{main, low}, codes, scale);
+    case DigitLayout::kWords:
+      return split(WordPlaces{main, low}, codes, scale);
+    case DigitLayout::kTiles:
+      break;
+  }
+  return split(TilePlaces{{main, low}}, codes, scale);
 }
 
 }  // namespace sluice::cpu

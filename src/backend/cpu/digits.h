@@ -31,9 +31,12 @@ enum class DigitLayout : std::uint8_t {
   kBytes,
   /// main and low [line][k 0 4, 2 6, 1 5, 3 7] int16. A step is a quarter of a line.
   kWords,
+  /// main [half of 8 lines][mid 64, high 64] int8, each [line][k 0 2 4 6, k 1 3 5 7]; low as kBytes
+  /// has it, but always written. A step is half a line.
+  kTiles,
 };
 inline constexpr int kMainDigitBytes = 2 * kGroup;
-inline constexpr int kLowDigitBytes = 2 * kGroup;  ///< Of which kBytes uses the first half.
+inline constexpr int kLowDigitBytes = 2 * kGroup;  ///< Of which all but kWords use the first half.
 
 /// What a GEMM needs to know about 128 channels of one row besides their digits.
 struct DigitGroup {
@@ -42,8 +45,8 @@ struct DigitGroup {
   std::uint64_t low = 0;  ///< Bit i: a low digit of step i is not zero.
 };
 
-/// Splits 128 codes. main [kMainDigitBytes] is written in full, low [kLowDigitBytes] only if a
-/// digit of it is not zero.
+/// Splits 128 codes. main [kMainDigitBytes] is written in full; low [kLowDigitBytes] if a digit of
+/// it is not zero, and by kTiles always, because other rows of a tile may have one.
 DigitGroup split_digits(DigitLayout layout, const std::uint8_t* codes, float scale,
                         std::uint8_t* main, std::uint8_t* low);
 

@@ -4,6 +4,7 @@
 #include <algorithm>
 #include <cstring>
 
+#include "backend/cpu/cpu_features.h"
 #include "core/fail.h"
 
 #undef HWY_TARGET_INCLUDE
@@ -12,6 +13,7 @@
 #include <hwy/highway.h>
 
 #include "backend/cpu/gemm_bytes-inl.h"
+#include "backend/cpu/gemm_tiles-inl.h"
 #include "backend/cpu/gemm_words-inl.h"
 
 HWY_BEFORE_NAMESPACE();
@@ -134,20 +136,39 @@ void gemm_tile_words(const GemmTile& tile) {
   });
 }
 
+template <class Tiles, class Code>
+void gemm_tile_tiles_of(const GemmTile& tile) {
+  if (tile.weights->group_size == kGroup) {
+    return gemm_tile_tiles<Tiles, Code, 1>(tile, prefetch_group);
+  }
+  gemm_tile_tiles<Tiles, Code, 4>(tile, prefetch_group);
+}
+
 bool has_vnni() {
-#if SLUICE_BYTE_DOT_HAS_VNNI
-  return __builtin_cpu_supports("avx512vnni") != 0;
-#else
-  return false;
-#endif
+  return SLUICE_BYTE_DOT_HAS_VNNI && cpu_features().vnni;
+}
+
+/// Where tiles are as fast as bytes: below, reading the weights is what takes the time.
+constexpr int kLeastTileRows = 4;
+
+/// Processors with tiles have AVX-512. One that hides it has other limits than ours.
+bool has_tiles() {
+  return HWY_TARGET == HWY_AVX3 && cpu_features().tiles != TileUnit::kNone;
 }
 
 DigitLayout digit_layout_impl(int rows) {
+  if (has_tiles() && rows >= kLeastTileRows) return DigitLayout::kTiles;
   return has_vnni() || rows <= kFewRows ? DigitLayout::kBytes : DigitLayout::kWords;
 }
 
 template <class Code>
 void gemm_tile_of(const GemmTile& tile) {
+  if (tile.x.layout == DigitLayout::kTiles) {
+#if HWY_TARGET == HWY_AVX3
+    if (cpu_features().tiles == TileUnit::kAmx) return gemm_tile_tiles_of<AmxTiles, Code>(tile);
+#endif
+    return gemm_tile_tiles_of<ScalarTiles, Code>(tile);
+  }
   if (tile.x.layout == DigitLayout::kWords) return gemm_tile_words<Code>(tile);
 #if SLUICE_BYTE_DOT_HAS_VNNI
   if (has_vnni()) return gemm_tile_bytes<VnniDot, Code>(tile);
@@ -161,6 +182,8 @@ void gemm_tile_impl(const GemmTile& tile) {
 }
 
 const char* instruction_set_impl() {
+  if (has_tiles() && cpu_features().tiles == TileUnit::kScalar) return "scalar tiles";
+  if (has_tiles()) return has_vnni() ? "AVX-512 VNNI, AMX" : "AVX-512, AMX";
   return has_vnni() ? "AVX-512 VNNI" : kInstructionSet;
 }
 

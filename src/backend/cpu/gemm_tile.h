@@ -13,12 +13,13 @@
 //
 // Tile      16 channels x `rows` rows x 128 k. Few rows: a line of weights is widened to bytes in
 //           registers and meets 1, 2 (AVX2) or up to 8 (AVX-512 VNNI) rows there. More rows: the
-//           weights of 128 k are widened once, in L1, to bytes (VNNI) or to int16 (all others:
-//           gemm_words-inl.h), and meet up to 8 rows at once from there.
+//           weights of 128 k are widened once, in L1, to signed bytes (AMX: gemm_tiles-inl.h), to
+//           bytes (VNNI) or to int16 (all others: gemm_words-inl.h), and meet up to 16 (AMX) or 8
+//           rows at once from there.
 //
 // Bits      the same for every instruction set, every number of rows and every position of a row.
 // Bound     few rows: bytes of codes. Many: dot products, for each weight and row two of bytes
-//           or one of int16.
+//           or one of int16. AMX: its two are as fast as the sums' way to the outputs.
 #pragma once
 
 #include <cstdint>
@@ -62,7 +63,7 @@ struct GemmTile {
 /// The layout of tile.x decides which kernel runs.
 void gemm_tile(const GemmTile& tile);
 
-/// "AVX2", "AVX-512", "AVX-512 VNNI": what the kernels use on this machine.
+/// "AVX2", "AVX-512", "AVX-512 VNNI", "AVX-512 VNNI, AMX": what the kernels use on this machine.
 [[nodiscard]] const char* instruction_set();
 
 }  // namespace sluice::cpu
