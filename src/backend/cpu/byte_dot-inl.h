@@ -119,6 +119,8 @@ struct PairDot {
   /// Lines before an int16 lane may overflow, of weights up to `largest`. A line adds two pairs.
   static constexpr int max_lines(int largest) { return 32767 / (largest * 128 * 2) / 2; }
   static constexpr int kRows = HWY_TARGET == HWY_AVX3 ? 8 : 2;  ///< That fit the registers.
+  static constexpr int kFewSums =
+      0;  ///< Rows whose sums would wait for themselves: vpaddw is fast.
   struct Acc {
     VI16 v[kParts];
   };
@@ -142,6 +144,7 @@ struct PairDot {
 struct VnniDot {
   static constexpr int max_lines(int) { return kGroupLines; }  ///< All of a group.
   static constexpr int kRows = 8;
+  static constexpr int kFewSums = 2;  ///< 2 rows are 4 sums. A product takes 4 or 5 cycles.
   using Acc = IntRegs;
   static HWY_INLINE void zero(Acc& acc) { acc.zero(); }
   static HWY_INLINE void add(const ByteRegs& w, const std::uint8_t* quad, Acc& acc) {

@@ -50,26 +50,73 @@ void widen_group(const std::uint8_t* codes, std::uint8_t* wide) {
   }
 }
 
-/// sum[t] += mid and high digits of `kLines` lines of T rows. digits[t]: line `first_line`.
-template <class Dot, int T, int kLines, class Lines>
-HWY_INLINE void add_main_digits(const Lines& lines, int first_line,
-                                const std::uint8_t* const* digits, IntRegs* sum) {
-  typename Dot::Acc mid[T], high[T];
-  for (int t = 0; t < T; ++t) Dot::zero(mid[t]), Dot::zero(high[t]);
-  for (int line = 0; line < kLines; ++line) {
-    ByteRegs even, odd;
-    lines.load(first_line + line, even, odd);
-    for (int t = 0; t < T; ++t) {
-      const std::uint8_t* d = digits[t] + (first_line + line) * 16;
-      Dot::add(even, d, mid[t]);
-      Dot::add(even, d + 4, high[t]);
-      Dot::add(odd, d + 8, mid[t]);
-      Dot::add(odd, d + 12, high[t]);
-    }
+/// The sums of T rows whose digits are kMainDigitBytes apart. Nested and not an array: g++ 12 keeps
+/// an array of so many registers in memory.
+template <class Dot, int T>
+struct ByteSums {
+  typename Dot::Acc mid, high;
+  ByteSums<Dot, T - 1> rest;
+
+  HWY_INLINE void zero() {
+    Dot::zero(mid), Dot::zero(high);
+    rest.zero();
   }
-  for (int t = 0; t < T; ++t) {
-    Dot::template flush<kMidShift>(mid[t], sum[t]);
-    Dot::template flush<kHighShift>(high[t], sum[t]);
+  HWY_INLINE void add(const ByteRegs& even, const ByteRegs& odd, const std::uint8_t* digits) {
+    Dot::add(even, digits, mid);
+    Dot::add(even, digits + 4, high);
+    Dot::add(odd, digits + 8, mid);
+    Dot::add(odd, digits + 12, high);
+    rest.add(even, odd, digits + kMainDigitBytes);
+  }
+  /// to [T][16] = what both digits make, or more by that.
+  template <bool kAdd>
+  HWY_INLINE void store(std::int32_t* to) const {
+    IntRegs sum;
+    for (int p = 0; p < kParts; ++p) {
+      sum.v[p] = kAdd ? hn::Load(kI32, to + p * (kRegBytes / 4)) : hn::Zero(kI32);
+    }
+    Dot::template flush<kMidShift>(mid, sum);
+    Dot::template flush<kHighShift>(high, sum);
+    for (int p = 0; p < kParts; ++p) hn::Store(sum.v[p], kI32, to + p * (kRegBytes / 4));
+    rest.template store<kAdd>(to + kBlockN);
+  }
+};
+template <class Dot>
+struct ByteSums<Dot, 0> {
+  HWY_INLINE void zero() {}
+  HWY_INLINE void add(const ByteRegs&, const ByteRegs&, const std::uint8_t*) {}
+  template <bool kAdd>
+  HWY_INLINE void store(std::int32_t*) const {}
+};
+
+/// sums [T][16] = mid and high digits of `kLines` lines of T rows. A function of its own, as
+/// sum_words() is.
+template <class Dot, int T, int kLines, class Lines>
+HWY_NOINLINE void sum_bytes(const Lines& lines_in, int first_line, const std::uint8_t* digits,
+                            std::int32_t* sums) {
+  // Before an accumulator may overflow.
+  constexpr int kTurn = std::min(kLines, Dot::max_lines(Lines::Code::kLargest));
+  const Lines lines = lines_in;
+  for (int turn = 0; turn < kLines; turn += kTurn) {
+    // Few sums would wait for themselves: then a line's and the next one's are apart.
+    constexpr int kApart = T <= Dot::kFewSums && kTurn % 2 == 0 ? 2 : 1;
+    ByteSums<Dot, T> sum, next_sum;
+    sum.zero(), next_sum.zero();
+    for (int line = first_line + turn; line < first_line + turn + kTurn; line += kApart) {
+      ByteRegs even, odd;
+      lines.load(line, even, odd);
+      sum.add(even, odd, digits + line * 16);
+      if constexpr (kApart == 2) {
+        lines.load(line + 1, even, odd);
+        next_sum.add(even, odd, digits + line * 16 + 16);
+      }
+    }
+    if (turn == 0) {
+      sum.template store<false>(sums);
+    } else {
+      sum.template store<true>(sums);
+    }
+    if constexpr (kApart == 2) next_sum.template store<true>(sums);
   }
 }
 
@@ -89,48 +136,38 @@ HWY_NOINLINE void add_low_digits(const Lines& lines, std::uint64_t mask, const s
   Dot::template flush<0>(acc, sum);
 }
 
-/// acc[row .. row + T) of one block += one group.
+/// acc[row .. row + T) of one block += 1 / kScales of a group, part `part`.
+template <class Dot, int T, int kScales, class Lines>
+HWY_INLINE void add_part(const Lines& lines, int part, const BlockGroup& bg, const DigitRows& x,
+                         int row, float* acc) {
+  using Code = typename Lines::Code;
+  constexpr int kLines = kGroupLines / kScales, kSums = 4 / kScales;
+  const std::int64_t at = bg.group * x.rows + row;
+  alignas(64) std::int32_t sums[T * kBlockN];
+  sum_bytes<Dot, T, kLines>(lines, part * kLines, x.digits + at * kMainDigitBytes, sums);
+  for (int t = 0; t < T; ++t) {
+    const DigitGroup& g = x.groups[at + t];
+    IntRegs sum;
+    for (int p = 0; p < kParts; ++p) {
+      sum.v[p] = hn::Load(kI32, sums + t * kBlockN + p * (kRegBytes / 4));
+    }
+    const std::uint64_t low =
+        g.low & ((~std::uint64_t{0} >> (64 - 2 * kLines)) << (part * 2 * kLines));
+    if (HWY_UNLIKELY(low != 0)) {
+      add_low_digits<Dot>(lines, low, x.low + (at + t) * kLowDigitBytes, sum);
+    }
+    std::int32_t correction = 0;
+    for (int i = 0; i < kSums; ++i) correction += Code::kOffset * g.sum[part * kSums + i];
+    scale_and_add(sum, correction, g.scale, bg.weight_scales + part * kBlockN,
+                  acc + (row + t) * kBlockN);
+  }
+}
+
 template <class Dot, int T, class Lines>
 HWY_INLINE void add_group(const Lines& lines, const BlockGroup& bg, const DigitRows& x, int row,
                           float* acc) {
-  const std::int64_t at = bg.group * x.rows + row;
-  const std::uint8_t* digits[T];
-  for (int t = 0; t < T; ++t) digits[t] = x.digits + (at + t) * kMainDigitBytes;
-  using Code = typename Lines::Code;
-  constexpr int kMaxLines = Dot::max_lines(Code::kLargest);  // Before an accumulator may overflow.
-  if (!bg.four_scales) {
-    IntRegs sum[T];
-    for (int t = 0; t < T; ++t) sum[t].zero();
-    for (int line = 0; line < kGroupLines; line += kMaxLines) {
-      add_main_digits<Dot, T, kMaxLines>(lines, line, digits, sum);
-    }
-    for (int t = 0; t < T; ++t) {
-      const DigitGroup& g = x.groups[at + t];
-      if (HWY_UNLIKELY(g.low != 0)) {
-        add_low_digits<Dot>(lines, g.low, x.low + (at + t) * kLowDigitBytes, sum[t]);
-      }
-      const std::int32_t correction = Code::kOffset * (g.sum[0] + g.sum[1] + g.sum[2] + g.sum[3]);
-      scale_and_add(sum[t], correction, g.scale, bg.weight_scales, acc + (row + t) * kBlockN);
-    }
-    return;
-  }
-  constexpr int kPartLines = std::min(4, kMaxLines);
-  for (int part = 0; part < 4; ++part) {
-    IntRegs sum[T];
-    for (int t = 0; t < T; ++t) sum[t].zero();
-    for (int line = part * 4; line < part * 4 + 4; line += kPartLines) {
-      add_main_digits<Dot, T, kPartLines>(lines, line, digits, sum);
-    }
-    for (int t = 0; t < T; ++t) {
-      const DigitGroup& g = x.groups[at + t];
-      const std::uint64_t low = g.low & (std::uint64_t{0xff} << (part * 8));
-      if (HWY_UNLIKELY(low != 0)) {
-        add_low_digits<Dot>(lines, low, x.low + (at + t) * kLowDigitBytes, sum[t]);
-      }
-      scale_and_add(sum[t], Code::kOffset * g.sum[part], g.scale, bg.weight_scales + part * kBlockN,
-                    acc + (row + t) * kBlockN);
-    }
-  }
+  if (!bg.four_scales) return add_part<Dot, T, 1>(lines, 0, bg, x, row, acc);
+  for (int part = 0; part < 4; ++part) add_part<Dot, T, 4>(lines, part, bg, x, row, acc);
 }
 
 /// All rows of one block and group.
