@@ -3,11 +3,12 @@
 //
 //   A    [rows][64 k] int8           a digit of up to 16 rows, DigitLayout::kTiles
 //   B    [16 steps][16 channels][4]  weights of 64 k, signed, made once per block and group
-//   C    [rows][16 channels] int32   one for each digit and block, of one group
+//   C    [rows][16 channels] int32   mid and low digits together, high digits: of one group
 //
-// A unit is 2 blocks x up to 16 rows x one scale group: 4 C, 2 A and 2 B are all registers there
-// are. Sums of a unit go through memory to the vector registers, which scale and add them while the
-// next unit's products are under way.
+// Mid and high digits meet 8 * w, low ones w, so that low ones are added where mid ones are. A unit
+// is 2 blocks x up to 16 rows x one scale group: 4 C, 2 A and 2 B are all registers there are. Its
+// sums go through memory to the vector registers, which scale and add them while the next unit's
+// products are under way.
 //
 // Bound     products: two of bytes for each weight and row, three for units with a low digit.
 #if defined(SLUICE_GEMM_TILES_INL_H_) == defined(HWY_TARGET_TOGGLE)
@@ -30,21 +31,27 @@
 HWY_BEFORE_NAMESPACE();
 namespace sluice::cpu::HWY_NAMESPACE {
 
-inline constexpr int kTileBytes = kTileK * kTileN;       ///< Of B.
 inline constexpr int kGroupWeights = kGroup * kBlockN;   ///< Of one block: two B.
 inline constexpr int kSumsOfTile = kTileRows * kBlockN;  ///< Of one C.
 
-/// One block's 128 k as signed bytes. Half a line, 4 k of 16 channels, is a row of B.
-template <class Code>
+/// One block's 128 k as signed bytes, times 2^kShift. Half a line, 4 k of 16 channels, is a row of
+/// B.
+template <class Code, int kShift>
 void widen_signed(const std::uint8_t* codes, std::int8_t* wide) {
-  const VI8 offset = hn::Set(kI8, std::int8_t{Code::kOffset});
+  static_assert((Code::kLargest << kShift) < 256 && (Code::kOffset << kShift) <= 128);
+  const hn::Repartition<std::uint16_t, TagU8> u16;
+  const VI8 offset = hn::Set(kI8, static_cast<std::int8_t>(Code::kOffset << kShift));
+  const auto put = [&](VU8 bytes, std::int8_t* to) HWY_ATTR {
+    const VU8 shifted = hn::BitCast(kU8, hn::ShiftLeft<kShift>(hn::BitCast(u16, bytes)));
+    hn::Store(hn::Sub(hn::BitCast(kI8, shifted), offset), kI8, to);
+  };
   for (int line = 0; line < kGroupLines; ++line) {
     ByteRegs even, odd;
     PackedLines<Code>{codes}.load(line, even, odd);
     std::int8_t* const to = wide + line * 2 * kLineBytes;
     for (int p = 0; p < kParts; ++p) {
-      hn::Store(hn::Sub(hn::BitCast(kI8, even.v[p]), offset), kI8, to + p * kRegBytes);
-      hn::Store(hn::Sub(hn::BitCast(kI8, odd.v[p]), offset), kI8, to + kLineBytes + p * kRegBytes);
+      put(even.v[p], to + p * kRegBytes);
+      put(odd.v[p], to + kLineBytes + p * kRegBytes);
     }
   }
 }
@@ -61,114 +68,114 @@ struct RowTiles {
   int rows, count, height;
 };
 
-/// What a unit's products leave in memory. `low` only if a row has one.
-struct alignas(64) UnitSums {
-  std::int32_t mid[2][kSumsOfTile], high[2][kSumsOfTile], low[2][kSumsOfTile];
-};
-
-/// Where a unit reads and what becomes of its sums.
-struct TileWork {
-  const std::int8_t* weights = nullptr;  ///< [blocks][kGroupWeights]
-  const std::uint8_t* digits = nullptr;  ///< First row's of the group.
-  const std::uint8_t* low = nullptr;     ///< Null: no row has a low digit.
-  const DigitGroup* groups = nullptr;    ///< First row's.
-  const float* scales = nullptr;         ///< First block's [16]; the second's kBlockScales later.
-  float* acc = nullptr;                  ///< First row's of the first block.
-  std::int64_t block_acc = 0;            ///< To the second block's.
-  int part = 0;                          ///< Of the group's scales.
-  int skipped = 0, rows = 0;             ///< Rows [skipped, rows) count.
-};
 inline constexpr int kBlockScales = 4 * kBlockN;
 
-/// Products of kBlocks blocks and 1 / kScales of a group.
-template <int kBlocks, int kScales, class Tiles>
-HWY_INLINE void multiply_unit(Tiles& tiles, const TileWork& work, UnitSums& sums) {
-  constexpr int kK = kScales == 1 ? kTileK : kGroup / kScales;
-  constexpr int kSteps = kGroup / kScales / kK;
-  const auto load_weights = [&](int step) HWY_ATTR {
-    const std::int8_t* const at = work.weights + (work.part * kSteps + step) * kK * kBlockN;
-    tiles.template load<6>(at, kLineBytes);
-    if constexpr (kBlocks == 2) tiles.template load<7>(at + kGroupWeights, kLineBytes);
-  };
-  tiles.template zero<0>();
-  tiles.template zero<1>();
-  if constexpr (kBlocks == 2) tiles.template zero<2>(), tiles.template zero<3>();
-  for (int step = 0; step < kSteps; ++step) {
-    const int k = (work.part * kSteps + step) * kK;
-    const std::uint8_t* const at = work.digits + k / kTileK * 2 * kTileK + k % kTileK;
-    tiles.template load<4>(at, kMainDigitBytes);
-    tiles.template load<5>(at + kTileK, kMainDigitBytes);
-    load_weights(step);
-    tiles.template dot<0, 4, 6>();
-    tiles.template dot<1, 5, 6>();
-    if constexpr (kBlocks == 2) tiles.template dot<2, 4, 7>(), tiles.template dot<3, 5, 7>();
-  }
-  tiles.template store<0>(sums.mid[0]);
-  tiles.template store<1>(sums.high[0]);
-  if constexpr (kBlocks == 2) {
-    tiles.template store<2>(sums.mid[1]);
-    tiles.template store<3>(sums.high[1]);
-  }
-  if (work.low == nullptr) return;
-  tiles.template zero<0>();
-  if constexpr (kBlocks == 2) tiles.template zero<2>();
-  for (int step = 0; step < kSteps; ++step) {
-    tiles.template load<4>(work.low + (work.part * kSteps + step) * kK, kLowDigitBytes);
-    load_weights(step);
-    tiles.template dot<0, 4, 6>();
-    if constexpr (kBlocks == 2) tiles.template dot<2, 4, 7>();
-  }
-  tiles.template store<0>(sums.low[0]);
-  if constexpr (kBlocks == 2) tiles.template store<2>(sums.low[1]);
-}
+/// Weights of kTileBlocks blocks and one group.
+struct WideBlocks {
+  const std::int8_t* eight = nullptr;  ///< [block][kGroupWeights], times 8.
+  const std::int8_t* one = nullptr;    ///< The same times 1. Null: no row has a low digit.
+};
 
-/// acc += f32(sum) * (ws * as) of one unit.
-template <int kBlocks>
-HWY_INLINE void add_unit(const TileWork& work, const UnitSums& sums) {
-  for (int b = 0; b < kBlocks; ++b) {
-    const float* const scales = work.scales + b * kBlockScales + work.part * kBlockN;
-    float* const acc = work.acc + b * work.block_acc;
-    for (int row = work.skipped; row < work.rows; ++row) {
-      const auto load = [&](const std::int32_t* from, int p) HWY_ATTR {
-        return hn::Load(kI32, from + row * kBlockN + p * (kRegBytes / 4));
-      };
-      IntRegs sum;
-      for (int p = 0; p < kParts; ++p) {
-        const VI32 high = hn::ShiftLeft<kHighShift - kMidShift>(load(sums.high[b], p));
-        sum.v[p] = hn::ShiftLeft<kMidShift>(hn::Add(load(sums.mid[b], p), high));
-        if (work.low != nullptr) sum.v[p] = hn::Add(sum.v[p], load(sums.low[b], p));
-      }
-      scale_and_add(sum, 0, work.groups[row].scale, scales, acc + row * kBlockN);
-    }
-  }
-}
+/// Digits of a unit's rows.
+struct TileDigits {
+  const std::uint8_t* main = nullptr;
+  const std::uint8_t* low = nullptr;  ///< Null: none is other than zero.
+};
+
+/// What becomes of a unit's sums.
+struct TileSums {
+  const DigitGroup* groups = nullptr;  ///< First row's.
+  const float* scales = nullptr;       ///< First block's [16]; the second's kBlockScales later.
+  float* acc = nullptr;                ///< First row's of the first block.
+  int first = 0, rows = 0;             ///< Rows [first, rows) count.
+};
 
 /// Units in turn: products of one, then what is left to do for the one before.
 template <class Tiles, int kScales>
 class TilePipeline {
  public:
-  explicit TilePipeline(const TileShape& shape) : tiles_(shape) {}
+  /// `block_acc`: from acc of one block to that of the next.
+  TilePipeline(const TileShape& shape, std::int64_t block_acc)
+      : tiles_(shape), block_acc_(block_acc) {}
 
+  /// kBlocks blocks and part `part` of a group.
   template <int kBlocks>
-  HWY_INLINE void add(const TileWork& work) {
-    multiply_unit<kBlocks, kScales>(tiles_, work, sums_[next_ % 2]);
+  HWY_INLINE void add(const WideBlocks& weights, const TileDigits& digits, int part,
+                      const TileSums& sums) {
+    multiply<kBlocks>(weights, digits, part);
     finish();
-    waiting_ = work;
+    waiting_.groups = sums.groups;
+    waiting_.scales = sums.scales;
+    waiting_.acc = sums.acc;
+    waiting_.first = sums.first;
+    waiting_.rows = sums.rows;
     num_waiting_ = kBlocks;
-    ++next_;
+    tiles_.template store<0>(sums_[0][0]);
+    tiles_.template store<1>(sums_[0][1]);
+    if constexpr (kBlocks == 2) {
+      tiles_.template store<2>(sums_[1][0]);
+      tiles_.template store<3>(sums_[1][1]);
+    }
   }
+
+  /// acc += f32(sum) * (ws * as) of the unit before.
   HWY_INLINE void finish() {
-    const UnitSums& sums = sums_[(next_ + 1) % 2];
-    if (num_waiting_ == 2) add_unit<2>(waiting_, sums);
-    if (num_waiting_ == 1) add_unit<1>(waiting_, sums);
+    for (int b = 0; b < num_waiting_; ++b) {
+      const std::int32_t* const mid = sums_[b][0];
+      const std::int32_t* const high = sums_[b][1];
+      const float* const scales = waiting_.scales + b * kBlockScales;
+      const DigitGroup* const groups = waiting_.groups;
+      float* const acc = waiting_.acc + b * block_acc_;
+      const int rows = waiting_.rows;
+      for (int row = waiting_.first; row < rows; ++row) {
+        IntRegs sum;
+        for (int p = 0; p < kParts; ++p) {
+          const int at = row * kBlockN + p * (kRegBytes / 4);
+          sum.v[p] = hn::Add(hn::ShiftLeft<kHighShift - kMidShift>(hn::Load(kI32, high + at)),
+                             hn::Load(kI32, mid + at));
+        }
+        scale_and_add(sum, 0, groups[row].scale, scales, acc + row * kBlockN);
+      }
+    }
     num_waiting_ = 0;
   }
 
  private:
-  UnitSums sums_[2];
+  template <int kBlocks>
+  HWY_INLINE void multiply(const WideBlocks& weights, const TileDigits& digits, int part) {
+    constexpr int kK = kScales == 1 ? kTileK : kGroup / kScales;
+    constexpr int kSteps = kGroup / kScales / kK;
+    const auto load_weights = [&](const std::int8_t* from, int k) HWY_ATTR {
+      tiles_.template load<6>(from + k * kBlockN, kLineBytes);
+      if constexpr (kBlocks == 2) {
+        tiles_.template load<7>(from + k * kBlockN + kGroupWeights, kLineBytes);
+      }
+    };
+    tiles_.template zero<0>(), tiles_.template zero<1>();
+    if constexpr (kBlocks == 2) tiles_.template zero<2>(), tiles_.template zero<3>();
+    for (int step = 0; step < kSteps; ++step) {
+      const int k = (part * kSteps + step) * kK;
+      const std::uint8_t* const at = digits.main + k / kTileK * 2 * kTileK + k % kTileK;
+      tiles_.template load<4>(at, kMainDigitBytes);
+      load_weights(weights.eight, k);
+      tiles_.template load<5>(at + kTileK, kMainDigitBytes);
+      tiles_.template dot<0, 4, 6>();
+      if constexpr (kBlocks == 2) tiles_.template dot<2, 4, 7>();
+      tiles_.template dot<1, 5, 6>();
+      if constexpr (kBlocks == 2) tiles_.template dot<3, 5, 7>();
+      if (digits.low == nullptr) continue;
+      tiles_.template load<4>(digits.low + k, kLowDigitBytes);
+      load_weights(weights.one, k);
+      tiles_.template dot<0, 4, 6>();
+      if constexpr (kBlocks == 2) tiles_.template dot<2, 4, 7>();
+    }
+  }
+
+  alignas(64) std::int32_t sums_[2][2][kSumsOfTile];  ///< [block][mid, high]
   Tiles tiles_;
-  TileWork waiting_;
-  int next_ = 0, num_waiting_ = 0;
+  TileSums waiting_;
+  std::int64_t block_acc_;
+  int num_waiting_ = 0;
 };
 
 /// Blocks whose weights are wide at once: as many as let a group's digits, read for each two of
@@ -178,33 +185,36 @@ inline constexpr int kTileBlocks = 4;
 /// A group of up to kTileBlocks blocks with all rows.
 template <class Tiles, int kScales>
 void add_group_tiles(TilePipeline<Tiles, kScales>& pipeline, const RowTiles& row_tiles,
-                     const DigitRows& x, std::int64_t group, const std::int8_t* wide,
+                     const DigitRows& x, std::int64_t group, const WideBlocks& wide,
                      const float* scales, int num_blocks, float* acc) {
   const std::int64_t block_acc = std::int64_t{x.rows} * kBlockN;
   for (int t = 0; t < row_tiles.count; ++t) {
     const int first = row_tiles.first(t);
     const std::int64_t at = group * x.rows + first;
-    TileWork work{.digits = x.digits + at * kMainDigitBytes,
-                  .groups = x.groups + at,
-                  .block_acc = block_acc,
-                  .skipped = row_tiles.skipped(t),
-                  .rows = row_tiles.height};
+    TileDigits digits{.main = x.digits + at * kMainDigitBytes};
+    TileSums sums{.groups = x.groups + at, .first = row_tiles.skipped(t), .rows = row_tiles.height};
     std::uint64_t low = 0;
-    for (int row = work.skipped; row < work.rows; ++row) low |= work.groups[row].low;
-    if (low != 0) work.low = x.low + at * kLowDigitBytes;
+    for (int row = sums.first; row < sums.rows; ++row) low |= sums.groups[row].low;
+    if (low != 0) digits.low = x.low + at * kLowDigitBytes;
     for (int b = 0; b < num_blocks; b += 2) {
-      work.weights = wide + b * kGroupWeights;
-      work.scales = scales + b * kBlockScales;
-      work.acc = acc + b * block_acc + std::int64_t{first} * kBlockN;
-      for (work.part = 0; work.part < kScales; ++work.part) {
+      const WideBlocks weights{wide.eight + b * kGroupWeights, wide.one + b * kGroupWeights};
+      sums.acc = acc + b * block_acc + std::int64_t{first} * kBlockN;
+      for (int part = 0; part < kScales; ++part) {
+        sums.scales = scales + b * kBlockScales + part * kBlockN;
         if (b + 1 < num_blocks) {
-          pipeline.template add<2>(work);
+          pipeline.template add<2>(weights, digits, part, sums);
         } else {
-          pipeline.template add<1>(work);
+          pipeline.template add<1>(weights, digits, part, sums);
         }
       }
     }
   }
+}
+
+[[nodiscard]] inline bool any_low(const DigitRows& x, std::int64_t group) {
+  std::uint64_t low = 0;
+  for (int row = 0; row < x.rows; ++row) low |= x.groups[group * x.rows + row].low;
+  return low != 0;
 }
 
 /// acc of the whole tile. prefetch(codes): asks for a block's 128 k at `codes`.
@@ -217,23 +227,25 @@ void gemm_tile_tiles(const GemmTile& tile, const Prefetch& prefetch) {
   std::fill_n(tile.acc, tile.num_blocks * block_acc, 0.0f);
   const RowTiles row_tiles(x.rows);
   TilePipeline<Tiles, kScales> pipeline(
-      {.rows = row_tiles.height, .k = kScales == 1 ? kTileK : kGroup / kScales});
-  alignas(64) std::int8_t wide[kTileBlocks * kGroupWeights];
+      {.rows = row_tiles.height, .k = kScales == 1 ? kTileK : kGroup / kScales}, block_acc);
+  alignas(64) std::int8_t eight[kTileBlocks * kGroupWeights], one[kTileBlocks * kGroupWeights];
   // Of two groups: the last unit of one is scaled after the scales of the next are there.
   alignas(64) float scales[2][kTileBlocks * kBlockScales];
   for (int b0 = 0; b0 < tile.num_blocks; b0 += kTileBlocks) {
     const int num_blocks = std::min(kTileBlocks, tile.num_blocks - b0);
     for (std::int64_t g = 0; g < num_groups; ++g) {
       float* const group_scales = scales[g % 2];
+      const bool has_low = any_low(x, g);
       for (int b = 0; b < num_blocks; ++b) {
         const std::int64_t at = (tile.first_block + b0 + b) * num_groups + g;
         const std::uint8_t* const codes = m.codes + at * kGroupLines * kLineBytes;
         prefetch(codes + kGroupLines * kLineBytes);
         load_scales(m, at * kScales, kScales, group_scales + b * kBlockScales);
-        widen_signed<Code>(codes, wide + b * kGroupWeights);
+        widen_signed<Code, kMidShift>(codes, eight + b * kGroupWeights);
+        if (has_low) widen_signed<Code, 0>(codes, one + b * kGroupWeights);
       }
-      add_group_tiles<Tiles, kScales>(pipeline, row_tiles, x, g, wide, group_scales, num_blocks,
-                                      tile.acc + b0 * block_acc);
+      add_group_tiles<Tiles, kScales>(pipeline, row_tiles, x, g, {eight, one}, group_scales,
+                                      num_blocks, tile.acc + b0 * block_acc);
     }
     pipeline.finish();
   }
