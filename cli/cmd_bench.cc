@@ -109,6 +109,7 @@ std::vector<ExpertsBenchConfig> sweep_of(const ExpertsBenchConfig& base) {
 
 void report_case(const ExpertsBenchConfig& config, const ExpertsBenchCase& c,
                  const ExpertsBenchReport& report, double unit_us, Table& table, Output& output) {
+  const bool has_cpu_time = unit_us > 1;  // CPU.
   const auto time = [&](double us) {
     return fmt::format("{:.{}f}", us / unit_us, unit_us > 1 ? 3 : 1);
   };
@@ -117,20 +118,30 @@ void report_case(const ExpertsBenchConfig& config, const ExpertsBenchCase& c,
   };
   nlohmann::ordered_json kernels;
   for (const ExpertsBenchKernel& k : c.kernels) {
-    table.add(
-        {fmt::format("{} of {}", c.num_experts, config.geometry.intermediate),
-         fmt::format("{}", config.geometry.group_size), values_of(config), to_string(c.recipe),
-         to_string(c.activation), name_of(c.routing), fmt::format("{}", c.rows_per_expert), k.name,
-         time(k.median_us), time(k.min_us), time(k.max_us),
-         k.gbytes_per_s > 0 ? fmt::format("{:.{}f}", k.gbytes_per_s, unit_us > 1 ? 1 : 0) : "-",
-         percent(k.gbytes_per_s, report.read_gbytes_per_s),
-         k.tflops > 0 ? fmt::format("{:.{}f}", k.tflops, unit_us > 1 ? 3 : 0) : "-",
-         percent(k.tflops, report.peak_tflops),
-         &k == c.kernels.data() ? fmt::format("{:.2f}", c.worst_error_ratio) : ""});
+    std::vector<std::string> cells{
+        fmt::format("{} of {}", c.num_experts, config.geometry.intermediate),
+        fmt::format("{}", config.geometry.group_size),
+        values_of(config),
+        to_string(c.recipe),
+        to_string(c.activation),
+        name_of(c.routing),
+        fmt::format("{}", c.rows_per_expert),
+        k.name,
+        time(k.median_us),
+        time(k.min_us),
+        time(k.max_us),
+        k.gbytes_per_s > 0 ? fmt::format("{:.{}f}", k.gbytes_per_s, unit_us > 1 ? 1 : 0) : "-",
+        percent(k.gbytes_per_s, report.read_gbytes_per_s),
+        k.tflops > 0 ? fmt::format("{:.{}f}", k.tflops, unit_us > 1 ? 3 : 0) : "-",
+        percent(k.tflops, report.peak_tflops),
+        &k == c.kernels.data() ? fmt::format("{:.2f}", c.worst_error_ratio) : ""};
+    if (has_cpu_time) cells.push_back(k.cpu_us > 0 ? time(k.cpu_us) : "-");
+    table.add(std::move(cells));
     kernels.push_back({{"name", k.name},
                        {"median_us", k.median_us},
                        {"min_us", k.min_us},
                        {"max_us", k.max_us},
+                       {"cpu_us", k.cpu_us},
                        {"gbytes_per_s", k.gbytes_per_s},
                        {"tflops", k.tflops}});
   }
@@ -188,10 +199,15 @@ void bench_experts_command(const Options& options, Output& output) {
              options.repeats,
              cuda ? fmt::format(" replays of a graph, {:.0f} ms of rest before each GEMM's",
                                 options.rest_ms)
-                  : "; gate_up, activation and down: shares of the threads' time");
-  Table table({"experts", "groups", "values", "recipe", "activation", "routing", "rows/expert",
-               "kernel", cuda ? "us" : "ms", "min", "max", "GB/s", "% of read", "TFLOPS",
-               cuda ? "% of FP8" : "% of dots", "error/bound"});
+                  : "; gate_up, activation and down: shares of the threads' time; CPU ms: least "
+                    "processor time of a thread");
+  std::vector<std::string> columns{
+      "experts",    "groups",      "values",    "recipe", "activation",
+      "routing",    "rows/expert", "kernel",    "us",     "min",
+      "max",        "GB/s",        "% of read", "TFLOPS", cuda ? "% of FP8" : "% of dots",
+      "error/bound"};
+  if (!cuda) columns[8] = "ms", columns.push_back("CPU ms");
+  Table table(columns);
   for (std::size_t i = 0; i < configs.size(); ++i) {
     for (const ExpertsBenchCase& c : reports[i].cases) {
       report_case(configs[i], c, reports[i], unit_us, table, output);

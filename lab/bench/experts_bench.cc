@@ -2,6 +2,8 @@
 #include <algorithm>
 #include <chrono>
 #include <cmath>
+#include <ctime>
+#include <limits>
 #include <optional>
 #include <thread>
 
@@ -48,6 +50,13 @@ ExpertWeights first_experts(const ExpertWeights& all, int num_experts) {
   out.geometry.num_experts = num_experts;
   out.experts.resize(static_cast<std::size_t>(num_experts));
   return out;
+}
+
+/// Of all threads of this process so far.
+double cpu_time_us() {
+  timespec t{};
+  clock_gettime(CLOCK_PROCESS_CPUTIME_ID, &t);
+  return static_cast<double>(t.tv_sec) * 1e6 + static_cast<double>(t.tv_nsec) * 1e-3;
 }
 
 using WeightSets = std::vector<std::unique_ptr<PreparedExperts>>;
@@ -155,12 +164,19 @@ class CaseBench {
       mark();
     });
     std::vector<double> us;
+    double cpu_us = std::numeric_limits<double>::infinity();
     for (int i = 0; i <= config_.repeats; ++i) {
+      const double start = cpu_time_us();
       recording->replay();
+      const double cpu = (cpu_time_us() - start) / calls / backend_.num_host_threads();
       const double one = recording->marks_us().front() / calls;
-      if (i > 0) us.push_back(one);  // The first replay is for warmth.
+      if (i == 0) continue;  // The first replay is for warmth.
+      us.push_back(one);
+      cpu_us = std::min(cpu_us, cpu);
     }
-    return rate(name, work, std::move(us));
+    ExpertsBenchKernel kernel = rate(name, work, std::move(us));
+    if (!on_device_) kernel.cpu_us = cpu_us;
+    return kernel;
   }
 
   const ExpertsBenchConfig& config_;

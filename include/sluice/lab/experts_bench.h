@@ -39,6 +39,9 @@ struct ExpertsBenchConfig {
 struct ExpertsBenchKernel {
   std::string name;
   double median_us = 0, min_us = 0, max_us = 0;
+  /// On the CPU: the least processor time of a call, of one thread on average. Where other programs
+  /// want the cores, too, less of it is theirs than of the times above. 0: not measured.
+  double cpu_us = 0;
   double gbytes_per_s = 0;
   double tflops = 0;  ///< 0 where nothing is multiplied.
 };
