@@ -219,12 +219,14 @@ void check_every_format() {
 /// then without VNNI, and with tiles: the kernels' sums have the bits that are promised on each.
 TEST(CpuExperts, EveryInstructionSetThatThisMachineHas) {
   std::set<std::string> seen;
+  std::size_t num_targets = 0;
   const cpu::CpuFeatures all = cpu::cpu_features();
   for (const std::int64_t target : hwy::SupportedAndGeneratedTargets()) {
     if (target == HWY_SSSE3) continue;  // The kernels are not compiled for it.
     hwy::SetSupportedTargetsForTest(target);
     hwy::GetChosenTarget().Update(target);
     SCOPED_TRACE(hwy::TargetName(target));
+    ++num_targets;
     for (const bool vnni : {all.vnni, false}) {
       for (const cpu::TileUnit tiles : {all.tiles, cpu::TileUnit::kNone, cpu::TileUnit::kScalar}) {
         cpu::set_cpu_features_for_test(cpu::CpuFeatures{.vnni = vnni, .tiles = tiles});
@@ -237,7 +239,7 @@ TEST(CpuExperts, EveryInstructionSetThatThisMachineHas) {
   cpu::set_cpu_features_for_test(std::nullopt);
   hwy::SetSupportedTargetsForTest(0);
   hwy::GetChosenTarget().Update(hwy::SupportedTargets());
-  EXPECT_GE(seen.size(), HWY_ARCH_X86 ? 2u : 1u) << *seen.begin();
+  EXPECT_GE(seen.size(), num_targets);
   std::string names;
   for (const std::string& name : seen) names += name + "; ";
   RecordProperty("instruction_sets", names);
