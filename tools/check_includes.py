@@ -76,6 +76,8 @@ MODULES = [
     ("network",        "lab/network/",         ("public", "core", "sum parts"),           ("nlohmann/",)),
     # Kernel benchmarks time what lies under the public surface.
     ("kernel bench",   "lab/bench/kernels/",   ("public", "core", "cuda backend", "cuda exchange", "cuda support", "cuda formats", "ptx"), ("posix", "cuda")),
+    # Other libraries' products, by themselves.
+    ("peers",          "lab/bench/peers/",     (),                                        ("ggml",)),
     ("bench",          "lab/bench/",           ("public", "core", "quant", "checkpoint", "ops", "slot ranks"), ("posix",)),
     ("cli",            "cli/",                 ("public", "report"),                      ("posix", "CLI/", "nlohmann/")),
     ("python",         "python/",              ("public",),                               ("nanobind/",)),
@@ -225,7 +227,7 @@ class Scan:
                 self.check_include(path, number, match.group(2))
                 continue
             code = re.sub(r'"(\\.|[^"\\])*"', '""', line).split("//")[0]
-            if module == "tests" or path.startswith("lab/bench/kernels/"):
+            if module == "tests" or path.startswith(("lab/bench/kernels/", "lab/bench/peers/")):
                 continue
             if ENVIRONMENT.search(code) and path != "src/core/config.cc":
                 self.report(path, number, "environment", "only src/core/config.cc reads it")
