@@ -97,19 +97,21 @@ TEST_F(LayerHosts, RefusedByName) {
 
 // CUDA needs no device to refuse: plans do.
 TEST_F(LayerHosts, PlansOfSeveralHosts) {
-  const auto plan = [&](int num_hosts, int sum_parts, Device::Kind device) {
-    return Engine::plan_memory({.max_tokens_per_rank = 4,
-                                .hosts = Hosts::even(num_hosts, 4),
-                                .sum_parts = sum_parts},
+  const auto plan = [&](const Hosts& hosts, int sum_parts, Device::Kind device) {
+    return Engine::plan_memory({.max_tokens_per_rank = 4, .hosts = hosts, .sum_parts = sum_parts},
                                checkpoint_->geometry(), DType::kBFloat16, device, 4)
         .exchange_bytes;
   };
-  EXPECT_GT(plan(2, 0, Device::Kind::kHost), plan(1, 0, Device::Kind::kHost));
-  EXPECT_GT(plan(1, 0, Device::Kind::kCuda), 0u);
-  for (const auto& [hosts, parts] : {std::pair{2, 0}, {2, 1}, {1, 4}}) {
+  const Hosts one = Hosts::even(1, 4), two = Hosts::even(2, 4);
+  for (const auto device : {Device::Kind::kHost, Device::Kind::kCuda}) {
+    EXPECT_GT(plan(one, 0, device), 0u);
+    for (const int parts : {0, 1}) EXPECT_GT(plan(two, parts, device), plan(one, 0, device));
+  }
+  const Hosts uneven = Hosts::create({0, 0, 0, 1});
+  for (const auto& [hosts, parts] : {std::pair{one, 4}, {uneven, 1}}) {
     try {
       (void)plan(hosts, parts, Device::Kind::kCuda);
-      ADD_FAILURE() << "not refused";
+      ADD_FAILURE() << "not refused: " << hosts.to_string() << ", parts " << parts;
     } catch (const Error& error) {
       EXPECT_EQ(error.code(), ErrorCode::kUnsupported);
       EXPECT_THAT(error.what(), HasSubstr("the exchange in CUDA memory"));
