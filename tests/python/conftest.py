@@ -3,8 +3,9 @@
 import os
 import threading
 
+import numpy as np
 import pytest
-from spaces import Numpy, Torch
+from spaces import Numpy, Torch, has_gpu
 
 import sluice
 
@@ -23,8 +24,28 @@ def checkpoint(tmp_path_factory, geometry):
 
 
 @pytest.fixture(scope="session")
+def arrays(checkpoint, geometry):
+    """w13, w13_scale, w2, w2_scale of all experts, as published."""
+    weights = checkpoint.load_experts(LAYER, 0, geometry.num_experts)
+
+    def stack(name):
+        pairs = [weights.matrix(e, name) for e in range(len(weights))]
+        return np.stack([c for c, _ in pairs]).view(np.int8), np.stack([s for _, s in pairs])
+
+    gate, up, down = stack("gate"), stack("up"), stack("down")
+    return (np.concatenate([gate[0], up[0]], 1), np.concatenate([gate[1], up[1]], 1), *down)
+
+
+@pytest.fixture(scope="session")
 def backend():
     return sluice.Backend("cpu", num_threads=1)
+
+
+@pytest.fixture(scope="session")
+def gpu():
+    if not has_gpu():
+        pytest.skip("no CUDA device")
+    return sluice.Backend("cuda")
 
 
 @pytest.fixture(params=[Numpy, Torch], ids=["numpy", "torch"])

@@ -1,6 +1,6 @@
 """What a call costs the host above the C++ call inside it, at one token on the CPU.
 
-test_torch_cuda.py has the same on a GPU. python/examples/torch_compare.py prints it.
+test_overhead_cuda.py has the same on a GPU. python/examples/torch_compare.py prints it.
 """
 
 import statistics

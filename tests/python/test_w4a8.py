@@ -15,19 +15,6 @@ from sluice.compat import _w4a8_cache, w4a8
 TOKENS, MAX_M = 12, 8
 
 
-@pytest.fixture(scope="module")
-def arrays(checkpoint, geometry):
-    """w13, w13_scale, w2, w2_scale of all experts, as published."""
-    weights = checkpoint.load_experts(LAYER, 0, geometry.num_experts)
-
-    def stack(name):
-        pairs = [weights.matrix(e, name) for e in range(len(weights))]
-        return np.stack([c for c, _ in pairs]).view(np.int8), np.stack([s for _, s in pairs])
-
-    gate, up, down = stack("gate"), stack("up"), stack("down")
-    return (np.concatenate([gate[0], up[0]], 1), np.concatenate([gate[1], up[1]], 1), *down)
-
-
 @pytest.fixture()
 def weights(space, arrays):
     return tuple(space.array(a.copy()) for a in arrays)

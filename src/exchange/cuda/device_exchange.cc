@@ -12,11 +12,13 @@
 #include "backend/cuda/check.h"
 #include "backend/ops.h"
 #include "core/fail.h"
+#include "exchange/cuda/device_batch.h"
 #include "exchange/cuda/device_counters.h"
 #include "exchange/cuda/device_faults.h"
 #include "exchange/cuda/device_layout.h"
 #include "exchange/cuda/device_sharing.h"
 #include "exchange/cuda/exchange_kernels.h"
+#include "exchange/cuda/fault_words.h"
 #include "exchange/cuda/rail_exchange.h"
 #include "exchange/cuda/split.h"
 #include "exchange/impl.h"
@@ -338,28 +340,7 @@ void DeviceExchange::sum(DeviceRoute& route, MutableTensorView y, Stream stream,
 void DeviceExchange::fill_batch(DeviceRoute& route, std::int64_t num_tokens) const {
   const SlotParams& p = route.slot.params;
   std::byte* const window = windows_[static_cast<std::size_t>(rank)].get();
-  const bool masked = config.mode == Mode::kLowLatency;
-  const std::int64_t num_local = placement.num_local();
-  const auto shape = [&](std::int64_t width) {
-    return masked ? Shape{num_local, config.max_m, width} : Shape{max_rows, width};
-  };
-  ExpertBatch& batch = route.batch;
-  batch.layout = config.mode;
-  batch.x = {window + p.x, config.wire == WireFormat::kBf16 ? DType::kBFloat16 : DType::kFloat8E4M3,
-             shape(config.hidden), device};
-  if (layout_.scale_bytes > 0) {
-    batch.x_scale = {window + p.scale, DType::kFloat32,
-                     shape(scales_per_row(sent_cast(config.wire), config.hidden)), device};
-  }
-  batch.num_rows = {p.num_rows, DType::kInt32, Shape{num_local}, device};
-  batch.row_begin = {p.row_begin, DType::kInt64, Shape{num_local}, device};
-  const std::int64_t slots = num_tokens * config.num_topk * num_ranks;
-  batch.expected_m =
-      static_cast<int>((slots + placement.num_experts() - 1) / placement.num_experts());
-  route.expert_y.data = window + p.expert_y;
-  route.expert_y.dtype = DType::kBFloat16;
-  route.expert_y.shape = shape(config.hidden);
-  route.expert_y.device = device;
+  fill_route(*this, p, window, num_tokens, route);
   if (route.slot.home_rows == nullptr) return;
   route.home = {.origin = reinterpret_cast<const std::uint64_t*>(window + p.origin),
                 .rows = route.slot.home_rows};
@@ -375,7 +356,7 @@ void DeviceExchange::throw_fault() {
   use_device();
   SLUICE_CUDA_CHECK(cudaMemsetAsync(&state->claimed[cuda::kRefusal], 0, sizeof(int), queue));
   SLUICE_CUDA_CHECK(cudaStreamSynchronize(queue));
-  faults_.throw_refusal(*refusal);
+  throw_refusal(config, *refusal);
 }
 
 ExchangeCounters DeviceExchange::counters() const {

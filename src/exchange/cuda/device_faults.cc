@@ -4,6 +4,7 @@
 
 #include "backend/cuda/check.h"
 #include "core/fail.h"
+#include "exchange/cuda/fault_words.h"
 
 namespace sluice {
 
@@ -34,15 +35,13 @@ std::vector<int> DeviceFaults::ranks_of(const DeviceFault& fault) const {
 }
 
 std::string DeviceFaults::describe(const DeviceFault& fault) const {
-  static constexpr const char* kOperations[] = {"dispatch (row counts)", "dispatch", "combine",
-                                                "dispatch (reuse of buffers)"};
   const char* const what = fault.kind == cuda::kPeerMissing ? "still missing rank(s)"
                            : fault.kind == cuda::kDropped
                                ? "dropped their dispatch instead of combining it: rank(s)"
                                : "out of step: a later epoch from rank(s)";
   return fmt::format("{} epoch {} on rank {}: waited at most {} ms, {}{} (flag {}, expected {})",
-                     kOperations[fault.operation], fault.epoch, rank_, config_.peer_timeout.count(),
-                     what, list_of(ranks_of(fault)), fault.seen, fault.expected);
+                     operation_of(fault), fault.epoch, rank_, config_.peer_timeout.count(), what,
+                     list_of(ranks_of(fault)), fault.seen, fault.expected);
 }
 
 void DeviceFaults::throw_failure() {
@@ -62,20 +61,6 @@ std::optional<DeviceFault> DeviceFaults::take_refusal() noexcept {
   const auto refusal = records_.get(cuda::kRefusal);
   if (refusal) records_.clear(cuda::kRefusal);
   return refusal;
-}
-
-void DeviceFaults::throw_refusal(const DeviceFault& refusal) const {
-  if (refusal.kind == cuda::kBadIndex) {
-    fail(ErrorCode::kInvalidArgument,
-         "an earlier dispatch had topk_idx[{}, {}] = {}, not in [-1, {}): that slot was left empty",
-         refusal.where / config_.num_topk, refusal.where % config_.num_topk, refusal.value,
-         config_.num_experts);
-  }
-  fail(
-      ErrorCode::kInvalidArgument,
-      "an earlier dispatch would have given expert {} {} rows, max_m is {}: every rank refused it, "
-      "its combine gave NaN",
-      refusal.where, refusal.count, refusal.value);
 }
 
 }  // namespace sluice

@@ -48,7 +48,6 @@ class DeviceFaults {
   void throw_failure();
   /// The refusal that is recorded, if one is, and forgets it on the host.
   [[nodiscard]] std::optional<cuda::DeviceFault> take_refusal() noexcept;
-  [[noreturn]] void throw_refusal(const cuda::DeviceFault& refusal) const;
 
   /// The ranks that a failure blames, and the failure in words.
   [[nodiscard]] std::vector<int> ranks_of(const cuda::DeviceFault& fault) const;

@@ -6,6 +6,8 @@
 #include <utility>
 
 #include "core/fail.h"
+#include "exchange/cuda/device_batch.h"
+#include "exchange/cuda/fault_words.h"
 #include "sluice/quant.h"
 
 namespace sluice {
@@ -253,7 +255,8 @@ std::unique_ptr<Dispatched::Route> RailExchange::dispatch_send(TensorView x, con
   rail_device_->route(route->params, route->tokens, stream);
   rail_device_->pack(route->params, route->tokens, config.wire, ctas_for(num_tokens), stream);
   exchange_pieces(slot, stream);
-  fill_batch(*route, num_tokens);
+  fill_route(*this, slot.params, windows_[static_cast<std::size_t>(local_)].get(), num_tokens,
+             *route);
   num_dispatches_ += 1;
   return route;
 }
@@ -317,32 +320,6 @@ void RailExchange::return_rows(RailRoute& route, MutableTensorView y, bool also_
   rail_device_->sum(route.params, route.tokens, ctas_for(route.tokens.num_tokens), stream);
 }
 
-void RailExchange::fill_batch(RailRoute& route, std::int64_t num_tokens) const {
-  const RailSlot& p = route.slot.params;
-  std::byte* const window = windows_[static_cast<std::size_t>(local_)].get();
-  const bool masked = config.mode == Mode::kLowLatency;
-  const std::int64_t num_local = placement.num_local();
-  const auto shape = [&](std::int64_t width) {
-    return masked ? Shape{num_local, config.max_m, width} : Shape{max_rows, width};
-  };
-  ExpertBatch& batch = route.batch;
-  batch.layout = config.mode;
-  batch.x = {window + p.x, config.wire == WireFormat::kBf16 ? DType::kBFloat16 : DType::kFloat8E4M3,
-             shape(config.hidden), device};
-  if (layout_.record.scale_bytes > 0) {
-    batch.x_scale = {window + p.scale, DType::kFloat32, shape(p.record.num_scales), device};
-  }
-  batch.num_rows = {p.num_rows, DType::kInt32, Shape{num_local}, device};
-  batch.row_begin = {p.row_begin, DType::kInt64, Shape{num_local}, device};
-  const std::int64_t entries = num_tokens * config.num_topk * num_ranks;
-  batch.expected_m =
-      static_cast<int>((entries + placement.num_experts() - 1) / placement.num_experts());
-  route.expert_y.data = window + p.expert_y;
-  route.expert_y.dtype = DType::kBFloat16;
-  route.expert_y.shape = shape(config.hidden);
-  route.expert_y.device = device;
-}
-
 /// Throws what earlier calls found on the device; after a refused dispatch the exchange works on.
 void RailExchange::check() {
   faults_.throw_failure();
@@ -352,7 +329,7 @@ void RailExchange::check() {
   rail_device_->use();
   rail_device_->clear(&state->claimed[cuda::kRefusal], sizeof(int), backend_.stream());
   backend_.synchronize(backend_.stream());
-  faults_.throw_refusal(*refusal);
+  throw_refusal(config, *refusal);
 }
 
 std::unique_ptr<Exchange::Impl> make_rail_exchange(const ExchangeConfig& config,

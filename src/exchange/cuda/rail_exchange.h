@@ -83,7 +83,6 @@ class RailExchange final : public Exchange::Impl {
   void receive(RailRoute& route, Stream stream);
   void keep_rows(const RailRoute& route, TensorView expert_y, Stream stream);
   void return_rows(RailRoute& route, MutableTensorView y, bool also_send, Stream stream);
-  void fill_batch(RailRoute& route, std::int64_t num_tokens) const;
   [[nodiscard]] int ctas_for(std::int64_t work) const;
 
   Backend& backend_;

@@ -3,6 +3,7 @@
 #include <utility>
 
 #include "core/fail.h"
+#include "exchange/cuda/fault_words.h"
 
 namespace sluice {
 
@@ -33,11 +34,8 @@ std::vector<int> RailFaults::ranks_of(const DeviceFault& fault) const {
 }
 
 std::string RailFaults::describe(const DeviceFault& fault) const {
-  static constexpr const char* kOperations[] = {"dispatch (row counts)", "dispatch", "combine",
-                                                "dispatch (reuse of buffers)"};
-  const std::string where =
-      fmt::format("{} epoch {} on rank {} of host {}: ", kOperations[fault.operation], fault.epoch,
-                  rank_, host_);
+  const std::string where = fmt::format("{} epoch {} on rank {} of host {}: ", operation_of(fault),
+                                        fault.epoch, rank_, host_);
   std::string who;
   for (const int r : ranks_of(fault)) {
     who +=
@@ -78,19 +76,6 @@ std::optional<DeviceFault> RailFaults::take_refusal() noexcept {
   if (refusal)
     __atomic_store_n(&records_.get()[cuda::kRefusal].kind, int{cuda::kNoFault}, __ATOMIC_RELEASE);
   return refusal;
-}
-
-void RailFaults::throw_refusal(const DeviceFault& refusal) const {
-  if (refusal.kind == cuda::kBadIndex) {
-    fail(ErrorCode::kInvalidArgument,
-         "an earlier dispatch had topk_idx[{}, {}] = {}, not in [-1, {}): that slot was left empty",
-         refusal.where / config_.num_topk, refusal.where % config_.num_topk, refusal.value,
-         config_.num_experts);
-  }
-  fail(ErrorCode::kInvalidArgument,
-       "an earlier dispatch would have given expert {} {} rows, max_m is {}: every rank refused "
-       "it, its combine gave NaN",
-       refusal.where, refusal.count, refusal.value);
 }
 
 }  // namespace sluice

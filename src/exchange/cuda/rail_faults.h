@@ -24,7 +24,6 @@ class RailFaults {
   void throw_failure();
   /// The refusal that is recorded, if one is, and forgets it on the host.
   [[nodiscard]] std::optional<cuda::DeviceFault> take_refusal() noexcept;
-  [[noreturn]] void throw_refusal(const cuda::DeviceFault& refusal) const;
 
  private:
   [[nodiscard]] std::optional<cuda::DeviceFault> find(cuda::FaultRecord record) const noexcept;
