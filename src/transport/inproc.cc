@@ -3,9 +3,12 @@
 #include <atomic>
 #include <condition_variable>
 #include <cstring>
-#include <exception>
 #include <map>
 #include <mutex>
+#include <new>
+#include <optional>
+#include <string>
+#include <utility>
 
 #include "core/fail.h"
 #include "sluice/transport.h"
@@ -45,7 +48,9 @@ class Group {
     std::vector<bool> present;
     int num_present = 0, num_left = 0;
     std::shared_ptr<SharedWindow> window;
-    std::exception_ptr failure;  ///< What `make` threw.
+    /// What `make` threw, as a value: an exception that threads share is theirs to destroy at a
+    /// time that a sanitizer cannot follow.
+    std::optional<std::pair<ErrorCode, std::string>> failure;
   };
 
   /// Brings `mine` to meeting `index` and waits for the others. The first to see all present calls
@@ -66,8 +71,11 @@ class Group {
     if (++meeting.num_present == num_ranks_) {
       try {
         make(meeting);
-      } catch (...) {
-        meeting.failure = std::current_exception();
+      } catch (const Error& error) {
+        meeting.failure.emplace(error.code(), error.what());
+      } catch (const std::bad_alloc&) {
+        meeting.failure.emplace(ErrorCode::kOutOfMemory,
+                                std::string(operation) + ": out of memory");
       }
       changed_.notify_all();
     }
@@ -84,7 +92,7 @@ class Group {
     }
     Meeting result = meeting;
     if (++meeting.num_left == num_ranks_) meetings_.erase(index);
-    if (result.failure) std::rethrow_exception(result.failure);
+    if (result.failure) throw Error(result.failure->first, result.failure->second);
     return result;
   }
 
