@@ -1,15 +1,28 @@
 #include "transport/tcp_channel.h"
 
+#include <sys/ioctl.h>
 #include <sys/socket.h>
 
+#include <algorithm>
 #include <cerrno>
 #include <cstring>
+#include <optional>
 #include <utility>
 
 #include "core/fail.h"
 #include "transport/socket_io.h"
 
 namespace sluice {
+
+namespace {
+
+/// Bytes that have come and nobody has read.
+std::size_t num_waiting(int socket) {
+  int bytes = 0;
+  return ioctl(socket, FIONREAD, &bytes) == 0 ? static_cast<std::size_t>(bytes) : 0;
+}
+
+}  // namespace
 
 void TcpChannel::close() {
   socket_.reset();
@@ -62,15 +75,25 @@ bool TcpChannel::send_some() {
 }
 
 bool TcpChannel::receive_some(const Hear& hear) {
+  std::optional<std::size_t> left;  // Of what had come when this began; known after a first read.
+  bool is_last = false;
   while (is_open()) {
     const bool in_header = num_received_ < sizeof(Header);
-    const std::span<std::byte> to =
+    std::span<std::byte> to =
         in_header ? std::as_writable_bytes(std::span(&header_, 1)).subspan(num_received_)
                   : std::span(bytes_).subspan(num_received_ - sizeof(Header));
     if (!to.empty()) {
+      if (left == 0U) {
+        // Nothing more: then the connection's end may be next, which one more read would tell.
+        if (is_last || num_waiting(socket_.get()) > 0) return true;
+        is_last = true;
+        left = to.size();
+      }
+      if (left) to = to.first(std::min(to.size(), *left));
       const std::ptrdiff_t received = sluice::receive_some(socket_.get(), to, nullptr);
       if (received <= 0) return received == 0;
       num_received_ += static_cast<std::size_t>(received);
+      left = left ? *left - static_cast<std::size_t>(received) : num_waiting(socket_.get());
     }
     if (in_header && num_received_ == sizeof(Header)) {
       if (header_.bytes > kMaxBytes || header_.reserved != 0) return false;

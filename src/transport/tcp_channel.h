@@ -58,8 +58,9 @@ class TcpChannel {
   void post(Message message);
   /// Sends what the system takes. False if the other end has closed.
   [[nodiscard]] bool send_some();
-  /// Gives every message that is complete to `hear`. False if the other end has closed or talks
-  /// nonsense.
+  /// Gives every message that is complete to `hear`: of the bytes that had come when this began, so
+  /// that a peer who never stops talking keeps nobody from the other connections. What comes
+  /// meanwhile is for the next call. False if the other end has closed or talks nonsense.
   [[nodiscard]] bool receive_some(const Hear& hear);
 
  private:

@@ -123,6 +123,32 @@ TEST(TcpChannel, AMessageToManyIsInMemoryOnce) {
   EXPECT_EQ(num_heard, 1);
 }
 
+// Whoever hears it would otherwise never come to the other connections.
+TEST(TcpChannel, APeerWhoNeverStopsTalkingIsHeardInTurns) {
+  int ends[2] = {};
+  ASSERT_EQ(socketpair(AF_UNIX, SOCK_STREAM, 0, ends), 0);
+  TcpChannel near{FileDescriptor(ends[0])}, far{FileDescriptor(ends[1])};
+  std::uint64_t num_said = 0;
+  const auto say_one = [&] {
+    far.post(TcpMessage::kBeat, ++num_said, part_of(1, 2));
+    EXPECT_TRUE(far.send_some());
+  };
+  std::uint64_t num_heard = 0;
+  const auto answer = [&](TcpMessage, std::uint64_t number, const auto&) {
+    EXPECT_EQ(number, ++num_heard);
+    if (num_said < 1000) say_one();  // Before the hearer looks for more.
+  };
+  for (int i = 0; i < 3; ++i) say_one();
+  for (std::uint64_t turn = 1; turn <= 4; ++turn) {
+    EXPECT_TRUE(near.receive_some(answer));
+    EXPECT_EQ(num_heard, 3 * turn);
+  }
+  // The end behind what had come is not left for another turn.
+  far.close();
+  EXPECT_FALSE(near.receive_some([&](TcpMessage, std::uint64_t, const auto&) { num_heard += 1; }));
+  EXPECT_EQ(num_heard, num_said);
+}
+
 enum class Fate { kLeaves, kEnds };
 
 /// Rank `victim` meets its fate before a collective to which rank `late` comes last, or never.
