@@ -64,7 +64,8 @@ build() {
 
 # The wheel as users get it, self-contained, but for the CUDA backend: its minutes of compiling would
 # prove nothing that the module of the release build, which has it, has not been through already. The
-# flags are those of the release build, so that its objects come from ccache.
+# flags are those of the release build, and nanobind is the same copy: pip would fetch another into a
+# folder with a new name. So its objects come from ccache.
 test_wheel() {
   local venv=build/torch-venv wheels=build/wheels
   say "test the wheel ($(minutes))"
@@ -74,7 +75,8 @@ test_wheel() {
   fi
   rm -rf "$wheels"
   CMAKE_BUILD_PARALLEL_LEVEL=$jobs scripts/build_wheel.sh --python "$venv/bin/python" --no-cuda \
-    --out "$wheels" -D CMAKE_CXX_COMPILER=c++ -D SLUICE_WERROR=ON
+    --out "$wheels" -D CMAKE_CXX_COMPILER=c++ -D SLUICE_WERROR=ON \
+    -D nanobind_ROOT="$(build/test-venv/bin/python -m nanobind --cmake_dir)"
   "$venv/bin/python" -m pip install -q --disable-pip-version-check --force-reinstall --no-deps "$wheels"/*.whl
   "$venv/bin/python" -m pip install -q --disable-pip-version-check "$(ls "$wheels"/*.whl)[test]" ./python/deep_ep_shim
   "$venv/bin/python" tests/package/one_layer.py

@@ -3,8 +3,8 @@
 
     tools/check_includes.py [ROOT]
 
-Prints one line per violation, `file:line: rule: text`, and exits with 1 if there is any. Long
-files are listed and fail only past the hard limit. docs/design.md explains the layering.
+Prints one line per violation, `file:line: rule: text`, and exits with 1 if there is any.
+docs/design.md explains the layering.
 """
 import re
 import sys
@@ -128,7 +128,7 @@ SOURCE_FOLDERS = ("include", "src", "lab", "cli", "python", "tests")
 TEXT_FOLDERS = SOURCE_FOLDERS + ("docs", "tools", "scripts", "cmake")
 # Compiled with precompiled headers, which hide what a file forgets to include.
 PRECOMPILED = ("src/", "lab/", "cli/")
-HARD_LIMIT, SOFT_LIMIT, SOFT_LIMIT_HEADER = 600, 400, 250
+SOURCE_LINES, HEADER_LINES = 400, 250
 
 INCLUDE = re.compile(r'^\s*#\s*include\s*([<"])([^>"]+)[>"]')
 ENVIRONMENT = re.compile(r"\b(secure_)?getenv\s*\(")
@@ -157,7 +157,6 @@ class Scan:
         self.root = Path(root)
         self.violations = []
         self.types = {}  # name -> where it is defined
-        self.long_files = []
 
     def report(self, path, line, rule, text):
         self.violations.append(f"{path}:{line}: {rule}: {text}")
@@ -248,11 +247,9 @@ class Scan:
 
     def check_sizes(self, path, text):
         lines = text.count("\n")
-        soft = SOFT_LIMIT_HEADER if path.endswith((".h", ".cuh")) else SOFT_LIMIT
-        if lines > HARD_LIMIT:
-            self.report(path, lines, "size", f"{lines} lines, limit {HARD_LIMIT}")
-        elif lines > soft:
-            self.long_files.append(f"{lines:4} lines (aim: {soft})  {path}")
+        limit = HEADER_LINES if path.endswith((".h", ".cuh", ".hpp")) else SOURCE_LINES
+        if lines > limit:
+            self.report(path, lines, "size", f"{lines} lines, limit {limit}")
 
     def check_names(self):
         by_name = defaultdict(list)
@@ -293,8 +290,6 @@ def main():
     root = sys.argv[1] if len(sys.argv) > 1 else Path(__file__).resolve().parent.parent
     scan = Scan(root)
     count = scan.run()
-    for line in scan.long_files:
-        print("long:", line)
     for violation in scan.violations:
         print(violation)
     print(f"{count} source files, {len(scan.violations)} violations")

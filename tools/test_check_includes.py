@@ -146,9 +146,10 @@ class Planted(unittest.TestCase):
         self.expect("tree", "src/misc/thing.cc", "int x;\n")
 
     def test_sizes(self):
-        self.expect("size", "src/core/huge.cc", "\n" * 601)
-        listed = scan({"src/core/long.cc": "\n" * 500})
-        self.assertEqual((listed.violations, len(listed.long_files)), ([], 1))
+        self.expect("size", "src/core/long.cc", "\n" * 401)
+        self.expect("size", "src/core/long.h", HEADER + "\n" * 250)
+        self.assertEqual(scan({"src/core/full.cc": "\n" * 400,
+                               "src/core/full.h": HEADER + "\n" * 249}).violations, [])
 
     def test_ascii(self):
         self.expect("ascii", "src/core/accent.cc", "// na\u00efve\n")

@@ -20,6 +20,7 @@
 #include "exchange/cuda/rail_exchange.h"
 #include "exchange/cuda/rail_place.cuh"
 #include "exchange/cuda/rail_route.cuh"
+#include "exchange/cuda/rail_spread.cuh"
 #include "multirank/run_ranks.h"
 #include "support/scalar_backend.h"
 #include "transport/fake_nccl.h"

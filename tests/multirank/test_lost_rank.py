@@ -1,10 +1,10 @@
 #!/usr/bin/env python3
 """A rank of a layer on CUDA, one process per rank, is killed or stopped while the layer runs.
 
-    test_lost_rank.py SLUICE [BACKEND]
+    test_lost_rank.py SLUICE [BACKEND [TIMES]]
 
 Every survivor must say which rank is missing within the timeout plus one second, and no process may
-be left. Exits with 77 where there is no CUDA device.
+be left. Both fates come TIMES times (1). Exits with 77 where there is no CUDA device.
 """
 import os
 import pty
@@ -19,6 +19,7 @@ import time
 
 SLUICE = sys.argv[1]
 BACKEND = sys.argv[2] if len(sys.argv) > 2 else "cuda"
+TIMES = int(sys.argv[3]) if len(sys.argv) > 3 else 1
 RANKS, VICTIM, TIMEOUT_MS = 4, 2, 2000
 LIMIT_S = TIMEOUT_MS / 1000 + 1
 
@@ -114,8 +115,9 @@ def main():
             print("skipped: no CUDA device on this machine")
             sys.exit(77)
         assert probe.returncode == 0, probe.stderr
-        for how in ("kill", "stop"):
-            run_case(checkpoint, how)
+        for _ in range(TIMES):
+            for how in ("kill", "stop"):
+                run_case(checkpoint, how)
 
 
 main()

@@ -24,6 +24,7 @@
 #include "sluice/lab/token_spread.h"
 #include "sluice/lab/workload.h"
 #include "sluice/layer.h"
+#include "sluice/layer_config.h"
 #include "sluice/layer_stats.h"
 #include "sluice/loading.h"
 #include "sluice/local_experts.h"

@@ -10,6 +10,7 @@
 #include "backend/ops.h"
 #include "quant/row_cast.h"
 #include "sluice/quant.h"
+#include "support/scalar_memory.h"
 
 namespace sluice::testing {
 
@@ -20,7 +21,7 @@ class ScalarBackend : public BackendOps {
   [[nodiscard]] double measure_read_bandwidth() override { return 1e9; }
   [[nodiscard]] double measure_arithmetic_rate() override { return 1e9; }
   [[nodiscard]] std::unique_ptr<DeviceBuffer> allocate(std::size_t bytes) override {
-    return std::make_unique<Buffer>(bytes);
+    return std::make_unique<ScalarBuffer>(bytes);
   }
   void copy_to_host(void* host, const void* device, std::size_t bytes, Stream) override {
     std::memcpy(host, device, bytes);
@@ -33,14 +34,14 @@ class ScalarBackend : public BackendOps {
   }
 
   [[nodiscard]] std::unique_ptr<PreparedExperts> prepare(const ExpertWeights& weights) override {
-    return std::make_unique<Experts>(weights);
+    return std::make_unique<ScalarExperts>(weights);
   }
 
   [[nodiscard]] std::unique_ptr<ExpertBuilder> make_builder(const ExpertWeights& shapes) override {
-    return std::make_unique<Builder>(shapes);
+    return std::make_unique<ScalarBuilder>(shapes);
   }
   [[nodiscard]] std::unique_ptr<ExpertPacker> make_packer(const PackerSizes& sizes) override {
-    return std::make_unique<Packer>(sizes);
+    return std::make_unique<ScalarPacker>(sizes);
   }
 
   void quantize(const std::uint16_t* x, const RowRanges& rows, bool pow2, const Fp8Rows& out,
@@ -68,7 +69,7 @@ class ScalarBackend : public BackendOps {
 
   void expert_stage(const PreparedExperts& experts, const Fp8RowsView& in, const RowRanges& rows,
                     const Fp8Rows& h, std::uint16_t* out, Stream, ExpertStageTimes*) override {
-    const ExpertWeights& w = static_cast<const Experts&>(experts).weights;
+    const ExpertWeights& w = static_cast<const ScalarExperts&>(experts).weights;
     for (int e = 0; e < rows.num_experts; ++e) {
       const Expert& expert = w.experts[static_cast<std::size_t>(e)];
       for (std::int64_t r = 0; r < rows.num_rows(e); ++r) {
@@ -127,80 +128,6 @@ class ScalarBackend : public BackendOps {
   }
 
  private:
-  struct Buffer final : DeviceBuffer {
-    explicit Buffer(std::size_t bytes) : bytes_(bytes), data_(new std::byte[bytes + 128]) {}
-    [[nodiscard]] std::byte* data() const noexcept override { return data_.get(); }
-    [[nodiscard]] std::size_t bytes() const noexcept override { return bytes_; }
-    std::size_t bytes_;
-    std::unique_ptr<std::byte[]> data_;
-  };
-  struct Experts final : PreparedExperts {
-    explicit Experts(const ExpertWeights& w) : weights(w) {}
-    [[nodiscard]] std::size_t bytes() const noexcept override { return weights.bytes(); }
-    void copy_to_host(std::byte* host) const override {
-      for (const Expert& e : weights.experts) {
-        for (const QuantMatrix* m : {&e.gate, &e.up, &e.down}) {
-          for (const TensorView* view : {&m->codes, &m->scales}) {
-            std::memcpy(host, view->data, view->bytes());
-            host += view->bytes();
-          }
-        }
-      }
-    }
-    ExpertWeights weights;
-  };
-
-  /// Keeps a copy of what is added.
-  struct Builder final : ExpertBuilder {
-    explicit Builder(const ExpertWeights& shapes)
-        : experts(std::make_unique<Experts>(shapes)), copies(shapes.experts.size() * 6) {}
-    [[nodiscard]] std::unique_ptr<PreparedExperts> finish() override {
-      experts->weights.storage =
-          std::make_shared<std::vector<std::vector<std::byte>>>(std::move(copies));
-      return std::move(experts);
-    }
-    /// Keeps the scales; where the codes go, which have their room already.
-    std::vector<std::byte>& begin(int index, MatrixRole role, const TensorView& scales) {
-      Expert& expert = experts->weights.experts[static_cast<std::size_t>(index)];
-      QuantMatrix* const all[] = {&expert.gate, &expert.up, &expert.down};
-      QuantMatrix& matrix = *all[static_cast<std::size_t>(role)];
-      const std::size_t at =
-          static_cast<std::size_t>(index) * 6 + static_cast<std::size_t>(role) * 2;
-      copies[at].reserve(matrix.codes.bytes());
-      copies[at + 1].assign(scales.as<std::byte>(), scales.as<std::byte>() + scales.bytes());
-      matrix.codes.data = copies[at].data();
-      matrix.scales.data = copies[at + 1].data();
-      return copies[at];
-    }
-    std::unique_ptr<Experts> experts;
-    std::vector<std::vector<std::byte>> copies;
-  };
-  struct Packer final : ExpertPacker {
-    explicit Packer(const PackerSizes& sizes)
-        : scales(sizes.scales_bytes + 256), piece(sizes.piece_bytes + 256) {}
-    static std::span<std::byte> aligned(std::vector<std::byte>& memory) {
-      void* at = memory.data();
-      std::size_t room = memory.size();
-      std::align(256, memory.size() - 256, at, room);
-      return {static_cast<std::byte*>(at), memory.size() - 256};
-    }
-    [[nodiscard]] std::span<std::byte> next_scales() override { return aligned(scales); }
-    [[nodiscard]] std::span<std::byte> next_piece() override { return aligned(piece); }
-    void add_scales(ExpertBuilder& to, int index, MatrixRole role,
-                    const TensorView& view) override {
-      codes = &static_cast<Builder&>(to).begin(index, role, view);
-    }
-    void add_rows(std::span<const std::byte> rows) override {
-      codes->insert(codes->end(), rows.begin(), rows.end());
-    }
-    void flush() override {}
-    [[nodiscard]] std::size_t host_bytes() const noexcept override {
-      return scales.size() + piece.size();
-    }
-    std::vector<std::byte> scales, piece;
-    std::vector<std::byte>* codes = nullptr;
-  };
-
   static void write_token(const TokenRows& tokens, std::int64_t t, const Fp8Rows& out,
                           std::int64_t row) {
     CastRow cast;

@@ -26,16 +26,17 @@ import sys
 ROOT = pathlib.Path(__file__).resolve().parents[3]
 KERNELS = ("sm90_w4a8_decode_bf16_g{}.cu", "sm90_w4a8_prefill_bf16_g{}.cu")
 UNIT, LOOP = "sm90_w4a8_unit.cuh", "sm90_w4a8_mainloop.cuh"
+PROMOTE = "sm90_w4a8_promote.cuh"
 GROUP32 = "sm90_w4a8_group32.cuh"
 
 NO_TOKEN_SCALES = [
-    (UNIT, f"__fmul_rn(ws.{row}, xs[{column}])", f"ws.{row}")
+    (PROMOTE, f"__fmul_rn(ws.{row}, xs[{column}])", f"ws.{row}")
     for row in "xy"
     for column in ("i", "i + 1")
 ]
 NO_PROMOTION = [
     (
-        UNIT,
+        PROMOTE,
         "    const int at = 2 * (first + i);\n",
         "    const int at = 2 * (first + i);\n    if (at > 2) continue;\n",
     )

@@ -12,6 +12,7 @@
 #include "backend/cuda/ptx/sync.cuh"
 #include "backend/cuda/ptx/wgmma.cuh"
 #include "backend/cuda/sm90_w4a8_mainloop.cuh"
+#include "backend/cuda/sm90_w4a8_promote.cuh"
 #include "bench/kernels/layer.cuh"
 
 namespace sluice::cuda::bench {

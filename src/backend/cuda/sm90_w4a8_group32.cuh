@@ -8,6 +8,7 @@
 // have the same order of k and the same grouping: same bits whichever runs.
 #pragma once
 
+#include "backend/cuda/sm90_w4a8_promote.cuh"
 #include "backend/cuda/sm90_w4a8_ring.cuh"
 #include "backend/cuda/sm90_w4a8_unit.cuh"
 

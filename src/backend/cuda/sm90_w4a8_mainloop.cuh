@@ -21,6 +21,7 @@
 
 #include "backend/cuda/sm90_w4a8_group32.cuh"
 #include "backend/cuda/sm90_w4a8_mxfp4_loops.cuh"
+#include "backend/cuda/sm90_w4a8_promote.cuh"
 #include "backend/cuda/sm90_w4a8_ring.cuh"
 #include "backend/cuda/sm90_w4a8_unit.cuh"
 

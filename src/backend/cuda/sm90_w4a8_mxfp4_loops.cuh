@@ -17,6 +17,7 @@
 
 #include "backend/cuda/sm90_w4a8_mxfp4.cuh"
 #include "backend/cuda/sm90_w4a8_mxfp4_far.cuh"
+#include "backend/cuda/sm90_w4a8_promote.cuh"
 #include "backend/cuda/sm90_w4a8_ring.cuh"
 #include "backend/cuda/sm90_w4a8_unit.cuh"
 

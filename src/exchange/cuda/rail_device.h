@@ -1,7 +1,7 @@
 // rail_device.h - what the exchange over hosts asks of its device: memory, and its kernels.
 //
 // One implementation is CUDA's (rail_kernels.cu). Tests have one that takes the same steps
-// (rail_route.cuh, rail_place.cuh, rail_combine.cuh) on the ranks' threads.
+// (rail_route.cuh, rail_place.cuh, rail_spread.cuh, rail_combine.cuh) on the ranks' threads.
 #pragma once
 
 #include <cstddef>

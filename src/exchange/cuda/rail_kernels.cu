@@ -1,5 +1,5 @@
 // rail_kernels.cu - the kernels of the exchange over hosts: the steps of rail_route.cuh,
-// rail_place.cuh and rail_combine.cuh, each taken by the threads of a CTA.
+// rail_place.cuh, rail_spread.cuh and rail_combine.cuh, each taken by the threads of a CTA.
 //
 // Operands  pieces and home rows of rail_layout.h in own memory, rows in the mates' windows.
 // Tile      route, sizes, give: one CTA. place: a CTA for each host; they wait for the mates'
@@ -20,6 +20,7 @@
 #include "exchange/cuda/rail_kernels.h"
 #include "exchange/cuda/rail_place.cuh"
 #include "exchange/cuda/rail_route.cuh"
+#include "exchange/cuda/rail_spread.cuh"
 #include "exchange/cuda/stage.cuh"
 
 namespace sluice::cuda {
