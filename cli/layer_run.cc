@@ -4,20 +4,18 @@
 #include <sys/resource.h>
 
 #include <algorithm>
-#include <atomic>
 #include <chrono>
 #include <mutex>
 #include <numeric>
 #include <optional>
 #include <span>
-#include <thread>
 
 #include "launch.h"
 #include "rank_results.h"
 #include "report.h"
 #include "sluice/backend.h"
 #include "sluice/balance.h"
-#include "sluice/lab/ranks.h"
+#include "sluice/lab/parallel.h"
 #include "sluice/transport.h"
 
 namespace sluice::cli {
@@ -352,22 +350,19 @@ VerifyReport verify_layer(const LayerRunConfig& config, const Checkpoint& checkp
 
   VerifyReport report;
   std::mutex mutex;
-  std::atomic<std::int64_t> next{0};
   ProgressLine progress("verifying against float64");
-  on_every_rank(static_cast<int>(std::max(1u, std::thread::hardware_concurrency())), [&](int) {
-    for (std::int64_t i; (i = next.fetch_add(1)) < num_rows;) {
-      const std::int64_t index = i * total / num_rows;
-      const auto [r, t] = places[static_cast<std::size_t>(index)];
-      const RankResult& rank = result.ranks[r];
-      const Workload& load = loads[r];
-      const auto hidden = static_cast<std::size_t>(geometry.hidden);
-      const auto topk = static_cast<std::size_t>(geometry.num_topk);
-      const ReferenceRow row = reference.row(&load.x[t * hidden], &load.topk_idx[t * topk],
-                                             &load.topk_weights[t * topk], geometry.num_topk);
-      const std::lock_guard lock(mutex);
-      compare_row(row, &rank.y[t * hidden], index, report);
-      progress.update(static_cast<double>(report.num_rows) / static_cast<double>(num_rows));
-    }
+  for_each_in_parallel(static_cast<std::size_t>(num_rows), [&](std::size_t i) {
+    const std::int64_t index = static_cast<std::int64_t>(i) * total / num_rows;
+    const auto [r, t] = places[static_cast<std::size_t>(index)];
+    const RankResult& rank = result.ranks[r];
+    const Workload& load = loads[r];
+    const auto hidden = static_cast<std::size_t>(geometry.hidden);
+    const auto topk = static_cast<std::size_t>(geometry.num_topk);
+    const ReferenceRow row = reference.row(&load.x[t * hidden], &load.topk_idx[t * topk],
+                                           &load.topk_weights[t * topk], geometry.num_topk);
+    const std::lock_guard lock(mutex);
+    compare_row(row, &rank.y[t * hidden], index, report);
+    progress.update(static_cast<double>(report.num_rows) / static_cast<double>(num_rows));
   });
   return report;
 }

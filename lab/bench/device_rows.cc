@@ -3,9 +3,9 @@
 #include <algorithm>
 #include <cmath>
 #include <numeric>
-#include <thread>
 
 #include "core/fail.h"
+#include "sluice/lab/parallel.h"
 #include "sluice/quant.h"
 
 namespace sluice {
@@ -91,19 +91,15 @@ double DeviceRows::check(const LayerReference& reference) {
   const auto hidden = static_cast<std::size_t>(in_.width);
   const std::int64_t count = std::min(kCheckedRows, total_);
   std::vector<ReferenceRow> expected(static_cast<std::size_t>(count));
-  std::vector<std::thread> threads;
-  for (std::int64_t i = 0; i < count; ++i) {
-    threads.emplace_back([&, i] {
-      const std::int64_t row = i * total_ / count;
-      const auto next = std::upper_bound(row_begin_.begin(), row_begin_.end(), row);
-      auto expert = static_cast<std::int32_t>(next - row_begin_.begin() - 1);
-      while (num_rows_[static_cast<std::size_t>(expert)] == 0) --expert;
-      const float weight = 1.0f;
-      const auto at = static_cast<std::size_t>(row % load_.num_tokens) * hidden;
-      expected[static_cast<std::size_t>(i)] = reference.row(&load_.x[at], &expert, &weight, 1);
-    });
-  }
-  for (std::thread& thread : threads) thread.join();
+  for_each_in_parallel(expected.size(), [&](std::size_t i) {
+    const std::int64_t row = static_cast<std::int64_t>(i) * total_ / count;
+    const auto next = std::upper_bound(row_begin_.begin(), row_begin_.end(), row);
+    auto expert = static_cast<std::int32_t>(next - row_begin_.begin() - 1);
+    while (num_rows_[static_cast<std::size_t>(expert)] == 0) --expert;
+    const float weight = 1.0f;
+    const auto at = static_cast<std::size_t>(row % load_.num_tokens) * hidden;
+    expected[i] = reference.row(&load_.x[at], &expert, &weight, 1);
+  });
   VerifyReport report;
   std::vector<std::uint16_t> y(hidden);
   for (std::int64_t i = 0; i < count; ++i) {

@@ -3,9 +3,9 @@
 #include <algorithm>
 #include <array>
 #include <chrono>
-#include <thread>
 
 #include "core/fail.h"
+#include "sluice/lab/parallel.h"
 
 namespace sluice {
 namespace {
@@ -91,15 +91,11 @@ double LocalCalls::check(const LayerReference& reference) {
   const std::vector<float> weights(topk, 1.0f / static_cast<float>(num_topk_));
   const std::array<std::int64_t, 2> tokens{0, num_tokens_ - 1};
   std::array<ReferenceRow, 2> expected;
-  std::vector<std::thread> threads;
-  for (std::size_t i = 0; i < tokens.size(); ++i) {
-    threads.emplace_back([&, i] {
-      const auto x = static_cast<std::size_t>(tokens[i] % load_.num_tokens) * hidden;
-      const auto entries = static_cast<std::size_t>(tokens[i]) * topk;
-      expected[i] = reference.row(&load_.x[x], &idx_[entries], weights.data(), num_topk_);
-    });
-  }
-  for (std::thread& thread : threads) thread.join();
+  for_each_in_parallel(tokens.size(), [&](std::size_t i) {
+    const auto x = static_cast<std::size_t>(tokens[i] % load_.num_tokens) * hidden;
+    const auto entries = static_cast<std::size_t>(tokens[i]) * topk;
+    expected[i] = reference.row(&load_.x[x], &idx_[entries], weights.data(), num_topk_);
+  });
   std::vector<std::uint16_t> y(hidden);
   const std::size_t row_bytes = hidden * sizeof(std::uint16_t);
   VerifyReport report;

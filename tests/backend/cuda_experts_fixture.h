@@ -8,10 +8,10 @@
 #include <cmath>
 #include <memory>
 #include <optional>
-#include <thread>
 #include <utility>
 #include <vector>
 
+#include "sluice/lab/parallel.h"
 #include "sluice/lab/reference.h"
 #include "sluice/lab/workload.h"
 #include "sluice/quant.h"
@@ -28,18 +28,13 @@ inline constexpr std::uint16_t kNan = 0x7fc1;
 
 /// The tokens of make_workload(), made by several threads: millions of values for each case.
 inline Workload make_tokens(const WorkloadSpec& spec, std::int64_t count) {
-  const auto num_threads =
-      static_cast<std::int64_t>(std::max(1u, std::thread::hardware_concurrency()));
-  std::vector<Workload> parts(static_cast<std::size_t>(num_threads));
-  std::vector<std::thread> threads;
-  for (std::int64_t i = 0; i < num_threads; ++i) {
-    threads.emplace_back([&, i] {
-      const std::int64_t first = count * i / num_threads;
-      parts[static_cast<std::size_t>(i)] =
-          make_workload(spec, first, count * (i + 1) / num_threads - first);
-    });
-  }
-  for (std::thread& thread : threads) thread.join();
+  constexpr std::int64_t kParts = 64;
+  std::vector<Workload> parts(kParts);
+  for_each_in_parallel(parts.size(), [&](std::size_t part) {
+    const auto i = static_cast<std::int64_t>(part);
+    const std::int64_t first = count * i / kParts;
+    parts[part] = make_workload(spec, first, count * (i + 1) / kParts - first);
+  });
   Workload all;
   all.num_tokens = count, all.hidden = spec.hidden, all.num_topk = spec.num_topk;
   for (const Workload& part : parts) all.x.insert(all.x.end(), part.x.begin(), part.x.end());
@@ -173,21 +168,17 @@ class CudaExpertsTest : public CudaBackendTest {
     const LayerReference reference(weights, resolved, 1.0f, error_model(Device::Kind::kCuda));
     const auto hidden = static_cast<std::size_t>(r.in.width);
     std::vector<VerifyReport> reports(r.num_rows.size());
-    std::vector<std::thread> threads;
-    for (std::size_t e = 0; e < r.num_rows.size(); ++e) {
-      threads.emplace_back([&, e] {
-        const std::int64_t n = r.num_rows[e], checked = std::min(kCheckedRows, n);
-        const auto expert = static_cast<std::int32_t>(e);
-        const float weight = 1.0f;
-        for (std::int64_t i = 0; i < checked; ++i) {
-          const std::int64_t row =
-              r.row_begin[e] + i * (n - 1) / std::max<std::int64_t>(1, checked - 1);
-          const std::size_t at = static_cast<std::size_t>(row) * hidden;
-          compare_row(reference.row(&r.load.x[at], &expert, &weight, 1), &y[at], row, reports[e]);
-        }
-      });
-    }
-    for (std::thread& thread : threads) thread.join();
+    for_each_in_parallel(r.num_rows.size(), [&](std::size_t e) {
+      const std::int64_t n = r.num_rows[e], checked = std::min(kCheckedRows, n);
+      const auto expert = static_cast<std::int32_t>(e);
+      const float weight = 1.0f;
+      for (std::int64_t i = 0; i < checked; ++i) {
+        const std::int64_t row =
+            r.row_begin[e] + i * (n - 1) / std::max<std::int64_t>(1, checked - 1);
+        const std::size_t at = static_cast<std::size_t>(row) * hidden;
+        compare_row(reference.row(&r.load.x[at], &expert, &weight, 1), &y[at], row, reports[e]);
+      }
+    });
     VerifyReport all;
     for (const VerifyReport& one : reports) {
       all.num_rows += one.num_rows, all.num_wrong += one.num_wrong;

@@ -4,10 +4,10 @@
 
 #include <algorithm>
 #include <cstring>
-#include <thread>
 
 #include "bench/random_experts.h"
 #include "core/counter_rng.h"
+#include "sluice/lab/parallel.h"
 #include "sluice/lab/reference.h"
 #include "sluice/lab/workload.h"
 #include "sluice/quant.h"
@@ -138,19 +138,15 @@ class CudaMxfp4Test : public CudaBackendTest {
     const LayerReference reference(weights, recipe, 1.0f, error_model(Device::Kind::kCuda));
     const auto hidden = static_cast<std::size_t>(weights.geometry.hidden);
     std::vector<VerifyReport> reports(r.count.size());
-    std::vector<std::thread> threads;
-    for (std::size_t e = 0; e < r.count.size(); ++e) {
-      threads.emplace_back([&, e] {
-        const auto expert = static_cast<std::int32_t>(e);
-        const float weight = 1;
-        for (const std::int64_t i : {std::int64_t{0}, r.count[e] - std::int64_t{1}}) {
-          const std::size_t at = static_cast<std::size_t>(r.begin[e] + i) * hidden;
-          compare_row(reference.row(&r.load.x[at], &expert, &weight, 1), &r.y[at],
-                      static_cast<std::int64_t>(at / hidden), reports[e]);
-        }
-      });
-    }
-    for (std::thread& thread : threads) thread.join();
+    for_each_in_parallel(r.count.size(), [&](std::size_t e) {
+      const auto expert = static_cast<std::int32_t>(e);
+      const float weight = 1;
+      for (const std::int64_t i : {std::int64_t{0}, r.count[e] - std::int64_t{1}}) {
+        const std::size_t at = static_cast<std::size_t>(r.begin[e] + i) * hidden;
+        compare_row(reference.row(&r.load.x[at], &expert, &weight, 1), &r.y[at],
+                    static_cast<std::int64_t>(at / hidden), reports[e]);
+      }
+    });
     VerifyReport all;
     for (const VerifyReport& one : reports) {
       all.num_rows += one.num_rows, all.num_wrong += one.num_wrong;

@@ -18,6 +18,7 @@
 #include "sluice/lab/median.h"
 #include "sluice/lab/model_bench.h"
 #include "sluice/lab/network_model.h"
+#include "sluice/lab/parallel.h"
 #include "sluice/lab/ranks.h"
 #include "sluice/lab/reference.h"
 #include "sluice/lab/synthetic.h"
