@@ -87,7 +87,8 @@ std::vector<HostTraffic> host_traffic(const LayerRunConfig& config, const ModelG
   std::vector<HostTraffic> traffic(static_cast<std::size_t>(hosts.num_hosts()));
   const std::size_t header = network_header_bytes(exchange);
   // GPUs send whole pieces of fixed size where no host may wait (docs/design.md#several-hosts).
-  const bool is_fixed = config.backend == Device::Kind::kCuda && config.mode == Mode::kLowLatency;
+  const bool is_cuda = config.backend == Device::Kind::kCuda;
+  const bool is_fixed = is_cuda && config.mode == Mode::kLowLatency;
   const auto others = static_cast<std::size_t>(hosts.num_hosts() - 1);
   for (int r = 0; r < config.num_ranks; ++r) {
     const int own = hosts.host_of(r);
@@ -105,6 +106,7 @@ std::vector<HostTraffic> host_traffic(const LayerRunConfig& config, const ModelG
       mine.dispatch_formula_bytes += others * header;
     }
     const Workload& load = loads[static_cast<std::size_t>(r)];
+    std::vector<bool> has_header(traffic.size());
     for (std::int64_t t = 0; t < load.num_tokens; ++t) {
       const std::vector<int> entries = entries_by_host(hosts, result.placement, load, r, t);
       for (int h = 0; h < hosts.num_hosts(); ++h) {
@@ -114,8 +116,10 @@ std::vector<HostTraffic> host_traffic(const LayerRunConfig& config, const ModelG
         mine.rows += n;
         if (is_fixed) continue;
         mine.dispatch_formula_bytes += network_record_bytes(exchange);
-        traffic[static_cast<std::size_t>(h)].combine_formula_bytes +=
-            network_combine_bytes(exchange, n);
+        std::size_t& home = traffic[static_cast<std::size_t>(h)].combine_formula_bytes;
+        home += network_combine_bytes(exchange, n);
+        if (is_cuda && !has_header[static_cast<std::size_t>(h)]) home += kNetworkHomeHeaderBytes;
+        has_header[static_cast<std::size_t>(h)] = true;
       }
     }
   }

@@ -33,11 +33,15 @@ namespace sluice {
 ///   2 hidden * (sum_parts == 1 ? num_entries : min(num_entries, 2))
 [[nodiscard]] std::size_t network_combine_bytes(const ExchangeConfig& config, int num_entries);
 
+/// What precedes the rows of one host for one rank between GPUs, where there are any: whether the
+/// relay had stopped, and for whom. Flags say it over CPU transports, which send nothing of it.
+inline constexpr std::size_t kNetworkHomeHeaderBytes = 16;
+
 // Where sizes must be known before the routing is, as for sends that are captured in a graph: the
 // same for max_tokens_per_rank tokens, each with as many entries on the host as it can have.
 /// Of one rank to one other host.
 [[nodiscard]] std::size_t network_dispatch_piece_bytes(const ExchangeConfig& config);
-/// Of one host to one rank.
+/// Of one host to one rank, its header included.
 [[nodiscard]] std::size_t network_combine_piece_bytes(const ExchangeConfig& config);
 
 }  // namespace sluice

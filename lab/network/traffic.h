@@ -8,6 +8,7 @@
 #include <vector>
 
 #include "sluice/lab/network_model.h"
+#include "sluice/network_bytes.h"
 
 namespace sluice {
 
@@ -23,6 +24,9 @@ inline double align16(double bytes) {
 struct Moved {
   double mean = 0, most = 0;
 };
+
+/// Before the rows of a home piece: kNetworkHomeHeaderBytes. No other host is left out of a piece.
+inline constexpr double kHomeHeader = static_cast<double>(kNetworkHomeHeaderBytes);
 
 /// Everything that the formulas share.
 class Traffic {
@@ -70,15 +74,15 @@ class Traffic {
     if (machine_.rules == ExchangeRules::kDeepEpNormal) return by_host(spread_.hosts, row_);
     if (!is_normal()) {
       const double rows = has_parts_ ? std::min(topk_, 2.0) : topk_;
-      const double piece = (hosts_ - 1) * piece_tokens() * rows * row_;
+      const double piece = (hosts_ - 1) * (kHomeHeader + piece_tokens() * rows * row_);
       return {piece, piece};
     }
-    if (!has_parts_) return by_host(rows_of_hosts(), row_);
     std::vector<double> rows;
-    for (std::size_t h = 0; h < spread_.hosts.size(); ++h) {
+    for (std::size_t h = 0; has_parts_ && h < spread_.hosts.size(); ++h) {
       rows.push_back(2 * spread_.hosts[h] - spread_.one_entry[h]);
     }
-    return by_host(rows, row_);
+    const Moved home = by_host(has_parts_ ? rows : rows_of_hosts(), row_);
+    return {home.mean + (hosts_ - 1) * kHomeHeader, home.most + (hosts_ - 1) * kHomeHeader};
   }
 
   /// Over the link between the devices of a host.

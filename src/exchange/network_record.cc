@@ -105,8 +105,8 @@ std::size_t network_dispatch_piece_bytes(const ExchangeConfig& config) {
   return network_dispatch_bytes(config, config.max_tokens_per_rank);
 }
 std::size_t network_combine_piece_bytes(const ExchangeConfig& config) {
-  return static_cast<std::size_t>(config.max_tokens_per_rank) *
-         network_combine_bytes(config, config.num_topk);
+  return kNetworkHomeHeaderBytes + static_cast<std::size_t>(config.max_tokens_per_rank) *
+                                       network_combine_bytes(config, config.num_topk);
 }
 
 }  // namespace sluice

@@ -178,7 +178,6 @@ std::string NcclRail::place(const std::string& operation) const {
                      config_.hosts[static_cast<std::size_t>(rank)]);
 }
 
-/// "rank 2 of host b, rank 3 of host b"
 std::string NcclRail::names_of(const std::vector<int>& ranks) const {
   std::string text;
   for (const int r : ranks) {

@@ -57,6 +57,7 @@ class NcclRail final : public Rail {
     return static_cast<int>(config_.members.size());
   }
   [[nodiscard]] int host() const noexcept override { return config_.host; }
+  [[nodiscard]] std::string names_of(const std::vector<int>& ranks) const override;
   void exchange(std::span<const Send> sends, std::span<const Receive> receives,
                 void* stream) override;
   [[nodiscard]] int watch(RailProgress progress,
@@ -81,7 +82,6 @@ class NcclRail final : public Rail {
   [[nodiscard]] std::optional<Error> gone_error(const std::string& operation) const;
   [[nodiscard]] Error late_error(const std::string& operation) const;
   [[nodiscard]] std::string place(const std::string& operation) const;
-  [[nodiscard]] std::string names_of(const std::vector<int>& ranks) const;
   void fail_with(const Error& error, Lock& lock);
   void break_off();
 

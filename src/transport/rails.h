@@ -13,6 +13,8 @@
 #include <cstdint>
 #include <functional>
 #include <span>
+#include <string>
+#include <vector>
 
 #include "sluice/error.h"
 #include "sluice/transport.h"
@@ -43,6 +45,8 @@ class Rail {
   virtual ~Rail() = default;
   [[nodiscard]] virtual int num_hosts() const noexcept = 0;
   [[nodiscard]] virtual int host() const noexcept = 0;
+  /// Ranks of the whole job, for messages: "rank 2 of host b, rank 3 of host b".
+  [[nodiscard]] virtual std::string names_of(const std::vector<int>& ranks) const = 0;
 
   /// Queues all of these as one operation, which is complete when all of them are. For each send of
   /// one host there is a receive of as many bytes at the other, in the same order.

@@ -10,35 +10,26 @@
 #include <array>
 #include <chrono>
 #include <cstring>
+#include <functional>
 #include <memory>
 #include <string>
 #include <thread>
 #include <utility>
 #include <vector>
 
+#include "emulated_stream.h"
 #include "exchange/cuda/rail_combine.cuh"
 #include "exchange/cuda/rail_exchange.h"
 #include "exchange/cuda/rail_place.cuh"
 #include "exchange/cuda/rail_route.cuh"
 #include "exchange/cuda/rail_spread.cuh"
 #include "multirank/run_ranks.h"
-#include "support/scalar_backend.h"
 #include "transport/fake_nccl.h"
 #include "transport/nccl_rail.h"
 #include "transport/tcp_ranks.h"
 #include "two_level_model.h"
 
 namespace sluice::testing {
-
-/// Memory that nobody has written holds bytes that no test expects.
-class PoisoningBackend final : public ScalarBackend {
- public:
-  [[nodiscard]] std::unique_ptr<DeviceBuffer> allocate(std::size_t bytes) override {
-    auto buffer = ScalarBackend::allocate(bytes);
-    std::fill_n(buffer->data(), buffer->bytes(), std::byte{0xa5});
-    return buffer;
-  }
-};
 
 /// A rank of hosts that all are in this process.
 class EmulatedHosts final : public RailTransport {
@@ -51,7 +42,9 @@ class EmulatedHosts final : public RailTransport {
         api_(nccl.api()),
         link_(meeting, timeout) {
     // Work on no stream of its own goes to one that the fake knows.
-    const auto stream_of = [this](void* stream) { return stream != nullptr ? stream : &stream_; };
+    const auto stream_of = [this](void* stream) {
+      return stream != nullptr ? stream : stream_.get();
+    };
     api_.send = [send = api_.send, stream_of](const void* data, std::size_t bytes, int peer,
                                               NcclComm comm, void* stream) {
       return send(data, bytes, peer, comm, stream_of(stream));
@@ -86,22 +79,22 @@ class EmulatedHosts final : public RailTransport {
   [[nodiscard]] Hosts hosts() const override { return hosts_; }
   [[nodiscard]] Rail* rail() const noexcept override { return rail_.get(); }
   [[nodiscard]] Transport& mates() const noexcept override { return *mates_; }
-  [[nodiscard]] FakeStream& stream() noexcept { return stream_; }
+  [[nodiscard]] const std::shared_ptr<EmulatedStream>& stream() const noexcept { return stream_; }
 
  private:
   Transport& world_;
   std::unique_ptr<Transport> mates_;
   Hosts hosts_;
   NcclApi api_;
-  FakeStream stream_;
+  std::shared_ptr<EmulatedStream> stream_ = std::make_shared<EmulatedStream>();
   TcpLink link_;
   std::unique_ptr<NcclRail> rail_;
 };
 
-/// Takes the steps of each kernel one CTA after the other, a single thread in each.
+/// Takes the steps of each kernel on the stream, one CTA after the other, a single thread in each.
 class EmulatedDevice final : public RailDevice {
  public:
-  EmulatedDevice(FakeStream& stream, float s1) : default_(stream), s1_(s1) {}
+  EmulatedDevice(EmulatedStream& stream, float s1) : stream_(stream), s1_(s1) {}
 
   void use() override {}
   std::shared_ptr<std::byte> map_host(std::size_t bytes) override {
@@ -112,81 +105,85 @@ class EmulatedDevice final : public RailDevice {
   void reach(const std::byte*) override {}
   void clear(void* memory, std::size_t bytes, Stream) override { std::memset(memory, 0, bytes); }
   int count_ctas(Transport&, const ExchangeConfig&) override { return 3; }
-  bool is_capturing(Stream) override { return false; }
-  void synchronize(Stream stream) override { wait(stream, stop_); }
+  bool is_capturing(Stream) override { return stream_.is_capturing(); }
+  void synchronize(Stream) override { stream_.synchronize(); }
 
-  void route(const cuda::RailSlot& p, const cuda::RailTokens& d, Stream stream) override {
-    begin(p, stream);
-    cuda::route_step(kAlone, p, d);
+  void route(const cuda::RailSlot& p, const cuda::RailTokens& d, Stream) override {
+    launch(p, [p, d] { cuda::route_step(kAlone, p, d); });
   }
   void pack(const cuda::RailSlot& p, const cuda::RailTokens& d, WireFormat wire, int,
-            Stream stream) override {
-    begin(p, stream);
-    if (cuda::is_stopped(p)) return;
-    for (int t = 0; t < d.num_tokens; ++t) {
-      alignas(16) std::array<std::byte, 8192> row{};
-      const auto bytes = wire_bytes(d.x + std::int64_t{t} * p.hidden, p.hidden, wire, s1_);
-      std::ranges::copy(bytes, row.begin());
-      cuda::pack_step(kAlone, p, d, t, row.data(),
-                      reinterpret_cast<const float*>(row.data() + p.record.payload_bytes));
-    }
+            Stream) override {
+    launch(p, [p, d, wire, s1 = s1_] {
+      if (cuda::is_stopped(p)) return;
+      for (int t = 0; t < d.num_tokens; ++t) {
+        alignas(16) std::array<std::byte, 8192> row{};
+        const auto bytes = wire_bytes(d.x + std::int64_t{t} * p.hidden, p.hidden, wire, s1);
+        std::ranges::copy(bytes, row.begin());
+        cuda::pack_step(kAlone, p, d, t, row.data(),
+                        reinterpret_cast<const float*>(row.data() + p.record.payload_bytes));
+      }
+    });
   }
-  void sizes(const cuda::RailSlot& p, Stream stream) override {
-    begin(p, stream);
-    cuda::sizes_step(kAlone, p);
+  void sizes(const cuda::RailSlot& p, Stream) override {
+    launch(p, [p] { cuda::sizes_step(kAlone, p); });
   }
-  void place(const cuda::RailSlot& p, const cuda::RailTokens& d, Stream stream) override {
-    begin(p, stream);
-    std::vector<std::vector<std::int32_t>> words(static_cast<std::size_t>(p.num_hosts));
-    std::vector<cuda::PlaceSpace> spaces;
-    for (auto& of_host : words) {
-      of_host.assign(static_cast<std::size_t>(cuda::words_of_place(p)), -1);
-      spaces.push_back(cuda::place_space(p, of_host.data()));
-    }
-    for (int h = 0; h < p.num_hosts; ++h) {
-      cuda::count_step(kAlone, p, h, spaces[static_cast<std::size_t>(h)]);
-    }
-    for (int h = 0; h < p.num_hosts; ++h) {
-      cuda::place_step(kAlone, p, d, h, spaces[static_cast<std::size_t>(h)]);
-    }
+  void place(const cuda::RailSlot& p, const cuda::RailTokens& d, Stream) override {
+    launch(p, [p, d] {
+      std::vector<std::vector<std::int32_t>> words(static_cast<std::size_t>(p.num_hosts));
+      std::vector<cuda::PlaceSpace> spaces;
+      for (auto& of_host : words) {
+        of_host.assign(static_cast<std::size_t>(cuda::words_of_place(p)), -1);
+        spaces.push_back(cuda::place_space(p, of_host.data()));
+      }
+      for (int h = 0; h < p.num_hosts; ++h) {
+        cuda::count_step(kAlone, p, h, spaces[static_cast<std::size_t>(h)]);
+      }
+      for (int h = 0; h < p.num_hosts; ++h) {
+        cuda::place_step(kAlone, p, d, h, spaces[static_cast<std::size_t>(h)]);
+      }
+    });
   }
-  void spread(const cuda::RailSlot& p, int, Stream stream) override {
-    begin(p, stream);
-    const bool is_idle = cuda::is_stopped(p) || p.slot->refused != 0;
-    for (int i = 0; !is_idle && i < p.max_tokens; ++i) {
-      for (int h = 0; h < p.num_hosts; ++h) cuda::spread_step(kAlone, p, h, i);
-    }
-    cuda::finish_step(kAlone, p);
+  void spread(const cuda::RailSlot& p, int, Stream) override {
+    launch(p, [p] {
+      const bool is_idle = cuda::is_stopped(p) || p.slot->refused != 0;
+      for (int i = 0; !is_idle && i < p.max_tokens; ++i) {
+        for (int h = 0; h < p.num_hosts; ++h) cuda::spread_step(kAlone, p, h, i);
+      }
+      cuda::finish_step(kAlone, p);
+    });
   }
-  void give(const cuda::RailSlot& p, bool dropped, Stream stream) override {
-    begin(p, stream);
-    cuda::give_step(kAlone, p, dropped);
+  void give(const cuda::RailSlot& p, bool dropped, Stream) override {
+    launch(p, [p, dropped] { cuda::give_step(kAlone, p, dropped); });
   }
-  void relay(const cuda::RailSlot& p, bool sends, int, Stream stream) override {
-    begin(p, stream);
-    cuda::begin_operation(p);
-    if (sends) cuda::give_step(kAlone, p, false);
-    cuda::await_step(kAlone, p);
-    const Space space(p);
-    for (int i = 0; i < p.max_tokens; ++i) {
-      for (int h = 0; h < p.num_hosts; ++h) cuda::relay_step(kAlone, p, h, i, space.space());
-    }
+  void relay(const cuda::RailSlot& p, bool sends, int, Stream) override {
+    launch(p, [p, sends] {
+      cuda::begin_operation(p);
+      if (sends) cuda::give_step(kAlone, p, false);
+      cuda::await_step(kAlone, p);
+      const Space space(p);
+      for (int i = 0; i < p.max_tokens; ++i) {
+        for (int h = 0; h < p.num_hosts; ++h) cuda::relay_step(kAlone, p, h, i, space.space());
+      }
+    });
   }
-  void sum(const cuda::RailSlot& p, const cuda::RailTokens& d, int, Stream stream) override {
-    begin(p, stream);
-    const Space space(p);
-    for (int t = 0; t < d.num_tokens; ++t) cuda::sum_step(kAlone, p, d, t, space.space());
-    cuda::end_operation(p);
+  void sum(const cuda::RailSlot& p, const cuda::RailTokens& d, int, Stream) override {
+    launch(p, [p, d] {
+      const Space space(p);
+      cuda::check_home_step(kAlone, p);
+      for (int t = 0; t < d.num_tokens; ++t) cuda::sum_step(kAlone, p, d, t, space.space());
+      cuda::end_operation(p);
+    });
   }
   void keep_rows(const cuda::RailSlot& p, const std::uint16_t* expert_y, int num_ctas,
-                 Stream stream) override {
-    begin(p, stream);
-    for (int l = 0; l < p.placement.num_local(); ++l) {
-      for (int cta = 0; cta < num_ctas; ++cta) {
-        cuda::keep_rows_step(kAlone, p, reinterpret_cast<const cuda::Vector*>(expert_y), l, cta,
-                             num_ctas);
+                 Stream) override {
+    launch(p, [p, expert_y, num_ctas] {
+      for (int l = 0; l < p.placement.num_local(); ++l) {
+        for (int cta = 0; cta < num_ctas; ++cta) {
+          cuda::keep_rows_step(kAlone, p, reinterpret_cast<const cuda::Vector*>(expert_y), l, cta,
+                               num_ctas);
+        }
       }
-    }
+    });
   }
 
  private:
@@ -203,29 +200,26 @@ class EmulatedDevice final : public RailDevice {
   };
 
   /// A kernel begins when what crosses the network before it on its stream is complete, or ended.
-  void begin(const cuda::RailSlot& p, Stream stream) {
-    stop_ = p.stop;
-    wait(stream, stop_);
+  void launch(const cuda::RailSlot& p, std::function<void()> kernel) {
+    stream_.queue([&stream = stream_, stop = p.stop, kernel = std::move(kernel)] {
+      while (stream.done < stream.begun && cuda::load_relaxed(stop) == 0) cuda::rest();
+      kernel();
+    });
   }
-  void wait(Stream stream, const std::uint64_t* stop) const {
-    const FakeStream& queue =
-        stream.handle != nullptr ? *static_cast<FakeStream*>(stream.handle) : default_;
-    while (queue.done < queue.begun && (stop == nullptr || cuda::load_relaxed(stop) == 0)) {
-      std::this_thread::sleep_for(std::chrono::microseconds(20));
-    }
-  }
-  FakeStream& default_;
+
+  EmulatedStream& stream_;
   float s1_;
-  const std::uint64_t* stop_ = nullptr;
 };
 
 /// Runs body(transport) for every rank of `hosts`, a thread each; returns what each threw.
 template <class Body>
 std::vector<std::exception_ptr> try_emulated_hosts(const Hosts& hosts,
                                                    std::chrono::milliseconds timeout,
-                                                   const Body& body) {
+                                                   const Body& body,
+                                                   std::chrono::milliseconds abort_takes = {}) {
   const TcpJob job(hosts.num_ranks());
   FakeNccl nccl;
+  nccl.abort_takes_ms = static_cast<int>(abort_takes.count());
   auto worlds = make_inproc_transports(hosts.num_ranks());
   std::vector<std::unique_ptr<Transport>> mates(worlds.size());
   for (int h = 0; h < hosts.num_hosts(); ++h) {

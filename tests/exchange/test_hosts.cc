@@ -110,8 +110,8 @@ TEST(NetworkBytes, OfDeepSeekR1) {
     EXPECT_EQ(network_combine_bytes(r1_config(Mode::kNormal, 8, 1), entries),
               14336u * static_cast<unsigned>(entries));
   }
-  EXPECT_EQ(network_combine_piece_bytes(r1_config(Mode::kLowLatency, 8)), 128u * 28672);
-  EXPECT_EQ(network_combine_piece_bytes(r1_config(Mode::kLowLatency, 8, 1)), 128u * 8 * 14336);
+  EXPECT_EQ(network_combine_piece_bytes(r1_config(Mode::kLowLatency, 8)), 16 + 128u * 28672);
+  EXPECT_EQ(network_combine_piece_bytes(r1_config(Mode::kLowLatency, 8, 1)), 16 + 128u * 8 * 14336);
 }
 
 /// Of a token, on average: its entries on other hosts, copies that go there, rows that come home.

@@ -49,8 +49,9 @@ double exchange_combine(const ExchangeConfig& config, const ClusterLayer& layer,
     return others * static_cast<double>(network_combine_piece_bytes(config));
   }
   const auto of = [&](int n) { return static_cast<double>(network_combine_bytes(config, n)); };
-  if (layer.sum_parts == 1) return others * kTokens * rows * of(1);
-  return others * kTokens * (one * of(1) + (share - one) * of(5));
+  const double header = kNetworkHomeHeaderBytes;
+  if (layer.sum_parts == 1) return others * (header + kTokens * rows * of(1));
+  return others * (header + kTokens * (one * of(1) + (share - one) * of(5)));
 }
 
 TEST(NetworkBytes, OfTheModelAreThoseOfTheExchange) {

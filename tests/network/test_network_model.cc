@@ -217,15 +217,17 @@ TEST(NetworkModel, BytesOfTwoHosts) {
   // 7168 codes, 56 scales, the token, 8 slots and 8 weights: 7460, in pieces of 16 bytes 7472.
   const StepPrediction low = predict_dispatch(machine, r1(2, 128), spread);
   EXPECT_DOUBLE_EQ(low.network_bytes, 1040 + 128 * 7472);  // 4 + 4 * 256 in pieces of 16
-  EXPECT_DOUBLE_EQ(predict_combine(machine, r1(2, 128), spread).network_bytes, 128 * 2 * 14336);
+  // Rows that come home follow a header of 16 bytes.
+  EXPECT_DOUBLE_EQ(predict_combine(machine, r1(2, 128), spread).network_bytes,
+                   16 + 128 * 2 * 14336);
   const ClusterLayer normal = r1(2, 4096, Mode::kNormal);
   EXPECT_NEAR(predict_dispatch(machine, normal, spread).network_bytes,
               16 + 4096 * (1 - missed) * 7472, 1e-3);
   EXPECT_NEAR(predict_combine(machine, normal, spread).network_bytes,
-              4096 * (2 * (1 - missed) - one) * 14336, 1e-3);
+              16 + 4096 * (2 * (1 - missed) - one) * 14336, 1e-3);
   ClusterLayer entries = normal;
   entries.sum_parts = 1;  // Every row by itself: half of the eight entries are on the other host.
-  EXPECT_NEAR(predict_combine(machine, entries, spread).network_bytes, 4096 * 4 * 14336, 1e-3);
+  EXPECT_NEAR(predict_combine(machine, entries, spread).network_bytes, 16 + 4096 * 4 * 14336, 1e-3);
   const LayerPrediction layer = predict_layer(machine, normal, spread);
   EXPECT_NEAR(layer.bytes_per_host,
               8 * (layer.dispatch.network_bytes + layer.combine.network_bytes), 1e-3);

@@ -10,11 +10,13 @@
 #include <atomic>
 #include <chrono>
 #include <cstring>
+#include <functional>
 #include <map>
 #include <memory>
 #include <mutex>
 #include <string>
 #include <thread>
+#include <utility>
 #include <vector>
 
 #include "transport/nccl_api.h"
@@ -23,6 +25,9 @@ namespace sluice::testing {
 
 /// A stream, and the words that a device would write around an operation on it.
 struct FakeStream {
+  virtual ~FakeStream() = default;
+  /// Runs `work` after what was queued before; here at once.
+  virtual void queue(std::function<void()> work) { work(); }
   std::atomic<std::uint64_t> begun{0}, done{0};
 };
 
@@ -35,6 +40,8 @@ class FakeNccl {
   /// Operations take this much longer to be complete.
   std::atomic<bool> holds_operations{false};
   std::atomic<bool> abort_hangs{false};
+  /// An abort is in effect only after so long. Until then what is queued moves on.
+  std::atomic<int> abort_takes_ms{0};
   std::atomic<int> num_aborted{0};
   /// Of every communicator, from now on.
   std::atomic<int> async_status{kNcclSuccess};
@@ -95,8 +102,9 @@ class FakeNccl {
     std::shared_ptr<World> world;
     int rank;
     int polls_left;
-    std::vector<Operation> open;  // Of the group under way.
+    std::vector<Operation> open = {};  // Of the group under way.
     FakeStream* stream = nullptr;
+    bool is_aborted = false;
   };
 
   int init(NcclComm* comm, int num_ranks, const NcclId& id, int rank) {
@@ -105,7 +113,9 @@ class FakeNccl {
     if (!world) world = std::make_shared<World>();
     world->num_ranks = num_ranks;
     world->num_joined += 1;
-    *comm = new Comm{world, rank, num_polls, {}};
+    const auto made = std::make_shared<Comm>(Comm{world, rank, num_polls});
+    comms_[made.get()] = made;
+    *comm = made.get();
     return kNcclInProgress;
   }
 
@@ -118,14 +128,16 @@ class FakeNccl {
 
   int abort(Comm* comm) {
     while (abort_hangs) std::this_thread::sleep_for(std::chrono::milliseconds(5));
+    std::this_thread::sleep_for(std::chrono::milliseconds(abort_takes_ms));
     const std::lock_guard lock(mutex_);
+    comm->is_aborted = true;
     for (auto& [key, queue] : posted_) {
       if (key.world == comm->world.get() && (key.from == comm->rank || key.to == comm->rank)) {
         queue.clear();
       }
     }
     num_aborted += 1;
-    delete comm;
+    comms_.erase(comm);
     return kNcclSuccess;
   }
 
@@ -138,16 +150,26 @@ class FakeNccl {
   }
 
   int end_group() {
-    const std::lock_guard lock(mutex_);
     std::sort(open_.begin(), open_.end());
     open_.erase(std::unique(open_.begin(), open_.end()), open_.end());
-    for (Comm* const comm : open_) {
-      const auto group = std::make_shared<Group>();
-      group->stream = comm->stream, group->num_left = comm->open.size();
-      comm->stream->begun += 1;
-      comm->polls_left = num_polls;
-      for (const Operation& operation : comm->open) meet(*comm, {operation, group});
-      comm->open.clear();
+    for (Comm* const open : open_) {
+      std::shared_ptr<Comm> comm;
+      {
+        const std::lock_guard lock(mutex_);
+        comm = comms_.at(open);
+        comm->polls_left = num_polls;
+      }
+      FakeStream* const stream = comm->stream;
+      auto operations = std::exchange(comm->open, {});
+      // It may run more than once, as in a graph.
+      stream->queue([this, comm, stream, operations = std::move(operations)] {
+        const std::lock_guard lock(mutex_);
+        if (comm->is_aborted) return;
+        const auto group = std::make_shared<Group>();
+        group->stream = stream, group->num_left = operations.size();
+        stream->begun += 1;
+        for (const Operation& operation : operations) meet(*comm, {operation, group});
+      });
     }
     open_.clear();
     return kNcclInProgress;
@@ -184,6 +206,7 @@ class FakeNccl {
   std::mutex mutex_;
   std::atomic<std::uint64_t> num_ids_{0};
   std::map<NcclId, std::shared_ptr<World>> worlds_;
+  std::map<Comm*, std::shared_ptr<Comm>> comms_;  // Not aborted yet.
   std::map<Key, std::vector<Posted>> posted_;
   static inline thread_local std::vector<Comm*> open_;
 };

@@ -26,7 +26,7 @@ enum FaultKind : int {
   kPeerMissing,   // missing, expected, seen
   kOutOfStep,     // missing = the ranks whose flag is of a later epoch, expected, seen
   kDropped,       // missing = the ranks that dropped the dispatch this combine waits for
-  kGaveUp,        // where = the rank of another host whose exchange has stopped
+  kGaveUp,        // where = the lost rank, value = the relay on another host that says so
 };
 enum Operation : int { kDispatchCounts, kDispatchRows, kCombineRows, kReuse };
 
@@ -56,7 +56,8 @@ struct SlotState {
   int refused;          // The slot's dispatch exceeded a capacity: no rows, NaN for every token.
 };
 struct ExchangeState {
-  int failed;      // A wait timed out: every later kernel of this exchange returns at once.
+  int failed;      // A wait timed out: every later kernel of this exchange returns at once. Over
+                   // hosts a *stop word*: 0, or 1 + the rank for which the exchange has stopped.
   int claimed[2];  // Somebody owns the record of a refusal, of a failure.
   DeviceStats stats;
 };

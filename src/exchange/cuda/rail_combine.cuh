@@ -36,7 +36,8 @@ SLUICE_STEP const Vector* expert_row(const RailSlot& p, std::int64_t place) {
 }
 /// Row `row` of bf16 of a home piece.
 SLUICE_STEP Vector* home_row(const RailSlot& p, std::byte* pieces, int h, int row) {
-  return reinterpret_cast<Vector*>(pieces + static_cast<std::size_t>(h) * p.home_stride) +
+  return reinterpret_cast<Vector*>(pieces + static_cast<std::size_t>(h) * p.home_stride +
+                                   kHomeHeaderBytes) +
          std::int64_t{row} * (p.hidden / 8);
 }
 
@@ -70,20 +71,15 @@ SLUICE_STEP int find_record_rows(const Team& team, const RailSlot& p, int h, int
   return count;
 }
 
-/// Fills what goes home to host `h` with NaN: this rank has stopped, and its reader shall see it.
-SLUICE_STEP void poison_home(const Team& team, const RailSlot& p, int h, int i) {
-  const std::int64_t vectors = std::int64_t{p.home_rows} * (p.hidden / 8);
-  Vector* const to = home_row(p, p.home_out, h, i * p.home_rows);
-  for (std::int64_t v = team.index; v < vectors; v += team.size) {
-    to[v] = {{0x7fc07fc0u, 0x7fc07fc0u, 0x7fc07fc0u, 0x7fc07fc0u}};
-  }
-}
-
-/// What this host made of record `i` from host `h`, into the piece that goes home.
+/// What this host made of record `i` from host `h`, into the piece that goes home. A team that cannot
+/// says so in the piece, which is then read no further.
 SLUICE_STEP void relay_step(const Team& team, const RailSlot& p, int h, int i,
                             const SumSpace& space) {
   if (h == p.host) return;
-  if (team.any(is_stopped(p))) return poison_home(team, p, h, i);
+  if (team.any(is_stopped(p))) {
+    if (team.index == 0) set(home_stop_word(p, p.home_out, h), look(&p.state->failed));
+    return;
+  }
   if (i >= num_records(p, h) || p.slot->refused != 0) return;
   RowsOfToken& rows = *space.rows;
   const int count = find_record_rows(team, p, h, i, rows), vectors = p.hidden / 8;
@@ -162,13 +158,21 @@ SLUICE_STEP bool sum_of_other_host(const RailSlot& p, const RailTokens& d, int t
   return true;
 }
 
-/// y of an own token.
+/// Every team, before its first sum: is what came from all other hosts whole? No piece that comes
+/// later is: an exchange stops for good.
+SLUICE_STEP void check_home_step(const Team& team, const RailSlot& p) {
+  for (int h = team.index; h < p.num_hosts; h += team.size) {
+    const int word = h == p.host ? 0 : *home_stop_word(p, p.home_in, h);
+    if (word != 0) stop_for_relay(p, h, word, kCombineRows, p.slot->epoch);
+  }
+}
+
+/// y of an own token; NaN if the exchange has stopped, or the dispatch was refused.
 SLUICE_STEP void sum_step(const Team& team, const RailSlot& p, const RailTokens& d, int token,
                           const SumSpace& space) {
-  if (team.any(is_stopped(p))) return;
   const int vectors = p.hidden / 8;
   Vector* const y = reinterpret_cast<Vector*>(d.y) + std::int64_t{token} * vectors;
-  if (p.slot->refused != 0) {
+  if (team.any(is_stopped(p) || p.slot->refused != 0)) {
     for (int v = team.index; v < vectors; v += team.size) {
       y[v] = {{0x7fc07fc0u, 0x7fc07fc0u, 0x7fc07fc0u, 0x7fc07fc0u}};
     }

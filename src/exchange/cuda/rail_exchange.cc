@@ -163,6 +163,12 @@ void RailExchange::make_slots() {
     p.place = at<std::int64_t>(own, layout_.place);
     p.relay_at = at<std::int32_t>(own, layout_.relay_at);
     p.home_out = own + layout_.home_out, p.home_in = own + layout_.home_in;
+    for (std::byte* const home : {p.home_out, p.home_in}) {
+      for (std::size_t h = 0; h < static_cast<std::size_t>(layout_.num_hosts); ++h) {
+        rail_device_->clear(home + h * layout_.home_stride, cuda::kHomeHeaderBytes,
+                            backend_.stream());
+      }
+    }
     p.row_begin = at<std::int64_t>(own, layout_.row_begin);
     p.num_rows = at<std::int32_t>(own, layout_.num_rows);
     p.slot = slot_state + s, p.state = state;
@@ -180,9 +186,11 @@ void RailExchange::watch() {
   for (const Slot& slot : slots_) {
     const RailProgress progress{reinterpret_cast<std::atomic<std::uint64_t>*>(slot.params.begun),
                                 reinterpret_cast<std::atomic<std::uint64_t>*>(slot.params.done)};
-    watches_.numbers.push_back(rail_.watch(progress, [mapped = mapped_](const Error&) {
-      *at<std::atomic<std::uint64_t>>(mapped.get(), kStop) = 1;
-    }));
+    const auto stop = [mapped = mapped_, own = rank](const Error& error) {
+      const int lost = error.ranks().empty() ? own : error.ranks().front();
+      *at<std::atomic<std::uint64_t>>(mapped.get(), kStop) = 1 + static_cast<std::uint64_t>(lost);
+    };
+    watches_.numbers.push_back(rail_.watch(progress, stop));
   }
 }
 

@@ -34,17 +34,15 @@ std::vector<int> RailFaults::ranks_of(const DeviceFault& fault) const {
 }
 
 std::string RailFaults::describe(const DeviceFault& fault) const {
-  const std::string where = fmt::format("{} epoch {} on rank {} of host {}: ", operation_of(fault),
-                                        fault.epoch, rank_, host_);
-  std::string who;
-  for (const int r : ranks_of(fault)) {
-    who +=
-        fmt::format("{}rank {} of host {}", who.empty() ? "" : ", ", r, config_.hosts.host_of(r));
-  }
+  const std::string where =
+      fmt::format("{} epoch {} on {}: ", operation_of(fault), fault.epoch, rail_.names_of({rank_}));
+  const std::string who = rail_.names_of(ranks_of(fault));
   const std::string flag = fmt::format(" (flag {}, expected {})", fault.seen, fault.expected);
   switch (fault.kind) {
     case cuda::kGaveUp:
-      return where + "the exchange of " + who + " has stopped, so its tokens do not come";
+      if (fault.value == fault.where) return where + who + " has stopped";
+      return where + "still missing " + who + ", for which " +
+             rail_.names_of({static_cast<int>(fault.value)}) + " has stopped";
     case cuda::kDropped:
       return where + who + " dropped its dispatch instead of combining it" + flag;
     case cuda::kOutOfStep:

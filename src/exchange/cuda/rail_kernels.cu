@@ -133,6 +133,7 @@ __global__ void __launch_bounds__(kRowCta)
     sum_kernel(const __grid_constant__ RailSlot p, const __grid_constant__ RailTokens d) {
   const Team team = this_team();
   const SumSpace space = shared_space();
+  check_home_step(team, p);
   for (int t = static_cast<int>(blockIdx.x); t < d.num_tokens; t += static_cast<int>(gridDim.x)) {
     sum_step(team, p, d, t, space);
   }

@@ -10,6 +10,7 @@ namespace sluice {
 namespace {
 
 constexpr std::size_t kAlignment = 256;
+static_assert(cuda::kHomeHeaderBytes == kNetworkHomeHeaderBytes);
 
 constexpr std::size_t aligned(std::size_t bytes) {
   return (bytes + kAlignment - 1) / kAlignment * kAlignment;

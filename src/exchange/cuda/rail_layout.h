@@ -54,8 +54,11 @@ struct RailLayout {
     return record.piece_bytes(config.max_tokens_per_rank);
   }
   [[nodiscard]] std::size_t fixed_home_bytes(const ExchangeConfig& config) const {
-    return static_cast<std::size_t>(config.max_tokens_per_rank) *
-           static_cast<std::size_t>(home_rows) * row_bytes;
+    return home_bytes(std::int64_t{config.max_tokens_per_rank} * home_rows);
+  }
+  /// A home piece of so many rows of bf16.
+  [[nodiscard]] std::size_t home_bytes(std::int64_t rows) const {
+    return cuda::kHomeHeaderBytes + static_cast<std::size_t>(rows) * row_bytes;
   }
 
   [[nodiscard]] std::size_t window_bytes() const noexcept {

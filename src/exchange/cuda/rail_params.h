@@ -20,6 +20,10 @@ namespace sluice::cuda {
 /// Most hosts: their CTAs wait for each other.
 inline constexpr int kMaxRailHosts = 64;
 
+/// A home piece begins with the relay's stop word (ExchangeState::failed) and zeros. So a reader sees
+/// in what has come whether all of it is right, and if not, for whom the relay had stopped.
+inline constexpr int kHomeHeaderBytes = 16;
+
 /// Offsets in a header and a record: network_record.h, where the words of the header are the
 /// number of records and then, in normal mode, the rows of bf16 that come home for them.
 struct RecordOffsets {
@@ -71,7 +75,7 @@ struct RailSlot {
   RailState* slot;
   ExchangeState* state;
   DeviceFault* faults;          // [2] by FaultRecord, host-mapped
-  const std::uint64_t* stop;    // Host-mapped: the rail has failed.
+  const std::uint64_t* stop;    // Host-mapped: the stop word of a rail that has failed.
   std::uint64_t *begun, *done;  // Host-mapped: RailProgress.
   std::int32_t* sizes;          // Host-mapped, [num_hosts, 4]: RailSizes
   const std::uint32_t* placed;  // ExpertSlots::device_table(), or null

@@ -63,8 +63,8 @@ void RailExchange::exchange_home(const Slot& slot, Stream stream) {
     std::size_t out = layout_.fixed_home_bytes(config), in = out;
     if (!is_fixed) {
       const RailSizes& of = slot.sizes[static_cast<std::size_t>(h)];
-      out = static_cast<std::size_t>(of.home_out) * layout_.row_bytes;
-      in = static_cast<std::size_t>(of.home_in) * layout_.row_bytes;
+      out = of.home_out > 0 ? layout_.home_bytes(of.home_out) : 0;
+      in = of.home_in > 0 ? layout_.home_bytes(of.home_in) : 0;
       home_to_[static_cast<std::size_t>(h)] += out;
     }
     const std::size_t piece = static_cast<std::size_t>(h) * layout_.home_stride;

@@ -33,18 +33,9 @@ SLUICE_STEP void count_step(const Team& team, const RailSlot& p, int h, const Pl
     begin_operation(p);
   }
   if (team.any(is_stopped(p) || (team.index == 0 && rail_has_failed(p)))) return;
-  if (*reinterpret_cast<const std::int32_t*>(incoming(p, h)) < 0) {
-    if (team.index == 0) {
-      stop_exchange(p, {.kind = kGaveUp,
-                        .operation = kDispatchCounts,
-                        .epoch = p.slot->epoch + 1,
-                        .missing = 0,
-                        .expected = 0,
-                        .seen = 0,
-                        .where = p.rail[h],
-                        .count = 0,
-                        .value = 0});
-    }
+  const std::int32_t header = *reinterpret_cast<const std::int32_t*>(incoming(p, h));
+  if (header < 0) {
+    if (team.index == 0) stop_for_relay(p, h, -header, kDispatchCounts, p.slot->epoch + 1);
     return;
   }
   const std::uint64_t epoch = p.slot->epoch + 1;
@@ -105,15 +96,16 @@ SLUICE_STEP bool gather_counts(const Team& team, const RailSlot& p, std::uint64_
         seen = load_relaxed(word);
       }
       if (!ok && !is_stopped(p)) {
-        stop_exchange(p, {.kind = kPeerMissing,
-                          .operation = kDispatchCounts,
-                          .epoch = epoch,
-                          .missing = std::uint64_t{1} << p.local_of[r],
-                          .expected = epoch,
-                          .seen = seen >> 32,
-                          .where = -1,
-                          .count = 0,
-                          .value = 0});
+        stop_exchange(p, p.mates[p.local_of[r]],
+                      {.kind = kPeerMissing,
+                       .operation = kDispatchCounts,
+                       .epoch = epoch,
+                       .missing = std::uint64_t{1} << p.local_of[r],
+                       .expected = epoch,
+                       .seen = seen >> 32,
+                       .where = -1,
+                       .count = 0,
+                       .value = 0});
       }
       all += static_cast<std::int32_t>(seen & 0xffffffffu);
       if (r < source) below += static_cast<std::int32_t>(seen & 0xffffffffu);

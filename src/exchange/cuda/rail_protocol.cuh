@@ -15,17 +15,33 @@ SLUICE_STEP bool is_stopped(const RailSlot& p) {
   return look(&p.state->failed) != 0;
 }
 
-/// A fault after which ranks may be out of step: the exchange stops for good.
-SLUICE_STEP void stop_exchange(const RailSlot& p, const DeviceFault& fault) {
+/// A fault after which ranks may be out of step: the exchange stops for good, for `lost`.
+SLUICE_STEP void stop_exchange(const RailSlot& p, int lost, const DeviceFault& fault) {
   note_fault(p.state, p.faults, kFailure, fault);
-  set(&p.state->failed, 1);
+  set(&p.state->failed, 1 + lost);
 }
 
 /// The rail has failed, and says why itself.
 SLUICE_STEP bool rail_has_failed(const RailSlot& p) {
-  if (load_relaxed(p.stop) == 0) return false;
-  set(&p.state->failed, 1);
+  const std::uint64_t word = load_relaxed(p.stop);
+  if (word == 0) return false;
+  set(&p.state->failed, static_cast<int>(word));
   return true;
+}
+
+/// The relay on host `h` has stopped, and says so in what it sent.
+SLUICE_STEP void stop_for_relay(const RailSlot& p, int h, int stop_word, Operation op,
+                                std::uint64_t epoch) {
+  stop_exchange(p, stop_word - 1,
+                {.kind = kGaveUp,
+                 .operation = op,
+                 .epoch = epoch,
+                 .missing = 0,
+                 .expected = 0,
+                 .seen = 0,
+                 .where = stop_word - 1,
+                 .count = 0,
+                 .value = p.rail[h]});
 }
 
 /// One thread: the rail's thread counts time from here on, until end_operation().
@@ -88,15 +104,16 @@ SLUICE_STEP bool wait_for_mates(const Team& team, const RailSlot& p, std::size_t
     const bool dropped = op == kCombineRows && seen == want + 1;
     const int kind = seen < want ? kPeerMissing : dropped ? kDropped : kOutOfStep;
     if (is_stopped(p)) continue;  // Somebody has said why.
-    stop_exchange(p, {.kind = kind,
-                      .operation = op,
-                      .epoch = epoch,
-                      .missing = std::uint64_t{1} << m,
-                      .expected = want,
-                      .seen = seen,
-                      .where = -1,
-                      .count = 0,
-                      .value = 0});
+    stop_exchange(p, p.mates[m],
+                  {.kind = kind,
+                   .operation = op,
+                   .epoch = epoch,
+                   .missing = std::uint64_t{1} << m,
+                   .expected = want,
+                   .seen = seen,
+                   .where = -1,
+                   .count = 0,
+                   .value = 0});
   }
   return !team.any(!ok);
 }
@@ -110,7 +127,7 @@ SLUICE_STEP std::byte* outgoing(const RailSlot& p, int h) {
 SLUICE_STEP const std::byte* incoming(const RailSlot& p, int h) {
   return p.pieces + static_cast<std::size_t>(h) * p.piece_stride;
 }
-/// Records of a piece; none if its sender has given up.
+/// Records of a piece; none if its sender has stopped, whose header begins with -stop word.
 SLUICE_STEP int num_records(const RailSlot& p, int h) {
   const std::int32_t n = *reinterpret_cast<const std::int32_t*>(incoming(p, h));
   return n < 0 ? 0 : n > p.max_tokens ? p.max_tokens : n;
@@ -132,6 +149,10 @@ SLUICE_STEP int token_of_record(const RailSlot& p, const std::byte* record) {
 /// Rows of bf16 that go home for so many entries on a host: network_combine_bytes().
 SLUICE_STEP int home_rows_of(const RailSlot& p, int entries) {
   return p.num_parts == 0 || entries < 2 ? entries : 2;
+}
+/// The stop word of the home piece from or to host `h`.
+SLUICE_STEP int* home_stop_word(const RailSlot& p, std::byte* pieces, int h) {
+  return reinterpret_cast<int*>(pieces + static_cast<std::size_t>(h) * p.home_stride);
 }
 /// The first record, or token, of a chunk of `count`.
 SLUICE_STEP int begin_of_chunk(const RailSlot& p, int count, int chunk) {

@@ -93,7 +93,7 @@ SLUICE_STEP void route_step(const Team& team, const RailSlot& p, const RailToken
   if (team.any(is_stopped(p))) {
     // Whoever reads these headers stops, too.
     for (int h = team.index; h < p.num_hosts; h += team.size) {
-      *reinterpret_cast<std::int32_t*>(outgoing(p, h)) = -1;
+      *reinterpret_cast<std::int32_t*>(outgoing(p, h)) = -look(&p.state->failed);
     }
     return;
   }
