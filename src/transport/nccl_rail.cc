@@ -18,8 +18,19 @@ constexpr milliseconds kLook{20};
 constexpr milliseconds kAsk{900};
 /// How long NCCL may take to end what is under way.
 constexpr milliseconds kAbort{800};
+/// How long word of who has gone or stopped may take to come after NCCL's own error.
+constexpr milliseconds kWord{500};
 /// A rank that is alive is heard every 500 ms.
 constexpr std::uint32_t kSilentMs = 1'500;
+
+/// For whom other ranks than `self` have stopped, as far as they say: the first one who does.
+std::vector<int> stopped_for(const std::vector<TcpMember>& members, int self) {
+  for (const TcpMember& member : members) {
+    const int lost = static_cast<int>(member.stop_word) - 1;
+    if (lost >= 0 && lost != self) return {lost};
+  }
+  return {};
+}
 
 }  // namespace
 
@@ -78,7 +89,12 @@ void NcclRail::exchange(std::span<const Send> sends, std::span<const Receive> re
     }
     // A group that was opened is closed, whatever happened in it.
     call(api_.group_end(), "ncclGroupEnd");
-    if (error) fail_with(*error, lock);
+    if (error) {
+      lock.unlock();
+      error = with_names(*error, "an operation between the hosts");
+      lock.lock();
+      fail_with(*error, lock);
+    }
   }
   if (error) throw Error(*error);
   settle("an operation between the hosts");
@@ -94,12 +110,14 @@ void NcclRail::settle(const char* operation) {
     auto error = error_of(api_.async_error(comm_, &status), "ncclCommGetAsyncError");
     if (!error && status == kNcclSuccess) return;
     if (!error) error = error_of(status, operation);
-    if (!error) error = gone_error(operation);
-    if (!error && Clock::now() >= deadline) {
+    const bool is_late = !error && Clock::now() >= deadline;
+    if (error || is_late) {
       // Asking takes a while, and the thread must not wait for it.
       lock.unlock();
-      error = late_error(operation);
+      error = is_late ? late_error(operation) : with_names(*error, operation);
       lock.lock();
+    } else {
+      error = gone_error(operation);
     }
     if (error) {
       fail_with(*error, lock);
@@ -150,7 +168,12 @@ std::optional<Error> NcclRail::look(Lock& lock) {
   int status = kNcclSuccess;
   auto error = error_of(api_.async_error(comm_, &status), "ncclCommGetAsyncError");
   if (!error) error = error_of(status, "an operation between the hosts");
-  if (error) return error;
+  if (error) {
+    lock.unlock();
+    Error named = with_names(*error, "an operation between the hosts");
+    lock.lock();
+    return named;
+  }
   const auto now = Clock::now();
   std::uint64_t begun_by_all = num_begun_;
   bool is_late = false, is_busy = false;
@@ -219,6 +242,13 @@ Error NcclRail::late_error(const std::string& operation) const {
             left};
   }
   const auto members = link_.ask(kAsk);
+  if (members) {
+    // That rank has waited longer, and knows whom for.
+    if (auto lost = stopped_for(*members, link_.rank()); !lost.empty()) {
+      return {ErrorCode::kPeerTimeout,
+              start + "missing " + names_of(lost) + ", for which others have stopped", lost};
+    }
+  }
   std::vector<int> silent, behind;
   std::uint64_t least = 0, most = 0;
   for (std::size_t r = 0; members && r < members->size(); ++r) {
@@ -251,6 +281,27 @@ Error NcclRail::late_error(const std::string& operation) const {
           others};
 }
 
+/// NCCL names nobody. What broke a connection, a process that has ended or a rank that stopped for
+/// another one, is heard of a little later.
+Error NcclRail::with_names(const Error& said, const std::string& operation) const {
+  const auto until = Clock::now() + kWord;
+  do {
+    if (const auto gone = gone_error(operation)) {
+      return {gone->code(), fmt::format("{}; {}", gone->what(), said.what()), gone->ranks()};
+    }
+    const auto members = link_.ask(kAsk);
+    if (const auto lost = stopped_for(members.value_or(std::vector<TcpMember>{}), link_.rank());
+        !lost.empty()) {
+      return {ErrorCode::kTransport,
+              fmt::format("{}: missing {}, for which others have stopped; {}", place(operation),
+                          names_of(lost), said.what()),
+              lost};
+    }
+    std::this_thread::sleep_for(kLook);
+  } while (Clock::now() < until);
+  return said;
+}
+
 /// The first failure counts. Ends what is under way, and tells whoever watches.
 void NcclRail::fail_with(const Error& error, Lock& lock) {
   if (failure_) return;
@@ -265,6 +316,8 @@ void NcclRail::fail_with(const Error& error, Lock& lock) {
   telling_ = {};
   told_.notify_all();
   lock.unlock();
+  // Before NCCL breaks connections, whose other ends then learn whom it is for.
+  if (!error.ranks().empty()) link_.set_stopped_for(error.ranks().front());
   break_off();
   lock.lock();
 }

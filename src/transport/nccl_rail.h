@@ -81,6 +81,7 @@ class NcclRail final : public Rail {
   [[nodiscard]] std::optional<Error> error_of(int status, const char* call) const;
   [[nodiscard]] std::optional<Error> gone_error(const std::string& operation) const;
   [[nodiscard]] Error late_error(const std::string& operation) const;
+  [[nodiscard]] Error with_names(const Error& said, const std::string& operation) const;
   [[nodiscard]] std::string place(const std::string& operation) const;
   void fail_with(const Error& error, Lock& lock);
   void break_off();

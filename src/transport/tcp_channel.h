@@ -20,7 +20,7 @@ namespace sluice {
 enum class TcpMessage : std::uint32_t {
   kPart = 1,  ///< r -> 0: what this rank gives to collective `number`.
   kAll,       ///< 0 -> r: what all ranks gave to collective `number`.
-  kBeat,      ///< r -> 0: alive; `number` is its progress.
+  kBeat,      ///< r -> 0: alive; `number` is its progress, the payload its stop word.
   kWho,       ///< r -> 0: question `number`: who has come how far?
   kTable,     ///< 0 -> r: its answer.
   kGaveUp,    ///< r -> 0: failed in a collective, and blames others.

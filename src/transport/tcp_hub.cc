@@ -27,7 +27,7 @@ constexpr milliseconds kLastWords{500};
 /// What the thread may take to look at everything once more.
 constexpr milliseconds kTurn{500};
 
-static_assert(sizeof(TcpMember) == 24, "sent as it lies in memory");
+static_assert(sizeof(TcpMember) == 32, "sent as it lies in memory");
 
 }  // namespace
 
@@ -129,7 +129,14 @@ int TcpHub::num_strangers() const {
 void TcpHub::set_progress(std::uint64_t progress) noexcept {
   const Lock lock(mutex_);
   if (progress <= progress_) return;
-  progress_ = progress;
+  progress_ = progress, has_news_ = true;
+  wake();
+}
+
+void TcpHub::set_stop_word(std::uint64_t word) noexcept {
+  const Lock lock(mutex_);
+  if (stop_word_ != 0) return;
+  stop_word_ = word, has_news_ = true;
   wake();
 }
 
@@ -181,7 +188,7 @@ std::vector<TcpMember> TcpHub::table() const {
       member.silent_ms = static_cast<std::uint32_t>(silent.count());
     }
   }
-  members[0].progress = progress_;
+  members[0].progress = progress_, members[0].stop_word = stop_word_;
   return members;
 }
 
@@ -302,6 +309,9 @@ void TcpHub::hear(int rank, TcpMessage kind, std::uint64_t number, std::vector<s
     complete();
   } else if (kind == TcpMessage::kBeat) {
     peer.member.progress = std::max(peer.member.progress, number);
+    if (bytes.size() == sizeof(peer.member.stop_word)) {
+      std::memcpy(&peer.member.stop_word, bytes.data(), bytes.size());
+    }
   } else if (kind == TcpMessage::kWho) {
     questions_.emplace_back(rank, number);
   } else if (kind == TcpMessage::kGaveUp) {
@@ -377,13 +387,14 @@ void TcpHub::take_in(Reception::Guest& guest) {
   }
 }
 
-/// Tells rank 0 that this rank is alive.
+/// Tells rank 0 that this rank is alive, and its news.
 void TcpHub::beat() {
   const auto now = Clock::now();
-  if (now < next_beat_ && progress_ == progress_told_) return;
+  if (now < next_beat_ && !has_news_) return;
   next_beat_ = now + kBeat;
-  progress_told_ = progress_;
-  if (config_.rank != 0) peers_[0].channel.post(TcpMessage::kBeat, progress_);
+  has_news_ = false;
+  if (config_.rank == 0) return;
+  peers_[0].channel.post(TcpMessage::kBeat, progress_, std::as_bytes(std::span(&stop_word_, 1)));
 }
 
 }  // namespace sluice

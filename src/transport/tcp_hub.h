@@ -47,6 +47,7 @@ class TcpHub {
   [[nodiscard]] std::optional<Error> refusal() const;
   [[nodiscard]] int num_strangers() const;
   void set_progress(std::uint64_t progress) noexcept;
+  void set_stop_word(std::uint64_t word) noexcept;  ///< The first one counts.
   [[nodiscard]] std::uint64_t number() const noexcept { return number_; }
 
  private:
@@ -95,7 +96,8 @@ class TcpHub {
   std::uint64_t question_ = 0, turns_ = 0, turns_wanted_ = 0;
   std::optional<std::vector<TcpMember>> answer_;  // To the last question.
   Deadline next_beat_{};
-  std::uint64_t progress_ = 0, progress_told_ = 0;
+  std::uint64_t progress_ = 0, stop_word_ = 0;
+  bool has_news_ = false;  // One of them that the last beat did not tell.
   bool is_ending_ = false;
   std::thread thread_;  // The last member: it uses all others.
 };

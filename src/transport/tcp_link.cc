@@ -197,4 +197,8 @@ void TcpLink::set_progress(std::uint64_t progress) noexcept {
   impl_->hub.set_progress(progress);
 }
 
+void TcpLink::set_stopped_for(int lost) noexcept {
+  impl_->hub.set_stop_word(1 + static_cast<std::uint64_t>(lost));
+}
+
 }  // namespace sluice

@@ -4,7 +4,8 @@
 //     handshake (handshake.h) ------------------>
 //     kPart n ---------------------------------->   has all parts of n:
 //     <-------------------------------- kAll n       to everybody
-//     kBeat, every 500 ms ----------------------->   notes when, and how far r says it is
+//     kBeat, every 500 ms ----------------------->   notes when, how far r says it is, and for
+//                                                     whom it has stopped
 //     kWho --------------------------------------->
 //     <--------------------------------- kTable      who came how far, and was heard when
 //     kGaveUp, kBye, or the connection closes --->   to everybody: kGone
@@ -46,10 +47,12 @@ struct TcpMember {
   std::uint32_t silent_ms = 0;  ///< Since it was last heard.
   std::uint64_t arrived = 0;    ///< Collectives begun.
   std::uint64_t progress = 0;   ///< The last one that set_progress() told.
+  /// 0, or 1 + the rank for which it has stopped: set_stopped_for().
+  std::uint64_t stop_word = 0;
 };
 
-/// Rank of one job of processes. Threads: one at a time, but ask(), gone(), left() and
-/// set_progress() from any.
+/// Rank of one job of processes. Threads: one at a time, but ask(), gone(), left(), set_progress()
+/// and set_stopped_for() from any.
 class TcpLink {
  public:
   /// Collective. Throws: kPeerTimeout naming the ranks that did not come; kTransport if ranks
@@ -83,6 +86,9 @@ class TcpLink {
 
   /// From now on the others learn this number when they ask. It only grows.
   void set_progress(std::uint64_t progress) noexcept;
+  /// From now on the others learn, when they ask, that this rank has stopped for `lost`. Collectives
+  /// go on. The first call counts.
+  void set_stopped_for(int lost) noexcept;
 
  private:
   struct Impl;

@@ -215,11 +215,8 @@ class EmulatedDevice final : public RailDevice {
 template <class Body>
 std::vector<std::exception_ptr> try_emulated_hosts(const Hosts& hosts,
                                                    std::chrono::milliseconds timeout,
-                                                   const Body& body,
-                                                   std::chrono::milliseconds abort_takes = {}) {
+                                                   const Body& body, FakeNccl& nccl) {
   const TcpJob job(hosts.num_ranks());
-  FakeNccl nccl;
-  nccl.abort_takes_ms = static_cast<int>(abort_takes.count());
   auto worlds = make_inproc_transports(hosts.num_ranks());
   std::vector<std::unique_ptr<Transport>> mates(worlds.size());
   for (int h = 0; h < hosts.num_hosts(); ++h) {
@@ -234,6 +231,13 @@ std::vector<std::exception_ptr> try_emulated_hosts(const Hosts& hosts,
     EmulatedHosts transport(*worlds[i], std::move(mates[i]), nccl, job.config(r), hosts, timeout);
     body(transport);
   });
+}
+template <class Body>
+std::vector<std::exception_ptr> try_emulated_hosts(const Hosts& hosts,
+                                                   std::chrono::milliseconds timeout,
+                                                   const Body& body) {
+  FakeNccl nccl;
+  return try_emulated_hosts(hosts, timeout, body, nccl);
 }
 
 }  // namespace sluice::testing

@@ -2,7 +2,9 @@
 // every other rank names, and that no result is wrong without an error.
 #include <gmock/gmock.h>
 
+#include <algorithm>
 #include <chrono>
+#include <iterator>
 #include <thread>
 
 #include "emulated_rank.h"
@@ -72,28 +74,100 @@ void expect_lost_rank_named(EmulatedHosts& transport, const Traffic& t, const Ex
   std::this_thread::sleep_for(800ms);
 }
 
+/// How NCCL's abort behaves. What is queued moves on until it is in effect; after that whoever waits
+/// for a rank that aborted may get an error.
+struct Abort {
+  int takes_ms;
+  bool breaks_connections;
+};
+
+/// Runs body(transport) for four ranks of two hosts; rethrows what any but rank 3 threw.
+template <class Body>
+void with_a_victim(const ExchangeConfig& c, const Abort& abort, const Body& body) {
+  FakeNccl nccl;
+  nccl.abort_takes_ms = abort.takes_ms;
+  nccl.aborts_break_connections = abort.breaks_connections;
+  const auto failures = try_emulated_hosts(c.hosts, kTimeout, body, nccl);
+  for (int r : {0, 1, 2}) {
+    const auto& failure = failures[static_cast<std::size_t>(r)];
+    if (failure) std::rethrow_exception(failure);
+  }
+}
+
 // A rank that stops: every other one names it and its host, in time, wherever it stopped. And
-// whether its relay's last pieces arrive or not: they do where an abort takes a while.
-TEST(RailFaults, ALostRankIsNamedByAll) {
+// whether its relay's last pieces arrive or not: they do where an abort takes a while, and where it
+// takes none NCCL may say that a connection is broken.
+void expect_named_by_all(const Abort& abort) {
   const Traffic t = make_traffic(tokens_of(4), 24, 4, 128, 20);
-  for (const auto abort_takes : {0ms, 200ms}) {
-    for (const Mode mode : kModes) {
-      for (const Stage stage : {kBeforeDispatch, kBeforeReceive, kBeforeCombine, kBeforeSum}) {
-        SCOPED_TRACE(::testing::Message() << to_string(mode) << ", stage " << stage
-                                          << ", an abort takes " << abort_takes.count() << " ms");
-        const ExchangeConfig c = config_for(t, mode, Hosts::even(2, 4));
-        const auto failures = try_emulated_hosts(
-            c.hosts, kTimeout,
-            [&](EmulatedHosts& transport) { expect_lost_rank_named(transport, t, c, stage); },
-            abort_takes);
-        for (int r : {0, 1, 2}) {
-          if (failures[static_cast<std::size_t>(r)]) {
-            std::rethrow_exception(failures[static_cast<std::size_t>(r)]);
-          }
-        }
-        if (::testing::Test::HasFailure()) return;
-      }
+  for (const Mode mode : kModes) {
+    for (const Stage stage : {kBeforeDispatch, kBeforeReceive, kBeforeCombine, kBeforeSum}) {
+      SCOPED_TRACE(::testing::Message() << to_string(mode) << ", stage " << stage);
+      const ExchangeConfig c = config_for(t, mode, Hosts::even(2, 4));
+      with_a_victim(c, abort, [&](EmulatedHosts& transport) {
+        expect_lost_rank_named(transport, t, c, stage);
+      });
+      if (::testing::Test::HasFailure()) return;
     }
+  }
+}
+
+TEST(RailFaults, ALostRankIsNamedByAll) {
+  expect_named_by_all({0, false});
+}
+TEST(RailFaults, ALostRankIsNamedByAllThoughConnectionsBreak) {
+  expect_named_by_all({0, true});
+}
+TEST(RailFaults, ALostRankIsNamedByAllThoughItsRelaysPiecesArrive) {
+  expect_named_by_all({200, true});
+}
+
+// A graph that the program replays by itself: no call of the exchange sees the rank that stays
+// away, and the relay's kernels go on. Every result is right, or NaN with an error that names it.
+TEST(RailFaults, ALostRankIsNamedThoughGraphsAreReplayedOn) {
+  const Traffic t = make_traffic(tokens_of(4), 24, 4, 128, 24);
+  const ExchangeConfig c = config_for(t, Mode::kLowLatency, Hosts::even(2, 4));
+  for (const Abort abort : {Abort{0, true}, {200, true}}) {
+    with_a_victim(c, abort, [&](EmulatedHosts& transport) {
+      EmulatedRank rank(transport, c, t.s1);
+      Exchange::Impl& exchange = *rank.exchange;
+      const int r = transport.rank();
+      std::vector<std::uint16_t> y, expert_y;
+      std::unique_ptr<Dispatched::Route> route;
+      rank.stream.begin_capture();
+      route = exchange.dispatch(t.x_view(r), t.routing(r), 0, {});
+      auto graph = rank.stream.end_capture();
+      rank.stream.replay(graph);
+      rank.stream.synchronize();
+      ASSERT_NO_FATAL_FAILURE(check_batch(t, c, r, route->batch, expert_y));
+      std::ranges::copy(expert_y, static_cast<std::uint16_t*>(route->expert_y.data));
+      rank.stream.begin_capture();
+      exchange.combine(*route, route->expert_y, view_of(y, t, r), {});
+      auto rest = rank.stream.end_capture();
+      rank.stream.replay(rest);
+      rank.stream.synchronize();
+      exchange.check();
+      expect_model(t, c, r, y);
+      std::ranges::copy(rest, std::back_inserter(graph));
+      rank.stream.replay(graph);  // Its rows are in the slot still.
+      rank.stream.synchronize();
+      exchange.check();
+      expect_model(t, c, r, y);
+      if (r == 3) return std::this_thread::sleep_for(kLost);
+
+      const auto begin = Clock::now();
+      for (int i = 0; i < 3; ++i) rank.stream.replay(graph);
+      rank.stream.synchronize();
+      EXPECT_LT(Clock::now() - begin, kTimeout + 2s) << "rank " << r;
+      EXPECT_EQ(std::ranges::count(y, 0x7fc0), std::ssize(y)) << "rank " << r;
+      try {
+        exchange.check();
+        ADD_FAILURE() << "rank " << r << " did not notice";
+      } catch (const Error& error) {
+        EXPECT_THAT(error.ranks(), ElementsAre(3)) << error.what();
+        EXPECT_THAT(error.what(), HasSubstr("rank 3 of host host-1"));
+      }
+      std::this_thread::sleep_for(800ms);
+    });
   }
 }
 

@@ -42,6 +42,8 @@ class FakeNccl {
   std::atomic<bool> abort_hangs{false};
   /// An abort is in effect only after so long. Until then what is queued moves on.
   std::atomic<int> abort_takes_ms{0};
+  /// Whoever waits for a rank that aborts gets an error, as over sockets.
+  std::atomic<bool> aborts_break_connections{false};
   std::atomic<int> num_aborted{0};
   /// Of every communicator, from now on.
   std::atomic<int> async_status{kNcclSuccess};
@@ -105,6 +107,7 @@ class FakeNccl {
     std::vector<Operation> open = {};  // Of the group under way.
     FakeStream* stream = nullptr;
     bool is_aborted = false;
+    int status = kNcclSuccess;
   };
 
   int init(NcclComm* comm, int num_ranks, const NcclId& id, int rank) {
@@ -122,6 +125,7 @@ class FakeNccl {
   int poll(Comm& comm) {
     const std::lock_guard lock(mutex_);
     if (async_status != kNcclSuccess) return async_status;
+    if (comm.status != kNcclSuccess) return comm.status;
     if (comm.world->num_joined < comm.world->num_ranks) return kNcclInProgress;
     return comm.polls_left > 0 && comm.polls_left-- > 0 ? kNcclInProgress : kNcclSuccess;
   }
@@ -132,9 +136,15 @@ class FakeNccl {
     const std::lock_guard lock(mutex_);
     comm->is_aborted = true;
     for (auto& [key, queue] : posted_) {
-      if (key.world == comm->world.get() && (key.from == comm->rank || key.to == comm->rank)) {
-        queue.clear();
+      if (key.world != comm->world.get() || (key.from != comm->rank && key.to != comm->rank)) {
+        continue;
       }
+      const int owner = key.is_send ? key.from : key.to;
+      for (const auto& [at, other] : comms_) {
+        const bool waits = other->world == comm->world && other->rank == owner && !queue.empty();
+        if (waits && aborts_break_connections) other->status = kRemoteError;
+      }
+      queue.clear();
     }
     num_aborted += 1;
     comms_.erase(comm);
