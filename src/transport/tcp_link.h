@@ -86,8 +86,8 @@ class TcpLink {
 
   /// From now on the others learn this number when they ask. It only grows.
   void set_progress(std::uint64_t progress) noexcept;
-  /// From now on the others learn, when they ask, that this rank has stopped for `lost`. Collectives
-  /// go on. The first call counts.
+  /// From now on the others learn, when they ask, that this rank has stopped for `lost`.
+  /// Collectives go on. The first call counts.
   void set_stopped_for(int lost) noexcept;
 
  private:

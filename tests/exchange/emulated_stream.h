@@ -1,5 +1,5 @@
-// emulated_stream.h - a stream and memory that behave as a device's: work that is queued is done later
-// and in order, it may be captured and replayed, and whoever frees memory waits for it.
+// emulated_stream.h - a stream and memory that behave as a device's: work that is queued is done
+// later and in order, it may be captured and replayed, and whoever frees memory waits for it.
 #pragma once
 
 #include <algorithm>

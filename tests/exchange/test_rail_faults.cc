@@ -74,8 +74,8 @@ void expect_lost_rank_named(EmulatedHosts& transport, const Traffic& t, const Ex
   std::this_thread::sleep_for(800ms);
 }
 
-/// How NCCL's abort behaves. What is queued moves on until it is in effect; after that whoever waits
-/// for a rank that aborted may get an error.
+/// How NCCL's abort behaves. What is queued moves on until it is in effect; after that whoever
+/// waits for a rank that aborted may get an error.
 struct Abort {
   int takes_ms;
   bool breaks_connections;

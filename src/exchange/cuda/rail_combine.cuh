@@ -71,8 +71,8 @@ SLUICE_STEP int find_record_rows(const Team& team, const RailSlot& p, int h, int
   return count;
 }
 
-/// What this host made of record `i` from host `h`, into the piece that goes home. A team that cannot
-/// says so in the piece, which is then read no further.
+/// What this host made of record `i` from host `h`, into the piece that goes home. A team that
+/// cannot says so in the piece, which is then read no further.
 SLUICE_STEP void relay_step(const Team& team, const RailSlot& p, int h, int i,
                             const SumSpace& space) {
   if (h == p.host) return;

@@ -20,8 +20,8 @@ namespace sluice::cuda {
 /// Most hosts: their CTAs wait for each other.
 inline constexpr int kMaxRailHosts = 64;
 
-/// A home piece begins with the relay's stop word (ExchangeState::failed) and zeros. So a reader sees
-/// in what has come whether all of it is right, and if not, for whom the relay had stopped.
+/// A home piece begins with the relay's stop word (ExchangeState::failed) and zeros. So a reader
+/// sees in what has come whether all of it is right, and if not, for whom the relay had stopped.
 inline constexpr int kHomeHeaderBytes = 16;
 
 /// Offsets in a header and a record: network_record.h, where the words of the header are the
