@@ -142,7 +142,8 @@ def run_layer(folder, rank, ranks, kind, options):
 
         for _ in range(2):  # The second call has the memory of the first.
             y = call()
-        if on_gpu and options.get("all2all") != "deepep_high_throughput":  # Its counts come to the host.
+        # Elsewhere something comes to the host: gloo's sums of ranks, the counts of deepep_high_throughput.
+        if on_gpu and (ranks == 1 or options.get("all2all") == "deepep_low_latency"):
             y = in_graph(call)
         if options is DIRECT:  # torch.compile: a graph without a break, in which the layer is an operator of vLLM's.
             assert experts._forward_entry == torch.ops.vllm.moe_forward, experts._forward_entry

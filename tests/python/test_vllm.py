@@ -1,4 +1,5 @@
-"""sluice.integrations.vllm under vLLM's own code: rank_of_vllm.py says what that is. One process runs every case."""
+"""sluice.integrations.vllm under vLLM's own code: rank_of_vllm.py says what that is. One process runs every case, on
+the GPU where there is one."""
 
 import os
 import re
@@ -11,7 +12,7 @@ import engine_stubs
 import pytest
 
 tomllib = pytest.importorskip("tomllib")  # Python 3.11.
-pytest.importorskip("torch")
+torch = pytest.importorskip("torch")
 pytest.importorskip("safetensors")
 if engine_stubs.path_of("vllm") is None:
     pytest.skip("no vLLM in build/engines: scripts/setup.sh fetches its Python files", allow_module_level=True)
@@ -39,6 +40,7 @@ def output(tmp_path_factory):
         (info / "entry_points.txt").write_text(f"[{GROUP}]\n" + "".join(f"{k} = {v}\n" for k, v in declared().items()))
         paths.append(str(folder / "site"))
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(p for p in paths if p), "OMP_NUM_THREADS": "1"}
+    environment.setdefault("SLUICE_ENGINE_DEVICE", "cuda" if torch.cuda.is_available() else "cpu")
     environment.pop("VLLM_PLUGINS", None)
     program = Path(__file__).with_name("rank_of_vllm.py")
     done = subprocess.run([sys.executable, str(program), str(folder)], env=environment, text=True, timeout=280,

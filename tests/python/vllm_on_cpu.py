@@ -1,12 +1,13 @@
 """vLLM's own Python code on a machine without its kernels, for rank_of_vllm.py.
 
-SLUICE_ENGINE_DEVICE=cuda: on a GPU, with vLLM's platform and operators; then it has to be installed whole. Two ranks
-share the GPU, which NCCL refuses, so collectives stay gloo's: cases that gather tensors are left out.
+SLUICE_ENGINE_DEVICE=cuda: the layer is on a GPU. Where vLLM is installed whole, so are its platform and operators; its
+Python files alone have what is said below. Ranks share the GPU, which NCCL refuses, so collectives stay gloo's, over
+the host's memory.
 
 What is not vLLM's here, and so not tested:
 - modules of third parties that nobody installs (MISSING), and three packages of vLLM's that would import them
   (REPLACED): its KV transfer, structured output and flash attention, none of which a MoE layer calls;
-- the platform: capability 9.0, is_cuda_alike(), tensors on the CPU;
+- the platform: capability 9.0, is_cuda_alike(), tensors on DEVICE;
 - its compiled operators: five that say which kernels there are (none), and per-group e4m3 quantization in torch;
 - collectives: gloo, where CudaCommunicator has NCCL. All2all managers are vLLM's, chosen as there.
 """
@@ -52,9 +53,9 @@ def _platform():
     import vllm.platforms
     from vllm.platforms.interface import DeviceCapability, Platform, PlatformEnum
 
-    class CudaWithoutGpu(Platform):
+    class CudaWithoutKernels(Platform):
         _enum = PlatformEnum.CUDA
-        device_name, device_type, dispatch_key, dist_backend = "cpu", "cpu", "CPU", "gloo"
+        device_name, device_type, dispatch_key, dist_backend = DEVICE, DEVICE, DEVICE.upper(), "gloo"
         supported_quantization: list = []
 
         @classmethod
@@ -69,7 +70,7 @@ def _platform():
         def check_and_update_config(cls, vllm_config):
             pass
 
-    vllm.platforms._current_platform = CudaWithoutGpu()
+    vllm.platforms._current_platform = CudaWithoutKernels()
 
 
 def _platform_of_gpu():
@@ -82,17 +83,18 @@ def _platform_of_gpu():
 
 def use():
     """From here on `import vllm` gives vLLM's own code. Returns the stubs."""
-    os.environ.update(VLLM_LOGGING_LEVEL="INFO", VLLM_NO_USAGE_STATS="1", HF_HUB_OFFLINE="1")
+    os.environ.update(VLLM_LOGGING_LEVEL="INFO", VLLM_NO_USAGE_STATS="1", HF_HUB_OFFLINE="1",
+                      PYTORCH_NVML_BASED_CUDA_CHECK="1")  # Otherwise asking for a GPU keeps forked ranks from using it.
     stubs = engine_stubs.use("vllm", missing=MISSING, replaced=REPLACED)
     # vLLM says things below its own logger, which an engine configures when it starts.
     logger = logging.getLogger("vllm")
     logger.setLevel(logging.INFO)
     logger.addHandler(logging.StreamHandler(sys.stdout))
-    if DEVICE == "cpu":
+    if DEVICE == "cuda" and any((engine_stubs.path_of("vllm") / "vllm").glob("_C*.so")):
+        _platform_of_gpu()
+    else:
         _operators()
         _platform()
-    else:
-        _platform_of_gpu()
     return stubs
 
 
@@ -121,10 +123,10 @@ def _communicator():
 
         def _gather(self, tensor, sizes):
             room = torch.zeros(max(sizes), *tensor.shape[1:], dtype=tensor.dtype)
-            room[: len(tensor)] = tensor
+            room[: len(tensor)] = tensor.cpu()
             parts = [torch.empty_like(room) for _ in sizes]
             dist.all_gather([p.view(torch.uint8) for p in parts], room.view(torch.uint8), group=self.device_group)
-            return torch.cat([part[:size] for part, size in zip(parts, sizes)])
+            return torch.cat([part[:size] for part, size in zip(parts, sizes)]).to(tensor.device)
 
         def all_gatherv(self, input_, dim=0, sizes=None):
             if not isinstance(input_, list):
@@ -134,10 +136,10 @@ def _communicator():
 
         def reduce_scatterv(self, input_, dim=0, sizes=None):
             sizes = sizes or [len(input_) // self.world_size] * self.world_size
-            total = input_.float()
+            total = input_.float().cpu()
             dist.all_reduce(total, group=self.device_group)
             first = sum(sizes[: self.rank_in_group])
-            return total[first : first + sizes[self.rank_in_group]].to(input_.dtype)
+            return total[first : first + sizes[self.rank_in_group]].to(input_)
 
         def dispatch(self, *args, **kwargs):
             return self.all2all_manager.dispatch(*args, **kwargs)
