@@ -82,7 +82,7 @@ Stream stream_of(const PyDispatched& d, const StreamArgument& stream) {
 
 PyExpertBatch batch_of(PyDispatched& d) {
   PyExchange& e = exchange_of(d, "batch");
-  const Exclusive exclusive(*e.backend);
+  const BackendUse use(*e.backend);
   const ExpertBatch& batch = d.value->batch();
   if (batch.x.shape.rank() == 0) {
     throw Error(ErrorCode::kInvalidArgument, "dispatched: receive() comes before batch");

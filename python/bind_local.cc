@@ -320,6 +320,7 @@ void bind_local(nb::module_& m) {
       "of all slices add up to those of the experts.\n\n"
       "Raises Error: invalid_argument if slices are no multiples of 128 channels.");
   bind_local_experts(m);
+  bind_repeated_calls(m);
   nb::class_<PyLocalGroup>(
       m, "LocalGroup",
       "What the LocalExperts of several layers share: the backend and the rows between the "

@@ -8,8 +8,10 @@
 
 #include <atomic>
 #include <chrono>
+#include <mutex>
 #include <optional>
 #include <string_view>
+#include <thread>
 #include <vector>
 
 #include "arrays.h"
@@ -25,9 +27,12 @@
 
 namespace sluice::python {
 
+/// What a backend is doing. kRepeated: a call that came before, which takes microseconds.
+enum class Use : std::uint8_t { kNone, kCall, kRepeated };
+
 struct PyBackend {
   std::unique_ptr<Backend> backend;
-  std::atomic<bool> busy{false};
+  std::atomic<Use> use{Use::kNone};
   [[nodiscard]] Device device() const { return backend->device(); }
 };
 
@@ -40,18 +45,49 @@ struct PyTransport {
 class Exclusive {
  public:
   Exclusive(std::atomic<bool>& flag, const char* name) : flag_(flag) {
-    if (flag.exchange(true, std::memory_order_acquire)) {
-      throw Error(ErrorCode::kInvalidArgument,
-                  std::string(name) + ": in use by another thread; give each rank one of its own");
-    }
+    if (flag.exchange(true, std::memory_order_acquire)) refuse(name);
   }
-  explicit Exclusive(PyBackend& backend) : Exclusive(backend.busy, "backend") {}
   Exclusive(const Exclusive&) = delete;
   Exclusive& operator=(const Exclusive&) = delete;
   ~Exclusive() { flag_.store(false, std::memory_order_release); }
 
+  [[noreturn]] static void refuse(const char* name) {
+    throw Error(ErrorCode::kInvalidArgument,
+                std::string(name) + ": in use by another thread; give each rank one of its own");
+  }
+
  private:
   std::atomic<bool>& flag_;
+};
+
+/// The same of a backend. Repeated calls of other threads are waited for.
+class BackendUse {
+ public:
+  explicit BackendUse(PyBackend& backend) : backend_(backend) {
+    for (Use found = Use::kNone;
+         !backend.use.compare_exchange_weak(found, Use::kCall, std::memory_order_acquire);
+         found = Use::kNone) {
+      if (found == Use::kCall) Exclusive::refuse("backend");
+      const nb::gil_scoped_release released;
+      std::this_thread::yield();
+    }
+  }
+  /// For a repeated call, if nobody uses the backend.
+  BackendUse(PyBackend& backend, std::try_to_lock_t) : backend_(backend) {
+    Use found = Use::kNone;
+    is_held_ =
+        backend.use.compare_exchange_strong(found, Use::kRepeated, std::memory_order_acquire);
+  }
+  BackendUse(const BackendUse&) = delete;
+  BackendUse& operator=(const BackendUse&) = delete;
+  ~BackendUse() {
+    if (is_held_) backend_.use.store(Use::kNone, std::memory_order_release);
+  }
+  [[nodiscard]] bool is_held() const noexcept { return is_held_; }
+
+ private:
+  PyBackend& backend_;
+  bool is_held_ = true;
 };
 
 /// A C++ call in progress, without the interpreter's lock: no Python object may be touched.
@@ -63,7 +99,7 @@ class Call {
   }
 
  private:
-  Exclusive backend_;
+  BackendUse backend_;
   std::optional<Exclusive> transport_;
   nb::gil_scoped_release released_;
 };
@@ -172,6 +208,7 @@ void bind_experts(nb::module_& m);
 void bind_layer(nb::module_& m);
 void bind_layer_group(nb::module_& m);
 void bind_local(nb::module_& m);
+void bind_repeated_calls(nb::module_& m);
 void bind_engine(nb::module_& m);
 void bind_workload(nb::module_& m);
 void bind_accuracy(nb::module_& m);

@@ -1,12 +1,18 @@
 #include "repeated_calls.h"
 
+#include <nanobind/stl/optional.h>
+
 #include <algorithm>
+#include <mutex>
 #include <utility>
 #include <vector>
 
 #include "array_dtypes.h"
 
 namespace sluice::python {
+
+using namespace nb::literals;
+
 namespace {
 
 /// False for an array that no framework describes cheaply (framework.h) or that has more dimensions
@@ -77,7 +83,7 @@ void RepeatedCalls::keep(const CallForm& form, const CallDtypes& dtypes) {
 KnownCall::KnownCall(PyLocalExperts& self, const Array& x, const Array& routing,
                      const Array* weights, const std::optional<Array>& x_scale, int expected_m,
                      const std::optional<Array>& out)
-    : self_(self), framework_(Framework::of(x.object)), y_(out) {
+    : self_(&self), framework_(Framework::of(x.object)), y_(out) {
   id_.form.expected_m = expected_m;
   if (!identify(kX, &x) || !identify(kRouting, &routing) || !identify(kWeights, weights) ||
       !identify(kScale, x_scale ? &*x_scale : nullptr)) {
@@ -94,23 +100,39 @@ bool KnownCall::identify(CallTensor which, const Array* array) {
 
 void KnownCall::make_result() {
   const TensorForm& x = id_.form.tensors[kX];
-  const Device device = self_.backend->device();
+  const Device device = self_->backend->device();
   const bool is_there = x.device_type == to_dlpack(device).device_type &&
                         x.device_index == to_dlpack(device).device_id;
   if (!is_there || x.ndim < 2) return;  // Refused later.
   const std::int64_t width = x.shape.at(x.ndim - 1);
-  if (width != self_.hidden && (x.ndim > 2 || width != self_.token_width)) return;
+  if (width != self_->hidden && (x.ndim > 2 || width != self_->token_width)) return;
   const std::vector<std::int64_t> dims(x.shape.begin(), x.shape.begin() + x.ndim);
   y_.emplace(framework_.allocate(export_dtype(DType::kBFloat16, false), dims, device));
 }
 
 bool KnownCall::run() {
   if (!is_identified_) return false;
-  const Exclusive exclusive(*self_.backend);
-  LocalCall* const call = self_.calls.find(id_);
-  const CallDtypes* const dtypes = call == nullptr ? self_.calls.find(id_.form) : nullptr;
+  const BackendUse use(*self_->backend);
+  return find_and_run();
+}
+
+bool KnownCall::run_in_one_of(const nb::list& experts) {
+  if (!is_identified_) return false;
+  PyBackend* const backend = self_->backend;
+  const BackendUse use(*backend, std::try_to_lock);
+  if (!use.is_held()) return false;
+  for (const nb::handle one : experts) {
+    self_ = &nb::cast<PyLocalExperts&>(one);
+    if (self_->backend == backend && find_and_run()) return true;
+  }
+  return false;
+}
+
+bool KnownCall::find_and_run() {
+  LocalCall* const call = self_->calls.find(id_);
+  const CallDtypes* const dtypes = call == nullptr ? self_->calls.find(id_.form) : nullptr;
   if (call == nullptr && dtypes == nullptr) return false;
-  const Stream stream = to_stream(std::nullopt, framework_, self_.backend->device());
+  const Stream stream = to_stream(std::nullopt, framework_, self_->backend->device());
   const nb::gil_scoped_release released;
   if (call != nullptr) {
     call->run(stream);
@@ -123,11 +145,11 @@ bool KnownCall::run() {
 TensorView KnownCall::view(CallTensor which, const CallDtypes& dtypes) const {
   const TensorForm& form = id_.form.tensors[which];
   if (form.ndim < 0) return {};
-  return {id_.data[which], dtypes[which], shape_of(form), self_.backend->device()};
+  return {id_.data[which], dtypes[which], shape_of(form), self_->backend->device()};
 }
 
 void KnownCall::run_form(const CallDtypes& dtypes, Stream stream) {
-  LocalExperts& experts = *self_.experts;
+  LocalExperts& experts = *self_->experts;
   const TensorView x = view(kX, dtypes), scale = view(kScale, dtypes);
   const MutableTensorView y = writable(view(kY, dtypes));
   if (id_.form.tensors[kWeights].ndim < 0) {
@@ -138,13 +160,13 @@ void KnownCall::run_form(const CallDtypes& dtypes, Stream stream) {
                             .row_begin = {},
                             .expected_m = id_.form.expected_m};
     experts.forward_batch(batch, y, stream);
-    if (self_.calls.came_before(id_)) self_.calls.keep(id_, experts.keep_batch(batch, y));
+    if (self_->calls.came_before(id_)) self_->calls.keep(id_, experts.keep_batch(batch, y));
   } else {
     const Routing routing{.topk_idx = view(kRouting, dtypes),
                           .topk_weights = view(kWeights, dtypes)};
     experts.forward(x, routing, y, stream, scale);
-    if (self_.calls.came_before(id_)) {
-      self_.calls.keep(id_, experts.keep(x, routing, y, scale));
+    if (self_->calls.came_before(id_)) {
+      self_->calls.keep(id_, experts.keep(x, routing, y, scale));
     }
   }
 }
@@ -160,9 +182,51 @@ void KnownCall::was_made(const ExpertBatch& batch, const MutableTensorView& y) {
 
 void KnownCall::note(const CallDtypes& dtypes) {
   if (!is_identified_) return;
-  const Exclusive exclusive(*self_.backend);
-  self_.calls.keep(id_.form, dtypes);
-  self_.calls.came_before(id_);
+  const BackendUse use(*self_->backend);
+  self_->calls.keep(id_.form, dtypes);
+  self_->calls.came_before(id_);
+}
+
+namespace {
+
+using KnownExperts = nb::typed<nb::list, PyLocalExperts>;
+
+using Argument = std::optional<Array>;  ///< A call without one is for others to refuse.
+
+nb::object repeat(const KnownExperts& experts, const Argument& x, const Argument& routing,
+                  const Array* weights, const Argument& x_scale, int expected_m,
+                  const Argument& out) {
+  if (experts.size() == 0 || !x || !routing) return nb::none();
+  KnownCall known(nb::cast<PyLocalExperts&>(experts[0]), *x, *routing, weights, x_scale, expected_m,
+                  out);
+  return known.run_in_one_of(experts) ? known.y()->object : nb::none();
+}
+
+}  // namespace
+
+void bind_repeated_calls(nb::module_& m) {
+  m.def(
+      "repeat_topk",
+      [](const KnownExperts& experts, const Argument& x, const Argument& topk_idx,
+         const Argument& topk_weights, const Argument& x_scale, const Argument& out) {
+        return topk_weights ? repeat(experts, x, topk_idx, &*topk_weights, x_scale, 0, out)
+                            : nb::none();
+      },
+      "experts"_a, "x"_a, "topk_idx"_a, "topk_weights"_a, "x_scale"_a = nb::none(),
+      "out"_a = nb::none(),
+      "LocalExperts.forward_topk() of the one among `experts`, which share a backend, that has\n"
+      "made a call of the same shapes, strides and element types before. None if none has, or\n"
+      "while another thread uses the backend: then make the call itself, which checks "
+      "everything.\n\n"
+      "Shapes as for LocalExperts.forward_topk().");
+  m.def(
+      "repeat_batch",
+      [](const KnownExperts& experts, const Argument& x, const Argument& num_rows,
+         const Argument& x_scale, int expected_m, const Argument& out) {
+        return repeat(experts, x, num_rows, nullptr, x_scale, expected_m, out);
+      },
+      "experts"_a, "x"_a, "num_rows"_a, "x_scale"_a = nb::none(), "expected_m"_a = 0,
+      "out"_a = nb::none(), "The same of LocalExperts.forward_batch(), and its shapes.");
 }
 
 }  // namespace sluice::python

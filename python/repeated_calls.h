@@ -119,6 +119,9 @@ class KnownCall {
 
   /// True if it, or one of its form, came before: it is queued, on the framework's current stream.
   [[nodiscard]] bool run();
+  /// The same, which one of several experts may know, whose first one this was made for. False also
+  /// while another thread uses the backend.
+  [[nodiscard]] bool run_in_one_of(const nb::list& experts);
   /// To be told when it has been made of these views.
   void was_made(const TensorView& x, const Routing& routing, const TensorView& x_scale,
                 const MutableTensorView& y);
@@ -127,11 +130,13 @@ class KnownCall {
  private:
   [[nodiscard]] bool identify(CallTensor which, const Array* array);
   void make_result();
+  /// Requires: the backend is this call's.
+  [[nodiscard]] bool find_and_run();
   [[nodiscard]] TensorView view(CallTensor which, const CallDtypes& dtypes) const;
   void run_form(const CallDtypes& dtypes, Stream stream);
   void note(const CallDtypes& dtypes);
 
-  PyLocalExperts& self_;
+  PyLocalExperts* self_;
   Framework framework_;
   CallId id_;
   std::optional<Array> y_;

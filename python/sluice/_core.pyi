@@ -1088,6 +1088,18 @@ class LocalExperts:
     def weight_bytes(self) -> int:
         """Of the repacked weights."""
 
+def repeat_topk(experts: list[LocalExperts], x: sluice._array.Array | None, topk_idx: sluice._array.Array | None, topk_weights: sluice._array.Array | None, x_scale: sluice._array.Array | None = None, out: sluice._array.Array | None = None) -> object:
+    """
+    LocalExperts.forward_topk() of the one among `experts`, which share a backend, that has
+    made a call of the same shapes, strides and element types before. None if none has, or
+    while another thread uses the backend: then make the call itself, which checks everything.
+
+    Shapes as for LocalExperts.forward_topk().
+    """
+
+def repeat_batch(experts: list[LocalExperts], x: sluice._array.Array | None, num_rows: sluice._array.Array | None, x_scale: sluice._array.Array | None = None, expected_m: int = 0, out: sluice._array.Array | None = None) -> object:
+    """The same of LocalExperts.forward_batch(), and its shapes."""
+
 class LocalGroup:
     """
     What the LocalExperts of several layers share: the backend and the rows between the stages.

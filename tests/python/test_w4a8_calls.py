@@ -86,6 +86,25 @@ def test_calls_on_other_memory(arrays, geometry, device):
 
 
 @pytest.mark.parametrize("device", DEVICES)
+def test_a_named_recipe_is_another_call(arrays, geometry, device):
+    """Of the same memory: neither is taken for the other, whichever came first."""
+    torch = Torch(device)
+    weights = [torch.array(a) for a in arrays]
+    plain, scaled = (W4A8Experts(*weights, a1_scale=s, a2_scale=s, backend=sluice.Backend(device)) for s in (None, 0.05))
+    x, idx, w = sluice.make_workload(geometry, TOKENS)
+    x, idx, w = torch.bf16(x), torch.array(idx.astype(np.int64)), torch.array(w)
+    direct, static = (torch.bits(experts.grouped(x, None, idx, w)) for experts in (plain, scaled))
+    assert not np.array_equal(direct, static)
+    out = torch.torch.empty_like(x)
+    for _ in range(4):
+        assert np.array_equal(torch.bits(scaled.grouped(x, None, idx, w, recipe="direct-bf16", out=out)), direct)
+        assert np.array_equal(torch.bits(scaled.grouped(x, None, idx, w, out=out)), static)
+    for missing in ((None, None, idx, w), (x, None, None, w), (x, None, idx, None)):
+        with pytest.raises(sluice.Error, match="expected an array of numpy or a tensor of torch, got NoneType"):
+            scaled.grouped(*missing)
+
+
+@pytest.mark.parametrize("device", DEVICES)
 def test_batches_that_come_again(arrays, geometry, device):
     torch, num, max_m = Torch(device), geometry.num_experts, 4
     experts = W4A8Experts(*[torch.array(a) for a in arrays], backend=sluice.Backend(device))

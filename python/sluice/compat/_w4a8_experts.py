@@ -98,6 +98,8 @@ class W4A8Experts:
         self._max_rows = max_rows
         self._masked: dict[tuple, Any] = {}  # By what decides the recipe.
         self._grouped: dict[tuple, Any] = {}
+        self._known_masked: list[Any] = []  # Those of them whose recipe was not named.
+        self._known_grouped: list[Any] = []
         arrays = []
         for name, array in (("w13", w13), ("w13_scale", w13_scale), ("w2", w2), ("w2_scale", w2_scale)):
             if space_of(array, name).place != space.place:
@@ -171,6 +173,9 @@ class W4A8Experts:
         """See w4a8_moe_masked()."""
         # A call like one before: what C++ checks is enough. What it refuses is looked at below, where
         # arguments are named as they are here, and larger calls are dealt with.
+        if recipe is None and (y := _core.repeat_batch(self._known_masked, x, num_rows, x_scale, expected_m, out)
+                               ) is not None:
+            return y
         layer = self._masked.get((recipe, getattr(x, "dtype", None), _scales_of_row(x_scale)))
         if layer is not None and type(x) is type(num_rows):
             if type(x_scale) is type(x):
@@ -193,6 +198,9 @@ class W4A8Experts:
     def grouped(self, x: Any, x_scale: Any, topk_idx: Any, topk_weights: Any, *,
                 recipe: str | None = None, out: Any = None) -> Any:
         """See w4a8_moe_grouped()."""
+        if recipe is None and (y := _core.repeat_topk(self._known_grouped, x, topk_idx, topk_weights, x_scale, out)
+                               ) is not None:
+            return y
         layer = self._grouped.get((recipe, getattr(x, "dtype", None), _scales_of_row(x_scale)))
         if layer is not None and type(x) is type(topk_idx) is type(topk_weights):
             try:
@@ -230,6 +238,8 @@ class W4A8Experts:
         if layer is None:
             recipe = self._recipe(name, mode, space.is_e4m3(x), _scales_of_row(x_scale))
             layer = layers[key] = self._room.group.add_layer(self._experts, recipe=recipe)
+            if name is None:
+                (self._known_masked if mode == "low-latency" else self._known_grouped).append(layer)
         return layer
 
     def _make_room(self, space: Any, reserve: Any, there_are: int, num_rows: int) -> None:
