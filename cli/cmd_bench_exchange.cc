@@ -97,10 +97,10 @@ void print_header(const Options& options, const ExchangeBenchConfig& config,
         "the next\n",
         report.num_devices, report.link_gbytes_per_s, report.links_together_gbytes_per_s);
   }
+  const bool host_waits = !report.cases.empty() && report.cases.front().host_waits;
   fmt::print(
-      "times     us, slowest rank, medians; pair: {} free-running pairs, no host between; calls: "
-      "host time\n",
-      options.pairs);
+      "times     us, slowest rank, medians; pair: {} free-running pairs, {}; calls: host time\n",
+      options.pairs, host_waits ? "in each of which the host waits for sizes" : "no host between");
 }
 
 void print_cases(const ExchangeBenchConfig& config, const ExchangeBenchReport& report) {
@@ -136,6 +136,7 @@ void fill_json(const Options& options, const ExchangeBenchReport& report, Output
                                   {"rows", c.rows},
                                   {"checked_elements", c.checked_elements},
                                   {"workspace_bytes", c.workspace_bytes},
+                                  {"host_waits", c.host_waits},
                                   {"exchange", to_json(c.exchange)}};
     if (!options.without_all_gather) row["all_gather"] = to_json(c.all_gather);
     output.json["cases"].push_back(row);

@@ -59,6 +59,15 @@ struct NcclConfig {
                                                              const ProcessGroup& group,
                                                              std::chrono::milliseconds timeout);
 
+/// The ranks of a communicator that the caller has: an ncclComm_t, as an opaque handle, of the
+/// library that `config` names. all_gather() takes a stream and a little memory of its device, and
+/// no longer than the timeout. The communicator stays the caller's, who uses it before and after,
+/// and not at the same time: rails need communicators of their own, one for each local rank.
+/// Throws: kUnsupported without NCCL 2.28; kInvalidArgument for a null handle. all_gather() throws
+///   kTransport with what NCCL says; kPeerTimeout, and the communicator is then of no more use.
+[[nodiscard]] ProcessGroup group_of_communicator(void* nccl_comm, const NcclConfig& config,
+                                                 std::chrono::milliseconds timeout);
+
 /// The same, for processes that a launcher started. On one host they need no meeting place.
 /// Throws also: kInvalidArgument naming the variable that is missing, SLUICE_MEETING or
 ///   SLUICE_SECRET, before anything else is tried.

@@ -34,6 +34,7 @@ struct RankReport {
   double pair_us = 0, dispatch_us = 0, combine_us = 0, dispatch_call_us = 0, combine_call_us = 0;
   double dispatch_bytes = 0, combine_bytes = 0, off_rank_bytes = 0;
   std::int64_t checked = 0;
+  bool host_waits = false;
 };
 
 /// Every byte of one pair compared, and what it moved.
@@ -83,6 +84,7 @@ void time_pairs(const ExchangeBenchConfig& bench, BenchRank& rank, Transport& tr
 struct CaseResult {
   ExchangeBenchTimes times;
   std::int64_t checked = 0, rows = 0;
+  bool host_waits = false;
 };
 
 CaseResult run_case(const ExchangeBenchConfig& bench, const ExchangeConfig& config, int tokens,
@@ -99,6 +101,7 @@ CaseResult run_case(const ExchangeBenchConfig& bench, const ExchangeConfig& conf
     time_pairs(bench, rank, transport, stamp, report);
     rank.exchange().check();
     rank.barrier();
+    report.host_waits = !rank.can_be_captured();
     return to_bytes(report);
   });
   CaseResult result;
@@ -114,6 +117,7 @@ CaseResult run_case(const ExchangeBenchConfig& bench, const ExchangeConfig& conf
     t.dispatch_bytes += report.dispatch_bytes, t.combine_bytes += report.combine_bytes;
     off_rank += report.off_rank_bytes;
     result.checked += report.checked;
+    result.host_waits = report.host_waits;
   }
   const double bytes = t.dispatch_bytes + t.combine_bytes;
   t.off_rank_share = bytes > 0 ? off_rank / bytes : 0;
@@ -205,6 +209,7 @@ ExchangeBenchCase bench_case(const ExchangeBenchConfig& bench, int tokens,
   c.workspace_bytes = Exchange::workspace_bytes(config, bench.num_ranks, bench.device);
   const CaseResult mine = run_case(bench, config, tokens, false, run_ranks);
   c.exchange = mine.times, c.rows = mine.rows, c.checked_elements = mine.checked;
+  c.host_waits = mine.host_waits;
   if (bench.with_all_gather) {
     config.num_experts = config.num_topk = bench.num_ranks;
     const CaseResult gathered = run_case(bench, config, tokens, true, run_ranks);

@@ -58,16 +58,18 @@ std::int64_t BenchRank::check() {
 }
 
 std::unique_ptr<Recording> BenchRank::record(int pairs, bool mark_operations) {
-  auto recording = backend_.record(
-      backend_.stream(), [this, pairs, mark_operations](const std::function<void()>& mark) {
-        for (int i = -1; i < pairs; ++i) {
-          Dispatched d = dispatch();
-          if (i >= 0 && mark_operations) mark();
-          combine(std::move(d));
-          if (i < 0 || mark_operations) mark();
-        }
-        if (!mark_operations) mark();
-      });
+  const auto work = [this, pairs, mark_operations](const std::function<void()>& mark) {
+    for (int i = -1; i < pairs; ++i) {
+      Dispatched d = dispatch();
+      if (i >= 0 && mark_operations) mark();
+      combine(std::move(d));
+      if (i < 0 || mark_operations) mark();
+    }
+    if (!mark_operations) mark();
+  };
+  const Stream stream = backend_.stream();
+  auto recording =
+      can_be_captured() ? backend_.record(stream, work) : backend_.repeat(stream, work);
   barrier();
   return recording;
 }

@@ -27,8 +27,15 @@ class BenchRank {
   /// row and element of the first difference.
   [[nodiscard]] std::int64_t check();
 
+  /// False where the host waits in each dispatch, for the sizes of what other hosts send.
+  [[nodiscard]] bool can_be_captured() const {
+    const ExchangeConfig& config = exchange_->config();
+    return config.hosts.num_hosts() == 1 || config.mode == Mode::kLowLatency;
+  }
+
   /// One pair that is not marked, in which ranks that were launched early wait for the others; then
-  /// `pairs` between two marks, or with a mark after each operation.
+  /// `pairs` between two marks, or with a mark after each operation. Called anew at each replay where
+  /// it cannot be captured.
   [[nodiscard]] std::unique_ptr<Recording> record(int pairs, bool mark_operations);
 
   /// Host time of the two calls, medians over `pairs` calls that wait for nothing.

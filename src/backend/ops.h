@@ -143,6 +143,8 @@ class BackendOps : public Backend {
 
   /// Records what `work` queues on `stream`. A GPU needs every kernel in it to have run before.
   [[nodiscard]] virtual std::unique_ptr<Recording> record(Stream stream, MarkedWork work);
+  /// The same for work that cannot be captured: every replay() does it again, on the host, too.
+  [[nodiscard]] virtual std::unique_ptr<Recording> repeat(Stream stream, MarkedWork work);
 
   /// `work` queues the same on any stream it is given: what it queued once may be replayed instead.
   /// Must be gone before the backend.

@@ -45,7 +45,11 @@ std::unique_ptr<RepeatedWork> BackendOps::make_repeated_work(std::function<void(
   return std::make_unique<PlainWork>(std::move(work));
 }
 
-std::unique_ptr<Recording> BackendOps::record(Stream, MarkedWork work) {
+std::unique_ptr<Recording> BackendOps::record(Stream stream, MarkedWork work) {
+  return repeat(stream, std::move(work));
+}
+
+std::unique_ptr<Recording> BackendOps::repeat(Stream, MarkedWork work) {
   return std::make_unique<RepeatedCalls>(std::move(work));
 }
 

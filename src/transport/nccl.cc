@@ -136,6 +136,43 @@ Hosts NcclTransport::hosts() const {
   return num_hosts() == 1 ? Hosts() : Hosts::create(host_of_);
 }
 
+ProcessGroup group_of_communicator(const NcclApi& api, NcclComm comm, milliseconds timeout) {
+  check_argument(comm != nullptr, "nccl_comm is null, not a communicator");
+  const auto check = [&api](int status, const char* call) {
+    if (status == kNcclSuccess) return;
+    fail(ErrorCode::kTransport, "{} of the caller's communicator: NCCL says: {}", call,
+         api.error_string(status));
+  };
+  ProcessGroup group;
+  check(api.count(comm, &group.num_ranks), "ncclCommCount");
+  check(api.user_rank(comm, &group.rank), "ncclCommUserRank");
+  group.all_gather = [&api, comm, timeout, check, rank = group.rank,
+                      num_ranks = static_cast<std::size_t>(group.num_ranks)](
+                         std::span<const std::byte> mine) {
+    std::vector<std::byte> all(num_ranks * mine.size());
+    const int status = api.gather(comm, mine.data(), mine.size(), all.data(), timeout);
+    if (status == kNcclTimedOut) {
+      fail(ErrorCode::kPeerTimeout,
+           "ncclAllGather over the caller's communicator on rank {}: after {} ms not all of its {} "
+           "ranks have come",
+           rank, timeout.count(), num_ranks);
+    }
+    check(status, "ncclAllGather");
+    std::vector<std::vector<std::byte>> parts;
+    for (std::size_t r = 0; r < num_ranks; ++r) {
+      const auto part = std::span(all).subspan(r * mine.size(), mine.size());
+      parts.emplace_back(part.begin(), part.end());
+    }
+    return parts;
+  };
+  return group;
+}
+
+ProcessGroup group_of_communicator(void* nccl_comm, const NcclConfig& config,
+                                   milliseconds timeout) {
+  return group_of_communicator(nccl_library(config.library), nccl_comm, timeout);
+}
+
 std::unique_ptr<Transport> make_nccl_transport(const NcclConfig& config, const TcpConfig& meeting,
                                                milliseconds timeout) {
   FileDescriptor listener(meeting.listener);  // Closed if this rank has no library or no GPU.

@@ -8,6 +8,7 @@
 #pragma once
 
 #include <array>
+#include <chrono>
 #include <cstddef>
 #include <functional>
 #include <string>
@@ -19,6 +20,7 @@ using NcclComm = void*;                     ///< ncclComm_t
 
 inline constexpr int kNcclSuccess = 0;
 inline constexpr int kNcclInProgress = 7;
+inline constexpr int kNcclTimedOut = -1;  ///< Of NcclApi::gather; none of NCCL's.
 /// 2.28.0, as ncclGetVersion() says it.
 inline constexpr int kMinNcclVersion = 22'800;
 
@@ -37,6 +39,16 @@ struct NcclApi {
   std::function<int()> group_start, group_end;
   std::function<int(const void*, std::size_t bytes, int peer, NcclComm, void* stream)> send;
   std::function<int(void*, std::size_t bytes, int peer, NcclComm, void* stream)> receive;
+
+  // Of a communicator that the caller has made.
+  std::function<int(NcclComm, int* num_ranks)> count;
+  std::function<int(NcclComm, int* rank)> user_rank;
+  /// Gathers `bytes` bytes of host memory from every rank into `all`, [ranks, bytes], on a stream
+  /// of its own. kNcclTimedOut: not within the timeout; what is under way then keeps its memory.
+  /// Throws: kCuda, kOutOfMemory.
+  std::function<int(NcclComm, const std::byte* mine, std::size_t bytes, std::byte* all,
+                    std::chrono::milliseconds timeout)>
+      gather;
 };
 
 /// The library at `path`; empty: the one that this process has loaded, or else the loader's

@@ -5,9 +5,11 @@
 #include <dlfcn.h>
 #include <nccl.h>
 
+#include <chrono>
 #include <cstring>
 #include <mutex>
 #include <optional>
+#include <thread>
 
 #include "core/fail.h"
 #include "transport/nccl_api.h"
@@ -59,6 +61,90 @@ int count_devices() {
   if (cudaGetDeviceCount(&count) == cudaSuccess) return count;
   (void)cudaGetLastError();
   return 0;
+}
+
+void check_cuda(cudaError_t status) {
+  if (status == cudaSuccess) return;
+  (void)cudaGetLastError();
+  fail(status == cudaErrorMemoryAllocation ? ErrorCode::kOutOfMemory : ErrorCode::kCuda,
+       "gathering over the caller's communicator: {}", cudaGetErrorString(status));
+}
+
+/// Makes the device of a communicator current, and then the one that was.
+class OnDevice {
+ public:
+  explicit OnDevice(int device) {
+    check_cuda(cudaGetDevice(&before_));
+    check_cuda(cudaSetDevice(device));
+  }
+  ~OnDevice() { (void)cudaSetDevice(before_); }
+  OnDevice(const OnDevice&) = delete;
+  OnDevice& operator=(const OnDevice&) = delete;
+
+ private:
+  int before_ = 0;
+};
+
+/// A stream and device memory of one gather. They are left alone while a kernel may use them.
+struct GatherRoom {
+  explicit GatherRoom(std::size_t bytes) {
+    check_cuda(cudaStreamCreateWithFlags(&stream, cudaStreamNonBlocking));
+    const cudaError_t status = cudaMalloc(&memory, bytes);
+    if (status == cudaSuccess) return;
+    (void)cudaStreamDestroy(stream);
+    check_cuda(status);
+  }
+  ~GatherRoom() {
+    if (is_busy) return;
+    (void)cudaFree(memory);
+    (void)cudaStreamDestroy(stream);
+  }
+  GatherRoom(const GatherRoom&) = delete;
+  GatherRoom& operator=(const GatherRoom&) = delete;
+
+  cudaStream_t stream = nullptr;
+  void* memory = nullptr;
+  bool is_busy = false;
+};
+
+struct GatherFunctions {
+  decltype(&ncclCommCount) count;
+  decltype(&ncclCommCuDevice) device;
+  decltype(&ncclCommGetAsyncError) async_error;
+  decltype(&ncclAllGather) all_gather;
+};
+
+int gather(const GatherFunctions& f, ncclComm_t comm, const std::byte* mine, std::size_t bytes,
+           std::byte* all, std::chrono::milliseconds timeout) {
+  const auto deadline = std::chrono::steady_clock::now() + timeout;
+  int ranks = 0, device = 0;
+  if (const int status = f.count(comm, &ranks); status != ncclSuccess) return status;
+  if (const int status = f.device(comm, &device); status != ncclSuccess) return status;
+  const OnDevice on_device(device);
+  const std::size_t all_bytes = static_cast<std::size_t>(ranks) * bytes;
+  GatherRoom room(bytes + all_bytes);
+  auto* const from = static_cast<std::byte*>(room.memory) + all_bytes;
+  check_cuda(cudaMemcpy(from, mine, bytes, cudaMemcpyHostToDevice));
+  room.is_busy = true;
+  ncclResult_t status = f.all_gather(from, room.memory, bytes, ncclUint8, comm, room.stream);
+  // The communicator may be one that does not block.
+  while (status == ncclInProgress) {
+    if (std::chrono::steady_clock::now() >= deadline) return kNcclTimedOut;
+    std::this_thread::sleep_for(std::chrono::microseconds(50));
+    if (const int asked = f.async_error(comm, &status); asked != ncclSuccess) return asked;
+  }
+  if (status != ncclSuccess) return status;
+  cudaError_t done = cudaStreamQuery(room.stream);
+  while (done == cudaErrorNotReady) {
+    if (f.async_error(comm, &status) == ncclSuccess && status != ncclSuccess) return status;
+    if (std::chrono::steady_clock::now() >= deadline) return kNcclTimedOut;
+    std::this_thread::sleep_for(std::chrono::microseconds(50));
+    done = cudaStreamQuery(room.stream);
+  }
+  check_cuda(done);
+  room.is_busy = false;
+  check_cuda(cudaMemcpy(all, room.memory, all_bytes, cudaMemcpyDeviceToHost));
+  return ncclSuccess;
 }
 
 NcclApi fill(void* library, const std::string& asked) {
@@ -115,6 +201,18 @@ NcclApi fill(void* library, const std::string& asked) {
                                             void* stream) -> int {
     return f(data, bytes, ncclUint8, peer, static_cast<ncclComm_t>(comm),
              static_cast<cudaStream_t>(stream));
+  };
+  api.count = [f = SLUICE_NCCL(ncclCommCount)](NcclComm comm, int* num_ranks) -> int {
+    return f(static_cast<ncclComm_t>(comm), num_ranks);
+  };
+  api.user_rank = [f = SLUICE_NCCL(ncclCommUserRank)](NcclComm comm, int* rank) -> int {
+    return f(static_cast<ncclComm_t>(comm), rank);
+  };
+  const GatherFunctions functions{SLUICE_NCCL(ncclCommCount), SLUICE_NCCL(ncclCommCuDevice),
+                                  SLUICE_NCCL(ncclCommGetAsyncError), SLUICE_NCCL(ncclAllGather)};
+  api.gather = [functions](NcclComm comm, const std::byte* mine, std::size_t bytes, std::byte* all,
+                           std::chrono::milliseconds timeout) {
+    return gather(functions, static_cast<ncclComm_t>(comm), mine, bytes, all, timeout);
   };
   return api;
 }

@@ -18,6 +18,8 @@ constexpr milliseconds kLook{20};
 constexpr milliseconds kAsk{900};
 /// How long NCCL may take to end what is under way.
 constexpr milliseconds kAbort{800};
+/// How long a program that ends waits for one that takes longer.
+constexpr milliseconds kAtTheEnd{3'000};
 /// How long word of who has gone or stopped may take to come after NCCL's own error.
 constexpr milliseconds kWord{500};
 /// A rank that is alive is heard every 500 ms.
@@ -322,6 +324,39 @@ void NcclRail::fail_with(const Error& error, Lock& lock) {
   lock.lock();
 }
 
+namespace {
+
+/// Aborts that were left to themselves. A program that ends waits a little for them: NCCL would go
+/// on in a process whose memory goes. Made after NCCL was opened, so gone before it.
+class LeftAborts {
+ public:
+  ~LeftAborts() {
+    std::unique_lock lock(mutex_);
+    ended_.wait_for(lock, kAtTheEnd, [this] { return num_running_ == 0; });
+  }
+  void begin() {
+    const std::lock_guard lock(mutex_);
+    num_running_ += 1;
+  }
+  void end() {
+    const std::lock_guard lock(mutex_);
+    num_running_ -= 1;
+    ended_.notify_all();
+  }
+
+ private:
+  std::mutex mutex_;
+  std::condition_variable ended_;
+  int num_running_ = 0;
+};
+
+LeftAborts& left_aborts() {
+  static LeftAborts aborts;
+  return aborts;
+}
+
+}  // namespace
+
 /// Ends the communicator, on a thread of its own: it is left to itself if NCCL takes too long.
 void NcclRail::break_off() {
   NcclComm comm = nullptr;
@@ -336,11 +371,16 @@ void NcclRail::break_off() {
     bool is_done = false;
   };
   const auto work = std::make_shared<Work>();
-  std::thread([work, comm, function = api_.abort] {
+  LeftAborts& aborts = left_aborts();
+  aborts.begin();
+  std::thread([work, comm, function = api_.abort, &aborts] {
     (void)function(comm);
-    const std::lock_guard lock(work->mutex);
-    work->is_done = true;
-    work->done.notify_all();
+    {
+      const std::lock_guard lock(work->mutex);
+      work->is_done = true;
+      work->done.notify_all();
+    }
+    aborts.end();
   }).detach();
   std::unique_lock lock(work->mutex);
   work->done.wait_for(lock, kAbort, [&] { return work->is_done; });

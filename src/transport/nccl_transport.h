@@ -16,6 +16,10 @@
 
 namespace sluice {
 
+/// group_of_communicator() over any table of functions, which outlives the group.
+[[nodiscard]] ProcessGroup group_of_communicator(const NcclApi& api, NcclComm comm,
+                                                 std::chrono::milliseconds timeout);
+
 class NcclTransport final : public RailTransport {
  public:
   /// Collective. `api` outlives it. Throws as make_nccl_transport() does.

@@ -79,12 +79,25 @@ class FakeNccl {
       return post(comm, {data, bytes, peer, false}, stream);
     };
     api.group_end = [this] { return end_group(); };
+    api.count = [](NcclComm comm, int* n) {
+      *n = static_cast<Comm*>(comm)->world->num_ranks;
+      return kNcclSuccess;
+    };
+    api.user_rank = [](NcclComm comm, int* rank) {
+      *rank = static_cast<Comm*>(comm)->rank;
+      return kNcclSuccess;
+    };
+    api.gather = [this](NcclComm comm, const std::byte* mine, std::size_t bytes, std::byte* all,
+                        std::chrono::milliseconds timeout) {
+      return gather(*static_cast<Comm*>(comm), mine, bytes, all, timeout);
+    };
     return api;
   }
 
  private:
   struct World {
     int num_ranks = 0, num_joined = 0;
+    std::vector<std::vector<std::byte>> gathered = {};  // By number and rank.
   };
   struct Operation {
     void* data;
@@ -107,6 +120,7 @@ class FakeNccl {
     std::vector<Operation> open = {};  // Of the group under way.
     FakeStream* stream = nullptr;
     bool is_aborted = false;
+    std::size_t num_gathered = 0;
     int status = kNcclSuccess;
   };
 
@@ -183,6 +197,30 @@ class FakeNccl {
     }
     open_.clear();
     return kNcclInProgress;
+  }
+
+  /// Each rank's parts one after the other, in the order of its calls.
+  int gather(Comm& comm, const std::byte* mine, std::size_t bytes, std::byte* all,
+             std::chrono::milliseconds timeout) {
+    std::unique_lock lock(mutex_);
+    auto& parts = comm.world->gathered;
+    parts.resize(static_cast<std::size_t>(comm.world->num_ranks));
+    const std::size_t begin = comm.num_gathered;
+    comm.num_gathered += bytes;
+    auto& own = parts[static_cast<std::size_t>(comm.rank)];
+    own.insert(own.end(), mine, mine + bytes);
+    const auto deadline = std::chrono::steady_clock::now() + timeout;
+    const auto has_come = [&](const auto& part) { return part.size() >= begin + bytes; };
+    while (!std::ranges::all_of(parts, has_come)) {
+      if (std::chrono::steady_clock::now() >= deadline) return kNcclTimedOut;
+      lock.unlock();
+      std::this_thread::sleep_for(std::chrono::milliseconds(1));
+      lock.lock();
+    }
+    for (const auto& part : parts) {
+      all = std::copy_n(part.begin() + static_cast<std::ptrdiff_t>(begin), bytes, all);
+    }
+    return kNcclSuccess;
   }
 
   struct Key {

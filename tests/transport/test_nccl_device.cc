@@ -3,6 +3,7 @@
 #include <cuda_runtime_api.h>
 #include <gmock/gmock.h>
 
+#include <algorithm>
 #include <chrono>
 #include <cstdio>
 #include <cstring>
@@ -11,6 +12,7 @@
 #include <vector>
 
 #include "multirank/run_ranks.h"
+#include "transport/nccl_api.h"
 #include "transport/rails.h"
 
 namespace sluice::testing {
@@ -177,6 +179,59 @@ TEST_F(NcclDeviceTest, ARankThatDoesNotComeIsNamedAndTheStreamEnds) {
   }
   (void)ipc->all_gather({}, kProcessTimeout);
   rail.stop_watching(watch);
+}
+
+/// A communicator of all processes, made as a program would make it. Null where two of them share a
+/// host and a GPU, which NCCL takes for a mistake.
+NcclComm make_communicator(const NcclApi& api, Transport& ipc, int num_hosts) {
+  const int ranks = ipc.num_ranks(), devices = num_devices(Device::Kind::kCuda);
+  if (ranks / num_hosts > devices) return nullptr;
+  NcclId id{};
+  const int made = ipc.rank() == 0 ? api.new_id(&id) : kNcclSuccess;
+  EXPECT_EQ(made, kNcclSuccess);
+  const auto ids = ipc.all_gather(id, kProcessTimeout);
+  std::ranges::copy(ids[0], id.begin());
+  NcclComm comm = nullptr;
+  int status = api.init(&comm, ranks, id, ipc.rank(), ipc.rank() % devices);
+  const auto deadline = Clock::now() + kProcessTimeout;
+  while (status == kNcclInProgress && Clock::now() < deadline) {
+    EXPECT_EQ(api.async_error(comm, &status), kNcclSuccess);
+    std::this_thread::sleep_for(std::chrono::milliseconds(1));
+  }
+  EXPECT_EQ(status, kNcclSuccess) << api.error_string(status);
+  return comm;
+}
+
+// An ncclComm_t that the program has is enough to make rails, and works on afterwards.
+TEST_F(NcclDeviceTest, ACommunicatorOfTheCallerMakesATransport) {
+  const NcclApi& api = nccl_library("");
+  const auto ipc = make_process_transport("ipc", 0, kProcessTimeout);
+  const auto first = make_nccl_over(*ipc, kProcessTimeout);
+  const int num_hosts = first->hosts().num_hosts();
+  const NcclComm comm = make_communicator(api, *ipc, num_hosts);
+  if (comm == nullptr) {
+    std::printf("skipped: ranks of a host share a GPU\n");
+    GTEST_SKIP();
+  }
+  const int device = ipc->rank() % num_devices(Device::Kind::kCuda);
+  const ProcessGroup group = group_of_communicator(comm, NcclConfig{}, kProcessTimeout);
+  EXPECT_EQ(group.rank, ipc->rank());
+  EXPECT_EQ(group.num_ranks, ipc->num_ranks());
+  {
+    const auto transport = make_nccl_transport({.device = device}, group, kProcessTimeout);
+    EXPECT_TRUE(transport->hosts() == first->hosts());
+    Rail& rail = *dynamic_cast<RailTransport&>(*transport).rail();
+    Pieces pieces(rail, 4'096);
+    ASSERT_NO_FATAL_FAILURE(pieces.fill(1));
+    rail.exchange(pieces.sends, pieces.receives, pieces.stream);
+    ASSERT_NO_FATAL_FAILURE(pieces.expect(1));
+    (void)transport->all_gather({}, kProcessTimeout);
+  }
+  const auto byte = static_cast<std::byte>(ipc->rank());
+  const auto all = group.all_gather({&byte, 1});
+  for (std::size_t r = 0; r < all.size(); ++r) EXPECT_EQ(static_cast<std::size_t>(all[r][0]), r);
+  (void)ipc->all_gather({}, kProcessTimeout);
+  EXPECT_EQ(api.abort(comm), kNcclSuccess);
 }
 
 }  // namespace

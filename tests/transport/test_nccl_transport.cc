@@ -4,6 +4,7 @@
 
 #include <barrier>
 #include <future>
+#include <thread>
 
 #include "core/file_descriptor.h"
 #include "fake_nccl.h"
@@ -174,6 +175,69 @@ TEST(NcclTransport, AnyGroupAgreesOnAMeetingPlace) {
     }));
   }
   for (auto& rank : ranks) EXPECT_EQ(rank.get().text, "");
+}
+
+/// A communicator as the caller would have made it.
+NcclComm make_communicator(const NcclApi& api, int num_ranks, const NcclId& id, int rank) {
+  NcclComm comm = nullptr;
+  EXPECT_EQ(api.init(&comm, num_ranks, id, rank, 0), kNcclInProgress);
+  for (int status = kNcclInProgress; status == kNcclInProgress;) {
+    EXPECT_EQ(api.async_error(comm, &status), kNcclSuccess);
+    std::this_thread::yield();
+  }
+  return comm;
+}
+
+TEST(NcclTransport, ACommunicatorOfTheCallerIsAGroup) {
+  constexpr int kRanks = 4;
+  FakeNccl nccl;
+  const NcclApi api = nccl.api();
+  NcclId id{};
+  ASSERT_EQ(api.new_id(&id), kNcclSuccess);
+  std::vector<std::future<std::string>> ranks;
+  for (int r = 0; r < kRanks; ++r) {
+    ranks.push_back(std::async(std::launch::async, [&, r]() -> std::string {
+      const NcclComm comm = make_communicator(api, kRanks, id, r);
+      try {
+        const ProcessGroup group = group_of_communicator(api, comm, 20s);
+        EXPECT_EQ(group.rank, r);
+        EXPECT_EQ(group.num_ranks, kRanks);
+        const TcpConfig meeting = agree_on_meeting(group);
+        NcclTransport transport(api, {.host = r < 2 ? "a" : "b"}, meeting, 20s);
+        EXPECT_THAT(ranks_of_rail(transport), ElementsAre(r % 2, r % 2 + 2));
+        // It is the caller's still, and works.
+        const auto byte = static_cast<std::byte>(r);
+        const auto all = group.all_gather({&byte, 1});
+        for (std::size_t i = 0; i < kRanks; ++i) EXPECT_EQ(static_cast<std::size_t>(all[i][0]), i);
+        (void)transport.all_gather({}, 20s);
+      } catch (const Error& error) {
+        return error.what();
+      }
+      EXPECT_EQ(api.abort(comm), kNcclSuccess);
+      return "";
+    }));
+  }
+  for (auto& rank : ranks) EXPECT_EQ(rank.get(), "");
+}
+
+TEST(NcclTransport, ACommunicatorWhoseRanksDoNotComeIsNotWaitedForWithoutEnd) {
+  FakeNccl nccl;
+  const NcclApi api = nccl.api();
+  NcclId id{};
+  ASSERT_EQ(api.new_id(&id), kNcclSuccess);
+  auto other = std::async(std::launch::async, [&] { return make_communicator(api, 2, id, 1); });
+  const NcclComm comm = make_communicator(api, 2, id, 0);
+  (void)other.get();
+  const ProcessGroup group = group_of_communicator(api, comm, 100ms);
+  try {
+    (void)agree_on_meeting(group);
+    ADD_FAILURE() << "rank 1 did not come";
+  } catch (const Error& error) {
+    EXPECT_EQ(error.code(), ErrorCode::kPeerTimeout);
+    EXPECT_THAT(error.what(),
+                HasSubstr("on rank 0: after 100 ms not all of its 2 ranks have come"));
+  }
+  EXPECT_THROW((void)group_of_communicator(api, nullptr, 1s), Error);
 }
 
 }  // namespace

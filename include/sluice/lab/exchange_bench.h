@@ -49,6 +49,7 @@ struct ExchangeBenchCase {
   std::int64_t rows = 0;              ///< All ranks' token copies for experts.
   std::int64_t checked_elements = 0;  ///< Compared with the definition before timing; all equal.
   std::size_t workspace_bytes = 0;    ///< Of one rank.
+  bool host_waits = false;            ///< In each dispatch, for sizes: normal mode over hosts.
   ExchangeBenchTimes exchange = {}, all_gather = {};
 };
 

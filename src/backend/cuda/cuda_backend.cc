@@ -100,6 +100,10 @@ class CudaBackend final : public BackendOps {
     use_device();
     return cuda::record_graph(stream.handle, work);
   }
+  [[nodiscard]] std::unique_ptr<Recording> repeat(Stream stream, MarkedWork work) override {
+    use_device();
+    return cuda::repeat_calls(stream.handle, std::move(work));
+  }
   [[nodiscard]] std::unique_ptr<RepeatedWork> make_repeated_work(
       std::function<void(Stream)> work) override {
     return cuda::make_repeated_work(index_, stream_, patience_, std::move(work));
