@@ -34,8 +34,8 @@ class BenchRank {
   }
 
   /// One pair that is not marked, in which ranks that were launched early wait for the others; then
-  /// `pairs` between two marks, or with a mark after each operation. Called anew at each replay where
-  /// it cannot be captured.
+  /// `pairs` between two marks, or with a mark after each operation. Called anew at each replay
+  /// where it cannot be captured.
   [[nodiscard]] std::unique_ptr<Recording> record(int pairs, bool mark_operations);
 
   /// Host time of the two calls, medians over `pairs` calls that wait for nothing.

@@ -14,7 +14,7 @@
 #include <vector>
 
 #include "support/scalar_backend.h"
-#include "transport/fake_nccl.h"
+#include "transport/fake_stream.h"
 
 namespace sluice::testing {
 
