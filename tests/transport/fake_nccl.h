@@ -10,7 +10,6 @@
 #include <atomic>
 #include <chrono>
 #include <cstring>
-#include <functional>
 #include <map>
 #include <memory>
 #include <mutex>
@@ -73,12 +72,10 @@ class FakeNccl {
     };
     api.group_end = [this] { return end_group(); };
     api.count = [](NcclComm comm, int* n) {
-      *n = static_cast<Comm*>(comm)->world->num_ranks;
-      return kNcclSuccess;
+      return *n = static_cast<Comm*>(comm)->world->num_ranks, kNcclSuccess;
     };
     api.user_rank = [](NcclComm comm, int* rank) {
-      *rank = static_cast<Comm*>(comm)->rank;
-      return kNcclSuccess;
+      return *rank = static_cast<Comm*>(comm)->rank, kNcclSuccess;
     };
     api.gather = [this](NcclComm comm, const std::byte* mine, std::size_t bytes, std::byte* all,
                         std::chrono::milliseconds timeout) {
@@ -113,7 +110,6 @@ class FakeNccl {
     std::vector<Operation> open = {};  // Of the group under way.
     FakeStream* stream = nullptr;
     bool is_aborted = false;
-    std::size_t num_gathered = 0;
     int status = kNcclSuccess;
   };
 
@@ -198,9 +194,8 @@ class FakeNccl {
     std::unique_lock lock(mutex_);
     auto& parts = comm.world->gathered;
     parts.resize(static_cast<std::size_t>(comm.world->num_ranks));
-    const std::size_t begin = comm.num_gathered;
-    comm.num_gathered += bytes;
     auto& own = parts[static_cast<std::size_t>(comm.rank)];
+    const std::size_t begin = own.size();
     own.insert(own.end(), mine, mine + bytes);
     const auto deadline = std::chrono::steady_clock::now() + timeout;
     const auto has_come = [&](const auto& part) { return part.size() >= begin + bytes; };
