@@ -8,7 +8,8 @@
 rank 2 with its host.
 
 Prints a table in Markdown. Exits with 1 if a survivor did not report an error that names rank,
-operation and epoch within the timeout plus one second, if it names any other rank than the one
+operation and epoch within the timeout plus one second, counted from the fault or, on a rank that
+came later to the call in which it failed, from there. So, too, if it names any other rank than the one
 that was killed or stopped or sent a wrong message, if anything hung, or if a process or a
 shared-memory file was left behind.
 
@@ -181,8 +182,9 @@ def judge(case, out, err, hung, left):
     fault, place, pattern, mode = case
     limit = LIMIT_MS + LATE_MS * fault.endswith("late")
     began = [int(m) for m in re.findall(r"fault_rank began at (\d+)", out)]
-    reports = {int(r): (int(at), code, [int(n) for n in ranks.split()], text)
-               for r, at, code, ranks, text in re.findall(r"fault_rank (\d+): at (\d+) \[([^\]]*)\] ranks([ \d]*): ?(.*)", out)}
+    reports = {int(r): (int(at), int(since), code, [int(n) for n in ranks.split()], text)
+               for r, at, since, code, ranks, text in
+               re.findall(r"fault_rank (\d+): at (\d+) in a call since (\d+) \[([^\]]*)\] ranks([ \d]*): ?(.*)", out)}
     wrong = []
     if hung:
         wrong.append("hung")
@@ -196,13 +198,16 @@ def judge(case, out, err, hung, left):
         if r not in reports:
             wrong.append(f"rank {r} said nothing")
             continue
-        at, code, ranks, text = reports[r]
+        at, since, code, ranks, text = reports[r]
         if pattern is None:
             if code != "ok":
                 wrong.append(f"rank {r}: [{code}] {text}")
             continue
         if began:
             times.append(at - began[0])
+            took = at - max(began[0], since)
+            if took > limit:
+                wrong.append(f"rank {r}: {at - began[0]} ms after the fault and {at - since} ms in its call, limit {limit}")
         # A rank that stops because another survivor stopped first must name somebody, too; the
         # victim is named by at least one.
         if code not in ("peer timeout", "transport error"):
@@ -212,13 +217,11 @@ def judge(case, out, err, hung, left):
         is_named = fault.split(",")[0] in ("kill", "stop") or f"from rank {VICTIM}: message" in text
         if is_named and ranks != [VICTIM]:
             wrong.append(f"rank {r} names {ranks}, not {[VICTIM]}: {text}")
-    if pattern and not any(re.search(pattern, reports[r][3]) for r in survivors if r in reports):
+    if pattern and not any(re.search(pattern, reports[r][4]) for r in survivors if r in reports):
         wrong.append("no survivor says what happened: " + "; ".join(
-            f"{r}: {reports[r][3]}" for r in survivors if r in reports))
-    if times and max(times) > limit:
-        wrong.append(f"{max(times)} ms after the fault, limit {limit}")
-    example = next((reports[r][3] for r in survivors
-                    if r in reports and pattern and re.search(pattern, reports[r][3])), "all finish, all rows right")
+            f"{r}: {reports[r][4]}" for r in survivors if r in reports))
+    example = next((reports[r][4] for r in survivors
+                    if r in reports and pattern and re.search(pattern, reports[r][4])), "all finish, all rows right")
     seen = f"{min(times)}-{max(times)}" if times else "-"
     return case, seen, example, wrong, err
 

@@ -59,6 +59,11 @@ std::int64_t now_ms() {
   clock_gettime(CLOCK_MONOTONIC, &t);
   return std::int64_t{t.tv_sec} * 1000 + t.tv_nsec / 1'000'000;
 }
+/// When this rank began the call that it is in, which may be after the fault on a busy machine.
+std::atomic<std::int64_t> call_began{0};
+void begin_call() {
+  call_began = now_ms();
+}
 void note_fault() {
   fmt::print("fault_rank began at {}\n", now_ms());
   std::fflush(stdout);
@@ -166,11 +171,13 @@ class MiddleTransport final : public Transport {
   [[nodiscard]] std::unique_ptr<Window> make_window(std::size_t bytes, int num_flags,
                                                     std::chrono::milliseconds timeout) override {
     here("creation", options.round);
+    begin_call();
     return std::make_unique<MiddleWindow>(inner_.make_window(bytes, num_flags, timeout), round,
                                           operation);
   }
   [[nodiscard]] std::vector<std::vector<std::byte>> all_gather(
       std::span<const std::byte> mine, std::chrono::milliseconds timeout) override {
+    begin_call();
     return inner_.all_gather(mine, timeout);
   }
   [[nodiscard]] TransportCounters counters() const override { return inner_.counters(); }
@@ -198,6 +205,7 @@ void flood(Transport& world) {
   const auto window = world.make_window(1 << 20, 1, timeout);
   if (this_rank == options.victim) here("put", options.round);
   const std::vector<std::byte> data(1 << 20);
+  begin_call();
   for (int i = 0; i < 64; ++i) window->put(options.victim, 0, data);
 }
 
@@ -208,9 +216,11 @@ void moving_rounds(Transport& world) {
                                      std::chrono::milliseconds(options.timeout_ms));
   for (int& round = transport.round; round < 2 * options.round; ++round) {
     transport.operation = "forward";
+    begin_call();
     if (!layer.forward_is_exact()) throw std::logic_error("wrong rows");
     here("before-rebalance", round);
     transport.operation = "rebalance";
+    begin_call();
     layer.move();
     here("after-rebalance", round);
   }
@@ -241,6 +251,7 @@ void rounds(Transport& world) {
       (void)exchange.dispatch(t.x_view(this_rank), t.routing(this_rank), {});
     }
     transport.operation = "dispatch";
+    begin_call();
     Dispatched d = exchange.dispatch(t.x_view(this_rank), t.routing(this_rank), {});
     std::vector<std::uint16_t> rows,
         y(static_cast<std::size_t>(t.num_tokens[this_rank] * t.hidden));
@@ -251,6 +262,7 @@ void rounds(Transport& world) {
     const TensorView expert_y(rows.data(), DType::kBFloat16, d.batch().x.shape);
     here("before-combine", round);
     transport.operation = "combine";
+    begin_call();
     exchange.combine(std::move(d), expert_y, out, {});
     here("after-combine", round);
   }
@@ -270,6 +282,7 @@ int run() {
       MPI_Comm_rank(MPI_COMM_WORLD, &this_rank);
       here("start", options.round);
     }
+    begin_call();
     const auto world = sluice::testing::make_process_transport(
         options.transport, 0, std::chrono::milliseconds(options.timeout_ms));
     this_rank = world->rank();
@@ -279,8 +292,8 @@ int run() {
   } catch (const std::exception& error) {
     code = "wrong", text = error.what();
   }
-  fmt::print("fault_rank {}: at {} [{}] ranks{}: {}\n", this_rank, now_ms(), code, list_of(ranks),
-             text);
+  fmt::print("fault_rank {}: at {} in a call since {} [{}] ranks{}: {}\n", this_rank, now_ms(),
+             call_began.load(), code, list_of(ranks), text);
   std::fflush(stdout);
   if (options.transport == "ipc") return code == "ok" ? 0 : 4;
   // With a rank gone there is no end of MPI to wait for.

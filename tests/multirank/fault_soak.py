@@ -10,8 +10,9 @@ each test:
 
     test_ipc_faults              100 passed    0 failed    3.9 s each at most
 
-The output of every run that failed is printed at once, before that line. Exits with 0 if no run failed, with
-1 if one did, with 2 if there is no such test. A run is a failure, too, if it takes longer than the
+The output of every run that failed is printed at once, before that line. An interrupt or SIGTERM ends the soak after
+the line of the test under way. Exits with 0 if no run failed, with 1 if one did or the soak was ended, with 2 if
+there is no such test. A run is a failure, too, if it takes longer than the
 test's TIMEOUT in ctest. A test that cannot run on this machine is skipped, and its line says so.
 """
 import argparse
@@ -88,16 +89,21 @@ def main():
     spin = "import os\nparent = os.getppid()\nwhile os.getppid() == parent: pass"
     busy = [subprocess.Popen([sys.executable, "-c", spin]) for _ in range(options.load)]
     num_failed = 0
+    ended = []
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda *_: ended.append(True))
     try:
         for name, *how in tests:
             results, longest = [], 0.0
-            while len(results) < options.times and results[:1] != ["skipped"]:
+            while len(results) < options.times and results[:1] != ["skipped"] and not ended:
                 result, seconds = run_once(*how)
                 results.append(result)
                 longest = max(longest, seconds)
                 if result not in ("passed", "skipped"):
                     print(f"{name} run {len(results)} failed:", flush=True)
                     print("    " + result.rstrip().replace("\n", "\n    "), flush=True)
+            if not results:
+                break
             if results == ["skipped"]:
                 print(f"{name:28} skipped: it cannot run here", flush=True)
                 continue
@@ -109,8 +115,8 @@ def main():
         for process in busy:
             process.kill()
             process.wait()
-    print(f"{num_failed} runs failed")
-    return 1 if num_failed else 0
+    print(f"{num_failed} runs failed" + ", ended before all had run" * bool(ended))
+    return 1 if num_failed or ended else 0
 
 
 sys.exit(main())

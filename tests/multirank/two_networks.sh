@@ -93,4 +93,4 @@ while [ "$(ranks | wc -l)" -gt 0 ]; do
   sleep 0.05
 done
 echo "link cut: all four ranks had ended $((($(date +%s%N) - cut) / 1000000)) ms later (timeout 2000 ms)"
-grep -a "rank.*missing rank" "$work/cut" | head -n 2 || { cat "$work/cut"; echo "FAILED: no rank is named"; exit 1; }
+grep -a -m 2 "rank.*missing rank" "$work/cut" || { cat "$work/cut"; echo "FAILED: no rank is named"; exit 1; }
