@@ -79,14 +79,21 @@ SLUICE_STEP void signal_mates(const Team& team, const RailSlot& p, std::size_t f
   }
 }
 
-/// Until every mate's flag says `want`, which may be `newest` instead. All of the team get the same
-/// answer; false: the exchange has stopped.
+/// What a mate's flag says when it has come to this point of the slot's dispatch `epoch`: its rows
+/// are here, it may be read, or, before the dispatch, the one before it may be forgotten.
+SLUICE_STEP std::uint64_t awaited_flag(Operation op, std::uint64_t epoch) {
+  return op == kCombineRows ? 2 * epoch : op == kReuse ? 2 * (epoch - 1) : epoch;
+}
+/// Of a mate that has gone on as far as it can without this rank: where it dropped its dispatch.
+SLUICE_STEP std::uint64_t newest_flag(Operation op, std::uint64_t epoch) {
+  return awaited_flag(op, epoch) + (op == kReuse ? 1 : 0);
+}
+
+/// Until every mate's flag says awaited_flag(), or newest_flag() instead. All of the team get the
+/// same answer; false: the exchange has stopped.
 SLUICE_STEP bool wait_for_mates(const Team& team, const RailSlot& p, std::size_t flags,
                                 Operation op, std::uint64_t epoch) {
-  const std::uint64_t want = op == kCombineRows ? 2 * epoch
-                             : op == kReuse     ? 2 * (epoch - 1)
-                                                : epoch;
-  const std::uint64_t newest = op == kReuse ? want + 1 : want;
+  const std::uint64_t want = awaited_flag(op, epoch), newest = newest_flag(op, epoch);
   bool ok = true;
   for (int m = team.index; m < num_mates(p); m += team.size) {
     const std::uint64_t* const flag = in_window<std::uint64_t>(p, p.window.rank, flags) + m;
