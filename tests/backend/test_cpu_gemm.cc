@@ -3,11 +3,13 @@
 #include <gtest/gtest.h>
 #include <hwy/highway.h>
 
+#include <algorithm>
 #include <bit>
 #include <cmath>
 #include <cstdint>
 #include <cstring>
 #include <random>
+#include <set>
 #include <vector>
 
 #include "backend/cpu/cpu_features.h"
@@ -24,7 +26,7 @@ using cpu::TileUnit;
 constexpr DigitLayout kLayouts[] = {DigitLayout::kBytes, DigitLayout::kWords, DigitLayout::kTiles};
 
 /// Which activations a case has.
-enum class Codes { kAny, kOnlyLarge, kOnlySmall, kMixed };
+enum class Codes { kAny, kOnlyLarge, kOnlySmall, kMixed, kLargeAndSmall };
 
 /// A matrix of random weights, rows of random codes, and what their product has to be.
 struct GemmCase {
@@ -68,18 +70,22 @@ class Gemm {
                                 .k = c_.k};
     const std::size_t groups = x_.size() / cpu::kGroup;
     // Digits that are not to be read are not zero.
-    std::vector<std::uint8_t> digits(groups * cpu::kMainDigitBytes, 0x5a), low(digits);
+    const auto padded = static_cast<std::size_t>(cpu::RowTiles(c_.rows).padded() * c_.k / 128);
+    std::vector<std::uint8_t> digits(padded * cpu::kMainDigitBytes, 0x5a), low(digits);
     std::vector<cpu::DigitGroup> infos(groups);
+    std::vector<cpu::TileLows> lows(groups);
     const cpu::DigitRows rows{.layout = layout,
                               .digits = digits.data(),
                               .low = low.data(),
                               .groups = infos.data(),
+                              .lows = lows.data(),
                               .rows = c_.rows};
     for (int r = 0; r < c_.rows; ++r) {
       for (std::int64_t g = 0; g < c_.k / cpu::kGroup; ++g) {
         rows.set(g, r, &x_[static_cast<std::size_t>(r * c_.k + g * cpu::kGroup)], x_scale(r, g));
       }
     }
+    for (std::int64_t g = 0; g < c_.k / cpu::kGroup; ++g) rows.complete(g);
     std::vector<float> acc(static_cast<std::size_t>(c_.n * c_.rows), -1.0f);
     cpu::gemm_tile({.weights = &m,
                     .num_blocks = static_cast<int>(c_.n / cpu::kBlockN),
@@ -130,6 +136,9 @@ class Gemm {
         return sign | 0x7e;
       case Codes::kOnlySmall:
         return static_cast<std::uint8_t>(sign | random_() % 32);
+      case Codes::kLargeAndSmall:  // Sums beyond float32's 24 bits whose last bits are not zero.
+        return static_cast<std::uint8_t>(sign & (random_() % 8 == 0 ? 0x80 : 0)) |
+               static_cast<std::uint8_t>(random_() % 16 == 0 ? random_() % 32 : 0x7e);
       case Codes::kMixed:
         break;
     }
@@ -206,11 +215,14 @@ TEST(CpuGemm, EveryLayoutOnEveryInstructionSet) {
 
 TEST(CpuGemm, AnyActivations) {
   std::vector<Gemm> cases;
-  for (const Codes kind : {Codes::kAny, Codes::kOnlyLarge, Codes::kOnlySmall}) {
+  for (const Codes kind :
+       {Codes::kAny, Codes::kOnlyLarge, Codes::kOnlySmall, Codes::kLargeAndSmall}) {
     for (const int group_size : {128, 32}) {
       for (const WeightFormat format : {WeightFormat::kInt4, WeightFormat::kMxfp4}) {
-        cases.emplace_back(
-            GemmCase{.format = format, .group_size = group_size, .rows = 6, .kind = kind, .n = 32});
+        for (const int rows : {6, 32}) {
+          cases.emplace_back(GemmCase{
+              .format = format, .group_size = group_size, .rows = rows, .kind = kind, .n = 48});
+        }
       }
     }
   }
@@ -226,7 +238,7 @@ TEST(CpuGemm, DigitsAreTheValue) {
     for (int k = 0; k < 128; ++k) {
       std::uint8_t codes[128] = {}, main[cpu::kMainDigitBytes], low[cpu::kLowDigitBytes];
       codes[k] = static_cast<std::uint8_t>(code);
-      for (const DigitLayout layout : kLayouts) {
+      for (const DigitLayout layout : {DigitLayout::kBytes, DigitLayout::kWords}) {
         std::memset(low, 0, sizeof low);
         const cpu::DigitGroup g = cpu::split_digits(layout, codes, 3.0f, main, low);
         EXPECT_EQ(g.scale, 3.0f / 512);
@@ -235,13 +247,9 @@ TEST(CpuGemm, DigitsAreTheValue) {
         std::uint64_t mask = 0;
         const int i = k % 8, line = k / 8;
         if (layout != DigitLayout::kWords) {
-          const bool tiles = layout == DigitLayout::kTiles;
-          const int step = line * 2 + i % 2;
-          const int half = tiles ? line / 8 * 128 + line % 8 * 8 + i % 2 * 4 + i / 2
-                                 : line * 16 + i % 2 * 8 + i / 2;
+          const int step = line * 2 + i % 2, half = line * 16 + i % 2 * 8 + i / 2;
           const auto digit = [](std::uint8_t byte) { return static_cast<std::int8_t>(byte); };
-          sum = digit(low[step * 4 + i / 2]) + digit(main[half]) * 8 +
-                digit(main[half + (tiles ? 64 : 4)]) * 2048;
+          sum = digit(low[step * 4 + i / 2]) + digit(main[half]) * 8 + digit(main[half + 4]) * 2048;
           if (low[step * 4 + i / 2] != 0) mask = std::uint64_t{1} << step;
         } else {
           const int step = line * 4 + i % 2 * 2 + i / 2 % 2;
@@ -256,6 +264,56 @@ TEST(CpuGemm, DigitsAreTheValue) {
       }
     }
   }
+}
+
+/// Digits of tiles: of each value, beside as many of the largest values as make each cut. What
+/// float32 is to hold are the main digits, multiples of 2^cut whose sum is not above `magnitude`.
+TEST(CpuGemm, DigitsForTilesAreTheValue) {
+  constexpr std::int64_t kStride = 100;
+  std::set<int> cuts;
+  for (const int num_large : {0, 9, 12, 30, 127}) {
+    for (int code = 0; code < 256; ++code) {
+      const float value = e4m3_to_float(static_cast<std::uint8_t>(code));
+      if (std::isnan(value)) continue;
+      for (const int place : {0, 1, 2, 3, 4, 5, 6, 7, 45, 127}) {
+        std::uint8_t codes[128] = {}, main[4 * kStride], low[cpu::kLowDigitBytes] = {};
+        for (int i = 1; i <= num_large; ++i) codes[(place + i) % 128] = 0xfe;
+        codes[place] = static_cast<std::uint8_t>(code);
+        const cpu::DigitGroup g = cpu::split_digits_for_tiles(codes, 3.0f, main, kStride, low);
+        EXPECT_EQ(g.scale, 3.0f / 512);
+        double sum = 0;
+        std::uint64_t mask = 0;
+        float main_of_place = 0;
+        for (int k = 0; k < 128; ++k) {
+          const int at = k / 8 * 8 + k % 2 * 4 + k / 2 % 2 * 2 + k / 4 % 2;
+          std::uint16_t bits = 0;
+          std::memcpy(&bits, main + at / 32 * kStride + at % 32 * 2, 2);
+          const float digit = bf16_to_float(bits);
+          const int least = static_cast<std::int8_t>(low[at]);
+          ASSERT_EQ(digit + static_cast<float>(least), e4m3_to_float(codes[k]) * 512)
+              << "code " << code << " at " << place << ", " << num_large << " large, k " << k;
+          if (least != 0) mask |= std::uint64_t{1} << at / 2;
+          if (k == place) main_of_place = digit;
+          sum += std::fabs(digit);
+        }
+        ASSERT_EQ(g.low, mask);
+        double all = 0, part[4] = {};
+        for (int k = 0; k < 128; ++k) part[k / 32] += std::fabs(e4m3_to_float(codes[k])) * 512 + 4;
+        for (const double p : part) all += p;
+        double most = all * 8;
+        for (const double p : part) most = std::max(most, p * 12);
+        int cut = 0;
+        while (cut < 3 && most > std::ldexp(1.0, 24 + cut)) ++cut;
+        cuts.insert(cut);
+        const double unit = std::ldexp(1.0, cut);
+        ASSERT_EQ(std::fmod(main_of_place, unit), 0) << "code " << code << ", cut " << cut;
+        ASSERT_LE(sum, g.magnitude * unit);
+        ASSERT_LE(g.magnitude * unit, all + unit);
+        for (const double p : part) ASSERT_LE(p * 12, std::ldexp(1.0, 24 + cut));
+      }
+    }
+  }
+  EXPECT_EQ(cuts.size(), 4u);
 }
 
 }  // namespace

@@ -1,6 +1,7 @@
 // The dot products of gemm_tile.cc by themselves: in registers, without scales.
 #include <algorithm>
 #include <atomic>
+#include <bit>
 #include <chrono>
 #include <cstdint>
 #include <ctime>
@@ -97,28 +98,28 @@ HWY_INLINE VI32 dot_steps(const std::uint8_t* bytes) {
   return hn::Add(hn::Add(low, mid), high);
 }
 
-/// As multiply_unit() has them in gemm_tiles-inl.h: four sums, two operands of either side.
+/// As tile_pipeline-inl.h has them: four sums, two operands of either side.
 template <class Tiles>
 std::int64_t tile_steps(const std::uint8_t* bytes, std::uint32_t* sink) {
   constexpr int kTileSteps = kSteps / 16;
-  Tiles tiles{TileShape{}};
+  Tiles tiles(kTileRows);
   tiles.template load<4>(bytes, 0), tiles.template load<5>(bytes + 64, 0);
   tiles.template load<6>(bytes + 128, 0), tiles.template load<7>(bytes + 192, 0);
   tiles.template zero<0>(), tiles.template zero<1>();
   tiles.template zero<2>(), tiles.template zero<3>();
   for (int step = 0; step < kTileSteps; ++step) {
-    tiles.template dot<0, 4, 6>(), tiles.template dot<1, 5, 6>();
-    tiles.template dot<2, 4, 7>(), tiles.template dot<3, 5, 7>();
+    tiles.template dot<0, 4, 6>(), tiles.template dot<1, 4, 7>();
+    tiles.template dot<2, 5, 6>(), tiles.template dot<3, 5, 7>();
   }
-  alignas(64) std::int32_t sums[4][kTileRows * kTileN];
+  alignas(64) float sums[4][kTileRows * kTileN];
   tiles.template store<0>(sums[0]), tiles.template store<1>(sums[1]);
   tiles.template store<2>(sums[2]), tiles.template store<3>(sums[3]);
-  for (const auto& sum : sums) *sink += static_cast<std::uint32_t>(sum[0]);
-  return std::int64_t{kTileSteps} * 4 * kTileRows * kTileN * kTileK;
+  for (const auto& sum : sums) *sink += std::bit_cast<std::uint32_t>(sum[0]);
+  return std::int64_t{kTileSteps} * 4 * 2 * kTileRows * kTileN * kTileK;
 }
 
 /// Operations: two for each multiply-add of a value, which is two products of bytes or one of
-/// int16. `sink` gets a sum of all lanes.
+/// int16 or bf16. `sink` gets a sum of all lanes.
 std::int64_t dot_steps_impl(DigitLayout layout, const std::uint8_t* bytes, std::uint32_t* sink) {
   const auto add = [&](VI32 sum) HWY_ATTR {
     *sink += static_cast<std::uint32_t>(hn::GetLane(hn::SumOfLanes(kI32, sum)));
@@ -151,7 +152,7 @@ HWY_EXPORT(dot_steps_impl);
 using Clock = std::chrono::steady_clock;
 
 const char* name_of(DigitLayout layout) {
-  if (layout == DigitLayout::kTiles) return "tile dot products";
+  if (layout == DigitLayout::kTiles) return "bf16 tile products";
   return layout == DigitLayout::kWords ? "int16 dot products" : "byte dot products";
 }
 

@@ -11,12 +11,12 @@ namespace {
 
 #if defined(__x86_64__) && defined(__linux__)
 
-/// AMX-TILE and AMX-INT8, and a system that saves both states of the tiles.
+/// AMX-TILE and AMX-BF16, and a system that saves both states of the tiles.
 bool has_amx() {
   unsigned a = 0, b = 0, c = 0, d = 0;
-  constexpr unsigned kOsxsave = 1u << 27, kTileAndInt8 = 3u << 24, kTileStates = 3u << 17;
+  constexpr unsigned kOsxsave = 1u << 27, kTileAndBf16 = 5u << 22, kTileStates = 3u << 17;
   if (__get_cpuid(1, &a, &b, &c, &d) == 0 || (c & kOsxsave) == 0) return false;
-  if (__get_cpuid_count(7, 0, &a, &b, &c, &d) == 0 || (d & kTileAndInt8) != kTileAndInt8) {
+  if (__get_cpuid_count(7, 0, &a, &b, &c, &d) == 0 || (d & kTileAndBf16) != kTileAndBf16) {
     return false;
   }
   unsigned low = 0, high = 0;

@@ -9,7 +9,7 @@ namespace sluice::cpu {
 /// Who computes products of tiles (tile_unit.h).
 enum class TileUnit : std::uint8_t {
   kNone,    ///< No kernel with tiles is chosen.
-  kAmx,     ///< The processor's, with AMX int8.
+  kAmx,     ///< The processor's, with AMX bf16.
   kScalar,  ///< A loop with the same operands and results: slow, for tests of the layouts.
 };
 

@@ -5,6 +5,7 @@
 #include <cstring>
 #include <limits>
 
+#include "core/fail.h"
 #include "sluice/quant.h"
 
 #undef HWY_TARGET_INCLUDE
@@ -49,11 +50,9 @@ DigitGroup split_impl(DigitLayout layout, const std::uint8_t* codes, float scale
       std::memcpy(low + at, &low_word, 2);
       continue;
     }
-    const bool tiles = layout == DigitLayout::kTiles;
-    std::uint8_t* const at =
-        tiles ? main + line / 8 * 128 + line % 8 * 8 + half : main + line * 16 + i % 2 * 8 + i / 2;
+    std::uint8_t* const at = main + line * 16 + i % 2 * 8 + i / 2;
     at[0] = static_cast<std::uint8_t>(mid);
-    at[tiles ? 64 : 4] = static_cast<std::uint8_t>(high);
+    at[4] = static_cast<std::uint8_t>(high);
     low[line * 8 + half] = static_cast<std::uint8_t>(least);
   }
   out.low = layout == DigitLayout::kWords ? steps_with_low<64>(low) : steps_with_low<32>(low);
@@ -140,12 +139,6 @@ HWY_INLINE VU8 even_quads(const Lines& l) {
   return hn::BitCast(kU8,
                      hn::ConcatEven(u32, hn::BitCast(u32, l.second), hn::BitCast(u32, l.first)));
 }
-HWY_INLINE VU8 odd_quads(const Lines& l) {
-  const hn::FixedTag<std::uint32_t, 4> u32;
-  return hn::BitCast(kU8,
-                     hn::ConcatOdd(u32, hn::BitCast(u32, l.second), hn::BitCast(u32, l.first)));
-}
-
 /// Digits of 16 codes, the `chunk`th of a group.
 template <DigitLayout kLayout>
 HWY_INLINE void store_main(const Rests& even, const Rests& odd, int chunk, std::uint8_t* main) {
@@ -160,14 +153,8 @@ HWY_INLINE void store_main(const Rests& even, const Rests& odd, int chunk, std::
                   hn::AndNot(hn::Set(kI16, 0xff), hn::Add(rest, hn::Set(kI16, 128))));
   };
   const Lines lines = lines_of(bytes(even.rest), bytes(odd.rest), hn::Load(kU8, kLowFirst));
-  if constexpr (kLayout == DigitLayout::kBytes) {
-    hn::StoreU(lines.first, kU8, main + chunk * 32);
-    hn::StoreU(lines.second, kU8, main + chunk * 32 + 16);
-  } else {
-    std::uint8_t* const to = main + chunk / 4 * 128 + chunk % 4 * 16;
-    hn::StoreU(even_quads(lines), kU8, to);
-    hn::StoreU(odd_quads(lines), kU8, to + 64);
-  }
+  hn::StoreU(lines.first, kU8, main + chunk * 32);
+  hn::StoreU(lines.second, kU8, main + chunk * 32 + 16);
 }
 
 template <DigitLayout kLayout>
@@ -213,10 +200,10 @@ DigitGroup split(const std::uint8_t* codes, float scale, std::uint8_t* main, std
     const VI32 sums = hn::Add(hn::ShiftLeft<kMidShift>(rests), add_pairs(lows));
     out.sum[part] = hn::GetLane(hn::SumOfLanes(kI32, sums));
   }
-  if (has_low || kLayout == DigitLayout::kTiles) {
+  if (has_low) {
     for (int c = 0; c < 8; ++c) store_low<kLayout>(even[c], odd[c], c, low);
+    out.low = steps_with_low<kSteps>(low);
   }
-  if (has_low) out.low = steps_with_low<kSteps>(low);
   const bool has_nan = !hn::AllTrue(kU8, hn::Lt(nan, hn::Set(kU8, 0x80)));
   out.scale = has_nan ? std::numeric_limits<float>::quiet_NaN() : scale * 0x1p-9f;
   return out;
@@ -224,15 +211,8 @@ DigitGroup split(const std::uint8_t* codes, float scale, std::uint8_t* main, std
 
 DigitGroup split_impl(DigitLayout layout, const std::uint8_t* codes, float scale,
                       std::uint8_t* main, std::uint8_t* low) {
-  switch (layout) {
-    case DigitLayout::kBytes:
-      return split<DigitLayout::kBytes>(codes, scale, main, low);
-    case DigitLayout::kWords:
-      return split<DigitLayout::kWords>(codes, scale, main, low);
-    case DigitLayout::kTiles:
-      break;
-  }
-  return split<DigitLayout::kTiles>(codes, scale, main, low);
+  if (layout == DigitLayout::kBytes) return split<DigitLayout::kBytes>(codes, scale, main, low);
+  return split<DigitLayout::kWords>(codes, scale, main, low);
 }
 
 #endif
@@ -247,6 +227,7 @@ HWY_EXPORT(split_impl);
 
 DigitGroup split_digits(DigitLayout layout, const std::uint8_t* codes, float scale,
                         std::uint8_t* main, std::uint8_t* low) {
+  SLUICE_ASSERT(layout != DigitLayout::kTiles);
   return HWY_DYNAMIC_DISPATCH(split_impl)(layout, codes, scale, main, low);
 }
 

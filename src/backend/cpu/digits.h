@@ -6,10 +6,14 @@
 //
 // each of which meets a weight in a byte dot product: int4 + 8, or 2 * e2m1 + 12. Or mid and high
 // are one digit of 16 bits, word = mid + 256 * high in [-28672, 28672], in a dot product of int16.
+// Or q = low + main, where main is a multiple of 2^cut and a bf16, which is exact because it has no
+// more than the 4 significant bits of e4m3; float32 then holds sums of main * w exactly while they
+// are not above 2^(24 + cut). Of each group the smallest cut in [0, 3] is taken that allows that.
 // sum_k w * q over a scale group of such integers stays below 2^31 and is computed without any
 // rounding, so neither the order of the additions, nor the instruction set, nor the rows computed
 // together, nor the choice of digits can change a bit of it. `low` is zero unless a value below
-// 2^-3 occurs (in units of its group's scale). A mask says where, and all else is skipped.
+// 2^-3 (with a cut below 3, a smaller one) occurs, in units of its group's scale. A mask says
+// where, and all else is skipped.
 #pragma once
 
 #include <cstdint>
@@ -31,8 +35,7 @@ enum class DigitLayout : std::uint8_t {
   kBytes,
   /// main and low [line][k 0 4, 2 6, 1 5, 3 7] int16. A step is a quarter of a line.
   kWords,
-  /// main [half of 8 lines][mid 64, high 64] int8, each [line][k 0 2 4 6, k 1 3 5 7]; low as kBytes
-  /// has it, but always written. A step is half a line.
+  /// main and low in the order of kWords, main bf16, each 32 k at a place of their own; low int8.
   kTiles,
 };
 inline constexpr int kMainDigitBytes = 2 * kGroup;
@@ -40,14 +43,22 @@ inline constexpr int kLowDigitBytes = 2 * kGroup;  ///< Of which all but kWords 
 
 /// What a GEMM needs to know about 128 channels of one row besides their digits.
 struct DigitGroup {
-  float scale = 0;        ///< Activation scale * 2^-9; NaN if the group holds a NaN.
-  std::int32_t sum[4]{};  ///< Of q over each 32 channels: weights are stored with an offset.
+  float scale = 0;  ///< Activation scale * 2^-9; NaN if the group holds a NaN.
+  /// Of q over each 32 channels, but for kTiles: weights are stored with an offset.
+  std::int32_t sum[4]{};
+  /// kTiles: at least the sum of |main|, in units of 2^cut. Sums of main * w are exact in float32,
+  /// in any order, while this times the largest |w| is not above 2^24; those of 32 k always are.
+  std::int32_t magnitude = 0;
   std::uint64_t low = 0;  ///< Bit i: a low digit of step i is not zero.
 };
 
-/// Splits 128 codes. main [kMainDigitBytes] is written in full; low [kLowDigitBytes] if a digit of
-/// it is not zero, and by kTiles always, because other rows of a tile may have one.
+/// Splits 128 codes, not for kTiles. main [kMainDigitBytes] is written in full, low
+/// [kLowDigitBytes] if a digit of it is not zero.
 DigitGroup split_digits(DigitLayout layout, const std::uint8_t* codes, float scale,
                         std::uint8_t* main, std::uint8_t* low);
+
+/// The same for kTiles; the 64 bytes of each 32 k lie `main_stride` apart.
+DigitGroup split_digits_for_tiles(const std::uint8_t* codes, float scale, std::uint8_t* main,
+                                  std::int64_t main_stride, std::uint8_t* low);
 
 }  // namespace sluice::cpu

@@ -11,10 +11,12 @@
 namespace sluice::cpu {
 namespace {
 
-/// Rows whose digits are held at once: about 13 MB at hidden 7168, little beside the weights, and
-/// enough for 32 experts of 16 rows to share three barriers.
-constexpr std::int64_t kWaveRows = 512;
+/// Rows whose digits are held at once: all of 32 experts with 64 rows, because some threads wait
+/// for the last task at the end of each of a wave's three phases. At hidden 7168 and intermediate
+/// 2048 that is 45 MB, or 83 if every group has low digits; what is not used takes no memory.
+constexpr std::int64_t kWaveRows = 2048;
 constexpr int kTaskBlocks = kGroup / kBlockN;  // 128 channels per task.
+constexpr std::int64_t kSplitGroups = 8;       // Of x per task: a kilobyte of each row.
 
 using Clock = std::chrono::steady_clock;
 
@@ -57,9 +59,10 @@ void ExpertStage::Digits::reserve(std::int64_t rows, std::int64_t width) {
   num_groups = width / kGroup;
   const auto count = static_cast<std::size_t>(rows * num_groups);
   if (groups.bytes() >= count * sizeof(DigitGroup)) return;
-  digits = PageBuffer(count * kMainDigitBytes);
+  digits = PageBuffer(count * kMainDigitBytes, PageBuffer::Pages::kHuge);
   low = PageBuffer(count * kLowDigitBytes);
   groups = PageBuffer(count * sizeof(DigitGroup));
+  lows = PageBuffer(count * sizeof(TileLows));
 }
 
 DigitRows ExpertStage::Digits::of(const Item& item) const {
@@ -68,6 +71,7 @@ DigitRows ExpertStage::Digits::of(const Item& item) const {
           .digits = reinterpret_cast<std::uint8_t*>(digits.data()) + first * kMainDigitBytes,
           .low = reinterpret_cast<std::uint8_t*>(low.data()) + first * kLowDigitBytes,
           .groups = reinterpret_cast<DigitGroup*>(groups.data()) + first,
+          .lows = reinterpret_cast<TileLows*>(lows.data()) + first,
           .rows = item.rows};
 }
 
@@ -95,7 +99,8 @@ void ExpertStage::run(const PreparedCpuExperts& experts, const Fp8RowsView& in,
     const std::int64_t num_items = (count + kMaxTileRows - 1) / kMaxTileRows;
     for (std::int64_t i = 0; i < num_items; ++i) {
       const std::int64_t first = count * i / num_items, last = count * (i + 1) / num_items;
-      if (wave_rows + (last - first) > kWaveRows) {
+      const std::int64_t padded = RowTiles(static_cast<int>(last - first)).padded();
+      if (wave_rows + padded > kWaveRows) {
         run_wave(call, sum);
         wave_.clear();
         wave_rows = 0;
@@ -104,7 +109,7 @@ void ExpertStage::run(const PreparedCpuExperts& experts, const Fp8RowsView& in,
                        .first_row = rows.first_row(e) + first,
                        .rows = static_cast<int>(last - first),
                        .wave_row = wave_rows});
-      wave_rows += last - first;
+      wave_rows += padded;
     }
   }
   if (!wave_.empty()) run_wave(call, sum);
@@ -116,8 +121,10 @@ void ExpertStage::run_wave(const Call& call, ExpertStageTimes& times) {
   const auto num_items = static_cast<std::int64_t>(wave_.size());
   for (ThreadState& state : threads_) state.gemm1_us = state.activation_us = 0;
   const auto start = Clock::now();
-  pool_.for_each_task(wave_.back().wave_row + wave_.back().rows,
-                      [&](std::int64_t task, int) { split_input(call, task); });
+  const std::int64_t splits = (call.in.width / kGroup + kSplitGroups - 1) / kSplitGroups;
+  pool_.for_each_task(num_items * splits, [&](std::int64_t task, int) {
+    split_input(call, wave_[static_cast<std::size_t>(task / splits)], task % splits * kSplitGroups);
+  });
   const double split_us = us_since(start);
 
   const auto gemm1_start = Clock::now();
@@ -145,18 +152,17 @@ void ExpertStage::run_wave(const Call& call, ExpertStageTimes& times) {
   times.gemm2_us += us_since(gemm2_start);
 }
 
-void ExpertStage::split_input(const Call& call, std::int64_t wave_row) const {
-  const auto next =
-      std::upper_bound(wave_.begin(), wave_.end(), wave_row,
-                       [](std::int64_t row, const Item& item) { return row < item.wave_row; });
-  const Item& item = *(next - 1);
+void ExpertStage::split_input(const Call& call, const Item& item, std::int64_t first_group) const {
   const DigitRows digits = x_.of(item);
-  const auto r = static_cast<int>(wave_row - item.wave_row);
-  const std::int64_t row = item.first_row + r;
-  const std::uint8_t* codes = call.in.row(row);
-  for (std::int64_t g = 0; g < call.in.width / kGroup; ++g) {
-    digits.set(g, r, codes + g * kGroup, call.in.scale_of(row, g));
+  const std::int64_t last_group = std::min(first_group + kSplitGroups, call.in.width / kGroup);
+  for (int r = 0; r < item.rows; ++r) {
+    const std::int64_t row = item.first_row + r;
+    const std::uint8_t* codes = call.in.row(row);
+    for (std::int64_t g = first_group; g < last_group; ++g) {
+      digits.set(g, r, codes + g * kGroup, call.in.scale_of(row, g));
+    }
   }
+  for (std::int64_t g = first_group; g < last_group; ++g) digits.complete(g);
 }
 
 /// Accumulators of one task, made by the first task a thread runs.
@@ -203,6 +209,7 @@ void ExpertStage::gemm1_task(const Call& call, const Item& item, std::int64_t gr
     if (dynamic) call.h.scale[row * groups + group] = scale;
     digits.set(group, r, codes, scale);
   }
+  digits.complete(group);
   state.activation_us += us_since(activation_start);
 }
 

@@ -1,7 +1,7 @@
 // expert_stage.h - both GEMMs of all experts, in waves of rows that share one workspace.
 //
 //   wave: rows of one or more experts, at most kWaveRows, in items of up to 64 rows of one expert
-//     1  digits of x                               one task per row
+//     1  digits of x                               one task per (item, kSplitGroups * 128 channels)
 //     2  GEMM1, activation, quantize, digits of h  one task per (item, 128 channels of h)
 //     3  GEMM2, bf16                               one task per (item, 128 channels of the output)
 //
@@ -40,11 +40,11 @@ class ExpertStage {
     int expert = 0;
     std::int64_t first_row = 0;
     int rows = 0;
-    std::int64_t wave_row = 0;  ///< Rows of the wave before this item.
+    std::int64_t wave_row = 0;  ///< Rows of the wave before this item, filled up to tiles.
   };
   /// Digits of a wave's rows, one item after the other.
   struct Digits {
-    PageBuffer digits, low, groups;
+    PageBuffer digits, low, groups, lows;
     std::int64_t num_groups = 0;
     void reserve(std::int64_t rows, std::int64_t width);
     [[nodiscard]] DigitRows of(const Item& item) const;
@@ -56,7 +56,7 @@ class ExpertStage {
   struct Call;  ///< Arguments of run().
 
   void run_wave(const Call& call, ExpertStageTimes& times);
-  void split_input(const Call& call, std::int64_t wave_row) const;
+  void split_input(const Call& call, const Item& item, std::int64_t first_group) const;
   static void reserve(ThreadState& state);
   void gemm1_task(const Call& call, const Item& item, std::int64_t group, ThreadState& state) const;
   void gemm2_task(const Call& call, const Item& item, std::int64_t group, ThreadState& state) const;

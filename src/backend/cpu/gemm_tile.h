@@ -7,25 +7,28 @@
 //
 // Operands  codes  [blocks][K / 8][64]             PreparedMatrix: streamed once from memory
 //           scales [blocks][K / group_size][16]    bf16, f32 or e8m0
-//           digits [K / 128][rows][256]            DigitRows: read per block, from L1 or L2
+//           digits [K / 128][rows][256]            DigitRows: per block, from L1 or L2; kTiles:
+//                  [K / 128][tile][K / 32 of them][row][64]
 //           low    [K / 128][rows][256]            only the steps that DigitGroup::low names
+//           lows   [K / 128][tiles]                of kTiles: the same, listed by tile
 //           acc    [blocks][rows][16] f32
 //
 // Tile      16 channels x `rows` rows x 128 k. Few rows: a line of weights is widened to bytes in
 //           registers and meets 1, 2 (AVX2) or up to 8 (AVX-512 VNNI) rows there. More rows: the
-//           weights of 128 k are widened once, in L1, to signed bytes (AMX: gemm_tiles-inl.h), to
-//           bytes (VNNI) or to int16 (all others: gemm_words-inl.h), and meet up to 16 (AMX) or 8
-//           rows at once from there.
+//           weights of 128 k are widened once, in L1, to bf16 (AMX: gemm_tiles-inl.h), to bytes
+//           (VNNI) or to int16 (all others: gemm_words-inl.h), and meet up to 32 (AMX) or 8 rows
+//           at once from there.
 //
 // Bits      the same for every instruction set, every number of rows and every position of a row.
 // Bound     few rows: bytes of codes. Many: dot products, for each weight and row two of bytes
-//           or one of int16. AMX: its two are as fast as the sums' way to the outputs.
+//           or one of int16 or bf16.
 #pragma once
 
 #include <cstdint>
 
 #include "backend/cpu/digits.h"
 #include "backend/cpu/prepared_experts.h"
+#include "backend/cpu/tile_rows.h"
 
 namespace sluice::cpu {
 
@@ -33,16 +36,34 @@ namespace sluice::cpu {
 /// contiguous.
 struct DigitRows {
   DigitLayout layout = DigitLayout::kBytes;
-  std::uint8_t* digits = nullptr;  ///< [K / 128][rows][kMainDigitBytes]
+  std::uint8_t* digits = nullptr;  ///< [K / 128][rows][kMainDigitBytes]; kTiles: padded() rows.
   std::uint8_t* low = nullptr;     ///< [K / 128][rows][kLowDigitBytes]
   DigitGroup* groups = nullptr;    ///< [K / 128][rows]
+  TileLows* lows = nullptr;        ///< [K / 128][RowTiles(rows).count], of kTiles.
   int rows = 0;
 
   /// Splits one group of one row into its place.
   void set(std::int64_t group, int row, const std::uint8_t* codes, float scale) const {
     const std::int64_t i = group * rows + row;
-    groups[i] =
-        split_digits(layout, codes, scale, digits + i * kMainDigitBytes, low + i * kLowDigitBytes);
+    std::uint8_t* const low_digits = low + i * kLowDigitBytes;
+    if (layout == DigitLayout::kTiles) {
+      const RowTiles cut(rows);
+      const std::int64_t at = (group * cut.count + row / cut.height) * cut.height;
+      groups[i] = split_digits_for_tiles(
+          codes, scale, digits + at * kMainDigitBytes + row % cut.height * kTileRowBytes,
+          cut.height * kTileRowBytes, low_digits);
+    } else {
+      groups[i] = split_digits(layout, codes, scale, digits + i * kMainDigitBytes, low_digits);
+    }
+  }
+  /// To be called when all rows of a group are set.
+  void complete(std::int64_t group) const {
+    if (layout != DigitLayout::kTiles) return;
+    const RowTiles cut(rows);
+    for (int t = 0; t < cut.count; ++t) {
+      const std::int64_t i = group * rows + t * cut.height;
+      lows[group * cut.count + t].fill(groups + i, low + i * kLowDigitBytes, cut.rows_of(t));
+    }
   }
 };
 

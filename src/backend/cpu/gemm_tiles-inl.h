@@ -1,8 +1,8 @@
 // gemm_tiles-inl.h - many rows where the processor multiplies tiles (tile_unit.h); included per
 // target.
 //
-// Weights of 128 k become signed bytes once for each block, w and 8 * w, in the order of the tiles'
-// rows. Rows are cut into tiles. tile_pipeline-inl.h multiplies them, and scales and adds the sums.
+// Weights of 128 k become bf16 once for each block, in the order of the tiles' rows. Rows are cut
+// into tiles. tile_pipeline-inl.h multiplies them, and scales and adds the sums.
 #if defined(SLUICE_GEMM_TILES_INL_H_) == defined(HWY_TARGET_TOGGLE)
 #ifdef SLUICE_GEMM_TILES_INL_H_
 #undef SLUICE_GEMM_TILES_INL_H_
@@ -13,122 +13,138 @@
 #include <hwy/highway.h>
 
 #include <algorithm>
+#include <array>
 #include <cstdint>
 
 #include "backend/cpu/gemm_operands-inl.h"
 #include "backend/cpu/gemm_tile.h"
 #include "backend/cpu/tile_pipeline-inl.h"
+#include "backend/cpu/tile_rows.h"
 #include "backend/cpu/tile_unit.h"
 
 #if HWY_TARGET != HWY_SCALAR
 HWY_BEFORE_NAMESPACE();
 namespace sluice::cpu::HWY_NAMESPACE {
 
-/// One block's 128 k as signed bytes, times 2^kShift. Half a line, 4 k of 16 channels, is a row of
-/// B.
-template <class Code, int kShift>
-void widen_signed(const std::uint8_t* codes, std::int8_t* wide) {
-  static_assert((Code::kLargest << kShift) < 256 && (Code::kOffset << kShift) <= 128);
-  const hn::Repartition<std::uint16_t, TagU8> u16;
-  const VI8 offset = hn::Set(kI8, static_cast<std::int8_t>(Code::kOffset << kShift));
-  const auto put = [&](VU8 bytes, std::int8_t* to) HWY_ATTR {
-    const VU8 shifted = hn::BitCast(kU8, hn::ShiftLeft<kShift>(hn::BitCast(u16, bytes)));
-    hn::Store(hn::Sub(hn::BitCast(kI8, shifted), offset), kI8, to);
-  };
-  for (int line = 0; line < kGroupLines; ++line) {
-    ByteRegs even, odd;
-    PackedLines<Code>{codes}.load(line, even, odd);
-    std::int8_t* const to = wide + line * 2 * kLineBytes;
-    for (int p = 0; p < kParts; ++p) {
-      put(even.v[p], to + p * kRegBytes);
-      put(odd.v[p], to + kLineBytes + p * kRegBytes);
+/// bf16 of a weight, by the lowest 4 bits of an index of 5.
+template <class Code>
+struct Bf16Table {
+  static constexpr std::array<std::uint16_t, 32> make() {
+    std::array<std::uint16_t, 32> values{};
+    for (int i = 0; i < 32; ++i) {
+      values[static_cast<std::size_t>(i)] = bf16_of_small(Code::byte_of(i % 16) - Code::kOffset);
     }
+    return values;
   }
-}
-
-/// Rows cut into tiles of one height. The last tile ends with the last row, and leaves out rows at
-/// its beginning that the one before had.
-struct RowTiles {
-  explicit RowTiles(int num_rows)
-      : rows(num_rows),
-        count((num_rows + kTileRows - 1) / kTileRows),
-        height((num_rows + count - 1) / count) {}
-  [[nodiscard]] int first(int tile) const { return std::min(tile * height, rows - height); }
-  [[nodiscard]] int skipped(int tile) const { return tile * height - first(tile); }
-  int rows, count, height;
+  alignas(64) static constexpr std::array<std::uint16_t, 32> kValues = make();
 };
 
-/// Blocks whose weights are wide at once: as many as let a group's digits, read for each two of
-/// them, stay in L1 beside the weights and the outputs.
-inline constexpr int kTileBlocks = 4;
-
-/// A group of up to kTileBlocks blocks with all rows.
-template <class Tiles, int kScales>
-void add_group_tiles(TilePipeline<Tiles, kScales>& pipeline, const RowTiles& row_tiles,
-                     const DigitRows& x, std::int64_t group, const WideBlocks& wide,
-                     const float* scales, int num_blocks, float* acc) {
-  const std::int64_t block_acc = std::int64_t{x.rows} * kBlockN;
-  for (int t = 0; t < row_tiles.count; ++t) {
-    const int first = row_tiles.first(t);
-    const std::int64_t at = group * x.rows + first;
-    TileDigits digits{.main = x.digits + at * kMainDigitBytes};
-    TileSums sums{.groups = x.groups + at, .first = row_tiles.skipped(t), .rows = row_tiles.height};
-    std::uint64_t low = 0;
-    for (int row = sums.first; row < sums.rows; ++row) low |= sums.groups[row].low;
-    if (low != 0) digits.low = x.low + at * kLowDigitBytes;
-    for (int b = 0; b < num_blocks; b += 2) {
-      const WideBlocks weights{wide.eight + b * kGroupWeights, wide.one + b * kGroupWeights};
-      sums.acc = acc + b * block_acc + std::int64_t{first} * kBlockN;
-      for (int part = 0; part < kScales; ++part) {
-        sums.scales = scales + b * kBlockScales + part * kBlockN;
-        if (b + 1 < num_blocks) {
-          pipeline.template add<2>(weights, digits, part, sums);
-        } else {
-          pipeline.template add<1>(weights, digits, part, sums);
-        }
+/// One block's 128 k. A line, 8 k of 16 channels, is four rows of B: k 0 and 4, 2 and 6, 1 and 5,
+/// 3 and 7, which are the nibbles at one place of the 16-bit words of a line.
+template <class Code>
+HWY_INLINE void widen_to_bf16(const std::uint8_t* codes, std::uint16_t* wide) {
+  constexpr int kShifts[] = {0, 8, 4, 12};
+#if HWY_TARGET == HWY_AVX3
+  const __m512i table = _mm512_load_si512(Bf16Table<Code>::kValues.data());
+  for (int line = 0; line < kGroupLines; ++line) {
+    const __m512i words = _mm512_loadu_si512(codes + line * kLineBytes);
+    std::uint16_t* const to = wide + line * 4 * 2 * kBlockN;
+    _mm512_store_si512(to, _mm512_permutexvar_epi16(words, table));
+    for (int i = 1; i < 4; ++i) {
+      const auto shift = static_cast<unsigned>(kShifts[i]);
+      _mm512_store_si512(to + i * 2 * kBlockN,
+                         _mm512_permutexvar_epi16(_mm512_srli_epi16(words, shift), table));
+    }
+  }
+#else
+  for (int line = 0; line < kGroupLines; ++line) {
+    for (int i = 0; i < 4; ++i) {
+      for (int word = 0; word < 2 * kBlockN; ++word) {
+        std::uint16_t codes_of_word = 0;
+        std::memcpy(&codes_of_word, codes + line * kLineBytes + word * 2, 2);
+        const auto code = static_cast<std::size_t>((codes_of_word >> kShifts[i]) & 15);
+        wide[(line * 4 + i) * 2 * kBlockN + word] = Bf16Table<Code>::kValues[code];
       }
     }
   }
+#endif
 }
 
-[[nodiscard]] inline bool any_low(const DigitRows& x, std::int64_t group) {
-  std::uint64_t low = 0;
-  for (int row = 0; row < x.rows; ++row) low |= x.groups[group * x.rows + row].low;
-  return low != 0;
+/// Blocks that take turns with each group's digits: as many as let these, read for each two of
+/// them, stay in L1 beside the weights and the outputs.
+inline constexpr int kTileBlocks = 4;
+
+template <int kRowTiles>
+UnitRows<kRowTiles> unit_rows(const DigitRows& x, const RowTiles& cut, std::int64_t group,
+                              int first_tile) {
+  UnitRows<kRowTiles> rows;
+  rows.lows = x.lows + group * cut.count + first_tile;
+  for (int t = 0; t < kRowTiles; ++t) {
+    const int tile = first_tile + t;
+    rows.first[t] = std::int64_t{tile} * cut.height;
+    rows.count[t] = cut.rows_of(tile);
+    const std::int64_t at = group * x.rows + rows.first[t];
+    rows.groups[t] = x.groups + at;
+    rows.digits[t] = x.digits + (group * cut.count + tile) * cut.height * kMainDigitBytes;
+    rows.low[t] = x.low + at * kLowDigitBytes;
+  }
+  return rows;
 }
 
 /// acc of the whole tile. prefetch(codes): asks for a block's 128 k at `codes`.
-template <class Tiles, class Code, int kScales, class Prefetch>
-void gemm_tile_tiles(const GemmTile& tile, const Prefetch& prefetch) {
+template <class Tiles, class Code, int kScales, int kRowTiles, bool kFull, class Prefetch>
+void multiply_row_tiles(const GemmTile& tile, const RowTiles& cut, const Prefetch& prefetch) {
   const PreparedMatrix& m = *tile.weights;
   const DigitRows& x = tile.x;
   const std::int64_t num_groups = m.k / kGroup;
   const std::int64_t block_acc = std::int64_t{x.rows} * kBlockN;
   std::fill_n(tile.acc, tile.num_blocks * block_acc, 0.0f);
-  const RowTiles row_tiles(x.rows);
-  TilePipeline<Tiles, kScales> pipeline(
-      {.rows = row_tiles.height, .k = kScales == 1 ? kTileK : kGroup / kScales}, block_acc);
-  alignas(64) std::int8_t eight[kTileBlocks * kGroupWeights], one[kTileBlocks * kGroupWeights];
-  // Of two groups: the last unit of one is scaled after the scales of the next are there.
-  alignas(64) float scales[2][kTileBlocks * kBlockScales];
+  TilePipeline<Tiles, kScales, kRowTiles, kFull> pipeline(
+      cut.height, block_acc, std::max(Code::kOffset, Code::kLargest - Code::kOffset));
+  alignas(64) std::uint16_t wide[2 * kGroupWeights];
+  // Of two units: the last one's sums are scaled after the scales of the next are there.
+  alignas(64) float scales[2][2 * kBlockScales];
+  int turn = 0;
   for (int b0 = 0; b0 < tile.num_blocks; b0 += kTileBlocks) {
-    const int num_blocks = std::min(kTileBlocks, tile.num_blocks - b0);
+    const int last_block = std::min(b0 + kTileBlocks, tile.num_blocks);
     for (std::int64_t g = 0; g < num_groups; ++g) {
-      float* const group_scales = scales[g % 2];
-      const bool has_low = any_low(x, g);
-      for (int b = 0; b < num_blocks; ++b) {
-        const std::int64_t at = (tile.first_block + b0 + b) * num_groups + g;
-        const std::uint8_t* const codes = m.codes + at * kGroupLines * kLineBytes;
-        prefetch(codes + kGroupLines * kLineBytes);
-        load_scales(m, at * kScales, kScales, group_scales + b * kBlockScales);
-        widen_signed<Code, kMidShift>(codes, eight + b * kGroupWeights);
-        if (has_low) widen_signed<Code, 0>(codes, one + b * kGroupWeights);
+      for (int b = b0; b < last_block; b += 2, turn ^= 1) {
+        const int count = std::min(2, last_block - b);
+        for (int i = 0; i < count; ++i) {
+          const std::int64_t at = (tile.first_block + b + i) * num_groups + g;
+          const std::uint8_t* const codes = m.codes + at * kGroupLines * kLineBytes;
+          prefetch(codes + kGroupLines * kLineBytes);
+          load_scales(m, at * kScales, kScales, scales[turn] + i * kBlockScales);
+          widen_to_bf16<Code>(codes, wide + i * kGroupWeights);
+        }
+        float* const acc = tile.acc + b * block_acc;
+        for (int t = 0; t < cut.count; t += kRowTiles) {
+          const UnitRows<kRowTiles> rows = unit_rows<kRowTiles>(x, cut, g, t);
+          for (int part = 0; part < kScales; ++part) {
+            const float* const part_scales = scales[turn] + part * kBlockN;
+            if (count == 2) {
+              pipeline.template add<2>(wide, rows, part, part_scales, acc);
+            } else {
+              pipeline.template add<1>(wide, rows, part, part_scales, acc);
+            }
+          }
+        }
       }
-      add_group_tiles<Tiles, kScales>(pipeline, row_tiles, x, g, {eight, one}, group_scales,
-                                      num_blocks, tile.acc + b0 * block_acc);
     }
-    pipeline.finish();
   }
+  pipeline.finish();
+}
+
+template <class Tiles, class Code, int kScales, class Prefetch>
+void gemm_tile_tiles(const GemmTile& tile, const Prefetch& prefetch) {
+  const RowTiles cut(tile.x.rows);
+  if (cut.count == 1) {
+    if (cut.is_full())
+      return multiply_row_tiles<Tiles, Code, kScales, 1, true>(tile, cut, prefetch);
+    return multiply_row_tiles<Tiles, Code, kScales, 1, false>(tile, cut, prefetch);
+  }
+  if (cut.is_full()) return multiply_row_tiles<Tiles, Code, kScales, 2, true>(tile, cut, prefetch);
+  multiply_row_tiles<Tiles, Code, kScales, 2, false>(tile, cut, prefetch);
 }
 
 }  // namespace sluice::cpu::HWY_NAMESPACE

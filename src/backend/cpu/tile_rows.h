@@ -1,0 +1,48 @@
+// tile_rows.h - how rows are cut into tiles (tile_unit.h), and what a tile's rows have that its
+// products leave out: low digits.
+#pragma once
+
+#include <algorithm>
+#include <cstdint>
+
+#include "backend/cpu/digits.h"
+#include "backend/cpu/tile_unit.h"
+
+namespace sluice::cpu {
+
+/// 1, 2 or 4 tiles of one height, of which the last may have fewer rows that count.
+struct RowTiles {
+  explicit RowTiles(int num_rows)
+      : rows(num_rows),
+        count(num_rows <= kTileRows       ? 1
+              : num_rows <= 2 * kTileRows ? 2
+                                          : 4),
+        height((num_rows + count - 1) / count) {}
+  [[nodiscard]] int rows_of(int tile) const { return std::clamp(rows - tile * height, 0, height); }
+  [[nodiscard]] bool is_full() const { return rows == count * kTileRows; }
+  /// Rows with those that do not count.
+  [[nodiscard]] int padded() const { return count * height; }
+  int rows, count, height;
+};
+
+/// Of one tile's rows and one group. Products with main digits alone are what tiles multiply. Low
+/// digits are few: each meets its weights alone. Where they are many, they are a tile of their own.
+struct TileLows {
+  static constexpr int kMostDigits = 32;
+  /// Of one row and one step of 2 k.
+  struct Pair {
+    std::uint8_t slot = 0, step = 0;
+    std::int8_t first = 0, second = 0;
+  };
+  std::int32_t magnitude = 0;      ///< The largest of the rows.
+  bool are_many = false;           ///< Then `rows` has all rows of the tile, and `pairs` nothing.
+  std::uint8_t num_rows = 0;       ///< That have a low digit.
+  std::uint8_t begin[5]{};         ///< Pairs of each quarter of the steps, in `pairs`.
+  std::uint8_t rows[kTileRows]{};  ///< Of each slot, in the tile.
+  Pair pairs[kMostDigits];         ///< By quarter, then by slot.
+
+  /// Of a tile of `count` rows; `groups` and `low` (kLowDigitBytes apart) are the first one's.
+  void fill(const DigitGroup* groups, const std::uint8_t* low, int count);
+};
+
+}  // namespace sluice::cpu

@@ -1,0 +1,245 @@
+// tile_sums-inl.h - the unit of work of tile_pipeline-inl.h, and what becomes of its sums; included
+// per target.
+#if defined(SLUICE_TILE_SUMS_INL_H_) == defined(HWY_TARGET_TOGGLE)
+#ifdef SLUICE_TILE_SUMS_INL_H_
+#undef SLUICE_TILE_SUMS_INL_H_
+#else
+#define SLUICE_TILE_SUMS_INL_H_
+#endif
+
+#include <hwy/highway.h>
+
+#include <algorithm>
+#include <bit>
+#include <cstdint>
+
+#include "backend/cpu/digits.h"
+#include "backend/cpu/gemm_operands-inl.h"
+#include "backend/cpu/tile_rows.h"
+#include "backend/cpu/tile_unit.h"
+
+#if HWY_TARGET != HWY_SCALAR
+HWY_BEFORE_NAMESPACE();
+namespace sluice::cpu::HWY_NAMESPACE {
+
+inline constexpr int kGroupWeights = kGroup * kBlockN;   ///< Of one block: four B.
+inline constexpr int kSumsOfTile = kTileRows * kBlockN;  ///< Of one C.
+inline constexpr int kBlockScales = 4 * kBlockN;
+inline constexpr int kTileWeights = kTileK * kBlockN;  ///< Of one B.
+
+/// Bits of bf16 for a whole number of at most 8 bits.
+constexpr std::uint16_t bf16_of_small(int value) {
+  return static_cast<std::uint16_t>(std::bit_cast<std::uint32_t>(static_cast<float>(value)) >> 16);
+}
+
+/// The rows of a unit, one group of them.
+template <int kRowTiles>
+struct UnitRows {
+  const DigitGroup* groups[kRowTiles];  ///< First row's of each tile.
+  const std::uint8_t* digits[kRowTiles];
+  const std::uint8_t* low[kRowTiles];
+  const TileLows* lows = nullptr;  ///< [kRowTiles]
+  std::int64_t first[kRowTiles];   ///< Row of each tile.
+  int count[kRowTiles];            ///< Rows of each tile.
+
+  [[nodiscard]] std::int64_t magnitude() const {
+    std::int64_t most = 0;
+    for (int t = 0; t < kRowTiles; ++t) most = std::max<std::int64_t>(most, lows[t].magnitude);
+    return most;
+  }
+  [[nodiscard]] bool has_low() const {
+    int rows_with_low = 0;
+    for (int t = 0; t < kRowTiles; ++t) rows_with_low += lows[t].num_rows;
+    return rows_with_low > 0;
+  }
+  [[nodiscard]] bool has_low_tile() const {
+    bool any = false;
+    for (int t = 0; t < kRowTiles; ++t) any |= lows[t].are_many;
+    return any;
+  }
+};
+
+/// What becomes of a unit's sums.
+template <int kRowTiles>
+struct UnitSums {
+  alignas(64) float low[kRowTiles][2][kSumsOfTile];  ///< Of low digits: [tile][block][slot][16]
+  const DigitGroup* groups[kRowTiles];
+  float* acc[kRowTiles];           ///< First row's of each tile, of the first block.
+  int count[kRowTiles];            ///< Rows of each tile.
+  const TileLows* lows = nullptr;  ///< Null: no row has a low digit.
+  const float* scales = nullptr;   ///< First block's [16]; the second's kBlockScales later.
+  int num_blocks = 0;              ///< 0: nothing waits.
+
+  /// `acc_of_row_0`: of the first block.
+  HWY_INLINE void begin(const UnitRows<kRowTiles>& rows, int blocks, const float* first_scales,
+                        float* acc_of_row_0) {
+    for (int t = 0; t < kRowTiles; ++t) {
+      groups[t] = rows.groups[t];
+      acc[t] = acc_of_row_0 + rows.first[t] * kBlockN;
+      count[t] = rows.count[t];
+    }
+    lows = rows.has_low() ? rows.lows : nullptr;
+    scales = first_scales;
+    num_blocks = blocks;
+  }
+};
+
+/// acc + sum * (ws * as)
+HWY_INLINE VF32 scaled_and_added(const float* sum, VF32 scales, VF32 as, const float* acc) {
+  const VF32 product = hn::Mul(hn::Load(kF32, sum), hn::Mul(scales, as));
+  return hn::Add(hn::LoadU(kF32, acc), product);
+}
+
+/// sum[channel] += w * digit for both k of a step.
+HWY_INLINE void add_pair(const std::uint16_t* weights, const TileLows::Pair& pair, float* sum) {
+  const hn::Repartition<std::uint32_t, TagF32> u32;
+  const VF32 first = hn::Set(kF32, static_cast<float>(pair.first));
+  const VF32 second = hn::Set(kF32, static_cast<float>(pair.second));
+  for (int p = 0; p < kParts; ++p) {
+    const int at = p * (kRegBytes / 4);
+    const auto both =
+        hn::BitCast(u32, hn::Load(kF32, reinterpret_cast<const float*>(weights) + at));
+    const VF32 w0 = hn::BitCast(kF32, hn::ShiftLeft<16>(both));
+    const VF32 w1 = hn::BitCast(kF32, hn::And(both, hn::Set(u32, 0xffff0000u)));
+    const VF32 products = hn::Add(hn::Mul(w0, first), hn::Mul(w1, second));
+    hn::Store(hn::Add(hn::Load(kF32, sum + at), products), kF32, sum + at);
+  }
+}
+
+/// Low digits of all rows of tile `t` with steps [first, last) of 32 k, as a tile. Uses all C.
+template <int kBlocks, class Tiles, int kRowTiles>
+HWY_NOINLINE void multiply_low_tile(Tiles& tiles, const std::uint16_t* weights,
+                                    const UnitRows<kRowTiles>& rows, int t, int first, int last,
+                                    UnitSums<kRowTiles>& unit) {
+  alignas(64) std::uint16_t digits[kTileRows * kGroup] = {};
+  for (int row = 0; row < rows.count[t]; ++row) {
+    if (rows.groups[t][row].low == 0) continue;
+    for (int k = 0; k < kGroup; ++k) {
+      const auto digit = static_cast<std::int8_t>(rows.low[t][row * kLowDigitBytes + k]);
+      digits[row * kGroup + k] = bf16_of_small(digit);
+    }
+  }
+  tiles.template zero<0>(), tiles.template zero<1>();
+  for (int i = first; i < last; ++i) {
+    tiles.template load<4>(digits + i * kTileK, kGroup * 2);
+    tiles.template load<6>(weights + i * kTileWeights, kTileRowBytes);
+    tiles.template dot<0, 4, 6>();
+    if constexpr (kBlocks == 2) {
+      tiles.template load<7>(weights + kGroupWeights + i * kTileWeights, kTileRowBytes);
+      tiles.template dot<1, 4, 7>();
+    }
+  }
+  tiles.template store<0>(unit.low[t][0]);
+  if constexpr (kBlocks == 2) tiles.template store<1>(unit.low[t][1]);
+}
+
+/// unit.low, slot by slot, of quarters [first, last) of a group.
+template <int kBlocks, class Tiles, int kRowTiles>
+HWY_NOINLINE void multiply_low(Tiles& tiles, const std::uint16_t* weights,
+                               const UnitRows<kRowTiles>& rows, int first, int last,
+                               UnitSums<kRowTiles>& unit) {
+  for (int t = 0; t < kRowTiles; ++t) {
+    const TileLows& lows = rows.lows[t];
+    if (lows.are_many) {
+      multiply_low_tile<kBlocks>(tiles, weights, rows, t, first, last, unit);
+      continue;
+    }
+    for (int b = 0; b < kBlocks; ++b) std::fill_n(unit.low[t][b], lows.num_rows * kBlockN, 0.0f);
+    for (int i = lows.begin[first]; i < lows.begin[last]; ++i) {
+      const TileLows::Pair& pair = lows.pairs[i];
+      const std::uint16_t* const at = weights + pair.step * 2 * kBlockN;
+      float* const sum = unit.low[t][0] + pair.slot * kBlockN;
+      add_pair(at, pair, sum);
+      if constexpr (kBlocks == 2) add_pair(at + kGroupWeights, pair, sum + kSumsOfTile);
+    }
+  }
+}
+
+/// sum += low, row by row.
+template <int kRowTiles>
+HWY_NOINLINE void add_low(UnitSums<kRowTiles>& unit, float (&sums)[kRowTiles][2][kSumsOfTile]) {
+  for (int t = 0; t < kRowTiles; ++t) {
+    const TileLows& lows = unit.lows[t];
+    for (int slot = 0; slot < lows.num_rows; ++slot) {
+      for (int b = 0; b < unit.num_blocks; ++b) {
+        float* const sum = sums[t][b] + lows.rows[slot] * kBlockN;
+        const float* const low = unit.low[t][b] + slot * kBlockN;
+        for (int p = 0; p < kParts; ++p) {
+          const int at = p * (kRegBytes / 4);
+          hn::Store(hn::Add(hn::Load(kF32, sum + at), hn::Load(kF32, low + at)), kF32, sum + at);
+        }
+      }
+    }
+  }
+  unit.lows = nullptr;
+}
+
+/// acc += sum * (ws * as) of all rows, and nothing waits any more.
+template <int kRowTiles>
+HWY_NOINLINE void scale_and_add_all(UnitSums<kRowTiles>& unit,
+                                    float (&sums)[kRowTiles][2][kSumsOfTile],
+                                    std::int64_t block_acc) {
+  if (unit.lows != nullptr) add_low(unit, sums);
+  for (int b = 0; b < unit.num_blocks; ++b) {
+    for (int i = 0; i < kRowTiles * kTileRows; ++i) {
+      const int t = i / kTileRows, row = i % kTileRows;
+      if (row >= unit.count[t]) continue;
+      const VF32 as = hn::Set(kF32, unit.groups[t][row].scale);
+      for (int p = 0; p < kParts; ++p) {
+        const int at = p * (kRegBytes / 4);
+        const VF32 scales = hn::LoadU(kF32, unit.scales + b * kBlockScales + at);
+        float* const acc = unit.acc[t] + b * block_acc + row * kBlockN + at;
+        hn::StoreU(scaled_and_added(sums[t][b] + row * kBlockN + at, scales, as, acc), kF32, acc);
+      }
+    }
+  }
+  unit.num_blocks = 0;
+}
+
+/// Of one unit, where float32 might not hold them.
+template <int kRowTiles>
+class IntegerSums {
+ public:
+  using Sums = float[kRowTiles][2][kSumsOfTile];
+
+  void add(const UnitSums<kRowTiles>& unit, const Sums& sums) {
+    for (int t = 0; t < kRowTiles; ++t) {
+      for (int b = 0; b < unit.num_blocks; ++b) {
+        const float* const from = sums[t][b];
+        std::int32_t* const to = total_[t][b];
+        for (int i = 0; i < unit.count[t] * kBlockN; ++i) {
+          to[i] += static_cast<std::int32_t>(from[i]);
+        }
+      }
+    }
+  }
+  void add_low(const UnitSums<kRowTiles>& unit) {
+    for (int t = 0; t < kRowTiles; ++t) {
+      const TileLows& lows = unit.lows[t];
+      for (int i = 0; i < lows.num_rows * kBlockN; ++i) {
+        const int at = lows.rows[i / kBlockN] * kBlockN + i % kBlockN;
+        for (int b = 0; b < unit.num_blocks; ++b) {
+          total_[t][b][at] += static_cast<std::int32_t>(unit.low[t][b][i]);
+        }
+      }
+    }
+  }
+  void store(const UnitSums<kRowTiles>& unit, Sums& sums) const {
+    for (int t = 0; t < kRowTiles; ++t) {
+      for (int b = 0; b < unit.num_blocks; ++b) {
+        const std::int32_t* const from = total_[t][b];
+        float* const to = sums[t][b];
+        for (int i = 0; i < unit.count[t] * kBlockN; ++i) to[i] = static_cast<float>(from[i]);
+      }
+    }
+  }
+
+ private:
+  std::int32_t total_[kRowTiles][2][kSumsOfTile] = {};
+};
+
+}  // namespace sluice::cpu::HWY_NAMESPACE
+HWY_AFTER_NAMESPACE();
+#endif
+
+#endif  // per target
