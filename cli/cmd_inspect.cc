@@ -229,7 +229,7 @@ void inspect(const Options& options, Output& output) {
   const bool runs = !code;
   if (code) output.exit_status = exit_status(*code);
   const std::vector<RecipeGroup> recipes = recipe_groups(checkpoint, checked.good);
-  std::optional<CodeKind> codes;  // Of int4, which has two kinds on CUDA.
+  std::optional<SampledCodes> codes;  // Of int4, which has two kinds on CUDA.
   if (checkpoint.weight_format() == WeightFormat::kInt4) codes = code_kind(samples);
   const std::vector<ActivationGroup> activations = activation_groups(checkpoint, checked.good);
   print_head(checkpoint, samples.front());

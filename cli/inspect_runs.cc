@@ -67,8 +67,8 @@ std::vector<ActivationGroup> activation_groups(const Checkpoint& checkpoint,
   return groups;
 }
 
-CodeKind code_kind(std::span<const LayerSample> samples) {
-  CodeKind kind;
+SampledCodes code_kind(std::span<const LayerSample> samples) {
+  SampledCodes kind;
   for (const LayerSample& s : samples) {
     for (const std::int64_t count : s.codes) kind.num_codes += count;
     kind.num_minus_eight += s.codes[0];
@@ -113,7 +113,7 @@ void print_activations(std::span<const ActivationGroup> groups) {
   }
 }
 
-void print_runs(std::span<const RecipeGroup> groups, const std::optional<CodeKind>& codes) {
+void print_runs(std::span<const RecipeGroup> groups, const std::optional<SampledCodes>& codes) {
   for (const RecipeGroup& g : groups) {
     std::string names;
     for (const std::string& name : g.recipes) {
@@ -161,7 +161,7 @@ nlohmann::ordered_json to_json(const RecipeGroup& group) {
           {"static_scales", group.static_scales}};
 }
 
-nlohmann::ordered_json to_json(const CodeKind& codes) {
+nlohmann::ordered_json to_json(const SampledCodes& codes) {
   return {{"looked_at", codes.num_codes},
           {"minus_eight", codes.num_minus_eight},
           {"cuda_code", codes.fits_sign_magnitude() ? "sign-magnitude" : "ones-complement"}};

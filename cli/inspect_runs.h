@@ -38,12 +38,12 @@ struct ActivationGroup {
                                                              std::span<const int> layers);
 
 /// Codes that were looked at, and how the CUDA backend stores them.
-struct CodeKind {
+struct SampledCodes {
   std::int64_t num_codes = 0, num_minus_eight = 0;
   /// The cheaper code has no -8. The backend looks at all codes when it loads them.
   [[nodiscard]] bool fits_sign_magnitude() const noexcept { return num_minus_eight == 0; }
 };
-[[nodiscard]] CodeKind code_kind(std::span<const LayerSample> samples);
+[[nodiscard]] SampledCodes code_kind(std::span<const LayerSample> samples);
 
 /// One number of expert-parallel ranks.
 struct RankMemory {
@@ -65,11 +65,11 @@ constexpr int kPlannedTokens = 128;
 /// A line for each, if there are several: of a single one the model's line tells.
 void print_activations(std::span<const ActivationGroup> groups);
 /// `codes` of int4, if the weights are.
-void print_runs(std::span<const RecipeGroup> groups, const std::optional<CodeKind>& codes);
+void print_runs(std::span<const RecipeGroup> groups, const std::optional<SampledCodes>& codes);
 void print_memory(std::span<const RankMemory> memory, Device::Kind device);
 [[nodiscard]] nlohmann::ordered_json to_json(const ActivationGroup& group);
 [[nodiscard]] nlohmann::ordered_json to_json(const RecipeGroup& group);
-[[nodiscard]] nlohmann::ordered_json to_json(const CodeKind& codes);
+[[nodiscard]] nlohmann::ordered_json to_json(const SampledCodes& codes);
 [[nodiscard]] nlohmann::ordered_json to_json(const RankMemory& memory);
 
 /// "3..60" where they follow each other, else "3, 4, 6".

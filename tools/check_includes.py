@@ -84,8 +84,11 @@ MODULES = [
 ]
 # Tests may include anything but the engine's own files, which nothing may.
 CLOSED = {"engine"}
-# A type is found by its name: these folders define each one once, in whatever namespace.
+# A type is found by its name: the runtime defines each one once, in whatever namespace, and so do all
+# headers of the runtime, the laboratory and the command line together.
 TYPE_FOLDERS = ("include/", "src/")
+TYPE_HEADER_FOLDERS = ("include/", "src/", "lab/", "cli/")
+HEADER_SUFFIXES = (".h", ".cuh", ".hpp")
 TYPE = re.compile(r"(?:template\s*<.*>\s*)?(?:struct|class|union|enum(?:\s+class|\s+struct)?)\s+"
                   r"(?:alignas\([^)]*\)\s*|\[\[[^\]]*\]\]\s*)*(\w+)\s*(?:final\s*)?(?::(?!:)|\{)")
 # Third-party headers that belong to exactly one file.
@@ -156,10 +159,14 @@ class Scan:
     def __init__(self, root):
         self.root = Path(root)
         self.violations = []
-        self.types = {}  # name -> where it is defined
+        self.types, self.types_of_headers = {}, {}  # name -> where it is defined
 
     def report(self, path, line, rule, text):
         self.violations.append(f"{path}:{line}: {rule}: {text}")
+
+    def report_once(self, path, line, rule, text):
+        if f"{path}:{line}: {rule}: {text}" not in self.violations:
+            self.report(path, line, rule, text)
 
     def files(self, folders, suffixes):
         for folder in folders:
@@ -237,17 +244,17 @@ class Scan:
         if Path(path).suffix in (".h", ".cuh", ".hpp") and not path.endswith("-inl.h") and "#pragma once" not in text:
             self.report(path, 1, "header", "no #pragma once")
 
-    def check_types(self, path, text):
+    def check_types(self, path, text, types):
         """Types at namespace scope, which stands at the first column; nested ones are not looked at."""
         for number, line in enumerate(text.splitlines(), 1):
             if match := TYPE.match(line):
-                first = self.types.setdefault(match.group(1), f"{path}:{number}")
+                first = types.setdefault(match.group(1), f"{path}:{number}")
                 if first != f"{path}:{number}":
-                    self.report(path, number, "types", f"{match.group(1)} is also defined in {first}")
+                    self.report_once(path, number, "types", f"{match.group(1)} is also defined in {first}")
 
     def check_sizes(self, path, text):
         lines = text.count("\n")
-        limit = HEADER_LINES if path.endswith((".h", ".cuh", ".hpp")) else SOURCE_LINES
+        limit = HEADER_LINES if path.endswith(HEADER_SUFFIXES) else SOURCE_LINES
         if lines > limit:
             self.report(path, lines, "size", f"{lines} lines, limit {limit}")
 
@@ -280,7 +287,9 @@ class Scan:
                 self.check_source(path, text)
                 self.check_sizes(path, text)
                 if path.startswith(TYPE_FOLDERS):
-                    self.check_types(path, text)
+                    self.check_types(path, text, self.types)
+                if path.startswith(TYPE_HEADER_FOLDERS) and path.endswith(HEADER_SUFFIXES):
+                    self.check_types(path, text, self.types_of_headers)
         self.check_names()
         self.check_standard({p: f.read_text(errors="replace") for p, f in sources.items()})
         return len(sources)

@@ -128,6 +128,13 @@ class Planted(unittest.TestCase):
             found = scan({"src/core/one.cc": one, "src/quant/two.cc": other}).violations
             self.assertEqual(len(found), 1, other)
             self.assertIn("types: Rows is also defined in src/core/one.cc:2", found[0])
+        # Headers of the laboratory count, its sources do not.
+        found = scan({"src/core/one.h": HEADER + one, "lab/accuracy/two.h": HEADER + one}).violations
+        self.assertEqual(len(found), 1, found)
+        self.assertIn("types: Rows is also defined in lab/accuracy/two.h:3", found[0])
+        self.assertEqual(scan({"src/core/one.h": HEADER + one, "lab/accuracy/two.cc": one}).violations, [])
+        both = scan({"src/core/one.h": HEADER + one, "src/quant/two.h": HEADER + one}).violations
+        self.assertEqual(len(both), 1, both)
         for same in ("struct Rows;\n", "struct Rows::Impl {};\n", "struct Other {\n  struct Rows {};\n};\n"):
             self.assertEqual(scan({"src/core/one.cc": one, "src/quant/two.cc": same}).violations, [])
 

@@ -106,7 +106,7 @@ StepPrediction predict_dispatch(const MachineModel& machine, const ClusterLayer&
                                 const TokenSpread& spread) {
   check_layer(machine, layer, spread);
   check_network(machine, layer);
-  const Traffic traffic(machine, layer, spread);
+  const TrafficModel traffic(machine, layer, spread);
   const Moved network = traffic.network_dispatch(), link = traffic.link_dispatch();
   const bool copies = copies_tokens(machine, layer.mode);
   StepPrediction step{.latency_us = machine.dispatch_fixed_us + network_latency(machine, layer),
@@ -135,7 +135,7 @@ StepPrediction predict_combine(const MachineModel& machine, const ClusterLayer& 
                                const TokenSpread& spread) {
   check_layer(machine, layer, spread);
   check_network(machine, layer);
-  const Traffic traffic(machine, layer, spread);
+  const TrafficModel traffic(machine, layer, spread);
   const Moved network = traffic.network_combine(), link = traffic.link_combine();
   StepPrediction step{.latency_us = machine.combine_fixed_us + network_latency(machine, layer),
                       .network_us = microseconds(network.most, machine.network_gbytes_per_s),
@@ -185,7 +185,7 @@ void add_step(const MachineModel& machine, const StepPrediction& step, TimeShare
 void add_rows_from_experts(const MachineModel& machine, const ClusterLayer& layer,
                            const TokenSpread& spread, const StagePrediction& stage,
                            LayerPrediction& result) {
-  const Traffic traffic(machine, layer, spread);
+  const TrafficModel traffic(machine, layer, spread);
   const double home = microseconds(traffic.link_combine().most, machine.push_gbytes_per_s);
   const double experts = stage.weights_us + stage.products_us;
   const double late = std::max(0.0, home - experts);

@@ -29,9 +29,9 @@ struct Moved {
 inline constexpr double kHomeHeader = static_cast<double>(kNetworkHomeHeaderBytes);
 
 /// Everything that the formulas share.
-class Traffic {
+class TrafficModel {
  public:
-  Traffic(const MachineModel& machine, const ClusterLayer& layer, const TokenSpread& spread)
+  TrafficModel(const MachineModel& machine, const ClusterLayer& layer, const TokenSpread& spread)
       : machine_(machine),
         layer_(layer),
         spread_(spread),

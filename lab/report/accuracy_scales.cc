@@ -7,6 +7,7 @@
 
 #include "report/accuracy_html.h"
 #include "report/svg_plot.h"
+#include "sluice/quant.h"
 
 namespace sluice::report {
 namespace {
@@ -16,6 +17,8 @@ using Json = nlohmann::ordered_json;
 constexpr const char* kColors[] = {"#1668dc", "#f2a93b"};  // GEMM1 input, GEMM2 input.
 /// Experts in a table: those with the least room.
 constexpr std::size_t kMaxExperts = 8;
+/// e4m3 has no value between 448 and 480, so that what is below this is rounded to 448.
+constexpr double kRoundsToMax = 464;
 
 /// "scale1" for "scale", 0.
 const Json& of_gemm(const Json& owner, const char* what, int gemm) {
@@ -47,7 +50,7 @@ std::string layer_table(const Json& suites) {
 /// Headroom of the layer's scale over what one expert met; 0 if it met nothing.
 double headroom(const Json& scales, const Json& expert, int gemm) {
   const double amax = of_gemm(expert, "amax", gemm);
-  return amax > 0 ? 448 * of_gemm(scales, "s", gemm).get<double>() / amax : 0;
+  return amax > 0 ? kE4m3Max * of_gemm(scales, "s", gemm).get<double>() / amax : 0;
 }
 
 /// The least of an expert's two headrooms; experts without rows come last.
@@ -72,7 +75,7 @@ std::string expert_row(const Json& scales, std::size_t index, bool has_own) {
                     headroom(scales, expert, gemm), percent(of_gemm(expert, "clip_rate", gemm)));
     if (!has_own) continue;
     html += fmt::format("<td>{:.4g}</td><td class='{}'>{:.3g}x</td>", scale,
-                        own > 0 && own * 464 < 448 ? "w2" : "", own);
+                        own > 0 && own * kRoundsToMax < kE4m3Max ? "w2" : "", own);
   }
   return html + "</tr>";
 }
