@@ -2,6 +2,7 @@
 // waits that end, and whom errors name. Ranks are threads that meet over TCP, but one that is
 // killed or stopped is a process.
 #include <gmock/gmock.h>
+#include <unistd.h>
 
 #include <future>
 #include <latch>
@@ -294,6 +295,35 @@ TEST(NcclRail, AnAbortThatHangsIsNotWaitedFor) {
   EXPECT_LT(outcome.took, kBound);
   nccl.abort_hangs = false;
   (void)one.get();
+}
+
+// NCCL must not go on in a process whose memory goes: one that ends waits a little.
+TEST(NcclRail, AProcessThatEndsWaitsForAnAbortThatWasLeft) {
+  const TcpJob job(1);
+  int ends[2] = {};
+  ASSERT_EQ(pipe(ends), 0);
+  const auto begin = Clock::now();
+  const ChildProcess process([&] {
+    FakeNccl nccl;
+    NcclApi api = nccl.api();
+    api.abort = [&ends, abort = api.abort](NcclComm comm) {
+      const int status = abort(comm);
+      std::this_thread::sleep_for(1'500ms);  // The rail has left it after 800 ms.
+      (void)!write(ends[1], "x", 1);
+      return status;
+    };
+    auto link = std::make_unique<TcpLink>(job.config(0), kLong);
+    auto rail = std::make_unique<NcclRail>(api, *link, rail_of(1, 0));
+    rail.reset();
+    link.reset();
+    std::exit(0);
+  });
+  close(ends[1]);
+  char end = 0;
+  EXPECT_EQ(read(ends[0], &end, 1), 1) << "the abort had not returned";
+  close(ends[0]);
+  EXPECT_GE(Clock::now() - begin, 1'500ms);
+  EXPECT_LT(Clock::now() - begin, kBound + 3s);
 }
 
 TEST(NcclRail, ARailThatGoesWaitsForNobody) {
