@@ -3,6 +3,7 @@
 #include <gmock/gmock.h>
 
 #include <algorithm>
+#include <atomic>
 #include <chrono>
 #include <iterator>
 #include <thread>
@@ -18,31 +19,44 @@ using ::testing::HasSubstr;
 using Clock = std::chrono::steady_clock;
 
 constexpr auto kTimeout = 500ms;
-/// Until every other rank has failed.
-constexpr auto kLost = 2'900ms;
+
+/// Ranks that have seen what there was to see. Nobody leaves before all have: one that leaves is
+/// missing, too, to a rank that looks a little later.
+class Survivors {
+ public:
+  void arrive() { num_done_ += 1; }
+  void wait_for_all() const {
+    const auto until = Clock::now() + 10s;
+    while (num_done_ < kSurvivors && Clock::now() < until) std::this_thread::sleep_for(1ms);
+  }
+
+ private:
+  static constexpr int kSurvivors = 3;
+  std::atomic<int> num_done_{0};
+};
 
 /// Where a rank is lost: before a half of dispatch or combine.
 enum Stage { kBeforeDispatch, kBeforeReceive, kBeforeCombine, kBeforeSum, kNowhere };
 
 /// One round of rank r, its halves queued one after the other as far as it comes; then what it has
-/// found is thrown.
+/// found is thrown, or it stays away until all others have failed.
 void lose_in_round(EmulatedRank& rank, const Traffic& t, int r, Stage stage,
-                   std::vector<std::uint16_t>& y) {
+                   std::vector<std::uint16_t>& y, const Survivors& survivors) {
   Exchange::Impl& exchange = *rank.exchange;
-  if (stage == kBeforeDispatch) return;
+  if (stage == kBeforeDispatch) return survivors.wait_for_all();
   auto route = exchange.dispatch_send(t.x_view(r), t.routing(r), 0, {});
-  if (stage == kBeforeReceive) return std::this_thread::sleep_for(kLost);
+  if (stage == kBeforeReceive) return survivors.wait_for_all();
   exchange.dispatch_receive(*route, {});
-  if (stage == kBeforeCombine) return std::this_thread::sleep_for(kLost);
+  if (stage == kBeforeCombine) return survivors.wait_for_all();
   exchange.combine_send(*route, route->expert_y, {});
-  if (stage == kBeforeSum) return std::this_thread::sleep_for(kLost);
+  if (stage == kBeforeSum) return survivors.wait_for_all();
   exchange.combine_receive(*route, view_of(y, t, r), {});
   rank.stream.synchronize();
   exchange.check();
 }
 
 void expect_lost_rank_named(EmulatedHosts& transport, const Traffic& t, const ExchangeConfig& c,
-                            Stage stage) {
+                            Stage stage, Survivors& survivors) {
   constexpr int kVictim = 3;
   EmulatedRank rank(transport, c, t.s1);
   const int r = transport.rank();
@@ -50,8 +64,7 @@ void expect_lost_rank_named(EmulatedHosts& transport, const Traffic& t, const Ex
   std::vector<std::uint16_t> y;
   if (r == kVictim) {
     try {
-      lose_in_round(rank, t, r, stage, y);
-      if (stage == kBeforeDispatch) std::this_thread::sleep_for(kLost);
+      lose_in_round(rank, t, r, stage, y, survivors);
     } catch (const Error&) {
       // It is given up by the others.
     }
@@ -59,7 +72,7 @@ void expect_lost_rank_named(EmulatedHosts& transport, const Traffic& t, const Ex
   }
   const auto begin = Clock::now();
   try {
-    lose_in_round(rank, t, r, kNowhere, y);
+    lose_in_round(rank, t, r, kNowhere, y, survivors);
     // What the victim does last concerns its own rail alone.
     EXPECT_TRUE(stage == kBeforeSum && r != 1) << "rank " << r << " did not notice";
     expect_model(t, c, r, y);
@@ -70,8 +83,8 @@ void expect_lost_rank_named(EmulatedHosts& transport, const Traffic& t, const Ex
   EXPECT_LT(Clock::now() - begin, kTimeout + 2s) << "rank " << r;
   rank.stream.synchronize();  // Nothing that it has queued waits any longer.
   EXPECT_LT(Clock::now() - begin, kTimeout + 2s) << "rank " << r;
-  // A rank that leaves at once is missing, too, to one that looks a little later.
-  std::this_thread::sleep_for(800ms);
+  survivors.arrive();
+  survivors.wait_for_all();
 }
 
 /// How NCCL's abort behaves. What is queued moves on until it is in effect; after that whoever
@@ -103,8 +116,9 @@ void expect_named_by_all(const Abort& abort) {
     for (const Stage stage : {kBeforeDispatch, kBeforeReceive, kBeforeCombine, kBeforeSum}) {
       SCOPED_TRACE(::testing::Message() << to_string(mode) << ", stage " << stage);
       const ExchangeConfig c = config_for(t, mode, Hosts::even(2, 4));
+      Survivors survivors;
       with_a_victim(c, abort, [&](EmulatedHosts& transport) {
-        expect_lost_rank_named(transport, t, c, stage);
+        expect_lost_rank_named(transport, t, c, stage, survivors);
       });
       if (::testing::Test::HasFailure()) return;
     }
@@ -127,6 +141,7 @@ TEST(RailFaults, ALostRankIsNamedThoughGraphsAreReplayedOn) {
   const Traffic t = make_traffic(tokens_of(4), 24, 4, 128, 24);
   const ExchangeConfig c = config_for(t, Mode::kLowLatency, Hosts::even(2, 4));
   for (const Abort abort : {Abort{0, true}, {200, true}}) {
+    Survivors survivors;
     with_a_victim(c, abort, [&](EmulatedHosts& transport) {
       EmulatedRank rank(transport, c, t.s1);
       Exchange::Impl& exchange = *rank.exchange;
@@ -152,7 +167,7 @@ TEST(RailFaults, ALostRankIsNamedThoughGraphsAreReplayedOn) {
       rank.stream.synchronize();
       exchange.check();
       expect_model(t, c, r, y);
-      if (r == 3) return std::this_thread::sleep_for(kLost);
+      if (r == 3) return survivors.wait_for_all();
 
       const auto begin = Clock::now();
       for (int i = 0; i < 3; ++i) rank.stream.replay(graph);
@@ -166,7 +181,8 @@ TEST(RailFaults, ALostRankIsNamedThoughGraphsAreReplayedOn) {
         EXPECT_THAT(error.ranks(), ElementsAre(3)) << error.what();
         EXPECT_THAT(error.what(), HasSubstr("rank 3 of host host-1"));
       }
-      std::this_thread::sleep_for(800ms);
+      survivors.arrive();
+      survivors.wait_for_all();
     });
   }
 }
