@@ -104,7 +104,15 @@ std::unique_ptr<Window> NcclTransport::make_window(std::size_t bytes, int num_fl
 
 std::vector<std::vector<std::byte>> NcclTransport::all_gather(std::span<const std::byte> mine,
                                                               milliseconds timeout) {
-  auto all = link_.gather(mine, "all_gather", timeout);
+  std::vector<std::vector<std::byte>> all;
+  try {
+    all = link_.gather(mine, "all_gather", timeout);
+  } catch (const Error& error) {
+    // The link knows no hosts.
+    if (rail_ == nullptr || error.ranks().empty()) throw;
+    fail_of_ranks(error.code(), error.ranks(), "{}: {}", error.what(),
+                  rail_->names_of(error.ranks()));
+  }
   for (std::size_t r = 0; r < all.size(); ++r) {
     if (all[r].size() == mine.size()) continue;
     fail(ErrorCode::kTransport, "all_gather: rank {} brought {} bytes, rank {} brought {}", rank(),

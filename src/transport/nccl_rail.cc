@@ -227,7 +227,7 @@ std::optional<Error> NcclRail::gone_error(const std::string& operation) const {
   const std::vector<int> gone = link_.gone();
   if (gone.empty()) return {};
   return Error(ErrorCode::kTransport,
-               fmt::format("{}: missing {}, whose process has ended, or which gave up",
+               fmt::format("{}: missing {}, whose process has ended, or for which others gave up",
                            place(operation), names_of(gone)),
                gone);
 }

@@ -1,6 +1,7 @@
 #include "transport/tcp_link.h"
 
 #include <algorithm>
+#include <set>
 #include <string>
 #include <utility>
 
@@ -99,15 +100,18 @@ struct TcpLink::Impl {
 
 /// The timeout has passed: missing is who has not come.
 Blame TcpLink::Impl::blame_for_delay(milliseconds timeout) {
-  std::vector<int> late, silent;
+  std::vector<int> late, silent, lost;
   std::string what;
   const auto members = hub.ask(Clock::now() + kGrace);
   for (int r = 0; members && r < static_cast<int>(members->size()); ++r) {
     const TcpMember& member = (*members)[static_cast<std::size_t>(r)];
     if (r == config.rank) continue;
-    if (member.arrived < hub.number()) late.push_back(r);
-    if (member.silent_ms > kSilentMs) silent.push_back(r);
+    const bool is_late = member.arrived < hub.number(), is_silent = member.silent_ms > kSilentMs;
+    if (is_late) late.push_back(r);
+    if (is_silent) silent.push_back(r);
+    if (is_late && (is_silent || member.presence == Presence::kAway)) lost.push_back(r);
   }
+  if (!lost.empty()) late = lost;  // The others may be waiting for them.
   if (!members) {
     // Rank 0 may have given up at the same moment, and have said why.
     if (const auto gone = hub.gone(); !gone.empty()) return blame_for_break(gone, config.rank);
@@ -178,11 +182,17 @@ std::optional<std::vector<TcpMember>> TcpLink::ask(milliseconds timeout) {
 }
 
 std::vector<int> TcpLink::gone() const {
-  std::vector<int> ranks;
+  std::vector<int> ended, gave_up;
+  std::set<int> blamed;
   for (const auto& [rank, why] : impl_->hub.gone()) {
-    if (why.presence != Presence::kLeft) ranks.push_back(rank);
+    if (why.presence == Presence::kEnded) ended.push_back(rank);
+    if (why.presence != Presence::kGaveUp) continue;
+    gave_up.push_back(rank);
+    blamed.insert(why.blamed.begin(), why.blamed.end());
   }
-  return ranks;
+  if (!ended.empty()) return ended;
+  blamed.erase(impl_->config.rank);
+  return blamed.empty() ? gave_up : std::vector<int>(blamed.begin(), blamed.end());
 }
 
 std::vector<int> TcpLink::left() const {

@@ -79,8 +79,9 @@ class TcpLink {
   /// that is stopped is one that has been silent for long.
   [[nodiscard]] std::optional<std::vector<TcpMember>> ask(std::chrono::milliseconds timeout);
 
-  /// Ranks that take part no more, in ascending order: those whose process has ended or that gave
-  /// up, and those that left in order. Asks nobody.
+  /// Whom to blame for what does not come, in ascending order: the ranks whose process has ended;
+  /// or else those that others gave up for, or, if that is this rank alone, those that gave up.
+  /// And the ranks that left in order. Asks nobody.
   [[nodiscard]] std::vector<int> gone() const;
   [[nodiscard]] std::vector<int> left() const;
 

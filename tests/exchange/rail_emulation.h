@@ -109,11 +109,11 @@ class EmulatedDevice final : public RailDevice {
   void synchronize(Stream) override { stream_.synchronize(); }
 
   void route(const cuda::RailSlot& p, const cuda::RailTokens& d, Stream) override {
-    launch(p, [p, d] { cuda::route_step(kAlone, p, d); });
+    launch([p, d] { cuda::route_step(kAlone, p, d); });
   }
   void pack(const cuda::RailSlot& p, const cuda::RailTokens& d, WireFormat wire, int,
             Stream) override {
-    launch(p, [p, d, wire, s1 = s1_] {
+    launch([p, d, wire, s1 = s1_] {
       if (cuda::is_stopped(p)) return;
       for (int t = 0; t < d.num_tokens; ++t) {
         alignas(16) std::array<std::byte, 8192> row{};
@@ -125,10 +125,10 @@ class EmulatedDevice final : public RailDevice {
     });
   }
   void sizes(const cuda::RailSlot& p, Stream) override {
-    launch(p, [p] { cuda::sizes_step(kAlone, p); });
+    launch([p] { cuda::sizes_step(kAlone, p); });
   }
   void place(const cuda::RailSlot& p, const cuda::RailTokens& d, Stream) override {
-    launch(p, [p, d] {
+    launch([p, d] {
       std::vector<std::vector<std::int32_t>> words(static_cast<std::size_t>(p.num_hosts));
       std::vector<cuda::PlaceSpace> spaces;
       for (auto& of_host : words) {
@@ -144,7 +144,7 @@ class EmulatedDevice final : public RailDevice {
     });
   }
   void spread(const cuda::RailSlot& p, int, Stream) override {
-    launch(p, [p] {
+    launch([p] {
       const bool is_idle = cuda::is_stopped(p) || p.slot->refused != 0;
       for (int i = 0; !is_idle && i < p.max_tokens; ++i) {
         for (int h = 0; h < p.num_hosts; ++h) cuda::spread_step(kAlone, p, h, i);
@@ -153,10 +153,10 @@ class EmulatedDevice final : public RailDevice {
     });
   }
   void give(const cuda::RailSlot& p, bool dropped, Stream) override {
-    launch(p, [p, dropped] { cuda::give_step(kAlone, p, dropped); });
+    launch([p, dropped] { cuda::give_step(kAlone, p, dropped); });
   }
   void relay(const cuda::RailSlot& p, bool sends, int, Stream) override {
-    launch(p, [p, sends] {
+    launch([p, sends] {
       cuda::begin_operation(p);
       if (sends) cuda::give_step(kAlone, p, false);
       cuda::await_step(kAlone, p);
@@ -167,7 +167,7 @@ class EmulatedDevice final : public RailDevice {
     });
   }
   void sum(const cuda::RailSlot& p, const cuda::RailTokens& d, int, Stream) override {
-    launch(p, [p, d] {
+    launch([p, d] {
       const Space space(p);
       cuda::check_home_step(kAlone, p);
       for (int t = 0; t < d.num_tokens; ++t) cuda::sum_step(kAlone, p, d, t, space.space());
@@ -176,7 +176,7 @@ class EmulatedDevice final : public RailDevice {
   }
   void keep_rows(const cuda::RailSlot& p, const std::uint16_t* expert_y, int num_ctas,
                  Stream) override {
-    launch(p, [p, expert_y, num_ctas] {
+    launch([p, expert_y, num_ctas] {
       for (int l = 0; l < p.placement.num_local(); ++l) {
         for (int cta = 0; cta < num_ctas; ++cta) {
           cuda::keep_rows_step(kAlone, p, reinterpret_cast<const cuda::Vector*>(expert_y), l, cta,
@@ -199,10 +199,10 @@ class EmulatedDevice final : public RailDevice {
     std::vector<cuda::Level> levels;
   };
 
-  /// A kernel begins when what crosses the network before it on its stream is complete, or ended.
-  void launch(const cuda::RailSlot& p, std::function<void()> kernel) {
-    stream_.queue([&stream = stream_, stop = p.stop, kernel = std::move(kernel)] {
-      while (stream.done < stream.begun && cuda::load_relaxed(stop) == 0) cuda::rest();
+  /// A kernel begins when what crosses the network before it on its stream has ended.
+  void launch(std::function<void()> kernel) {
+    stream_.queue([&stream = stream_, kernel = std::move(kernel)] {
+      while (stream.done < stream.begun) cuda::rest();
       kernel();
     });
   }

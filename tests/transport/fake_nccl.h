@@ -18,6 +18,7 @@
 #include <utility>
 #include <vector>
 
+#include "fake_gather.h"
 #include "fake_stream.h"
 #include "transport/nccl_api.h"
 
@@ -77,9 +78,10 @@ class FakeNccl {
     api.user_rank = [](NcclComm comm, int* rank) {
       return *rank = static_cast<Comm*>(comm)->rank, kNcclSuccess;
     };
-    api.gather = [this](NcclComm comm, const std::byte* mine, std::size_t bytes, std::byte* all,
-                        std::chrono::milliseconds timeout) {
-      return gather(*static_cast<Comm*>(comm), mine, bytes, all, timeout);
+    api.gather = [](NcclComm comm, const std::byte* mine, std::size_t bytes, std::byte* all,
+                    std::chrono::milliseconds timeout) {
+      const Comm& c = *static_cast<Comm*>(comm);
+      return c.world->gathered.gather(c.rank, c.world->num_ranks, {mine, bytes}, all, timeout);
     };
     return api;
   }
@@ -87,7 +89,7 @@ class FakeNccl {
  private:
   struct World {
     int num_ranks = 0, num_joined = 0;
-    std::vector<std::vector<std::byte>> gathered = {};  // By number and rank.
+    FakeGather gathered;
   };
   struct Operation {
     void* data;
@@ -109,6 +111,7 @@ class FakeNccl {
     int polls_left;
     std::vector<Operation> open = {};  // Of the group under way.
     FakeStream* stream = nullptr;
+    std::shared_ptr<Group> latest = nullptr;
     bool is_aborted = false;
     int status = kNcclSuccess;
   };
@@ -149,6 +152,7 @@ class FakeNccl {
       }
       queue.clear();
     }
+    if (comm->latest) end(*comm->latest);  // An abort ends the kernel that waits.
     num_aborted += 1;
     comms_.erase(comm);
     return kNcclSuccess;
@@ -180,35 +184,13 @@ class FakeNccl {
         if (comm->is_aborted) return;
         const auto group = std::make_shared<Group>();
         group->stream = stream, group->num_left = operations.size();
+        comm->latest = group;
         stream->begun += 1;
         for (const Operation& operation : operations) meet(*comm, {operation, group});
       });
     }
     open_.clear();
     return kNcclInProgress;
-  }
-
-  /// Each rank's parts one after the other, in the order of its calls.
-  int gather(Comm& comm, const std::byte* mine, std::size_t bytes, std::byte* all,
-             std::chrono::milliseconds timeout) {
-    std::unique_lock lock(mutex_);
-    auto& parts = comm.world->gathered;
-    parts.resize(static_cast<std::size_t>(comm.world->num_ranks));
-    auto& own = parts[static_cast<std::size_t>(comm.rank)];
-    const std::size_t begin = own.size();
-    own.insert(own.end(), mine, mine + bytes);
-    const auto deadline = std::chrono::steady_clock::now() + timeout;
-    const auto has_come = [&](const auto& part) { return part.size() >= begin + bytes; };
-    while (!std::ranges::all_of(parts, has_come)) {
-      if (std::chrono::steady_clock::now() >= deadline) return kNcclTimedOut;
-      lock.unlock();
-      std::this_thread::sleep_for(std::chrono::milliseconds(1));
-      lock.lock();
-    }
-    for (const auto& part : parts) {
-      all = std::copy_n(part.begin() + static_cast<std::ptrdiff_t>(begin), bytes, all);
-    }
-    return kNcclSuccess;
   }
 
   struct Key {
@@ -235,8 +217,14 @@ class FakeNccl {
     const std::size_t bytes = std::min(send.operation.bytes, receive.operation.bytes);
     if (bytes > 0) std::memcpy(receive.operation.data, send.operation.data, bytes);
     for (const Posted* p : {&send, &receive}) {
-      if (--p->group->num_left == 0) p->group->stream->done += 1;
+      if (p->group->num_left == 1) end(*p->group);
+      if (p->group->num_left > 0) p->group->num_left -= 1;
     }
+  }
+  static void end(Group& group) {
+    if (group.num_left == 0) return;
+    group.num_left = 0;
+    group.stream->done += 1;
   }
 
   std::mutex mutex_;

@@ -62,6 +62,7 @@ void exchange_rounds(NcclRail& rail, FakeStream& stream, int num_rounds) {
       rail.check();
       std::this_thread::sleep_for(1ms);
     }
+    rail.check();
     for (int h = 0; h < n; ++h) {
       if (h == self) continue;
       EXPECT_TRUE(in[static_cast<std::size_t>(h)] ==

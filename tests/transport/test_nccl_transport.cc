@@ -145,6 +145,24 @@ TEST(NcclTransport, WhatItCannotDoBetweenHostsIsRefused) {
             "");
 }
 
+TEST(NcclTransport, ACollectiveNamesTheHostOfWhoIsMissing) {
+  EXPECT_EQ(on_hosts({"a", "b"},
+                     [done = std::make_shared<std::promise<void>>()](NcclTransport& t) {
+                       if (t.rank() == 1) return done->get_future().wait();
+                       try {
+                         (void)t.all_gather({}, 300ms);
+                         ADD_FAILURE() << "rank 1 did not come";
+                       } catch (const Error& error) {
+                         EXPECT_THAT(error.ranks(), ElementsAre(1));
+                         EXPECT_THAT(error.what(),
+                                     HasSubstr("missing rank(s) 1: rank 1 of host b"));
+                       }
+                       done->set_value();
+                     })
+                .substr(0, 6),
+            "this t");  // Each refuses the collective in which on_hosts() ends.
+}
+
 TEST(NcclTransport, HostsWithDifferentNumbersOfRanksAreRefusedByName) {
   const std::string texts = on_hosts({"one", "two", "two"}, [](NcclTransport&) { ADD_FAILURE(); });
   EXPECT_THAT(texts, HasSubstr("host one has 1 ranks and host two has 2: NCCL connects hosts with "

@@ -4,6 +4,7 @@
 #include <sys/socket.h>
 
 #include <atomic>
+#include <barrier>
 #include <future>
 #include <optional>
 #include <thread>
@@ -243,6 +244,38 @@ void stop_one(int victim) {
 TEST(TcpLink, AStoppedRankIsNamedWithinTheTimeoutAndTwoSeconds) {
   stop_one(2);
   stop_one(0);
+}
+
+// Rank 3 is stopped, and rank 1 waits for it elsewhere: the others blame rank 3 alone, and who asks
+// whom they gave up for learns the same.
+TEST(TcpLink, ARankThatIsLateIsNotBlamedBesideOneThatIsSilent) {
+  const TcpJob job(kRanks);
+  const ChildProcess child([&] {
+    TcpLink link(job.config(3), kLong);
+    raise(SIGSTOP);
+  });
+  std::promise<void> done;
+  auto one = start_rank(job.config(1), kLong, [&](TcpLink& link) {
+    done.get_future().wait();
+    EXPECT_THAT(link.gone(), ElementsAre(3));
+  });
+  std::vector<std::future<TcpOutcome>> ranks;
+  std::barrier<> both(2);
+  for (const int r : {0, 2}) {
+    ranks.push_back(start_rank(job.config(r), kLong, [&](TcpLink& link) {
+      try {
+        (void)link.gather({}, "all_gather", 2s);
+      } catch (const Error&) {
+        both.arrive_and_wait();
+        std::this_thread::sleep_for(200ms);  // Until rank 1 has heard of it.
+        if (link.rank() == 0) done.set_value();
+        std::this_thread::sleep_for(200ms);
+        throw;
+      }
+    }));
+  }
+  for (auto& rank : ranks) expect_blame(rank.get(), ErrorCode::kPeerTimeout, 3, "");
+  EXPECT_EQ(one.get().text, "");
 }
 
 // Rank 3 waits less long than the others, for rank 2, which comes after that.
