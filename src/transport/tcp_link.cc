@@ -106,7 +106,7 @@ Blame TcpLink::Impl::blame_for_delay(milliseconds timeout) {
   for (int r = 0; members && r < static_cast<int>(members->size()); ++r) {
     const TcpMember& member = (*members)[static_cast<std::size_t>(r)];
     if (r == config.rank) continue;
-    const bool is_late = member.arrived < hub.number(), is_silent = member.silent_ms > kSilentMs;
+    const bool is_late = member.arrived<hub.number(), is_silent = member.silent_ms> kSilentMs;
     if (is_late) late.push_back(r);
     if (is_silent) silent.push_back(r);
     if (is_late && (is_silent || member.presence == Presence::kAway)) lost.push_back(r);
