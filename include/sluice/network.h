@@ -59,6 +59,13 @@ struct NcclConfig {
                                                              const ProcessGroup& group,
                                                              std::chrono::milliseconds timeout);
 
+/// The same, for processes that a launcher started. On one host they need no meeting place.
+/// Throws also: kInvalidArgument naming the variable that is missing, SLUICE_MEETING or
+///   SLUICE_SECRET, before anything else is tried.
+[[nodiscard]] std::unique_ptr<Transport> make_nccl_transport(const NcclConfig& config,
+                                                             const JobPlace& place,
+                                                             std::chrono::milliseconds timeout);
+
 /// The ranks of a communicator that the caller has: an ncclComm_t, as an opaque handle, of the
 /// library that `config` names. all_gather() takes a stream and a little memory of its device, and
 /// no longer than the timeout. The communicator stays the caller's, who uses it before and after,
@@ -67,13 +74,6 @@ struct NcclConfig {
 ///   kTransport with what NCCL says; kPeerTimeout, and the communicator is then of no more use.
 [[nodiscard]] ProcessGroup group_of_communicator(void* nccl_comm, const NcclConfig& config,
                                                  std::chrono::milliseconds timeout);
-
-/// The same, for processes that a launcher started. On one host they need no meeting place.
-/// Throws also: kInvalidArgument naming the variable that is missing, SLUICE_MEETING or
-///   SLUICE_SECRET, before anything else is tried.
-[[nodiscard]] std::unique_ptr<Transport> make_nccl_transport(const NcclConfig& config,
-                                                             const JobPlace& place,
-                                                             std::chrono::milliseconds timeout);
 
 /// A meeting place for the ranks of `group`: a free port of rank 0's host, all addresses that the
 /// host has, and a new secret. Rank 0 listens already.
