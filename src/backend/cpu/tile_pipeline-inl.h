@@ -104,8 +104,9 @@ class TilePipeline {
         : unit_(unit),
           sum_(pipeline.sum_[0][0]),
           block_acc_(pipeline.block_acc_),
-          pipeline_(pipeline) {
-      for (int t = 0; t < kRowTiles; ++t) groups_[t] = unit.groups[t], acc_[t] = unit.acc[t];
+          pipeline_(pipeline),
+          row_tiles_(unit.row_tiles) {
+      for (int t = 0; t < kRowTiles; ++t) acc_[t] = unit.acc[t];
       for (int p = 0; p < kParts; ++p) {
         const int at = p * (kRegBytes / 4);
         first_[p] = hn::LoadU(kF32, unit.scales + at);
@@ -121,7 +122,7 @@ class TilePipeline {
 #pragma GCC unroll 4
       for (int i = first_row; i < (slot - kFirst + 1) * kRows / kSlots; ++i) {
         const int t = i / kTileRows, row = i % kTileRows;
-        const VF32 as = hn::Set(kF32, groups_[t][row].scale);
+        const VF32 as = hn::Set(kF32, row_tiles_[t].scale[row]);
         const float* const sum = sum_ + (t * 2 * kTileRows + row) * kBlockN;
         float* const acc = acc_[t] + row * kBlockN;
         for (int p = 0; p < kParts; ++p) {
@@ -142,8 +143,8 @@ class TilePipeline {
     const float* sum_;
     std::int64_t block_acc_;
     TilePipeline& pipeline_;
-    const DigitGroup* groups_[kRowTiles];  // Of its own: stores could change the unit's.
-    float* acc_[kRowTiles];
+    const TileLows* row_tiles_;
+    float* acc_[kRowTiles];  // Of its own: stores could change the unit's.
     VF32 first_[kParts], second_[kParts];
   };
 

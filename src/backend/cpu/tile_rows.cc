@@ -9,6 +9,7 @@ void TileLows::fill(const DigitGroup* groups, const std::uint8_t* low, int count
   num_rows = 0;
   int digits = 0;
   for (int row = 0; row < count; ++row) {
+    scale[row] = groups[row].scale;
     magnitude = std::max(magnitude, groups[row].magnitude);
     if (groups[row].low != 0) rows[num_rows++] = static_cast<std::uint8_t>(row);
     digits += std::popcount(groups[row].low);

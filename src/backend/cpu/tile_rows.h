@@ -1,5 +1,5 @@
-// tile_rows.h - how rows are cut into tiles (tile_unit.h), and what a tile's rows have that its
-// products leave out: low digits.
+// tile_rows.h - how rows are cut into tiles (tile_unit.h), and what a tile's rows have besides the
+// digits that it multiplies: scales, and low digits.
 #pragma once
 
 #include <algorithm>
@@ -34,10 +34,11 @@ struct TileLows {
     std::uint8_t slot = 0, step = 0;
     std::int8_t first = 0, second = 0;
   };
-  std::int32_t magnitude = 0;      ///< The largest of the rows.
-  bool are_many = false;           ///< Then `rows` has all rows of the tile, and `pairs` nothing.
-  std::uint8_t num_rows = 0;       ///< That have a low digit.
-  std::uint8_t begin[5]{};         ///< Pairs of each quarter of the steps, in `pairs`.
+  float scale[kTileRows]{};    ///< DigitGroup::scale of each row, which else lie 32 bytes apart.
+  std::int32_t magnitude = 0;  ///< The largest of the rows.
+  bool are_many = false;       ///< Then `rows` has all rows of the tile, and `pairs` nothing.
+  std::uint8_t num_rows = 0;   ///< That have a low digit.
+  std::uint8_t begin[5]{};     ///< Pairs of each quarter of the steps, in `pairs`.
   std::uint8_t rows[kTileRows]{};  ///< Of each slot, in the tile.
   Pair pairs[kMostDigits];         ///< By quarter, then by slot.
 

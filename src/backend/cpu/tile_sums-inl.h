@@ -63,10 +63,10 @@ struct UnitRows {
 template <int kRowTiles>
 struct UnitSums {
   alignas(64) float low[kRowTiles][2][kSumsOfTile];  ///< Of low digits: [tile][block][slot][16]
-  const DigitGroup* groups[kRowTiles];
-  float* acc[kRowTiles];           ///< First row's of each tile, of the first block.
-  int count[kRowTiles];            ///< Rows of each tile.
-  const TileLows* lows = nullptr;  ///< Null: no row has a low digit.
+  float* acc[kRowTiles];  ///< First row's of each tile, of the first block.
+  int count[kRowTiles];   ///< Rows of each tile.
+  const TileLows* row_tiles = nullptr;
+  const TileLows* lows = nullptr;  ///< The same. Null: no row has a low digit.
   const float* scales = nullptr;   ///< First block's [16]; the second's kBlockScales later.
   int num_blocks = 0;              ///< 0: nothing waits.
 
@@ -74,10 +74,10 @@ struct UnitSums {
   HWY_INLINE void begin(const UnitRows<kRowTiles>& rows, int blocks, const float* first_scales,
                         float* acc_of_row_0) {
     for (int t = 0; t < kRowTiles; ++t) {
-      groups[t] = rows.groups[t];
       acc[t] = acc_of_row_0 + rows.first[t] * kBlockN;
       count[t] = rows.count[t];
     }
+    row_tiles = rows.lows;
     lows = rows.has_low() ? rows.lows : nullptr;
     scales = first_scales;
     num_blocks = blocks;
@@ -184,7 +184,7 @@ HWY_NOINLINE void scale_and_add_all(UnitSums<kRowTiles>& unit,
     for (int i = 0; i < kRowTiles * kTileRows; ++i) {
       const int t = i / kTileRows, row = i % kTileRows;
       if (row >= unit.count[t]) continue;
-      const VF32 as = hn::Set(kF32, unit.groups[t][row].scale);
+      const VF32 as = hn::Set(kF32, unit.row_tiles[t].scale[row]);
       for (int p = 0; p < kParts; ++p) {
         const int at = p * (kRegBytes / 4);
         const VF32 scales = hn::LoadU(kF32, unit.scales + b * kBlockScales + at);
