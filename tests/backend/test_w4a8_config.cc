@@ -15,7 +15,12 @@ KernelConfig choose(int expected_m, int max_rows, int num_experts = 32) {
 TEST(W4A8Config, UpTo32RowsWeightBytesDecide) {
   EXPECT_EQ(choose(1, 0), KernelConfig::kDecode);
   EXPECT_EQ(choose(32, 0), KernelConfig::kDecode);
-  EXPECT_EQ(choose(33, 0), KernelConfig::kPrefill);
+  EXPECT_EQ(choose(33, 0), KernelConfig::kPrefill64);
+}
+
+TEST(W4A8Config, TilesAreAsWideAsRowsAreExpected) {
+  EXPECT_EQ(choose(64, 0), KernelConfig::kPrefill64);
+  EXPECT_EQ(choose(65, 0), KernelConfig::kPrefill);
   EXPECT_EQ(choose(1024, 0), KernelConfig::kPrefill);
 }
 
@@ -28,7 +33,7 @@ TEST(W4A8Config, ACapacityOfFewRowsDecidesAlone) {
 TEST(W4A8Config, FewExpertsKeepSmallTilesUpTo64Rows) {
   EXPECT_EQ(choose(64, 0, 8), KernelConfig::kDecode);
   EXPECT_EQ(choose(65, 0, 8), KernelConfig::kPrefill);
-  EXPECT_EQ(choose(64, 0, 9), KernelConfig::kPrefill);
+  EXPECT_EQ(choose(64, 0, 9), KernelConfig::kPrefill64);
 }
 
 TEST(W4A8Config, OneScalePerRowKeepsOneKernelUpTo64Rows) {

@@ -6,7 +6,7 @@
 //
 //   bench_w4a8 [--quick]          a fixed list of cases, weights in groups of 128
 //   bench_w4a8 --rows 16,64,128   the stage at these rows per expert; narrowed by
-//       --experts 8 --group 32 --static|--token --code 7|mxfp4 --config decode|prefill
+//       --experts 8 --group 32 --static|--token --code 7|mxfp4 --config decode|prefill|prefill64
 //       --hidden 4096 --intermediate 256 --activation swiglu:limit=10
 #include <algorithm>
 #include <chrono>
@@ -210,7 +210,10 @@ struct Bench {
         what == kStage   ? "stage"
         : what == kGemm1 ? "gate_up"
                          : "down",
-        experts, label, expected, config == KernelConfig::kDecode ? "decode" : "prefill",
+        experts, label, expected,
+        config == KernelConfig::kDecode    ? "decode"
+        : config == KernelConfig::kPrefill ? "prefill"
+                                           : "narrow",
         code == WeightCode::kE2M1             ? "mxfp4"
         : code == WeightCode::kOnesComplement ? "7-instr"
                                               : "3-instr",
@@ -344,7 +347,9 @@ int main(int argc, char** argv) {
       }
       if (arg == "--hidden") choice.pool.hidden = std::atoi(value);
       if (arg == "--activation") choice.activation = sluice::parse_activation(value);
-      if (arg == "--config") choice.config = std::string("prefill") == value;
+      if (arg == "--config") {
+        choice.config = std::string("prefill64") == value ? 2 : std::string("prefill") == value;
+      }
     }
     if (!choice.rows.empty()) return sluice::cuda::bench::bench_chosen(choice, rests, data);
     return sluice::cuda::bench::bench_all(quick, rests, data);

@@ -221,10 +221,12 @@ bool run_case(const Case& c, int repeats = 1) {
   bool twice = true;
   for (int i = 0; i < repeats; ++i) twice &= a == run(c, w, d, rows, KernelConfig::kDecode, true);
   const Outputs p = run(c, w, d, rows, KernelConfig::kPrefill, true);
+  const Outputs p64 = run(c, w, d, rows, KernelConfig::kPrefill64, true);
   const Outputs s = run(c, w, d, rows, KernelConfig::kDecode, false);
   // Few CTAs: a ticket has several row tiles, and the ring goes round across many tiles.
   const bool few = a == run(c, w, d, rows, KernelConfig::kDecode, true, 1) &&
-                   a == run(c, w, d, rows, KernelConfig::kPrefill, true, 2);
+                   a == run(c, w, d, rows, KernelConfig::kPrefill, true, 2) &&
+                   a == run(c, w, d, rows, KernelConfig::kPrefill64, true, 2);
   HostMatrix m[3];
   for (int i = 0; i < 3; ++i) {
     m[i] = {w.codes[i].download(),
@@ -249,7 +251,7 @@ bool run_case(const Case& c, int repeats = 1) {
     r.failures += one.failures;
     r.num_hidden += one.num_hidden, r.bitten += one.bitten, r.num_nan += one.num_nan;
   }
-  const bool configs = a == p, split = a == s;
+  const bool configs = a == p && a == p64, split = a == s;
   const bool has_limits = std::strcmp(c.activation, "swiglu") != 0;
   const bool ok =
       r.failures == 0 && twice && configs && split && few && (!has_limits || r.bitten > 0);

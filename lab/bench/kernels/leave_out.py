@@ -8,7 +8,7 @@ ptxas_guard.sh refuses the object, as it refuses one that spills.
     lab/bench/kernels/leave_out.py build/cuda [--out DIR] [bench_w4a8's options]
 
 Each variant is a copy of src/backend/cuda with a few lines replaced. The script fails when a line
-is not there exactly once, so a changed main loop cannot be measured by mistake. It compiles the two
+is not there exactly once, so a changed main loop cannot be measured by mistake. It compiles the
 kernels of bf16 scales in groups of 128 (with --group 32 those of 32) with the commands of BUILD (a
 Ninja build), in parallel, links them before the library that holds the real ones, and runs the
 programs in turn. RESULTS OF ALL VARIANTS BUT THE FIRST ARE WRONG ON PURPOSE; the source tree and
@@ -25,9 +25,10 @@ import sys
 
 ROOT = pathlib.Path(__file__).resolve().parents[3]
 KERNELS = ("sm90_w4a8_decode_bf16_g{}.cu", "sm90_w4a8_prefill_bf16_g{}.cu")
+KERNELS128 = (*KERNELS, "sm90_w4a8_prefill64_bf16_g{}.cu")
 UNIT, LOOP = "sm90_w4a8_unit.cuh", "sm90_w4a8_mainloop.cuh"
 PROMOTE = "sm90_w4a8_promote.cuh"
-GROUP32 = "sm90_w4a8_group32.cuh"
+GROUP32, MATH = "sm90_w4a8_group32.cuh", "sm90_w4a8_math.cuh"
 
 NO_TOKEN_SCALES = [
     (PROMOTE, f"__fmul_rn(ws.{row}, xs[{column}])", f"ws.{row}")
@@ -48,7 +49,19 @@ ONE_PRODUCT = [
         "for (int i = 0; i < 1; ++i) ptx::wgmma_m64k32",
     )
 ]
-NO_ARITHMETIC = [(LOOP, "  if (!has_slabs) {\n", "  if (has_slabs || !has_slabs) {\n")]
+# Row tiles that run through one loop (8 and 16 columns) keep their ends.
+NO_ARITHMETIC = [
+    (LOOP, "  if (!has_slabs) {\n", "  if (has_slabs || !has_slabs) {\n"),
+    (
+        MATH,
+        "    if (busy_tiles > 0) {\n",
+        "    for (int i = 0; i < busy_tiles; ++i) {\n"
+        "      for (int k = 0; k < phase.num_steps; ++k) release(s, acquire(s, ring));\n"
+        "      finish_tile<C, X, N>(s, phase, t, row_tile++, ring, true, sum);\n"
+        "    }\n"
+        "    if (busy_tiles < 0) {\n",
+    ),
+]
 
 # Not joined, so never read: ptxas drops the products of these units, too.
 FEW_UNITS = [
@@ -145,7 +158,7 @@ def main():
         jobs = {
             name: [
                 pool.submit(compile_kernel, commands, build, k.format(group), folder)
-                for k in KERNELS
+                for k in (KERNELS if group == "32" else KERNELS128)
             ]
             for name, folder in folders.items()
         }

@@ -25,6 +25,11 @@ inline constexpr int kWarpArrivals = 32;
 inline constexpr int kWarpArrivals = 1;
 #endif
 
+/// The class whose kernels a launch takes where kPrefill64 has none.
+template <KernelConfig Size>
+inline constexpr KernelConfig kUsual =
+    Size == KernelConfig::kPrefill64 ? KernelConfig::kPrefill : Size;
+
 /// Where the scales of x and h meet the sums.
 enum class XScale : int {
   kPerGroup,      ///< One per row and 128 of K: a factor of every unit.
@@ -58,7 +63,8 @@ struct Config {
   static constexpr int kMathWarpgroups = kIsDecode ? 4 : 2;
   static constexpr int kSlabsPerWarpgroup = kSlabsPerTile / kMathWarpgroups;
   // Groups of 32 keep four weight scales alive beside the sums: 128 columns would spill.
-  static constexpr int kMaxTokens = kIsDecode || kUnit == 32 ? 64 : 128;
+  static constexpr int kMaxTokens = Size != KernelConfig::kPrefill || kUnit == 32 ? 64 : 128;
+  static_assert(Size != KernelConfig::kPrefill64 || kUnit == 128);
   static constexpr int kMathWarps = 4 * kMathWarpgroups;
   static constexpr int kMathThreads = 32 * kMathWarps;
   static constexpr int kThreads = kMathThreads + 128;
@@ -77,8 +83,16 @@ struct Config {
   static constexpr int kStageBytes = kWeightBytes + kTokenBytes + 4 * kScaleFloats;
   // Codes of one finished tile, padded so that the four tokens of a store hit different banks.
   static constexpr int kHiddenPitch = 128 + 16;
+  // Whether finished tiles of y too leave through shared memory. NOTE: mxfp4's decode takes 1 %
+  // longer with the stage less that is left then.
+  static constexpr bool kStagesRows = !kIsDecode || Format == WeightFormat::kInt4;
+  static constexpr int kRowPitch = 2 * kTileRows + 16;  // padded for the same reason
+  // NOTE: tiles of fewer steps are over before the one before has left (256 experts of 256, 64
+  // rows: 318 us, and 308 by stores of the math warps).
+  static constexpr int kFewestSteps = 8;
+  static constexpr int kRowBytes = kMaxTokens * (kStagesRows ? kRowPitch : kHiddenPitch);
   static constexpr int kFixedBytes =
-      kMaxTokens * (kHiddenPitch + 4 * kMathWarps + 4) + 8 * kMaxExperts + 1024;
+      kRowBytes + kMaxTokens * (4 * kMathWarps + 4) + 8 * kMaxExperts + 1024;
   static constexpr int kStagesThatFit = (kSharedLimit - kFixedBytes) / kStageBytes;
   static constexpr int kStages = kStagesThatFit < 9 ? kStagesThatFit : 9;
   static_assert(128 * kProducerRegisters + kMathThreads * kMathRegisters <=
@@ -90,12 +104,12 @@ struct Config {
 struct TileInfo {
   int phase;  ///< Index into Params::phase, or -1: no more work.
   int expert;
-  int row_tile;        ///< Weight rows [256 row_tile, ...).
-  int row0;            ///< First activation row.
-  int num_tokens;      ///< Valid rows, 1..kMaxTokens.
-  int num_slabs;       ///< 4, or 2 in the last tile of an odd n.
-  int ready_count;     ///< Finished tiles of the phase before that this expert needs.
-  int row_tiles_left;  ///< Of its ticket, this one included.
+  int row_tile;     ///< Weight rows [256 row_tile, ...).
+  int row0;         ///< First activation row.
+  int num_tokens;   ///< Valid rows, 1..kMaxTokens.
+  int num_slabs;    ///< 4, or 2 in the last tile of an odd n; of several row tiles, the last's.
+  int ready_count;  ///< Finished tiles of the phase before that this expert needs.
+  int row_tiles;    ///< Of its ticket; published: that follow without a stop, this one included.
 };
 static_assert(sizeof(TileInfo) == 32);
 
@@ -138,13 +152,19 @@ struct Params {
   int* sync;     // [0] next ticket, [1] CTAs that have left, [2 + e] finished tiles of phase 0
 };
 
+/// How far a math warp is: here, not in registers, which are for sums.
+struct Progress {
+  std::uint32_t tiles;        ///< That it has finished.
+  std::uint32_t rows_parity;  ///< Of Shared::rows_empty, before it may write there again.
+};
+
 template <class C>
 struct Shared {
   static constexpr int kTileSlots = 4;
-  alignas(1024) std::uint8_t x[C::kStages][C::kTokenBytes];     // (token, k) swizzled
-  alignas(128) std::uint8_t w[C::kStages][C::kWeightBytes];     // packed stream, one step
-  alignas(16) float x_scale[C::kStages][C::kScaleFloats];       // see kScalePitch
-  alignas(16) std::uint8_t h[C::kMaxTokens * C::kHiddenPitch];  // (token, channel) e4m3
+  alignas(1024) std::uint8_t x[C::kStages][C::kTokenBytes];  // (token, k) swizzled
+  alignas(128) std::uint8_t w[C::kStages][C::kWeightBytes];  // packed stream, one step
+  alignas(16) float x_scale[C::kStages][C::kScaleFloats];    // see kScalePitch
+  alignas(16) std::uint8_t rows[C::kRowBytes];               // (token, channel) of h or y
   float amax[C::kMathWarps][C::kMaxTokens];
   float h_inv[C::kMaxTokens];
   int tile_prefix[kMaxExperts + 1];  // token tiles of the experts before e
@@ -155,6 +175,9 @@ struct Shared {
   std::uint64_t empty[C::kStages];
   std::uint64_t tile_full[kTileSlots];
   std::uint64_t tile_empty[kTileSlots];
+  std::uint64_t rows_full;   // `rows` has a finished tile
+  std::uint64_t rows_empty;  // it has left
+  Progress progress[C::kMathWarps];
 };
 
 /// Position in a ring of stages: index and the parity its barriers are waited on.

@@ -15,14 +15,50 @@ namespace sluice::cuda {
 inline constexpr int kMathBarrier = 1;  ///< Named barrier of the math warpgroups.
 inline constexpr int kHomeBarrier = 2;  ///< And from here on those of each of them.
 
+/// Waits until the tile before has left Shared::rows. Each warp counts for itself.
+template <class C>
+__device__ __forceinline__ void await_rows(Shared<C>& s) {
+  std::uint32_t& parity = s.progress[threadIdx.x / 32].rows_parity;
+  wait(&s.rows_empty, parity);
+  __syncwarp();
+  if (threadIdx.x % 32 == 0) parity ^= 1;
+}
+
+/// This warp has put its part of a tile there.
+template <class C>
+__device__ __forceinline__ void hand_over_rows(Shared<C>& s) {
+  __syncwarp();
+  if (threadIdx.x % 32 < kWarpArrivals) ptx::mbarrier_arrive(&s.rows_full);
+}
+
+/// bf16 rows, to shared memory: a warp that carries finished rows does the rest.
+template <class C, int N>
+__device__ __forceinline__ void stage_bf16(Shared<C>& s, const MathLane& lane,
+                                           const float (&sum)[C::kSlabsPerWarpgroup][N / 2]) {
+  const int channel =
+      lane.warpgroup * C::kSlabsPerWarpgroup * kSlabRows + lane.warp * 16 + 2 * lane.row;
+  std::uint8_t* const out = s.rows + lane.column * C::kRowPitch + 2 * channel;
+#pragma unroll
+  for (int j = 0; j < N / 8; ++j) {
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+#pragma unroll
+      for (int b = 0; b < C::kSlabsPerWarpgroup; ++b) {
+        *reinterpret_cast<std::uint32_t*>(out + (8 * j + i) * C::kRowPitch + 2 * b * kSlabRows) =
+            ptx::bf16x2_from_float(sum[b][4 * j + 2 + i], sum[b][4 * j + i]);
+      }
+    }
+  }
+  if constexpr (!C::kIsDecode) ptx::fence_proxy_async_shared();  // for bulk copies
+}
+
 /// bf16 rows: a thread's two rows are neighbouring channels, a warp writes whole 32-byte sectors.
 template <class C, int N>
-__device__ __forceinline__ void store_bf16(const Phase& phase, const TileInfo& t,
+__device__ __forceinline__ void store_bf16(const Phase& phase, const TileInfo& t, int row_tile,
                                            const MathLane& lane,
                                            const float (&sum)[C::kSlabsPerWarpgroup][N / 2]) {
   const int first_slab = lane.warpgroup * C::kSlabsPerWarpgroup;
-  const int channel =
-      t.row_tile * kTileRows + first_slab * kSlabRows + lane.warp * 16 + 2 * lane.row;
+  const int channel = row_tile * kTileRows + first_slab * kSlabRows + lane.warp * 16 + 2 * lane.row;
   std::uint16_t* out = phase.y + static_cast<long long>(t.row0 + lane.column) * phase.n + channel;
   const int num_tokens = t.num_tokens - lane.column;
   // One running pointer, since a pointer per token would spill. The slabs of a token one after the
@@ -53,7 +89,7 @@ struct HomeStage {
   std::uint64_t* row;  // [kMaxTokens] origins, then where the rows go
 
   __device__ __forceinline__ HomeStage(Shared<C>& s, const MathLane& lane)
-      : line(s.h + lane.warpgroup * kTokens * C::kHiddenPitch),
+      : line(s.rows + lane.warpgroup * kTokens * C::kHiddenPitch),
         row(reinterpret_cast<std::uint64_t*>(s.amax[4 * lane.warpgroup])) {}
 };
 
@@ -75,6 +111,7 @@ __device__ __forceinline__ void store_home(Shared<C>& s, const Phase& phase, con
   constexpr int kCount = N < HomeStage<C>::kTokens ? N : HomeStage<C>::kTokens;
   const HomeStage<C> stage(s, lane);
   const int barrier = kHomeBarrier + lane.warpgroup;
+  wait(&s.rows_empty, s.progress[threadIdx.x / 32].rows_parity);
   ptx::cp_async_wait();
   if (lane.thread < t.num_tokens) {
     const std::uint64_t at = stage.row[lane.thread];
@@ -169,9 +206,8 @@ __device__ __forceinline__ void scale_hidden(Shared<C>& s, const Phase& phase, c
 /// h = activate(gate, up) in f32, quantized, through shared memory to whole 128-byte rows; then
 /// counts the tile as finished.
 template <class C, int N, class Activation>
-__device__ __forceinline__ void store_hidden(Shared<C>& s, const Params& p, const Phase& phase,
-                                             const TileInfo& t, const MathLane& lane,
-                                             const Activation& activate,
+__device__ __forceinline__ void store_hidden(Shared<C>& s, const Phase& phase, const TileInfo& t,
+                                             const MathLane& lane, const Activation& activate,
                                              const float (&sum)[C::kSlabsPerWarpgroup][N / 2]) {
   float h[C::kSlabsPerWarpgroup][N / 4];
 #pragma unroll
@@ -184,6 +220,7 @@ __device__ __forceinline__ void store_hidden(Shared<C>& s, const Params& p, cons
   }
   const bool dynamic = phase.h_scale != nullptr;
   if (dynamic) scale_hidden<C, N>(s, phase, t, lane, h);
+  await_rows(s);
 #pragma unroll
   for (int i = 0; i < N / 4; i += 2) {
     const int token = 8 * (i / 2) + lane.column;
@@ -192,27 +229,14 @@ __device__ __forceinline__ void store_hidden(Shared<C>& s, const Params& p, cons
 #pragma unroll
     for (int b = 0; b < C::kSlabsPerWarpgroup; ++b) {
       const int slab = lane.warpgroup * C::kSlabsPerWarpgroup + b;
-      std::uint8_t* dst = s.h + token * C::kHiddenPitch + slab * 32 + lane.warp * 8 + lane.row;
+      std::uint8_t* dst = s.rows + token * C::kHiddenPitch + slab * 32 + lane.warp * 8 + lane.row;
       const std::uint16_t codes =
           ptx::e4m3x2_from_float(__fmul_rn(h[b][i + 1], inv1), __fmul_rn(h[b][i], inv0));
       dst[0] = static_cast<std::uint8_t>(codes);
       dst[C::kHiddenPitch] = static_cast<std::uint8_t>(codes >> 8);
     }
   }
-  ptx::named_barrier(kMathBarrier, C::kMathThreads);
-  const int thread = lane.warpgroup * 128 + lane.thread;
-  const int part = thread % 8 * 16;
-  for (int token = thread / 8; token < t.num_tokens; token += C::kMathThreads / 8) {
-    const uint4 row = *reinterpret_cast<const uint4*>(s.h + token * C::kHiddenPitch + part);
-    std::uint8_t* dst =
-        phase.h + static_cast<long long>(t.row0 + token) * (phase.n / 2) + t.row_tile * 128 + part;
-    *reinterpret_cast<uint4*>(dst) = row;
-  }
-  ptx::named_barrier(kMathBarrier, C::kMathThreads);
-  if (thread == 0 && p.num_phases == 2) {
-    ptx::fence_proxy_async();  // the next phase reads these rows through the copy engine
-    ptx::reduce_add_release_gpu(&p.sync[kSyncHeader + t.expert], 1);
-  }
+  hand_over_rows(s);
 }
 
 }  // namespace sluice::cuda

@@ -16,8 +16,9 @@
 // Operands  x   [rows, K] e4m3, K fastest, 16 B aligned        tensor copy, 128 B swizzle
 //           xs  [rows, K/128] or [rows] f32, or a static one   loads and shared stores, by a warp
 //           w   packed stream with its scales (sm90_w4a8_layout.cuh)   one bulk copy per stage
-//           h   [rows, n/2] e4m3 and [rows, n/256] f32         16-byte stores
-//           y   [rows, n] bf16                                 32-byte sectors per warp
+//           h   [rows, n/2] e4m3 and [rows, n/256] f32         16-byte stores, by a warp
+//           y   [rows, n] bf16                                 by the same warp; where K is short,
+//                                                              32-byte sectors per math warp
 //           num_rows i32, row_offset i64 [E]                   read when the CTA starts
 //
 // Tile      w is the left operand, widened to fp8 in registers, so a CTA computes c^T:
@@ -31,19 +32,25 @@
 // Warps     math warpgroups: widen, wgmma, promote, epilogue           104 / 232 registers
 //           last warpgroup, producers:                                  64 /  40 registers
 //             warp 0 claims tickets (tiles, several where K is short: sm90_w4a8_tickets.cuh) and
-//             streams weights; warp 1 fetches activations; warp 2 their scales; warp 3 idles
+//             streams weights; warp 1 fetches activations; warp 2 their scales; warp 3 carries
+//             finished tiles from shared memory to where they are read (sm90_w4a8_rows.cuh)
 //           640 or 384 threads, one CTA per SM, set by registers and shared memory.
 //
-// Shared    bf16, group 128, decode:  stage = w 16896 + x 8192 + xs 320 = 25408 B, 8 stages 203 KB
-//                          prefill:  stage = w 16896 + x 16384 + xs 576 = 33856 B, 6 stages 203 KB
-//           + finished tile 9 / 18 KB + amax 4 KB + expert prefix and counts 4 KB: of 227 KB
+// Shared    bf16, group 128, tiles up to 64 tokens (decode, prefill64):
+//                          stage = w 16896 + x 8192 + xs 320 = 25408 B, 7 stages 178 KB
+//                          prefill, 128 tokens:
+//                          stage = w 16896 + x 16384 + xs 576 = 33856 B, 4 stages 135 KB
+//           + finished tile 34 / 68 KB + amax 4 KB + expert prefix and counts 4 KB: of 227 KB
 //
 // Barriers  full[s]   producers -> math: weights, activations (both also count bytes), scales
 //           empty[s]  math -> producers: one arrival per math warp
-//           tile_full/tile_empty[4]  the claimed tile, warp 0 -> warps 1, 2 and math
-//           sync[2 + e]  finished phase-0 tiles of expert e, release; warps 1 and 2 acquire before
-//                     they fetch h. Tickets order all tiles; phase 1 waits only for lower tickets,
-//                     which running CTAs hold, so any number of resident CTAs makes progress.
+//           tile_full/tile_empty[4]  the claimed tile, warp 0 -> warps 1, 2, 3 and math
+//           rows_full, rows_empty  a finished tile, math -> warp 3, and back. Tiles of y take this
+//                     way unless K is short, or rows leave for their homes
+//           sync[2 + e]  finished phase-0 tiles of expert e, release, by warp 3; warps 1 and 2
+//                     acquire before they fetch h. Tickets order all tiles; phase 1 waits only for
+//                     lower tickets, which running CTAs hold, so any number of resident CTAs makes
+//                     progress.
 //           A tile whose rows of x have one scale each ends with a stage that holds these alone.
 //           Between its wait and its arrive a role owns the bytes; no one else touches them.
 //
@@ -61,6 +68,7 @@
 #include "backend/cuda/sm90_w4a8_config.cuh"
 #include "backend/cuda/sm90_w4a8_math.cuh"
 #include "backend/cuda/sm90_w4a8_producer.cuh"
+#include "backend/cuda/sm90_w4a8_rows.cuh"
 #include "backend/cuda/sm90_w4a8_scales.cuh"
 
 namespace sluice::cuda {
@@ -73,8 +81,10 @@ __device__ __forceinline__ void init_barriers(Shared<C>& s) {
   }
   for (int i = 0; i < Shared<C>::kTileSlots; ++i) {
     ptx::mbarrier_init(&s.tile_full[i], 1);
-    ptx::mbarrier_init(&s.tile_empty[i], (2 + C::kMathWarps) * kWarpArrivals);
+    ptx::mbarrier_init(&s.tile_empty[i], (3 + C::kMathWarps) * kWarpArrivals);
   }
+  ptx::mbarrier_init(&s.rows_full, C::kMathWarps * kWarpArrivals);
+  ptx::mbarrier_init(&s.rows_empty, kWarpArrivals);
   ptx::fence_barrier_init();
 }
 
@@ -97,10 +107,11 @@ __global__ void __launch_bounds__(C::kThreads, 1)
   const int lane = thread % 32;
 
   constexpr int kWeightWarp = C::kMathWarps, kActivationWarp = C::kMathWarps + 1;
-  constexpr int kScaleWarp = C::kMathWarps + 2;
+  constexpr int kScaleWarp = C::kMathWarps + 2, kRowWarp = C::kMathWarps + 3;
   constexpr int kWeightThread = 32 * kWeightWarp;
 
   if (thread == kWeightThread) init_barriers(s);
+  if (thread < C::kMathWarps) s.progress[thread] = {.tiles = 0, .rows_parity = 1};
   if (warp == kScaleWarp && lane < 2 * kNumTokenBoxes) {
     ptx::prefetch_tensor_map(&p.x_map[lane / kNumTokenBoxes][lane % kNumTokenBoxes]);
   }
@@ -119,6 +130,8 @@ __global__ void __launch_bounds__(C::kThreads, 1)
       fetch_activations(s, p, lane);
     } else if (warp == kScaleWarp) {
       fetch_scales(s, p, lane);
+    } else if (warp == kRowWarp) {
+      carry_rows(s, p, lane);
     }
   } else {
     ptx::set_max_registers_up<C::kMathRegisters>();

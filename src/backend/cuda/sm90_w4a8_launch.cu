@@ -224,7 +224,7 @@ void launch_mxfp4(const Params& p, XScale x, int num_ctas, cudaStream_t stream) 
     case XScale::kPerRow:
       return launch_kernel<Mxfp4<Size, Code, XScale::kPerRow>>(p, num_ctas, stream);
     case XScale::kRowThenGroup:
-      return launch_kernel<Mxfp4<Size, Code, XScale::kRowThenGroup>>(p, num_ctas, stream);
+      return launch_kernel<Mxfp4<kUsual<Size>, Code, XScale::kRowThenGroup>>(p, num_ctas, stream);
   }
   refuse("activation scales", static_cast<int>(x));
 }
@@ -246,8 +246,8 @@ void launch_x_scale(const Params& p, XScale x, int num_ctas, cudaStream_t stream
     case XScale::kPerRow:
       return launch_activations<Size, Code, Scale, Group, XScale::kPerRow>(p, num_ctas, stream);
     case XScale::kRowThenGroup:
-      return launch_activations<Size, Code, Scale, Group, XScale::kRowThenGroup>(p, num_ctas,
-                                                                                 stream);
+      return launch_activations<kUsual<Size>, Code, Scale, Group, XScale::kRowThenGroup>(
+          p, num_ctas, stream);
   }
   refuse("activation scales", static_cast<int>(x));
 }
@@ -257,7 +257,7 @@ void launch_group(const Params& p, int group, XScale x, int num_ctas, cudaStream
   if (group == 128) {
     launch_x_scale<Size, Code, Scale, 128>(p, x, num_ctas, stream);
   } else {
-    launch_x_scale<Size, Code, Scale, 32>(p, x, num_ctas, stream);
+    launch_x_scale<kUsual<Size>, Code, Scale, 32>(p, x, num_ctas, stream);
   }
 }
 
@@ -313,6 +313,8 @@ void launch(const Params& p, const PackedWeights& w, const RowRanges& rows, XSca
   const auto stream = static_cast<cudaStream_t>(handle);
   if (config.config == KernelConfig::kDecode) {
     launch_code<KernelConfig::kDecode>(p, w, x, config.num_ctas, stream);
+  } else if (config.config == KernelConfig::kPrefill64) {
+    launch_code<KernelConfig::kPrefill64>(p, w, x, config.num_ctas, stream);
   } else {
     launch_code<KernelConfig::kPrefill>(p, w, x, config.num_ctas, stream);
   }

@@ -47,15 +47,16 @@ __device__ __forceinline__ void multiply_slab(Shared<C>& s, Ring& ring, int num_
 }
 
 /// One slab, few columns: the next step's weights are widened while this step is multiplied.
-template <class C, XScale X, int N>
+template <class C, XScale X, int N, class Finish>
 __device__ __forceinline__ void multiply_slab_ahead(Shared<C>& s, Ring& ring, int num_steps,
-                                                    const MathLane& lane, float (&sum)[1][N / 2]) {
+                                                    int num_tiles, const MathLane& lane,
+                                                    float (&sum)[1][N / 2], const Finish& finish) {
   float acc[N / 2];
   clear(acc);
   int stage = acquire(s, ring);
   Fragments now, next;
   widen<C, true>(load_codes(view_stage(s, stage, lane).codes), now);
-  int left = num_steps;
+  int left = num_steps * num_tiles, left_of_tile = num_steps;
   auto step = [&](Fragments& f, Fragments& following) {
     const int next_stage = left == 1 ? stage : acquire(s, ring);
     const StageView v = view_stage(s, stage, lane);
@@ -67,6 +68,11 @@ __device__ __forceinline__ void multiply_slab_ahead(Shared<C>& s, Ring& ring, in
     release(s, stage);
     stage = next_stage;
     --left;
+    if (--left_of_tile == 0) {
+      finish(sum);
+      clear(sum[0]);
+      left_of_tile = num_steps;
+    }
   };
   // NOTE: one's complement in twos, or ptxas serializes products (C7513). With the other code that
   // gains nothing, and tiles of two steps take 2 % longer.
@@ -195,8 +201,6 @@ __device__ __forceinline__ void multiply_tile(Shared<C>& s, Ring& ring, int num_
     multiply_mxfp4<C, X, N>(s, ring, num_steps, lane, sum);
   } else if constexpr (C::kGroup == 32) {
     multiply_group32<C, X, N>(s, ring, num_steps, lane, sum);
-  } else if constexpr (C::kIsDecode && N <= 16) {
-    multiply_slab_ahead<C, X, N>(s, ring, num_steps, lane, sum);
   } else if constexpr (C::kIsDecode) {
     multiply_slab<C, X, N>(s, ring, num_steps, lane, sum);
   } else if constexpr (N <= 64) {

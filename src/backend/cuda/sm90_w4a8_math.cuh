@@ -53,6 +53,32 @@ __device__ __forceinline__ void meet_row_scales(Shared<C>& s, const Phase& phase
   }
 }
 
+/// A finished row tile leaves. `t`: what was published, `row_tile` of it.
+template <class C, XScale X, int N>
+__device__ __forceinline__ void finish_tile(Shared<C>& s, const Phase& phase, const TileInfo& t,
+                                            int row_tile, Ring& ring, bool has_rows,
+                                            float (&sum)[C::kSlabsPerWarpgroup][N / 2]) {
+  if constexpr (X == XScale::kPerRow) meet_row_scales<C, N>(s, phase, ring, sum);
+  // Made and read again: along K registers are for sums.
+  const MathLane again = make_math_lane<C>();
+  if (phase.epilogue == Epilogue::kHidden) {
+    visit_activation<C::kActivations>(phase.activation, [&](const auto& activate) {
+      store_hidden<C, N>(s, phase, t, again, activate, sum);
+    });
+  } else if (stages_rows<C>(phase)) {
+    await_rows(s);
+    if (has_rows) stage_bf16<C, N>(s, again, sum);
+    hand_over_rows(s);
+  } else if (!has_rows) {
+    return;
+  } else if (phase.home.origin != nullptr) {
+    store_home<C, N>(s, phase, t, again, sum);
+  } else {
+    store_bf16<C, N>(phase, t, row_tile, again, sum);
+  }
+}
+
+/// The row tiles of a published tile.
 template <class C, XScale X, int N>
 __device__ __forceinline__ void compute_tile(Shared<C>& s, const Params& p, const TileInfo& t,
                                              const MathLane& lane, Ring& ring) {
@@ -60,20 +86,22 @@ __device__ __forceinline__ void compute_tile(Shared<C>& s, const Params& p, cons
   float sum[C::kSlabsPerWarpgroup][N / 2];
   const bool busy = has_slabs<C>(t, make_math_lane<C>());
   if (busy && phase.home.origin != nullptr) fetch_origins<C>(s, phase, t, make_math_lane<C>());
-  multiply_tile<C, X, N>(s, ring, phase.num_steps, busy, lane, sum);
-  if constexpr (X == XScale::kPerRow) meet_row_scales<C, N>(s, phase, ring, sum);
-  // Made and read again: along K registers are for sums.
-  const MathLane again = make_math_lane<C>();
-  if (phase.epilogue == Epilogue::kHidden) {
-    visit_activation<C::kActivations>(phase.activation, [&](const auto& activate) {
-      store_hidden<C, N>(s, p, phase, t, again, activate, sum);
-    });
-  } else if (!has_slabs<C>(t, again)) {
-    return;
-  } else if (phase.home.origin != nullptr) {
-    store_home<C, N>(s, phase, t, again, sum);
+  if constexpr (kStreams<C, N>) {
+    clear(sum[0]);
+    int row_tile = t.row_tile;
+    const int busy_tiles = t.row_tiles - (busy ? 0 : 1);
+    if (busy_tiles > 0) {
+      multiply_slab_ahead<C, X, N>(
+          s, ring, phase.num_steps, busy_tiles, lane, sum, [&](float(&done)[1][N / 2]) {
+            finish_tile<C, X, N>(s, phase, t, row_tile++, ring, true, done);
+          });
+    }
+    if (busy) return;
+    for (int k = 0; k < phase.num_steps; ++k) release(s, acquire(s, ring));
+    finish_tile<C, X, N>(s, phase, t, row_tile, ring, false, sum);
   } else {
-    store_bf16<C, N>(phase, t, again, sum);
+    multiply_tile<C, X, N>(s, ring, phase.num_steps, busy, lane, sum);
+    finish_tile<C, X, N>(s, phase, t, t.row_tile, ring, has_slabs<C>(t, make_math_lane<C>()), sum);
   }
 }
 
@@ -94,21 +122,23 @@ __device__ __forceinline__ void compute_columns(Shared<C>& s, const Params& p, c
   }
 }
 
-/// This CTA's tiles from its `n`-th on, up to the last one of `last_phase`. Returns the number of
-/// the one after it, whose data is left where it is.
+/// This CTA's next tiles, up to the last one of `last_phase`. The one after it is left where it is.
 template <class C, XScale X>
-__device__ __forceinline__ std::uint32_t compute_tiles(Shared<C>& s, const Params& p,
-                                                       const MathLane& lane, Ring& ring,
-                                                       std::uint32_t n, int last_phase) {
+__device__ __forceinline__ void compute_tiles(Shared<C>& s, const Params& p, const MathLane& lane,
+                                              Ring& ring, int last_phase) {
   constexpr std::uint32_t kSlots = Shared<C>::kTileSlots;
-  // One counter instead of a Ring, and the tile stays in shared memory: registers are scarce.
-  for (;; ++n) {
+  std::uint32_t& tiles = s.progress[threadIdx.x / 32].tiles;
+  for (;;) {
+    const std::uint32_t n = tiles;
     wait(&s.tile_full[n % kSlots], n / kSlots % 2);
     const TileInfo& t = s.tile[n % kSlots];
-    if (t.phase < 0 || t.phase > last_phase) return n;
+    if (t.phase < 0 || t.phase > last_phase) return;
     compute_columns<C, X>(s, p, t, lane, ring);
     __syncwarp();
-    if (threadIdx.x % 32 < kWarpArrivals) ptx::mbarrier_arrive(&s.tile_empty[n % kSlots]);
+    if (threadIdx.x % 32 < kWarpArrivals) ptx::mbarrier_arrive(&s.tile_empty[tiles % kSlots]);
+    __syncwarp();
+    if (threadIdx.x % 32 == 0) ++tiles;
+    __syncwarp();
   }
 }
 
@@ -116,12 +146,12 @@ template <class C>
 __device__ __forceinline__ void math_role(Shared<C>& s, const Params& p, const MathLane& lane) {
   Ring ring;
   if constexpr (C::kXScale == XScale::kRowThenGroup) {
-    const std::uint32_t n = compute_tiles<C, XScale::kPerRow>(s, p, lane, ring, 0, 0);
+    compute_tiles<C, XScale::kPerRow>(s, p, lane, ring, 0);
     if constexpr (C::kComputesBothPhases) {
-      compute_tiles<C, XScale::kPerGroup>(s, p, lane, ring, n, 1);
+      compute_tiles<C, XScale::kPerGroup>(s, p, lane, ring, 1);
     }
   } else {
-    compute_tiles<C, C::kXScale>(s, p, lane, ring, 0, 1);
+    compute_tiles<C, C::kXScale>(s, p, lane, ring, 1);
   }
 }
 

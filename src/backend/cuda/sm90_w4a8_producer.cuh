@@ -72,11 +72,19 @@ __device__ __forceinline__ void stream_weights(Shared<C>& s, const Params& p, in
     const bool read_once = s.tile_prefix[t.expert + 1] - s.tile_prefix[t.expert] == 1;
     const std::uint64_t policy = read_once ? evict_first : evict_normal;
     // Claiming late keeps CTAs balanced; this early hides the atomic's latency behind the ring.
-    int until_claim = max(0, t.row_tiles_left * steps - C::kStages);
-    for (; t.row_tiles_left > 0; --t.row_tiles_left, ++t.row_tile) {
-      t.num_slabs = t.row_tile == phase.num_row_tiles - 1 ? phase.tail_slabs : kSlabsPerTile;
-      publish(s, slots, t);
-      const std::uint32_t bytes = t.num_slabs * C::kSlabBytes;
+    const auto slabs_of = [&phase](int row_tile) {
+      return row_tile == phase.num_row_tiles - 1 ? phase.tail_slabs : kSlabsPerTile;
+    };
+    bool is_published = false;
+    int left = t.row_tiles, until_claim = max(0, left * steps - C::kStages);
+    t.row_tiles = count_together<C>(phase, t);
+    for (; left > 0; --left, ++t.row_tile) {
+      if (!is_published || row_tiles_of<C>(t) == 1) {
+        t.num_slabs = slabs_of(t.row_tile + row_tiles_of<C>(t) - 1);
+        publish(s, slots, t);
+        is_published = true;
+      }
+      const std::uint32_t bytes = slabs_of(t.row_tile) * C::kSlabBytes;
       for (int k = 0; k < steps; ++k) {
         if (until_claim-- == 0) ticket = atomicAdd(&p.sync[0], 1);
         wait_bounded(&s.empty[ring.stage], ring.parity ^ 1);
@@ -141,12 +149,14 @@ __device__ __forceinline__ void fetch_activations(Shared<C>& s, const Params& p,
     const std::uint32_t bytes = (8 << box) * kStepK;
     const CUtensorMap* map = &p.x_map[t.phase][box];
     const int num_steps = p.phase[t.phase].num_steps;
-    for (int k = 0; k < num_steps; ++k) {
-      wait_bounded(&s.empty[ring.stage], ring.parity ^ 1);
-      std::uint64_t* bar = &s.full[ring.stage];
-      ptx::mbarrier_arrive_expect_tx(bar, bytes);
-      ptx::tensor_copy_2d(s.x[ring.stage], map, k * kStepK, t.row0, bar, policy);
-      ring.advance<C::kStages>();
+    for (int tiles = row_tiles_of<C>(t); tiles > 0; --tiles) {
+      for (int k = 0; k < num_steps; ++k) {
+        wait_bounded(&s.empty[ring.stage], ring.parity ^ 1);
+        std::uint64_t* bar = &s.full[ring.stage];
+        ptx::mbarrier_arrive_expect_tx(bar, bytes);
+        ptx::tensor_copy_2d(s.x[ring.stage], map, k * kStepK, t.row0, bar, policy);
+        ring.advance<C::kStages>();
+      }
     }
     if (C::has_row_stage(t.phase)) pass_stage(s, ring);
   }

@@ -43,8 +43,9 @@ __device__ __forceinline__ void hand_over_scales(Shared<C>& s, Ring& ring, int l
 /// repeats it.
 template <class C>
 __device__ __forceinline__ void fetch_tile_scales(Shared<C>& s, const Phase& phase,
-                                                  const TileInfo& t, Ring& ring, int lane,
+                                                  const TileInfo& t, Ring& ring,
                                                   HeldScales<C>& held) {
+  const int lane = ptx::thread_index() % 32;  // read anew, as in carry_tile()
   constexpr int kRows = HeldScales<C>::kRows, kSteps = HeldScales<C>::kSteps;
   const int place = scale_place<C>(lane);
   const int num_steps = phase.num_steps;
@@ -105,11 +106,14 @@ __device__ __forceinline__ void fetch_scales(Shared<C>& s, const Params& p, int 
     const TileInfo t = next_tile(s, slots, lane);
     if (t.phase < 0) return;
     const Phase& phase = p.phase[t.phase];
-    if (C::kXScale == XScale::kPerRow || C::has_row_stage(t.phase)) {
-      pass_steps(s, phase, t, ring, lane);
-    } else {
-      wait_for_rows(p, t, lane, ready);
-      fetch_tile_scales(s, phase, t, ring, lane, held);
+    const bool has_none = C::kXScale == XScale::kPerRow || C::has_row_stage(t.phase);
+    if (!has_none) wait_for_rows(p, t, lane, ready);
+    for (int tiles = row_tiles_of<C>(t); tiles > 0; --tiles) {
+      if (has_none) {
+        pass_steps(s, phase, t, ring, lane);
+      } else {
+        fetch_tile_scales(s, phase, t, ring, held);
+      }
     }
   }
 }

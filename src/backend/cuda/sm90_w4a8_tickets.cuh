@@ -11,11 +11,40 @@ namespace sluice::cuda {
 /// With K short a tile is over after a few steps, and claiming, finding and waiting for each by
 /// itself takes longer than its bytes: a ticket then has several. But every CTA should have several
 /// tickets, or some have nothing to do at the end.
-__device__ __forceinline__ TicketShape shape_tickets(const Phase& phase, int num_token_tiles) {
+template <class C>
+__device__ __forceinline__ TicketShape shape_tickets(const Params& p, int index,
+                                                     int num_token_tiles) {
   constexpr int kStepsOfTicket = 8, kTicketsOfCta = 4;
+  const Phase& phase = p.phase[index];
+  if (phase.epilogue == Epilogue::kHidden || C::has_row_stage(index)) {
+    return {1, phase.num_row_tiles};
+  }
   const int enough = num_token_tiles * phase.num_row_tiles / (kTicketsOfCta * gridDim.x);
   const int row_tiles = max(1, min(kStepsOfTicket / phase.num_steps, enough));
   return {row_tiles, (phase.num_row_tiles + row_tiles - 1) / row_tiles};
+}
+
+/// Whether finished tiles of y leave through Shared::rows, carried by a warp.
+template <class C>
+__device__ __forceinline__ bool stages_rows(const Phase& phase) {
+  return C::kStagesRows && phase.home.origin == nullptr && phase.num_steps >= C::kFewestSteps;
+}
+
+/// Whether the loops of N columns run through the row tiles of a ticket without a stop.
+template <class C, int N>
+inline constexpr bool kStreams =
+    (N <= 16) && (C::kIsDecode) && C::kGroup == 128 && C::kFormat == WeightFormat::kInt4;
+
+/// Row tiles of a ticket that are published as one tile: all, or one by one.
+template <class C>
+__device__ __forceinline__ int count_together(const Phase& phase, const TileInfo& t) {
+  const bool streams = kStreams<C, 16> && t.num_tokens <= 16 && phase.home.origin == nullptr;
+  return streams ? t.row_tiles : 1;
+}
+/// The same of a published tile.
+template <class C>
+__device__ __forceinline__ int row_tiles_of(const TileInfo& t) {
+  return kStreams<C, 16> ? t.row_tiles : 1;
 }
 
 /// Rows of an expert that this launch computes: none where its matrix is another kernel's.
@@ -49,7 +78,7 @@ __device__ __forceinline__ void scan_token_tiles(Shared<C>& s, const Params& p, 
     total += __shfl_sync(0xffffffffu, sum, 31);
   }
   if (lane == 0) s.tile_prefix[0] = 0;
-  if (lane < p.num_phases) s.tickets[lane] = shape_tickets(p.phase[lane], total);
+  if (lane < p.num_phases) s.tickets[lane] = shape_tickets<C>(p, lane, total);
 }
 
 /// The first tile of a ticket. Tickets run through phase 0, then phase 1; in a phase by expert, row
@@ -91,7 +120,7 @@ __device__ __forceinline__ TileInfo find_tile(const Shared<C>& s, const Params& 
   t.row0 = base + token0;
   t.num_tokens = min(s.num_rows[lo] - token0, C::kMaxTokens);
   t.ready_count = phase == 1 ? p.phase[0].num_row_tiles * token_tiles : 0;
-  t.row_tiles_left = min(shape.row_tiles, p.phase[phase].num_row_tiles - row_tile);
+  t.row_tiles = min(shape.row_tiles, p.phase[phase].num_row_tiles - row_tile);
   return t;
 }
 

@@ -104,6 +104,9 @@ struct PackedWeights {
 enum class KernelConfig : std::uint8_t {
   kDecode,   ///< 4 math warpgroups, token tiles of 8, 16, 32, 64: one slab of weights each.
   kPrefill,  ///< 2 math warpgroups, token tiles up to 128: two slabs each, which overlap.
+  /// The same with token tiles up to 64. In groups of 32, whose tiles are no wider, and where x has
+  /// one scale per row, a launch takes kPrefill's kernels.
+  kPrefill64,
 };
 
 struct ConfigProblem {

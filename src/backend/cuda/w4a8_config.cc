@@ -10,6 +10,8 @@ namespace sluice::cuda {
 namespace {
 // Up to here weight bytes decide; beyond, how well products and promotion overlap.
 constexpr int kDecodeTokens = 32;
+// Up to here tiles of 128 rows would be half empty.
+constexpr int kNarrowTokens = 64;
 // R1's gate_up of 8 experts is 128 tiles for 132 SMs. At 64 rows each, prefill takes 62 us instead
 // of 67; at 64 by Zipf, 98 instead of 79 (docs/performance-gpu.md).
 constexpr int kFewExperts = 8;
@@ -36,9 +38,12 @@ ConfigChoice choose_config(const ConfigProblem& problem, const ConfigDevice& dev
     choice.config = KernelConfig::kDecode;
     choice.reason =
         "one scale per row: up to 64 rows one decode kernel is faster than prefill's two";
+  } else if (problem.expected_m <= kNarrowTokens) {
+    choice.config = KernelConfig::kPrefill64;
+    choice.reason = "33 to 64 rows expected: finished tiles of 64 rows leave beside the next one";
   } else {
     choice.config = KernelConfig::kPrefill;
-    choice.reason = "more than 32 rows expected: two accumulators overlap products and promotion";
+    choice.reason = "more than 64 rows expected: weights are widened once for 128 of them";
   }
   return choice;
 }
