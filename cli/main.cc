@@ -1,6 +1,7 @@
 // sluice - runs, measures and inspects expert-parallel W4A8 layers.
 #include <fmt/core.h>
 
+#include <cstdio>
 #include <cstdlib>
 #include <fstream>
 
@@ -47,6 +48,7 @@ int main(int argc, char** argv) {
     if (!output.is_silent) sluice::cli::print_error(error);
     return exit_status(error.code());
   } catch (const std::exception& error) {
+    std::fflush(stdout);  // As print_error().
     fmt::print(stderr, "sluice: {}\n", error.what());
     return exit_status(sluice::ErrorCode::kInternal);
   }

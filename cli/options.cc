@@ -1,14 +1,34 @@
 #include "options.h"
 
+#include <fmt/core.h>
 #include <unistd.h>
 
 #include <CLI/CLI.hpp>
 #include <filesystem>
+#include <limits>
 #include <system_error>
 #include <type_traits>
 #include <utility>
 
 namespace sluice::cli {
+namespace {
+
+/// CLI::Range as the help shows it, with a message that says what else than a number is wrong.
+template <class Value>
+CLI::Validator in_range(Value low, Value high) {
+  CLI::Validator validator = CLI::Range(low, high);
+  validator.operation([low, high](const std::string& text) {
+    Value value{};
+    if (CLI::detail::lexical_cast(text, value) && value >= low && value <= high) {
+      return std::string();
+    }
+    const char* const kind = std::is_integral_v<Value> ? "whole number" : "number";
+    return fmt::format("'{}' is not a {} in [{}, {}]", text, kind, low, high);
+  });
+  return validator;
+}
+
+}  // namespace
 
 Option Option::required() {
   option_->required();
@@ -16,21 +36,22 @@ Option Option::required() {
 }
 
 Option Option::range(int low, int high) {
-  option_->check(CLI::Range(low, high));
+  option_->check(in_range(low, high));
   return *this;
 }
 
 Option Option::range(double low, double high) {
-  option_->check(CLI::Range(low, high));
+  option_->check(in_range(low, high));
   return *this;
 }
 
 Option Option::non_negative() {
   // CLI::NonNegativeNumber is a range up to the largest double, whose 309 digits its message has.
-  option_->check([](const std::string& value) {
-    double number = 0;
-    if (!CLI::detail::lexical_cast(value, number)) return value + " is not a number";
-    return number < 0 ? value + " is below 0" : std::string();
+  option_->check([](const std::string& text) {
+    constexpr int kMax = std::numeric_limits<int>::max();
+    int value = 0;
+    if (CLI::detail::lexical_cast(text, value) && value >= 0) return std::string();
+    return fmt::format("'{}' is not a whole number in [0, {}]", text, kMax);
   });
   return *this;
 }

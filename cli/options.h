@@ -28,7 +28,7 @@ class Option {
   Option required();
   Option range(int low, int high);  ///< Both ends included.
   Option range(double low, double high);
-  Option non_negative();
+  Option non_negative();  ///< For a value of type int.
   Option not_empty();
   Option one_of(const std::vector<std::string>& values);
   Option one_of(std::initializer_list<int> values);

@@ -11,6 +11,7 @@
 namespace sluice::cli {
 
 void print_error(const Error& error) {
+  std::fflush(stdout);  // What was printed comes first, also where both go to one file.
   // On a terminal, instead of a progress line, which may be another process's.
   const char* const erase = isatty(STDERR_FILENO) != 0 ? "\r\033[K" : "";
   fmt::print(stderr, "{}sluice: {}: {}\n", erase, to_string(error.code()), error.what());

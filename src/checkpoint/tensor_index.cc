@@ -37,6 +37,12 @@ std::vector<std::string> list_files(const std::filesystem::path& dir) {
   return names;
 }
 
+/// What `error` says of the file at `path`, without the path in front.
+std::string reason_of(const Error& error, const std::filesystem::path& path) {
+  const std::string text = error.what(), front = path.string() + ": ";
+  return text.starts_with(front) ? text.substr(front.size()) : text;
+}
+
 /// Collects the headers of a checkpoint's files into one index.
 class IndexBuilder {
  public:
@@ -58,7 +64,7 @@ class IndexBuilder {
       header = parse_safetensors_header(file->bytes(), path.string());
     } catch (const Error& error) {
       if (is_indexed) throw;
-      unreadable_.push_back(error.what());
+      unreadable_.emplace_back(name, reason_of(error, path));
       return;
     }
     index_.digest = digest_bytes(std::as_bytes(std::span(name)), index_.digest);
@@ -110,11 +116,12 @@ class IndexBuilder {
         fmt::format("differs from the one that {} names, which is used", kIndexFile));
     if (!unreadable_.empty()) {
       const std::size_t count = unreadable_.size();
+      const auto& [name, reason] = unreadable_.front();
       index_.warnings.push_back(
-          {.tensor = std::string(kIndexFile),
-           .text = fmt::format(
-               "does not name a file that cannot be read, and that is left out: {}{}",
-               unreadable_.front(), count > 1 ? fmt::format(" ({} files like this)", count) : ""),
+          {.tensor = name,
+           .text = fmt::format("cannot be read ({}) and is left out; {} does not name it{}", reason,
+                               kIndexFile,
+                               count > 1 ? fmt::format(" ({} files like this)", count) : ""),
            .kind = "unreadable-file",
            .count = static_cast<int>(count)});
     }
@@ -301,7 +308,8 @@ class IndexBuilder {
   /// Input scales read before the file that the index says they are in.
   std::set<std::string> provisional_;
   Kind elsewhere_, unnamed_, input_scales_, predictions_;
-  std::vector<std::string> unreadable_;  ///< What is wrong with files that the index does not name.
+  /// Files that the index does not name, and what is wrong with each.
+  std::vector<std::pair<std::string, std::string>> unreadable_;
 };
 
 }  // namespace

@@ -3,6 +3,8 @@
 
 #include <algorithm>
 #include <array>
+#include <optional>
+#include <string>
 #include <utility>
 
 #include "backend/traits.h"
@@ -43,6 +45,23 @@ std::vector<int> experts_to_read(const Placement& placement, int rank) {
   return experts;
 }
 
+/// Names a file that could not be read, where `recipes` need the scales that it may hold.
+void check_scales(const Checkpoint& checkpoint, const LayerGroupConfig& config,
+                  const ModeRecipes& recipes, const ExpertWeights& shapes,
+                  const std::string& name) {
+  if (shapes.static_scales) return;
+  const auto& warnings = checkpoint.warnings();
+  const auto lost = std::ranges::find(warnings, "unreadable-file", &CheckpointWarning::kind);
+  if (lost == warnings.end()) return;
+  try {
+    (void)resolve_recipes(config, recipes, std::nullopt, name);
+  } catch (const Error& error) {
+    // With scales this throws what has another cause.
+    (void)resolve_recipes(config, recipes, StaticScales{1, 1}, name);
+    fail(error.code(), "{}; {} {}", error.what(), lost->tensor, lost->text);
+  }
+}
+
 }  // namespace
 
 LayerSpec read_layer(const Checkpoint& checkpoint, int layer, int rank, int num_ranks) {
@@ -73,6 +92,7 @@ std::vector<Layer> LayerGroup::add_layers(const Checkpoint& checkpoint, std::spa
     readers.push_back(
         std::make_unique<ExpertReader>(checkpoint, layers[i], experts_to_read(placement, rank()),
                                        traits_of(self.backend->device().kind).load_piece_bytes));
+    check_scales(checkpoint, self.config, recipes, readers.back()->shapes(), name_of(layers[i]));
     agreed.push_back(self.agree(name_of(layers[i]), readers.back()->shapes(), checkpoint.identity(),
                                 recipes, placement));
   }

@@ -212,7 +212,7 @@ with tempfile.TemporaryDirectory() as folder:
                            (("--checkpoint", several, "--layers", ""), "--layers: is empty"),
                            (("--checkpoint", several, "--layers", "3", "--num-layers", "2"), "--num-layers 2 too"),
                            (("--preset", "tiny", "--layers", "all"), "give --num-layers"),
-                           (("--preset", "tiny", "--num-layers", "0"), "not in range"),
+                           (("--preset", "tiny", "--num-layers", "0"), "'0' is not a whole number in [1, "),
                            (("--preset", "tiny", "--num-layers", "2x"), "--num-layers")):
         r = run("plan", *arguments)
         check(f"plan refuses {arguments}", r.returncode == 2 and why in r.stderr, r)
@@ -242,9 +242,6 @@ with tempfile.TemporaryDirectory() as folder:
         r = run("run", "--checkpoint", oss, "--ranks", "2", "--tokens", "4", "--transport", transport)
         check(f"the rank that cannot load says why over {transport}", r.returncode == 3
               and "gate_up_proj_bias" in r.stderr and "nan is not a finite" in r.stderr, r)
-    r = run("run", "--checkpoint", several, "--layer", "-1")
-    check("run refuses a negative layer in one short line", r.returncode == 2 and "-1 is below 0" in r.stderr
-          and len(r.stderr) < 200, r)
     # config.json alone has the verdict that it has beside tensors.
     config = os.path.join(folder, "alone.json")
     keys = {**wide, "num_hidden_layers": 4, "first_k_dense_replace": 1, "hidden_act": "silu"}

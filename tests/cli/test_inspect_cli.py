@@ -141,9 +141,33 @@ def faulty(folder):
           and "weight_scale_inv" in r.stderr, r)
 
 
+def unreadable(folder):
+    """A file beside the index that is empty or cut in half."""
+    model = make(folder, "unreadable")
+    path = os.path.join(model, "act_scales.safetensors")
+    header = b'{"x":{"dtype":"F32","shape":[2],"data_offsets":[0,8]}}'
+    whole = struct.pack("<Q", len(header)) + header + bytes(8)
+    end = " and is left out; model.safetensors.index.json does not name it"
+    for size, reason in ((0, "0 bytes; a safetensors file has at least 8"),
+                         (len(whole) // 2, "header length 54 is above 27 (what is left of the file; truncated?)")):
+        with open(path, "wb") as file:
+            file.write(whole[:size])
+        r, data = inspect(model)
+        check(f"a file cut to {size} bytes is named first", r.returncode == 0 and data["runs"]
+              and lines_of(r, "warning") == [f"warning: act_scales.safetensors: cannot be read ({reason}){end}"]
+              and data["warnings"][0]["kind"] == "unreadable-file"
+              and data["warnings"][0]["tensor"] == "act_scales.safetensors", r)
+    with open(os.path.join(model, "zzz.safetensors"), "wb"):
+        pass
+    r, data = inspect(model)
+    check("two such files are one warning", r.returncode == 0 and len(lines_of(r, "warning")) == 1
+          and lines_of(r, "warning")[0].endswith(end + " (2 files like this)") and data["warnings"][0]["count"] == 2, r)
+
+
 with tempfile.TemporaryDirectory() as folder:
     sound(folder)
     limited(folder)
     faulty(folder)
+    unreadable(folder)
 print(f"{len(failures)} failures")
 sys.exit(1 if failures else 0)
