@@ -20,7 +20,8 @@ constexpr milliseconds kAsk{900};
 constexpr milliseconds kAbort{800};
 /// How long a program that ends waits for one that takes longer.
 constexpr milliseconds kAtTheEnd{3'000};
-/// How long word of who has gone or stopped may take to come after NCCL's own error.
+/// How long word of who has gone or stopped may take to come after NCCL's own error. The last
+/// question may be asked just before, and takes kAsk where rank 0 is silent.
 constexpr milliseconds kWord{500};
 /// A rank that is alive is heard every 500 ms.
 constexpr std::uint32_t kSilentMs = 1'500;
