@@ -71,7 +71,8 @@ struct NcclConfig {
 /// no longer than the timeout. The communicator stays the caller's, who uses it before and after,
 /// and not at the same time: rails need communicators of their own, one for each local rank.
 /// Throws: kUnsupported without NCCL 2.28; kInvalidArgument for a null handle. all_gather() throws
-///   kTransport with what NCCL says; kPeerTimeout, and the communicator is then of no more use.
+///   kTransport with what NCCL says; kPeerTimeout, and the communicator is then of no more use;
+///   kInvalidArgument for 0 bytes, for which NCCL waits for nobody.
 [[nodiscard]] ProcessGroup group_of_communicator(void* nccl_comm, const NcclConfig& config,
                                                  std::chrono::milliseconds timeout);
 

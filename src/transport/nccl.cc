@@ -157,6 +157,8 @@ ProcessGroup group_of_communicator(const NcclApi& api, NcclComm comm, millisecon
   group.all_gather = [&api, comm, timeout, check, rank = group.rank,
                       num_ranks = static_cast<std::size_t>(group.num_ranks)](
                          std::span<const std::byte> mine) {
+    check_argument(!mine.empty(),
+                   "all_gather of 0 bytes, over the caller's communicator on rank {}", rank);
     std::vector<std::byte> all(num_ranks * mine.size());
     const int status = api.gather(comm, mine.data(), mine.size(), all.data(), timeout);
     if (status == kNcclTimedOut) {

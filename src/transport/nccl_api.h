@@ -44,7 +44,8 @@ struct NcclApi {
   std::function<int(NcclComm, int* num_ranks)> count;
   std::function<int(NcclComm, int* rank)> user_rank;
   /// Gathers `bytes` bytes of host memory from every rank into `all`, [ranks, bytes], on a stream
-  /// of its own. kNcclTimedOut: not within the timeout; what is under way then keeps its memory.
+  /// of its own; bytes > 0. kNcclTimedOut: not within the timeout; what is under way then keeps its
+  /// memory.
   /// Throws: kCuda, kOutOfMemory.
   std::function<int(NcclComm, const std::byte* mine, std::size_t bytes, std::byte* all,
                     std::chrono::milliseconds timeout)>

@@ -127,6 +127,12 @@ int gather(const GatherFunctions& f, ncclComm_t comm, const std::byte* mine, std
   check_cuda(cudaMemcpy(from, mine, bytes, cudaMemcpyHostToDevice));
   room.is_busy = true;
   ncclResult_t status = f.all_gather(from, room.memory, bytes, ncclUint8, comm, room.stream);
+  if (status != ncclSuccess && status != ncclInProgress) {
+    // Refused at once: the stream knows whether anything was queued before that.
+    room.is_busy = cudaStreamQuery(room.stream) != cudaSuccess;
+    (void)cudaGetLastError();
+    return status;
+  }
   // The communicator may be one that does not block.
   while (status == ncclInProgress) {
     if (std::chrono::steady_clock::now() >= deadline) return kNcclTimedOut;

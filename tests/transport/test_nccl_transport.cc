@@ -256,6 +256,14 @@ TEST(NcclTransport, ACommunicatorWhoseRanksDoNotComeIsNotWaitedForWithoutEnd) {
                 HasSubstr("on rank 0: after 100 ms not all of its 2 ranks have come"));
   }
   EXPECT_THROW((void)group_of_communicator(api, nullptr, 1s), Error);
+  // Nothing to gather would be no meeting: NCCL waits for nobody then.
+  try {
+    (void)group.all_gather({});
+    ADD_FAILURE() << "0 bytes";
+  } catch (const Error& error) {
+    EXPECT_EQ(error.code(), ErrorCode::kInvalidArgument);
+    EXPECT_THAT(error.what(), HasSubstr("all_gather of 0 bytes"));
+  }
 }
 
 }  // namespace
