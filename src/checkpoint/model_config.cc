@@ -131,6 +131,20 @@ float scaling_factor(const ConfigFields& fields) {
   return found ? static_cast<float>(found->second) : 1.0f;
 }
 
+/// Configs of DeepSeek have a factor from V2 on.
+void note_missing_factor(const ConfigFields& fields, ModelConfig& config) {
+  constexpr std::string_view kFamily = "deepseek_v";
+  const std::string& type = fields.model_type;
+  const bool has_key = type.starts_with(kFamily) && type.size() > kFamily.size() &&
+                       type[kFamily.size()] >= '2' && type[kFamily.size()] <= '9';
+  if (!has_key || !fields.scales.empty()) return;
+  config.warnings.push_back(
+      {.tensor = "config.json",
+       .text = fmt::format("no routed_scaling_factor, which {} defines; taken as 1", type),
+       .kind = "no-scaling-factor",
+       .is_note = true});
+}
+
 void read_geometry(const ConfigFields& fields, ModelConfig& config) {
   const Named experts = required(fields, Kind::kNumExperts, "the number of routed experts");
   const Named topk = required(fields, Kind::kNumTopk, "the experts per token");
@@ -138,6 +152,7 @@ void read_geometry(const ConfigFields& fields, ModelConfig& config) {
                      .num_experts = experts.value,
                      .num_topk = topk.value,
                      .routed_scaling_factor = scaling_factor(fields)};
+  note_missing_factor(fields, config);
   const Named hidden = hidden_width(fields, config), inner = intermediate_width(fields);
   config.geometry.set_widths(hidden.value, inner.value);
   config.hidden_key = hidden.key, config.intermediate_key = inner.key;

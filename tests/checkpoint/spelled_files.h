@@ -41,6 +41,7 @@ struct SpelledFiles {
               {"moe_intermediate_size", kIntermediate},
               {"n_routed_experts", kNumExperts},
               {"num_experts_per_tok", 2},
+              {"routed_scaling_factor", 1},
               {"first_k_dense_replace", 3},
               {"num_hidden_layers", 4},
               {"hidden_act", "silu"}};
