@@ -15,7 +15,9 @@ SLUICE_STEP bool is_stopped(const RailSlot& p) {
   return look(&p.state->failed) != 0;
 }
 
-/// A fault after which ranks may be out of step: the exchange stops for good, for `lost`.
+/// A fault after which ranks may be out of step: the exchange stops for good, for `lost`. Where
+/// several threads find one at a time, the first fault noted is reported and the last `lost` set is
+/// passed on. They may differ: any one of the lost will do.
 SLUICE_STEP void stop_exchange(const RailSlot& p, int lost, const DeviceFault& fault) {
   note_fault(p.state, p.faults, kFailure, fault);
   set(&p.state->failed, 1 + lost);
