@@ -15,13 +15,13 @@ case $("$format" --version) in
   *"version 14."*) ;;
   *) echo "skipped: $("$format" --version) is not release 14" && exit 77 ;;
 esac
+sources=$(mktemp) && trap 'rm -f "$sources"' EXIT
 find include src lab cli tests python -type f \
-  \( -name '*.h' -o -name '*.cc' -o -name '*.cuh' -o -name '*.cu' \) 2>/dev/null >/tmp/sluice_sources.$$
+  \( -name '*.h' -o -name '*.cc' -o -name '*.cuh' -o -name '*.cu' \) 2>/dev/null >"$sources"
 mode="--dry-run --Werror"
 [ "${1:-}" = --fix ] && mode=-i
 # shellcheck disable=SC2086
-xargs "$format" $mode </tmp/sluice_sources.$$
+xargs "$format" $mode <"$sources"
 status=$?
-echo "$(wc -l </tmp/sluice_sources.$$) files, $format: $([ $status -eq 0 ] && echo clean || echo 'run tools/check_format.sh --fix')"
-rm -f /tmp/sluice_sources.$$
+echo "$(wc -l <"$sources") files, $format: $([ $status -eq 0 ] && echo clean || echo 'run tools/check_format.sh --fix')"
 exit $status

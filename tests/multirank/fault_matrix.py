@@ -205,9 +205,11 @@ def judge(case, out, err, hung, left):
             continue
         if began:
             times.append(at - began[0])
+            # A rank that began its call after the fault has the time of that call, and in all twice the time.
             took = at - max(began[0], since)
-            if took > limit:
-                wrong.append(f"rank {r}: {at - began[0]} ms after the fault and {at - since} ms in its call, limit {limit}")
+            if took > limit or at - began[0] > 2 * limit:
+                wrong.append(f"rank {r}: {at - began[0]} ms after the fault, limit {2 * limit}, and {at - since} ms in "
+                             f"its call, limit {limit}")
         # A rank that stops because another survivor stopped first must name somebody, too; the
         # victim is named by at least one.
         if code not in ("peer timeout", "transport error"):
