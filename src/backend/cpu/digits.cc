@@ -13,6 +13,8 @@
 #include <hwy/foreach_target.h>
 #include <hwy/highway.h>
 
+#include "backend/cpu/e4m3_parts-inl.h"
+
 HWY_BEFORE_NAMESPACE();
 namespace sluice::cpu::HWY_NAMESPACE {
 
@@ -61,78 +63,23 @@ DigitGroup split_impl(DigitLayout layout, const std::uint8_t* codes, float scale
 
 #else
 
-namespace hn = hwy::HWY_NAMESPACE;
-
-inline constexpr hn::FixedTag<std::uint8_t, 16> kU8{};
-inline constexpr hn::FixedTag<std::uint16_t, 8> kU16{};
-inline constexpr hn::FixedTag<std::int16_t, 8> kI16{};
-inline constexpr hn::FixedTag<std::int32_t, 4> kI32{};
-inline constexpr hn::FixedTag<std::uint64_t, 2> kU64{};
-using VU8 = hn::Vec<hn::FixedTag<std::uint8_t, 16> >;
-using VU16 = hn::Vec<hn::FixedTag<std::uint16_t, 8> >;
-using VI16 = hn::Vec<hn::FixedTag<std::int16_t, 8> >;
-using VI32 = hn::Vec<hn::FixedTag<std::int32_t, 4> >;
-
-// By exponent: the leading bit of a mantissa; the power of two that makes 2^9 times the value
-// below 2^-3, and 2^6 times the value from there on.
-alignas(16) inline constexpr std::uint8_t kLeading[16] = {0, 8, 8, 8, 8, 8, 8, 8,
-                                                          8, 8, 8, 8, 8, 8, 8, 8};
-alignas(16) inline constexpr std::uint8_t kPowerLow[16] = {1,  1,  2,  4,   1, 2, 4, 8,
-                                                           16, 32, 64, 128, 0, 0, 0, 0};
-alignas(16) inline constexpr std::uint8_t kPowerHigh[16] = {0, 0, 0, 0, 0, 0, 0, 0,
-                                                            0, 0, 0, 0, 1, 2, 4, 8};
-inline constexpr int kFirstLarge = 4;  ///< Exponent from which on no low digit is needed.
-
 /// q = low + 8 * rest of 8 codes, every other one of 16.
 struct Rests {
   VI16 rest, low;
 };
 
-HWY_INLINE Rests rests_of(VU16 mantissa, VU16 power, VU16 exponent, VI16 sign) {
-  const VI16 value = hn::BitCast(kI16, hn::Mul(mantissa, power));
-  const auto is_small = hn::Lt(hn::BitCast(kI16, exponent), hn::Set(kI16, kFirstLarge));
-  const VI16 eighth = hn::ShiftRight<3>(hn::Add(value, hn::Set(kI16, 4)));
-  const VI16 rest = hn::IfThenElse(is_small, eighth, value);
-  const VI16 low = hn::IfThenElseZero(is_small, hn::Sub(value, hn::ShiftLeft<3>(eighth)));
-  return {hn::Sub(hn::Xor(rest, sign), sign), hn::Sub(hn::Xor(low, sign), sign)};
+HWY_INLINE Rests rests_of(const Parts& parts) {
+  const auto is_small = is_below(parts.magnitude, kFirstLarge);
+  const VI16 eighth = hn::ShiftRight<3>(hn::Add(parts.value, hn::Set(kI16, 4)));
+  const VI16 rest = hn::IfThenElse(is_small, eighth, parts.value);
+  const VI16 low = hn::IfThenElseZero(is_small, hn::Sub(parts.value, hn::ShiftLeft<3>(eighth)));
+  return {hn::Sub(hn::Xor(rest, parts.sign), parts.sign),
+          hn::Sub(hn::Xor(low, parts.sign), parts.sign)};
 }
 
-/// 16 codes: those of k 0 2 4 .. and of k 1 3 5 ..
-HWY_INLINE void rests_of_codes(VU8 codes, Rests& even, Rests& odd) {
-  const VU8 magnitude = hn::And(codes, hn::Set(kU8, 0x7f));
-  const VU8 exponent = hn::And(hn::BitCast(kU8, hn::ShiftRight<3>(hn::BitCast(kU16, magnitude))),
-                               hn::Set(kU8, 0x0f));
-  const VU8 leading = hn::TableLookupBytes(hn::Load(kU8, kLeading), exponent);
-  const VU8 mantissa = hn::Or(hn::And(magnitude, hn::Set(kU8, 0x07)), leading);
-  const VU8 low = hn::TableLookupBytes(hn::Load(kU8, kPowerLow), exponent);
-  const VU8 high = hn::TableLookupBytes(hn::Load(kU8, kPowerHigh), exponent);
-  const VU16 byte = hn::Set(kU16, 0xff);
-  const auto evens = [&](VU8 v) HWY_ATTR { return hn::And(hn::BitCast(kU16, v), byte); };
-  const auto odds = [&](VU8 v) HWY_ATTR { return hn::ShiftRight<8>(hn::BitCast(kU16, v)); };
-  const VI16 signs = hn::BitCast(kI16, codes);
-  even = rests_of(evens(mantissa), hn::Or(evens(low), hn::ShiftLeft<8>(evens(high))),
-                  evens(exponent), hn::ShiftRight<15>(hn::ShiftLeft<8>(signs)));
-  odd = rests_of(odds(mantissa), hn::Or(odds(low), hn::ShiftLeft<8>(odds(high))), odds(exponent),
-                 hn::ShiftRight<15>(signs));
-}
-
-/// Bytes of each half, 4 words of one line, by `order`; of two vectors, the halves in turn.
-struct Lines {
-  VU8 first, second;
-};
-HWY_INLINE Lines lines_of(VI16 even, VI16 odd, VU8 order) {
-  const auto e = hn::BitCast(kU64, hn::TableLookupBytes(hn::BitCast(kU8, even), order));
-  const auto o = hn::BitCast(kU64, hn::TableLookupBytes(hn::BitCast(kU8, odd), order));
-  return {hn::BitCast(kU8, hn::InterleaveLower(kU64, e, o)),
-          hn::BitCast(kU8, hn::InterleaveUpper(kU64, e, o))};
-}
 /// The low bytes of a line's words, even 4 and odd 4, or the high bytes, from lines_of(kLowFirst).
 alignas(16) inline constexpr std::uint8_t kLowFirst[16] = {0, 2,  4,  6,  1, 3,  5,  7,
                                                            8, 10, 12, 14, 9, 11, 13, 15};
-/// Words 0 2 1 3 of each line.
-alignas(16) inline constexpr std::uint8_t kPairs[16] = {0, 1, 4,  5,  2,  3,  6,  7,
-                                                        8, 9, 12, 13, 10, 11, 14, 15};
-
 /// [line][even 4, odd 4] from [line][low even 4, high even 4, low odd 4, high odd 4].
 HWY_INLINE VU8 even_quads(const Lines& l) {
   const hn::FixedTag<std::uint32_t, 4> u32;
@@ -169,12 +116,6 @@ HWY_INLINE void store_low(const Rests& even, const Rests& odd, int chunk, std::u
   }
 }
 
-/// int32 lanes: sums of two int16.
-HWY_INLINE VI32 add_pairs(VI16 v) {
-  const VI32 pairs = hn::BitCast(kI32, v);
-  return hn::Add(hn::ShiftRight<16>(hn::ShiftLeft<16>(pairs)), hn::ShiftRight<16>(pairs));
-}
-
 template <DigitLayout kLayout>
 DigitGroup split(const std::uint8_t* codes, float scale, std::uint8_t* main, std::uint8_t* low) {
   constexpr int kSteps = kLayout == DigitLayout::kWords ? 64 : 32;
@@ -186,7 +127,10 @@ DigitGroup split(const std::uint8_t* codes, float scale, std::uint8_t* main, std
     const VU8 v = hn::LoadU(kU8, codes + c * 16);
     // Of a magnitude, only 0x7f and 1 more is 0x80.
     nan = hn::Or(nan, hn::Add(hn::And(v, hn::Set(kU8, 0x7f)), hn::Set(kU8, 1)));
-    rests_of_codes(v, even[c], odd[c]);
+    Parts even_parts, odd_parts;
+    parts_of(v, even_parts, odd_parts);
+    even[c] = rests_of(even_parts);
+    odd[c] = rests_of(odd_parts);
     store_main<kLayout>(even[c], odd[c], c, main);
     any_low = hn::Or(any_low, hn::Or(even[c].low, odd[c].low));
   }

@@ -14,6 +14,8 @@
 #include <hwy/foreach_target.h>
 #include <hwy/highway.h>
 
+#include "backend/cpu/e4m3_parts-inl.h"
+
 HWY_BEFORE_NAMESPACE();
 namespace sluice::cpu::HWY_NAMESPACE {
 
@@ -83,78 +85,15 @@ DigitGroup split_tiles_impl(const std::uint8_t* codes, float scale, std::uint8_t
 
 #else
 
-namespace hn = hwy::HWY_NAMESPACE;
-
-inline constexpr hn::FixedTag<std::uint8_t, 16> kU8{};
-inline constexpr hn::FixedTag<std::uint16_t, 8> kU16{};
-inline constexpr hn::FixedTag<std::int16_t, 8> kI16{};
-inline constexpr hn::FixedTag<std::int32_t, 4> kI32{};
-inline constexpr hn::FixedTag<std::uint64_t, 2> kU64{};
-using VU8 = hn::Vec<hn::FixedTag<std::uint8_t, 16> >;
-using VU16 = hn::Vec<hn::FixedTag<std::uint16_t, 8> >;
-using VI16 = hn::Vec<hn::FixedTag<std::int16_t, 8> >;
-using VI32 = hn::Vec<hn::FixedTag<std::int32_t, 4> >;
-
-// By exponent: the leading bit of a mantissa; the power of two that makes 2^9 times the value
-// below 2^-3, and 2^6 times the value from there on.
-alignas(16) inline constexpr std::uint8_t kLeading[16] = {0, 8, 8, 8, 8, 8, 8, 8,
-                                                          8, 8, 8, 8, 8, 8, 8, 8};
-alignas(16) inline constexpr std::uint8_t kPowerLow[16] = {1,  1,  2,  4,   1, 2, 4, 8,
-                                                           16, 32, 64, 128, 0, 0, 0, 0};
-alignas(16) inline constexpr std::uint8_t kPowerHigh[16] = {0, 0, 0, 0, 0, 0, 0, 0,
-                                                            0, 0, 0, 0, 1, 2, 4, 8};
-inline constexpr int kFirstLarge = 4;  ///< Exponent from which on values count by 2^6.
-
 // bf16 of 8 * i, i in [0, 8]: first and second byte.
 alignas(16) inline constexpr std::uint8_t kEightLow[16] = {0,    0,    0x80, 0xc0, 0,
                                                            0x20, 0x40, 0x60, 0x80};
 alignas(16) inline constexpr std::uint8_t kEightHigh[16] = {0,    0x41, 0x41, 0x41, 0x42,
                                                             0x42, 0x42, 0x42, 0x42};
 
-/// Words 0 2 1 3 of each half.
-alignas(16) inline constexpr std::uint8_t kPairs[16] = {0, 1, 4,  5,  2,  3,  6,  7,
-                                                        8, 9, 12, 13, 10, 11, 14, 15};
 /// The first bytes of a line's words, even 4 and odd 4, from both halves in the order of kPairs.
 alignas(16) inline constexpr std::uint8_t kFirstBytes[16] = {0, 2, 4, 6, 8, 10, 12, 14,
                                                              0, 2, 4, 6, 8, 10, 12, 14};
-
-/// Of 8 codes, every other one of 16.
-struct Parts {
-  VU16 magnitude;  ///< Of the code.
-  VI16 value;      ///< By 2^9 or 2^6.
-  VI16 sign;       ///< All bits.
-};
-
-HWY_INLINE void parts_of(VU8 codes, Parts& even, Parts& odd) {
-  const VU8 magnitude = hn::And(codes, hn::Set(kU8, 0x7f));
-  const VU8 exponent = hn::And(hn::BitCast(kU8, hn::ShiftRight<3>(hn::BitCast(kU16, magnitude))),
-                               hn::Set(kU8, 0x0f));
-  const VU8 leading = hn::TableLookupBytes(hn::Load(kU8, kLeading), exponent);
-  const VU8 mantissa = hn::Or(hn::And(magnitude, hn::Set(kU8, 0x07)), leading);
-  const VU8 low = hn::TableLookupBytes(hn::Load(kU8, kPowerLow), exponent);
-  const VU8 high = hn::TableLookupBytes(hn::Load(kU8, kPowerHigh), exponent);
-  const VU16 byte = hn::Set(kU16, 0xff);
-  const auto evens = [&](VU8 v) HWY_ATTR { return hn::And(hn::BitCast(kU16, v), byte); };
-  const auto odds = [&](VU8 v) HWY_ATTR { return hn::ShiftRight<8>(hn::BitCast(kU16, v)); };
-  const VI16 signs = hn::BitCast(kI16, codes);
-  const auto value = [&](VU16 m, VU16 power_low, VU16 power_high) HWY_ATTR {
-    return hn::BitCast(kI16, hn::Mul(m, hn::Or(power_low, hn::ShiftLeft<8>(power_high))));
-  };
-  even = {evens(magnitude), value(evens(mantissa), evens(low), evens(high)),
-          hn::ShiftRight<15>(hn::ShiftLeft<8>(signs))};
-  odd = {odds(magnitude), value(odds(mantissa), odds(low), odds(high)), hn::ShiftRight<15>(signs)};
-}
-
-HWY_INLINE hn::Mask<decltype(kI16)> is_below(VU16 magnitude, int exponent) {
-  return hn::Lt(hn::BitCast(kI16, magnitude),
-                hn::Set(kI16, static_cast<std::int16_t>(exponent * 8)));
-}
-
-/// int32 lanes: sums of two int16.
-HWY_INLINE VI32 add_pairs(VI16 v) {
-  const VI32 pairs = hn::BitCast(kI32, v);
-  return hn::Add(hn::ShiftRight<16>(hn::ShiftLeft<16>(pairs)), hn::ShiftRight<16>(pairs));
-}
 
 /// int32 lanes: of |q|.
 HWY_INLINE VI32 magnitude_sums(const Parts& parts) {
@@ -188,19 +127,7 @@ HWY_INLINE Digits digits_of(const Parts& parts, int cut) {
           hn::Sub(hn::Xor(low, parts.sign), parts.sign)};
 }
 
-/// Two lines of words: k 0 4, 2 6, 1 5, 3 7 of each.
-struct LinePair {
-  VU8 first, second;
-};
-HWY_INLINE LinePair lines_of(VI16 even, VI16 odd) {
-  const VU8 order = hn::Load(kU8, kPairs);
-  const auto e = hn::BitCast(kU64, hn::TableLookupBytes(hn::BitCast(kU8, even), order));
-  const auto o = hn::BitCast(kU64, hn::TableLookupBytes(hn::BitCast(kU8, odd), order));
-  return {hn::BitCast(kU8, hn::InterleaveLower(kU64, e, o)),
-          hn::BitCast(kU8, hn::InterleaveUpper(kU64, e, o))};
-}
-
-HWY_INLINE VU8 first_bytes(const LinePair& lines) {
+HWY_INLINE VU8 first_bytes(const Lines& lines) {
   const VU8 order = hn::Load(kU8, kFirstBytes);
   const auto a = hn::BitCast(kU64, hn::TableLookupBytes(lines.first, order));
   const auto b = hn::BitCast(kU64, hn::TableLookupBytes(lines.second, order));
@@ -227,15 +154,15 @@ DigitGroup split_tiles_impl(const std::uint8_t* codes, float scale, std::uint8_t
   const int cut = magnitudes.cut();
   out.magnitude = magnitude_of(magnitudes, cut);
   VI16 any_low = hn::Zero(kI16);
-  LinePair lows[8];
+  Lines lows[8];
   for (int c = 0; c < 8; ++c) {
     const Digits e = digits_of(even[c], cut), o = digits_of(odd[c], cut);
-    const LinePair lines = lines_of(e.main, o.main);
+    const Lines lines = lines_of(e.main, o.main, hn::Load(kU8, kPairs));
     std::uint8_t* const to = main + c / 2 * main_stride + c % 2 * 32;
     hn::StoreU(lines.first, kU8, to);
     hn::StoreU(lines.second, kU8, to + 16);
     any_low = hn::Or(any_low, hn::Or(e.low, o.low));
-    lows[c] = lines_of(e.low, o.low);
+    lows[c] = lines_of(e.low, o.low, hn::Load(kU8, kPairs));
   }
   if (!hn::AllTrue(kI16, hn::Eq(any_low, hn::Zero(kI16)))) {
     for (int c = 0; c < 8; ++c) hn::StoreU(first_bytes(lows[c]), kU8, low + c * 16);
