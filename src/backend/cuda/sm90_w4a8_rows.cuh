@@ -2,7 +2,7 @@
 // where they are read, in whole lines, so that math warps go on with the next tile.
 #pragma once
 
-#include "backend/cuda/ptx/copy.cuh"
+#include "backend/cuda/ptx/bulk_store.cuh"
 #include "backend/cuda/sm90_w4a8_producer.cuh"
 
 namespace sluice::cuda {
@@ -68,11 +68,11 @@ __device__ __forceinline__ void carry_bf16(Shared<C>& s, const Phase& phase, con
   } else {
     const int lane = ptx::thread_index() % 32;
     for (int token = lane; token < t.num_tokens; token += 32) {
-      ptx::bulk_copy_out(to + static_cast<long long>(token) * phase.n,
-                         s.rows + token * C::kRowPitch, num_slabs * 2 * kSlabRows);
+      ptx::bulk_store(to + static_cast<long long>(token) * phase.n, s.rows + token * C::kRowPitch,
+                      num_slabs * 2 * kSlabRows);
     }
     ptx::bulk_commit();
-    ptx::bulk_wait_read();
+    ptx::bulk_wait_read<0>();
     __syncwarp();
     if (lane < kWarpArrivals) ptx::mbarrier_arrive(&s.rows_empty);
   }
@@ -104,7 +104,7 @@ __device__ __forceinline__ void carry_rows(Shared<C>& s, const Params& p, int la
     if (lane < kWarpArrivals) ptx::mbarrier_arrive(&s.tile_empty[slots.stage]);
     slots.advance<Shared<C>::kTileSlots>();
   }
-  if constexpr (!C::kIsDecode) ptx::bulk_wait();
+  if constexpr (!C::kIsDecode) ptx::bulk_wait<0>();
 }
 
 }  // namespace sluice::cuda

@@ -1,4 +1,4 @@
-// copy.cuh - asynchronous copies between global and shared memory. One instruction per function.
+// copy.cuh - asynchronous copies from global to shared memory. One instruction per function.
 #pragma once
 
 #include <cuda.h>
@@ -48,28 +48,6 @@ __device__ __forceinline__ void tensor_copy_2d(void* dst, const CUtensorMap* map
       ".L2::cache_hint [%0], [%1, {%3, %4}], [%2], %5;" ::"r"(shared_address(dst)),
       "l"(map), "r"(shared_address(bar)), "r"(x), "r"(y), "l"(policy)
       : "memory");
-}
-
-/// `bytes` contiguous bytes to global memory, a multiple of 16, both ends 16 B aligned.
-__device__ __forceinline__ void bulk_copy_out(void* dst, const void* src, std::uint32_t bytes) {
-  asm volatile("cp.async.bulk.global.shared::cta.bulk_group [%0], [%1], %2;" ::"l"(dst),
-               "r"(shared_address(src)), "r"(bytes)
-               : "memory");
-}
-
-/// This thread's copies out since the last call are a group.
-__device__ __forceinline__ void bulk_commit() {
-  asm volatile("cp.async.bulk.commit_group;" ::: "memory");
-}
-
-/// Waits until this thread's groups have read their bytes, which may be written again then.
-__device__ __forceinline__ void bulk_wait_read() {
-  asm volatile("cp.async.bulk.wait_group.read 0;" ::: "memory");
-}
-
-/// Waits until they have written them, too.
-__device__ __forceinline__ void bulk_wait() {
-  asm volatile("cp.async.bulk.wait_group 0;" ::: "memory");
 }
 
 __device__ __forceinline__ void prefetch_tensor_map(const CUtensorMap* map) {
