@@ -224,8 +224,8 @@ void Launch::finish() {
   world_.reset();
   if (is_mpi_ && !end_mpi(kGoodbyeTimeout)) {
     throw Error(ErrorCode::kPeerTimeout,
-                fmt::format("rank {}: not every rank reached the end within {} ms", rank_,
-                            kGoodbyeTimeout.count()));
+                fmt::format("rank {}: the ranks did not reach the end within {} ms of each other",
+                            rank_, kGoodbyeTimeout.count()));
   }
 }
 

@@ -109,8 +109,9 @@ class Transport {
 
 /// The last call of every process, with no transport left; before the program's own MPI_Finalize,
 /// if it started MPI. Says goodbye to all processes and ends MPI if the first transport started it.
-/// False: some process did not say goodbye within `timeout`; then MPI is left as it is, since
-/// MPI_Finalize would wait for it without bound, and the program should just exit.
+/// False: some process did not say goodbye within `timeout`, or had given up waiting for this one;
+/// then MPI is left as it is, since MPI_Finalize would wait for it without bound, and the program
+/// should just exit.
 [[nodiscard]] bool end_mpi(std::chrono::milliseconds timeout);
 
 /// Where the processes of one host meet.

@@ -20,7 +20,14 @@ enum class RecordKind : std::uint16_t {
   kPut = 1,      ///< Payload goes to byte `at` of window `object`.
   kSignal = 2,   ///< Flag `flag` of window `object` becomes epoch `at`.
   kPart = 3,     ///< Payload is byte `at` and following of the sender's share of gather `object`.
-  kGoodbye = 4,  ///< The sender will send nothing more.
+  kGoodbye = 4,  ///< The sender is at its end: `at` is a Farewell.
+};
+
+/// How far a process is in ending. Only a later one follows.
+enum class Farewell : std::uint64_t {
+  kGoodbye = 1,   ///< It will send nothing more but these.
+  kHeardAll = 2,  ///< It has heard the goodbyes of all.
+  kLeaves = 3,    ///< It has given up waiting, and leaves without ending MPI.
 };
 
 struct Record {

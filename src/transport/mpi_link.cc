@@ -1,19 +1,10 @@
 #include "transport/mpi_link.h"
 
-#include <mpi.h>
-
 #include <algorithm>
-#include <condition_variable>
 #include <cstring>
-#include <deque>
-#include <map>
-#include <mutex>
-#include <optional>
-#include <thread>
-#include <tuple>
 
 #include "core/fail.h"
-#include "transport/mpi_start.h"
+#include "transport/mpi_link_impl.h"
 
 namespace sluice {
 namespace {
@@ -26,69 +17,7 @@ constexpr int kFrameTag = 20942;
 /// Frames on their way to one peer, 4 MiB: enough to cover a receiver that computes for a while.
 constexpr std::size_t kMaxInFlight = 32;
 
-struct Sending {
-  MPI_Request request = MPI_REQUEST_NULL;
-  Bytes bytes;
-};
-struct Receiving {
-  MPI_Request request = MPI_REQUEST_NULL;
-  Bytes bytes;
-  std::size_t size = 0;
-};
-
-/// Both directions of one pair of processes.
-struct Peer {
-  FrameWriter open;
-  std::deque<Sending> sending;      // In order; MPI completes them in any.
-  std::deque<Receiving> receiving;  // In order of arrival; applied in it.
-  std::uint64_t next_sent = 0, next_received = 0;
-  bool said_goodbye = false;
-};
-
-struct Share {
-  Bytes bytes;
-  std::uint64_t arrived = 0;
-};
-
 }  // namespace
-
-struct MpiLink::Impl {
-  explicit Impl(const MpiStart& start)
-      : rank(start.rank),
-        num_ranks(start.num_ranks),
-        owns_mpi(start.owns_mpi),
-        comm(start.comm),
-        peers(static_cast<std::size_t>(start.num_ranks)),
-        thread([this] { look_in(); }) {}
-
-  const int rank, num_ranks;
-  const bool owns_mpi;
-  MPI_Comm comm;
-
-  std::mutex mutex;  // Everything below, and every call of MPI.
-  std::vector<Peer> peers;
-  std::vector<Bytes> spare;
-  std::map<std::pair<std::uint16_t, std::uint32_t>, std::shared_ptr<WindowMemory>> windows;
-  std::map<std::tuple<std::uint16_t, std::uint32_t, int>, Share> shares;
-  std::uint32_t num_groups = 0;
-  std::optional<Error> failure;  // The first fatal one.
-
-  std::condition_variable stopping;
-  bool stop = false;
-  std::thread thread;
-
-  void look_in();
-  void stop_thread();
-  bool pump();
-  bool receive();
-  bool pump_peer(int source);
-  void apply(int source, const Record& record, std::span<const std::byte> payload);
-  void require_healthy() const;
-  void ship(std::unique_lock<std::mutex>& lock, int peer, milliseconds timeout);
-  [[nodiscard]] bool all_sent() const;
-  [[nodiscard]] Bytes take_spare();
-  [[nodiscard]] Peer& peer(int r) { return peers[static_cast<std::size_t>(r)]; }
-};
 
 /// Receives and completes sends while the rank is busy elsewhere.
 void MpiLink::Impl::look_in() {
@@ -167,7 +96,7 @@ bool MpiLink::Impl::pump_peer(int source) {
   for (int done = 1; !p.sending.empty(); any = true) {
     const int status = MPI_Test(&p.sending.front().request, &done, MPI_STATUS_IGNORE);
     // One that said goodbye need not take what was still on its way.
-    if (status != MPI_SUCCESS && !p.said_goodbye) {
+    if (status != MPI_SUCCESS && !p.farewell) {
       check_mpi(status, fmt::format("sending to rank {}", source).c_str(), {source});
     }
     if (status == MPI_SUCCESS && !done) break;
@@ -195,7 +124,9 @@ bool MpiLink::Impl::pump_peer(int source) {
 
 void MpiLink::Impl::apply(int source, const Record& record, std::span<const std::byte> payload) {
   if (record.kind == RecordKind::kGoodbye) {
-    peer(source).said_goodbye = true;
+    Peer& p = peer(source);
+    const auto farewell = static_cast<Farewell>(record.at);
+    if (!p.farewell || *p.farewell < farewell) p.farewell = farewell;
     return;
   }
   if (record.kind == RecordKind::kPart) {
@@ -268,12 +199,10 @@ bool MpiLink::Impl::all_sent() const {
   return std::ranges::all_of(peers, [](const Peer& p) { return p.sending.empty(); });
 }
 
-namespace {
-std::unique_ptr<MpiLink>& the_link() {
+std::unique_ptr<MpiLink>& MpiLink::the_link() {
   static std::unique_ptr<MpiLink> link;
   return link;
 }
-}  // namespace
 
 MpiLink::MpiLink(milliseconds timeout) : impl_(std::make_unique<Impl>(start_mpi(timeout))) {}
 
@@ -287,31 +216,6 @@ MpiLink& MpiLink::open(milliseconds timeout) {
   auto& link = the_link();
   if (!link) link.reset(new MpiLink(timeout));
   return *link;
-}
-
-bool MpiLink::end(milliseconds timeout) {
-  auto& link = the_link();
-  if (!link) return true;
-  Impl& impl = *link->impl_;
-  bool all = false;
-  try {
-    for (int r = 0; r < impl.num_ranks; ++r) {
-      link->send(r, {.kind = RecordKind::kGoodbye}, {}, timeout);
-      link->ship(r, timeout);
-    }
-    all = link->wait_until(Clock::now() + timeout, [&] {
-      return std::ranges::all_of(impl.peers, &Peer::said_goodbye) && impl.all_sent();
-    });
-  } catch (const Error&) {
-    all = false;  // Whoever needs to know why has been told by the operation that failed.
-  }
-  impl.stop_thread();
-  if (all) {
-    SLUICE_MPI(MPI_Comm_free, &impl.comm);
-    if (impl.owns_mpi) SLUICE_MPI(MPI_Finalize);
-  }
-  link.reset();
-  return all;
 }
 
 int MpiLink::rank() const noexcept {

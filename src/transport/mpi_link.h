@@ -72,6 +72,11 @@ class MpiLink {
                                                                    std::uint32_t object, int peer);
 
  private:
+  /// The link of this process, null if there is none.
+  [[nodiscard]] static std::unique_ptr<MpiLink>& the_link();
+  /// Tells all ranks, and waits until all have told the same; false if not, or if one leaves.
+  [[nodiscard]] bool exchange_farewells(Farewell farewell, std::chrono::milliseconds timeout);
+
   struct Impl;
   explicit MpiLink(std::chrono::milliseconds timeout);
   std::unique_ptr<Impl> impl_;

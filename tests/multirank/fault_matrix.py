@@ -61,6 +61,8 @@ CASES = [(fault, place, f"{operation}.*{GONE}", mode)
          for fault in ("kill", "stop", f"kill, {LATE} late", f"stop, {LATE} late") for place, operation in PLACES.items()
          for mode in ("low-latency", "normal")]
 CASES += [("slow", place, None, mode) for place in PLACES for mode in ("low-latency", "normal")]
+# The others have given up their goodbyes when rank 2 says its own.
+CASES += [] if IPC else [("slow", "end", None, mode) for mode in ("low-latency", "normal")]
 for mode in ("low-latency", "normal"):
     for place in () if IPC else ("dispatch", "combine"):
         # A bad message is named by the operation that meets it, which may be the one before.
@@ -83,7 +85,7 @@ elif SHORT:
     CASES = [c for i, c in enumerate(CASES) if (c[0] in ("truncate", "corrupt", "lose", "order", "capacity", "stranger", "flood")) and c[3] == "normal"
              or c[0] in ("kill", "stop") and (c[1], c[3]) in (("start", "normal"), ("creation", "normal"), ("dispatch", "low-latency"), ("combine", "normal"), ("rebalance", "normal"))
              or c[0] == f"kill, {LATE} late" and (c[1], c[3]) in (("communicator", "normal"), ("before-creation", "normal"), ("dispatch", "low-latency"), ("before-combine", "normal"))
-             or c[0] == "slow" and (c[1], c[3]) == ("dispatch", "low-latency")]
+             or c[0] == "slow" and (c[1], c[3]) in (("dispatch", "low-latency"), ("end", "normal"))]
 
 
 def take_own_shared_memory():
@@ -202,6 +204,8 @@ def judge(case, out, err, hung, left):
         if pattern is None:
             if code != "ok":
                 wrong.append(f"rank {r}: [{code}] {text}")
+            if place == "end" and not {f"rank {n} left MPI" for n in (r, VICTIM)} <= set(out.splitlines()):
+                wrong.append(f"rank {r} or {VICTIM} does not say that it left MPI: {out}")
             continue
         if began:
             times.append(at - began[0])

@@ -6,7 +6,8 @@
 //   fault_rank 1: at <ms> [<error code or ok>] ranks <Error::ranks()>: <message>
 //
 // The clock is the monotonic one. A rank that is killed prints nothing. `--late 3` lets rank 3 come
-// later to the place of the fault. `--hosts 2` puts the ranks on as many hosts.
+// later to the place of the fault. `--hosts 2` puts the ranks on as many hosts. Over MPI a second
+// line says whether the rank ended MPI or left it.
 #include <fmt/core.h>
 #include <gtest/gtest-spi.h>
 #include <mpi.h>
@@ -41,7 +42,7 @@ struct Options {
       "none";  // none kill stop slow truncate corrupt lose order capacity stranger flood
   std::string at = "dispatch";  // start communicator before-creation creation before-dispatch
                                 // dispatch before-combine combine after-combine
-                                // before-rebalance rebalance after-rebalance
+                                // before-rebalance rebalance after-rebalance end
   int victim = 2;
   int late = -1;  // Another rank, or none.
   int round = 3;
@@ -296,10 +297,12 @@ int run() {
              call_began.load(), code, list_of(ranks), text);
   std::fflush(stdout);
   if (options.transport == "ipc") return code == "ok" ? 0 : 4;
+  here("end", options.round);
   // With a rank gone there is no end of MPI to wait for.
   const bool ended = end_mpi(500ms);
+  fmt::print("rank {} {} MPI\n", this_rank, ended ? "ended" : "left");
   std::fflush(stdout);
-  if (!ended) std::_Exit(code == "ok" ? 0 : 4);
+  if (!ended) std::_Exit(4);
   int initialized = 0, finalized = 0;
   MPI_Initialized(&initialized);
   MPI_Finalized(&finalized);
