@@ -3,8 +3,14 @@
 #include <pthread.h>
 #include <sched.h>
 
+#include <atomic>
 #include <chrono>
+#include <condition_variable>
+#include <exception>
+#include <mutex>
 #include <system_error>
+#include <thread>
+#include <utility>
 
 #include "core/fail.h"
 
@@ -69,26 +75,46 @@ std::vector<int> core_share(const std::vector<int>& cores, int local_rank, int n
   return {cores.begin() + first, cores.begin() + last};
 }
 
-ThreadPool::ThreadPool(int num_threads, std::vector<int> cores) : cores_(std::move(cores)) {
-  check_argument(num_threads >= 1 && num_threads <= kMaxThreads, "num_threads {} is not in [1, {}]",
-                 num_threads, kMaxThreads);
-  check_argument(!cores_.empty(), "a thread pool needs at least one core");
-  errors_.resize(static_cast<std::size_t>(num_threads));
-  workers_.reserve(static_cast<std::size_t>(num_threads - 1));
-  try {
-    for (int i = 1; i < num_threads; ++i) workers_.emplace_back([this, i] { work(i); });
-  } catch (const std::system_error& e) {
-    stop();
-    fail(ErrorCode::kInternal, "cannot start thread {} of {}: {}", workers_.size() + 1, num_threads,
-         e.what());
+/// The threads of a pool beside the caller, and what they share with it.
+class ThreadPool::Workers {
+ public:
+  Workers(int num_threads, std::vector<int> cores)
+      : cores_(std::move(cores)), errors_(static_cast<std::size_t>(num_threads)) {
+    workers_.reserve(static_cast<std::size_t>(num_threads - 1));
+    try {
+      for (int i = 1; i < num_threads; ++i) workers_.emplace_back([this, i] { work(i); });
+    } catch (const std::system_error& e) {
+      stop();
+      fail(ErrorCode::kInternal, "cannot start thread {} of {}: {}", workers_.size() + 1,
+           num_threads, e.what());
+    }
   }
-}
+  ~Workers() { stop(); }
+  Workers(const Workers&) = delete;
+  Workers& operator=(const Workers&) = delete;
 
-ThreadPool::~ThreadPool() {
-  stop();
-}
+  void run(const Body& body);
 
-void ThreadPool::stop() noexcept {
+ private:
+  void work(int thread);
+  void stop() noexcept;
+  /// Waits until `epoch_` is not `seen`; returns the new one.
+  std::uint64_t wait_for_work(std::uint64_t seen);
+  void wait_for_workers();
+
+  std::vector<int> cores_;
+  std::vector<std::exception_ptr> errors_;  // [num_threads]
+  const Body* body_ = nullptr;              // Published by epoch_.
+  std::atomic<std::uint64_t> epoch_{0};
+  std::atomic<int> num_running_{0};
+  std::atomic<bool> stopping_{false};
+  std::mutex mutex_;
+  std::condition_variable work_ready_;
+  std::condition_variable work_done_;
+  std::vector<std::thread> workers_;
+};
+
+void ThreadPool::Workers::stop() noexcept {
   {
     const std::lock_guard lock(mutex_);
     stopping_ = true;
@@ -98,7 +124,7 @@ void ThreadPool::stop() noexcept {
   for (std::thread& worker : workers_) worker.join();
 }
 
-std::uint64_t ThreadPool::wait_for_work(std::uint64_t seen) {
+std::uint64_t ThreadPool::Workers::wait_for_work(std::uint64_t seen) {
   if (!spin_until([&] { return epoch_.load(std::memory_order_acquire) != seen; })) {
     std::unique_lock lock(mutex_);
     work_ready_.wait(lock, [&] { return epoch_.load(std::memory_order_acquire) != seen; });
@@ -106,14 +132,14 @@ std::uint64_t ThreadPool::wait_for_work(std::uint64_t seen) {
   return epoch_.load(std::memory_order_acquire);
 }
 
-void ThreadPool::wait_for_workers() {
+void ThreadPool::Workers::wait_for_workers() {
   const auto idle = [&] { return num_running_.load(std::memory_order_acquire) == 0; };
   if (spin_until(idle)) return;
   std::unique_lock lock(mutex_);
   work_done_.wait(lock, idle);
 }
 
-void ThreadPool::work(int thread) {
+void ThreadPool::Workers::work(int thread) {
   pin_this_thread(cores_[static_cast<std::size_t>(thread) % cores_.size()]);
   std::uint64_t seen = 0;
   for (;;) {
@@ -131,8 +157,7 @@ void ThreadPool::work(int thread) {
   }
 }
 
-void ThreadPool::run(const Body& body) {
-  if (workers_.empty()) return body(0);
+void ThreadPool::Workers::run(const Body& body) {
   body_ = &body;
   num_running_.store(static_cast<int>(workers_.size()), std::memory_order_relaxed);
   {
@@ -152,6 +177,21 @@ void ThreadPool::run(const Body& body) {
     error = nullptr;
   }
   if (first) std::rethrow_exception(first);
+}
+
+ThreadPool::ThreadPool(int num_threads, std::vector<int> cores) : num_threads_(num_threads) {
+  check_argument(num_threads >= 1 && num_threads <= kMaxThreads, "num_threads {} is not in [1, {}]",
+                 num_threads, kMaxThreads);
+  check_argument(!cores.empty(), "a thread pool needs at least one core");
+  if (num_threads > 1) workers_.reset(new Workers(num_threads, std::move(cores)));
+}
+
+ThreadPool::~ThreadPool() = default;
+
+void ThreadPool::run(const Body& body) {
+  if (!workers_) return body(0);
+  workers_.get_deleter().home().require("backend's worker threads");
+  workers_->run(body);
 }
 
 void ThreadPool::for_each_task(std::int64_t num_tasks,

@@ -4,17 +4,16 @@
 //
 // Workers sleep between calls after a short spin. Ranks that are threads of one process each have a
 // pool over their own share of the cores, so the pools together never want more than there are.
-// Threads: one caller at a time.
+// Threads: one caller at a time. A child of fork() has no workers: there run() refuses a pool that
+// has some, and destruction leaves them alone.
 #pragma once
 
-#include <atomic>
-#include <condition_variable>
 #include <cstdint>
-#include <exception>
 #include <functional>
-#include <mutex>
-#include <thread>
+#include <memory>
 #include <vector>
+
+#include "core/home_process.h"
 
 namespace sluice {
 
@@ -37,10 +36,10 @@ class ThreadPool {
   ThreadPool& operator=(const ThreadPool&) = delete;
   ~ThreadPool();
 
-  [[nodiscard]] int num_threads() const noexcept { return static_cast<int>(workers_.size()) + 1; }
+  [[nodiscard]] int num_threads() const noexcept { return num_threads_; }
 
   /// Runs body(thread) once on every thread. Throws: what the lowest-numbered failing thread threw,
-  /// after all have returned.
+  /// after all have returned; kInvalidArgument in a child of the process that made the pool.
   void run(const Body& body);
 
   /// body(task, thread) for every task in [0, num_tasks): each thread takes the next one when it is
@@ -49,22 +48,9 @@ class ThreadPool {
                      const std::function<void(std::int64_t task, int thread)>& body);
 
  private:
-  void work(int thread);
-  void stop() noexcept;
-  /// Waits until `epoch_` is not `seen`; returns the new one.
-  std::uint64_t wait_for_work(std::uint64_t seen);
-  void wait_for_workers();
-
-  std::vector<int> cores_;
-  std::vector<std::exception_ptr> errors_;  // [num_threads]
-  const Body* body_ = nullptr;              // Published by epoch_.
-  std::atomic<std::uint64_t> epoch_{0};
-  std::atomic<int> num_running_{0};
-  std::atomic<bool> stopping_{false};
-  std::mutex mutex_;
-  std::condition_variable work_ready_;
-  std::condition_variable work_done_;
-  std::vector<std::thread> workers_;
+  class Workers;
+  int num_threads_;
+  std::unique_ptr<Workers, DeletedAtHome<Workers>> workers_;  // None: the caller is alone.
 };
 
 }  // namespace sluice
