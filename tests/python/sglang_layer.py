@@ -193,11 +193,19 @@ OF_RANKS = {  # What is worth its seconds: "auto" has both modes in it.
 def run_rank(rank, size, folder, device, layout, out):
     """In a process of its own. Lines of `out`: a check's name, a tab, and nothing or what went wrong."""
     run, switches = LAYOUTS[layout]
+    started = time.monotonic()
+
+    def say(what):  # For who waits, and finds what takes long.
+        print(f"{size} ranks, {layout}, rank {rank}: {what}, {time.monotonic() - started:.1f} s", file=sys.stderr,
+              flush=True)
+
     with open(out, "w") as file:
         try:
             here = Rank(rank, size, f"{out[:-2]}.store", device, **switches(size))
+            say("ready")
             for name in run(here, folder):
                 print(f"{name}\t", file=file, flush=True)
+                say(name)
         except BaseException:
             print(f"after these\t{traceback.format_exc()!r}", file=file, flush=True)
     lines = [line for line in Log.lines if line.startswith("Sluice")]
@@ -221,8 +229,11 @@ def spawned(rank, size, folder, device, layout, out):
 
 
 def main_of_rank(rank, size, folder, device, layout, out):
+    torch.set_num_threads(1)  # All ranks of all cases are there at once.
     load_engine()
     stubs.seal()
+    print(f"{size} ranks, {layout}, rank {rank}: imported, {time.process_time():.1f} s of a processor", file=sys.stderr,
+          flush=True)
     with open(Path(folder) / "turn", "w") as turn:
         if rank == "0":
             fcntl.flock(turn, fcntl.LOCK_EX)  # The others of a case wait for this one.
@@ -274,6 +285,8 @@ def main():
     for (size, layout), children in waiting.items():
         done, logs[f"{size} ranks, {layout}"] = results_of(children, size, layout, cases_of[size, layout])
         results |= done
+        print(f"{size} ranks, {layout}: {sum(map(bool, done.values()))} of {len(done)} failed", file=sys.stderr,
+              flush=True)
     (folder / "results.json").write_text(json.dumps({"results": results, "logs": logs, "log": Log.lines}))
 
 
