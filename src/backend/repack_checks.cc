@@ -185,6 +185,12 @@ bool overlaps_itself(const RepackFormat& format, const PackedMemory& memory, int
   return false;
 }
 
+bool leaves_down(const RepackFormat& format, const PackedMemory& memory, int index,
+                 const ExpertSource& source) {
+  const std::array<Extent, 2> own = packed_of(memory, index, index + 1);
+  return !overlap(format, source.down, shape_of(format, 2), {own[0], own[0]});
+}
+
 void throw_scale_fault(std::uint64_t fault, const RepackFormat& format) {
   if (fault == kNoFault) return;
   const auto value = std::bit_cast<float>(static_cast<std::uint32_t>(fault & 0xffff) << 16);

@@ -44,6 +44,10 @@ void check_sources(const RepackFormat& format, const PackedMemory& memory, int f
 [[nodiscard]] bool overlaps_itself(const RepackFormat& format, const PackedMemory& memory,
                                    int index, const ExpertSource& source);
 
+/// Whether packing gate and up of expert `index` overwrites nothing of its down matrix's source.
+[[nodiscard]] bool leaves_down(const RepackFormat& format, const PackedMemory& memory, int index,
+                               const ExpertSource& source);
+
 /// Throws: kInvalidArgument naming expert, matrix, place and value, unless `fault` is kNoFault.
 void throw_scale_fault(std::uint64_t fault, const RepackFormat& format);
 

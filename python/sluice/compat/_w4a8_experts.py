@@ -100,11 +100,12 @@ class W4A8Experts:
         self._grouped: dict[tuple, Any] = {}
         self._known_masked: list[Any] = []  # Those of them whose recipe was not named.
         self._known_grouped: list[Any] = []
-        arrays = []
-        for name, array in (("w13", w13), ("w13_scale", w13_scale), ("w2", w2), ("w2_scale", w2_scale)):
+        for name, array in (("w13_scale", w13_scale), ("w2", w2), ("w2_scale", w2_scale)):
             if space_of(array, name).place != space.place:
                 raise Error("invalid_argument", f"{name}: expected {space.place}, got {space_of(array, name).place}")
-            arrays.append(space.for_import(apart_from(memory, array) if "scale" in name else array))
+        w13_scale, w2_scale = apart_from(memory, w13_scale, w2_scale)
+        arrays = [space.for_import(array) for array in (w13, w13_scale, w2, w2_scale)]
+        del w13_scale, w2_scale
         self._lock = lock_of(self.backend)
         self._widths = own_widths(arrays, weight_layout, scale_layout, memory)
         if self._widths is not None:

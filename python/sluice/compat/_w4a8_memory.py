@@ -31,7 +31,7 @@ def weight_memory(num_experts: int, hidden: int, intermediate: int, *, group_siz
     weight_layout has, uninitialized; w13_scale and w2_scale of scale_dtype, torch.bfloat16 unless given, or
     torch.float32; of weight_layout "mxfp4" torch.uint8, in groups of 32. transposed_scales: [E, K / G, N] instead of
     [E, N, K / G]. After W4A8Experts has been made the views hold repacked bytes: the engine drops them. While it is
-    made, it takes the memory of two experts more.
+    made, it takes more: the scales of all experts, and the larger half of one.
 
     Raises Error: invalid_argument naming the field. torch's own error where memory runs out.
     """
@@ -75,9 +75,14 @@ def weight_memory(num_experts: int, hidden: int, intermediate: int, *, group_siz
     return WeightMemory(memory, w13, w13_scale, w2, w2_scale)
 
 
-def apart_from(memory: Any, array: Any) -> Any:
-    """`array`, or a copy of it if it lies in `memory`."""
-    if memory is None or not hasattr(array, "untyped_storage") or not hasattr(memory, "untyped_storage"):
-        return array
+def apart_from(memory: Any, *arrays: Any) -> list:
+    """The arrays; those that lie in `memory` as copies, in one piece of memory: torch takes 20 MiB for a small one."""
+    if str(getattr(memory, "dtype", "")) != "torch.uint8":
+        return list(arrays)
     first, last = memory.data_ptr(), memory.data_ptr() + memory.numel() * memory.element_size()
-    return array.clone() if first <= array.data_ptr() < last else array
+    sizes = [a.numel() * a.element_size() if hasattr(a, "untyped_storage") and first <= a.data_ptr() < last else 0
+             for a in arrays]
+    places = [-(-size // 256) * 256 for size in sizes]
+    room = memory.new_empty(sum(places)).split(places)
+    return [array if size == 0 else place[:size].view(array.dtype).view(array.shape).copy_(array)
+            for array, size, place in zip(arrays, sizes, room)]

@@ -2,6 +2,8 @@
 
 #include <cuda_runtime_api.h>
 
+#include <algorithm>
+
 #include "backend/check_experts.h"
 #include "backend/cuda/check.h"
 #include "core/fail.h"
@@ -106,13 +108,7 @@ void CudaExperts::repack(int first, std::span<const ExpertSource> sources,
       repack_expert(index, sources[i], gate_up_out, down_out, stream);
       continue;
     }
-    if (aside == nullptr) {
-      aside = std::make_unique<CudaBuffer>(device, sizes.gate_up_bytes + sizes.down_bytes);
-    }
-    std::byte* const down_aside = aside->data() + sizes.gate_up_bytes;
-    repack_expert(index, sources[i], aside->data(), down_aside, stream);
-    copy_within(gate_up_out, aside->data(), sizes.gate_up_bytes, stream);
-    copy_within(down_out, down_aside, sizes.down_bytes, stream);
+    repack_aside(index, sources[i], gate_up_out, down_out, stream);
   }
 }
 
@@ -134,6 +130,26 @@ void CudaExperts::repack_expert(int index, const ExpertSource& source, std::byte
                                 std::byte* down_out, cuda::StreamHandle stream) const {
   repack_half(index, true, source.gate, source.up, gate_up_out, stream);
   repack_half(index, false, source.down, {}, down_out, stream);
+}
+
+void CudaExperts::repack_aside(int index, const ExpertSource& source, std::byte* gate_up_out,
+                               std::byte* down_out, cuda::StreamHandle stream) {
+  const std::size_t gate_up_bytes = packed.sizes.gate_up_bytes;
+  const std::size_t down_bytes = packed.sizes.down_bytes;
+  // One half after the other needs less memory, unless the first would overwrite the second.
+  const bool in_turns = leaves_down(format, packed, index, source);
+  const std::size_t bytes =
+      in_turns ? std::max(gate_up_bytes, down_bytes) : gate_up_bytes + down_bytes;
+  if (aside == nullptr || aside->bytes() < bytes) {
+    aside.reset();
+    aside = std::make_unique<CudaBuffer>(device, bytes);
+  }
+  std::byte* const down_aside = aside->data() + (in_turns ? 0 : gate_up_bytes);
+  repack_half(index, true, source.gate, source.up, aside->data(), stream);
+  if (in_turns) copy_within(gate_up_out, aside->data(), gate_up_bytes, stream);
+  repack_half(index, false, source.down, {}, down_aside, stream);
+  if (!in_turns) copy_within(gate_up_out, aside->data(), gate_up_bytes, stream);
+  copy_within(down_out, down_aside, down_bytes, stream);
 }
 
 void CudaExperts::repack_gate_up(int index, const MatrixSource& gate, const MatrixSource& up,

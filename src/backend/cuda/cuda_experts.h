@@ -80,6 +80,9 @@ struct CudaExperts final : PreparedExperts {
                    const MatrixSource& second, std::byte* out, cuda::StreamHandle stream) const;
   void repack_expert(int index, const ExpertSource& source, std::byte* gate_up_out,
                      std::byte* down_out, cuda::StreamHandle stream) const;
+  /// Of one that would overwrite itself.
+  void repack_aside(int index, const ExpertSource& source, std::byte* gate_up_out,
+                    std::byte* down_out, cuda::StreamHandle stream);
 };
 
 /// What the experts of a layer have in common, and are refused without.
