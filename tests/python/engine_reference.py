@@ -52,14 +52,23 @@ def quantized(v, error, scale=None):
 
 
 def activated(gate, up, kind, numbers):
-    """Of SwiGLU, also with a limit, and of SiTU-GLU: what the gate gives and what up gives, whose product is h. Neither
-    changes faster than 1.1 times its input."""
+    """Of SwiGLU, also with a limit, and of SiTU-GLU: what the gate gives and what up gives, whose product is h."""
     if kind == "situ":
         beta, linear_beta = numbers["beta"], numbers["linear_beta"]
         return beta * torch.tanh(gate / beta) * torch.sigmoid(gate), linear_beta * torch.tanh(up / linear_beta)
     limit = numbers.get("limit", float("inf"))
     gate, up = gate.clamp(max=limit), up.clamp(-limit, limit)
     return gate * torch.sigmoid(gate), up
+
+
+def activated_near(gate, up, off_gate, off_up, kind, numbers):
+    """activated(), and how far off either may be where its input is. It is furthest off at an end, but around a
+    minimum of the gate's, whose second derivative is below 2."""
+    values = activated(gate, up, kind, numbers)
+    ends = [activated(gate + sign * off_gate, up + sign * off_up, kind, numbers) for sign in (-1, 1)]
+    off_gate, off_up = (torch.maximum(*((end[i] - values[i]).abs() for end in ends)) + more
+                        for i, more in enumerate((off_gate**2, 0)))
+    return *values, off_gate, off_up
 
 
 class Layer:
@@ -93,9 +102,9 @@ class Layer:
         """One expert's rows [n, H]."""
         gate, up = (read @ w[e].T for w in (self.gate, self.up))
         off_gate, off_up = (sums * (read.abs() @ w[e].abs().T) for w in (self.gate, self.up))
-        of_gate, of_up = activated(gate, up, *self.activation)
+        of_gate, of_up, off_gate, off_up = activated_near(gate, up, off_gate, off_up, *self.activation)
         h = of_gate * of_up
-        off = 1.1 * off_gate * of_up.abs() + of_gate.abs() * off_up + off_gate * off_up + 4 * F32 * h.abs()
+        off = off_gate * of_up.abs() + of_gate.abs() * off_up + off_gate * off_up + 4 * F32 * h.abs()
         h, near = quantized(h, off, s2)
         parts = torch.stack([a @ w.T for a, w in zip(h.chunk(slices, 1), self.down[e].chunk(slices, 1))])
         return parts.sum(0), (near + sums * h.abs()) @ self.down[e].abs().T, parts.abs().sum(0)

@@ -15,7 +15,7 @@ FACTOR = 2.5  # routed_scaling_factor
 # enough to matter.
 MODELS = {
     "deepseek_v4": ("layers.{layer}.ffn.experts.{expert}.{matrix}", ".weight", ".scale", torch.int8,
-                    torch.float8_e8m0fnu, "swiglu", {"limit": 0.75}),
+                    torch.float8_e8m0fnu, "swiglu", {"limit": 2.5}),
     "kimi_k3": ("language_model.model.layers.{layer}.block_sparse_moe.experts.{expert}.{matrix}", ".weight_packed",
                 ".weight_scale", torch.uint8, torch.uint8, "situ", {"beta": 1.5, "linear_beta": 1.25}),
 }

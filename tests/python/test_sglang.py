@@ -100,7 +100,7 @@ def test_the_log_says_what_runs(run):
     assert of_two.count("compressed-tensors INT4 experts, 4 of 8, hidden 256, intermediate 512, groups of 32") == 1
     line = (rf"Sluice {version}: model\.layers\.3\.mlp\.experts: MXFP4 experts, 4 of 8, hidden 256, intermediate {{}}, "
             r"groups of 32, {}, dynamic scales for each 128 values, .*deepep")
-    assert re.search(line.format(512, r"swiglu:limit=0\.75"), of_two)
+    assert re.search(line.format(512, r"swiglu:limit=2\.5"), of_two)
     assert re.search(line.format(384, r"situ:beta=1\.5,linear_beta=1\.25"), of_two)
     cut = "\n".join(run["logs"]["2 ranks, all-reduce, experts cut"])
     assert "8 of 8, hidden 256, intermediate 256" in cut
