@@ -1,10 +1,13 @@
-"""One rank of a Buffer in a process of its own, met through torch.distributed: rank size folder device.
+"""One rank of a Buffer in a process of its own, met through torch.distributed: rank size folder device [late].
+
+The last rank comes `late` seconds later than the others to its first call.
 
 DeepEP's published checks, element by element: what every rank must get is written down from the
 workloads of all, not compared by a global score.
 """
 
 import sys
+import time
 
 import numpy as np
 import torch
@@ -71,7 +74,7 @@ def normal(buffer, space, rank, counts):
         space.bits(combined), (torch.from_numpy(as_float).bfloat16().view(torch.int16).numpy()).view(np.uint16))
 
 
-def main(rank, size, folder, device):
+def main(rank, size, folder, device, late=0.0):
     distributed.init_process_group(
         "gloo", init_method=f"file://{folder}/store", rank=rank, world_size=size)
     if device == "cuda":
@@ -80,6 +83,7 @@ def main(rank, size, folder, device):
     space = Torch(device)
     buffer = Buffer(distributed.group.WORLD, 0, 1 << 20, low_latency_mode=True, num_qps_per_rank=2)
     assert (buffer.rank, buffer.group_size) == (rank, size)
+    time.sleep(late if rank == size - 1 else 0)
     for counts in ([CAPACITY] * size, [(3 * r + 5) % (CAPACITY + 1) for r in range(size)], [0] * size):
         for use_fp8 in (False, True):
             for hook in (False, True):
@@ -90,4 +94,4 @@ def main(rank, size, folder, device):
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]), int(sys.argv[2]), sys.argv[3], sys.argv[4])
+    main(int(sys.argv[1]), int(sys.argv[2]), sys.argv[3], sys.argv[4], *map(float, sys.argv[5:]))

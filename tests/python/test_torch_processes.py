@@ -23,6 +23,13 @@ def test_processes_through_deep_ep(tmp_path, num_ranks, device):
               environment=shared_gpu)
 
 
+@pytest.mark.parametrize("device, late", [("cpu", 11), pytest.param("cuda", 20, marks=needs_gpu)])
+def test_a_rank_is_late_at_its_first_call(tmp_path, device, late):
+    """By more than Sluice's own timeout: with that of DeepEP, which is the default here, the others wait for it."""
+    environment = {name: value for name, value in shared_gpu(0).items() if name != "SLUICE_TIMEOUT_MS"}
+    run_ranks(Path(__file__).parent / "rank_of_deep_ep.py", 2, tmp_path, device, late, environment=lambda _: environment)
+
+
 @pytest.mark.parametrize("mode", ["low-latency", "normal"])
 @pytest.mark.parametrize("device, shape", [
     ("cpu", "small"),
