@@ -140,10 +140,10 @@ class LayerExperts:
     def __init__(self, layer: Any, config: Any, kind: str, place: WeightMemory, scales: tuple[float, float] | None,
                  weight_layout: str = "int4") -> None:
         """place: the loaded weights, in the memory where the repacked ones will lie."""
-        if layer.moe_ep_size > 1 and getattr(layer.dispatcher, "skip_local_expert_mapping", False):
-            # Releases before 0.5.18 ask the server's switch for that, not the layer's runner.
-            _refuse(layer, f"--moe-runner-backend {get_moe_runner_backend().value} keeps experts' numbers over all "
-                           "ranks; leave it out")
+        if getattr(layer.dispatcher, "skip_local_expert_mapping", False):
+            # Releases before 0.5.23 ask the server's runner, which they choose for DeepSeek-V4 themselves, whether to
+            # leave experts' numbers over all ranks. Sluice takes a rank's own.
+            layer.dispatcher.skip_local_expert_mapping = False
         self._factor = getattr(config, "routed_scaling_factor", None) or 1.0
         s1, s2 = scales or (None, None)
         activation = activation_of(layer, config)

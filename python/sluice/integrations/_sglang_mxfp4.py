@@ -33,7 +33,7 @@ from ._sglang_experts import (
 from .sglang import setting
 
 _SWITCH = "SLUICE_MXFP4=0 leaves MXFP4 experts to SGLang"
-_NAN = 0xFF  # Of e8m0. A scale that the checkpoint lacks keeps it, and is refused for it.
+_NAN, _ONE = 0xFF, 127  # Of e8m0. A scale that the checkpoint lacks stays NaN, and is refused for it.
 
 
 class SluiceMxfp4MoEMethod(FusedMoEMethodBase):
@@ -65,6 +65,11 @@ class SluiceMxfp4MoEMethod(FusedMoEMethodBase):
         for name, tensor in zip(self._names, self._place[1:]):
             is_scale = "scale" in name
             tensor.fill_(_NAN if is_scale else 0)
+            if is_scale:  # What is padded has numbers, whether SGLang writes there (0.5.23) or not (0.5.20).
+                rows, groups = intermediate_size_per_partition, intermediate_size_per_partition // 32
+                padding = tensor.unflatten(1, (2, padded))[:, :, rows:] if name == self._names[1] else (
+                    tensor[:, :, groups:])
+                padding.fill_(_ONE)
             layer.register_parameter(name, Parameter(tensor, requires_grad=False))
             set_weight_attrs(getattr(layer, name), {
                 **attrs, "weight_loader": _as_bytes(layer, load, is_scale, self._came[name])})
