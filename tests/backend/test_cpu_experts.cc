@@ -229,7 +229,8 @@ TEST(CpuExperts, EveryInstructionSetThatThisMachineHas) {
     ++num_targets;
     for (const bool vnni : {all.vnni, false}) {
       for (const cpu::TileUnit tiles : {all.tiles, cpu::TileUnit::kNone, cpu::TileUnit::kScalar}) {
-        cpu::set_cpu_features_for_test(cpu::CpuFeatures{.vnni = vnni, .tiles = tiles});
+        cpu::set_cpu_features_for_test(
+            cpu::CpuFeatures{.vnni = vnni, .bf16 = all.bf16, .tiles = tiles});
         if (!seen.insert(cpu::instruction_set()).second) continue;
         SCOPED_TRACE(cpu::instruction_set());
         check_every_format();

@@ -26,7 +26,7 @@ using cpu::TileUnit;
 constexpr DigitLayout kLayouts[] = {DigitLayout::kBytes, DigitLayout::kWords, DigitLayout::kTiles};
 
 /// Which activations a case has.
-enum class Codes { kAny, kOnlyLarge, kOnlySmall, kMixed, kLargeAndSmall };
+enum class Codes { kAny, kOnlyLarge, kOnlySmall, kMixed, kLargeAndSmall, kLargeAndFewSmall };
 
 /// A matrix of random weights, rows of random codes, and what their product has to be.
 struct GemmCase {
@@ -139,6 +139,9 @@ class Gemm {
       case Codes::kLargeAndSmall:  // Sums beyond float32's 24 bits whose last bits are not zero.
         return static_cast<std::uint8_t>(sign & (random_() % 8 == 0 ? 0x80 : 0)) |
                static_cast<std::uint8_t>(random_() % 16 == 0 ? random_() % 32 : 0x7e);
+      case Codes::kLargeAndFewSmall:  // About one row of two has a low digit.
+        return static_cast<std::uint8_t>(
+            sign | (random_() % 128 == 0 ? random_() % 32 : 0x68 + random_() % 16));
       case Codes::kMixed:
         break;
     }
@@ -170,10 +173,12 @@ std::vector<CpuFeatures> subsets_of_features() {
   const CpuFeatures all = cpu::cpu_features();
   std::vector<CpuFeatures> out;
   for (const bool vnni : {true, false}) {
-    for (const TileUnit tiles : {TileUnit::kAmx, TileUnit::kScalar}) {
-      if (vnni && !all.vnni) continue;
-      if (tiles == TileUnit::kAmx && all.tiles != TileUnit::kAmx) continue;
-      out.push_back({.vnni = vnni, .tiles = tiles});
+    if (vnni && !all.vnni) continue;
+    if (all.tiles == TileUnit::kAmx)
+      out.push_back({.vnni = vnni, .bf16 = true, .tiles = all.tiles});
+    for (const bool bf16 : {true, false}) {
+      if (bf16 && !all.bf16) continue;
+      out.push_back({.vnni = vnni, .bf16 = bf16, .tiles = TileUnit::kScalar});
     }
   }
   return out;
@@ -215,11 +220,11 @@ TEST(CpuGemm, EveryLayoutOnEveryInstructionSet) {
 
 TEST(CpuGemm, AnyActivations) {
   std::vector<Gemm> cases;
-  for (const Codes kind :
-       {Codes::kAny, Codes::kOnlyLarge, Codes::kOnlySmall, Codes::kLargeAndSmall}) {
+  for (const Codes kind : {Codes::kAny, Codes::kOnlyLarge, Codes::kOnlySmall, Codes::kLargeAndSmall,
+                           Codes::kLargeAndFewSmall}) {
     for (const int group_size : {128, 32}) {
       for (const WeightFormat format : {WeightFormat::kInt4, WeightFormat::kMxfp4}) {
-        for (const int rows : {6, 32}) {
+        for (const int rows : {6, 17, 32, 64}) {
           cases.emplace_back(GemmCase{
               .format = format, .group_size = group_size, .rows = rows, .kind = kind, .n = 48});
         }
@@ -289,8 +294,10 @@ TEST(CpuGemm, DigitsForTilesAreTheValue) {
           std::uint16_t bits = 0;
           std::memcpy(&bits, main + at / 32 * kStride + at % 32 * 2, 2);
           const float digit = bf16_to_float(bits);
-          const int least = static_cast<std::int8_t>(low[at]);
-          ASSERT_EQ(digit + static_cast<float>(least), e4m3_to_float(codes[k]) * 512)
+          std::uint16_t least_bits = 0;
+          std::memcpy(&least_bits, low + at * 2, 2);
+          const float least = bf16_to_float(least_bits);
+          ASSERT_EQ(digit + least, e4m3_to_float(codes[k]) * 512)
               << "code " << code << " at " << place << ", " << num_large << " large, k " << k;
           if (least != 0) mask |= std::uint64_t{1} << at / 2;
           if (k == place) main_of_place = digit;

@@ -32,15 +32,19 @@ bool allow_tile_data() {
 
 CpuFeatures detect() {
   __builtin_cpu_init();
+  const bool bf16 = __builtin_cpu_supports("avx512bf16") != 0;
+  const bool tiles = bf16 && has_amx() && allow_tile_data();
   return {.vnni = __builtin_cpu_supports("avx512vnni") != 0,
-          .tiles = has_amx() && allow_tile_data() ? TileUnit::kAmx : TileUnit::kNone};
+          .bf16 = bf16,
+          .tiles = tiles ? TileUnit::kAmx : TileUnit::kNone};
 }
 
 #elif defined(__x86_64__)
 
 CpuFeatures detect() {
   __builtin_cpu_init();
-  return {.vnni = __builtin_cpu_supports("avx512vnni") != 0};
+  return {.vnni = __builtin_cpu_supports("avx512vnni") != 0,
+          .bf16 = __builtin_cpu_supports("avx512bf16") != 0};
 }
 
 #else

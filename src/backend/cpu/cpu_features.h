@@ -15,6 +15,7 @@ enum class TileUnit : std::uint8_t {
 
 struct CpuFeatures {
   bool vnni = false;  ///< AVX-512 VNNI. Only looked at where AVX-512 is used.
+  bool bf16 = false;  ///< AVX-512 bf16, which kAmx needs, too. Likewise.
   TileUnit tiles = TileUnit::kNone;
 };
 

@@ -35,11 +35,11 @@ enum class DigitLayout : std::uint8_t {
   kBytes,
   /// main and low [line][k 0 4, 2 6, 1 5, 3 7] int16. A step is a quarter of a line.
   kWords,
-  /// main and low in the order of kWords, main bf16, each 32 k at a place of their own; low int8.
+  /// main and low in the order of kWords, both bf16; each 32 k of main at a place of their own.
   kTiles,
 };
 inline constexpr int kMainDigitBytes = 2 * kGroup;
-inline constexpr int kLowDigitBytes = 2 * kGroup;  ///< Of which all but kWords use the first half.
+inline constexpr int kLowDigitBytes = 2 * kGroup;  ///< Of which kBytes uses the first half.
 
 /// What a GEMM needs to know about 128 channels of one row besides their digits.
 struct DigitGroup {

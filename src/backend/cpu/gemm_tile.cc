@@ -166,6 +166,7 @@ void gemm_tile_of(const GemmTile& tile) {
   if (tile.x.layout == DigitLayout::kTiles) {
 #if HWY_TARGET == HWY_AVX3
     if (cpu_features().tiles == TileUnit::kAmx) return gemm_tile_tiles_of<AmxTiles, Code>(tile);
+    if (cpu_features().bf16) return gemm_tile_tiles_of<ScalarTilesAndDots, Code>(tile);
 #endif
     return gemm_tile_tiles_of<ScalarTiles, Code>(tile);
   }

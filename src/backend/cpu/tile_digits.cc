@@ -1,6 +1,8 @@
-// 16 codes at a time in vectors of 128 bits: first how large they are together, which says how many
-// low bits of a whole number have to be a digit of their own, then the digits.
+// Codes become digits in two steps: first how large they are together, which says how many low bits
+// of a whole number have to be a digit of their own, then the digits. Where there are tiles, 32
+// codes at a time in vectors of 512 bits; elsewhere, which is for tests, one after the other.
 #include <algorithm>
+#include <array>
 #include <bit>
 #include <cstdlib>
 #include <cstring>
@@ -13,8 +15,6 @@
 #define HWY_TARGET_INCLUDE "backend/cpu/tile_digits.cc"
 #include <hwy/foreach_target.h>
 #include <hwy/highway.h>
-
-#include "backend/cpu/e4m3_parts-inl.h"
 
 HWY_BEFORE_NAMESPACE();
 namespace sluice::cpu::HWY_NAMESPACE {
@@ -40,21 +40,126 @@ struct Magnitudes {
 /// Rounding to a multiple of 8 adds at most 4 to a value.
 inline constexpr std::int32_t kRounding = 4;
 
-inline std::uint64_t steps_with_low(const std::uint8_t* low) {
-  std::uint64_t mask = 0;
-  for (int step = 0; step < kGroup / 2; ++step) {
-    std::uint16_t digits;
-    std::memcpy(&digits, low + step * 2, 2);
-    mask |= std::uint64_t{digits != 0} << step;
-  }
-  return mask;
-}
-
 inline std::int32_t magnitude_of(const Magnitudes& magnitudes, int cut) {
   return (magnitudes.all() + (1 << cut) - 1) >> cut;
 }
 
-#if HWY_TARGET == HWY_SCALAR
+#if HWY_TARGET == HWY_AVX3
+
+/// Magnitudes of codes below this have an exponent below 4: these alone may have low digits.
+inline constexpr int kNumSmall = 32;
+
+/// Of the codes below kNumSmall: q itself, and both digits for one cut, as bf16.
+struct SmallCodes {
+  alignas(64) std::array<std::uint16_t, kNumSmall> q, main, low;
+};
+constexpr std::uint16_t bf16_of(int value) {
+  return static_cast<std::uint16_t>(std::bit_cast<std::uint32_t>(static_cast<float>(value)) >> 16);
+}
+constexpr SmallCodes small_codes(int cut) {
+  SmallCodes out{};
+  for (std::size_t code = 0; code < kNumSmall; ++code) {
+    const int mantissa = static_cast<int>(code % 8), exponent = static_cast<int>(code / 8);
+    const int q = exponent == 0 ? mantissa : (8 + mantissa) << (exponent - 1);
+    const int main = ((q + (1 << cut) / 2) >> cut) << cut;
+    out.q[code] = static_cast<std::uint16_t>(q);
+    out.main[code] = bf16_of(main), out.low[code] = bf16_of(q - main);
+  }
+  return out;
+}
+inline constexpr SmallCodes kSmallCodes[4] = {small_codes(0), small_codes(1), small_codes(2),
+                                              small_codes(3)};
+
+/// Bytes of each 8 k in the order of a line's steps.
+alignas(32) inline constexpr std::uint8_t kStepOrder[32] = {
+    0, 4, 2, 6, 1, 5, 3, 7, 8, 12, 10, 14, 9, 13, 11, 15,
+    0, 4, 2, 6, 1, 5, 3, 7, 8, 12, 10, 14, 9, 13, 11, 15};
+
+/// 32 codes, a word each.
+struct Words {
+  __m512i magnitude, sign;  ///< The sign at its place in a bf16.
+  __mmask32 is_small;
+};
+HWY_INLINE Words words_of(const std::uint8_t* codes) {
+  const __m256i order = _mm256_load_si256(reinterpret_cast<const __m256i*>(kStepOrder));
+  const __m256i bytes = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(codes));
+  const __m512i words = _mm512_cvtepu8_epi16(_mm256_shuffle_epi8(bytes, order));
+  Words out;
+  out.magnitude = _mm512_and_si512(words, _mm512_set1_epi16(0x7f));
+  out.sign = _mm512_slli_epi16(_mm512_andnot_si512(_mm512_set1_epi16(0x7f), words), 8);
+  out.is_small = _mm512_cmplt_epu16_mask(out.magnitude, _mm512_set1_epi16(kNumSmall));
+  return out;
+}
+
+/// |q| of two codes in each lane. Of those that are not small it is 8 times a word.
+HWY_INLINE __m512i magnitudes_of(const Words& words) {
+  const __m512i exponent = _mm512_srli_epi16(words.magnitude, 3);
+  const __m512i mantissa = _mm512_or_si512(_mm512_and_si512(words.magnitude, _mm512_set1_epi16(7)),
+                                           _mm512_set1_epi16(8));
+  const __m512i large =
+      _mm512_sllv_epi16(mantissa, _mm512_sub_epi16(exponent, _mm512_set1_epi16(4)));
+  const __m512i value = _mm512_mask_permutexvar_epi16(large, words.is_small, words.magnitude,
+                                                      _mm512_load_si512(kSmallCodes[0].q.data()));
+  const __m512i unit =
+      _mm512_mask_mov_epi16(_mm512_set1_epi16(8), words.is_small, _mm512_set1_epi16(1));
+  return _mm512_madd_epi16(value, unit);
+}
+
+/// The sums of four vectors' lanes.
+HWY_INLINE __m128i sums_of_lanes(const __m512i (&v)[4]) {
+  const auto add_halves = [](__m512i a, __m512i b) HWY_ATTR {
+    return _mm512_add_epi32(_mm512_unpacklo_epi32(a, b), _mm512_unpackhi_epi32(a, b));
+  };
+  const __m512i first = add_halves(v[0], v[1]), second = add_halves(v[2], v[3]);
+  const __m512i all =
+      _mm512_add_epi32(_mm512_unpacklo_epi64(first, second), _mm512_unpackhi_epi64(first, second));
+  const __m256i half =
+      _mm256_add_epi32(_mm512_castsi512_si256(all), _mm512_extracti64x4_epi64(all, 1));
+  return _mm_add_epi32(_mm256_castsi256_si128(half), _mm256_extracti128_si256(half, 1));
+}
+
+DigitGroup split_tiles_impl(const std::uint8_t* codes, float scale, std::uint8_t* main,
+                            std::int64_t main_stride, std::uint8_t* low) {
+  Words words[4];
+  __m512i sums[4];
+  __mmask32 nan = 0;
+  for (int part = 0; part < 4; ++part) {
+    words[part] = words_of(codes + part * 32);
+    sums[part] = magnitudes_of(words[part]);
+    nan |= _mm512_cmpeq_epi16_mask(words[part].magnitude, _mm512_set1_epi16(0x7f));
+  }
+  Magnitudes magnitudes;
+  const __m128i rounding = _mm_set1_epi32(32 * kRounding);
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(magnitudes.of_part),
+                   _mm_add_epi32(sums_of_lanes(sums), rounding));
+  const int cut = magnitudes.cut();
+  const __m512i small_main = _mm512_load_si512(kSmallCodes[cut].main.data());
+  const __m512i small_low = _mm512_load_si512(kSmallCodes[cut].low.data());
+  DigitGroup out;
+  out.magnitude = magnitude_of(magnitudes, cut);
+  __m512i lows[4];
+  for (int part = 0; part < 4; ++part) {
+    const Words& w = words[part];
+    // A value whose last bit counts 2^cut or more only needs another exponent to be q as a bf16.
+    const __m512i large =
+        _mm512_add_epi16(_mm512_slli_epi16(w.magnitude, 4), _mm512_set1_epi16((127 - 7 + 9) << 7));
+    const __m512i digits =
+        _mm512_mask_permutexvar_epi16(large, w.is_small, w.magnitude, small_main);
+    _mm512_storeu_si512(main + part * main_stride, _mm512_or_si512(digits, w.sign));
+    lows[part] = _mm512_maskz_permutexvar_epi16(w.is_small, w.magnitude, small_low);
+    const __mmask16 steps = _mm512_test_epi32_mask(lows[part], lows[part]);
+    out.low |= std::uint64_t{steps} << (16 * part);
+  }
+  if (out.low != 0) {
+    for (int part = 0; part < 4; ++part) {
+      _mm512_storeu_si512(low + part * 64, _mm512_xor_si512(lows[part], words[part].sign));
+    }
+  }
+  out.scale = nan != 0 ? std::numeric_limits<float>::quiet_NaN() : scale * 0x1p-9f;
+  return out;
+}
+
+#else
 
 DigitGroup split_tiles_impl(const std::uint8_t* codes, float scale, std::uint8_t* main,
                             std::int64_t main_stride, std::uint8_t* low) {
@@ -77,99 +182,11 @@ DigitGroup split_tiles_impl(const std::uint8_t* codes, float scale, std::uint8_t
     const auto bits = std::bit_cast<std::uint32_t>(static_cast<float>(sign * rest));
     const auto bf16 = static_cast<std::uint16_t>(bits >> 16);
     std::memcpy(main + at / 32 * main_stride + at % 32 * 2, &bf16, 2);
-    low[at] = static_cast<std::uint8_t>(sign * (size - rest));
+    const auto least = std::bit_cast<std::uint32_t>(static_cast<float>(sign * (size - rest)));
+    const auto least_bf16 = static_cast<std::uint16_t>(least >> 16);
+    std::memcpy(low + at * 2, &least_bf16, 2);
+    out.low |= std::uint64_t{size != rest} << (at / 2);
   }
-  out.low = steps_with_low(low);
-  return out;
-}
-
-#else
-
-// bf16 of 8 * i, i in [0, 8]: first and second byte.
-alignas(16) inline constexpr std::uint8_t kEightLow[16] = {0,    0,    0x80, 0xc0, 0,
-                                                           0x20, 0x40, 0x60, 0x80};
-alignas(16) inline constexpr std::uint8_t kEightHigh[16] = {0,    0x41, 0x41, 0x41, 0x42,
-                                                            0x42, 0x42, 0x42, 0x42};
-
-/// The first bytes of a line's words, even 4 and odd 4, from both halves in the order of kPairs.
-alignas(16) inline constexpr std::uint8_t kFirstBytes[16] = {0, 2, 4, 6, 8, 10, 12, 14,
-                                                             0, 2, 4, 6, 8, 10, 12, 14};
-
-/// int32 lanes: of |q|.
-HWY_INLINE VI32 magnitude_sums(const Parts& parts) {
-  const auto is_small = is_below(parts.magnitude, kFirstLarge);
-  const VI32 large = add_pairs(hn::IfThenZeroElse(is_small, parts.value));
-  const VI32 small = add_pairs(hn::IfThenElseZero(is_small, parts.value));
-  return hn::Add(hn::ShiftLeft<3>(large), small);
-}
-
-struct Digits {
-  VI16 main, low;
-};
-
-/// A value whose last bit counts 2^cut or more only needs another exponent to be a bf16 of 2^9
-/// times it. Others are rounded to 0 .. 8 units.
-HWY_INLINE Digits digits_of(const Parts& parts, int cut) {
-  const auto is_small = is_below(parts.magnitude, cut + 1);
-  const VI16 half = hn::Set(kI16, static_cast<std::int16_t>((1 << cut) / 2));
-  const VI16 units = hn::ShiftRightSame(hn::Add(parts.value, half), cut);
-  const VI16 low =
-      hn::IfThenElseZero(is_small, hn::Sub(parts.value, hn::ShiftLeftSame(units, cut)));
-  const VU8 index = hn::BitCast(kU8, hn::IfThenElseZero(is_small, units));
-  const auto first = hn::BitCast(kI16, hn::TableLookupBytes(hn::Load(kU8, kEightLow), index));
-  const auto second = hn::BitCast(kI16, hn::TableLookupBytes(hn::Load(kU8, kEightHigh), index));
-  const VI16 eights = hn::Or(first, hn::ShiftLeft<8>(second));
-  const VI16 fewer = hn::Set(kI16, static_cast<std::int16_t>((3 - cut) << 7));
-  const VI16 small = hn::IfThenElseZero(hn::Gt(eights, hn::Zero(kI16)), hn::Sub(eights, fewer));
-  const VI16 large = hn::BitCast(
-      kI16, hn::Add(hn::ShiftLeft<4>(parts.magnitude), hn::Set(kU16, (127 - 7 + 9) << 7)));
-  return {hn::Or(hn::IfThenElse(is_small, small, large), hn::ShiftLeft<15>(parts.sign)),
-          hn::Sub(hn::Xor(low, parts.sign), parts.sign)};
-}
-
-HWY_INLINE VU8 first_bytes(const Lines& lines) {
-  const VU8 order = hn::Load(kU8, kFirstBytes);
-  const auto a = hn::BitCast(kU64, hn::TableLookupBytes(lines.first, order));
-  const auto b = hn::BitCast(kU64, hn::TableLookupBytes(lines.second, order));
-  return hn::BitCast(kU8, hn::InterleaveLower(kU64, a, b));
-}
-
-DigitGroup split_tiles_impl(const std::uint8_t* codes, float scale, std::uint8_t* main,
-                            std::int64_t main_stride, std::uint8_t* low) {
-  Parts even[8], odd[8];
-  VU8 nan = hn::Zero(kU8);
-  Magnitudes magnitudes;
-  for (int part = 0; part < 4; ++part) {
-    VI32 sums = hn::Zero(kI32);
-    for (int c = 2 * part; c < 2 * part + 2; ++c) {
-      const VU8 v = hn::LoadU(kU8, codes + c * 16);
-      // Of a magnitude, only 0x7f and 1 more is 0x80.
-      nan = hn::Or(nan, hn::Add(hn::And(v, hn::Set(kU8, 0x7f)), hn::Set(kU8, 1)));
-      parts_of(v, even[c], odd[c]);
-      sums = hn::Add(sums, hn::Add(magnitude_sums(even[c]), magnitude_sums(odd[c])));
-    }
-    magnitudes.of_part[part] = hn::GetLane(hn::SumOfLanes(kI32, sums)) + 32 * kRounding;
-  }
-  DigitGroup out;
-  const int cut = magnitudes.cut();
-  out.magnitude = magnitude_of(magnitudes, cut);
-  VI16 any_low = hn::Zero(kI16);
-  Lines lows[8];
-  for (int c = 0; c < 8; ++c) {
-    const Digits e = digits_of(even[c], cut), o = digits_of(odd[c], cut);
-    const Lines lines = lines_of(e.main, o.main, hn::Load(kU8, kPairs));
-    std::uint8_t* const to = main + c / 2 * main_stride + c % 2 * 32;
-    hn::StoreU(lines.first, kU8, to);
-    hn::StoreU(lines.second, kU8, to + 16);
-    any_low = hn::Or(any_low, hn::Or(e.low, o.low));
-    lows[c] = lines_of(e.low, o.low, hn::Load(kU8, kPairs));
-  }
-  if (!hn::AllTrue(kI16, hn::Eq(any_low, hn::Zero(kI16)))) {
-    for (int c = 0; c < 8; ++c) hn::StoreU(first_bytes(lows[c]), kU8, low + c * 16);
-    out.low = steps_with_low(low);
-  }
-  const bool has_nan = !hn::AllTrue(kU8, hn::Lt(nan, hn::Set(kU8, 0x80)));
-  out.scale = has_nan ? std::numeric_limits<float>::quiet_NaN() : scale * 0x1p-9f;
   return out;
 }
 

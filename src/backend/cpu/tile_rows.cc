@@ -1,40 +1,33 @@
 #include "backend/cpu/tile_rows.h"
 
 #include <bit>
+#include <cstring>
 
 namespace sluice::cpu {
 
 void TileLows::fill(const DigitGroup* groups, const std::uint8_t* low, int count) {
   magnitude = 0;
   num_rows = 0;
-  int digits = 0;
+  int num_pairs = 0;
   for (int row = 0; row < count; ++row) {
     scale[row] = groups[row].scale;
     magnitude = std::max(magnitude, groups[row].magnitude);
     if (groups[row].low != 0) rows[num_rows++] = static_cast<std::uint8_t>(row);
-    digits += std::popcount(groups[row].low);
+    num_pairs += std::popcount(groups[row].low);
   }
-  are_many = digits > kMostDigits;
-  std::fill_n(begin, 5, std::uint8_t{0});
+  are_many = num_pairs > kMostPairs;
   if (are_many) {
     num_rows = static_cast<std::uint8_t>(count);
     for (int row = 0; row < count; ++row) rows[row] = static_cast<std::uint8_t>(row);
     return;
   }
-  int filled = 0;
-  for (int quarter = 0; quarter < 4 && digits > 0; ++quarter) {
-    for (int slot = 0; slot < num_rows; ++slot) {
-      std::uint64_t steps = groups[rows[slot]].low & (std::uint64_t{0xffff} << (16 * quarter));
-      for (; steps != 0; steps &= steps - 1) {
-        const int step = std::countr_zero(steps);
-        const std::uint8_t* const at = low + rows[slot] * kLowDigitBytes + 2 * step;
-        pairs[filled++] = {.slot = static_cast<std::uint8_t>(slot),
-                           .step = static_cast<std::uint8_t>(step),
-                           .first = static_cast<std::int8_t>(at[0]),
-                           .second = static_cast<std::int8_t>(at[1])};
-      }
+  std::uint32_t* pair = pairs;
+  for (int slot = 0; slot < num_rows; ++slot) {
+    const int row = rows[slot];
+    steps[slot] = groups[row].low;
+    for (std::uint64_t left = steps[slot]; left != 0; left &= left - 1) {
+      std::memcpy(pair++, low + row * kLowDigitBytes + std::countr_zero(left) * 4, 4);
     }
-    begin[quarter + 1] = static_cast<std::uint8_t>(filled);
   }
 }
 

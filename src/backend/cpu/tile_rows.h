@@ -26,21 +26,17 @@ struct RowTiles {
 };
 
 /// Of one tile's rows and one group. Products with main digits alone are what tiles multiply. Low
-/// digits are few: each meets its weights alone. Where they are many, they are a tile of their own.
+/// digits are few: the two of a step meet its weights in vectors. Where they are many, they are a
+/// tile of their own.
 struct TileLows {
-  static constexpr int kMostDigits = 32;
-  /// Of one row and one step of 2 k.
-  struct Pair {
-    std::uint8_t slot = 0, step = 0;
-    std::int8_t first = 0, second = 0;
-  };
+  static constexpr int kMostPairs = 64;
   float scale[kTileRows]{};    ///< DigitGroup::scale of each row, which else lie 32 bytes apart.
   std::int32_t magnitude = 0;  ///< The largest of the rows.
-  bool are_many = false;       ///< Then `rows` has all rows of the tile, and `pairs` nothing.
-  std::uint8_t num_rows = 0;   ///< That have a low digit.
-  std::uint8_t begin[5]{};     ///< Pairs of each quarter of the steps, in `pairs`.
-  std::uint8_t rows[kTileRows]{};  ///< Of each slot, in the tile.
-  Pair pairs[kMostDigits];         ///< By quarter, then by slot.
+  bool are_many = false;  ///< Then `rows` has all rows of the tile, `steps` and `pairs` nothing.
+  std::uint8_t num_rows = 0;          ///< That have a low digit.
+  std::uint8_t rows[kTileRows]{};     ///< Of each slot, in the tile.
+  std::uint64_t steps[kTileRows]{};   ///< Of each slot: DigitGroup::low of its row.
+  std::uint32_t pairs[kMostPairs]{};  ///< Of each slot, of each of its steps: two bf16.
 
   /// Of a tile of `count` rows; `groups` and `low` (kLowDigitBytes apart) are the first one's.
   void fill(const DigitGroup* groups, const std::uint8_t* low, int count);

@@ -12,6 +12,7 @@
 #include <algorithm>
 #include <bit>
 #include <cstdint>
+#include <cstring>
 
 #include "backend/cpu/digits.h"
 #include "backend/cpu/gemm_operands-inl.h"
@@ -90,19 +91,28 @@ HWY_INLINE VF32 scaled_and_added(const float* sum, VF32 scales, VF32 as, const f
   return hn::Add(hn::LoadU(kF32, acc), product);
 }
 
-/// sum[channel] += w * digit for both k of a step.
-HWY_INLINE void add_pair(const std::uint16_t* weights, const TileLows::Pair& pair, float* sum) {
+/// sum[channel] += w * digit for both k of a step: `weights` of its 16 channels, `pair` of a row.
+template <bool kHasDots>
+HWY_INLINE void add_pair(const std::uint16_t* weights, std::uint32_t pair, VF32 (&sum)[kParts]) {
+#if HWY_TARGET == HWY_AVX3
+  if constexpr (kHasDots) {
+    const __m512i digits = _mm512_set1_epi32(static_cast<int>(pair));
+    asm("vdpbf16ps %2, %1, %0"
+        : "+v"(sum[0].raw)
+        : "v"(digits), "m"(*reinterpret_cast<const __m512i*>(weights)));
+    return;
+  }
+#endif
   const hn::Repartition<std::uint32_t, TagF32> u32;
-  const VF32 first = hn::Set(kF32, static_cast<float>(pair.first));
-  const VF32 second = hn::Set(kF32, static_cast<float>(pair.second));
+  const VF32 first = hn::Set(kF32, std::bit_cast<float>(pair << 16));
+  const VF32 second = hn::Set(kF32, std::bit_cast<float>(pair & 0xffff0000u));
   for (int p = 0; p < kParts; ++p) {
     const int at = p * (kRegBytes / 4);
     const auto both =
         hn::BitCast(u32, hn::Load(kF32, reinterpret_cast<const float*>(weights) + at));
     const VF32 w0 = hn::BitCast(kF32, hn::ShiftLeft<16>(both));
     const VF32 w1 = hn::BitCast(kF32, hn::And(both, hn::Set(u32, 0xffff0000u)));
-    const VF32 products = hn::Add(hn::Mul(w0, first), hn::Mul(w1, second));
-    hn::Store(hn::Add(hn::Load(kF32, sum + at), products), kF32, sum + at);
+    sum[p] = hn::Add(sum[p], hn::Add(hn::Mul(w0, first), hn::Mul(w1, second)));
   }
 }
 
@@ -111,17 +121,20 @@ template <int kBlocks, class Tiles, int kRowTiles>
 HWY_NOINLINE void multiply_low_tile(Tiles& tiles, const std::uint16_t* weights,
                                     const UnitRows<kRowTiles>& rows, int t, int first, int last,
                                     UnitSums<kRowTiles>& unit) {
-  alignas(64) std::uint16_t digits[kTileRows * kGroup] = {};
+  alignas(64) std::uint8_t digits[kTileRows * kLowDigitBytes];
   for (int row = 0; row < rows.count[t]; ++row) {
-    if (rows.groups[t][row].low == 0) continue;
-    for (int k = 0; k < kGroup; ++k) {
-      const auto digit = static_cast<std::int8_t>(rows.low[t][row * kLowDigitBytes + k]);
-      digits[row * kGroup + k] = bf16_of_small(digit);
+    std::uint8_t* const to = digits + row * kLowDigitBytes;
+    if (rows.groups[t][row].low != 0) {
+      std::memcpy(to, rows.low[t] + row * kLowDigitBytes, kLowDigitBytes);
+    } else {
+      std::memset(to, 0, kLowDigitBytes);
     }
   }
+  std::memset(digits + rows.count[t] * kLowDigitBytes, 0,
+              static_cast<std::size_t>(kTileRows - rows.count[t]) * kLowDigitBytes);
   tiles.template zero<0>(), tiles.template zero<1>();
   for (int i = first; i < last; ++i) {
-    tiles.template load<4>(digits + i * kTileK, kGroup * 2);
+    tiles.template load<4>(digits + i * kTileRowBytes, kLowDigitBytes);
     tiles.template load<6>(weights + i * kTileWeights, kTileRowBytes);
     tiles.template dot<0, 4, 6>();
     if constexpr (kBlocks == 2) {
@@ -133,24 +146,41 @@ HWY_NOINLINE void multiply_low_tile(Tiles& tiles, const std::uint16_t* weights,
   if constexpr (kBlocks == 2) tiles.template store<1>(unit.low[t][1]);
 }
 
-/// unit.low, slot by slot, of quarters [first, last) of a group.
+/// unit.low of one tile, slot by slot, of the steps in `part`.
+template <int kBlocks, bool kHasDots>
+HWY_INLINE void multiply_pairs(const std::uint16_t* weights, const TileLows& lows,
+                               std::uint64_t part, float (&low)[2][kSumsOfTile]) {
+  const std::uint32_t* pair = lows.pairs;
+  for (int slot = 0; slot < lows.num_rows; ++slot) {
+    VF32 sum[kBlocks][kParts];
+    for (int b = 0; b < kBlocks; ++b) {
+      for (int p = 0; p < kParts; ++p) sum[b][p] = hn::Zero(kF32);
+    }
+    for (std::uint64_t left = lows.steps[slot]; left != 0; left &= left - 1, ++pair) {
+      const int step = std::countr_zero(left);
+      if ((part >> step & 1) == 0) continue;
+      const std::uint16_t* const at = weights + step * 2 * kBlockN;
+      for (int b = 0; b < kBlocks; ++b) add_pair<kHasDots>(at + b * kGroupWeights, *pair, sum[b]);
+    }
+    for (int b = 0; b < kBlocks; ++b) {
+      for (int p = 0; p < kParts; ++p) {
+        hn::Store(sum[b][p], kF32, low[b] + slot * kBlockN + p * (kRegBytes / 4));
+      }
+    }
+  }
+}
+
+/// unit.low of quarters [first, last) of a group.
 template <int kBlocks, class Tiles, int kRowTiles>
 HWY_NOINLINE void multiply_low(Tiles& tiles, const std::uint16_t* weights,
                                const UnitRows<kRowTiles>& rows, int first, int last,
                                UnitSums<kRowTiles>& unit) {
+  const std::uint64_t part = ~std::uint64_t{0} >> (64 - 16 * (last - first)) << (16 * first);
   for (int t = 0; t < kRowTiles; ++t) {
-    const TileLows& lows = rows.lows[t];
-    if (lows.are_many) {
+    if (rows.lows[t].are_many) {
       multiply_low_tile<kBlocks>(tiles, weights, rows, t, first, last, unit);
-      continue;
-    }
-    for (int b = 0; b < kBlocks; ++b) std::fill_n(unit.low[t][b], lows.num_rows * kBlockN, 0.0f);
-    for (int i = lows.begin[first]; i < lows.begin[last]; ++i) {
-      const TileLows::Pair& pair = lows.pairs[i];
-      const std::uint16_t* const at = weights + pair.step * 2 * kBlockN;
-      float* const sum = unit.low[t][0] + pair.slot * kBlockN;
-      add_pair(at, pair, sum);
-      if constexpr (kBlocks == 2) add_pair(at + kGroupWeights, pair, sum + kSumsOfTile);
+    } else {
+      multiply_pairs<kBlocks, Tiles::kHasDots>(weights, rows.lows[t], part, unit.low[t]);
     }
   }
 }

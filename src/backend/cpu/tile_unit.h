@@ -32,6 +32,9 @@ constexpr int rows_of_tile(int rows, int tile) {
 /// each change of context saves 8 KB.
 class AmxTiles {
  public:
+  /// Of bf16 in vectors (AVX-512 bf16): cpu_features() has it wherever it has these tiles.
+  static constexpr bool kHasDots = true;
+
   explicit AmxTiles(int rows) {
     struct alignas(64) Palette {
       std::uint8_t id = 1, start_row = 0, reserved[14]{};
@@ -76,6 +79,8 @@ class AmxTiles {
 /// The same, one product at a time.
 class ScalarTiles {
  public:
+  static constexpr bool kHasDots = false;
+
   explicit ScalarTiles(int rows) : rows_(rows) {}
 
   template <int kTile>
@@ -103,6 +108,13 @@ class ScalarTiles {
 
   int rows_;
   Tile tiles_[8]{};
+};
+
+/// Beside the processor's dot products of bf16.
+class ScalarTilesAndDots : public ScalarTiles {
+ public:
+  static constexpr bool kHasDots = true;
+  using ScalarTiles::ScalarTiles;
 };
 
 }  // namespace sluice::cpu
