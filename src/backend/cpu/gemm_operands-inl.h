@@ -32,7 +32,8 @@ struct E2M1Code {
   static constexpr std::uint8_t byte_of(int nibble) { return kBytes[nibble]; }
 };
 
-inline void load_scales(const PreparedMatrix& m, std::int64_t first, int count, float* out) {
+HWY_INLINE void load_scales(const PreparedMatrix& m, std::int64_t first, int count, float* out) {
+  namespace hn = hwy::HWY_NAMESPACE;
   if (m.scale_dtype == DType::kFloat8E8M0) {
     const auto* in = static_cast<const std::uint8_t*>(m.scales) + first * kBlockN;
     for (int i = 0; i < count * kBlockN; ++i) {
@@ -43,9 +44,13 @@ inline void load_scales(const PreparedMatrix& m, std::int64_t first, int count, 
     }
   } else if (m.scale_dtype == DType::kBFloat16) {
     const auto* in = static_cast<const std::uint16_t*>(m.scales) + first * kBlockN;
-    for (int i = 0; i < count * kBlockN; ++i) {
-      const std::uint32_t bits = static_cast<std::uint32_t>(in[i]) << 16;
-      std::memcpy(out + i, &bits, 4);
+    const hn::CappedTag<std::uint32_t, kBlockN> wide;
+    const hn::Rebind<std::uint16_t, decltype(wide)> narrow;
+    const hn::RebindToFloat<decltype(wide)> floats;
+    const int lanes = static_cast<int>(hn::Lanes(wide));
+    for (int i = 0; i < count * kBlockN; i += lanes) {
+      const auto bits = hn::ShiftLeft<16>(hn::PromoteTo(wide, hn::LoadU(narrow, in + i)));
+      hn::StoreU(hn::BitCast(floats, bits), floats, out + i);
     }
   } else {
     std::memcpy(out, static_cast<const float*>(m.scales) + first * kBlockN,
