@@ -5,15 +5,17 @@
 #include <cstring>
 
 #include "backend/cpu/row_kernels.h"
+#include "backend/cpu/task_queue.h"
+#include "backend/cpu/wave_progress.h"
 #include "core/fail.h"
 #include "core/threads.h"
 
 namespace sluice::cpu {
 namespace {
 
-/// Rows whose digits are held at once: all of 32 experts with 64 rows, because some threads wait
-/// for the last task at the end of each of a wave's three phases. At hidden 7168 and intermediate
-/// 2048 that is 45 MB, or 83 if every group has low digits; what is not used takes no memory.
+/// Rows whose digits are held at once: all of 32 experts with 64 rows, because threads wait for the
+/// last task at the end of each wave. At hidden 7168 and intermediate 2048 that is 45 MB, or 83 if
+/// every group has low digits; what is not used takes no memory.
 constexpr std::int64_t kWaveRows = 2048;
 constexpr int kTaskBlocks = kGroup / kBlockN;  // 128 channels per task.
 constexpr std::int64_t kSplitGroups = 8;       // Of x per task: a kilobyte of each row.
@@ -23,6 +25,19 @@ using Clock = std::chrono::steady_clock;
 double us_since(Clock::time_point start) {
   return std::chrono::duration<double, std::micro>(Clock::now() - start).count();
 }
+
+/// Adds the time until it is gone.
+class AddTime {
+ public:
+  explicit AddTime(double& us) : us_(us) {}
+  AddTime(const AddTime&) = delete;
+  AddTime& operator=(const AddTime&) = delete;
+  ~AddTime() { us_ += us_since(start_); }
+
+ private:
+  double& us_;
+  Clock::time_point start_ = Clock::now();
+};
 
 /// acc [8][rows][16] -> the 128 channels of one row.
 void gather_row(const float* acc, int rows, int row, float* out) {
@@ -116,43 +131,70 @@ void ExpertStage::run(const PreparedCpuExperts& experts, const Fp8RowsView& in,
   if (times != nullptr) *times = sum;
 }
 
-/// All rows of a wave are read before any row of it is written: `in` may lie in the rows of `out`.
-void ExpertStage::run_wave(const Call& call, ExpertStageTimes& times) {
-  const auto num_items = static_cast<std::int64_t>(wave_.size());
-  for (ThreadState& state : threads_) state.gemm1_us = state.activation_us = 0;
-  const auto start = Clock::now();
-  const std::int64_t splits = (call.in.width / kGroup + kSplitGroups - 1) / kSplitGroups;
-  pool_.for_each_task(num_items * splits, [&](std::int64_t task, int) {
-    split_input(call, wave_[static_cast<std::size_t>(task / splits)], task % splits * kSplitGroups);
-  });
-  const double split_us = us_since(start);
+struct ExpertStage::Wave {
+  Wave(const MemoryNodes& nodes, std::int64_t num_items, const Call& call)
+      : x(nodes, num_items, splits_of(call)),
+        h(nodes, num_items, call.experts.intermediate() / kGroup),
+        out(nodes, num_items, call.experts.hidden() / kGroup),
+        progress(num_items, splits_of(call), call.experts.intermediate() / kGroup) {}
+  static std::int64_t splits_of(const Call& call) {
+    return (call.in.width / kGroup + kSplitGroups - 1) / kSplitGroups;
+  }
+  TaskQueue x, h, out;  ///< By what the tasks make.
+  WaveProgress progress;
+};
 
-  const auto gemm1_start = Clock::now();
-  nodes_.for_each_task(pool_, num_items, call.experts.intermediate() / kGroup,
-                       [&](std::int64_t item, std::int64_t group, int thread) {
-                         gemm1_task(call, wave_[static_cast<std::size_t>(item)], group,
-                                    threads_[static_cast<std::size_t>(thread)]);
-                       });
-  const double fused_us = us_since(gemm1_start);
-  double gemm1 = 0, activation = 0;
+void ExpertStage::run_wave(const Call& call, ExpertStageTimes& times) {
+  for (ThreadState& state : threads_) state.gemm1_us = state.activation_us = state.gemm2_us = 0;
+  const auto start = Clock::now();
+  Wave wave(nodes_, static_cast<std::int64_t>(wave_.size()), call);
+  pool_.run([&](int thread) {
+    try {
+      work(call, wave, thread);
+    } catch (...) {
+      wave.progress.report_failure();
+      throw;
+    }
+  });
+  double gemm1 = 0, activation = 0, gemm2 = 0;
   for (const ThreadState& state : threads_) {
     gemm1 += state.gemm1_us;
     activation += state.activation_us;
+    gemm2 += state.gemm2_us;
   }
-  const double share = activation / std::max(gemm1 + activation, 1e-9);
-  times.gemm1_us += split_us + fused_us * (1 - share);
-  times.activation_us += fused_us * share;
-
-  const auto gemm2_start = Clock::now();
-  nodes_.for_each_task(pool_, num_items, call.experts.hidden() / kGroup,
-                       [&](std::int64_t item, std::int64_t group, int thread) {
-                         gemm2_task(call, wave_[static_cast<std::size_t>(item)], group,
-                                    threads_[static_cast<std::size_t>(thread)]);
-                       });
-  times.gemm2_us += us_since(gemm2_start);
+  const double share = us_since(start) / std::max(gemm1 + activation + gemm2, 1e-9);
+  times.gemm1_us += gemm1 * share;
+  times.activation_us += activation * share;
+  times.gemm2_us += gemm2 * share;
 }
 
-void ExpertStage::split_input(const Call& call, const Item& item, std::int64_t first_group) const {
+/// A thread that waits holds a task of one kind while others are at the kind before, of which no
+/// task is left to take. Those of the first kind wait for nothing, so all come to an end.
+void ExpertStage::work(const Call& call, Wave& wave, int thread) {
+  ThreadState& state = threads_[static_cast<std::size_t>(thread)];
+  reserve(state);
+  const auto item_of = [&](const StageTask& task) -> const Item& {
+    return wave_[static_cast<std::size_t>(task.item)];
+  };
+  while (const auto task = wave.x.take(thread)) {
+    split_input(call, item_of(*task), task->slice * kSplitGroups, state);
+    wave.progress.report_x(task->item);
+  }
+  while (const auto task = wave.h.take(thread)) {
+    if (!wave.progress.wait_for_x(task->item)) return;
+    gemm1_task(call, item_of(*task), task->slice, state);
+    wave.progress.report_h(task->item);
+  }
+  if (!wave.progress.wait_for_all_x()) return;
+  while (const auto task = wave.out.take(thread)) {
+    if (!wave.progress.wait_for_h(task->item)) return;
+    gemm2_task(call, item_of(*task), task->slice, state);
+  }
+}
+
+void ExpertStage::split_input(const Call& call, const Item& item, std::int64_t first_group,
+                              ThreadState& state) const {
+  const AddTime add_time(state.gemm1_us);
   const DigitRows digits = x_.of(item);
   const std::int64_t last_group = std::min(first_group + kSplitGroups, call.in.width / kGroup);
   for (int r = 0; r < item.rows; ++r) {
@@ -165,7 +207,7 @@ void ExpertStage::split_input(const Call& call, const Item& item, std::int64_t f
   for (std::int64_t g = first_group; g < last_group; ++g) digits.complete(g);
 }
 
-/// Accumulators of one task, made by the first task a thread runs.
+/// Accumulators of one task, made when a thread works for the first time.
 void ExpertStage::reserve(ThreadState& state) {
   constexpr std::size_t kAccBytes = sizeof(float) * kTaskBlocks * kMaxTileRows * kBlockN;
   if (state.gate.bytes() > 0) return;
@@ -175,7 +217,6 @@ void ExpertStage::reserve(ThreadState& state) {
 
 void ExpertStage::gemm1_task(const Call& call, const Item& item, std::int64_t group,
                              ThreadState& state) const {
-  reserve(state);
   const std::int64_t groups = call.h.width / kGroup;
   const PreparedExpert& expert = call.experts.expert(item.expert);
   auto* gate = reinterpret_cast<float*>(state.gate.data());
@@ -215,8 +256,8 @@ void ExpertStage::gemm1_task(const Call& call, const Item& item, std::int64_t gr
 
 void ExpertStage::gemm2_task(const Call& call, const Item& item, std::int64_t group,
                              ThreadState& state) const {
+  const AddTime add_time(state.gemm2_us);
   const std::int64_t width = call.experts.hidden();
-  reserve(state);  // This thread may have had no task of GEMM1.
   auto* acc = reinterpret_cast<float*>(state.gate.data());
   const PreparedMatrix& down = call.experts.expert(item.expert).down;
   gemm_tile({.weights = &down,

@@ -6,7 +6,9 @@
 //     3  GEMM2, bf16                               one task per (item, 128 channels of the output)
 //
 // Each weight is read once per item, in the order in which it lies in memory, by a thread of the
-// node where it lies if there are several (memory_nodes.h).
+// node where it lies if there are several (memory_nodes.h). All threads go through the three kinds
+// of tasks together and wait only for what a task needs: 2 for all digits of x of its item, 3 for
+// all of h, and for x of the whole wave, because rows of x may lie in those of the output.
 #pragma once
 
 #include <cstdint>
@@ -50,13 +52,16 @@ class ExpertStage {
     [[nodiscard]] DigitRows of(const Item& item) const;
   };
   struct alignas(64) ThreadState {
-    PageBuffer gate, up;  ///< [8][kMaxTileRows][16] f32
-    double gemm1_us = 0, activation_us = 0;
+    PageBuffer gate, up;                                   ///< [8][kMaxTileRows][16] f32
+    double gemm1_us = 0, activation_us = 0, gemm2_us = 0;  ///< Of one wave; gemm1 with digits of x.
   };
   struct Call;  ///< Arguments of run().
+  struct Wave;  ///< What its tasks are, and how far they are.
 
   void run_wave(const Call& call, ExpertStageTimes& times);
-  void split_input(const Call& call, const Item& item, std::int64_t first_group) const;
+  void work(const Call& call, Wave& wave, int thread);
+  void split_input(const Call& call, const Item& item, std::int64_t first_group,
+                   ThreadState& state) const;
   static void reserve(ThreadState& state);
   void gemm1_task(const Call& call, const Item& item, std::int64_t group, ThreadState& state) const;
   void gemm2_task(const Call& call, const Item& item, std::int64_t group, ThreadState& state) const;

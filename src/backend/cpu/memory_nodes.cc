@@ -4,7 +4,6 @@
 #include <unistd.h>
 
 #include <algorithm>
-#include <atomic>
 #include <charconv>
 #include <fstream>
 #include <map>
@@ -12,7 +11,6 @@
 #include <string_view>
 
 #include "backend/cpu/page_buffer.h"
-#include "core/threads.h"
 
 namespace sluice::cpu {
 namespace {
@@ -123,28 +121,6 @@ void MemoryNodes::place(std::byte* memory, std::size_t bytes, std::int64_t n) co
     const std::size_t last = node + 1 == count() ? bytes : page(part.last * slice);
     prefer_node(memory + first, last - first, ids_[static_cast<std::size_t>(node)]);
   }
-}
-
-void MemoryNodes::for_each_task(
-    ThreadPool& pool, std::int64_t num_items, std::int64_t num_slices,
-    const std::function<void(std::int64_t item, std::int64_t slice, int thread)>& body) const {
-  struct alignas(64) Next {
-    std::atomic<std::int64_t> task{0};
-  };
-  std::vector<Next> next(static_cast<std::size_t>(count()));
-  pool.run([&](int thread) {
-    for (int i = 0; i < count(); ++i) {
-      const int node = (of_thread(thread) + i) % count();
-      const Share part = share(node, num_slices);
-      const std::int64_t width = part.last - part.first;
-      for (;;) {
-        const std::int64_t task =
-            next[static_cast<std::size_t>(node)].task.fetch_add(1, std::memory_order_relaxed);
-        if (task >= num_items * width) break;
-        body(task / width, part.first + task % width, thread);
-      }
-    }
-  });
 }
 
 }  // namespace sluice::cpu

@@ -2,20 +2,14 @@
 //
 // A matrix is cut by output channels into one share for each node whose cores the threads run on,
 // as large as the node's share of the threads. A share's memory lies on its node, and the threads
-// of a node take its tasks first. Every node then reads its own memory for every expert, however
-// few experts have rows. On a machine with one node nothing is asked of the system, and tasks are
-// taken in order.
+// of a node take its tasks first (task_queue.h). Every node then reads its own memory for every
+// expert, however few experts have rows. On a machine with one node nothing is asked of the system.
 #pragma once
 
 #include <cstddef>
 #include <cstdint>
 #include <filesystem>
-#include <functional>
 #include <vector>
-
-namespace sluice {
-class ThreadPool;
-}
 
 namespace sluice::cpu {
 
@@ -33,6 +27,11 @@ class MemoryNodes {
   [[nodiscard]] int of_thread(int thread) const {
     return of_thread_[static_cast<std::size_t>(thread)];
   }
+  [[nodiscard]] int num_threads() const noexcept { return first_thread_.back(); }
+  [[nodiscard]] int num_threads_of(int node) const {
+    const auto i = static_cast<std::size_t>(node);
+    return first_thread_[i + 1] - first_thread_[i];
+  }
   /// The share [first, last) of [0, n) that belongs to a node.
   struct Share {
     std::int64_t first = 0, last = 0;
@@ -43,12 +42,6 @@ class MemoryNodes {
   /// from the nodes of their shares. Only pages that nobody has written yet are meant. A hint: a
   /// node without free memory is passed over, and a refusal changes no result.
   void place(std::byte* memory, std::size_t bytes, std::int64_t n) const;
-
-  /// body(item, slice, thread) once for each of num_items * num_slices tasks. A thread takes those
-  /// of its node, in order, and then those that are left elsewhere. Throws: as ThreadPool::run().
-  void for_each_task(
-      ThreadPool& pool, std::int64_t num_items, std::int64_t num_slices,
-      const std::function<void(std::int64_t item, std::int64_t slice, int thread)>& body) const;
 
  private:
   bool has_several_ = false;       // This machine, whether our threads use them or not.
