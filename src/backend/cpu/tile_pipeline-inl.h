@@ -27,8 +27,10 @@
 #include <cstdint>
 
 #include "backend/cpu/gemm_operands-inl.h"
+#include "backend/cpu/tile_low-inl.h"
 #include "backend/cpu/tile_sums-inl.h"
 #include "backend/cpu/tile_unit.h"
+#include "backend/cpu/tile_units-inl.h"
 
 #if HWY_TARGET != HWY_SCALAR
 HWY_BEFORE_NAMESPACE();
