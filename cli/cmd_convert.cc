@@ -101,6 +101,8 @@ void print_report(const Options& options, const ConvertReport& r, double seconds
              human_bytes(peak_resident_bytes()));
   if (!r.is_complete) {
     fmt::print("not complete: {} experts left; run again with their --experts\n", r.experts_left);
+  } else if (r.is_made_by_another) {
+    fmt::print("complete, finished by another run at the same time\n");
   } else if (!r.is_verified) {
     fmt::print("complete, not verified (--no-verify); checksums in SHA256SUMS\n");
   } else if (r.is_requantized) {
@@ -145,6 +147,7 @@ void convert(const Options& options, Output& output) {
                  {"bytes", report.bytes},
                  {"num_shards", report.num_shards},
                  {"complete", report.is_complete},
+                 {"made_by_another", report.is_made_by_another},
                  {"verified", report.is_verified},
                  {"weights_compared", report.weights_compared},
                  {"relative_error", report.relative_error},

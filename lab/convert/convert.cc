@@ -19,8 +19,10 @@
 #include "convert/verify.h"
 #include "core/fail.h"
 #include "core/threads.h"
+#include "core/write_text.h"
 #include "files/file_write.h"
 #include "files/output_dir.h"
+#include "files/work_lock.h"
 #include "sluice/config.h"
 #include "sluice/quant.h"
 
@@ -33,6 +35,7 @@ constexpr std::array kRules = {std::pair{ScaleRule::kAmax7, "amax7"},
                                std::pair{ScaleRule::kAmax8, "amax8"},
                                std::pair{ScaleRule::kMse, "mse"}};
 
+constexpr const char* kIndexName = "model.safetensors.index.json";
 /// Read and written in pieces of this size.
 constexpr std::size_t kPieceBytes = std::size_t{8} << 20;
 
@@ -87,33 +90,48 @@ class Converter {
 
   ConvertReport run() {
     const bool is_new = !fs::exists(work_dir_);
+    WorkLock lock(work_dir_);
     try {
-      return run_in_work_dir();
+      return run_in_work_dir(lock);
     } catch (const Error& error) {
       // What these options cannot represent, no later run can: leave nothing in the way of others.
       std::error_code ignored;
-      if (is_new && error.code() == ErrorCode::kUnsupported) fs::remove_all(work_dir_, ignored);
+      if (is_new && error.code() == ErrorCode::kUnsupported && lock.try_alone() &&
+          lock.is_in_place()) {
+        fs::remove_all(work_dir_, ignored);
+      }
       throw;
     }
   }
 
  private:
-  ConvertReport run_in_work_dir() {
-    prepare_work_dir();
-    const Journal journal(work_dir_, conversion_digest());
+  ConvertReport run_in_work_dir(WorkLock& lock) {
     ConvertReport report = describe();
-    run_jobs(journal, report);
-    const auto finished = journal.finished();
-    for (std::size_t i = 0; i < plan_.jobs.size(); ++i) {
-      if (!finished.contains(i) && plan_.jobs[i].expert >= 0) ++report.experts_left;
+    if (is_made_by_another(report)) return report;
+    check_space();
+    {
+      const Journal journal(work_dir_, conversion_digest());
+      run_jobs(journal, report);
+      const auto finished = journal.finished();
+      for (std::size_t i = 0; i < plan_.jobs.size(); ++i) {
+        if (!finished.contains(i) && plan_.jobs[i].expert >= 0) ++report.experts_left;
+      }
+      if (finished.size() != plan_.jobs.size()) return report;
     }
-    if (finished.size() == plan_.jobs.size()) finish(report);
+    lock.change_to(WorkLock::Kind::kAlone);
+    if (lock.is_in_place()) {
+      finish(report);
+    } else if (!is_made_by_another(report)) {
+      fail(ErrorCode::kIo, "{}: was moved or removed while it was worked on", work_dir_.string());
+    }
     return report;
   }
 
+  /// Says so in `report`. Throws: kInvalidArgument if there is something else in its place.
+  [[nodiscard]] bool is_made_by_another(ConvertReport& report) const;
   [[nodiscard]] ConvertReport describe() const;
   [[nodiscard]] std::uint64_t conversion_digest() const;
-  void prepare_work_dir() const;
+  void check_space() const;
   void run_jobs(const Journal& journal, ConvertReport& report);
   [[nodiscard]] bool is_mine(const OutputJob& job) const;
   [[nodiscard]] std::uint64_t digest_on_disk(const OutputJob& job) const;
@@ -174,12 +192,26 @@ std::uint64_t Converter::conversion_digest() const {
   return digest_bytes(std::as_bytes(std::span(text)));
 }
 
-void Converter::prepare_work_dir() const {
-  std::error_code problem;
-  fs::create_directories(work_dir_, problem);
-  if (problem) {
-    fail(ErrorCode::kIo, "{}: cannot create: {}", work_dir_.string(), problem.message());
+bool Converter::is_made_by_another(ConvertReport& report) const {
+  const auto holds = [&](const char* name, const std::string& text) {
+    std::error_code problem;
+    if (!fs::is_regular_file(target_dir_ / name, problem)) return false;
+    const auto file = MappedFile::open(target_dir_ / name);
+    return std::ranges::equal(file->bytes(), std::as_bytes(std::span(text)));
+  };
+  const bool is_made = holds("config.json", config_text()) && holds(kIndexName, plan_.index_text());
+  if (!is_made) {
+    (void)checked_target(target_dir_);
+    return false;
   }
+  std::error_code ignored;
+  fs::remove(work_dir_, ignored);  // Empty: made after the other had moved its own.
+  report.is_complete = report.is_made_by_another = true;
+  report_progress(1.0);
+  return true;
+}
+
+void Converter::check_space() const {
   std::uint64_t needed = 0;
   for (const OutputShard& shard : plan_.shards) {
     if (!fs::exists(work_dir_ / shard.name)) needed += shard.file_bytes;
@@ -310,7 +342,7 @@ std::uint64_t Converter::make_expert(const OutputJob& job) {
 }
 
 void Converter::finish(ConvertReport& report) {
-  write_text(work_dir_ / "model.safetensors.index.json", plan_.index_text());
+  write_text(work_dir_ / kIndexName, plan_.index_text());
   write_text(work_dir_ / "config.json", config_text());
   if (!options_.experts_only) copy_small_files(source_.dir, work_dir_);
   // Verification holds an expert of its own.

@@ -34,7 +34,7 @@ bool parse_line(std::string_view line, std::size_t& job, std::uint64_t& digest) 
 Journal::Journal(const std::filesystem::path& dir, std::uint64_t conversion)
     : path_(dir / kFileName) {
   const std::string head = head_line(conversion);
-  if (!std::filesystem::exists(path_)) append_text(path_, head);
+  if (!std::filesystem::exists(path_)) write_new_text(path_, head);
   const std::string text = read_all(path_);
   if (!text.starts_with(head)) {
     fail(ErrorCode::kInvalidArgument,

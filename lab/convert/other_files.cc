@@ -9,7 +9,7 @@
 #include "core/fail.h"
 #include "core/mmap.h"
 #include "core/sha256.h"
-#include "files/file_write.h"
+#include "core/write_text.h"
 
 namespace sluice {
 namespace {
@@ -73,6 +73,10 @@ void write_checksums(const fs::path& dir) {
   std::vector<std::string> names;
   for (const auto& entry : fs::directory_iterator(dir)) {
     const std::string name = entry.path().filename().string();
+    if (name.starts_with('.') && name.ends_with(".tmp")) {  // Of a run that was killed.
+      fs::remove(entry.path());
+      continue;
+    }
     if (name != kChecksums && name != Journal::kFileName) names.push_back(name);
   }
   std::ranges::sort(names);

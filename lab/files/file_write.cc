@@ -4,10 +4,12 @@
 #include <sys/statvfs.h>
 #include <unistd.h>
 
+#include <atomic>
 #include <cerrno>
 #include <cstring>
 
 #include "core/fail.h"
+#include "core/write_text.h"
 
 namespace sluice {
 namespace {
@@ -56,9 +58,16 @@ void write_at(const std::filesystem::path& path, std::uint64_t offset,
   file.close();
 }
 
-void write_text(const std::filesystem::path& path, std::string_view text) {
-  set_file_size(path, 0);
-  write_at(path, 0, std::as_bytes(std::span(text)));
+void write_new_text(const std::filesystem::path& path, std::string_view text) {
+  static std::atomic<unsigned> number{0};
+  const auto beside =
+      path.parent_path() /
+      fmt::format(".{}.new-{}-{}.tmp", path.filename().string(), ::getpid(), number++);
+  write_text(beside, text);
+  const bool is_linked = ::link(beside.c_str(), path.c_str()) == 0;
+  const int problem = is_linked ? 0 : errno;
+  ::unlink(beside.c_str());
+  if (!is_linked && problem != EEXIST) fail_io(path, "create", problem);
 }
 
 void append_text(const std::filesystem::path& path, std::string_view text) {

@@ -14,8 +14,9 @@ namespace sluice {
 void write_at(const std::filesystem::path& path, std::uint64_t offset,
               std::span<const std::byte> bytes);
 
-/// Makes a file of exactly this content. Throws: kIo.
-void write_text(const std::filesystem::path& path, std::string_view text);
+/// Makes a file of this content at once, so that nobody reads it without. One that is there, or
+/// comes first, stays. Throws: kIo.
+void write_new_text(const std::filesystem::path& path, std::string_view text);
 
 /// Appends in one write, so that lines of several processes do not mix. Throws: kIo.
 void append_text(const std::filesystem::path& path, std::string_view text);

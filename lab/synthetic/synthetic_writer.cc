@@ -13,6 +13,7 @@
 
 #include "checkpoint/safetensors.h"
 #include "core/fail.h"
+#include "core/write_text.h"
 #include "files/file_write.h"
 #include "files/output_dir.h"
 #include "sluice/lab/synthetic.h"

@@ -3,7 +3,6 @@
 #include <fmt/core.h>
 
 #include <algorithm>
-#include <fstream>
 #include <limits>
 #include <string>
 #include <string_view>
@@ -11,6 +10,7 @@
 #include "checkpoint/json_reader.h"
 #include "core/fail.h"
 #include "core/mmap.h"
+#include "core/write_text.h"
 
 namespace sluice {
 namespace {
@@ -178,12 +178,6 @@ RawPlacement read_raw_placement(FileReader& file) {
     return true;
   });
   return raw;
-}
-
-void write_text(const std::filesystem::path& path, const std::string& text) {
-  std::ofstream file(path, std::ios::binary);
-  file << text;
-  if (!file.flush()) fail(ErrorCode::kIo, "cannot write {}", path.string());
 }
 
 /// The texts of `parts` with `between` between them.

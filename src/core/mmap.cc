@@ -24,7 +24,8 @@ std::uintptr_t page_bytes() noexcept {
 }  // namespace
 
 std::shared_ptr<const MappedFile> MappedFile::open(const std::filesystem::path& path) {
-  FileDescriptor file(::open(path.c_str(), O_RDONLY | O_CLOEXEC));
+  // Opening a FIFO would wait for its writer.
+  FileDescriptor file(::open(path.c_str(), O_RDONLY | O_CLOEXEC | O_NONBLOCK));
   if (!file) {
     fail(ErrorCode::kIo, "{}: cannot open: {}", path.string(), std::strerror(errno));
   }

@@ -2,6 +2,13 @@
 #include <gmock/gmock.h>
 #include <gtest/gtest.h>
 
+#include <algorithm>
+#include <array>
+#include <chrono>
+#include <latch>
+#include <thread>
+#include <vector>
+
 #include "convert/journal.h"
 #include "convert_fixture.h"
 #include "sluice/lab/synthetic.h"
@@ -123,6 +130,95 @@ TEST_F(Resume, ExpertRangesInAnyOrderMakeTheSameResult) {
   EXPECT_TRUE(report.is_complete);
   EXPECT_TRUE(report.is_verified);
   expect_as_whole("parts");
+}
+
+/// Runs of the same result at once: one finishes it, all say that it is there.
+TEST_F(Resume, TheSameConversionSeveralTimesAtOnce) {
+  constexpr int kRuns = 4;
+  for (int round = 0; round < 8; ++round) {
+    std::array<ConvertReport, kRuns> reports;
+    std::array<std::string, kRuns> errors;
+    std::latch begin(kRuns);
+    std::vector<std::thread> runs;
+    for (std::size_t i = 0; i < kRuns; ++i) {
+      runs.emplace_back([&, i] {
+        begin.arrive_and_wait();
+        try {
+          reports[i] = convert_checkpoint(options("same"));
+        } catch (const Error& error) {
+          errors[i] = error.what();
+        }
+      });
+    }
+    for (std::thread& run : runs) run.join();
+    int finished = 0;
+    for (std::size_t i = 0; i < kRuns; ++i) {
+      // One that begins after the end is refused, as ever.
+      if (errors[i].find("already holds a checkpoint") != std::string::npos) continue;
+      EXPECT_EQ(errors[i], "");
+      EXPECT_TRUE(reports[i].is_complete);
+      EXPECT_NE(reports[i].is_made_by_another, reports[i].is_verified);
+      finished += reports[i].is_verified ? 1 : 0;
+    }
+    EXPECT_EQ(finished, 1);
+    expect_as_whole("same");
+    fs::remove_all(dir_ / "same");
+  }
+}
+
+/// The first is verifying when the second begins.
+TEST_F(Resume, ASecondRunWaitsForOneThatFinishes) {
+  ConvertReport second;
+  std::string problem;
+  std::thread run;
+  const ConvertReport first = convert_checkpoint(options("same"), [&](double done) {
+    if (done < 0.6 || run.joinable()) return;
+    std::latch begun(1);
+    run = std::thread([&] {
+      ConvertOptions own = options("same");
+      begun.count_down();
+      try {
+        second = convert_checkpoint(own);
+      } catch (const Error& error) {
+        problem = error.what();
+      }
+    });
+    begun.wait();
+    std::this_thread::sleep_for(std::chrono::milliseconds(500));  // It finds the lock taken.
+  });
+  run.join();
+  EXPECT_EQ(problem, "");
+  EXPECT_TRUE(first.is_verified);
+  EXPECT_TRUE(second.is_complete);
+  EXPECT_TRUE(second.is_made_by_another);
+  EXPECT_EQ(second.experts_written, 0);
+  expect_as_whole("same");
+}
+
+TEST_F(Resume, RangesSideBySideMakeTheSameResult) {
+  for (int round = 0; round < 4; ++round) {
+    std::array<ConvertReport, 4> reports;
+    std::vector<std::thread> runs;
+    for (int i = 0; i < 4; ++i) {
+      runs.emplace_back([&, i] {
+        ConvertOptions part = options("parts");
+        part.first_expert = i, part.num_experts = 1;
+        reports[static_cast<std::size_t>(i)] = convert_checkpoint(part);
+      });
+    }
+    for (std::thread& run : runs) run.join();
+    EXPECT_EQ(std::ranges::count_if(reports, [](const auto& r) { return r.is_verified; }), 1);
+    expect_as_whole("parts");
+    fs::remove_all(dir_ / "parts");
+  }
+}
+
+/// What a killed run had begun to write does not end up among the results.
+TEST_F(Resume, LeavesNoTemporaryFiles) {
+  run_until("cut", 3);
+  testing::write_file(work("cut") / ".config.json.1-0.tmp", "{");
+  (void)convert_checkpoint(options("cut"));
+  expect_as_whole("cut");
 }
 
 TEST_F(Resume, ProgressGoesUpToOne) {

@@ -53,7 +53,8 @@ struct ConvertOptions {
   std::optional<DType> scale_dtype = {};
   std::vector<int> layers = {};  ///< What the result holds; empty = all layers with experts.
   /// The experts of each layer that this run converts; the result is complete, and takes its place,
-  /// when runs have converted all of them. Runs may overlap and work side by side.
+  /// when runs have converted all of them. Runs of one host may overlap and work side by side: the
+  /// last of those that have made everything verifies the result, while others wait for it.
   int first_expert = 0;
   int num_experts = 0;             ///< 0 = up to the last.
   bool experts_only = false;       ///< Leave out all other tensors and files of the model.
@@ -69,6 +70,7 @@ struct ConvertReport {
   std::string requantized_because;  ///< Why codes could not be kept; empty of float sources.
   bool is_complete =
       false;  ///< The result is in its place. Otherwise experts of other runs remain.
+  bool is_made_by_another = false;  ///< Complete, since a run at the same time finished it.
   ModelGeometry geometry;
   DType scale_dtype = DType::kFloat32;
   std::vector<int> layers;
