@@ -115,6 +115,7 @@ CheckpointData CheckpointData::open(const std::filesystem::path& dir) {
   Recognised recognised = recognise(
       {.config = data.config.quantization, .index = data.index, .geometry = data.config.geometry});
   data.format = std::move(recognised.format);
+  data.unknown_quantization_keys = std::move(recognised.unknown_keys);
   check_widths(data.config, data.format->name(), data.format->group_size());
   data.config.geometry.group_size = data.format->group_size();
   data.config.geometry.has_bias = data.format->has_bias();

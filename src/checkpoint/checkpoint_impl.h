@@ -22,6 +22,7 @@ struct CheckpointData {
   std::unique_ptr<const Format> format;
   std::vector<int> moe_layers;
   std::string evidence;
+  std::vector<std::string> unknown_quantization_keys;  ///< quantization_keys.h
   std::uint64_t identity = 0;
   std::vector<CheckpointWarning> warnings;  ///< Of the checkpoint as a whole.
 
@@ -53,7 +54,8 @@ struct CheckpointData {
 struct Checkpoint::Impl : CheckpointData {};
 
 /// What config.json says that the tensors do not bear out: prediction layers that are not there,
-/// exclusions of experts that are quantized; and what read_model_config() had to say.
+/// exclusions of experts that are quantized, groups that do not target them; what nobody knows of
+/// it: keys of quantization_config, a model type; and what read_model_config() had to say.
 [[nodiscard]] std::vector<CheckpointWarning> config_warnings(const CheckpointData& data);
 
 /// Canonical codes of some matrices, by nibble. Reads a little of each.

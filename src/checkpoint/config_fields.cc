@@ -1,7 +1,6 @@
 #include "checkpoint/config_fields.h"
 
 #include <algorithm>
-#include <array>
 #include <charconv>
 #include <optional>
 #include <string_view>
@@ -17,19 +16,6 @@ namespace {
 using Kind = ConfigKeyKind;
 using Json = JsonReader::Kind;
 
-/// Long values are cut in messages.
-std::string shown(std::string_view value) {
-  constexpr std::size_t kMaxLength = 60;
-  return value.size() <= kMaxLength ? std::string(value)
-                                    : std::string(value.substr(0, kMaxLength)) + "...";
-}
-
-bool is_off(std::string_view value) {
-  constexpr std::array<std::string_view, 9> kOff = {"null", "false", "0",        "0.0",     "[]",
-                                                    "{}",   "\"\"",  "\"none\"", "\"None\""};
-  return std::ranges::find(kOff, value) != kOff.end();
-}
-
 std::uint64_t read_whole_number(JsonReader& json, const std::string& key, const std::string& file) {
   constexpr const char* kDescription = "a whole number in [0, 2^64)";
   require_kind(json, Json::kNumber, kDescription, key, file);
@@ -37,7 +23,8 @@ std::uint64_t read_whole_number(JsonReader& json, const std::string& key, const 
   std::uint64_t value = 0;
   const auto [end, problem] = std::from_chars(text.data(), text.data() + text.size(), value);
   if (problem != std::errc{} || end != text.data() + text.size()) {
-    fail(ErrorCode::kUnsupported, "{}: {} = {} is not {}", file, key, shown(text), kDescription);
+    fail(ErrorCode::kUnsupported, "{}: {} = {} is not {}", file, key, shown_value(text),
+         kDescription);
   }
   return value;
 }
@@ -51,6 +38,11 @@ ConfigNumbers read_numbers(JsonReader& json, const std::string& key, const std::
     numbers.values.push_back(read_whole_number(json, key, file));
   }
   return numbers;
+}
+
+/// Of these no model gives a list, by layer or by sense.
+bool has_one_number(Kind kind) {
+  return kind == Kind::kHidden || kind == Kind::kLatent || kind == Kind::kNumLayers;
 }
 
 std::vector<std::string> read_names(JsonReader& json, const std::string& key,
@@ -90,6 +82,9 @@ void merge(ConfigFields&& inner, ConfigFields& out) {
            out.file, found->field, found->first, found->second);
     }
   }
+  for (OtherKey& other : out.quantization.others) {
+    inner.quantization.others.push_back(std::move(other));
+  }
   out.quantization = std::move(inner.quantization);
 }
 
@@ -100,7 +95,7 @@ void read_other(JsonReader& json, const std::string& key, Kind kind, ConfigField
     if (is_off(value)) return;
     fail(ErrorCode::kUnsupported,
          "{}: {} = {} would change what routed experts compute, and is not supported", fields.file,
-         key, shown(value));
+         key, shown_value(value));
   }
   if (!is_suspicious(key)) {
     fields.unknown.push_back(key);
@@ -109,7 +104,7 @@ void read_other(JsonReader& json, const std::string& key, Kind kind, ConfigField
   fail(ErrorCode::kUnsupported,
        "{}: {} = {}: the key is not known, and its name sounds as though it changes what routed "
        "experts compute; remove it if it does not",
-       fields.file, key, shown(value));
+       fields.file, key, shown_value(value));
 }
 
 ConfigFields read_object(JsonReader& json, const std::string& file, bool is_inner) {
@@ -149,7 +144,8 @@ ConfigFields read_object(JsonReader& json, const std::string& file, bool is_inne
         return;
       case Kind::kLanguage:
         // A language model has no language model of its own.
-        if (is_inner || json.peek() != Json::kObject) return json.skip();
+        if (is_inner) return json.skip();
+        require_kind(json, Json::kObject, "an object", key, file);
         inner.push_back(read_object(json, file, true));
         return;
       case Kind::kIrrelevant:
@@ -158,6 +154,9 @@ ConfigFields read_object(JsonReader& json, const std::string& file, bool is_inne
       case Kind::kUnknown:
         return read_other(json, key, kind, fields);
       default:
+        if (has_one_number(kind) && json.peek() == Json::kArray) {
+          require_kind(json, Json::kNumber, "a number", key, file);
+        }
         fields.numbers[kind][key] = read_numbers(json, key, file);
     }
   });
@@ -170,7 +169,8 @@ ConfigFields read_object(JsonReader& json, const std::string& file, bool is_inne
 void require_kind(JsonReader& json, JsonReader::Kind wanted, const char* description,
                   std::string_view key, std::string_view file) {
   if (json.peek() == wanted) return;
-  fail(ErrorCode::kUnsupported, "{}: {} = {} is not {}", file, key, shown(json.raw()), description);
+  fail(ErrorCode::kUnsupported, "{}: {} = {} is not {}", file, key, shown_value(json.raw()),
+       description);
 }
 
 ConfigFields read_config_fields(std::string_view text, const std::string& file) {

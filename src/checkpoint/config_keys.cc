@@ -1,6 +1,7 @@
 #include "checkpoint/config_keys.h"
 
 #include <algorithm>
+#include <array>
 #include <cctype>
 #include <initializer_list>
 #include <string>
@@ -211,6 +212,18 @@ bool is_suspicious(std::string_view key) {
     return false;
   }
   return has_any(lower, {"scale", "scaling", "bias", "latent", "clamp"});
+}
+
+bool is_off(std::string_view value) {
+  constexpr std::array<std::string_view, 9> kOff = {"null", "false", "0",        "0.0",     "[]",
+                                                    "{}",   "\"\"",  "\"none\"", "\"None\""};
+  return std::ranges::find(kOff, value) != kOff.end();
+}
+
+std::string shown_value(std::string_view value) {
+  constexpr std::size_t kMaxLength = 60;
+  return value.size() <= kMaxLength ? std::string(value)
+                                    : std::string(value.substr(0, kMaxLength)) + "...";
 }
 
 }  // namespace sluice

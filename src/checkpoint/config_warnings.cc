@@ -1,6 +1,11 @@
 // What config.json says and the tensors do not bear out. The tensors decide.
+#include <fmt/ranges.h>
+
 #include <algorithm>
+#include <array>
 #include <string>
+#include <string_view>
+#include <utility>
 #include <vector>
 
 #include "checkpoint/checkpoint_impl.h"
@@ -69,17 +74,23 @@ std::string quantized_module(const CheckpointData& data, const LayerTensors& lay
   return name.substr(0, name.rfind('.'));
 }
 
-/// One line, with the first entry and layer: a list may have hundreds of both.
-void check_exclusions(const CheckpointData& data, Warnings& out) {
-  if (!data.format->weight_format()) return;
+/// quantized_module() of each layer that has one; none if the experts are floats.
+std::vector<std::string> quantized_modules(const CheckpointData& data) {
   std::vector<std::string> modules;
+  if (!data.format->weight_format()) return modules;
   for (const auto& [layer, tensors] : data.index.layers) {
-    modules.push_back(quantized_module(data, tensors));
+    std::string module = quantized_module(data, tensors);
+    if (!module.empty()) modules.push_back(std::move(module));
   }
+  return modules;
+}
+
+/// One line, with the first entry and layer: a list may have hundreds of both.
+void check_exclusions(const CheckpointData& data, const std::vector<std::string>& modules,
+                      Warnings& out) {
   for (const std::string& entry : data.config.quantization.exclusions) {
-    const auto at = std::ranges::find_if(modules, [&](const std::string& module) {
-      return !module.empty() && is_excluded(entry, module);
-    });
+    const auto at = std::ranges::find_if(
+        modules, [&](const std::string& module) { return is_excluded(entry, module); });
     if (at == modules.end()) continue;
     out.push_back({.tensor = "config.json: quantization_config",
                    .text = fmt::format("the exclusion '{}' covers {}, which is quantized all the "
@@ -90,13 +101,73 @@ void check_exclusions(const CheckpointData& data, Warnings& out) {
   }
 }
 
+bool may_target(const QuantizationGroup& group, const std::string& module) {
+  return group.targets.empty() ||
+         std::ranges::any_of(group.targets, [&](const std::string& target) {
+           return sluice::may_target(target, module);
+         });
+}
+
+/// compressed-tensors says which modules are quantized. One line, with the first layer's.
+void check_targets(const CheckpointData& data, const std::vector<std::string>& modules,
+                   Warnings& out) {
+  const std::vector<QuantizationGroup>& groups = data.config.quantization.groups;
+  if (groups.empty()) return;
+  const auto at = std::ranges::find_if(modules, [&](const std::string& module) {
+    return std::ranges::none_of(groups, [&](const auto& g) { return may_target(g, module); });
+  });
+  if (at == modules.end()) return;
+  out.push_back({.tensor = "config.json: quantization_config",
+                 .text = fmt::format("no targets of config_groups ('{}') cover {}, which is "
+                                     "quantized all the same; it is read as it is stored",
+                                     fmt::join(groups.front().targets, "', '"), *at),
+                 .kind = "untargeted-experts"});
+}
+
+void check_unknown_keys(const CheckpointData& data, Warnings& out) {
+  if (data.unknown_quantization_keys.empty()) return;
+  out.push_back({.tensor = "config.json: quantization_config",
+                 .text = fmt::format("keys that are not known, taken to say nothing of the "
+                                     "experts' weights: {}",
+                                     fmt::join(data.unknown_quantization_keys, ", ")),
+                 .kind = "unknown-keys"});
+}
+
+/// Families whose experts are matrices gate, up and down, with an activation that
+/// activation_config.h reads. Names of their members begin like this.
+constexpr std::array<std::string_view, 25> kFamilies = {
+    "bailing_",  "deepseek",   "dots",    "ernie4_5", "exaone_moe", "gigachat", "glm",
+    "gpt_oss",   "granitemoe", "hunyuan", "hy_v",     "kimi",       "ling",     "llama4",
+    "longcat",   "mimo_",      "minimax", "mixtral",  "moonshot",   "olmoe",    "phimoe",
+    "qwen2_moe", "qwen3",      "solar_",  "step3"};
+
+/// The same words mean other functions in other models, so one that nobody knows is worth a line.
+void check_model_type(const CheckpointData& data, Warnings& out) {
+  const std::string& type = data.config.language_type;
+  const auto is_family = [&](std::string_view family) { return type.starts_with(family); };
+  const std::vector<std::string> presets = preset_names();
+  if (type.empty() || std::ranges::any_of(kFamilies, is_family) ||
+      std::ranges::find(presets, type) != presets.end()) {
+    return;
+  }
+  out.push_back({.tensor = "config.json: model_type",
+                 .text = fmt::format("'{}' is not known; its experts are taken to be gate, up and "
+                                     "down with the activation {}",
+                                     type, to_string(data.config.geometry.activation)),
+                 .kind = "unknown-model"});
+}
+
 }  // namespace
 
 std::vector<CheckpointWarning> config_warnings(const CheckpointData& data) {
   Warnings result = data.config.warnings;
   check_missing_layers(data, result);
   check_prediction_layers(data, result);
-  check_exclusions(data, result);
+  const std::vector<std::string> modules = quantized_modules(data);
+  check_exclusions(data, modules, result);
+  check_targets(data, modules, result);
+  check_unknown_keys(data, result);
+  check_model_type(data, result);
   return result;
 }
 

@@ -1,11 +1,12 @@
 #include "checkpoint/expert_names.h"
 
-#include <fmt/core.h>
-
 #include <algorithm>
 #include <charconv>
 #include <iterator>
+#include <limits>
 #include <utility>
+
+#include "core/fail.h"
 
 namespace sluice {
 namespace {
@@ -91,6 +92,34 @@ std::optional<ExpertName> parse_expert_name(std::string_view name) {
   result->expert = *expert;
   result->part = name.substr(1);
   return result;
+}
+
+void check_expert_numbers(std::string_view name, const std::string& file) {
+  const auto take_digits = [](std::string_view& text) {
+    const auto end = std::ranges::find_if_not(text, is_digit);
+    const auto digits = text.substr(0, static_cast<std::size_t>(end - text.begin()));
+    text.remove_prefix(digits.size());
+    return digits;
+  };
+  const auto check = [&](std::string_view digits, const char* whose) {
+    std::string_view rest = digits;
+    if (digits.starts_with('0') || take_number(rest)) return;
+    fail(ErrorCode::kUnsupported, "{}: tensor {}: {} {} is above {}", file, name, whose, digits,
+         std::numeric_limits<int>::max());
+  };
+  for (const std::string_view prefix : kPrefixes) {
+    if (!name.starts_with(prefix)) continue;
+    std::string_view rest = name.substr(prefix.size());
+    const std::string_view layer = take_digits(rest);
+    const auto container = std::ranges::find_if(
+        kContainers, [&](std::string_view each) { return rest.starts_with(each); });
+    if (layer.empty() || container == std::end(kContainers)) return;
+    rest.remove_prefix(container->size());
+    const std::string_view expert = take_digits(rest);
+    if (expert.empty() || !rest.starts_with('.')) return;
+    check(layer, "layer");
+    return check(expert, "expert");
+  }
 }
 
 StemKind stem_kind(std::string_view part) noexcept {

@@ -36,6 +36,10 @@ struct ExpertName {
 /// Empty if `name` is no tensor of a numbered routed expert under a known prefix and container.
 [[nodiscard]] std::optional<ExpertName> parse_expert_name(std::string_view name);
 
+/// Throws: kUnsupported naming `file` for a layer or an expert with a number of 2^31 or more, which
+/// parse_expert_name() does not take.
+void check_expert_numbers(std::string_view name, const std::string& file);
+
 /// Which kind of stem a part proves. `wN.input_scale` proves nothing: W4AFP8 has it beside
 /// gate_proj.weight.
 [[nodiscard]] StemKind stem_kind(std::string_view part) noexcept;

@@ -190,6 +190,9 @@ void read_layers(const ConfigFields& fields, ModelConfig& config) {
     config.step_key = key;
     config.layer_step = small_numbers(fields, key, numbers);
     config.is_step_list = numbers.is_list;
+    if (!numbers.is_list && config.layer_step.front() == 0) {
+      fail(ErrorCode::kUnsupported, "{}: {} = 0 is outside [1, {}]", fields.file, key, kMaxSize);
+    }
   }
   if (const auto at = fields.numbers.find(Kind::kDenseLayers); at != fields.numbers.end()) {
     const auto& [key, numbers] = *at->second.begin();
@@ -265,6 +268,7 @@ ModelConfig parse_model_config(const ConfigText& text, const std::optional<Confi
   read_layers(fields, config);
   read_layer_activations(fields, config);
   warn_of_unknown(fields, config);
+  config.language_type = fields.language_type;
   config.quantization = std::move(fields.quantization);
   // DeepSeek-V4.1 has the key in its quantization_config.
   if (config.quantization.expert_type.empty()) {

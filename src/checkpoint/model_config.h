@@ -27,6 +27,7 @@ struct ModelConfig {
   int first_k_dense_replace = 0;             ///< Layers below this have no routed experts.
   LayerActivations activations;
   QuantizationConfig quantization;
+  std::string language_type;  ///< model_type of the language model; empty if not given.
   std::vector<CheckpointWarning> warnings;  ///< `tensor` is "config.json: KEY".
   std::string text;  ///< The bytes of the files read, for Checkpoint::identity().
 

@@ -264,11 +264,12 @@ class IndexBuilder {
       return;
     }
     const auto name = parse_expert_name(tensor.entry.name);
+    const std::string path = tensor.file->path().string();
     if (!name) {
+      check_expert_numbers(tensor.entry.name, path);
       if (where == Place::kHere) add_other(std::move(tensor));
       return;
     }
-    const std::string path = tensor.file->path().string();
     if (name->expert >= num_experts_) {
       fail(ErrorCode::kUnsupported,
            "{}: tensor {}: expert {} of a model with {} experts, as config.json says", path,
@@ -371,7 +372,6 @@ TensorIndex read_tensor_index(const std::filesystem::path& dir, int num_experts)
   IndexBuilder builder(dir, num_experts);
   std::vector<std::string> files = list_files(dir);
   if (files.empty()) fail(ErrorCode::kIo, "{}: no *{} file", dir.string(), kSuffix);
-
   std::set<std::string> indexed(files.begin(), files.end());
   if (const auto path = dir / kIndexFile; std::filesystem::exists(path)) {
     WeightMap map = read_weight_map(path, builder.digest());

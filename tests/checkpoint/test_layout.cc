@@ -202,6 +202,18 @@ TEST(Layout, OtherTensorsAreIgnored) {
   EXPECT_EQ(checkpoint.load_experts(kLayer, 0, 2).experts.size(), 2U);
 }
 
+TEST(Layout, NumbersBeyondAnyModelAreRefused) {
+  for (const char* const name : {"model.layers.5.mlp.experts.99999999999999999999.w1.weight",
+                                 "model.layers.5.mlp.experts.2147483648.up_proj.weight",
+                                 "model.layers.99999999999.mlp.experts.0.up_proj.weight"}) {
+    const TempDir dir;
+    ModelFiles files;
+    files.files[ModelFiles::shard_name(0)][name] = {"I8", {2}, "ab"};
+    testing::expect_error(ErrorCode::kUnsupported, {name, "is above 2147483647"},
+                          [&] { (void)open(dir, files); });
+  }
+}
+
 TEST(Layout, MisalignedScalesAreCopied) {
   int num_misaligned = 0;
   // Bytes before everything else ("a" sorts first) put the rest at every position modulo 4.

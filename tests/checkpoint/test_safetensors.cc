@@ -77,6 +77,25 @@ TEST(Safetensors, RefusesAHugeHeaderLength) {
                [&] { (void)parse(file); });
 }
 
+TEST(Safetensors, NamesFilesOfAnotherKind) {
+  const std::pair<std::string, const char*> rows[] = {
+      {"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 4302\n",
+       "Git LFS pointer"},
+      {"<!DOCTYPE html><html><body>404</body></html>", "page of HTML"},
+      {"\n<html><head></head></html>", "page of HTML"},
+      {R"({"model_type": "deepseek_v3", "hidden_size": 256})", "JSON text"},
+      {std::string("PK\x03\x04\x14\0\0\0\x08\0\0\0", 12), "zip archive"},
+      {std::string("GGUF\x03\0\0\0\x10\0\0\0", 12), "GGUF file"},
+  };
+  for (const auto& [file, part] : rows) {
+    expect_error(ErrorCode::kUnsupported, {"is no safetensors file, but", part},
+                 [&, file = file] { (void)parse(file); });
+  }
+  // A header may be as long as its length looks like a character.
+  const std::string header = "{}" + std::string('{' - 2, ' ');
+  EXPECT_EQ(parse(safetensors_bytes(header, "")).tensors.size(), 0U);
+}
+
 TEST(Safetensors, RefusesOverlap) {
   expect_corrupt(R"({"a":{"dtype":"I8","shape":[3],"data_offsets":[0,3]},)"
                  R"("b":{"dtype":"I8","shape":[2],"data_offsets":[2,4]}})",

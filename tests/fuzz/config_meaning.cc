@@ -78,7 +78,8 @@ std::optional<double> number(const Json& config, Names names) {
 }
 
 bool is_off(const Json& value) {
-  if (value.is_null() || (value.is_boolean() && !value.get<bool>())) return true;
+  if (value.is_null()) return true;
+  if (value.is_boolean()) return !value.get<bool>();
   if (value.is_number()) return value.get<double>() == 0;
   if (value.is_string()) return value == "" || value == "none" || value == "None";
   return std::all_of(value.begin(), value.end(), is_off);
@@ -222,6 +223,21 @@ Json quantization_of(const Json& whole) {
   return found;
 }
 
+/// Keys that would change what codes mean, of the whole and of the experts' weights: off, or as the
+/// formats have it.
+bool weights_are_plain(const Json& object, const Format& format) {
+  for (const char* const key : {"zero_point", "desc_act", "online_hadamard", "weight_rotation"}) {
+    if (const Json* const value = member(object, key); value && !is_off(*value)) return false;
+  }
+  const Json* const symmetric = member(object, "symmetric");
+  if (symmetric && symmetric->dump() != "true" && symmetric->dump() != "1") return false;
+  const Json* const bits = member(object, "bits");
+  if (!bits) return true;
+  const bool is_fp8 = format.name() == "fp8-block";
+  return bits->dump() == "4" ? !is_fp8
+                             : bits->dump() == "8" && (is_fp8 || format.name() == "deepseek-fp4");
+}
+
 /// Two descriptions may differ in what only one of them says.
 bool descriptions_agree(const Json& whole) {
   std::string method;
@@ -320,6 +336,11 @@ bool is_declared(const Texts& texts, const Format& format) {
   const Json quantization = quantization_of(whole);
   const std::string method = text_of(quantization, "quant_method");
   const Json* const inner = member(algo_file, "quantization");
+  for (const Json* object : objects_of(whole)) {
+    const Json* const own = member(*object, "quantization_config");
+    if (own && !weights_are_plain(*own, format)) return false;
+  }
+  if (inner && !weights_are_plain(*inner, format)) return false;
   const std::string algo = inner ? text_of(*inner, "quant_algo") : std::string();
   const std::string name(format.name());
   // Both files may say it, under one or two names; what is not said is 128.

@@ -71,6 +71,11 @@ inline constexpr const char* kKeys[] = {"hidden_size",
                                         "quantization",
                                         "weights",
                                         "input_activations",
+                                        "zero_point",
+                                        "bits",
+                                        "desc_act",
+                                        "online_hadamard",
+                                        "weight_rotation",
                                         "expert_dtype"};
 
 inline constexpr const char* kValues[] = {"null",

@@ -107,6 +107,20 @@ TEST(SecondReading, SeesWhichExpertsAreMxfp4) {
   EXPECT_FALSE(is_declared_as("compressed-tensors", packed.dump().c_str(), nullptr));
 }
 
+TEST(SecondReading, SeesWhatChangesCodes) {
+  for (const char* const key : {"zero_point", "desc_act", "online_hadamard", "weight_rotation"}) {
+    auto own = nlohmann::ordered_json{{"quant_method", "fp8"}};
+    own[key] = false;
+    EXPECT_TRUE(is_declared_as("deepseek-fp4", own.dump().c_str(), "fp4")) << key;
+    own[key] = true;
+    EXPECT_FALSE(is_declared_as("deepseek-fp4", own.dump().c_str(), "fp4")) << key;
+  }
+  constexpr const char* kWide = R"({"quant_method": "fp8", "bits": 16})";
+  EXPECT_FALSE(is_declared_as("deepseek-fp4", kWide, "fp4"));
+  constexpr const char* kAsymmetric = R"({"quant_method": "fp8", "symmetric": false})";
+  EXPECT_FALSE(is_declared_as("deepseek-fp4", kAsymmetric, "fp4"));
+}
+
 TEST(SecondReading, TellsBrokenJsonFromValuesOfNoSense) {
   EXPECT_FALSE(may_be_corrupt({.config = R"({"hidden_size": -7})", .algo = {}, .index = {}}));
   EXPECT_TRUE(may_be_corrupt({.config = R"({"hidden_size": })", .algo = {}, .index = {}}));

@@ -69,11 +69,6 @@ std::optional<Recognised> recognise_angelslim(const FormatClues& clues) {
     fail(ErrorCode::kUnsupported, "{}: quantization.group_size = {}; only {} is supported",
          config.algo_file, *config.algo_group_size, kGroup);
   }
-  if (config.has_zero_point) {
-    fail(ErrorCode::kUnsupported,
-         "{}: quantization.has_zero_point = true; only symmetric INT4 is supported",
-         config.algo_file);
-  }
   return Recognised{.format = std::make_unique<AngelslimFormat>(),
                     .evidence = "config.json: quant_method = 'w4a8_awq' (AngelSlim w4a8_fp8)"};
 }

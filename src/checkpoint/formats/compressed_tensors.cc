@@ -232,7 +232,8 @@ Recognised recognise_mxfp4(const FormatClues& clues, const QuantizationGroup& gr
                                        .bias = clues.first_gate("bias") ? "bias" : ""}),
           .evidence = fmt::format("config.json: quant_method = 'compressed-tensors', format "
                                   "'mxfp4-pack-quantized', {} activations",
-                                  inputs.is_present ? "dynamic e4m3" : "no scheme for")};
+                                  inputs.is_present ? "dynamic e4m3" : "no scheme for"),
+          .group = &group};
 }
 
 /// The name of a module of the first expert, without the tensor's own: "...experts.0.gate_proj".
@@ -311,14 +312,6 @@ std::optional<Recognised> recognise_compressed_tensors(const FormatClues& clues)
            "only 'pack-quantized' and 'mxfp4-pack-quantized' are supported" +
                (help.empty() ? "" : ": " + help));
   }
-  if (config.has_sparsity) refuse(config, "sparsity_config", "{...}", "only dense is supported");
-  if (config.has_expert_sparsity) {
-    refuse(config, "moe_sparsity_config", "{...}",
-           "experts that are pruned or replaced layer by layer are not supported");
-  }
-  if (config.has_transforms) {
-    refuse(config, "transform_config", "{...}", "rotated or scaled weights are not supported");
-  }
   if (is_mxfp4) return recognise_mxfp4(clues, group, at);
   check_weights(config, at + ".weights", group.weights);
   const bool is_static = check_inputs(config, at + ".input_activations", group.input_activations);
@@ -337,7 +330,8 @@ std::optional<Recognised> recognise_compressed_tensors(const FormatClues& clues)
                               group_size == 32 && !group.input_activations.is_present
                                   ? " (as Kimi-K2's INT4)"
                                   : "") +
-                  how};
+                  how,
+      .group = &group};
 }
 
 }  // namespace sluice

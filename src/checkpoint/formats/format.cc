@@ -3,6 +3,7 @@
 #include <utility>
 
 #include "checkpoint/formats/part_readers.h"
+#include "checkpoint/formats/quantization_keys.h"
 #include "core/fail.h"
 
 namespace sluice {
@@ -266,6 +267,7 @@ Recognised recognise(const FormatClues& clues) {
         recognise_deepseek_fp4, recognise_gpt_oss, recognise_fp8_block, recognise_bf16}) {
     if (std::optional<Recognised> found = recogniser(clues)) {
       check_expert_type(clues, *found->format);
+      found->unknown_keys = check_quantization_keys(clues.config, found->group, *found->format);
       return std::move(*found);
     }
   }

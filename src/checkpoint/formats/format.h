@@ -133,7 +133,9 @@ class Format {
 /// A format, and why we think so.
 struct Recognised {
   std::unique_ptr<const Format> format;
-  std::string evidence;  ///< "config.json: quant_method = 'w4afp8'"
+  std::string evidence;                      ///< "config.json: quant_method = 'w4afp8'"
+  const QuantizationGroup* group = nullptr;  ///< The experts' of config_groups, where one is known.
+  std::vector<std::string> unknown_keys = {};  ///< quantization_keys.h
 };
 
 /// What the formats' recognisers may look at.

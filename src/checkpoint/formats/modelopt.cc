@@ -214,11 +214,6 @@ std::optional<Recognised> recognise_modelopt(const FormatClues& clues) {
   const bool by_algo = config.algo == "W4A8_AWQ" &&
                        (config.quant_method.empty() || config.quant_method == "modelopt");
   if (!by_config && !by_algo) return std::nullopt;
-  if (config.has_zero_point) {
-    fail(ErrorCode::kUnsupported,
-         "{}: quantization.has_zero_point = true; only symmetric INT4 is supported",
-         config.algo_file);
-  }
   const std::int64_t group =
       config.algo_group_size.value_or(config.group_size.value_or(std::int64_t{128}));
   if (group != 128 && group != 32) {

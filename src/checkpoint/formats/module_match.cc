@@ -46,6 +46,12 @@ ModuleMatch match_target(std::string_view target, const std::string& module,
   return matches(*pattern, module) ? ModuleMatch::kPattern : ModuleMatch::kNone;
 }
 
+bool may_target(const std::string& target, const std::string& module) {
+  if (!target.starts_with(kPattern)) return match_target(target, module, {}) != ModuleMatch::kNone;
+  const auto pattern = compile(std::string_view(target).substr(kPattern.size()));
+  return !pattern || matches(*pattern, module);
+}
+
 bool is_excluded(const std::string& entry, const std::string& module) {
   if (entry.starts_with(kPattern)) {
     const auto pattern = compile(std::string_view(entry).substr(kPattern.size()));

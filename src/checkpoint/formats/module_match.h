@@ -14,6 +14,9 @@ enum class ModuleMatch { kNone, kClass, kPattern, kName };
 [[nodiscard]] ModuleMatch match_target(std::string_view target, const std::string& module,
                                        const std::string& where);
 
+/// True if `target` means the module, or may: a pattern that cannot be read says nothing.
+[[nodiscard]] bool may_target(const std::string& target, const std::string& module);
+
 /// True if an exclusion's `entry` covers the module or one that it is part of: a pattern, or whole
 /// components of the name ("experts" and "mlp.experts" do, "expert" does not). Patterns that cannot
 /// be read cover nothing.

@@ -104,6 +104,10 @@ bool read_is_filled(JsonReader& json) {
   return is_filled;
 }
 
+void read_other(JsonReader& json, const std::string& key, std::vector<OtherKey>& out) {
+  out.push_back({.key = key, .value = std::string(json.raw())});
+}
+
 void read_args(JsonReader& json, const std::string& file, QuantizationArgs& args) {
   if (json.peek() != Kind::kObject) return json.skip();
   args.is_present = true;
@@ -133,7 +137,7 @@ void read_args(JsonReader& json, const std::string& file, QuantizationArgs& args
     } else if (key == "symmetric" && json.peek() == Kind::kBool) {
       args.is_symmetric = json.boolean();
     } else {
-      json.skip();
+      read_other(json, key, args.others);
     }
   });
 }
@@ -155,7 +159,7 @@ void read_groups(JsonReader& json, const std::string& file,
       } else if (key == "targets") {
         read_strings(json, group.targets);
       } else {
-        json.skip();
+        read_other(json, key, group.others);
       }
     });
   });
@@ -224,8 +228,8 @@ void read_quantization_config(JsonReader& json, QuantizationConfig& config) {
       read_string(json, config.format);
     } else if (key == "expert_dtype") {
       read_expert_type(json, key, config.file, config.expert_type);
-    } else if (key == "group_size" || key == "weight_group_size") {
-      // Two names of one number.
+    } else if (key == "group_size" || key == "weight_group_size" || key == "q_group_size") {
+      // Names of one number.
       std::optional<std::int64_t> size;
       read_count(json, key, config.file, size);
       if (size && config.group_size && *size != *config.group_size) {
@@ -248,7 +252,7 @@ void read_quantization_config(JsonReader& json, QuantizationConfig& config) {
     } else if (is_exclusion(key)) {
       read_strings(json, config.exclusions);
     } else {
-      json.skip();
+      read_other(json, key, config.others);
     }
   });
 }
@@ -265,10 +269,8 @@ void read_algo_config(std::string_view text, const std::string& file, Quantizati
         read_strings(json, config.exclusions);
       } else if (inner == "group_size") {
         read_count(json, inner, file, config.algo_group_size);
-      } else if (inner == "has_zero_point" && json.peek() == Kind::kBool) {
-        config.has_zero_point = json.boolean();
       } else {
-        json.skip();
+        read_other(json, inner, config.algo_others);
       }
     });
   });

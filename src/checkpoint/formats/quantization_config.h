@@ -12,6 +12,12 @@
 
 namespace sluice {
 
+/// A key that no reader takes, and its value as JSON text.
+struct OtherKey {
+  std::string key, value;
+  friend bool operator==(const OtherKey&, const OtherKey&) = default;
+};
+
 /// How compressed-tensors describes one kind of number. Fields that are absent or null are empty.
 struct QuantizationArgs {
   bool is_present = false;
@@ -22,6 +28,7 @@ struct QuantizationArgs {
   std::string scale_dtype;  ///< As of torch, e.g. "torch.uint8".
   std::string dynamic;      ///< "true", "false", "local"
   std::optional<bool> is_symmetric;
+  std::vector<OtherKey> others;
   friend bool operator==(const QuantizationArgs&, const QuantizationArgs&) = default;
 };
 
@@ -30,6 +37,7 @@ struct QuantizationGroup {
   std::string name, format;
   std::vector<std::string> targets;  ///< Names, "re:" patterns or classes of modules.
   QuantizationArgs weights, input_activations;
+  std::vector<OtherKey> others;
 };
 
 struct QuantizationConfig {
@@ -46,11 +54,12 @@ struct QuantizationConfig {
   std::vector<QuantizationGroup> groups;
   std::vector<std::string> exclusions;  ///< `ignore` and its other names, in both files.
   bool has_sparsity = false, has_expert_sparsity = false, has_transforms = false;
+  std::vector<OtherKey> others;  ///< quantization_keys.h has what becomes of them.
 
   std::string algo_file;  ///< hf_quant_config.json, with its directory; empty if there is none.
   std::string algo;       ///< Its quantization.quant_algo.
   std::optional<std::int64_t> algo_group_size;
-  bool has_zero_point = false;
+  std::vector<OtherKey> algo_others;
 };
 
 /// A field that two descriptions of the same checkpoint give differently, and both values.
