@@ -101,7 +101,7 @@ inline Sum dot(const HostMatrix& m, std::size_t e, int row, const std::uint8_t* 
 
 /// Which cases.
 struct CaseChoice {
-  bool is_short = false, is_tiny = false;
+  bool is_short = false, is_tiny = false, is_carried = false;
   bool has_int4 = true, has_mxfp4 = true;
 };
 
@@ -122,6 +122,27 @@ inline std::vector<int> many_experts() {
 inline Case token(Case c) {
   c.is_token = true;
   return c;
+}
+
+/// Few and small, for sanitizers: K of down is long enough for every finished row to leave by the
+/// producers' warp (Config::kFewestSteps); the last row tile of y is half a tile.
+inline std::vector<Case> carried_cases(const CaseChoice& choice) {
+  const auto kBf16 = ScaleType::kBf16, kF32 = ScaleType::kF32;
+  const auto k7 = WeightCode::kOnesComplement, k3 = WeightCode::kSignMagnitude;
+  const std::vector<int> rows{5, 0, 33, 130};
+  std::vector<Case> cases;
+  if (choice.has_int4) {
+    cases.push_back({384, 1024, rows, 128, kBf16, k3, false, false});
+    cases.push_back({384, 1024, rows, 32, kBf16, k3, false, false});
+    cases.push_back({384, 1024, rows, 128, kF32, k7, true, true});
+    cases.push_back(token({384, 1024, rows, 128, kBf16, k3, true, false}));
+  }
+  if (choice.has_mxfp4) {
+    cases.push_back({384, 1024, rows, 32, ScaleType::kE8M0, WeightCode::kE2M1, false, false});
+    cases.push_back({384, 1024, rows, 32, ScaleType::kE8M0, WeightCode::kE2M1, true, true});
+    cases.back().spread = Spread::kOneFar;
+  }
+  return cases;
 }
 
 inline std::vector<Case> int4_cases(const CaseChoice& choice) {
@@ -197,6 +218,7 @@ inline std::vector<Case> mxfp4_cases(const CaseChoice& choice) {
 }
 
 inline std::vector<Case> all_cases(const CaseChoice& choice) {
+  if (choice.is_carried) return carried_cases(choice);
   std::vector<Case> cases;
   if (choice.has_mxfp4) cases = mxfp4_cases(choice);
   if (!choice.has_int4) return cases;

@@ -5,7 +5,7 @@ Widening cannot be left out this way: ptxas then runs the products one after the
 ptxas_guard.sh refuses the object, as it refuses one that spills.
 
     cmake --build build/cuda --target bench_w4a8
-    lab/bench/kernels/leave_out.py build/cuda [--out DIR] [bench_w4a8's options]
+    lab/bench/kernels/leave_out.py build/cuda [--out DIR] [--no-run] [bench_w4a8's options]
 
 Each variant is a copy of src/backend/cuda with a few lines replaced. The script fails when a line
 is not there exactly once, so a changed main loop cannot be measured by mistake. It compiles the
@@ -142,6 +142,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("build", type=pathlib.Path, help="a Ninja build of this tree")
     parser.add_argument("--out", type=pathlib.Path, help="made anew (BUILD/leave_out)")
+    parser.add_argument("--no-run", action="store_true", help="build OUT/0/bench_w4a8 and so on")
     args, options = parser.parse_known_args()
     build = args.build.resolve()
     out = (args.out or build / "leave_out").resolve()
@@ -169,6 +170,9 @@ def main():
             print("does not compile: see above")
             continue
         program = link(commands, build, [job.result() for job in jobs[name]], folder)
+        if args.no_run:
+            print(program)
+            continue
         subprocess.run([program, *options], check=True)
     return 1 if failed else 0
 
