@@ -116,7 +116,7 @@ void bench_wgmma(long long* cycles, float* sink) {
 }
 
 /// What a warpgroup that does not multiply runs.
-enum class Alu { kPromote, kFma, kWiden, kLoad };
+enum class Alu { kPromote, kFma, kFmaThree, kFmaOne, kMul, kWiden, kLoad };
 
 template <Alu Kind>
 __device__ __forceinline__ void run_alu(float (&acc)[32], float (&sum)[32], float (&xs)[16],
@@ -130,6 +130,16 @@ __device__ __forceinline__ void run_alu(float (&acc)[32], float (&sum)[32], floa
   } else if constexpr (Kind == Alu::kFma) {
 #pragma unroll
     for (int i = 0; i < 96; ++i) sum[i % 32] = __fmaf_rn(acc[i % 32], xs[i / 32], sum[i % 32]);
+  } else if constexpr (Kind == Alu::kFmaThree) {  // three registers for each
+#pragma unroll
+    for (int i = 0; i < 96; ++i)
+      sum[i % 32] = __fmaf_rn(acc[i % 32], xs[(i + i / 32) % 16], sum[i % 32]);
+  } else if constexpr (Kind == Alu::kFmaOne) {  // one, and two that the one before had
+#pragma unroll
+    for (int i = 0; i < 96; ++i) sum[i % 32] = __fmaf_rn(acc[i / 32], xs[i / 32], sum[i % 32]);
+  } else if constexpr (Kind == Alu::kMul) {
+#pragma unroll
+    for (int i = 0; i < 96; ++i) sum[i % 32] = __fmul_rn(sum[i % 32], xs[i / 32]);
   } else if constexpr (Kind == Alu::kWiden) {
 #pragma unroll
     for (int i = 0; i < 32; ++i) w[i % 8] = __funnelshift_r(w[i % 8], w[i % 8], 4) & 0xf7f7f7f7u;
@@ -208,9 +218,9 @@ enum class Add { kPerRow, kJoined, kPromote };
 
 /// Warpgroups do what the main loop of groups of 32 does between its loads: products on all but one
 /// of the accumulators run while that one is added. `Units` are in a loop body, at whose end no
-/// product is in flight. Cycles of one unit of 64 x N x 32.
-template <int N, Add How, int Accumulators, int Units>
-__global__ void __launch_bounds__(N == 64 ? 256 : 512, 1)
+/// product is in flight. Cycles of one unit of 64 x N x 32 Chain.
+template <int N, Add How, int Accumulators, int Units, int Chain>
+__global__ void __launch_bounds__(N >= 64 ? 256 : 512, 1)
     unit_kernel(long long* cycles, float* sink) {
   constexpr int kSteps = 2048 / Units, kAhead = Accumulators - 1;
   extern __shared__ __align__(1024) std::uint8_t raw[];
@@ -234,7 +244,13 @@ __global__ void __launch_bounds__(N == 64 ? 256 : 512, 1)
 #pragma unroll
     for (int i = -kAhead; i < Units; ++i) {
       const int next = i + kAhead;
-      if (next < Units) multiply_step32(acc[next % Accumulators], f, x, next % 4);
+      if (next < Units) {
+        if constexpr (Chain == 1) {
+          multiply_step32(acc[next % Accumulators], f, x, next % 4);
+        } else {
+          multiply(acc[next % Accumulators], f, x);
+        }
+      }
       if (i < 0) continue;
       float(&done)[N / 2] = acc[i % Accumulators];
       if (Units - 1 - i >= kAhead) {
@@ -245,7 +261,12 @@ __global__ void __launch_bounds__(N == 64 ? 256 : 512, 1)
         await<0>(done);
       }
       pin(done);
-      asm volatile("" : "+f"(ws.x), "+f"(ws.y));  // as if loaded
+      // NOTE: ptxas, which an empty asm does not hold, would form the products once for all units.
+      if constexpr (How == Add::kPromote) {
+        asm volatile("ld.volatile.shared.v2.f32 {%0, %1}, [%2];"
+                     : "=f"(ws.x), "=f"(ws.y)
+                     : "r"(ptx::shared_address(raw + 8 * (threadIdx.x / 4 % 8))));
+      }
       if constexpr (How == Add::kPerRow) {
 #pragma unroll
         for (int at = 0; at < N / 2; ++at) {
@@ -270,12 +291,13 @@ __global__ void __launch_bounds__(N == 64 ? 256 : 512, 1)
   sink[threadIdx.x] = result;
 }
 
-template <int N, Add How, int Accumulators, int Units>
+template <int N, Add How, int Accumulators, int Units, int Chain = 1>
 void bench_unit(const char* name, long long* cycles, float* sink) {
-  std::printf("unit 64x%dx32, %-28s %d accumulators, %2d a loop:", N, name, Accumulators, Units);
+  std::printf("unit 64x%dx%d, %-28s %d accumulators, %2d a loop:", N, 32 * Chain, name,
+              Accumulators, Units);
   for (const int groups : {1, 2, 4}) {
-    if (N == 64 && groups == 4) continue;
-    unit_kernel<N, How, Accumulators, Units><<<132, 128 * groups, 16384>>>(cycles, sink);
+    if (N >= 64 && groups == 4) continue;
+    unit_kernel<N, How, Accumulators, Units, Chain><<<132, 128 * groups, 16384>>>(cycles, sink);
     long long c = 0;
     SLUICE_CUDA_CHECK(cudaMemcpy(&c, cycles, 8, cudaMemcpyDeviceToHost));
     std::printf(" %lld", c);
@@ -296,6 +318,25 @@ void bench_units(long long* cycles, float* sink) {
   bench_unit<N, Add::kJoined, 3, 12>("1 product or fma + 1/4 fma", cycles, sink);
 }
 
+/// Units as prefill could have them: wider ones of groups of 32, and those of groups of 128.
+void bench_wide_units(long long* cycles, float* sink) {
+  const char* const kJoined = "1 product or fma + 1/4 fma";
+  bench_unit<96, Add::kJoined, 1, 12>(kJoined, cycles, sink);
+  bench_unit<96, Add::kJoined, 2, 12>(kJoined, cycles, sink);
+  bench_unit<128, Add::kJoined, 1, 12>(kJoined, cycles, sink);
+  bench_unit<96, Add::kPerRow, 2, 12>("1 fma", cycles, sink);
+  bench_unit<128, Add::kPerRow, 1, 12>("1 fma", cycles, sink);
+  bench_unit<128, Add::kPerRow, 2, 12>("1 fma", cycles, sink);
+  const char* const kPromote = "1 product + 1 fma";
+  bench_unit<64, Add::kPromote, 1, 8, 4>(kPromote, cycles, sink);
+  bench_unit<64, Add::kPromote, 2, 8, 4>(kPromote, cycles, sink);
+  bench_unit<96, Add::kPromote, 1, 8, 4>(kPromote, cycles, sink);
+  bench_unit<96, Add::kPromote, 2, 8, 4>(kPromote, cycles, sink);
+  bench_unit<128, Add::kPromote, 1, 8, 4>(kPromote, cycles, sink);
+  bench_unit<128, Add::kPromote, 2, 8, 4>(kPromote, cycles, sink);
+  bench_unit<128, Add::kPerRow, 1, 8, 4>("1 fma", cycles, sink);
+}
+
 void bench_all() {
   Buffer<std::uint8_t> pool(std::size_t{480} << 20);
   random_codes<<<1024, 256>>>(pool.data, pool.size, 9, false, Data::kUniform);
@@ -311,10 +352,17 @@ void bench_all() {
   std::printf("units: cycles of one with 1 / 2 / 4 warpgroups per SM\n");
   bench_units<32>(cycles.data, sink.data);
   bench_units<64>(cycles.data, sink.data);
+  bench_wide_units(cycles.data, sink.data);
   std::printf("mix: T + A warpgroups multiply + run others; cycles of a wgmma / of a round\n");
   bench_mix<64, Alu::kPromote>("32 fmul + 32 fma + 32 xor", cycles.data, sink.data);
   bench_mix<64, Alu::kFma>("96 fma", cycles.data, sink.data);
   bench_mix<128, Alu::kFma>("96 fma", cycles.data, sink.data);
+  bench_mix<64, Alu::kFmaThree>("96 fma of 3 registers", cycles.data, sink.data);
+  bench_mix<128, Alu::kFmaThree>("96 fma of 3 registers", cycles.data, sink.data);
+  bench_mix<64, Alu::kFmaOne>("96 fma of 1 register", cycles.data, sink.data);
+  bench_mix<128, Alu::kFmaOne>("96 fma of 1 register", cycles.data, sink.data);
+  bench_mix<64, Alu::kMul>("96 fmul of 1 register", cycles.data, sink.data);
+  bench_mix<128, Alu::kMul>("96 fmul of 1 register", cycles.data, sink.data);
   bench_mix<128, Alu::kPromote>("32 fmul + 32 fma + 32 xor", cycles.data, sink.data);
   bench_mix<128, Alu::kWiden>("32 shift + 32 and", cycles.data, sink.data);
   bench_mix<128, Alu::kLoad>("8 8-byte loads + 16 fadd", cycles.data, sink.data);
