@@ -6,7 +6,7 @@
 // |a||w|), untouched padding, same bits twice, and same bits from both kernel configurations; of
 // mxfp4 also which matrices are packed as far ones. The cases: check_cases.cuh.
 //
-//   check_w4a8 [--short|--tiny|--carried] [--mxfp4|--int4] [--repeats N]    cases of one kind of weights
+//   check_w4a8 [--short|--tiny|--carried] [--mxfp4|--int4] [--repeats N]
 //
 // Exit status 0 only if everything holds. Prints the worst constant seen.
 #include <cmath>
@@ -289,8 +289,8 @@ int main(int argc, char** argv) {
     sluice::cuda::bench::CaseChoice choice;
     int repeats = 1;
     for (int i = 1; i < argc; ++i) {
-      if (std::strcmp(argv[i], "--short") == 0) choice.is_short = true;  // small shapes
-      if (std::strcmp(argv[i], "--tiny") == 0) choice.is_tiny = true;    // few, for sanitizers
+      if (std::strcmp(argv[i], "--short") == 0) choice.is_short = true;      // small shapes
+      if (std::strcmp(argv[i], "--tiny") == 0) choice.is_tiny = true;        // few, for sanitizers
       if (std::strcmp(argv[i], "--carried") == 0) choice.is_carried = true;  // the same
       if (std::strcmp(argv[i], "--mxfp4") == 0) choice.has_int4 = false;
       if (std::strcmp(argv[i], "--int4") == 0) choice.has_mxfp4 = false;
