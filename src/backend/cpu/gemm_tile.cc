@@ -139,9 +139,9 @@ void gemm_tile_words(const GemmTile& tile) {
 template <class Tiles, class Code>
 void gemm_tile_tiles_of(const GemmTile& tile) {
   if (tile.weights->group_size == kGroup) {
-    return gemm_tile_tiles<Tiles, Code, 1>(tile, prefetch_group);
+    return gemm_tile_tiles<Tiles, Code, 1>(tile);
   }
-  gemm_tile_tiles<Tiles, Code, 4>(tile, prefetch_group);
+  gemm_tile_tiles<Tiles, Code, 4>(tile);
 }
 
 bool has_vnni() {

@@ -70,8 +70,8 @@ HWY_INLINE void widen_to_bf16(const std::uint8_t* codes, std::uint16_t* wide) {
 #endif
 }
 
-/// Blocks that take turns with each group's digits: as many as let these, read for each two of
-/// them, stay in L1 beside the weights and the outputs.
+/// Blocks that take turns with each group's digits: as many as let these, which come from L2 for
+/// the first two of them, stay in L1 beside the weights and the outputs.
 inline constexpr int kTileBlocks = 4;
 
 template <int kRowTiles>
@@ -91,9 +91,9 @@ UnitRows<kRowTiles> unit_rows(const DigitRows& x, const RowTiles& cut, std::int6
   return rows;
 }
 
-/// acc of the whole tile. prefetch(codes): asks for a block's 128 k at `codes`.
-template <class Tiles, class Code, int kScales, int kRowTiles, bool kFull, class Prefetch>
-void multiply_row_tiles(const GemmTile& tile, const RowTiles& cut, const Prefetch& prefetch) {
+/// acc of the whole tile.
+template <class Tiles, class Code, int kScales, int kRowTiles, bool kFull>
+void multiply_row_tiles(const GemmTile& tile, const RowTiles& cut) {
   const PreparedMatrix& m = *tile.weights;
   const DigitRows& x = tile.x;
   const std::int64_t num_groups = m.k / kGroup;
@@ -110,23 +110,35 @@ void multiply_row_tiles(const GemmTile& tile, const RowTiles& cut, const Prefetc
     for (std::int64_t g = 0; g < num_groups; ++g) {
       for (int b = b0; b < last_block; b += 2, turn ^= 1) {
         const int count = std::min(2, last_block - b);
+        Ahead<kRowTiles> ahead;
         for (int i = 0; i < count; ++i) {
           const std::int64_t at = (tile.first_block + b + i) * num_groups + g;
           const std::uint8_t* const codes = m.codes + at * kGroupLines * kLineBytes;
-          prefetch(codes + kGroupLines * kLineBytes);
+          // The block's next 128 k. Past the last block it names memory that nobody reads.
+          ahead.codes[i] = codes + kGroupLines * kLineBytes;
           load_scales(m, at * kScales, kScales, scales[turn] + i * kBlockScales);
           widen_to_bf16<Code>(codes, wide + i * kGroupWeights);
         }
         float* const acc = tile.acc + b * block_acc;
         for (int t = 0; t < cut.count; t += kRowTiles) {
           const UnitRows<kRowTiles> rows = unit_rows<kRowTiles>(x, cut, g, t);
+          const bool is_first = t == 0, is_last = t + kRowTiles >= cut.count;
+          Ahead<kRowTiles> of_unit = ahead;
+          if (!is_last) of_unit.codes[1] = nullptr;  // Two units: each asks for one block's codes.
+          if (!is_first) of_unit.codes[0] = nullptr;
+          // The next unit's digits are in L1 if the last two blocks met them.
+          if (is_last ? b + 2 >= last_block : b == b0) {
+            of_unit.digits =
+                x.digits + (g * cut.count + t + kRowTiles) * cut.height * kMainDigitBytes;
+          }
           for (int part = 0; part < kScales; ++part) {
             const float* const part_scales = scales[turn] + part * kBlockN;
             if (count == 2) {
-              pipeline.template add<2>(wide, rows, part, part_scales, acc);
+              pipeline.template add<2>(wide, rows, part, part_scales, acc, of_unit);
             } else {
-              pipeline.template add<1>(wide, rows, part, part_scales, acc);
+              pipeline.template add<1>(wide, rows, part, part_scales, acc, of_unit);
             }
+            of_unit = {};
           }
         }
       }
@@ -135,16 +147,15 @@ void multiply_row_tiles(const GemmTile& tile, const RowTiles& cut, const Prefetc
   pipeline.finish();
 }
 
-template <class Tiles, class Code, int kScales, class Prefetch>
-void gemm_tile_tiles(const GemmTile& tile, const Prefetch& prefetch) {
+template <class Tiles, class Code, int kScales>
+void gemm_tile_tiles(const GemmTile& tile) {
   const RowTiles cut(tile.x.rows);
   if (cut.count == 1) {
-    if (cut.is_full())
-      return multiply_row_tiles<Tiles, Code, kScales, 1, true>(tile, cut, prefetch);
-    return multiply_row_tiles<Tiles, Code, kScales, 1, false>(tile, cut, prefetch);
+    if (cut.is_full()) return multiply_row_tiles<Tiles, Code, kScales, 1, true>(tile, cut);
+    return multiply_row_tiles<Tiles, Code, kScales, 1, false>(tile, cut);
   }
-  if (cut.is_full()) return multiply_row_tiles<Tiles, Code, kScales, 2, true>(tile, cut, prefetch);
-  multiply_row_tiles<Tiles, Code, kScales, 2, false>(tile, cut, prefetch);
+  if (cut.is_full()) return multiply_row_tiles<Tiles, Code, kScales, 2, true>(tile, cut);
+  multiply_row_tiles<Tiles, Code, kScales, 2, false>(tile, cut);
 }
 
 }  // namespace sluice::cpu::HWY_NAMESPACE

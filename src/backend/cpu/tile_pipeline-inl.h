@@ -8,7 +8,9 @@
 // A unit is 1 or 2 tiles of rows x 1 or 2 blocks x one scale group: 4 C, 2 A and 2 B are all
 // registers there are. Its sums stay in C until the first products of the next unit want that
 // register. Then they go through memory to the vector registers, which scale and add them between
-// the next products: each takes 16 cycles, in which nothing else waits for it.
+// the next products: each takes 16 cycles, in which nothing else waits for it. What later units
+// read is asked for there, too, a few lines at a time: where a tile's lines are not in L1, it waits
+// for them, and the products behind it with it.
 //
 // Exact     digits.h says when float32 holds all sums of main digits. Rows for which it may not
 //           (TileLows::magnitude) take each 32 k by itself and add them as integers. Low digits
@@ -51,7 +53,7 @@ class TilePipeline {
   /// of the first block.
   template <int kBlocks>
   HWY_NOINLINE void add(const std::uint16_t* weights, const UnitRows<kRowTiles>& rows, int part,
-                        const float* scales, float* acc) {
+                        const float* scales, float* acc, const Ahead<kRowTiles>& ahead) {
     UnitSums<kRowTiles>& now = units_[next_];
     UnitSums<kRowTiles>& before = units_[next_ ^ 1];
     next_ ^= 1;
@@ -66,10 +68,11 @@ class TilePipeline {
       constexpr int kQuarters = 4 / kScales;
       multiply_low<kBlocks>(tiles_, weights, rows, part * kQuarters, (part + 1) * kQuarters, now);
     }
+    if (!rolls || !in_tiles_) ahead.ask();
     if constexpr (kFull && kScales == 1 && kBlocks == 2) {
       constexpr int kSteps = kGroup / kTileK;
       if (rolls && in_tiles_) {
-        multiply<2, true>(weights, rows.digits, 0, kSteps, Between(before, *this));
+        multiply<2, true>(weights, rows.digits, 0, kSteps, Between(before, *this, ahead));
         before.num_blocks = 0;
         return;
       }
@@ -102,8 +105,10 @@ class TilePipeline {
   /// are in memory.
   class Between {
    public:
-    HWY_INLINE Between(UnitSums<kRowTiles>& unit, TilePipeline& pipeline)
+    HWY_INLINE Between(UnitSums<kRowTiles>& unit, TilePipeline& pipeline,
+                       const Ahead<kRowTiles>& ahead)
         : unit_(unit),
+          ahead_(ahead),
           sum_(pipeline.sum_[0][0]),
           block_acc_(pipeline.block_acc_),
           pipeline_(pipeline),
@@ -118,6 +123,7 @@ class TilePipeline {
     HWY_INLINE void operator()(int slot) const {
       constexpr int kFirst = kRowTiles * 2, kSlots = 3 * kFirst, kRows = kRowTiles * kTileRows;
       static_assert(kFirst + kSlots == kGroup / kTileK * kRowTiles * 2);
+      ahead_.ask(slot, kFirst + kSlots);
       if (slot < kFirst) return;
       if (slot == kFirst && unit_.lows != nullptr) add_low(unit_, pipeline_.sum_);
       const int first_row = (slot - kFirst) * kRows / kSlots;
@@ -142,6 +148,7 @@ class TilePipeline {
 
    private:
     UnitSums<kRowTiles>& unit_;
+    const Ahead<kRowTiles> ahead_;
     const float* sum_;
     std::int64_t block_acc_;
     TilePipeline& pipeline_;

@@ -58,6 +58,29 @@ struct UnitRows {
   }
 };
 
+/// What later units want in L1: codes of up to two blocks, and digits of kRowTiles tiles. Null is
+/// nothing.
+template <int kRowTiles>
+struct Ahead {
+  const std::uint8_t* codes[2] = {};
+  const std::uint8_t* digits = nullptr;
+  /// Asks for all of it.
+  HWY_INLINE void ask() const { ask(0, 1); }
+  /// Or for one of `num_shares`.
+  HWY_INLINE void ask(int share, int num_shares) const {
+    ask(codes[0], kGroupLines / num_shares, share);
+    ask(codes[1], kGroupLines / num_shares, share);
+    ask(digits, kRowTiles * kTileRows * kMainDigitBytes / kLineBytes / num_shares, share);
+  }
+
+ private:
+  static HWY_INLINE void ask(const std::uint8_t* from, int lines, int share) {
+    if (from == nullptr) return;
+#pragma GCC unroll 8
+    for (int i = 0; i < lines; ++i) __builtin_prefetch(from + (share * lines + i) * kLineBytes);
+  }
+};
+
 /// What becomes of a unit's sums.
 template <int kRowTiles>
 struct UnitSums {
