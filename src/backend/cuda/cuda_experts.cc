@@ -3,6 +3,7 @@
 #include <cuda_runtime_api.h>
 
 #include <algorithm>
+#include <iterator>
 
 #include "backend/check_experts.h"
 #include "backend/cuda/check.h"
@@ -104,12 +105,20 @@ void CudaExperts::repack(int first, std::span<const ExpertSource> sources,
     const auto at = static_cast<std::size_t>(index);
     std::byte* const gate_up_out = packed.gate_up + at * sizes.gate_up_bytes;
     std::byte* const down_out = packed.down + at * sizes.down_bytes;
-    if (!overlaps_itself(format, packed, index, sources[i])) {
+    if (overlaps_itself(format, packed, index, sources[i])) {
+      repack_aside(index, sources[i], gate_up_out, down_out, stream);
+    } else {
       repack_expert(index, sources[i], gate_up_out, down_out, stream);
-      continue;
     }
-    repack_aside(index, sources[i], gate_up_out, down_out, stream);
+    if (index == 0 && std::ssize(sources) == format.num_experts) choose_code(stream);
   }
+}
+
+void CudaExperts::choose_code(cuda::StreamHandle stream) {
+  if (code != cuda::WeightCode::kSignMagnitude || found_so_far(stream).has_minus8 == 0) return;
+  code = cuda::WeightCode::kOnesComplement;
+  cuda::launch_recode(packed.gate_up, gate_up_shape, 1, stream);
+  cuda::launch_recode(packed.down, down_shape, 1, stream);
 }
 
 void CudaExperts::repack_half(int index, bool is_gate_up, const MatrixSource& first,
@@ -184,12 +193,17 @@ void CudaExperts::take_any_expert(cuda::StreamHandle stream) {
   SLUICE_CUDA_CHECK(cudaStreamSynchronize(static_cast<cudaStream_t>(stream)));
 }
 
-void CudaExperts::finish(cuda::StreamHandle stream) {
+cuda::RepackFindings CudaExperts::found_so_far(cuda::StreamHandle stream) const {
   const auto queue = static_cast<cudaStream_t>(stream);
   cuda::RepackFindings found;
   SLUICE_CUDA_CHECK(
       cudaMemcpyAsync(&found, findings->data(), sizeof(found), cudaMemcpyDeviceToHost, queue));
   SLUICE_CUDA_CHECK(cudaStreamSynchronize(queue));
+  return found;
+}
+
+void CudaExperts::finish(cuda::StreamHandle stream) {
+  const cuda::RepackFindings found = found_so_far(stream);
   throw_scale_fault(found.scale_fault, format);
   if (found.has_minus8 != 0 || found.has_far != 0) take_any_expert(stream);
   findings.reset();

@@ -83,6 +83,10 @@ struct CudaExperts final : PreparedExperts {
   /// Of one that would overwrite itself.
   void repack_aside(int index, const ExpertSource& source, std::byte* gate_up_out,
                     std::byte* down_out, cuda::StreamHandle stream);
+  /// After the first expert of a whole layer: if it has a -8, the others are packed for that at
+  /// once, and finish() need not go over all of them. Waits for the stream.
+  void choose_code(cuda::StreamHandle stream);
+  [[nodiscard]] cuda::RepackFindings found_so_far(cuda::StreamHandle stream) const;
 };
 
 /// What the experts of a layer have in common, and are refused without.
