@@ -127,6 +127,29 @@ inline void expect_packing_in_place(Backend& backend, const PackedBytes& bytes_o
   }
 }
 
+/// Down's codes of every expert lie where its gate and up are packed to, and must be read before.
+inline void expect_down_is_read_first(Backend& backend, const PackedBytes& bytes_of) {
+  const RepackCase c = repack_cases(512, 384)[0];
+  const ExpertWeights weights = random_experts(c.geometry, c.scale_dtype, 14, c.range);
+  const Bytes wanted = bytes_of(*ops(backend).prepare(weights));
+  const DeviceStack stack(weights, {.name = ""}, backend);
+  StackedSources found = stacked_sources(stack.weights);
+  const PackedSizes sizes = packed_sizes(found.format, backend.device().kind);
+  const std::size_t total = packed_bytes(found.format, backend.device().kind);
+  const std::size_t codes = stack.weights.w2.tensor.bytes() / found.experts.size();
+  const auto memory = backend.allocate(total);
+  std::byte* place = memory->data();
+  for (ExpertSource& e : found.experts) {
+    backend.copy_on_device(place, e.down.codes, codes, backend.stream());
+    e.down.codes = place;
+    place += sizes.gate_up_bytes;
+  }
+  MutableTensorView room;
+  room.data = memory->data(), room.dtype = DType::kUInt8;
+  room.shape = {static_cast<std::int64_t>(total)}, room.device = backend.device();
+  EXPECT_TRUE(bytes_of(*repacked(found, backend, room)) == wanted);
+}
+
 /// The first bad scale is named, whoever finds it first.
 inline void expect_bad_scales_are_named(Backend& backend) {
   const float nan = std::numeric_limits<float>::quiet_NaN();

@@ -34,6 +34,10 @@ TEST(CpuRepack, InTheMemoryOfTheCodes) {
   expect_packing_in_place(*make_backend({.num_threads = 2}), bytes_of);
 }
 
+TEST(CpuRepack, DownInThePlaceOfGateAndUp) {
+  expect_down_is_read_first(*make_backend({.num_threads = 2}), bytes_of);
+}
+
 TEST(CpuRepack, BadScalesAreNamed) {
   expect_bad_scales_are_named(*make_backend({.num_threads = 2}));
 }

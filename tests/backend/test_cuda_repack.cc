@@ -27,6 +27,10 @@ TEST_F(CudaRepackTest, InTheMemoryOfTheCodes) {
   expect_packing_in_place(*backend_, bytes_of());
 }
 
+TEST_F(CudaRepackTest, DownInThePlaceOfGateAndUp) {
+  expect_down_is_read_first(*backend_, bytes_of());
+}
+
 TEST_F(CudaRepackTest, BadScalesAreNamed) {
   expect_bad_scales_are_named(*backend_);
 }
