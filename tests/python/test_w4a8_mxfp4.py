@@ -195,8 +195,9 @@ def test_local_experts_of_a_checkpoint_take_the_models_own_width(tmp_path, backe
     mxfp4_files.write(folder, "deepseek_v4", 160, 96)
     reference = mxfp4_files.Layer(folder)
     (folder / "config.json").write_text(json.dumps({
-        "model_type": "deepseek_v4", "hidden_size": 160, "moe_intermediate_size": 96, "swiglu_limit": 0.75,
-        "n_routed_experts": mxfp4_files.EXPERTS, "num_experts_per_tok": mxfp4_files.TOPK, "num_hidden_layers": 4,
+        "model_type": "deepseek_v4", "hidden_size": 160, "moe_intermediate_size": 96,
+        "swiglu_limit": reference.activation[1]["limit"], "n_routed_experts": mxfp4_files.EXPERTS,
+        "num_experts_per_tok": mxfp4_files.TOPK, "num_hidden_layers": 4,
         "expert_dtype": "fp4", "quantization_config": mxfp4_files.QUANTIZATION["deepseek_v4"]}))
     checkpoint = sluice.Checkpoint(folder)
     assert (checkpoint.geometry.token_width, checkpoint.geometry.hidden) == (160, 256)
