@@ -89,7 +89,7 @@ def weights_of(layer, expert):
 def expected(x, ids, weights, matrices):
     y = torch.zeros(x.shape, device=x.device)
     for t, k in ((t, k) for t in range(len(x)) for k in range(TOPK)):
-        gate_up, down = matrices[int(ids[t, k])]
+        gate_up, down = (w.to(x.device) for w in matrices[int(ids[t, k])])
         gate, up = (gate_up @ x[t].float()).chunk(2)
         y[t] += weights[t, k] * (down @ (torch.nn.functional.silu(gate) * up))
     return y
@@ -134,7 +134,7 @@ def make_layers(rank, folder, draw):
             layer = rank.layer(folder, load=False)
             fill(layer, draw)
         if first is None:
-            first = [weights_of(layer, e) for e in range(EXPERTS)]
+            first = [[w.cpu() for w in weights_of(layer, e)] for e in range(EXPERTS)]  # Leaves no holes on the GPU.
         size = sum(p.numel() * p.element_size() for p in layer.parameters()) / 2**20
         if DEVICE == "cuda":
             torch.cuda.empty_cache()
@@ -188,8 +188,9 @@ def check(y, largest, given, rows, matrices, tokens):
     else:
         expert = int(rows.masked_m.argmax())
         read = rows.hidden_states[expert, :1].float() * rows.hidden_states_scale[expert, :1].repeat_interleave(128, -1)
-        gate, up = (read @ matrices[expert][0].T).chunk(2, -1)
-        wanted, got = (torch.nn.functional.silu(gate) * up) @ matrices[expert][1].T, y[expert, :1].float()
+        gate_up, down = (w.to(y.device) for w in matrices[expert])
+        gate, up = (read @ gate_up.T).chunk(2, -1)
+        wanted, got = (torch.nn.functional.silu(gate) * up) @ down.T, y[expert, :1].float()
     off = float((got - wanted).norm() / wanted.norm())
     assert off < 0.05, f"relative L2 {off} from float32"
     return off
