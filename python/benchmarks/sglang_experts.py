@@ -3,9 +3,10 @@
     sglang_experts.py [none | deepep] [cpu]     # build/engines/sglang has SGLang's files (scripts/setup.sh)
 
 R1's 32 local experts of one rank, random weights, four layers; with cpu toy sizes and no times. `none` is
---moe-a2a-backend none, `deepep` the experts of low latency. Every graph's output is compared with the calls that it
-was captured from, and with the same tokens in the largest batch, bit by bit; the first layer with float32 of its
-weights. Then its time in a graph of all layers is set beside that of Sluice's expert stage alone on as many rows.
+--moe-a2a-backend none, where each rank has all tokens and an eighth of their entries, `deepep` the experts of low
+latency. Every graph's output is compared with the calls that it was captured from, and with `none` with the same tokens
+in the largest batch, bit by bit; the first layer with float32 of its weights. Then its time in a graph of all layers
+is set beside that of Sluice's expert stage alone on as many rows.
 """
 
 import json
@@ -88,7 +89,7 @@ def weights_of(layer, expert):
 
 def expected(x, ids, weights, matrices):
     y = torch.zeros(x.shape, device=x.device)
-    for t, k in ((t, k) for t in range(len(x)) for k in range(TOPK)):
+    for t, k in (ids >= 0).nonzero().tolist():
         gate_up, down = (w.to(x.device) for w in matrices[int(ids[t, k])])
         gate, up = (gate_up @ x[t].float()).chunk(2)
         y[t] += weights[t, k] * (down @ (torch.nn.functional.silu(gate) * up))
@@ -96,8 +97,13 @@ def expected(x, ids, weights, matrices):
 
 
 def batch(tokens, draw):
+    """`none`: every rank has all tokens, and one of eight entries is of its experts. The first token has two."""
     x = torch.randn(tokens, HIDDEN, generator=draw, device=DEVICE).bfloat16()
-    ids = torch.rand(tokens, EXPERTS, generator=draw, device=DEVICE).argsort(1)[:, :TOPK].int()
+    num = EXPERTS * (8 if MODE == "none" else 1)
+    ids = torch.rand(tokens, num, generator=draw, device=DEVICE).argsort(1)[:, :TOPK].int()
+    if MODE == "none":
+        ids = torch.where(ids < EXPERTS, ids, -1)
+        ids[0] = torch.tensor([3, 1] + [-1] * (TOPK - 2), device=DEVICE)
     return x, ids, torch.rand(tokens, TOPK, generator=draw, device=DEVICE)
 
 
@@ -156,7 +162,7 @@ class Dispatched:
     """As SGLang's dispatcher leaves rows for its low-latency experts."""
 
     def __init__(self, x, ids):
-        counts = torch.bincount(ids.flatten(), minlength=EXPERTS).int()
+        counts = torch.bincount(ids[ids >= 0], minlength=EXPERTS).int()
         rows = torch.zeros(EXPERTS, 128, HIDDEN, device=DEVICE)
         for expert in range(EXPERTS):
             chosen = x[(ids == expert).any(1)].float()
@@ -209,11 +215,11 @@ def main():
     largest = call_of(layers, given, None)()[0].clone() if MODE == "none" else None
     for tokens in SIZES:
         part = [t[:tokens].contiguous() for t in given]
-        rows = Dispatched(part[0], part[1]) if tokens <= 128 else None
+        rows = Dispatched(part[0], part[1]) if tokens <= 256 else None
         call = call_of(layers, part, rows)
         once = [y.clone() for y in call()]
         off = check(once[0], largest, part, rows, matrices, tokens)
-        line = f"{MODE}, {tokens} tokens, {tokens * TOPK} rows: relative L2 {off:.3f}"
+        line = f"{MODE}, {tokens} tokens, {int((part[1] >= 0).sum())} rows: relative L2 {off:.3f}"
         if DEVICE == "cuda":
             graph, results = graph_of(call)
             for y in results:
