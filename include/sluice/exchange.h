@@ -34,6 +34,7 @@ namespace sluice {
 class Backend;
 class DeviceBuffer;
 class Layer;
+class LayerGroup;
 class Transport;
 
 /// Limits of an Exchange. The same on every rank; create() checks that they agree.
@@ -60,8 +61,7 @@ struct ExchangeConfig {
   float routed_scaling_factor = 1.0f;              ///< Applied once, by combine().
   int num_in_flight = 2;                           ///< Dispatched values alive at once, 1 .. 8.
   std::chrono::milliseconds peer_timeout{10'000};  ///< Longest wait for any one peer.
-  /// CUDA: the most SMs one operation may use; 0 = this rank's even share of its device, which is
-  /// also the limit, so that the waiting kernels of all ranks on a device can run at once.
+  /// CUDA: the most SMs one operation may use; 0 = this rank's even share of its device, the limit.
   int num_sms = 0;
 
   [[nodiscard]] int total_slots() const noexcept {
@@ -73,8 +73,8 @@ struct ExchangeConfig {
   }
 };
 
-/// A placement where dispatches read it: on CUDA, a table in the device's memory that stays where
-/// it is when the placement is replaced. So a captured graph goes on with the new one.
+/// A placement where dispatches read it: on CUDA, a table in the device's memory that stays there
+/// when the placement is replaced, so that a captured graph goes on with the new one.
 class ExpertSlots {
  public:
   /// Borrows `backend`.   Throws: kOutOfMemory.
@@ -102,22 +102,23 @@ class ExpertSlots {
   std::unique_ptr<DeviceBuffer> table_;
 };
 
-/// The router's choice for each token. Read during dispatch() and again by combine(): the caller
-/// keeps the memory unchanged until combine() has run.
+/// The router's choice for each token, unchanged from dispatch() until combine() has run.
 struct Routing {
   TensorView topk_idx;      ///< [num_tokens, num_topk] int32 or int64; -1 leaves an entry empty.
   TensorView topk_weights;  ///< [num_tokens, num_topk] float32; used as given.
   /// [num_local_experts] int64 in the backend's memory, or empty: to each, dispatch adds the rows
-  /// that the local expert receives. It costs nothing that a timer shows, and may be captured in a
-  /// graph. Nobody else writes there while calls are queued.
+  /// that the local expert receives. Nobody else writes there while calls are queued.
   MutableTensorView row_totals = {};
   /// Where the experts are, for an exchange with num_slots; a Layer sets its own. The same value on
   /// every rank: the exchange does not compare it, LayerGroup and Layer::rebalance() do.
   const ExpertSlots* slots = nullptr;
+  /// Which of the layers that share the exchange this is for, 1 .. kMaxLayer, or 0; a Layer sets
+  /// its own. Ranks that dispatch for different layers find that out before a row is used.
+  int layer = 0;
+  static constexpr int kMaxLayer = 65535;
 };
 
 /// Rows received by one rank.
-///
 /// kLowLatency, masked layout: local expert e has rows [e * max_m, e * max_m + num_rows[e]).
 /// kNormal, contiguous layout: local expert e has rows [row_begin[e], row_begin[e] + num_rows[e]).
 /// Rows outside these ranges hold unspecified bytes.
@@ -130,8 +131,8 @@ struct ExpertBatch {
   int expected_m = 0;    ///< Mean rows per expert, from host data. A tuning hint only.
 };
 
-/// What dispatch() returns: the batch, and the way home for its rows. Move-only; its memory belongs
-/// to the Exchange and returns to it when this is consumed by combine() or destroyed.
+/// What dispatch() returns: the batch, and the way home for its rows. Its memory returns to the
+/// Exchange when this is consumed by combine() or destroyed.
 class Dispatched {
  public:
   Dispatched(Dispatched&&) noexcept;
@@ -167,10 +168,11 @@ struct ExchangeCounters {
 /// Dispatch and combine for one expert-parallel group.
 ///
 /// Threads: one at a time. Ranks: create(), dispatch() and combine() are collective, and every rank
-/// makes the same calls in the same order.
+/// makes the same calls in the same order. A call that throws kInvalidArgument has not been made:
+/// a rank on which it does so alone makes it again, or all ranks make a new exchange.
 class Exchange {
  public:
-  /// Bytes create() will take on each rank, in memory of `kind` (docs/design.md has the formula).
+  /// Bytes create() will take on each rank, in memory of `kind` (docs/design.md).
   [[nodiscard]] static std::size_t workspace_bytes(const ExchangeConfig& config, int num_ranks,
                                                    Device::Kind kind = Device::Kind::kHost);
 
@@ -190,29 +192,27 @@ class Exchange {
 
   [[nodiscard]] const ExchangeConfig& config() const noexcept;
   [[nodiscard]] int num_local_experts() const noexcept;
-  /// Rows that batch().x holds: num_local_experts * max_m, or the most that normal mode can
-  /// receive.
+  /// Rows of batch().x: num_local_experts * max_m, or the most that normal mode receives.
   [[nodiscard]] std::int64_t max_rows() const noexcept;
-  /// What create() took on this rank: workspace_bytes(), counted from the buffers there are.
+  /// What create() took on this rank: workspace_bytes(), counted.
   [[nodiscard]] std::size_t held_bytes() const noexcept;
 
   /// Quantizes `x` to the wire format and sends each token to its experts' ranks.
   ///
   /// x:       [num_tokens, hidden] bf16, num_tokens <= max_tokens_per_rank; 0 is fine.
-  /// static_scale: s1 of the layer, for WireFormat::kE4m3Static; 0 for the other formats.
-  ///          It belongs to the dispatch because layers that share an exchange have scales of their
-  ///          own. It is not sent: whoever reads the rows knows the layer and its s1. Every rank
-  ///          gives the same value. The exchange does not compare them; LayerGroup does when it
-  ///          makes a layer.
+  /// static_scale: s1 of the layer, for WireFormat::kE4m3Static; 0 for the other formats. It is not
+  ///          sent: whoever reads the rows knows the layer. Every rank gives the same value, which
+  ///          LayerGroup compares, and not the exchange.
   /// Stream:  asynchronous on CUDA; the batch may be read by later work on `stream`. No allocation
   ///          and no host synchronization: may be captured in a CUDA graph and replayed, also
   ///          interleaved with other graphs of this exchange, in the same order on every rank. On
-  ///          CUDA over several hosts normal mode waits for the stream once, since hosts tell each
-  ///          other sizes first; it refuses to be captured.
+  ///          CUDA over several hosts normal mode waits for the stream once, for sizes; it refuses
+  ///          to be captured.
   /// Throws:  kInvalidArgument before anything is sent; the same on *every* rank when an expert
-  ///          would receive more than its capacity. kPeerTimeout names operation, epoch and
-  ///          missing ranks. On CUDA what the device finds is thrown by the next dispatch or by
-  ///          check(): a refused dispatch has no rows and its combine gives rows of NaN.
+  ///          would receive more than max_m rows. kPeerTimeout names operation, epoch and missing
+  ///          ranks, kTransport those whose dispatch is for another layer. On CUDA what the device
+  ///          finds is thrown by the next dispatch or by check(): a refused dispatch has no rows
+  ///          and its combine gives rows of NaN.
   [[nodiscard]] Dispatched dispatch(TensorView x, const Routing& routing, Stream stream,
                                     float static_scale = 0);
 
@@ -227,8 +227,7 @@ class Exchange {
   /// y:        [num_tokens, hidden] bf16.
   void combine(Dispatched dispatched, TensorView expert_y, MutableTensorView y, Stream stream);
 
-  /// The halves of dispatch() and combine(): work queued between the two overlaps the transfer.
-  /// batch() is valid after dispatch_receive(). A Dispatched passes through the four in this order.
+  /// The halves of both, for work between them. batch() is valid after dispatch_receive().
   [[nodiscard]] Dispatched dispatch_send(TensorView x, const Routing& routing, Stream stream,
                                          float static_scale = 0);
   void dispatch_receive(Dispatched& dispatched, Stream stream);
@@ -243,6 +242,7 @@ class Exchange {
   struct Impl;  ///< Internal: one implementation per memory kind.
 
  private:
+  friend class LayerGroup;
   explicit Exchange(std::unique_ptr<Impl> impl) noexcept;
   std::unique_ptr<Impl> impl_;
 };

@@ -17,7 +17,7 @@
 //
 // Threads: one at a time, for a group and all its layers together.
 // Ranks: create(), add_layer(), forward(), dispatch_send() and finish() are collective. Every rank
-// makes the same calls in the same order, of the same layers.
+// makes the same calls in the same order, of the same layers; one that differs is named by all.
 // Placement: with num_slots, a layer's experts lie where its Placement says, and rebalance() moves
 // them between two calls. Everything else here speaks of logical experts; num_local_experts is then
 // the number of this rank's slots.

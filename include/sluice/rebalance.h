@@ -9,7 +9,8 @@
 // elsewhere are written later; where experts change places in a ring, one of them is kept aside.
 //
 // Every rank makes the same plan from the two placements; nothing is negotiated. Outputs before and
-// after are the same bits. Captured CUDA graphs stay valid: no memory moves.
+// after are the same bits. Captured CUDA graphs stay valid: no memory moves. A layer with calls
+// between dispatch_send() and finish() refuses (kInvalidArgument).
 //
 // A failure half-way leaves experts in the wrong places. So the layer refuses every later call, on
 // every rank, with the first failure in the message; read the layer again.

@@ -57,7 +57,7 @@ class TrafficModel {
     if (machine_.rules == ExchangeRules::kDeepEpNormal) return by_host(spread_.hosts, token_);
     const double record = align16(token_ + 4 + 4 * topk_ + (has_parts_ ? 4 * topk_ : 0.0));
     const double header =
-        align16(4 + (is_normal() ? 0.0 : 4.0 * static_cast<double>(spread_.slots.size())));
+        align16(8 + (is_normal() ? 0.0 : 4.0 * static_cast<double>(spread_.slots.size())));
     const double headers = (hosts_ - 1) * header;
     if (!is_normal()) {
       const double piece = (hosts_ - 1) * (header + piece_tokens() * record);

@@ -25,6 +25,7 @@ Layer::Impl::Impl(std::shared_ptr<LayerGroup::Impl> shared, const AgreedLayer& a
     : group(std::move(shared)),
       id(++num_layers_made),
       name(agreed.name),
+      number(agreed.number),
       experts(shapes, std::move(prepared), group->scratch, *group->backend) {
   if (group->config.num_slots != 0) {
     slots.emplace(agreed.placement, *group->backend);
@@ -106,8 +107,10 @@ void Layer::forward(Mode mode, TensorView x, const Routing& routing, MutableTens
   self.stats = {};
   self.started = self.mark = Impl::Clock::now();
   self.group->order->before(stream);
-  Dispatched dispatched = m.exchange->dispatch(self.group->padded(x, stream), self.counted(placed),
-                                               stream, m.recipe.wire_static_scale());
+  Dispatched dispatched = self.group->dispatch_in(*m.exchange, self.number, [&] {
+    return m.exchange->dispatch(self.group->padded(x, stream), self.counted(placed), stream,
+                                m.recipe.wire_static_scale());
+  });
   self.stats.times.dispatch_us = self.stage_us(self.mark, stream);
   self.run(m, std::move(dispatched), y, stream);
   self.group->order->after(stream);
@@ -117,12 +120,13 @@ Dispatched Layer::dispatch_send(Mode mode, TensorView x, const Routing& routing,
   Impl::ModeOfLayer& m = impl_->mode(mode);
   const Routing placed = impl_->placed(routing);
   impl_->group->order->before(stream);
-  Dispatched dispatched =
-      m.exchange->dispatch_send(impl_->group->padded(x, stream), impl_->counted(placed), stream,
-                                m.recipe.wire_static_scale());
+  Dispatched dispatched = impl_->group->dispatch_in(*m.exchange, impl_->number, [&] {
+    return m.exchange->dispatch_send(impl_->group->padded(x, stream), impl_->counted(placed),
+                                     stream, m.recipe.wire_static_scale());
+  });
   impl_->group->order->after(stream);
   dispatched.route_->layer = impl_->id;
-  dispatched.route_->num_rebalances = impl_->moves.num_rebalances;
+  dispatched.route_->is_in_flight = impl_->in_flight;
   dispatched.route_->keeps = impl_->group;
   dispatched.route_->mode = mode;
   return dispatched;
@@ -134,13 +138,12 @@ void Layer::finish(Dispatched dispatched, MutableTensorView y, Stream stream) {
   check_argument(dispatched.route_->layer == impl_->id,
                  "finish of a Dispatched that {} did not make", self.name);
   (void)self.placed({});
-  check_argument(dispatched.route_->num_rebalances == self.moves.num_rebalances,
-                 "finish: the experts of {} have moved since dispatch_send()", self.name);
   Impl::ModeOfLayer& m = self.mode(dispatched.route_->mode);
   self.stats = {};
   self.started = self.mark = Impl::Clock::now();
   self.group->order->before(stream);
-  m.exchange->dispatch_receive(dispatched, stream);
+  self.group->dispatch_in(*m.exchange, self.number,
+                          [&] { m.exchange->dispatch_receive(dispatched, stream); });
   self.stats.times.dispatch_us = self.stage_us(self.mark, stream);
   self.run(m, std::move(dispatched), y, stream);
   self.group->order->after(stream);
@@ -247,6 +250,7 @@ Routing Layer::Impl::placed(const Routing& routing) const {
   }
   Routing placed = routing;
   placed.slots = slots ? &*slots : nullptr;
+  placed.layer = number;
   return placed;
 }
 

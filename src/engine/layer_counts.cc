@@ -39,7 +39,8 @@ std::vector<std::int64_t> Layer::counted_rows(Stream stream) const {
 
 std::vector<std::int64_t> Layer::counted_rows_of_all(Stream stream) const {
   const Impl& self = *impl_;
-  const std::vector<std::int64_t> mine = counted_rows(stream);
+  std::vector<std::int64_t> mine = counted_rows(stream);
+  mine.push_back(self.number);  // Of which layer they are.
   const auto of_ranks = self.group->transport->all_gather(std::as_bytes(std::span(mine)),
                                                           self.group->config.peer_timeout);
   const Placement& where = self.placement();
@@ -49,6 +50,14 @@ std::vector<std::int64_t> Layer::counted_rows_of_all(Stream stream) const {
     const auto& bytes = of_ranks[static_cast<std::size_t>(r)];
     SLUICE_ASSERT(bytes.size() == part.size() * sizeof(part[0]));
     std::memcpy(part.data(), bytes.data(), bytes.size());
+    const auto layer = static_cast<int>(part.back());
+    if (layer != self.number) {
+      fail_of_ranks(ErrorCode::kTransport, {r},
+                    "counted_rows_of_all: rank {} counts for {}, rank {} for {}: ranks must make "
+                    "the same calls in the same order",
+                    r, self.group->name_of_layer(layer), self.group->transport->rank(),
+                    self.group->name_of_layer(self.number));
+    }
     const std::span<const int> experts = where.slot_experts(r);
     for (std::size_t i = 0; i < experts.size(); ++i) {
       if (experts[i] != kEmptySlot) rows[static_cast<std::size_t>(experts[i])] += part[i];

@@ -10,6 +10,7 @@
 #include "core/fail.h"
 #include "engine/layer_impl.h"
 #include "exchange/agreement.h"
+#include "exchange/impl.h"
 #include "sluice/config.h"
 #include "sluice/layer.h"
 #include "sluice/quant.h"
@@ -230,10 +231,13 @@ Exchange& LayerGroup::Impl::exchange_for(const LayerRecipe& recipe) {
   const auto found = exchanges.find(key);
   if (found != exchanges.end()) return found->second;
   const Device::Kind device = backend->device().kind;
-  return exchanges
-      .emplace(key, Exchange::create(exchange_config(config, recipe.mode, recipe.wire, device),
-                                     *transport, *backend))
-      .first->second;
+  Exchange& made =
+      exchanges
+          .emplace(key, Exchange::create(exchange_config(config, recipe.mode, recipe.wire, device),
+                                         *transport, *backend))
+          .first->second;
+  made.impl_->layer_name = [this](int number) { return name_of_layer(number); };
+  return made;
 }
 
 Placement LayerGroup::Impl::placement_or_default(const Placement& wanted) const {
@@ -253,11 +257,14 @@ AgreedLayer LayerGroup::Impl::agree(std::string name, const ExpertWeights& shape
                                     std::uint64_t identity, const ModeRecipes& recipes,
                                     const Placement& experts) {
   check_weights(shapes, name, config, placement, transport->rank());
-  AgreedLayer agreed{.name = std::move(name), .recipes = {}, .placement = experts};
+  AgreedLayer agreed{.name = std::move(name), .number = 0, .recipes = {}, .placement = experts};
   agreed.recipes = resolve_recipes(config, recipes, shapes.static_scales, agreed.name);
   require_agreement(
       *transport, layer_agreement(agreed.name, shapes.geometry, identity, agreed.recipes, experts),
       config.peer_timeout);
+  // Counted here: whatever happens to the layer now, ranks go on with the same number.
+  agreed.number = layer_number(layer_names.size());
+  layer_names.push_back(agreed.name);
   return agreed;
 }
 

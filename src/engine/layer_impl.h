@@ -22,6 +22,7 @@ namespace sluice {
 /// A layer on its way: what ranks agreed on before its experts are prepared.
 struct AgreedLayer {
   std::string name;
+  int number = 0;                                     ///< Routing::layer, on every rank the same.
   std::array<std::optional<LayerRecipe>, 2> recipes;  ///< By Mode.
   Placement placement;
 };
@@ -36,9 +37,25 @@ struct LayerGroup::Impl {
   std::map<std::pair<Mode, WireFormat>, Exchange> exchanges;
   std::shared_ptr<ExpertScratch> scratch;
   std::unique_ptr<DeviceBuffer>
-      expert_y;                        ///< [max_rows, hidden] bf16; where the exchange has none.
-  std::unique_ptr<StreamOrder> order;  ///< Of calls: they share scratch, SMs and peers.
-  LayerGroupMemory layers;             ///< Of the layers that are alive: the sums over layers.
+      expert_y;                          ///< [max_rows, hidden] bf16; where the exchange has none.
+  std::unique_ptr<StreamOrder> order;    ///< Of calls: they share scratch, SMs and peers.
+  LayerGroupMemory layers;               ///< Of the layers that are alive: the sums over layers.
+  std::vector<std::string> layer_names;  ///< Of all layers that ranks agreed on, in order.
+  /// Of a Routing::layer.
+  [[nodiscard]] std::string name_of_layer(int number) const;
+  /// Runs `dispatch`, the part of a call of layer `number` that waits for other ranks' dispatches.
+  /// Throws: what it throws; kTransport instead of kPeerTimeout where a rank that is missing in
+  /// `exchange` has begun a dispatch in another exchange of the group that this rank has not.
+  template <class Dispatch>
+  auto dispatch_in(const Exchange& exchange, int number, const Dispatch& dispatch) {
+    try {
+      return dispatch();
+    } catch (const Error& error) {
+      explain_timeout(error, exchange, number);
+    }
+  }
+  /// Throws `error`, or what dispatch_in() says.
+  [[noreturn]] void explain_timeout(const Error& error, const Exchange& exchange, int number) const;
 
   /// Tokens of all `hidden` channels, for callers who bring the model's own; null where these are
   /// as many. In padded_x the channels behind the model's are zeros.
@@ -99,6 +116,7 @@ struct Layer::Impl {
   std::shared_ptr<LayerGroup::Impl> group;
   std::uint64_t id;  ///< Of this layer alone in this process; an address may be used again.
   std::string name;
+  int number;  ///< Routing::layer
   Experts::Impl experts;
   std::array<std::optional<ModeOfLayer>, 2> modes;  ///< By Mode.
 
@@ -107,10 +125,13 @@ struct Layer::Impl {
   std::vector<std::uint64_t> expert_digests;  ///< [num_experts], where the group has slots.
   std::optional<Error> half_moved;            ///< A rebalance() that failed: no call may follow it.
   RebalanceCounters moves;                    ///< Of every rebalance() to another placement.
+  /// Shared with each call between dispatch_send() and finish(), which keep the experts in place.
+  std::shared_ptr<const void> in_flight = std::make_shared<char>();
   [[nodiscard]] const Placement& placement() const noexcept {
     return slots ? slots->placement() : fixed_placement;
   }
-  /// `routing` with this layer's slots.   Throws: kTransport if the experts are half moved.
+  /// `routing` with this layer's number and slots.
+  /// Throws: kTransport if the experts are half moved.
   [[nodiscard]] Routing placed(const Routing& routing) const;
   /// Collective: moves the experts, and lets calls see it. After an error half-way the layer is
   /// half_moved.
@@ -136,6 +157,8 @@ struct Layer::Impl {
   [[nodiscard]] double stage_us(Clock::time_point& start, Stream stream);
 };
 
+/// Routing::layer of the layer that ranks agreed on after `count` others.
+[[nodiscard]] int layer_number(std::size_t count);
 /// Of one mode: ranks, capacity and wire format decide everything that an exchange is.
 [[nodiscard]] ExchangeConfig exchange_config(const LayerGroupConfig& config, Mode mode,
                                              WireFormat wire, Device::Kind device);

@@ -148,6 +148,11 @@ RebalanceStats Layer::rebalance(const Placement& to, Stream stream,
                  "{}: rebalance needs slots: its group was made without num_slots", self.name);
   check_argument(options.max_experts_held >= 2, "max_experts_held {} is less than 2",
                  options.max_experts_held);
+  const long num_in_flight = self.in_flight.use_count() - 1;
+  check_argument(num_in_flight == 0,
+                 "{}: {} call(s) are between dispatch_send() and finish(), with rows for experts "
+                 "where they are now: finish or destroy them before rebalance()",
+                 self.name, num_in_flight);
   const Placement from = self.placement(), wanted = group.placement_or_default(to);
   const auto start = std::chrono::steady_clock::now();
   // This rank's calls have ended, and so have those of every rank that agrees.

@@ -96,6 +96,8 @@ void check_slots(const ExchangeConfig& c, int num_ranks, const ExpertSlots* slot
 void check_dispatch(const ExchangeConfig& c, int num_ranks, const TensorView& x,
                     const Routing& routing, float static_scale, const Device& device) {
   check_slots(c, num_ranks, routing.slots);
+  check_argument(routing.layer >= 0 && routing.layer <= Routing::kMaxLayer,
+                 "routing.layer {} is not in [0, {}]", routing.layer, int{Routing::kMaxLayer});
   if (c.wire == WireFormat::kE4m3Static) {
     check_argument(std::isnormal(static_scale) && static_scale > 0,
                    "static_scale {} is not a positive normal number", static_scale);
@@ -171,6 +173,23 @@ Exchange Exchange::create(const ExchangeConfig& config, Transport& transport, Ba
   impl->num_ranks = transport.num_ranks();
   impl->device = backend.device();
   return Exchange(std::move(impl));
+}
+
+std::string Exchange::Impl::name_of_layer(int layer) const {
+  if (layer == 0) return "no named layer";
+  return layer_name ? layer_name(layer) : fmt::format("layer number {}", layer);
+}
+
+std::string different_calls(
+    const std::vector<std::pair<std::string, std::string>>& ranks_and_layers,
+    const std::string& own_rank, const std::string& own_layer) {
+  std::string text;
+  for (const auto& [ranks, layer] : ranks_and_layers) {
+    text += text.empty() ? fmt::format("rank(s) {} dispatch for {}", ranks, layer)
+                         : fmt::format(", rank(s) {} for {}", ranks, layer);
+  }
+  return fmt::format("{}, rank {} for {}: ranks must make the same calls in the same order", text,
+                     own_rank, own_layer);
 }
 
 ExchangeCounters counters_for(int num_ranks) {

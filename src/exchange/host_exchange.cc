@@ -9,7 +9,8 @@ HostExchange::HostExchange(const ExchangeConfig& config_in, Transport& transport
     : layout_(config_in, transport.num_ranks()),
       backend_(ops(backend)),
       protocol_(layout_, protocol_steps(config_in.mode == Mode::kLowLatency),
-                ProtocolPeers::all(transport.num_ranks()), config_in.peer_timeout, transport),
+                ProtocolPeers::all(transport.num_ranks()), config_in.peer_timeout, transport,
+                [this](int layer) { return name_of_layer(layer); }),
       staged_(config_in, backend_),
       parts_(config_in, transport.num_ranks()) {
   config = config_in;
@@ -36,7 +37,7 @@ HostExchange::HostRoute::~HostRoute() {
 std::unique_ptr<Dispatched::Route> HostExchange::dispatch_send(TensorView x, const Routing& routing,
                                                                float static_scale, Stream stream) {
   std::vector<std::int32_t> slots = slots_of_entries(config, routing, rank);
-  auto route = std::make_unique<HostRoute>(*this, protocol_.begin());
+  auto route = std::make_unique<HostRoute>(*this, protocol_.begin(routing.layer));
   route->routing = routing;
   route->slots = std::move(slots);
   counters_.saturated_values += staged_.stage(x, static_scale, stream);

@@ -4,6 +4,7 @@
 #include <utility>
 
 #include "core/fail.h"
+#include "exchange/impl.h"
 
 namespace sluice {
 namespace {
@@ -12,8 +13,14 @@ using namespace std::chrono_literals;
 
 /// How often a wait with several hosts looks whom the other rank waits for.
 constexpr std::chrono::milliseconds kLookEvery = 20ms;
-/// Flag::kWaitsFor: how often something was said, since flags only grow; then the rank plus one.
+// Flag::kWaitsFor: how often something was said, since flags only grow; then the rank plus one. The
+// last word of a rank that stops for another layer: kStopped, its own layer, the other rank's
+// layer, and that rank plus one.
 constexpr int kRankBits = 24;
+constexpr std::uint64_t kStopped = std::uint64_t{1} << 63;
+constexpr int rank_of(std::uint64_t word) {
+  return static_cast<int>(word & ((1u << kRankBits) - 1)) - 1;
+}
 
 std::unique_ptr<Window> make_window(Transport& transport, const SlotLayout& layout,
                                     std::chrono::milliseconds timeout) {
@@ -28,26 +35,29 @@ std::unique_ptr<Window> make_window(Transport& transport, const SlotLayout& layo
 
 HostProtocol::HostProtocol(const SlotLayout& layout, std::span<const ProtocolStep> steps,
                            ProtocolPeers peers, std::chrono::milliseconds timeout,
-                           Transport& transport)
+                           Transport& transport, std::function<std::string(int)> name_of_layer)
     : layout_(layout),
       peers_(std::move(peers)),
       rank_(transport.rank()),
       timeout_(timeout),
       window_(make_window(transport, layout_, timeout_)),
       steps_(steps),
+      name_of_layer_(std::move(name_of_layer)),
       wait_ns_(static_cast<std::size_t>(layout_.num_ranks)) {
   SLUICE_ASSERT(layout_.num_slots <= kMaxInFlight);
 }
 
-HostProtocol::Use HostProtocol::begin() {
+HostProtocol::Use HostProtocol::begin(int layer) {
   require_healthy();
   const int slot = slots_.free_slot(layout_.num_slots);
   check_argument(slot >= 0,
                  "{} dispatches are in flight, num_in_flight is {}: combine or destroy one first",
                  layout_.num_slots, layout_.num_slots);
-  await(slot, steps_[0].awaits, slots_.released_epoch(slot), slots_.last_epoch + 1,
-        "dispatch (waiting for a free slot)");
-  return {.slot = slot, .epoch = slots_.take(slot)};
+  const Use next{
+      .slot = slot, .epoch = slots_.last_epoch + 1, .layer = static_cast<std::uint64_t>(layer)};
+  await(next, steps_[0].awaits, slots_.released_epoch(slot), "dispatch (waiting for a free slot)");
+  SLUICE_ASSERT(slots_.take(slot) == next.epoch);
+  return next;
 }
 
 void HostProtocol::release(Use use) noexcept {
@@ -69,7 +79,7 @@ void HostProtocol::stop(Error failure) {
 int HostProtocol::blamed_for(int source) const {
   if (!peers_.has_hosts()) return source;
   const std::uint64_t said = window_->flag(layout_.flag(0, Flag::kWaitsFor, source));
-  const int other = static_cast<int>(said & ((1u << kRankBits) - 1)) - 1;
+  const int other = rank_of(said);
   return other < 0 || other == rank_ ? source : other;
 }
 
@@ -87,9 +97,10 @@ auto HostProtocol::guarded(const char* operation, std::uint64_t epoch, const Ste
   try {
     return step();
   } catch (const Error& error) {
+    // A transport knows ranks, and not on which hosts they are.
     std::string text = error.what();
-    if (peers_.has_hosts() && text.find(" on host ") == std::string::npos) {
-      for (const int lost : error.ranks()) text += fmt::format("; rank {}", peers_.name(lost));
+    for (const int lost : error.ranks()) {
+      if (peers_.has_hosts()) text += fmt::format("; rank {}", peers_.name(lost));
     }
     stop({error.code(),
           fmt::format("{}, epoch {}, rank {}: {}", operation, epoch, peers_.name(rank_), text),
@@ -123,39 +134,97 @@ void HostProtocol::signal_all(const Use& use, Flag kind) {
 }
 
 void HostProtocol::raise(const Use& use, int peer, Flag kind) {
-  guarded(use.operation, use.epoch,
-          [&] { window_->signal(peer, layout_.flag(use.slot, kind, rank_), use.epoch); });
+  guarded(use.operation, use.epoch, [&] {
+    window_->signal(peer, layout_.flag(use.slot, kind, rank_), flag_value(use.epoch, use.layer));
+  });
 }
 
 void HostProtocol::wait_for_all(const Use& use, Flag kind, const char* operation) {
   SLUICE_ASSERT(next_step(use).awaits == kind);
-  await(use.slot, kind, use.epoch, use.epoch, operation);
+  await(use, kind, use.epoch, operation);
+  OtherLayers others;
   for (const int source : peers_.of(awaited_from(kind))) {
     const std::uint64_t seen = window_->flag(layout_.flag(use.slot, kind, source));
+    if (is_for_another_layer(seen, use.epoch, use.layer)) others.emplace(source, layer_of(seen));
     if (!is_out_of_step(seen, use.epoch)) continue;
-    stop({ErrorCode::kTransport,
-          fmt::format("{} on rank {}: rank {} is at epoch {}, expected {}: ranks made "
-                      "different calls",
-                      operation, peers_.name(rank_), peers_.name(source), seen, use.epoch),
-          {source}});
+    stop(
+        {ErrorCode::kTransport,
+         fmt::format("{} on rank {}: rank {} is at epoch {}, expected {}: ranks made "
+                     "different calls",
+                     operation, peers_.name(rank_), peers_.name(source), epoch_of(seen), use.epoch),
+         {source}});
   }
+  if (!others.empty()) stop_for(others, use, operation);
 }
 
-bool HostProtocol::arrives(int source, int flag, std::uint64_t epoch,
-                           std::chrono::steady_clock::time_point deadline) {
+void HostProtocol::stop_for(const OtherLayers& others, const Use& use, const char* operation) {
+  if (peers_.has_hosts()) {  // On one host everybody has seen everybody's flag.
+    const auto& [rank, layer] = *others.begin();
+    const std::uint64_t word = kStopped | use.layer << (kRankBits + kLayerBits) |
+                               layer << kRankBits | static_cast<std::uint64_t>(rank + 1);
+    guarded(operation, use.epoch, [&] {
+      for (const int peer : peers_.of(raised_at(Flag::kWaitsFor))) {
+        if (peer != rank_) window_->signal(peer, layout_.flag(0, Flag::kWaitsFor, rank_), word);
+      }
+    });
+  }
+  std::map<std::uint64_t, std::string> ranks_of_layer;
+  std::vector<int> ranks;
+  for (const auto& [rank, layer] : others) {
+    std::string& names = ranks_of_layer[layer];
+    names += (names.empty() ? "" : ", ") + peers_.name(rank);
+    ranks.push_back(rank);
+  }
+  std::vector<std::pair<std::string, std::string>> named;
+  for (const auto& [layer, names] : ranks_of_layer) {
+    named.emplace_back(names, name_of_layer_(static_cast<int>(layer)));
+  }
+  const std::string own = name_of_layer_(static_cast<int>(use.layer));
+  stop({ErrorCode::kTransport,
+        fmt::format("{}, epoch {}, rank {}: {}", operation, use.epoch, peers_.name(rank_),
+                    different_calls(named, peers_.name(rank_), own)),
+        std::move(ranks)});
+}
+
+void HostProtocol::heed_stop_of(int source, const Use& use, const char* operation) {
+  const std::uint64_t word = window_->flag(layout_.flag(0, Flag::kWaitsFor, source));
+  if ((word & kStopped) == 0) return;
+  const std::uint64_t theirs = layer_of((word & ~kStopped) >> (kRankBits + kLayerBits));
+  const std::uint64_t others = layer_of(word >> kRankBits);
+  // Of two layers that differ, one at least is not this rank's.
+  if (others != use.layer) stop_for({{rank_of(word), others}}, use, operation);
+  stop_for({{source, theirs}}, use, operation);
+}
+
+std::optional<int> HostProtocol::layer_ahead(int source) const {
+  for (int slot = 0; slot < layout_.num_slots; ++slot) {
+    for (const ProtocolStep& step : steps_) {
+      if (step.raises == Flag::kNone || step.raises == Flag::kReleased) continue;
+      const std::uint64_t seen = window_->flag(layout_.flag(slot, step.raises, source));
+      if (epoch_of(seen) > slots_.last_epoch) return static_cast<int>(layer_of(seen));
+    }
+  }
+  return {};
+}
+
+bool HostProtocol::arrives(int source, int flag, std::uint64_t epoch, const Use& use,
+                           const char* operation, std::chrono::steady_clock::time_point deadline) {
   const auto wait_until = [&](std::chrono::steady_clock::time_point until) {
-    return window_->wait_flags(std::span(&flag, 1), epoch, until).empty();
+    return guarded(operation, use.epoch, [&] {
+      const std::uint64_t least = flag_value(epoch, std::uint64_t{0});
+      return window_->wait_flags(std::span(&flag, 1), least, until).empty();
+    });
   };
   if (!peers_.has_hosts()) return wait_until(deadline);
   while (!wait_until(std::min(deadline, std::chrono::steady_clock::now() + kLookEvery))) {
+    heed_stop_of(source, use, operation);
     if (std::chrono::steady_clock::now() >= deadline) return false;
-    say_waits_for(blamed_for(source));
+    guarded(operation, use.epoch, [&] { say_waits_for(blamed_for(source)); });
   }
   return true;
 }
 
-void HostProtocol::await(int slot, Flag kind, std::uint64_t epoch, std::uint64_t op_epoch,
-                         const char* operation) {
+void HostProtocol::await(const Use& use, Flag kind, std::uint64_t epoch, const char* operation) {
   const auto start = std::chrono::steady_clock::now();
   const auto deadline = start + timeout_;
   // One source after another: the time until each arrived is what it kept us waiting.
@@ -163,20 +232,19 @@ void HostProtocol::await(int slot, Flag kind, std::uint64_t epoch, std::uint64_t
   std::vector<int> missing_ranks;
   for (const int source : peers_.of(awaited_from(kind))) {
     const auto before = std::chrono::steady_clock::now();
-    const int flag = layout_.flag(slot, kind, source);
-    const bool late =
-        guarded(operation, op_epoch, [&] { return !arrives(source, flag, epoch, deadline); });
+    const int flag = layout_.flag(use.slot, kind, source);
+    const bool late = !arrives(source, flag, epoch, use, operation, deadline);
     const auto waited = std::chrono::steady_clock::now() - before;
     wait_ns_[static_cast<std::size_t>(source)] += static_cast<std::uint64_t>(
         std::chrono::duration_cast<std::chrono::nanoseconds>(waited).count());
     if (!late) {
       // Whom this rank gives up for stays said.
-      if (missing.empty()) guarded(operation, op_epoch, [&] { say_waits_for(-1); });
+      if (missing.empty()) guarded(operation, use.epoch, [&] { say_waits_for(-1); });
       continue;
     }
     const int lost = blamed_for(source);
     missing += lost == source ? fmt::format(" {} (expected {}, seen {})", peers_.name(source),
-                                            epoch, window_->flag(flag))
+                                            epoch, epoch_of(window_->flag(flag)))
                               : fmt::format(" {} (for which rank {} waits)", peers_.name(lost),
                                             peers_.name(source));
     missing_ranks.push_back(lost);
@@ -186,7 +254,7 @@ void HostProtocol::await(int slot, Flag kind, std::uint64_t epoch, std::uint64_t
   missing_ranks.erase(std::ranges::unique(missing_ranks).begin(), missing_ranks.end());
   stop({ErrorCode::kPeerTimeout,
         fmt::format("{}, epoch {}, rank {}: after {} ms still missing rank(s){}", operation,
-                    op_epoch, peers_.name(rank_), timeout_.count(), missing),
+                    use.epoch, peers_.name(rank_), timeout_.count(), missing),
         std::move(missing_ranks)});
 }
 

@@ -8,13 +8,18 @@
 //
 // With several hosts a rank often waits for one that itself waits for a lost rank. So a rank that
 // has waited for a while tells its peers whom its wait depends on in the end, by a flag of its own,
-// until the wait ends. Whoever runs out of time blames that rank, and not the one in between.
+// until the wait ends. Whoever runs out of time blames that rank, and not the one in between. By
+// the same flag a rank that stops because another one dispatches for another layer says so, and
+// those who wait for it stop as well.
 #pragma once
 
 #include <chrono>
+#include <functional>
+#include <map>
 #include <memory>
 #include <optional>
 #include <span>
+#include <string>
 #include <vector>
 
 #include "exchange/host_layout.h"
@@ -28,8 +33,10 @@ namespace sluice {
 class HostProtocol {
  public:
   /// Makes the window, which is collective: layouts and steps are the same on every rank.
+  /// name_of_layer: of a Routing::layer, for messages.
   HostProtocol(const SlotLayout& layout, std::span<const ProtocolStep> steps, ProtocolPeers peers,
-               std::chrono::milliseconds timeout, Transport& transport);
+               std::chrono::milliseconds timeout, Transport& transport,
+               std::function<std::string(int)> name_of_layer);
 
   [[nodiscard]] int rank() const noexcept { return rank_; }
   /// Of the window there is, which the layout asked for.
@@ -39,6 +46,7 @@ class HostProtocol {
   struct Use {
     int slot = -1;
     std::uint64_t epoch = 0;
+    std::uint64_t layer = 0;             ///< Routing::layer
     const char* operation = "dispatch";  ///< For messages.
   };
 
@@ -47,7 +55,7 @@ class HostProtocol {
 
   /// Takes the lowest free slot for the next epoch and waits until every peer has released its own.
   /// Throws: kInvalidArgument if all are in flight; kPeerTimeout.
-  [[nodiscard]] Use begin();
+  [[nodiscard]] Use begin(int layer);
   /// Tells every peer that this rank's slot may be written again. Never throws: a failed exchange
   /// stays failed, and peers find out by their own bounded waits.
   void release(Use use) noexcept;
@@ -60,7 +68,7 @@ class HostProtocol {
   void signal_all(const Use& use, Flag kind);
   /// Waits for `kind` of every rank that raises it here: on one host, of every rank.
   /// Throws: kPeerTimeout naming operation, epoch and ranks; kTransport if a flag is from a later
-  /// epoch.
+  /// epoch, or for another layer.
   void wait_for_all(const Use& use, Flag kind, const char* operation);
 
   /// This rank's own bytes of a slot.
@@ -71,20 +79,26 @@ class HostProtocol {
   void require_healthy() const;
 
   [[nodiscard]] const std::vector<std::uint64_t>& wait_ns() const noexcept { return wait_ns_; }
-  [[nodiscard]] std::uint64_t last_epoch() const noexcept { return slots_.last_epoch; }
+  /// Exchange::Impl::layer_ahead()
+  [[nodiscard]] std::optional<int> layer_ahead(int source) const;
 
  private:
   /// Runs `step`; what the transport throws becomes this operation's failure, for good.
   template <class Step>
   auto guarded(const char* operation, std::uint64_t epoch, const Step& step);
   [[noreturn]] void stop(Error failure);
+  /// The layers that other ranks dispatch for, by rank: not for this rank's.
+  using OtherLayers = std::map<int, std::uint64_t>;
+  [[noreturn]] void stop_for(const OtherLayers& others, const Use& use, const char* operation);
   [[nodiscard]] const ProtocolStep& next_step(const Use& use);
   void raise(const Use& use, int peer, Flag kind);
-  void await(int slot, Flag kind, std::uint64_t epoch, std::uint64_t op_epoch,
-             const char* operation);
+  /// Waits for `kind` of an `epoch` of the use's slot.
+  void await(const Use& use, Flag kind, std::uint64_t epoch, const char* operation);
   /// Waits for `flag` of `source`; false at the deadline.
-  [[nodiscard]] bool arrives(int source, int flag, std::uint64_t epoch,
-                             std::chrono::steady_clock::time_point deadline);
+  [[nodiscard]] bool arrives(int source, int flag, std::uint64_t epoch, const Use& use,
+                             const char* operation, std::chrono::steady_clock::time_point deadline);
+  /// Throws if `source` has said that it stopped for another layer.
+  void heed_stop_of(int source, const Use& use, const char* operation);
   /// Whom a wait for `source` depends on: whom it says that it waits for, else itself.
   [[nodiscard]] int blamed_for(int source) const;
   /// Tells the peers; -1: nobody any more.
@@ -97,6 +111,7 @@ class HostProtocol {
   std::unique_ptr<Window> window_;
   std::span<const ProtocolStep> steps_;
   SlotTable<std::uint64_t, kMaxInFlight> slots_;
+  std::function<std::string(int)> name_of_layer_;
   std::vector<std::uint64_t> wait_ns_;  // [num_ranks]
   int said_waits_for_ = -1;
   std::uint64_t num_said_ = 0;

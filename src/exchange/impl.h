@@ -5,7 +5,10 @@
 #pragma once
 
 #include <cstddef>
+#include <functional>
 #include <memory>
+#include <optional>
+#include <string>
 
 #include "backend/rows.h"
 #include "exchange/slot_ranks.h"
@@ -25,8 +28,8 @@ struct Dispatched::Route {
   std::int64_t num_tokens = 0;
   const void* owner = nullptr;  ///< The Exchange::Impl that made it.
   // Set by Layer::dispatch_send():
-  std::uint64_t layer = 0;            ///< Layer::Impl::id of the one that made it.
-  std::uint64_t num_rebalances = 0;   ///< Of Layer::Impl::moves when it was sent.
+  std::uint64_t layer = 0;                   ///< Layer::Impl::id of the one that made it.
+  std::shared_ptr<const void> is_in_flight;  ///< Of Layer::Impl, which counts its calls by them.
   std::shared_ptr<const void> keeps;  ///< What holds the exchange; goes after ~Route of the rest.
   Mode mode = Mode::kLowLatency;
   bool at_home = false;  ///< The rows went home already: combine() has none to bring, on any rank.
@@ -58,6 +61,9 @@ struct Exchange::Impl {
     combine_receive(route, y, stream);
   }
   virtual void check() {}
+  /// The layer of a dispatch that rank `source` has begun here and this rank has not; none: there
+  /// is no such dispatch. After a wait for `source` elsewhere it says what that rank does instead.
+  [[nodiscard]] virtual std::optional<int> layer_ahead(int source) const = 0;
   [[nodiscard]] virtual ExchangeCounters counters() const = 0;
 
   ExchangeConfig config;  ///< Checked; max_m resolved.
@@ -67,7 +73,16 @@ struct Exchange::Impl {
   ExpertPlacement placement;   ///< Set by the implementation.
   std::int64_t max_rows = 0;   ///< Rows of batch().x; set by the implementation.
   std::size_t held_bytes = 0;  ///< Of its buffers and window; set by the implementation.
+  /// Names the layer of a Routing::layer, for messages; empty: numbers are used.
+  std::function<std::string(int)> layer_name;
+  [[nodiscard]] std::string name_of_layer(int layer) const;
 };
+
+/// "rank(s) 1 dispatch for B, rank 0 for A: ranks must make the same calls in the same order".
+/// Each list of ranks has a layer in common; all are named already.
+[[nodiscard]] std::string different_calls(
+    const std::vector<std::pair<std::string, std::string>>& ranks_and_layers,
+    const std::string& own_rank, const std::string& own_layer);
 
 /// All zero, for as many ranks.
 [[nodiscard]] ExchangeCounters counters_for(int num_ranks);

@@ -28,7 +28,8 @@ NetworkRecord::NetworkRecord(const ExchangeConfig& config)
   weights = slots + topk * sizeof(std::int32_t);
   bytes = align16(weights + (has_weights ? topk * sizeof(float) : 0));
   counts = sizeof(std::int32_t);
-  header_bytes = align16(counts + static_cast<std::size_t>(num_counts) * sizeof(std::int32_t));
+  layer = counts + static_cast<std::size_t>(std::max(num_counts, 1)) * sizeof(std::int32_t);
+  header_bytes = align16(layer + sizeof(std::int32_t));
 }
 
 std::int32_t PieceView::num_records() const {

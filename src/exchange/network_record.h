@@ -1,8 +1,8 @@
 // network_record.h - the bytes that one rank sends to one relay: a header, then a record for each
 // token that has an expert on the relay's host.
 //
-//   header   num_records i32, rows [S] i32 (low-latency: of the source, for every expert slot)
-//            or, between GPUs in normal mode: num_records i32, rows of bf16 that come home i32
+//   header   num_records i32, rows [S] i32 (low-latency: of the source, for every expert slot) or,
+//            between GPUs in normal mode, rows of bf16 that come home i32; then the layer, i32
 //   record   payload | scales | token i32 | slots [k] i32 | weights [k] f32
 //
 // `slots` has -1 for entries that are empty or have their expert on another host. Weights travel
@@ -32,6 +32,7 @@ struct NetworkRecord {
   std::size_t bytes = 0;
   std::size_t header_bytes = 0;
   std::size_t counts = 0;  ///< Offset of the rows in a header.
+  std::size_t layer = 0;  ///< Offset in a header of Routing::layer, i32; between CPUs flags say it.
   int num_topk = 0;
   int num_counts = 0;  ///< Rows in a header: total_slots(), in normal mode none.
   bool has_weights = false;

@@ -9,7 +9,8 @@
 
 namespace sluice {
 
-/// What a flag says; each source rank has one of each in every slot. Values are epochs.
+/// What a flag says; each source rank has one of each in every slot. Values are those of
+/// flag_value(): the epoch, and for which layer the source's dispatch of that epoch is.
 enum class Flag : std::uint8_t {
   kCounts,      ///< Low-latency: the source's row counts have arrived.
   kDispatched,  ///< All rows of the source have arrived.
@@ -79,15 +80,36 @@ enum class Reach : std::uint8_t {
   return kind == Flag::kReleased || kind == Flag::kWaitsFor ? Reach::kPeers : Reach::kMates;
 }
 
+inline constexpr int kLayerBits = 16;  ///< Of a flag, for Routing::layer.
+
+/// What a flag of `epoch` holds. It grows with the epoch, whatever the layers are.
+template <int kBits = kLayerBits, class Value>
+[[nodiscard]] constexpr Value flag_value(Value epoch, Value layer) {
+  return static_cast<Value>(static_cast<Value>(epoch << kBits) | layer);
+}
+template <int kBits = kLayerBits, class Value>
+[[nodiscard]] constexpr Value epoch_of(Value flag) {
+  return static_cast<Value>(flag >> kBits);
+}
+template <int kBits = kLayerBits, class Value>
+[[nodiscard]] constexpr Value layer_of(Value flag) {
+  return static_cast<Value>(flag & ((Value{1} << kBits) - 1));
+}
+
 /// A flag of epoch n or later says that epoch n is there: an earlier use's cannot.
-template <class Epoch>
-[[nodiscard]] constexpr bool has_arrived(Epoch flag, Epoch epoch) {
-  return flag >= epoch;
+template <int kBits = kLayerBits, class Value>
+[[nodiscard]] constexpr bool has_arrived(Value flag, Value epoch) {
+  return flag >= flag_value<kBits>(epoch, Value{0});
 }
 /// A flag that has gone past means that ranks made different calls.
-template <class Epoch>
-[[nodiscard]] constexpr bool is_out_of_step(Epoch flag, Epoch epoch) {
-  return flag > epoch;
+template <int kBits = kLayerBits, class Value>
+[[nodiscard]] constexpr bool is_out_of_step(Value flag, Value epoch) {
+  return epoch_of<kBits>(flag) > epoch;
+}
+/// So does a flag of the same epoch for another layer: what it announces is not this call's.
+template <int kBits = kLayerBits, class Value>
+[[nodiscard]] constexpr bool is_for_another_layer(Value flag, Value epoch, Value layer) {
+  return epoch_of<kBits>(flag) == epoch && layer_of<kBits>(flag) != layer;
 }
 
 /// A rank's own slots. Epoch n is its n-th operation, on every rank alike.

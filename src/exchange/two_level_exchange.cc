@@ -13,7 +13,7 @@ TwoLevelExchange::TwoLevelExchange(const ExchangeConfig& config_in, Transport& t
       backend_(ops(backend)),
       protocol_(layout_, two_level_steps(config_in.mode == Mode::kLowLatency),
                 ProtocolPeers::of(config_in.hosts, transport.rank()), config_in.peer_timeout,
-                transport),
+                transport, [this](int layer) { return name_of_layer(layer); }),
       host_(config_in.hosts.host_of(transport.rank())),
       staged_(config_in, backend_),
       parts_(config_in, transport.num_ranks()),
@@ -53,7 +53,7 @@ std::unique_ptr<Dispatched::Route> TwoLevelExchange::dispatch_send(TensorView x,
                                                                    float static_scale,
                                                                    Stream stream) {
   std::vector<std::int32_t> slots = slots_of_entries(config, routing, rank);
-  auto route = std::make_unique<TwoLevelRoute>(*this, protocol_.begin());
+  auto route = std::make_unique<TwoLevelRoute>(*this, protocol_.begin(routing.layer));
   route->routing = routing;
   route->slots = std::move(slots);
   counters_.saturated_values += staged_.stage(x, static_scale, stream);

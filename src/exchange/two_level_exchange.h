@@ -36,6 +36,9 @@ class TwoLevelExchange : public Exchange::Impl {
   void combine_send(Dispatched::Route& route, TensorView expert_y, Stream stream) override;
   void combine_receive(Dispatched::Route& route, MutableTensorView y, Stream stream) override;
   [[nodiscard]] ExchangeCounters counters() const override { return counters_; }
+  [[nodiscard]] std::optional<int> layer_ahead(int source) const override {
+    return protocol_.layer_ahead(source);
+  }
 
  protected:
   struct TwoLevelRoute final : Dispatched::Route {

@@ -53,17 +53,31 @@ std::pair<FileDescriptor, FileDescriptor> make_lifeline() {
   return {FileDescriptor(ends[0]), FileDescriptor(ends[1])};
 }
 
+/// Where rank 0 waits for the others.
+FileDescriptor open_door(const IpcConfig& config) {
+  const std::string name = ipc_meeting_name(config.job);
+  FileDescriptor door = listen_at(name);
+  if (!door) {
+    fail(ErrorCode::kTransport,
+         "start of the ipc transport on rank 0: another process waits as rank 0 of a job of this "
+         "name on this host (@{}): another job needs another name, with torchrun another "
+         "MASTER_PORT, and a job has one rank 0",
+         name);
+  }
+  return door;
+}
+
 /// Rank 0's side of the meeting.
 class Host {
  public:
   Host(const IpcConfig& config, milliseconds timeout)
       : config_(config),
         timeout_(timeout),
-        reception_(listen_at(ipc_meeting_name(config.job)), {.greeting = kGreeting,
-                                                             .secret = config.secret,
-                                                             .guest = "guest",
-                                                             .num_files = 1,
-                                                             .is_same_user = true}) {
+        reception_(open_door(config), {.greeting = kGreeting,
+                                       .secret = config.secret,
+                                       .guest = "guest",
+                                       .num_files = 1,
+                                       .is_same_user = true}) {
     const auto ranks = static_cast<std::size_t>(config.num_ranks);
     membership_.memory = SharedMemory::create(sizeof(IpcBoard));
     membership_.board().members[0].joined = 1;

@@ -117,8 +117,9 @@ Io receive_all(int socket, std::span<std::byte> bytes, Deadline deadline,
 FileDescriptor listen_at(const std::string& name) {
   FileDescriptor socket = new_socket();
   const auto [address, size] = address_of(name);
-  if (bind(socket.get(), reinterpret_cast<const sockaddr*>(&address), size) != 0 ||
-      listen(socket.get(), 128) != 0) {
+  const bool is_bound = bind(socket.get(), reinterpret_cast<const sockaddr*>(&address), size) == 0;
+  if (!is_bound && errno == EADDRINUSE) return {};
+  if (!is_bound || listen(socket.get(), 128) != 0) {
     fail(ErrorCode::kTransport, "listening at @{}: {}", name, std::strerror(errno));
   }
   return socket;

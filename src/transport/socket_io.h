@@ -31,7 +31,8 @@ inline constexpr std::size_t kMaxDescriptors = 64;
                                           std::vector<FileDescriptor>* files);
 
 /// Listens at, or connects to, a name that no file has and that vanishes with its owner.
-/// Throws: kTransport with what the system said; connect_to() gives an empty one if nobody listens.
+/// Throws: kTransport with what the system said. Gives an empty one if the name is taken, or nobody
+/// listens.
 [[nodiscard]] FileDescriptor listen_at(const std::string& name);
 [[nodiscard]] FileDescriptor connect_to(const std::string& name);
 

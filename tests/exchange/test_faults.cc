@@ -105,7 +105,7 @@ TEST(Faults, ALostSignalNamesOperationEpochAndRank) {
     // Rank 1's second "dispatched" flag never reaches rank 0.
     const Faults faults{.on_signal = [](int peer, int flag, std::uint64_t& epoch) {
       const int kind = flag / 3;
-      return !(peer == 0 && kind == static_cast<int>(Flag::kDispatched) && epoch == 2);
+      return !(peer == 0 && kind == static_cast<int>(Flag::kDispatched) && epoch_of(epoch) == 2);
     }};
     const auto failures = two_rounds(mode, faults);
     const auto failure = describe(failures[0]);
@@ -128,7 +128,9 @@ TEST(Faults, AStaleFlagIsNotTakenForThisEpochs) {
         .on_signal =
             [&](int peer, int flag, std::uint64_t& epoch) {
               if (flag / 3 == static_cast<int>(Flag::kReleased) && peer == 2) second = true;
-              if (second && flag / 3 != static_cast<int>(Flag::kReleased)) epoch = 1;
+              if (second && flag / 3 != static_cast<int>(Flag::kReleased)) {
+                epoch = flag_value<>(std::uint64_t{1}, std::uint64_t{0});
+              }
               return true;
             }};
     const auto failures = two_rounds(mode, faults);
@@ -143,7 +145,8 @@ TEST(Faults, AStaleFlagIsNotTakenForThisEpochs) {
 
 TEST(Faults, AFlagOfALaterEpochIsRefused) {
   const Faults faults{.on_signal = [](int, int flag, std::uint64_t& epoch) {
-    if (flag / 3 == static_cast<int>(Flag::kDispatched)) epoch += 5;
+    if (flag / 3 == static_cast<int>(Flag::kDispatched))
+      epoch += flag_value<>(std::uint64_t{5}, std::uint64_t{0});
     return true;
   }};
   const auto failure = describe(two_rounds(Mode::kNormal, faults)[0]);

@@ -2,6 +2,8 @@
 // every other rank names, and that no result is wrong without an error.
 #include <gmock/gmock.h>
 
+#include <fmt/core.h>
+
 #include <algorithm>
 #include <atomic>
 #include <chrono>
@@ -24,14 +26,15 @@ constexpr auto kTimeout = 500ms;
 /// missing, too, to a rank that looks a little later.
 class Survivors {
  public:
+  explicit Survivors(int num_survivors = 3) : num_survivors_(num_survivors) {}
   void arrive() { num_done_ += 1; }
   void wait_for_all() const {
     const auto until = Clock::now() + 10s;
-    while (num_done_ < kSurvivors && Clock::now() < until) std::this_thread::sleep_for(1ms);
+    while (num_done_ < num_survivors_ && Clock::now() < until) std::this_thread::sleep_for(1ms);
   }
 
  private:
-  static constexpr int kSurvivors = 3;
+  int num_survivors_;
   std::atomic<int> num_done_{0};
 };
 
@@ -133,6 +136,51 @@ TEST(RailFaults, ALostRankIsNamedByAllThoughConnectionsBreak) {
 }
 TEST(RailFaults, ALostRankIsNamedByAllThoughItsRelaysPiecesArrive) {
   expect_named_by_all({200, true});
+}
+
+// Ranks that dispatch for different layers: every one of them names one that differs and both
+// layers, and no result is taken for right. Where one has thrown before it queued its combine, the
+// network ends at the timeout.
+TEST(RailFaults, DifferentLayersAreNamedByAll) {
+  const Traffic t = make_traffic(tokens_of(4), 24, 4, 128, 24);
+  for (const Mode mode : {Mode::kLowLatency, Mode::kNormal}) {
+    for (const std::vector<int>& layers : {std::vector{1, 1, 1, 2}, {2, 1, 1, 1}, {1, 1, 2, 2}}) {
+      SCOPED_TRACE(::testing::Message() << to_string(mode) << ", rank 0 for " << layers[0]);
+      const ExchangeConfig c = config_for(t, mode, Hosts::even(2, 4));
+      Survivors all(4);
+      const auto failures = try_emulated_hosts(c.hosts, kTimeout, [&](EmulatedHosts& transport) {
+        EmulatedRank rank(transport, c, t.s1);
+        const int r = transport.rank();
+        Routing routing = t.routing(r);
+        routing.layer = 7;
+        ASSERT_NO_FATAL_FAILURE(check_round(rank, t, r, true, routing));
+        const int own = layers[static_cast<std::size_t>(r)];
+        routing.layer = own;
+        std::vector<std::uint16_t> y;
+        const auto begin = Clock::now();
+        try {
+          auto route = rank.exchange->dispatch(t.x_view(r), routing, 0, {});
+          rank.exchange->combine(*route, route->expert_y, view_of(y, t, r), {});
+          rank.stream.synchronize();
+          rank.exchange->check();
+          ADD_FAILURE() << "rank " << r << " took rows of another layer";
+        } catch (const Error& error) {
+          EXPECT_EQ(error.code(), ErrorCode::kTransport) << error.what();
+          ASSERT_EQ(error.ranks().size(), 1u) << error.what();
+          const int other = error.ranks()[0], theirs = layers[static_cast<std::size_t>(other)];
+          EXPECT_NE(theirs, own) << error.what();
+          EXPECT_THAT(error.what(),
+                      HasSubstr(fmt::format("rank(s) {} dispatch for layer number {}, rank {} for "
+                                            "layer number {}: ranks must make the same calls",
+                                            other, theirs, r, own)));
+        }
+        EXPECT_LT(Clock::now() - begin, kTimeout + 2s) << "rank " << r;
+        all.arrive();
+        all.wait_for_all();
+      });
+      for (const auto& failure : failures) EXPECT_FALSE(failure);
+    }
+  }
 }
 
 // A graph that the program replays by itself: no call of the exchange sees the rank that stays

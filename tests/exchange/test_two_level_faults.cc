@@ -121,7 +121,7 @@ TEST(TwoLevelFaults, AFlagThatARelayDoesNotRaiseNamesTheRelay) {
         {Flag::kCombined, 3, "combine"}}) {
     const Faults faults{
         .on_signal = [kind = kind, peer = peer](int to, int flag, std::uint64_t& epoch) {
-          return !(to == peer && is_flag(flag, kind) && epoch == 2);
+          return !(to == peer && is_flag(flag, kind) && epoch_of(epoch) == 2);
         }};
     const auto failure =
         describe(two_rounds(Mode::kNormal, faults)[static_cast<std::size_t>(peer)]);
@@ -138,7 +138,9 @@ TEST(TwoLevelFaults, AStaleFlagIsNotTakenForThisEpochs) {
     // In round two rank 1 sends nothing over the network and repeats the flag of round one: its
     // records of that round are still there.
     const Faults faults{.on_signal = [](int, int flag, std::uint64_t& epoch) {
-      if (is_flag(flag, Flag::kSent) && epoch == 2) epoch = 1;
+      if (is_flag(flag, Flag::kSent) && epoch_of(epoch) == 2) {
+        epoch = flag_value<>(std::uint64_t{1}, std::uint64_t{0});
+      }
       return true;
     }};
     const auto failures = two_rounds(mode, faults);

@@ -113,10 +113,14 @@ inline ExchangeConfig config_for(const Traffic& t, Mode mode, const Hosts& hosts
           .peer_timeout = std::chrono::milliseconds(20'000)};
 }
 
-/// One dispatch and combine of rank r: its batch checked row by row, its y returned.
-inline std::vector<std::uint16_t> round_trip(Exchange& exchange, const Traffic& t, int r) {
+/// One dispatch and combine of rank r for a Routing::layer: its batch checked row by row, its y
+/// returned.
+inline std::vector<std::uint16_t> round_trip(Exchange& exchange, const Traffic& t, int r,
+                                             int layer = 0) {
+  Routing routing = t.routing(r);
+  routing.layer = layer;
   Dispatched d =
-      exchange.dispatch(t.x_view(r), t.routing(r), {}, t.static_scale(exchange.config().wire));
+      exchange.dispatch(t.x_view(r), routing, {}, t.static_scale(exchange.config().wire));
   std::vector<std::uint16_t> expert_y;
   check_batch(t, exchange.config(), r, d.batch(), expert_y);
   std::vector<std::uint16_t> y(static_cast<std::size_t>(t.num_tokens[r] * t.hidden), 0x7fc1);

@@ -24,6 +24,7 @@ struct Case {
   ModelGeometry geometry;
   int max_tokens = 0;  ///< Of each rank.
   int rounds = 0;      ///< For each recipe and mode.
+  std::chrono::milliseconds timeout = kTimeout;
 };
 
 /// Few rows: decode kernels, and a last row tile of 128 channels.
@@ -49,7 +50,7 @@ LayerGroupConfig config_of(const Case& c, bool send_from_experts) {
           .normal = {.max_tokens_per_rank = c.max_tokens},
           .routed_scaling_factor = 2.5f,
           .send_from_experts = send_from_experts,
-          .peer_timeout = kTimeout};
+          .peer_timeout = c.timeout};
 }
 
 ModeRecipes recipes(int i) {
@@ -179,7 +180,7 @@ class CudaLayerRanksTest : public ::testing::TestWithParam<int> {
   }
   /// body(rank) on every rank.
   template <class Body>
-  static void run(const Case& c, const Body& body) {
+  static void run(const Case& c, const Body& body, bool ends_well = true) {
     const bool has_groups_of_128 = c.geometry.group_size == 128;
     const LayersOnDisk files({.geometry = c.geometry,
                               .format = has_groups_of_128 ? "w4afp8" : "compressed-tensors",
@@ -188,6 +189,7 @@ class CudaLayerRanksTest : public ::testing::TestWithParam<int> {
     run_ranks(GetParam(), [&](Transport& transport) {
       LayerRank rank(c, GetParam(), files, transport);
       body(rank);
+      if (!ends_well) return rank.barrier();
       rank.sent().group.check();
       rank.apart().group.check();
     });
@@ -286,6 +288,42 @@ TEST_P(CudaLayerRanksTest, RecipesThatShareAnExchangeTakeTurns) {
       }
     }
   });
+}
+
+/// Rank 1 calls another layer of the same exchange, or the same layer in another mode: every rank
+/// says so in the end.
+TEST_P(CudaLayerRanksTest, RanksThatMakeDifferentCallsAreNamed) {
+  Case c = few_rows();
+  c.timeout = std::chrono::milliseconds(1'500);
+  for (const bool other_mode : {false, true}) {
+    SCOPED_TRACE(other_mode ? "another mode" : "another layer");
+    const auto body = [&](LayerRank& rank) {
+      const bool differs = rank.rank() == 1;
+      const int layer = differs && !other_mode ? 3 : 0;  // direct and requant-static.
+      const Mode mode = kModes[differs && other_mode ? 1 : 0];
+      rank.load(1);
+      const auto want = rank.bits_of(rank.alone(), 0, Mode::kLowLatency);
+      ASSERT_EQ(rank.bits_of(rank.sent(), 0, Mode::kLowLatency), want);
+      rank.barrier();
+      try {
+        for (int call = 0; call < 2; ++call) {  // The second one throws what the first has found.
+          rank.forward(rank.sent(), layer, mode);
+          rank.backend().synchronize(rank.stream());
+        }
+        ADD_FAILURE() << "rank " << rank.rank() << " took rows of another call";
+      } catch (const Error& error) {
+        EXPECT_EQ(error.code(), ErrorCode::kTransport) << error.what();
+        EXPECT_THAT(error.what(), ::testing::HasSubstr("ranks must make the same calls"));
+        EXPECT_THAT(error.what(), ::testing::HasSubstr(rank.sent().layers[0].name()));
+        EXPECT_THAT(error.what(), ::testing::HasSubstr(other_mode ? "in normal mode"
+                                                                  : rank.sent().layers[3].name()));
+        if (!differs) {
+          EXPECT_THAT(error.ranks(), ::testing::ElementsAre(1)) << error.what();
+        }
+      }
+    };
+    run(c, body, false);
+  }
 }
 
 INSTANTIATE_TEST_SUITE_P(Ranks, CudaLayerRanksTest, ::testing::Values(2, 4, 8));

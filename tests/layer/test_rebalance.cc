@@ -225,9 +225,19 @@ TEST_F(Rebalance, RefusesByName) {
     const Workload load = tokens_of(transport.rank());
     OutputRows y(load);
     Dispatched sent = layer.dispatch_send(Mode::kNormal, load.x_view(), load.routing_view(), {});
-    (void)layer.rebalance(random_placement(8, 2, 12, 2, 1), {});
-    EXPECT_THAT(message([&] { layer.finish(std::move(sent), y.view(), {}); }),
-                HasSubstr("have moved since dispatch_send()"));
+    const Placement before = layer.placement(), wanted = random_placement(8, 2, 12, 2, 1);
+    EXPECT_THAT(message([&] { (void)layer.rebalance(wanted, {}); }),
+                HasSubstr("1 call(s) are between dispatch_send() and finish()"));
+    EXPECT_EQ(layer.placement(), before);
+    layer.finish(std::move(sent), y.view(), {});  // The call is not lost.
+    const auto bits = y.bits();
+    {
+      const Dispatched dropped =
+          layer.dispatch_send(Mode::kNormal, load.x_view(), load.routing_view(), {});
+    }
+    (void)layer.rebalance(wanted, {});
+    EXPECT_EQ(layer.placement(), wanted);
+    EXPECT_EQ(forward(layer, Mode::kNormal, load), bits);
   });
 }
 

@@ -4,6 +4,7 @@
 //
 //   explore --ranks 2 --operations 6 [--mode normal] [--split] [--mutant M]
 //   explore --hosts 0,0,1 --operations 3 [...]      three ranks: two on host 0, one on host 1
+//   explore ... --skip 1     rank 1 leaves out its third operation, where layers take turns
 //
 // Two slots, two operations in flight, as docs/design.md describes. Signals on their way arrive in
 // any order, also those of one pair of ranks; one signal arrives a second time, arbitrarily late (a
@@ -18,9 +19,13 @@
 // With hosts, what a relay passes on is what lies in its own buffers when it does, so bytes of
 // another use travel on, and whoever takes them in the end finds them.
 //
+// With a rank that skips, nobody takes bytes of another layer for its own, and all ranks stop (with
+// hosts at least one does; that the others hear of it is HostProtocol's).
+//
 // Mutants: no-epoch (a flag is a mere "ready"), parity (one bit of the use), flag-before-data,
 // no-release (slots are reused without asking); with hosts also relay-early (a relay passes on
-// before the pieces came) and missed-rank (a relay adds up without waiting for its last mate).
+// before the pieces came) and missed-rank (a relay adds up without waiting for its last mate); with
+// a rank that skips also no-layer (flags say only the epoch).
 // Exits with 0 if nothing is violated, else with 1 after printing the steps that lead there.
 #include <fmt/core.h>
 
@@ -41,30 +46,6 @@ namespace {
 
 using namespace sluice::protocol;
 using sluice::Flag, sluice::ProtocolStep, sluice::Reach;
-
-struct Digest {
-  std::uint64_t a, b;
-  bool operator==(const Digest&) const = default;
-};
-struct DigestHash {
-  std::size_t operator()(const Digest& d) const { return d.a; }
-};
-
-/// Equal states only, for all that matters: 2^-80 for the millions of states here.
-Digest digest_of(const State& s) {
-  Digest d{0x243f6a8885a308d3, 0x13198a2e03707344};
-  const auto* p = reinterpret_cast<const u8*>(&s);
-  const std::size_t used = offsetof(State, signals) + s.num_signals * sizeof(Signal);
-  for (std::size_t at = 0; at < used; at += sizeof(std::uint64_t)) {
-    std::uint64_t word = 0;
-    std::memcpy(&word, p + at, std::min(sizeof(word), used - at));
-    d.a = (d.a ^ word) * 0x9e3779b97f4a7c15;
-    d.a ^= d.a >> 29;
-    d.b = (d.b + word + at + 1) * 0xd1342543de82ef95;
-    d.b ^= d.b >> 31;
-  }
-  return d;
-}
 
 struct Violation {
   std::string text;
@@ -98,10 +79,18 @@ class Explorer {
     if (!seen_.insert(digest_of(s)).second) return;
     path_.push_back(describe());
     bool any = false;
-    for (int r = 0; r < m_.ranks; ++r) any |= advance(s, r);
+    for (int r = 0; r < m_.ranks; ++r) any |= !has_stopped(s, r) && advance(s, r);
     for (int i = 0; i < s.num_signals; ++i) any |= deliver(s, i);
-    if (!any && !all_done(s)) throw Violation{"deadlock: no step is possible"};
+    if (!any) check_end(s);
     path_.pop_back();
+  }
+
+  [[nodiscard]] static bool has_stopped(const State& s, int r) { return s.stopped >> r & 1; }
+  void check_end(const State& s) const {
+    const int all = (1 << m_.ranks) - 1;
+    if (m_.skips < 0 ? all_done(s) : m_.has_hosts() ? s.stopped != 0 : s.stopped == all) return;
+    throw Violation{m_.skips < 0 ? "deadlock: no step is possible"
+                                 : fmt::format("ranks {:b} stopped, not all of them", s.stopped)};
   }
 
   [[nodiscard]] bool all_done(const State& s) const {
@@ -116,8 +105,23 @@ class Explorer {
 
   [[nodiscard]] bool arrived(u8 flag, u8 epoch) const {
     const auto use = [](u8 e) { return (e - 1) / kSlots; };
-    if (m_.parity) return flag != 0 && use(flag) % 2 == use(epoch) % 2;
-    return m_.epochs ? sluice::has_arrived(flag, epoch) : flag != 0;
+    const u8 seen = sluice::epoch_of<kLayerBit>(flag);
+    if (m_.parity) return flag != 0 && use(seen) % 2 == use(epoch) % 2;
+    return m_.epochs ? sluice::has_arrived<kLayerBit>(flag, epoch) : flag != 0;
+  }
+
+  /// Once all have arrived: whether one of them is for another layer.
+  [[nodiscard]] bool sees_another_layer(const State& s, int r, int slot, Flag kind) const {
+    if (kind == Flag::kNone || !m_.names_layer) return false;
+    const u8 epoch = s.slots[r].epoch[slot];
+    bool all = true, differs = false;
+    for (int source = 0; source < m_.ranks; ++source) {
+      if (!m_.awaits(r, kind, source)) continue;
+      const u8 flag = s.flag[r][slot][static_cast<int>(kind)][source];
+      all &= arrived(flag, epoch);
+      differs |= sluice::is_for_another_layer<kLayerBit>(flag, epoch, m_.layer(r, epoch));
+    }
+    return all && differs;
   }
 
   /// All who are awaited have raised `kind`; then what they announced must be there.
@@ -131,9 +135,9 @@ class Explorer {
     for (int source = 0; source < m_.ranks; ++source) {
       if (!m_.awaits(r, flag_kind, source)) continue;
       const u8 flag = s.flag[r][slot][kind][source];
-      if (m_.epochs && !m_.parity && sluice::is_out_of_step(flag, epoch)) {
-        throw Violation{
-            fmt::format("rank {} sees epoch {} of rank {} during {}", r, flag, source, epoch)};
+      if (m_.epochs && !m_.parity && sluice::is_out_of_step<kLayerBit>(flag, epoch)) {
+        throw Violation{fmt::format("rank {} sees epoch {} of rank {} during {}", r,
+                                    sluice::epoch_of<kLayerBit>(flag), source, epoch)};
       }
     }
     if (kind != kReleased) expect_all_bytes(s, r, slot, flag_kind);
@@ -153,9 +157,15 @@ class Explorer {
 
   void expect_bytes(const State& s, int r, int slot, int kind, int source) const {
     const u8 there = s.bytes[r][slot][kind][source];
-    if (there == s.slots[r].epoch[slot]) return;
+    const u8 own = m_.use(r, s.slots[r].epoch[slot]);
+    if (there == own) return;
+    const auto name = [this](u8 use) {
+      const u8 epoch = sluice::epoch_of<kLayerBit>(use);
+      return m_.skips < 0 ? fmt::format("{}", epoch)
+                          : fmt::format("{} of layer {}", epoch, sluice::layer_of<kLayerBit>(use));
+    };
     throw Violation{fmt::format("rank {} takes the {} of use {} from rank {} for those of use {}",
-                                r, kKindName[kind], there, source, s.slots[r].epoch[slot])};
+                                r, kKindName[kind], name(there), source, name(own))};
   }
 
   /// The slot at which the program of rank r is: it finishes a dispatch or combine it is in, then
@@ -185,6 +195,11 @@ class Explorer {
     }
     const ProtocolStep step = steps_[mine.step[slot]];
     const u8 epoch = mine.epoch[slot];
+    if (step.awaits != Flag::kReleased && sees_another_layer(s, r, slot, step.awaits)) {
+      n.stopped = static_cast<u8>(n.stopped | 1 << r);
+      visit(n, [&] { return fmt::format("rank {} sees another layer in {}", r, epoch); });
+      return true;
+    }
     if (step.awaits == Flag::kNone) {  // The experts have read the rows until now.
       expect_all_bytes(s, r, slot, Flag::kDispatched);
     } else if (step.awaits == Flag::kSent && !m_.relays_wait) {
@@ -207,7 +222,7 @@ class Explorer {
   void set_uses(const State& s, int r, Signal& p) const {
     const auto kind = static_cast<Flag>(p.kind);
     std::fill(std::begin(p.uses), std::end(p.uses), kNothing);
-    p.uses[r] = p.epoch;
+    p.uses[r] = p.use;
     if (!m_.has_hosts()) return;
     const auto& own = s.bytes[r][p.slot];
     for (int other = 0; other < m_.ranks; ++other) {
@@ -217,7 +232,7 @@ class Explorer {
         }
       } else if (kind == Flag::kCombined && m_.is_in(Reach::kMates, r, other)) {  // It adds up.
         const u8 use = own[static_cast<int>(Flag::kGathered)][other];
-        if (use != p.epoch) p.uses[r] = use;
+        if (use != p.use) p.uses[r] = use;
       }
     }
   }
@@ -237,14 +252,14 @@ class Explorer {
                     .to = static_cast<u8>(to),
                     .slot = static_cast<u8>(slot),
                     .kind = kind,
-                    .epoch = epoch,
+                    .use = m_.use(r, epoch),
                     .uses = {},
                     .parts = 2};
       set_uses(n, r, signal);
       if (kind != kReleased) check_overwrite(n, signal);
       if (to == r) {
         if (kind != kReleased) store(n, signal);
-        n.flag[r][slot][kind][r] = epoch;
+        n.flag[r][slot][kind][r] = signal.use;
         continue;
       }
       if (kind != kReleased && (m_.split || m_.flag_before_data)) signal.parts |= 1;
@@ -261,18 +276,19 @@ class Explorer {
 
   void check_overwrite(const State& s, const Signal& p) const {
     const auto& slots = s.slots[p.to];
-    if (!slots.busy[p.slot] || slots.epoch[p.slot] >= p.epoch) return;
+    const u8 epoch = sluice::epoch_of<kLayerBit>(p.use);
+    if (!slots.busy[p.slot] || slots.epoch[p.slot] >= epoch) return;
     throw Violation{
         fmt::format("the {} of use {} from rank {} overwrite use {}, which rank {} still reads",
-                    kKindName[p.kind], p.epoch, p.from, slots.epoch[p.slot], p.to)};
+                    kKindName[p.kind], epoch, p.from, slots.epoch[p.slot], p.to)};
   }
 
   bool deliver(const State& s, int i) {
     const Signal& p = s.signals[i];
     const auto say = [&p](const char* what) {
       return [&p, what] {
-        return fmt::format("{}: {} of {}, rank {} to {}", what, kKindName[p.kind], p.epoch, p.from,
-                           p.to);
+        return fmt::format("{}: {} of {}, rank {} to {}", what, kKindName[p.kind],
+                           sluice::epoch_of<kLayerBit>(p.use), p.from, p.to);
       };
     };
     if (p.parts & 1) {
@@ -290,7 +306,7 @@ class Explorer {
     }
     u8& flag = n.flag[p.to][p.slot][p.kind][p.from];
     // Flags only grow; a flag without an epoch is just set again.
-    if (!m_.epochs || m_.parity || p.epoch > flag) flag = p.epoch;
+    if (!m_.epochs || m_.parity || p.use > flag) flag = p.use;
     if ((p.parts & 2) && !s.copied) {
       State twice = n;
       twice.copied = 1;
@@ -343,6 +359,7 @@ int main(int argc, char** argv) {
       m.ranks = static_cast<int>(m.host_of.size());
     }
     if (name == "--mode") m.low_latency = value == "low-latency";
+    if (name == "--skip") m.skips = std::stoi(value);
     if (name == "--mutant") mutant = value;
     ++i;
   }
@@ -352,6 +369,7 @@ int main(int argc, char** argv) {
   if (mutant == "no-release") m.asks_for_release = false;
   if (mutant == "relay-early") m.relays_wait = false;
   if (mutant == "missed-rank") m.sums_all = false;
+  if (mutant == "no-layer") m.names_layer = false;
   if (m.ranks < 1 || m.ranks > kMaxRanks || m.operations < 1 || m.operations > 100) {
     fmt::print("ranks {} not in [1, {}] or operations {} not in [1, 100]\n", m.ranks, kMaxRanks,
                m.operations);

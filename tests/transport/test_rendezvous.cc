@@ -158,6 +158,19 @@ TEST(Rendezvous, TwoProcessesCannotBeOneRank) {
   EXPECT_THAT(other.get().text, HasSubstr("two processes claim rank 1"));
 }
 
+TEST(Rendezvous, TwoJobsOfOneNameOnAHostAreToldSo) {
+  auto first = join(job(0, 2), 20s);
+  const std::string name = ipc_meeting_name(job(0, 2).job);
+  while (!connect_to(name)) std::this_thread::sleep_for(1ms);  // It waits.
+  const Outcome second = join(job(0, 2)).get();
+  EXPECT_EQ(second.code, ErrorCode::kTransport);
+  EXPECT_THAT(second.text, HasSubstr("on rank 0: another process waits as rank 0 of a job of this "
+                                     "name on this host (@" +
+                                     name + ")"));
+  EXPECT_EQ(join(job(1, 2), 20s).get().text, "");
+  EXPECT_EQ(first.get().text, "");  // It is not disturbed.
+}
+
 TEST(Rendezvous, BadConfigurationsAreNamed) {
   const auto text = [](IpcConfig config) {
     const Outcome outcome = join(std::move(config)).get();

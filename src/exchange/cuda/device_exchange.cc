@@ -60,6 +60,7 @@ class DeviceExchange final : public Exchange::Impl {
                Stream stream) override;
   void check() override { throw_fault(); }
   [[nodiscard]] ExchangeCounters counters() const override;
+  [[nodiscard]] std::optional<int> layer_ahead(int source) const override;
 
  private:
   struct DeviceRoute final : Dispatched::Route {
@@ -103,7 +104,8 @@ DeviceExchange::DeviceExchange(const ExchangeConfig& config_in, Transport& trans
                                Backend& backend)
     : backend_(backend),
       layout_(config_in, transport.num_ranks()),
-      faults_(config_in, transport.rank(), transport.num_ranks()) {
+      faults_(config_in, transport.rank(), transport.num_ranks(),
+              [this](int layer) { return name_of_layer(layer); }) {
   config = config_in;
   rank = transport.rank();
   num_ranks = transport.num_ranks();
@@ -274,6 +276,7 @@ std::unique_ptr<DeviceExchange::DeviceRoute> DeviceExchange::send(TensorView x,
                          .receive = receive,
                          .chunk_tokens = split.chunk_tokens,
                          .parts = split.parts,
+                         .layer = routing.layer,
                          .row_totals = routing.row_totals.as<std::int64_t>()},
                         config.wire, split.num_ctas, stream.handle);
   auto route = std::make_unique<DeviceRoute>(*this, slot, stream);
@@ -357,6 +360,22 @@ void DeviceExchange::throw_fault() {
   SLUICE_CUDA_CHECK(cudaMemsetAsync(&state->claimed[cuda::kRefusal], 0, sizeof(int), queue));
   SLUICE_CUDA_CHECK(cudaStreamSynchronize(queue));
   throw_refusal(config, *refusal);
+}
+
+/// Only after a failure, when the device does no more than return from kernels.
+std::optional<int> DeviceExchange::layer_ahead(int source) const {
+  const std::byte* const window = windows_[static_cast<std::size_t>(rank)].get();
+  for (const Slot& slot : slots_) {
+    const SlotParams& p = slot.params;
+    std::uint64_t word = 0, epoch = 0;
+    const auto first = static_cast<std::size_t>(source * placement.num_experts());
+    backend_.copy_to_host(&word, window + p.counts + first * sizeof(word), sizeof(word),
+                          backend_.stream());
+    backend_.copy_to_host(&epoch, &p.slot->epoch, sizeof(epoch), backend_.stream());
+    const auto layer = static_cast<int>(cuda::layer_of_count(word));
+    if (word >> 32 == cuda::count_stamp(epoch + 1, layer)) return layer;
+  }
+  return {};
 }
 
 ExchangeCounters DeviceExchange::counters() const {

@@ -5,6 +5,7 @@
 #include "backend/cuda/check.h"
 #include "core/fail.h"
 #include "exchange/cuda/fault_words.h"
+#include "exchange/impl.h"
 
 namespace sluice {
 
@@ -35,6 +36,14 @@ std::vector<int> DeviceFaults::ranks_of(const DeviceFault& fault) const {
 }
 
 std::string DeviceFaults::describe(const DeviceFault& fault) const {
+  if (fault.kind == cuda::kOtherLayer) {
+    const std::vector<int> ranks = ranks_of(fault);
+    return fmt::format(
+        "{} epoch {} on rank {}: {}", operation_of(fault), fault.epoch, rank_,
+        different_calls({{list_of(ranks).substr(1), name_of_layer_(static_cast<int>(fault.seen))}},
+                        fmt::format("{}", rank_),
+                        name_of_layer_(static_cast<int>(fault.expected))));
+  }
   const char* const what = fault.kind == cuda::kPeerMissing ? "still missing rank(s)"
                            : fault.kind == cuda::kDropped
                                ? "dropped their dispatch instead of combining it: rank(s)"

@@ -7,8 +7,10 @@
 //   kRefusal: a dispatch that was refused; the exchange works on
 #pragma once
 
+#include <functional>
 #include <optional>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "exchange/cuda/exchange_kernels.h"
@@ -35,8 +37,13 @@ class MappedFaults {
 /// Of one rank's exchange.
 class DeviceFaults {
  public:
-  DeviceFaults(const ExchangeConfig& config, int rank, int num_ranks)
-      : config_(config), rank_(rank), num_ranks_(num_ranks) {}
+  /// name_of_layer: of a Routing::layer.
+  DeviceFaults(const ExchangeConfig& config, int rank, int num_ranks,
+               std::function<std::string(int)> name_of_layer)
+      : config_(config),
+        rank_(rank),
+        num_ranks_(num_ranks),
+        name_of_layer_(std::move(name_of_layer)) {}
 
   /// For kernels to write to: cuda::FaultRecord is the index.
   [[nodiscard]] cuda::DeviceFault* device() const noexcept { return records_.device(); }
@@ -56,6 +63,7 @@ class DeviceFaults {
  private:
   ExchangeConfig config_;
   int rank_, num_ranks_;
+  std::function<std::string(int)> name_of_layer_;
   MappedFaults records_;
   std::optional<Error> failure_;  // What stopped the exchange for good.
 };

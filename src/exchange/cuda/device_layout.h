@@ -9,7 +9,7 @@
 //                             of that are here (kDispatchShares)
 //     returned   [R] u64      flag of each rank: 2 * epoch when its expert_y may be read,
 //                             2 * epoch + 1 when it dropped the dispatch instead
-//     counts     [R, E] u64   epoch << 32 | rows that rank r sends to expert e
+//     counts     [R, E] u64   count_stamp() << 32 | rows that rank r sends to expert e
 //     copies     [R, T, k] u64  normal mode: epoch << 32 | row that token t of rank r has here for
 //                             its k-th expert, from other ranks
 //     x          [rows, payload]

@@ -14,7 +14,7 @@
 //
 // Order of events, per CTA:
 //   1 histogram of all of this rank's slots, and of those before its own tokens
-//   2 counts to every rank: one word each that carries its epoch, so no flag follows
+//   2 counts to every rank: one word each that carries its epoch, so no flag follows, and the layer
 //   3 the first chunk is quantized while the counts travel
 //   4 counts of every rank: where its rows begin, and whether a capacity is exceeded
 //     (all ranks see the same counts and so refuse alike)
@@ -45,14 +45,14 @@ constexpr bool kSignsEarly = SLUICE_PLANTED_FAULT == 2 || SLUICE_PLANTED_FAULT =
 constexpr int kFirstEntries = 2;  // Of each thread, loaded at once.
 
 /// Peers are spread over the CTAs.
-__device__ void send_counts(const SlotParams& p, std::uint64_t epoch, const int* total,
+__device__ void send_counts(const SlotParams& p, std::uint32_t stamp, const int* total,
                             const int* next) {
   const int begin = p.window.rank * p.placement.num_experts();
   for (int peer = static_cast<int>(blockIdx.x); peer < p.window.num_ranks;
        peer += static_cast<int>(gridDim.x)) {
     for (int e = static_cast<int>(threadIdx.x); e < p.placement.num_experts(); e += kThreads) {
       p.window.put_word(peer, p.counts, begin + e,
-                        epoch << 32 | static_cast<unsigned>(total[e] + next[e]));
+                        std::uint64_t{stamp} << 32 | static_cast<unsigned>(total[e] + next[e]));
     }
   }
 }
@@ -88,7 +88,7 @@ __device__ void send_chunk(const SlotParams& p, const Staging& s, const TokenPar
       continue;
     }
     const std::int64_t row = next[entry.expert] + entry.before;
-    // Here no link is saved.
+    // A token crosses a link once. On this rank, and in low-latency mode, every row is written.
     bool travels = true;
     if (Layout == Mode::kNormal && peer != p.window.rank) {
       const int first_entry = entry.token * p.num_topk;
@@ -207,7 +207,7 @@ __global__ void __launch_bounds__(kThreads, 1)
     count_rest<std::int32_t>(p, d, kFirstEntries * kThreads, own, kept, total, next, first_expert);
   }
   bool ok = __syncthreads_and(reusable) != 0 || wait_for_all(p, p.returned, kReuse, epoch);
-  if (ok) send_counts(p, epoch, total, next);
+  if (ok) send_counts(p, count_stamp(epoch, d.layer), total, next);
   // While they travel: all that does not depend on them. One warp looks after the list of entries.
   const bool lists = tid / 32 == kWarps - 1;
   if (Layout == Mode::kLowLatency) begin_masked(p, next);
@@ -216,7 +216,7 @@ __global__ void __launch_bounds__(kThreads, 1)
                                   batch, payload_of(0), scale_of(0));
   ptx::fence_proxy_async_shared();  // The copy engine reads what ordinary stores wrote.
   const RouteResult routed =
-      ok ? place_experts<Layout>(p, epoch, total, next) : RouteResult::kMissing;
+      ok ? place_experts<Layout>(p, epoch, d.layer, total, next) : RouteResult::kMissing;
   ok = routed != RouteResult::kMissing;
   const bool refused = routed == RouteResult::kRefused;
 

@@ -12,6 +12,12 @@
 #include "sluice/recipe.h"
 #include "transport/device.cuh"
 
+#ifdef __CUDACC__
+#define SLUICE_HOST_DEVICE __host__ __device__
+#else
+#define SLUICE_HOST_DEVICE
+#endif
+
 namespace sluice::cuda {
 
 /// Most experts, or slots for them, over all ranks: two counters of each live in shared memory.
@@ -27,8 +33,25 @@ enum FaultKind : int {
   kOutOfStep,     // missing = the ranks whose flag is of a later epoch, expected, seen
   kDropped,       // missing = the ranks that dropped the dispatch this combine waits for
   kGaveUp,        // where = the lost rank, value = the relay on another host that says so
+  kOtherLayer,    // missing, or over hosts where = who dispatches for layer `seen` (expected: own)
 };
 enum Operation : int { kDispatchCounts, kDispatchRows, kCombineRows, kReuse };
+
+/// The upper half of a word of counts: of which epoch they are, and for which layer the dispatch
+/// is. What a new word replaces is of the slot's use before: fewer bits of the epoch would do.
+[[nodiscard]] SLUICE_HOST_DEVICE constexpr std::uint32_t count_stamp(std::uint64_t epoch,
+                                                                     int layer) {
+  return static_cast<std::uint32_t>(layer) << 16 | (static_cast<std::uint32_t>(epoch) & 0xffffu);
+}
+/// A word of this epoch's counts for another layer: no other one will come.
+[[nodiscard]] SLUICE_HOST_DEVICE constexpr bool is_for_another_layer(std::uint64_t word,
+                                                                     std::uint32_t stamp) {
+  const std::uint32_t differs = static_cast<std::uint32_t>(word >> 32) ^ stamp;
+  return differs != 0 && (differs & 0xffffu) == 0;
+}
+[[nodiscard]] SLUICE_HOST_DEVICE constexpr std::uint64_t layer_of_count(std::uint64_t word) {
+  return word >> 48;
+}
 
 /// What went wrong on the device, in host-mapped memory; `kind` is written last. There is one
 /// record for refusals, after which the exchange works on, and one for failures, which stop it: the
@@ -93,6 +116,7 @@ struct DispatchParams {
   bool receive = false;      // Also wait for every rank's rows.
   int chunk_tokens = 1;      // Staged together; fewer if they do not fit.
   int parts = 1;             // CTAs that share a token; more than one: each has one token.
+  int layer = 0;             // Routing::layer
   std::int64_t* row_totals = nullptr;  // [num_local_experts] += num_rows; null: nobody counts.
 };
 
@@ -130,3 +154,5 @@ void launch_copy_rows(const SlotParams& slot, const std::uint16_t* expert_y, int
 void prepare_exchange_kernels();
 
 }  // namespace sluice::cuda
+
+#undef SLUICE_HOST_DEVICE

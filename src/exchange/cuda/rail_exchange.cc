@@ -51,6 +51,7 @@ cuda::RecordOffsets offsets_of(const NetworkRecord& r) {
           .bytes = static_cast<int>(r.bytes),
           .header_bytes = static_cast<int>(r.header_bytes),
           .counts = static_cast<int>(r.counts),
+          .layer = static_cast<int>(r.layer),
           .has_counts = r.num_counts > 0,
           .has_weights = r.has_weights};
 }
@@ -73,7 +74,8 @@ RailExchange::RailExchange(const ExchangeConfig& config_in, RailTransport& trans
       mapped_(
           rail_device_->map_host(sizes_of(layout_, static_cast<std::size_t>(layout_.num_slots)))),
       faults_(config_in, transport.rank(), rail_,
-              std::shared_ptr<DeviceFault>(mapped_, at<DeviceFault>(mapped_.get(), 0))),
+              std::shared_ptr<DeviceFault>(mapped_, at<DeviceFault>(mapped_.get(), 0)),
+              [this](int layer) { return name_of_layer(layer); }),
       watches_(rail_),
       records_to_(static_cast<std::size_t>(layout_.num_hosts)),
       home_to_(records_to_.size()) {
@@ -250,6 +252,7 @@ std::unique_ptr<Dispatched::Route> RailExchange::dispatch_send(TensorView x, con
   auto route = std::make_unique<RailRoute>(*this, slot, stream);
   const std::int64_t num_tokens = x.dim(0);
   route->params = slot.params;
+  route->params.layer = routing.layer;
   route->params.placed = routing.slots != nullptr ? routing.slots->device_table() : nullptr;
   route->tokens = {.x = x.as<std::uint16_t>(),
                    .topk_idx = routing.topk_idx.data,

@@ -4,18 +4,21 @@
 
 #include "core/fail.h"
 #include "exchange/cuda/fault_words.h"
+#include "exchange/impl.h"
 
 namespace sluice {
 
 using cuda::DeviceFault;
 
 RailFaults::RailFaults(const ExchangeConfig& config, int rank, const Rail& rail,
-                       std::shared_ptr<DeviceFault> records)
+                       std::shared_ptr<DeviceFault> records,
+                       std::function<std::string(int)> name_of_layer)
     : config_(config),
       rank_(rank),
       host_(config.hosts.host_of(rank)),
       rail_(rail),
-      records_(std::move(records)) {}
+      records_(std::move(records)),
+      name_of_layer_(std::move(name_of_layer)) {}
 
 std::optional<DeviceFault> RailFaults::find(cuda::FaultRecord record) const noexcept {
   const DeviceFault* const fault = records_.get() + record;
@@ -24,7 +27,7 @@ std::optional<DeviceFault> RailFaults::find(cuda::FaultRecord record) const noex
 }
 
 std::vector<int> RailFaults::ranks_of(const DeviceFault& fault) const {
-  if (fault.kind == cuda::kGaveUp) return {fault.where};
+  if (fault.kind == cuda::kGaveUp || fault.kind == cuda::kOtherLayer) return {fault.where};
   std::vector<int> ranks;
   const auto mates = config_.hosts.ranks_of(host_);
   for (std::size_t m = 0; m < mates.size(); ++m) {
@@ -43,6 +46,11 @@ std::string RailFaults::describe(const DeviceFault& fault) const {
       if (fault.value == fault.where) return where + who + " has stopped";
       return where + "still missing " + who + ", for which " +
              rail_.names_of({static_cast<int>(fault.value)}) + " has stopped";
+    case cuda::kOtherLayer:
+      return where +
+             different_calls(
+                 {{fmt::format("{}", fault.where), name_of_layer_(static_cast<int>(fault.seen))}},
+                 fmt::format("{}", rank_), name_of_layer_(static_cast<int>(fault.expected)));
     case cuda::kDropped:
       return where + who + " dropped its dispatch instead of combining it" + flag;
     case cuda::kOutOfStep:
@@ -58,8 +66,12 @@ void RailFaults::throw_failure() {
                   failure_->what());
   }
   try {
-    rail_.check();
-    const auto fault = find(cuda::kFailure);
+    // A rank that stopped for another layer leaves the rail waiting, which is not the cause.
+    auto fault = find(cuda::kFailure);
+    if (!fault || fault->kind != cuda::kOtherLayer) {
+      rail_.check();
+      fault = find(cuda::kFailure);
+    }
     if (!fault) return;
     throw Error(fault->kind == cuda::kPeerMissing ? ErrorCode::kPeerTimeout : ErrorCode::kTransport,
                 describe(*fault), ranks_of(*fault));

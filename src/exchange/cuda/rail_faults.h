@@ -1,6 +1,7 @@
 // rail_faults.h - what stopped an exchange over hosts, or what it refused, in words.
 #pragma once
 
+#include <functional>
 #include <memory>
 #include <optional>
 #include <string>
@@ -16,8 +17,10 @@ namespace sluice {
 class RailFaults {
  public:
   /// `records`: [2] by cuda::FaultRecord, where kernels write them.
+  /// name_of_layer: of a Routing::layer.
   RailFaults(const ExchangeConfig& config, int rank, const Rail& rail,
-             std::shared_ptr<cuda::DeviceFault> records);
+             std::shared_ptr<cuda::DeviceFault> records,
+             std::function<std::string(int)> name_of_layer);
 
   /// Throws what has stopped the exchange: the rail's own error, or what a kernel found. It names
   /// ranks and hosts.
@@ -34,6 +37,7 @@ class RailFaults {
   int rank_, host_;
   const Rail& rail_;
   std::shared_ptr<cuda::DeviceFault> records_;
+  std::function<std::string(int)> name_of_layer_;
   std::optional<Error> failure_;  // What stopped the exchange for good.
 };
 

@@ -2,7 +2,7 @@
 //
 //   window, of which a dispatch uses one slot (all ranks of the host address it):
 //     dispatched [M] u64, returned [M] u64    flags of each mate, as in device_layout.h
-//     counts     [R, W] u64                   epoch << 32 | rows of rank r for each slot
+//     counts     [R, W] u64                   of rank r for each slot, as in device_layout.h
 //     x          [rows, payload], scale [rows, hidden / 128] f32
 //     expert_y   [rows, hidden] bf16
 //   own memory, a slot of it: pieces out and in, home rows out and in, and where each row went

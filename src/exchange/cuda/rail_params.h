@@ -25,9 +25,10 @@ inline constexpr int kMaxRailHosts = 64;
 inline constexpr int kHomeHeaderBytes = 16;
 
 /// Offsets in a header and a record: network_record.h, where the words of the header are the
-/// number of records and then, in normal mode, the rows of bf16 that come home for them.
+/// number of records and then, in normal mode, the rows of bf16 that come home for them; `layer` is
+/// the offset of Routing::layer.
 struct RecordOffsets {
-  int payload_bytes, num_scales, token, slots, weights, bytes, header_bytes, counts;
+  int payload_bytes, num_scales, token, slots, weights, bytes, header_bytes, counts, layer;
   bool has_counts, has_weights;
 };
 
@@ -43,7 +44,7 @@ struct RailSlot {
   DeviceWindow window;  // Of the mates; `rank` is the own local index.
   // Offsets in a window.
   std::size_t dispatched, returned;  // [mates] u64, as in device_layout.h
-  std::size_t counts;                // [num_ranks, count_width] u64: epoch << 32 | rows
+  std::size_t counts;                // [num_ranks, count_width] u64: count_stamp() << 32 | rows
   std::size_t x, scale, expert_y;    // [rows]
   ExpertPlacement placement;
   RecordOffsets record;
@@ -80,6 +81,7 @@ struct RailSlot {
   std::int32_t* sizes;          // Host-mapped, [num_hosts, 4]: RailSizes
   const std::uint32_t* placed;  // ExpertSlots::device_table(), or null
   int num_experts;
+  int layer;  // Routing::layer of the dispatch.
 };
 
 /// What the host must know to queue pieces of exact sizes, of one host.

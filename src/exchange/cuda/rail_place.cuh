@@ -63,6 +63,9 @@ SLUICE_STEP void count_step(const Team& team, const RailSlot& p, int h, const Pl
   const auto* const counts =
       reinterpret_cast<const std::int32_t*>(incoming(p, h) + p.record.counts);
   const std::int64_t base = std::int64_t{p.rail[h]} * p.count_width;
+  // For the source's layer, whatever this rank's is: so all mates see whose differs.
+  const std::uint32_t stamp =
+      count_stamp(epoch, *reinterpret_cast<const std::int32_t*>(incoming(p, h) + p.record.layer));
   for (int e = team.index; e < p.count_width; e += team.size) {
     std::int32_t sum = 0;
     if (p.record.has_counts) {
@@ -70,7 +73,7 @@ SLUICE_STEP void count_step(const Team& team, const RailSlot& p, int h, const Pl
     } else {
       for (int chunk = 0; chunk < p.num_chunks; ++chunk) sum += rows[chunk * width + e];
     }
-    const std::uint64_t word = epoch << 32 | static_cast<std::uint32_t>(sum);
+    const std::uint64_t word = std::uint64_t{stamp} << 32 | static_cast<std::uint32_t>(sum);
     for (int m = 0; m < num_mates(p); ++m) {
       store_relaxed(in_window<std::uint64_t>(p, m, p.counts) + base + e, word);
     }
@@ -82,20 +85,32 @@ SLUICE_STEP bool gather_counts(const Team& team, const RailSlot& p, std::uint64_
                                std::int32_t* total, std::int32_t* first) {
   const std::uint64_t* const counts = in_window<std::uint64_t>(p, p.window.rank, p.counts);
   const std::uint64_t begin = now_ns();
-  const auto tag = static_cast<std::uint32_t>(epoch);
+  const std::uint32_t stamp = count_stamp(epoch, p.layer);
   bool ok = true;
   for (int e = team.index; ok && e < p.count_width; e += team.size) {
     std::int32_t all = 0, below = 0;
     for (int r = 0; ok && r < p.num_ranks; ++r) {
       const std::uint64_t* const word = counts + std::int64_t{r} * p.count_width + e;
       std::uint64_t seen = load_relaxed(word);
-      while (static_cast<std::uint32_t>(seen >> 32) != tag) {
-        ok = now_ns() - begin <= p.timeout_ns && !is_stopped(p) && !rail_has_failed(p);
+      while (static_cast<std::uint32_t>(seen >> 32) != stamp) {
+        ok = !is_for_another_layer(seen, stamp) && now_ns() - begin <= p.timeout_ns &&
+             !is_stopped(p) && !rail_has_failed(p);
         if (!ok) break;
         rest();
         seen = load_relaxed(word);
       }
-      if (!ok && !is_stopped(p)) {
+      if (!ok && is_for_another_layer(seen, stamp)) {
+        stop_exchange(p, r,
+                      {.kind = kOtherLayer,
+                       .operation = kDispatchCounts,
+                       .epoch = epoch,
+                       .missing = 0,
+                       .expected = static_cast<std::uint64_t>(p.layer),
+                       .seen = layer_of_count(seen),
+                       .where = r,
+                       .count = 0,
+                       .value = 0});
+      } else if (!ok && !is_stopped(p)) {
         stop_exchange(p, p.mates[p.local_of[r]],
                       {.kind = kPeerMissing,
                        .operation = kDispatchCounts,

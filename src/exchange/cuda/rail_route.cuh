@@ -72,6 +72,7 @@ SLUICE_STEP void number_records(const Team& team, const RailSlot& p, int num_tok
     }
     std::int32_t* const header = reinterpret_cast<std::int32_t*>(outgoing(p, h));
     header[0] = records;
+    header[p.record.layer / 4] = p.layer;
     if (!p.record.has_counts) header[1] = home;
   }
   team.sync();

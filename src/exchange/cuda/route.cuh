@@ -11,6 +11,12 @@ namespace sluice::cuda {
 /// Rows have been given; a capacity is exceeded; counts of a rank did not arrive.
 enum class RouteResult { kPlaced, kRefused, kMissing };
 
+/// Ranks of whose counts a thread did not see those that it waited for, a bit each.
+struct LostCounts {
+  unsigned long long missing = 0, of_another_layer = 0;
+  std::uint64_t other = 0;  // A word for another layer.
+};
+
 /// A top-k entry of the chunk that a CTA sends.
 struct alignas(16) ChunkEntry {
   int expert;  // Or -1: empty.
@@ -54,14 +60,12 @@ __device__ void count_rest(const SlotParams& p, const DispatchParams& d, int fir
 }
 
 /// Thread i's share of experts: every rank's counts of them, waited for. Adds those of lower ranks
-/// to next[e] and replaces total[e] by the sum over all. Returns the ranks whose counts did not
-/// arrive, a bit each.
-__device__ inline unsigned long long gather_counts(const SlotParams& p, std::uint64_t epoch,
-                                                   int* total, int* next) {
+/// to next[e] and replaces total[e] by the sum over all.
+__device__ inline LostCounts gather_counts(const SlotParams& p, std::uint32_t stamp, int* total,
+                                           int* next) {
   constexpr int kBatch = 4;
   const int ranks = p.window.num_ranks;
-  const auto tag = static_cast<std::uint32_t>(epoch);
-  unsigned long long missing = 0;
+  LostCounts lost;
   std::uint64_t begin = 0;
   for (int e = static_cast<int>(threadIdx.x); e < p.placement.num_experts();
        e += kDispatchThreads) {
@@ -78,13 +82,21 @@ __device__ inline unsigned long long gather_counts(const SlotParams& p, std::uin
         }
 #pragma unroll
         for (int i = 0; i < kBatch; ++i) {
-          if (r0 + i < ranks) fresh &= static_cast<std::uint32_t>(word[i] >> 32) == tag;
+          if (r0 + i < ranks) fresh &= static_cast<std::uint32_t>(word[i] >> 32) == stamp;
         }
         if (fresh) break;
+#pragma unroll
+        for (int i = 0; i < kBatch; ++i) {
+          if (r0 + i >= ranks || !is_for_another_layer(word[i], stamp)) continue;
+          lost.of_another_layer |= 1ull << (r0 + i);
+          lost.other = word[i];
+        }
+        if (lost.of_another_layer != 0) break;
         if (begin == 0) begin = ptx::global_timer();
         if (ptx::global_timer() - begin > p.timeout_ns || has_failed(p)) {
           for (int i = 0; i < kBatch && r0 + i < ranks; ++i) {
-            if (static_cast<std::uint32_t>(word[i] >> 32) != tag) missing |= 1ull << (r0 + i);
+            if (static_cast<std::uint32_t>(word[i] >> 32) != stamp)
+              lost.missing |= 1ull << (r0 + i);
           }
           break;
         }
@@ -100,7 +112,7 @@ __device__ inline unsigned long long gather_counts(const SlotParams& p, std::uin
     total[e] = all;
     next[e] += below;
   }
-  return missing;
+  return lost;
 }
 
 /// Low-latency: expert e's rows begin at its own max_m, whatever the counts are. The thread that
@@ -155,15 +167,27 @@ __device__ inline void place_contiguous(const SlotParams& p, const int* total, i
   }
 }
 
-/// Who did not send counts: the exchange stops.
-__device__ inline void fail_counts(const SlotParams& p, std::uint64_t epoch,
-                                   unsigned long long missing) {
-  __shared__ unsigned long long all_missing;
-  if (threadIdx.x == 0) all_missing = 0;
+/// Who did not send counts, or sent them for another layer: the exchange stops.
+__device__ inline void fail_counts(const SlotParams& p, std::uint64_t epoch, int layer,
+                                   const LostCounts& lost) {
+  __shared__ unsigned long long all_missing, of_another_layer, other;
+  if (threadIdx.x == 0) all_missing = of_another_layer = other = 0;
   __syncthreads();
-  if (missing != 0) atomicOr(&all_missing, missing);
+  if (lost.missing != 0) atomicOr(&all_missing, lost.missing);
+  if (lost.of_another_layer != 0) {
+    atomicOr(&of_another_layer, lost.of_another_layer);
+    atomicMax(&other, static_cast<unsigned long long>(lost.other));
+  }
   __syncthreads();
   if (threadIdx.x != 0) return;
+  if (of_another_layer != 0) {
+    return fail_exchange(p, {.kind = kOtherLayer,
+                             .operation = kDispatchCounts,
+                             .epoch = epoch,
+                             .missing = of_another_layer,
+                             .expected = static_cast<std::uint64_t>(layer),
+                             .seen = layer_of_count(other)});
+  }
   fail_exchange(p, {.kind = kPeerMissing,
                     .operation = kDispatchCounts,
                     .epoch = epoch,
@@ -176,13 +200,14 @@ __device__ inline void fail_counts(const SlotParams& p, std::uint64_t epoch,
 /// first entry with expert e (low-latency: after begin_masked()). All threads get the same answer.
 /// What any of them did before is seen by all after it.
 template <Mode Layout>
-__device__ RouteResult place_experts(const SlotParams& p, std::uint64_t epoch, int* total,
-                                     int* next) {
-  const unsigned long long missing = gather_counts(p, epoch, total, next);
-  const bool over = Layout == Mode::kLowLatency && missing == 0 && exceeds_masked(p, total);
-  if (__syncthreads_or(missing != 0 || over) != 0) {
-    if (__syncthreads_or(missing != 0) == 0) return RouteResult::kRefused;
-    fail_counts(p, epoch, missing);
+__device__ RouteResult place_experts(const SlotParams& p, std::uint64_t epoch, int layer,
+                                     int* total, int* next) {
+  const LostCounts lost = gather_counts(p, count_stamp(epoch, layer), total, next);
+  const bool failed = (lost.missing | lost.of_another_layer) != 0;
+  const bool over = Layout == Mode::kLowLatency && !failed && exceeds_masked(p, total);
+  if (__syncthreads_or(failed || over) != 0) {
+    if (__syncthreads_or(failed) == 0) return RouteResult::kRefused;
+    fail_counts(p, epoch, layer, lost);
     return RouteResult::kMissing;
   }
   if (Layout == Mode::kNormal) {
