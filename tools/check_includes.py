@@ -102,7 +102,7 @@ BASE = {"tensor.h", "error.h", "config.h", "stream.h"}
 VALUES = BASE | {"quant.h", "recipe.h", "activation.h", "weight_format.h"}
 BACKEND = VALUES | {"checkpoint.h", "backend.h", "matrix_source.h", "repack.h"}
 PUBLIC_OF = {
-    "core": BASE,
+    "core": BASE | {"interrupt.h"},
     "quant": VALUES,
     "checkpoint": VALUES | {"checkpoint.h"},
     "device handles": BASE | {"transport.h"},

@@ -21,6 +21,7 @@ enum class ErrorCode {
   kCuda,
   kTransport,    ///< Ranks disagree, or the transport below failed.
   kPeerTimeout,  ///< A peer did not arrive in time; the message and ranks() name it.
+  kInterrupted,  ///< The caller ended a wait (interrupt.h).
   kInternal,     ///< A promise inside the library was broken: a bug in Sluice.
 };
 

@@ -23,6 +23,8 @@ const char* to_string(ErrorCode code) noexcept {
       return "transport error";
     case ErrorCode::kPeerTimeout:
       return "peer timeout";
+    case ErrorCode::kInterrupted:
+      return "interrupted";
     case ErrorCode::kInternal:
       return "internal error";
   }

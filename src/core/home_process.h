@@ -9,6 +9,7 @@
 
 #include <atomic>
 #include <cstdint>
+#include <vector>
 
 namespace sluice {
 
@@ -27,6 +28,8 @@ class HomeProcess {
   }
 
  private:
+  friend class NotInChildren;
+  static void look_at_forks();
   [[noreturn]] void refuse(const char* what) const;
 
   /// How often this process's ancestors have forked on the way to it.
@@ -34,6 +37,20 @@ class HomeProcess {
 
   std::uint64_t num_forks_;
   pid_t process_;
+};
+
+/// Descriptors whose end tells other processes that this one has ended. While it lives, every child
+/// has /dev/null in their place, so that its copies do not hold that news back.
+class NotInChildren {
+ public:
+  explicit NotInChildren(std::vector<int> descriptors);
+  ~NotInChildren() { clear(); }
+  NotInChildren(const NotInChildren&) = delete;
+  NotInChildren& operator=(const NotInChildren&) = delete;
+  void clear() noexcept;  ///< Before they are closed.
+
+ private:
+  std::vector<int> descriptors_;
 };
 
 /// A deleter that leaves the memory alone in a child: threads may have held its locks, or have

@@ -11,6 +11,8 @@
 #include <utility>
 
 #include "core/fail.h"
+#include "core/home_process.h"
+#include "core/interruption.h"
 #include "sluice/transport.h"
 #include "transport/pages.h"
 
@@ -31,6 +33,7 @@ struct Region {
 };
 
 struct SharedWindow {
+  HomeProcess home;
   std::vector<std::unique_ptr<Region>> regions;  // [num_ranks]
   std::size_t bytes = 0;
   int num_flags = 0;
@@ -54,8 +57,8 @@ class Group {
   };
 
   /// Brings `mine` to meeting `index` and waits for the others. The first to see all present calls
-  /// `make` under the lock. Throws: kPeerTimeout naming who is missing; on every rank what `make`
-  /// threw.
+  /// `make` under the lock. Throws: kPeerTimeout naming who is missing; kInterrupted; on every rank
+  /// what `make` threw.
   template <class Make>
   Meeting meet(std::uint64_t index, int rank, std::span<const std::byte> mine,
                const char* operation, std::chrono::milliseconds timeout, const Make& make) {
@@ -79,8 +82,9 @@ class Group {
       }
       changed_.notify_all();
     }
-    const bool complete =
-        changed_.wait_until(lock, deadline, [&] { return meeting.num_present == num_ranks_; });
+    home_.require("transport inproc");  // In a child nobody else comes.
+    const bool complete = Interruption::wait_until(
+        changed_, lock, deadline, [&] { return meeting.num_present == num_ranks_; });
     if (!complete) {
       std::vector<int> missing;
       for (int r = 0; r < num_ranks_; ++r) {
@@ -98,6 +102,7 @@ class Group {
 
  private:
   int num_ranks_;
+  HomeProcess home_;
   std::mutex mutex_;
   std::condition_variable changed_;
   std::map<std::uint64_t, Meeting> meetings_;
@@ -146,8 +151,9 @@ class InprocWindow final : public Window {
       return below.empty();
     };
     if (arrived()) return below;
+    shared_->home.require("transport inproc");
     std::unique_lock lock(own.mutex);
-    own.changed.wait_until(lock, deadline, arrived);
+    (void)Interruption::wait_until(own.changed, lock, deadline, arrived);
     return below;
   }
 
@@ -177,7 +183,8 @@ class InprocTransport final : public Transport {
         group_->meet(next_++, rank_, std::as_bytes(std::span(sizes)), "make_window", timeout,
                      [&](Group::Meeting& m) {
                        if (std::ranges::count(m.parts, m.parts[0]) != group_->num_ranks()) return;
-                       const auto window = std::make_shared<SharedWindow>();
+                       const std::shared_ptr<SharedWindow> window(new SharedWindow,
+                                                                  DeletedAtHome<SharedWindow>());
                        window->bytes = bytes, window->num_flags = num_flags;
                        for (int r = 0; r < group_->num_ranks(); ++r) {
                          window->regions.push_back(std::make_unique<Region>(bytes, num_flags));
@@ -252,7 +259,7 @@ class InprocTransport final : public Transport {
 
 std::vector<std::unique_ptr<Transport>> make_inproc_transports(int num_ranks) {
   check_argument(num_ranks >= 1, "{} ranks; at least one", num_ranks);
-  const auto group = std::make_shared<Group>(num_ranks);
+  const std::shared_ptr<Group> group(new Group(num_ranks), DeletedAtHome<Group>());
   std::vector<std::unique_ptr<Transport>> transports;
   for (int r = 0; r < num_ranks; ++r) {
     transports.push_back(std::make_unique<InprocTransport>(group, r));

@@ -14,6 +14,7 @@
 #include <thread>
 
 #include "core/fail.h"
+#include "core/interruption.h"
 #include "sluice/transport.h"
 #include "transport/ipc_device.h"
 #include "transport/ipc_link.h"
@@ -63,6 +64,7 @@ class IpcWindow final : public Window {
   [[nodiscard]] int num_flags() const noexcept override { return num_flags_; }
 
   void put(int peer, std::size_t offset, std::span<const std::byte> data_in) override {
+    require_home();
     check_argument(offset <= bytes_ && data_in.size() <= bytes_ - offset,
                    "put of {} bytes at {} of rank {}'s window of {}", data_in.size(), offset, peer,
                    bytes_);
@@ -73,6 +75,7 @@ class IpcWindow final : public Window {
   }
 
   void signal(int peer, int flag, std::uint64_t epoch) override {
+    require_home();
     check_peer(peer);
     std::atomic<std::uint64_t>& value = flag_of(peer, flag);
     // Flags only grow; each has one writer.
@@ -93,6 +96,7 @@ class IpcWindow final : public Window {
 
   [[nodiscard]] std::vector<int> wait_flags(std::span<const int> flags, std::uint64_t epoch,
                                             Deadline deadline) override {
+    require_home();
     std::vector<int> below(flags.begin(), flags.end());
     const auto arrived = [&] {
       std::erase_if(below, [&](int f) { return flag(f) >= epoch; });
@@ -116,12 +120,15 @@ class IpcWindow final : public Window {
         syscall(SYS_futex, &bell.changes, FUTEX_WAIT, seen, &time, nullptr, 0);
       }
       bell.num_waiters.fetch_sub(1, std::memory_order_seq_cst);
+      Interruption::look();
     }
     (void)arrived();  // Flags may have come between the last look and a deadline that passed since.
     return below;
   }
 
  private:
+  /// A child maps the same memory, and would take part in its parent's place.
+  void require_home() const { link_->home().require("transport ipc"); }
   void check_peer(int peer) const {
     check_argument(peer >= 0 && peer < link_->num_ranks(), "rank {} is not in [0, {})", peer,
                    link_->num_ranks());
@@ -154,6 +161,7 @@ class Lent {
   /// Frees what nobody maps any more, and in the end the rest, too: a peer that is stopped may map
   /// it for ever. Then the driver keeps the memory for as long as that peer has it.
   ~Lent() {
+    if (!link_->home().is_here()) return;  // The parent still has it.
     const Deadline deadline = Clock::now() + kLetGo;
     sweep();
     while (!entries_.empty() && Clock::now() < deadline) {
@@ -166,7 +174,7 @@ class Lent {
 
   void add(std::uint64_t share, std::shared_ptr<std::byte> memory) {
     entries_.push_back({share, std::move(memory)});
-    sweep();
+    if (link_->home().is_here()) sweep();
   }
 
  private:
@@ -260,6 +268,7 @@ class IpcTransport final : public Transport {
         });
       } else {
         all.push_back(import_device_memory(theirs.handle, [link = link_, r, share] {
+          if (!link->home().is_here()) return;
           link->board().members[r].let_go[share % IpcBoard::kShares] |= std::uint64_t{1}
                                                                         << link->rank();
         }));

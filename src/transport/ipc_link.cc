@@ -7,6 +7,7 @@
 #include <cstring>
 
 #include "core/fail.h"
+#include "core/interruption.h"
 #include "transport/parts.h"
 
 namespace sluice {
@@ -59,16 +60,24 @@ class IncomingPart {
 IpcLink::IpcLink(const IpcConfig& config, milliseconds timeout)
     : rank_(config.rank),
       num_ranks_(config.num_ranks),
-      membership_(meet_processes(config, timeout)) {}
+      membership_(meet_processes(config, timeout)),
+      lifeline_({membership_.own_lifeline.get()}),
+      sockets_(sockets()) {}
 
 IpcLink::~IpcLink() {
-  board().members[rank_].left = 1;
+  if (home_.is_here()) board().members[rank_].left = 1;
 }
 
 bool IpcLink::is_gone(int rank) const {
   if (rank == rank_) return false;
   pollfd entry{membership_.lifelines[static_cast<std::size_t>(rank)].get(), 0, 0};
   return board().members[rank].left != 0 || (poll(&entry, 1, 0) > 0 && (entry.revents & POLLHUP));
+}
+
+std::vector<int> IpcLink::sockets() const {
+  std::vector<int> all;
+  for (const FileDescriptor& socket : membership_.sockets) all.push_back(socket.get());
+  return all;
 }
 
 void IpcLink::send(int peer, std::span<const std::byte> bytes, Deadline deadline, int file) {
@@ -109,11 +118,13 @@ std::vector<std::vector<std::byte>> IpcLink::receive_parts(Deadline deadline) {
     }
     if (awaited.empty()) break;
     entries[0] = {-1, 0, 0};  // Passed over.
-    const int num_ready = poll(entries.data(), entries.size(), ms_until(deadline));
+    const Deadline until = Interruption::next_look(deadline);
+    const int num_ready = poll(entries.data(), entries.size(), ms_until(until));
     if (num_ready < 0 && errno != EINTR) {
       fail(ErrorCode::kTransport, "poll: {}", std::strerror(errno));
     }
-    if (num_ready == 0) throw Failed{Io::kLate, awaited};
+    if (num_ready == 0 && until == deadline) throw Failed{Io::kLate, awaited};
+    Interruption::look();
     for (std::size_t r = 1; num_ready > 0 && r < incoming.size(); ++r) {
       if (entries[r].revents == 0) continue;
       if (incoming[r].is_complete() || !incoming[r].take(entries[r].fd)) {
@@ -164,9 +175,10 @@ IpcLink::Blame IpcLink::blame_for_break(int rank) const {
   const std::uint64_t self = std::uint64_t{1} << rank_;
   const auto missing = [](Absence why, std::uint64_t mask,
                           const std::string& before = "") -> Blame {
-    const char* const what = why == Absence::kEnded  ? "whose process has ended"
-                             : why == Absence::kLeft ? "which left before this collective"
-                                                     : "which did not come in time";
+    const char* const what = why == Absence::kEnded     ? "whose process has ended"
+                             : why == Absence::kLeft    ? "which left before this collective"
+                             : why == Absence::kStopped ? "whose call was interrupted"
+                                                        : "which did not come in time";
     const std::vector<int> ranks = ranks_of(mask);
     return {why, ranks, fmt::format("{}missing rank(s){}, {}", before, list_of(ranks), what)};
   };
@@ -191,13 +203,18 @@ IpcLink::Blame IpcLink::blame_for_break(int rank) const {
 void IpcLink::give_up(const Failed& failed, milliseconds timeout) {
   const Blame blame =
       failed.io == Io::kLate ? blame_for_delay(failed, timeout) : blame_for_break(failed.ranks[0]);
+  break_off(blame, blame.why == Absence::kEnded ? ErrorCode::kTransport : ErrorCode::kPeerTimeout);
+}
+
+void IpcLink::break_off(const Blame& blame, ErrorCode code) {
   board().members[rank_].blamed_for = blame.why;
   board().members[rank_].blamed = mask_of(blame.ranks);
+  sockets_.clear();
   membership_.sockets.clear();  // So that nobody waits for this rank.
+  // Whoever interrupted it is no peer.
   failure_.emplace(
-      blame.why == Absence::kEnded ? ErrorCode::kTransport : ErrorCode::kPeerTimeout,
-      fmt::format("{} number {} on rank {}: {}", operation_, number_ - 1, rank_, blame.text),
-      blame.ranks);
+      code, fmt::format("{} number {} on rank {}: {}", operation_, number_ - 1, rank_, blame.text),
+      code == ErrorCode::kInterrupted ? std::vector<int>{} : blame.ranks);
   throw *failure_;
 }
 
@@ -207,6 +224,7 @@ IpcLink::Gathered IpcLink::gather(std::span<const std::byte> mine, const char* o
     fail_of_ranks(ErrorCode::kTransport, failure_->ranks(), "this transport failed earlier: {}",
                   failure_->what());
   }
+  home_.require("transport ipc");
   number_ += 1;
   operation_ = operation;
   board().members[rank_].arrived = number_;
@@ -219,6 +237,9 @@ IpcLink::Gathered IpcLink::gather(std::span<const std::byte> mine, const char* o
     return {unpack(all, num_ranks_), files.empty() ? FileDescriptor() : std::move(files[0])};
   } catch (const Failed& failed) {
     give_up(failed, timeout);
+  } catch (const Error& error) {
+    if (error.code() != ErrorCode::kInterrupted) throw;
+    break_off({Absence::kStopped, {rank_}, error.what()}, error.code());
   }
 }
 

@@ -18,6 +18,7 @@
 #include <string>
 #include <vector>
 
+#include "core/home_process.h"
 #include "sluice/error.h"
 #include "transport/ipc_rendezvous.h"
 #include "transport/socket_io.h"
@@ -27,7 +28,7 @@ namespace sluice {
 class IpcLink {
  public:
   IpcLink(const IpcConfig& config, std::chrono::milliseconds timeout);
-  ~IpcLink();  ///< Tells the others that this rank has left in order.
+  ~IpcLink();  ///< Tells the others that this rank has left in order; in a child says nothing.
   IpcLink(const IpcLink&) = delete;
   IpcLink& operator=(const IpcLink&) = delete;
 
@@ -40,8 +41,9 @@ class IpcLink {
     FileDescriptor file;                        ///< Rank 0's, on the others.
   };
   /// Collective. Rank 0 may give a file to all others, or -1.
-  /// Throws: kPeerTimeout or kTransport naming operation, number and missing ranks. After that the
-  /// ranks may be out of step, and every later call throws.
+  /// Throws: kPeerTimeout or kTransport naming operation, number and missing ranks; kInterrupted.
+  /// After that the ranks may be out of step, and every later call throws. kInvalidArgument in a
+  /// child of the process that made it.
   [[nodiscard]] Gathered gather(std::span<const std::byte> mine, const char* operation,
                                 std::chrono::milliseconds timeout, int file = -1);
 
@@ -49,6 +51,8 @@ class IpcLink {
   [[nodiscard]] std::vector<int> lost_ranks() const { return ranks_ended(membership_); }
   /// True if `rank`'s process has ended, or has left.
   [[nodiscard]] bool is_gone(int rank) const;
+  /// The process that is this rank.
+  [[nodiscard]] const HomeProcess& home() const noexcept { return home_; }
 
  private:
   void send(int peer, std::span<const std::byte> bytes, Deadline deadline, int file);
@@ -73,9 +77,13 @@ class IpcLink {
                                       std::chrono::milliseconds timeout) const;
   [[nodiscard]] Blame blame_for_break(int rank) const;
   [[noreturn]] void give_up(const Failed& failed, std::chrono::milliseconds timeout);
+  [[nodiscard]] std::vector<int> sockets() const;
+  [[noreturn]] void break_off(const Blame& blame, ErrorCode code);
 
   int rank_, num_ranks_;
+  HomeProcess home_;
   IpcMembership membership_;
+  NotInChildren lifeline_, sockets_;
   std::uint64_t number_ = 0;  // Of the collective under way.
   const char* operation_ = "";
   std::optional<Error> failure_;  // The first one; all later collectives are refused.

@@ -11,6 +11,7 @@
 #include <thread>
 
 #include "core/fail.h"
+#include "core/interruption.h"
 #include "core/sha256.h"
 #include "transport/handshake.h"
 #include "transport/reception.h"
@@ -105,12 +106,13 @@ class Host {
     membership_.board().last_look_ns =
         std::chrono::nanoseconds(Clock::now().time_since_epoch()).count();
     std::vector<pollfd> entries;
-    deadline = reception_.add_to(entries, deadline);
+    deadline = reception_.add_to(entries, Interruption::next_look(deadline));
     const int num_ready = poll(entries.data(), entries.size(), ms_until(deadline));
     if (num_ready < 0 && errno != EINTR) {
       fail(ErrorCode::kTransport, "poll: {}", std::strerror(errno));
     }
     reception_.hear_all([this](Reception::Guest& guest) { take_in(guest); });
+    Interruption::look();
     return num_ready > 0;
   }
 
@@ -206,6 +208,7 @@ class Visitor {
       }
       socket = try_to_join(reading.get(), membership);
       if (!socket) std::this_thread::sleep_for(milliseconds(5));
+      Interruption::look();
     } while (!socket);
     reading.reset();
     Answer answer{};

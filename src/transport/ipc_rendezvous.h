@@ -34,6 +34,7 @@ enum class Absence : std::uint32_t {
   kLate = 1,  ///< It did not come within the timeout.
   kLeft,      ///< It destroyed its transport.
   kEnded,     ///< Its process ended before that.
+  kStopped,   ///< Its own call was interrupted.
 };
 
 /// Memory that all ranks map from the moment they join: who is where. Each element has one

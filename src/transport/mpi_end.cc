@@ -39,6 +39,7 @@ bool MpiLink::end(milliseconds timeout) {
   auto& link = the_link();
   if (!link) return true;
   Impl& impl = *link->impl_;
+  impl.require_home();
   const bool all = link->exchange_farewells(Farewell::kGoodbye, timeout) &&
                    link->exchange_farewells(Farewell::kHeardAll, timeout);
   if (!all) (void)link->exchange_farewells(Farewell::kLeaves, milliseconds(0));

@@ -4,6 +4,7 @@
 #include <cstring>
 
 #include "core/fail.h"
+#include "core/interruption.h"
 #include "transport/mpi_link_impl.h"
 
 namespace sluice {
@@ -187,6 +188,7 @@ void MpiLink::Impl::ship(std::unique_lock<std::mutex>& lock, int to, millisecond
     }
     lock.unlock();
     backoff.pause();
+    Interruption::look();
     lock.lock();
   }
   Sending& sending = p.sending.emplace_back();
@@ -207,6 +209,10 @@ std::unique_ptr<MpiLink>& MpiLink::the_link() {
 MpiLink::MpiLink(milliseconds timeout) : impl_(std::make_unique<Impl>(start_mpi(timeout))) {}
 
 MpiLink::~MpiLink() {
+  if (!impl_->home.is_here()) {
+    (void)impl_.release();
+    return;
+  }
   impl_->stop_thread();
   // MPI may still read and write the buffers of messages under way to or from a rank that is gone.
   if (!impl_->all_sent()) (void)impl_.release();
@@ -215,6 +221,7 @@ MpiLink::~MpiLink() {
 MpiLink& MpiLink::open(milliseconds timeout) {
   auto& link = the_link();
   if (!link) link.reset(new MpiLink(timeout));
+  link->impl_->require_home();
   return *link;
 }
 
@@ -226,6 +233,7 @@ int MpiLink::num_ranks() const noexcept {
 }
 
 std::uint16_t MpiLink::new_group() {
+  impl_->require_home();
   const std::lock_guard lock(impl_->mutex);
   if (impl_->num_groups > 0xffff) {
     fail(ErrorCode::kUnsupported, "{} transports were made in this process; the limit is 65536",
@@ -236,17 +244,20 @@ std::uint16_t MpiLink::new_group() {
 
 void MpiLink::add_window(std::uint16_t group, std::uint32_t object,
                          std::shared_ptr<WindowMemory> memory) {
+  impl_->require_home();
   const std::lock_guard lock(impl_->mutex);
   impl_->windows[{group, object}] = std::move(memory);
 }
 
 void MpiLink::remove_window(std::uint16_t group, std::uint32_t object) noexcept {
+  if (!impl_->home.is_here()) return;
   const std::lock_guard lock(impl_->mutex);
   impl_->windows.erase({group, object});
 }
 
 void MpiLink::send(int to, Record record, std::span<const std::byte> payload,
                    milliseconds timeout) {
+  impl_->require_home();
   std::unique_lock lock(impl_->mutex);
   if (to == impl_->rank) {
     impl_->apply(to, record, payload);
@@ -265,11 +276,13 @@ void MpiLink::send(int to, Record record, std::span<const std::byte> payload,
 }
 
 void MpiLink::ship(int to, milliseconds timeout) {
+  impl_->require_home();
   std::unique_lock lock(impl_->mutex);
   if (to != impl_->rank) impl_->ship(lock, to, timeout);
 }
 
 bool MpiLink::wait_until(Deadline deadline, const std::function<bool()>& arrived) {
+  impl_->require_home();
   Backoff backoff;
   for (std::unique_lock lock(impl_->mutex);;) {
     // The clock first: what came while this process had no CPU has come in time.
@@ -283,6 +296,7 @@ bool MpiLink::wait_until(Deadline deadline, const std::function<bool()>& arrived
     if (is_last_look) return false;
     lock.unlock();
     backoff.pause();
+    Interruption::look();
     lock.lock();
   }
 }

@@ -12,6 +12,7 @@
 #include <tuple>
 #include <utility>
 
+#include "core/home_process.h"
 #include "sluice/error.h"
 #include "transport/mpi_link.h"
 #include "transport/mpi_start.h"
@@ -58,6 +59,7 @@ struct MpiLink::Impl {
   const int rank, num_ranks;
   const bool owns_mpi;
   MPI_Comm comm;
+  const HomeProcess home;  // MPI is of no use in a child, and `mutex` may be held there for ever.
 
   std::mutex mutex;  // Everything below, and every call of MPI.
   std::vector<Peer> peers;
@@ -79,6 +81,7 @@ struct MpiLink::Impl {
   void apply(int source, const Record& record, std::span<const std::byte> payload);
   void require_healthy() const;
   void ship(std::unique_lock<std::mutex>& lock, int peer, milliseconds timeout);
+  void require_home() const { home.require("transport mpi"); }
   [[nodiscard]] bool all_sent() const;
   [[nodiscard]] bool all_said(Farewell farewell) const;
   [[nodiscard]] bool somebody_leaves() const;

@@ -89,7 +89,7 @@ void NcclTransport::connect_rail(const NcclApi& api, int device, milliseconds ti
   const auto& made = ids[static_cast<std::size_t>(config.members[0])];
   SLUICE_ASSERT(made.size() == config.id.size());
   std::ranges::copy(made, config.id.begin());
-  rail_ = std::make_unique<NcclRail>(api, link_, std::move(config));
+  rail_.reset(new NcclRail(api, link_, std::move(config)));
 }
 
 std::unique_ptr<Window> NcclTransport::make_window(std::size_t bytes, int num_flags,

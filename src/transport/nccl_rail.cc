@@ -5,6 +5,7 @@
 #include <utility>
 
 #include "core/fail.h"
+#include "core/interruption.h"
 
 namespace sluice {
 namespace {
@@ -128,6 +129,14 @@ void NcclRail::settle(const char* operation) {
     }
     lock.unlock();
     std::this_thread::sleep_for(std::chrono::microseconds(round < 100 ? 50 : 1'000));
+    try {
+      Interruption::look();
+    } catch (const Error& interruption) {
+      lock.lock();
+      fail_with({interruption.code(), fmt::format("{}: {}", place(operation), interruption.what())},
+                lock);
+      throw Error(*failure_);
+    }
   }
 }
 

@@ -8,6 +8,7 @@
 #include <string>
 #include <vector>
 
+#include "core/home_process.h"
 #include "sluice/network.h"
 #include "transport/nccl_api.h"
 #include "transport/nccl_rail.h"
@@ -62,7 +63,7 @@ class NcclTransport final : public RailTransport {
   std::vector<int> host_of_;        // [num_ranks]
   std::vector<std::vector<int>> ranks_of_;
   std::unique_ptr<Transport> mates_;
-  std::unique_ptr<NcclRail> rail_;
+  std::unique_ptr<NcclRail, DeletedAtHome<NcclRail>> rail_;  // It has a thread.
 };
 
 }  // namespace sluice

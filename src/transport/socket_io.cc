@@ -9,6 +9,7 @@
 #include <cstring>
 
 #include "core/fail.h"
+#include "core/interruption.h"
 
 namespace sluice {
 namespace {
@@ -20,11 +21,13 @@ struct Control {
 
 bool wait_for(int socket, short events, Deadline deadline) {
   for (;;) {
+    const Deadline until = Interruption::next_look(deadline);
     pollfd entry{socket, events, 0};
-    const int ready = poll(&entry, 1, ms_until(deadline));
+    const int ready = poll(&entry, 1, ms_until(until));
     if (ready > 0) return true;
-    if (ready == 0) return false;
-    if (errno != EINTR) fail(ErrorCode::kTransport, "poll: {}", std::strerror(errno));
+    if (ready == 0 && until == deadline) return false;
+    if (ready < 0 && errno != EINTR) fail(ErrorCode::kTransport, "poll: {}", std::strerror(errno));
+    Interruption::look();
   }
 }
 

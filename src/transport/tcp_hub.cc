@@ -11,6 +11,7 @@
 #include <utility>
 
 #include "core/fail.h"
+#include "core/interruption.h"
 #include "transport/parts.h"
 #include "transport/tcp_join.h"
 #include "transport/tcp_socket.h"
@@ -81,9 +82,9 @@ void TcpHub::give(std::span<const std::byte> mine) {
 
 std::optional<std::vector<std::byte>> TcpHub::take_all(Deadline deadline) {
   Lock lock(mutex_);
-  const bool is_in_time = changed_.wait_until(lock, deadline, [this] { return is_over(); });
+  const auto is_done = [this] { return is_over(); };
   // Who came while this process had no CPU has come in time.
-  if (!is_in_time) wait_a_turn(lock);
+  if (!Interruption::wait_until(changed_, lock, deadline, is_done)) wait_a_turn(lock);
   return std::exchange(all_, std::nullopt);
 }
 
@@ -196,8 +197,7 @@ std::vector<TcpMember> TcpHub::table() const {
 
 void TcpHub::run() {
   Lock lock(mutex_);
-  Deadline end = Deadline::max();
-  for (;;) {
+  for (Deadline end = Deadline::max();;) {
     if (is_ending_) {
       end = std::min(end, Clock::now() + kLastWords);
       if (!finish() || Clock::now() >= end) return;

@@ -9,6 +9,7 @@
 #include <vector>
 
 #include "core/fail.h"
+#include "core/interruption.h"
 #include "transport/tcp_socket.h"
 
 namespace sluice {
@@ -94,6 +95,7 @@ FileDescriptor join_over_tcp(const TcpConfig& config, milliseconds timeout) {
                     tcp_start_of(config.rank), timeout.count(), found());
     }
     std::this_thread::sleep_for(kBetweenTries);
+    Interruption::look();
   }
 }
 

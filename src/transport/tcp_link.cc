@@ -69,6 +69,13 @@ Blame blame_for_break(const std::map<int, TcpDeparture>& gone, int self) {
     return {ErrorCode::kPeerTimeout, left,
             fmt::format("missing rank(s){}, which left before this collective", list_of(left))};
   }
+  // Others may have given up for it since, and know less.
+  for (const auto& [rank, why] : gone) {
+    if (why.blamed != std::vector<int>{rank}) continue;
+    return {ErrorCode::kPeerTimeout,
+            {rank},
+            fmt::format("missing rank(s) {}, whose call was interrupted", rank)};
+  }
   for (const auto& [rank, why] : gone) {
     std::vector<int> blamed = why.blamed;
     std::erase(blamed, self);
@@ -92,6 +99,7 @@ struct TcpLink::Impl {
 
   [[nodiscard]] Blame blame_for_delay(milliseconds timeout);
   [[noreturn]] void give_up(const std::string& place, milliseconds timeout);
+  [[noreturn]] void break_off(const std::string& place, const Error& interruption);
 
   const TcpConfig config;
   std::optional<Error> failure;  // The first one; all later collectives are refused.
@@ -143,9 +151,16 @@ void TcpLink::Impl::give_up(const std::string& place, milliseconds timeout) {
   throw *failure;
 }
 
+void TcpLink::Impl::break_off(const std::string& place, const Error& interruption) {
+  // Of itself: that it came too late for nobody.
+  hub.give_up({.presence = Presence::kGaveUp, .blamed = {config.rank}});
+  failure.emplace(interruption.code(), fmt::format("{}: {}", place, interruption.what()));
+  throw *failure;
+}
+
 TcpLink::TcpLink(const TcpConfig& config, milliseconds timeout) {
   const Deadline deadline = Clock::now() + timeout;
-  impl_ = std::make_unique<Impl>(config, timeout);
+  impl_.reset(new Impl(config, timeout));
   impl_->hub.give({});
   if (!impl_->hub.take_all(deadline)) impl_->give_up(tcp_start_of(config.rank), timeout);
 }
@@ -165,16 +180,20 @@ std::vector<std::vector<std::byte>> TcpLink::gather(std::span<const std::byte> m
     fail_of_ranks(ErrorCode::kTransport, impl_->failure->ranks(),
                   "this transport failed earlier: {}", impl_->failure->what());
   }
+  impl_.get_deleter().home().require("connection over tcp");
   const Deadline deadline = Clock::now() + timeout;
   impl_->hub.give(mine);
-  const auto all = impl_->hub.take_all(deadline);
-  if (!all) {
-    // The first collective was the start.
-    impl_->give_up(fmt::format("{} number {} on rank {}", operation, impl_->hub.number() - 2,
-                               impl_->config.rank),
-                   timeout);
+  // The first collective was the start.
+  const std::string place = fmt::format("{} number {} on rank {}", operation,
+                                        impl_->hub.number() - 2, impl_->config.rank);
+  try {
+    const auto all = impl_->hub.take_all(deadline);
+    if (all) return unpack(*all, impl_->config.num_ranks);
+  } catch (const Error& error) {
+    if (error.code() == ErrorCode::kInterrupted) impl_->break_off(place, error);
+    throw;
   }
-  return unpack(*all, impl_->config.num_ranks);
+  impl_->give_up(place, timeout);
 }
 
 std::optional<std::vector<TcpMember>> TcpLink::ask(milliseconds timeout) {

@@ -27,6 +27,7 @@
 #include <span>
 #include <vector>
 
+#include "core/home_process.h"
 #include "sluice/network.h"
 
 namespace sluice {
@@ -60,7 +61,7 @@ class TcpLink {
   /// or rank 0 does not take this process for one of its job; kInvalidArgument.
   TcpLink(const TcpConfig& config, std::chrono::milliseconds timeout);
   /// Tells the others that this rank has left in order. Waits until they have heard it; for one
-  /// that does not answer, 500 ms.
+  /// that does not answer, 500 ms. In a child of the process that made it: nothing.
   ~TcpLink();
   TcpLink(const TcpLink&) = delete;
   TcpLink& operator=(const TcpLink&) = delete;
@@ -69,8 +70,9 @@ class TcpLink {
   [[nodiscard]] int num_ranks() const noexcept;
 
   /// Collective: [num_ranks] parts of any sizes, ordered by rank.
-  /// Throws: kPeerTimeout or kTransport naming operation, number and missing ranks. After that the
-  /// ranks may be out of step, and every later call throws.
+  /// Throws: kPeerTimeout or kTransport naming operation, number and missing ranks; kInterrupted.
+  /// After that the ranks may be out of step, and every later call throws. kInvalidArgument in a
+  /// child of the process that made it.
   [[nodiscard]] std::vector<std::vector<std::byte>> gather(std::span<const std::byte> mine,
                                                            const char* operation,
                                                            std::chrono::milliseconds timeout);
@@ -93,7 +95,7 @@ class TcpLink {
 
  private:
   struct Impl;
-  std::unique_ptr<Impl> impl_;
+  std::unique_ptr<Impl, DeletedAtHome<Impl>> impl_;  // It has a thread.
 };
 
 }  // namespace sluice

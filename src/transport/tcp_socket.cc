@@ -17,6 +17,7 @@
 #include <vector>
 
 #include "core/fail.h"
+#include "core/interruption.h"
 
 namespace sluice {
 namespace {
@@ -69,7 +70,8 @@ Resolved resolve(const TcpAddress& where, Deadline deadline) {
     question->answered.notify_all();
   }).detach();
   std::unique_lock lock(question->mutex);
-  if (!question->answered.wait_until(lock, deadline, [&] { return question->is_answered; })) {
+  if (!Interruption::wait_until(question->answered, lock, deadline,
+                                [&] { return question->is_answered; })) {
     return {{}, "no name server has answered in time"};
   }
   return std::move(question->answer);
@@ -97,10 +99,13 @@ int try_to_connect(int socket, const Endpoint& endpoint, Deadline deadline) {
   if (connect(socket, reinterpret_cast<const sockaddr*>(&endpoint.address), endpoint.size) != 0) {
     if (errno != EINPROGRESS && errno != EINTR) return errno;
     pollfd entry{socket, POLLOUT, 0};
-    int ready = 0;
-    while ((ready = poll(&entry, 1, ms_until(deadline))) < 0 && errno == EINTR) {
+    for (int ready = 0; ready <= 0;) {
+      const Deadline until = Interruption::next_look(deadline);
+      ready = poll(&entry, 1, ms_until(until));
+      if (ready < 0 && errno != EINTR) return errno;
+      if (ready == 0 && until == deadline) return ETIMEDOUT;
+      if (ready <= 0) Interruption::look();
     }
-    if (ready <= 0) return ETIMEDOUT;
     int error = 0;
     socklen_t size = sizeof(error);
     if (getsockopt(socket, SOL_SOCKET, SO_ERROR, &error, &size) != 0) return errno;

@@ -9,6 +9,7 @@
 #include "sluice/exchange.h"
 #include "sluice/experts.h"
 #include "sluice/hosts.h"
+#include "sluice/interrupt.h"
 #include "sluice/lab/accuracy.h"
 #include "sluice/lab/convert.h"
 #include "sluice/lab/exchange_bench.h"
