@@ -67,7 +67,7 @@ void bind_accuracy(nb::module_& m) {
          std::uint64_t seed, const std::vector<std::string>& recipes, int num_threads) {
         SuiteCertificate certificate;
         {
-          const nb::gil_scoped_release released;
+          const Released released;
           AccuracyConfig config;
           config.static_scales = checkpoint.static_scales(layer);
           config.expert_scales = checkpoint.input_scales(layer);

@@ -18,7 +18,7 @@ void bind_backend(nb::module_& m) {
              int num_local_ranks) {
             std::unique_ptr<Backend> backend;
             {
-              const nb::gil_scoped_release released;
+              const Released released;
               backend = make_backend({.device = parse_device(device),
                                       .num_threads = num_threads,
                                       .local_rank = local_rank,

@@ -210,7 +210,8 @@ void bind_layer_class(nb::module_& m) {
            "mode"_a = nb::none(), "stream"_a = nb::none(),
            "First half of forward(): sends the tokens, so that those of up to num_in_flight calls\n"
            "of the group travel at once. InFlight.finish() is the second half. Collective.\n\n"
-           "x, routing, mode, stream: as for moe_forward().\n\n"
+           "x, routing, mode, stream: as for moe_forward(). Leave the routing's arrays unchanged\n"
+           "until finish() has run: it reads the weights again.\n\n"
            "Raises Error: invalid_argument naming the argument or num_in_flight.")
       .def(
           "recipe",

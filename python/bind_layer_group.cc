@@ -107,7 +107,7 @@ ModeRecipes recipes_of(const Name& low_latency, const Name& normal, const Name& 
 
 LoadOptions load_options(const ProgressArgument& progress, int num_threads) {
   return {.num_threads = num_threads, .progress = [&progress](double fraction) {
-            const nb::gil_scoped_acquire acquired;
+            const Acquired acquired;
             if (PyErr_CheckSignals() != 0) nb::raise_python_error();
             if (progress) (*progress)(fraction);
           }};

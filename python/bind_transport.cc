@@ -37,7 +37,7 @@ Ranks inproc(int num_ranks) {
 
 std::unique_ptr<PyTransport> ipc(const IpcConfig& config, const Timeout& timeout_ms) {
   const auto timeout = timeout_or_environment(timeout_ms);
-  const nb::gil_scoped_release released;
+  const Released released;
   return owned(make_ipc_transport(config, timeout));
 }
 
@@ -50,7 +50,7 @@ NcclConfig nccl_config(const std::optional<int>& device) {
 /// The all_gather of a group of Python's, which is called with the GIL and may throw.
 ProcessGroup group_of(int rank, int num_ranks, const nb::object& all_gather) {
   return {rank, num_ranks, [&all_gather](std::span<const std::byte> mine) {
-            const nb::gil_scoped_acquire acquired;
+            const Acquired acquired;
             std::vector<std::vector<std::byte>> parts;
             for (const nb::handle part : all_gather(nb::bytes(mine.data(), mine.size()))) {
               const auto bytes = nb::cast<nb::bytes>(part);
@@ -73,7 +73,7 @@ std::unique_ptr<PyTransport> from_group(const nb::object& group, const std::opti
   const auto timeout = timeout_or_environment(timeout_ms);
   const NcclConfig config = nccl_config(device);
   const ProcessGroup shared = group_of(rank, num_ranks, all_gather);
-  const nb::gil_scoped_release released;
+  const Released released;
   return owned(make_nccl_transport(config, shared, timeout));
 }
 
@@ -88,7 +88,7 @@ std::unique_ptr<PyTransport> from_environment(const std::optional<int>& device,
   if (place->num_ranks_on_host != place->num_ranks) {
     const auto timeout = timeout_or_environment(timeout_ms);
     const NcclConfig config = nccl_config(device);
-    const nb::gil_scoped_release released;
+    const Released released;
     return owned(make_nccl_transport(config, *place, timeout));
   }
   return ipc({.job = place->job,
@@ -100,7 +100,7 @@ std::unique_ptr<PyTransport> from_environment(const std::optional<int>& device,
 
 std::unique_ptr<PyTransport> mpi(int num_ranks, const Timeout& timeout_ms) {
   const auto timeout = timeout_or_environment(timeout_ms);
-  const nb::gil_scoped_release released;
+  const Released released;
   auto transport = make_mpi_transport(timeout, num_ranks);
   return transport ? owned(std::move(transport)) : nullptr;
 }
@@ -112,7 +112,7 @@ nb::typed<nb::list, nb::bytes> all_gather(PyTransport& t, const nb::bytes& mine,
   {
     const Exclusive exclusive(t.busy, "transport");
     const std::span bytes(static_cast<const std::byte*>(mine.data()), mine.size());
-    const nb::gil_scoped_release released;
+    const Released released;
     everyone = t.transport->all_gather(bytes, timeout);
   }
   nb::list list;
@@ -204,7 +204,7 @@ void bind_transport(nb::module_& m) {
       "end_mpi",
       [](const Timeout& timeout_ms) {
         const auto timeout = timeout_or_environment(timeout_ms);
-        const nb::gil_scoped_release released;
+        const Released released;
         return end_mpi(timeout);
       },
       nb::kw_only(), "timeout_ms"_a = nb::none(),

@@ -15,6 +15,7 @@
 #include <vector>
 
 #include "arrays.h"
+#include "gil.h"
 #include "sluice/backend.h"
 #include "sluice/checkpoint.h"
 #include "sluice/config.h"
@@ -68,7 +69,7 @@ class BackendUse {
          !backend.use.compare_exchange_weak(found, Use::kCall, std::memory_order_acquire);
          found = Use::kNone) {
       if (found == Use::kCall) Exclusive::refuse("backend");
-      const nb::gil_scoped_release released;
+      const Released released;
       std::this_thread::yield();
     }
   }
@@ -101,7 +102,7 @@ class Call {
  private:
   BackendUse backend_;
   std::optional<Exclusive> transport_;
-  nb::gil_scoped_release released_;
+  Released released_;
 };
 
 struct PyRouting {
@@ -197,6 +198,8 @@ using Name = std::optional<std::string_view>;
                           .device = device});
 }
 
+/// Makes sluice.Error of the library's.
+void bind_errors();
 void bind_recipe(nb::module_& m);
 void bind_placement(nb::module_& m);
 void bind_repack(nb::module_& m);

@@ -133,7 +133,7 @@ bool KnownCall::find_and_run() {
   const CallDtypes* const dtypes = call == nullptr ? self_->calls.find(id_.form) : nullptr;
   if (call == nullptr && dtypes == nullptr) return false;
   const Stream stream = to_stream(std::nullopt, framework_, self_->backend->device());
-  const nb::gil_scoped_release released;
+  const Released released;
   if (call != nullptr) {
     call->run(stream);
   } else {

@@ -823,7 +823,8 @@ class Layer:
         First half of forward(): sends the tokens, so that those of up to num_in_flight calls
         of the group travel at once. InFlight.finish() is the second half. Collective.
 
-        x, routing, mode, stream: as for moe_forward().
+        x, routing, mode, stream: as for moe_forward(). Leave the routing's arrays unchanged
+        until finish() has run: it reads the weights again.
 
         Raises Error: invalid_argument naming the argument or num_in_flight.
         """

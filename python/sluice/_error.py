@@ -7,8 +7,9 @@ class Error(RuntimeError):
     """Failure of a call of this package; nothing else is raised but TypeError.
 
     ``code`` is one of ``invalid_argument``, ``unsupported``, ``out_of_memory``, ``corrupt_file``,
-    ``io``, ``cuda``, ``transport``, ``peer_timeout``, ``internal``. The message
-    names the argument or field, what was expected and what came. ``ranks`` are the peers that are
+    ``io``, ``cuda``, ``transport``, ``peer_timeout``, ``interrupted``, ``internal``. The message
+    names the argument or field, what was expected and what came. ``interrupted`` is seen as the
+    context of what a signal's handler raised, KeyboardInterrupt for example. ``ranks`` are the peers that are
     missing, gone or out of step, if any are to blame.
     """
 
