@@ -138,16 +138,43 @@ bool import_by_protocol(nb::handle object, NdArray& array, dltensor& tensor) {
   return done;
 }
 
+/// Throws: kInvalidArgument naming argument `name`, for an array whose memory is not what it holds.
 template <class NdArray>
-bool try_import(nb::handle object, Framework framework, NdArray& array, dltensor& tensor) {
+bool try_import(const char* name, nb::handle object, Framework framework, NdArray& array,
+                dltensor& tensor) {
   if (framework && framework.import(object, tensor)) return true;
+  // No tensor has a buffer, and no array of numpy is a view of negatives.
+  if (PyObject_CheckBuffer(object.ptr()) == 0 && is_negated(object)) {
+    throw Error(ErrorCode::kInvalidArgument,
+                fmt::format("{}: a tensor with torch's negative bit set, whose memory holds the "
+                            "negative of its values: pass {}.resolve_neg()",
+                            name, name));
+  }
   return import_by_protocol(object, array, tensor);
 }
 
+/// What `object` itself says of why it cannot be exported; "" if it says nothing.
+std::string objection_of(nb::handle object) {
+  const nb::object exporter = nb::getattr(object, "__dlpack__", nb::none());
+  if (exporter.is_none()) return "";
+  try {
+    (void)exporter();
+    return "";
+  } catch (nb::python_error& error) {
+    const std::string text = nb::str(error.value()).c_str();
+    return text.substr(0, text.find('\n'));
+  }
+}
+
 [[noreturn]] void refuse_object(const char* name, nb::handle object) {
+  std::string text = nb::str(nb::handle(object.type()).attr("__name__")).c_str();
+  const nb::object dtype = nb::getattr(object, "dtype", nb::none());
+  if (!dtype.is_none()) text += fmt::format(" of {}", nb::str(dtype).c_str());
+  if (const std::string objection = objection_of(object); !objection.empty()) {
+    text += ": " + objection;
+  }
   throw Error(ErrorCode::kInvalidArgument,
-              fmt::format("{}: expected an array (DLPack or buffer protocol), got {}", name,
-                          nb::str(nb::handle(object.type()).attr("__name__")).c_str()));
+              fmt::format("{}: expected an array (DLPack or buffer protocol), got {}", name, text));
 }
 
 std::vector<std::size_t> extents(const Shape& shape) {
@@ -192,7 +219,7 @@ Input import_input(const Array& array, const Expected& expected) {
   dltensor tensor;
   input.object = array.object;
   input.framework = Framework::of(array.object);
-  if (!try_import(array.object, input.framework, input.array, tensor)) {
+  if (!try_import(expected.name, array.object, input.framework, input.array, tensor)) {
     refuse_object(expected.name, array.object);
   }
   check(tensor, expected, input.view);
@@ -202,7 +229,7 @@ Input import_input(const Array& array, const Expected& expected) {
 Output import_output(const Array& array, const Expected& expected) {
   Output output{.object = array.object, .array = {}, .view = {}};
   dltensor tensor;
-  if (!try_import(array.object, Framework::of(array.object), output.array, tensor)) {
+  if (!try_import(expected.name, array.object, Framework::of(array.object), output.array, tensor)) {
     nb::ndarray<nb::ro> readable;
     if (!import_by_protocol(array.object, readable, tensor)) {
       refuse_object(expected.name, array.object);
@@ -228,7 +255,7 @@ Output output_or_new(const std::optional<Array>& out, const Expected& expected, 
 Device device_of(const Array& array, const char* name) {
   nb::ndarray<nb::ro> any;
   dltensor tensor;
-  if (!try_import(array.object, Framework::of(array.object), any, tensor)) {
+  if (!try_import(name, array.object, Framework::of(array.object), any, tensor)) {
     refuse_object(name, array.object);
   }
   return device_of_tensor(tensor, name);
@@ -237,7 +264,7 @@ Device device_of(const Array& array, const char* name) {
 int rank_of(const Array& array, const char* name) {
   nb::ndarray<nb::ro> any;
   dltensor tensor;
-  if (!try_import(array.object, Framework::of(array.object), any, tensor)) {
+  if (!try_import(name, array.object, Framework::of(array.object), any, tensor)) {
     refuse_object(name, array.object);
   }
   return tensor.ndim;
@@ -264,7 +291,7 @@ nb::object export_copy(const void* data, DType dtype, const Shape& shape, Framew
                                : numpy_empty(dims, dtype);
   nb::ndarray<> target;
   dltensor tensor;
-  try_import(array, framework, target, tensor);
+  try_import("a new array", array, framework, target, tensor);
   const std::size_t bytes = static_cast<std::size_t>(shape.num_elements()) * size_bytes(dtype);
   if (bytes > 0) std::memcpy(tensor.data, data, bytes);
   return array;

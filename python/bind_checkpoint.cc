@@ -26,7 +26,7 @@ using Storage = std::array<Input, 6>;
 /// Frees `storage` whoever lets go of the weights last, with the interpreter's lock.
 std::shared_ptr<const void> keep(Storage storage) {
   return {new Storage(std::move(storage)), [](const Storage* p) {
-            const nb::gil_scoped_acquire lock;
+            const Acquired lock;
             delete p;  // NOLINT(cppcoreguidelines-owning-memory)
           }};
 }
@@ -100,6 +100,7 @@ ExpertWeights weights_from_arrays(const Matrix& gate, const Matrix& up, const Ma
   for (std::int64_t e = 0; e < num; ++e) {
     weights.experts.push_back({matrix(0, e), matrix(2, e), matrix(4, e)});
   }
+  check_scales(weights);
   weights.static_scales = scales;
   weights.storage = keep(std::move(s));
   return weights;
@@ -234,7 +235,7 @@ void bind_checkpoint(nb::module_& m) {
       .def(
           "__init__",
           [](Checkpoint* self, const std::filesystem::path& directory) {
-            const nb::gil_scoped_release released;
+            const Released released;
             new (self) Checkpoint(Checkpoint::open(directory));
           },
           "directory"_a,
@@ -254,7 +255,7 @@ void bind_checkpoint(nb::module_& m) {
           "static_scales",
           [](const Checkpoint& c, int layer) { return scales_tuple(c.static_scales(layer)); },
           "layer"_a, "(s1, s2) over all experts of the layer, or None.")
-      .def("check", &Checkpoint::check, nb::call_guard<nb::gil_scoped_release>(), "layer"_a,
+      .def("check", &Checkpoint::check, nb::call_guard<Released>(), "layer"_a,
            "Checks headers and input scales of a whole layer, and no weights.")
       .def(
           "warnings",
@@ -264,8 +265,8 @@ void bind_checkpoint(nb::module_& m) {
             return nb::typed<nb::list, nb::str>(list);
           },
           "layer"_a, "What loads but deserves a look, as text.")
-      .def("load_experts", &Checkpoint::load_experts, nb::call_guard<nb::gil_scoped_release>(),
-           "layer"_a, "first_expert"_a, "num_experts"_a,
+      .def("load_experts", &Checkpoint::load_experts, nb::call_guard<Released>(), "layer"_a,
+           "first_expert"_a, "num_experts"_a,
            "ExpertWeights, mapped from the files.\n\n"
            "Raises Error: invalid_argument for layer or range, corrupt_file, unsupported.")
       .def("__repr__", [](const Checkpoint& c) {
@@ -281,7 +282,7 @@ void bind_checkpoint(nb::module_& m) {
           throw Error(ErrorCode::kInvalidArgument,
                       fmt::format("scale_dtype '{}' is not f32 or bf16", scale_dtype));
         }
-        const nb::gil_scoped_release released;
+        const Released released;
         write_synthetic_checkpoint(
             {.geometry = geometry,
              .format = format,

@@ -3,6 +3,7 @@
 #include <memory>
 #include <string>
 
+#include "gil.h"
 #include "sluice/error.h"
 
 namespace sluice::python {
@@ -62,7 +63,7 @@ struct Wrapped {
 
 void drop(ManagedTensor* tensor) {
   if (!nb::is_alive()) return;  // The interpreter is gone, and the owner with it.
-  const nb::gil_scoped_acquire lock;
+  const Acquired lock;
   delete static_cast<Wrapped*>(tensor->context);  // NOLINT(cppcoreguidelines-owning-memory)
 }
 
@@ -89,9 +90,17 @@ Framework Framework::of(nb::handle array) noexcept {
 }
 
 bool Framework::import(nb::handle array, dltensor& tensor) const noexcept {
-  if (api_->tensor_from_object(array.ptr(), &tensor) == 0) return true;
+  if (api_->tensor_from_object(array.ptr(), &tensor) == 0) return !is_negated(array);
   PyErr_Clear();
   return false;
+}
+
+bool is_negated(nb::handle array) noexcept {
+  static PyObject* const name = PyUnicode_InternFromString("is_neg");
+  const nb::object answer =
+      nb::steal(PyObject_CallMethodObjArgs(array.ptr(), name, static_cast<PyObject*>(nullptr)));
+  if (!answer.is_valid()) PyErr_Clear();  // Of a framework that has nothing of the kind.
+  return answer.ptr() == Py_True;
 }
 
 nb::object Framework::allocate(const nb::dlpack::dtype& dtype,

@@ -23,8 +23,8 @@ class Framework {
   [[nodiscard]] static Framework of(nb::handle array) noexcept;
   explicit operator bool() const noexcept { return api_ != nullptr; }
 
-  /// Fills `tensor`, valid while `array` lives. False if the framework refuses; its exception is
-  /// cleared.
+  /// Fills `tensor`, valid while `array` lives. False if the framework refuses, whose exception is
+  /// cleared, or if the memory is not what the array holds: is_negated().
   [[nodiscard]] bool import(nb::handle array, nb::dlpack::dltensor& tensor) const noexcept;
 
   /// A new tensor, its contents unspecified, ordered on the current stream.
@@ -43,6 +43,9 @@ class Framework {
   explicit Framework(const ExchangeApi* api) noexcept : api_(api) {}
   const ExchangeApi* api_ = nullptr;  // Lives as long as the process.
 };
+
+/// True of torch's views of the negative of what lies in memory, of which its DLPack says nothing.
+[[nodiscard]] bool is_negated(nb::handle array) noexcept;
 
 [[nodiscard]] nb::dlpack::device to_dlpack(Device device);
 

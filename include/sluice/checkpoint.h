@@ -107,6 +107,10 @@ struct ExpertWeights {
   void release_pages(int index) const noexcept;
 };
 
+/// That the scales of weights which no checkpoint brought are what QuantMatrix says, and below
+/// 2^118. Throws: kInvalidArgument naming expert, matrix, place and value.
+void check_scales(const ExpertWeights& weights);
+
 /// Calibrated activation scales of one expert: amax / 448 of what each of its matrices is fed.
 struct InputScales {
   float w1 = 0;  ///< gate_proj

@@ -328,9 +328,9 @@ LayerRecipe resolve_recipe(const Recipe& recipe, Mode mode, DispatchDtype overri
   if (cast1 == casts.end() && !has_static_scale(layer.gemm2)) return layer;
   if (!scales) {
     fail(ErrorCode::kUnsupported,
-         "recipe {} in {} mode needs static activation scales, but the checkpoint has no "
-         "{}.*.input_scale (of w1, w2, w3, or of gate_proj, up_proj, down_proj); use direct or "
-         "direct-bf16",
+         "recipe {} in {} mode needs static activation scales, and none are given for {}; a "
+         "checkpoint has them as input_scale of its experts' w1, w2, w3, or gate_proj, up_proj, "
+         "down_proj; use direct or direct-bf16",
          to_string(recipe), to_string(mode), layer_name);
   }
   for (const auto& [field, value] :

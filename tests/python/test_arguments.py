@@ -78,6 +78,8 @@ def test_x(engine, workload, routing, geometry):
     refused("x: expected C-contiguous memory", forward, x.T.copy().T)
     refused("x: expected an array ... got list", forward, x.tolist())
     refused("x: expected an array ... got str", forward, "x")
+    refused("x: expected an array ... got ndarray of >f4: ... byte order", forward, np.zeros((4, 256), ">f4"))
+    refused("x: expected an array ... got ndarray of object: ", forward, np.zeros((4, 256), object))
     refused("num_tokens 9 exceeds max_tokens_per_rank 8", forward, np.zeros((9, 256), np.uint16))
     with pytest.raises(TypeError):
         forward(None)
@@ -141,7 +143,8 @@ def test_modes_and_recipes(checkpoint, backend, engine, workload, routing):
     refused("without a recipe for normal mode", sluice.moe_forward, one, x, routing, mode="normal")
     refused("direct", sluice.Recipe, "best")
     refused("s1 and s2: give both or neither", sluice.Recipe, "static", s1=1.0)
-    refused("static", sluice.Recipe, "static", code="unsupported")
+    refused("recipe static in low-latency mode needs static activation scales, and none are given for the layer; ",
+            sluice.Recipe, "static", code="unsupported")
     refused("s1", sluice.Recipe, "static", s1=-1.0, s2=1.0)
     refused("layer 99", sluice.Engine, checkpoint, sluice.Transport.inproc(1)[0], backend, layer=99,
             max_tokens_per_rank=1)
@@ -266,6 +269,38 @@ def test_weights_from_arrays(checkpoint):
     refused("limit = -7 must be finite", make, *arrays, activation="swiglu:limit=-7")
     assert checkpoint.activation(checkpoint.moe_layers[0]) == "swiglu"
     refused("layer 99", checkpoint.activation, 99)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("matrix", ["gate", "up", "down"])
+def test_scales_of_arrays_are_as_those_of_checkpoints(backend, dtype, matrix):
+    number = np.dtype(np.float32) if dtype == "float32" else pytest.importorskip("ml_dtypes").bfloat16
+    codes = {"gate": (2, 128, 128), "up": (2, 128, 128), "down": (2, 256, 64)}
+    names = list(codes)
+
+    def make(value):
+        given = {n: (np.zeros(s, np.uint8), np.ones((2, s[1], s[2] // 64), number)) for n, s in codes.items()}
+        given[matrix][1][1, 5, -1] = value
+        return sluice.ExpertWeights.from_arrays(*[given[n] for n in names])
+
+    group = 0 if matrix == "down" else 1
+    for value in (0.0, -0.0, -1.0, np.nan, np.inf, 2.0**118):
+        refused(f"expert 1 {matrix}: scale [5, {group}] = ... is not a positive finite number below 2^118", make, value)
+    tiny = float(np.array(1e-45 if dtype == "float32" else 1e-40, number))
+    assert tiny > 0  # A subnormal number is one.
+    for value in (tiny, 3e35):
+        sluice.repack(make(value), backend, max_rows=4)
+
+
+def test_scales_of_two_to_the_118_are_refused_in_mxfp4_too():
+    codes = [np.zeros(shape, np.uint8) for shape in ((1, 128, 64), (1, 128, 64), (1, 128, 64))]
+    scales = [np.full((1, 128, 4), 127, np.uint8) for _ in codes]
+    make = sluice.ExpertWeights.from_arrays
+    for bad in (255, 245):
+        scales[1][0, 3, 2] = bad
+        refused("expert 0 up: scale [3, 2] = ", make, *zip(codes, scales), weight_format="mxfp4", group_size=32)
+    scales[1][0, 3, 2] = 0
+    assert len(make(*zip(codes, scales), weight_format="mxfp4", group_size=32)) == 1
 
 
 def test_error_is_an_exception_like_others():
