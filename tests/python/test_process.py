@@ -76,6 +76,30 @@ def test_a_child_is_refused_by_name_and_ends():
     assert out.split() == ["0", "0"], out
 
 
+def test_a_child_is_refused_on_a_gpu_too(gpu):
+    out = run("""
+        backend = sluice.Backend("cuda")
+        backend.synchronize()
+        home = os.getpid()
+
+        def use():
+            try:
+                backend.synchronize()
+            except sluice.Error as error:
+                assert error.code == "invalid_argument" and f"backend: made in process {home}" in str(error), error
+            else:
+                raise AssertionError("not refused")
+
+        def let_go():
+            global backend
+            del backend
+
+        print(in_child(use), in_child(let_go))
+        backend.synchronize()
+    """)
+    assert out.split() == ["0", "0"], out
+
+
 def test_a_daemon_thread_waits_while_the_interpreter_ends():
     out = run("""
         class Slow:

@@ -21,6 +21,7 @@
 #include "backend/cuda/w4a8.h"
 #include "backend/ops.h"
 #include "core/fail.h"
+#include "core/home_process.h"
 #include "core/threads.h"
 
 namespace sluice {
@@ -159,6 +160,7 @@ class CudaBackend final : public BackendOps {
 
  private:
   void use_device() const {
+    home_.require("backend");
     if (!cuda::is_in_chain()) SLUICE_CUDA_CHECK(cudaSetDevice(index_));  // The chain has done it.
   }
   [[nodiscard]] std::unique_ptr<CudaBuffer> make_buffer(std::size_t bytes) const {
@@ -181,6 +183,7 @@ class CudaBackend final : public BackendOps {
                                            std::uint16_t* out) const;
   [[nodiscard]] MatrixSource stage(const QuantMatrix& matrix, std::byte* at) const;
 
+  HomeProcess home_;  // CUDA's own word for a child is "initialization error".
   int index_;
   int num_sms_ = 1;  // This rank's share.
   cudaDeviceProp properties_{};
