@@ -106,7 +106,7 @@ void print(const Options& options, const ExpertRows& rows, const Json& json) {
   fmt::print("{}", table.to_string());
   fmt::print("expected  fullest rank over the mean, worst layer: {:.3f} before, {:.3f} after\n",
              before, after);
-  fmt::print("moves     {} experts travel; before: {}\n", moves,
+  fmt::print("moves     {} to other ranks; before: {}\n", counted(moves, "expert"),
              json.at("previous").get<std::string>());
   fmt::print("time      {} balanced in {:.2f} ms\n", counted(rows.layers.size(), "layer"),
              json.at("balance_us").get<double>() * 1e-3);

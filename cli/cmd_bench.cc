@@ -167,11 +167,23 @@ std::string ceilings_text(const ExpertsBenchReport& report, int digits) {
   return text;
 }
 
+/// Of the weights that every case has, in the backend's form alone.
+void check_memory(const ExpertsBenchConfig& config) {
+  const ModelGeometry& g = config.geometry;
+  const int experts =
+      config.num_experts.empty() ? g.num_experts : std::ranges::max(config.num_experts);
+  const double codes = 1.5 * g.hidden * g.intermediate;  // Half a byte each, of three matrices.
+  require_memory(codes * experts, fmt::format("the weights of {} experts of --hidden {} and "
+                                              "--intermediate {}",
+                                              experts, g.hidden, g.intermediate));
+}
+
 void bench_experts_command(const Options& options, Output& output) {
   const ExpertsBenchConfig base = bench_config(options);
   const std::vector<ExpertsBenchConfig> configs =
       options.sweep ? sweep_of(base) : std::vector{base};
   const bool cuda = options.backend == "cuda";
+  if (!cuda) check_memory(base);
   const int threads = options.threads > 0
                           ? options.threads
                           : static_cast<int>(std::max(1u, std::thread::hardware_concurrency()));
@@ -249,13 +261,15 @@ void add_bench(Command& program, Output& output) {
       .add_option("--experts", options->experts, "Local experts, instead of the preset's; a list")
       .comma_separated()
       .range(1, 512);
-  command.add_option("--hidden", options->hidden, "Instead of the preset's");
-  command.add_option("--intermediate", options->intermediate, "Instead of the preset's");
+  command.add_option("--hidden", options->hidden, "Instead of the preset's").range(1, 1 << 20);
+  command.add_option("--intermediate", options->intermediate, "Instead of the preset's")
+      .range(1, 1 << 20);
   command.add_option("--rows", options->rows, "Mean rows per expert, one case each")
       .comma_separated()
       .range(1, 1 << 20)
       .shows_default();
   command.add_option("--routing", options->routing, "uniform | zipf | one-expert; a list")
+      .one_of({"uniform", "zipf", "one-expert"})
       .comma_separated()
       .shows_default();
   command.add_option("--activation", options->activations,

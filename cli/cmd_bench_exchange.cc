@@ -242,11 +242,24 @@ void check_calibrate(const Options& options) {
                           options.ranks, sizes.size()));
 }
 
+/// Of ranks on this host, in its memory.
+void check_memory(const Options& options, const ExchangeBenchConfig& config) {
+  const bool is_here = options.transport == "inproc" || options.transport == "ipc";
+  if (!is_here || config.device != Device::Kind::kHost) return;
+  ExchangeConfig exchange = config.exchange;
+  exchange.max_tokens_per_rank = std::ranges::max(options.tokens);
+  const auto bytes = static_cast<double>(Exchange::workspace_bytes(exchange, options.ranks));
+  require_memory(bytes * options.ranks,
+                 fmt::format("exchanges of --ranks {} with --tokens {} of --hidden {}",
+                             options.ranks, exchange.max_tokens_per_rank, options.hidden));
+}
+
 void run(const Options& options, Output& output) {
   const Environment environment = read_environment();
   check_transport(options.transport, options.backend);
   ExchangeBenchConfig config = resolve(options);
   check_calibrate(options);
+  check_memory(options, config);
   if (ran_as_processes(options.transport, options.ranks, environment.peer_timeout, output)) {
     return;
   }
@@ -304,10 +317,17 @@ void add_bench_exchange(Command& bench, Output& output) {
   command.add_option("--wire", options->wire, "fp8 | token | pow2 | static | bf16")
       .one_of({"fp8", "token", "pow2", "static", "bf16"})
       .shows_default();
-  command.add_option("--experts", options->experts, "Over all ranks").shows_default();
-  command.add_option("--topk", options->topk, "Experts per token").shows_default();
-  command.add_option("--hidden", options->hidden, "Channels per token").shows_default();
-  command.add_option("--routing", options->routing, "uniform | zipf | one-expert").shows_default();
+  command.add_option("--experts", options->experts, "Over all ranks")
+      .range(1, 1 << 16)
+      .shows_default();
+  command.add_option("--topk", options->topk, "Experts per token").range(1, 32).shows_default();
+  command.add_option("--hidden", options->hidden, "Channels per token")
+      .range(1, 1 << 20)
+      .shows_default();
+  command
+      .add_option("--routing", options->routing,
+                  "uniform | zipf | one-expert | dead-expert | one-hot")
+      .shows_default();
   command.add_option("--pairs", options->pairs, "Dispatch-combine pairs of one recording")
       .range(1, 1000)
       .shows_default();
@@ -315,6 +335,7 @@ void add_bench_exchange(Command& bench, Output& output) {
       .range(1, 10000)
       .shows_default();
   command.add_option("--sms", options->sms, "CUDA: SMs of one rank's operation; 0 = even share")
+      .non_negative()
       .shows_default();
   command.add_option("--seed", options->seed, "Seed of values and routing").shows_default();
   command.add_flag("--no-all-gather", options->without_all_gather,

@@ -152,14 +152,18 @@ void add_bench_layer(Command& bench, Output& output) {
   command.add_option("--preset", options->preset, "Geometry of the layer").shows_default();
   command.add_option("--experts", options->experts, "Over all ranks, instead of the preset's")
       .range(1, 4096);
-  command.add_option("--hidden", options->hidden, "Instead of the preset's");
-  command.add_option("--intermediate", options->intermediate, "Instead of the preset's");
+  command.add_option("--hidden", options->hidden, "Instead of the preset's").range(1, 1 << 20);
+  command.add_option("--intermediate", options->intermediate, "Instead of the preset's")
+      .range(1, 1 << 20);
   command.add_option("--mode", options->mode, "low-latency | normal").shows_default();
   command.add_option("--tokens", options->tokens, "Tokens per rank, one case each")
       .comma_separated()
       .range(1, 1 << 16)
       .shows_default();
-  command.add_option("--routing", options->routing, "uniform | zipf | one-expert").shows_default();
+  command
+      .add_option("--routing", options->routing,
+                  "uniform | zipf | one-expert | dead-expert | one-hot")
+      .shows_default();
   command.add_option("--scale-dtype", options->scale_dtype, "Of int4 weights: bf16 (default) | f32")
       .one_of({"bf16", "f32"});
   command.add_option("--calls", options->calls, "Layers of one recording")

@@ -166,9 +166,11 @@ void add_convert(Command& program, Output& output) {
                              "Rewrite a checkpoint in another layout, expert by expert, verified. "
                              "Interrupted? Run it again: it goes on, to the same bytes");
   command.add_option("--from", options->from, "Checkpoint in any layout that inspect names")
-      .required();
+      .required()
+      .not_empty();
   command.add_option("--to", options->to, "Directory to make; must not hold anything yet")
-      .required();
+      .required()
+      .not_empty();
   command.add_option("--format", options->format, "Layout of the result")
       .required()
       .one_of({"w4afp8", "compressed-tensors", "deepseek-fp4", "gpt-oss"});

@@ -262,10 +262,12 @@ void add_inspect(Command& program, Output& output) {
   command.add_option("dir", options->dir, "Directory of the checkpoint").required();
   command
       .add_option("--max-layers", options->max_layers, "Layers to look at, spread evenly; 0 = all")
+      .non_negative()
       .shows_default();
   command
       .add_option("--max-experts", options->max_experts,
                   "Experts per layer whose weights are read; 0 = all")
+      .non_negative()
       .shows_default();
   command.on_parsed([options, &output] { inspect(*options, output); });
 }

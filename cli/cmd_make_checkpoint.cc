@@ -136,7 +136,8 @@ void add_make_checkpoint(Command& program, Output& output) {
       .required()
       .one_of(preset_names());
   command.add_option("--out", options->out, "Directory to make; must not hold anything yet")
-      .required();
+      .required()
+      .not_empty();
   command.add_option("--format", options->format, "Layout instead of the preset's own")
       .one_of(synthetic_format_names());
   command
@@ -152,11 +153,16 @@ void add_make_checkpoint(Command& program, Output& output) {
   command
       .add_option("--num-layers,--layers", options->layers,
                   "How many MoE layers, numbered from 3; --layers is the older name")
+      .range(1, 1024)
       .shows_default();
-  command.add_option("--experts", options->experts, "Experts instead of the preset's");
-  command.add_option("--hidden", options->hidden, "Hidden size instead of the preset's");
-  command.add_option("--intermediate", options->intermediate,
-                     "Intermediate size instead of the preset's");
+  command.add_option("--experts", options->experts, "Experts instead of the preset's")
+      .range(1, 1 << 16);
+  command.add_option("--hidden", options->hidden, "Hidden size instead of the preset's")
+      .range(1, 1 << 20);
+  command
+      .add_option("--intermediate", options->intermediate,
+                  "Intermediate size instead of the preset's")
+      .range(1, 1 << 20);
   command
       .add_option("--scale-dtype", options->scale_dtype,
                   "Of weight scales, instead of the preset's own")

@@ -3,6 +3,7 @@
 #include <fmt/format.h>
 
 #include <algorithm>
+#include <cmath>
 #include <string>
 #include <utility>
 #include <vector>
@@ -44,7 +45,7 @@ double parse_memory(const std::string& text) {
                         : unit == "MiB"             ? 1048576.0
                         : unit == "GiB"             ? 1073741824.0
                                                     : 0;
-  if (used == 0 || factor == 0 || !(value > 0)) {
+  if (used == 0 || factor == 0 || !(value > 0) || std::isinf(value)) {
     throw Error(ErrorCode::kInvalidArgument,
                 fmt::format("--memory '{}' is not a size such as 80GB, 512MiB or 1e9", text));
   }
@@ -242,6 +243,7 @@ void plan_memory(const Options& options, Output& output) {
 
 /// The defaults are those of memory, or of hosts.
 void plan(Options options, Output& output) {
+  if (!options.memory.empty()) (void)parse_memory(options.memory);
   const HostsOptions& hosts = options.hosts;
   if (hosts.hosts == 0) {
     const HostsOptions defaults;

@@ -13,6 +13,7 @@
 #include "run_hosts.h"
 #include "run_rebalance.h"
 #include "run_report.h"
+#include "run_slots.h"
 #include "run_stats.h"
 #include "sluice/config.h"
 #include "sluice/error.h"
@@ -29,9 +30,10 @@ struct Options {
   std::uint64_t seed = 1;
   std::int64_t verify = 8;
   float routed_scaling_factor = 1.0f;
-  bool prove = false, stats = false, rebalance = false;
-  int slots = 0, hosts = 1, sum_parts = 0;
-  std::string metrics_path, expert_rows_path, placement;
+  bool prove = false, stats = false;
+  int hosts = 1, sum_parts = 0;
+  SlotOptions slots;
+  std::string metrics_path, expert_rows_path;
 };
 
 std::vector<int> resolve_layers(const Options& options, const Checkpoint& checkpoint) {
@@ -48,44 +50,6 @@ std::vector<int> resolve_layers(const Options& options, const Checkpoint& checkp
                                               layers.size()));
   }
   return layers;
-}
-
-/// Those of the file for the layers that run.
-std::vector<Placement> read_placements_of(const std::string& path, const std::vector<int>& layers,
-                                          int num_ranks) {
-  const std::vector<LayerPlacement> file = read_placements(path);
-  std::vector<Placement> placements;
-  for (const int layer : layers) {
-    const auto found = std::ranges::find(file, layer, &LayerPlacement::layer);
-    if (found == file.end()) {
-      throw Error(ErrorCode::kInvalidArgument,
-                  fmt::format("--placement {} has no layer {}", path, layer));
-    }
-    if (found->placement.num_ranks() != num_ranks) {
-      throw Error(ErrorCode::kInvalidArgument,
-                  fmt::format("--placement {} is for {} ranks; there are {}", path,
-                              found->placement.num_ranks(), num_ranks));
-    }
-    placements.push_back(found->placement);
-  }
-  return placements;
-}
-
-/// Where the experts are, and whether they move.
-void resolve_slots(const Options& options, LayerRunConfig& config) {
-  const auto refuse = [](const std::string& text) {
-    throw Error(ErrorCode::kInvalidArgument, text);
-  };
-  config.num_slots = options.slots;
-  config.rebalances = options.rebalance;
-  if (!options.placement.empty()) {
-    if (options.slots != 0) refuse("--slots: --placement has a number of slots");
-    config.placements = read_placements_of(options.placement, config.layers, config.num_ranks);
-    config.num_slots = config.placements.front().num_slots();
-  }
-  if (options.rebalance && config.num_slots == 0) {
-    refuse("--rebalance: needs slots that experts can move to; give --slots or --placement");
-  }
 }
 
 LayerRunConfig resolve(const Options& options, const Environment& environment, const Launch& launch,
@@ -105,7 +69,7 @@ LayerRunConfig resolve(const Options& options, const Environment& environment, c
       .with_digest = options.prove,
       .environment = environment};
   config.layers = resolve_layers(options, checkpoint);
-  resolve_slots(options, config);
+  resolve_slots(options.slots, checkpoint.geometry().num_experts, config);
   resolve_hosts(options.hosts, launch.transport_hosts(), options.sum_parts, config);
   if (config.tokens.size() == 1) {
     config.tokens.assign(static_cast<std::size_t>(num_ranks), config.tokens[0]);
@@ -236,8 +200,9 @@ void report(const Options& options, const LayerRunConfig& config, const Checkpoi
   if (config.num_slots != 0) {
     const Placement& p = first.placement;
     fmt::print("slots     {}{}, {} on each rank\n", p.num_slots(),
-               options.placement.empty() ? "" : " of " + options.placement, p.slots_per_rank());
-    if (!options.placement.empty()) output.json["placement"] = options.placement;
+               options.slots.placement.empty() ? "" : " of " + options.slots.placement,
+               p.slots_per_rank());
+    if (!options.slots.placement.empty()) output.json["placement"] = options.slots.placement;
     output.json["num_slots"] = p.num_slots();
   }
   output.json["seed"] = options.seed;
@@ -339,7 +304,10 @@ void add_run(Command& program, Output& output) {
                   "nccl (GPUs of processes on several hosts, started by torchrun, mpirun or srun)")
       .one_of({"inproc", "mpi", "ipc", "nccl"})
       .shows_default();
-  command.add_option("--routing", options->routing, "uniform | zipf | one-expert").shows_default();
+  command
+      .add_option("--routing", options->routing,
+                  "uniform | zipf | one-expert | dead-expert | one-hot")
+      .shows_default();
   command.add_option("--seed", options->seed, "Seed of tokens and routing").shows_default();
   command.add_option("--repeat", options->repeats, "Timed repeats; the median is shown")
       .range(1, 100000)
@@ -350,6 +318,7 @@ void add_run(Command& program, Output& output) {
   command
       .add_option("--routed-scaling-factor", options->routed_scaling_factor,
                   "Applied once, by combine")
+      .positive()
       .shows_default();
   command.add_flag("--prove", options->prove,
                    "Also run the recipe's twin and compare the bytes GEMM1 consumes");
@@ -361,11 +330,11 @@ void add_run(Command& program, Output& output) {
       .type_name("FILE")
       .writable_file();
   command
-      .add_option("--placement", options->placement,
+      .add_option("--placement", options->slots.placement,
                   "Which slot holds which expert, of each layer: a file that balance --out wrote")
       .existing_file();
   command
-      .add_option("--slots", options->slots,
+      .add_option("--slots", options->slots.num_slots,
                   "Slots for experts over all ranks, so that experts may repeat and move, and the "
                   "ranks need not divide them")
       .range(1, Placement::kMaxSlots);
@@ -381,7 +350,7 @@ void add_run(Command& program, Output& output) {
                   "same bits for any number of hosts; with 1 those of one host, for more bytes")
       .range(1, Placement::kMaxSlots);
   command.add_flag(
-      "--rebalance", options->rebalance,
+      "--rebalance", options->slots.rebalances,
       "After the repeats of a layer, balance its experts by their rows, move them, and "
       "repeat: the outputs must be the same bits");
   command

@@ -41,6 +41,10 @@ std::vector<int> parse_layers(const std::string& text, const std::vector<int>& t
       last = take_number(text, rest);
     }
     if (last < first) refuse_layers(text, fmt::format("{} is before {}", last, first));
+    if (first != last && last > there.back() && first <= there.back()) {
+      refuse_layers(text, fmt::format("{} to {} ends behind layer {}, the last with experts", first,
+                                      last, there.back()));
+    }
     for (const int layer : there) {
       if (layer >= first && layer <= last) layers.push_back(layer);
     }

@@ -4,6 +4,7 @@
 #include <cstdio>
 #include <cstdlib>
 #include <fstream>
+#include <new>
 
 #include "command.h"
 #include "report.h"
@@ -47,6 +48,12 @@ int main(int argc, char** argv) {
   } catch (const sluice::Error& error) {
     if (!output.is_silent) sluice::cli::print_error(error);
     return exit_status(error.code());
+  } catch (const std::bad_alloc&) {
+    if (!output.is_silent) {
+      sluice::cli::print_error(sluice::Error(sluice::ErrorCode::kOutOfMemory,
+                                             "these sizes ask for more memory than there is"));
+    }
+    return exit_status(sluice::ErrorCode::kOutOfMemory);
   } catch (const std::exception& error) {
     std::fflush(stdout);  // As print_error().
     fmt::print(stderr, "sluice: {}\n", error.what());

@@ -4,8 +4,12 @@
 #include <unistd.h>
 
 #include <CLI/CLI.hpp>
+#include <algorithm>
+#include <charconv>
+#include <cmath>
 #include <filesystem>
 #include <limits>
+#include <string_view>
 #include <system_error>
 #include <type_traits>
 #include <utility>
@@ -27,6 +31,41 @@ CLI::Validator in_range(Value low, Value high) {
   });
   return validator;
 }
+
+/// "0", "-17"; neither "010", which the library takes for 8, nor "0x10", "+5" or "1_000".
+bool is_decimal(std::string_view text) {
+  if (text.starts_with('-')) text.remove_prefix(1);
+  if (text.empty() || (text.size() > 1 && text[0] == '0')) return false;
+  return std::ranges::all_of(text, [](char c) { return c >= '0' && c <= '9'; });
+}
+
+/// Refuses what the library takes for another number than it seems to be. Everything else is left
+/// to it, and to the check of the option itself.
+template <class Value>
+std::string check_whole_number(const std::string& text) {
+  // The library's own conversion takes -1, also behind white space, for the largest number.
+  if (std::is_unsigned_v<Value> && text.starts_with('-')) return text + " is below 0";
+  const bool begins_like_one = !text.empty() && text[0] >= '0' && text[0] <= '9';
+  if (std::is_unsigned_v<Value> && !begins_like_one) return "'" + text + "' is not a number";
+  Value value{};
+  if (!is_decimal(text)) {
+    const bool is_taken = CLI::detail::lexical_cast(text, value);
+    return is_taken ? "'" + text + "' is not a whole number in decimal, such as 10" : "";
+  }
+  const auto [end, problem] = std::from_chars(text.data(), text.data() + text.size(), value);
+  if (problem != std::errc::result_out_of_range || sizeof(Value) < 8) return {};
+  return fmt::format("'{}' is not in [{}, {}]", text, std::numeric_limits<Value>::min(),
+                     std::numeric_limits<Value>::max());
+}
+
+template <class Value>
+struct ElementOf {
+  using Type = Value;
+};
+template <class Value>
+struct ElementOf<std::vector<Value>> {
+  using Type = Value;
+};
 
 }  // namespace
 
@@ -52,6 +91,17 @@ Option Option::non_negative() {
     int value = 0;
     if (CLI::detail::lexical_cast(text, value) && value >= 0) return std::string();
     return fmt::format("'{}' is not a whole number in [0, {}]", text, kMax);
+  });
+  return *this;
+}
+
+Option Option::positive() {
+  option_->check([](const std::string& text) {
+    float value = 0;
+    if (CLI::detail::lexical_cast(text, value) && std::isnormal(value) && value > 0) {
+      return std::string();
+    }
+    return fmt::format("'{}' is not a positive float32", text);
   });
   return *this;
 }
@@ -125,14 +175,8 @@ void Command::require_subcommand() {
 template <class Value>
 Option Command::add_option(const char* name, Value& value, const char* help) {
   CLI::Option* const option = app_->add_option(name, value, help);
-  if constexpr (std::is_unsigned_v<Value>) {
-    // The library's own conversion takes -1, also behind white space, for the largest number.
-    option->check([](const std::string& text) {
-      if (text.starts_with('-')) return text + " is below 0";
-      const bool is_number = !text.empty() && text[0] >= '0' && text[0] <= '9';
-      return is_number ? std::string() : "'" + text + "' is not a number";
-    });
-  }
+  using Element = typename ElementOf<Value>::Type;
+  if constexpr (std::is_integral_v<Element>) option->check(check_whole_number<Element>);
   return Option(option);
 }
 

@@ -29,6 +29,7 @@ class Option {
   Option range(int low, int high);  ///< Both ends included.
   Option range(double low, double high);
   Option non_negative();  ///< For a value of type int.
+  Option positive();      ///< For a value of type float: above 0, finite, not subnormal.
   Option not_empty();
   Option one_of(const std::vector<std::string>& values);
   Option one_of(std::initializer_list<int> values);

@@ -275,7 +275,8 @@ void print_head(const HostsOptions& options, const HostsPlan& plan, const Machin
 
 void plan_hosts(const HostsOptions& options, const HostsPlan& plan_in, Output& output) {
   HostsPlan plan = plan_in;
-  if (plan.ranks == 0) plan.ranks = 8 * options.hosts;
+  const bool has_ranks = plan.ranks != 0;
+  if (!has_ranks) plan.ranks = 8 * options.hosts;
   if (plan.ranks % options.hosts != 0) {
     refuse("--ranks {} is no multiple of --hosts {}", plan.ranks, options.hosts);
   }
@@ -283,8 +284,15 @@ void plan_hosts(const HostsOptions& options, const HostsPlan& plan_in, Output& o
   if (plan.slots == 0) {
     plan.slots = num_experts;
     if (num_experts % plan.ranks != 0) {
-      refuse("--ranks {} does not divide {} experts; give --slots, at least {}", plan.ranks,
-             num_experts, (num_experts + plan.ranks - 1) / plan.ranks * plan.ranks);
+      const int slots = (num_experts + plan.ranks - 1) / plan.ranks * plan.ranks;
+      if (has_ranks) {
+        refuse("--ranks {} does not divide {} experts; give --slots, at least {}", plan.ranks,
+               num_experts, slots);
+      }
+      refuse(
+          "{} ranks, 8 for each of --hosts {}, do not divide {} experts; give --ranks, or "
+          "--slots, at least {}",
+          plan.ranks, options.hosts, num_experts, slots);
     }
   }
   if (options.piece_tokens != 0 && (plan.mode == "normal" || options.hosts == 1)) {

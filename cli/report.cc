@@ -34,6 +34,14 @@ void ProgressLine::update(double fraction) {
   std::fflush(stderr);
 }
 
+void require_memory(double bytes, const std::string& what) {
+  const double there =
+      static_cast<double>(sysconf(_SC_PHYS_PAGES)) * static_cast<double>(sysconf(_SC_PAGESIZE));
+  if (bytes <= there) return;
+  throw Error(ErrorCode::kOutOfMemory, fmt::format("{} take {}; this machine has {}", what,
+                                                   human_bytes(bytes), human_bytes(there)));
+}
+
 std::string human_bytes(double bytes) {
   const char* const units[] = {"B", "kB", "MB", "GB", "TB"};
   int unit = 0;

@@ -30,6 +30,10 @@ class ProgressLine {
   std::chrono::steady_clock::time_point next_update_ = {};  ///< In the past at first.
 };
 
+/// Throws: kOutOfMemory with `what`, which names the options, if `bytes` are more than the memory
+/// of this machine.
+void require_memory(double bytes, const std::string& what);
+
 /// 748.2 MB, 1.5 GB: decimal units, as link and memory rates are quoted.
 [[nodiscard]] std::string human_bytes(double bytes);
 

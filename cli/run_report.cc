@@ -212,6 +212,10 @@ void print_verification(const VerifyReport& report) {
   fmt::print(
       "verified  {} rows, {} elements against float64: {}\n", report.num_rows, report.num_elements,
       report.passed() ? "all within bounds" : fmt::format("{} OUT OF BOUNDS", report.num_wrong));
+  if (report.worst_token < 0) {
+    fmt::print("          every element is that of float64, exactly\n");
+    return;
+  }
   fmt::print(
       "          worst: token {}, element {}: {:.6g}, float64 {:.6g}, error {:.2f} of its bound "
       "{:.3g}; relative L2 {:.2e}\n",
@@ -247,7 +251,9 @@ void print_memory(const LayerRunConfig& config, const std::vector<RankResult>& r
     experts_bytes += static_cast<double>(rank.memory.prepared_bytes);
   }
   fmt::print("memory    peak resident {}{}, experts {}\n", human_bytes(peak),
-             has_processes ? fmt::format(" in {} processes", config.num_ranks) : "",
+             has_processes ? fmt::format(" in {} process{}", config.num_ranks,
+                                         config.num_ranks == 1 ? "" : "es")
+                           : "",
              human_bytes(experts_bytes));
   // Every rank has the same sizes.
   const LayerGroupMemory& m = ranks.front().memory;

@@ -1,4 +1,6 @@
 // The identity proof: two recipes through real engines, and the bytes that reach GEMM1.
+#include <algorithm>
+
 #include "accuracy/engines.h"
 #include "core/fail.h"
 #include "sluice/lab/accuracy.h"
@@ -49,7 +51,8 @@ IdentityProof prove_identity(const EngineRanks& ranks, const std::vector<TokenSu
       .num_tokens = tokens.num_tokens,
       .direct = run_engines(ranks, direct, tokens).gemm1_digest,
       .direct_bf16 = run_engines(ranks, *twin(direct), tokens).gemm1_digest,
-      .definition = digest_of_definition(tokens, ranks.checkpoint->geometry().num_experts, gemm1)};
+      .definition = digest_of_definition(tokens, ranks.checkpoint->geometry().num_experts, gemm1),
+      .num_rows = std::ranges::count_if(tokens.topk_idx, [](std::int32_t e) { return e >= 0; })};
 }
 
 }  // namespace sluice

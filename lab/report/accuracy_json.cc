@@ -120,6 +120,7 @@ ordered_json to_json(const IdentityProof& proof) {
   return {{"ranks", proof.num_ranks},
           {"mode", to_string(proof.mode)},
           {"tokens", proof.num_tokens},
+          {"rows", proof.num_rows},
           {"direct", hex(proof.direct)},
           {"direct_bf16", hex(proof.direct_bf16)},
           {"definition", hex(proof.definition)},

@@ -26,8 +26,9 @@ constexpr std::int64_t kMaxRows = std::int64_t{1} << 53;
 /// What both kinds of files are: an object with format, version, numbers and layers.
 class FileReader {
  public:
-  explicit FileReader(const std::filesystem::path& path)
-      : file_(MappedFile::open(path)),
+  FileReader(const std::filesystem::path& path, std::string_view format)
+      : format_(format),
+        file_(MappedFile::open(path)),
         json_({reinterpret_cast<const char*>(file_->bytes().data()), file_->bytes().size()},
               path.string()) {}
 
@@ -40,9 +41,13 @@ class FileReader {
     std::vector<std::string_view> missing(required);
     json_.object([&](const std::string& key) {
       std::erase(missing, key);
-      if (!member(key)) json_.error(fmt::format("key '{}' is unknown here", key));
+      if (member(key)) return;
+      check_kind(key);
+      json_.error(fmt::format("key '{}' is unknown here", key));
     });
-    if (!missing.empty()) json_.error(fmt::format("key '{}' is missing", missing.front()));
+    if (missing.empty()) return;
+    check_kind({});
+    json_.error(fmt::format("key '{}' is missing", missing.front()));
   }
 
   [[nodiscard]] std::uint64_t number(const char* name, std::uint64_t low, std::uint64_t high) {
@@ -60,11 +65,12 @@ class FileReader {
   }
 
   /// The keys that both kinds begin with.
-  [[nodiscard]] bool read_header(const std::string& key, std::string_view format) {
+  [[nodiscard]] bool read_header(const std::string& key) {
     if (key == "format") {
-      if (const std::string found = json_.string(); found != format) {
-        json_.error(fmt::format("format '{}', expected '{}'", found, format));
+      if (const std::string found = json_.string(); found != format_) {
+        json_.beyond_limit(fmt::format("format '{}', expected '{}'", found, format_));
       }
+      has_format_ = true;
       return true;
     }
     if (key != "version") return false;
@@ -76,8 +82,17 @@ class FileReader {
   }
 
  private:
+  /// A file that does not say that it is of this kind is sound, and another one.
+  void check_kind(const std::string& key) {
+    if (has_format_) return;
+    json_.beyond_limit(fmt::format("is no file of format '{}': {}", format_,
+                                   key.empty() ? "no key says so" : "key '" + key + "'"));
+  }
+
+  std::string_view format_;
   std::shared_ptr<const MappedFile> file_;
   JsonReader json_;
+  bool has_format_ = false;
 };
 
 /// Layers come once, so that nobody has to guess which of two is meant.
@@ -225,7 +240,7 @@ std::vector<std::int64_t> LayerRows::sum(int num_steps) const {
 }
 
 ExpertRows read_expert_rows(const std::filesystem::path& path) {
-  FileReader file(path);
+  FileReader file(path, kRowsFormat);
   ExpertRows rows;
   file.object({"format", "version", "num_experts", "layers"}, [&](const std::string& key) {
     if (key == "num_experts") {
@@ -233,7 +248,7 @@ ExpertRows read_expert_rows(const std::filesystem::path& path) {
     } else if (key == "layers") {
       file.json().array([&] { add_layer(file, rows.layers, read_layer_rows(file)); });
     } else {
-      return file.read_header(key, kRowsFormat);
+      return file.read_header(key);
     }
     return true;
   });
@@ -243,7 +258,7 @@ ExpertRows read_expert_rows(const std::filesystem::path& path) {
 }
 
 std::vector<LayerPlacement> read_placements(const std::filesystem::path& path) {
-  FileReader file(path);
+  FileReader file(path, kPlacementFormat);
   int num_experts = 0, num_ranks = 0, num_slots = 0;
   std::vector<RawPlacement> layers;
   file.object({"format", "version", "num_experts", "num_ranks", "num_slots", "layers"},
@@ -257,7 +272,7 @@ std::vector<LayerPlacement> read_placements(const std::filesystem::path& path) {
                 } else if (key == "layers") {
                   file.json().array([&] { add_layer(file, layers, read_raw_placement(file)); });
                 } else {
-                  return file.read_header(key, kPlacementFormat);
+                  return file.read_header(key);
                 }
                 return true;
               });

@@ -136,7 +136,7 @@ CheckpointData CheckpointData::open(const std::filesystem::path& dir) {
 
 void CheckpointData::check_range(int first, int count) const {
   check_argument(first >= 0 && count >= 1 && first <= config.geometry.num_experts - count,
-                 "experts [{}, {} + {}) are not all in [0, {})", first, first, count,
+                 "experts [{}, {}) are not all in [0, {})", first, std::int64_t{first} + count,
                  config.geometry.num_experts);
 }
 

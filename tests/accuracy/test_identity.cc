@@ -3,6 +3,8 @@
 
 #include <unistd.h>
 
+#include <algorithm>
+
 #include "accuracy_fixture.h"
 #include "sluice/lab/synthetic.h"
 
@@ -71,12 +73,29 @@ TEST_F(Identity, OneBitOfOneValueIsSeen) {
   EXPECT_FALSE(prove(2, Mode::kNormal, flipped).passed());
 }
 
+/// Empty entries are ordinary input: a batch of padding alone has no rows, and no proof fails.
+TEST_F(Identity, TokensWithoutExpertsHaveNothingToCompare) {
+  for (TokenSuite& suite : suites_) std::ranges::fill(suite.tokens.topk_idx, -1);
+  for (const Mode mode : {Mode::kLowLatency, Mode::kNormal}) {
+    const IdentityProof proof = prove(3, mode);
+    EXPECT_EQ(proof.num_rows, 0);
+    EXPECT_EQ(proof.direct, 0U);
+    EXPECT_TRUE(proof.passed());
+  }
+}
+
 TEST(IdentityProof, EverythingMustAgreeAndExist) {
   IdentityProof proof;
   EXPECT_FALSE(proof.passed());
   proof.direct = proof.direct_bf16 = proof.definition = 7;
   EXPECT_TRUE(proof.passed());
   proof.direct_bf16 = 8;
+  EXPECT_FALSE(proof.passed());
+  proof = {.num_rows = 0};
+  EXPECT_TRUE(proof.passed());
+  proof.direct = proof.direct_bf16 = proof.definition = 7;  // Of rows that there are not.
+  EXPECT_FALSE(proof.passed());
+  proof = {.num_rows = 5};
   EXPECT_FALSE(proof.passed());
 }
 

@@ -121,7 +121,6 @@ TEST_F(PlacementFiles, RowsAreRefusedByName) {
       {"\"steps\": [[4", "\"rows\": [[4", "key 'rows' is unknown here"},
       {"{\"layer\": 4, ", "{", "key 'layer' is missing"},
       {"\"num_experts\": 3", "\"num_experts\": 3, \"num_experts\": 3", "occurs twice"},
-      {"sluice-expert-rows", "sluice-placement", "format 'sluice-placement'"},
       {"\"num_experts\": 3", "\"num_experts\": 4", "rows of 3 experts, and num_experts is 4"},
       {"\"num_experts\": 3", "\"num_experts\": 0", "num_experts 0 is not in [1, 65536]"},
       {"\"num_experts\": 3", "\"num_experts\": \"3\"", "num_experts should be a number"},
@@ -138,6 +137,17 @@ TEST_F(PlacementFiles, RowsAreRefusedByName) {
   for (const Fault& fault : kFaults) {
     EXPECT_THAT(
         refusal(read_expert_rows, replaced(kRows, fault.from, fault.to), ErrorCode::kCorruptFile),
+        HasSubstr(fault.expected));
+  }
+  // Sound files of another kind.
+  constexpr Fault kOtherKinds[] = {
+      {"sluice-expert-rows", "sluice-placement", "format 'sluice-placement'"},
+      {"\"format\"", "\"model_type\"", "no file of format 'sluice-expert-rows': key 'model_type'"},
+      {"  \"format\": \"sluice-expert-rows\",\n", "", "no key says so"},
+  };
+  for (const Fault& fault : kOtherKinds) {
+    EXPECT_THAT(
+        refusal(read_expert_rows, replaced(kRows, fault.from, fault.to), ErrorCode::kUnsupported),
         HasSubstr(fault.expected));
   }
   EXPECT_THAT(refusal(read_expert_rows, replaced(kRows, "\"version\": 1", "\"version\": 2"),

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -188,9 +189,31 @@ def killed(folder):
     check("SHA256SUMS", lines == {name: digest for name, digest in digests(cut).items() if name != "SHA256SUMS"})
 
 
+def at_once(folder):
+    """The same conversion in several processes: one finishes it, the others say so, and no file is half of one."""
+    source, whole, to = (os.path.join(folder, name) for name in ("w4afp8", "at-once-whole", "at-once"))
+    arguments = ["convert", "--from", source, "--format", "compressed-tensors"]
+    r = run(*arguments, "--to", whole)
+    check("convert alone", r.returncode == 0, r)
+    for _ in range(6):
+        runs = [subprocess.Popen([SLUICE, *arguments, "--to", to], stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                                 text=True) for _ in range(4)]
+        said = [process.communicate(timeout=100) for process in runs]
+        codes = [process.returncode for process in runs]
+        # A process that the system starts late finds the result, and is refused as ever.
+        late = sum("already holds a checkpoint" in error for _, error in said)
+        check(f"conversions at once: {codes}, {said}", codes.count(0) == 4 - late and codes.count(2) == late
+              and sum("\nverified  " in out for out, _ in said) == 1
+              and sum("finished by another run" in out for out, _ in said) == 3 - late)
+        check("conversions at once: the same bytes", os.path.isdir(to) and digests(to) == digests(whole))
+        check("conversions at once: nothing left", not [name for name in os.listdir(folder) if name.startswith(".")])
+        shutil.rmtree(to, ignore_errors=True)
+
+
 with tempfile.TemporaryDirectory() as root:
     named_and_run(root)
     converted(root)
+    at_once(root)
     killed(root)
 print(f"{len(failures)} failures")
 sys.exit(1 if failures else 0)

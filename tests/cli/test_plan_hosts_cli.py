@@ -106,7 +106,8 @@ with tempfile.TemporaryDirectory() as folder:
         json.dump({"base": "h200-ib400", "parameters": {"speed": 1}}, file)
     refused = {
         "--ranks 12 is no multiple of --hosts 8": ("--hosts", 8, "--ranks", 12),
-        "--ranks 512 does not divide 256 experts; give --slots, at least 512": ("--hosts", 64),
+        "512 ranks, 8 for each of --hosts 64, do not divide 256 experts; give --ranks, or --slots, at least 512":
+            ("--hosts", 64),
         "--machine 'h300' is no file, and none of: h200-ib400": ("--hosts", 2, "--machine", "h300"),
         f"--machine '{folder}' is no file, and none of: h200-ib400": ("--hosts", 2, "--machine", folder),
         "network_gbytes_per_s 0.0001 is not in 0.001 .. 1000000 GB/s":

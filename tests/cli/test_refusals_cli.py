@@ -32,6 +32,68 @@ with tempfile.TemporaryDirectory() as folder:
     r = run("bench", "experts", "--rest", "nan")
     check("bench refuses a rest that is no number", r.returncode == 2
           and r.stderr.startswith("--rest: 'nan' is not a number in [0, 10000]\n"), r)
+    # Numbers are what they seem to be, and sizes are sizes.
+    for arguments, why in (
+            (("run", "--checkpoint", model, "--tokens", "010"), "--tokens: '010' is not a whole number in decimal"),
+            (("run", "--checkpoint", model, "--tokens", "0x10"), "--tokens: '0x10' is not a whole number in decimal"),
+            (("run", "--checkpoint", model, "--ranks", "+2"), "--ranks: '+2' is not a whole number in decimal"),
+            (("run", "--checkpoint", model, "--seed", "18446744073709551616"), "--seed: '1844674407370955161"),
+            (("run", "--checkpoint", model, "--seed", "-1"), "--seed: -1 is below 0"),
+            (("run", "--checkpoint", model, "--routed-scaling-factor", "1e-46"), "'1e-46' is not a positive float32"),
+            (("run", "--checkpoint", model, "--routed-scaling-factor", "0"), "'0' is not a positive float32"),
+            (("run", "--checkpoint", model, "--layers", "0-2000000000"), "0 to 2000000000 ends behind layer 3"),
+            (("run", "--checkpoint", model, "--ranks", "3"), "divisible by 3 ranks; give --slots, at least 9"),
+            (("make-checkpoint", "--preset", "tiny", "--out", model + "0", "--hidden", "0"), "--hidden: '0'"),
+            (("make-checkpoint", "--preset", "tiny", "--out", model + "0", "--experts", "0"), "--experts: '0'"),
+            (("make-checkpoint", "--preset", "tiny", "--out", ""), "--out: is empty"),
+            (("convert", "--from", model, "--to", "", "--format", "w4afp8"), "--to: is empty"),
+            (("convert", "--from", model, "--to", model + "0", "--format", "w4afp8", "--experts", "0:99"),
+             "experts [0, 99) are not all in [0, 8)"),
+            (("inspect", model, "--max-layers", "-1"), "--max-layers: '-1' is not a whole"),
+            (("inspect", model, "--max-experts", "-3"), "--max-experts: '-3' is not a whole"),
+            (("bench", "experts", "--hidden", "0"), "--hidden: '0' is not a whole"),
+            (("bench", "experts", "--hidden", "-128"), "--hidden: '-128' is not a whole"),
+            (("bench", "experts", "--preset", "tiny", "--hidden", "2147483520"), "--hidden: '2147483520' is not"),
+            (("bench", "layer", "--hidden", "0"), "--hidden: '0' is not a whole"),
+            (("bench", "exchange", "--hidden", "1073741824"), "--hidden: '1073741824' is not a whole"),
+            (("plan", "--preset", "tiny", "--hosts", "2"), "16 ranks, 8 for each of --hosts 2, do not divide 8"),
+            (("plan", "--preset", "tiny", "--memory", "nan"), "--memory 'nan' is not a size"),
+            (("plan", "--preset", "tiny", "--memory", "inf"), "--memory 'inf' is not a size"),
+            (("balance", "--counts", os.path.join(model, "config.json"), "--ranks", "2", "--slots", "8"),
+             "is no file of format 'sluice-expert-rows'"),
+            (("accuracy", "--checkpoint", model, "--replay", os.path.join(model, "config.json")),
+             "is no safetensors file, but JSON text")):
+        r = run(*arguments)
+        check(f"{arguments[0]} refuses {arguments[-2:]}", r.returncode == 2 and why in r.stderr and not r.stdout
+              and "corrupt" not in r.stderr, r)
+    # Sizes that no machine has room for are named, with what there is.
+    for arguments, why in (
+            (("exchange", "--ranks", "64", "--tokens", "1048576", "--repeat", "1", "--pairs", "1"),
+             "exchanges of --ranks 64 with --tokens 1048576 of --hidden 7168 take "),
+            (("experts", "--hidden", "1048576", "--intermediate", "1048576"),
+             "the weights of 32 experts of --hidden 1048576 and --intermediate 1048576 take ")):
+        r = run("bench", *arguments)
+        check(f"bench {arguments[0]} names sizes", r.returncode == 5 and why in r.stderr
+              and r.stderr.startswith("sluice: out of memory: ") and "this machine has" in r.stderr, r)
+    # A FIFO has no end to wait for.
+    pipe = os.path.join(folder, "pipe")
+    os.makedirs(pipe)
+    os.mkfifo(os.path.join(pipe, "config.json"))
+    r = run("inspect", pipe)
+    check("inspect refuses a FIFO", r.returncode == 3 and "not a regular file" in r.stderr, r)
+    # Placements of another model, and files of another kind.
+    rows, placement, other = (os.path.join(folder, name) for name in ("rows.json", "placement.json", "other"))
+    for arguments in (("run", "--checkpoint", model, "--ranks", "2", "--tokens", "4", "--expert-rows", rows),
+                      ("balance", "--counts", rows, "--ranks", "2", "--slots", "10", "--out", placement),
+                      ("make-checkpoint", "--preset", "tiny", "--experts", "6", "--out", other)):
+        r = run(*arguments)
+        check(f"{arguments[0]} for placements", r.returncode == 0, r)
+    r = run("run", "--checkpoint", other, "--ranks", "2", "--tokens", "4", "--placement", placement)
+    check("run refuses a placement of another model", r.returncode == 2
+          and f"--placement {placement} is for 8 experts; the checkpoint has 6" in r.stderr, r)
+    r = run("run", "--checkpoint", model, "--ranks", "2", "--tokens", "4", "--placement", rows)
+    check("run refuses rows as a placement", r.returncode == 2 and "expected 'sluice-placement'" in r.stderr
+          and "corrupt" not in r.stderr, r)
     # What was printed before a refusal stands before it, where both go to one file.
     kimi = os.path.join(folder, "kimi-int4")
     r = run("make-checkpoint", "--preset", "tiny", "--format", "kimi-int4", "--out", kimi)

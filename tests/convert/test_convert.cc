@@ -340,7 +340,7 @@ TEST(ConvertRefusal, OptionsThatDoNotFitTheSource) {
   expect_refused(o, code, {"layer 3 is asked for twice"});
   o = int4;
   o.first_expert = 2, o.num_experts = 3;
-  expect_refused(o, code, {"[2, 2 + 3)", "[0, 4)"});
+  expect_refused(o, code, {"[2, 5)", "[0, 4)"});
   o = int4;
   o.scale_dtype = DType::kFloat64;
   expect_refused(o, code, {"scale_dtype float64"});

@@ -232,8 +232,10 @@ struct IdentityProof {
   std::uint64_t direct = 0;       ///< FP8 on the wire, consumed as sent.
   std::uint64_t direct_bf16 = 0;  ///< BF16 on the wire, quantized by the receiver.
   std::uint64_t definition = 0;   ///< The scalar definition's bytes.
+  /// Rows that experts received; without one the digests are 0, and there is nothing to compare.
+  std::int64_t num_rows = -1;
   [[nodiscard]] bool passed() const noexcept {
-    return direct == direct_bf16 && direct == definition && direct != 0;
+    return direct == direct_bf16 && direct == definition && (direct != 0) == (num_rows != 0);
   }
 };
 
