@@ -209,6 +209,9 @@ void check_every_format() {
       c.geometry.hidden = 384, c.geometry.intermediate = 256;
       c.rows = {1, 9, 3, 21};
       check(c, 2);
+      c.geometry.hidden = 256, c.geometry.intermediate = 128;  // One group of 128.
+      c.rows = {4, 16, 64, 40};
+      check(c, 2);
     }
   }
   for (const int rows : {9, 17}) expect_largest_sums(0x77, 0x7e, rows);
