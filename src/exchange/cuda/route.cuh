@@ -13,8 +13,8 @@ enum class RouteResult { kPlaced, kRefused, kMissing };
 
 /// Ranks of whose counts a thread did not see those that it waited for, a bit each.
 struct LostCounts {
-  unsigned long long missing = 0, of_another_layer = 0;
-  std::uint64_t other = 0;  // A word for another layer.
+  unsigned long long missing = 0, of_another_layer = 0;  // The former has all of them.
+  std::uint64_t other = 0;                               // A word for another layer.
 };
 
 /// A top-k entry of the chunk that a CTA sends.
@@ -64,6 +64,8 @@ __device__ void count_rest(const SlotParams& p, const DispatchParams& d, int fir
 __device__ inline LostCounts gather_counts(const SlotParams& p, std::uint32_t stamp, int* total,
                                            int* next) {
   constexpr int kBatch = 4;
+  // A word for another layer stays there: who waits as long as this has time to look for one.
+  constexpr std::uint64_t kLookForLayersNs = 20'000;
   const int ranks = p.window.num_ranks;
   LostCounts lost;
   std::uint64_t begin = 0;
@@ -85,21 +87,21 @@ __device__ inline LostCounts gather_counts(const SlotParams& p, std::uint32_t st
           if (r0 + i < ranks) fresh &= static_cast<std::uint32_t>(word[i] >> 32) == stamp;
         }
         if (fresh) break;
-#pragma unroll
-        for (int i = 0; i < kBatch; ++i) {
-          if (r0 + i >= ranks || !is_for_another_layer(word[i], stamp)) continue;
-          lost.of_another_layer |= 1ull << (r0 + i);
-          lost.other = word[i];
-        }
-        if (lost.of_another_layer != 0) break;
         if (begin == 0) begin = ptx::global_timer();
-        if (ptx::global_timer() - begin > p.timeout_ns || has_failed(p)) {
-          for (int i = 0; i < kBatch && r0 + i < ranks; ++i) {
-            if (static_cast<std::uint32_t>(word[i] >> 32) != stamp)
-              lost.missing |= 1ull << (r0 + i);
+        const std::uint64_t waited = ptx::global_timer() - begin;
+        const bool gives_up = waited > p.timeout_ns || has_failed(p);
+        if (!gives_up && waited < kLookForLayersNs) continue;
+        unsigned long long lost_here = 0;
+        for (int i = 0; i < kBatch && r0 + i < ranks; ++i) {
+          const unsigned long long bit = 1ull << (r0 + i);
+          if (is_for_another_layer(word[i], stamp)) {
+            lost_here |= bit, lost.of_another_layer |= bit, lost.other = word[i];
+          } else if (gives_up && static_cast<std::uint32_t>(word[i] >> 32) != stamp) {
+            lost_here |= bit;
           }
-          break;
         }
+        lost.missing |= lost_here;
+        if (lost_here != 0) break;
       }
 #pragma unroll
       for (int i = 0; i < kBatch; ++i) {
@@ -203,7 +205,7 @@ template <Mode Layout>
 __device__ RouteResult place_experts(const SlotParams& p, std::uint64_t epoch, int layer,
                                      int* total, int* next) {
   const LostCounts lost = gather_counts(p, count_stamp(epoch, layer), total, next);
-  const bool failed = (lost.missing | lost.of_another_layer) != 0;
+  const bool failed = lost.missing != 0;
   const bool over = Layout == Mode::kLowLatency && !failed && exceeds_masked(p, total);
   if (__syncthreads_or(failed || over) != 0) {
     if (__syncthreads_or(failed) == 0) return RouteResult::kRefused;
