@@ -57,19 +57,20 @@ __device__ void send_counts(const SlotParams& p, std::uint32_t stamp, const int*
   }
 }
 
-/// One warp: whether entry k of a token takes the token to `peer`, as the first one that chose it.
-/// With `lists`, that entry also sends the list of all rows there. `list`: the token's entries.
-__device__ bool crosses(const SlotParams& p, std::uint64_t epoch, int peer, int k,
-                        const ChunkEntry* list, const int* next, std::int64_t source, bool lists) {
+/// One warp: which entries of a token go to `peer`, a bit each. `list`: the token's entries.
+__device__ unsigned entries_to(const SlotParams& p, int peer, const ChunkEntry* list) {
   const int lane = static_cast<int>(threadIdx.x) % 32;
-  const bool same = lane < p.num_topk && list[lane].peer == peer;
-  if ((__ballot_sync(kAllLanes, same) & ((1u << k) - 1)) != 0) return false;
-  if (same && lists) {
-    p.window.put_word(
-        peer, p.copies, source * p.num_topk + lane,
-        epoch << 32 | static_cast<std::uint32_t>(next[list[lane].expert] + list[lane].before));
-  }
-  return true;
+  return __ballot_sync(kAllLanes, lane < p.num_topk && list[lane].peer == peer);
+}
+
+/// One warp: where the rows of these entries of token `source` lie at `peer`, for who copies them.
+__device__ void send_list(const SlotParams& p, std::uint64_t epoch, int peer, unsigned entries,
+                          const ChunkEntry* list, const int* next, std::int64_t source) {
+  const int lane = static_cast<int>(threadIdx.x) % 32;
+  if ((entries >> lane & 1) == 0) return;
+  p.window.put_word(
+      peer, p.copies, source * p.num_topk + lane,
+      epoch << 32 | static_cast<std::uint32_t>(next[list[lane].expert] + list[lane].before));
 }
 
 /// The warps send the rows of one staged chunk; lane 0 of each owns its bulk copies. `is_first`:
@@ -88,12 +89,17 @@ __device__ void send_chunk(const SlotParams& p, const Staging& s, const TokenPar
       continue;
     }
     const std::int64_t row = next[entry.expert] + entry.before;
-    // A token crosses a link once. On this rank, and in low-latency mode, every row is written.
+    // In normal mode a token crosses a link once, with its first entry there. Rows of this rank's
+    // own experts, and all of low-latency mode, are written one by one.
     bool travels = true;
     if (Layout == Mode::kNormal && peer != p.window.rank) {
-      const int first_entry = entry.token * p.num_topk;
-      travels = crosses(p, epoch, peer, j - first_entry, list + first_entry, next,
-                        std::int64_t{p.window.rank} * p.max_tokens + first + entry.token, is_first);
+      const ChunkEntry* const of_token = list + entry.token * p.num_topk;
+      const unsigned there = entries_to(p, peer, of_token);
+      travels = (there & ((1u << (j - entry.token * p.num_topk)) - 1)) == 0;
+      if (travels && is_first) {
+        send_list(p, epoch, peer, there, of_token, next,
+                  std::int64_t{p.window.rank} * p.max_tokens + first + entry.token);
+      }
     }
     if (travels && lane == 0) {
       p.window.put_bulk(peer, p.x, row * s.payload_bytes + part.first_byte,
