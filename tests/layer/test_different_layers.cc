@@ -138,7 +138,7 @@ TEST_F(DifferentLayersTest, ACallThatOneRankRefusesShiftsNoOther) {
 TEST_F(DifferentLayersTest, AnotherModeIsNamedAtTheTimeout) {
   std::string name;
   const auto failures =
-      after_right_calls(ranks_are_processes() ? 1500ms : 400ms, direct(), [&](Rank& rank) {
+      after_right_calls(ranks_are_processes() ? 1500ms : 1000ms, direct(), [&](Rank& rank) {
         if (rank.rank == 0) name = rank.a.name();
         (void)forward(rank.a, rank.rank == 1 ? Mode::kNormal : Mode::kLowLatency, rank.load);
       });
@@ -160,7 +160,7 @@ TEST_F(DifferentLayersTest, AnotherWireIsNamedAtTheTimeout) {
                          .normal = parse_recipe("direct-bf16")};
   for (const Mode mode : kModes) {
     const auto failures = after_right_calls(
-        ranks_are_processes() ? 1500ms : 400ms, bf16,
+        ranks_are_processes() ? 1500ms : 1000ms, bf16,
         [&](Rank& rank) { (void)forward(rank.rank == 1 ? rank.b : rank.a, mode, rank.load); });
     for (std::size_t r = 0; r < failures.size(); ++r) {
       const auto failure = describe(failures[r]);
@@ -174,7 +174,7 @@ TEST_F(DifferentLayersTest, AnotherWireIsNamedAtTheTimeout) {
 
 TEST_F(DifferentLayersTest, ARankThatIsGoneIsStillOneThatIsMissing) {
   const auto failures =
-      after_right_calls(ranks_are_processes() ? 1500ms : 400ms, direct(), [&](Rank& rank) {
+      after_right_calls(ranks_are_processes() ? 1500ms : 1000ms, direct(), [&](Rank& rank) {
         if (rank.rank != 1) (void)forward(rank.a, Mode::kNormal, rank.load);
       });
   for (const std::size_t r : {0, 2}) {
