@@ -86,12 +86,16 @@ class Gemm {
       }
     }
     for (std::int64_t g = 0; g < c_.k / cpu::kGroup; ++g) rows.complete(g);
-    std::vector<float> acc(static_cast<std::size_t>(c_.n * c_.rows), -1.0f);
-    cpu::gemm_tile({.weights = &m,
-                    .num_blocks = static_cast<int>(c_.n / cpu::kBlockN),
-                    .x = rows,
-                    .acc = acc.data()});
-    return acc;
+    const auto acc_rows = static_cast<std::size_t>(rows.acc_rows());
+    const auto blocks = static_cast<std::size_t>(c_.n / cpu::kBlockN);
+    std::vector<float> acc(blocks * acc_rows * cpu::kBlockN, -1.0f), out;
+    cpu::gemm_tile(
+        {.weights = &m, .num_blocks = static_cast<int>(blocks), .x = rows, .acc = acc.data()});
+    for (std::size_t b = 0; b < blocks; ++b) {
+      const auto first = acc.begin() + static_cast<std::ptrdiff_t>(b * acc_rows * cpu::kBlockN);
+      out.insert(out.end(), first, first + std::ptrdiff_t{c_.rows} * cpu::kBlockN);
+    }
+    return out;
   }
 
   void check(DigitLayout layout) const {

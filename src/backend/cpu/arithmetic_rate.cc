@@ -102,7 +102,7 @@ HWY_INLINE VI32 dot_steps(const std::uint8_t* bytes) {
 template <class Tiles>
 std::int64_t tile_steps(const std::uint8_t* bytes, std::uint32_t* sink) {
   constexpr int kTileSteps = kSteps / 16;
-  Tiles tiles(kTileRows);
+  Tiles tiles;
   tiles.template load<4>(bytes, 0), tiles.template load<5>(bytes + 64, 0);
   tiles.template load<6>(bytes + 128, 0), tiles.template load<7>(bytes + 192, 0);
   tiles.template zero<0>(), tiles.template zero<1>();

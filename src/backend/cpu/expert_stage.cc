@@ -39,10 +39,10 @@ class AddTime {
   Clock::time_point start_ = Clock::now();
 };
 
-/// acc [8][rows][16] -> the 128 channels of one row.
-void gather_row(const float* acc, int rows, int row, float* out) {
+/// acc [8][acc_rows][16] -> the 128 channels of one row.
+void gather_row(const float* acc, int acc_rows, int row, float* out) {
   for (int b = 0; b < kTaskBlocks; ++b) {
-    std::memcpy(out + b * kBlockN, acc + (b * rows + row) * kBlockN, kBlockN * sizeof(float));
+    std::memcpy(out + b * kBlockN, acc + (b * acc_rows + row) * kBlockN, kBlockN * sizeof(float));
   }
 }
 
@@ -236,10 +236,11 @@ void ExpertStage::gemm1_task(const Call& call, const Item& item, std::int64_t gr
   state.gemm1_us += std::chrono::duration<double, std::micro>(activation_start - start).count();
 
   const DigitRows digits = h_.of(item);
+  const int acc_rows = tile.x.acc_rows();
   alignas(64) float gate_row[kGroup], up_row[kGroup];
   for (int r = 0; r < item.rows; ++r) {
-    gather_row(gate, item.rows, r, gate_row);
-    gather_row(up, item.rows, r, up_row);
+    gather_row(gate, acc_rows, r, gate_row);
+    gather_row(up, acc_rows, r, up_row);
     add_bias(expert.gate, group, gate_row);
     add_bias(expert.up, group, up_row);
     const std::int64_t row = item.first_row + r;
@@ -260,14 +261,15 @@ void ExpertStage::gemm2_task(const Call& call, const Item& item, std::int64_t gr
   const std::int64_t width = call.experts.hidden();
   auto* acc = reinterpret_cast<float*>(state.gate.data());
   const PreparedMatrix& down = call.experts.expert(item.expert).down;
+  const DigitRows digits = h_.of(item);
   gemm_tile({.weights = &down,
              .first_block = group * kTaskBlocks,
              .num_blocks = kTaskBlocks,
-             .x = h_.of(item),
+             .x = digits,
              .acc = acc});
   for (int r = 0; r < item.rows; ++r) {
     alignas(64) float values[kGroup];
-    gather_row(acc, item.rows, r, values);
+    gather_row(acc, digits.acc_rows(), r, values);
     add_bias(down, group, values);
     round_to_bf16(values, kGroup, call.out + (item.first_row + r) * width + group * kGroup);
   }

@@ -11,7 +11,7 @@
 //                  [K / 128][tile][K / 32 of them][row][64]
 //           low    [K / 128][rows][256]            only the steps that DigitGroup::low names
 //           lows   [K / 128][tiles]                of kTiles: the same, listed by tile
-//           acc    [blocks][rows][16] f32
+//           acc    [blocks][acc_rows()][16] f32
 //
 // Tile      16 channels x `rows` rows x 128 k. Few rows: a line of weights is widened to bytes in
 //           registers and meets 1, 2 (AVX2) or up to 8 (AVX-512 VNNI) rows there. More rows: the
@@ -42,16 +42,20 @@ struct DigitRows {
   TileLows* lows = nullptr;        ///< [K / 128][RowTiles(rows).count], of kTiles.
   int rows = 0;
 
+  /// Rows with those that do not count: how far apart blocks are in GemmTile::acc.
+  [[nodiscard]] int acc_rows() const {
+    return layout == DigitLayout::kTiles ? RowTiles(rows).padded() : rows;
+  }
   /// Splits one group of one row into its place.
   void set(std::int64_t group, int row, const std::uint8_t* codes, float scale) const {
     const std::int64_t i = group * rows + row;
     std::uint8_t* const low_digits = low + i * kLowDigitBytes;
     if (layout == DigitLayout::kTiles) {
       const RowTiles cut(rows);
-      const std::int64_t at = (group * cut.count + row / cut.height) * cut.height;
+      const std::int64_t tile = group * cut.count + row / kTileRows;
       groups[i] = split_digits_for_tiles(
-          codes, scale, digits + at * kMainDigitBytes + row % cut.height * kTileRowBytes,
-          cut.height * kTileRowBytes, low_digits);
+          codes, scale, digits + tile * kTileDigitBytes + row % kTileRows * kTileRowBytes,
+          kTileRows * kTileRowBytes, low_digits);
     } else {
       groups[i] = split_digits(layout, codes, scale, digits + i * kMainDigitBytes, low_digits);
     }
@@ -61,7 +65,7 @@ struct DigitRows {
     if (layout != DigitLayout::kTiles) return;
     const RowTiles cut(rows);
     for (int t = 0; t < cut.count; ++t) {
-      const std::int64_t i = group * rows + t * cut.height;
+      const std::int64_t i = group * rows + t * kTileRows;
       lows[group * cut.count + t].fill(groups + i, low + i * kLowDigitBytes, cut.rows_of(t));
     }
   }
@@ -75,7 +79,7 @@ struct GemmTile {
   std::int64_t first_block = 0;  ///< Of 16 channels.
   int num_blocks = 0;
   DigitRows x;
-  float* acc = nullptr;  ///< [num_blocks][x.rows][16], overwritten.
+  float* acc = nullptr;  ///< [num_blocks][x.acc_rows()][16], overwritten.
 };
 
 /// The layout of digits with which gemm_tile() is best for `rows` rows on this machine.

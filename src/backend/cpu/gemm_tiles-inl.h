@@ -81,26 +81,26 @@ UnitRows<kRowTiles> unit_rows(const DigitRows& x, const RowTiles& cut, std::int6
   rows.lows = x.lows + group * cut.count + first_tile;
   for (int t = 0; t < kRowTiles; ++t) {
     const int tile = first_tile + t;
-    rows.first[t] = std::int64_t{tile} * cut.height;
+    rows.first[t] = std::int64_t{tile} * kTileRows;
     rows.count[t] = cut.rows_of(tile);
     const std::int64_t at = group * x.rows + rows.first[t];
     rows.groups[t] = x.groups + at;
-    rows.digits[t] = x.digits + (group * cut.count + tile) * cut.height * kMainDigitBytes;
+    rows.digits[t] = x.digits + (group * cut.count + tile) * kTileDigitBytes;
     rows.low[t] = x.low + at * kLowDigitBytes;
   }
   return rows;
 }
 
 /// acc of the whole tile.
-template <class Tiles, class Code, int kScales, int kRowTiles, bool kFull>
+template <class Tiles, class Code, int kScales, int kRowTiles>
 void multiply_row_tiles(const GemmTile& tile, const RowTiles& cut) {
   const PreparedMatrix& m = *tile.weights;
   const DigitRows& x = tile.x;
   const std::int64_t num_groups = m.k / kGroup;
-  const std::int64_t block_acc = std::int64_t{x.rows} * kBlockN;
+  const std::int64_t block_acc = std::int64_t{cut.padded()} * kBlockN;
   std::fill_n(tile.acc, tile.num_blocks * block_acc, 0.0f);
-  TilePipeline<Tiles, kScales, kRowTiles, kFull> pipeline(
-      cut.height, block_acc, std::max(Code::kOffset, Code::kLargest - Code::kOffset));
+  TilePipeline<Tiles, kScales, kRowTiles> pipeline(
+      block_acc, std::max(Code::kOffset, Code::kLargest - Code::kOffset));
   alignas(64) std::uint16_t wide[2 * kGroupWeights];
   // Of two units: the last one's sums are scaled after the scales of the next are there.
   alignas(64) float scales[2][2 * kBlockScales];
@@ -128,8 +128,7 @@ void multiply_row_tiles(const GemmTile& tile, const RowTiles& cut) {
           if (!is_first) of_unit.codes[0] = nullptr;
           // The next unit's digits are in L1 if the last two blocks met them.
           if (is_last ? b + 2 >= last_block : b == b0) {
-            of_unit.digits =
-                x.digits + (g * cut.count + t + kRowTiles) * cut.height * kMainDigitBytes;
+            of_unit.digits = rows.digits[0] + kRowTiles * kTileDigitBytes;
           }
           for (int part = 0; part < kScales; ++part) {
             const float* const part_scales = scales[turn] + part * kBlockN;
@@ -150,12 +149,8 @@ void multiply_row_tiles(const GemmTile& tile, const RowTiles& cut) {
 template <class Tiles, class Code, int kScales>
 void gemm_tile_tiles(const GemmTile& tile) {
   const RowTiles cut(tile.x.rows);
-  if (cut.count == 1) {
-    if (cut.is_full()) return multiply_row_tiles<Tiles, Code, kScales, 1, true>(tile, cut);
-    return multiply_row_tiles<Tiles, Code, kScales, 1, false>(tile, cut);
-  }
-  if (cut.is_full()) return multiply_row_tiles<Tiles, Code, kScales, 2, true>(tile, cut);
-  multiply_row_tiles<Tiles, Code, kScales, 2, false>(tile, cut);
+  if (cut.count == 1) return multiply_row_tiles<Tiles, Code, kScales, 1>(tile, cut);
+  multiply_row_tiles<Tiles, Code, kScales, 2>(tile, cut);
 }
 
 }  // namespace sluice::cpu::HWY_NAMESPACE

@@ -1,9 +1,9 @@
 // tile_pipeline-inl.h - products of tiles (tile_unit.h), and what becomes of their sums; included
 // per target.
 //
-//   A    [rows][32 k] bf16              main digits of up to 16 rows (digits.h)
+//   A    [16 rows][32 k] bf16           main digits (digits.h)
 //   B    [16 steps][16 channels][2]     weights of 32 k, bf16
-//   C    [rows][16 channels] f32        sums of one scale group, whole numbers
+//   C    [16 rows][16 channels] f32     sums of one scale group, whole numbers
 //
 // A unit is 1 or 2 tiles of rows x 1 or 2 blocks x one scale group: 4 C, 2 A and 2 B are all
 // registers there are. Its sums stay in C until the first products of the next unit want that
@@ -40,14 +40,13 @@ namespace sluice::cpu::HWY_NAMESPACE {
 
 inline constexpr std::int64_t kExactSum = 1 << 24;
 
-/// Units in turn: products of one, and what is left to do for the one before. kFull: all tiles have
-/// 16 rows.
-template <class Tiles, int kScales, int kRowTiles, bool kFull>
+/// Units in turn: products of one, and what is left to do for the one before.
+template <class Tiles, int kScales, int kRowTiles>
 class TilePipeline {
  public:
-  /// `height`: rows of each tile in memory. `block_acc`: from acc of one block to that of the next.
-  TilePipeline(int height, std::int64_t block_acc, int largest_weight)
-      : tiles_(height), height_(height), block_acc_(block_acc), largest_weight_(largest_weight) {}
+  /// `block_acc`: from acc of one block to that of the next.
+  TilePipeline(std::int64_t block_acc, int largest_weight)
+      : block_acc_(block_acc), largest_weight_(largest_weight) {}
 
   /// Blocks whose `weights` are kGroupWeights apart, and part `part` of a group; `acc` is row 0's
   /// of the first block.
@@ -59,7 +58,7 @@ class TilePipeline {
     next_ ^= 1;
     now.begin(rows, kBlocks, scales, acc);
     const bool is_exact = kScales == 4 || rows.magnitude() * largest_weight_ <= kExactSum;
-    const bool rolls = kFull && kScales == 1 && kBlocks == 2 && is_exact;
+    const bool rolls = kScales == 1 && kBlocks == 2 && is_exact;
     if (in_tiles_ && (!rolls || rows.has_low_tile())) {  // Which needs the registers of C.
       store<2>();
       in_tiles_ = false;
@@ -69,7 +68,7 @@ class TilePipeline {
       multiply_low<kBlocks>(tiles_, weights, rows, part * kQuarters, (part + 1) * kQuarters, now);
     }
     if (!rolls || !in_tiles_) ahead.ask();
-    if constexpr (kFull && kScales == 1 && kBlocks == 2) {
+    if constexpr (kScales == 1 && kBlocks == 2) {
       constexpr int kSteps = kGroup / kTileK;
       if (rolls && in_tiles_) {
         multiply<2, true>(weights, rows.digits, 0, kSteps, Between(before, *this, ahead));
@@ -167,12 +166,12 @@ class TilePipeline {
   HWY_INLINE void multiply(const std::uint16_t* weights,
                            const std::uint8_t* const (&digits)[kRowTiles], int first, int num_steps,
                            const After& between) {
-    const std::int64_t step_bytes = std::int64_t{height_} * kTileRowBytes;
+    constexpr std::int64_t kStepBytes = kTileRows * kTileRowBytes;
     int slot = 0;
 #pragma GCC unroll 4
     for (int i = 0; i < num_steps; ++i) {
       const std::uint16_t* const b = weights + (first + i) * kTileWeights;
-      const std::int64_t k = (first + i) * step_bytes;
+      const std::int64_t k = (first + i) * kStepBytes;
       tiles_.template load<6>(b, kTileRowBytes);
       tiles_.template load<4>(digits[0] + k, kTileRowBytes);
       if (i == 0) begin_sum<0, kRolls>();
@@ -233,7 +232,7 @@ class TilePipeline {
   UnitSums<kRowTiles> units_[2];
   Tiles tiles_;
   bool in_tiles_ = false;  ///< The last unit's sums have not been stored.
-  int next_ = 0, height_;
+  int next_ = 0;
   std::int64_t block_acc_;
   int largest_weight_;
 };

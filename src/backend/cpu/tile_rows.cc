@@ -15,6 +15,7 @@ void TileLows::fill(const DigitGroup* groups, const std::uint8_t* low, int count
     if (groups[row].low != 0) rows[num_rows++] = static_cast<std::uint8_t>(row);
     num_pairs += std::popcount(groups[row].low);
   }
+  std::fill(scale + count, scale + kTileRows, 0.0f);
   are_many = num_pairs > kMostPairs;
   if (are_many) {
     num_rows = static_cast<std::uint8_t>(count);

@@ -10,19 +10,22 @@
 
 namespace sluice::cpu {
 
-/// 1, 2 or 4 tiles of one height, of which the last may have fewer rows that count.
+inline constexpr int kTileDigitBytes = kTileRows * kMainDigitBytes;  ///< Of one tile and group.
+
+/// 1, 2 or 4 tiles of 16 rows. The last rows may not count: they are computed like all others, from
+/// whatever lies there, which takes less time than a way of their own, and nobody looks at them.
 struct RowTiles {
   explicit RowTiles(int num_rows)
       : rows(num_rows),
         count(num_rows <= kTileRows       ? 1
               : num_rows <= 2 * kTileRows ? 2
-                                          : 4),
-        height((num_rows + count - 1) / count) {}
-  [[nodiscard]] int rows_of(int tile) const { return std::clamp(rows - tile * height, 0, height); }
-  [[nodiscard]] bool is_full() const { return rows == count * kTileRows; }
+                                          : 4) {}
+  [[nodiscard]] int rows_of(int tile) const {
+    return std::clamp(rows - tile * kTileRows, 0, kTileRows);
+  }
   /// Rows with those that do not count.
-  [[nodiscard]] int padded() const { return count * height; }
-  int rows, count, height;
+  [[nodiscard]] int padded() const { return count * kTileRows; }
+  int rows, count;
 };
 
 /// Of one tile's rows and one group. Products with main digits alone are what tiles multiply. Low
@@ -30,7 +33,7 @@ struct RowTiles {
 /// tile of their own.
 struct TileLows {
   static constexpr int kMostPairs = 64;
-  float scale[kTileRows]{};    ///< DigitGroup::scale of each row, which else lie 32 bytes apart.
+  float scale[kTileRows]{};    ///< DigitGroup::scale of each row; of those that do not count, 0.
   std::int32_t magnitude = 0;  ///< The largest of the rows.
   bool are_many = false;  ///< Then `rows` has all rows of the tile, `steps` and `pairs` nothing.
   std::uint8_t num_rows = 0;          ///< That have a low digit.

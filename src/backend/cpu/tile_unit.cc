@@ -14,16 +14,14 @@ float second_of(std::uint32_t pair) {
 
 }  // namespace
 
-/// Beyond the rows are zeros, as AMX has it.
 void ScalarTiles::load_rows(int tile, const std::uint8_t* from, std::int64_t stride) {
-  std::memset(tiles_[tile], 0, sizeof tiles_[tile]);
-  for (int row = 0; row < rows_of_tile(rows_, tile); ++row) {
+  for (int row = 0; row < kTileRows; ++row) {
     std::memcpy(tiles_[tile][row], from + row * stride, kTileRowBytes);
   }
 }
 
-void ScalarTiles::add_products(Tile& c, const Tile& a, const Tile& b) const {
-  for (int row = 0; row < rows_; ++row) {
+void ScalarTiles::add_products(Tile& c, const Tile& a, const Tile& b) {
+  for (int row = 0; row < kTileRows; ++row) {
     for (int n = 0; n < kTileN; ++n) {
       float sum = std::bit_cast<float>(c[row][n]);
       for (int pair = 0; pair < kTileK / 2; ++pair) {

@@ -1,6 +1,6 @@
-// tile_unit.h - eight registers of up to 16 rows x 64 bytes, and products of them.
+// tile_unit.h - eight registers of 16 rows x 64 bytes, and products of them.
 //
-//   C [rows][16] f32  +=  A [rows][32] bf16  x  B [16][16][2] bf16, of k 2i and 2i + 1 in row i
+//   C [16][16] f32  +=  A [16][32] bf16  x  B [16][16][2] bf16, of k 2i and 2i + 1 in row i
 //
 // AmxTiles has them in the processor, ScalarTiles in memory. Both have the same functions, so that
 // a kernel written for one runs with the other: packing and layout can be tested on any machine,
@@ -14,15 +14,10 @@
 
 namespace sluice::cpu {
 
-inline constexpr int kTileRows = 16;  ///< Of A and C at most, of B always.
+inline constexpr int kTileRows = 16;
 inline constexpr int kTileN = 16;
 inline constexpr int kTileK = 32;
 inline constexpr int kTileRowBytes = 64;
-
-/// Of register `tile`, where A and C have `rows`.
-constexpr int rows_of_tile(int rows, int tile) {
-  return tile < 6 ? rows : kTileK / 2;
-}
 
 #if defined(__x86_64__)
 
@@ -35,7 +30,7 @@ class AmxTiles {
   /// Of bf16 in vectors (AVX-512 bf16): cpu_features() has it wherever it has these tiles.
   static constexpr bool kHasDots = true;
 
-  explicit AmxTiles(int rows) {
+  AmxTiles() {
     struct alignas(64) Palette {
       std::uint8_t id = 1, start_row = 0, reserved[14]{};
       std::uint16_t row_bytes[16]{};
@@ -44,7 +39,7 @@ class AmxTiles {
     static_assert(sizeof palette == 64);
     for (int tile = 0; tile < 8; ++tile) {
       palette.row_bytes[tile] = kTileRowBytes;
-      palette.rows[tile] = static_cast<std::uint8_t>(rows_of_tile(rows, tile));
+      palette.rows[tile] = kTileRows;
     }
     asm volatile("ldtilecfg %0" ::"m"(palette));
   }
@@ -81,8 +76,6 @@ class ScalarTiles {
  public:
   static constexpr bool kHasDots = false;
 
-  explicit ScalarTiles(int rows) : rows_(rows) {}
-
   template <int kTile>
   void zero() {
     std::memset(tiles_[kTile], 0, sizeof tiles_[kTile]);
@@ -97,16 +90,15 @@ class ScalarTiles {
   }
   template <int kTile>
   void store(float* to) {
-    std::memcpy(to, tiles_[kTile], static_cast<std::size_t>(rows_) * kTileRowBytes);
+    std::memcpy(to, tiles_[kTile], sizeof tiles_[kTile]);
   }
 
  private:
   using Tile = std::uint32_t[kTileRows][kTileN];
 
   void load_rows(int tile, const std::uint8_t* from, std::int64_t stride);
-  void add_products(Tile& c, const Tile& a, const Tile& b) const;
+  static void add_products(Tile& c, const Tile& a, const Tile& b);
 
-  int rows_;
   Tile tiles_[8]{};
 };
 
@@ -114,7 +106,6 @@ class ScalarTiles {
 class ScalarTilesAndDots : public ScalarTiles {
  public:
   static constexpr bool kHasDots = true;
-  using ScalarTiles::ScalarTiles;
 };
 
 }  // namespace sluice::cpu

@@ -70,7 +70,7 @@ struct Ahead {
   HWY_INLINE void ask(int share, int num_shares) const {
     ask(codes[0], kGroupLines / num_shares, share);
     ask(codes[1], kGroupLines / num_shares, share);
-    ask(digits, kRowTiles * kTileRows * kMainDigitBytes / kLineBytes / num_shares, share);
+    ask(digits, kRowTiles * kTileDigitBytes / kLineBytes / num_shares, share);
   }
 
  private:
