@@ -104,9 +104,19 @@ void fill_json(const Options& options, const LayerBenchReport& report, Output& o
   }
 }
 
+/// Of the codes of one layer, in the backend's form alone.
+void check_memory(const LayerBenchConfig& config) {
+  if (config.device != Device::Kind::kHost) return;
+  const ModelGeometry& g = config.geometry;
+  require_memory(1.5 * g.hidden * g.intermediate * g.num_experts,
+                 fmt::format("the weights of --experts {} of --hidden {} and --intermediate {}",
+                             g.num_experts, g.hidden, g.intermediate));
+}
+
 void run(const Options& options, Output& output) {
   const Environment environment = read_environment();
   const LayerBenchConfig config = resolve(options);
+  check_memory(config);
   if (ran_as_processes(options.transport, options.ranks, environment.peer_timeout, output)) {
     return;
   }

@@ -9,6 +9,7 @@
 #include <utility>
 
 #include "checkpoint/config_fields.h"
+#include "checkpoint/file_kind.h"
 #include "core/fail.h"
 #include "core/mmap.h"
 #include "sluice/quant.h"
@@ -259,8 +260,10 @@ std::vector<int> ModelConfig::expected_layers() const {
 ModelConfig parse_model_config(const ConfigText& text, const std::optional<ConfigText>& algo) {
   ModelConfig config;
   config.text = text.text;
+  check_is_json(text.text, text.name);
   ConfigFields fields = read_config_fields(text.text, text.name);
   if (algo) {
+    check_is_json(algo->text, algo->name);
     read_algo_config(algo->text, algo->name, fields.quantization);
     config.text += algo->text;
   }

@@ -7,6 +7,7 @@
 #include <string_view>
 #include <utility>
 
+#include "checkpoint/file_kind.h"
 #include "checkpoint/json_reader.h"
 #include "core/fail.h"
 
@@ -148,26 +149,6 @@ void check_coverage(const std::vector<SafetensorsEntry>& tensors, std::uint64_t 
   }
 }
 
-/// What a file is whose first bytes are no header's length, and what would help; empty if nobody
-/// knows.
-std::string_view other_kind(std::span<const std::byte> file) noexcept {
-  constexpr std::size_t kLongest = 64;
-  const std::string_view text(reinterpret_cast<const char*>(file.data()),
-                              std::min(file.size(), kLongest));
-  const std::size_t first = std::min(text.find_first_not_of(" \t\r\n"), text.size());
-  const std::string_view begin = text.substr(first);
-  constexpr std::pair<std::string_view, std::string_view> kKinds[] = {
-      {"version https://git-lfs", "a Git LFS pointer; `git lfs pull` fetches the file itself"},
-      {"<", "a page of HTML or XML, as a download that failed leaves it"},
-      {"{", "JSON text"},
-      {"PK\x03\x04", "a zip archive (of PyTorch?)"},
-      {"GGUF", "a GGUF file"}};
-  for (const auto& [magic, kind] : kKinds) {
-    if (begin.starts_with(magic)) return kind;
-  }
-  return {};
-}
-
 std::string json_shape(std::span<const std::uint64_t> shape) {
   std::string text = "[";
   for (const std::uint64_t dim : shape) {
@@ -203,7 +184,10 @@ SafetensorsHeader parse_safetensors_header(std::span<const std::byte> file,
   std::uint64_t length = 0;
   std::memcpy(&length, file.data(), sizeof length);
   const std::uint64_t limit = std::min(kMaxSafetensorsHeaderBytes, file.size() - kLengthBytes);
-  if (const auto kind = other_kind(file); length > limit && !kind.empty()) {
+  // No header is that long, but other files begin so.
+  const std::string_view kind =
+      kind_of_file({reinterpret_cast<const char*>(file.data()), file.size()});
+  if (length > limit && !kind.empty()) {
     fail(ErrorCode::kUnsupported, "{}: is no safetensors file, but {}", source, kind);
   }
   if (length > limit) {

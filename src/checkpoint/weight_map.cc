@@ -2,6 +2,7 @@
 
 #include <utility>
 
+#include "checkpoint/file_kind.h"
 #include "checkpoint/json_reader.h"
 #include "core/fail.h"
 
@@ -10,6 +11,7 @@ namespace sluice {
 WeightMap parse_weight_map(std::string_view text, const std::string& source) {
   WeightMap map;
   bool has_map = false;
+  check_is_json(text, source);
   JsonReader json(text, source);
   json.object([&](const std::string& key) {
     if (key != "weight_map") return json.skip();

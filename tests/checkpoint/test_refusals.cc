@@ -1,10 +1,8 @@
 // Checkpoints that must be refused, each spoiled in one way, and what the refusal must say.
 #include <gmock/gmock.h>
 #include <gtest/gtest.h>
-#include <sys/stat.h>
 
 #include <cmath>
-#include <filesystem>
 #include <limits>
 
 #include "expect_error.h"
@@ -128,18 +126,6 @@ TEST(Refusal, ExpertPastTheConfigsNumber) {
   expect_unsupported(
       {".safetensors: tensor model.layers.5.mlp.experts.1.", "expert 1 of a model with 1 experts"},
       files);
-}
-
-/// Opening a FIFO waits for its writer, so it must not be opened like a file.
-TEST(Refusal, FifosAreNoFiles) {
-  for (const char* const name : {"config.json", "model-00001-of-00002.safetensors"}) {
-    const TempDir dir;
-    ModelFiles().write(dir.path());
-    std::filesystem::remove(dir / name);
-    ASSERT_EQ(mkfifo((dir / name).c_str(), 0600), 0);
-    expect_error(ErrorCode::kIo, {name, "not a regular file"},
-                 [&] { (void)Checkpoint::open(dir.path()); });
-  }
 }
 
 TEST(Refusal, WrongDtype) {

@@ -71,7 +71,9 @@ with tempfile.TemporaryDirectory() as folder:
             (("exchange", "--ranks", "64", "--tokens", "1048576", "--repeat", "1", "--pairs", "1"),
              "exchanges of --ranks 64 with --tokens 1048576 of --hidden 7168 take "),
             (("experts", "--hidden", "1048576", "--intermediate", "1048576"),
-             "the weights of 32 experts of --hidden 1048576 and --intermediate 1048576 take ")):
+             "the weights of 32 experts of --hidden 1048576 and --intermediate 1048576 take "),
+            (("layer", "--hidden", "1048576", "--intermediate", "1048576"),
+             "the weights of --experts 256 of --hidden 1048576 and --intermediate 1048576 take ")):
         r = run("bench", *arguments)
         check(f"bench {arguments[0]} names sizes", r.returncode == 5 and why in r.stderr
               and r.stderr.startswith("sluice: out of memory: ") and "this machine has" in r.stderr, r)
