@@ -47,15 +47,27 @@ inline std::vector<std::uint16_t> combined_by_parts(const Traffic& t, const Exch
                                                     int r, std::int64_t token,
                                                     const PartOf& part_of) {
   const auto row = wire_bytes(&t.x[r][token * t.hidden], t.hidden, c.wire, t.s1);
+  struct Entry {
+    std::int32_t expert;
+    std::size_t part;
+    float weight;
+  };
+  std::vector<Entry> entries;
+  for (int k = 0; k < t.num_topk; ++k) {
+    const std::int64_t at = token * t.num_topk + k;
+    const std::int32_t e = t.topk_idx[r][at];
+    if (e < 0) continue;
+    entries.push_back(
+        {e, static_cast<std::size_t>(part_of(e, r, token, k)), t.topk_weights[r][at]});
+  }
   std::vector<std::uint16_t> y(static_cast<std::size_t>(t.hidden));
+  std::vector<std::optional<float>> parts(static_cast<std::size_t>(c.total_parts()));
   for (int i = 0; i < t.hidden; ++i) {
-    std::vector<std::optional<float>> parts(static_cast<std::size_t>(c.total_parts()));
-    for (int k = 0; k < t.num_topk; ++k) {
-      const std::int32_t e = t.topk_idx[r][token * t.num_topk + k];
-      if (e < 0) continue;
-      auto& part = parts[static_cast<std::size_t>(part_of(e, r, token, k))];
-      const float product = t.topk_weights[r][token * t.num_topk + k] *
-                            bf16_to_float(expert_output(e, row.data(), row.size(), i));
+    std::ranges::fill(parts, std::nullopt);
+    for (const Entry& entry : entries) {
+      auto& part = parts[entry.part];
+      const float product =
+          entry.weight * bf16_to_float(expert_output(entry.expert, row.data(), row.size(), i));
       part = part.value_or(0.0f) + product;
     }
     const float sum = sum_of_parts(parts, 0, parts.size()).value_or(0.0f);

@@ -154,7 +154,10 @@ def wait_for(job, out, num_reports, is_stopped):
         # mpirun waits for a stopped rank for ever: ending that one is up to whoever stopped it.
         time.sleep(0.8)
         for pid in children_of(job.pid):
-            os.kill(pid, signal.SIGKILL)
+            try:
+                os.kill(pid, signal.SIGKILL)
+            except ProcessLookupError:
+                pass  # It has ended since.
     try:
         job.wait(timeout=20)
     except subprocess.TimeoutExpired:

@@ -9,6 +9,7 @@
 #include <vector>
 
 #include "sluice/error.h"
+#include "support/processor_wait.h"
 #include "transport/tcp_link.h"
 #include "transport/tcp_socket.h"
 
@@ -33,7 +34,8 @@ struct TcpJob {
   std::string secret = "not in any message";
 };
 
-/// What a rank threw, and after how long; no text if it threw nothing.
+/// What a rank threw, and after how long, without the time for which threads of this process had no
+/// processor; no text if it threw nothing.
 struct TcpOutcome {
   ErrorCode code = ErrorCode::kInternal;
   std::string text;
@@ -46,6 +48,7 @@ inline std::future<TcpOutcome> start_rank(
     const TcpConfig& config, std::chrono::milliseconds timeout,
     std::function<void(TcpLink&)> body = [](TcpLink&) {}) {
   return std::async(std::launch::async, [config, timeout, body = std::move(body)] {
+    ProcessorWait waited;
     const auto begin = std::chrono::steady_clock::now();
     TcpOutcome outcome;
     try {
@@ -55,7 +58,7 @@ inline std::future<TcpOutcome> start_rank(
       outcome = {error.code(), error.what(), error.ranks(), {}};
     }
     outcome.took = std::chrono::duration_cast<std::chrono::milliseconds>(
-        std::chrono::steady_clock::now() - begin);
+        std::chrono::steady_clock::now() - begin - waited.so_far());
     return outcome;
   });
 }
