@@ -275,6 +275,16 @@ def test_what_a_loaded_model_refuses(models, tmp_path):
         load(models["qwen3_moe", "bf16"], quantization_config=integration.W4AFP8Config())
 
 
+def test_a_config_saved_from_a_loaded_model_is_of_the_same_checkpoint(models, tmp_path):
+    path = tmp_path / "model"
+    shutil.copytree(models["qwen3_moe", "w4afp8"], path)
+    load(path).config.save_pretrained(path)
+    saved = json.loads((path / "config.json").read_text())["quantization_config"]
+    assert saved["quant_method"] == "w4afp8" and "expert_dtype" not in saved
+    assert sluice.Checkpoint(path).format == "w4afp8"
+    assert experts_of(load(path))
+
+
 def test_fp8_matrices_beside_the_experts_are_what_transformers_makes_of_them(models, tmp_path):
     """As W4AFP8 is published: attention and shared experts in FP8 with a scale for each block of 128 x 128. On a
     CPU transformers turns those into bfloat16."""

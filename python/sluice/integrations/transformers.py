@@ -190,6 +190,11 @@ class W4AFP8Config(FineGrainedFP8Config):
     def __init__(self, **options: Any) -> None:
         super().__init__(**{**options, "quant_method": "w4afp8"})
 
+    def to_dict(self) -> dict[str, Any]:
+        """What goes to config.json. `expert_dtype`, which FP8's config has and gives as "fp8", is false of these
+        experts, and a reader would refuse it."""
+        return {key: value for key, value in super().to_dict().items() if key != "expert_dtype"}
+
 
 @register_quantizer("w4afp8")
 class W4AFP8Quantizer(_RoutedExperts, FineGrainedFP8HfQuantizer):
