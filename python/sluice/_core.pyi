@@ -217,7 +217,7 @@ class Backend:
     def measure_read_bandwidth(self) -> float:
         """Bytes per second this device reads, measured now (about 0.2 s)."""
 
-    def synchronize(self, stream: "std::optional<unsigned long>" = 0) -> None:
+    def synchronize(self, stream: int | None = 0) -> None:
         """Waits for everything queued on `stream`. Nothing to do on the CPU."""
 
     def __repr__(self) -> str: ...

@@ -38,6 +38,12 @@ def test_an_engine_keeps_transport_and_backend(checkpoint, geometry):
     assert np.any(sluice.moe_forward(engine, x, routing, mode="low-latency"))
 
 
+def test_a_backend_synchronizes(backend):
+    backend.synchronize()
+    backend.synchronize(stream=None)
+    backend.synchronize(0)
+
+
 def test_a_dispatched_keeps_exchange_and_routing(geometry):
     x, idx, weights = sluice.make_workload(geometry, 4)
     dispatched = sluice.dispatch(make_exchange(geometry, wire="bf16"), x, sluice.Routing(idx, weights))

@@ -27,6 +27,11 @@ def test_stubs_are_those_of_the_module(tmp_path):
     )
 
 
+def test_no_signature_shows_a_type_of_cpp():
+    """Such an argument cannot be given: its header of nanobind's is not included."""
+    assert not re.findall(r"\b(?:std|sluice|nanobind)::\S+", CHECKED_IN.read_text())
+
+
 def members(kind):
     """Public methods and properties that a class itself defines, static ones too."""
     for name, value in vars(kind).items():
