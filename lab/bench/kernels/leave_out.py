@@ -24,11 +24,14 @@ import subprocess
 import sys
 
 ROOT = pathlib.Path(__file__).resolve().parents[3]
-KERNELS = ("sm90_w4a8_decode_bf16_g{}.cu", "sm90_w4a8_prefill_bf16_g{}.cu")
-KERNELS128 = (*KERNELS, "sm90_w4a8_prefill64_bf16_g{}.cu")
+KERNELS = (
+    "sm90_w4a8_decode_bf16_g{}.cu",
+    "sm90_w4a8_prefill_bf16_g{}.cu",
+    "sm90_w4a8_prefill64_bf16_g{}.cu",
+)
 UNIT, LOOP = "sm90_w4a8_unit.cuh", "sm90_w4a8_mainloop.cuh"
 PROMOTE = "sm90_w4a8_promote.cuh"
-GROUP32, MATH = "sm90_w4a8_group32.cuh", "sm90_w4a8_math.cuh"
+UNITS32, MATH = "sm90_w4a8_group32_units.cuh", "sm90_w4a8_math.cuh"
 
 NO_TOKEN_SCALES = [
     (PROMOTE, f"__fmul_rn(ws.{row}, xs[{column}])", f"ws.{row}")
@@ -57,7 +60,7 @@ NO_ARITHMETIC = [
         "    if (busy_tiles > 0) {\n",
         "    for (int i = 0; i < busy_tiles; ++i) {\n"
         "      for (int k = 0; k < phase.num_steps; ++k) release(s, acquire(s, ring));\n"
-        "      finish_tile<C, X, N>(s, phase, t, row_tile++, ring, true, sum);\n"
+        "      finish_tile<C, X, N>(s, phase, t, row_tile++, 0, ring, true, sum);\n"
         "    }\n"
         "    if (busy_tiles < 0) {\n",
     ),
@@ -66,7 +69,7 @@ NO_ARITHMETIC = [
 # Not joined, so never read: ptxas drops the products of these units, too.
 FEW_UNITS = [
     (
-        GROUP32,
+        UNITS32,
         "                                     float (&joined)[R]) {\n#pragma unroll\n",
         "                                     float (&joined)[R]) {\n"
         "  if (i == 1 || i == 2) return;\n#pragma unroll\n",
@@ -159,7 +162,7 @@ def main():
         jobs = {
             name: [
                 pool.submit(compile_kernel, commands, build, k.format(group), folder)
-                for k in (KERNELS if group == "32" else KERNELS128)
+                for k in KERNELS
             ]
             for name, folder in folders.items()
         }

@@ -4,6 +4,7 @@
 #include <cuda.h>
 #include <cuda_runtime.h>
 
+#include <algorithm>
 #include <cstdint>
 
 #include "backend/cuda/activation.cuh"
@@ -61,10 +62,12 @@ struct Config {
   static constexpr int kUnit = Format == WeightFormat::kMxfp4 ? kStepK : Group;
   static constexpr Activations kActivations = Functions;
   static constexpr int kMathWarpgroups = kIsDecode ? 4 : 2;
-  static constexpr int kSlabsPerWarpgroup = kSlabsPerTile / kMathWarpgroups;
-  // Groups of 32 keep four weight scales alive beside the sums: 128 columns would spill.
-  static constexpr int kMaxTokens = Size != KernelConfig::kPrefill || kUnit == 32 ? 64 : 128;
-  static_assert(Size != KernelConfig::kPrefill64 || kUnit == 128);
+  static constexpr int kMaxTokens = Size == KernelConfig::kPrefill ? 128 : 64;
+  // A tile is computed in passes along K. NOTE: groups of 32 keep joined sums beside the sums, and
+  // for 128 columns of two slabs there are no registers: two passes of one slab each.
+  static constexpr int kPasses = kUnit == 32 && kMaxTokens == 128 ? 2 : 1;
+  static constexpr int kSlabsPerPass = kSlabsPerTile / kPasses;
+  static constexpr int kSlabsPerWarpgroup = kSlabsPerPass / kMathWarpgroups;
   static constexpr int kMathWarps = 4 * kMathWarpgroups;
   static constexpr int kMathThreads = 32 * kMathWarps;
   static constexpr int kThreads = kMathThreads + 128;
@@ -74,7 +77,7 @@ struct Config {
   static constexpr int kProducerRegisters = kIsDecode ? 64 : 40;
   static constexpr int kMathRegisters = kIsDecode ? 104 : 232;
   static constexpr int kSlabBytes = slab_bytes(Scale, Group);
-  static constexpr int kWeightBytes = kSlabsPerTile * kSlabBytes;  // per stage
+  static constexpr int kWeightBytes = kSlabsPerPass * kSlabBytes;  // per stage
   static constexpr int kTokenBytes = kMaxTokens * kStepK;          // per stage
   // Scales of a stage's tokens as the math role reads them: a thread's columns 8 j + 2 c + i, c its
   // column pair, lie side by side; the pairs' parts start in different banks.
@@ -86,11 +89,16 @@ struct Config {
   // Whether finished tiles of y too leave through shared memory. NOTE: mxfp4's decode takes 1 %
   // longer with the stage less that is left then.
   static constexpr bool kStagesRows = !kIsDecode || Format == WeightFormat::kInt4;
-  static constexpr int kRowPitch = 2 * kTileRows + 16;  // padded for the same reason
+  static constexpr int kRowPitch = 2 * kTileRows / kPasses + 16;  // padded for the same reason
+  // What is activated of a tile of h before its last pass: f32, after the codes.
+  static constexpr int kParkedAt = kMaxTokens * kHiddenPitch;
+  static constexpr int kParkedBytes =
+      (kPasses - 1) * kMaxTokens * (kSlabsPerPass * kSlabRows / 2) * 4;
   // NOTE: tiles of fewer steps are over before the one before has left (256 experts of 256, 64
   // rows: 318 us, and 308 by stores of the math warps).
   static constexpr int kFewestSteps = 8;
-  static constexpr int kRowBytes = kMaxTokens * (kStagesRows ? kRowPitch : kHiddenPitch);
+  static constexpr int kRowBytes =
+      std::max(kMaxTokens * (kStagesRows ? kRowPitch : kHiddenPitch), kParkedAt + kParkedBytes);
   static constexpr int kFixedBytes =
       kRowBytes + kMaxTokens * (4 * kMathWarps + 4) + 8 * kMaxExperts + 1024;
   static constexpr int kStagesThatFit = (kSharedLimit - kFixedBytes) / kStageBytes;

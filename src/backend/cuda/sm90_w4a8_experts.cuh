@@ -26,7 +26,9 @@
 //                               +---------------------+
 //             256 weight rows   | 4 slabs of 64 rows  |   K in steps of 128
 //                               +---------------------+
-//           decode: 4 math warpgroups, a slab each; prefill: 2, two slabs each. What overlaps with
+//           decode: 4 math warpgroups, a slab each; prefill: 2, two slabs each. In groups of 32
+//           tiles of 128 tokens run along K in two passes, in each a slab of every warpgroup; what
+//           the first pass of a tile of h activates waits in shared memory. What overlaps with
 //           what along K: sm90_w4a8_mainloop.cuh.
 //
 // Warps     math warpgroups: widen, wgmma, promote, epilogue           104 / 232 registers
@@ -40,6 +42,7 @@
 //                          stage = w 16896 + x 8192 + xs 320 = 25408 B, 7 stages 178 KB
 //                          prefill, 128 tokens:
 //                          stage = w 16896 + x 16384 + xs 576 = 33856 B, 4 stages 135 KB
+//                          group 32: stage = w 9216 + x 16384 + xs 576 = 26176 B, 6 stages 153 KB
 //           + finished tile 34 / 68 KB + amax 4 KB + expert prefix and counts 4 KB: of 227 KB
 //
 // Barriers  full[s]   producers -> math: weights, activations (both also count bytes), scales

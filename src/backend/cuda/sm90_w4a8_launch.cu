@@ -257,7 +257,7 @@ void launch_group(const Params& p, int group, XScale x, int num_ctas, cudaStream
   if (group == 128) {
     launch_x_scale<Size, Code, Scale, 128>(p, x, num_ctas, stream);
   } else {
-    launch_x_scale<kUsual<Size>, Code, Scale, 32>(p, x, num_ctas, stream);
+    launch_x_scale<Size, Code, Scale, 32>(p, x, num_ctas, stream);
   }
 }
 

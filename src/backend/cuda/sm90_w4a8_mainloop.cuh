@@ -8,7 +8,8 @@
 //   decode, 32 or 64         multiply_slab        nothing; four warpgroups fill the gaps
 //   prefill, up to 64        multiply_two_slabs   a product runs while the one before is promoted
 //   prefill, 128             multiply_wide        the next stage is awaited during a product
-//   groups of 32             multiply_group32     sm90_w4a8_group32.cuh
+//   groups of 32             multiply_group32     sm90_w4a8_group32.cuh; 128 columns:
+//                                                 sm90_w4a8_group32_halves.cuh
 //   mxfp4                    multiply_mxfp4       sm90_w4a8_mxfp4_loops.cuh
 //
 // ptxas serializes products (an error here, see ptxas_guard.sh) unless
@@ -201,7 +202,7 @@ __device__ __forceinline__ void multiply_tile(Shared<C>& s, Ring& ring, int num_
     multiply_mxfp4<C, X, N>(s, ring, num_steps, lane, sum);
   } else if constexpr (C::kGroup == 32) {
     multiply_group32<C, X, N>(s, ring, num_steps, lane, sum);
-  } else if constexpr (C::kIsDecode) {
+  } else if constexpr (C::kSlabsPerWarpgroup == 1) {
     multiply_slab<C, X, N>(s, ring, num_steps, lane, sum);
   } else if constexpr (N <= 64) {
     multiply_two_slabs<C, X, N>(s, ring, num_steps, lane, sum);

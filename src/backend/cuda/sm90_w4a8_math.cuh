@@ -6,14 +6,16 @@
 #include "backend/cuda/ptx/sync.cuh"
 #include "backend/cuda/sm90_w4a8_config.cuh"
 #include "backend/cuda/sm90_w4a8_epilogue.cuh"
+#include "backend/cuda/sm90_w4a8_hidden.cuh"
 #include "backend/cuda/sm90_w4a8_mainloop.cuh"
 
 namespace sluice::cuda {
 
-/// Whether the tile has rows for this warpgroup: the last one of an odd n may not.
+/// Whether the tile has rows for this warpgroup: the last one of an odd n may not. A pass has rows
+/// for all.
 template <class C>
 __device__ __forceinline__ bool has_slabs(const TileInfo& t, const MathLane& lane) {
-  return lane.warpgroup * C::kSlabsPerWarpgroup < t.num_slabs;
+  return C::kPasses > 1 || lane.warpgroup * C::kSlabsPerWarpgroup < t.num_slabs;
 }
 
 /// One scale for all rows of x, after the last step.
@@ -56,14 +58,14 @@ __device__ __forceinline__ void meet_row_scales(Shared<C>& s, const Phase& phase
 /// A finished row tile leaves. `t`: what was published, `row_tile` of it.
 template <class C, XScale X, int N>
 __device__ __forceinline__ void finish_tile(Shared<C>& s, const Phase& phase, const TileInfo& t,
-                                            int row_tile, Ring& ring, bool has_rows,
+                                            int row_tile, int pass, Ring& ring, bool has_rows,
                                             float (&sum)[C::kSlabsPerWarpgroup][N / 2]) {
   if constexpr (X == XScale::kPerRow) meet_row_scales<C, N>(s, phase, ring, sum);
   // Made and read again: along K registers are for sums.
   const MathLane again = make_math_lane<C>();
   if (phase.epilogue == Epilogue::kHidden) {
     visit_activation<C::kActivations>(phase.activation, [&](const auto& activate) {
-      store_hidden<C, N>(s, phase, t, again, activate, sum);
+      store_hidden<C, N>(s, phase, t, pass, again, activate, sum);
     });
   } else if (stages_rows<C>(phase)) {
     await_rows(s);
@@ -72,9 +74,9 @@ __device__ __forceinline__ void finish_tile(Shared<C>& s, const Phase& phase, co
   } else if (!has_rows) {
     return;
   } else if (phase.home.origin != nullptr) {
-    store_home<C, N>(s, phase, t, again, sum);
+    store_home<C, N>(s, phase, t, pass, again, sum);
   } else {
-    store_bf16<C, N>(phase, t, row_tile, again, sum);
+    store_bf16<C, N>(phase, t, row_tile, pass, again, sum);
   }
 }
 
@@ -85,7 +87,10 @@ __device__ __forceinline__ void compute_tile(Shared<C>& s, const Params& p, cons
   const Phase& phase = p.phase[t.phase];
   float sum[C::kSlabsPerWarpgroup][N / 2];
   const bool busy = has_slabs<C>(t, make_math_lane<C>());
-  if (busy && phase.home.origin != nullptr) fetch_origins<C>(s, phase, t, make_math_lane<C>());
+  const auto ask_for_origins = [&] {
+    if (busy && phase.home.origin != nullptr) fetch_origins<C>(s, phase, t, make_math_lane<C>());
+  };
+  if constexpr (C::kPasses == 1) ask_for_origins();
   if constexpr (kStreams<C, N>) {
     clear(sum[0]);
     int row_tile = t.row_tile;
@@ -93,15 +98,23 @@ __device__ __forceinline__ void compute_tile(Shared<C>& s, const Params& p, cons
     if (busy_tiles > 0) {
       multiply_slab_ahead<C, X, N>(
           s, ring, phase.num_steps, busy_tiles, lane, sum, [&](float(&done)[1][N / 2]) {
-            finish_tile<C, X, N>(s, phase, t, row_tile++, ring, true, done);
+            finish_tile<C, X, N>(s, phase, t, row_tile++, 0, ring, true, done);
           });
     }
     if (busy) return;
     for (int k = 0; k < phase.num_steps; ++k) release(s, acquire(s, ring));
-    finish_tile<C, X, N>(s, phase, t, row_tile, ring, false, sum);
-  } else {
+    finish_tile<C, X, N>(s, phase, t, row_tile, 0, ring, false, sum);
+  } else if constexpr (C::kPasses == 1) {
     multiply_tile<C, X, N>(s, ring, phase.num_steps, busy, lane, sum);
-    finish_tile<C, X, N>(s, phase, t, t.row_tile, ring, has_slabs<C>(t, make_math_lane<C>()), sum);
+    finish_tile<C, X, N>(s, phase, t, t.row_tile, 0, ring, has_slabs<C>(t, make_math_lane<C>()),
+                         sum);
+  } else {
+#pragma unroll 1
+    for (int pass = 0; pass < passes_of<C>(t.num_slabs); ++pass) {
+      ask_for_origins();
+      multiply_tile<C, X, N>(s, ring, phase.num_steps, true, lane, sum);
+      finish_tile<C, X, N>(s, phase, t, t.row_tile, pass, ring, true, sum);
+    }
   }
 }
 
@@ -117,6 +130,12 @@ __device__ __forceinline__ void compute_columns(Shared<C>& s, const Params& p, c
     compute_tile<C, X, 32>(s, p, t, lane, ring);
   } else if (C::kMaxTokens == 64 || t.num_tokens <= 64) {
     compute_tile<C, X, 64>(s, p, t, lane, ring);
+  } else if constexpr (C::kPasses > 1) {
+    if (t.num_tokens <= 96) {
+      compute_tile<C, X, 96>(s, p, t, lane, ring);
+    } else {
+      compute_tile<C, X, 128>(s, p, t, lane, ring);
+    }
   } else if constexpr (C::kMaxTokens >= 128) {
     compute_tile<C, X, 128>(s, p, t, lane, ring);
   }

@@ -67,8 +67,9 @@ __device__ __forceinline__ void stream_weights(Shared<C>& s, const Params& p, in
 
     const Phase& phase = p.phase[t.phase];
     const int steps = phase.num_steps;
-    const std::uint8_t* src = phase.weights + t.expert * phase.expert_bytes +
-                              static_cast<long long>(t.row_tile) * steps * C::kWeightBytes;
+    const std::uint8_t* src =
+        phase.weights + t.expert * phase.expert_bytes +
+        static_cast<long long>(t.row_tile) * steps * (C::kPasses * C::kWeightBytes);
     const bool read_once = s.tile_prefix[t.expert + 1] - s.tile_prefix[t.expert] == 1;
     const std::uint64_t policy = read_once ? evict_first : evict_normal;
     // Claiming late keeps CTAs balanced; this early hides the atomic's latency behind the ring.
@@ -85,15 +86,34 @@ __device__ __forceinline__ void stream_weights(Shared<C>& s, const Params& p, in
         is_published = true;
       }
       const std::uint32_t bytes = slabs_of(t.row_tile) * C::kSlabBytes;
-      for (int k = 0; k < steps; ++k) {
-        if (until_claim-- == 0) ticket = atomicAdd(&p.sync[0], 1);
-        wait_bounded(&s.empty[ring.stage], ring.parity ^ 1);
-        ptx::mbarrier_arrive_expect_tx(&s.full[ring.stage], bytes);
-        ptx::bulk_copy(s.w[ring.stage], src, bytes, &s.full[ring.stage], policy);
-        src += bytes;
-        ring.advance<C::kStages>();
+      if constexpr (C::kPasses > 1) {
+        // The ticket is claimed in the last row tile's last pass.
+        for (int passes = t.num_slabs / C::kSlabsPerPass; passes > 0; --passes) {
+          for (int k = 0; k < steps; ++k) {
+            if (left == 1 && passes == 1 && k == max(0, steps - C::kStages)) {
+              ticket = atomicAdd(&p.sync[0], 1);
+            }
+            wait_bounded(&s.empty[ring.stage], ring.parity ^ 1);
+            ptx::mbarrier_arrive_expect_tx(&s.full[ring.stage], C::kWeightBytes);
+            ptx::bulk_copy(s.w[ring.stage], src, C::kWeightBytes, &s.full[ring.stage], policy);
+            src += bytes;
+            ring.advance<C::kStages>();
+          }
+          src += C::kWeightBytes - static_cast<int>(steps * bytes);  // back to the first step
+          if (C::has_row_stage(t.phase)) pass_stage(s, ring);
+        }
+        src += (steps - 1) * bytes;
+      } else {
+        for (int k = 0; k < steps; ++k) {
+          if (until_claim-- == 0) ticket = atomicAdd(&p.sync[0], 1);
+          wait_bounded(&s.empty[ring.stage], ring.parity ^ 1);
+          ptx::mbarrier_arrive_expect_tx(&s.full[ring.stage], bytes);
+          ptx::bulk_copy(s.w[ring.stage], src, bytes, &s.full[ring.stage], policy);
+          src += bytes;
+          ring.advance<C::kStages>();
+        }
+        if (C::has_row_stage(t.phase)) pass_stage(s, ring);
       }
-      if (C::has_row_stage(t.phase)) pass_stage(s, ring);
     }
   }
 }
@@ -149,7 +169,7 @@ __device__ __forceinline__ void fetch_activations(Shared<C>& s, const Params& p,
     const std::uint32_t bytes = (8 << box) * kStepK;
     const CUtensorMap* map = &p.x_map[t.phase][box];
     const int num_steps = p.phase[t.phase].num_steps;
-    for (int tiles = row_tiles_of<C>(t); tiles > 0; --tiles) {
+    for (int runs = runs_of<C>(t); runs > 0; --runs) {
       for (int k = 0; k < num_steps; ++k) {
         wait_bounded(&s.empty[ring.stage], ring.parity ^ 1);
         std::uint64_t* bar = &s.full[ring.stage];
@@ -157,8 +177,9 @@ __device__ __forceinline__ void fetch_activations(Shared<C>& s, const Params& p,
         ptx::tensor_copy_2d(s.x[ring.stage], map, k * kStepK, t.row0, bar, policy);
         ring.advance<C::kStages>();
       }
+      if (C::kPasses > 1 && C::has_row_stage(t.phase)) pass_stage(s, ring);
     }
-    if (C::has_row_stage(t.phase)) pass_stage(s, ring);
+    if (C::kPasses == 1 && C::has_row_stage(t.phase)) pass_stage(s, ring);
   }
 }
 

@@ -55,12 +55,12 @@ __device__ __forceinline__ void carry_hidden(Shared<C>& s, const Params& p, cons
   }
 }
 
-/// One row tile of y.
+/// `num_slabs` slabs of y, from a row tile's `first_slab` on.
 template <class C>
 __device__ __forceinline__ void carry_bf16(Shared<C>& s, const Phase& phase, const TileInfo& t,
-                                           int row_tile, int num_slabs) {
-  std::uint16_t* const to =
-      phase.y + static_cast<long long>(t.row0) * phase.n + row_tile * kTileRows;
+                                           int row_tile, int first_slab, int num_slabs) {
+  std::uint16_t* const to = phase.y + static_cast<long long>(t.row0) * phase.n +
+                            row_tile * kTileRows + first_slab * kSlabRows;
   // NOTE: from 64 rows on bulk copies, which cost no instructions, gain more than loads and stores
   // (docs/performance-gpu-tried.md). Decode's few rows are quicker through registers.
   if constexpr (C::kIsDecode) {
@@ -93,11 +93,15 @@ __device__ __forceinline__ void carry_rows(Shared<C>& s, const Params& p, int la
       parity ^= 1;
       carry_hidden(s, p, phase, t);
     } else if (stages_rows<C>(phase)) {
-      const int tiles = row_tiles_of<C>(t);
-      for (int i = 0; i < tiles; ++i) {
+      const int runs = runs_of<C>(t);
+      for (int i = 0; i < runs; ++i) {
         wait_bounded(&s.rows_full, parity);
         parity ^= 1;
-        carry_bf16(s, phase, t, t.row_tile + i, i + 1 < tiles ? kSlabsPerTile : t.num_slabs);
+        if constexpr (C::kPasses > 1) {
+          carry_bf16(s, phase, t, t.row_tile, i * C::kSlabsPerPass, C::kSlabsPerPass);
+        } else {
+          carry_bf16(s, phase, t, t.row_tile + i, 0, i + 1 < runs ? kSlabsPerTile : t.num_slabs);
+        }
       }
     }
     __syncwarp();

@@ -71,6 +71,31 @@ __device__ __forceinline__ void fetch_tile_scales(Shared<C>& s, const Phase& pha
   }
 }
 
+/// The same where a tile runs along K in passes, as one run of so many times the steps: loops in a
+/// loop take registers that producers do not have.
+template <class C>
+__device__ __forceinline__ void fetch_pass_scales(Shared<C>& s, const Phase& phase, int row0,
+                                                  int last_token, int passes, Ring& ring) {
+  const int lane = ptx::thread_index() % 32;
+  constexpr int kRows = C::kMaxTokens / 32;
+  const int num_steps = phase.num_steps;
+  const float* const rows = phase.x_scale + static_cast<long long>(row0) * num_steps;
+  int at = 0;
+  for (int left = passes * num_steps; left > 0; --left) {
+    float value[kRows];
+#pragma unroll
+    for (int i = 0; i < kRows; ++i)
+      value[i] = rows[min(lane + 32 * i, last_token) * num_steps + at];
+    if (++at == num_steps) at = 0;
+    wait_bounded(&s.empty[ring.stage], ring.parity ^ 1);
+#pragma unroll
+    for (int i = 0; i < kRows; ++i) {
+      s.x_scale[ring.stage][scale_place<C>(lane) + 8 * i] = value[i];
+    }
+    hand_over_scales(s, ring, lane);
+  }
+}
+
 /// The steps of a tile whose main loop needs no scales of x, then its row stage, if it has one.
 template <class C>
 __device__ __forceinline__ void pass_steps(Shared<C>& s, const Phase& phase, const TileInfo& t,
@@ -108,7 +133,13 @@ __device__ __forceinline__ void fetch_scales(Shared<C>& s, const Params& p, int 
     const Phase& phase = p.phase[t.phase];
     const bool has_none = C::kXScale == XScale::kPerRow || C::has_row_stage(t.phase);
     if (!has_none) wait_for_rows(p, t, lane, ready);
-    for (int tiles = row_tiles_of<C>(t); tiles > 0; --tiles) {
+    if constexpr (C::kPasses > 1) {
+      if (!has_none) {
+        fetch_pass_scales(s, phase, t.row0, t.num_tokens - 1, passes_of<C>(t.num_slabs), ring);
+        continue;
+      }
+    }
+    for (int runs = runs_of<C>(t); runs > 0; --runs) {
       if (has_none) {
         pass_steps(s, phase, t, ring, lane);
       } else {

@@ -47,6 +47,18 @@ __device__ __forceinline__ int row_tiles_of(const TileInfo& t) {
   return kStreams<C, 16> ? t.row_tiles : 1;
 }
 
+/// Passes along K that compute a row tile of so many slabs.
+template <class C>
+__device__ __forceinline__ int passes_of(int num_slabs) {
+  return C::kPasses == 1 ? 1 : num_slabs / C::kSlabsPerPass;
+}
+/// Times that a published tile runs along K: its passes or its row tiles.
+template <class C>
+__device__ __forceinline__ int runs_of(const TileInfo& t) {
+  static_assert(C::kPasses == 1 || !kStreams<C, 16>);
+  return C::kPasses == 1 ? row_tiles_of<C>(t) : passes_of<C>(t.num_slabs);
+}
+
 /// Rows of an expert that this launch computes: none where its matrix is another kernel's.
 template <class C>
 __device__ __forceinline__ int rows_of(const Params& p, int expert) {

@@ -125,6 +125,13 @@ __device__ __forceinline__ Codes load_codes(const std::uint8_t* codes) {
   return {*reinterpret_cast<const uint4*>(codes), *reinterpret_cast<const uint4*>(codes + 2048)};
 }
 
+/// The fragment of k step `i` (a constant).
+template <class C, bool AllAtOnce = !C::kIsDecode>
+__device__ __forceinline__ void widen_step(const int i, const Codes& codes, Fragments& f) {
+  const uint4& plane = i < 2 ? codes.lo : codes.hi;
+  widen<C, AllAtOnce>(i % 2 == 0 ? plane.x : plane.z, f.a[i][0], f.a[i][1]);
+  widen<C, AllAtOnce>(i % 2 == 0 ? plane.y : plane.w, f.a[i][2], f.a[i][3]);
+}
 template <class C, bool AllAtOnce = !C::kIsDecode>
 __device__ __forceinline__ void widen(const Codes& codes, Fragments& f) {
   widen<C, AllAtOnce>(codes.lo.x, f.a[0][0], f.a[0][1]);

@@ -102,10 +102,12 @@ struct PackedWeights {
 
 /// Kernel size class.
 enum class KernelConfig : std::uint8_t {
-  kDecode,   ///< 4 math warpgroups, token tiles of 8, 16, 32, 64: one slab of weights each.
-  kPrefill,  ///< 2 math warpgroups, token tiles up to 128: two slabs each, which overlap.
-  /// The same with token tiles up to 64. In groups of 32, whose tiles are no wider, and where x has
-  /// one scale per row, a launch takes kPrefill's kernels.
+  kDecode,  ///< 4 math warpgroups, token tiles of 8, 16, 32, 64: one slab of weights each.
+  /// 2 math warpgroups, token tiles up to 128: two slabs each, which overlap; in groups of 32 one
+  /// slab each, twice.
+  kPrefill,
+  /// The same with token tiles up to 64 and two slabs each. Where x has one scale per row, a launch
+  /// takes kPrefill's kernels.
   kPrefill64,
 };
 
