@@ -60,7 +60,7 @@ def named_and_run(folder):
     kimi = os.path.join(folder, "kimi-int4")
     r = run("run", "--checkpoint", kimi, "--recipe", "bf16-static")
     check("static recipe without static scales", r.returncode == 2 and "bf16-static" in r.stderr
-          and "model.layers.3.mlp.experts.*.input_scale" in r.stderr, r)
+          and "none are given for model.layers.3.mlp.experts;" in r.stderr, r)
     for layout, group in (("compressed-tensors", 128), ("kimi-int4", 32)):
         report = os.path.join(folder, "plan.json")
         r = run("plan", "--config", os.path.join(folder, layout, "config.json"), "--ranks", "2", "--json", report)

@@ -71,6 +71,6 @@ def test_files(tmp_path):
     assert sluice.read_expert_rows(path) == rows
     with pytest.raises(sluice.Error, match="sluice-placement") as error:
         sluice.read_placements(path)
-    assert error.value.code == "corrupt_file"
+    assert error.value.code == "unsupported"
     with pytest.raises(sluice.Error, match="layers is empty"):
         sluice.write_expert_rows(path, {})
