@@ -37,7 +37,7 @@ MODULES = [
     # What is known of a backend before there is one; each backend's folder defines its own.
     ("traits",         "src/backend/traits.h", ("public",),                               ()),
     ("experts check",  "src/backend/check_experts", ("public", "core"),                   ()),
-    ("scale fault",    "src/backend/scale_fault.h", (),                                   ()),
+    ("scale fault",    "src/backend/scale_fault.h", ("quant",),                           ()),
     # How work comes again, and whose turn it is.
     ("queued work",    "src/backend/queued_work.h", ("public",),                          ()),
     ("ops",            "src/backend/ops.h",    ("public", "core", "quant", "rows", "queued work"), ()),

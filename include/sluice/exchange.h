@@ -227,7 +227,7 @@ class Exchange {
   /// y:        [num_tokens, hidden] bf16.
   void combine(Dispatched dispatched, TensorView expert_y, MutableTensorView y, Stream stream);
 
-  /// The halves of both, for work between them. batch() is valid after dispatch_receive().
+  /// Their halves, in this order, for work in between. batch() is valid after dispatch_receive().
   [[nodiscard]] Dispatched dispatch_send(TensorView x, const Routing& routing, Stream stream,
                                          float static_scale = 0);
   void dispatch_receive(Dispatched& dispatched, Stream stream);

@@ -3,6 +3,8 @@
 
 #include <cstdint>
 
+#include "quant/scale_limit.h"
+
 #ifdef __CUDACC__
 #define SLUICE_HOST_DEVICE __host__ __device__
 #else
@@ -10,9 +12,6 @@
 #endif
 
 namespace sluice {
-
-/// Scales reach the kernels times 2^9, so they must stay finite then.
-inline constexpr float kScaleLimit = 0x1p118f;
 
 /// Where and what the first bad scale is, in a number that is smaller the earlier it is:
 /// expert 10 bits, matrix 2, row 20, group 16, the upper half of its float32 16.

@@ -2,14 +2,12 @@
 #include <cstdint>
 
 #include "core/fail.h"
+#include "quant/scale_limit.h"
 #include "sluice/checkpoint.h"
 #include "sluice/quant.h"
 
 namespace sluice {
 namespace {
-
-/// Scales reach the kernels times 2^9, and sums of their products must stay finite.
-constexpr float kLimit = 0x1p118f;
 
 float to_float(float scale) {
   return scale;
@@ -27,7 +25,7 @@ void check_matrix(const QuantMatrix& matrix, int expert, const char* name) {
   const std::int64_t groups = matrix.scales.dim(1);
   for (std::int64_t i = 0; i < matrix.scales.dim(0) * groups; ++i) {
     const float scale = to_float(scales[i]);
-    if (scale > 0 && scale < kLimit) continue;  // Not so for NaN.
+    if (scale > 0 && scale < kScaleLimit) continue;  // Not so for NaN.
     fail(ErrorCode::kInvalidArgument,
          "expert {} {}: scale [{}, {}] = {} is not a positive finite number below 2^118", expert,
          name, i / groups, i % groups, scale);

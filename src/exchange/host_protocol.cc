@@ -56,7 +56,8 @@ HostProtocol::Use HostProtocol::begin(int layer) {
   const Use next{
       .slot = slot, .epoch = slots_.last_epoch + 1, .layer = static_cast<std::uint64_t>(layer)};
   await(next, steps_[0].awaits, slots_.released_epoch(slot), "dispatch (waiting for a free slot)");
-  SLUICE_ASSERT(slots_.take(slot) == next.epoch);
+  const std::uint64_t taken = slots_.take(slot);
+  SLUICE_ASSERT(taken == next.epoch);
   return next;
 }
 

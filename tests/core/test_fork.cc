@@ -1,12 +1,9 @@
 // What a process made before fork(), in the child, which has the memory and none of the threads.
 #include <gmock/gmock.h>
 #include <gtest/gtest.h>
-#include <sys/wait.h>
-#include <unistd.h>
 
 #include <atomic>
 #include <chrono>
-#include <functional>
 #include <memory>
 #include <string>
 #include <thread>
@@ -14,25 +11,12 @@
 #include "core/home_process.h"
 #include "core/threads.h"
 #include "sluice/error.h"
+#include "support/child_process.h"
 
 namespace sluice {
 namespace {
 
-/// True if `body` is true in a child, which is ended after 20 s.
-bool holds_in_child(const std::function<bool()>& body) {
-  const pid_t child = fork();
-  if (child == 0) {
-    alarm(20);
-    bool is_true = false;
-    try {
-      is_true = body();
-    } catch (...) {
-    }
-    _exit(is_true ? 0 : 1);
-  }
-  int status = -1;
-  return waitpid(child, &status, 0) == child && WIFEXITED(status) && WEXITSTATUS(status) == 0;
-}
+using testing::holds_in_child;
 
 std::string refusal_of(ThreadPool& pool) {
   try {

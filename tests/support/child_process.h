@@ -40,4 +40,21 @@ class ChildProcess {
   pid_t pid_;
 };
 
+/// True if `body` is true in a child, which is ended after 20 s.
+template <class Body>
+[[nodiscard]] bool holds_in_child(const Body& body) {
+  const pid_t child = fork();
+  if (child == 0) {
+    alarm(20);
+    bool is_true = false;
+    try {
+      is_true = body();
+    } catch (...) {
+    }
+    _exit(is_true ? 0 : 1);
+  }
+  int status = -1;
+  return waitpid(child, &status, 0) == child && WIFEXITED(status) && WEXITSTATUS(status) == 0;
+}
+
 }  // namespace sluice::testing

@@ -83,22 +83,6 @@ void wait_for_flag(Window& window) {
   (void)window.wait_flags(std::span(&flag, 1), 1, Clock::now() + kLong);
 }
 
-/// True if `body` is true in a child, which is ended after 20 s.
-bool holds_in_child(const std::function<bool()>& body) {
-  const pid_t child = fork();
-  if (child == 0) {
-    alarm(20);
-    bool is_true = false;
-    try {
-      is_true = body();
-    } catch (...) {
-    }
-    _exit(is_true ? 0 : 1);
-  }
-  int status = -1;
-  return waitpid(child, &status, 0) == child && WIFEXITED(status) && WEXITSTATUS(status) == 0;
-}
-
 bool is_refused(const std::function<void()>& call) {
   try {
     call();

@@ -12,6 +12,7 @@
 //           are far apart.
 #include <cuda_runtime.h>
 
+#include <bit>
 #include <string>
 
 #include "backend/cuda/check.h"
@@ -25,7 +26,7 @@ namespace {
 
 constexpr int kSlabBytes = slab_bytes(ScaleType::kE8M0, 32);
 /// The code of kScaleLimit: it and those above are refused.
-constexpr int kCodeLimit = 127 + 118;
+constexpr int kCodeLimit = std::bit_cast<std::uint32_t>(kScaleLimit) >> 23;
 
 struct Mxfp4Params {
   MatrixSource from[2];  // plain: [0]; gate_up: gate, up

@@ -7,6 +7,7 @@
 #include <string>
 
 #include "core/fail.h"
+#include "quant/scale_limit.h"
 #include "sluice/quant.h"
 
 namespace sluice {
@@ -153,8 +154,7 @@ TensorView load_e8m0(const TensorRef& tensor, std::int64_t n, std::int64_t group
   tensor.will_need();
   keep_file(storage, tensor);
   const auto bytes = tensor.bytes();
-  // With more than 2^117 a sum of products could leave float32.
-  constexpr int kLargest = 117 + 127;
+  constexpr int kLargest = (std::bit_cast<std::uint32_t>(kScaleLimit) >> 23) - 1;
   const auto bad = std::ranges::find_if(
       bytes, [](std::byte code) { return std::to_integer<int>(code) > kLargest; });
   if (bad != bytes.end()) {
