@@ -96,7 +96,7 @@ faults() {
       [ "$gpus" -lt 2 ] || run_fault $fault $size --transport ipc --processes "$most"
     done
     printf 'fault %s: noticed in %d runs\n' "$fault" "$noticed"
-    [ $fault = 1 ] || [ "$noticed" -gt 0 ] || missed=1  # The first: see docs/performance-gpu.md.
+    [ $fault = 1 ] || [ "$noticed" -gt 0 ] || missed=1  # The first: see docs/gpu-tests.md.
   done
   say "planted: 3, combine does not wait for rows that leave from the experts' kernel"
   if "$(find_program test_cuda_layer_ranks_fault_3)" --gtest_brief=1 >/dev/null 2>&1; then

@@ -17,16 +17,17 @@ struct Number {
 constexpr Number kH200[] = {
     {"push_gbytes_per_s", 362,
      "bench_link, bulk copies both ways at once: two H200s over NVLink, "
-     "docs/performance-gpu.md, What the link gives"},
+     "docs/performance-exchange.md, What the link gives"},
     {"pull_gbytes_per_s", 331, "bench_link, loads both ways at once: the same place"},
-    {"dispatch_fixed_us", 10.8, "fixed time of dispatch: docs/performance-gpu.md, What bounds it"},
+    {"dispatch_fixed_us", 10.8,
+     "fixed time of dispatch: docs/performance-exchange.md, What bounds it"},
     {"combine_fixed_us", 7.8, "fixed time of combine: the same place"},
     {"normal_fixed_us", 8,
      "what normal mode takes beyond low-latency mode's latency and its own "
-     "bytes at 128 tokens: docs/performance-gpu.md, Normal mode"},
+     "bytes at 128 tokens: docs/performance-exchange.md, Normal mode"},
     {"place_gbytes_per_s", 1750,
      "4096 tokens in 103 us without copies and link: "
-     "docs/performance-gpu.md, What bounds it"},
+     "docs/performance-exchange.md, What bounds it"},
     {"memory_gbytes_per_s", 3100, "the receiver's copies, 121 MB in 39 us: the same place"},
 };
 
@@ -42,12 +43,12 @@ constexpr Number kIb400[] = {
      "bytes at 45 GB/s and 10.6 us as in one host (DeepEP issue 303); the rest by 56 peers"},
     {"host_sync_us", 20,
      "a call of normal mode that is not captured takes 10 to 22 us of the CPU: "
-     "docs/performance-gpu.md, Dispatch and combine"},
+     "docs/performance-exchange.md, Dispatch and combine"},
 };
 
 // Eight ranks as streams of one H200: every row stays in one memory.
 constexpr Number kOneCard[] = {
-    {"dispatch_fixed_us", 10.4, "one token: docs/performance-gpu.md, Exchange, ranks as streams"},
+    {"dispatch_fixed_us", 10.4, "one token: docs/performance-exchange.md, Eight ranks on one GPU"},
     {"combine_fixed_us", 7.5, "the same"},
     {"normal_fixed_us", 8, "as with a GPU for each rank"},
     {"place_gbytes_per_s", 3200,
@@ -103,9 +104,10 @@ constexpr Preset kPresets[] = {
      ExchangeRules::kDeepEpLowLatency, 1, false, kDeepEpH200},
 };
 
-/// One H200, 32 experts of DeepSeek-R1: docs/performance-gpu.md, "In short", MXFP4, and "Every kind
-/// of weights and scales". The fixed part is where 32, 16 and 8 experts meet ("Expert stage"); what
-/// one expert takes alone is the fullest expert's time of "all rows to one expert" there.
+/// One H200, 32 experts of DeepSeek-R1, kernels of 2026-11-29: docs/performance-gpu-history.md,
+/// "Superseded figures". The fixed part is where 32, 16 and 8 experts meet
+/// (docs/performance-kernels.md, "Fewer experts, uneven rows"); what one expert takes alone is the
+/// fullest expert's time of "all rows to one expert" there.
 std::vector<StageTable> h200_stages() {
   const StageTable common{
       .num_experts = 32,

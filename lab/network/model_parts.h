@@ -8,7 +8,8 @@
 
 namespace sluice {
 
-/// Between two kernels of a graph lie 1.2 to 1.8 us (docs/performance-gpu.md, "What bounds it").
+/// Between two kernels of a graph lie 1.2 to 1.8 us (1.8 at most in
+/// docs/performance-kernels.md, "What is missed, and why").
 inline constexpr double kLaunchUs = 1.5;
 
 /// Throws: kInvalidArgument naming the field.

@@ -1,4 +1,4 @@
-// This project's figures of exchanges and layers: docs/performance-gpu.md.
+// This project's figures of exchanges and layers: docs/performance-exchange.md, -models.md.
 #include <utility>
 
 #include "network/measured.h"

@@ -156,8 +156,8 @@ void expect_in_page(const std::string& name, const std::string& text) {
 }
 
 /// The kernels of commit 83f6209, of which all distributions were measured
-/// (docs/performance-gpu.md, "Expert stage"): the table of 32 experts predicts what 16 and 8 take,
-/// and uneven rows.
+/// (docs/performance-kernels.md, "Fewer experts, uneven rows"): the table of 32 experts predicts
+/// what 16 and 8 take, and uneven rows.
 StageTable table_of_83f6209() {
   return {.num_experts = 32,
           .hidden = 7168,

@@ -1,4 +1,4 @@
-// bench_w4a8.cu - times the expert stage and its two GEMMs; see docs/performance-gpu.md for
+// bench_w4a8.cu - times the expert stage and its two GEMMs; see docs/performance-kernels.md for
 // results.
 //
 // Every time is the median over replays of a CUDA graph of several launches that rotate through 32

@@ -1,5 +1,5 @@
 // micro_w4a8.cu - what the card can do for the W4A8 kernels: results stand in
-// docs/performance-gpu.md.
+// docs/performance-kernels.md.
 //
 //   ring     GB/s of cp.async.bulk into a ring of stages: one producer thread, consumers only wait
 //   wgmma    cycles of four m64nNk32 with A in registers (K = 128), commit and wait each time

@@ -16,7 +16,7 @@
 // Warps     8 per block, all alike; each thread has four loads in flight before it computes.
 // Shared    prefix of row counts and where each expert's rows begin, 12 KB.
 // Needs     width % 128 == 0, at most 1024 experts and 2^32 vectors (64 GB).
-// Bound     bytes: 3 per channel (quantize), 2 (requantize). Numbers: docs/performance-gpu.md.
+// Bound     bytes: 3 per channel (quantize), 2 (requantize). Numbers: docs/performance-kernels.md.
 #include <cuda_runtime.h>
 
 #include <algorithm>
@@ -223,7 +223,7 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerSm)
   const int width = static_cast<int>(p.in.width);
   const float inverse = __fdiv_rn(1.0f, p.out.static_scale);
   // Rows that a dispatch has just written are in the L2 and stay there; what is written here is
-  // read once, next, and may go first (docs/performance-gpu.md: 0.4 us at 64 rows).
+  // read once, next, and may go first (docs/performance-kernels.md: 0.4 us at 64 rows).
   const auto load = [&](long long row, unsigned vector) {
     return ScaledCodes{.codes = __ldcg(reinterpret_cast<const uint4*>(p.in.row(row)) + vector),
                        .scale = __ldcg(p.in.scale + row * (width / kActivationGroup) + vector / 8)};

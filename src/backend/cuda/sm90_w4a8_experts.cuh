@@ -60,7 +60,7 @@
 // Needs     n, K multiples of 128 (n of 256 for kHidden), at most 512 experts; checked on the host.
 // Bound     decode: bytes of w. Prefill: instructions around the products, which tensor cores slow
 //           down: for each accumulator and 128 of K two (static: one), in groups of 32 five (four).
-//           Numbers: docs/performance-gpu.md
+//           Numbers: docs/performance-kernels.md
 #pragma once
 
 #include <atomic>

@@ -10,7 +10,7 @@
 // Warps     4, as the warpgroup that will read the slab.
 // Shared    none.    Barriers  none.
 // Needs     shapes checked on the host.
-// Bound     bytes, each read once and written once: docs/performance-gpu.md.
+// Bound     bytes, each read once and written once: docs/performance-models.md.
 #include <cuda_runtime.h>
 
 #include <string>

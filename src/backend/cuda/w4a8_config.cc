@@ -13,7 +13,7 @@ constexpr int kDecodeTokens = 32;
 // Up to here tiles of 128 rows would be half empty.
 constexpr int kNarrowTokens = 64;
 // R1's gate_up of 8 experts is 128 tiles for 132 SMs. At 64 rows each, prefill takes 62 us instead
-// of 67; at 64 by Zipf, 98 instead of 79 (docs/performance-gpu.md).
+// of 67; at 64 by Zipf, 98 instead of 79 (docs/performance-kernels.md).
 constexpr int kFewExperts = 8;
 constexpr int kFewExpertsTokens = 64;
 // 32 experts of 64 rows with one scale per row: 227 us in decode's kernel, 242 in prefill's two.
