@@ -86,7 +86,7 @@ std::vector<HostTraffic> host_traffic(const LayerRunConfig& config, const ModelG
   const ExchangeConfig exchange = exchange_of(config, geometry, result);
   std::vector<HostTraffic> traffic(static_cast<std::size_t>(hosts.num_hosts()));
   const std::size_t header = network_header_bytes(exchange);
-  // GPUs send whole pieces of fixed size where no host may wait (docs/design.md#several-hosts).
+  // GPUs send whole pieces of fixed size where no host may wait (docs/exchange.md#several-hosts).
   const bool is_cuda = config.backend == Device::Kind::kCuda;
   const bool is_fixed = is_cuda && config.mode == Mode::kLowLatency;
   const auto others = static_cast<std::size_t>(hosts.num_hosts() - 1);

@@ -4,7 +4,7 @@
     tools/check_includes.py [ROOT]
 
 Prints one line per violation, `file:line: rule: text`, and exits with 1 if there is any.
-docs/design.md explains the layering.
+docs/architecture.md explains the layering.
 """
 import re
 import sys

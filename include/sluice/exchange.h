@@ -172,7 +172,7 @@ struct ExchangeCounters {
 /// a rank on which it does so alone makes it again, or all ranks make a new exchange.
 class Exchange {
  public:
-  /// Bytes create() will take on each rank, in memory of `kind` (docs/design.md).
+  /// Bytes create() will take on each rank, in memory of `kind` (docs/exchange.md).
   [[nodiscard]] static std::size_t workspace_bytes(const ExchangeConfig& config, int num_ranks,
                                                    Device::Kind kind = Device::Kind::kHost);
 

@@ -8,7 +8,7 @@
 // With more than one host an exchange works in two levels. A token crosses the network once for
 // each host that needs it, to one rank there, its *relay*, which spreads it inside the host. On the
 // way back the relay adds what its host's experts made of the token, and sends one row home
-// (docs/design.md#several-hosts). A host may be virtual: a name for a part of the ranks that are
+// (docs/exchange.md#several-hosts). A host may be virtual: a name for a part of the ranks that are
 // really on one machine.
 //
 // A plain value, the same on every rank.

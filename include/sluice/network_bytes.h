@@ -4,7 +4,7 @@
 //   one host --combine---> one rank:         rows                    of the tokens that it had
 //
 // All functions take a configuration with `hosts`, and sizes in bytes. Payload alone is counted:
-// what a transport adds of its own is not. docs/design.md#several-hosts explains the parts; a
+// what a transport adds of its own is not. docs/exchange.md#several-hosts explains the parts; a
 // record's and header's own layout is in src/exchange/network_record.h.
 #pragma once
 

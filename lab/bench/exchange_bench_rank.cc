@@ -165,7 +165,7 @@ std::int64_t BenchRank::check_rows(const Dispatched& d) {
 
 namespace {
 
-/// Adds neighbours in rounds; leaves out what has no entry (docs/design.md#the-order-of-the-sum).
+/// Adds neighbours in rounds; leaves out what has no entry (docs/exchange.md#the-order-of-the-sum).
 float sum_of_parts(std::vector<std::optional<float>>& parts) {
   while (parts.size() > 1) {
     std::size_t left = 0;

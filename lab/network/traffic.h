@@ -1,4 +1,4 @@
-// traffic.h - bytes of dispatch and combine: the exchange's formulas (docs/design.md).
+// traffic.h - bytes of dispatch and combine: the exchange's formulas (docs/exchange.md).
 #pragma once
 
 #include <algorithm>

@@ -7,7 +7,7 @@
 //
 // A rank is its own relay on its own host, so that its own tokens take the same way, without the
 // network. Steps and flags are in slot_rules.h, bytes in network_record.h and two_level_layout.h,
-// the order of the sum in sum_parts.h; docs/design.md#several-hosts tells why.
+// the order of the sum in sum_parts.h; docs/exchange.md#several-hosts tells why.
 #pragma once
 
 #include <memory>

@@ -1,6 +1,6 @@
 // Ranks as processes of one MPI job. A put is a record in a frame on its way to the peer, whose
-// process applies it to the window; docs/design.md says why these are messages and not MPI's own
-// windows.
+// process applies it to the window; docs/transports.md says why these are messages and not MPI's
+// own windows.
 #include <algorithm>
 #include <cstring>
 

@@ -34,7 +34,7 @@ def check(name, condition, result):
 
 
 def check_formula(name, mode, recipe, data, result):
-    """Bytes of docs/design.md, summed over peers, for each rank's own share where it is known."""
+    """Bytes of docs/exchange.md, summed over peers, for each rank's own share where it is known."""
     token = WIRE[recipe]
     for rank, part in enumerate(data["ranks"]):
         rows, sent = part["dispatch_rows"], part["dispatch_bytes"]

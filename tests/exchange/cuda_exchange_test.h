@@ -17,7 +17,7 @@ inline constexpr WireFormat kWires[] = {WireFormat::kBf16, WireFormat::kE4m3Grou
                                         WireFormat::kE4m3Pow2, WireFormat::kE4m3Static,
                                         WireFormat::kE4m3Token};
 
-// Read by the CUDA runtime before its first call; see docs/design.md.
+// Read by the CUDA runtime before its first call; see docs/exchange.md.
 inline const bool kEnvironment = [] {
   setenv("CUDA_DEVICE_MAX_CONNECTIONS", "32", 0);
   setenv("CUDA_MODULE_LOADING", "EAGER", 0);

@@ -163,7 +163,7 @@ TEST(NetworkBytes, UniformRoutingNeedsAsManyCopiesAsCombinatoricsSay) {
   }
 }
 
-// The table of docs/design.md#several-hosts.
+// The table of docs/exchange.md#several-hosts.
 TEST(NetworkBytes, CopiesPerTokenAreThoseOfTheDocs) {
   struct Row {
     RoutingKind routing;

@@ -8,7 +8,7 @@
 namespace sluice::testing {
 namespace {
 
-/// What rank r puts to each rank, by the formulas of network_bytes.h and docs/design.md.
+/// What rank r puts to each rank, by the formulas of network_bytes.h and docs/exchange.md.
 struct Sent {
   std::vector<std::uint64_t> dispatch, combine;
 };

@@ -107,7 +107,7 @@ TEST_P(R1Plan, HoldsTheBuffersOfOneLayer) {
 }
 
 TEST_P(R1Plan, IsTheFormula) {
-  // docs/design.md, The exchange. Offsets within a slot are rounded up to 128 bytes, part by part.
+  // docs/exchange.md. Offsets within a slot are rounded up to 128 bytes, part by part.
   const std::size_t token = kHidden + kHidden / 128 * 4, home = 2 * kHidden;
   const std::size_t rounding = 10 * 128;
   const LayerGroupMemory direct = plan(parse_recipe("direct"));

@@ -6,7 +6,7 @@
 //   explore --hosts 0,0,1 --operations 3 [...]      three ranks: two on host 0, one on host 1
 //   explore ... --skip 1     rank 1 leaves out its third operation, where layers take turns
 //
-// Two slots, two operations in flight, as docs/design.md describes. Signals on their way arrive in
+// Two slots, two operations in flight (docs/exchange.md). Signals on their way arrive in
 // any order, also those of one pair of ranks; one signal arrives a second time, arbitrarily late (a
 // stale write). Puts arrive before their signal; with --split at any moment before it, else at the
 // worst one for each check: for overwriting, when they are sent, for reading, with their signal.

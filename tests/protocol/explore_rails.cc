@@ -1,5 +1,5 @@
 // Every order in which GPUs of several hosts can take the steps of an exchange over rails
-// (docs/design.md#gpus-of-several-hosts), for few ranks and operations: flags and their values as
+// (docs/exchange.md#gpus-of-several-hosts), for few ranks and operations: flags and their values as
 // exchange/cuda/rail_protocol.cuh has them, without the bytes themselves.
 //
 //   explore_rails --hosts 2 --mates 2 --slots 2 --operations 3 [--drop 1] [--mutant M]

@@ -50,7 +50,7 @@ struct StageTable {
 
 /// Who sends what to whom.
 enum class ExchangeRules {
-  kSluice,            ///< A row once to each host; low-latency mode in fixed pieces. design.md.
+  kSluice,            ///< A row once to each host; low-latency mode in fixed pieces. exchange.md.
   kDeepEpLowLatency,  ///< DeepEP's low-latency kernels: a row for each entry, straight to its rank.
   kDeepEpNormal,      ///< DeepEP's normal kernels: a row once to each host, once to each rank.
 };

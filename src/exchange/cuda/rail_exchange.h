@@ -8,7 +8,7 @@
 //
 // Low-latency mode sends pieces of fixed size: the host waits for nothing, and all of it may be
 // captured. Normal mode exchanges headers first and waits for them, then sends what there is.
-// docs/design.md#several-hosts has the protocol, rail_params.h the words.
+// docs/exchange.md#several-hosts has the protocol, rail_params.h the words.
 #pragma once
 
 #include <memory>
