@@ -6,7 +6,7 @@
 //   Checkpoint --load_experts(layer, first, count)--> ExpertWeights: codes + group scales
 //
 // Only the bytes of the experts asked for are read (static scales excepted: they are the maximum
-// over all experts of the layer). Formats: docs/formats.md.
+// over all experts of the layer). Formats: docs/checkpoints.md.
 #pragma once
 
 #include <cstdint>
@@ -122,7 +122,7 @@ struct InputScales {
 struct CheckpointWarning {
   std::string tensor;  ///< Or a key: "config.json: num_nextn_predict_layers".
   std::string text;
-  std::string kind = {};  ///< "layer-sizes", "input-scales-one"...: docs/formats.md lists them.
+  std::string kind = {};  ///< "layer-sizes", "input-scales-one"...: docs/checkpoints.md lists them.
   int count = 1;          ///< Places with a warning of this kind; the worst is `tensor`.
   bool is_note = false;   ///< True of what is normal in some published files.
   /// Of kind "unreadable": the code of the error.
@@ -197,7 +197,7 @@ class Checkpoint {
   /// Compares the input scales of all experts of `layers`, and the weights of some experts: of each
   /// matrix by itself, of gate, up and down, of experts, of layers. Looked at are 4 experts of each
   /// layer, fewer if that were more than 64, and at least 1; of a layer that then stands out, 4. Of
-  /// FP8 and BF16 experts no weights are looked at. Thresholds: docs/formats.md.
+  /// FP8 and BF16 experts no weights are looked at. Thresholds: docs/checkpoints.md.
   /// Throws: kInvalidArgument for a layer that is not there. A layer that cannot be loaded is a
   ///   warning of kind "unreadable".
   [[nodiscard]] CheckpointReview review(std::span<const int> layers) const;

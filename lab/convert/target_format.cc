@@ -65,7 +65,7 @@ std::vector<std::byte> bf16_bytes(const TensorView& bias) {
   return bytes_of(out);
 }
 
-/// docs/formats.md#w4afp8
+/// docs/checkpoint-formats.md#w4afp8
 class W4afp8Target final : public TargetFormat {
  public:
   [[nodiscard]] std::string_view name() const noexcept override { return "w4afp8"; }
@@ -150,7 +150,7 @@ std::vector<std::byte> mxfp4_bytes_of(std::size_t index, const TargetSpec& spec,
   return copy_of(index % count == 0 ? matrix.codes : matrix.scales);
 }
 
-/// docs/formats.md#gpt-oss
+/// docs/checkpoint-formats.md#gpt-oss
 class GptOssTarget final : public TargetFormat {
  public:
   [[nodiscard]] std::string_view name() const noexcept override { return "gpt-oss"; }
@@ -200,7 +200,7 @@ class GptOssTarget final : public TargetFormat {
   }
 };
 
-/// docs/formats.md#deepseek-v4
+/// docs/checkpoint-formats.md#deepseek-v4
 class DeepseekFp4Target final : public TargetFormat {
  public:
   [[nodiscard]] std::string_view name() const noexcept override { return "deepseek-fp4"; }
@@ -230,7 +230,7 @@ class DeepseekFp4Target final : public TargetFormat {
   [[nodiscard]] std::string expert_type() const override { return "fp4"; }
 };
 
-/// docs/formats.md#compressed-tensors
+/// docs/checkpoint-formats.md#compressed-tensors
 class CompressedTensorsTarget final : public TargetFormat {
  public:
   [[nodiscard]] std::string_view name() const noexcept override { return "compressed-tensors"; }

@@ -1,7 +1,7 @@
 // synthetic_formats.h - what one synthetic expert looks like in each published layout.
 //
-// Written element by element from the values, after docs/formats.md, and without a line in common
-// with the readers in formats/: each is the other's test.
+// Written element by element from the values, after docs/checkpoint-formats.md, and without
+// a line in common with the readers in formats/: each is the other's test.
 #pragma once
 
 #include <cstddef>

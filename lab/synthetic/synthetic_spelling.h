@@ -3,8 +3,8 @@
 //   language_model.model.layers.3 .block_sparse_moe.experts. 17 . w1 .weight_packed
 //   `------- prefix -----------'  `----- container -------'       stem
 //
-// Written after docs/formats.md and the models' published files, and without a line in common with
-// the readers: each is the other's test.
+// Written after docs/checkpoints.md and the models' published files, and without a line in common
+// with the readers: each is the other's test.
 #pragma once
 
 #include <nlohmann/json.hpp>

@@ -11,7 +11,7 @@
 namespace sluice {
 namespace {
 
-/// docs/formats.md#names says whose each is.
+/// docs/checkpoints.md#names says whose each is.
 constexpr std::string_view kPrefixes[] = {
     "model.layers.",
     "model.language_model.layers.",

@@ -1,6 +1,6 @@
-// config_meaning.h - a second reading of a checkpoint's JSON files, written after docs/formats.md
-// and without a line in common with the readers. It says what a text means, not whether it is
-// accepted.
+// config_meaning.h - a second reading of a checkpoint's JSON files, written after
+// docs/checkpoints.md and without a line in common with the readers. It says what a text means, not
+// whether it is accepted.
 #pragma once
 
 #include <cstdint>

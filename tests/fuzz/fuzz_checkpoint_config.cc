@@ -6,8 +6,8 @@
 //
 // The edits know the structure: keys with an effect and their spellings, keys without one, nesting,
 // quantization groups. After them come raw edits of the text. What the readers accept is held
-// against a second reading of the same text, which knows no more than docs/formats.md says: so a
-// mutation that changes the meaning and is accepted with the old one is found.
+// against a second reading of the same text, which knows no more than docs/checkpoints.md says: so
+// a mutation that changes the meaning and is accepted with the old one is found.
 #include <cstddef>
 #include <cstdint>
 #include <cstdio>

@@ -36,7 +36,7 @@ struct SyntheticCheckpoint {
 };
 
 /// "deepseek", "glm-5", "deepseek-v4", "kimi-k2.5", "kimi-k3", "qwen3", "qwen3.8", "gpt-oss":
-/// docs/formats.md.
+/// docs/converting.md.
 [[nodiscard]] std::vector<std::string> synthetic_spelling_names();
 
 /// Geometry, layout and spelling that a preset's model is published with: in INT4, but for gpt-oss

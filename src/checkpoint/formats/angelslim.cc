@@ -1,6 +1,6 @@
 // AngelSlim w4a8_fp8: qweight I8 [N, K / 2] with W4AFP8's nibbles, weight_scale.int4 [N, K / 128],
 // and weight_scale, the scale of an FP8 stage that the INT4 values do not need. Sources:
-// docs/formats.md#angelslim-w4a8_fp8.
+// docs/checkpoint-formats.md#angelslim-w4a8_fp8.
 #include "checkpoint/formats/format.h"
 #include "checkpoint/formats/part_readers.h"
 #include "checkpoint/formats/second_scale.h"

@@ -1,6 +1,7 @@
 // compressed-tensors "pack-quantized" INT4: I32 [N, K / 8], q + 8 in nibble i % 8 counted from the
 // lowest bits, along K; scales [N, K / group] for groups of 128 or 32; weight_shape = [N, K].
-// Kimi-K2's own INT4 is this with groups of 32 and no activation scheme. Sources: docs/formats.md.
+// Kimi-K2's own INT4 is this with groups of 32 and no activation scheme. Sources:
+// docs/checkpoint-formats.md.
 #include <algorithm>
 #include <cstring>
 

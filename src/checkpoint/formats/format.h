@@ -5,7 +5,7 @@
 //   tensors of one matrix             --load()-------> codes [N, K / 2], scales [N, K / group]
 //                                     --load_floats()> [N, K] float32, for formats without codes
 //
-// One file per format in this folder. docs/formats.md describes the bytes.
+// One file per format in this folder. docs/checkpoint-formats.md describes the bytes.
 // Threads: formats are constant after recognise().
 #pragma once
 

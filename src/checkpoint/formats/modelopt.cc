@@ -1,6 +1,6 @@
 // ModelOpt W4A8_AWQ: U8 [N / 2, K], packed along N (even n in the low nibble, two's complement),
 // weight_scale [N, K / group], weight_scale_2 and input_scale one number each, and pre_quant_scale
-// [K], which multiplies the input. Sources: docs/formats.md#modelopt-w4a8_awq.
+// [K], which multiplies the input. Sources: docs/checkpoint-formats.md#modelopt-w4a8_awq.
 #include <algorithm>
 #include <cmath>
 #include <cstring>

@@ -1,5 +1,5 @@
 // W4AFP8: I8 [N, K / 2], two's complement nibbles, even k low; F32 or BF16 scales [N, K / 128];
-// input scales under other stems (w1, w3, w2). docs/formats.md#w4afp8 has the sources.
+// input scales under other stems (w1, w3, w2). docs/checkpoint-formats.md#w4afp8 has the sources.
 #include "checkpoint/formats/format.h"
 #include "checkpoint/formats/nibbles.h"
 #include "checkpoint/formats/part_readers.h"
