@@ -22,9 +22,7 @@ namespace {
 
 using Json = nlohmann::ordered_json;
 
-// Every preset is of GPUs, also the one that a file's other numbers are of.
-constexpr const char* kNote =
-    "over CPUs an exchange of several hosts runs today; over GPUs this is a prediction";
+constexpr const char* kNote = "a prediction: over real hosts nothing of Sluice has been timed";
 
 constexpr int kSampledTokens = 16384;  // Standard error of hosts per token: below 0.02.
 
@@ -132,7 +130,8 @@ Json shares_json(const TimeShares& s) {
 struct Case {
   ClusterLayer layer;
   LayerPrediction p = {};
-  std::size_t exchange_bytes = 0;  ///< Of each rank, over CPUs.
+  std::size_t exchange_bytes = 0;  ///< Of each rank, in memory of its GPU.
+  std::string refused = {};  ///< Why an exchange in CUDA memory does not take the layer today.
   std::vector<Sensitivity> changes = {};
 };
 
@@ -154,9 +153,10 @@ Json case_json(const Case& c) {
                {"combine", step(c.p.combine)},
                {"layer_us", c.p.layer_us},
                {"network_bytes_per_host", c.p.bytes_per_host},
-               {"exchange_bytes", c.exchange_bytes},
+               {"exchange_bytes", c.refused.empty() ? Json(c.exchange_bytes) : Json(nullptr)},
                {"shares", shares_json(c.p.shares)},
                {"bound", c.p.bound}};
+  if (!c.refused.empty()) json["exchange_refused"] = c.refused;
   for (const Sensitivity& s : c.changes) {
     json["sensitivity"].push_back(
         {{"parameter", s.parameter->name}, {"less_us", s.less_us}, {"more_us", s.more_us}});
@@ -212,8 +212,10 @@ void print_sensitivities(const MachineModel& machine, const std::vector<const Ca
              table.to_string());
 }
 
-/// As the layer's group would take it.
-std::size_t exchange_bytes_of(const ClusterLayer& layer, int num_slots) {
+/// Exchange of the case, as the layer's group would take it on GPUs: every preset is of these, also
+/// the one that a file's other numbers are of.
+void plan_exchange(Case& c, int num_slots) {
+  const ClusterLayer& layer = c.layer;
   LayerGroupConfig config{.geometry = layer.geometry};
   config.num_slots = num_slots;
   if (layer.num_hosts > 1) config.hosts = Hosts::even(layer.num_hosts, layer.num_ranks);
@@ -227,8 +229,18 @@ std::size_t exchange_bytes_of(const ClusterLayer& layer, int num_slots) {
     config.normal.max_tokens_per_rank = layer.tokens_per_rank;
     planned.recipes.normal = layer.recipe;
   }
-  return LayerGroup::plan_memory(config, std::vector{planned}, Device::Kind::kHost, layer.num_ranks)
-      .exchange_bytes;
+  const std::vector layers = {planned};
+  // Throws for what no device takes.
+  (void)LayerGroup::plan_memory(config, layers, Device::Kind::kHost, layer.num_ranks);
+  try {
+    c.exchange_bytes = LayerGroup::plan_memory(config, layers, Device::Kind::kCuda, layer.num_ranks)
+                           .exchange_bytes;
+  } catch (const Error& error) {  // Time is predicted all the same.
+    if (error.code() != ErrorCode::kInvalidArgument && error.code() != ErrorCode::kUnsupported) {
+      throw;
+    }
+    c.refused = error.what();
+  }
 }
 
 std::vector<Case> predict_cases(const HostsOptions& options, const HostsPlan& plan,
@@ -251,7 +263,7 @@ std::vector<Case> predict_cases(const HostsOptions& options, const HostsPlan& pl
       if (mode == Mode::kLowLatency) c.layer.piece_tokens = std::min(options.piece_tokens, t);
       c.p = predict_layer(machine, c.layer, spread);
       c.changes = sensitivities(machine, c.layer, spread);
-      c.exchange_bytes = exchange_bytes_of(c.layer, plan.slots);
+      plan_exchange(c, plan.slots);
       cases.push_back(std::move(c));
     }
   }
@@ -314,9 +326,10 @@ void plan_hosts(const HostsOptions& options, const HostsPlan& plan_in, Output& o
                c->p.bound);
   }
   for (const Case* c : last) {
-    fmt::print("memory    {}, {} tokens: the exchange takes {} of each rank, over CPUs\n",
-               to_string(c->layer.mode), c->layer.tokens_per_rank,
-               human_bytes(static_cast<double>(c->exchange_bytes)));
+    fmt::print("memory    {}, {} tokens: {}\n", to_string(c->layer.mode), c->layer.tokens_per_rank,
+               c->refused.empty() ? fmt::format("the exchange takes {} of each GPU",
+                                                human_bytes(static_cast<double>(c->exchange_bytes)))
+                                  : fmt::format("refused today: {}", c->refused));
   }
   print_sensitivities(machine, last);
   Json parameters;

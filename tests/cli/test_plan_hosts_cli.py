@@ -60,10 +60,16 @@ with tempfile.TemporaryDirectory() as folder:
     check("bound of halves", "128 tokens: experts (weights)" in two.stdout
           and "4096 tokens: network" in two.stdout, two)
     # Nobody shall take the figures for measured ones.
-    note = "over CPUs an exchange of several hosts runs today; over GPUs this is a prediction"
+    note = "a prediction: over real hosts nothing of Sluice has been timed"
     one, said_one = plan("--hosts", 1)
     check("note", f"note      {note}\n" in two.stdout and said_two["note"] == note
           and "note  " not in one.stdout and "note" not in said_one, two)
+    # Memory is that of a GPU; more hosts than its exchange takes are predicted, and said to be refused.
+    many, said_many = plan("--hosts", 65, "--slots", 520)
+    check("memory", all(c["exchange_bytes"] > 0 and "exchange_refused" not in c for c in said["cases"])
+          and "the exchange takes" in r.stdout, r)
+    check("memory that is refused", all(c["exchange_bytes"] is None and "at most 64" in c["exchange_refused"]
+                                        for c in said_many["cases"]) and "refused today: 65 hosts" in many.stdout, many)
     check("sensitivity", all(c["sensitivity"] for c in said["cases"]) and "+30 %" in r.stdout, r)
 
     # One number changed on the command line is that change in the sensitivity table.

@@ -1,5 +1,5 @@
-// The model against every figure that was measured. docs/clusters.md shows the same tables; they
-// are compared here, so that neither can change without the other.
+// The model against every figure that was measured. docs/clusters-checked.md shows the same tables;
+// they are compared here, so that neither can change without the other.
 #include <fmt/core.h>
 #include <gtest/gtest.h>
 
@@ -137,22 +137,22 @@ Checked check(const std::vector<Series>& all, const std::string& title, bool is_
   return checked;
 }
 
-std::string page() {
-  std::ifstream file(SLUICE_CLUSTERS_PAGE);
+std::string read_page(const std::string& page) {
+  std::ifstream file(SLUICE_DOCS_FOLDER + page);
   return {std::istreambuf_iterator<char>(file), std::istreambuf_iterator<char>()};
 }
 
-void expect_in_page(const std::string& name, const std::string& text) {
+void expect_in_page(const std::string& page, const std::string& name, const std::string& text) {
   const std::string begin = "<!-- " + name + " -->\n", end = "<!-- end -->";
-  const std::string all = page();
+  const std::string all = read_page(page);
   const std::size_t from = all.find(begin);
-  ASSERT_NE(from, std::string::npos) << "no " << begin;
+  ASSERT_NE(from, std::string::npos) << "docs/" << page << " has no " << begin;
   const std::size_t first = from + begin.size();
   const std::string there = all.substr(first, all.find(end, first) - first);
   if (there == text) return;
   const std::string path = ::testing::TempDir() + name + ".md";
   std::ofstream(path) << text;
-  ADD_FAILURE() << "docs/clusters.md does not show what the model says; that is in " << path;
+  ADD_FAILURE() << "docs/" << page << " does not show what the model says; that is in " << path;
 }
 
 /// The kernels of commit 83f6209, of which all distributions were measured
@@ -282,17 +282,18 @@ std::string stages_of_other_numbers_and_distributions(Summary& summary) {
 
 TEST(NetworkMeasured, EveryFigureIsWithinItsBoundAndInThePage) {
   Summary summary;
-  expect_in_page("measured-here",
+  expect_in_page("clusters-checked.md", "measured-here",
                  check(testing::sluice_series(), "Figures of this project", true, summary).text);
-  expect_in_page("stages", stages_of_other_numbers_and_distributions(summary));
-  expect_in_page("published",
+  expect_in_page("clusters-checked.md", "stages",
+                 stages_of_other_numbers_and_distributions(summary));
+  expect_in_page("clusters-checked.md", "published",
                  check(testing::public_series(), "Published figures", false, summary).text);
   std::string lines = "| figures of | number | worst error |\n|---|---|---|\n";
   for (const char* kind :
        {kOverHosts, kOneHost, kFewExperts, kOwnExchange, kOwnLayers, kOwnStages}) {
     lines += summary.line(kind);
   }
-  expect_in_page("worst", lines);
+  expect_in_page("clusters.md", "worst", lines);
 }
 
 }  // namespace
