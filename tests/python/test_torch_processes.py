@@ -30,6 +30,17 @@ def test_a_rank_is_late_at_its_first_call(tmp_path, device, late):
     run_ranks(Path(__file__).parent / "rank_of_deep_ep.py", 2, tmp_path, device, late, environment=lambda _: environment)
 
 
+@pytest.mark.parametrize("num_ranks", [1, 2])
+@pytest.mark.parametrize("device, sizes", [
+    ("cpu", "small"),
+    pytest.param("cuda", "small", marks=needs_gpu),
+    pytest.param("cuda", "serving", marks=needs_gpu),
+])
+def test_a_token_does_not_depend_on_those_beside_it(tmp_path, num_ranks, device, sizes):
+    print(*run_ranks(Path(__file__).parent / "rank_of_rows.py", num_ranks, tmp_path, device, sizes,
+                     environment=shared_gpu))
+
+
 @pytest.mark.parametrize("mode", ["low-latency", "normal"])
 @pytest.mark.parametrize("device, shape", [
     ("cpu", "small"),

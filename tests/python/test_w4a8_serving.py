@@ -6,13 +6,30 @@ import weakref
 
 import numpy as np
 import pytest
-from spaces import Torch, as_bf16, as_float
+from spaces import Numpy, Torch, as_bf16, as_float, has_gpu
 
 import sluice
 from sluice.compat import _w4a8_cache, _w4a8_rooms, w4a8
 from sluice.compat.w4a8 import W4A8Experts
 
 TOKENS = 6
+
+
+@pytest.fixture(params=["numpy", "torch", "cuda"])
+def space(request):
+    """Arrays of either kind on the CPU, and tensors on a GPU."""
+    if request.param == "cuda" and not has_gpu():
+        pytest.skip("no CUDA device")
+    return Numpy() if request.param == "numpy" else Torch("cpu" if request.param == "torch" else "cuda")
+
+
+@pytest.fixture()
+def backend(space):
+    return sluice.Backend("cuda") if on_gpu(space) else sluice.Backend("cpu", num_threads=1)
+
+
+def on_gpu(space):
+    return getattr(space, "device", "cpu") == "cuda"
 
 
 @pytest.fixture()
@@ -78,10 +95,11 @@ def test_orders_of_weights(space, arrays, published, backend, call):
 
 
 @pytest.mark.parametrize("weight_layout", ["int4", "uint4b8", "uint4b8-transposed"])
-def test_in_the_memory_of_the_weights(arrays, backend, geometry, weight_layout):
+def test_in_the_memory_of_the_weights(space, arrays, backend, geometry, weight_layout):
     """An engine's parameters and the repacked weights are the same bytes, one after the other."""
     torch = pytest.importorskip("torch", reason="torch is not installed")
-    space = Torch()
+    if isinstance(space, Numpy):
+        pytest.skip("weight_memory() gives tensors of torch")
     x, idx, weights = sluice.make_workload(geometry, TOKENS)
     run = lambda e: space.bits(e.grouped(  # noqa: E731
         space.bf16(x), None, space.array(idx.astype(np.int64)), space.array(weights)))
@@ -90,10 +108,10 @@ def test_in_the_memory_of_the_weights(arrays, backend, geometry, weight_layout):
     is_transposed = weight_layout == "uint4b8-transposed"
     place = w4a8.weight_memory(
         geometry.num_experts, geometry.hidden, geometry.intermediate, scale_dtype=published[1].dtype,
-        weight_layout=weight_layout, transposed_scales=is_transposed, device="cpu")
+        weight_layout=weight_layout, transposed_scales=is_transposed, device=space.device)
     for parameter, array in zip(place[1:], published):
         if parameter.dtype == torch.int32:
-            array = torch.from_numpy(uint4b8(array.numpy(), is_transposed))
+            array = torch.from_numpy(uint4b8(array.cpu().numpy(), is_transposed))
         elif is_transposed:
             array = array.transpose(1, 2)
         parameter.copy_(array)
@@ -107,13 +125,14 @@ def test_in_the_memory_of_the_weights(arrays, backend, geometry, weight_layout):
     del experts
     gc.collect()
     assert memory() is None
-    small = w4a8.weight_memory(1, geometry.hidden, geometry.intermediate, scale_dtype=published[1].dtype, device="cpu")
+    small = w4a8.weight_memory(
+        1, geometry.hidden, geometry.intermediate, scale_dtype=published[1].dtype, device=space.device)
     with pytest.raises(sluice.Error, match="memory has .* bytes, the packed weights"):
         W4A8Experts(*published, backend=backend, memory=small.memory)
 
 
-def test_rooms_are_shared_and_growing_them_repacks_nothing(published, space, geometry, monkeypatch):
-    packed, backend = [], sluice.Backend("cpu", num_threads=1)
+def test_rooms_are_shared_and_growing_them_repacks_nothing(published, space, backend, geometry, monkeypatch):
+    packed = []
     repack = sluice._core.repack_stacked
     monkeypatch.setattr(sluice._core, "repack_stacked", lambda *a, **k: packed.append(1) or repack(*a, **k))
     layers = [W4A8Experts(*published, backend=backend) for _ in range(3)]
@@ -192,15 +211,17 @@ def test_views_of_the_weights_are_the_weights(published, space, geometry, monkey
     assert len(_w4a8_cache.cache) == kept - 1
 
 
-def test_the_functions_know_tensors_that_come_again(published, geometry, backend):
+def test_the_functions_know_tensors_that_come_again(published, space, geometry, backend):
     """What is remembered of the objects hides no change of theirs."""
-    torch = Torch()
-    w13, s13, w2, s2 = (torch.array(np.asarray(a)) for a in published)
+    if isinstance(space, Numpy):
+        pytest.skip("arrays of numpy are not remembered")
+    w13, s13, w2, s2 = published
+    published.clear()
     x, idx, weights = sluice.make_workload(geometry, TOKENS)
-    x, idx, weights = torch.bf16(x), torch.array(idx.astype(np.int64)), torch.array(weights)
+    x, idx, weights = space.bf16(x), space.array(idx.astype(np.int64)), space.array(weights)
 
     def run(*, a13=s13, a2=s2, **k):
-        return torch.bits(w4a8.w4a8_moe_grouped(x, None, idx, weights, w13, a13, w2, a2, **k))
+        return space.bits(w4a8.w4a8_moe_grouped(x, None, idx, weights, w13, a13, w2, a2, **k))
 
     expected = run()
     for _ in range(3):
@@ -279,16 +300,22 @@ def test_one_scale_for_each_token(published, space, backend, geometry):
 
 
 def test_ten_thousand_calls(published, space, backend, geometry):
-    """Nothing is kept of a call: no memory of the group, no reference to an argument."""
+    """Nothing is kept of a call: no memory of the group or the device, no reference to an argument. On a GPU every call
+    has rows, in memory that comes again and in memory of its own."""
     experts = W4A8Experts(*published, backend=backend)
-    x = space.bf16(np.zeros((0, geometry.hidden), np.uint16))
-    idx, weights = space.array(np.zeros((0, 2), np.int64)), space.array(np.zeros((0, 2), np.float32))
-    experts.grouped(x, None, idx, weights)
-    scratch = experts._room.group.memory()["scratch_bytes"]
-    gc.collect()
+    x, idx, weights = (a[: TOKENS if on_gpu(space) else 0] for a in sluice.make_workload(geometry, TOKENS))
+    x, idx, weights = space.bf16(x), space.array(idx.astype(np.int64)), space.array(weights)
+    free = (lambda: space.torch.cuda.mem_get_info()[0]) if on_gpu(space) else (lambda: 0)
+
+    def run(times):
+        for i in range(times):
+            experts.grouped(x.clone() if i % 2 and on_gpu(space) else x, None, idx, weights)
+        gc.collect()
+
+    run(100)
+    scratch, free_before = experts._room.group.memory()["scratch_bytes"], free()
     before = len(gc.get_objects())
-    for _ in range(10_000):
-        experts.grouped(x, None, idx, weights)
-    gc.collect()
+    run(10_000)
+    assert free_before - free() < 1 << 20
     assert experts._room.group.memory()["scratch_bytes"] == scratch
     assert len(gc.get_objects()) < before + 100 and len(experts._grouped) == 1
