@@ -24,6 +24,10 @@ std::string LayerGroup::Impl::name_of_layer(int number) const {
   return fmt::format("layer number {}", number);
 }
 
+std::pair<std::string, std::string> LayerGroup::Impl::group_of(const std::string& layer) const {
+  return {"the group of " + layer, fmt::format("number {} of rank 0", group_number)};
+}
+
 void LayerGroup::Impl::explain_timeout(const Error& error, const Exchange& exchange,
                                        int number) const {
   if (error.code() != ErrorCode::kPeerTimeout) throw;  // What is being handled: `error`.

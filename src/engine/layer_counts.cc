@@ -40,7 +40,9 @@ std::vector<std::int64_t> Layer::counted_rows(Stream stream) const {
 std::vector<std::int64_t> Layer::counted_rows_of_all(Stream stream) const {
   const Impl& self = *impl_;
   std::vector<std::int64_t> mine = counted_rows(stream);
-  mine.push_back(self.number);  // Of which layer they are.
+  // Of which layer they are, and of which group.
+  mine.push_back(self.number);
+  mine.push_back(static_cast<std::int64_t>(self.group->group_number));
   const auto of_ranks = self.group->transport->all_gather(std::as_bytes(std::span(mine)),
                                                           self.group->config.peer_timeout);
   const Placement& where = self.placement();
@@ -50,7 +52,13 @@ std::vector<std::int64_t> Layer::counted_rows_of_all(Stream stream) const {
     const auto& bytes = of_ranks[static_cast<std::size_t>(r)];
     SLUICE_ASSERT(bytes.size() == part.size() * sizeof(part[0]));
     std::memcpy(part.data(), bytes.data(), bytes.size());
-    const auto layer = static_cast<int>(part.back());
+    const auto layer = static_cast<int>(part[part.size() - 2]);
+    if (part.back() != mine.back()) {
+      fail_of_ranks(ErrorCode::kTransport, {r},
+                    "counted_rows_of_all: rank {} counts for a layer of another group than rank {} "
+                    "for {}: ranks must make the same calls in the same order",
+                    r, self.group->transport->rank(), self.group->name_of_layer(self.number));
+    }
     if (layer != self.number) {
       fail_of_ranks(ErrorCode::kTransport, {r},
                     "counted_rows_of_all: rank {} counts for {}, rank {} for {}: ranks must make "

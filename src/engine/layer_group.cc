@@ -3,6 +3,8 @@
 
 #include <algorithm>
 #include <array>
+#include <atomic>
+#include <cstring>
 #include <exception>
 
 #include "backend/check_experts.h"
@@ -20,6 +22,8 @@ namespace sluice {
 namespace {
 
 constexpr std::array kModes{Mode::kLowLatency, Mode::kNormal};
+
+std::atomic<std::uint64_t> num_groups_made{0};
 
 const ModeCapacity& capacity_of(const LayerGroupConfig& config, Mode mode) {
   return mode == Mode::kLowLatency ? config.low_latency : config.normal;
@@ -221,8 +225,11 @@ LayerGroup LayerGroup::create(const LayerGroupConfig& wanted, Transport& transpo
     backend.synchronize({});
   }
   impl->order = impl->backend->make_stream_order();
-  // As at the end of add_layer(): no rank queues a call while another one still allocates.
-  (void)transport.all_gather({}, config.peer_timeout);
+  // As at the end of add_layer(): no rank queues a call while another one still allocates. What
+  // rank 0 counts tells groups apart.
+  const std::uint64_t mine = ++num_groups_made;
+  const auto counts = transport.all_gather(std::as_bytes(std::span(&mine, 1)), config.peer_timeout);
+  std::memcpy(&impl->group_number, counts.front().data(), sizeof(mine));
   return LayerGroup(std::move(impl));
 }
 
@@ -259,11 +266,14 @@ AgreedLayer LayerGroup::Impl::agree(std::string name, const ExpertWeights& shape
   check_weights(shapes, name, config, placement, transport->rank());
   AgreedLayer agreed{.name = std::move(name), .number = 0, .recipes = {}, .placement = experts};
   agreed.recipes = resolve_recipes(config, recipes, shapes.static_scales, agreed.name);
-  require_agreement(
-      *transport, layer_agreement(agreed.name, shapes.geometry, identity, agreed.recipes, experts),
-      config.peer_timeout);
-  // Counted here: whatever happens to the layer now, ranks go on with the same number.
   agreed.number = layer_number(layer_names.size());
+  Agreement fields =
+      layer_agreement(agreed.name, shapes.geometry, identity, agreed.recipes, experts);
+  // Ranks that count differently would refuse each other's calls.
+  fields.emplace_back("number of the layer", std::to_string(agreed.number));
+  fields.push_back(group_of(agreed.name));
+  require_agreement(*transport, fields, config.peer_timeout);
+  // Counted here: whatever happens to the layer now, ranks go on with the same number.
   layer_names.push_back(agreed.name);
   return agreed;
 }

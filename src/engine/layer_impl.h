@@ -30,6 +30,7 @@ struct AgreedLayer {
 struct LayerGroup::Impl {
   LayerGroupConfig config;
   Transport* transport = nullptr;
+  std::uint64_t group_number = 0;  ///< Agreed on: no other group of `transport` has it.
   BackendOps* backend = nullptr;
   ExpertPlacement placement;  ///< Of slots over ranks: experts lie as each layer says.
 
@@ -43,6 +44,8 @@ struct LayerGroup::Impl {
   std::vector<std::string> layer_names;  ///< Of all layers that ranks agreed on, in order.
   /// Of a Routing::layer.
   [[nodiscard]] std::string name_of_layer(int number) const;
+  /// group_number, as ranks compare it before they do something with `layer`.
+  [[nodiscard]] std::pair<std::string, std::string> group_of(const std::string& layer) const;
   /// Runs `dispatch`, the part of a call of layer `number` that waits for other ranks' dispatches.
   /// Throws: what it throws; kTransport instead of kPeerTimeout where a rank that is missing in
   /// `exchange` has begun a dispatch in another exchange of the group that this rank has not.

@@ -159,7 +159,8 @@ RebalanceStats Layer::rebalance(const Placement& to, Stream stream,
   group.order->before(stream);
   group.backend->synchronize(stream);
   require_agreement(*group.transport,
-                    {{"rebalance of", self.name},
+                    {{"rebalance of", group.name_of_layer(self.number)},
+                     group.group_of(self.name),
                      {"placement", fmt::format("{:016x}", from.digest())},
                      {"new placement", fmt::format("{:016x}", wanted.digest())},
                      {"max_experts_held", std::to_string(options.max_experts_held)},

@@ -166,6 +166,65 @@ TEST_F(RebalanceFaults, AnotherPlacementOnOneRankIsNamed) {
   }
 }
 
+// One layer of a checkpoint that is there twice has one name: it is told by its number, and two
+// groups by theirs.
+TEST_F(RebalanceFaults, AnotherLayerOfTheSameNameIsRefusedBeforeAnythingMoves) {
+  for (const bool one_group : {true, false}) {
+    SCOPED_TRACE(one_group ? "of one group" : "of two groups");
+    const auto failures = try_ranks(kRanks, [&](Transport& transport) {
+      const auto backend = make_backend({.num_threads = 1});
+      LayerGroup group = LayerGroup::create(slots_config(12), transport, *backend);
+      LayerGroup other = LayerGroup::create(slots_config(12), transport, *backend);
+      const auto add = [&](LayerGroup& to) {
+        return to.add_layer(files_->checkpoint(), files_->layer(0), recipes_of_layer(0));
+      };
+      Layer first = add(group), second = add(one_group ? group : other);
+      ASSERT_EQ(first.name(), second.name());
+      const Placement before = first.placement();
+      const Workload load = tokens_of(transport.rank());
+      const auto expected = forward(first, Mode::kNormal, load);
+      const bool is_culprit = transport.rank() == kCulprit;
+      try {
+        (void)(is_culprit ? second : first).rebalance(turned(), {});
+        ADD_FAILURE() << "ranks move different layers";
+      } catch (const Error& e) {
+        EXPECT_EQ(e.code(), ErrorCode::kTransport);
+        EXPECT_THAT(e.what(), HasSubstr(first.name()));
+        if (one_group) {
+          EXPECT_THAT(e.what(), HasSubstr("(number 1 of the group)"));
+          EXPECT_THAT(e.what(), HasSubstr("rank 2 has '" + first.name() + " (number 2 of"));
+        } else {
+          EXPECT_THAT(e.what(),
+                      HasSubstr("ranks disagree on the group of " + first.name() + ": rank 0 has"));
+        }
+      }
+      EXPECT_EQ(first.placement(), before);
+      EXPECT_EQ(second.placement(), before);
+      // Neither is half moved.
+      EXPECT_EQ(forward(first, Mode::kNormal, load), expected);
+      EXPECT_EQ(forward(second, Mode::kNormal, load), expected);
+      (void)first.rebalance(turned(), {});
+      EXPECT_EQ(forward(first, Mode::kNormal, load), expected);
+      // Counts and new layers of another group are no answer either.
+      if (one_group) return;
+      for (const bool counts : {true, false}) {
+        try {
+          if (counts) {
+            (void)(is_culprit ? second : first).counted_rows_of_all({});
+          } else {
+            (void)add(is_culprit ? other : group);
+          }
+          ADD_FAILURE() << "ranks ask different groups";
+        } catch (const Error& e) {
+          EXPECT_EQ(e.code(), ErrorCode::kTransport);
+          EXPECT_THAT(e.what(), HasSubstr("group"));
+        }
+      }
+    });
+    for (const auto& failure : failures) EXPECT_FALSE(describe(failure));
+  }
+}
+
 TEST_F(RebalanceFaults, ReplicasThatDifferAreNamedAtLoading) {
   const auto failures = try_ranks(2, [&](Transport& transport) {
     const auto backend = make_backend({.num_threads = 1});
