@@ -128,6 +128,21 @@ LayerRows read_layer_rows(FileReader& file) {
   return layer;
 }
 
+/// What a reader would refuse of the numbers of layers; empty if nothing is.
+template <class Layers>
+std::string problem_of_numbers(const Layers& layers) {
+  std::vector<int> numbers;
+  for (const auto& one : layers) {
+    if (one.layer < 0 || static_cast<std::uint64_t>(one.layer) > kMaxLayer) {
+      return fmt::format("layer {} is not in [0, {}]", one.layer, kMaxLayer);
+    }
+    numbers.push_back(one.layer);
+  }
+  std::ranges::sort(numbers);
+  const auto twice = std::ranges::adjacent_find(numbers);
+  return twice == numbers.end() ? "" : fmt::format("layer {} is there twice", *twice);
+}
+
 /// The first thing wrong with the sizes; empty if nothing is.
 std::string problem_of(const ExpertRows& rows) {
   if (rows.layers.empty()) return "layers is empty";
@@ -295,8 +310,9 @@ std::vector<LayerPlacement> read_placements(const std::filesystem::path& path) {
 }
 
 void write_expert_rows(const std::filesystem::path& path, const ExpertRows& rows) {
-  const std::string problem = problem_of(rows);
-  check_argument(problem.empty(), "{}", problem);
+  for (const std::string& problem : {problem_of(rows), problem_of_numbers(rows.layers)}) {
+    check_argument(problem.empty(), "{}: {}", path.string(), problem);
+  }
   const std::string layers = join_layers(rows.layers, [](const LayerRows& layer) {
     const auto step_text = [](const std::vector<std::int64_t>& step) { return text_of(step); };
     return fmt::format("\"steps\": [{}]", join(layer.steps, ", ", step_text));
@@ -309,6 +325,8 @@ void write_expert_rows(const std::filesystem::path& path, const ExpertRows& rows
 void write_placements(const std::filesystem::path& path,
                       std::span<const LayerPlacement> placements) {
   check_argument(!placements.empty(), "no placements to write to {}", path.string());
+  const std::string problem = problem_of_numbers(placements);
+  check_argument(problem.empty(), "{}: {}", path.string(), problem);
   const Placement& first = placements.front().placement;
   for (const LayerPlacement& one : placements) {
     check_argument(one.placement.num_experts() == first.num_experts() &&

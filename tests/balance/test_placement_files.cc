@@ -184,6 +184,33 @@ TEST_F(PlacementFiles, WritersRefuseWhatReadersWould) {
                                               {1, Placement::identity(4, 4)}};
   EXPECT_THROW(write_placements(path_, differ), Error);
   EXPECT_FALSE(std::filesystem::exists(path_));
+  // What was there before stays.
+  const std::vector<int> layers_of[] = {{-1}, {100'001}, {4, 7, 4}};
+  const char* const problems[] = {"layer -1 is not in [0, 100000]",
+                                  "layer 100001 is not in [0, 100000]", "layer 4 is there twice"};
+  write(kPlacements);
+  for (std::size_t i = 0; i < std::size(problems); ++i) {
+    ExpertRows rows{.num_experts = 1};
+    std::vector<LayerPlacement> placements;
+    for (const int layer : layers_of[i]) {
+      rows.layers.push_back({.layer = layer, .steps = {{1}}});
+      placements.push_back({layer, Placement::identity(4, 2)});
+    }
+    const auto expect_refused = [&](const auto& write_file) {
+      try {
+        write_file();
+        ADD_FAILURE() << "written: " << problems[i];
+      } catch (const Error& error) {
+        EXPECT_EQ(error.code(), ErrorCode::kInvalidArgument);
+        EXPECT_THAT(error.what(), HasSubstr(path_.string() + ": " + problems[i]));
+      }
+    };
+    expect_refused([&] { write_expert_rows(path_, rows); });
+    expect_refused([&] { write_placements(path_, placements); });
+  }
+  EXPECT_EQ(read(), kPlacements);
+  write_placements(path_, std::vector<LayerPlacement>{{100'000, Placement::identity(4, 2)}});
+  EXPECT_EQ(read_placements(path_).front().layer, 100'000);
   EXPECT_THROW(write_placements(dir_.path() / "none" / "file", std::span(differ).first(1)), Error);
 }
 
