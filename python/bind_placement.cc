@@ -32,9 +32,10 @@ void check_expert(const Placement& placement, int expert) {
 }
 
 void bind_placement_class(nb::module_& m) {
-  nb::class_<Placement>(m, "Placement",
-                        "Which slot holds which expert. A value; equal ones compare equal.\n\n"
-                        "A rank has slots_per_rank slots: rank r those from r * slots_per_rank on.")
+  nb::class_<Placement>(
+      m, "Placement",
+      "Which slot holds which expert. A value; equal ones compare and hash equal.\n\n"
+      "A rank has slots_per_rank slots: rank r those from r * slots_per_rank on.")
       .def(
           "__init__",
           [](Placement* self, int num_experts, int num_ranks, std::vector<int> slot_experts) {
@@ -65,6 +66,10 @@ void bind_placement_class(nb::module_& m) {
           },
           "expert"_a, "The slots that hold the expert, ascending.")
       .def(nb::self == nb::self)
+      .def("__hash__",
+           [](const Placement& p) {
+             return nb::hash(nb::make_tuple(p.num_experts(), p.num_ranks(), p.digest()));
+           })
       .def("__repr__", [](const Placement& p) {
         return fmt::format("sluice.Placement({} experts in {} slots of {} ranks)", p.num_experts(),
                            p.num_slots(), p.num_ranks());

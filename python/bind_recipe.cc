@@ -1,3 +1,4 @@
+#include <nanobind/operators.h>
 #include <nanobind/stl/optional.h>
 #include <nanobind/stl/string.h>
 #include <nanobind/stl/string_view.h>
@@ -33,7 +34,9 @@ void bind_recipe(nb::module_& m) {
         return names;
       },
       "Names of all recipes that have one.");
-  nb::class_<LayerRecipe>(m, "Recipe", "What is rounded where, for one layer and mode.")
+  nb::class_<LayerRecipe>(
+      m, "Recipe",
+      "What is rounded where, for one layer and mode. A value; equal ones compare and hash equal.")
       .def(
           "__init__",
           [](LayerRecipe* self, std::string_view name, std::string_view mode,
@@ -78,6 +81,11 @@ void bind_recipe(nb::module_& m) {
           "The cast of h before GEMM2.")
       .def_ro("s1", &LayerRecipe::s1, "Static scale of the wire or of GEMM1's input, or 0.")
       .def_ro("s2", &LayerRecipe::s2, "Static scale of GEMM2's input, or 0.")
+      .def(nb::self == nb::self)
+      .def("__hash__",
+           [](const LayerRecipe& r) {
+             return nb::hash(nb::make_tuple(to_string(r), to_string(r.mode), r.s1, r.s2));
+           })
       .def("__repr__", [](const LayerRecipe& r) { return "<sluice.Recipe " + r.describe() + ">"; });
 }
 

@@ -15,7 +15,9 @@ def recipe_names() -> list[str]:
     """Names of all recipes that have one."""
 
 class Recipe:
-    """What is rounded where, for one layer and mode."""
+    """
+    What is rounded where, for one layer and mode. A value; equal ones compare and hash equal.
+    """
 
     def __init__(self, name: str, mode: str = 'low-latency', *, s1: float | None = None, s2: float | None = None) -> None:
         """
@@ -66,11 +68,15 @@ class Recipe:
     def s2(self) -> float:
         """Static scale of GEMM2's input, or 0."""
 
+    def __eq__(self, arg: Recipe, /) -> bool: ...
+
+    def __hash__(self) -> int: ...
+
     def __repr__(self) -> str: ...
 
 class Placement:
     """
-    Which slot holds which expert. A value; equal ones compare equal.
+    Which slot holds which expert. A value; equal ones compare and hash equal.
 
     A rank has slots_per_rank slots: rank r those from r * slots_per_rank on.
     """
@@ -121,6 +127,8 @@ class Placement:
         """The slots that hold the expert, ascending."""
 
     def __eq__(self, arg: Placement, /) -> bool: ...
+
+    def __hash__(self) -> int: ...
 
     def __repr__(self) -> str: ...
 

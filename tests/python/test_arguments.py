@@ -156,6 +156,9 @@ def test_recipes_by_their_fields():
         fields = {"wire": recipe.wire, "gemm1": recipe.gemm1, "gemm2": recipe.gemm2}
         same = sluice.Recipe.from_fields(**fields, mode="normal", s1=1.0, s2=1.0)
         assert same.name == name and same.mode == "normal" and (same.s1, same.s2) == (recipe.s1, recipe.s2)
+        again = sluice.Recipe(name, s1=1.0, s2=1.0)
+        assert again == recipe != same and hash(again) == hash(recipe) and len({again, recipe, same}) == 2
+    assert sluice.Recipe("static", s1=1.0, s2=1.0) != sluice.Recipe("static", s1=1.0, s2=2.0)
     make = sluice.Recipe.from_fields
     unnamed = make(wire="bf16", gemm1="static-pow2", gemm2="group", s1=3.0, s2=1.0)
     assert unnamed.name not in sluice.recipe_names() and (unnamed.s1, unnamed.s2) == (4.0, 0.0)

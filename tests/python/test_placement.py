@@ -17,6 +17,9 @@ def test_a_placement_is_a_value():
     assert placement == sluice.Placement(3, 2, [0, 1, 2, -1]) != sluice.Placement(3, 2, [0, 1, 2, 0])
     assert sluice.Placement(3, 2, [0, 1, 2, 0]).slots_of(0) == [0, 3]
     assert sluice.Placement.identity(4, 2) == sluice.Placement.even(4, 2, 4)
+    same = {placement: "a", sluice.Placement(3, 2, [0, 1, 2, -1]): "b", sluice.Placement(3, 2, [0, 1, 2, 0]): "c"}
+    assert len(same) == 2 and same[placement] == "b"
+    assert placement != placement.slot_experts
     assert repr(placement) == "sluice.Placement(3 experts in 4 slots of 2 ranks)"
     for expert in -1, 3:
         with pytest.raises(sluice.Error, match=f"expert {expert} is not in"):
@@ -74,3 +77,9 @@ def test_files(tmp_path):
     assert error.value.code == "unsupported"
     with pytest.raises(sluice.Error, match="layers is empty"):
         sluice.write_expert_rows(path, {})
+    for layer in -1, 100001:
+        for write, value in ((sluice.write_expert_rows, [COUNTS]), (sluice.write_placements, placements[3])):
+            with pytest.raises(sluice.Error, match=rf"layer {layer} is not in \[0, 100000\]") as error:
+                write(path, {layer: value})
+            assert error.value.code == "invalid_argument"
+    assert sluice.read_expert_rows(path) == rows
