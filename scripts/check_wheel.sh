@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
-# check_wheel.sh - installs a wheel into a bare root of another Debian release, which has Python and
-# nothing else of use, and runs an expert layer there. Needs root and debootstrap; takes two minutes.
+# check_wheel.sh - installs a wheel by pip into a bare root of another Debian release, which has Python
+# and its venv and nothing else of use; runs an expert layer there and looks up the plug-ins as
+# engines do. Needs root and debootstrap; takes two minutes.
 #
 #   scripts/check_wheel.sh WHEEL [RELEASE]
 #
@@ -15,7 +16,7 @@ source scripts/setup.sh
 command -v debootstrap >/dev/null || die "debootstrap is not installed"
 
 wheel=$1 release=${2:-trixie} root=build/bare-$(basename "${2:-trixie}")
-if [ ! -e "$root/.complete" ]; then
+if [ ! -e "$root/.complete.venv" ]; then
   say "making a bare root of $release"
   # The archive that this machine's own packages come from.
   mirror=$(cat /etc/apt/sources.list /etc/apt/sources.list.d/* 2>/dev/null |
@@ -23,9 +24,9 @@ if [ ! -e "$root/.complete" ]; then
   [ -n "$mirror" ] || die "no archive of packages in /etc/apt"
   mkdir -p build
   rm -rf "$root"
-  debootstrap --variant=minbase --include=python3 "$release" "$root" "$mirror" >build/bare-root.log 2>&1 ||
+  debootstrap --variant=minbase --include=python3,python3-venv "$release" "$root" "$mirror" >build/bare-root.log 2>&1 ||
     { tail -n 20 build/bare-root.log; die "no bare root of $release"; }
-  touch "$root/.complete"
+  touch "$root/.complete.venv"
 fi
 version=$(chroot "$root" python3 -c 'import sys; print("%d.%d" % sys.version_info[:2])')
 rm -rf "$root/opt/wheels" && mkdir -p "$root/opt/wheels"
@@ -38,5 +39,6 @@ say "$(basename "$wheel") with Python $version of $release"
 cp tests/package/one_layer.py "$root/opt/wheels/"
 chroot "$root" sh -eu -c '
   cd /opt/wheels
-  for wheel in *.whl; do python3 -m zipfile -e "$wheel" site; done
-  PYTHONPATH=site python3 one_layer.py'
+  python3 -m venv --clear /opt/env
+  /opt/env/bin/python -m pip install -q --disable-pip-version-check --no-index --find-links . sluice ml_dtypes
+  /opt/env/bin/python one_layer.py'

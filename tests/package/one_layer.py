@@ -1,9 +1,12 @@
-"""A layer of random INT4 experts over an installed package alone, against numpy in float64.
+"""A layer of random INT4 experts over an installed package alone, against numpy in float64; and its plug-ins, as
+engines find them.
 
 one_layer.py [cpu | cuda]: a GPU needs torch beside it.
 """
 
 import sys
+from importlib.metadata import entry_points
+from importlib.util import find_spec
 
 import numpy as np
 
@@ -55,3 +58,10 @@ error = np.linalg.norm(y - expected) / np.linalg.norm(expected)
 # e4m3 rounds by at most 2^-4, twice; over random rows that is some 4 % (docs/accuracy.md).
 assert 0.0 < error < 0.08, error
 print(f"sluice {sluice.__version__}, {backend.description}: relative error {error:.2%} of float64")
+
+for group in ("sglang.srt.plugins", "vllm.general_plugins"):
+    values = {entry.value for entry in entry_points(group=group) if entry.name == "sluice"}
+    assert len(values) == 1, (group, values)
+    module, _, function = values.pop().partition(":")
+    assert find_spec(module) and function == "register", (group, module, function)
+    print(f"plug-in of {group}: {module}")
