@@ -7,12 +7,12 @@ ptxas_guard.sh refuses the object, as it refuses one that spills.
     cmake --build build/cuda --target bench_w4a8
     lab/bench/kernels/leave_out.py build/cuda [--out DIR] [--no-run] [bench_w4a8's options]
 
-Each variant is a copy of src/backend/cuda with a few lines replaced. The script fails when a line
-is not there exactly once, so a changed main loop cannot be measured by mistake. It compiles the
-kernels of bf16 scales in groups of 128 (with --group 32 those of 32) with the commands of BUILD (a
-Ninja build), in parallel, links them before the library that holds the real ones, and runs the
-programs in turn. RESULTS OF ALL VARIANTS BUT THE FIRST ARE WRONG ON PURPOSE; the source tree and
-BUILD stay as they are.
+Each variant is a copy of src/backend/cuda/sm90_w4a8 with a few lines replaced. The script fails
+when a line is not there exactly once, so a changed main loop cannot be measured by mistake. It
+compiles the kernels of bf16 scales in groups of 128 (with --group 32 those of 32) with the commands
+of BUILD (a Ninja build), in parallel, links them before the library that holds the real ones, and
+runs the programs in turn. RESULTS OF ALL VARIANTS BUT THE FIRST ARE WRONG ON PURPOSE; the source
+tree and BUILD stay as they are.
 """
 
 import argparse
@@ -24,14 +24,14 @@ import subprocess
 import sys
 
 ROOT = pathlib.Path(__file__).resolve().parents[3]
+HEADERS = "backend/cuda/sm90_w4a8"
 KERNELS = (
     "sm90_w4a8_decode_bf16_g{}.cu",
     "sm90_w4a8_prefill_bf16_g{}.cu",
     "sm90_w4a8_prefill64_bf16_g{}.cu",
 )
-UNIT, LOOP = "sm90_w4a8_unit.cuh", "sm90_w4a8_mainloop.cuh"
-PROMOTE = "sm90_w4a8_promote.cuh"
-UNITS32, MATH = "sm90_w4a8_group32_units.cuh", "sm90_w4a8_math.cuh"
+UNIT, LOOP, PROMOTE = "unit.cuh", "mainloop.cuh", "promote.cuh"
+UNITS32, MATH = "group32_units.cuh", "math_role.cuh"
 
 NO_TOKEN_SCALES = [
     (PROMOTE, f"__fmul_rn(ws.{row}, xs[{column}])", f"ws.{row}")
@@ -100,8 +100,8 @@ VARIANTS32 = {
 
 def make_sources(edits, folder):
     """Copies the kernels' folder to `folder`/src and makes the edits there."""
-    target = folder / "src" / "backend" / "cuda"
-    shutil.copytree(ROOT / "src" / "backend" / "cuda", target)
+    target = folder / "src" / HEADERS
+    shutil.copytree(ROOT / "src" / HEADERS, target)
     for file, old, new in edits:
         text = (target / file).read_text()
         if text.count(old) != 1:
@@ -121,11 +121,10 @@ def ninja_commands(build):
 
 
 def compile_kernel(commands, build, kernel, folder):
-    """Compiles `folder`'s copy of one kernel with the command of the build; returns the object."""
-    (command,) = [c for c in commands if f" -c {ROOT}/src/backend/cuda/{kernel} " in c]
+    """Compiles a kernel with the build's command and `folder`'s headers; returns the object."""
+    (command,) = [c for c in commands if f"/{kernel} -o " in c]
     made = command.split(" -o ")[1].split()[0]
-    real, copy = f"{ROOT}/src/backend/cuda/{kernel}", f"{folder}/src/backend/cuda/{kernel}"
-    command = command.replace(made, f"{folder}/{kernel}.o").replace(real, copy)
+    command = command.replace(made, f"{folder}/{kernel}.o")
     command = command.replace(" -I", f" -I{folder}/src -I", 1)
     subprocess.run(command, shell=True, cwd=build, check=True)
     return f"{folder}/{kernel}.o"

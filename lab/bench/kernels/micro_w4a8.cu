@@ -11,8 +11,8 @@
 #include "backend/cuda/ptx/copy.cuh"
 #include "backend/cuda/ptx/sync.cuh"
 #include "backend/cuda/ptx/wgmma.cuh"
-#include "backend/cuda/sm90_w4a8_mainloop.cuh"
-#include "backend/cuda/sm90_w4a8_promote.cuh"
+#include "backend/cuda/sm90_w4a8/mainloop.cuh"
+#include "backend/cuda/sm90_w4a8/promote.cuh"
 #include "bench/kernels/layer.cuh"
 
 namespace sluice::cuda::bench {

@@ -4,7 +4,7 @@
 #include <cstdint>
 #include <vector>
 
-#include "backend/cuda/sm90_w4a8_layout.cuh"
+#include "backend/cuda/sm90_w4a8/layout.cuh"
 #include "backend/cuda/w4a8.h"
 #include "bench/kernels/device_memory.cuh"
 

@@ -6,7 +6,7 @@
 #include "backend/cuda/check.h"
 #include "backend/cuda/fp8_rate.h"
 #include "backend/cuda/ptx/sync.cuh"
-#include "backend/cuda/sm90_w4a8_mainloop.cuh"
+#include "backend/cuda/sm90_w4a8/mainloop.cuh"
 
 namespace sluice::cuda {
 namespace {

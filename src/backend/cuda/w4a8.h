@@ -1,4 +1,4 @@
-// w4a8.h - host side of the sm_90a W4A8 kernels: sizes, repacking, grouped GEMM, expert stage.
+// w4a8.h - host side of the kernels in sm90_w4a8/: sizes, repacking, grouped GEMM, expert stage.
 //
 //   canonical int4 + scales --repack--> packed stream (per expert)       once, at load
 //

@@ -1,7 +1,7 @@
 // w4a8_config.cc - the host-side choices that need no GPU: kernel size class and buffer sizes.
 #include <algorithm>
 
-#include "backend/cuda/sm90_w4a8_layout.cuh"
+#include "backend/cuda/sm90_w4a8/layout.cuh"
 #include "backend/cuda/w4a8.h"
 #include "core/fail.h"
 
