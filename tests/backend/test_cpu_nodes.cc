@@ -1,6 +1,7 @@
 // Machines with several nodes of memory, from made-up folders: which thread belongs where, what
 // each node computes, and that no bit depends on it.
 #include <gtest/gtest.h>
+#include <sys/syscall.h>
 #include <unistd.h>
 
 #include <atomic>
@@ -9,6 +10,7 @@
 #include <cstring>
 #include <filesystem>
 #include <fstream>
+#include <optional>
 #include <string>
 #include <thread>
 #include <utility>
@@ -17,6 +19,7 @@
 #include "backend/cpu/cpu_backend.h"
 #include "backend/cpu/memory_nodes.h"
 #include "backend/cpu/page_buffer.h"
+#include "backend/cpu/prepared_experts.h"
 #include "backend/cpu/task_queue.h"
 #include "backend/cpu/wave_progress.h"
 #include "core/threads.h"
@@ -167,6 +170,60 @@ TEST(CpuNodes, PlacedMemoryCanBeWritten) {
     EXPECT_EQ(buffer.data()[bytes - 1], std::byte{7});
   }
 }
+
+#if defined(SYS_get_mempolicy)
+/// The node that a page is asked of; -1: any. None: this system cannot tell.
+std::optional<int> preferred_node(std::byte* page) {
+  constexpr unsigned long kOfAddress = 2;  // MPOL_F_ADDR
+  constexpr int kPreferred = 1, kMaxNodes = 1024;
+  unsigned long mask[kMaxNodes / 64] = {};
+  int mode = 0;
+  if (syscall(SYS_get_mempolicy, &mode, mask, kMaxNodes, page, kOfAddress) != 0) return {};
+  if (mode != kPreferred) return -1;
+  for (int node = 0; node < kMaxNodes; ++node) {
+    if ((mask[node / 64] >> (node % 64) & 1) != 0) return node;
+  }
+  return -1;
+}
+
+/// Where a page lies that was written to.
+int node_of_page(std::byte* page) {
+  void* pages[] = {page};
+  int node = -1;
+  return syscall(SYS_move_pages, 0, 1ul, pages, nullptr, &node, 0) == 0 ? node : -1;
+}
+
+/// What the system was really told, read back from it: of a buffer's pages, and of the codes of a
+/// matrix, and where the pages then lie. A node that the machine lacks is refused by the system.
+TEST(CpuNodes, TheSystemIsAskedForEachSharesNode) {
+  const bool has_node_1 = std::filesystem::exists("/sys/devices/system/node/node1");
+  const int second = has_node_1 ? 1 : -1;
+  const FakeNodes two({{0, "0"}, {1, "1"}});
+  const cpu::MemoryNodes nodes({0, 1, 0, 0}, 4, two.root());  // Node 0 has three threads of four.
+  constexpr std::size_t kPages = 16;
+  cpu::PageBuffer buffer(kPages * cpu::kPageBytes);
+  if (!preferred_node(buffer.data())) GTEST_SKIP() << "this system has no policies of memory";
+  nodes.place(buffer.data(), buffer.bytes(), 8);
+  for (std::size_t page = 0; page < kPages; ++page) {
+    std::byte* const at = buffer.data() + page * cpu::kPageBytes;
+    EXPECT_EQ(preferred_node(at), page < 12 ? 0 : second);
+    *at = std::byte{1};
+    EXPECT_EQ(node_of_page(at), page >= 12 && has_node_1 ? 1 : 0);
+  }
+  StageCase c;
+  c.geometry.hidden = 512, c.geometry.intermediate = 512;
+  const cpu::PreparedCpuExperts experts(random_experts(c.geometry, c.scale_dtype, c.seed), nodes);
+  const cpu::PreparedExpert& e = experts.expert(0);
+  for (const cpu::PreparedMatrix* m : {&e.gate, &e.up, &e.down}) {
+    auto* const codes = reinterpret_cast<std::byte*>(const_cast<std::uint8_t*>(m->codes));
+    const auto bytes = static_cast<std::size_t>(m->code_bytes());
+    EXPECT_EQ(preferred_node(codes), 0);
+    EXPECT_EQ(preferred_node(codes + bytes * 3 / 4 - 1), 0);
+    EXPECT_EQ(preferred_node(codes + bytes * 3 / 4), second);
+    EXPECT_EQ(preferred_node(codes + bytes - 1), second);
+  }
+}
+#endif
 
 /// With few tasks for many threads, each of which waits for digits that others make, and with more
 /// rows than are held at once.
