@@ -1,5 +1,5 @@
-// SLUICE_TEST_HIDE="amx bf16 vnni avx512 avx": the tests of this program run as on a machine without
-// these. masked_features.py makes such a machine, by replacing their instructions.
+// SLUICE_TEST_HIDE="amx bf16 vnni avx512 avx": the tests of this program run as on a machine
+// without these. masked_features.py makes such a machine, by replacing their instructions.
 #include <gtest/gtest.h>
 #include <hwy/highway.h>
 
