@@ -180,7 +180,7 @@ void Launch::together(const std::function<void()>& body) {
   } catch (const Error& error) {
     mine = cause_of(error);
   } catch (const std::exception& error) {
-    mine = {.code = ErrorCode::kInternal, .text = error.what()};
+    mine = cause_of(error_of(error));
   }
   // Who failed by itself waits for those who will time out because of it; who timed out does not
   // wait for the missing much longer.

@@ -1,17 +1,52 @@
 // sluice - runs, measures and inspects expert-parallel W4A8 layers.
 #include <fmt/core.h>
 
-#include <cstdio>
 #include <cstdlib>
 #include <fstream>
 #include <new>
+#include <string>
 
 #include "command.h"
 #include "report.h"
 #include "sluice/config.h"
 #include "sluice/error.h"
 
+namespace sluice::cli {
+namespace {
+
+void write_json(const Output& output) {
+  if (output.json_path.empty()) return;
+  // Names of files may be any bytes; JSON is UTF-8. The text is whole before the file is opened.
+  constexpr auto kReplace = nlohmann::ordered_json::error_handler_t::replace;
+  const std::string text = output.json.dump(2, ' ', /*ensure_ascii=*/false, kReplace);
+  std::ofstream file(output.json_path);
+  file << text << '\n';
+  if (!file.flush()) throw Error(ErrorCode::kIo, "cannot write --json " + output.json_path);
+}
+
+/// The exit status of what `body` gives or throws, which is printed unless `output` is silent.
+template <class Body>
+int status_of(const Output& output, const Body& body) {
+  const auto report = [&](const Error& error) {
+    if (!output.is_silent) print_error(error);
+    return exit_status(error.code());
+  };
+  try {
+    return body();
+  } catch (const Error& error) {
+    return report(error);
+  } catch (const std::bad_alloc&) {
+    return report({ErrorCode::kOutOfMemory, "these sizes ask for more memory than there is"});
+  } catch (const std::exception& error) {
+    return report(error_of(error));
+  }
+}
+
+}  // namespace
+}  // namespace sluice::cli
+
 int main(int argc, char** argv) {
+  sluice::cli::hold_standard_files();
   // Ranks that share a GPU wait for each other inside kernels: each needs a hardware queue, and no
   // launch may stop to load a kernel. The CUDA runtime reads these before its first call.
   setenv("CUDA_DEVICE_MAX_CONNECTIONS", "32", /*overwrite=*/0);
@@ -35,28 +70,13 @@ int main(int argc, char** argv) {
   sluice::cli::add_plan(program, output);
   sluice::cli::add_balance(program, output);
 
-  try {
-    if (const auto status = parser.parse(argc, argv)) return *status;
-    if (!output.json_path.empty()) {
-      std::ofstream file(output.json_path);
-      file << output.json.dump(2) << '\n';
-      if (!file.flush()) {
-        throw sluice::Error(sluice::ErrorCode::kIo, "cannot write --json " + output.json_path);
-      }
-    }
+  const int status = sluice::cli::status_of(output, [&] {
+    if (const auto parsed = parser.parse(argc, argv)) return *parsed;
+    sluice::cli::write_json(output);
     return output.exit_status;
-  } catch (const sluice::Error& error) {
-    if (!output.is_silent) sluice::cli::print_error(error);
-    return exit_status(error.code());
-  } catch (const std::bad_alloc&) {
-    if (!output.is_silent) {
-      sluice::cli::print_error(sluice::Error(sluice::ErrorCode::kOutOfMemory,
-                                             "these sizes ask for more memory than there is"));
-    }
-    return exit_status(sluice::ErrorCode::kOutOfMemory);
-  } catch (const std::exception& error) {
-    std::fflush(stdout);  // As print_error().
-    fmt::print(stderr, "sluice: {}\n", error.what());
-    return exit_status(sluice::ErrorCode::kInternal);
-  }
+  });
+  // A report that is lost is no success. One that failed for it has said so.
+  if (status == exit_status(sluice::ErrorCode::kIo)) return status;
+  const int printed = sluice::cli::status_of(output, [] { return sluice::cli::flush_output(), 0; });
+  return status != 0 ? status : printed;
 }

@@ -1,11 +1,14 @@
 #include "report.h"
 
+#include <fcntl.h>
 #include <fmt/core.h>
 #include <unistd.h>
 
 #include <algorithm>
+#include <cerrno>
 #include <chrono>
 #include <cstdio>
+#include <cstring>
 #include <utility>
 
 namespace sluice::cli {
@@ -14,7 +17,30 @@ void print_error(const Error& error) {
   std::fflush(stdout);  // What was printed comes first, also where both go to one file.
   // On a terminal, instead of a progress line, which may be another process's.
   const char* const erase = isatty(STDERR_FILENO) != 0 ? "\r\033[K" : "";
-  fmt::print(stderr, "{}sluice: {}: {}\n", erase, to_string(error.code()), error.what());
+  const std::string line =
+      fmt::format("{}sluice: {}: {}\n", erase, to_string(error.code()), error.what());
+  std::fputs(line.c_str(), stderr);  // Where even that fails, the exit status is left.
+}
+
+Error error_of(const std::exception& error) {
+  if (std::ferror(stdout) == 0) return {ErrorCode::kInternal, error.what()};
+  return {ErrorCode::kIo, fmt::format("standard output: {}", error.what())};
+}
+
+void hold_standard_files() {
+  for (const int fd : {STDIN_FILENO, STDOUT_FILENO, STDERR_FILENO}) {
+    if (fcntl(fd, F_GETFD) != -1 || errno != EBADF) continue;
+    // The lowest number that is free is this one. It cannot be read, or written, as before.
+    (void)open("/dev/null", fd == STDIN_FILENO ? O_WRONLY : O_RDONLY);
+  }
+}
+
+void flush_output() {
+  const int problem = std::fflush(stdout) != 0 ? errno : 0;
+  if (problem == 0 && std::ferror(stdout) == 0) return;
+  throw Error(ErrorCode::kIo,
+              fmt::format("standard output: cannot write: {}",
+                          problem != 0 ? std::strerror(problem) : "a part of it is lost"));
 }
 
 ProgressLine::ProgressLine(std::string label)
@@ -30,7 +56,7 @@ void ProgressLine::update(double fraction) {
   if (!is_terminal_ || percent == last_percent_ || now < next_update_) return;
   last_percent_ = percent;
   next_update_ = now + std::chrono::seconds(1);
-  fmt::print(stderr, "\r\033[K{} {}%", label_, percent);
+  std::fputs(fmt::format("\r\033[K{} {}%", label_, percent).c_str(), stderr);
   std::fflush(stderr);
 }
 

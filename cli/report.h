@@ -2,6 +2,7 @@
 #pragma once
 
 #include <chrono>
+#include <exception>
 #include <string>
 
 #include "report/text_table.h"
@@ -14,6 +15,16 @@ using report::Table;
 
 /// "sluice: peer timeout: ..." on standard error.
 void print_error(const Error& error);
+
+/// What to say of something that is no Error: kIo if it came of printing.
+[[nodiscard]] Error error_of(const std::exception& error);
+
+/// Holds the place of standard files that are closed, so that no file which a command opens gets
+/// what is printed; printing there goes on failing. Before anything is opened.
+void hold_standard_files();
+
+/// Throws: kIo if anything that was printed on standard output is lost.
+void flush_output();
 
 /// A line on standard error that is rewritten in place, once a second at most; silent unless
 /// standard error is a terminal.

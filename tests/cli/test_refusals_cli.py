@@ -1,5 +1,6 @@
 #!/usr/bin/env python3
 """What `sluice` says when it refuses, and where it says it. usage: test_refusals_cli.py SLUICE"""
+import json
 import os
 import subprocess
 import sys
@@ -29,6 +30,37 @@ with tempfile.TemporaryDirectory() as folder:
             r = run("run", "--checkpoint", model, option, value)
             check(f"run refuses {option} '{value}' in one short line", r.returncode == 2 and len(r.stderr) < 200
                   and r.stderr.startswith(f"{option}: '{value}' is not a whole number in {allowed}\n"), r)
+    # What cannot be printed is no success, and no file of the command takes the place of what is closed.
+    json_path = os.path.join(folder, "report.json")
+    for arguments in (("--help",), ("run", "--help"), ("inspect", model), ("accuracy", "--checkpoint", model),
+                      ("plan", "--checkpoint", model, "--ranks", "2", "--tokens", "4"),
+                      ("run", "--checkpoint", model, "--tokens", "4", "--ranks", "2"),
+                      ("run", "--checkpoint", model, "--tokens", "4", "--ranks", "2", "--transport", "ipc")):
+        for lost, reason in ((">/dev/full", "No space left on device"), (">&-", "Bad file descriptor")):
+            saved = () if "--help" in arguments else ("--json", json_path)
+            r = subprocess.run(["sh", "-c", f'"$0" "$@" {lost}', sluice, *arguments, *saved], capture_output=True,
+                               text=True, timeout=300)
+            check(f"{arguments} {lost}", r.returncode == 3 and r.stderr.count("\n") == 1
+                  and "sluice: i/o error: standard output: cannot write" in r.stderr
+                  and reason in r.stderr, r)
+            if saved and arguments[0] != "accuracy":  # That prints so much that it fails before its end.
+                with open(json_path) as file:
+                    check(f"{arguments} {lost}: JSON", json.load(file)["command"] == arguments[0], r)
+                os.remove(json_path)
+    r = subprocess.run(["sh", "-c", f'"$0" inspect "$1" >/dev/full 2>/dev/full', sluice, model])
+    check("nothing can be said", r.returncode == 3, r)
+    # A name that is no UTF-8 is in JSON with U+FFFD.
+    raw = os.fsencode(folder) + b"/n\xff"
+    os.symlink(model, raw)
+    with open(json_path, "w") as file:
+        file.write("{}")
+    for arguments in ((b"inspect", raw), (b"run", b"--checkpoint", raw, b"--tokens", b"4", b"--ranks", b"2"),
+                      (b"accuracy", b"--checkpoint", raw)):
+        r = subprocess.run([os.fsencode(sluice), *arguments, b"--json", os.fsencode(json_path)],
+                           capture_output=True, timeout=300)
+        with open(json_path, encoding="utf-8") as file:
+            text = file.read()
+        check(f"{arguments}", r.returncode == 0 and "/n\ufffd" in text and json.loads(text)["command"], r)
     r = run("bench", "experts", "--rest", "nan")
     check("bench refuses a rest that is no number", r.returncode == 2
           and r.stderr.startswith("--rest: 'nan' is not a number in [0, 10000]\n"), r)
