@@ -223,6 +223,34 @@ TEST(CpuNodes, TheSystemIsAskedForEachSharesNode) {
     EXPECT_EQ(preferred_node(codes + bytes - 1), second);
   }
 }
+
+/// The experts of a backend on this machine's own nodes: each share lies where its threads run.
+/// scripts/test_numa.sh makes a machine with two.
+TEST(CpuNodes, CodesLieOnTheNodesOfThisMachine) {
+  const std::filesystem::path root = "/sys/devices/system/node";
+  const std::vector<int> cores = available_cores();
+  const auto num_threads = static_cast<int>(cores.size());
+  const cpu::MemoryNodes nodes(cores, num_threads, root);
+  StageCase c;
+  c.geometry.hidden = 1024, c.geometry.intermediate = 1024;
+  cpu::CpuBackend device(num_threads, cores, root);
+  const auto prepared = device.prepare(random_experts(c.geometry, c.scale_dtype, c.seed));
+  const auto& expert = static_cast<const cpu::PreparedCpuExperts&>(*prepared).expert(0);
+  for (int thread = 0; thread < num_threads; ++thread) {
+    const std::string core = "cpu" + std::to_string(cores[static_cast<std::size_t>(thread)]);
+    int id = 0;
+    while (id < 1024 && !std::filesystem::exists(root / ("node" + std::to_string(id)) / core)) ++id;
+    if (id == 1024) GTEST_SKIP() << "this system does not say which node " << core << " is on";
+    for (const cpu::PreparedMatrix* m : {&expert.gate, &expert.up, &expert.down}) {
+      const auto share = nodes.share(nodes.of_thread(thread), m->n / 128);
+      auto* const codes = reinterpret_cast<std::byte*>(const_cast<std::uint8_t*>(m->codes));
+      const std::int64_t slice = m->code_bytes() / (m->n / 128);
+      if (share.first == share.last) continue;
+      EXPECT_EQ(node_of_page(codes + share.first * slice), id) << core;
+      EXPECT_EQ(node_of_page(codes + share.last * slice - 1), id) << core;
+    }
+  }
+}
 #endif
 
 /// With few tasks for many threads, each of which waits for digits that others make, and with more
