@@ -261,7 +261,7 @@ void bind_checkpoint(nb::module_& m) {
           "warnings",
           [](const Checkpoint& c, int layer) {
             nb::list list;
-            for (const auto& w : c.warnings(layer)) list.append(w.tensor + ": " + w.text);
+            for (const auto& w : c.warnings(layer)) list.append(text_of(w.tensor + ": " + w.text));
             return nb::typed<nb::list, nb::str>(list);
           },
           "layer"_a, "What loads but deserves a look, as text.")
@@ -270,7 +270,7 @@ void bind_checkpoint(nb::module_& m) {
            "ExpertWeights, mapped from the files.\n\n"
            "Raises Error: invalid_argument for layer or range, corrupt_file, unsupported.")
       .def("__repr__", [](const Checkpoint& c) {
-        return fmt::format("<sluice.Checkpoint {} {}>", c.format(), c.path().string());
+        return text_of(fmt::format("<sluice.Checkpoint {} {}>", c.format(), c.path().string()));
       });
 
   m.def(

@@ -1,10 +1,12 @@
 #include <fmt/core.h>
 #include <nanobind/operators.h>
+#include <nanobind/stl/filesystem.h>
 #include <nanobind/stl/map.h>
 #include <nanobind/stl/optional.h>
 #include <nanobind/stl/string.h>
 #include <nanobind/stl/vector.h>
 
+#include <filesystem>
 #include <map>
 #include <utility>
 
@@ -115,7 +117,7 @@ void bind_balance(nb::module_& m) {
 }
 
 /// By layer, in the order of their numbers.
-std::map<int, Placement> placements_by_layer(const std::string& path) {
+std::map<int, Placement> placements_by_layer(const std::filesystem::path& path) {
   std::map<int, Placement> placements;
   for (LayerPlacement& one : read_placements(path)) {
     placements.emplace(one.layer, std::move(one.placement));
@@ -123,7 +125,7 @@ std::map<int, Placement> placements_by_layer(const std::string& path) {
   return placements;
 }
 
-std::map<int, std::vector<Counts>> rows_by_layer(const std::string& path) {
+std::map<int, std::vector<Counts>> rows_by_layer(const std::filesystem::path& path) {
   std::map<int, std::vector<Counts>> rows;
   for (LayerRows& one : read_expert_rows(path).layers)
     rows.emplace(one.layer, std::move(one.steps));
@@ -136,7 +138,7 @@ void bind_files(nb::module_& m) {
         "Raises Error: io, corrupt_file naming the key, unsupported for a later version.");
   m.def(
       "write_placements",
-      [](const std::string& path, const std::map<int, Placement>& placements) {
+      [](const std::filesystem::path& path, const std::map<int, Placement>& placements) {
         std::vector<LayerPlacement> layers;
         for (const auto& [layer, placement] : placements) layers.push_back({layer, placement});
         write_placements(path, layers);
@@ -148,7 +150,7 @@ void bind_files(nb::module_& m) {
         "Raises Error: io, corrupt_file naming the key, unsupported for a later version.");
   m.def(
       "write_expert_rows",
-      [](const std::string& path, const std::map<int, std::vector<Counts>>& rows) {
+      [](const std::filesystem::path& path, const std::map<int, std::vector<Counts>>& rows) {
         ExpertRows file;
         for (const auto& [layer, steps] : rows) file.layers.push_back({layer, steps});
         if (!file.layers.empty() && !file.layers.front().steps.empty()) {

@@ -28,6 +28,9 @@
 
 namespace sluice::python {
 
+/// As Python's str has a text with names of files in it: their bytes may be no UTF-8.
+[[nodiscard]] nb::str text_of(std::string_view text);
+
 /// What a backend is doing. kRepeated: a call that came before, which takes microseconds.
 enum class Use : std::uint8_t { kNone, kCall, kRepeated };
 

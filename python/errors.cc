@@ -1,7 +1,6 @@
 // errors.cc - sluice.Error for every Error of the library, or what a signal's handler raised.
 #include <nanobind/stl/vector.h>
 
-#include <cstring>
 #include <filesystem>
 #include <new>
 #include <optional>
@@ -41,11 +40,7 @@ const char* code_name(ErrorCode code) {
 /// may have come, whose handler the interpreter calls at the next line of Python.
 std::optional<nb::object> make_instance(nb::handle type, const Error& error, nb::object& raised) {
   try {
-    // A path of any bytes may be in the text.
-    const nb::object text = nb::steal(PyUnicode_DecodeUTF8(
-        error.what(), static_cast<Py_ssize_t>(std::strlen(error.what())), "surrogateescape"));
-    if (!text.is_valid()) nb::raise_python_error();
-    return type(code_name(error.code()), text, nb::cast(error.ranks()));
+    return type(code_name(error.code()), text_of(error.what()), nb::cast(error.ranks()));
   } catch (nb::python_error& other) {
     if (!raised.is_valid()) raised = nb::borrow(other.value());
     return {};
@@ -64,6 +59,13 @@ void raise(nb::handle type, const Error& error) {
 }
 
 }  // namespace
+
+nb::str text_of(std::string_view text) {
+  PyObject* const made =
+      PyUnicode_DecodeUTF8(text.data(), static_cast<Py_ssize_t>(text.size()), "surrogateescape");
+  if (made == nullptr) nb::raise_python_error();
+  return nb::steal<nb::str>(made);
+}
 
 void bind_errors() {
   // The class is Python's own, so that it has a signature, a docstring and can be pickled.

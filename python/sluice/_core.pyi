@@ -170,24 +170,24 @@ def placement_toward(before: Placement, after: Placement, max_received: int) -> 
     Raises Error: invalid_argument.
     """
 
-def read_placements(path: str) -> dict[int, Placement]:
+def read_placements(path: str | os.PathLike) -> dict[int, Placement]:
     """
     {layer: Placement} of a file that `sluice balance` wrote.
 
     Raises Error: io, corrupt_file naming the key, unsupported for a later version.
     """
 
-def write_placements(path: str, placements: Mapping[int, Placement]) -> None:
+def write_placements(path: str | os.PathLike, placements: Mapping[int, Placement]) -> None:
     """{layer: Placement} as a file. Raises Error: invalid_argument, io."""
 
-def read_expert_rows(path: str) -> dict[int, list[list[int]]]:
+def read_expert_rows(path: str | os.PathLike) -> dict[int, list[list[int]]]:
     """
     {layer: [num_steps][num_experts]} of a file that `sluice run --expert-rows` wrote.
 
     Raises Error: io, corrupt_file naming the key, unsupported for a later version.
     """
 
-def write_expert_rows(path: str, rows: Mapping[int, Sequence[Sequence[int]]]) -> None:
+def write_expert_rows(path: str | os.PathLike, rows: Mapping[int, Sequence[Sequence[int]]]) -> None:
     """
     {layer: [num_steps][num_experts]} as a file for `sluice balance --counts`.
 

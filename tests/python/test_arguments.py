@@ -1,5 +1,6 @@
 """Every wrong argument is refused, by name, with what was expected and what came."""
 
+import os
 import pickle
 
 import numpy as np
@@ -171,6 +172,10 @@ def test_recipes_by_their_fields():
 def test_checkpoint(tmp_path, checkpoint, geometry):
     refused("nowhere", sluice.Checkpoint, tmp_path / "nowhere", code="io")
     refused("", sluice.make_checkpoint, checkpoint.path, geometry)
+    raw = tmp_path / os.fsdecode(b"n\xff")
+    raw.symlink_to(checkpoint.path)
+    assert sluice.Checkpoint(raw).path == raw and repr(sluice.Checkpoint(raw)) == f"<sluice.Checkpoint w4afp8 {raw}>"
+    refused(f"{raw}{os.sep}none", sluice.Checkpoint, raw / "none", code="io")
     refused("scale_dtype 'f16'", sluice.make_checkpoint, tmp_path / "a", geometry, scale_dtype="f16")
     refused("tiny", sluice.ModelGeometry.preset, "huge")
     refused("", checkpoint.load_experts, LAYER, 7, 2)

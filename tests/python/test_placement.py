@@ -1,6 +1,8 @@
 """Placements, the balancer and its files, as Python has them."""
 
 import json
+import os
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -62,8 +64,9 @@ def test_refusals_name_the_field():
         sluice.balance(COUNTS, 4, 8, 2)
 
 
-def test_files(tmp_path):
-    path = str(tmp_path / "file.json")
+@pytest.mark.parametrize("as_path", [str, Path, os.fsencode], ids=["str", "Path", "bytes"])
+def test_files(tmp_path, as_path):
+    path = as_path(tmp_path / "file.json")
     placements = {3: sluice.balance(COUNTS, 4, 12), 11: sluice.Placement.even(8, 4, 12)}
     sluice.write_placements(path, placements)
     assert sluice.read_placements(path) == placements
