@@ -151,7 +151,8 @@ void bind_makers(nb::class_<PyTransport>& c) {
           },
           "job"_a, nb::kw_only(), "secret"_a, "rank"_a, "num_ranks"_a, "timeout_ms"_a = nb::none(),
           "Ranks as processes of one user on one host, CUDA memory included. Collective.\n\n"
-          "job: names the meeting place. secret: what the processes prove to know.\n\n"
+          "job: names the meeting place. secret: what the processes prove to know,\n"
+          "at least 16 bytes.\n\n"
           "Raises Error: peer_timeout naming the ranks that did not come, transport if they "
           "disagree.")
       .def_static(

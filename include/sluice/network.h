@@ -23,7 +23,8 @@ struct TcpConfig {
   /// which must be an address of its host, or "0.0.0.0:port" or "[::]:port" for all of them. The
   /// other ranks try them in turn.
   std::vector<std::string> addresses = {};
-  std::string secret = {};  ///< The same in all processes of the job, and in no other.
+  std::string secret = {};  ///< The same in all processes of the job, and in no other: at least 16
+                            ///< bytes, drawn at random.
   int rank = 0, num_ranks = 1;
   /// Rank 0: a socket that listens already, to take over and to close. -1: none.
   int listener = -1;
@@ -60,8 +61,8 @@ struct NcclConfig {
                                                              std::chrono::milliseconds timeout);
 
 /// The same, for processes that a launcher started. On one host they need no meeting place.
-/// Throws also: kInvalidArgument naming the variable that is missing, SLUICE_MEETING or
-///   SLUICE_SECRET, before anything else is tried.
+/// Throws also: kInvalidArgument naming the variable that is missing or too short, SLUICE_MEETING
+///   or SLUICE_SECRET, before anything else is tried.
 [[nodiscard]] std::unique_ptr<Transport> make_nccl_transport(const NcclConfig& config,
                                                              const JobPlace& place,
                                                              std::chrono::milliseconds timeout);

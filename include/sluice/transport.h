@@ -117,7 +117,8 @@ class Transport {
 /// Where the processes of one host meet.
 struct IpcConfig {
   std::string job;     ///< Names the meeting place; the same in all of them, in no other.
-  std::string secret;  ///< What they prove to know; never sent.
+  std::string secret;  ///< What they prove to know; never sent. At least 16 bytes, or `job` again:
+                       ///< then it is the user alone, whom the system names, that keeps others out.
   int rank = 0, num_ranks = 1;
 };
 

@@ -270,7 +270,8 @@ class Transport:
         """
         Ranks as processes of one user on one host, CUDA memory included. Collective.
 
-        job: names the meeting place. secret: what the processes prove to know.
+        job: names the meeting place. secret: what the processes prove to know,
+        at least 16 bytes.
 
         Raises Error: peer_timeout naming the ranks that did not come, transport if they disagree.
         """

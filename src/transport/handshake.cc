@@ -6,11 +6,20 @@
 #include <span>
 #include <vector>
 
+#include "core/fail.h"
 #include "core/random_bytes.h"
 #include "core/sha256.h"
 #include "sluice/config.h"
 
 namespace sluice {
+
+void check_secret(const std::string& secret, const char* name) {
+  check_argument(!secret.empty(), "{} '' proves nothing", name);
+  check_argument(secret.size() >= kMinSecretBytes,
+                 "{} of {} bytes can be guessed; at least {} are needed, drawn at random (for "
+                 "example by openssl rand -hex 16)",
+                 name, secret.size(), kMinSecretBytes);
+}
 
 Nonce new_nonce() {
   Nonce nonce;

@@ -46,6 +46,14 @@ struct Answer {
   char text[512];  // Of a refusal.
 };
 
+/// Whoever hears one handshake, or listens where rank 0 should, can try secrets on its proof at
+/// leisure. 16 hexadecimal digits are 64 bits: 29 years on average at 10^10 tries a second.
+inline constexpr std::size_t kMinSecretBytes = 16;
+
+/// Throws: kInvalidArgument for a secret that can be guessed, naming its length as `name`'s, never
+/// the secret.
+void check_secret(const std::string& secret, const char* name);
+
 /// Random bytes. Throws: kTransport if the system has none.
 [[nodiscard]] Nonce new_nonce();
 

@@ -9,6 +9,7 @@
 #include <cerrno>
 #include <cstring>
 #include <thread>
+#include <utility>
 
 #include "core/fail.h"
 #include "core/interruption.h"
@@ -203,8 +204,9 @@ class Visitor {
     FileDescriptor socket;
     do {
       if (Clock::now() >= deadline_) {
-        fail_of_ranks(ErrorCode::kPeerTimeout, {0}, "{}: after {} ms still missing rank(s) 0",
-                      place(), timeout_.count());
+        fail_of_ranks(ErrorCode::kPeerTimeout, {0}, "{}: after {} ms still missing rank(s) 0{}",
+                      place(), timeout_.count(),
+                      was_closed_ ? ", which broke off: it ended or gave up" : "");
       }
       socket = try_to_join(reading.get(), membership);
       if (!socket) std::this_thread::sleep_for(milliseconds(5));
@@ -257,6 +259,8 @@ class Visitor {
     std::vector<FileDescriptor> files;
     const Io io = receive_all(socket.get(), bytes_of(answer), deadline_, &files);
     if (io == Io::kClosed) {
+      // Whom rank 0 does not want it sends away twice. One that ended is not there any more.
+      if (!std::exchange(was_closed_, true)) return {};
       fail(ErrorCode::kTransport, "{}: rank 0 does not take this process for one of its job",
            place());
     }
@@ -285,6 +289,7 @@ class Visitor {
   const IpcConfig& config_;
   milliseconds timeout_;
   Deadline deadline_;
+  bool was_closed_ = false;  // In the middle of a handshake.
 };
 
 }  // namespace
@@ -327,7 +332,8 @@ IpcMembership meet_processes(const IpcConfig& config, milliseconds timeout) {
   check_argument(config.rank >= 0 && config.rank < config.num_ranks, "rank {} is not in [0, {})",
                  config.rank, config.num_ranks);
   check_argument(!config.job.empty(), "job '' names no meeting place");
-  check_argument(!config.secret.empty(), "secret '' proves nothing");
+  // The job's name proves no more than the user does, whom the system names: a launcher's default.
+  if (config.secret != config.job) check_secret(config.secret, "secret");
   return config.rank == 0 ? Host(config, timeout).meet() : Visitor(config, timeout).meet();
 }
 

@@ -6,6 +6,7 @@
 #include "core/random_bytes.h"
 #include "core/sha256.h"
 #include "sluice/config.h"
+#include "transport/handshake.h"
 #include "transport/nccl_transport.h"
 #include "transport/tcp_socket.h"
 
@@ -226,6 +227,7 @@ std::unique_ptr<Transport> make_nccl_transport(const NcclConfig& config, const J
                  "SLUICE_SECRET='' proves nothing: processes that meet at {} need a secret of the "
                  "job, the same in all of them",
                  place.meeting);
+  check_secret(place.secret, "SLUICE_SECRET");
   try {
     (void)parse_address(place.meeting);
   } catch (const Error& error) {

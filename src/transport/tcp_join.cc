@@ -24,9 +24,10 @@ constexpr milliseconds kBetweenTries{20};
 
 /// What trying one address gave.
 struct Attempt {
-  FileDescriptor socket;  // Rank 0 has accepted this rank.
-  std::string reason;     // Otherwise.
-  bool is_final = false;  // Trying again would give the same.
+  FileDescriptor socket;    // Rank 0 has accepted this rank.
+  std::string reason;       // Otherwise.
+  bool is_final = false;    // Trying again would give the same.
+  bool was_closed = false;  // In the middle of a handshake: by rank 0's will, or by its end.
 };
 
 template <class T>
@@ -48,7 +49,7 @@ Attempt try_address(const TcpConfig& config, const std::string& address, Deadlin
   Io io = send_all(socket, bytes_of(join), deadline);
   if (io == Io::kDone) io = receive_all(socket, bytes_of(answer), deadline);
   if (io == Io::kClosed) {
-    return {{}, "rank 0 does not take this process for one of its job", true};
+    return {{}, "rank 0 does not take this process for one of its job", false, true};
   }
   if (io == Io::kLate) return {{}, "rank 0 does not answer", false};
   if (answer.kind != AnswerKind::kAccept ||
@@ -70,6 +71,7 @@ FileDescriptor join_over_tcp(const TcpConfig& config, milliseconds timeout) {
   struct Place {
     std::string reason = "not tried";
     bool is_final = false;
+    bool was_closed = false;  // At the last handshake there was.
   };
   std::vector<Place> places(config.addresses.size());
   const auto found = [&] {
@@ -85,7 +87,14 @@ FileDescriptor join_over_tcp(const TcpConfig& config, milliseconds timeout) {
       Attempt attempt =
           try_address(config, config.addresses[i], std::min(deadline, Clock::now() + kPatience));
       if (attempt.socket) return std::move(attempt.socket);
-      places[i] = {std::move(attempt.reason), attempt.is_final};
+      Place& place = places[i];
+      // Whom rank 0 does not want it sends away twice. One that ended is not there any more.
+      place.is_final = attempt.is_final || (place.was_closed && attempt.was_closed);
+      place.was_closed |= attempt.was_closed;
+      const bool has_left = place.was_closed && !attempt.was_closed && !attempt.is_final;
+      place.reason =
+          has_left ? fmt::format("{}, after rank 0 broke off: it ended or gave up", attempt.reason)
+                   : std::move(attempt.reason);
     }
     if (std::ranges::all_of(places, &Place::is_final)) {
       fail(ErrorCode::kTransport, "{}: {}", tcp_start_of(config.rank), found());

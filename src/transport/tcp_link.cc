@@ -7,6 +7,7 @@
 
 #include "core/fail.h"
 #include "sluice/error.h"
+#include "transport/handshake.h"
 #include "transport/parts.h"
 #include "transport/tcp_hub.h"
 #include "transport/tcp_join.h"
@@ -28,7 +29,7 @@ void check_config(const TcpConfig& c) {
                  "num_ranks {} over tcp is not in [1, {}]", c.num_ranks, int{kMaxTcpRanks});
   check_argument(c.rank >= 0 && c.rank < c.num_ranks, "rank {} is not in [0, {})", c.rank,
                  c.num_ranks);
-  check_argument(!c.secret.empty(), "secret '' proves nothing");
+  check_secret(c.secret, "secret");
   check_argument(!c.addresses.empty() || c.listener >= 0,
                  "addresses: rank {} is told no address of rank 0", c.rank);
   check_argument(c.listener < 0 || c.rank == 0, "listener {} is given to rank {}; rank 0 listens",

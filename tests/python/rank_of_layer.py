@@ -20,7 +20,7 @@ def main(rank, size, folder, path, how):
     elif how == "environment":
         transport = sluice.Transport.from_environment()
     else:
-        transport = sluice.Transport.ipc(folder, secret="s", rank=rank, num_ranks=size)
+        transport = sluice.Transport.ipc(folder, secret="of this test alone", rank=rank, num_ranks=size)
     assert (transport.rank, transport.num_ranks, transport.name) == (rank, size, "ipc")
     assert transport.all_gather(b"%02d" % rank) == [b"%02d" % r for r in range(size)]
     run(transport, folder, path)

@@ -192,7 +192,7 @@ def test_every_call_that_waits_releases_the_lock(checkpoint, geometry):
         timeout_ms=20000))
     for mode in MODES:
         waits(lambda engine: sluice.moe_forward(engine, x, routing, mode=mode), engines)
-    waits(lambda rank: sluice.Transport.ipc("lock", secret="s", rank=rank, num_ranks=2, timeout_ms=20000), (0, 1))
+    waits(lambda rank: sluice.Transport.ipc("lock", secret="of this test alone", rank=rank, num_ranks=2, timeout_ms=20000), (0, 1))
 
 
 def growth(body, calls):

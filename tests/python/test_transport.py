@@ -165,5 +165,7 @@ def test_the_environment_of_two_hosts(monkeypatch, no_nccl):
     assert "MASTER_PORT='65535' is not a whole number in [1, 65534]" in str(refusal())
     monkeypatch.setenv("MASTER_PORT", "29500")
     assert "SLUICE_SECRET=''" in str(refusal()) and "127.0.0.1:29501" in str(refusal())
-    monkeypatch.setenv("SLUICE_SECRET", "s")
+    monkeypatch.setenv("SLUICE_SECRET", "x")
+    assert "SLUICE_SECRET of 1 bytes can be guessed" in str(refusal())
+    monkeypatch.setenv("SLUICE_SECRET", "sixteen bytes, at least")
     assert refusal().code == "unsupported" and "transport 'nccl'" in str(refusal())

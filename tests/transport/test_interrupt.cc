@@ -59,8 +59,8 @@ std::vector<std::unique_ptr<Transport>> ipc_transports(int num_ranks) {
   std::vector<std::future<std::unique_ptr<Transport>>> coming;
   for (int r = 0; r < num_ranks; ++r) {
     coming.push_back(std::async(std::launch::async, [=] {
-      return make_ipc_transport({.job = job, .secret = "s", .rank = r, .num_ranks = num_ranks},
-                                kLong);
+      return make_ipc_transport(
+          {.job = job, .secret = "of this test alone", .rank = r, .num_ranks = num_ranks}, kLong);
     }));
   }
   std::vector<std::unique_ptr<Transport>> all;
@@ -127,14 +127,18 @@ TEST(Interrupt, EndsWaitsOverIpcAndTheOthersLearnWhy) {
 
 TEST(Interrupt, EndsTheStartOfATransport) {
   expect_interrupted(interrupted([] {
-    (void)make_ipc_transport(
-        {.job = "alone" + std::to_string(getpid()), .secret = "s", .rank = 0, .num_ranks = 2},
-        kLong);
+    (void)make_ipc_transport({.job = "alone" + std::to_string(getpid()),
+                              .secret = "of this test alone",
+                              .rank = 0,
+                              .num_ranks = 2},
+                             kLong);
   }));
   expect_interrupted(interrupted([] {
-    (void)make_ipc_transport(
-        {.job = "nobody" + std::to_string(getpid()), .secret = "s", .rank = 1, .num_ranks = 2},
-        kLong);
+    (void)make_ipc_transport({.job = "nobody" + std::to_string(getpid()),
+                              .secret = "of this test alone",
+                              .rank = 1,
+                              .num_ranks = 2},
+                             kLong);
   }));
   const TcpJob job(2);
   expect_interrupted(interrupted([&] { const TcpLink link(job.config(1), kLong); }));
@@ -211,7 +215,7 @@ TEST(Fork, DestructionInAChildTellsNobody) {
 TEST(Fork, ARankThatEndsIsMissedAlthoughAChildLivesOn) {
   const std::string name = "ends" + std::to_string(getpid());
   const auto config = [&](int rank) {
-    return IpcConfig{.job = name, .secret = "s", .rank = rank, .num_ranks = 2};
+    return IpcConfig{.job = name, .secret = "of this test alone", .rank = rank, .num_ranks = 2};
   };
   int ends[2];
   ASSERT_EQ(pipe(ends), 0);

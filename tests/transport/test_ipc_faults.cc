@@ -31,7 +31,7 @@ constexpr auto kLong = 60'000ms;
 std::unique_ptr<Transport> join(int rank) {
   const auto* const test = ::testing::UnitTest::GetInstance()->current_test_info();
   return make_ipc_transport({.job = std::string(test->name()) + std::to_string(kThisProcess),
-                             .secret = "of this test",
+                             .secret = "of this test alone",
                              .rank = rank,
                              .num_ranks = kRanks},
                             kLong);

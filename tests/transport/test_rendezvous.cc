@@ -11,6 +11,7 @@
 #include "core/sha256.h"
 #include "sluice/error.h"
 #include "support/child_process.h"
+#include "transport/handshake.h"
 #include "transport/ipc_rendezvous.h"
 #include "transport/socket_io.h"
 
@@ -111,13 +112,36 @@ TEST(Rendezvous, WithoutRankZeroNobodyStarts) {
 TEST(Rendezvous, AWrongSecretIsShutOutAndDisturbsNobody) {
   auto zero = join(job(0, 2), 20s);
   IpcConfig stranger = job(1, 2);
-  stranger.secret = "guessed";
+  stranger.secret = "guessed by a stranger";
   const Outcome refused = join(stranger, 5s).get();
   EXPECT_EQ(refused.code, ErrorCode::kTransport);
   EXPECT_THAT(refused.text, HasSubstr("does not take this process for one of its job"));
   auto one = join(job(1, 2), 20s);
   EXPECT_EQ(zero.get().text, "");
   EXPECT_EQ(one.get().text, "");
+}
+
+// Rank 0 gave up waiting for others in the middle of this rank's handshake.
+TEST(Rendezvous, ARankZeroThatLeavesIsNoRankZeroThatRefuses) {
+  using std::chrono::steady_clock;
+  FileDescriptor door = listen_at(ipc_meeting_name(job(0, 2).job));
+  ASSERT_TRUE(door);
+  auto one = join(job(1, 2), 1s);
+  FileDescriptor guest;
+  while (!guest) guest = FileDescriptor(accept4(door.get(), nullptr, nullptr, SOCK_CLOEXEC));
+  const Hello hello{{"sluice ipc 2"}, new_nonce()};
+  Join heard{};
+  ASSERT_EQ(send_all(guest.get(), std::as_bytes(std::span(&hello, 1)), steady_clock::now() + 5s),
+            Io::kDone);
+  ASSERT_EQ(receive_all(guest.get(), std::as_writable_bytes(std::span(&heard, 1)),
+                        steady_clock::now() + 5s),
+            Io::kDone);
+  door.reset();
+  guest.reset();
+  const Outcome outcome = one.get();
+  EXPECT_EQ(outcome.code, ErrorCode::kPeerTimeout);
+  EXPECT_THAT(outcome.ranks, ElementsAre(0));
+  EXPECT_THAT(outcome.text, HasSubstr("still missing rank(s) 0, which broke off"));
 }
 
 TEST(Rendezvous, ProgramsThatSpeakSomethingElseAreCountedAndIgnored) {
@@ -179,8 +203,9 @@ TEST(Rendezvous, BadConfigurationsAreNamed) {
   };
   EXPECT_THAT(text(job(0, 65)), HasSubstr("num_ranks 65 over ipc is not in [1, 64]"));
   EXPECT_THAT(text(job(3, 3)), HasSubstr("rank 3 is not in [0, 3)"));
-  EXPECT_THAT(text({.job = "", .secret = "s"}), HasSubstr("job ''"));
+  EXPECT_THAT(text({.job = "", .secret = "not in any message"}), HasSubstr("job ''"));
   EXPECT_THAT(text({.job = "j", .secret = ""}), HasSubstr("secret ''"));
+  EXPECT_THAT(text({.job = "j", .secret = "x"}), HasSubstr("secret of 1 bytes can be guessed"));
 }
 
 TEST(Rendezvous, NoDescriptorIsLeftOpen) {

@@ -117,12 +117,34 @@ TEST(TcpMeeting, AnotherJobsProcessIsShutOutAndDisturbsNobody) {
   const TcpJob job(2);
   auto zero = start_rank(job.config(0), kLong);
   TcpConfig stranger = job.config(1);
-  stranger.secret = "of another job";
+  stranger.secret = "of quite another job";
   const TcpOutcome refused = start_rank(stranger, kLong).get();
   EXPECT_EQ(refused.code, ErrorCode::kTransport);
   EXPECT_THAT(refused.text, HasSubstr("does not take this process for one of its job"));
   auto one = start_rank(job.config(1), kLong);
   EXPECT_EQ(zero.get().text + one.get().text, "");
+}
+
+// Rank 0 gave up waiting for others in the middle of this rank's handshake.
+TEST(TcpMeeting, ARankZeroThatLeavesIsNoRankZeroThatRefuses) {
+  const TcpJob job(2);
+  FileDescriptor listener = listen_over_tcp(job.address, Clock::now() + 5s);
+  auto one = start_rank(job.config(1), 1s);
+  FileDescriptor heard;
+  while (!heard) heard = FileDescriptor(accept4(listener.get(), nullptr, nullptr, SOCK_CLOEXEC));
+  const Hello hello{kTcpGreeting, new_nonce()};
+  Join join{};
+  ASSERT_EQ(send_all(heard.get(), std::as_bytes(std::span(&hello, 1)), Clock::now() + 5s),
+            Io::kDone);
+  ASSERT_EQ(
+      receive_all(heard.get(), std::as_writable_bytes(std::span(&join, 1)), Clock::now() + 5s),
+      Io::kDone);
+  listener.reset();
+  heard.reset();
+  const TcpOutcome outcome = one.get();
+  EXPECT_EQ(outcome.code, ErrorCode::kPeerTimeout);
+  EXPECT_THAT(outcome.ranks, ElementsAre(0));
+  EXPECT_THAT(outcome.text, HasSubstr("Connection refused, after rank 0 broke off"));
 }
 
 TEST(TcpMeeting, WhatDoesNotProveItselfIsCountedAndIgnored) {
@@ -246,13 +268,13 @@ TEST(TcpMeeting, TheFirstAddressThatAnswersIsTaken) {
 TEST(TcpMeeting, AListenerOfTheCallersIsTakenOver) {
   FileDescriptor listener = listen_over_tcp("127.0.0.1:0", Clock::now() + 5s);
   TcpConfig one{.addresses = {"127.0.0.1:" + std::to_string(port_of_listener(listener.get()))},
-                .secret = "s",
+                .secret = "not in any message",
                 .rank = 1,
                 .num_ranks = 2};
   auto second = start_rank(one, kLong);
   const int fd = dup(listener.get());
   listener.reset();
-  auto first = start_rank({.secret = "s", .num_ranks = 2, .listener = fd}, kLong);
+  auto first = start_rank({.secret = one.secret, .num_ranks = 2, .listener = fd}, kLong);
   EXPECT_EQ(first.get().text + second.get().text, "");
 }
 
@@ -262,7 +284,7 @@ TEST(TcpMeeting, BadConfigurationsAreNamed) {
     EXPECT_EQ(outcome.code, ErrorCode::kInvalidArgument) << outcome.text;
     return outcome.text;
   };
-  TcpConfig c{.addresses = {"h:1"}, .secret = "s", .rank = 1, .num_ranks = 2};
+  TcpConfig c{.addresses = {"h:1"}, .secret = "not in any message", .rank = 1, .num_ranks = 2};
   const auto with = [&](auto change) {
     TcpConfig copy = c;
     change(copy);
@@ -272,6 +294,9 @@ TEST(TcpMeeting, BadConfigurationsAreNamed) {
               HasSubstr("num_ranks 4097 over tcp is not in [1, 4096]"));
   EXPECT_THAT(with([](TcpConfig& x) { x.rank = 2; }), HasSubstr("rank 2 is not in [0, 2)"));
   EXPECT_THAT(with([](TcpConfig& x) { x.secret = ""; }), HasSubstr("secret ''"));
+  const std::string short_one = with([](TcpConfig& x) { x.secret = "fifteen bytes.."; });
+  EXPECT_THAT(short_one, HasSubstr("secret of 15 bytes can be guessed; at least 16"));
+  EXPECT_THAT(short_one, Not(HasSubstr("fifteen"))) << "a secret is not printed";
   EXPECT_THAT(with([](TcpConfig& x) { x.addresses = {}; }), HasSubstr("rank 1 is told no address"));
   EXPECT_THAT(with([](TcpConfig& x) { x.listener = 1000; }), HasSubstr("listener 1000"));
   for (const char* address :
