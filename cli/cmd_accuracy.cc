@@ -6,7 +6,6 @@
 #include <charconv>
 #include <cstdlib>
 #include <filesystem>
-#include <fstream>
 #include <memory>
 
 #include "accuracy_print.h"
@@ -18,6 +17,7 @@
 #include "sluice/config.h"
 #include "sluice/error.h"
 #include "sluice/lab/accuracy.h"
+#include "sluice/lab/files.h"
 #include "sluice/lab/synthetic.h"
 
 namespace sluice::cli {
@@ -230,9 +230,7 @@ Json certify_layer(const Options& options, Subject& subject) {
 }
 
 void write_html(const std::string& path, const Json& json) {
-  std::ofstream file(path);
-  file << report::accuracy_report(json);
-  if (!file.flush()) throw Error(ErrorCode::kIo, "cannot write --html " + path);
+  write_file(path, report::accuracy_report(json));
   fmt::print("report    {}\n", path);
 }
 

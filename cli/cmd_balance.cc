@@ -3,7 +3,6 @@
 
 #include <algorithm>
 #include <chrono>
-#include <fstream>
 #include <memory>
 #include <numeric>
 
@@ -13,6 +12,7 @@
 #include "sluice/balance.h"
 #include "sluice/config.h"
 #include "sluice/error.h"
+#include "sluice/lab/files.h"
 #include "sluice/placement_files.h"
 
 namespace sluice::cli {
@@ -113,9 +113,7 @@ void print(const Options& options, const ExpertRows& rows, const Json& json) {
 }
 
 void write_html(const std::string& path, const Json& json) {
-  std::ofstream file(path);
-  file << report::placement_report(json);
-  if (!file.flush()) throw Error(ErrorCode::kIo, "cannot write --html " + path);
+  write_file(path, report::placement_report(json));
   fmt::print("report    {}\n", path);
 }
 

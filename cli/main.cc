@@ -2,7 +2,6 @@
 #include <fmt/core.h>
 
 #include <cstdlib>
-#include <fstream>
 #include <new>
 #include <string>
 
@@ -10,18 +9,17 @@
 #include "report.h"
 #include "sluice/config.h"
 #include "sluice/error.h"
+#include "sluice/lab/files.h"
 
 namespace sluice::cli {
 namespace {
 
 void write_json(const Output& output) {
   if (output.json_path.empty()) return;
-  // Names of files may be any bytes; JSON is UTF-8. The text is whole before the file is opened.
+  // Names of files may be any bytes; JSON is UTF-8.
   constexpr auto kReplace = nlohmann::ordered_json::error_handler_t::replace;
   const std::string text = output.json.dump(2, ' ', /*ensure_ascii=*/false, kReplace);
-  std::ofstream file(output.json_path);
-  file << text << '\n';
-  if (!file.flush()) throw Error(ErrorCode::kIo, "cannot write --json " + output.json_path);
+  write_file(output.json_path, text + "\n");
 }
 
 /// The exit status of what `body` gives or throws, which is printed unless `output` is silent.

@@ -139,10 +139,12 @@ Option Option::writable_file() {
     const std::filesystem::path path(value);
     std::error_code ignored;  // What cannot be looked at does not exist for us.
     if (std::filesystem::is_directory(path, ignored)) return value + " is a directory";
-    if (std::filesystem::exists(path, ignored)) {
-      return access(value.c_str(), W_OK) == 0 ? "" : value + " cannot be written";
-    }
-    const std::string parent = path.has_parent_path() ? path.parent_path().string() : ".";
+    const bool is_there = std::filesystem::exists(path, ignored);
+    if (is_there && access(value.c_str(), W_OK) != 0) return value + " cannot be written";
+    if (is_there && !std::filesystem::is_regular_file(path, ignored)) return "";  // A device.
+    // A file is replaced by one that is made beside it, or beside what a link names.
+    const auto place = is_there ? std::filesystem::canonical(path, ignored) : path;
+    const std::string parent = place.has_parent_path() ? place.parent_path().string() : ".";
     if (!std::filesystem::is_directory(parent, ignored)) return "there is no folder " + parent;
     return access(parent.c_str(), W_OK) == 0 ? "" : "no file can be made in " + parent;
   });

@@ -3,12 +3,11 @@
 #include <fmt/core.h>
 
 #include <algorithm>
-#include <fstream>
 #include <numeric>
 
 #include "report.h"
 #include "sluice/balance.h"
-#include "sluice/error.h"
+#include "sluice/lab/files.h"
 
 namespace sluice::cli {
 namespace {
@@ -293,9 +292,7 @@ void write_metrics(const std::string& path, const std::vector<LayerRunResult>& l
   add_traffic(text, layers, geometry);
   add_ranks(text, layers);
   add_rows(text, layers);
-  std::ofstream file(path);
-  file << text;
-  if (!file.flush()) throw Error(ErrorCode::kIo, "cannot write --metrics " + path);
+  write_file(path, text);
 }
 
 }  // namespace sluice::cli

@@ -2,12 +2,12 @@
 #include <array>
 #include <cmath>
 #include <cstring>
-#include <fstream>
 #include <utility>
 
 #include "checkpoint/safetensors.h"
 #include "core/fail.h"
 #include "core/mmap.h"
+#include "core/write_text.h"
 #include "sluice/lab/accuracy.h"
 #include "sluice/quant.h"
 
@@ -142,16 +142,12 @@ void write_dump(const std::filesystem::path& file, const Workload& tokens) {
       SafetensorsEntry{.name = "topk_idx", .dtype = "I32", .shape = {rows, topk}},
       SafetensorsEntry{.name = "topk_weights", .dtype = "F32", .shape = {rows, topk}},
       SafetensorsEntry{.name = "x", .dtype = "BF16", .shape = {rows, hidden}}};
-  std::ofstream out(file, std::ios::binary);
-  const auto write = [&](const void* data, std::size_t bytes) {
-    out.write(static_cast<const char*>(data), static_cast<std::streamsize>(bytes));
+  std::string text = make_safetensors_header(entries);
+  const auto append = [&text](const auto& values) {
+    text.append(reinterpret_cast<const char*>(values.data()), values.size() * sizeof(values[0]));
   };
-  const std::string header = make_safetensors_header(entries);
-  write(header.data(), header.size());
-  write(tokens.topk_idx.data(), tokens.topk_idx.size() * sizeof(tokens.topk_idx[0]));
-  write(tokens.topk_weights.data(), tokens.topk_weights.size() * sizeof(tokens.topk_weights[0]));
-  write(tokens.x.data(), tokens.x.size() * sizeof(tokens.x[0]));
-  if (!out.flush()) fail(ErrorCode::kIo, "cannot write the dump {}", file.string());
+  append(tokens.topk_idx), append(tokens.topk_weights), append(tokens.x);
+  write_text(file, text);
 }
 
 }  // namespace sluice

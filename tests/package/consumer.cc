@@ -14,6 +14,7 @@
 #include "sluice/lab/convert.h"
 #include "sluice/lab/exchange_bench.h"
 #include "sluice/lab/experts_bench.h"
+#include "sluice/lab/files.h"
 #include "sluice/lab/layer_bench.h"
 #include "sluice/lab/load_bench.h"
 #include "sluice/lab/median.h"

@@ -19,7 +19,6 @@
 #include <cstdint>
 #include <cstdio>
 #include <cstdlib>
-#include <fstream>
 #include <map>
 #include <sstream>
 #include <stdexcept>
@@ -27,6 +26,7 @@
 #include <vector>
 
 #include "backend/cuda/check.h"
+#include "core/write_text.h"
 #include "sluice/lab/median.h"
 
 namespace sluice::cuda::bench {
@@ -276,7 +276,7 @@ int run(std::map<std::string, std::string> given) {
         all.pair_us);
     json += line;
   }
-  if (!given["--json"].empty()) std::ofstream(given["--json"]) << json << "]\n";
+  if (!given["--json"].empty()) write_text(given["--json"], json + "]\n");
   return 0;
 }
 
