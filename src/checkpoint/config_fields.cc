@@ -57,6 +57,15 @@ std::vector<std::string> read_names(JsonReader& json, const std::string& key,
   return names;
 }
 
+/// Only looked at for a warning, so nothing about it is refused.
+void read_architectures(JsonReader& json, std::vector<std::string>& out) {
+  if (json.peek() != Json::kArray) return json.skip();
+  json.array([&] {
+    if (json.peek() != Json::kString) return json.skip();
+    out.push_back(json.string());
+  });
+}
+
 /// What a model with other senses says of its language model.
 void merge(ConfigFields&& inner, ConfigFields& out) {
   for (auto& [kind, keys] : inner.numbers) {
@@ -68,6 +77,7 @@ void merge(ConfigFields&& inner, ConfigFields& out) {
   out.has_layer_pattern |= inner.has_layer_pattern;
   if (!inner.model_type.empty()) out.language_type = inner.model_type;
   if (out.model_type.empty()) out.model_type = std::move(inner.model_type);
+  out.architectures = std::move(inner.architectures);
   if (!inner.expert_type.empty()) out.expert_type = std::move(inner.expert_type);
   for (std::string& key : inner.unknown) {
     if (std::ranges::find(out.unknown, key) == out.unknown.end()) {
@@ -132,6 +142,8 @@ ConfigFields read_object(JsonReader& json, const std::string& file, bool is_inne
         require_kind(json, Json::kString, "a name", key, file);
         fields.model_type = fields.language_type = json.string();
         return;
+      case Kind::kArchitectures:
+        return read_architectures(json, fields.architectures);
       case Kind::kQuantization:
         require_kind(json, Json::kObject, "an object", key, file);
         return read_quantization_config(json, fields.quantization);

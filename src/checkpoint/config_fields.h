@@ -32,7 +32,8 @@ struct ConfigFields {
   bool has_layer_pattern = false;                 ///< A key of kind kLayerPattern.
   std::string model_type;                         ///< Of the whole.
   std::string language_type;  ///< Of the language model in it: what its keys mean depends on it.
-  std::string expert_type;    ///< expert_dtype
+  std::vector<std::string> architectures;  ///< Of the language model, where it has any itself.
+  std::string expert_type;                 ///< expert_dtype
   std::vector<std::string> unknown;  ///< Keys that are in no list and do not sound like experts'.
   QuantizationConfig quantization;
 };

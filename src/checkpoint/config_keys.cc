@@ -45,6 +45,7 @@ constexpr Row kTable[] = {
      "moe_layers moe_layers_enum moe_layer_end_index layers_block_type block_type "
      "hybrid_override_pattern"},
     {Kind::kModelType, "model_type"},
+    {Kind::kArchitectures, "architectures"},
     {Kind::kLanguage, "text_config language_config llm_config"},
     {Kind::kQuantization, "quantization_config"},
     {Kind::kExpertType, "expert_dtype"},
@@ -133,7 +134,7 @@ constexpr Row kTable[] = {
      "dspark_config dspark_block_size draft_vocab_size eagle_config"},
     // Where the file comes from, training and generation.
     {Kind::kIrrelevant,
-     "architectures auto_map transformers_version torch_dtype dtype use_cache pretraining_tp "
+     "auto_map transformers_version torch_dtype dtype use_cache pretraining_tp "
      "_name_or_path name_or_path _commit_hash is_encoder_decoder is_decoder pruned_heads "
      "add_cross_attention cross_attention_hidden_size chunk_size_feed_forward "
      "output_attentions output_hidden_states return_dict return_dict_in_generate torchscript "

@@ -32,6 +32,7 @@ enum class ConfigKeyKind {
   kActivation,     ///< `hidden_act` and what belongs to it.
   kMustBeOff,      ///< Would change results; must be null, false, 0, "none" or empty.
   kModelType,      ///< A name.
+  kArchitectures,  ///< A list of names, of classes of code.
   kLanguage,       ///< An object: the language model's own config.
   kQuantization,   ///< quantization_config
   kExpertType,     ///< `expert_dtype`: DeepSeek-V4's experts beside fp8, "fp4" or "fp8".

@@ -3,6 +3,7 @@
 
 #include <algorithm>
 #include <array>
+#include <cctype>
 #include <string>
 #include <string_view>
 #include <utility>
@@ -141,20 +142,42 @@ constexpr std::array<std::string_view, 25> kFamilies = {
     "longcat",   "mimo_",      "minimax", "mixtral",  "moonshot",   "olmoe",    "phimoe",
     "qwen2_moe", "qwen3",      "solar_",  "step3"};
 
-/// The same words mean other functions in other models, so one that nobody knows is worth a line.
-void check_model_type(const CheckpointData& data, Warnings& out) {
-  const std::string& type = data.config.language_type;
-  const auto is_family = [&](std::string_view family) { return type.starts_with(family); };
+bool is_known_type(const std::string& type) {
   const std::vector<std::string> presets = preset_names();
-  if (type.empty() || std::ranges::any_of(kFamilies, is_family) ||
-      std::ranges::find(presets, type) != presets.end()) {
-    return;
+  return std::ranges::find(presets, type) != presets.end() ||
+         std::ranges::any_of(kFamilies, [&](std::string_view f) { return type.starts_with(f); });
+}
+
+/// The class Ernie4_5_MoeForCausalLM is of the family ernie4_5: without case and underscores.
+bool is_known_class(const std::string& name) {
+  const auto bare = [](std::string_view text) {
+    std::string result;
+    for (const char c : text) {
+      if (c != '_') result += static_cast<char>(std::tolower(static_cast<unsigned char>(c)));
+    }
+    return result;
+  };
+  return std::ranges::any_of(kFamilies,
+                             [&](std::string_view f) { return bare(name).starts_with(bare(f)); });
+}
+
+/// The same words mean other functions in other models, so one that nobody knows is worth a line.
+/// `architectures` names the code, and may be the only name there is.
+void check_model(const CheckpointData& data, Warnings& out) {
+  const std::string& type = data.config.language_type;
+  const std::vector<std::string>& classes = data.config.architectures;
+  const auto warn = [&](const char* key, const std::string& name) {
+    out.push_back({.tensor = fmt::format("config.json: {}", key),
+                   .text = fmt::format("'{}' is not known; its experts are taken to be gate, up "
+                                       "and down with the activation {}",
+                                       name, to_string(data.config.geometry.activation)),
+                   .kind = "unknown-model"});
+  };
+  if (!type.empty() && !is_known_type(type)) {
+    warn("model_type", type);
+  } else if (!classes.empty() && std::ranges::none_of(classes, is_known_class)) {
+    warn("architectures", classes.front());
   }
-  out.push_back({.tensor = "config.json: model_type",
-                 .text = fmt::format("'{}' is not known; its experts are taken to be gate, up and "
-                                     "down with the activation {}",
-                                     type, to_string(data.config.geometry.activation)),
-                 .kind = "unknown-model"});
 }
 
 }  // namespace
@@ -167,7 +190,7 @@ std::vector<CheckpointWarning> config_warnings(const CheckpointData& data) {
   check_exclusions(data, modules, result);
   check_targets(data, modules, result);
   check_unknown_keys(data, result);
-  check_model_type(data, result);
+  check_model(data, result);
   return result;
 }
 

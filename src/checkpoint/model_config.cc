@@ -272,6 +272,7 @@ ModelConfig parse_model_config(const ConfigText& text, const std::optional<Confi
   read_layer_activations(fields, config);
   warn_of_unknown(fields, config);
   config.language_type = fields.language_type;
+  config.architectures = fields.architectures;
   config.quantization = std::move(fields.quantization);
   // DeepSeek-V4.1 has the key in its quantization_config.
   if (config.quantization.expert_type.empty()) {

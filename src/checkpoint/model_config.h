@@ -28,6 +28,7 @@ struct ModelConfig {
   LayerActivations activations;
   QuantizationConfig quantization;
   std::string language_type;  ///< model_type of the language model; empty if not given.
+  std::vector<std::string> architectures;   ///< Of the language model; empty if not given.
   std::vector<CheckpointWarning> warnings;  ///< `tensor` is "config.json: KEY".
   std::string text;  ///< The bytes of the files read, for Checkpoint::identity().
 

@@ -135,6 +135,44 @@ TEST(QuantizationKeys, OfHfQuantConfigAreRefusedToo) {
   }
 }
 
+/// hf_quant_config.json as mixed precision has it: modules by name.
+TEST(QuantizationKeys, OfQuantizedLayersCountWhereTheyNameExperts) {
+  constexpr const char* kExpert = "model.layers.3.mlp.experts.0.up_proj";
+  const std::tuple<const char*, const char*, const char*> rows[] = {
+      {kExpert, R"({"quant_algo": "W4A8_AWQ", "group_size": 128, "has_zero_point": false})", ""},
+      {"*.mlp.experts*", R"({"quant_algo": "W4A8_AWQ"})", ""},
+      {"model.layers.3.self_attn.o_proj", R"({"quant_algo": "NVFP4", "rotation": "x"})", ""},
+      {"model.layers.3.mlp.shared_experts.up_proj", R"({"quant_algo": "FP8"})", ""},
+      {kExpert, R"({"quant_algo": "W4A16_AWQ"})", ".up_proj.quant_algo = W4A16_AWQ"},
+      {"*.mlp.experts*", R"({"quant_algo": "NVFP4"})", "*.mlp.experts*.quant_algo = NVFP4"},
+      {kExpert, R"({"quant_algo": "W4A8_AWQ", "group_size": 64})", ".up_proj.group_size = 64"},
+      {kExpert, R"({"has_zero_point": true})", ".up_proj.has_zero_point = true"},
+      {kExpert, R"({"rotation": "hadamard"})", ".up_proj.rotation = \"hadamard\""},
+  };
+  ModelFiles files;
+  files.config.erase("quantization_config");
+  const TempDir dir;
+  for (const auto& [module, entry, refusal] : rows) {
+    SCOPED_TRACE(fmt::format("{}: {}", module, entry));
+    const Json layers = {{module, Json::parse(entry)}};
+    files.hf_quant_config = {
+        {"quantization", {{"quant_algo", "MIXED_PRECISION"}, {"quantized_layers", layers}}}};
+    files.write(dir.path());
+    if (*refusal == '\0') {
+      EXPECT_TRUE(Checkpoint::open(dir.path()).warnings().empty());
+    } else {
+      expect_error(ErrorCode::kUnsupported, {"hf_quant_config.json: quantization.", refusal},
+                   [&] { (void)Checkpoint::open(dir.path()); });
+    }
+  }
+  const Json layers = {{kExpert, {{"quant_algo", "W4A8_AWQ"}, {"some_new", 1}}}};
+  files.hf_quant_config["quantization"]["quantized_layers"] = layers;
+  files.write(dir.path());
+  const Checkpoint checkpoint = Checkpoint::open(dir.path());
+  ASSERT_EQ(checkpoint.warnings().size(), 1U);
+  EXPECT_THAT(checkpoint.warnings()[0].text, HasSubstr(".up_proj.some_new"));
+}
+
 TEST(QuantizationKeys, ThatNobodyKnowsAreNamedInOneWarning) {
   for (const char* const format : {"w4afp8", "compressed-tensors", "gpt-oss"}) {
     const Patched patched(format, R"({"some_new": 1, "another": {"x": true}})");

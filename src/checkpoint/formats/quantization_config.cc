@@ -3,6 +3,7 @@
 #include <fmt/format.h>
 
 #include <algorithm>
+#include <cctype>
 #include <charconv>
 #include <map>
 #include <system_error>
@@ -165,6 +166,43 @@ void read_groups(JsonReader& json, const std::string& file,
   });
 }
 
+/// "model.layers.3.mlp.experts.0.up_proj" and "*.experts*" are of routed experts, and
+/// "model.layers.3.mlp.shared_experts" is not.
+bool names_experts(std::string_view module) {
+  constexpr std::string_view kWord = "experts";
+  for (std::size_t at = 0; (at = module.find(kWord, at)) != module.npos; at += kWord.size()) {
+    const char before = at == 0 ? '.' : module[at - 1];
+    if (before != '_' && std::isalnum(static_cast<unsigned char>(before)) == 0) return true;
+  }
+  return false;
+}
+
+void read_quantized_layers(JsonReader& json, const std::string& key, const std::string& file,
+                           std::vector<QuantizedExperts>& experts, std::vector<OtherKey>& others) {
+  if (json.peek() != Kind::kObject) return read_other(json, key, others);
+  json.object([&](const std::string& module) {
+    if (!names_experts(module)) return json.skip();
+    if (json.peek() != Kind::kObject) return read_other(json, key + "." + module, others);
+    QuantizedExperts entry;
+    entry.module = module;
+    json.object([&](const std::string& inner) {
+      if (inner == "quant_algo") {
+        read_name(json, inner, file, entry.algo);
+      } else if (inner == "group_size") {
+        read_count(json, inner, file, entry.group_size);
+      } else {
+        read_other(json, inner, entry.others);
+      }
+    });
+    // A model has tens of thousands of matrices, and says the same of all.
+    const bool is_known = std::ranges::any_of(experts, [&](const QuantizedExperts& other) {
+      return other.algo == entry.algo && other.group_size == entry.group_size &&
+             other.others == entry.others;
+    });
+    if (!is_known) experts.push_back(std::move(entry));
+  });
+}
+
 void read_block_size(JsonReader& json, std::string_view key, const std::string& file,
                      std::vector<std::int64_t>& out) {
   constexpr const char* kMeaning = "rows and columns of a block, two numbers above 0";
@@ -249,6 +287,8 @@ void read_quantization_config(JsonReader& json, QuantizationConfig& config) {
       config.has_expert_sparsity = read_is_filled(json);
     } else if (key == "transform_config") {
       config.has_transforms = read_is_filled(json);
+    } else if (key == "quantized_layers") {
+      read_quantized_layers(json, key, config.file, config.experts, config.others);
     } else if (is_exclusion(key)) {
       read_strings(json, config.exclusions);
     } else {
@@ -269,6 +309,8 @@ void read_algo_config(std::string_view text, const std::string& file, Quantizati
         read_strings(json, config.exclusions);
       } else if (inner == "group_size") {
         read_count(json, inner, file, config.algo_group_size);
+      } else if (inner == "quantized_layers") {
+        read_quantized_layers(json, inner, file, config.algo_experts, config.algo_others);
       } else {
         read_other(json, inner, config.algo_others);
       }

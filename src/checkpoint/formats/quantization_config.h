@@ -40,6 +40,14 @@ struct QuantizationGroup {
   std::vector<OtherKey> others;
 };
 
+/// Entries of quantized_layers, which names modules one by one, that say the same of experts.
+struct QuantizedExperts {
+  std::string module;  ///< The first of them, as written.
+  std::string algo;    ///< quant_algo
+  std::optional<std::int64_t> group_size;
+  std::vector<OtherKey> others;
+};
+
 struct QuantizationConfig {
   std::string file;          ///< config.json, with its directory.
   bool is_present = false;   ///< It has a quantization_config.
@@ -54,11 +62,13 @@ struct QuantizationConfig {
   std::vector<QuantizationGroup> groups;
   std::vector<std::string> exclusions;  ///< `ignore` and its other names, in both files.
   bool has_sparsity = false, has_expert_sparsity = false, has_transforms = false;
+  std::vector<QuantizedExperts> experts;
   std::vector<OtherKey> others;  ///< quantization_keys.h has what becomes of them.
 
   std::string algo_file;  ///< hf_quant_config.json, with its directory; empty if there is none.
   std::string algo;       ///< Its quantization.quant_algo.
   std::optional<std::int64_t> algo_group_size;
+  std::vector<QuantizedExperts> algo_experts;
   std::vector<OtherKey> algo_others;
 };
 

@@ -1,8 +1,11 @@
 #include "checkpoint/formats/quantization_keys.h"
 
+#include <fmt/ranges.h>
+
 #include <algorithm>
 #include <array>
 #include <cctype>
+#include <optional>
 #include <string_view>
 
 #include "checkpoint/config_keys.h"
@@ -21,7 +24,7 @@ bool is_in(const Names<kCount>& names, std::string_view key) {
 
 /// How activations, the KV cache and the rest of the model are quantized; how a quantizer found the
 /// codes; who wrote them; what a loader may make of them.
-constexpr Names<37> kIrrelevant = {"fmt",
+constexpr Names<36> kIrrelevant = {"fmt",
                                    "scale_fmt",
                                    "kv_cache_scheme",
                                    "kv_cache_quant_method",
@@ -33,7 +36,6 @@ constexpr Names<37> kIrrelevant = {"fmt",
                                    "producer",
                                    "provider",
                                    "ignored_quantization_config",
-                                   "quantized_layers",
                                    "pre_quant_scale",
                                    "packed_modules_mapping",
                                    "modules_to_convert",
@@ -90,6 +92,16 @@ bool are_bits_of(const Format& format, std::string_view value) {
   return value == "4" || (format.name() == "deepseek-fp4" && value == "8");
 }
 
+/// What quantized_layers may call experts that are the format's.
+std::vector<std::string_view> algos_of(const Format& format) {
+  if (format.weight_format() == WeightFormat::kInt4) return {"W4A8_AWQ"};
+  if (format.weight_format() == WeightFormat::kMxfp4) {
+    return {"MXFP4", "W4A16_MXFP4", "W4A8_MXFP4_FP8", "W4A8_MXFP4_MXFP8"};
+  }
+  if (format.name() == "fp8-block") return {"FP8", "FP8_BLOCK_SCALES"};
+  return {};
+}
+
 /// Looks at keys of one object of a file, which begin with `prefix`.
 class KeyCheck {
  public:
@@ -117,6 +129,26 @@ class KeyCheck {
                "the key is not known, and its name sounds as though it changes what weights mean; "
                "remove it if it does not");
       }
+    }
+  }
+
+  /// What quantized_layers says of experts, and the keys of its entries.
+  void look_at(const std::string& file, const std::string& prefix,
+               const std::vector<QuantizedExperts>& entries) const {
+    for (const QuantizedExperts& entry : entries) {
+      const std::string at = fmt::format("{}quantized_layers.{}.", prefix, entry.module);
+      const std::vector<std::string_view> algos = algos_of(format_);
+      if (!entry.algo.empty() && std::ranges::find(algos, entry.algo) == algos.end()) {
+        refuse(file, at + "quant_algo", entry.algo,
+               fmt::format("the experts are {}, of which it would be {}", format_.name(),
+                           algos.empty() ? "none" : fmt::format("{}", fmt::join(algos, " or "))));
+      }
+      if (entry.group_size && format_.weight_format() &&
+          *entry.group_size != format_.group_size()) {
+        refuse(file, at + "group_size", std::to_string(*entry.group_size),
+               fmt::format("{} has {}", format_.name(), format_.group_size()));
+      }
+      look_at(file, at, entry.others);
     }
   }
 
@@ -153,6 +185,8 @@ std::vector<std::string> check_quantization_keys(const QuantizationConfig& confi
   const KeyCheck check(format, unknown);
   check.look_at(config.file, "quantization_config.", config.others);
   check.look_at(config.algo_file, "quantization.", config.algo_others);
+  check.look_at(config.file, "quantization_config.", config.experts);
+  check.look_at(config.algo_file, "quantization.", config.algo_experts);
   if (experts) {
     const std::string at = fmt::format("quantization_config.config_groups.{}.", experts->name);
     check.look_at(config.file, at, experts->others);
