@@ -1,21 +1,23 @@
 #!/usr/bin/env python3
 """Runs every test of faults many times on a machine that is kept busy.
 
-    fault_soak.py BUILD_DIRECTORY [--times 100] [--load N] [--only REGEX] [--list]
+    fault_soak.py BUILD_DIRECTORY [--times 100] [--load N] [--load-nice N] [--only REGEX] [--list]
 
 A test that depends on who gets the CPU first passes on an idle machine and fails on a busy one. So
-this keeps the CPUs busy (`--load`, processes; by default four for each CPU) and runs the tests with
-the label `fault` of BUILD_DIRECTORY one after another, each `--times` times. It prints a line for
-each test:
+this keeps the CPUs busy (`--load`, processes; by default two for each CPU, of the lowest priority) and
+runs the tests with the label `fault` of BUILD_DIRECTORY one after another, each `--times` times. It
+prints a line for each test:
 
     test_ipc_faults              100 passed    0 failed    3.9 s each at most
 
 The output of every run that failed is printed at once, before that line. An interrupt or SIGTERM ends the soak after
 the line of the test under way. Exits with 0 if no run failed, with 1 if one did or the soak was ended, with 2 if
-there is no such test. A run is a failure, too, if it takes longer than the
-test's TIMEOUT in ctest. A test that cannot run on this machine is skipped, and its line says so.
+there is no such test. A run is a failure, too, if it takes longer than the test's TIMEOUT in ctest: it is asked to
+end, so that it can take away what it made, and then killed. Processes that a run leaves behind are killed, too,
+whatever session they are in. A test that cannot run on this machine is skipped, and its line says so.
 """
 import argparse
+import ctypes
 import json
 import os
 import re
@@ -24,6 +26,8 @@ import subprocess
 import sys
 import tempfile
 import time
+
+BUSY = set()  # Processes that are the load.
 
 
 def fault_tests(build, only):
@@ -42,6 +46,35 @@ def fault_tests(build, only):
                f"exit status {properties.get('SKIP_RETURN_CODE', 'none')}")
 
 
+def become_parent_of_orphans():
+    """What a test leaves behind becomes a child of this process, which can then find it."""
+    PR_SET_CHILD_SUBREAPER = 36
+    if ctypes.CDLL(None, use_errno=True).prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0) != 0:
+        sys.exit(f"prctl: {os.strerror(ctypes.get_errno())}")
+
+
+def children():
+    with open(f"/proc/{os.getpid()}/task/{os.getpid()}/children") as file:
+        return {int(pid) for pid in file.read().split()}
+
+
+def end(job):
+    """Ends a job that is under way, and whatever a job has left."""
+    if job.poll() is None:
+        os.killpg(job.pid, signal.SIGTERM)
+        try:
+            job.wait(timeout=10)
+        except subprocess.TimeoutExpired:
+            os.killpg(job.pid, signal.SIGKILL)
+            job.wait()
+    # Each generation becomes ours when the one before it ends.
+    while left := children() - BUSY:
+        for pid in left:
+            os.kill(pid, signal.SIGKILL)
+        for pid in left:
+            os.waitpid(pid, 0)
+
+
 def run_once(command, directory, environment, seconds, skipped):
     """("passed", "skipped" or what is to be shown of a run that failed; seconds it took)"""
     begin = time.monotonic()
@@ -54,12 +87,7 @@ def run_once(command, directory, environment, seconds, skipped):
         except subprocess.TimeoutExpired:
             status = f"not at its end after {seconds:.0f} s"
         finally:
-            # Also what a failed run has left in its group.
-            try:
-                os.killpg(job.pid, signal.SIGKILL)
-            except ProcessLookupError:
-                pass
-            job.wait()
+            end(job)
         out.seek(0)
         results = {"exit status 0": "passed", skipped: "skipped"}
         return results.get(status, f"{status}\n{out.read()}"), time.monotonic() - begin
@@ -70,7 +98,8 @@ def main():
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("build", metavar="BUILD_DIRECTORY")
     parser.add_argument("--times", type=int, default=100)
-    parser.add_argument("--load", type=int, default=4 * len(os.sched_getaffinity(0)))
+    parser.add_argument("--load", type=int, default=2 * len(os.sched_getaffinity(0)))
+    parser.add_argument("--load-nice", type=int, default=19)
     parser.add_argument("--only", metavar="REGEX", default="", help="names of tests")
     parser.add_argument("--list", action="store_true", help="print the names and run nothing")
     options = parser.parse_args()
@@ -84,10 +113,13 @@ def main():
         print("\n".join(test[0] for test in tests))
         return 0
     print(f"{len(tests)} tests, {options.times} times each, beside {options.load} busy processes on "
-          f"{len(os.sched_getaffinity(0))} CPUs", flush=True)
+          f"{len(os.sched_getaffinity(0))} CPUs, of niceness {options.load_nice}", flush=True)
     # They end by themselves, too, should this script be killed.
     spin = "import os\nparent = os.getppid()\nwhile os.getppid() == parent: pass"
-    busy = [subprocess.Popen([sys.executable, "-c", spin]) for _ in range(options.load)]
+    become_parent_of_orphans()
+    busy = [subprocess.Popen([sys.executable, "-c", spin], preexec_fn=lambda: os.nice(options.load_nice))
+            for _ in range(options.load)]
+    BUSY.update(process.pid for process in busy)
     num_failed = 0
     ended = []
     for number in (signal.SIGINT, signal.SIGTERM):

@@ -6,7 +6,8 @@
 # Two processes of the job live in each namespace, as if on two machines that share nothing but a
 # link: MPI is left no shared memory between them. Compares the digest of the outputs with that of
 # threads. Then the link goes down in the middle of a run: both sides must end by themselves, with
-# errors that name ranks. Everything it makes is in namespaces of its own and removed at the end.
+# errors that name ranks. Everything it makes is in namespaces of its own and removed at the end, or by the
+# next run if this one is killed.
 # Exit 77: not run, the reason is printed.
 set -euo pipefail
 sluice=$1
@@ -16,14 +17,20 @@ mpirun=("$@")
 skip() { echo "skipped: $1"; exit 77; }
 [ "$(id -u)" -eq 0 ] || skip "not root: network namespaces cannot be made"
 command -v ip >/dev/null || skip "iproute2 is not installed"
+remove_namespace() {
+  ip netns pids "$1" 2>/dev/null | xargs -r kill -KILL 2>/dev/null || true
+  ip netns delete "$1" 2>/dev/null || true
+}
+# What killed runs have left: their names end in a process that is no more.
+for left in $(ip netns list | grep -oE '^sluice-[ab]-[0-9]+' || true); do
+  [ -e "/proc/${left##*-}" ] || remove_namespace "$left"
+done
 a=sluice-a-$$ b=sluice-b-$$
 ip netns add "$a" 2>/dev/null || skip "this system lets nobody make a network namespace"
 work=$(mktemp -d)
 cleanup() {
-  ip netns pids "$a" 2>/dev/null | xargs -r kill -KILL 2>/dev/null || true
-  ip netns pids "$b" 2>/dev/null | xargs -r kill -KILL 2>/dev/null || true
-  ip netns delete "$a" 2>/dev/null || true
-  ip netns delete "$b" 2>/dev/null || true
+  remove_namespace "$a"
+  remove_namespace "$b"
   rm -rf "$work"
 }
 trap cleanup EXIT
