@@ -9,6 +9,7 @@
 
 #include <hwy/highway.h>
 
+#include <cstddef>
 #include <cstdint>
 #include <cstring>
 
@@ -59,6 +60,26 @@ HWY_INLINE void load_scales(const PreparedMatrix& m, std::int64_t first, int cou
 }
 
 #if HWY_TARGET != HWY_SCALAR
+
+/// Groups of 128 k of one block, while `blocks` blocks take turns: `ahead` after the one at index
+/// `at`, group `group` of its block. Behind a block's last group comes the block that follows in
+/// its place. Past the last block that is memory which is asked for and never read.
+HWY_INLINE std::int64_t group_ahead(std::int64_t at, std::int64_t group, std::int64_t num_groups,
+                                    int blocks, int ahead) {
+  return at + ahead + (group + ahead < num_groups ? 0 : (blocks - 1) * num_groups);
+}
+
+HWY_INLINE const std::uint8_t* codes_of(const PreparedMatrix& m, std::int64_t block_group) {
+  return m.codes + block_group * kGroupLines * kLineBytes;
+}
+
+/// A block's scales are a few bytes for each of its kilobytes of codes: too slow a stream for a
+/// processor to see. Asked for so many groups ahead.
+inline constexpr int kScaleGroupsAhead = 8;
+HWY_INLINE void prefetch_scales(const PreparedMatrix& m, std::int64_t first) {
+  __builtin_prefetch(static_cast<const std::byte*>(m.scales) +
+                     first * kBlockN * static_cast<std::int64_t>(size_bytes(m.scale_dtype)));
+}
 
 HWY_INLINE VU8 bytes_of(Int4Code, VU8 nibbles) {
   return nibbles;

@@ -84,10 +84,24 @@ const char* instruction_set_impl() {
 
 #else
 
-/// Codes of a block's next 128 k, while rows are busy with these: many rows take longer than the
-/// processor's own prefetching looks ahead. Past the last block it names memory that nobody reads.
+/// How codes are read.
+struct Reading {
+  int blocks;        ///< That take turns with each group's digits, while these are in L1.
+  int groups_ahead;  ///< A block's codes are asked for so long before they are read.
+  bool is_near;      ///< Asked into L1, which waits for few lines at a time; otherwise into L2.
+};
+/// Few rows wait for memory. A processor's own prefetching begins anew with every page, which is
+/// four groups of a block. Many rows take longer than it looks ahead.
+constexpr Reading kReadingOfFew{.blocks = 4, .groups_ahead = 4, .is_near = false};
+constexpr Reading kReadingOfMany{.blocks = 2, .groups_ahead = 1, .is_near = true};
+constexpr int kMostWaitingRows = 8;
+
+template <bool kNear>
 HWY_INLINE void prefetch_group(const std::uint8_t* codes) {
-  for (int line = 0; line < kGroupLines; ++line) __builtin_prefetch(codes + line * kLineBytes);
+  constexpr int kLocality = kNear ? 3 : 2;
+  for (int line = 0; line < kGroupLines; ++line) {
+    __builtin_prefetch(codes + line * kLineBytes, 0, kLocality);
+  }
 }
 
 /// acc of the whole tile: add(codes, block_group, acc of the block) for each block and group.
@@ -99,16 +113,21 @@ HWY_INLINE void add_groups(const GemmTile& tile, const Add& add) {
   const int scales_per_group = kGroup / m.group_size;
   alignas(64) float scales[4 * kBlockN];
   std::fill_n(tile.acc, static_cast<std::size_t>(tile.num_blocks) * rows * kBlockN, 0.0f);
-  constexpr int kBlocksAtOnce = 2;  // Reuses a group's digits while they are in L1.
-  for (int b0 = 0; b0 < tile.num_blocks; b0 += kBlocksAtOnce) {
+  const Reading reading = tile.x.rows <= kMostWaitingRows ? kReadingOfFew : kReadingOfMany;
+  for (int b0 = 0; b0 < tile.num_blocks; b0 += reading.blocks) {
     for (std::int64_t g = 0; g < num_groups; ++g) {
-      for (int b = b0; b < std::min(b0 + kBlocksAtOnce, tile.num_blocks); ++b) {
+      for (int b = b0; b < std::min(b0 + reading.blocks, tile.num_blocks); ++b) {
         const std::int64_t at = (tile.first_block + b) * num_groups + g;
         load_scales(m, at * scales_per_group, scales_per_group, scales);
         const BlockGroup bg{
             .group = g, .weight_scales = scales, .four_scales = scales_per_group == 4};
-        const std::uint8_t* const codes = m.codes + at * kGroupLines * kLineBytes;
-        if (tile.x.rows > kFewRows) prefetch_group(codes + kGroupLines * kLineBytes);
+        const auto ahead = [&](int groups) HWY_ATTR {
+          return group_ahead(at, g, num_groups, reading.blocks, groups);
+        };
+        prefetch_scales(m, ahead(kScaleGroupsAhead) * scales_per_group);
+        const std::uint8_t* const next = codes_of(m, ahead(reading.groups_ahead));
+        reading.is_near ? prefetch_group<true>(next) : prefetch_group<false>(next);
+        const std::uint8_t* const codes = codes_of(m, at);
         add(codes, bg, tile.acc + static_cast<std::size_t>(b) * rows * kBlockN);
       }
     }
@@ -148,8 +167,8 @@ bool has_vnni() {
   return SLUICE_BYTE_DOT_HAS_VNNI && cpu_features().vnni;
 }
 
-/// Where tiles are as fast as bytes: below, reading the weights is what takes the time.
-constexpr int kLeastTileRows = 4;
+/// Where tiles are as fast as bytes. Below, reading the weights is what takes the time.
+constexpr int kLeastTileRows = 5;
 
 /// Processors with tiles have AVX-512. One that hides it has other limits than ours.
 bool has_tiles() {

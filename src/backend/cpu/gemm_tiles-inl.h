@@ -113,11 +113,13 @@ void multiply_row_tiles(const GemmTile& tile, const RowTiles& cut) {
         Ahead<kRowTiles> ahead;
         for (int i = 0; i < count; ++i) {
           const std::int64_t at = (tile.first_block + b + i) * num_groups + g;
-          const std::uint8_t* const codes = m.codes + at * kGroupLines * kLineBytes;
-          // The block's next 128 k. Past the last block it names memory that nobody reads.
-          ahead.codes[i] = codes + kGroupLines * kLineBytes;
+          const auto later = [&](int groups) HWY_ATTR {
+            return group_ahead(at, g, num_groups, kTileBlocks, groups);
+          };
+          ahead.codes[i] = codes_of(m, later(1));
+          prefetch_scales(m, later(kScaleGroupsAhead) * kScales);
           load_scales(m, at * kScales, kScales, scales[turn] + i * kBlockScales);
-          widen_to_bf16<Code>(codes, wide + i * kGroupWeights);
+          widen_to_bf16<Code>(codes_of(m, at), wide + i * kGroupWeights);
         }
         float* const acc = tile.acc + b * block_acc;
         for (int t = 0; t < cut.count; t += kRowTiles) {
