@@ -71,7 +71,7 @@ struct ExpertsBenchCeiling {
 /// Ceilings measured in the same run.
 struct ExpertsBenchReport {
   std::string device;
-  double read_gbytes_per_s = 0;
+  double read_gbytes_per_s = 0;  ///< On the CPU the most of all cases, measured after each.
   double peak_tflops = 0;  ///< Of Backend::measure_arithmetic_rate(): what no kernel can pass.
   std::vector<ExpertsBenchCeiling> arithmetic = {};  ///< One at least; peak_tflops is the largest.
   std::vector<ExpertsBenchCase> cases = {};
