@@ -15,6 +15,7 @@
 #include "convert/output_plan.h"
 #include "convert/quantize_weights.h"
 #include "convert/resolve.h"
+#include "convert/source_sample.h"
 #include "convert/target_format.h"
 #include "convert/verify.h"
 #include "core/fail.h"
@@ -30,10 +31,6 @@ namespace sluice {
 namespace {
 
 namespace fs = std::filesystem;
-
-constexpr std::array kRules = {std::pair{ScaleRule::kAmax7, "amax7"},
-                               std::pair{ScaleRule::kAmax8, "amax8"},
-                               std::pair{ScaleRule::kMse, "mse"}};
 
 constexpr const char* kIndexName = "model.safetensors.index.json";
 /// Read and written in pieces of this size.
@@ -120,6 +117,7 @@ class Converter {
     }
     lock.change_to(WorkLock::Kind::kAlone);
     if (lock.is_in_place()) {
+      check_same_source(source_, plan_, Journal(work_dir_, conversion_digest()));
       finish(report);
     } else if (!is_made_by_another(report)) {
       fail(ErrorCode::kIo, "{}: was moved or removed while it was worked on", work_dir_.string());
@@ -140,6 +138,7 @@ class Converter {
   [[nodiscard]] std::uint64_t make_expert(const OutputJob& job);
   [[nodiscard]] Expert exact_expert(const OutputJob& job, ExpertStorage& storage) const;
   [[nodiscard]] Expert quantized_expert(const OutputJob& job);
+  void verify(ConvertReport& report);
   void finish(ConvertReport& report);
   [[nodiscard]] std::string config_text() const {
     return converted_config(source_.dir, target_->quantization_config(resolved_.spec),
@@ -184,7 +183,7 @@ ConvertReport Converter::describe() const {
   return report;
 }
 
-/// Of everything that the result's bytes depend on.
+/// Of everything that the result's bytes depend on, but the weights: check_same_source().
 std::uint64_t Converter::conversion_digest() const {
   const std::string text =
       fmt::format("{} {:016x} {:016x} {} {}", version(), source_.identity, plan_.digest(),
@@ -221,6 +220,7 @@ void Converter::check_space() const {
 
 void Converter::run_jobs(const Journal& journal, ConvertReport& report) {
   // Headers and sizes are the same every time, so several processes may do this.
+  check_same_source(source_, plan_, journal);
   for (const OutputShard& shard : plan_.shards) {
     set_file_size(work_dir_ / shard.name, shard.file_bytes);
     write_at(work_dir_ / shard.name, 0, std::as_bytes(std::span(shard.header)));
@@ -234,8 +234,8 @@ void Converter::run_jobs(const Journal& journal, ConvertReport& report) {
     const OutputJob& job = plan_.jobs[i];
     if (!is_mine(job)) continue;
     const auto at = finished.find(i);
-    const bool is_intact = at != finished.end() && digest_on_disk(job) == at->second;
-    if (!is_intact) journal.add(i, run_job(job));
+    const bool is_intact = at != finished.end() && digest_on_disk(job) == at->second.bytes;
+    if (!is_intact) journal.add(i, {run_job(job), sample_source(source_, job)});
     if (job.expert >= 0) ++(is_intact ? report.experts_kept : report.experts_written);
     done += job.bytes;
     report_progress(share * static_cast<double>(done) / static_cast<double>(total));
@@ -341,6 +341,26 @@ std::uint64_t Converter::make_expert(const OutputJob& job) {
   return digest;
 }
 
+void Converter::verify(ConvertReport& report) {
+  Verification seen;
+  try {
+    seen = verify_result(source_, CheckpointData::open(work_dir_),
+                         {.layers = resolved_.layers,
+                          .is_requantized = report.is_requantized,
+                          .expects_input_scales = report.has_input_scales},
+                         pool_, [&](double done) { report_progress(0.6 + 0.35 * done); });
+  } catch (const Error& error) {
+    if (error.code() != ErrorCode::kCorruptFile) throw;
+    fail(error.code(), "{}; what was made stays in {}: remove that directory to make it anew",
+         error.what(), work_dir_.string());
+  }
+  report.is_verified = true;
+  report.weights_compared = seen.weights_compared;
+  report.relative_error = seen.relative_error;
+  report.worst_relative_error = seen.worst_relative_error;
+  report.worst_matrix = seen.worst_matrix;
+}
+
 void Converter::finish(ConvertReport& report) {
   write_text(work_dir_ / kIndexName, plan_.index_text());
   write_text(work_dir_ / "config.json", config_text());
@@ -348,20 +368,7 @@ void Converter::finish(ConvertReport& report) {
   // Verification holds an expert of its own.
   std::vector<float>().swap(weights_);
   quantized_ = {};
-  if (options_.verify) {
-    const CheckpointData result = CheckpointData::open(work_dir_);
-    const Verification seen =
-        verify_result(source_, result,
-                      {.layers = resolved_.layers,
-                       .is_requantized = report.is_requantized,
-                       .expects_input_scales = report.has_input_scales},
-                      pool_, [&](double done) { report_progress(0.6 + 0.35 * done); });
-    report.is_verified = true;
-    report.weights_compared = seen.weights_compared;
-    report.relative_error = seen.relative_error;
-    report.worst_relative_error = seen.worst_relative_error;
-    report.worst_matrix = seen.worst_matrix;
-  }
+  if (options_.verify) verify(report);
   write_checksums(work_dir_);
   std::error_code problem;
   fs::remove(work_dir_ / Journal::kFileName, problem);
@@ -371,22 +378,6 @@ void Converter::finish(ConvertReport& report) {
 }
 
 }  // namespace
-
-const char* to_string(ScaleRule rule) noexcept {
-  for (const auto& [value, name] : kRules) {
-    if (value == rule) return name;
-  }
-  return "unknown";
-}
-
-ScaleRule parse_scale_rule(const std::string& name) {
-  std::string known;
-  for (const auto& [value, text] : kRules) {
-    if (name == text) return value;
-    known += std::string(known.empty() ? "" : ", ") + text;
-  }
-  fail(ErrorCode::kInvalidArgument, "scale rule '{}' is none of: {}", name, known);
-}
 
 ConvertReport convert_checkpoint(const ConvertOptions& options, const Progress& progress) {
   const fs::path target = checked_target(options.to);

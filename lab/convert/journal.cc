@@ -12,7 +12,7 @@ namespace sluice {
 namespace {
 
 std::string head_line(std::uint64_t conversion) {
-  return fmt::format("sluice-convert 1 {:016x}\n", conversion);
+  return fmt::format("sluice-convert 2 {:016x}\n", conversion);
 }
 
 std::string read_all(const std::filesystem::path& path) {
@@ -20,13 +20,20 @@ std::string read_all(const std::filesystem::path& path) {
   return {reinterpret_cast<const char*>(file->bytes().data()), file->bytes().size()};
 }
 
-/// "<job> <16 hexadecimal digits>"; false for anything else.
-bool parse_line(std::string_view line, std::size_t& job, std::uint64_t& digest) {
-  const char* const end = line.data() + line.size();
-  const auto [after, problem] = std::from_chars(line.data(), end, job);
-  if (problem != std::errc{} || end - after != 17 || *after != ' ') return false;
-  const auto [last, hex_problem] = std::from_chars(after + 1, end, digest, 16);
-  return hex_problem == std::errc{} && last == end;
+/// " <16 hexadecimal digits>"; false for anything else.
+bool parse_digest(std::string_view text, std::uint64_t& digest) {
+  if (text.size() != 17 || text.front() != ' ') return false;
+  const auto [last, problem] = std::from_chars(text.begin() + 1, text.end(), digest, 16);
+  return problem == std::errc{} && last == text.end();
+}
+
+/// "<job> <digest> <digest>"; false for anything else.
+bool parse_line(std::string_view line, std::size_t& job, Journal::Done& done) {
+  const auto [after, problem] = std::from_chars(line.begin(), line.end(), job);
+  if (problem != std::errc{}) return false;
+  line.remove_prefix(static_cast<std::size_t>(after - line.begin()));
+  return line.size() == 34 && parse_digest(line.substr(0, 17), done.bytes) &&
+         parse_digest(line.substr(17), done.source);
 }
 
 }  // namespace
@@ -46,21 +53,28 @@ Journal::Journal(const std::filesystem::path& dir, std::uint64_t conversion)
   if (!text.ends_with('\n')) append_text(path_, "\n");
 }
 
-std::map<std::size_t, std::uint64_t> Journal::finished() const {
+std::map<std::size_t, Journal::Done> Journal::finished() const {
   const std::string text = read_all(path_);
-  std::map<std::size_t, std::uint64_t> jobs;
+  std::map<std::size_t, Done> jobs;
   std::string_view rest = text;
   for (std::size_t end = 0; (end = rest.find('\n')) != std::string_view::npos;
        rest.remove_prefix(end + 1)) {
     std::size_t job = 0;
-    std::uint64_t digest = 0;
-    if (parse_line(rest.substr(0, end), job, digest)) jobs[job] = digest;
+    Done done{};
+    if (!parse_line(rest.substr(0, end), job, done)) continue;
+    const auto [at, is_first] = jobs.try_emplace(job, done);
+    if (!is_first && at->second.source != done.source) {
+      fail(ErrorCode::kInvalidArgument,
+           "{}: holds an unfinished conversion of two sources at once; remove the directory",
+           dir().string());
+    }
+    at->second = done;
   }
   return jobs;
 }
 
-void Journal::add(std::size_t job, std::uint64_t digest) const {
-  append_text(path_, fmt::format("{} {:016x}\n", job, digest));
+void Journal::add(std::size_t job, Done done) const {
+  append_text(path_, fmt::format("{} {:016x} {:016x}\n", job, done.bytes, done.source));
 }
 
 }  // namespace sluice

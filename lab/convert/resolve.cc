@@ -1,13 +1,19 @@
 #include "convert/resolve.h"
 
 #include <algorithm>
+#include <array>
 #include <string_view>
+#include <utility>
 
 #include "checkpoint/expert_storage.h"
 #include "core/fail.h"
 
 namespace sluice {
 namespace {
+
+constexpr std::array kRules = {std::pair{ScaleRule::kAmax7, "amax7"},
+                               std::pair{ScaleRule::kAmax8, "amax8"},
+                               std::pair{ScaleRule::kMse, "mse"}};
 
 DType stored_scale_dtype(const CheckpointData& source, int layer) {
   ExpertStorage storage;
@@ -156,6 +162,22 @@ ResolvedConversion resolve_conversion(const ConvertOptions& options, const Check
   target.check(out.spec, source.dir.string());
   check_others(options, source);
   return out;
+}
+
+const char* to_string(ScaleRule rule) noexcept {
+  for (const auto& [value, name] : kRules) {
+    if (value == rule) return name;
+  }
+  return "unknown";
+}
+
+ScaleRule parse_scale_rule(const std::string& name) {
+  std::string known;
+  for (const auto& [value, text] : kRules) {
+    if (name == text) return value;
+    known += std::string(known.empty() ? "" : ", ") + text;
+  }
+  fail(ErrorCode::kInvalidArgument, "scale rule '{}' is none of: {}", name, known);
 }
 
 }  // namespace sluice

@@ -5,6 +5,7 @@
 #include <algorithm>
 #include <array>
 #include <chrono>
+#include <fstream>
 #include <latch>
 #include <thread>
 #include <vector>
@@ -111,6 +112,92 @@ TEST_F(Resume, RefusesAnotherConversionsRemains) {
   other.max_shard_bytes = 1 << 20;
   expect_error(ErrorCode::kInvalidArgument, {"unfinished"},
                [&] { (void)convert_checkpoint(other); });
+}
+
+/// Two trainings of one model: the same config and headers, other weights.
+TEST_F(Resume, RefusesAnotherSourceOfTheSameHeaders) {
+  for (const std::string format : {"bf16", "fp8-block", "w4afp8", "gpt-oss"}) {
+    SCOPED_TRACE(format);
+    const fs::path mine = dir_ / (format + "-mine"), theirs = dir_ / (format + "-theirs");
+    SyntheticCheckpoint spec = small_spec(format, format == "gpt-oss" ? 32 : 128);
+    if (format == "gpt-oss") {
+      spec.scale_dtype = DType::kFloat8E8M0, spec.geometry.has_bias = true;
+    }
+    write_synthetic_checkpoint(spec, mine);
+    spec.seed = 2;
+    write_synthetic_checkpoint(spec, theirs);
+    testing::write_file(theirs / "config.json", testing::read_file(mine / "config.json"));
+    ASSERT_EQ(Checkpoint::open(mine).identity(), Checkpoint::open(theirs).identity());
+    const std::string to = "from-" + format;
+    ConvertOptions part{.from = mine, .to = dir_ / to, .format = "compressed-tensors"};
+    if (format == "bf16" || format == "fp8-block") part.scale_rule = ScaleRule::kAmax7;
+    part.verify = false;
+    ConvertOptions whole = part;
+    whole.to = dir_ / (to + "-whole");
+    if (format == "gpt-oss") whole.format = part.format = format;
+    (void)convert_checkpoint(whole);
+    part.num_experts = 2;
+    (void)convert_checkpoint(part);
+    part.from = theirs;
+    for (const int first : {2, 0}) {
+      part.first_expert = first;
+      expect_error(ErrorCode::kInvalidArgument,
+                   {work(to).string(), "another source", "layer 3", theirs.string(), "remove"},
+                   [&] { (void)convert_checkpoint(part); });
+    }
+    part.from = mine;
+    part.first_expert = 2;
+    EXPECT_TRUE(convert_checkpoint(part).is_complete);
+    EXPECT_EQ(file_contents(part.to), file_contents(whole.to));
+  }
+}
+
+TEST_F(Resume, RefusesASourceThatChangesMeanwhile) {
+  SyntheticCheckpoint spec = small_spec("bf16");
+  spec.num_layers = 2;
+  spec.seed = 2;
+  write_synthetic_checkpoint(spec, dir_ / "other");
+  ConvertOptions part = options("cut");
+  part.verify = false;
+  int count = 0;
+  const auto change = [&](double) {
+    if (++count != 3) return;
+    for (const auto& [name, content] : file_contents(dir_ / "other")) {
+      std::fstream(dir_ / "from" / name, std::ios::binary | std::ios::in | std::ios::out)
+          .write(content.data(), static_cast<std::streamsize>(content.size()));
+    }
+  };
+  expect_error(ErrorCode::kInvalidArgument, {work("cut").string(), "another source"},
+               [&] { (void)convert_checkpoint(part, change); });
+  EXPECT_FALSE(fs::exists(dir_ / "cut"));
+}
+
+TEST_F(Resume, AJobOfTwoSourcesIsRefused) {
+  run_until("cut", 2);
+  std::ofstream(work("cut") / Journal::kFileName, std::ios::app)
+      << "0 0000000000000001 0000000000000002\n";
+  expect_error(ErrorCode::kInvalidArgument, {work("cut").string(), "two sources"},
+               [&] { (void)convert_checkpoint(options("cut")); });
+}
+
+/// What no sample sees, verification does, and says what is in the way.
+TEST_F(Resume, AFailedVerificationNamesTheDirectory) {
+  run_until("cut", 8);
+  int count = 0;
+  // As bytes that a disk lost after they were compared with the journal.
+  const auto damage = [&](double) {
+    if (++count != 8) return;
+    for (const auto& [name, content] : file_contents(work("cut"))) {
+      if (!name.ends_with(".safetensors")) continue;
+      const std::string zeros(content.size() / 2, '\0');
+      std::fstream file(work("cut") / name, std::ios::binary | std::ios::in | std::ios::out);
+      file.seekp(static_cast<std::streamoff>(content.size() - zeros.size()));
+      file.write(zeros.data(), static_cast<std::streamsize>(zeros.size()));
+    }
+  };
+  expect_error(ErrorCode::kCorruptFile,
+               {"what was made stays in " + work("cut").string(), "remove"},
+               [&] { (void)convert_checkpoint(options("cut"), damage); });
 }
 
 TEST_F(Resume, ExpertRangesInAnyOrderMakeTheSameResult) {
