@@ -28,6 +28,24 @@ __device__ __forceinline__ std::uint32_t select_bits(std::uint32_t mask, std::ui
   return bits;
 }
 
+/// Byte `i` (a constant) of a word: an integer dot product, which leaves the integer pipe alone.
+__device__ __forceinline__ std::uint32_t byte_of(std::uint32_t word, const int i) {
+  std::uint32_t byte;
+  asm("dp4a.u32.u32 %0, %1, %2, 0;" : "=r"(byte) : "r"(word), "r"(1u << 8 * i));
+  return byte;
+}
+
+/// The upper half of a word, twice. It goes through the pipe of fp16, times 1 and less 0: requires
+/// that it is no infinity or NaN there (below 0x7c00).
+__device__ __forceinline__ std::uint32_t upper_half(std::uint32_t word) {
+  std::uint32_t halves;
+  asm("{\n.reg .b16 l, h;\n.reg .b32 t;\nmov.b32 {l, h}, %1;\nmov.b32 t, {h, h};\n"
+      "fma.rn.f16x2 %0, t, %2, %3;\n}\n"
+      : "=r"(halves)
+      : "r"(word), "r"(0x3c003c00u), "r"(0x80008000u));
+  return halves;
+}
+
 /// The smaller and the larger one; a NaN where either is one. -0 is below +0.
 __device__ __forceinline__ float min_nan(float a, float b) {
   float y;

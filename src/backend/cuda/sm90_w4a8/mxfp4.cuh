@@ -10,11 +10,14 @@
 // These eight bytes are two registers, and a byte permutation looks up four of them by the low
 // three bits of four nibbles. Instructions for a word, which has eight weights of two rows:
 //
-//   integer pipe    a mask, two look-ups, a shift, two signs                                6
-//                   rises: for two words one extraction for each row, and for eight words
-//                   one mask for each row                                                   1.3
+//   integer pipe    a mask, two look-ups, two signs                                         5
+//                   rises: for eight words one mask for each row                            0.3
 //   multiply pipe   the second row's signs shifted left                                     1
 //                   tables: two multiply-adds for each row and two words                    2
+//                   rises: for two words one extraction for each row                        1
+//                   the second row's look-up: the upper half, as a product by 1 of fp16     1
+//
+// The integer pipe takes an instruction of a warp in two cycles, and these loops would wait for it.
 //
 // int4 takes 6 or 7 (one's complement) or 3 (sign and magnitude) in all, but its scales meet every
 // unit of 128: two instructions for each accumulator there, one here.
@@ -22,6 +25,7 @@
 
 #include <cstdint>
 
+#include "backend/cuda/ptx/math.cuh"
 #include "backend/cuda/ptx/wgmma_e5m2.cuh"
 #include "backend/cuda/sm90_w4a8/unit.cuh"
 
@@ -61,13 +65,13 @@ __device__ __forceinline__ ScaleWords rises_of(const ScaleWords& near) {
 /// rows r (a[0], a[2]) and r + 8 (a[1], a[3]).
 __device__ __forceinline__ void look_up_step(const int i, std::uint32_t first, std::uint32_t second,
                                              const ScaleWords& rises, std::uint32_t (&a)[4]) {
-  const E2M1Table lo = e2m1_table(__byte_perm(rises.lo, 0, 0x4440 + i));
-  const E2M1Table hi = e2m1_table(__byte_perm(rises.hi, 0, 0x4440 + i));
+  const E2M1Table lo = e2m1_table(ptx::byte_of(rises.lo, i));
+  const E2M1Table hi = e2m1_table(ptx::byte_of(rises.hi, i));
   const std::uint32_t magnitudes[2] = {first & 0x77777777u, second & 0x77777777u};
   a[0] = look_up(lo, magnitudes[0]);
-  a[1] = look_up(hi, magnitudes[0] >> 16);
+  a[1] = look_up(hi, ptx::upper_half(magnitudes[0]));
   a[2] = look_up(lo, magnitudes[1]);
-  a[3] = look_up(hi, magnitudes[1] >> 16);
+  a[3] = look_up(hi, ptx::upper_half(magnitudes[1]));
 }
 /// Signs for such magnitudes.
 __device__ __forceinline__ void add_signs_step(std::uint32_t first, std::uint32_t second,

@@ -88,24 +88,34 @@ __device__ __forceinline__ void multiply_mxfp4_slab(Shared<C>& s, Ring& ring, in
   }
 }
 
-/// One slab, few columns: the next step's weights are widened while this step is multiplied.
+/// One slab, few columns: the next step's weights are widened while this step is multiplied. After
+/// the last step a warp takes the stage that it has once more and widens in vain: so the loop has
+/// no branch, and the descriptor of x stays in a uniform register.
 template <class C, XScale X, int N>
-__device__ __forceinline__ void multiply_mxfp4_slab_ahead(Shared<C>& s, Ring& ring, int num_steps,
+__device__ __forceinline__ void multiply_mxfp4_slab_ahead(Shared<C>& s, Ring& ring, int steps,
                                                           const MathLane& lane,
                                                           float (&sum)[1][N / 2]) {
   float acc[N / 2];
   clear(acc);
-  int stage = acquire(s, ring);
+  int left = uniform(steps);
+  Ring at = uniform(ring), now = at;
+  acquire_together(s, at);
+  std::uint32_t x = uniform(view_stage(s, now.stage, lane).x);
   Fragments f;
-  ScaleWords words = load_scale_words(view_stage(s, stage, lane).scales);
-  widen_e2m1(load_codes(view_stage(s, stage, lane).codes), words, f);
-  for (int k = num_steps; k > 0; --k) {
-    const int next_stage = k == 1 ? stage : acquire(s, ring);
-    const StageView v = view_stage(s, stage, lane);
+  ScaleWords words = load_scale_words(view_stage(s, now.stage, lane).scales);
+  widen_e2m1(load_codes(view_stage(s, now.stage, lane).codes), words, f);
+  auto step = [&] {
+    std::uint32_t next_x = x;
     pin(f);
-    multiply_e5m2(acc, f, v.x);
+    multiply_e5m2(acc, f, x);
+    const int stage = now.stage;
+    const bool more = --left > 0;
+    now = more ? at : now;
+    wait_together(s, now);
+    at = more ? after<C>(at) : at;
     // Fragments of a product in flight must not be written: the next ones get their signs after it.
-    const StageView ahead = view_stage(s, next_stage, lane);
+    const StageView ahead = view_stage(s, now.stage, lane);
+    next_x = uniform(ahead.x);
     const Codes codes = load_codes(ahead.codes);
     words = load_scale_words(ahead.scales);
     Fragments next;
@@ -114,11 +124,14 @@ __device__ __forceinline__ void multiply_mxfp4_slab_ahead(Shared<C>& s, Ring& ri
     pin(next);
     add_signs(codes, next);
     f = next;
-    add_near<X, 2>(acc, v.x_scale, sum[0]);
+    add_near<X, 2>(acc, view_stage(s, stage, lane).x_scale, sum[0]);
     release(s, stage);
-    stage = next_stage;
-  }
+    x = next_x;
+  };
+  step();
+  while (left > 0) step();
   meet_near_scales(words, sum[0]);
+  ring = at;
 }
 
 /// Two slabs, up to 64 columns: slab 0 is added while slab 1 is multiplied, slab 1 while slab 0 of
@@ -140,9 +153,11 @@ __device__ __forceinline__ void multiply_mxfp4_two_slabs(Shared<C>& s, Ring& rin
     add_near<X, 4>(acc, view_stage(s, stage, lane).x_scale, sum[b]);
     pin(sum[b]);
   };
+  gather_lanes();
   auto step = [&](bool is_first) {
-    const int next_stage = acquire(s, at);
-    const StageView v = view_stage(s, next_stage, lane);
+    const int next_stage = acquire_together(s, at);
+    StageView v = view_stage(s, next_stage, lane);
+    v.x = uniform(v.x);
     widen_e2m1(load_codes(v.codes), load_scale_words(v.scales), f0);
     widen_e2m1(load_codes(v.codes + C::kSlabBytes), load_scale_words(v.scales + C::kSlabBytes), f1);
     pin(f0);

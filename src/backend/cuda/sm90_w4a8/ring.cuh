@@ -37,6 +37,12 @@ __device__ __forceinline__ Ring after(Ring at) {
   return at;
 }
 
+/// From here on ptxas knows that a warp's lanes are together, and keeps what they share in uniform
+/// registers, also around a loop whose first step stands before it.
+__device__ __forceinline__ void gather_lanes() {
+  ptx::wgmma_fence();
+}
+
 /// A value that all lanes share, where the compiler cannot know it: goes to a uniform register.
 __device__ __forceinline__ int uniform(int v) {
   return static_cast<int>(__reduce_or_sync(0xffffffffu, static_cast<unsigned>(v)));
