@@ -175,14 +175,17 @@ void check_sources(const RepackFormat& format, const PackedMemory& memory, int f
   }
 }
 
-bool overlaps_itself(const RepackFormat& format, const PackedMemory& memory, int index,
-                     const ExpertSource& source) {
-  const std::array<Extent, 2> own = packed_of(memory, index, index + 1);
-  const std::array<const MatrixSource*, 3> matrices = matrices_of(source);
-  for (std::size_t m = 0; m < matrices.size(); ++m) {
-    if (overlap(format, *matrices[m], shape_of(format, m), own)) return true;
-  }
-  return false;
+bool overlaps_itself(const RepackFormat& format, const PackedMemory& memory, int first,
+                     std::span<const ExpertSource> sources) {
+  const auto count = static_cast<int>(sources.size());
+  const std::array<Extent, 2> packed = packed_of(memory, first, first + count);
+  return std::ranges::any_of(sources, [&](const ExpertSource& source) {
+    const std::array<const MatrixSource*, 3> matrices = matrices_of(source);
+    for (std::size_t m = 0; m < matrices.size(); ++m) {
+      if (overlap(format, *matrices[m], shape_of(format, m), packed)) return true;
+    }
+    return false;
+  });
 }
 
 bool leaves_down(const RepackFormat& format, const PackedMemory& memory, int index,

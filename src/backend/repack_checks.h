@@ -40,9 +40,9 @@ struct PackedMemory {
 void check_sources(const RepackFormat& format, const PackedMemory& memory, int first,
                    std::span<const ExpertSource> sources);
 
-/// Whether packing expert `index` overwrites some of its own source.
+/// Whether packing experts [first, first + sources.size()) overwrites some of their own sources.
 [[nodiscard]] bool overlaps_itself(const RepackFormat& format, const PackedMemory& memory,
-                                   int index, const ExpertSource& source);
+                                   int first, std::span<const ExpertSource> sources);
 
 /// Whether packing gate and up of expert `index` overwrites nothing of its down matrix's source.
 [[nodiscard]] bool leaves_down(const RepackFormat& format, const PackedMemory& memory, int index,

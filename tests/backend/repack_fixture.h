@@ -86,6 +86,36 @@ inline void expect_the_bytes_of_prepare(Backend& backend, const PackedBytes& byt
   }
 }
 
+/// More experts than a backend takes at once, some of them with rows that are further apart: all in
+/// one call.
+inline void expect_many_experts(Backend& backend, const PackedBytes& bytes_of) {
+  ModelGeometry int4{.name = "many",
+                     .num_experts = 70,
+                     .num_topk = 1,
+                     .hidden = 384,
+                     .intermediate = 128,
+                     .group_size = 128};
+  ModelGeometry mxfp4 = int4;
+  mxfp4.group_size = 32, mxfp4.weight_format = WeightFormat::kMxfp4;
+  for (const RepackCase& c : {RepackCase{int4, DType::kBFloat16, CodeRange::kAll},
+                              RepackCase{int4, DType::kFloat32, CodeRange::kSymmetric},
+                              RepackCase{mxfp4, DType::kFloat8E8M0, CodeRange::kAll}}) {
+    const ExpertWeights weights = random_experts(c.geometry, c.scale_dtype, 15, c.range);
+    const bool is_mxfp4 = c.geometry.weight_format == WeightFormat::kMxfp4;
+    const WeightLayout layout = is_mxfp4 ? WeightLayout::kMxfp4 : WeightLayout::kInt4;
+    const DeviceStack dense(weights, {.name = "", .weights = layout}, backend);
+    const DeviceStack apart(weights, {.name = "", .weights = layout, .gap = 6}, backend);
+    StackedSources found = stacked_sources(dense.weights);
+    const StackedSources others = stacked_sources(apart.weights);
+    for (const std::size_t e : {5, 6, 7, 8, 15, 69}) found.experts[e] = others.experts[e];
+    auto room = ops(backend).make_room(found.format, {});
+    ops(backend).repack(*room, 0, found.experts, backend.stream());
+    ops(backend).finish_repack(*room, backend.stream());
+    EXPECT_TRUE(bytes_of(*room) == bytes_of(*ops(backend).prepare(weights)))
+        << to_string(c.scale_dtype);
+  }
+}
+
 /// Codes and scales that lie in the memory that they are packed into: each part of it ends with its
 /// codes, and scales lie in front of them until they are copied away.
 inline void expect_packing_in_place(Backend& backend, const PackedBytes& bytes_of) {

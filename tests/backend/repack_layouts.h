@@ -85,7 +85,7 @@ inline HostTensor moved(
 
 inline HostTensor laid_out_codes(HostTensor t, const Layout& layout) {
   const Shape s = t.view.tensor.shape;
-  if (layout.weights == WeightLayout::kInt4) {
+  if (layout.weights == WeightLayout::kInt4 || layout.weights == WeightLayout::kMxfp4) {
     const std::int64_t stride = s[2] + layout.gap;
     return moved(
         t, DType::kInt8, s, stride, 1, [=](auto, auto n, auto c) { return n * stride + c; }, s[2]);

@@ -30,6 +30,10 @@ TEST(CpuRepack, EveryOrderGivesTheBytesOfPrepare) {
   expect_the_bytes_of_prepare(*make_backend({.num_threads = 2}), bytes_of);
 }
 
+TEST(CpuRepack, ManyExpertsAtOnce) {
+  expect_many_experts(*make_backend({.num_threads = 2}), bytes_of);
+}
+
 TEST(CpuRepack, InTheMemoryOfTheCodes) {
   expect_packing_in_place(*make_backend({.num_threads = 2}), bytes_of);
 }

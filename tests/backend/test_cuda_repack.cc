@@ -23,6 +23,10 @@ TEST_F(CudaRepackTest, EveryOrderGivesTheBytesOfPrepare) {
   expect_the_bytes_of_prepare(*backend_, bytes_of());
 }
 
+TEST_F(CudaRepackTest, ManyExpertsAtOnce) {
+  expect_many_experts(*backend_, bytes_of());
+}
+
 TEST_F(CudaRepackTest, InTheMemoryOfTheCodes) {
   expect_packing_in_place(*backend_, bytes_of());
 }

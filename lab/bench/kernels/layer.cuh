@@ -151,21 +151,25 @@ inline Weights make_weights(const WeightSpec& spec) {
                         reinterpret_cast<const std::byte*>(w.scales[i].data + e * one_scales * sb),
                         k, spec.group);
   };
+  std::vector<ExpertSource> sources;
   for (std::size_t e = 0; e < experts; ++e) {
-    launch_repack({.shape = w.gate_up().shape,
-                   .code = spec.code,
-                   .is_gate_up = true,
-                   .sources = {source(0, e, spec.hidden), source(1, e, spec.hidden)},
-                   .packed = w.packed_gate_up.data + e * gu,
-                   .findings = findings.data},
-                  nullptr);
-    launch_repack({.shape = w.down().shape,
-                   .code = spec.code,
-                   .sources = {source(2, e, spec.intermediate), {}},
-                   .packed = w.packed_down.data + e * dn,
-                   .findings = findings.data},
-                  nullptr);
+    sources.push_back({.gate = source(0, e, spec.hidden),
+                       .up = source(1, e, spec.hidden),
+                       .down = source(2, e, spec.intermediate)});
   }
+  launch_repack({.shape = w.gate_up().shape,
+                 .code = spec.code,
+                 .is_gate_up = true,
+                 .experts = sources,
+                 .packed = w.packed_gate_up.data,
+                 .findings = findings.data},
+                nullptr);
+  launch_repack({.shape = w.down().shape,
+                 .code = spec.code,
+                 .experts = sources,
+                 .packed = w.packed_down.data,
+                 .findings = findings.data},
+                nullptr);
   SLUICE_CUDA_CHECK(cudaDeviceSynchronize());
   if (findings.download()[0].has_far != 0) w.code = WeightCode::kE2M1Far;
   if (!spec.keep_canonical) {

@@ -320,7 +320,7 @@ void PreparedCpuExperts::repack(int first, std::span<const ExpertSource> sources
   for (std::size_t i = 0; i < sources.size(); ++i) {
     const int index = first + static_cast<int>(i);
     const auto at = static_cast<std::size_t>(index);
-    if (!overlaps_itself(format_, packed_, index, sources[i])) {
+    if (!overlaps_itself(format_, packed_, index, sources.subspan(i, 1))) {
       repack_expert(index, sources[i], experts_[at], pool);
       continue;
     }

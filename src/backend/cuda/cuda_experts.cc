@@ -3,7 +3,9 @@
 #include <cuda_runtime_api.h>
 
 #include <algorithm>
+#include <cstring>
 #include <iterator>
+#include <vector>
 
 #include "backend/check_experts.h"
 #include "backend/cuda/check.h"
@@ -88,65 +90,68 @@ CudaExperts::CudaExperts(const RepackFormat& f, const MutableTensorView& room, i
     view.device = {Device::Kind::kCuda, device};
   }
   packed = split_memory(format, view, {Device::Kind::kCuda, device});
-  sync = std::make_unique<CudaBuffer>(device, cuda::sync_bytes(format.num_experts));
-  findings = std::make_unique<CudaBuffer>(device, sizeof(cuda::RepackFindings));
+  // One piece of memory and one copy: cudaMalloc and cudaFree take as long as four experts.
+  const std::size_t sync_bytes = (cuda::sync_bytes(format.num_experts) + 15) / 16 * 16;
   const cuda::RepackFindings none;
-  SLUICE_CUDA_CHECK(cudaMemset(sync->data(), 0, sync->bytes()));
-  SLUICE_CUDA_CHECK(cudaMemcpy(findings->data(), &none, sizeof(none), cudaMemcpyHostToDevice));
+  std::vector<std::byte> begin(sync_bytes + sizeof(none));
+  std::memcpy(begin.data() + sync_bytes, &none, sizeof(none));
+  sync = std::make_unique<CudaBuffer>(device, begin.size());
+  findings = reinterpret_cast<cuda::RepackFindings*>(sync->data() + sync_bytes);
+  SLUICE_CUDA_CHECK(cudaMemcpy(sync->data(), begin.data(), begin.size(), cudaMemcpyHostToDevice));
   SLUICE_CUDA_CHECK(cudaStreamSynchronize(nullptr));  // Other streams do not wait for it.
 }
 
 void CudaExperts::repack(int first, std::span<const ExpertSource> sources,
                          cuda::StreamHandle stream) {
   check_sources(format, packed, first, sources);
-  const PackedSizes& sizes = packed.sizes;
-  for (std::size_t i = 0; i < sources.size(); ++i) {
+  const bool are_apart = !overlaps_itself(format, packed, first, sources);
+  const bool is_layer = first == 0 && std::ssize(sources) == format.num_experts;
+  std::size_t count = 0;
+  for (std::size_t i = 0; i < sources.size(); i += count) {
+    const bool tells_code = is_layer && i == 0 && code == cuda::WeightCode::kSignMagnitude;
+    count = are_apart && !tells_code ? sources.size() - i : 1;
     const int index = first + static_cast<int>(i);
-    const auto at = static_cast<std::size_t>(index);
-    std::byte* const gate_up_out = packed.gate_up + at * sizes.gate_up_bytes;
-    std::byte* const down_out = packed.down + at * sizes.down_bytes;
-    if (overlaps_itself(format, packed, index, sources[i])) {
-      repack_aside(index, sources[i], gate_up_out, down_out, stream);
+    const std::span<const ExpertSource> some = sources.subspan(i, count);
+    if (!are_apart && overlaps_itself(format, packed, index, some)) {
+      repack_aside(index, some, stream);
     } else {
-      repack_expert(index, sources[i], gate_up_out, down_out, stream);
+      repack_half(index, true, some, part_of(index, true), stream);
+      repack_half(index, false, some, part_of(index, false), stream);
     }
-    if (index == 0 && std::ssize(sources) == format.num_experts) choose_code(stream);
+    if (tells_code) choose_code(stream);
   }
 }
 
 void CudaExperts::choose_code(cuda::StreamHandle stream) {
-  if (code != cuda::WeightCode::kSignMagnitude || found_so_far(stream).has_minus8 == 0) return;
+  if (found_so_far(stream).has_minus8 == 0) return;
   code = cuda::WeightCode::kOnesComplement;
   cuda::launch_recode(packed.gate_up, gate_up_shape, 1, stream);
   cuda::launch_recode(packed.down, down_shape, 1, stream);
 }
 
-void CudaExperts::repack_half(int index, bool is_gate_up, const MatrixSource& first,
-                              const MatrixSource& second, std::byte* out,
-                              cuda::StreamHandle stream) const {
+std::byte* CudaExperts::part_of(int index, bool is_gate_up) const {
+  return part_bytes(packed, index)[is_gate_up ? 0 : 1].data();
+}
+
+void CudaExperts::repack_half(int index, bool is_gate_up, std::span<const ExpertSource> sources,
+                              std::byte* out, cuda::StreamHandle stream) const {
   cuda::launch_repack({.shape = is_gate_up ? gate_up_shape : down_shape,
                        .code = code,
                        .codes = format.codes,
                        .is_gate_up = is_gate_up,
-                       .sources = {first, second},
+                       .experts = sources,
                        .packed = out,
                        .expert = index,
-                       .findings = reinterpret_cast<cuda::RepackFindings*>(findings->data())},
+                       .findings = findings},
                       stream);
 }
 
-void CudaExperts::repack_expert(int index, const ExpertSource& source, std::byte* gate_up_out,
-                                std::byte* down_out, cuda::StreamHandle stream) const {
-  repack_half(index, true, source.gate, source.up, gate_up_out, stream);
-  repack_half(index, false, source.down, {}, down_out, stream);
-}
-
-void CudaExperts::repack_aside(int index, const ExpertSource& source, std::byte* gate_up_out,
-                               std::byte* down_out, cuda::StreamHandle stream) {
+void CudaExperts::repack_aside(int index, std::span<const ExpertSource> one,
+                               cuda::StreamHandle stream) {
   const std::size_t gate_up_bytes = packed.sizes.gate_up_bytes;
   const std::size_t down_bytes = packed.sizes.down_bytes;
   // One half after the other needs less memory, unless the first would overwrite the second.
-  const bool in_turns = leaves_down(format, packed, index, source);
+  const bool in_turns = leaves_down(format, packed, index, one.front());
   const std::size_t bytes =
       in_turns ? std::max(gate_up_bytes, down_bytes) : gate_up_bytes + down_bytes;
   if (aside == nullptr || aside->bytes() < bytes) {
@@ -154,23 +159,26 @@ void CudaExperts::repack_aside(int index, const ExpertSource& source, std::byte*
     aside = std::make_unique<CudaBuffer>(device, bytes);
   }
   std::byte* const down_aside = aside->data() + (in_turns ? 0 : gate_up_bytes);
-  repack_half(index, true, source.gate, source.up, aside->data(), stream);
-  if (in_turns) copy_within(gate_up_out, aside->data(), gate_up_bytes, stream);
-  repack_half(index, false, source.down, {}, down_aside, stream);
-  if (!in_turns) copy_within(gate_up_out, aside->data(), gate_up_bytes, stream);
-  copy_within(down_out, down_aside, down_bytes, stream);
+  const auto move_gate_up = [&] {
+    copy_within(part_of(index, true), aside->data(), gate_up_bytes, stream);
+  };
+  repack_half(index, true, one, aside->data(), stream);
+  if (in_turns) move_gate_up();
+  repack_half(index, false, one, down_aside, stream);
+  if (!in_turns) move_gate_up();
+  copy_within(part_of(index, false), down_aside, down_bytes, stream);
 }
 
 void CudaExperts::repack_gate_up(int index, const MatrixSource& gate, const MatrixSource& up,
                                  cuda::StreamHandle stream) const {
-  const auto at = static_cast<std::size_t>(index) * packed.sizes.gate_up_bytes;
-  repack_half(index, true, gate, up, packed.gate_up + at, stream);
+  const ExpertSource one{.gate = gate, .up = up, .down = {}};
+  repack_half(index, true, {&one, 1}, part_of(index, true), stream);
 }
 
 void CudaExperts::repack_down(int index, const MatrixSource& down,
                               cuda::StreamHandle stream) const {
-  const auto at = static_cast<std::size_t>(index) * packed.sizes.down_bytes;
-  repack_half(index, false, down, {}, packed.down + at, stream);
+  const ExpertSource one{.gate = {}, .up = {}, .down = down};
+  repack_half(index, false, {&one, 1}, part_of(index, false), stream);
 }
 
 void CudaExperts::copy_to_host(std::byte* host) const {
@@ -197,7 +205,7 @@ cuda::RepackFindings CudaExperts::found_so_far(cuda::StreamHandle stream) const 
   const auto queue = static_cast<cudaStream_t>(stream);
   cuda::RepackFindings found;
   SLUICE_CUDA_CHECK(
-      cudaMemcpyAsync(&found, findings->data(), sizeof(found), cudaMemcpyDeviceToHost, queue));
+      cudaMemcpyAsync(&found, findings, sizeof(found), cudaMemcpyDeviceToHost, queue));
   SLUICE_CUDA_CHECK(cudaStreamSynchronize(queue));
   return found;
 }
@@ -206,7 +214,6 @@ void CudaExperts::finish(cuda::StreamHandle stream) {
   const cuda::RepackFindings found = found_so_far(stream);
   throw_scale_fault(found.scale_fault, format);
   if (found.has_minus8 != 0 || found.has_far != 0) take_any_expert(stream);
-  findings.reset();
   aside.reset();
 }
 

@@ -71,18 +71,18 @@ struct CudaExperts final : PreparedExperts {
   cuda::WeightCode code = cuda::WeightCode::kSignMagnitude;
   std::unique_ptr<CudaBuffer> memory;  // Empty where it is the caller's.
   PackedMemory packed;
-  std::unique_ptr<CudaBuffer> sync;      // cuda::sync_bytes(): zero between launches.
-  std::unique_ptr<CudaBuffer> findings;  // cuda::RepackFindings; until finish().
-  std::unique_ptr<CudaBuffer> aside;     // For an expert that would overwrite itself; until then.
+  std::unique_ptr<CudaBuffer> sync;  // cuda::sync_bytes(): zero between launches; then findings.
+  cuda::RepackFindings* findings;
+  std::unique_ptr<CudaBuffer> aside;  // For an expert that would overwrite itself; until finish().
 
  private:
-  void repack_half(int index, bool is_gate_up, const MatrixSource& first,
-                   const MatrixSource& second, std::byte* out, cuda::StreamHandle stream) const;
-  void repack_expert(int index, const ExpertSource& source, std::byte* gate_up_out,
-                     std::byte* down_out, cuda::StreamHandle stream) const;
+  /// Packed memory of expert `index`.
+  [[nodiscard]] std::byte* part_of(int index, bool is_gate_up) const;
+  /// Of experts from `index` on, whose packed halves follow each other in `out`.
+  void repack_half(int index, bool is_gate_up, std::span<const ExpertSource> sources,
+                   std::byte* out, cuda::StreamHandle stream) const;
   /// Of one that would overwrite itself.
-  void repack_aside(int index, const ExpertSource& source, std::byte* gate_up_out,
-                    std::byte* down_out, cuda::StreamHandle stream);
+  void repack_aside(int index, std::span<const ExpertSource> one, cuda::StreamHandle stream);
   /// After the first expert of a whole layer: if it has a -8, the others are packed for that at
   /// once, and finish() need not go over all of them. Waits for the stream.
   void choose_code(cuda::StreamHandle stream);

@@ -24,11 +24,12 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <span>
 
 #include "backend/rows.h"
 #include "backend/scale_fault.h"
 #include "sluice/activation.h"
-#include "sluice/matrix_source.h"
+#include "sluice/repack.h"
 #include "sluice/weight_format.h"
 
 namespace sluice::cuda {
@@ -73,18 +74,18 @@ struct RepackFindings {
   std::int32_t has_far = 0;                   ///< A matrix of mxfp4 is far: kE2M1 lacks its loops.
 };
 
-/// Repacking of one expert's gate and up together, or of its down (or any single GEMM).
+/// Repacking of gate and up together, or of down (or any single GEMM), of several experts.
 struct Repack {
   WeightShape shape;  ///< Of gate and up together: n = 2 * intermediate.
   WeightCode code = WeightCode::kOnesComplement;
   CodeKind codes = CodeKind::kTwosComplement;
   bool is_gate_up = false;
-  MatrixSource sources[2];             ///< gate, up; or the one matrix.
-  void* packed = nullptr;              ///< packed_expert_bytes(shape), 128 B aligned.
-  int expert = 0;                      ///< For findings.
-  RepackFindings* findings = nullptr;  ///< Not null.
+  std::span<const ExpertSource> experts;  ///< Of each, gate and up, or down, is read.
+  void* packed = nullptr;                 ///< packed_expert_bytes(shape) each, 128 B aligned.
+  int expert = 0;                         ///< Number of the first, for findings.
+  RepackFindings* findings = nullptr;     ///< Not null.
 };
-/// Input and output must not overlap. Scales of int4 are multiplied by 2^9 on the way (exact).
+/// No input may overlap the output of any. Scales of int4 are multiplied by 2^9 on the way (exact).
 void launch_repack(const Repack& args, StreamHandle stream);
 /// The same of mxfp4, which launch_repack() calls.
 void launch_repack_mxfp4(const Repack& args, StreamHandle stream);

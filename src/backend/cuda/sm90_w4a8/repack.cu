@@ -6,7 +6,8 @@
 // Operands  weight and scale as repack.h's MatrixSource; packed stream, 128 B aligned. Where rows
 //           are dense and aligned, four lanes read 16 bytes of a row each and trade them (kDense).
 //           Elsewhere a thread reads 4 weights at a time; what is left of a sector stays in L1.
-// Tile      one block per slab of 64 rows and K step of 128; each thread writes its own 8 words.
+// Tile      one block per expert, slab of 64 rows and K step of 128; each thread writes its own 8
+//           words. Up to 32 experts a launch: one of R1's experts is too little for a GPU.
 // Warps     4, as the warpgroup that will read the slab.
 // Shared    none.    Barriers  none.
 // Needs     shapes checked on the host.
@@ -25,33 +26,40 @@ namespace sluice::cuda {
 namespace {
 
 struct RepackParams {
-  MatrixSource from[2];  // plain: [0]; gate_up: gate, up
-  std::uint8_t* packed;
+  SourceBatch sources;
+  std::uint8_t* packed;      // Of the batch's first expert.
+  std::size_t expert_bytes;  // Packed, of each.
   RepackFindings* findings;
   int group;
   int scale_bytes;
-  int expert;
-  std::uint32_t flip;  // Of the codes, four in the low nibbles of a word: offset 8 is a sign bit.
-  bool is_gate_up;
-  bool ones_complement;
+  int expert;                    // Number of the batch's first one.
+  std::uint32_t flip;            // Of four codes: offset 8 is a sign bit.
+  std::uint32_t of_negative[2];  // Magnitudes of -8, -7 .. -1, a byte each.
 };
 
-/// Four weights as a sign (bit 7) and magnitude (bits 2..0) per byte.
-__device__ std::uint32_t to_signed(const RepackParams& p, std::uint32_t pairs, bool& has_minus8) {
-  std::uint32_t q = (pairs | pairs << 8) & 0x00ff00ffu;
-  q = ((q | q << 4) & 0x0f0f0f0fu) ^ p.flip;  // One weight per byte, two's complement.
-  const std::uint32_t negative = q >> 3 & 0x01010101u;
-  std::uint32_t magnitude = (q & 0x07070707u) ^ negative * 7;  // -1 - weight of the negative ones.
-  if (!p.ones_complement) {
-    magnitude += negative;  // 8 of -8: its magnitude has no place.
-    has_minus8 |= (magnitude & 0x08080808u) != 0;
-    magnitude &= 0x07070707u;
-  }
-  return magnitude | negative << 7;
+/// Byte i is that of the eight in `low` and `high` which bits 2..0 of nibble i of `at` number;
+/// where bit 3 is set, its bit 7, eight times.
+__device__ std::uint32_t look_up(std::uint32_t low, std::uint32_t high, std::uint32_t at) {
+  std::uint32_t bytes;
+  asm("prmt.b32 %0, %1, %2, %3;" : "=r"(bytes) : "r"(low), "r"(high), "r"(at));
+  return bytes;
+}
+
+/// Four weights as a sign (bit 7) and magnitude (bits 2..0) per byte. Where kSignMagnitude is
+/// wanted and a weight is -8, whose magnitude has no place, a bit 3 of `seen` is set.
+__device__ std::uint32_t to_signed(const RepackParams& p, std::uint32_t pairs,
+                                   std::uint32_t& seen) {
+  const std::uint32_t nibbles = pairs ^ p.flip;  // Two's complement.
+  const std::uint32_t at = nibbles & 0x7777u;
+  const std::uint32_t negative = look_up(0x80808080u, 0x80808080u, nibbles);  // 0xff, others: 0x80.
+  const std::uint32_t magnitude = (look_up(p.of_negative[0], p.of_negative[1], at) & negative) |
+                                  (look_up(0x03020100u, 0x07060504u, at) & ~negative);
+  seen |= magnitude;
+  return (magnitude & 0x07070707u) | (negative & 0x40404040u) << 1;
 }
 
 __device__ void copy_scale(const RepackParams& p, SourceRow from, int k, std::uint8_t* dst) {
-  const MatrixSource& m = p.from[from.matrix];
+  const MatrixSource m = p.sources.of(from.expert, from.matrix);
   const int g = k / p.group;
   const long long at = from.row * m.scale_row + g / m.groups_per_block * m.scale_block +
                        g % m.groups_per_block * m.scale_group;
@@ -66,44 +74,45 @@ __device__ void copy_scale(const RepackParams& p, SourceRow from, int k, std::ui
     *reinterpret_cast<float*>(dst) = scale * 512.0f;
   }
   if (fabsf(scale) < kScaleLimit) return;  // Not so for NaN.
-  const PackedMatrix matrix = !p.is_gate_up      ? PackedMatrix::kDown
-                              : from.matrix == 0 ? PackedMatrix::kGate
-                                                 : PackedMatrix::kUp;
-  atomicMin(&p.findings->scale_fault, static_cast<unsigned long long>(scale_fault(
-                                          p.expert, matrix, from.row, g, __float_as_uint(scale))));
+  const PackedMatrix matrix = !p.sources.is_gate_up ? PackedMatrix::kDown
+                              : from.matrix == 0    ? PackedMatrix::kGate
+                                                    : PackedMatrix::kUp;
+  atomicMin(&p.findings->scale_fault,
+            static_cast<unsigned long long>(
+                scale_fault(p.expert + from.expert, matrix, from.row, g, __float_as_uint(scale))));
 }
 
 template <bool kDense>
 __global__ void __launch_bounds__(128) repack_kernel(const __grid_constant__ RepackParams p) {
-  const int step = blockIdx.x, slab = blockIdx.y;
+  const int step = blockIdx.x, slab = blockIdx.y, expert = blockIdx.z;
   const int num_steps = gridDim.x, num_slabs = gridDim.y;
   const int thread = threadIdx.x, warp = thread / 32, lane = thread % 32;
   const int bytes = kSlabCodeBytes + kSlabRows * (kStepK / p.group) * p.scale_bytes;
   const int tile = slab / kSlabsPerTile;
   const int slabs_here = min(kSlabsPerTile, num_slabs - tile * kSlabsPerTile);
-  std::uint8_t* out = p.packed + (static_cast<long long>(tile) * num_steps * kSlabsPerTile +
-                                  step * slabs_here + slab % kSlabsPerTile) *
-                                     bytes;
-  const SourceRow lo = source_row(p, slab, warp, 0, lane / 4);
-  const SourceRow hi = source_row(p, slab, warp, 1, lane / 4);
-  bool has_minus8 = false;
-  std::uint32_t words[8], set0[8], set1[8];
-  load_pairs<kDense>(p, lo, step, lane % 4, set0);
-  load_pairs<kDense>(p, hi, step, lane % 4, set1);
+  std::uint8_t* out = p.packed + expert * p.expert_bytes +
+                      (static_cast<long long>(tile) * num_steps * kSlabsPerTile +
+                       step * slabs_here + slab % kSlabsPerTile) *
+                          bytes;
+  const SourceRow lo = source_row(p.sources, expert, slab, warp, 0, lane / 4);
+  const SourceRow hi = source_row(p.sources, expert, slab, warp, 1, lane / 4);
+  std::uint32_t seen = 0, words[8], set0[8], set1[8];
+  load_pairs<kDense>(p.sources, lo, step, lane % 4, set0);
+  load_pairs<kDense>(p.sources, hi, step, lane % 4, set1);
 #pragma unroll
   for (int i = 0; i < 8; ++i) {
-    const std::uint32_t second = to_signed(p, set1[i], has_minus8);
+    const std::uint32_t second = to_signed(p, set1[i], seen);
     // Undone by widen()'s rotate right.
-    words[i] = to_signed(p, set0[i], has_minus8) | (second << 4 | second >> 28);
+    words[i] = to_signed(p, set0[i], seen) | (second << 4 | second >> 28);
   }
   auto* const planes = reinterpret_cast<uint4*>(out);
   planes[thread] = make_uint4(words[0], words[1], words[2], words[3]);
   planes[128 + thread] = make_uint4(words[4], words[5], words[6], words[7]);
-  if (has_minus8) p.findings->has_minus8 = 1;
+  if ((seen & 0x08080808u) != 0) p.findings->has_minus8 = 1;
   const int num_groups = kStepK / p.group;
   for (int i = thread; i < num_groups * kSlabRows; i += 128) {
     const int g = i / kSlabRows, pair = i % kSlabRows / 2, half = i % 2;
-    const SourceRow from = source_row(p, slab, pair / 8, half, pair % 8);
+    const SourceRow from = source_row(p.sources, expert, slab, pair / 8, half, pair % 8);
     copy_scale(p, from, step * kStepK + g * p.group, out + kSlabCodeBytes + i * p.scale_bytes);
   }
 }
@@ -142,20 +151,26 @@ void launch_repack(const Repack& args, StreamHandle stream) {
                                                  " must be positive multiples of 128, group " +
                                                  std::to_string(s.group) + " must be 128 or 32");
   }
-  const RepackParams p{.from = {args.sources[0], args.sources[1]},
-                       .packed = static_cast<std::uint8_t*>(args.packed),
-                       .findings = args.findings,
-                       .group = s.group,
-                       .scale_bytes = scale_bytes(s.scale_type),
-                       .expert = args.expert,
-                       .flip = args.codes == CodeKind::kOffset ? 0x08080808u : 0u,
-                       .is_gate_up = args.is_gate_up,
-                       .ones_complement = args.code == WeightCode::kOnesComplement};
-  const dim3 grid(s.k / kStepK, s.n / kSlabRows);
-  const bool all_dense = is_dense(args);
-  const auto kernel = all_dense ? repack_kernel<true> : repack_kernel<false>;
-  kernel<<<grid, 128, 0, static_cast<cudaStream_t>(stream)>>>(p);
-  SLUICE_CUDA_CHECK(cudaGetLastError());
+  const std::size_t expert_bytes = packed_expert_bytes(s);
+  const bool is_ones = args.code == WeightCode::kOnesComplement;  // -1 - weight.
+  BatchOfExperts batch;
+  for (std::size_t e = 0; e < args.experts.size(); e += static_cast<std::size_t>(batch.count)) {
+    batch = next_batch(args, e);
+    const RepackParams p{
+        .sources = batch.sources,
+        .packed = static_cast<std::uint8_t*>(args.packed) + e * expert_bytes,
+        .expert_bytes = expert_bytes,
+        .findings = args.findings,
+        .group = s.group,
+        .scale_bytes = scale_bytes(s.scale_type),
+        .expert = args.expert + static_cast<int>(e),
+        .flip = args.codes == CodeKind::kOffset ? 0x8888u : 0u,
+        .of_negative = {is_ones ? 0x04050607u : 0x05060708u, is_ones ? 0x00010203u : 0x01020304u}};
+    const auto kernel = batch.is_dense ? repack_kernel<true> : repack_kernel<false>;
+    kernel<<<dim3(s.k / kStepK, s.n / kSlabRows, batch.count), 128, 0,
+             static_cast<cudaStream_t>(stream)>>>(p);
+    SLUICE_CUDA_CHECK(cudaGetLastError());
+  }
 }
 
 void launch_recode(void* packed, const WeightShape& shape, int num_experts, StreamHandle stream) {

@@ -29,11 +29,15 @@ constexpr int kSlabBytes = slab_bytes(ScaleType::kE8M0, 32);
 constexpr int kCodeLimit = std::bit_cast<std::uint32_t>(kScaleLimit) >> 23;
 
 struct Mxfp4Params {
-  MatrixSource from[2];  // plain: [0]; gate_up: gate, up
-  std::uint8_t* packed;
+  SourceBatch sources;
+  std::uint8_t* packed;      // Of the batch's first expert.
+  std::size_t expert_bytes;  // Packed, of each.
   RepackFindings* findings;
-  int expert;
-  bool is_gate_up;
+  int expert;  // Number of the batch's first one.
+
+  [[nodiscard]] __device__ std::uint8_t* packed_of(int e) const {
+    return packed + e * expert_bytes;
+  }
 };
 
 /// Scale codes of a row within one step.
@@ -56,7 +60,7 @@ struct Range {
 };
 
 __device__ RowScales load_scales(const Mxfp4Params& p, SourceRow from, int step) {
-  const MatrixSource& m = p.from[from.matrix];
+  const MatrixSource m = p.sources.of(from.expert, from.matrix);
   RowScales scales;
 #pragma unroll
   for (int i = 0; i < 4; ++i) {
@@ -70,7 +74,7 @@ __device__ RowScales load_scales(const Mxfp4Params& p, SourceRow from, int step)
 
 /// Which of the row's four groups have a weight that is not 0.
 __device__ std::uint32_t used_groups(const Mxfp4Params& p, SourceRow from, int step) {
-  const MatrixSource& m = p.from[from.matrix];
+  const MatrixSource m = p.sources.of(from.expert, from.matrix);
   const std::byte* const row = m.codes + from.row * m.row_bytes;
   std::uint32_t used = 0;
   for (int i = 0; i < kStepK / 4; ++i) {  // four weights at a time
@@ -107,35 +111,36 @@ __device__ int base_of(std::uint32_t word) {
 
 __global__ void __launch_bounds__(kTileRows)
     scan_kernel(const __grid_constant__ Mxfp4Params p, int num_steps, int num_slabs) {
-  const int tile = blockIdx.x, thread = threadIdx.x;
+  const int tile = blockIdx.x, expert = blockIdx.y, thread = threadIdx.x;
+  std::uint8_t* const packed = p.packed_of(expert);
   const int in_tile = thread / kSlabRows, slab = tile * kSlabsPerTile + in_tile;
   const int warp = thread % kSlabRows / 16, half = thread / 8 % 2, c = thread % 8;
   bool is_far = false;
   if (slab < num_slabs) {
-    const Range range = find_range(p, source_row(p, slab, warp, half, c), num_steps);
+    const SourceRow from = source_row(p.sources, expert, slab, warp, half, c);
+    const Range range = find_range(p, from, num_steps);
     const int base = range.largest < 0 ? 127 : min(range.least, kLargestBase);
     is_far = range.largest - base > kMostApart;
     std::uint8_t* const words =
-        p.packed +
-        (static_cast<long long>(tile) * num_steps * kSlabsPerTile + in_tile) * kSlabBytes +
+        packed + (static_cast<long long>(tile) * num_steps * kSlabsPerTile + in_tile) * kSlabBytes +
         kSlabCodeBytes;
     // Atomic: another block may be writing bit 31 of one of them.
     atomicOr(reinterpret_cast<std::uint32_t*>(words) + 2 * (8 * warp + c) + half, base_bits(base));
   }
   if (__syncthreads_or(is_far ? 1 : 0) == 0 || thread != 0) return;
-  atomicOr(reinterpret_cast<std::uint32_t*>(p.packed + kFarWordAt), kFarMatrix);
+  atomicOr(reinterpret_cast<std::uint32_t*>(packed + kFarWordAt), kFarMatrix);
   p.findings->has_far = 1;
 }
 
 __device__ void report(const Mxfp4Params& p, SourceRow from, int group, int code) {
-  const PackedMatrix matrix = !p.is_gate_up      ? PackedMatrix::kDown
-                              : from.matrix == 0 ? PackedMatrix::kGate
-                                                 : PackedMatrix::kUp;
+  const PackedMatrix matrix = !p.sources.is_gate_up ? PackedMatrix::kDown
+                              : from.matrix == 0    ? PackedMatrix::kGate
+                                                    : PackedMatrix::kUp;
   const std::uint32_t bits = code == 255 ? 0x7fc00000u
                              : code == 0 ? 0x00400000u
                                          : static_cast<std::uint32_t>(code) << 23;
-  atomicMin(&p.findings->scale_fault,
-            static_cast<unsigned long long>(scale_fault(p.expert, matrix, from.row, group, bits)));
+  atomicMin(&p.findings->scale_fault, static_cast<unsigned long long>(scale_fault(
+                                          p.expert + from.expert, matrix, from.row, group, bits)));
 }
 
 /// A row's word of a near matrix.
@@ -176,23 +181,24 @@ __device__ std::uint32_t signs_of(std::uint32_t four) {
 
 template <bool kDense>
 __global__ void __launch_bounds__(128) repack_kernel(const __grid_constant__ Mxfp4Params p) {
-  const int step = blockIdx.x, slab = blockIdx.y;
+  const int step = blockIdx.x, slab = blockIdx.y, expert = blockIdx.z;
   const int num_steps = gridDim.x, num_slabs = gridDim.y;
+  std::uint8_t* const packed = p.packed_of(expert);
   const int thread = threadIdx.x, warp = thread / 32, lane = thread % 32;
   const int tile = slab / kSlabsPerTile;
   const int slabs_here = min(kSlabsPerTile, num_slabs - tile * kSlabsPerTile);
-  std::uint8_t* const out = p.packed + (static_cast<long long>(tile) * num_steps * kSlabsPerTile +
-                                        step * slabs_here + slab % kSlabsPerTile) *
-                                           kSlabBytes;
+  std::uint8_t* const out = packed + (static_cast<long long>(tile) * num_steps * kSlabsPerTile +
+                                      step * slabs_here + slab % kSlabsPerTile) *
+                                         kSlabBytes;
   // What the scan left is overwritten meanwhile, by words with the same far bit and, of near
   // matrices, the same base.
-  const auto* const answer = reinterpret_cast<const volatile std::uint32_t*>(p.packed + kFarWordAt);
+  const auto* const answer = reinterpret_cast<const volatile std::uint32_t*>(packed + kFarWordAt);
   const bool is_far = (*answer & kFarMatrix) != 0;
-  const SourceRow lo = source_row(p, slab, warp, 0, lane / 4);
-  const SourceRow hi = source_row(p, slab, warp, 1, lane / 4);
+  const SourceRow lo = source_row(p.sources, expert, slab, warp, 0, lane / 4);
+  const SourceRow hi = source_row(p.sources, expert, slab, warp, 1, lane / 4);
   std::uint32_t words[8], set0[8], set1[8];
-  load_pairs<kDense>(p, lo, step, lane % 4, set0);
-  load_pairs<kDense>(p, hi, step, lane % 4, set1);
+  load_pairs<kDense>(p.sources, lo, step, lane % 4, set0);
+  load_pairs<kDense>(p.sources, hi, step, lane % 4, set1);
   std::uint32_t used_lo = 0, used_hi = 0;
 #pragma unroll
   for (int i = 0; i < 8; ++i) {
@@ -220,7 +226,7 @@ __global__ void __launch_bounds__(128) repack_kernel(const __grid_constant__ Mxf
   }
   const int place = 2 * (8 * warp + lane / 4) + lane % 4;
   const auto* const first_step = reinterpret_cast<const volatile std::uint32_t*>(
-      p.packed +
+      packed +
       (static_cast<long long>(tile) * num_steps * kSlabsPerTile + slab % kSlabsPerTile) *
           kSlabBytes +
       kSlabCodeBytes);
@@ -229,15 +235,20 @@ __global__ void __launch_bounds__(128) repack_kernel(const __grid_constant__ Mxf
 }
 
 /// The words of the first step of all tiles begin as zeros; its codes come later anyway.
-void clear_first_step(std::uint8_t* packed, int num_steps, int num_slabs, cudaStream_t stream) {
+void clear_first_step(const Mxfp4Params& p, int num_experts, int num_steps, int num_slabs,
+                      cudaStream_t stream) {
   constexpr std::size_t kStepBytes = std::size_t{kSlabsPerTile} * kSlabBytes;
   const std::size_t tile_bytes = static_cast<std::size_t>(num_steps) * kStepBytes;
   const auto whole_tiles = static_cast<std::size_t>(num_slabs / kSlabsPerTile);
   const auto rest = static_cast<std::size_t>(num_slabs % kSlabsPerTile);
-  if (whole_tiles > 0) {
-    SLUICE_CUDA_CHECK(cudaMemset2DAsync(packed, tile_bytes, 0, kStepBytes, whole_tiles, stream));
-  }
-  if (rest > 0) {
+  const auto clear = [&](std::uint8_t* first, std::size_t num_tiles) {
+    SLUICE_CUDA_CHECK(cudaMemset2DAsync(first, tile_bytes, 0, kStepBytes, num_tiles, stream));
+  };
+  const auto count = static_cast<std::size_t>(num_experts);
+  if (rest == 0) return clear(p.packed, whole_tiles * count);
+  for (std::size_t e = 0; e < count; ++e) {
+    std::uint8_t* const packed = p.packed + e * p.expert_bytes;
+    if (whole_tiles > 0) clear(packed, whole_tiles);
     SLUICE_CUDA_CHECK(
         cudaMemsetAsync(packed + whole_tiles * tile_bytes, 0, rest * kSlabBytes, stream));
   }
@@ -254,18 +265,25 @@ void launch_repack_mxfp4(const Repack& args, StreamHandle handle) {
                                                  std::to_string(s.group) + " must be 32");
   }
   const auto stream = static_cast<cudaStream_t>(handle);
-  const Mxfp4Params p{.from = {args.sources[0], args.sources[1]},
-                      .packed = static_cast<std::uint8_t*>(args.packed),
-                      .findings = args.findings,
-                      .expert = args.expert,
-                      .is_gate_up = args.is_gate_up};
   const int num_steps = s.k / kStepK, num_slabs = s.n / kSlabRows;
-  clear_first_step(p.packed, num_steps, num_slabs, stream);
-  scan_kernel<<<(s.n + kTileRows - 1) / kTileRows, kTileRows, 0, stream>>>(p, num_steps, num_slabs);
-  SLUICE_CUDA_CHECK(cudaGetLastError());
-  const auto kernel = is_dense(args) ? repack_kernel<true> : repack_kernel<false>;
-  kernel<<<dim3(num_steps, num_slabs), 128, 0, stream>>>(p);
-  SLUICE_CUDA_CHECK(cudaGetLastError());
+  const auto num_tiles = static_cast<unsigned>((s.n + kTileRows - 1) / kTileRows);
+  const std::size_t expert_bytes = packed_expert_bytes(s);
+  BatchOfExperts batch;
+  for (std::size_t e = 0; e < args.experts.size(); e += static_cast<std::size_t>(batch.count)) {
+    batch = next_batch(args, e);
+    const Mxfp4Params p{.sources = batch.sources,
+                        .packed = static_cast<std::uint8_t*>(args.packed) + e * expert_bytes,
+                        .expert_bytes = expert_bytes,
+                        .findings = args.findings,
+                        .expert = args.expert + static_cast<int>(e)};
+    const auto count = static_cast<unsigned>(batch.count);
+    clear_first_step(p, batch.count, num_steps, num_slabs, stream);
+    scan_kernel<<<dim3(num_tiles, count), kTileRows, 0, stream>>>(p, num_steps, num_slabs);
+    SLUICE_CUDA_CHECK(cudaGetLastError());
+    const auto kernel = batch.is_dense ? repack_kernel<true> : repack_kernel<false>;
+    kernel<<<dim3(num_steps, num_slabs, count), 128, 0, stream>>>(p);
+    SLUICE_CUDA_CHECK(cudaGetLastError());
+  }
 }
 
 }  // namespace sluice::cuda
