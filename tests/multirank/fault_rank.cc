@@ -3,9 +3,11 @@
 // and combine, checked row by row, until the fault strikes; every rank then prints one line that
 // fault_matrix.py reads:
 //
-//   fault_rank 1: at <ms> [<error code or ok>] ranks <Error::ranks()>: <message>
+//   fault_rank 1: at <ms> in a call since <ms> waited <ms> [<error code or ok>] ranks <Error::ranks()>:
+//     <message>
 //
-// The clock is the monotonic one. A rank that is killed prints nothing. `--late 3` lets rank 3 come
+// `waited` is for how long this rank's threads stood ready and had no processor, from the start on. The
+// clock is the monotonic one. A rank that is killed prints nothing. `--late 3` lets rank 3 come
 // later to the place of the fault. `--hosts 2` puts the ranks on as many hosts. Over MPI a second
 // line says whether the rank ended MPI or left it.
 #include <fmt/core.h>
@@ -27,6 +29,7 @@
 #include "multirank/moving_layer.h"
 #include "multirank/run_ranks.h"
 #include "sluice/lab/ranks.h"
+#include "support/processor_wait.h"
 #include "support/scalar_backend.h"
 
 namespace {
@@ -270,6 +273,7 @@ void rounds(Transport& world) {
 }
 
 int run() {
+  sluice::testing::ProcessorWait processor_wait;
   std::string code = "ok", text;
   std::vector<int> ranks;
   try {
@@ -293,8 +297,9 @@ int run() {
   } catch (const std::exception& error) {
     code = "wrong", text = error.what();
   }
-  fmt::print("fault_rank {}: at {} in a call since {} [{}] ranks{}: {}\n", this_rank, now_ms(),
-             call_began.load(), code, list_of(ranks), text);
+  const std::int64_t at = now_ms();
+  fmt::print("fault_rank {}: at {} in a call since {} waited {} [{}] ranks{}: {}\n", this_rank, at,
+             call_began.load(), processor_wait.so_far().count(), code, list_of(ranks), text);
   std::fflush(stdout);
   if (options.transport == "ipc") return code == "ok" ? 0 : 4;
   here("end", options.round);
