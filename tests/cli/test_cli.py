@@ -41,21 +41,6 @@ with tempfile.TemporaryDirectory() as folder:
             r = run(command, *arguments, option, path)
             check(f"{option} {path}", r.returncode == 2 and option in r.stderr and reason in r.stderr
                   and "experts" not in r.stdout, r)
-    # A file that is there is replaced, never written into: who has it open keeps the old content.
-    results = os.path.join(folder, "results")
-    os.mkdir(results)
-    for option in ("--json", "--metrics", "--expert-rows"):
-        path, link = os.path.join(results, "file"), os.path.join(results, "link")
-        with open(path, "w") as file:
-            file.write("old")
-        os.symlink("file", link)
-        with open(path) as before:
-            r = run("run", "--checkpoint", model, "--tokens", "1", option, link)
-            check(f"{option} is whole", r.returncode == 0 and before.read() == "old" and os.path.islink(link)
-                  and os.path.getsize(path) > 100 and sorted(os.listdir(results)) == ["file", "link"], r)
-        os.remove(link)
-    r = run("run", "--checkpoint", model, "--tokens", "1", "--json", "/dev/full")
-    check("--json on a full device", r.returncode != 0 and "/dev/full: cannot write: No space left" in r.stderr, r)
     r = run("run", "--checkpoint", model, "--seed", "-1")
     check("a negative seed", r.returncode == 2 and "--seed" in r.stderr and "-1 is below 0" in r.stderr, r)
     r = run("run", "--checkpoint", model, "--seed", " -1")

@@ -30,6 +30,21 @@ with tempfile.TemporaryDirectory() as folder:
             r = run("run", "--checkpoint", model, option, value)
             check(f"run refuses {option} '{value}' in one short line", r.returncode == 2 and len(r.stderr) < 200
                   and r.stderr.startswith(f"{option}: '{value}' is not a whole number in {allowed}\n"), r)
+    # A file that is there is replaced, never written into: who has it open keeps the old content.
+    results = os.path.join(folder, "results")
+    os.mkdir(results)
+    for option in ("--json", "--metrics", "--expert-rows"):
+        path, link = os.path.join(results, "file"), os.path.join(results, "link")
+        with open(path, "w") as file:
+            file.write("old")
+        os.symlink("file", link)
+        with open(path) as before:
+            r = run("run", "--checkpoint", model, "--tokens", "1", option, link)
+            check(f"{option} is whole", r.returncode == 0 and before.read() == "old" and os.path.islink(link)
+                  and os.path.getsize(path) > 100 and sorted(os.listdir(results)) == ["file", "link"], r)
+        os.remove(link)
+    r = run("run", "--checkpoint", model, "--tokens", "1", "--json", "/dev/full")
+    check("--json on a full device", r.returncode != 0 and "/dev/full: cannot write: No space left" in r.stderr, r)
     # What cannot be printed is no success, and no file of the command takes the place of what is closed.
     json_path = os.path.join(folder, "report.json")
     for arguments in (("--help",), ("run", "--help"), ("inspect", model), ("accuracy", "--checkpoint", model),

@@ -3,13 +3,13 @@
 // and combine, checked row by row, until the fault strikes; every rank then prints one line that
 // fault_matrix.py reads:
 //
-//   fault_rank 1: at <ms> in a call since <ms> waited <ms> [<error code or ok>] ranks <Error::ranks()>:
-//     <message>
+//   fault_rank 1: at <ms> in a call since <ms> waited <ms> [<error code or ok>]
+//       ranks <Error::ranks()>: <message>
 //
-// `waited` is for how long this rank's threads stood ready and had no processor, from the start on. The
-// clock is the monotonic one. A rank that is killed prints nothing. `--late 3` lets rank 3 come
-// later to the place of the fault. `--hosts 2` puts the ranks on as many hosts. Over MPI a second
-// line says whether the rank ended MPI or left it.
+// `waited` is for how long this rank's threads stood ready, from the start on, and had no
+// processor. The clock is the monotonic one. A rank that is killed prints nothing. `--late 3` lets
+// rank 3 come later to the place of the fault. `--hosts 2` puts the ranks on as many hosts. Over
+// MPI a second line says whether the rank ended MPI or left it.
 #include <fmt/core.h>
 #include <gtest/gtest-spi.h>
 #include <mpi.h>
