@@ -9,6 +9,7 @@
 #include "core/fail.h"
 #include "exchange/slot_ranks.h"
 #include "sluice/lab/median.h"
+#include "sluice/lab/parallel.h"
 #include "sluice/quant.h"
 
 namespace sluice {
@@ -145,17 +146,19 @@ std::int64_t BenchRank::check_rows(const Dispatched& d) {
                             have_scales.size(), stream);
     }
     const std::int32_t expert = placement.expert_of(rank_, static_cast<int>(e));
-    for (std::size_t i = 0; i < n; ++i) {
-      const std::byte* const want = &traffic_.wire[tokens[e][i] * traffic_.row_bytes];
-      if (std::memcmp(&have_payload[i * payload], want, payload) != 0 ||
-          (scales > 0 && std::memcmp(&have_scales[i * scales], want + payload, scales) != 0)) {
-        fail(ErrorCode::kInternal, "rank {}: row {} of expert {} is not token {}", rank_, i, e,
-             tokens[e][i]);
+    for_pieces_in_parallel(n, kTokensAtATime, [&](std::size_t first, std::size_t end) {
+      for (std::size_t i = first; i < end; ++i) {
+        const std::byte* const want = &traffic_.wire[tokens[e][i] * traffic_.row_bytes];
+        if (std::memcmp(&have_payload[i * payload], want, payload) != 0 ||
+            (scales > 0 && std::memcmp(&have_scales[i * scales], want + payload, scales) != 0)) {
+          fail(ErrorCode::kInternal, "rank {}: row {} of expert {} is not token {}", rank_, i, e,
+               tokens[e][i]);
+        }
+        for (std::size_t c = 0; c < hidden; ++c) {
+          y[i * hidden + c] = bf16_from_float(expert_value(expert, tokens[e][i], c));
+        }
       }
-      for (std::size_t c = 0; c < hidden; ++c) {
-        y[i * hidden + c] = bf16_from_float(expert_value(expert, tokens[e][i], c));
-      }
-    }
+    });
     backend_.copy_from_host(out.as<std::uint16_t>() + begin * hidden, y.data(), y.size() * 2,
                             stream);
     checked += static_cast<std::int64_t>(n * hidden);
@@ -182,6 +185,17 @@ float sum_of_parts(std::vector<std::optional<float>>& parts) {
 }  // namespace
 
 std::int64_t BenchRank::check_sums() {
+  const auto hidden = static_cast<std::size_t>(traffic_.config.hidden);
+  const auto tokens = static_cast<std::size_t>(traffic_.tokens);
+  std::vector<std::uint16_t> y(tokens * hidden);
+  backend_.copy_to_host(y.data(), y_->data(), y.size() * 2, backend_.stream());
+  for_pieces_in_parallel(tokens, kTokensAtATime, [&](std::size_t first, std::size_t end) {
+    for (std::size_t t = first; t < end; ++t) check_sums_of(t, &y[t * hidden]);
+  });
+  return static_cast<std::int64_t>(y.size());
+}
+
+void BenchRank::check_sums_of(std::size_t t, const std::uint16_t* y) const {
   const ExchangeConfig& config = exchange_->config();
   const bool is_by_host = config.total_parts() == config.hosts.num_hosts();
   const int experts_per_part = config.num_experts / config.total_parts();
@@ -190,34 +204,27 @@ std::int64_t BenchRank::check_sums() {
         is_by_host ? config.hosts.host_of(expert / exchange_->num_local_experts())
                    : expert / experts_per_part);
   };
-  std::vector<std::optional<float>> parts;
-  const auto hidden = static_cast<std::size_t>(traffic_.config.hidden);
   const auto topk = static_cast<std::size_t>(traffic_.config.num_topk);
-  const auto tokens = static_cast<std::size_t>(traffic_.tokens);
-  const std::size_t first = static_cast<std::size_t>(rank_) * tokens;
-  std::vector<std::uint16_t> y(tokens * hidden);
-  backend_.copy_to_host(y.data(), y_->data(), y.size() * 2, backend_.stream());
-  for (std::size_t t = 0; t < tokens; ++t) {
-    const std::int32_t* const idx = &traffic_.topk_idx[(first + t) * topk];
-    const float* const weight = &traffic_.weights[(first + t) * topk];
-    for (std::size_t c = 0; c < hidden; ++c) {
-      parts.assign(static_cast<std::size_t>(config.total_parts()), std::nullopt);
-      for (std::size_t k = 0; k < topk; ++k) {
-        if (idx[k] < 0) continue;
-        const float product =
-            weight[k] * bf16_to_float(bf16_from_float(expert_value(idx[k], first + t, c)));
-        std::optional<float>& part = parts[part_of(idx[k])];
-        part = part.value_or(0.0f) + product;
-      }
-      const float sum = sum_of_parts(parts);
-      const std::uint16_t want = bf16_from_float(sum * traffic_.config.routed_scaling_factor);
-      if (y[t * hidden + c] != want) {
-        fail(ErrorCode::kInternal, "rank {}: token {} element {} is {}, expected {}", rank_, t, c,
-             bf16_to_float(y[t * hidden + c]), bf16_to_float(want));
-      }
+  const std::size_t token =
+      static_cast<std::size_t>(rank_) * static_cast<std::size_t>(traffic_.tokens) + t;
+  const std::int32_t* const idx = &traffic_.topk_idx[token * topk];
+  const float* const weight = &traffic_.weights[token * topk];
+  std::vector<std::optional<float>> parts;
+  for (std::size_t c = 0; c < static_cast<std::size_t>(config.hidden); ++c) {
+    parts.assign(static_cast<std::size_t>(config.total_parts()), std::nullopt);
+    for (std::size_t k = 0; k < topk; ++k) {
+      if (idx[k] < 0) continue;
+      const float product =
+          weight[k] * bf16_to_float(bf16_from_float(expert_value(idx[k], token, c)));
+      std::optional<float>& part = parts[part_of(idx[k])];
+      part = part.value_or(0.0f) + product;
+    }
+    const std::uint16_t want = bf16_from_float(sum_of_parts(parts) * config.routed_scaling_factor);
+    if (y[c] != want) {
+      fail(ErrorCode::kInternal, "rank {}: token {} element {} is {}, expected {}", rank_, t, c,
+           bf16_to_float(y[c]), bf16_to_float(want));
     }
   }
-  return static_cast<std::int64_t>(y.size());
 }
 
 }  // namespace sluice

@@ -49,6 +49,7 @@ class BenchRank {
   [[nodiscard]] MutableTensorView rows_of(const Dispatched& d) const;
   [[nodiscard]] std::int64_t check_rows(const Dispatched& d);
   [[nodiscard]] std::int64_t check_sums();
+  void check_sums_of(std::size_t token, const std::uint16_t* y) const;
 
   const Traffic& traffic_;
   Transport& transport_;

@@ -5,19 +5,18 @@
 #include <utility>
 
 #include "core/counter_rng.h"
-#include "sluice/lab/ranks.h"
+#include "sluice/lab/parallel.h"
 #include "sluice/quant.h"
 
 namespace sluice {
 namespace {
 
-/// Rank r's part of x and wire. Values only have to tell tokens and channels apart.
-void fill_tokens(Traffic& t, int r, std::uint64_t seed) {
+/// Tokens [first, end) of x and wire. Values only have to tell tokens and channels apart.
+void fill_tokens(Traffic& t, std::size_t first, std::size_t end, std::uint64_t seed) {
   const auto hidden = static_cast<std::size_t>(t.config.hidden);
-  const auto first = static_cast<std::size_t>(r) * static_cast<std::size_t>(t.tokens);
   std::vector<float> values(hidden);
   std::vector<std::uint8_t> codes(hidden);
-  for (std::size_t i = first; i < first + static_cast<std::size_t>(t.tokens); ++i) {
+  for (std::size_t i = first; i < end; ++i) {
     for (std::size_t c = 0; c < hidden; ++c) {
       const std::uint64_t bits = mix64(seed ^ ((i * hidden + c) * 0x9e3779b97f4a7c15u));
       const float unit = static_cast<float>(bits >> 40) * 0x1p-23f - 1.0f;
@@ -60,7 +59,9 @@ Traffic make_traffic(const ExchangeBenchConfig& bench, const ExchangeConfig& con
   const auto all = static_cast<std::size_t>(tokens) * static_cast<std::size_t>(bench.num_ranks);
   t.x.resize(all * static_cast<std::size_t>(config.hidden));
   t.wire.resize(all * t.row_bytes);
-  on_every_rank(bench.num_ranks, [&](int r) { fill_tokens(t, r, bench.seed); });
+  for_pieces_in_parallel(all, kTokensAtATime, [&](std::size_t first, std::size_t end) {
+    fill_tokens(t, first, end, bench.seed);
+  });
   if (all_gather) {
     for (std::size_t i = 0; i < all * static_cast<std::size_t>(config.num_topk); ++i) {
       t.topk_idx.push_back(

@@ -11,6 +11,9 @@
 
 namespace sluice {
 
+/// That one thread makes or checks at a time.
+inline constexpr std::size_t kTokensAtATime = 16;
+
 /// Tokens and routing of every rank, and the bytes that each token is on the wire.
 struct Traffic {
   ExchangeConfig config;

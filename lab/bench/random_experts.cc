@@ -7,6 +7,7 @@
 
 #include "core/counter_rng.h"
 #include "core/fail.h"
+#include "sluice/lab/parallel.h"
 #include "sluice/quant.h"
 
 namespace sluice {
@@ -123,23 +124,24 @@ ExpertWeights random_experts(const ModelGeometry& geometry, DType scale_dtype, s
   auto storage = std::make_shared<Storage>();
   // No initialization: every byte that is read is written below.
   storage->bytes.reset(new std::byte[static_cast<std::size_t>(matrix * 3 * geometry.num_experts)]);
-  Carver memory(storage->bytes.get());
   ExpertWeights out;
   out.geometry = geometry;
-  for (int e = 0; e < geometry.num_experts; ++e) {
-    const auto stream = static_cast<std::uint64_t>(e) * 3;
+  out.experts.resize(static_cast<std::size_t>(geometry.num_experts));
+  for_each_in_parallel(out.experts.size(), [&](std::size_t e) {
+    Carver memory(storage->bytes.get() + static_cast<std::size_t>(matrix) * 3 * e);
     const auto make = [&](std::int64_t n, std::int64_t k, std::uint64_t which) {
-      QuantMatrix m = geometry.weight_format == WeightFormat::kMxfp4
-                          ? random_mxfp4(n, k, seed, stream + which, memory)
-                          : random_matrix(n, k, geometry.group_size, scale_dtype, seed,
-                                          stream + which, range, memory);
-      if (geometry.has_bias) m.bias = random_bias(n, seed, stream + which, memory);
+      const std::uint64_t stream = e * 3 + which;
+      QuantMatrix m =
+          geometry.weight_format == WeightFormat::kMxfp4
+              ? random_mxfp4(n, k, seed, stream, memory)
+              : random_matrix(n, k, geometry.group_size, scale_dtype, seed, stream, range, memory);
+      if (geometry.has_bias) m.bias = random_bias(n, seed, stream, memory);
       return m;
     };
-    out.experts.push_back({.gate = make(geometry.intermediate, geometry.hidden, 0),
-                           .up = make(geometry.intermediate, geometry.hidden, 1),
-                           .down = make(geometry.hidden, geometry.intermediate, 2)});
-  }
+    out.experts[e] = {.gate = make(geometry.intermediate, geometry.hidden, 0),
+                      .up = make(geometry.intermediate, geometry.hidden, 1),
+                      .down = make(geometry.hidden, geometry.intermediate, 2)};
+  });
   out.storage = std::move(storage);
   return out;
 }

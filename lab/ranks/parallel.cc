@@ -36,4 +36,10 @@ void for_each_in_parallel(std::size_t count, const std::function<void(std::size_
   if (failure) std::rethrow_exception(failure);
 }
 
+void for_pieces_in_parallel(std::size_t count, std::size_t size,
+                            const std::function<void(std::size_t, std::size_t)>& body) {
+  for_each_in_parallel((count + size - 1) / size,
+                       [&](std::size_t i) { body(i * size, std::min(count, (i + 1) * size)); });
+}
+
 }  // namespace sluice

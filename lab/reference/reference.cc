@@ -8,6 +8,7 @@
 
 #include "core/fail.h"
 #include "quant/row_cast.h"
+#include "sluice/lab/parallel.h"
 #include "sluice/quant.h"
 
 namespace sluice {
@@ -334,23 +335,33 @@ ReferenceRow LayerReference::row(const std::uint16_t* x, const std::int32_t* top
   ReferenceRow row{std::vector<double>(hidden, 0.0), std::vector<double>(hidden, 0.0)};
   std::vector<double> magnitude(hidden, 0.0);
 
-  for (int k = 0; k < num_topk; ++k) {
-    if (topk_idx[k] < 0) continue;
-    check_argument(static_cast<std::size_t>(topk_idx[k]) < experts_.experts.size(),
-                   "topk_idx {} but the reference holds {} experts", topk_idx[k],
-                   experts_.experts.size());
-    const Expert& expert = experts_.experts[static_cast<std::size_t>(topk_idx[k])];
+  std::vector<std::vector<Interval>> outputs(static_cast<std::size_t>(num_topk));
+  const auto compute = [&](std::size_t k) {
+    const std::int32_t e = topk_idx[k];
+    if (e < 0) return;
+    check_argument(static_cast<std::size_t>(e) < experts_.experts.size(),
+                   "topk_idx {} but the reference holds {} experts", e, experts_.experts.size());
+    const Expert& expert = experts_.experts[static_cast<std::size_t>(e)];
     const std::vector<Interval> gate = multiply(expert.gate, a, model_);
     const std::vector<Interval> up = multiply(expert.up, a, model_);
     std::vector<Interval> h(gate.size());
     for (std::size_t i = 0; i < h.size(); ++i) {
       h[i] = activate_interval(experts_.geometry.activation, gate[i], up[i]);
     }
-    const std::vector<Interval> c2 = multiply(expert.down, gemm2_input(h, recipe_), model_);
+    outputs[k] = multiply(expert.down, gemm2_input(h, recipe_), model_);
+    experts_.release_pages(e);  // A layer may be larger than memory; its tokens come one by one.
+  };
+  // Real experts, of more than a million weights, take longer than it takes to start a thread.
+  const std::int64_t weights =
+      std::int64_t{experts_.geometry.hidden} * experts_.geometry.intermediate;
+  const std::size_t together = weights < 1 << 20 ? outputs.size() : 1;
+  for_pieces_in_parallel(outputs.size(), together, [&](std::size_t first, std::size_t end) {
+    for (std::size_t k = first; k < end; ++k) compute(k);
+  });
 
-    experts_.release_pages(
-        topk_idx[k]);  // A layer may be larger than memory; its tokens come one by one.
-
+  for (int k = 0; k < num_topk; ++k) {
+    if (topk_idx[k] < 0) continue;
+    const std::vector<Interval>& c2 = outputs[static_cast<std::size_t>(k)];
     const double weight = static_cast<double>(topk_weights[k]) * routed_scaling_factor_;
     for (std::size_t i = 0; i < hidden; ++i) {
       const double error = c2[i].error + kBf16HalfUlp * (std::fabs(c2[i].value) + c2[i].error);
@@ -364,35 +375,6 @@ ReferenceRow LayerReference::row(const std::uint16_t* x, const std::int32_t* top
                     num_topk * 0x1p-23 * magnitude[i] + std::numeric_limits<float>::min();
   }
   return row;
-}
-
-void compare_row(const ReferenceRow& reference, const std::uint16_t* y, std::int64_t token,
-                 VerifyReport& report) {
-  // Relative L2 is kept as a running pair of sums of squares.
-  double error2 = report.relative_l2 * report.relative_l2 * report.sum_squares;
-  for (std::size_t i = 0; i < reference.y.size(); ++i) {
-    const double actual = bf16_to_float(y[i]);
-    const double expected = reference.y[i];
-    const double error = std::fabs(actual - expected);
-    // Written so that a NaN on one side only is wrong.
-    const bool both_nan = std::isnan(actual) && std::isnan(expected);
-    const double ratio = both_nan ? 0 : error / reference.bound[i];
-    const bool right = both_nan || error <= reference.bound[i];
-    report.num_wrong += right ? 0 : 1;
-    if (!(ratio <= report.worst_ratio) || report.worst_element < 0) {
-      report.worst_ratio = std::isnan(ratio) ? std::numeric_limits<double>::infinity() : ratio;
-      report.worst_token = token;
-      report.worst_element = static_cast<std::int64_t>(i);
-      report.worst_expected = expected;
-      report.worst_actual = actual;
-      report.worst_bound = reference.bound[i];
-    }
-    error2 += error * error;
-    report.sum_squares += expected * expected;
-  }
-  report.relative_l2 = report.sum_squares > 0 ? std::sqrt(error2 / report.sum_squares) : 0;
-  report.num_rows += 1;
-  report.num_elements += static_cast<std::int64_t>(reference.y.size());
 }
 
 }  // namespace sluice

@@ -6,6 +6,7 @@
 
 #include "core/counter_rng.h"
 #include "core/fail.h"
+#include "sluice/lab/parallel.h"
 #include "sluice/quant.h"
 
 namespace sluice {
@@ -169,7 +170,7 @@ Workload make_workload(const WorkloadSpec& spec, std::int64_t first_token,
                 .num_tokens = num_tokens,
                 .hidden = spec.hidden,
                 .num_topk = spec.num_topk};
-  for (std::size_t t = 0; t < tokens; ++t) {
+  const auto make = [&](std::size_t t) {
     const auto token = static_cast<std::uint64_t>(first_token) + t;
     fill_token(spec, gains, token, &load.x[t * hidden]);
     const CounterRng choice(spec.seed ^ 0x5bd1e995u, kTokenStream + token);
@@ -178,7 +179,11 @@ Workload make_workload(const WorkloadSpec& spec, std::int64_t first_token,
                 load.x.begin() + static_cast<std::ptrdiff_t>((t + 1) * hidden), std::uint16_t{0});
     }
     route_token(spec, weight, choice, &load.topk_idx[t * topk], &load.topk_weights[t * topk]);
-  }
+  };
+  constexpr std::size_t kTokensAtATime = 16;
+  for_pieces_in_parallel(tokens, kTokensAtATime, [&](std::size_t first, std::size_t end) {
+    for (std::size_t t = first; t < end; ++t) make(t);
+  });
   return load;
 }
 

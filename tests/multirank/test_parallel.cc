@@ -19,6 +19,21 @@ TEST(ForEachInParallel, EveryIndexComesOnce) {
   }
 }
 
+TEST(ForPiecesInParallel, EveryIndexComesOnceInPiecesOfTheSize) {
+  for (const std::size_t count : {0, 1, 15, 16, 17, 1000}) {
+    std::vector<std::atomic<int>> seen(count);
+    std::atomic<std::size_t> num_short{0};
+    for_pieces_in_parallel(count, 16, [&](std::size_t first, std::size_t end) {
+      EXPECT_LT(first, end);
+      EXPECT_EQ(first % 16, 0u);
+      num_short += end - first < 16;
+      for (std::size_t i = first; i < end; ++i) seen[i] += 1;
+    });
+    for (const std::atomic<int>& times : seen) EXPECT_EQ(times, 1);
+    EXPECT_EQ(num_short, count % 16 == 0 ? 0u : 1u);
+  }
+}
+
 TEST(ForEachInParallel, TheSmallestThatFailedIsThrownWhenAllHaveRun) {
   for (int round = 0; round < 100; ++round) {
     std::atomic<int> num_run{0};

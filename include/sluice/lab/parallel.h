@@ -11,4 +11,9 @@ namespace sluice {
 /// not cut short.
 void for_each_in_parallel(std::size_t count, const std::function<void(std::size_t)>& body);
 
+/// The same for pieces of up to `size` numbers of [0, count): body(first, end). One piece stays on
+/// the calling thread.
+void for_pieces_in_parallel(std::size_t count, std::size_t size,
+                            const std::function<void(std::size_t, std::size_t)>& body);
+
 }  // namespace sluice
