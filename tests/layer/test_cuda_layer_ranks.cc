@@ -18,7 +18,11 @@ namespace sluice::testing {
 namespace {
 
 constexpr Mode kModes[] = {Mode::kLowLatency, Mode::kNormal};
+#ifdef SLUICE_PLANTED_FAULT
+constexpr std::chrono::milliseconds kTimeout{3'000};  // Of ranks whose peer has seen the fault.
+#else
 constexpr std::chrono::milliseconds kTimeout{20'000};
+#endif
 
 struct Case {
   ModelGeometry geometry;

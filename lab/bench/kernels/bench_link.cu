@@ -118,7 +118,8 @@ struct Gpu {
 
 class LinkBench {
  public:
-  explicit LinkBench(std::size_t bytes) : bytes_(bytes / kChunk * kChunk) {
+  explicit LinkBench(std::size_t bytes)
+      : bytes_(bytes / kChunk * kChunk), values_(bytes_ / 4), received_(bytes_ / 4) {
     for (int g = 0; g < 2; ++g) {
       SLUICE_CUDA_CHECK(cudaSetDevice(g));
       SLUICE_CUDA_CHECK(cudaDeviceEnablePeerAccess(1 - g, 0));
@@ -130,14 +131,14 @@ class LinkBench {
       SLUICE_CUDA_CHECK(cudaMalloc(&gpus_[g].to, bytes_));
       SLUICE_CUDA_CHECK(cudaMalloc(&gpus_[g].flag, 4096));
       SLUICE_CUDA_CHECK(cudaMemset(gpus_[g].flag, 0, 4096));
-      std::vector<std::uint32_t> values(bytes_ / 4);
-      for (std::size_t i = 0; i < values.size(); ++i) {
-        values[i] = static_cast<std::uint32_t>(i * 2654435761u + static_cast<std::size_t>(g));
-      }
-      SLUICE_CUDA_CHECK(cudaMemcpy(gpus_[g].from, values.data(), bytes_, cudaMemcpyHostToDevice));
+      SLUICE_CUDA_CHECK(cudaMemset(gpus_[g].from, 0x5a, bytes_));
       SLUICE_CUDA_CHECK(cudaFuncSetAttribute(
           bulk_kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, int{kStageBytes}));
     }
+    for (std::size_t i = 0; i < values_.size(); ++i) {
+      values_[i] = static_cast<std::uint32_t>(i * 2654435761u);
+    }
+    SLUICE_CUDA_CHECK(cudaMemcpy(gpus_[0].from, values_.data(), bytes_, cudaMemcpyHostToDevice));
   }
 
   /// GB/s that the slower direction gets; both: each GPU's data moves to the other at once.
@@ -225,10 +226,8 @@ class LinkBench {
     SLUICE_CUDA_CHECK(cudaDeviceSynchronize());
     queue(way, ctas, 0, false);
     synchronize();
-    std::vector<std::uint8_t> want(bytes_), have(bytes_);
-    SLUICE_CUDA_CHECK(cudaMemcpy(want.data(), gpus_[0].from, bytes_, cudaMemcpyDeviceToHost));
-    SLUICE_CUDA_CHECK(cudaMemcpy(have.data(), gpus_[1].to, bytes_, cudaMemcpyDeviceToHost));
-    if (want != have) throw std::runtime_error(std::string(name_of(way)) + ": wrong bytes");
+    SLUICE_CUDA_CHECK(cudaMemcpy(received_.data(), gpus_[1].to, bytes_, cudaMemcpyDeviceToHost));
+    if (received_ != values_) throw std::runtime_error(std::string(name_of(way)) + ": wrong bytes");
   }
 
   void synchronize() {
@@ -239,6 +238,7 @@ class LinkBench {
   }
 
   std::size_t bytes_;
+  std::vector<std::uint32_t> values_, received_;  // What is at GPU 0, and what came to GPU 1.
   Gpu gpus_[2];
 };
 
