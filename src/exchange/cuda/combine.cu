@@ -72,6 +72,7 @@ __device__ uint4 sum_rows(const Rows& rows, int first, int num_topk, int offset,
 /// begin in this CTA's range, which counts them.
 __device__ void find_rows(const SlotParams& p, const CombineParams& c, int first, int count,
                           int counted, Rows& rows, int* returned) {
+#pragma unroll 1
   for (int i = static_cast<int>(threadIdx.x); i < count * p.num_topk; i += kThreads) {
     const std::int64_t entry = std::int64_t{first} * p.num_topk + i;
     const std::int64_t at = p.slot_row[entry];

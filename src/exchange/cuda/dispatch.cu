@@ -32,6 +32,7 @@
 #include "exchange/cuda/launch_in_order.cuh"
 #include "exchange/cuda/protocol.cuh"
 #include "exchange/cuda/route.cuh"
+#include "exchange/cuda/send.cuh"
 #include "exchange/cuda/stage.cuh"
 #include "exchange/limits.h"
 
@@ -48,8 +49,10 @@ constexpr int kFirstEntries = 2;  // Of each thread, loaded at once.
 __device__ void send_counts(const SlotParams& p, std::uint32_t stamp, const int* total,
                             const int* next) {
   const int begin = p.window.rank * p.placement.num_experts();
+#pragma unroll 1
   for (int peer = static_cast<int>(blockIdx.x); peer < p.window.num_ranks;
        peer += static_cast<int>(gridDim.x)) {
+#pragma unroll 1
     for (int e = static_cast<int>(threadIdx.x); e < p.placement.num_experts(); e += kThreads) {
       p.window.put_word(peer, p.counts, begin + e,
                         std::uint64_t{stamp} << 32 | static_cast<unsigned>(total[e] + next[e]));
@@ -57,73 +60,9 @@ __device__ void send_counts(const SlotParams& p, std::uint32_t stamp, const int*
   }
 }
 
-/// One warp: which entries of a token go to `peer`, a bit each. `list`: the token's entries.
-__device__ unsigned entries_to(const SlotParams& p, int peer, const ChunkEntry* list) {
-  const int lane = static_cast<int>(threadIdx.x) % 32;
-  return __ballot_sync(kAllLanes, lane < p.num_topk && list[lane].peer == peer);
-}
-
-/// One warp: where the rows of these entries of token `source` lie at `peer`, for who copies them.
-__device__ void send_list(const SlotParams& p, std::uint64_t epoch, int peer, unsigned entries,
-                          const ChunkEntry* list, const int* next, std::int64_t source) {
-  const int lane = static_cast<int>(threadIdx.x) % 32;
-  if ((entries >> lane & 1) == 0) return;
-  p.window.put_word(
-      peer, p.copies, source * p.num_topk + lane,
-      epoch << 32 | static_cast<std::uint32_t>(next[list[lane].expert] + list[lane].before));
-}
-
-/// The warps send the rows of one staged chunk; lane 0 of each owns its bulk copies. `is_first`:
-/// the CTA has the tokens' first part, and with it what there is once for each row.
-template <WireFormat Wire, Mode Layout>
-__device__ void send_chunk(const SlotParams& p, const Staging& s, const TokenPart& part,
-                           bool is_first, std::uint64_t epoch, int first, int num_entries,
-                           const ChunkEntry* list, const int* next, const std::uint8_t* payload,
-                           const float* scale, int* sent) {
-  const int warp = static_cast<int>(threadIdx.x) / 32, lane = static_cast<int>(threadIdx.x) % 32;
-  for (int j = warp; j < num_entries; j += kWarps) {
-    const ChunkEntry entry = list[j];
-    const int entry_idx = first * p.num_topk + j, peer = entry.peer;
-    if (peer < 0) {
-      if (lane == 0 && is_first) p.slot_row[entry_idx] = -1;
-      continue;
-    }
-    const std::int64_t row = next[entry.expert] + entry.before;
-    // In normal mode a token crosses a link once, with its first entry there. Rows of this rank's
-    // own experts, and all of low-latency mode, are written one by one.
-    bool travels = true;
-    if (Layout == Mode::kNormal && peer != p.window.rank) {
-      const ChunkEntry* const of_token = list + entry.token * p.num_topk;
-      const unsigned there = entries_to(p, peer, of_token);
-      travels = (there & ((1u << (j - entry.token * p.num_topk)) - 1)) == 0;
-      if (travels && is_first) {
-        send_list(p, epoch, peer, there, of_token, next,
-                  std::int64_t{p.window.rank} * p.max_tokens + first + entry.token);
-      }
-    }
-    if (travels && lane == 0) {
-      p.window.put_bulk(peer, p.x, row * s.payload_bytes + part.first_byte,
-                        payload + entry.token * s.payload_bytes, part.bytes);
-    }
-    if constexpr (kScaled<Wire>) {
-      for (int g = lane; travels && g < part.num_scales; g += 32) {
-        p.window.put(peer, p.scale, row * s.num_groups + part.first_scale + g,
-                     scale[entry.token * s.num_groups + g]);
-      }
-    }
-    if (lane == 0 && is_first) {
-      p.window.put(
-          peer, p.origin, row,
-          static_cast<std::uint64_t>(p.window.rank) << 32 | static_cast<std::uint32_t>(entry_idx));
-      p.slot_row[entry_idx] = std::int64_t{peer} << 32 | row;
-      atomicAdd(&sent[travels ? peer : kMaxDeviceRanks + peer], 1);
-    }
-  }
-  if (lane == 0) p.window.close_puts();
-}
-
 __device__ void forget_rows(const SlotParams& p) {
   const int num_local = p.placement.num_local();
+#pragma unroll 1
   for (int e = static_cast<int>(threadIdx.x); e < num_local; e += static_cast<int>(blockDim.x)) {
     p.num_rows[e] = 0;
   }
@@ -134,6 +73,7 @@ __device__ void forget_rows(const SlotParams& p) {
 __device__ void finish(const SlotParams& p, const DispatchParams& d, std::uint64_t epoch,
                        bool refused, const int* total) {
   const int num_local = p.placement.num_local();
+#pragma unroll 1
   for (int e = static_cast<int>(threadIdx.x); e < num_local; e += kThreads) {
     const int rows = refused ? 0 : total[p.placement.expert_of(p.window.rank, e)];
     p.num_rows[e] = rows;
@@ -153,6 +93,7 @@ __global__ void __launch_bounds__(kThreads, 1)
   __shared__ ChunkEntry list[2][kMaxChunk * kMaxTopk];
   __shared__ int sent[2 * kMaxDeviceRanks];           // Rows, then repeats.
   __shared__ int first_expert[kMaxChunk * kMaxTopk];  // Of the first chunk's slots.
+  __shared__ LostCounts lost;
   // All that the parameters alone decide, before earlier kernels have ended.
   read_ahead(p, d);
   Staging s = staging_of<Wire>(p.hidden);
@@ -174,8 +115,10 @@ __global__ void __launch_bounds__(kThreads, 1)
   const auto x_of = [&](int token) {
     return d.x + std::int64_t{token} * p.hidden + part.first_vector * 8;
   };
+#pragma unroll 1
   for (int e = tid; e < 2 * p.placement.num_experts(); e += kThreads) total[e] = 0;
   if (tid < 2 * kMaxDeviceRanks) sent[tid] = 0;
+  if (tid == 0) lost = {};
 
   // Loads in flight together: the first tokens, whether to run, as which epoch, the first experts,
   // and whether every rank has let go of the slot's last use (a relaxed load will do: stores do not
@@ -207,12 +150,18 @@ __global__ void __launch_bounds__(kThreads, 1)
     const int i = tid + j * kThreads;
     if (i < num_entries) count_entry(i, expert[j], own, kept, total, next, first_expert);
   }
-  if (d.wide_idx) {
-    count_rest<std::int64_t>(p, d, kFirstEntries * kThreads, own, kept, total, next, first_expert);
-  } else {
-    count_rest<std::int32_t>(p, d, kFirstEntries * kThreads, own, kept, total, next, first_expert);
+  if (num_entries > kFirstEntries * kThreads) [[unlikely]] {
+    constexpr int kFrom = kFirstEntries * kThreads;
+    if (d.wide_idx) {
+      count_rest<std::int64_t>(p, d, kFrom, own, kept, total, next, first_expert);
+    } else {
+      count_rest<std::int32_t>(p, d, kFrom, own, kept, total, next, first_expert);
+    }
   }
-  bool ok = __syncthreads_and(reusable) != 0 || wait_for_all(p, p.returned, kReuse, epoch);
+  bool ok = true;
+  if (__syncthreads_and(reusable) == 0) [[unlikely]] {
+    ok = wait_for_all(p, p.returned, kReuse, epoch);
+  }
   if (ok) send_counts(p, count_stamp(epoch, d.layer), total, next);
   // While they travel: all that does not depend on them. One warp looks after the list of entries.
   const bool lists = tid / 32 == kWarps - 1;
@@ -220,9 +169,14 @@ __global__ void __launch_bounds__(kThreads, 1)
   if (lists) list_entries(p, d, 0, first_count * p.num_topk, first_expert, list[0]);
   int clipped = stage_chunk<Wire>(x_of(begin), first_count, part.row_vectors, d.static_inverse,
                                   batch, payload_of(0), scale_of(0));
+  // The next chunk's tokens are on their way while this one is sent.
+  const auto ask_for = [&](int token) {
+    load_batch(x_of(token), min(s.tokens, end - token) * part.row_vectors, tid, batch);
+  };
+  ask_for(begin + s.tokens);
   ptx::fence_proxy_async_shared();  // The copy engine reads what ordinary stores wrote.
   const RouteResult routed =
-      ok ? place_experts<Layout>(p, epoch, d.layer, total, next) : RouteResult::kMissing;
+      ok ? place_experts<Layout>(p, epoch, d.layer, total, next, lost) : RouteResult::kMissing;
   ok = routed != RouteResult::kMissing;
   const bool refused = routed == RouteResult::kRefused;
 
@@ -238,7 +192,6 @@ __global__ void __launch_bounds__(kThreads, 1)
     t += s.tokens;
     if (t >= end) break;
     const int next_count = min(s.tokens, end - t);
-    load_batch(x_of(t), next_count * part.row_vectors, tid, batch);
     if (lane == 0) p.window.wait_sources<1>();  // The other buffer's copies have read it.
     __syncthreads();
     clipped += stage_chunk<Wire>(x_of(t), next_count, part.row_vectors, d.static_inverse, batch,
@@ -247,6 +200,7 @@ __global__ void __launch_bounds__(kThreads, 1)
       advance(count, list[buffer], next);
       list_entries(p, d, t * p.num_topk, next_count * p.num_topk, nullptr, list[buffer ^ 1]);
     }
+    ask_for(t + s.tokens);
     ptx::fence_proxy_async_shared();
     __syncthreads();
   }

@@ -20,6 +20,9 @@
 
 namespace sluice::cuda {
 
+// A call of few tokens runs its code once, and then takes as long as it takes to fetch it. So what
+// is seldom needed is not inlined, and loops over experts, of one step there, are not unrolled.
+
 inline constexpr unsigned kAllLanes = 0xffffffffu;
 inline constexpr int kDispatchThreads = 512;
 /// What a dispatch adds to this rank's `dispatched` flag at every rank. Each CTA adds a share when
@@ -56,6 +59,23 @@ __device__ inline void fail_exchange(const SlotParams& p, const DeviceFault& fau
   *static_cast<volatile int*>(&p.state->failed) = 1;
 }
 
+/// How long a thread has waited for other ranks. Most waits are short, and until they are long
+/// nothing but the clock is asked: whether the exchange has failed is one word for all CTAs, and
+/// asking for it takes as long as another look at what is waited for.
+struct Patience {
+  static constexpr std::uint64_t kLongNs = 20'000;
+  std::uint64_t begin = 0, waited = 0;
+
+  /// To be asked after each look in vain.
+  __device__ bool ends(const SlotParams& p) {
+    const std::uint64_t now = ptx::global_timer();
+    if (begin == 0) begin = now;
+    waited = now - begin;
+    return is_long() && (waited > p.timeout_ns || has_failed(p));
+  }
+  [[nodiscard]] __device__ bool is_long() const { return waited > kLongNs; }
+};
+
 /// What a flag of operation `op` must hold. A `dispatched` flag grows by kDispatchShares in every
 /// epoch. A `returned` flag is 2 * epoch when expert_y may be
 /// read, and 2 * epoch + 1 when the rank dropped that dispatch instead (device_layout.h). Combine
@@ -66,34 +86,24 @@ __device__ inline std::uint64_t wanted(Operation op, std::uint64_t epoch) {
   return epoch * kDispatchShares;
 }
 
-/// Waits until the own flags of ranks [first, end), at byte `flags` of the window, say `epoch`. All
-/// threads of the CTA call it and get the same answer; false means that the exchange has failed.
-__device__ inline bool wait_for_ranks(const SlotParams& p, std::size_t flags, Operation op,
-                                      std::uint64_t epoch, int first, int end) {
-  __shared__ std::uint64_t seen[kMaxDeviceRanks];
+/// The flags of ranks that a CTA has waited for are not as they must be: the exchange stops, and
+/// says whose. `value`: what the thread saw of its own rank, or `want`. All threads call it.
+__device__ __noinline__ inline void fail_wait(const SlotParams& p, Operation op,
+                                              std::uint64_t epoch, std::uint64_t want,
+                                              std::uint64_t value) {
   __shared__ unsigned long long missing, later, dropped;
+  __shared__ std::uint64_t seen[kMaxDeviceRanks];
   const int r = static_cast<int>(threadIdx.x);
   if (r == 0) missing = later = dropped = 0;
   __syncthreads();
-  const std::uint64_t want = wanted(op, epoch);
-  if (r >= first && r < end) {
-    std::uint64_t begin = 0, waited = 0;
-    const std::uint64_t value = p.window.wait(flags, r, want, [&] {
-      const std::uint64_t now = ptx::global_timer();
-      if (begin == 0) begin = now;
-      waited = now - begin;
-      return waited > p.timeout_ns || has_failed(p);
-    });
+  if (r < p.window.num_ranks) {
     seen[r] = value;
-    const std::uint64_t newest = op == kReuse ? want + 1 : op == kCombineRows ? want + 1 : want;
     if (value < want) atomicOr(&missing, 1ull << r);
-    if (value > newest) atomicOr(&later, 1ull << r);
+    if (value > want + (op == kDispatchRows ? 0 : 1)) atomicOr(&later, 1ull << r);
     if (op == kCombineRows && value == want + 1) atomicOr(&dropped, 1ull << r);
-    if (blockIdx.x == 0 && waited != 0) atomicAdd(&p.state->stats.wait_ns[r], waited);
   }
   __syncthreads();
-  const unsigned long long bad = missing | later | dropped;
-  if (bad != 0 && r == 0) {
+  if (r == 0) {
     const unsigned long long who = missing != 0 ? missing : later != 0 ? later : dropped;
     const std::uint64_t unit = op == kDispatchRows ? kDispatchShares : 1;
     fail_exchange(p, {.kind = missing != 0 ? kPeerMissing
@@ -106,7 +116,28 @@ __device__ inline bool wait_for_ranks(const SlotParams& p, std::size_t flags, Op
                       .seen = seen[__ffsll(static_cast<long long>(who)) - 1] / unit});
   }
   __syncthreads();
-  return bad == 0;
+}
+
+/// Waits until the own flags of ranks [first, end), at byte `flags` of the window, say `epoch`. All
+/// threads of the CTA call it, meet in it, and get the same answer; false means that the exchange
+/// has failed.
+__device__ inline bool wait_for_ranks(const SlotParams& p, std::size_t flags, Operation op,
+                                      std::uint64_t epoch, int first, int end) {
+  const int r = static_cast<int>(threadIdx.x);
+  const std::uint64_t want = wanted(op, epoch);
+  std::uint64_t value = want;
+  if (r >= first && r < end) {
+    Patience patience;
+    value = p.window.wait(flags, r, want, [&] { return patience.ends(p); });
+    if (blockIdx.x == 0 && patience.waited != 0) {
+      atomicAdd(&p.state->stats.wait_ns[r], patience.waited);
+    }
+  }
+  // A dispatch waits for the last one to have been combined or dropped.
+  const bool wrong = value < want || value > want + (op == kReuse ? 1 : 0);
+  if (__syncthreads_or(wrong) == 0) return true;
+  fail_wait(p, op, epoch, want, value);
+  return false;
 }
 
 __device__ inline bool wait_for_all(const SlotParams& p, std::size_t flags, Operation op,
@@ -133,7 +164,7 @@ __device__ inline void signal_share(const SlotParams& p) {
 }
 
 /// The slot to which the row of a top-k entry goes that chose expert `e`: Placement::slot_of_row().
-__device__ inline int slot_of_entry(const SlotParams& p, int e, int entry) {
+__device__ __noinline__ inline int slot_of_entry(const SlotParams& p, int e, int entry) {
   const int begin = static_cast<int>(p.slots[e]);
   const int num_replicas = static_cast<int>(p.slots[e + 1]) - begin;
   const int token = entry / p.num_topk;
@@ -149,6 +180,11 @@ __device__ inline long long chosen_by(const DispatchParams& d, int entry) {
                     : static_cast<const std::int32_t*>(d.topk_idx)[entry];
 }
 
+__device__ __noinline__ inline void record_bad_index(const SlotParams& p, int entry,
+                                                     long long value) {
+  record_fault(p, kRefusal, {.kind = kBadIndex, .where = entry, .value = value});
+}
+
 /// Expert of an entry for which the caller chose `e`, or -1 if it is empty. One out of range is
 /// recorded and taken as empty.
 __device__ inline int expert_of_choice(const SlotParams& p, long long e, int entry) {
@@ -156,7 +192,7 @@ __device__ inline int expert_of_choice(const SlotParams& p, long long e, int ent
     if (p.slots == nullptr || e < 0) return static_cast<int>(e);
     return slot_of_entry(p, static_cast<int>(e), entry);
   }
-  record_fault(p, kRefusal, {.kind = kBadIndex, .where = entry, .value = e});
+  record_bad_index(p, entry, e);
   return -1;
 }
 

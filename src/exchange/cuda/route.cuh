@@ -11,10 +11,11 @@ namespace sluice::cuda {
 /// Rows have been given; a capacity is exceeded; counts of a rank did not arrive.
 enum class RouteResult { kPlaced, kRefused, kMissing };
 
-/// Ranks of whose counts a thread did not see those that it waited for, a bit each.
+/// Ranks of whose counts threads of a CTA did not see those that they waited for, a bit each. In
+/// shared memory, where nothing is found at first.
 struct LostCounts {
-  unsigned long long missing = 0, of_another_layer = 0;  // The former has all of them.
-  std::uint64_t other = 0;                               // A word for another layer.
+  unsigned long long missing, of_another_layer;  // The former has all of them.
+  unsigned long long other;                      // A word for another layer.
 };
 
 /// A top-k entry of the chunk that a CTA sends.
@@ -59,19 +60,38 @@ __device__ void count_rest(const SlotParams& p, const DispatchParams& d, int fir
   }
 }
 
+/// A thread has waited long for the counts of expert `e`. True: it waits in vain, and `lost` says
+/// for whom. Away from the loop that waits: few calls need it.
+__device__ __noinline__ inline bool waits_in_vain(const SlotParams& p, int e, std::uint32_t stamp,
+                                                  bool gives_up, LostCounts& lost) {
+  unsigned long long here = 0;
+  for (int r = 0; r < p.window.num_ranks; ++r) {
+    const std::uint64_t word = p.window.word(p.counts, r * p.placement.num_experts() + e);
+    const unsigned long long bit = 1ull << r;
+    if (is_for_another_layer(word, stamp)) {
+      here |= bit;
+      atomicOr(&lost.of_another_layer, bit);
+      atomicMax(&lost.other, static_cast<unsigned long long>(word));
+    } else if (gives_up && static_cast<std::uint32_t>(word >> 32) != stamp) {
+      here |= bit;
+    }
+  }
+  if (here != 0) atomicOr(&lost.missing, here);
+  return here != 0;
+}
+
 /// Thread i's share of experts: every rank's counts of them, waited for. Adds those of lower ranks
-/// to next[e] and replaces total[e] by the sum over all.
-__device__ inline LostCounts gather_counts(const SlotParams& p, std::uint32_t stamp, int* total,
-                                           int* next) {
+/// to next[e] and replaces total[e] by the sum over all. False: it did not see them (`lost`).
+__device__ inline bool gather_counts(const SlotParams& p, std::uint32_t stamp, int* total,
+                                     int* next, LostCounts& lost) {
   constexpr int kBatch = 4;
-  // A word for another layer stays there: who waits as long as this has time to look for one.
-  constexpr std::uint64_t kLookForLayersNs = 20'000;
   const int ranks = p.window.num_ranks;
-  LostCounts lost;
-  std::uint64_t begin = 0;
+  Patience patience;
+#pragma unroll 1
   for (int e = static_cast<int>(threadIdx.x); e < p.placement.num_experts();
        e += kDispatchThreads) {
     int below = 0, all = 0;
+#pragma unroll 1
     for (int r0 = 0; r0 < ranks; r0 += kBatch) {
       std::uint64_t word[kBatch];
       for (;;) {
@@ -87,21 +107,8 @@ __device__ inline LostCounts gather_counts(const SlotParams& p, std::uint32_t st
           if (r0 + i < ranks) fresh &= static_cast<std::uint32_t>(word[i] >> 32) == stamp;
         }
         if (fresh) break;
-        if (begin == 0) begin = ptx::global_timer();
-        const std::uint64_t waited = ptx::global_timer() - begin;
-        const bool gives_up = waited > p.timeout_ns || has_failed(p);
-        if (!gives_up && waited < kLookForLayersNs) continue;
-        unsigned long long lost_here = 0;
-        for (int i = 0; i < kBatch && r0 + i < ranks; ++i) {
-          const unsigned long long bit = 1ull << (r0 + i);
-          if (is_for_another_layer(word[i], stamp)) {
-            lost_here |= bit, lost.of_another_layer |= bit, lost.other = word[i];
-          } else if (gives_up && static_cast<std::uint32_t>(word[i] >> 32) != stamp) {
-            lost_here |= bit;
-          }
-        }
-        lost.missing |= lost_here;
-        if (lost_here != 0) break;
+        const bool gives_up = patience.ends(p);
+        if (patience.is_long() && waits_in_vain(p, e, stamp, gives_up, lost)) return false;
       }
 #pragma unroll
       for (int i = 0; i < kBatch; ++i) {
@@ -114,12 +121,13 @@ __device__ inline LostCounts gather_counts(const SlotParams& p, std::uint32_t st
     total[e] = all;
     next[e] += below;
   }
-  return lost;
+  return true;
 }
 
 /// Low-latency: expert e's rows begin at its own max_m, whatever the counts are. The thread that
 /// calls gather_counts() for an expert does this for it, before.
 __device__ inline void begin_masked(const SlotParams& p, int* next) {
+#pragma unroll 1
   for (int e = static_cast<int>(threadIdx.x); e < p.placement.num_experts();
        e += kDispatchThreads) {
     const int local = p.placement.local_of(e), begin = local * p.max_m;
@@ -128,20 +136,23 @@ __device__ inline void begin_masked(const SlotParams& p, int* next) {
   }
 }
 
+__device__ __noinline__ inline void record_over_capacity(const SlotParams& p, int e, int count) {
+  const int slots = p.placement.num_experts();
+  const int expert =
+      p.slots == nullptr ? e : static_cast<int>(p.slots[p.num_experts + 1 + slots + e]);
+  record_fault(p, kRefusal,
+               {.kind = kOverCapacity, .where = expert, .count = count, .value = p.max_m});
+}
+
 /// True: one of the thread's experts exceeds its capacity.
 __device__ inline bool exceeds_masked(const SlotParams& p, const int* total) {
   bool over = false;
+#pragma unroll 1
   for (int e = static_cast<int>(threadIdx.x); e < p.placement.num_experts();
        e += kDispatchThreads) {
     if (total[e] <= p.max_m) continue;
     over = true;
-    if (blockIdx.x == 0) {
-      const int slots = p.placement.num_experts();
-      const int expert =
-          p.slots == nullptr ? e : static_cast<int>(p.slots[p.num_experts + 1 + slots + e]);
-      record_fault(p, kRefusal,
-                   {.kind = kOverCapacity, .where = expert, .count = total[e], .value = p.max_m});
-    }
+    if (blockIdx.x == 0) record_over_capacity(p, e, total[e]);
   }
   return over;
 }
@@ -169,47 +180,31 @@ __device__ inline void place_contiguous(const SlotParams& p, const int* total, i
   }
 }
 
-/// Who did not send counts, or sent them for another layer: the exchange stops.
-__device__ inline void fail_counts(const SlotParams& p, std::uint64_t epoch, int layer,
-                                   const LostCounts& lost) {
-  __shared__ unsigned long long all_missing, of_another_layer, other;
-  if (threadIdx.x == 0) all_missing = of_another_layer = other = 0;
-  __syncthreads();
-  if (lost.missing != 0) atomicOr(&all_missing, lost.missing);
-  if (lost.of_another_layer != 0) {
-    atomicOr(&of_another_layer, lost.of_another_layer);
-    atomicMax(&other, static_cast<unsigned long long>(lost.other));
-  }
-  __syncthreads();
-  if (threadIdx.x != 0) return;
-  if (of_another_layer != 0) {
-    return fail_exchange(p, {.kind = kOtherLayer,
-                             .operation = kDispatchCounts,
-                             .epoch = epoch,
-                             .missing = of_another_layer,
-                             .expected = static_cast<std::uint64_t>(layer),
-                             .seen = layer_of_count(other)});
-  }
-  fail_exchange(p, {.kind = kPeerMissing,
+/// Who did not send counts, or sent them for another layer: the exchange stops. By one thread.
+__device__ __noinline__ inline void fail_counts(const SlotParams& p, std::uint64_t epoch, int layer,
+                                                const LostCounts& lost) {
+  const bool differs = lost.of_another_layer != 0;
+  const std::uint64_t own = static_cast<std::uint64_t>(layer);
+  fail_exchange(p, {.kind = differs ? kOtherLayer : kPeerMissing,
                     .operation = kDispatchCounts,
                     .epoch = epoch,
-                    .missing = all_missing,
-                    .expected = epoch,
-                    .seen = 0});
+                    .missing = differs ? lost.of_another_layer : lost.missing,
+                    .expected = differs ? own : epoch,
+                    .seen = differs ? layer_of_count(lost.other) : 0});
 }
 
 /// With every rank's counts: total[e] becomes the sum over ranks, next[e] the row of this CTA's
 /// first entry with expert e (low-latency: after begin_masked()). All threads get the same answer.
-/// What any of them did before is seen by all after it.
+/// What any of them did before is seen by all after it. `lost`: shared, and zero before the last
+/// barrier.
 template <Mode Layout>
 __device__ RouteResult place_experts(const SlotParams& p, std::uint64_t epoch, int layer,
-                                     int* total, int* next) {
-  const LostCounts lost = gather_counts(p, count_stamp(epoch, layer), total, next);
-  const bool failed = lost.missing != 0;
+                                     int* total, int* next, LostCounts& lost) {
+  const bool failed = !gather_counts(p, count_stamp(epoch, layer), total, next, lost);
   const bool over = Layout == Mode::kLowLatency && !failed && exceeds_masked(p, total);
   if (__syncthreads_or(failed || over) != 0) {
     if (__syncthreads_or(failed) == 0) return RouteResult::kRefused;
-    fail_counts(p, epoch, layer, lost);
+    if (threadIdx.x == 0) fail_counts(p, epoch, layer, lost);
     return RouteResult::kMissing;
   }
   if (Layout == Mode::kNormal) {
@@ -228,6 +223,7 @@ __device__ inline void list_entries(const SlotParams& p, const DispatchParams& d
     const int e = i >= count ? -1 : expert != nullptr ? expert[i] : expert_of(p, d, first + i);
     const unsigned same = __match_any_sync(kAllLanes, e);
     int before = __popc(same & ((1u << lane) - 1));
+#pragma unroll 1
     for (int j = 0; j < base; ++j) before += list[j].expert == e;
     __syncwarp();
     if (i < count) list[i] = {e, before, e < 0 ? -1 : p.placement.rank_of(e), i / p.num_topk};

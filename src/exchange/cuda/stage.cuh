@@ -180,10 +180,12 @@ __device__ int stage_chunk(const std::uint16_t* x, int count, int row_vectors, f
     token_amax = find_token_amax(x, num_vectors, row_vectors, batch);
   }
   int clipped = 0;
-  for (int base = ptx::thread_index(); base < num_vectors;) {
+  for (int first = 0; first < num_vectors;) {
 #pragma unroll
     for (int i = 0; i < kVectorsInFlight; ++i) {
-      const int v = base + i * kDispatchThreads;
+      // All threads leave at once: to jump from one skipped part to the next would fetch them all.
+      if (first + i * kDispatchThreads >= num_vectors) break;
+      const int v = first + ptx::thread_index() + i * kDispatchThreads;
       if (v < num_vectors) {
         float amax = 0.0f;
         if constexpr (Wire == WireFormat::kE4m3Token) {
@@ -193,8 +195,8 @@ __device__ int stage_chunk(const std::uint16_t* x, int count, int row_vectors, f
                                       payload, scale);
       }
     }
-    base += kDispatchThreads * kVectorsInFlight;
-    load_batch(x, num_vectors, base, batch);
+    first += kDispatchThreads * kVectorsInFlight;
+    if (first < num_vectors) load_batch(x, num_vectors, first + ptx::thread_index(), batch);
   }
   return clipped;
 }
