@@ -28,6 +28,9 @@ constexpr float kGptOssAlpha = 1.702f;
 /// Where a limit acts, by the beginning of the model type.
 constexpr std::array<std::string_view, 2> kBeforeSilu = {"deepseek", "glm"};
 constexpr std::array<std::string_view, 2> kAfterSilu = {"step3p", "bailing"};
+/// Whose model code has a limit where config.json has no key for it.
+constexpr std::array<std::string_view, 5> kLimitByDefault = {"deepseek_v4", "glm5_next", "hy_v4",
+                                                             "minimax_m3", "openai_privacy_filter"};
 
 template <class List>
 bool begins_with_any(std::string_view text, const List& list) {
@@ -209,6 +212,18 @@ ActivationFn with_limit(float limit) {
   return {.kind = ActivationKind::kSwigluLimit, .limit = limit};
 }
 
+/// Throws: kUnsupported for a model whose code has a limit that config.json says nothing of.
+void require_limit(const ConfigFields& fields) {
+  if (!begins_with_any(fields.language_type, kLimitByDefault) ||
+      fields.activation.contains("swiglu_limit") || fields.activation.contains("swiglu_limits")) {
+    return;
+  }
+  fail(ErrorCode::kUnsupported,
+       "{}: swiglu_limit is not given, and models of type '{}' then have one by their own code: "
+       "set it, to 0 if there is none",
+       fields.file, fields.language_type);
+}
+
 /// SiLU as the model type means it.
 void read_silu(const ConfigFields& fields, ActivationKeys& keys, LayerActivations& out) {
   const Limits limits = keys.limits();
@@ -274,6 +289,7 @@ LayerActivations read_activations(const ConfigFields& fields, int num_layers) {
       } else {
         read_silu(fields, keys, out);
         keys.refuse_rest("silu");
+        require_limit(fields);
       }
       break;
     case FunctionName::kSwigluOai:

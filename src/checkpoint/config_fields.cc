@@ -72,7 +72,9 @@ void merge(ConfigFields&& inner, ConfigFields& out) {
     for (auto& [key, numbers] : keys) out.numbers[kind][key] = std::move(numbers);
   }
   for (const auto& [key, value] : inner.scales) out.scales[key] = value;
-  for (auto& [key, value] : inner.activation) out.activation[key] = std::move(value);
+  for (auto& [key, value] : inner.activation) {
+    if (value != "null" || !out.activation.contains(key)) out.activation[key] = std::move(value);
+  }
   if (!inner.layer_types.empty()) out.layer_types = std::move(inner.layer_types);
   out.has_layer_pattern |= inner.has_layer_pattern;
   if (!inner.model_type.empty()) out.language_type = inner.model_type;
@@ -123,7 +125,11 @@ ConfigFields read_object(JsonReader& json, const std::string& file, bool is_inne
   fields.quantization.file = file;
   std::vector<ConfigFields> inner;
   json.object([&](const std::string& key) {
-    if (json.peek() == Json::kNull) return json.skip();
+    if (json.peek() == Json::kNull) {
+      // That there is no limit is something else than nothing about it.
+      if (key == "swiglu_limit" || key == "swiglu_limits") fields.activation[key] = "null";
+      return json.skip();
+    }
     switch (const Kind kind = config_key_kind(key); kind) {
       case Kind::kScale:
         require_kind(json, Json::kNumber, "a number", key, file);

@@ -39,7 +39,6 @@ TEST(ActivationConfig, EveryKind) {
       {R"({"model_type": "deepseek_v4", "hidden_act": "silu", "swiglu_limit": 0.01})",
        "swiglu:limit=0.01"},
       {R"({"model_type": "deepseek_v4", "swiglu_limit": 0})", "swiglu"},
-      {R"({"model_type": "deepseek_v4", "swiglu_limit": null})", "swiglu"},
       {R"({"model_type": "glm_moe_dsa", "swiglu_limit": 7})", "swiglu:limit=7"},
       {R"({"model_type": "deepseek_v4", "swiglu_limit": [0, 0, 0, 0, 0, 7.5]})",
        "swiglu:limit=7.5"},
@@ -104,6 +103,11 @@ TEST(ActivationConfig, WhatIsNotThereIsRefusedByKeyAndValue) {
        {"swiglu_limit = 10", "situ"}},
       {R"({"swiglu_alpha": 1.702})", {"swiglu_alpha = 1.702", "silu"}},
       {R"({"model_type": "gpt_oss"})", {"swigluoai needs a swiglu_limit"}},
+      {R"({"model_type": "deepseek_v4"})", {"swiglu_limit is not given", "'deepseek_v4'"}},
+      {R"({"model_type": "glm5_next", "text_config": {"model_type": "glm5_next_text"}})",
+       {"swiglu_limit is not given", "'glm5_next_text'"}},
+      {R"({"model_type": "hy_v4", "hidden_act": "silu"})", {"swiglu_limit is not given"}},
+      {R"({"model_type": "minimax_m3_vl"})", {"swiglu_limit is not given"}},
       {R"({"hidden_act": "swigluoai", "swiglu_limit": 7})", {"swigluoai needs swiglu_alpha"}},
       {R"({"hidden_act": "swigluoai", "swiglu_alpha": 1, "swiglu_limit": [7, 7, 7, 7, 0, 7]})",
        {"swigluoai needs a swiglu_limit above 0 for every layer"}},
@@ -188,6 +192,15 @@ TEST(ActivationConfig, AListThatDoesNotReachALayerIsNotGuessedAt) {
   files.write(dir.path());
   expect_error(ErrorCode::kUnsupported, {"swiglu_limits has 3 numbers, none for layer 5"},
                [&] { (void)Checkpoint::open(dir.path()); });
+}
+
+/// Models whose code has a limit by default: null says that there is none, as 0 does.
+TEST(ActivationConfig, NullIsNoLimit) {
+  const testing::TempDir dir;
+  testing::ModelFiles files = testing::patched(R"({"model_type": "deepseek_v4"})");
+  files.config["swiglu_limit"] = nullptr;
+  files.write(dir.path());
+  EXPECT_EQ(Checkpoint::open(dir.path()).geometry().activation.kind, ActivationKind::kSwiglu);
 }
 
 }  // namespace

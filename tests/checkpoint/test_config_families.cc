@@ -49,8 +49,8 @@ constexpr Family kFamilies[] = {
   "index_head_dim": 128, "index_n_heads": 64, "index_topk": 2048, "hidden_act": "silu",
   "num_hidden_layers": 61, "first_k_dense_replace": 3, "scale_fmt": "ue8m0",
   "routed_scaling_factor": 2.5})"},
-    {"DeepSeek-V4 without its limit", 256, 6, 4096, 2048, R"({
-  "model_type": "deepseek_v4", "hidden_size": 4096, "moe_intermediate_size": 2048,
+    {"DeepSeek-V4", 256, 6, 4096, 2048, R"({
+  "model_type": "deepseek_v4", "swiglu_limit": 10.0, "hidden_size": 4096, "moe_intermediate_size": 2048,
   "n_routed_experts": 256, "n_shared_experts": 1, "num_experts_per_tok": 6, "hidden_act": "silu",
   "num_hidden_layers": 43, "num_hash_layers": 3, "scoring_func": "sqrtsoftplus",
   "topk_method": "noaux_tc", "norm_topk_prob": true, "routed_scaling_factor": 1.5,

@@ -321,7 +321,8 @@ constexpr VerdictRow kActivationRows[] = {
     {"", R"({"model_type": "deepseek_v4", "swiglu_limit": [null, null, null, 7]})", "",
      "loads as swiglu:limit=7"},
     {"", R"({"model_type": "deepseek_v4", "swiglu_limit": 0})", "", "loads"},
-    {"", R"({"model_type": "deepseek_v4", "swiglu_limit": null})", "", "loads"},
+    {"", R"({"model_type": "deepseek_v4", "swiglu_limit": null})", "",  // Removes the key.
+     "unsupported: swiglu_limit is not given"},
     {"", R"({"model_type": "minimax", "swiglu_limit": 0.0})", "", "loads"},
     {"", R"({"model_type": "deepseek_v4", "swiglu_limit": [7, 7, 7]})", "",
      "unsupported: swiglu_limit has 3 numbers for 4 layers"},
