@@ -188,6 +188,21 @@ bool overlaps_itself(const RepackFormat& format, const PackedMemory& memory, int
   });
 }
 
+bool overlaps_codes_alone(const RepackFormat& format, const PackedMemory& memory, int first,
+                          std::span<const ExpertSource> sources) {
+  const auto count = static_cast<int>(sources.size());
+  const std::array<Extent, 2> packed = packed_of(memory, first, first + count);
+  return std::ranges::all_of(sources, [&](const ExpertSource& source) {
+    const std::array<const MatrixSource*, 3> matrices = matrices_of(source);
+    for (std::size_t m = 0; m < matrices.size(); ++m) {
+      const Extent scales = scales_of(format, *matrices[m], shape_of(format, m));
+      if (packed[0].overlaps(scales) || packed[1].overlaps(scales)) return false;
+    }
+    // Codes of gate and up are read before a down is written; check_sources() has seen the rest.
+    return !packed[0].overlaps(codes_of(source.down, shape_of(format, 2)));
+  });
+}
+
 bool leaves_down(const RepackFormat& format, const PackedMemory& memory, int index,
                  const ExpertSource& source) {
   const std::array<Extent, 2> own = packed_of(memory, index, index + 1);

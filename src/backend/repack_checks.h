@@ -44,6 +44,11 @@ void check_sources(const RepackFormat& format, const PackedMemory& memory, int f
 [[nodiscard]] bool overlaps_itself(const RepackFormat& format, const PackedMemory& memory,
                                    int first, std::span<const ExpertSource> sources);
 
+/// Whether packing gate and up of these experts, one after the other, and then their downs
+/// overwrites nothing but codes of the expert itself and of those before it.
+[[nodiscard]] bool overlaps_codes_alone(const RepackFormat& format, const PackedMemory& memory,
+                                        int first, std::span<const ExpertSource> sources);
+
 /// Whether packing gate and up of expert `index` overwrites nothing of its down matrix's source.
 [[nodiscard]] bool leaves_down(const RepackFormat& format, const PackedMemory& memory, int index,
                                const ExpertSource& source);

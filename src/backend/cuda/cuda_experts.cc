@@ -105,18 +105,20 @@ void CudaExperts::repack(int first, std::span<const ExpertSource> sources,
                          cuda::StreamHandle stream) {
   check_sources(format, packed, first, sources);
   const bool are_apart = !overlaps_itself(format, packed, first, sources);
+  const bool in_place = !are_apart && overlaps_codes_alone(format, packed, first, sources) &&
+                        cuda::fits_in_place(gate_up_shape) && cuda::fits_in_place(down_shape);
   const bool is_layer = first == 0 && std::ssize(sources) == format.num_experts;
   std::size_t count = 0;
   for (std::size_t i = 0; i < sources.size(); i += count) {
     const bool tells_code = is_layer && i == 0 && code == cuda::WeightCode::kSignMagnitude;
-    count = are_apart && !tells_code ? sources.size() - i : 1;
+    count = (are_apart || in_place) && !tells_code ? sources.size() - i : 1;
     const int index = first + static_cast<int>(i);
     const std::span<const ExpertSource> some = sources.subspan(i, count);
-    if (!are_apart && overlaps_itself(format, packed, index, some)) {
+    if (!are_apart && !in_place && overlaps_itself(format, packed, index, some)) {
       repack_aside(index, some, stream);
     } else {
-      repack_half(index, true, some, part_of(index, true), stream);
-      repack_half(index, false, some, part_of(index, false), stream);
+      repack_half(index, true, some, part_of(index, true), stream, in_place);
+      repack_half(index, false, some, part_of(index, false), stream, in_place);
     }
     if (tells_code) choose_code(stream);
   }
@@ -134,16 +136,16 @@ std::byte* CudaExperts::part_of(int index, bool is_gate_up) const {
 }
 
 void CudaExperts::repack_half(int index, bool is_gate_up, std::span<const ExpertSource> sources,
-                              std::byte* out, cuda::StreamHandle stream) const {
-  cuda::launch_repack({.shape = is_gate_up ? gate_up_shape : down_shape,
-                       .code = code,
-                       .codes = format.codes,
-                       .is_gate_up = is_gate_up,
-                       .experts = sources,
-                       .packed = out,
-                       .expert = index,
-                       .findings = findings},
-                      stream);
+                              std::byte* out, cuda::StreamHandle stream, bool in_place) const {
+  const cuda::Repack args{.shape = is_gate_up ? gate_up_shape : down_shape,
+                          .code = code,
+                          .codes = format.codes,
+                          .is_gate_up = is_gate_up,
+                          .experts = sources,
+                          .packed = out,
+                          .expert = index,
+                          .findings = findings};
+  in_place ? cuda::launch_repack_in_place(args, stream) : cuda::launch_repack(args, stream);
 }
 
 void CudaExperts::repack_aside(int index, std::span<const ExpertSource> one,

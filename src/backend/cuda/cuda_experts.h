@@ -80,7 +80,7 @@ struct CudaExperts final : PreparedExperts {
   [[nodiscard]] std::byte* part_of(int index, bool is_gate_up) const;
   /// Of experts from `index` on, whose packed halves follow each other in `out`.
   void repack_half(int index, bool is_gate_up, std::span<const ExpertSource> sources,
-                   std::byte* out, cuda::StreamHandle stream) const;
+                   std::byte* out, cuda::StreamHandle stream, bool in_place = false) const;
   /// Of one that would overwrite itself.
   void repack_aside(int index, std::span<const ExpertSource> one, cuda::StreamHandle stream);
   /// After the first expert of a whole layer: if it has a -8, the others are packed for that at

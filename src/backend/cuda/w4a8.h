@@ -87,8 +87,14 @@ struct Repack {
 };
 /// No input may overlap the output of any. Scales of int4 are multiplied by 2^9 on the way (exact).
 void launch_repack(const Repack& args, StreamHandle stream);
-/// The same of mxfp4, which launch_repack() calls.
+/// Of mxfp4, which launch_repack() calls.
 void launch_repack_mxfp4(const Repack& args, StreamHandle stream);
+
+/// The same where an expert's output may overwrite its own codes and those of experts before it,
+/// and nothing else of the input.   Requires: fits_in_place(args.shape).
+void launch_repack_in_place(const Repack& args, StreamHandle stream);
+/// Whether the registers of the current device hold such a matrix's codes. Not of mxfp4.
+[[nodiscard]] bool fits_in_place(const WeightShape& shape);
 
 /// Turns the codes of packed experts from kSignMagnitude into kOnesComplement, where they lie. A -8
 /// that was packed as kSignMagnitude is -0 there, which no other weight is, so none is lost.
