@@ -31,7 +31,7 @@ def weight_memory(num_experts: int, hidden: int, intermediate: int, *, group_siz
     weight_layout has, uninitialized; w13_scale and w2_scale of scale_dtype, torch.bfloat16 unless given, or
     torch.float32; of weight_layout "mxfp4" torch.uint8, in groups of 32. transposed_scales: [E, K / G, N] instead of
     [E, N, K / G]. After W4A8Experts has been made the views hold repacked bytes: the engine drops them. While it is
-    made, it takes more: the scales of all experts, and the larger half of one.
+    made, it takes more: the scales of all experts, and at most the larger half of one.
 
     Raises Error: invalid_argument naming the field. torch's own error where memory runs out.
     """
