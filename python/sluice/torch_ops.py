@@ -10,6 +10,7 @@ does not know; a module holds its object for as long as it lives. moe_forward is
 marked as having side effects, so that no compiler drops it. There is no backward.
 """
 
+import copy
 import itertools
 import weakref
 from typing import Any
@@ -17,6 +18,7 @@ from typing import Any
 import torch
 
 from . import _core
+from ._error import Error
 
 __all__ = ["ExpertsLayer", "MoeLayer"]
 
@@ -34,8 +36,35 @@ def register(owner: Any, *objects: Any) -> int:
 
 
 def registered(number: int) -> tuple:
-    """The objects of a number."""
+    """The objects of a number. Raises Error: invalid_argument."""
+    if number not in _objects:
+        raise Error("invalid_argument", f"number {number}: the module that held it is gone, or was of another process")
     return _objects[number]
+
+
+class Registered(torch.nn.Module):
+    """A module of objects that torch does not know. Copies share them; no file holds them."""
+
+    number = 0  # Of the objects, for torch.ops; 0: there are none.
+    _shared: tuple[str, ...] = ()  # Attributes that are such objects.
+
+    def _hold(self, *objects: Any) -> None:
+        self.number = register(self, *objects)
+
+    def __deepcopy__(self, memo: dict) -> Any:
+        made = memo[id(self)] = type(self).__new__(type(self))
+        for name, value in self.__dict__.items():
+            made.__dict__[name] = value if name in self._shared else copy.deepcopy(value, memo)
+        if self.number:
+            made._hold(*registered(self.number))
+        return made
+
+    def __copy__(self) -> Any:
+        return self.__deepcopy__({})
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        raise Error("unsupported", f"{type(self).__name__}: its experts live in this process alone and are not pickled; "
+                                   "save what it was made of")
 
 
 def define(schema: str, run: Any, fake: Any, has_side_effect: bool = False, backward: Any = None) -> None:
@@ -104,25 +133,25 @@ define(
 )
 
 
-class MoeLayer(torch.nn.Module):
+class MoeLayer(Registered):
     """moe_forward() of an Engine as a module: (x, topk_idx, topk_weights) -> y. Collective."""
 
     def __init__(self, engine: Any, mode: str = "low-latency") -> None:
         super().__init__()
         engine.recipe(mode)  # Refuses a mode that the engine does not have.
         self.mode = mode
-        self.number = register(self, engine)
+        self._hold(engine)
 
     def forward(self, x: Any, topk_idx: Any, topk_weights: Any) -> Any:
         return torch.ops.sluice.moe_forward(x, topk_idx, topk_weights, self.number, self.mode)
 
 
-class ExpertsLayer(torch.nn.Module):
+class ExpertsLayer(Registered):
     """experts_masked() as a module: (x, x_scale or None, num_rows) -> rows."""
 
     def __init__(self, experts: Any, recipe: Any) -> None:
         super().__init__()
-        self.number = register(self, experts, recipe)
+        self._hold(experts, recipe)
 
     def forward(self, x: Any, x_scale: Any, num_rows: Any, expected_m: int = 0) -> Any:
         return torch.ops.sluice.experts_masked(x, x_scale, num_rows, self.number, expected_m)

@@ -1,6 +1,9 @@
 """Operators of torch: schemas and fakes that torch's own checks accept, and torch.compile."""
 
+import copy
 import gc
+import io
+import pickle
 
 import numpy as np
 import pytest
@@ -146,3 +149,27 @@ def test_a_mode_that_is_not_there(checkpoint, device):
     engine = one_rank_engine(checkpoint, backend, normal=None)
     with pytest.raises(sluice.Error, match="normal"):
         torch_ops.MoeLayer(engine, "normal")
+
+
+def test_a_copy_outlives_its_original(made):
+    _, engine, tensors = made
+    layer = torch_ops.MoeLayer(engine, "normal")
+    expected = layer(*tensors)
+    copies = [copy.deepcopy(layer), copy.copy(layer), copy.deepcopy(torch.nn.Sequential(layer))[0]]
+    assert len({layer.number, *(c.number for c in copies)}) == 4 and all(c.mode == "normal" for c in copies)
+    number = layer.number
+    del layer
+    gc.collect()
+    for one in copies:
+        assert same(one(*tensors), expected)
+    with pytest.raises(sluice.Error, match=f"number {number}: the module that held it is gone"):
+        torch.ops.sluice.moe_forward(*tensors, number, "normal")
+
+
+def test_no_file_holds_a_layer(made):
+    """Its number would be another layer's in another process."""
+    layer = torch_ops.MoeLayer(made[1], "normal")
+    for save in pickle.dumps, lambda one: torch.save(one, io.BytesIO()), lambda one: pickle.dumps(torch.nn.Sequential(one)):
+        with pytest.raises(sluice.Error, match="MoeLayer: its experts live in this process alone") as error:
+            save(layer)
+        assert error.value.code == "unsupported"

@@ -1,7 +1,10 @@
 """sluice.integrations.transformers: tiny models with random weights, made by transformers itself, converted
 by the command line, loaded and run. test_transformers_generate.py has what they generate."""
 
+import copy
+import gc
 import importlib
+import io
 import json
 import os
 import re
@@ -132,6 +135,51 @@ def test_a_bf16_model_gives_what_its_converted_checkpoint_gives(models, name, de
         # Weights that change are quantized again.
         model.get_submodule(f"model.layers.{moe_layers(name)[0]}.mlp.experts").down_proj.mul_(-2)
         assert not torch.equal(model(prompt).logits, got)
+
+
+def test_weights_that_change_without_a_new_version_are_quantized_again(models):
+    model = load(models["qwen3_moe", "bf16"], experts_implementation="sluice")
+    experts = model.get_submodule(f"model.layers.{moe_layers('qwen3_moe')[0]}.mlp.experts")
+    x, idx, weights = call_of(sluice.Checkpoint(models["qwen3_moe", "w4afp8"]).geometry, 16, seed=3)
+
+    def replace_twice():
+        for _ in range(2):  # The second may get the memory that the first one leaves.
+            experts.down_proj.data = experts.down_proj.data * 2
+
+    changes = {"mul_": lambda: experts.down_proj.data.mul_(1.5),
+               "copy_": lambda: experts.gate_up_proj.data.copy_(experts.gate_up_proj.data.flip(0)),
+               "one expert": lambda: experts.gate_up_proj.data[int(idx[0, 0])].mul_(-1),
+               "data": replace_twice,
+               "load_state_dict": lambda: experts.load_state_dict({k: v * 3 for k, v in experts.state_dict().items()})}
+    with torch.no_grad():
+        seen = [experts(x, idx, weights)]
+        for name, change in changes.items():
+            change()
+            seen.append(experts(x, idx, weights))
+            assert not torch.equal(seen[-1], seen[-2]), name
+            # A copy has weights of its own, and no layer yet; so has what a file gives.
+            file = io.BytesIO()
+            torch.save(experts, file)
+            file.seek(0)
+            for other in copy.deepcopy(experts), torch.load(file, weights_only=False):
+                assert torch.equal(other(x, idx, weights), seen[-1]), name
+        # A single number of many: nobody sees it, until told.
+        experts.down_proj.data[int(idx[0, 0]), 1, 1] = 100.0
+        sluice.integrations.transformers.forget(model)
+        assert not torch.equal(experts(x, idx, weights), seen[-1])
+        assert torch.equal(experts(x, idx, weights), copy.deepcopy(experts)(x, idx, weights))
+
+
+def test_copies_of_int4_experts_share_them(models):
+    model = load(models["qwen3_moe", "w4afp8"])
+    made = copy.deepcopy(model)
+    with torch.no_grad():
+        expected = model(PROMPT).logits
+        with pytest.raises(sluice.Error, match="SluiceExperts: its experts live in this process alone"):
+            torch.save(model, io.BytesIO())
+        del model
+        gc.collect()
+        assert torch.equal(made(PROMPT).logits, expected)
 
 
 @pytest.mark.parametrize("name", OTHERS)

@@ -11,6 +11,7 @@ from .._error import Error
 from ..compat._w4a8_scales import e8m0_bytes
 from ..compat.w4a8 import W4A8Experts
 from ._transformers_activation import activation_of
+from ._transformers_kept import kept
 from ._transformers_layers import Inference
 
 _logger = logging.get_logger(__name__)
@@ -46,10 +47,9 @@ def _repacked(module: nn.Module) -> _Layer:
     if not module.has_gate:
         _refuse(module, "experts without a gate matrix")
     tensors = [getattr(module, name).detach() for name in names]
-    state = [(p.data_ptr(), None if p.is_inference() else p._version, p.device) for p in tensors]
-    kept = module.__dict__.get("_sluice_layer")
-    if kept is not None and kept[0] == state:
-        return kept[1]
+    layer = kept.find(module, tensors)
+    if layer is not None:
+        return layer
     if module.has_bias:
         _refuse(module, "experts with biases")
     if tensors[0].dtype != torch.int8:
@@ -63,7 +63,7 @@ def _repacked(module: nn.Module) -> _Layer:
         f"Sluice {__version__} computes {type(module).__name__}: MXFP4 experts as W4A8 (activations e4m3), "
         f"{activation}, recipe direct-bf16. transformers' own copy of the weights stays in memory.")
     layer = _Layer(experts)
-    module.__dict__["_sluice_layer"] = state, layer
+    kept.keep(module, tensors, layer)
     return layer
 
 

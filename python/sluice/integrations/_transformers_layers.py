@@ -126,7 +126,7 @@ torch_ops.define(
 )
 
 
-class SluiceExperts(nn.Module):
+class SluiceExperts(torch_ops.Registered):
     """The routed experts of one layer, in Sluice: (hidden_states [T, H] bfloat16, top_k_index [T, K],
     top_k_weights [T, K]) -> [T, H]. Has no parameters; they stay where from_pretrained() put them.
 
@@ -140,7 +140,8 @@ class SluiceExperts(nn.Module):
         self.num_experts, self.hidden_dim, self.intermediate_dim = num_experts, hidden, intermediate
         self.uses_exchange = False  # Set by ExpertParallel, before load().
         self._layer: Any = None
-        self._number = 0  # Of the layer, for torch.ops.
+
+    _shared = ("_layer",)
 
     @property
     def weight_bytes(self) -> int:
@@ -174,13 +175,13 @@ class SluiceExperts(nn.Module):
             group = buffers.local_group(device, geometry.hidden, geometry.intermediate)
             experts, = group.add_layers(checkpoint, [layer], first=rank * self.num_experts, count=self.num_experts)
             self._layer = LocalLayer(group, device, experts)
-        self._number = torch_ops.register(self, self._layer)
+        self._hold(self._layer)
 
     def run(self, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor) -> torch.Tensor:
         if self._layer is None:
             raise Error("invalid_argument", "SluiceExperts without weights: only from_pretrained() loads them")
         if torch.compiler.is_compiling():
-            return torch.ops.sluice.routed_experts(hidden_states, top_k_index, top_k_weights, self._number)
+            return torch.ops.sluice.routed_experts(hidden_states, top_k_index, top_k_weights, self.number)
         return Inference.apply(self._layer, hidden_states, top_k_index, top_k_weights)
 
     forward = run

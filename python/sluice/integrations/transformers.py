@@ -48,6 +48,7 @@ from .. import _core
 from .._error import Error
 from ._transformers_activation import activation_of
 from ._transformers_fp4 import fp4_experts_forward
+from ._transformers_kept import kept
 from ._transformers_layers import (
     Buffers,
     ExpertParallel,
@@ -57,7 +58,7 @@ from ._transformers_layers import (
     auto_expert_parallel,
 )
 
-__all__ = ["ExpertParallel", "SluiceExperts", "W4AFP8Config", "W4AFP8Quantizer", "sluice_experts_forward"]
+__all__ = ["ExpertParallel", "SluiceExperts", "W4AFP8Config", "W4AFP8Quantizer", "forget", "sluice_experts_forward"]
 
 _logger = logging.get_logger(__name__)
 
@@ -287,12 +288,10 @@ _buffers = Buffers()
 
 def _quantized(module: nn.Module) -> LocalLayer:
     """Made at the first call, and again when the weights have changed."""
-    parameters = module.gate_up_proj, module.down_proj
-    # Parameters made in inference mode have no version: changes in place of those are not seen.
-    state = [(p.data_ptr(), None if p.is_inference() else p._version, p.device) for p in parameters]
-    kept = module.__dict__.get("_sluice_layer")
-    if kept is not None and kept[0] == state:
-        return kept[1]
+    parameters = [module.gate_up_proj, module.down_proj]
+    layer = kept.find(module, parameters)
+    if layer is not None:
+        return layer
     activation = _check_supported(module)
     _, rows, hidden = module.gate_up_proj.shape
     for name, width in ("hidden", hidden), ("intermediate", rows // 2):
@@ -307,8 +306,14 @@ def _quantized(module: nn.Module) -> LocalLayer:
     device = module.gate_up_proj.device
     group = _buffers.local_group(device, hidden, rows // 2)
     layer = LocalLayer(group, device, group.add_layer(weights, name=type(module).__name__))
-    module.__dict__["_sluice_layer"] = state, layer
+    kept.keep(module, parameters, layer)
     return layer
+
+
+def forget(module: nn.Module) -> None:
+    """Experts in the module are quantized, or repacked, anew at their next call. For weights whose change nobody can
+    see: on a GPU one in place through `.data`; on a CPU the same of a few numbers."""
+    kept.forget(module)
 
 
 def sluice_experts_forward(self: nn.Module, hidden_states: torch.Tensor, top_k_index: torch.Tensor,
