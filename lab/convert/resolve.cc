@@ -157,6 +157,14 @@ ResolvedConversion resolve_conversion(const ConvertOptions& options, const Check
   ResolvedConversion out;
   resolve_layers(options, source, out);
   for (const int layer : out.layers) source.check_layer(layer);
+  if (!source.format->weight_format() && !options.scale_rule) {
+    // No rule helps where the target has no place for what it makes.
+    TargetSpec quantized = out.spec;
+    quantized.geometry = source.geometry();
+    quantized.geometry.weight_format = WeightFormat::kInt4;
+    quantized.geometry.group_size = options.group_size.value_or(128);
+    target.check(quantized, source.dir.string());
+  }
   resolve_numbers(options, source, out);
   resolve_input_scales(options, source, out);
   target.check(out.spec, source.dir.string());

@@ -120,6 +120,16 @@ TEST(ConvertMxfp4, WhatItsContainersCannotHoldIsRefused) {
   const TempDir dir;
   write_synthetic_checkpoint(mxfp4_spec("kimi-mxfp4"), dir / "mxfp4");
   write_synthetic_checkpoint(small_spec("w4afp8"), dir / "int4");
+  write_synthetic_checkpoint(small_spec("bf16"), dir / "bf16");
+  // Nothing quantizes to MXFP4, with a rule or without.
+  for (const char* const format : {"deepseek-fp4", "gpt-oss"}) {
+    for (const auto rule : {std::optional<ScaleRule>(), std::optional(ScaleRule::kAmax7)}) {
+      expect_error(ErrorCode::kUnsupported, {std::string(format) + " holds MXFP4", "INT4"}, [&] {
+        (void)convert_checkpoint(
+            {.from = dir / "bf16", .to = dir / "no", .format = format, .scale_rule = rule});
+      });
+    }
+  }
   expect_error(ErrorCode::kUnsupported, {"deepseek-fp4 holds MXFP4"}, [&] {
     (void)convert_checkpoint({.from = dir / "int4", .to = dir / "no", .format = "deepseek-fp4"});
   });
