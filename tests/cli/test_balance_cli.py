@@ -165,6 +165,18 @@ with tempfile.TemporaryDirectory() as folder:
              for layer in read(placement)["layers"]]
     check("groups stay on a host", r.returncode == 0 and all(not a & b for a, b in hosts), r)
 
+    os.symlink(counts, path("link.json"))
+    before = read(counts)
+    for option, files, of in (("--out", {"--out": counts}, "--counts"), ("--out", {"--out": path("link.json")}, "--counts"),
+                              ("--html", {"--html": counts}, "--counts"), ("--json", {"--json": counts}, "--counts"),
+                              ("--html", {"--previous": placement, "--html": placement}, "--previous"),
+                              ("--json", {"--out": path("one"), "--json": path("one")}, "--out")):
+        r = run("balance", "--counts", counts, "--ranks", 4, "--slots", 24, *(a for pair in files.items() for a in pair))
+        check(f"{files} replaces {of}", r.returncode == 2 and f"{option} {files[option]}: is the file of {of}" in r.stderr
+              and read(counts) == before and not os.path.exists(path("one")), r)
+    r = run("balance", "--counts", counts, "--ranks", 4, "--slots", 24, "--previous", placement, "--out", placement)
+    check("a placement goes on in its file", r.returncode == 0, r)
+
     wrong = {
         "num_slots 25 is no multiple of 4 ranks": ("--ranks", 4, "--slots", 25),
         "num_slots 12 is less than 16 experts": ("--ranks", 4, "--slots", 12),
