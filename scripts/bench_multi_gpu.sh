@@ -8,7 +8,7 @@
 # BUILD_DIR (build/cuda) holds what `cmake --preset cuda && cmake --build --preset cuda` and
 # `cmake --build --preset cuda --target cuda_benches cuda_planted_faults` made; a folder with copies
 # of the programs does as well. OUT_DIR (out/multi_gpu) gets a log and one JSON file for each table.
-# PART, by default all of them, which take MINUTES on two H200s:
+# PART, by default all of them:
 #
 #   check     every element, streams and processes, both modes, all formats; a thousand rounds
 #   faults    planted faults are noticed; a rank that is killed or stopped is named
