@@ -1,9 +1,12 @@
 // Rows of each expert, counted by the calls of a layer where the exchange counts them anyway.
 #include <cstring>
 #include <numeric>
+#include <string>
 
 #include "core/fail.h"
 #include "engine/layer_impl.h"
+#include "exchange/agreement.h"
+#include "sluice/config.h"
 #include "sluice/transport.h"
 
 namespace sluice {
@@ -39,12 +42,14 @@ std::vector<std::int64_t> Layer::counted_rows(Stream stream) const {
 
 std::vector<std::int64_t> Layer::counted_rows_of_all(Stream stream) const {
   const Impl& self = *impl_;
-  std::vector<std::int64_t> mine = counted_rows(stream);
-  // Of which layer they are, and of which group.
-  mine.push_back(self.number);
-  mine.push_back(static_cast<std::int64_t>(self.group->group_number));
-  const auto of_ranks = self.group->transport->all_gather(std::as_bytes(std::span(mine)),
-                                                          self.group->config.peer_timeout);
+  const LayerGroup::Impl& group = *self.group;
+  const std::string call = "counted_rows_of_all of " + group.name_of_layer(self.number);
+  require_agreement(*group.transport,
+                    {{"version", version()}, {kCall, call}, group.group_of(self.name)},
+                    group.config.peer_timeout, call);
+  const std::vector<std::int64_t> mine = counted_rows(stream);
+  const auto of_ranks =
+      group.transport->all_gather(std::as_bytes(std::span(mine)), group.config.peer_timeout);
   const Placement& where = self.placement();
   std::vector<std::int64_t> rows(static_cast<std::size_t>(where.num_experts()));
   std::vector<std::int64_t> part(mine.size());
@@ -52,20 +57,6 @@ std::vector<std::int64_t> Layer::counted_rows_of_all(Stream stream) const {
     const auto& bytes = of_ranks[static_cast<std::size_t>(r)];
     SLUICE_ASSERT(bytes.size() == part.size() * sizeof(part[0]));
     std::memcpy(part.data(), bytes.data(), bytes.size());
-    const auto layer = static_cast<int>(part[part.size() - 2]);
-    if (part.back() != mine.back()) {
-      fail_of_ranks(ErrorCode::kTransport, {r},
-                    "counted_rows_of_all: rank {} counts for a layer of another group than rank {} "
-                    "for {}: ranks must make the same calls in the same order",
-                    r, self.group->transport->rank(), self.group->name_of_layer(self.number));
-    }
-    if (layer != self.number) {
-      fail_of_ranks(ErrorCode::kTransport, {r},
-                    "counted_rows_of_all: rank {} counts for {}, rank {} for {}: ranks must make "
-                    "the same calls in the same order",
-                    r, self.group->name_of_layer(layer), self.group->transport->rank(),
-                    self.group->name_of_layer(self.number));
-    }
     const std::span<const int> experts = where.slot_experts(r);
     for (std::size_t i = 0; i < experts.size(); ++i) {
       if (experts[i] != kEmptySlot) rows[static_cast<std::size_t>(experts[i])] += part[i];

@@ -32,6 +32,7 @@ const ModeCapacity& capacity_of(const LayerGroupConfig& config, Mode mode) {
 /// Everything in a configuration in which ranks must not differ, as named text.
 Agreement group_agreement(const LayerGroupConfig& c) {
   Agreement fields{{"version", version()},
+                   {kCall, "creation of a layer group"},
                    {"num_experts", std::to_string(c.geometry.num_experts)},
                    {"num_slots", std::to_string(c.num_slots)},
                    {"num_topk", std::to_string(c.geometry.num_topk)},
@@ -60,6 +61,7 @@ Agreement layer_agreement(const std::string& name, const ModelGeometry& geometry
                           const Placement& placement) {
   Agreement fields{
       {"version", version()},
+      {kCall, "add_layer"},
       {"layer", name},
       {"checkpoint identity", fmt::format("{:016x}", identity)},
       {"weight format",

@@ -7,6 +7,7 @@
 #include "engine/expert_mover.h"
 #include "engine/layer_impl.h"
 #include "exchange/agreement.h"
+#include "sluice/config.h"
 #include "sluice/transport.h"
 
 namespace sluice {
@@ -159,7 +160,8 @@ RebalanceStats Layer::rebalance(const Placement& to, Stream stream,
   group.order->before(stream);
   group.backend->synchronize(stream);
   require_agreement(*group.transport,
-                    {{"rebalance of", group.name_of_layer(self.number)},
+                    {{"version", version()},
+                     {kCall, "rebalance of " + group.name_of_layer(self.number)},
                      group.group_of(self.name),
                      {"placement", fmt::format("{:016x}", from.digest())},
                      {"new placement", fmt::format("{:016x}", wanted.digest())},

@@ -79,7 +79,8 @@ void require_agreement(Transport& transport, const Agreement& fields,
           fmt::format(", rank {} has '{}'{}", r, value_r, name_r == name ? "" : " for " + name_r);
     }
     if (others.empty()) continue;
-    fail(ErrorCode::kTransport, "ranks disagree on {}: rank 0 has '{}'{}", name, value, others);
+    fail(ErrorCode::kTransport, "ranks disagree on {}: rank 0 has '{}'{}{}", name, value, others,
+         name == kCall ? ": ranks must make the same calls in the same order" : "");
   }
 }
 

@@ -10,7 +10,10 @@ namespace sluice {
 
 class Transport;
 
-/// Named values on which all ranks must agree: {"hidden", "7168"}.
+inline constexpr const char* kCall = "the call";
+
+/// Named values on which all ranks must agree: {"hidden", "7168"}. Where ranks may be in different
+/// calls, the first are their version and {kCall, what this rank calls}.
 using Agreement = std::vector<std::pair<std::string, std::string>>;
 
 /// Collective. `operation`: for messages.

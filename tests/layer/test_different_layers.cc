@@ -31,6 +31,7 @@ class DifferentLayersTest : public ::testing::Test {
 
   struct Rank {
     int rank;
+    LayerGroup& group;
     Layer a, b;
     Workload load;
     std::vector<std::uint16_t> y_a, y_b;  ///< What the layers give, in either mode.
@@ -49,6 +50,7 @@ class DifferentLayersTest : public ::testing::Test {
       const ModeRecipes direct{.low_latency = parse_recipe("direct"),
                                .normal = parse_recipe("direct")};
       Rank rank{.rank = r,
+                .group = group,
                 .a = group.add_layer(files_->checkpoint(), files_->layer(0), direct),
                 .b = group.add_layer(files_->checkpoint(), files_->layer(1), recipes_b),
                 .load = make_workload({.num_experts = 12, .num_topk = 3, .hidden = 256, .seed = 7},
@@ -180,6 +182,24 @@ TEST_F(DifferentLayersTest, ARankThatIsGoneIsStillOneThatIsMissing) {
   for (const std::size_t r : {0, 2}) {
     EXPECT_EQ(describe(failures[r])->code, ErrorCode::kPeerTimeout);
     EXPECT_THAT(describe(failures[r])->ranks, ElementsAre(1));
+  }
+}
+
+TEST_F(DifferentLayersTest, AnotherCollectiveIsNamed) {
+  std::string name;
+  const auto failures = after_right_calls(20s, direct(), [&](Rank& rank) {
+    if (rank.rank == 0) name = rank.a.name();
+    if (rank.rank != 1) return (void)rank.a.counted_rows_of_all({});
+    (void)rank.group.add_layer(files_->checkpoint(), files_->layer(1));
+  });
+  name = gather_bytes(name)[0];
+  for (const auto& one : failures) {
+    const auto failure = describe(one);
+    ASSERT_TRUE(failure);
+    EXPECT_EQ(failure->code, ErrorCode::kTransport);
+    EXPECT_THAT(failure->text, HasSubstr("rank 0 has 'counted_rows_of_all of " + name));
+    EXPECT_THAT(failure->text, HasSubstr("rank 1 has 'add_layer'"));
+    EXPECT_THAT(failure->text, HasSubstr("ranks must make the same calls in the same order"));
   }
 }
 

@@ -192,7 +192,8 @@ TEST_F(RebalanceFaults, AnotherLayerOfTheSameNameIsRefusedBeforeAnythingMoves) {
         EXPECT_THAT(e.what(), HasSubstr(first.name()));
         if (one_group) {
           EXPECT_THAT(e.what(), HasSubstr("(number 1 of the group)"));
-          EXPECT_THAT(e.what(), HasSubstr("rank 2 has '" + first.name() + " (number 2 of"));
+          EXPECT_THAT(e.what(),
+                      HasSubstr("rank 2 has 'rebalance of " + first.name() + " (number 2 of"));
         } else {
           EXPECT_THAT(e.what(),
                       HasSubstr("ranks disagree on the group of " + first.name() + ": rank 0 has"));
