@@ -326,10 +326,6 @@ const TensorRef* ExpertTensors::find(std::string_view part) const noexcept {
   return nullptr;
 }
 
-std::string tensor_name(int layer, int expert, std::string_view part) {
-  return ExpertSpelling{}.name(layer, expert, part);
-}
-
 std::string TensorIndex::hint(int layer) const {
   if (has_empty_map) {
     return fmt::format(

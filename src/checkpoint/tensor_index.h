@@ -20,9 +20,6 @@ namespace sluice {
 
 inline constexpr std::uint64_t kDigestSeed = 0xcbf29ce484222325U;
 
-/// "model.layers.3.mlp.experts.17.gate_proj.weight", whatever a checkpoint's own spelling is.
-[[nodiscard]] std::string tensor_name(int layer, int expert, std::string_view part);
-
 /// A tensor in its file. Empty if the checkpoint has none of this name.
 struct TensorRef {
   std::shared_ptr<const MappedFile> file;

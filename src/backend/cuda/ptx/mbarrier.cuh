@@ -32,12 +32,6 @@ __device__ __forceinline__ void mbarrier_arrive_expect_tx(std::uint64_t* bar, st
                : "memory");
 }
 
-/// Arrives once this thread's earlier cp.async copies have landed.
-__device__ __forceinline__ void mbarrier_arrive_after_cp_async(std::uint64_t* bar) {
-  asm volatile("cp.async.mbarrier.arrive.noinc.shared::cta.b64 [%0];" ::"r"(shared_address(bar))
-               : "memory");
-}
-
 /// True if the phase of this parity has completed; may suspend the thread for a while first.
 __device__ __forceinline__ bool mbarrier_try_wait(std::uint64_t* bar, std::uint32_t parity) {
   std::uint32_t done;
