@@ -1,5 +1,5 @@
 // sluice accuracy - what each rounding costs, recipe by recipe, with proof, gate and report.
-#include <fmt/core.h>
+#include <fmt/format.h>
 #include <unistd.h>
 
 #include <algorithm>
@@ -7,6 +7,7 @@
 #include <cstdlib>
 #include <filesystem>
 #include <memory>
+#include <string_view>
 
 #include "accuracy_print.h"
 #include "command.h"
@@ -26,8 +27,7 @@ namespace {
 using Json = nlohmann::ordered_json;
 
 struct Options {
-  std::string checkpoint, preset, original, replay, budget, html, layer, gate = "direct",
-                                                                         backend = "cpu";
+  std::string checkpoint, preset, original, replay, budget, html, layer, gate, backend = "cpu";
   std::vector<std::string> suites = {"all"}, recipes = {"all"};
   int ranks = 4, threads = 0;
   std::int64_t tokens = 32;
@@ -104,14 +104,40 @@ class Subject {
 
 /// "2%" or "2": per cent.
 double parse_budget(const std::string& text) {
-  char* end = nullptr;
-  const double percent = std::strtod(text.c_str(), &end);
-  const std::string rest = end;
-  if (end == text.c_str() || (!rest.empty() && rest != "%") || !(percent >= 0 && percent <= 1e6)) {
+  double percent = 0;
+  const char* const last = text.data() + text.size();
+  const auto [end, error] = std::from_chars(text.data(), last, percent);
+  const std::string_view rest(end, last);
+  if (error != std::errc() || (!rest.empty() && rest != "%") || !(percent >= 0 && percent <= 1e6)) {
     throw Error(ErrorCode::kInvalidArgument,
                 fmt::format("--budget '{}' is not a percentage such as 2%", text));
   }
   return percent;
+}
+
+bool has_all_recipes(const Options& options) {
+  return options.recipes == std::vector<std::string>{"all"};
+}
+
+/// The recipe that the budget judges, and of which --layer all shows the errors.
+std::string gate_of(const Options& options) {
+  return options.gate.empty() ? "direct" : options.gate;
+}
+
+/// Throws: kInvalidArgument for a gate that nothing asks for, or that is not evaluated.
+void check_gate(const Options& options) {
+  const Recipe gate = parse_recipe(gate_of(options));
+  if (!options.gate.empty() && options.budget.empty() && options.layer != "all") {
+    throw Error(ErrorCode::kInvalidArgument,
+                fmt::format("--gate {}: it is what a budget judges; give --budget", options.gate));
+  }
+  if (has_all_recipes(options) || (options.gate.empty() && options.budget.empty())) return;
+  const auto is_gate = [&](const std::string& name) { return parse_recipe(name) == gate; };
+  if (std::ranges::none_of(options.recipes, is_gate)) {
+    throw Error(ErrorCode::kInvalidArgument,
+                fmt::format("--gate {}: it is none of --recipe {}", gate_of(options),
+                            fmt::join(options.recipes, ",")));
+  }
 }
 
 std::vector<TokenSuite> make_suites(const Options& options, const ModelGeometry& geometry) {
@@ -130,7 +156,7 @@ std::vector<TokenSuite> make_suites(const Options& options, const ModelGeometry&
 AccuracyConfig make_config(const Options& options, const Subject& subject) {
   AccuracyConfig config;
   config.num_threads = options.threads;
-  if (options.recipes != std::vector<std::string>{"all"}) {
+  if (!has_all_recipes(options)) {
     for (const std::string& name : options.recipes) config.recipes.push_back(parse_recipe(name));
   }
   if (const Checkpoint* checkpoint = subject.checkpoint()) {
@@ -157,7 +183,7 @@ bool prove(const Options& options, Subject& subject, const std::vector<TokenSuit
 bool judge(const Options& options, const std::vector<SuiteCertificate>& certificates, Json& json) {
   if (options.budget.empty()) return true;
   const BudgetVerdict verdict =
-      judge_budget(certificates, parse_recipe(options.gate), parse_budget(options.budget));
+      judge_budget(certificates, parse_recipe(gate_of(options)), parse_budget(options.budget));
   if (options.layer != "all") print_budget(verdict);
   json["budget"] = report::to_json(verdict);
   return verdict.passed;
@@ -209,7 +235,7 @@ Json certify_layer(const Options& options, Subject& subject) {
                  {"group_size", g.group_size}}},
                {"tokens", options.tokens},
                {"seed", options.seed},
-               {"gate", options.gate},
+               {"gate", gate_of(options)},
                {"suites", Json::array()}};
   std::vector<SuiteCertificate> certificates;
   for (const TokenSuite& suite : suites) {
@@ -268,7 +294,7 @@ void check(const Options& options) {
                 "--replay holds the inputs of one layer; give its index as --layer, not all");
   }
   if (!options.budget.empty()) (void)parse_budget(options.budget);
-  (void)parse_recipe(options.gate);
+  check_gate(options);
 }
 
 void accuracy(const Options& options, Output& output) {
@@ -329,7 +355,7 @@ void add_accuracy(Command& program, Output& output) {
       .range(1, 1024)
       .shows_default();
   command.add_option("--budget", options->budget, "Fail if FP8 dispatch adds more, e.g. 2%");
-  command.add_option("--gate", options->gate, "Recipe the budget judges").shows_default();
+  command.add_option("--gate", options->gate, "Recipe that --budget judges; default: direct");
   command.add_flag("--calibrate", options->calibrate,
                    "Static scales from each suite's calibration tokens, not the checkpoint");
   command.add_option("--html", options->html, "Write the report to FILE")

@@ -3,8 +3,10 @@
 #include <fmt/format.h>
 
 #include <algorithm>
+#include <charconv>
 #include <cmath>
 #include <string>
+#include <system_error>
 #include <utility>
 #include <vector>
 
@@ -30,14 +32,9 @@ struct Options {
 
 /// "80GB", "512MB", "1.5e9": decimal units.
 double parse_memory(const std::string& text) {
-  std::size_t used = 0;
   double value = 0;
-  try {
-    value = std::stod(text, &used);
-  } catch (const std::exception&) {
-    used = 0;
-  }
-  const std::string unit = text.substr(used);
+  const auto [end, error] = std::from_chars(text.data(), text.data() + text.size(), value);
+  const std::string unit(end, text.data() + text.size());
   const double factor = unit.empty() || unit == "B" ? 1
                         : unit == "kB"              ? 1e3
                         : unit == "MB"              ? 1e6
@@ -45,7 +42,7 @@ double parse_memory(const std::string& text) {
                         : unit == "MiB"             ? 1048576.0
                         : unit == "GiB"             ? 1073741824.0
                                                     : 0;
-  if (used == 0 || factor == 0 || !(value > 0) || std::isinf(value)) {
+  if (error != std::errc() || factor == 0 || !(value > 0) || std::isinf(value)) {
     throw Error(ErrorCode::kInvalidArgument,
                 fmt::format("--memory '{}' is not a size such as 80GB, 512MiB or 1e9", text));
   }

@@ -58,6 +58,16 @@ std::string check_whole_number(const std::string& text) {
                      std::numeric_limits<Value>::max());
 }
 
+/// The same of a number with a fraction: "0x10" is 16 for the library, "1_000" is 1000.
+template <class Value>
+std::string check_real_number(const std::string& text) {
+  Value value{};
+  const auto [end, problem] = std::from_chars(text.data(), text.data() + text.size(), value);
+  if (end == text.data() + text.size() && problem != std::errc::invalid_argument) return {};
+  const bool is_taken = CLI::detail::lexical_cast(text, value);
+  return is_taken ? "'" + text + "' is not a number in decimal, such as 1.5" : "";
+}
+
 template <class Value>
 struct ElementOf {
   using Type = Value;
@@ -179,6 +189,7 @@ Option Command::add_option(const char* name, Value& value, const char* help) {
   CLI::Option* const option = app_->add_option(name, value, help);
   using Element = typename ElementOf<Value>::Type;
   if constexpr (std::is_integral_v<Element>) option->check(check_whole_number<Element>);
+  if constexpr (std::is_floating_point_v<Element>) option->check(check_real_number<Element>);
   return Option(option);
 }
 

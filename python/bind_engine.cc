@@ -22,9 +22,10 @@ nb::dict plan(const ModelGeometry& geometry, int num_ranks, int max_tokens_per_r
     throw Error(ErrorCode::kInvalidArgument,
                 fmt::format("scale_dtype '{}' is not f32 or bf16", scale_dtype));
   }
-  if (num_layers < 1) {
+  constexpr int kMaxLayers = 1000;  // As `sluice plan` has it.
+  if (num_layers < 1 || num_layers > kMaxLayers) {
     throw Error(ErrorCode::kInvalidArgument,
-                fmt::format("num_layers {}; at least one", num_layers));
+                fmt::format("num_layers {} is outside [1, {}]", num_layers, kMaxLayers));
   }
   if (max_tokens_per_rank < 1) {
     throw Error(ErrorCode::kInvalidArgument,

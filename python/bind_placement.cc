@@ -105,7 +105,9 @@ void bind_balance(nb::module_& m) {
       "[num_ranks], the rows that each rank is to expect.\n\nRaises Error: invalid_argument.");
   m.def(
       "max_over_mean", [](const std::vector<double>& values) { return max_over_mean(values); },
-      "values"_a, "The largest over the mean: 1 if all are alike; 0 if none has anything.");
+      "values"_a,
+      "The largest over the mean: 1 if all are alike; 0 if none has anything.\n\n"
+      "Raises Error: invalid_argument for a value that is not finite or is below 0.");
   m.def("count_moves", &count_moves, "before"_a, "after"_a,
         "How many experts a rebalance sends from rank to rank.\n\nRaises Error: invalid_argument.");
   m.def("placement_toward", &placement_toward, "before"_a, "after"_a, "max_received"_a,

@@ -53,7 +53,7 @@ struct BalanceConfig {
                                                 const Placement& placement);
 
 /// The largest over the mean: 1 if all are alike, as many as there are if one has everything; 0 if
-/// none has anything.
+/// none has anything.   Throws: kInvalidArgument for a value that is not finite or is below 0.
 [[nodiscard]] double max_over_mean(std::span<const double> values);
 
 /// Slots of `to` with an expert that their rank does not have in `from`: how many experts' weights

@@ -152,7 +152,11 @@ def expected_rows(counts: Sequence[int], placement: Placement) -> list[float]:
     """
 
 def max_over_mean(values: Sequence[float]) -> float:
-    """The largest over the mean: 1 if all are alike; 0 if none has anything."""
+    """
+    The largest over the mean: 1 if all are alike; 0 if none has anything.
+
+    Raises Error: invalid_argument for a value that is not finite or is below 0.
+    """
 
 def count_moves(before: Placement, after: Placement) -> int:
     """

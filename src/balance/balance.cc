@@ -1,6 +1,7 @@
 #include "sluice/balance.h"
 
 #include <algorithm>
+#include <cmath>
 #include <numeric>
 #include <optional>
 #include <queue>
@@ -192,6 +193,10 @@ std::vector<double> expected_rows(std::span<const std::int64_t> rows_per_expert,
 }
 
 double max_over_mean(std::span<const double> values) {
+  for (std::size_t i = 0; i < values.size(); ++i) {
+    check_argument(std::isfinite(values[i]) && values[i] >= 0,
+                   "values[{}] = {} is not a finite number, 0 or above", i, values[i]);
+  }
   const double sum = std::accumulate(values.begin(), values.end(), 0.0);
   if (!(sum > 0)) return 0;
   return std::ranges::max(values) * static_cast<double>(values.size()) / sum;

@@ -17,6 +17,7 @@ std::string_view kind_of_file(std::string_view file) noexcept {
       {"version https://git-lfs", "a Git LFS pointer; `git lfs pull` fetches the file itself"},
       {"<", "a page of HTML or XML, as a download that failed leaves it"},
       {"{", kJson},
+      {"\xef\xbb\xbf", "text behind a byte order mark (BOM); save it as UTF-8 without one"},
       {"PK\x03\x04", "a zip archive (of PyTorch?)"},
       {"GGUF", "a GGUF file"}};
   const std::size_t first = std::min(file.find_first_not_of(" \t\r\n"), file.size());

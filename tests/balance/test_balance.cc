@@ -3,6 +3,7 @@
 #include <gmock/gmock.h>
 #include <gtest/gtest.h>
 
+#include <cmath>
 #include <map>
 #include <set>
 
@@ -132,6 +133,15 @@ TEST(Balance, MaxOverMean) {
   EXPECT_DOUBLE_EQ(max_over_mean(std::vector<double>{3, 1, 1, 1}), 2);
   EXPECT_DOUBLE_EQ(max_over_mean(std::vector<double>{5, 0, 0, 0}), 4);
   EXPECT_EQ(max_over_mean(std::vector<double>{}), 0);
+  for (const double bad : {std::nan(""), HUGE_VAL, -1.0}) {
+    try {
+      (void)max_over_mean(std::vector<double>{1, bad});
+      ADD_FAILURE() << bad << " is accepted";
+    } catch (const Error& error) {
+      EXPECT_EQ(error.code(), ErrorCode::kInvalidArgument);
+      EXPECT_THAT(error.what(), ::testing::HasSubstr("values[1] = "));
+    }
+  }
 }
 
 /// The message of what balancing throws; it must be kInvalidArgument.

@@ -3,6 +3,7 @@
 #include <sys/stat.h>
 
 #include <filesystem>
+#include <string_view>
 #include <utility>
 
 #include "expect_error.h"
@@ -15,11 +16,15 @@ namespace {
 
 /// As a download that failed leaves them, or a clone without Git LFS.
 TEST(OtherFiles, OfAnotherKindAreNamed) {
+  constexpr const char* kMarked = "\xef\xbb\xbf{}";
   constexpr const char* kPointer = "version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\n";
   constexpr const char* kPage = "<!DOCTYPE html><html><body>401</body></html>";
   for (const char* const name : {"config.json", "model.safetensors.index.json",
                                  "hf_quant_config.json", "model-00001-of-00002.safetensors"}) {
-    for (const auto& [text, part] : {std::pair{kPointer, "a Git LFS pointer"}, {kPage, "HTML"}}) {
+    for (const auto& [text, part] : {std::pair{kPointer, "a Git LFS pointer"},
+                                     {kPage, "HTML"},
+                                     {kMarked, "byte order mark (BOM)"}}) {
+      if (text == kMarked && !std::string_view(name).ends_with(".json")) continue;
       const TempDir dir;
       ModelFiles().write(dir.path());
       write_file(dir / name, text);
