@@ -245,7 +245,8 @@ void bind_checkpoint(nb::module_& m) {
       .def_prop_ro("format", &Checkpoint::format, "Published layout, for example 'w4afp8'.")
       .def_prop_ro("geometry", &Checkpoint::geometry, "Sizes of its MoE layers.")
       .def_prop_ro("moe_layers", &Checkpoint::moe_layers, "Layers with routed experts, ascending.")
-      .def_prop_ro("identity", &Checkpoint::identity, "Digest of config and headers.")
+      .def_prop_ro("identity", &Checkpoint::identity,
+                   "Digest of config and headers, not of weights.")
       .def(
           "activation",
           [](const Checkpoint& c, int layer) { return to_string(c.activation(layer)); }, "layer"_a,

@@ -161,7 +161,7 @@ class Checkpoint {
   [[nodiscard]] ActivationFn activation(int layer) const;
   /// Layers that hold routed experts, ascending.
   [[nodiscard]] const std::vector<int>& moe_layers() const noexcept;
-  /// Stable digest of config and headers: equal on every rank that sees the same checkpoint.
+  /// Stable digest of config and headers, not of weights: two trainings of one model may share it.
   [[nodiscard]] std::uint64_t identity() const noexcept;
 
   /// Of every expert of the layer, in order; empty if the checkpoint has none. Throws: kCorruptFile

@@ -62,8 +62,8 @@ struct LayerSpec {
   /// This rank's experts, [rank * num_local_experts, (rank + 1) * num_local_experts) of the layer,
   /// and the static scales of the whole layer. Host memory, not needed after add_layer().
   ExpertWeights weights = {};
-  /// Tells one set of weights from another: Checkpoint::identity(), or a digest of the caller's.
-  /// The same on every rank. 0: nothing tells them apart.
+  /// What ranks compare of where the weights are from: Checkpoint::identity(), which has config and
+  /// headers alone, or a digest of the caller's. The same on every rank. 0: nothing is compared.
   std::uint64_t identity = 0;
   /// For a group with num_slots: `weights` are then of the experts in this rank's slots, one after
   /// the other, whatever their numbers; for an empty slot, of any expert. Empty: Placement::even().

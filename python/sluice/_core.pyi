@@ -477,7 +477,7 @@ class Checkpoint:
 
     @property
     def identity(self) -> int:
-        """Digest of config and headers."""
+        """Digest of config and headers, not of weights."""
 
     def activation(self, layer: int) -> str:
         """
@@ -950,8 +950,8 @@ class LayerGroup:
         the group may be queued on any rank.
 
         weights: ExpertWeights of this rank's experts, with the static scales of the whole layer;
-        not needed afterwards. name: for messages. identity: a number that tells these weights
-        from others; ranks compare both.
+        not needed afterwards. name: for messages, also of several layers. identity: a number
+        that tells these weights from others. Ranks compare both; of a checkpoint, its identity.
         low_latency, normal: recipe of a mode that the group has; None: 'direct'.
         dispatch_dtype: 'auto', 'bf16', 'fp8' or 'fp8-static'; None: SLUICE_DISPATCH_DTYPE.
         progress: for a checkpoint, as in add_layers().

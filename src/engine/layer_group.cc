@@ -63,7 +63,7 @@ Agreement layer_agreement(const std::string& name, const ModelGeometry& geometry
       {"version", version()},
       {kCall, "add_layer"},
       {"layer", name},
-      {"checkpoint identity", fmt::format("{:016x}", identity)},
+      {"checkpoint identity (config and headers)", fmt::format("{:016x}", identity)},
       {"weight format",
        fmt::format("{}, groups of {}", to_string(geometry.weight_format), geometry.group_size)},
       {"activation", to_string(geometry.activation)},

@@ -150,7 +150,7 @@ with tempfile.TemporaryDirectory() as folder:
     check("a fault of one rank", r.returncode == 2 and "rank 2: " in r.stderr
           and "layer 77" in r.stderr, r)
     differences = {
-        "checkpoint identity": ["--checkpoint", other],
+        "checkpoint identity (config and headers)": ["--checkpoint", other],
         "low-latency recipe": ["--recipe", "static"],
         "low-latency max_tokens_per_rank": ["--tokens", "5,0,3,7"],
         "routed_scaling_factor": ["--routed-scaling-factor", "2.5"],

@@ -297,7 +297,7 @@ TEST_F(Layer, AScaleOfARanksOwnIsRefusedBeforeAnythingIsSent) {
     ASSERT_TRUE(failure) << rank;
     EXPECT_EQ(failure->code, ErrorCode::kTransport);
     EXPECT_THAT(failure->text, HasSubstr("rank 1"));
-    EXPECT_THAT(failure->text, HasSubstr("checkpoint identity"));
+    EXPECT_THAT(failure->text, HasSubstr("checkpoint identity (config and headers)"));
   }
 }
 

@@ -302,7 +302,7 @@ TEST_F(LayerGroupTest, RanksThatDifferInALayerAreNamedAndTheGroupWorksOn) {
       {"layer", [](auto& s, auto&) { s.name = "another"; }},
       {"activation",
        [](auto& s, auto&) { s.weights.geometry.activation = parse_activation("swiglu:limit=10"); }},
-      {"checkpoint identity", [](auto& s, auto&) { s.identity += 1; }},
+      {"checkpoint identity (config and headers)", [](auto& s, auto&) { s.identity += 1; }},
       {"low-latency recipe", [](auto&, auto& r) { r.low_latency = parse_recipe("direct"); }},
       {"normal recipe", [](auto&, auto& r) { r.normal = parse_recipe("direct-bf16"); }},
       {"low-latency recipe", [](auto& s, auto&) { s.weights.static_scales->s1 *= 2; }},
