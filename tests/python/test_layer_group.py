@@ -152,7 +152,7 @@ def test_refusals(checkpoint, geometry):
     refused("'dircet'", add, weights=weights, low_latency="dircet")
     refused("neither mode", sluice.LayerGroup, sluice.Transport.inproc(1)[0], backend, geometry=geometry)
     for count in (0, 1001, 2**31 - 1):
-        refused(f"num_layers {count} is outside [1, 1000]", sluice.plan, geometry, num_ranks=1, max_tokens_per_rank=1,
+        refused(rf"num_layers {count} is outside \[1, 1000\]", sluice.plan, geometry, num_ranks=1, max_tokens_per_rank=1,
                 num_layers=count)
     layer = add(weights=weights)
     x, routing = tokens_of(geometry, 0)
