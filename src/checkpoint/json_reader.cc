@@ -48,9 +48,6 @@ void JsonReader::skip_space() noexcept {
 void JsonReader::expect(char c) {
   skip_space();
   if (at_ >= text_.size()) error(std::string("ends where '") + c + "' should stand");
-  if (at_ == 0 && text_.starts_with("\xEF\xBB\xBF")) {
-    error("a byte order mark (BOM) stands here; save the file as UTF-8 without one");
-  }
   if (text_[at_] != c) error(std::string("'") + c + "' should stand here");
   ++at_;
 }
