@@ -36,6 +36,17 @@ std::vector<std::int32_t> count_entries(std::span<const std::int32_t> slots, int
   return counts;
 }
 
+bool local_experts_on(int peer, const ExpertPlacement& placement,
+                      std::span<const std::int32_t> slots, std::span<std::int32_t> experts) {
+  bool is_needed = false;
+  for (std::size_t k = 0; k < experts.size(); ++k) {
+    const bool is_here = slots[k] >= 0 && placement.rank_of(slots[k]) == peer;
+    experts[k] = is_here ? placement.local_of(slots[k]) : -1;
+    is_needed |= is_here;
+  }
+  return is_needed;
+}
+
 void HostRows::add_to(const MutableTensorView& totals) const {
   if (totals.empty()) return;
   for (std::size_t e = 0; e < num_rows.size(); ++e) totals.as<std::int64_t>()[e] += num_rows[e];

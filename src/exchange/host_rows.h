@@ -64,20 +64,11 @@ struct HostRows {
   void add_to(const MutableTensorView& totals) const;
 };
 
-/// Of a token's top-k entries, whose slots slot_of(k) gives (-1: none): the local expert of each
-/// one on rank `peer`, else -1. False if none is there.
-template <class SlotOf>
+/// Of the `slots` of a token's top-k entries: the local expert of each one on rank `peer`, else -1.
+/// False if none is there.   experts: [num_topk]
 [[nodiscard]] bool local_experts_on(int peer, const ExpertPlacement& placement,
-                                    const SlotOf& slot_of, std::span<std::int32_t> experts) {
-  bool is_needed = false;
-  for (std::size_t k = 0; k < experts.size(); ++k) {
-    const std::int32_t slot = slot_of(k);
-    const bool is_here = slot >= 0 && placement.rank_of(slot) == peer;
-    experts[k] = is_here ? placement.local_of(slot) : -1;
-    is_needed |= is_here;
-  }
-  return is_needed;
-}
+                                    std::span<const std::int32_t> slots,
+                                    std::span<std::int32_t> experts);
 
 /// What has arrived in `slot`, a slot of the window, on rank `rank`: fills `rows`, and `batch` over
 /// them. Masked layout: the rows stay where they are.

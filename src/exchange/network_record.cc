@@ -1,6 +1,7 @@
 #include "exchange/network_record.h"
 
 #include <algorithm>
+#include <cstring>
 
 #include "core/fail.h"
 #include "exchange/slot_ranks.h"
@@ -38,15 +39,14 @@ std::int32_t PieceView::num_records() const {
   return n;
 }
 
-void write_record(const NetworkRecord& layout, std::span<const std::byte> payload,
-                  std::span<const std::byte> scales, std::int32_t token,
-                  std::span<const std::int32_t> slots, const float* weights, int host,
-                  std::span<const int> host_of_slot, std::byte* out) {
+void write_record(const NetworkRecord& layout, const WireToken& token, const float* weights,
+                  int host, std::span<const int> host_of_slot, std::byte* out) {
+  const auto& [idx, payload, scales, slots] = token;
   SLUICE_ASSERT(payload.size() == layout.payload_bytes && scales.size() == layout.scale_bytes);
   std::memcpy(out, payload.data(), payload.size());
   if (!scales.empty()) std::memcpy(out + layout.scales, scales.data(), scales.size());
   std::memset(out + layout.token, 0, layout.bytes - layout.token);
-  std::memcpy(out + layout.token, &token, sizeof(token));
+  std::memcpy(out + layout.token, &idx, sizeof(idx));
   for (std::size_t k = 0; k < slots.size(); ++k) {
     const std::int32_t slot = slots[k];
     const bool is_there = slot >= 0 && host_of_slot[static_cast<std::size_t>(slot)] == host;

@@ -15,10 +15,10 @@
 
 #include <cstddef>
 #include <cstdint>
-#include <cstring>
 #include <span>
 #include <vector>
 
+#include "exchange/wire_token.h"
 #include "sluice/exchange.h"
 
 namespace sluice {
@@ -48,27 +48,20 @@ class RecordView {
  public:
   RecordView(const NetworkRecord& layout, const std::byte* record)
       : layout_(&layout), record_(record) {}
-  [[nodiscard]] std::span<const std::byte> payload() const {
-    return {record_, layout_->payload_bytes};
+  /// Its slots are -1 where they are not on this host.
+  [[nodiscard]] WireToken token() const {
+    return {.idx = *words<std::int32_t>(layout_->token),
+            .payload = {record_, layout_->payload_bytes},
+            .scales = {record_ + layout_->scales, layout_->scale_bytes},
+            .slots = {words<std::int32_t>(layout_->slots),
+                      static_cast<std::size_t>(layout_->num_topk)}};
   }
-  [[nodiscard]] std::span<const std::byte> scales() const {
-    return {record_ + layout_->scales, layout_->scale_bytes};
-  }
-  [[nodiscard]] std::int32_t token() const { return word<std::int32_t>(layout_->token); }
-  /// -1: not on this host.
-  [[nodiscard]] std::int32_t slot(int k) const {
-    return word<std::int32_t>(layout_->slots + static_cast<std::size_t>(k) * 4);
-  }
-  [[nodiscard]] float weight(int k) const {
-    return word<float>(layout_->weights + static_cast<std::size_t>(k) * 4);
-  }
+  [[nodiscard]] float weight(int k) const { return words<float>(layout_->weights)[k]; }
 
  private:
   template <class T>
-  [[nodiscard]] T word(std::size_t offset) const {
-    T value;
-    std::memcpy(&value, record_ + offset, sizeof(value));
-    return value;
+  [[nodiscard]] const T* words(std::size_t offset) const {
+    return reinterpret_cast<const T*>(record_ + offset);
   }
   const NetworkRecord* layout_;
   const std::byte* record_;
@@ -93,13 +86,11 @@ class PieceView {
   const std::byte* piece_;
 };
 
-/// Writes a record. slots: [k], all of the token, of which those on host `host` are kept.
+/// Writes a record. token: with all its slots, of which those on host `host` are kept.
 /// host_of_slot: [total_slots].   weights: [k], where the layout has them.
 /// out: [layout.bytes], written whole.
-void write_record(const NetworkRecord& layout, std::span<const std::byte> payload,
-                  std::span<const std::byte> scales, std::int32_t token,
-                  std::span<const std::int32_t> slots, const float* weights, int host,
-                  std::span<const int> host_of_slot, std::byte* out);
+void write_record(const NetworkRecord& layout, const WireToken& token, const float* weights,
+                  int host, std::span<const int> host_of_slot, std::byte* out);
 
 /// Writes a header.   counts: [num_counts].   out: [layout.header_bytes], written whole.
 void write_header(const NetworkRecord& layout, std::int32_t num_records,

@@ -7,6 +7,25 @@
 #include "sluice/quant.h"
 
 namespace sluice {
+namespace {
+
+/// int32 copies of the router's choice; `config.num_experts` is the limit.
+std::vector<std::int32_t> checked_indices(const ExchangeConfig& config,
+                                          const TensorView& topk_idx) {
+  std::vector<std::int32_t> idx(static_cast<std::size_t>(topk_idx.shape.num_elements()));
+  for (std::size_t i = 0; i < idx.size(); ++i) {
+    const std::int64_t value = topk_idx.dtype == DType::kInt64 ? topk_idx.as<std::int64_t>()[i]
+                                                               : topk_idx.as<std::int32_t>()[i];
+    check_argument(value >= -1 && value < config.num_experts,
+                   "topk_idx[{}, {}] = {} is not in [-1, {})",
+                   i / static_cast<std::size_t>(config.num_topk),
+                   i % static_cast<std::size_t>(config.num_topk), value, config.num_experts);
+    idx[i] = static_cast<std::int32_t>(value);
+  }
+  return idx;
+}
+
+}  // namespace
 
 StagedTokens::StagedTokens(const ExchangeConfig& config, BackendOps& backend)
     : wire_(config.wire),
@@ -60,21 +79,6 @@ std::span<const std::byte> StagedTokens::scales(std::int64_t token) const {
   return {memory_->data() + max_tokens_ * payload_bytes_ +
               static_cast<std::size_t>(token) * scale_bytes_,
           scale_bytes_};
-}
-
-std::vector<std::int32_t> checked_indices(const ExchangeConfig& config,
-                                          const TensorView& topk_idx) {
-  std::vector<std::int32_t> idx(static_cast<std::size_t>(topk_idx.shape.num_elements()));
-  for (std::size_t i = 0; i < idx.size(); ++i) {
-    const std::int64_t value = topk_idx.dtype == DType::kInt64 ? topk_idx.as<std::int64_t>()[i]
-                                                               : topk_idx.as<std::int32_t>()[i];
-    check_argument(value >= -1 && value < config.num_experts,
-                   "topk_idx[{}, {}] = {} is not in [-1, {})",
-                   i / static_cast<std::size_t>(config.num_topk),
-                   i % static_cast<std::size_t>(config.num_topk), value, config.num_experts);
-    idx[i] = static_cast<std::int32_t>(value);
-  }
-  return idx;
 }
 
 std::vector<std::int32_t> slots_of_entries(const ExchangeConfig& config, const Routing& routing,

@@ -35,13 +35,9 @@ class StagedTokens {
   std::unique_ptr<DeviceBuffer> memory_;  // payload [T], then scales [T]
 };
 
-/// int32 copies of the router's choice; `config.num_experts` is the limit.
-/// Throws: kInvalidArgument naming the entry; nothing was sent.
-[[nodiscard]] std::vector<std::int32_t> checked_indices(const ExchangeConfig& config,
-                                                        const TensorView& topk_idx);
-
-/// The slot of every entry of rank `rank`, or -1: checked_indices(), and where the routing has
-/// slots, the replica that the entry's row goes to.
+/// The slot of every entry of rank `rank`, or -1: its expert; where the routing has slots, the
+/// replica that the entry's row goes to.
+/// Throws: kInvalidArgument naming the entry whose expert there is not; nothing was sent.
 [[nodiscard]] std::vector<std::int32_t> slots_of_entries(const ExchangeConfig& config,
                                                          const Routing& routing, int rank);
 
