@@ -26,7 +26,7 @@
 #include <cstdint>
 
 #include "backend/cuda/ptx/math.cuh"
-#include "backend/cuda/ptx/wgmma_e5m2.cuh"
+#include "backend/cuda/ptx/wgmma.cuh"
 #include "backend/cuda/sm90_w4a8/unit.cuh"
 
 namespace sluice::cuda {
