@@ -3,8 +3,8 @@
 
 #include <algorithm>
 #include <memory>
-#include <thread>
 
+#include "bench_runs.h"
 #include "command.h"
 #include "report.h"
 #include "scale_dtype.h"
@@ -184,12 +184,7 @@ void bench_experts_command(const Options& options, Output& output) {
       options.sweep ? sweep_of(base) : std::vector{base};
   const bool cuda = options.backend == "cuda";
   if (!cuda) check_memory(base);
-  const int threads = options.threads > 0
-                          ? options.threads
-                          : static_cast<int>(std::max(1u, std::thread::hardware_concurrency()));
-  const auto backend =
-      make_backend({.device = {cuda ? Device::Kind::kCuda : Device::Kind::kHost, 0},
-                    .num_threads = cuda ? 0 : threads});
+  const auto backend = bench_backend(options.backend, options.threads);
   ProgressLine progress("bench experts");
   std::vector<ExpertsBenchReport> reports;
   const auto num_configs = static_cast<double>(configs.size());

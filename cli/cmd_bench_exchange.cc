@@ -5,9 +5,9 @@
 #include <array>
 #include <cmath>
 #include <memory>
-#include <optional>
 #include <set>
 
+#include "bench_runs.h"
 #include "command.h"
 #include "launch.h"
 #include "report.h"
@@ -37,10 +37,6 @@ WireFormat parse_wire(const std::string& name) {
   if (name == "fp8") return WireFormat::kE4m3Group;
   if (name == "token") return WireFormat::kE4m3Token;
   throw Error(ErrorCode::kInvalidArgument, "--wire: '" + name + "' is unknown");
-}
-
-std::string us(double value) {
-  return fmt::format("{:.1f}", value);
 }
 
 nlohmann::ordered_json to_json(const ExchangeBenchTimes& t) {
@@ -120,9 +116,8 @@ void print_cases(const ExchangeBenchConfig& config, const ExchangeBenchReport& r
                human_bytes(static_cast<double>(c.workspace_bytes))});
   }
   fmt::print("{}", table.to_string());
-  std::int64_t checked = 0;
-  for (const ExchangeBenchCase& c : report.cases) checked += c.checked_elements;
-  fmt::print("checked   {} elements before timing, all equal to the definition\n", checked);
+  fmt::print("checked   {} elements before timing, all equal to the definition\n",
+             checked_elements(report.cases));
 }
 
 void fill_json(const Options& options, const ExchangeBenchReport& report, Output& output) {
@@ -267,20 +262,12 @@ void run(const Options& options, Output& output) {
   config.exchange.hosts = launch.transport_hosts();
   const std::size_t num_hosts =
       options.calibrate ? count_hosts(launch, environment.peer_timeout) : 0;
-  std::optional<ProgressLine> progress;
-  if (launch.is_reporter()) progress.emplace("bench exchange");
-  const ExchangeBenchReport report = bench_exchange(
-      config,
-      [&](double fraction) {
-        if (progress) progress->update(fraction);
-      },
-      [&](const auto& body) { return launch.run_ranks(body); });
-  launch.finish();
-  if (!launch.is_reporter()) return;
-  print_header(options, config, report);
-  print_cases(config, report);
-  fill_json(options, report, output);
-  if (options.calibrate) calibrate(options, report, num_hosts, output);
+  const auto report = bench_on_ranks("bench exchange", launch, config, bench_exchange);
+  if (!report) return;
+  print_header(options, config, *report);
+  print_cases(config, *report);
+  fill_json(options, *report, output);
+  if (options.calibrate) calibrate(options, *report, num_hosts, output);
 }
 
 }  // namespace

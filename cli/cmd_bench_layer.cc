@@ -3,8 +3,8 @@
 
 #include <algorithm>
 #include <memory>
-#include <optional>
 
+#include "bench_runs.h"
 #include "command.h"
 #include "launch.h"
 #include "report.h"
@@ -43,9 +43,6 @@ LayerBenchConfig resolve(const Options& options) {
   return config;
 }
 
-std::string us(double value) {
-  return fmt::format("{:.1f}", value);
-}
 std::string stages(const LayerBenchCase::Stages& s) {
   return us(s.dispatch_us) + " + " + us(s.experts_us) + " + " + us(s.combine_us);
 }
@@ -77,9 +74,8 @@ void print_report(const Options& options, const LayerBenchConfig& config,
                stages(c.apart), stages(c.overlapped)});
   }
   fmt::print("{}", table.to_string());
-  std::int64_t checked = 0;
-  for (const LayerBenchCase& c : report.cases) checked += c.checked_elements;
-  fmt::print("checked   {} elements: both ways, and replays, give the same bits\n", checked);
+  fmt::print("checked   {} elements: both ways, and replays, give the same bits\n",
+             checked_elements(report.cases));
 }
 
 void fill_json(const Options& options, const LayerBenchReport& report, Output& output) {
@@ -121,18 +117,10 @@ void run(const Options& options, Output& output) {
     return;
   }
   Launch launch(options.transport, options.ranks, environment.peer_timeout, output);
-  std::optional<ProgressLine> progress;
-  if (launch.is_reporter()) progress.emplace("bench layer");
-  const LayerBenchReport report = bench_layer(
-      config,
-      [&](double fraction) {
-        if (progress) progress->update(fraction);
-      },
-      [&](const auto& body) { return launch.run_ranks(body); });
-  launch.finish();
-  if (!launch.is_reporter()) return;
-  print_report(options, config, report);
-  fill_json(options, report, output);
+  const auto report = bench_on_ranks("bench layer", launch, config, bench_layer);
+  if (!report) return;
+  print_report(options, config, *report);
+  fill_json(options, *report, output);
 }
 
 }  // namespace

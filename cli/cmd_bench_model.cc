@@ -1,10 +1,9 @@
 // sluice bench model - all layers of a model in one graph, for several batch sizes.
 #include <fmt/core.h>
 
-#include <algorithm>
 #include <memory>
-#include <thread>
 
+#include "bench_runs.h"
 #include "command.h"
 #include "report.h"
 #include "scale_dtype.h"
@@ -45,12 +44,7 @@ void bench_model_command(const Options& options, Output& output) {
                           .seed = options.seed};
   if (options.experts > 0) config.geometry.num_experts = options.experts;
   const bool cuda = options.backend == "cuda";
-  const int threads = options.threads > 0
-                          ? options.threads
-                          : static_cast<int>(std::max(1u, std::thread::hardware_concurrency()));
-  const auto backend =
-      make_backend({.device = {cuda ? Device::Kind::kCuda : Device::Kind::kHost, 0},
-                    .num_threads = cuda ? 0 : threads});
+  const auto backend = bench_backend(options.backend, options.threads);
   ProgressLine progress("bench model");
   const ModelBenchReport report =
       bench_model(config, *backend, [&](double fraction) { progress.update(fraction); });

@@ -299,15 +299,8 @@ struct RankReport {
 LayerBenchReport bench_layer(const LayerBenchConfig& bench,
                              const std::function<void(double)>& on_progress,
                              const RunRanks& run_ranks_in) {
-  check_argument(bench.num_ranks >= 1, "num_ranks {}; at least one", bench.num_ranks);
-  const RunRanks run_ranks = run_ranks_in ? run_ranks_in : [&bench](const auto& body) {
-    return run_as_threads(bench.num_ranks, body);
-  };
-  // Where all ranks refuse alike, the cause is said once.
-  (void)run_ranks([&](int, Transport&) {
-    check_config(bench);
-    return std::string();
-  });
+  const RunRanks run_ranks =
+      checked_ranks(bench.num_ranks, run_ranks_in, [&] { check_config(bench); });
   const auto parts = run_ranks([&](int r, Transport& transport) {
     const auto backend =
         make_backend(place_rank(bench.device, r, bench.num_ranks, bench.num_devices));
@@ -327,8 +320,7 @@ LayerBenchReport bench_layer(const LayerBenchConfig& bench,
     return all;
   });
   LayerBenchReport report;
-  const int devices = bench.num_devices > 0 ? bench.num_devices : num_devices(bench.device);
-  report.num_devices = std::clamp(devices, 1, bench.num_ranks);
+  report.num_devices = devices_in_use(bench.device, bench.num_ranks, bench.num_devices);
   for (std::size_t i = 0; i < bench.tokens_per_rank.size(); ++i) {
     std::int64_t checked = 0;
     for (const std::string& part : parts) {

@@ -1,4 +1,5 @@
-// rank_reports.h - what the ranks of a benchmark tell each other and the reporter.
+// rank_reports.h - how the ranks of a benchmark run, and what they tell each other and the
+// reporter.
 #pragma once
 
 #include <algorithm>
@@ -9,6 +10,9 @@
 #include <string>
 #include <vector>
 
+#include "core/fail.h"
+#include "sluice/backend.h"
+#include "sluice/lab/exchange_bench.h"
 #include "sluice/lab/ranks.h"
 #include "sluice/transport.h"
 
@@ -50,6 +54,26 @@ inline std::vector<std::string> run_as_threads(
     results[i] = body(r, *transports[i]);
   });
   return results;
+}
+
+/// How a benchmark runs its ranks: as `given`, else as threads.
+/// Throws: kInvalidArgument; what check(), which every rank makes, throws. Where all ranks refuse
+/// alike, the cause is said once.
+[[nodiscard]] inline RunRanks checked_ranks(int num_ranks, const RunRanks& given,
+                                            const std::function<void()>& check) {
+  check_argument(num_ranks >= 1, "num_ranks {}; at least one", num_ranks);
+  RunRanks run_ranks =
+      given ? given : [num_ranks](const auto& body) { return run_as_threads(num_ranks, body); };
+  (void)run_ranks([&](int, Transport&) {
+    check();
+    return std::string();
+  });
+  return run_ranks;
+}
+
+/// Devices that the ranks are on: of `asked` or, where that is 0, of all that there are.
+[[nodiscard]] inline int devices_in_use(Device::Kind kind, int num_ranks, int asked) {
+  return std::clamp(asked > 0 ? asked : num_devices(kind), 1, num_ranks);
 }
 
 }  // namespace sluice
