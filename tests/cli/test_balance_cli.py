@@ -2,22 +2,9 @@
 """sluice balance from counts to placement, as a user meets it; and the counts of sluice run."""
 import json
 import os
-import subprocess
-import sys
 import tempfile
 
-SLUICE = sys.argv[1]
-failures = []
-
-
-def run(*arguments):
-    return subprocess.run([SLUICE, *map(str, arguments)], capture_output=True, text=True, timeout=100)
-
-
-def check(name, condition, result):
-    if not condition:
-        failures.append(name)
-        print(f"FAILED {name}: exit {result.returncode}\n{result.stdout}{result.stderr}")
+from program import check, finish, run
 
 
 def read(path):
@@ -194,6 +181,4 @@ with tempfile.TemporaryDirectory() as folder:
     write(counts, read(counts) | {"rows": 1})
     r = run("balance", "--counts", counts, "--ranks", 4, "--slots", 24)
     check("refused: an unknown key", r.returncode == 3 and "key 'rows' is unknown" in r.stderr and counts in r.stderr, r)
-
-print(f"{len(failures)} failures")
-sys.exit(1 if failures else 0)
+finish()

@@ -3,24 +3,9 @@
 import json
 import os
 import shutil
-import subprocess
-import sys
 import tempfile
 
-SLUICE = sys.argv[1]
-failures = []
-
-
-def run(*arguments, env=None):
-    return subprocess.run([SLUICE, *arguments], capture_output=True, text=True, timeout=100,
-                          env={**os.environ, **(env or {})})
-
-
-def check(name, condition, result):
-    if not condition:
-        failures.append(name)
-        print(f"FAILED {name}: exit {result.returncode}\n{result.stdout}{result.stderr}")
-
+from program import SLUICE, check, finish, run
 
 with tempfile.TemporaryDirectory() as folder:
     model = os.path.join(folder, "tiny")
@@ -388,5 +373,4 @@ check("bench model", r.returncode == 0 and "3 of 8 experts" in r.stdout and "as 
       and [line.split()[0] for line in r.stdout.splitlines()[-2:]] == ["1", "7"], r)
 r = run("bench", "experts", "--activation", "gelu")
 check("bench experts of an unknown activation", r.returncode == 2 and "gelu" in r.stderr, r)
-print(f"{len(failures)} failures")
-sys.exit(1 if failures else 0)
+finish()

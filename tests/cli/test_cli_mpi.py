@@ -2,21 +2,14 @@
 """`sluice run` over processes: the bytes of threads, one voice, and errors that name the rank."""
 import json
 import os
-import subprocess
-import sys
 import tempfile
 import time
 
-SLUICE, MPIRUN = sys.argv[1], sys.argv[2:]
-failures = []
+from program import MPIRUN, SLUICE, check, execute as run, finish
+
 WIRE = {"direct": 256 + 8, "direct-bf16": 512, "bf16-static": 512, "requant-static": 256 + 8,
         "static": 256, "pow2-static": 256 + 8, "direct-token": 256 + 4}
 RANKS, EXPERTS, TOPK, HIDDEN = 4, 8, 2, 256
-
-
-def run(*command, env=None):
-    return subprocess.run(command, capture_output=True, text=True, timeout=100,
-                          env={**os.environ, **(env or {})})
 
 
 def processes(*parts, flags=(), env=None):
@@ -25,12 +18,6 @@ def processes(*parts, flags=(), env=None):
     for i, (count, arguments) in enumerate(parts):
         command += ([":"] if i else []) + ["-n", str(count), SLUICE, *arguments]
     return run(*command, env=env)
-
-
-def check(name, condition, result):
-    if not condition:
-        failures.append(name)
-        print(f"FAILED {name}: exit {result.returncode}\n{result.stdout}{result.stderr}")
 
 
 def check_formula(name, mode, recipe, data, result):
@@ -164,6 +151,4 @@ with tempfile.TemporaryDirectory() as folder:
         r = processes((3, mpi), (1, changed))
         check(f"ranks disagree on {field}", r.returncode == 4 and r.stderr.count("ranks disagree") == 1
               and f"disagree on {field}: rank 0 has" in r.stderr and "rank 3 has" in r.stderr, r)
-
-print(f"{len(failures)} failures")
-sys.exit(1 if failures else 0)
+finish()

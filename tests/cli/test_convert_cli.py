@@ -6,23 +6,10 @@ import os
 import shutil
 import signal
 import subprocess
-import sys
 import tempfile
 import time
 
-SLUICE = sys.argv[1]
-failures = []
-
-
-def run(*arguments):
-    return subprocess.run([SLUICE, *arguments], capture_output=True, text=True, timeout=100)
-
-
-def check(name, condition, result=None):
-    if not condition:
-        failures.append(name)
-        detail = f": exit {result.returncode}\n{result.stdout}{result.stderr}" if result else ""
-        print(f"FAILED {name}{detail}")
+from program import SLUICE, check, finish, run
 
 
 def digests(folder):
@@ -215,5 +202,4 @@ with tempfile.TemporaryDirectory() as root:
     converted(root)
     at_once(root)
     killed(root)
-print(f"{len(failures)} failures")
-sys.exit(1 if failures else 0)
+finish()

@@ -6,22 +6,9 @@
 import json
 import os
 import re
-import subprocess
-import sys
 import tempfile
 
-SLUICE, MPIRUN = sys.argv[1], sys.argv[2:]
-failures = []
-
-
-def run(*command):
-    return subprocess.run(command, capture_output=True, text=True, timeout=100)
-
-
-def check(name, condition, result):
-    if not condition:
-        failures.append(name)
-        print(f"FAILED {name}: exit {result.returncode}\n{result.stdout}{result.stderr}")
+from program import MPIRUN, SLUICE, check, execute as run, finish
 
 
 def digest(result):
@@ -106,4 +93,4 @@ with tempfile.TemporaryDirectory() as folder:
         check("hosts that nobody named", r.returncode == 0 and "note      the ranks are on 2 hosts" in r.stdout
               and "with --hosts 2 once for each host" in r.stdout, r)
 
-sys.exit(1 if failures else 0)
+finish()

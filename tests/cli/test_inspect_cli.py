@@ -3,22 +3,9 @@
 import json
 import os
 import struct
-import subprocess
-import sys
 import tempfile
 
-sluice = sys.argv[1]
-failures = []
-
-
-def run(*arguments):
-    return subprocess.run([sluice, *arguments], capture_output=True, text=True, timeout=300)
-
-
-def check(name, ok, result=None):
-    if not ok:
-        failures.append(name)
-        print(f"FAILED {name}" + (f": exit {result.returncode}\n{result.stdout}{result.stderr}" if result else ""))
+from program import check, finish, run
 
 
 def make(folder, name, *arguments):
@@ -184,5 +171,4 @@ with tempfile.TemporaryDirectory() as folder:
     faulty(folder)
     without_factor(folder)
     unreadable(folder)
-print(f"{len(failures)} failures")
-sys.exit(1 if failures else 0)
+finish()

@@ -5,24 +5,9 @@
 """
 import json
 import os
-import subprocess
-import sys
 import tempfile
 
-PROGRAM = sys.argv[1]
-failures = []
-
-
-def run(*arguments, env=None):
-    return subprocess.run([PROGRAM, *map(str, arguments)], capture_output=True, text=True, timeout=120,
-                          env={**os.environ, **(env or {})})
-
-
-def check(what, ok, result):
-    if not ok:
-        failures.append(what)
-        print(f"FAILED: {what}\n--- exit status {result.returncode}\n{result.stdout}{result.stderr}")
-
+from program import check, finish, run
 
 with tempfile.TemporaryDirectory() as folder:
     def path(name):
@@ -174,6 +159,4 @@ with tempfile.TemporaryDirectory() as folder:
                                "machine 'x' is none of": ("--machine", "x")}.items():
         r = run("bench", "exchange", "--calibrate", "--ranks", 2, *arguments)
         check(f"refused: {message}", r.returncode == 2 and message in r.stderr, r)
-
-print(f"{len(failures)} failures")
-sys.exit(1 if failures else 0)
+finish()

@@ -3,22 +3,9 @@
 import json
 import os
 import subprocess
-import sys
 import tempfile
 
-sluice = sys.argv[1]
-failures = []
-
-
-def run(*arguments):
-    return subprocess.run([sluice, *arguments], capture_output=True, text=True, timeout=300)
-
-
-def check(name, ok, result):
-    if not ok:
-        failures.append(name)
-        print(f"FAILED {name}: exit {result.returncode}\n{result.stdout}{result.stderr or ''}")
-
+from program import SLUICE, check, finish, run
 
 with tempfile.TemporaryDirectory() as folder:
     model = os.path.join(folder, "w4afp8")
@@ -53,7 +40,7 @@ with tempfile.TemporaryDirectory() as folder:
                       ("run", "--checkpoint", model, "--tokens", "4", "--ranks", "2", "--transport", "ipc")):
         for lost, reason in ((">/dev/full", "No space left on device"), (">&-", "Bad file descriptor")):
             saved = () if "--help" in arguments else ("--json", json_path)
-            r = subprocess.run(["sh", "-c", f'"$0" "$@" {lost}', sluice, *arguments, *saved], capture_output=True,
+            r = subprocess.run(["sh", "-c", f'"$0" "$@" {lost}', SLUICE, *arguments, *saved], capture_output=True,
                                text=True, timeout=300)
             check(f"{arguments} {lost}", r.returncode == 3 and r.stderr.count("\n") == 1
                   and "sluice: i/o error: standard output: cannot write" in r.stderr
@@ -62,7 +49,7 @@ with tempfile.TemporaryDirectory() as folder:
                 with open(json_path) as file:
                     check(f"{arguments} {lost}: JSON", json.load(file)["command"] == arguments[0], r)
                 os.remove(json_path)
-    r = subprocess.run(["sh", "-c", f'"$0" inspect "$1" >/dev/full 2>/dev/full', sluice, model])
+    r = subprocess.run(["sh", "-c", f'"$0" inspect "$1" >/dev/full 2>/dev/full', SLUICE, model])
     check("nothing can be said", r.returncode == 3, r)
     # A name that is no UTF-8 is in JSON with U+FFFD.
     raw = os.fsencode(folder) + b"/n\xff"
@@ -71,7 +58,7 @@ with tempfile.TemporaryDirectory() as folder:
         file.write("{}")
     for arguments in ((b"inspect", raw), (b"run", b"--checkpoint", raw, b"--tokens", b"4", b"--ranks", b"2"),
                       (b"accuracy", b"--checkpoint", raw)):
-        r = subprocess.run([os.fsencode(sluice), *arguments, b"--json", os.fsencode(json_path)],
+        r = subprocess.run([os.fsencode(SLUICE), *arguments, b"--json", os.fsencode(json_path)],
                            capture_output=True, timeout=300)
         with open(json_path, encoding="utf-8") as file:
             text = file.read()
@@ -156,7 +143,7 @@ with tempfile.TemporaryDirectory() as folder:
     kimi = os.path.join(folder, "kimi-int4")
     r = run("make-checkpoint", "--preset", "tiny", "--format", "kimi-int4", "--out", kimi)
     check("make kimi-int4", r.returncode == 0, r)
-    static = [sluice, "run", "--checkpoint", kimi, "--recipe", "static", "--tokens", "4"]
+    static = [SLUICE, "run", "--checkpoint", kimi, "--recipe", "static", "--tokens", "4"]
     for transport in ("inproc", "ipc"):
         r = subprocess.run([*static, "--ranks", "2", "--transport", transport], stdout=subprocess.PIPE,
                            stderr=subprocess.STDOUT, text=True, timeout=300)
@@ -172,5 +159,4 @@ with tempfile.TemporaryDirectory() as folder:
           and "none are given for model.layers.3.mlp.experts; " in r.stderr, r)
     r = run("run", "--checkpoint", kimi, "--tokens", "4")
     check("without static scales the file is not missed", r.returncode == 0 and r.stderr == "", r)
-print(f"{len(failures)} failures")
-sys.exit(1 if failures else 0)
+finish()
