@@ -1,6 +1,8 @@
 #include "transport/mpi_start.h"
 
+#include <algorithm>
 #include <cstring>
+#include <iterator>
 #include <memory>
 #include <string_view>
 #include <utility>
@@ -24,86 +26,145 @@ namespace {
 using Clock = std::chrono::steady_clock;
 using std::chrono::milliseconds;
 
-constexpr int kHelloTag = 20941, kSecondHelloTag = 20943;
+/// Of the first roll call, the second, and what a process says that has its communicator.
+constexpr int kHelloTag = 20941, kSecondHelloTag = 20943, kReadyTag = 20944;
 /// How long the second roll call waits for an answer.
 constexpr milliseconds kAnswer{500};
 
-/// True once `request` is complete; bounded.
-bool complete_by(MPI_Request& request, Clock::time_point deadline) {
-  Backoff backoff;
-  for (int done = 0;;) {
-    const bool is_last_look = Clock::now() >= deadline;
-    SLUICE_MPI(MPI_Test, &request, &done, MPI_STATUS_IGNORE);
-    if (done) return true;
-    if (is_last_look) return false;
-    backoff.pause();
+/// One message from each process of the job to each other. What has not come when this ends, or has
+/// not gone, is left to MPI: it may still write there.
+class Greetings {
+ public:
+  Greetings(const MpiStart& start, int tag) : start_(start), tag_(tag) {
+    in_.resize(static_cast<std::size_t>(start.num_ranks), MPI_REQUEST_NULL);
+    out_ = in_;
+    heard_->resize(in_.size());
+    for (int r = 0; r < start_.num_ranks; ++r) {
+      if (r == start_.rank) continue;
+      const auto i = static_cast<std::size_t>(r);
+      SLUICE_MPI(MPI_Irecv, (*heard_)[i].text, sizeof(Text), MPI_BYTE, r, tag_, MPI_COMM_WORLD,
+                 &in_[i]);
+    }
   }
-}
+  ~Greetings() {
+    const auto is_pending = [](MPI_Request request) { return request != MPI_REQUEST_NULL; };
+    if (std::ranges::any_of(in_, is_pending)) (void)heard_.release();
+    if (std::ranges::any_of(out_, is_pending)) (void)mine_.release();
+  }
+  Greetings(const Greetings&) = delete;
+  Greetings& operator=(const Greetings&) = delete;
 
-struct MpiHello {
-  char text[64] = {};
+  void send() {
+    fmt::format_to_n(mine_->text, sizeof(mine_->text) - 1, "sluice {}", version());
+    (*heard_)[static_cast<std::size_t>(start_.rank)] = *mine_;
+    for (int r = 0; r < start_.num_ranks; ++r) {
+      if (r == start_.rank) continue;
+      SLUICE_MPI(MPI_Isend, mine_->text, sizeof(Text), MPI_BYTE, r, tag_, MPI_COMM_WORLD,
+                 &out_[static_cast<std::size_t>(r)]);
+    }
+  }
+
+  /// Whose message has not come, or who has not taken ours.
+  [[nodiscard]] std::vector<int> missing() {
+    std::vector<int> ranks;
+    for (std::size_t r = 0; r < in_.size(); ++r) {
+      int is_in = 0, is_out = 0;
+      SLUICE_MPI(MPI_Test, &in_[r], &is_in, MPI_STATUS_IGNORE);
+      SLUICE_MPI(MPI_Test, &out_[r], &is_out, MPI_STATUS_IGNORE);
+      if (!is_in || !is_out) ranks.push_back(static_cast<int>(r));
+    }
+    return ranks;
+  }
+  [[nodiscard]] std::vector<int> missing_at(Clock::time_point deadline) {
+    for (Backoff backoff;; backoff.pause()) {
+      const bool is_last_look = Clock::now() >= deadline;
+      std::vector<int> ranks = missing();
+      if (ranks.empty() || is_last_look) return ranks;
+    }
+  }
+
+  /// Throws: kTransport naming a process that runs another version.
+  void check_versions() const {
+    for (std::size_t r = 0; r < heard_->size(); ++r) {
+      const Text& theirs = (*heard_)[r];
+      if (std::memcmp(&theirs, mine_.get(), sizeof(Text)) == 0) continue;
+      fail(ErrorCode::kTransport, "ranks disagree on version: rank {} has '{}', rank {} has '{}'",
+           start_.rank, mine_->text, r,
+           std::string(theirs.text, strnlen(theirs.text, sizeof(theirs.text))));
+    }
+  }
+
+ private:
+  struct Text {
+    char text[64] = {};
+  };
+  const MpiStart& start_;
+  int tag_;
+  std::unique_ptr<std::vector<Text>> heard_ = std::make_unique<std::vector<Text>>();
+  std::unique_ptr<Text> mine_ = std::make_unique<Text>();
+  std::vector<MPI_Request> in_, out_;
 };
 
+[[noreturn]] void fail_missing(const MpiStart& start, const char* operation, milliseconds time,
+                               const std::vector<int>& missing) {
+  fail_of_ranks(ErrorCode::kPeerTimeout, missing,
+                "{} on rank {}: after {} ms still missing rank(s){}", operation, start.rank,
+                time.count(), list_of(missing));
+}
+
 /// Each process sends its version to all and hears all. Throws: kPeerTimeout naming the missing.
-void roll_call(int rank, int num_ranks, int tag, milliseconds timeout, const char* operation) {
-  const auto deadline = Clock::now() + timeout;
-  // Left to MPI when somebody is missing: it may still write there.
-  auto heard = std::make_unique<std::vector<MpiHello>>(static_cast<std::size_t>(num_ranks));
-  auto mine = std::make_unique<MpiHello>();
-  fmt::format_to_n(mine->text, sizeof(mine->text) - 1, "sluice {}", version());
-  std::vector<MPI_Request> in(heard->size(), MPI_REQUEST_NULL), out = in;
-  for (int r = 0; r < num_ranks; ++r) {
-    if (r == rank) continue;
-    const auto i = static_cast<std::size_t>(r);
-    SLUICE_MPI(MPI_Irecv, (*heard)[i].text, sizeof(MpiHello), MPI_BYTE, r, tag, MPI_COMM_WORLD,
-               &in[i]);
-    SLUICE_MPI(MPI_Isend, mine->text, sizeof(MpiHello), MPI_BYTE, r, tag, MPI_COMM_WORLD, &out[i]);
-  }
-  std::vector<int> missing;
-  for (std::size_t r = 0; r < in.size(); ++r) {
-    if (complete_by(in[r], deadline) && complete_by(out[r], deadline)) continue;
-    missing.push_back(static_cast<int>(r));
-  }
+void roll_call(const MpiStart& start, milliseconds timeout) {
+  Greetings hello(start, kHelloTag);
+  hello.send();
+  const std::vector<int> missing = hello.missing_at(Clock::now() + timeout);
   if (!missing.empty()) {
-    (void)heard.release();
-    (void)mine.release();
-    fail_of_ranks(ErrorCode::kPeerTimeout, missing,
-                  "{} on rank {}: after {} ms still missing rank(s){}", operation, rank,
-                  timeout.count(), list_of(missing));
+    // For those that have heard all and wait for their communicator: this rank has come, too.
+    Greetings(start, kSecondHelloTag).send();
+    fail_missing(start, "start of the MPI transport", timeout, missing);
   }
-  (*heard)[static_cast<std::size_t>(rank)] = *mine;
-  for (std::size_t r = 0; r < heard->size(); ++r) {
-    const MpiHello& theirs = (*heard)[r];
-    if (std::memcmp(&theirs, mine.get(), sizeof(MpiHello)) == 0) continue;
-    fail(ErrorCode::kTransport, "ranks disagree on version: rank {} has '{}', rank {} has '{}'",
-         rank, mine->text, r, std::string(theirs.text, strnlen(theirs.text, sizeof(theirs.text))));
-  }
+  hello.check_versions();
 }
 
 /// A communicator of our own, so that the program's messages and ours cannot meet.
 ///
 /// MPI does not say which process keeps it waiting. So a process that gives up holds a second roll
 /// call. Its first message makes the others join in, wherever they are in waits of their own: one
-/// whose wait began later is not missing.
-MPI_Comm make_communicator(int rank, int num_ranks, milliseconds timeout) {
+/// whose wait began later is not missing. Nor is one that has its communicator already. So nobody
+/// goes on, and answers no more, until all have said that they have theirs; and whoever has said so
+/// is not missing later.
+MPI_Comm make_communicator(const MpiStart& start, milliseconds timeout) {
   auto comm = std::make_unique<MPI_Comm>(MPI_COMM_NULL);
   MPI_Request request = MPI_REQUEST_NULL;
   SLUICE_MPI(MPI_Comm_idup, MPI_COMM_WORLD, comm.get(), &request);
+  Greetings ready(start, kReadyTag);
   Backoff backoff;
-  const auto deadline = Clock::now() + timeout;
-  for (int done = 0, is_asked = 0;;) {
+  const auto begin = Clock::now(), deadline = begin + timeout;
+  int has_it = 0;
+  for (int is_asked = 0;;) {
     const bool is_last_look = Clock::now() >= deadline;
-    SLUICE_MPI(MPI_Test, &request, &done, MPI_STATUS_IGNORE);
-    if (done) return *comm;
+    if (!has_it) {
+      SLUICE_MPI(MPI_Test, &request, &has_it, MPI_STATUS_IGNORE);
+      if (has_it) ready.send();
+    }
+    if (ready.missing().empty() && has_it) return *comm;
     SLUICE_MPI(MPI_Iprobe, MPI_ANY_SOURCE, kSecondHelloTag, MPI_COMM_WORLD, &is_asked,
                MPI_STATUS_IGNORE);
     if (is_asked || is_last_look) break;
     backoff.pause();
   }
-  (void)comm.release();  // MPI may still write there.
-  roll_call(rank, num_ranks, kSecondHelloTag, kAnswer, "second roll call of the MPI transport");
-  fail(ErrorCode::kPeerTimeout, "MPI_Comm_idup on rank {}: not complete after {} ms", rank,
-       timeout.count());
+  const auto waited = std::chrono::duration_cast<milliseconds>(Clock::now() - begin);
+  if (!has_it) (void)comm.release();  // MPI may still write there.
+  Greetings second(start, kSecondHelloTag);
+  second.send();
+  const std::vector<int> silent = second.missing_at(Clock::now() + kAnswer);
+  std::vector<int> missing;
+  std::ranges::set_intersection(silent, ready.missing(), std::back_inserter(missing));
+  if (!missing.empty()) {
+    fail_missing(start, "second roll call of the MPI transport", kAnswer, missing);
+  }
+  fail(ErrorCode::kPeerTimeout,
+       "MPI_Comm_idup on rank {}: not complete on every rank after {} ms, and a rank gave up",
+       start.rank, waited.count());
 }
 
 }  // namespace
@@ -128,8 +189,8 @@ MpiStart start_mpi(milliseconds timeout) {
   SLUICE_MPI(MPI_Comm_set_errhandler, MPI_COMM_WORLD, MPI_ERRORS_RETURN);
   SLUICE_MPI(MPI_Comm_rank, MPI_COMM_WORLD, &start.rank);
   SLUICE_MPI(MPI_Comm_size, MPI_COMM_WORLD, &start.num_ranks);
-  roll_call(start.rank, start.num_ranks, kHelloTag, timeout, "start of the MPI transport");
-  start.comm = make_communicator(start.rank, start.num_ranks, timeout);
+  roll_call(start, timeout);
+  start.comm = make_communicator(start, timeout);
   SLUICE_MPI(MPI_Comm_set_errhandler, start.comm, MPI_ERRORS_RETURN);
   return start;
 }

@@ -43,9 +43,9 @@ using sluice::testing::Traffic;
 struct Options {
   std::string fault =
       "none";  // none kill stop slow truncate corrupt lose order capacity stranger flood
-  std::string at = "dispatch";  // start communicator before-creation creation before-dispatch
-                                // dispatch before-combine combine after-combine
-                                // before-rebalance rebalance after-rebalance end
+  std::string at = "dispatch";  // start hello communicator half-communicator before-creation
+                                // creation before-dispatch dispatch before-combine combine
+                                // after-combine before-rebalance rebalance after-rebalance end
   int victim = 2;
   int late = -1;  // Another rank, or none.
   int round = 3;
@@ -83,9 +83,11 @@ std::atomic<bool> spoil_next{false};
 extern "C" int MPI_Isend(const void* bytes, int count, MPI_Datatype type, int to, int tag,
                          MPI_Comm comm, MPI_Request* request) {
   static std::vector<std::vector<char>> kept;
-  int rank = -1;
-  PMPI_Comm_rank(MPI_COMM_WORLD, &rank);
-  if (options.fault == "stranger" && rank == options.victim && count == 64) {
+  PMPI_Comm_rank(MPI_COMM_WORLD, &this_rank);
+  // The first words of a process have 64 bytes. Ranks hear them in their order.
+  const bool is_hello = this_rank == options.victim && count == 64;
+  if (is_hello && to > this_rank) here("hello", options.round);
+  if (options.fault == "stranger" && is_hello) {
     // The first words of another program.
     note_fault();
     kept.emplace_back(64, 0);
@@ -108,10 +110,26 @@ extern "C" int MPI_Isend(const void* bytes, int count, MPI_Datatype type, int to
 }
 
 // Between the first messages of all processes and the transport's own communicator.
+namespace {
+MPI_Request* making_communicator = nullptr;
+}
 extern "C" int MPI_Comm_idup(MPI_Comm comm, MPI_Comm* copy, MPI_Request* request) {
   PMPI_Comm_rank(MPI_COMM_WORLD, &this_rank);
   here("communicator", options.round);
+  making_communicator = request;
   return PMPI_Comm_idup(comm, copy, request);
+}
+
+// "half-communicator": the victim has it, and so have others; on rank 0 it never comes.
+extern "C" int MPI_Test(MPI_Request* request, int* done, MPI_Status* status) {
+  const int result = PMPI_Test(request, done, status);
+  if (request != making_communicator || !*done) return result;
+  if (options.at == "half-communicator" && options.fault != "slow" && this_rank == 0) *done = 0;
+  if (*done) {
+    making_communicator = nullptr;
+    here("half-communicator", options.round);
+  }
+  return result;
 }
 
 namespace {
