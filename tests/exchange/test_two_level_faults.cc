@@ -21,7 +21,7 @@ using ::testing::HasSubstr;
 using namespace std::chrono_literals;
 
 std::chrono::milliseconds timeout() {
-  return ranks_are_processes() ? 1500ms : 400ms;
+  return ranks_are_processes() ? 1500ms : 1000ms;
 }
 const Hosts& hosts() {
   static const Hosts two = Hosts::even(2, 4);
