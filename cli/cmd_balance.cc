@@ -118,39 +118,7 @@ void write_html(const std::string& path, const Json& json) {
   fmt::print("report    {}\n", path);
 }
 
-/// Not a device, which may take several things.
-bool is_file_or_absent(const std::string& path) {
-  std::error_code ignored;
-  return std::filesystem::is_regular_file(path, ignored) || !std::filesystem::exists(path, ignored);
-}
-
-/// What is written must not replace what is read, nor what else is written. A placement may be
-/// worked on in its file.
-void check_files(const Options& options, const std::string& json_path) {
-  const std::pair<const char*, const std::string&> files[] = {{"--counts", options.counts},
-                                                              {"--previous", options.previous},
-                                                              {"--out", options.out},
-                                                              {"--html", options.html},
-                                                              {"--json", json_path}};
-  const auto place = [](const std::string& path) {
-    std::error_code ignored;
-    return std::filesystem::weakly_canonical(std::filesystem::absolute(path), ignored);
-  };
-  for (std::size_t written = 2; written < std::size(files); ++written) {
-    for (std::size_t other = 0; other < written; ++other) {
-      const auto& [option, path] = files[written];
-      const auto& [other_option, other_path] = files[other];
-      if (path.empty() || other_path.empty() || (other == 1 && written == 2)) continue;
-      if (place(path) != place(other_path) || !is_file_or_absent(path)) continue;
-      throw Error(ErrorCode::kInvalidArgument,
-                  fmt::format("{} {}: is the file of {}, which would be replaced", option, path,
-                              other_option));
-    }
-  }
-}
-
 void balance_layers(const Options& options, Output& output) {
-  check_files(options, output.json_path);
   const ExpertRows rows = read_expert_rows(options.counts);
   std::vector<LayerPlacement> previous;
   if (!options.previous.empty()) previous = read_placements(options.previous);
@@ -231,8 +199,10 @@ void add_balance(Command& program, Output& output) {
       .shows_default();
   command
       .add_option("--previous", options->previous,
-                  "The placement of now: experts stay where they are as far as that costs nothing")
-      .existing_file();
+                  "The placement of now: experts stay where they are as far as that costs nothing; "
+                  "--out may take its place")
+      .existing_file()
+      .gives_way_to("--out");
   command.add_option("--out", options->out, "Write the placement to FILE")
       .type_name("FILE")
       .writable_file();

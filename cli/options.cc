@@ -68,6 +68,55 @@ std::string check_real_number(const std::string& text) {
   return is_taken ? "'" + text + "' is not a number in decimal, such as 1.5" : "";
 }
 
+/// Names of the validators of files that are read and of those that are written.
+constexpr const char *kIsRead = "is read", *kIsWritten = "is written";
+/// Of one that is read, followed by the option of the output that may take its place.
+const std::string kGivesWayTo = "gives way to ";
+
+bool has_validator(CLI::Option* option, const std::string& name) {
+  try {
+    return option->get_validator(name) != nullptr;
+  } catch (const CLI::OptionNotFound&) {
+    return false;
+  }
+}
+
+/// Also through links. A device never is one: nothing of it is lost.
+bool is_same_file(const std::string& a, const std::string& b) {
+  namespace fs = std::filesystem;
+  std::error_code ignored;
+  if (fs::exists(a, ignored) && fs::exists(b, ignored)) {
+    return fs::is_regular_file(a, ignored) && fs::equivalent(a, b, ignored);
+  }
+  const auto place = [&](const std::string& path) {
+    return fs::weakly_canonical(fs::absolute(path, ignored), ignored);
+  };
+  return place(a) == place(b);
+}
+
+/// Throws: CLI::ValidationError naming both options if an output of `app`, or of the program, is to
+/// take the place of a file that is read, or of another output.
+void refuse_lost_files(CLI::App* app) {
+  std::vector<CLI::Option*> files;
+  for (CLI::App* at = app; at != nullptr; at = at->get_parent()) {
+    for (CLI::Option* option : at->get_options()) {
+      const bool is_file = has_validator(option, kIsRead) || has_validator(option, kIsWritten);
+      if (is_file && option->count() > 0) files.push_back(option);
+    }
+  }
+  for (CLI::Option* output : files) {
+    if (!has_validator(output, kIsWritten)) continue;
+    for (CLI::Option* other : files) {
+      const auto path = output->as<std::string>();
+      if (other == output || !is_same_file(path, other->as<std::string>())) continue;
+      if (has_validator(other, kGivesWayTo + output->get_name())) continue;
+      throw CLI::ValidationError(
+          fmt::format("{} {}", output->get_name(), path),
+          fmt::format("is the file of {}, which would be replaced", other->get_name()));
+    }
+  }
+}
+
 template <class Value>
 struct ElementOf {
   using Type = Value;
@@ -134,7 +183,14 @@ Option Option::one_of(std::initializer_list<int> values) {
 }
 
 Option Option::existing_file() {
-  option_->check(CLI::ExistingFile);
+  CLI::Validator validator = CLI::ExistingFile;
+  option_->check(validator.name(kIsRead));
+  return *this;
+}
+
+Option Option::gives_way_to(const char* output) {
+  const auto takes_all = [](const std::string&) { return std::string(); };
+  option_->check(takes_all, "", kGivesWayTo + output);
   return *this;
 }
 
@@ -144,7 +200,7 @@ Option Option::existing_directory() {
 }
 
 Option Option::writable_file() {
-  option_->check([](const std::string& value) -> std::string {
+  const auto check = [](const std::string& value) -> std::string {
     if (value.empty()) return "the name of the file is empty";
     const std::filesystem::path path(value);
     std::error_code ignored;  // What cannot be looked at does not exist for us.
@@ -157,7 +213,8 @@ Option Option::writable_file() {
     const std::string parent = place.has_parent_path() ? place.parent_path().string() : ".";
     if (!std::filesystem::is_directory(parent, ignored)) return "there is no folder " + parent;
     return access(parent.c_str(), W_OK) == 0 ? "" : "no file can be made in " + parent;
-  });
+  };
+  option_->check(check, "", kIsWritten);
   return *this;
 }
 
@@ -208,7 +265,10 @@ Option Command::add_flag(const char* name, bool& value, const char* help) {
 }
 
 void Command::on_parsed(std::function<void()> action) {
-  app_->callback(std::move(action));
+  app_->callback([app = app_, action = std::move(action)] {
+    refuse_lost_files(app);
+    action();
+  });
 }
 
 Parser::Parser(const char* description, const std::string& version)

@@ -33,7 +33,8 @@ class Option {
   Option not_empty();
   Option one_of(const std::vector<std::string>& values);
   Option one_of(std::initializer_list<int> values);
-  Option existing_file();
+  Option existing_file();                   ///< It is read, so no output may take its place,
+  Option gives_way_to(const char* output);  ///< except this one, which is what it is for.
   Option existing_directory();
   Option writable_file();    ///< Not written yet, so that a mistyped path costs no finished run.
   Option comma_separated();  ///< For lists: "1,16,64" as well as several words.
@@ -75,7 +76,8 @@ class Parser {
 
   /// Parses, and runs the action of the sub-command, whose exceptions pass through. Returns the
   /// exit status where parsing ended the program: 0 after --help and --version, 2 after a mistake
-  /// in the arguments, which has been printed. Else nothing.
+  /// in the arguments, which has been printed. Else nothing. A mistake is also an output in the
+  /// place of a file that is read, or of another output.
   [[nodiscard]] std::optional<int> parse(int argc, char** argv);
 
  private:

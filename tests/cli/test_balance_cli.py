@@ -46,6 +46,16 @@ with tempfile.TemporaryDirectory() as folder:
     r = run("balance", "--counts", counts, "--ranks", 4, "--slots", num + 8, "--out", placement)
     check("balance of a run's counts", r.returncode == 0 and "worst layer" in r.stdout, r)
 
+    # No output takes the place of what is read, nor of another output.
+    as_before = open(placement).read()
+    every = ("run", "--checkpoint", model, "--layers", "all", "--ranks", 4)
+    for wrong, of in ((("--placement", placement, "--expert-rows", placement), "--placement"),
+                      (("--placement", placement, "--metrics", placement), "--placement"),
+                      (("--metrics", path("x"), "--expert-rows", os.path.join(folder, ".", "x")), "--expert-rows")):
+        r = run(*every, *wrong)
+        check(f"run refuses {wrong}", r.returncode == 2 and f"is the file of {of}, which would be replaced" in r.stderr
+              and open(placement).read() == as_before and not os.path.exists(path("x")), r)
+
     # The same run where that placement says: the same outputs, the same counts of logical experts, and the memory that
     # plan names. Slots take another expert's room on each rank.
     r = run("run", "--checkpoint", model, "--layers", "all", "--ranks", 4, "--tokens", 16, "--routing", "zipf", "--repeat",
@@ -157,7 +167,7 @@ with tempfile.TemporaryDirectory() as folder:
     for option, files, of in (("--out", {"--out": counts}, "--counts"), ("--out", {"--out": path("link.json")}, "--counts"),
                               ("--html", {"--html": counts}, "--counts"), ("--json", {"--json": counts}, "--counts"),
                               ("--html", {"--previous": placement, "--html": placement}, "--previous"),
-                              ("--json", {"--out": path("one"), "--json": path("one")}, "--out")):
+                              ("--out", {"--out": path("one"), "--json": path("one")}, "--json")):
         r = run("balance", "--counts", counts, "--ranks", 4, "--slots", 24, *(a for pair in files.items() for a in pair))
         check(f"{files} replaces {of}", r.returncode == 2 and f"{option} {files[option]}: is the file of {of}" in r.stderr
               and read(counts) == before and not os.path.exists(path("one")), r)
