@@ -246,20 +246,7 @@ class CudaLayerTest : public CudaBackendTest {
 
   static VerifyReport verify(const Checkpoint& checkpoint, const LayerCase& c,
                              const LayerOutcome& outcome) {
-    const ModelGeometry& g = checkpoint.geometry();
-    const LayerReference reference(
-        checkpoint.load_experts(checkpoint.moe_layers().front(), 0, g.num_experts), outcome.recipe,
-        c.routed_scaling_factor, error_model(Device::Kind::kCuda));
-    VerifyReport report;
-    const Workload& load = outcome.loads[0];
-    const auto hidden = static_cast<std::size_t>(g.hidden),
-               topk = static_cast<std::size_t>(g.num_topk);
-    for (std::size_t t = 0; t < static_cast<std::size_t>(load.num_tokens); ++t) {
-      compare_row(reference.row(&load.x[t * hidden], &load.topk_idx[t * topk],
-                                &load.topk_weights[t * topk], g.num_topk),
-                  &outcome.y[0][t * hidden], static_cast<std::int64_t>(t), report);
-    }
-    return report;
+    return verify_all(checkpoint, c, outcome, Device::Kind::kCuda);
   }
 };
 

@@ -53,6 +53,21 @@ class TemporaryCheckpoint {
   std::filesystem::path path_;
 };
 
+/// A suite over one layer of small_geometry(), which its tests share.
+class SmallLayerTest : public ::testing::Test {
+ protected:
+  static void SetUpTestSuite() {
+    files_ = new TemporaryCheckpoint({.geometry = small_geometry()});
+    checkpoint_ = new Checkpoint(Checkpoint::open(files_->path()));
+  }
+  static void TearDownTestSuite() {
+    delete checkpoint_;
+    delete files_;
+  }
+  inline static TemporaryCheckpoint* files_ = nullptr;
+  inline static Checkpoint* checkpoint_ = nullptr;
+};
+
 struct LayerCase {
   std::vector<std::int64_t> tokens = {5};  ///< One entry per rank.
   Mode mode = Mode::kLowLatency;
@@ -165,13 +180,14 @@ inline LayerOutcome run_layer(const Checkpoint& checkpoint, const LayerCase& c) 
   return outcome;
 }
 
-/// Compares every token with the float64 reference.
+/// Compares every token with the float64 reference, within what `kind` may round.
 inline VerifyReport verify_all(const Checkpoint& checkpoint, const LayerCase& c,
-                               const LayerOutcome& outcome) {
+                               const LayerOutcome& outcome,
+                               Device::Kind kind = Device::Kind::kHost) {
   const ModelGeometry& g = checkpoint.geometry();
   const LayerReference reference(
       checkpoint.load_experts(checkpoint.moe_layers().front(), 0, g.num_experts), outcome.recipe,
-      c.routed_scaling_factor);
+      c.routed_scaling_factor, error_model(kind));
   VerifyReport report;
   std::int64_t token = 0;
   const auto hidden = static_cast<std::size_t>(g.hidden),

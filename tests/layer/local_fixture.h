@@ -22,16 +22,8 @@ void expect_refused(const char* text, const Call& call) {
   }
 }
 
-class LocalExpertsTest : public ::testing::Test {
+class LocalExpertsTest : public SmallLayerTest {
  protected:
-  static void SetUpTestSuite() {
-    files_ = new TemporaryCheckpoint({.geometry = small_geometry()});
-    checkpoint_ = new Checkpoint(Checkpoint::open(files_->path()));
-  }
-  static void TearDownTestSuite() {
-    delete checkpoint_;
-    delete files_;
-  }
   static const ModelGeometry& geometry() { return checkpoint_->geometry(); }
   static LocalGroupConfig config(int max_tokens = kTokens) {
     return {.hidden = geometry().hidden,
@@ -67,8 +59,6 @@ class LocalExpertsTest : public ::testing::Test {
   }
 
   std::unique_ptr<Backend> backend_ = make_backend({.num_threads = 2});
-  inline static TemporaryCheckpoint* files_ = nullptr;
-  inline static Checkpoint* checkpoint_ = nullptr;
 };
 
 }  // namespace sluice::testing

@@ -9,16 +9,8 @@ namespace {
 
 using ::testing::HasSubstr;
 
-class Layer : public ::testing::Test {
+class Layer : public SmallLayerTest {
  protected:
-  static void SetUpTestSuite() {
-    files_ = new TemporaryCheckpoint({.geometry = small_geometry()});
-    checkpoint_ = new Checkpoint(Checkpoint::open(files_->path()));
-  }
-  static void TearDownTestSuite() {
-    delete checkpoint_;
-    delete files_;
-  }
   static void expect_right(const LayerCase& c) {
     const LayerOutcome outcome = run_layer(*checkpoint_, c);
     const VerifyReport report = verify_all(*checkpoint_, c, outcome);
@@ -27,11 +19,7 @@ class Layer : public ::testing::Test {
         << report.worst_element << " is " << report.worst_actual << ", float64 "
         << report.worst_expected << ", bound " << report.worst_bound;
   }
-  static TemporaryCheckpoint* files_;
-  static Checkpoint* checkpoint_;
 };
-TemporaryCheckpoint* Layer::files_ = nullptr;
-Checkpoint* Layer::checkpoint_ = nullptr;
 
 constexpr Mode kModes[] = {Mode::kLowLatency, Mode::kNormal};
 

@@ -8,21 +8,7 @@ namespace {
 
 using ::testing::HasSubstr;
 
-class LayerHosts : public ::testing::Test {
- protected:
-  static void SetUpTestSuite() {
-    files_ = new TemporaryCheckpoint({.geometry = small_geometry()});
-    checkpoint_ = new Checkpoint(Checkpoint::open(files_->path()));
-  }
-  static void TearDownTestSuite() {
-    delete checkpoint_;
-    delete files_;
-  }
-  static TemporaryCheckpoint* files_;
-  static Checkpoint* checkpoint_;
-};
-TemporaryCheckpoint* LayerHosts::files_ = nullptr;
-Checkpoint* LayerHosts::checkpoint_ = nullptr;
+class LayerHosts : public SmallLayerTest {};
 
 constexpr Mode kModes[] = {Mode::kLowLatency, Mode::kNormal};
 
