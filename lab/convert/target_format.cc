@@ -158,8 +158,9 @@ class GptOssTarget final : public TargetFormat {
 
   void check(const TargetSpec& spec, const std::string& source) const override {
     if (is_mxfp4(spec) && spec.geometry.has_bias) return;
-    fail(ErrorCode::kUnsupported, "{}: gpt-oss holds MXFP4 with biases, and these weights are {}",
-         source, is_mxfp4(spec) ? "without biases" : "INT4");
+    fail(ErrorCode::kUnsupported,
+         "{}: gpt-oss holds MXFP4 with biases, and these weights would be {}", source,
+         is_mxfp4(spec) ? "MXFP4 without biases" : "INT4");
   }
   [[nodiscard]] std::vector<SafetensorsEntry> tensors(const TargetSpec& spec) const override {
     const auto hidden = static_cast<std::uint64_t>(spec.geometry.token_width());

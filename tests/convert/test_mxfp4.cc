@@ -88,9 +88,11 @@ TEST(ConvertMxfp4, GptOssAndBackGivesWhatTheIndependentWriterGives) {
                  });
   }
   write_synthetic_checkpoint(mxfp4_spec("kimi-mxfp4"), dir / "bare");
-  expect_error(ErrorCode::kUnsupported, {"gpt-oss holds MXFP4 with biases", "without biases"}, [&] {
-    (void)convert_checkpoint({.from = dir / "bare", .to = dir / "no", .format = "gpt-oss"});
-  });
+  expect_error(
+      ErrorCode::kUnsupported,
+      {"gpt-oss holds MXFP4 with biases", "these weights would be MXFP4 without biases"}, [&] {
+        (void)convert_checkpoint({.from = dir / "bare", .to = dir / "no", .format = "gpt-oss"});
+      });
 }
 
 TEST(ConvertMxfp4, BecomesInt4ByARuleAlone) {
@@ -124,10 +126,11 @@ TEST(ConvertMxfp4, WhatItsContainersCannotHoldIsRefused) {
   // Nothing quantizes to MXFP4, with a rule or without.
   for (const char* const format : {"deepseek-fp4", "gpt-oss"}) {
     for (const auto rule : {std::optional<ScaleRule>(), std::optional(ScaleRule::kAmax7)}) {
-      expect_error(ErrorCode::kUnsupported, {std::string(format) + " holds MXFP4", "INT4"}, [&] {
-        (void)convert_checkpoint(
-            {.from = dir / "bf16", .to = dir / "no", .format = format, .scale_rule = rule});
-      });
+      expect_error(
+          ErrorCode::kUnsupported, {std::string(format) + " holds MXFP4", "would be INT4"}, [&] {
+            (void)convert_checkpoint(
+                {.from = dir / "bf16", .to = dir / "no", .format = format, .scale_rule = rule});
+          });
     }
   }
   expect_error(ErrorCode::kUnsupported, {"deepseek-fp4 holds MXFP4"}, [&] {
