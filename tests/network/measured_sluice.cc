@@ -16,42 +16,42 @@ void add_two_gpus(std::vector<Series>& all) {
   const std::vector<int> tokens = {1, 16, 64, 128, 256, 1024, 4096};
   const std::vector<int> few = {1, 128, 1024, 4096}, some = {128, 1024, 4096};
   all.push_back(over_tokens(where, "dispatch", m, kDispatch, 0.10, r1, kLow, 2, tokens,
-                            {10.9, 11.3, 14.8, 20.8, 31.6, 103, 375}));
-  all.push_back(over_tokens(where, "combine", m, kCombine, 0.10, r1, kLow, 2, tokens,
-                            {8.2, 11.4, 18.5, 30.0, 52.9, 190, 716}));
+                            {6.9, 9.0, 12.4, 18.1, 29.4, 96.5, 356}));
+  all.push_back(over_tokens(where, "combine", m, kCombine, 0.17, r1, kLow, 2, tokens,
+                            {6.3, 10.5, 18.2, 30.1, 52.1, 187, 710}));
   all.push_back(over_tokens(where, "dispatch, hidden 6144", m, kDispatch, 0.15, sizes(6144, 8, 256),
-                            kLow, 2, few, {10.7, 19.5, 90.8, 329}));
+                            kLow, 2, few, {6.9, 16.8, 84.1, 310}));
   all.push_back(over_tokens(where, "combine, hidden 6144", m, kCombine, 0.10, sizes(6144, 8, 256),
-                            kLow, 2, few, {8.2, 27.2, 165, 617}));
+                            kLow, 2, few, {6.2, 26.8, 162, 610}));
   all.push_back(over_tokens(where, "dispatch, hidden 3584", m, kDispatch, 0.15, sizes(3584, 8, 256),
-                            kLow, 2, few, {10.4, 15.3, 58.8, 209}));
+                            kLow, 2, few, {6.8, 12.6, 53.3, 190}));
   all.push_back(over_tokens(where, "combine, hidden 3584", m, kCombine, 0.10, sizes(3584, 8, 256),
-                            kLow, 2, few, {8.3, 19.0, 99.0, 364}));
+                            kLow, 2, few, {6.1, 18.6, 97.4, 359}));
   all.push_back(over_tokens(where, "all-gather, 2 experts of every token", m, kDispatch, 0.30,
                             sizes(7168, 2, 2), kLow, 2, {1, 16, 64, 128, 256, 1024},
-                            {8.7, 9.9, 10.5, 12.6, 15.4, 36.9}));
+                            {6.9, 7.3, 8.3, 9.7, 12.6, 31.0}));
   all.push_back(over_tokens(where, "reduce-scatter, 2 experts of every token", m, kCombine, 0.35,
                             sizes(7168, 2, 2), kLow, 2, {1, 16, 64, 128, 256, 1024},
-                            {6.0, 7.1, 9.5, 13.1, 18.5, 53.0}));
+                            {5.6, 6.5, 9.0, 12.7, 18.2, 51.8}));
   all.push_back(over_tokens(where, "normal mode, dispatch", m, kDispatch, 0.15, r1, kNormal, 2,
-                            some, {24.3, 52.4, 169}));
-  all.push_back(over_tokens(where, "normal mode, combine", m, kCombine, 0.05, r1, kNormal, 2, some,
-                            {30.9, 189, 717}));
+                            some, {26.9, 53.5, 155}));
+  all.push_back(over_tokens(where, "normal mode, combine", m, kCombine, 0.07, r1, kNormal, 2, some,
+                            {30.0, 188, 711}));
   const std::vector<int> decode = {1, 16, 64, 128, 256}, prefill = {512, 1024, 2048, 4096};
   all.push_back(over_tokens(where, "stage", m, Quantity::kStage, 0.20, r1, kLow, 2, decode,
-                            {66.3, 425.6, 640.3, 667.6, 697.2}));
+                            {67.5, 433.4, 652.4, 682.1, 711.2}));
   all.push_back(over_tokens(where, "layer, rows leave from the experts", m, Quantity::kLayer, 0.15,
-                            r1, kLow, 2, decode, {80.8, 443.9, 670.6, 710.3, 765.7}));
+                            r1, kLow, 2, decode, {77.5, 452.3, 684.3, 726.0, 832.4}));
   all.push_back(over_tokens(where, "layer, one part after the other", m, Quantity::kLayerApart,
-                            0.15, r1, kLow, 2, decode, {81.5, 448.0, 682.2, 730.6, 812.6}));
+                            0.15, r1, kLow, 2, decode, {78.4, 452.9, 692.4, 750.4, 854.8}));
   all.push_back(over_tokens(where, "normal mode, stage", m, Quantity::kStage, 0.20, r1, kNormal, 2,
-                            prefill, {855, 1274, 1835, 3818}));
+                            prefill, {885.7, 1190.3, 1946.7, 3798.9}));
   all.push_back(over_tokens(where, "normal mode, layer, rows leave from the experts", m,
                             Quantity::kLayer, 0.20, r1, kNormal, 2, prefill,
-                            {996, 1445, 2032, 4080}));
+                            {1058.6, 1340.3, 2106.2, 4083.0}));
   all.push_back(over_tokens(where, "normal mode, layer, one part after the other", m,
                             Quantity::kLayerApart, 0.20, r1, kNormal, 2, prefill,
-                            {1062, 1716, 2378, 4422}));
+                            {1140.4, 1609.2, 2407.4, 4298.8}));
 }
 
 void add_one_card(std::vector<Series>& all) {
