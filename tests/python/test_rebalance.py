@@ -60,6 +60,49 @@ def test_a_placement_changes_no_bit(checkpoint, geometry, ranks):
     assert all(on_every_rank(ranks, body))
 
 
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_layers_of_one_name_are_told_apart_by_number(checkpoint, geometry, device, request):
+    """A rank that moves another layer of the same name is told before anything moves."""
+    if device == "cuda":
+        request.getfixturevalue("gpu")
+        torch = pytest.importorskip("torch", reason="torch is not installed")
+    ranks = 2
+    transports = sluice.Transport.inproc(ranks)
+    before, after = placements(geometry, ranks)
+
+    def body(rank):
+        if device == "cuda":  # Ranks that share a GPU each need a stream of their own.
+            torch.cuda.set_stream(torch.cuda.Stream())
+        backend = sluice.Backend("cuda") if device == "cuda" else sluice.Backend("cpu", num_threads=1)
+        group = sluice.LayerGroup(transports[rank], backend, geometry=geometry, low_latency_tokens=TOKENS,
+                                  normal_tokens=TOKENS, num_slots=before.num_slots, timeout_ms=20000)
+        first, second = (group.add_layer(checkpoint, layer=LAYER, placement=before) for _ in range(2))
+        x, idx, weights = sluice.make_workload(geometry, TOKENS, first_token=rank * TOKENS)
+        if device == "cuda":
+            x = torch.from_numpy(x.view(np.int16)).view(torch.bfloat16).cuda()
+            idx, weights = torch.from_numpy(idx).cuda(), torch.from_numpy(weights).cuda()
+        routing = sluice.Routing(idx, weights)
+
+        def forward(layer):
+            transports[rank].all_gather(b"")  # No rank waits on the device while another takes memory there.
+            y = layer.forward(x, routing, mode="normal")
+            return y if device == "cpu" else y.view(torch.int16).cpu().numpy().view(np.uint16)
+
+        expected = forward(first)
+        with pytest.raises(sluice.Error, match=r"\(number 1 of the group\).*rank 1 has.*\(number 2 of") as error:
+            (second if rank == 1 else first).rebalance(after)
+        assert error.value.code == "transport"
+        for layer in first, second:
+            assert layer.placement == before and np.array_equal(forward(layer), expected)
+        first.rebalance(after)
+        for layer, placement in (first, after), (second, before):
+            assert layer.placement == placement and np.array_equal(forward(layer), expected)
+        transports[rank].all_gather(b"")
+        return True
+
+    assert all(on_every_rank(ranks, body))
+
+
 def test_what_is_refused(checkpoint, geometry):
     group, _ = make(checkpoint, geometry, sluice.Transport.inproc(1)[0])
     layer = group.add_layer(checkpoint, layer=LAYER)
