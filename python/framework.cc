@@ -67,6 +67,11 @@ void drop(ManagedTensor* tensor) {
   delete static_cast<Wrapped*>(tensor->context);  // NOLINT(cppcoreguidelines-owning-memory)
 }
 
+bool may_be_part_of_complex(const nb::dlpack::dtype& dtype) noexcept {
+  constexpr int kFloat = 2, kBfloat = 4, kComplex = 5;
+  return dtype.code == kFloat || dtype.code == kBfloat || dtype.code == kComplex;
+}
+
 }  // namespace
 
 nb::dlpack::device to_dlpack(Device device) {
@@ -90,7 +95,15 @@ Framework Framework::of(nb::handle array) noexcept {
 }
 
 bool Framework::import(nb::handle array, dltensor& tensor) const noexcept {
-  if (api_->tensor_from_object(array.ptr(), &tensor) == 0) return !is_negated(array);
+  return describe(array, tensor) && !is_negated(array);
+}
+
+bool Framework::import_again(nb::handle array, dltensor& tensor) const noexcept {
+  return describe(array, tensor) && (!may_be_part_of_complex(tensor.dtype) || !is_negated(array));
+}
+
+bool Framework::describe(nb::handle array, dltensor& tensor) const noexcept {
+  if (api_->tensor_from_object(array.ptr(), &tensor) == 0) return true;
   PyErr_Clear();
   return false;
 }

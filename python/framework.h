@@ -26,6 +26,9 @@ class Framework {
   /// Fills `tensor`, valid while `array` lives. False if the framework refuses, whose exception is
   /// cleared, or if the memory is not what the array holds: is_negated().
   [[nodiscard]] bool import(nb::handle array, nb::dlpack::dltensor& tensor) const noexcept;
+  /// The same of a call that may have come before. Negatives come from complex numbers, whose parts
+  /// are no integers and no e4m3: those are not asked, which takes as long as all else about them.
+  [[nodiscard]] bool import_again(nb::handle array, nb::dlpack::dltensor& tensor) const noexcept;
 
   /// A new tensor, its contents unspecified, ordered on the current stream.
   /// Throws: kOutOfMemory with what the framework said.
@@ -41,6 +44,7 @@ class Framework {
 
  private:
   explicit Framework(const ExchangeApi* api) noexcept : api_(api) {}
+  [[nodiscard]] bool describe(nb::handle array, nb::dlpack::dltensor& tensor) const noexcept;
   const ExchangeApi* api_ = nullptr;  // Lives as long as the process.
 };
 

@@ -20,7 +20,7 @@ namespace {
 bool describe_tensor(nb::handle object, TensorForm& form, const std::byte*& data) {
   nb::dlpack::dltensor tensor;
   const Framework framework = Framework::of(object);
-  if (!framework || !framework.import(object, tensor)) return false;
+  if (!framework || !framework.import_again(object, tensor)) return false;
   if (tensor.ndim > TensorForm::kMaxRank || tensor.strides == nullptr) return false;
   data = static_cast<const std::byte*>(tensor.data) + tensor.byte_offset;
   form.ndim = tensor.ndim;
