@@ -9,13 +9,9 @@
 #include <memory>
 
 #include "exchange/cuda_ranks.h"
+#include "support/modes_and_wires.h"
 
 namespace sluice::testing {
-
-inline constexpr Mode kModes[] = {Mode::kLowLatency, Mode::kNormal};
-inline constexpr WireFormat kWires[] = {WireFormat::kBf16, WireFormat::kE4m3Group,
-                                        WireFormat::kE4m3Pow2, WireFormat::kE4m3Static,
-                                        WireFormat::kE4m3Token};
 
 // Read by the CUDA runtime before its first call; see docs/exchange.md.
 inline const bool kEnvironment = [] {

@@ -7,7 +7,7 @@
 #include <memory>
 #include <vector>
 
-#include "sluice/transport.h"
+#include "support/forwarding_transport.h"
 
 namespace sluice::testing {
 
@@ -22,59 +22,48 @@ struct Faults {
       on_share = {};
 };
 
-class FaultyWindow final : public Window {
+class FaultyWindow final : public ForwardingWindow {
  public:
   FaultyWindow(std::unique_ptr<Window> inner, const Faults& faults)
-      : inner_(std::move(inner)), faults_(faults) {}
-  std::byte* local() noexcept override { return inner_->local(); }
-  [[nodiscard]] std::size_t bytes() const noexcept override { return inner_->bytes(); }
-  [[nodiscard]] int num_flags() const noexcept override { return inner_->num_flags(); }
+      : ForwardingWindow(std::move(inner)), faults_(faults) {}
   void put(int peer, std::size_t offset, std::span<const std::byte> data) override {
     std::vector<std::byte> copy(data.begin(), data.end());
-    if (!faults_.on_put || faults_.on_put(peer, offset, copy)) inner_->put(peer, offset, copy);
+    if (!faults_.on_put || faults_.on_put(peer, offset, copy)) {
+      ForwardingWindow::put(peer, offset, copy);
+    }
   }
   void signal(int peer, int flag, std::uint64_t epoch) override {
-    if (!faults_.on_signal || faults_.on_signal(peer, flag, epoch))
-      inner_->signal(peer, flag, epoch);
-  }
-  [[nodiscard]] std::uint64_t flag(int flag) const override { return inner_->flag(flag); }
-  [[nodiscard]] std::vector<int> wait_flags(
-      std::span<const int> flags, std::uint64_t epoch,
-      std::chrono::steady_clock::time_point deadline) override {
-    return inner_->wait_flags(flags, epoch, deadline);
+    if (!faults_.on_signal || faults_.on_signal(peer, flag, epoch)) {
+      ForwardingWindow::signal(peer, flag, epoch);
+    }
   }
 
  private:
-  std::unique_ptr<Window> inner_;
   const Faults& faults_;
 };
 
-class FaultyTransport final : public Transport {
+class FaultyTransport final : public ForwardingTransport {
  public:
   FaultyTransport(std::unique_ptr<Transport> inner, Faults faults)
-      : inner_(std::move(inner)), faults_(std::move(faults)) {}
-  [[nodiscard]] int rank() const noexcept override { return inner_->rank(); }
-  [[nodiscard]] int num_ranks() const noexcept override { return inner_->num_ranks(); }
-  [[nodiscard]] std::string name() const override { return "faulty " + inner_->name(); }
+      : ForwardingTransport(*inner), owned_(std::move(inner)), faults_(std::move(faults)) {}
+  [[nodiscard]] std::string name() const override {
+    return "faulty " + ForwardingTransport::name();
+  }
   [[nodiscard]] std::unique_ptr<Window> make_window(std::size_t bytes, int num_flags,
                                                     std::chrono::milliseconds timeout) override {
-    return std::make_unique<FaultyWindow>(inner_->make_window(bytes, num_flags, timeout), faults_);
-  }
-  [[nodiscard]] std::vector<std::vector<std::byte>> all_gather(
-      std::span<const std::byte> mine, std::chrono::milliseconds timeout) override {
-    return inner_->all_gather(mine, timeout);
+    return std::make_unique<FaultyWindow>(
+        ForwardingTransport::make_window(bytes, num_flags, timeout), faults_);
   }
   [[nodiscard]] std::vector<std::shared_ptr<std::byte>> share_device_memory(
       std::shared_ptr<std::byte> mine, std::size_t bytes,
       std::chrono::milliseconds timeout) override {
-    auto of_ranks = inner_->share_device_memory(std::move(mine), bytes, timeout);
+    auto of_ranks = ForwardingTransport::share_device_memory(std::move(mine), bytes, timeout);
     if (faults_.on_share) faults_.on_share(of_ranks, bytes);
     return of_ranks;
   }
-  [[nodiscard]] TransportCounters counters() const override { return inner_->counters(); }
 
  private:
-  std::unique_ptr<Transport> inner_;
+  std::unique_ptr<Transport> owned_;
   Faults faults_;
 };
 

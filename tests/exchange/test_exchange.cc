@@ -8,16 +8,13 @@
 
 #include "exchange_model.h"
 #include "multirank/run_ranks.h"
+#include "support/modes_and_wires.h"
 #include "support/scalar_backend.h"
 
 namespace sluice::testing {
 namespace {
 
 using ::testing::HasSubstr;
-
-constexpr Mode kModes[] = {Mode::kLowLatency, Mode::kNormal};
-constexpr WireFormat kWires[] = {WireFormat::kBf16, WireFormat::kE4m3Group, WireFormat::kE4m3Pow2,
-                                 WireFormat::kE4m3Static, WireFormat::kE4m3Token};
 
 ExchangeConfig config_for(const Traffic& t, Mode mode, WireFormat wire = WireFormat::kE4m3Group) {
   const std::int64_t largest = *std::max_element(t.num_tokens.begin(), t.num_tokens.end());

@@ -10,6 +10,7 @@
 #include "exchange_model.h"
 #include "faulty_transport.h"
 #include "multirank/run_ranks.h"
+#include "support/modes_and_wires.h"
 #include "support/scalar_backend.h"
 
 namespace sluice::testing {
@@ -19,7 +20,6 @@ using ::testing::ElementsAre;
 using ::testing::HasSubstr;
 using namespace std::chrono_literals;
 
-constexpr Mode kModes[] = {Mode::kLowLatency, Mode::kNormal};
 /// Processes that outnumber the cores need longer than threads to come at all.
 std::chrono::milliseconds timeout() {
   return ranks_are_processes() ? 1500ms : 200ms;

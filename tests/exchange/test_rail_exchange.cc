@@ -5,6 +5,7 @@
 #include <chrono>
 
 #include "emulated_rank.h"
+#include "support/modes_and_wires.h"
 #include "support/random_placement.h"
 
 namespace sluice::testing {
@@ -15,8 +16,6 @@ using ::testing::ElementsAre;
 using ::testing::HasSubstr;
 
 constexpr auto kTimeout = 20s;
-constexpr WireFormat kWires[] = {WireFormat::kBf16, WireFormat::kE4m3Group, WireFormat::kE4m3Pow2,
-                                 WireFormat::kE4m3Static, WireFormat::kE4m3Token};
 
 void expect_exact(const Traffic& t, const ExchangeConfig& c, int num_rounds = 3) {
   for (const auto& failure : try_emulated_hosts(c.hosts, kTimeout, [&](EmulatedHosts& transport) {
@@ -32,16 +31,7 @@ void expect_exact(const Traffic& t, const ExchangeConfig& c, int num_rounds = 3)
 }
 
 void expect_exact_everywhere(const Traffic& t, const Hosts& hosts) {
-  for (const Mode mode : kModes) {
-    for (const WireFormat wire : kWires) {
-      for (const int sum_parts : {0, 1}) {
-        SCOPED_TRACE(::testing::Message() << hosts.to_string() << ", " << to_string(mode) << ", "
-                                          << to_string(wire) << ", parts " << sum_parts);
-        expect_exact(t, config_for(t, mode, hosts, sum_parts, wire));
-        if (::testing::Test::HasFailure()) return;
-      }
-    }
-  }
+  for_every_way(t, hosts, [](const Traffic& of, const ExchangeConfig& c) { expect_exact(of, c); });
 }
 
 TEST(RailExchange, EveryByteOverEvenHosts) {

@@ -8,6 +8,7 @@
 #include <thread>
 
 #include "multirank/run_ranks.h"
+#include "support/modes_and_wires.h"
 #include "support/random_placement.h"
 #include "support/scalar_backend.h"
 #include "two_level_model.h"
@@ -16,9 +17,6 @@ namespace sluice::testing {
 namespace {
 
 using ::testing::HasSubstr;
-
-constexpr WireFormat kWires[] = {WireFormat::kBf16, WireFormat::kE4m3Group, WireFormat::kE4m3Pow2,
-                                 WireFormat::kE4m3Static, WireFormat::kE4m3Token};
 
 void expect_exact(const Traffic& t, const ExchangeConfig& c) {
   run_ranks(t.num_ranks(), [&](Transport& transport) {
@@ -30,15 +28,7 @@ void expect_exact(const Traffic& t, const ExchangeConfig& c) {
 }
 
 void expect_exact_everywhere(const Traffic& t, const Hosts& hosts) {
-  for (const Mode mode : kModes) {
-    for (const WireFormat wire : kWires) {
-      for (const int sum_parts : {0, 1}) {
-        SCOPED_TRACE(::testing::Message() << hosts.to_string() << ", " << to_string(mode) << ", "
-                                          << to_string(wire) << ", parts " << sum_parts);
-        expect_exact(t, config_for(t, mode, hosts, sum_parts, wire));
-      }
-    }
-  }
+  for_every_way(t, hosts, [](const Traffic& of, const ExchangeConfig& c) { expect_exact(of, c); });
 }
 
 TEST(TwoLevels, EveryByteOverEvenHosts) {

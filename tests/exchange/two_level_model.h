@@ -11,6 +11,7 @@
 #include "exchange_model.h"
 #include "sluice/hosts.h"
 #include "sluice/network_bytes.h"
+#include "support/modes_and_wires.h"
 
 namespace sluice::testing {
 
@@ -103,8 +104,6 @@ inline std::vector<int> entries_by_host(const Traffic& t, const Hosts& hosts, in
   return entries;
 }
 
-inline constexpr Mode kModes[] = {Mode::kLowLatency, Mode::kNormal};
-
 inline ExchangeConfig config_for(const Traffic& t, Mode mode, const Hosts& hosts, int sum_parts = 0,
                                  WireFormat wire = WireFormat::kE4m3Group) {
   const std::int64_t largest = *std::max_element(t.num_tokens.begin(), t.num_tokens.end());
@@ -123,6 +122,22 @@ inline ExchangeConfig config_for(const Traffic& t, Mode mode, const Hosts& hosts
           .sum_parts = sum_parts,
           .routed_scaling_factor = 2.5f,
           .peer_timeout = std::chrono::milliseconds(20'000)};
+}
+
+/// Calls expect_exact(traffic, config) for each mode, wire format and order of the sum, up to the
+/// first that fails.
+template <class ExpectExact>
+void for_every_way(const Traffic& t, const Hosts& hosts, const ExpectExact& expect_exact) {
+  for (const Mode mode : kModes) {
+    for (const WireFormat wire : kWires) {
+      for (const int sum_parts : {0, 1}) {
+        SCOPED_TRACE(::testing::Message() << hosts.to_string() << ", " << to_string(mode) << ", "
+                                          << to_string(wire) << ", parts " << sum_parts);
+        expect_exact(t, config_for(t, mode, hosts, sum_parts, wire));
+        if (::testing::Test::HasFailure()) return;
+      }
+    }
+  }
 }
 
 /// One dispatch and combine of rank r for a Routing::layer: its batch checked row by row, its y

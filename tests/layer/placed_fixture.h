@@ -4,11 +4,10 @@
 #include <vector>
 
 #include "layer/group_fixture.h"
+#include "support/modes_and_wires.h"
 #include "support/random_placement.h"
 
 namespace sluice::testing {
-
-inline constexpr Mode kModes[] = {Mode::kLowLatency, Mode::kNormal};
 
 /// Recipe i for the low-latency mode, another one for the normal mode.
 inline ModeRecipes recipes_of_layer(int i) {

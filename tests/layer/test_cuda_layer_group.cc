@@ -12,11 +12,10 @@
 #include "sluice/lab/ranks.h"
 #include "support/counting.h"
 #include "support/cuda_fixture.h"
+#include "support/modes_and_wires.h"
 
 namespace sluice::testing {
 namespace {
-
-constexpr Mode kModes[] = {Mode::kLowLatency, Mode::kNormal};
 
 class CudaLayerGroupTest : public CudaBackendTest {
  protected:

@@ -13,11 +13,11 @@
 #include "layer/group_fixture.h"
 #include "multirank/run_ranks.h"
 #include "support/cuda_fixture.h"
+#include "support/modes_and_wires.h"
 
 namespace sluice::testing {
 namespace {
 
-constexpr Mode kModes[] = {Mode::kLowLatency, Mode::kNormal};
 #ifdef SLUICE_PLANTED_FAULT
 constexpr std::chrono::milliseconds kTimeout{3'000};  // Of ranks whose peer has seen the fault.
 #else

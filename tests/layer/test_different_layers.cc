@@ -9,6 +9,7 @@
 
 #include "layer/group_fixture.h"
 #include "multirank/run_ranks.h"
+#include "support/modes_and_wires.h"
 
 namespace sluice::testing {
 namespace {
@@ -17,7 +18,6 @@ using ::testing::ElementsAre;
 using ::testing::HasSubstr;
 using namespace std::chrono_literals;
 
-constexpr Mode kModes[] = {Mode::kLowLatency, Mode::kNormal};
 constexpr int kRanks = 3;
 
 class DifferentLayersTest : public ::testing::Test {

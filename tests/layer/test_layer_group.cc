@@ -9,14 +9,13 @@
 
 #include "layer/group_fixture.h"
 #include "multirank/run_ranks.h"
+#include "support/modes_and_wires.h"
 
 namespace sluice::testing {
 namespace {
 
 using ::testing::HasSubstr;
 using ::testing::Not;
-
-constexpr Mode kModes[] = {Mode::kLowLatency, Mode::kNormal};
 
 class LayerGroupTest : public ::testing::Test {
  protected:

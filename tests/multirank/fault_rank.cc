@@ -29,6 +29,7 @@
 #include "multirank/moving_layer.h"
 #include "multirank/run_ranks.h"
 #include "sluice/lab/ranks.h"
+#include "support/forwarding_transport.h"
 #include "support/processor_wait.h"
 #include "support/scalar_backend.h"
 
@@ -156,59 +157,39 @@ void here(const char* place, int round) {
 }
 
 /// A transport that tells when a wait begins: the middle of an operation.
-class MiddleWindow final : public Window {
+class MiddleWindow final : public sluice::testing::ForwardingWindow {
  public:
   MiddleWindow(std::unique_ptr<Window> inner, const int& round, const std::string& operation)
-      : inner_(std::move(inner)), round_(round), operation_(operation) {}
-  std::byte* local() noexcept override { return inner_->local(); }
-  [[nodiscard]] std::size_t bytes() const noexcept override { return inner_->bytes(); }
-  [[nodiscard]] int num_flags() const noexcept override { return inner_->num_flags(); }
+      : ForwardingWindow(std::move(inner)), round_(round), operation_(operation) {}
   void put(int peer, std::size_t offset, std::span<const std::byte> data) override {
     // Half-way through what goes to a peer: some rows are there, no flag is.
     if (data.size() > 64) here(operation_.c_str(), round_);
-    inner_->put(peer, offset, data);
-  }
-  void signal(int peer, int flag, std::uint64_t epoch) override {
-    inner_->signal(peer, flag, epoch);
-  }
-  [[nodiscard]] std::uint64_t flag(int flag) const override { return inner_->flag(flag); }
-  [[nodiscard]] std::vector<int> wait_flags(
-      std::span<const int> flags, std::uint64_t epoch,
-      std::chrono::steady_clock::time_point deadline) override {
-    return inner_->wait_flags(flags, epoch, deadline);
+    ForwardingWindow::put(peer, offset, data);
   }
 
  private:
-  std::unique_ptr<Window> inner_;
   const int& round_;
   const std::string& operation_;
 };
 
-class MiddleTransport final : public Transport {
+class MiddleTransport final : public sluice::testing::ForwardingTransport {
  public:
-  explicit MiddleTransport(Transport& inner) : inner_(inner) {}
-  [[nodiscard]] int rank() const noexcept override { return inner_.rank(); }
-  [[nodiscard]] int num_ranks() const noexcept override { return inner_.num_ranks(); }
-  [[nodiscard]] std::string name() const override { return inner_.name(); }
+  using ForwardingTransport::ForwardingTransport;
   [[nodiscard]] std::unique_ptr<Window> make_window(std::size_t bytes, int num_flags,
                                                     std::chrono::milliseconds timeout) override {
     here("creation", options.round);
     begin_call();
-    return std::make_unique<MiddleWindow>(inner_.make_window(bytes, num_flags, timeout), round,
-                                          operation);
+    return std::make_unique<MiddleWindow>(
+        ForwardingTransport::make_window(bytes, num_flags, timeout), round, operation);
   }
   [[nodiscard]] std::vector<std::vector<std::byte>> all_gather(
       std::span<const std::byte> mine, std::chrono::milliseconds timeout) override {
     begin_call();
-    return inner_.all_gather(mine, timeout);
+    return ForwardingTransport::all_gather(mine, timeout);
   }
-  [[nodiscard]] TransportCounters counters() const override { return inner_.counters(); }
 
   int round = 0;
   std::string operation;
-
- private:
-  Transport& inner_;
 };
 
 /// False if any row differs from the definition.

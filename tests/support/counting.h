@@ -10,6 +10,7 @@
 #include "backend/ops.h"
 #include "sluice/engine.h"
 #include "sluice/transport.h"
+#include "support/forwarding_transport.h"
 
 namespace sluice::testing {
 
@@ -87,32 +88,16 @@ class CountingBackend final : public BackendOps {
 };
 
 /// Forwards everything and counts the windows made.
-class CountingTransport final : public Transport {
+class CountingTransport final : public ForwardingTransport {
  public:
-  explicit CountingTransport(Transport& real) : real_(&real) {}
+  using ForwardingTransport::ForwardingTransport;
   std::size_t window_bytes = 0;
 
-  [[nodiscard]] int rank() const noexcept override { return real_->rank(); }
-  [[nodiscard]] int num_ranks() const noexcept override { return real_->num_ranks(); }
-  [[nodiscard]] std::string name() const override { return real_->name(); }
   [[nodiscard]] std::unique_ptr<Window> make_window(std::size_t bytes, int num_flags,
                                                     std::chrono::milliseconds timeout) override {
     window_bytes += bytes;
-    return real_->make_window(bytes, num_flags, timeout);
+    return ForwardingTransport::make_window(bytes, num_flags, timeout);
   }
-  [[nodiscard]] std::vector<std::vector<std::byte>> all_gather(
-      std::span<const std::byte> mine, std::chrono::milliseconds timeout) override {
-    return real_->all_gather(mine, timeout);
-  }
-  [[nodiscard]] std::vector<std::shared_ptr<std::byte>> share_device_memory(
-      std::shared_ptr<std::byte> mine, std::size_t bytes,
-      std::chrono::milliseconds timeout) override {
-    return real_->share_device_memory(std::move(mine), bytes, timeout);
-  }
-  [[nodiscard]] TransportCounters counters() const override { return real_->counters(); }
-
- private:
-  Transport* real_;
 };
 
 /// An engine says that it took what was planned, and that is what was counted.
