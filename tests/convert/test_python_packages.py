@@ -54,6 +54,15 @@ def convert(folder, source, name, layout, *arguments):
     return path
 
 
+def tensors_of(path, load_file):
+    """Of every file in `path`, as the package's load_file() gives them."""
+    tensors = {}
+    for name in sorted(os.listdir(path)):
+        if name.endswith(".safetensors"):
+            tensors.update(load_file(os.path.join(path, name)))
+    return tensors
+
+
 # quantization_config as compressed-tensors 0.20.1 itself dumps it, for the schemes W4AFP8 (of its own
 # presets) and symmetric INT4 without activations (Kimi-K2's, with groups of 32).
 PACKAGE_CONFIG = {
@@ -103,13 +112,6 @@ def with_safetensors():
     except ImportError as error:
         skip(f"{error}; scripts/setup.sh installs it")
 
-    def load(path):
-        tensors = {}
-        for name in sorted(os.listdir(path)):
-            if name.endswith(".safetensors"):
-                tensors.update(load_file(os.path.join(path, name)))
-        return tensors
-
     def signed(nibbles):
         return ((nibbles.astype(np.int8) ^ 8) - 8).astype(np.int8)
 
@@ -132,7 +134,7 @@ def with_safetensors():
     def experts(path, layout):
         """codes [N, K] and scales [N, groups] of every matrix."""
         weight, scale, unpack = readers[layout]
-        tensors = load(path)
+        tensors = tensors_of(path, load_file)
         return {(e, stem): (unpack(tensors[prefix(e, stem) + weight]), tensors[prefix(e, stem) + scale])
                 for e in range(EXPERTS) for stem in STEMS}
 
@@ -160,7 +162,7 @@ def with_safetensors():
             check(f"make-checkpoint {layout}", same(reference, experts(path, layout)))
             made = convert(folder, path, f"{layout}-ct", "compressed-tensors")
             check(f"convert {layout}", same(reference, experts(made, "compressed-tensors")))
-        shape = load(os.path.join(folder, "w4afp8-ct"))[prefix(0, "down_proj") + "weight_shape"]
+        shape = tensors_of(os.path.join(folder, "w4afp8-ct"), load_file)[prefix(0, "down_proj") + "weight_shape"]
         check("weight_shape", shape.dtype == np.int64 and shape.tolist() == [HIDDEN, INTERMEDIATE])
 
         # And a checkpoint that this package wrote.
@@ -219,13 +221,6 @@ def with_compressed_tensors():
     except ImportError as error:
         skip(f"{error}; compressed-tensors needs PyTorch, which scripts/setup.sh does not install")
 
-    def load(path):
-        tensors = {}
-        for name in sorted(os.listdir(path)):
-            if name.endswith(".safetensors"):
-                tensors.update(load_file(os.path.join(path, name)))
-        return tensors
-
     def scheme(group):
         return QuantizationScheme(targets=["Linear"], weights=QuantizationArgs(
             num_bits=4, type="int", symmetric=True, strategy="group", group_size=group))
@@ -253,13 +248,13 @@ def with_compressed_tensors():
     with tempfile.TemporaryDirectory() as folder:
         # What Sluice writes, the package accepts and reads.
         w4afp8 = make(folder, "w4afp8", "w4afp8")
-        reference = load(w4afp8)
+        reference = tensors_of(w4afp8, load_file)
         for name, path in (("make-checkpoint", make(folder, "made", "compressed-tensors")),
                            ("convert", convert(folder, w4afp8, "converted", "compressed-tensors"))):
             with open(os.path.join(path, "config.json"), encoding="utf-8") as file:
                 config = QuantizationConfig.model_validate(json.load(file)["quantization_config"])
             check(f"{name}: config", config.config_groups["group_0"].weights.group_size == 128)
-            tensors = load(path)
+            tensors = tensors_of(path, load_file)
             check(f"{name}: weights", all(
                 torch.equal(decompressed(tensors, e, stem, 128), w4afp8_weight(reference, e, stem))
                 for e in range(EXPERTS) for stem in STEMS))
@@ -287,7 +282,7 @@ def with_compressed_tensors():
             expected_text = f"groups of {group}, {'dynamic e4m3' if activations else 'no scheme for'} activations"
             check(f"inspect, groups of {group}", expected_text in sluice("inspect", path))
             layout = "w4afp8" if group == 128 else "compressed-tensors"
-            made = load(convert(folder, path, f"back-{group}", layout))
+            made = tensors_of(convert(folder, path, f"back-{group}", layout), load_file)
             check(f"package to {layout}, groups of {group}", all(
                 torch.equal(w4afp8_weight(made, e, stem) if group == 128 else decompressed(made, e, stem, group), w)
                 for (e, stem), w in expected.items()))
