@@ -19,9 +19,10 @@ namespace sluice {
 /// neither encrypted nor signed, as the messages of NCCL and MPI are not, so the network between
 /// the hosts must be one that is trusted.
 struct TcpConfig {
-  /// Where rank 0 can be reached: "host:port" or "[host]:port". Rank 0 listens at the first one,
-  /// which must be an address of its host, or "0.0.0.0:port" or "[::]:port" for all of them. The
-  /// other ranks try them in turn.
+  /// Where rank 0 can be reached: "host:port" or "[host]:port". Rank 0 listens at the first one: at
+  /// that address of its host, or at all of them for "0.0.0.0:port", "[::]:port" and any name but
+  /// localhost, which may stand for something else on rank 0's host. The other ranks try them in
+  /// turn, and all that a name stands for.
   std::vector<std::string> addresses = {};
   std::string secret = {};  ///< The same in all processes of the job, and in no other: at least 16
                             ///< bytes, drawn at random.

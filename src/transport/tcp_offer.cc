@@ -6,7 +6,6 @@
 #include <sys/socket.h>
 
 #include <algorithm>
-#include <chrono>
 #include <cstring>
 #include <memory>
 #include <string>
@@ -23,8 +22,6 @@ namespace {
 
 /// Room for an offer: every rank gives as many bytes.
 constexpr std::size_t kOfferBytes = 4096;
-/// Listening at an address that is all of them asks no name server.
-constexpr std::chrono::seconds kListen{1};
 
 /// Of the interfaces that are up: those that other hosts can reach, and then loopback ones.
 std::vector<std::string> own_addresses() {
@@ -52,16 +49,6 @@ std::vector<std::string> own_addresses() {
   return far;
 }
 
-/// At all addresses of this host, over IPv6 too where it has that.
-FileDescriptor listen_anywhere() {
-  const Deadline deadline = std::chrono::steady_clock::now() + kListen;
-  try {
-    return listen_over_tcp("[::]:0", deadline);
-  } catch (const Error&) {
-    return listen_over_tcp("0.0.0.0:0", deadline);
-  }
-}
-
 }  // namespace
 
 TcpConfig agree_on_meeting(const ProcessGroup& group) {
@@ -71,7 +58,7 @@ TcpConfig agree_on_meeting(const ProcessGroup& group) {
     std::array<std::byte, 32> secret;
     draw_random(secret);
     offer = to_hex(secret) + "\n";
-    listener = listen_anywhere();
+    listener = listen_everywhere(0);
     const int port = port_of_listener(listener.get());
     for (const std::string& address : own_addresses()) {
       const std::string line = fmt::format("{}:{}\n", address, port);

@@ -22,13 +22,8 @@
 namespace sluice {
 namespace {
 
-struct Endpoint {
-  sockaddr_storage address{};
-  socklen_t size = 0;
-};
-
 struct Resolved {
-  std::vector<Endpoint> endpoints;
+  std::vector<TcpEndpoint> endpoints;
   std::string reason;  // Of none.
 };
 
@@ -44,7 +39,7 @@ Resolved ask_system(const TcpAddress& where, int flags) {
   const std::unique_ptr<addrinfo, void (*)(addrinfo*)> owner(list, freeaddrinfo);
   Resolved resolved;
   for (const addrinfo* a = list; a != nullptr; a = a->ai_next) {
-    Endpoint& endpoint = resolved.endpoints.emplace_back();
+    TcpEndpoint& endpoint = resolved.endpoints.emplace_back();
     std::memcpy(&endpoint.address, a->ai_addr, a->ai_addrlen);
     endpoint.size = a->ai_addrlen;
   }
@@ -77,10 +72,53 @@ Resolved resolve(const TcpAddress& where, Deadline deadline) {
   return std::move(question->answer);
 }
 
-FileDescriptor new_socket(const Endpoint& endpoint) {
-  FileDescriptor socket(::socket(endpoint.address.ss_family,
+/// Empty, with errno, where the system does not have such addresses.
+FileDescriptor new_socket(const TcpEndpoint& endpoint) {
+  return FileDescriptor(::socket(endpoint.address.ss_family,
                                  SOCK_STREAM | SOCK_CLOEXEC | SOCK_NONBLOCK, IPPROTO_TCP));
-  if (!socket) fail(ErrorCode::kTransport, "socket: {}", std::strerror(errno));
+}
+
+/// Empty, with errno, if it cannot.
+FileDescriptor listener_at(const TcpEndpoint& endpoint) {
+  FileDescriptor socket = new_socket(endpoint);
+  if (!socket) return {};
+  // So that a port can be used again at once after its last owner has ended.
+  const int yes = 1, no = 0;
+  (void)setsockopt(socket.get(), SOL_SOCKET, SO_REUSEADDR, &yes, sizeof(yes));
+  if (endpoint.address.ss_family == AF_INET6) {  // "[::]" takes IPv4 too, whatever the system says.
+    (void)setsockopt(socket.get(), IPPROTO_IPV6, IPV6_V6ONLY, &no, sizeof(no));
+  }
+  if (bind(socket.get(), reinterpret_cast<const sockaddr*>(&endpoint.address), endpoint.size) !=
+          0 ||
+      listen(socket.get(), 1024) != 0) {
+    const int error = errno;
+    socket.reset();
+    errno = error;
+  }
+  return socket;
+}
+
+/// "10.1.2.3", for messages.
+std::string text_of(const TcpEndpoint& endpoint) {
+  char text[NI_MAXHOST] = {};
+  const int status = getnameinfo(reinterpret_cast<const sockaddr*>(&endpoint.address),
+                                 endpoint.size, text, sizeof(text), nullptr, 0, NI_NUMERICHOST);
+  return status == 0 ? text : fmt::format("family {}", int{endpoint.address.ss_family});
+}
+
+/// Empty, with errno, if it cannot.
+FileDescriptor listener_everywhere(int port) {
+  TcpEndpoint any{.size = sizeof(sockaddr_in6)};
+  auto& six = reinterpret_cast<sockaddr_in6&>(any.address);
+  six.sin6_family = AF_INET6, six.sin6_port = htons(static_cast<std::uint16_t>(port));
+  FileDescriptor socket = listener_at(any);
+  // A host without IPv6. Another reason, as a port that is taken, is one for IPv4 too.
+  if (!socket && (errno == EAFNOSUPPORT || errno == EADDRNOTAVAIL)) {
+    any = {.size = sizeof(sockaddr_in)};
+    auto& four = reinterpret_cast<sockaddr_in&>(any.address);
+    four.sin_family = AF_INET, four.sin_port = htons(static_cast<std::uint16_t>(port));
+    socket = listener_at(any);
+  }
   return socket;
 }
 
@@ -95,7 +133,7 @@ bool is_with_itself(int socket) {
 }
 
 /// 0, or what kept the connection from being made.
-int try_to_connect(int socket, const Endpoint& endpoint, Deadline deadline) {
+int try_to_connect(int socket, const TcpEndpoint& endpoint, Deadline deadline) {
   if (connect(socket, reinterpret_cast<const sockaddr*>(&endpoint.address), endpoint.size) != 0) {
     if (errno != EINPROGRESS && errno != EINTR) return errno;
     pollfd entry{socket, POLLOUT, 0};
@@ -137,21 +175,30 @@ TcpAddress parse_address(const std::string& text) {
 }
 
 FileDescriptor listen_over_tcp(const std::string& address, Deadline deadline) {
-  const Resolved resolved = resolve(parse_address(address), deadline);
-  std::string reason = resolved.reason;
-  for (const Endpoint& endpoint : resolved.endpoints) {
-    FileDescriptor socket = new_socket(endpoint);
-    // So that a port can be used again at once after its last owner has ended.
-    const int yes = 1;
-    (void)setsockopt(socket.get(), SOL_SOCKET, SO_REUSEADDR, &yes, sizeof(yes));
-    if (bind(socket.get(), reinterpret_cast<const sockaddr*>(&endpoint.address), endpoint.size) ==
-            0 &&
-        listen(socket.get(), 1024) == 0) {
-      return socket;
-    }
+  const TcpAddress where = parse_address(address);
+  const bool is_name = ask_system(where, AI_NUMERICHOST).endpoints.empty();
+  std::string reason;
+  if (is_name && where.host != "localhost") {
+    FileDescriptor socket = listener_everywhere(std::stoi(where.port));
+    if (socket) return socket;
     reason = std::strerror(errno);
+  } else {
+    const Resolved resolved = resolve(where, deadline);
+    reason = resolved.reason;
+    for (const TcpEndpoint& endpoint : resolved.endpoints) {
+      FileDescriptor socket = listener_at(endpoint);
+      if (socket) return socket;
+      reason = std::strerror(errno);
+    }
   }
   fail(ErrorCode::kTransport, "listening at {}: {}", address, reason);
+}
+
+FileDescriptor listen_everywhere(int port) {
+  FileDescriptor socket = listener_everywhere(port);
+  if (socket) return socket;
+  fail(ErrorCode::kTransport, "listening at port {} of every address: {}", port,
+       std::strerror(errno));
 }
 
 int port_of_listener(int socket) {
@@ -174,20 +221,30 @@ void send_at_once(int socket) {
   (void)setsockopt(socket, IPPROTO_TCP, TCP_NODELAY, &yes, sizeof(yes));
 }
 
-Connected connect_over_tcp(const std::string& address, Deadline deadline) {
-  const Resolved resolved = resolve(parse_address(address), deadline);
-  Connected result{{}, resolved.reason};
-  for (const Endpoint& endpoint : resolved.endpoints) {
-    FileDescriptor socket = new_socket(endpoint);
-    const int error = try_to_connect(socket.get(), endpoint, deadline);
-    if (error != 0) {
-      result.reason = std::strerror(error);
-      continue;
+Connected connect_to_any(std::span<const TcpEndpoint> endpoints, Deadline deadline) {
+  Connected result;
+  for (std::size_t i = 0; i < endpoints.size(); ++i) {
+    const auto now = std::chrono::steady_clock::now();
+    const auto left = static_cast<std::int64_t>(endpoints.size() - i);
+    FileDescriptor socket = new_socket(endpoints[i]);
+    const int error =
+        socket ? try_to_connect(socket.get(), endpoints[i], now + (deadline - now) / left) : errno;
+    if (error == 0) {
+      send_at_once(socket.get());
+      return {std::move(socket), ""};
     }
-    send_at_once(socket.get());
-    return {std::move(socket), ""};
+    if (endpoints.size() > 1) {
+      result.reason += fmt::format("{}{} ", i == 0 ? "" : ", ", text_of(endpoints[i]));
+    }
+    result.reason += std::strerror(error);
   }
   return result;
+}
+
+Connected connect_over_tcp(const std::string& address, Deadline deadline) {
+  const Resolved resolved = resolve(parse_address(address), deadline);
+  if (resolved.endpoints.empty()) return {{}, resolved.reason};
+  return connect_to_any(resolved.endpoints, deadline);
 }
 
 }  // namespace sluice

@@ -1,6 +1,9 @@
 // tcp_socket.h - listening and connecting at "host:port", each within a deadline.
 #pragma once
 
+#include <sys/socket.h>
+
+#include <span>
 #include <string>
 
 #include "core/file_descriptor.h"
@@ -16,9 +19,14 @@ struct TcpAddress {
 /// Of "host:port" or "[host]:port". Throws: kInvalidArgument with `text`.
 [[nodiscard]] TcpAddress parse_address(const std::string& text);
 
-/// Listens at an address of this host. Port 0 takes one that is free.
+/// Listens at an address of this host, or, for a name other than localhost, at every address of it:
+/// the own name often stands for a loopback address on the host itself, where others do not come.
+/// Port 0 takes one that is free.
 /// Throws: kTransport with address and reason, for example that the port is taken.
 [[nodiscard]] FileDescriptor listen_over_tcp(const std::string& address, Deadline deadline);
+
+/// Listens at every address of this host, over IPv6 too where it has that. Throws: as above.
+[[nodiscard]] FileDescriptor listen_everywhere(int port);
 
 /// The port that `socket` listens at. Throws: kInvalidArgument if it does not listen over TCP.
 [[nodiscard]] int port_of_listener(int socket);
@@ -26,11 +34,22 @@ struct TcpAddress {
 /// Words that leave `socket` do not wait for an answer to earlier ones.
 void send_at_once(int socket);
 
+/// One of the addresses that a name stands for.
+struct TcpEndpoint {
+  sockaddr_storage address{};
+  socklen_t size = 0;
+};
+
 struct Connected {
   FileDescriptor socket;  ///< Empty if nobody listens there.
-  std::string reason;     ///< Then.
+  std::string reason;     ///< Then; of each address, where there are several.
 };
-/// Nobody at the address is no error: the listener may be about to come.
+/// Tries one after the other. None keeps the others waiting for longer than its share of the time
+/// that is left, and one whose kind the system does not have is passed over.
+[[nodiscard]] Connected connect_to_any(std::span<const TcpEndpoint> endpoints, Deadline deadline);
+
+/// The same, of the addresses that the host stands for. Nobody there is no error: the listener may
+/// be about to come.
 /// Throws: kInvalidArgument if `address` is none.
 [[nodiscard]] Connected connect_over_tcp(const std::string& address, Deadline deadline);
 
