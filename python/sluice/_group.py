@@ -5,7 +5,7 @@ import os
 import secrets
 import sys
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NoReturn
 
 from ._error import Error
 
@@ -43,20 +43,51 @@ def _parts(group: Any) -> tuple[int, int, Callable[[Any], list]]:
     return _value(group.rank), _value(group.size), group.all_gather
 
 
-def meet(group: Any, host: str) -> tuple[int, int, str, str, int, Callable[[bytes], list]]:
+def _refuse(why: str) -> NoReturn:
+    raise Error("invalid_argument", f"group: {why}")
+
+
+def _check_everyone(everyone: list, rank: int, size: int) -> None:
+    """That there is an object of every rank, each the one that this rank gave."""
+    if not 0 <= rank < size:
+        _refuse(f"rank {rank} is not in [0, {size})")
+    if len(everyone) != size:
+        _refuse(f"all_gather gave {len(everyone)} objects for {size} ranks")
+    says: dict[int, int] = {}  # Rank -> its place.
+    for place, theirs in enumerate(everyone):
+        if not (isinstance(theirs, (tuple, list)) and [type(part) for part in theirs] == [int, str, str, str]):
+            _refuse(f"all_gather gave {type(theirs).__name__} in place {place}, and not the object that rank {place} "
+                    "gave: it must pass on every rank's, unchanged, and every rank must make this call, with this "
+                    "version of Sluice")
+        if theirs[0] in says:
+            _refuse(f"two processes say that they are rank {theirs[0]}: places {says[theirs[0]]} and {place} of "
+                    "all_gather")
+        says[theirs[0]] = place
+    for said, place in says.items():
+        if said != place:
+            _refuse(f"all_gather gave rank {said}'s object in place {place}")
+
+
+def meet(group: Any, host: str) -> tuple[int, int, str, str, int, Callable[[bytes], list[bytes]]]:
     """Collective over the group. `host` names this process's host.
 
-    Returns rank, num_ranks, a job and a secret for Transport.ipc(), on how many hosts the ranks are, and all_gather.
+    Returns rank, num_ranks, a job and a secret for Transport.ipc(), on how many hosts the ranks are, and all_gather
+    of bytes.
     """
     rank, size, all_gather = _parts(group)
-    everyone = all_gather((host, secrets.token_hex(16), secrets.token_hex(32)))
-    if len(everyone) != size:
-        raise Error(
-            "invalid_argument",
-            f"group: all_gather gave {len(everyone)} objects for {size} ranks",
-        )
-    _, job, secret = everyone[0]
-    return rank, size, job, secret, len({theirs[0] for theirs in everyone}), all_gather
+    everyone = list(all_gather((rank, host, secrets.token_hex(16), secrets.token_hex(32))))
+    _check_everyone(everyone, rank, size)
+
+    def all_gather_bytes(mine: bytes) -> list[bytes]:
+        parts = list(all_gather(mine))
+        for place, part in enumerate(parts):
+            if not isinstance(part, bytes):
+                _refuse(f"all_gather gave {type(part).__name__} in place {place}, and not the bytes that rank {place} "
+                        "gave")
+        return parts
+
+    _, _, job, secret = everyone[0]
+    return rank, size, job, secret, len({theirs[1] for theirs in everyone}), all_gather_bytes
 
 
 def nccl_path() -> str:

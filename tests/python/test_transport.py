@@ -107,14 +107,51 @@ def test_a_group_of_one():
     assert transport.all_gather(b"") == [b""]
 
 
+def as_rank(rank, given):
+    """What another rank would bring to the first all_gather."""
+    return rank, *given[1:]
+
+
+@pytest.mark.parametrize("gathered, why", [
+    (lambda mine: [mine, mine], "two processes say that they are rank 0: places 0 and 1"),
+    (lambda mine: [as_rank(1, mine), mine], "all_gather gave rank 1's object in place 0"),
+    (lambda mine: [mine, 17], "all_gather gave int in place 1, and not the object that rank 1 gave"),
+    (lambda mine: [mine, None], "all_gather gave NoneType in place 1"),
+    (lambda mine: [str(mine)] * 2, "all_gather gave str in place 0"),
+    (lambda mine: [mine, mine[1:]], "all_gather gave tuple in place 1"),
+    (lambda mine: [mine, as_rank("1", mine)], "all_gather gave tuple in place 1"),
+])
+def test_a_group_that_passes_on_something_else(gathered, why):
+    with pytest.raises(sluice.Error, match=why) as caught:
+        sluice.Transport.from_group(Group(size=2, all_gather=gathered))
+    assert caught.value.code == "invalid_argument"
+
+
+def test_a_rank_that_the_group_does_not_have():
+    with pytest.raises(sluice.Error, match=r"group: rank 5 is not in \[0, 2\)"):
+        sluice.Transport.from_group(Group(rank=5, size=2, all_gather=lambda mine: [mine, mine]))
+
+
+def test_a_group_of_two_hosts_that_passes_on_other_bytes():
+    def all_gather(mine):
+        return ["no", "bytes"] if isinstance(mine, bytes) else [mine, (1, "far", *mine[2:])]
+
+    from sluice import _group
+
+    *_, num_hosts, gather = _group.meet(Group(size=2, all_gather=all_gather), "here")
+    assert num_hosts == 2
+    with pytest.raises(sluice.Error, match="all_gather gave str in place 0, and not the bytes that rank 0 gave"):
+        gather(b"x")
+
+
 def test_refusals(monkeypatch):
     with pytest.raises(sluice.Error, match="got dict without rank, size, all_gather") as caught:
         sluice.Transport.from_group({})
     assert caught.value.code == "invalid_argument"
     with pytest.raises(sluice.Error, match="all_gather gave 1 objects for 2 ranks"):
         sluice.Transport.from_group(Group(size=2))
-    with pytest.raises(sluice.Error, match="1") as caught:
-        sluice.Transport.from_group(Group(size=2, all_gather=lambda mine: [mine, mine]), timeout_ms=50)
+    with pytest.raises(sluice.Error, match=r"still missing rank\(s\) 1") as caught:
+        sluice.Transport.from_group(Group(size=2, all_gather=lambda mine: [mine, as_rank(1, mine)]), timeout_ms=50)
     assert caught.value.code == "peer_timeout"
     for name in ("SLUICE_RANK", "RANK", "OMPI_COMM_WORLD_RANK", "SLURM_PROCID"):
         monkeypatch.delenv(name, raising=False)
@@ -129,7 +166,7 @@ def test_refusals(monkeypatch):
 def test_ranks_of_two_hosts_take_nccl(monkeypatch, no_nccl):
     """A group chooses it by the hosts of its ranks, and says so where it cannot work."""
     def all_gather(mine):  # First who is where, then where to meet.
-        return [mine, mine if isinstance(mine, bytes) else ("far", *mine[1:])]
+        return [mine, mine if isinstance(mine, bytes) else (1, "far", *mine[2:])]
 
     before = os.listdir("/proc/self/fd")
     with pytest.raises(sluice.Error, match="transport 'nccl'") as caught:
