@@ -7,7 +7,8 @@
 Importing this registers torch.ops.sluice.moe_forward, experts_masked, quantize and requantize, each
 with a fake implementation that knows the shapes. Operators take numbers for the objects that torch
 does not know; a module holds its object for as long as it lives. moe_forward is collective: it is
-marked as having side effects, so that no compiler drops it. There is no backward.
+marked as having side effects, so that no compiler drops it. There is no backward: whoever asks for a
+gradient through one of them gets an Error.
 """
 
 import copy
@@ -67,14 +68,23 @@ class Registered(torch.nn.Module):
                                    "save what it was made of")
 
 
+def _refusal_of(name: str) -> Any:
+    """A backward. Without any, autograd takes the output for a constant and goes on."""
+
+    def refuse(ctx: Any, *gradients: Any) -> None:
+        raise Error("unsupported", f"torch.ops.sluice.{name} has no backward pass: call it under torch.no_grad(), "
+                                   "or take a layer of torch's where gradients are needed")
+
+    return refuse
+
+
 def define(schema: str, run: Any, fake: Any, has_side_effect: bool = False, backward: Any = None) -> None:
-    """Registers torch.ops.sluice.NAME; without `backward`, autograd refuses it."""
+    """Registers torch.ops.sluice.NAME; without `backward`, a gradient through it is refused."""
     name = schema.split("(", 1)[0]
     _library.define(schema)
     _library.impl(name, run, "CompositeExplicitAutograd")
     torch.library.register_fake(f"sluice::{name}", fake, lib=_library)
-    if backward:
-        torch.library.register_autograd(f"sluice::{name}", backward, lib=_library)
+    torch.library.register_autograd(f"sluice::{name}", backward or _refusal_of(name), lib=_library)
     if has_side_effect:
         torch.fx.node.has_side_effect(getattr(torch.ops.sluice, name).default)
 

@@ -127,11 +127,40 @@ def test_formats(made):
 def test_opcheck(made):
     backend, engine, (x, idx, weights) = made
     layer = torch_ops.MoeLayer(engine, "normal")
-    checks = ("test_schema", "test_faketensor", "test_aot_dispatch_dynamic")
+    checks = ("test_schema", "test_faketensor", "test_aot_dispatch_dynamic", "test_autograd_registration")
     torch.library.opcheck(
         torch.ops.sluice.moe_forward.default, (x, idx, weights, layer.number, "normal"), test_utils=checks)
     number = torch_ops.backend_number(backend, layer)
     torch.library.opcheck(torch.ops.sluice.quantize.default, (x, number, False), test_utils=checks[1:2])
+
+
+def test_a_gradient_is_refused(checkpoint, made):
+    """It was left out, and what stood around the layer trained without it."""
+    backend, engine, (x, idx, weights) = made
+    layer = torch_ops.MoeLayer(engine, "normal")
+    expected = layer(x, idx, weights)
+    experts = sluice.repack(checkpoint.load_experts(LAYER, 0, 2), backend, max_rows=2 * TOKENS)
+    rows = torch_ops.ExpertsLayer(experts, sluice.Recipe("direct-bf16"))
+    num_rows = torch.tensor([TOKENS, 2], dtype=torch.int32, device=x.device)
+    number = torch_ops.backend_number(backend, layer)
+    calls = {
+        "moe_forward": lambda leaf: leaf + layer(leaf, idx, weights),
+        "experts_masked": lambda leaf: rows(torch.stack([leaf, leaf]), None, num_rows),
+        "quantize": lambda leaf: leaf.float().sum() + torch.ops.sluice.quantize(leaf, number, False)[1].sum(),
+    }
+    for name, call in calls.items():
+        leaf = x.clone().requires_grad_()
+        with pytest.raises(sluice.Error, match=f"torch.ops.sluice.{name} has no backward pass") as error:
+            call(leaf).float().sum().backward()
+        assert error.value.code == "unsupported" and leaf.grad is None
+    leaf, compiled = x.clone().requires_grad_(), torch.compile(layer, fullgraph=True)
+    with pytest.raises(Exception, match="torch.ops.sluice.moe_forward has no backward pass"):
+        compiled(leaf, idx, weights)  # As torch compiles both passes; it wraps what they raise.
+    for mode in torch.no_grad, torch.inference_mode:
+        for call in layer, compiled:
+            with mode():
+                y = call(leaf, idx, weights)
+            assert not y.requires_grad and same(y, expected)
 
 
 def test_objects_go_with_their_module(made):
