@@ -20,11 +20,14 @@ int code_limit(float w) {
 /// As the scale falls from amax / 6 to amax / 16, |code| of a weight w steps from j to j + 1 at
 /// |w| / (j + 1/2). Between two steps the codes q are fixed and the error is a parabola in s,
 ///   sum (w - s q)^2 = sum w^2 - 2 s A + s^2 B,  A = sum w q,  B = sum q^2,
-/// with its least value at A / B or at the nearer end.
+/// with its least value at A / B or at the nearer end; among the bf16 numbers between the steps, at
+/// one of the two beside that.
 class MseSearch {
  public:
-  explicit MseSearch(std::span<const float> weights, float amax)
-      : top_(static_cast<double>(amax) / 6), bottom_(static_cast<double>(amax) / 16) {
+  MseSearch(std::span<const float> weights, float amax, DType scale_dtype)
+      : is_bf16_(scale_dtype == DType::kBFloat16),
+        top_(static_cast<double>(amax) / 6),
+        bottom_(static_cast<double>(amax) / 16) {
     for (const float w : weights) add(w);
     std::ranges::sort(steps_, [](const Step& a, const Step& b) { return a.scale > b.scale; });
   }
@@ -60,19 +63,47 @@ class MseSearch {
     }
   }
 
+  [[nodiscard]] double error_at(double s) const {
+    return s * (s * sum_qq_ - 2 * sum_wq_);  // Plus sum w^2, which is the same for all.
+  }
+
   void try_interval(double lower, double upper) {
     if (sum_qq_ == 0) return;  // All codes 0; a smaller scale does better.
     const double s = std::clamp(sum_wq_ / sum_qq_, lower, upper);
-    const double error =
-        s * (s * sum_qq_ - 2 * sum_wq_);  // Plus sum w^2, which is the same for all.
-    if (error < best_error_) best_error_ = error, best_scale_ = s;
+    if (error_at(s) >= best_error_) return;
+    if (!is_bf16_) {
+      best_error_ = error_at(s), best_scale_ = s;
+      return;
+    }
+    // Positive numbers of bf16 are ordered as their bits are.
+    const std::uint16_t near = bf16_from_float(static_cast<float>(s));
+    for (const int bits : {near - 1, int{near}, near + 1}) {
+      const double stored = bf16_to_float(static_cast<std::uint16_t>(bits));
+      if (bits <= 0 || stored < lower || stored > upper) continue;
+      if (error_at(stored) < best_error_) best_error_ = error_at(stored), best_scale_ = stored;
+    }
   }
 
+  bool is_bf16_;
   double top_, bottom_;
   double sum_wq_ = 0, sum_qq_ = 0;
   double best_error_ = 0, best_scale_ = top_;
   std::vector<Step> steps_;
 };
+
+/// kMse: a number of `scale_dtype`, unless amax is so small that there is none in its range.
+float unrounded_scale(std::span<const float> weights, float amax, ScaleRule rule,
+                      DType scale_dtype) {
+  switch (rule) {
+    case ScaleRule::kAmax7:
+      return amax / 7;
+    case ScaleRule::kAmax8:
+      return amax / 8;
+    case ScaleRule::kMse:
+      return MseSearch(weights, amax, scale_dtype).best();
+  }
+  fail(ErrorCode::kInvalidArgument, "scale rule number {} does not exist", static_cast<int>(rule));
+}
 
 struct Matrix {
   std::span<const float> weights;
@@ -90,8 +121,7 @@ int code_of(float w, float scale) {
 void quantize_one_group(const Matrix& m, std::size_t g) {
   const auto size = static_cast<std::size_t>(m.rule.group_size);
   const auto w = m.weights.subspan(g * size, size);
-  float scale = group_scale(w, m.rule.rule);
-  if (m.rule.scale_dtype == DType::kBFloat16) scale = bf16_to_float(bf16_from_float(scale));
+  const float scale = group_scale(w, m.rule.rule, m.rule.scale_dtype);
   const bool is_zero = scale == 0;
   m.scales[g] = is_zero ? kScaleOfZeros : scale;
   for (std::size_t i = 0; i < size; i += 2) {
@@ -103,18 +133,11 @@ void quantize_one_group(const Matrix& m, std::size_t g) {
 
 }  // namespace
 
-float group_scale(std::span<const float> weights, ScaleRule rule) {
+float group_scale(std::span<const float> weights, ScaleRule rule, DType scale_dtype) {
   float amax = 0;
   for (const float w : weights) amax = std::max(amax, std::fabs(w));
-  switch (rule) {
-    case ScaleRule::kAmax7:
-      return amax / 7;
-    case ScaleRule::kAmax8:
-      return amax / 8;
-    case ScaleRule::kMse:
-      return amax == 0 ? 0 : MseSearch(weights, amax).best();
-  }
-  fail(ErrorCode::kInvalidArgument, "scale rule number {} does not exist", static_cast<int>(rule));
+  const float scale = amax == 0 ? 0 : unrounded_scale(weights, amax, rule, scale_dtype);
+  return scale_dtype == DType::kBFloat16 ? bf16_to_float(bf16_from_float(scale)) : scale;
 }
 
 void quantize_weights(std::span<const float> weights, std::int64_t n, std::int64_t k,

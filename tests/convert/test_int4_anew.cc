@@ -31,9 +31,7 @@ void expect_quantized(std::span<const float> w, const QuantMatrix& made, ScaleRu
     const float scale = made.scales.dtype == DType::kFloat32
                             ? made.scales.as<float>()[g]
                             : bf16_to_float(made.scales.as<std::uint16_t>()[g]);
-    const float exact = group_scale(part, rule);
-    ASSERT_EQ(scale,
-              made.scales.dtype == DType::kFloat32 ? exact : bf16_to_float(bf16_from_float(exact)));
+    ASSERT_EQ(scale, group_scale(part, rule, made.scales.dtype));
     for (std::size_t i = 0; i < group; ++i) {
       const int code =
           unpack_int4(made.codes.as<std::uint8_t>(), static_cast<std::int64_t>(g * group + i));

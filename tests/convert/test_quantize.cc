@@ -62,6 +62,34 @@ TEST(Quantize, MseIsTheLeastOverAFineGrid) {
   }
 }
 
+/// No scale of bf16 at all in the range does better, also where bf16 holds the weights exactly.
+TEST(Quantize, MseIsTheLeastAmongScalesOfBf16) {
+  for (std::uint64_t seed = 1; seed <= 60; ++seed) {
+    auto w = random_weights(seed, seed % 2 == 0 ? 32 : 128, seed % 3 == 0 ? 6.0f : 1.0f);
+    const bool is_exact = seed % 4 == 0;
+    if (is_exact) {
+      const float s = bf16_to_float(static_cast<std::uint16_t>(0x3c00 + 7 * seed));
+      for (float& x : w) x = s * std::clamp(std::nearbyint(x / 0.01f), -7.0f, 7.0f);
+      w[1] = 7 * s;
+    }
+    float amax = 0;
+    for (const float x : w) amax = std::max(amax, std::fabs(x));
+    const float best = group_scale(w, ScaleRule::kMse, DType::kBFloat16);
+    EXPECT_EQ(best, bf16_to_float(bf16_from_float(best)));
+    const double least = error_of(w, best);
+    int num_tried = 0;
+    for (std::uint16_t bits = bf16_from_float(amax / 16); bits <= bf16_from_float(amax / 6);
+         ++bits) {
+      const double s = bf16_to_float(bits);
+      if (s < amax / 16.0 || s > amax / 6.0) continue;
+      ASSERT_GE(error_of(w, s), least * (1 - 1e-12)) << "seed " << seed << ", scale " << s;
+      num_tried += 1;
+    }
+    EXPECT_GT(num_tried, 100);
+    EXPECT_TRUE(!is_exact || least == 0) << "seed " << seed << ", error " << least;
+  }
+}
+
 TEST(Quantize, GroupsWithoutAScale) {
   std::vector<float> w(256, 0.0f);
   w[128] = std::numeric_limits<float>::denorm_min();  // amax / 7 is 0 in float32.
@@ -70,6 +98,10 @@ TEST(Quantize, GroupsWithoutAScale) {
   ThreadPool pool(1, available_cores());
   for (const ScaleRule rule : {ScaleRule::kAmax7, ScaleRule::kAmax8, ScaleRule::kMse}) {
     quantize_weights(w, 1, 256, {.rule = rule}, pool, codes, scales);
+    EXPECT_THAT(scales, ::testing::Each(0x1p-24f));
+    EXPECT_THAT(codes, ::testing::Each(0));
+    quantize_weights(w, 1, 256, {.rule = rule, .scale_dtype = DType::kBFloat16}, pool, codes,
+                     scales);
     EXPECT_THAT(scales, ::testing::Each(0x1p-24f));
     EXPECT_THAT(codes, ::testing::Each(0));
   }
@@ -132,8 +164,7 @@ TEST_P(Requantize, FollowsItsRule) {
       const auto group = static_cast<std::size_t>(c.group);
       for (std::size_t g = 0; g < w.size() / group; ++g) {
         const auto part = std::span(w).subspan(g * group, group);
-        float scale = group_scale(part, c.rule);
-        if (c.dtype == DType::kBFloat16) scale = bf16_to_float(bf16_from_float(scale));
+        const float scale = group_scale(part, c.rule, c.dtype);
         const float stored = m->scales.dtype == DType::kFloat32
                                  ? m->scales.as<float>()[g]
                                  : bf16_to_float(m->scales.as<std::uint16_t>()[g]);

@@ -28,7 +28,8 @@ namespace sluice {
 enum class ScaleRule {
   kAmax7,  ///< s = amax / 7: nothing is clipped, -8 is never used.
   kAmax8,  ///< s = amax / 8: a finer step; a positive amax is clipped to 7.
-  kMse,    ///< The s in [amax / 16, amax / 6] with the least sum of squared errors.
+  kMse,    ///< The s in [amax / 16, amax / 6], of those that can be stored, with the least sum of
+           ///< squared errors.
 };
 
 /// "amax7", "amax8", "mse"
