@@ -12,6 +12,7 @@
 
 #include "multirank/run_ranks.h"
 #include "support/child_process.h"
+#include "transport/blame.h"
 
 namespace sluice::testing {
 namespace {
@@ -59,56 +60,33 @@ void expect_blame(const std::optional<Failure>& failure, ErrorCode code, int vic
   EXPECT_THAT(failure->ranks, ElementsAre(victim)) << failure->text;
 }
 
-enum class Fate { kLeaves, kEnds };
-
-/// Rank `victim` meets its fate before a collective to which rank `late` comes last, or never.
-void blame_one(int victim, int late, Fate fate) {
-  SCOPED_TRACE(::testing::Message()
-               << "rank " << victim << (fate == Fate::kEnds ? " ends" : " leaves") << ", rank "
-               << late << " is late");
-  std::optional<ChildProcess> child;
-  if (fate == Fate::kEnds) child.emplace([&] { (void)join(victim).release(); });
-  std::promise<void> others_failed;
-  const std::shared_future<void> cue = others_failed.get_future().share();
-  std::vector<std::future<std::optional<Failure>>> early;
-  std::future<std::optional<Failure>> last;
-  for (int r = 0; r < kRanks; ++r) {
-    if (r == victim) {
-      if (fate == Fate::kLeaves) early.push_back(start(r, [](Transport&) {}));
-    } else if (r == late) {
-      last = start(r, [cue](Transport& transport) {
-        cue.wait();
-        gather(transport);
-      });
-    } else {
-      early.push_back(start(r, gather));
-    }
+struct IpcRanks {
+  static auto leave(int rank) {
+    return start(rank, [](Transport&) {});
   }
-  const ErrorCode code = fate == Fate::kEnds ? ErrorCode::kTransport : ErrorCode::kPeerTimeout;
-  const char* const why =
-      fate == Fate::kEnds ? ", whose process has ended" : ", which left before this collective";
-  std::vector<std::optional<Failure>> failures;
-  for (auto& rank : early) failures.push_back(rank.get());
-  others_failed.set_value();
-  failures.push_back(last.get());
-  int num_failed = 0;
-  for (const auto& failure : failures) {
-    if (!failure) continue;  // The victim that left.
-    ++num_failed;
-    expect_blame(failure, code, victim, why);
+  static auto gather(int rank, const std::shared_future<void>& cue) {
+    return start(rank, [cue](Transport& transport) {
+      if (cue.valid()) cue.wait();
+      testing::gather(transport);
+    });
   }
-  EXPECT_EQ(num_failed, kRanks - 1);
-}
+  static void end(int rank) { (void)join(rank).release(); }
+  static bool has_failed(const std::optional<Failure>& outcome) { return outcome.has_value(); }
+  static void expect_blame(const std::optional<Failure>& outcome, ErrorCode code, int victim,
+                           const char* why) {
+    testing::expect_blame(outcome, code, victim, why);
+  }
+};
 
 TEST(IpcFaults, ARankThatLeavesIsNamedAndALateOneIsNot) {
   for (const auto& [victim, late] : {std::pair(2, 3), {3, 1}, {0, 2}, {1, 3}}) {
-    blame_one(victim, late, Fate::kLeaves);
+    blame_one(IpcRanks(), kRanks, victim, late, Fate::kLeaves);
   }
 }
 
 TEST(IpcFaults, AnEndedProcessIsNamedAndALateRankIsNot) {
   for (const auto& [victim, late] : {std::pair(2, 3), {3, 1}, {0, 2}, {1, 3}}) {
-    blame_one(victim, late, Fate::kEnds);
+    blame_one(IpcRanks(), kRanks, victim, late, Fate::kEnds);
   }
 }
 

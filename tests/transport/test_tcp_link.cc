@@ -11,6 +11,7 @@
 
 #include "support/child_process.h"
 #include "tcp_ranks.h"
+#include "transport/blame.h"
 #include "transport/tcp_channel.h"
 #include "transport/tcp_join.h"
 
@@ -150,64 +151,39 @@ TEST(TcpChannel, APeerWhoNeverStopsTalkingIsHeardInTurns) {
   EXPECT_EQ(num_heard, num_said);
 }
 
-enum class Fate { kLeaves, kEnds };
-
-/// Rank `victim` meets its fate before a collective to which rank `late` comes last, or never.
-void blame_one(int victim, int late, Fate fate) {
-  SCOPED_TRACE(::testing::Message()
-               << "rank " << victim << (fate == Fate::kEnds ? " ends" : " leaves") << ", rank "
-               << late << " is late");
-  const TcpJob job(kRanks);
-  std::optional<ChildProcess> child;
-  if (fate == Fate::kEnds) {
-    child.emplace([&] {
-      // Its process ends with a link that nobody closed.
-      (void)std::make_unique<TcpLink>(job.config(victim), kLong).release();
-      _exit(0);
+class TcpRanks {
+ public:
+  [[nodiscard]] auto leave(int rank) const { return start_rank(job_.config(rank), kLong); }
+  [[nodiscard]] auto gather(int rank, const std::shared_future<void>& cue) const {
+    return start_rank(job_.config(rank), kLong, [cue](TcpLink& link) {
+      if (cue.valid()) cue.wait();
+      testing::gather(link);
     });
   }
-  std::promise<void> others_failed;
-  const std::shared_future<void> cue = others_failed.get_future().share();
-  std::vector<std::future<TcpOutcome>> early;
-  std::future<TcpOutcome> last;
-  for (int r = 0; r < kRanks; ++r) {
-    if (r == victim) {
-      if (fate == Fate::kLeaves) early.push_back(start_rank(job.config(r), kLong));
-    } else if (r == late) {
-      last = start_rank(job.config(r), kLong, [cue](TcpLink& link) {
-        cue.wait();
-        gather(link);
-      });
-    } else {
-      early.push_back(start_rank(job.config(r), kLong, gather));
-    }
+  void end(int rank) const {
+    // Its process ends with a link that nobody closed.
+    (void)std::make_unique<TcpLink>(job_.config(rank), kLong).release();
+    _exit(0);
   }
-  const ErrorCode code = fate == Fate::kEnds ? ErrorCode::kTransport : ErrorCode::kPeerTimeout;
-  const char* const why =
-      fate == Fate::kEnds ? ", whose process has ended" : ", which left before this collective";
-  std::vector<TcpOutcome> outcomes;
-  for (auto& rank : early) outcomes.push_back(rank.get());
-  others_failed.set_value();
-  outcomes.push_back(last.get());
-  int num_failed = 0;
-  for (const auto& outcome : outcomes) {
-    if (outcome.text.empty()) continue;  // The victim that left.
-    ++num_failed;
-    expect_blame(outcome, code, victim, why);
+  static bool has_failed(const TcpOutcome& outcome) { return !outcome.text.empty(); }
+  static void expect_blame(const TcpOutcome& outcome, ErrorCode code, int victim, const char* why) {
+    testing::expect_blame(outcome, code, victim, why);
     EXPECT_LT(outcome.took, 10s);  // At once, not at the timeout.
   }
-  EXPECT_EQ(num_failed, kRanks - 1);
-}
+
+ private:
+  TcpJob job_{kRanks};
+};
 
 TEST(TcpLink, ARankThatLeavesIsNamedAndALateOneIsNot) {
   for (const auto& [victim, late] : {std::pair(2, 3), {3, 1}, {0, 2}, {1, 3}}) {
-    blame_one(victim, late, Fate::kLeaves);
+    blame_one(TcpRanks(), kRanks, victim, late, Fate::kLeaves);
   }
 }
 
 TEST(TcpLink, AnEndedProcessIsNamedAndALateRankIsNot) {
   for (const auto& [victim, late] : {std::pair(2, 3), {3, 1}, {0, 2}, {1, 3}}) {
-    blame_one(victim, late, Fate::kEnds);
+    blame_one(TcpRanks(), kRanks, victim, late, Fate::kEnds);
   }
 }
 
