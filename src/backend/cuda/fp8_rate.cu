@@ -1,12 +1,10 @@
 #include <cuda_runtime.h>
 
-#include <algorithm>
-#include <array>
-
 #include "backend/cuda/check.h"
 #include "backend/cuda/fp8_rate.h"
 #include "backend/cuda/ptx/sync.cuh"
 #include "backend/cuda/sm90_w4a8/mainloop.cuh"
+#include "backend/cuda/timed_passes.h"
 
 namespace sluice::cuda {
 namespace {
@@ -58,22 +56,8 @@ double measure_fp8_rate(int num_sms) {
   float* sink = nullptr;
   SLUICE_CUDA_CHECK(
       cudaMalloc(&sink, sizeof(float) * kThreads * static_cast<std::size_t>(num_sms)));
-  cudaEvent_t begin, end;
-  SLUICE_CUDA_CHECK(cudaEventCreate(&begin));
-  SLUICE_CUDA_CHECK(cudaEventCreate(&end));
-  std::array<float, 21> ms{};
-  for (float& pass : ms) {
-    SLUICE_CUDA_CHECK(cudaEventRecord(begin));
-    fp8_kernel<<<num_sms, kThreads>>>(sink);
-    SLUICE_CUDA_CHECK(cudaEventRecord(end));
-    SLUICE_CUDA_CHECK(cudaEventSynchronize(end));
-    SLUICE_CUDA_CHECK(cudaEventElapsedTime(&pass, begin, end));
-  }
-  SLUICE_CUDA_CHECK(cudaEventDestroy(begin));
-  SLUICE_CUDA_CHECK(cudaEventDestroy(end));
+  const double seconds = median_seconds(19, [&] { fp8_kernel<<<num_sms, kThreads>>>(sink); });
   SLUICE_CUDA_CHECK(cudaFree(sink));
-  std::sort(ms.begin() + 2, ms.end());  // The first two warm up.
-  const double seconds = static_cast<double>(ms[11]) * 1e-3;
   return 2.0 * kStepProducts * kSteps * kWarpgroups * num_sms / seconds;
 }
 

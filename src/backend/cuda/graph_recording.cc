@@ -6,6 +6,7 @@
 #include <utility>
 #include <vector>
 
+#include "backend/cuda/capture.h"
 #include "backend/cuda/check.h"
 #include "backend/cuda/stamp.h"
 
@@ -50,19 +51,11 @@ class Stamps {
 
 class GraphRecording final : public Recording {
  public:
-  GraphRecording(cudaStream_t stream, const MarkedWork& work) : stream_(stream), stamps_(stream) {
-    SLUICE_CUDA_CHECK(cudaStreamBeginCapture(stream, cudaStreamCaptureModeThreadLocal));
-    try {
-      work([this] { stamps_.mark(); });
-    } catch (...) {
-      (void)cudaStreamEndCapture(stream, &graph_);
-      if (graph_ != nullptr) (void)cudaGraphDestroy(graph_);
-      throw;
-    }
-    SLUICE_CUDA_CHECK(cudaStreamEndCapture(stream, &graph_));
-    const cudaError_t status = cudaGraphInstantiate(&exec_, graph_, 0);
-    (void)cudaGraphDestroy(graph_);
-    if (status != cudaSuccess) throw_cuda_error(status, "cudaGraphInstantiate");
+  GraphRecording(cudaStream_t stream, const MarkedWork& work)
+      : stream_(stream),
+        stamps_(stream),
+        exec_(capture_launch(stream, cudaStreamCaptureModeThreadLocal,
+                             [&] { work([this] { stamps_.mark(); }); })) {
     SLUICE_CUDA_CHECK(cudaGraphUpload(exec_, stream));
     SLUICE_CUDA_CHECK(cudaStreamSynchronize(stream));
   }
@@ -76,8 +69,7 @@ class GraphRecording final : public Recording {
  private:
   cudaStream_t stream_;
   Stamps stamps_;
-  cudaGraph_t graph_ = nullptr;
-  cudaGraphExec_t exec_ = nullptr;
+  cudaGraphExec_t exec_;
 };
 
 class StampedCalls final : public Recording {

@@ -17,6 +17,7 @@
 #include <vector>
 
 #include "backend/cuda/apart_from_captures.h"
+#include "backend/cuda/capture.h"
 #include "backend/cuda/check.h"
 #include "backend/cuda/kernel_list.h"
 
@@ -69,19 +70,13 @@ class PatchedGraph {
  public:
   /// Of these kernels. `own_stream` is not being captured.
   PatchedGraph(std::span<const ListedKernel> kernels, cudaStream_t own_stream) {
-    SLUICE_CUDA_CHECK(cudaStreamBeginCapture(own_stream, cudaStreamCaptureModeRelaxed));
-    try {
+    graph_ = capture_graph(own_stream, cudaStreamCaptureModeRelaxed, [&] {
       for (const ListedKernel& kernel : kernels) {
         launch(kernel, own_stream);
         nodes_.push_back(last_node(own_stream));
         set_.emplace_back().assign(kernel);
       }
-    } catch (...) {
-      (void)cudaStreamEndCapture(own_stream, &graph_);
-      destroy();
-      throw;
-    }
-    SLUICE_CUDA_CHECK(cudaStreamEndCapture(own_stream, &graph_));
+    });
     const cudaError_t status = cudaGraphInstantiate(&exec_, graph_, 0);
     if (status == cudaSuccess) return;
     destroy();

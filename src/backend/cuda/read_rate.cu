@@ -1,10 +1,10 @@
 #include <cuda_runtime.h>
 
 #include <algorithm>
-#include <array>
 
 #include "backend/cuda/check.h"
 #include "backend/cuda/read_rate.h"
+#include "backend/cuda/timed_passes.h"
 
 namespace sluice::cuda {
 namespace {
@@ -41,24 +41,13 @@ double measure_read_rate(int num_sms) {
   void* data = nullptr;
   SLUICE_CUDA_CHECK(cudaMalloc(&data, bytes + 256));
   unsigned* sink = reinterpret_cast<unsigned*>(static_cast<char*>(data) + bytes);
-  cudaEvent_t begin, end;
-  SLUICE_CUDA_CHECK(cudaEventCreate(&begin));
-  SLUICE_CUDA_CHECK(cudaEventCreate(&end));
   SLUICE_CUDA_CHECK(cudaMemset(data, 0x5a, bytes + 256));
-  std::array<float, 7> ms{};
-  for (float& pass : ms) {
-    SLUICE_CUDA_CHECK(cudaEventRecord(begin));
+  const double seconds = median_seconds(5, [&] {
     read_kernel<<<num_sms * 4, kThreads>>>(static_cast<const uint4*>(data),
                                            static_cast<long long>(bytes / sizeof(uint4)), sink);
-    SLUICE_CUDA_CHECK(cudaEventRecord(end));
-    SLUICE_CUDA_CHECK(cudaEventSynchronize(end));
-    SLUICE_CUDA_CHECK(cudaEventElapsedTime(&pass, begin, end));
-  }
-  SLUICE_CUDA_CHECK(cudaEventDestroy(begin));
-  SLUICE_CUDA_CHECK(cudaEventDestroy(end));
+  });
   SLUICE_CUDA_CHECK(cudaFree(data));
-  std::sort(ms.begin() + 2, ms.end());  // The first two warm up.
-  return static_cast<double>(bytes) / (static_cast<double>(ms[4]) * 1e-3);
+  return static_cast<double>(bytes) / seconds;
 }
 
 }  // namespace sluice::cuda

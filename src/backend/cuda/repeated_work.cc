@@ -7,6 +7,7 @@
 #include <utility>
 
 #include "backend/cuda/apart_from_captures.h"
+#include "backend/cuda/capture.h"
 #include "backend/cuda/check.h"
 
 namespace sluice::cuda {
@@ -52,19 +53,8 @@ class GraphWork final : public RepeatedWork {
   [[nodiscard]] bool make_graph() {
     const ApartFromCaptures apart;
     if (is_capturing(own_stream_)) return false;
-    SLUICE_CUDA_CHECK(cudaStreamBeginCapture(own_stream_, cudaStreamCaptureModeRelaxed));
-    cudaGraph_t captured = nullptr;
-    try {
-      work_({own_stream_});
-    } catch (...) {
-      (void)cudaStreamEndCapture(own_stream_, &captured);
-      if (captured != nullptr) (void)cudaGraphDestroy(captured);
-      throw;
-    }
-    SLUICE_CUDA_CHECK(cudaStreamEndCapture(own_stream_, &captured));
-    const cudaError_t status = cudaGraphInstantiate(&graph_, captured, 0);
-    (void)cudaGraphDestroy(captured);
-    if (status != cudaSuccess) throw_cuda_error(status, "cudaGraphInstantiate");
+    graph_ =
+        capture_launch(own_stream_, cudaStreamCaptureModeRelaxed, [&] { work_({own_stream_}); });
     return true;
   }
 
