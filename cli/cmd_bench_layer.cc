@@ -18,7 +18,8 @@ namespace {
 struct Options {
   std::string preset = "r1-layer", backend = "cpu", transport = "inproc", mode = "low-latency",
               routing = "uniform", scale_dtype;
-  int ranks = 2, experts = 0, hidden = 0, intermediate = 0, calls = 4, repeats = 7, devices = 0;
+  int ranks = 2, experts = 0, hidden = 0, intermediate = 0, calls = 4, repeats = 7, devices = 0,
+      copies = 1;
   std::vector<int> tokens = {1, 16, 128};
   std::uint64_t seed = 1;
 };
@@ -36,6 +37,7 @@ LayerBenchConfig resolve(const Options& options) {
       .routing = parse_routing(options.routing),
       .calls = options.calls,
       .repeats = options.repeats,
+      .copies = options.copies,
       .seed = options.seed};
   if (options.experts > 0) config.geometry.num_experts = options.experts;
   if (options.hidden > 0) config.geometry.hidden = options.hidden;
@@ -62,8 +64,8 @@ void print_report(const Options& options, const LayerBenchConfig& config,
       g.intermediate, options.mode, options.routing);
   fmt::print("device    {}; exchange {} on each rank\n", report.device,
              human_bytes(static_cast<double>(report.exchange_bytes)));
-  fmt::print("times     us, slowest rank, medians; layers: {} in a row, {} replays\n",
-             options.calls, options.repeats);
+  fmt::print("times     us, slowest rank, medians; layers: {} in a row, {} cop{}, {} replays\n",
+             options.calls, options.copies, options.copies == 1 ? "y" : "ies", options.repeats);
   Table table({"tokens/rank", "dispatch", "combine", "pair", "stage", "apart", "layer", "saved",
                "of the larger", "apart: with waits", "layer: with waits"});
   for (const LayerBenchCase& c : report.cases) {
@@ -83,6 +85,7 @@ void fill_json(const Options& options, const LayerBenchReport& report, Output& o
   output.json["transport"] = options.transport;
   output.json["num_ranks"] = options.ranks;
   output.json["mode"] = options.mode;
+  output.json["copies"] = options.copies;
   output.json["device"] = report.device;
   output.json["num_devices"] = report.num_devices;
   output.json["exchange_bytes"] = report.exchange_bytes;
@@ -104,7 +107,7 @@ void fill_json(const Options& options, const LayerBenchReport& report, Output& o
 void check_memory(const LayerBenchConfig& config) {
   if (config.device != Device::Kind::kHost) return;
   const ModelGeometry& g = config.geometry;
-  require_memory(1.5 * g.hidden * g.intermediate * g.num_experts,
+  require_memory(1.5 * config.copies * g.hidden * g.intermediate * g.num_experts,
                  fmt::format("the weights of --experts {} of --hidden {} and --intermediate {}",
                              g.num_experts, g.hidden, g.intermediate));
 }
@@ -169,6 +172,12 @@ void add_bench_layer(Command& bench, Output& output) {
       .shows_default();
   command.add_option("--repeat", options->repeats, "Replays of each recording")
       .range(1, 10000)
+      .shows_default();
+  command
+      .add_option("--copies", options->copies,
+                  "Of the layer, in memory of their own, that calls take in turn: as in a model, a "
+                  "cache has nothing of the next call's weights")
+      .range(1, 64)
       .shows_default();
   command.add_option("--seed", options->seed, "Seed of weights and tokens").shows_default();
   command.on_parsed([options, &output] { run(*options, output); });

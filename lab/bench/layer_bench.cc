@@ -5,7 +5,6 @@
 #include <algorithm>
 #include <array>
 #include <memory>
-#include <optional>
 #include <utility>
 
 #include "backend/ops.h"
@@ -66,9 +65,11 @@ class LayerBenchRank {
         exchange_(Exchange::create(exchange_config(bench), transport, backend)) {
     const ExpertWeights weights = experts_of(bench, transport.rank());
     const LayerSpec spec{.name = "the layer", .weights = weights};
-    layers_.push_back(apart_group_.add_layer(spec));
-    layers_.push_back(group_.add_layer(spec));
-    experts_.emplace(Experts::create(weights, exchange_.max_rows(), backend));
+    for (int i = 0; i < bench.copies; ++i) {
+      layers_[0].push_back(apart_group_.add_layer(spec));
+      layers_[1].push_back(group_.add_layer(spec));
+      experts_.push_back(Experts::create(weights, exchange_.max_rows(), backend));
+    }
     const auto elements =
         static_cast<std::size_t>(max_tokens()) * static_cast<std::size_t>(bench.geometry.hidden);
     const auto entries =
@@ -149,16 +150,18 @@ class LayerBenchRank {
     put(y_, poison_.data(), poison_.size() * 2);
     return bits;
   }
+  /// Copies take turns: what the last call left in a cache is not what the next one reads.
+  [[nodiscard]] std::size_t next_copy() { return ++turn_ % layers_[0].size(); }
   void forward(std::size_t way) {
-    layers_[way].forward(bench_.mode, x(), routing(), y(), backend_.stream());
+    layers_[way][next_copy()].forward(bench_.mode, x(), routing(), y(), backend_.stream());
   }
-  [[nodiscard]] LayerRecipe recipe() const { return layers_[0].recipe(bench_.mode); }
+  [[nodiscard]] LayerRecipe recipe() const { return layers_[0][0].recipe(bench_.mode); }
 
   std::int64_t check() {
     forward(0);
     want_ = take();
     barrier();
-    for (int i = 0; i < 3; ++i) {
+    for (int i = 0; i < std::max(3, bench_.copies); ++i) {
       forward(1);
       expect_same("with send_from_experts");
       barrier();
@@ -229,8 +232,10 @@ class LayerBenchRank {
     result.pair_us = time_in_a_row([&] { pair([] {}); });
 
     Dispatched d = exchange_.dispatch(x(), routing(), stream);
-    const auto stage = [&] { experts_->forward(recipe(), d.batch(), rows_of(d), stream); };
-    stage();
+    const auto stage = [&] {
+      experts_[next_copy()].forward(recipe(), d.batch(), rows_of(d), stream);
+    };
+    for (std::size_t i = 0; i < experts_.size(); ++i) stage();
     backend_.synchronize(stream);
     barrier();
     result.stage_us = time_in_a_row(stage);
@@ -246,19 +251,19 @@ class LayerBenchRank {
   }
 
   LayerBenchCase::Stages time_stages(std::size_t way) {
-    Layer& layer = layers_[way];
-    layer.record_stats(true);
     std::array<std::vector<double>, 3> times;
     for (int repeat = -1; repeat < bench_.repeats; ++repeat) {
       barrier();
-      forward(way);
+      Layer& layer = layers_[way][next_copy()];
+      layer.record_stats(true);
+      layer.forward(bench_.mode, x(), routing(), y(), backend_.stream());
+      layer.record_stats(false);
       const StageTimes& t = layer.stats().times;
       std::array us{t.dispatch_us, t.quantize_us + t.gemm1_us + t.activation_us + t.gemm2_us,
                     t.combine_us};
       keep_slowest(transport_, us);
       for (std::size_t i = 0; repeat >= 0 && i < us.size(); ++i) times[i].push_back(us[i]);
     }
-    layer.record_stats(false);
     barrier();
     return {median(times[0]), median(times[1]), median(times[2])};
   }
@@ -268,8 +273,9 @@ class LayerBenchRank {
   BackendOps& backend_;
   LayerGroup apart_group_, group_;
   Exchange exchange_;
-  std::vector<Layer> layers_;  // By way: without and with send_from_experts.
-  std::optional<Experts> experts_;
+  std::array<std::vector<Layer>, 2> layers_;  // By way: without and with send_from_experts; copies.
+  std::vector<Experts> experts_;              // Copies.
+  std::size_t turn_ = 0;
   std::unique_ptr<DeviceBuffer> x_, y_, idx_, weights_, rows_;
   std::int64_t tokens_ = 0;
   std::vector<std::uint16_t> poison_, want_;
@@ -280,6 +286,7 @@ void check_config(const LayerBenchConfig& bench) {
                  "{} experts are not divisible by {} ranks", bench.geometry.num_experts,
                  bench.num_ranks);
   check_argument(bench.calls >= 1, "calls {}; at least one", bench.calls);
+  check_argument(bench.copies >= 1, "copies {}; at least one", bench.copies);
   check_argument(bench.repeats >= 1, "repeats {}; at least one", bench.repeats);
   check_argument(!bench.tokens_per_rank.empty(), "no number of tokens to bench");
   for (const int tokens : bench.tokens_per_rank) {

@@ -25,6 +25,8 @@ struct LayerBenchConfig {
   RoutingKind routing = RoutingKind::kUniform;
   int calls = 4;    ///< Of one recording that count; one more comes first.
   int repeats = 7;  ///< Replays of each recording.
+  /// Of the layer and of the experts, in memory of their own; calls in a row take them in turn.
+  int copies = 1;
   std::uint64_t seed = 1;
 };
 
