@@ -237,6 +237,18 @@ void report(const Options& options, const LayerRunConfig& config, const Checkpoi
   output.exit_status = passed && all.passed() ? 0 : 1;
 }
 
+/// What ranks must agree on and no layer compares, since only this program knows of it.
+std::vector<Launch::Option> lab_options(const Options& options, const LayerRunConfig& config) {
+  const auto yes_or_no = [](bool value) { return std::string(value ? "yes" : "no"); };
+  return {{"--tokens", fmt::format("{}", fmt::join(config.tokens, ","))},
+          {"--layers", fmt::format("{}", fmt::join(config.layers, ","))},
+          {"--routing", options.routing},
+          {"--seed", fmt::format("{}", options.seed)},
+          {"--repeat", fmt::format("{}", options.repeats)},
+          {"--prove", yes_or_no(options.prove)},
+          {"--rebalance", yes_or_no(options.slots.rebalances)}};
+}
+
 void run(const Options& options, Output& output) {
   const Environment environment = read_environment();
   check_transport(options.transport, options.backend);
@@ -255,6 +267,7 @@ void run(const Options& options, Output& output) {
     print_checkpoint(options, config, *checkpoint);
     if (!note.empty()) fmt::print("note      {}\n", note);
   });
+  launch.check_alike(lab_options(options, config));
   RunResult result = run_layers(config, *checkpoint, launch);
   RunResult twin;
   if (options.prove) twin = run_layers(twin_of(config), *checkpoint, launch);

@@ -202,6 +202,25 @@ void Launch::together(const std::function<void()>& body) {
   throw error;
 }
 
+void Launch::check_alike(const std::vector<Option>& options) {
+  if (!world_) return;
+  std::vector<std::vector<std::string>> values;  // Of each option, by rank.
+  together([&] {
+    for (const Option& option : options) values.push_back(gather(option.value, timeout_));
+  });
+  together([&] {
+    for (std::size_t i = 0; i < options.size(); ++i) {
+      const auto& of = values[i];
+      const auto other = std::ranges::find_if(of, [&](const auto& v) { return v != of[0]; });
+      if (other == of.end()) continue;
+      throw Error(ErrorCode::kTransport,
+                  fmt::format("ranks disagree on {}: rank 0 has '{}', rank {} has '{}'; give every "
+                              "process the same arguments",
+                              options[i].name, of[0], other - of.begin(), *other));
+    }
+  });
+}
+
 std::vector<std::string> Launch::run_ranks(
     const std::function<std::string(int, Transport&)>& body) {
   std::vector<std::string> results(static_cast<std::size_t>(num_ranks_));

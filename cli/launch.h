@@ -53,6 +53,15 @@ class Launch {
   /// cause, naming its rank. A rank that does not even say so is named by the timeout.
   void together(const std::function<void()>& body);
 
+  struct Option {
+    const char* name;
+    std::string value;
+  };
+  /// Processes may have been started with command lines of their own. Throws: kTransport on
+  /// every rank, naming the first option that a rank has otherwise than rank 0, and both values.
+  /// Requires: all give the same names in the same order.
+  void check_alike(const std::vector<Option>& options);
+
   /// Runs body(rank, transport) for every rank, each on a thread or in its process, and returns
   /// what each returned; over processes, on the reporter only. Throws: the first cause; ranks that
   /// waited for a failed one do not count as causes.

@@ -149,7 +149,7 @@ void check_recipe(const Recipe& recipe);
 /// recipe asked for rows that are not rounded before they travel. `layer_name` (e.g.
 /// "model.layers.3.mlp.experts") goes into messages.
 /// Throws: kUnsupported naming recipe, mode, variable and reason; kInvalidArgument for a scale that
-///   is not finite and positive; whatever check_recipe() throws.
+///   is not positive, normal and below 2^118; whatever check_recipe() throws.
 [[nodiscard]] LayerRecipe resolve_recipe(const Recipe& recipe, Mode mode,
                                          DispatchDtype override_dtype,
                                          const std::optional<StaticScales>& scales,

@@ -29,6 +29,8 @@ KindRow kind_row(WarningKind kind) {
       return {"input-scale-pair", "experts"};
     case WarningKind::kInputScaleFar:
       return {"input-scale-far", "input scales"};
+    case WarningKind::kInputScaleSize:
+      return {"input-scale-size", "input scales"};
     case WarningKind::kZeroWeights:
       return {"zero-weights", "matrices"};
     case WarningKind::kOffsetCodes:

@@ -21,6 +21,7 @@ enum class WarningKind {
   kInputScaleOne,    ///< Some are, others are not.
   kInputScalePair,   ///< w1 and w3 of an expert differ, though they have the same input.
   kInputScaleFar,    ///< Far from the layer's median.
+  kInputScaleSize,   ///< No activation is of such a size.
   kZeroWeights,      ///< Every code looked at is 0.
   kOffsetCodes,      ///< More -8 than 0.
   kMinusEight,       ///< -8 where amax / 7 rounding makes none. A note: amax / 8 makes some.

@@ -52,6 +52,10 @@ Names names_of(const CheckpointData& data, int layer) {
 }
 
 /// gate, up, down.
+/// The largest input that a static scale lets through is 448 times the scale. Models have seen some
+/// of 1e5, and none of these.
+constexpr float kSmallestInput = 1e-6f, kLargestInput = 1e9f;
+
 constexpr std::array kInputMembers = {&InputScales::w1, &InputScales::w3, &InputScales::w2};
 
 /// Gate and up read the same input, so their scales are the same unless something went wrong.
@@ -90,6 +94,13 @@ void check_input_scales(const Names& names, const std::vector<InputScales>& scal
       } else if (!(ratio <= kFarScale && ratio >= 1 / kFarScale)) {
         out.add(WarningKind::kInputScaleFar, std::fabs(std::log(ratio)), tensor,
                 fmt::format("{:.4g} is far from the layer's median {:.4g}", values[e], median));
+      }
+      const float largest = values[e] * kE4m3Max;
+      if (!(largest >= kSmallestInput && largest <= kLargestInput)) {
+        out.add(WarningKind::kInputScaleSize, std::fabs(std::log(values[e])), tensor,
+                fmt::format("{:.4g} lets inputs up to {:.4g} through, where {:g} to {:g} is "
+                            "plausible: static recipes would return zeros or cut-off values",
+                            values[e], largest, kSmallestInput, kLargestInput));
       }
     }
   }

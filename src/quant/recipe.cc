@@ -6,6 +6,7 @@
 #include <cmath>
 
 #include "core/fail.h"
+#include "quant/scale_limit.h"
 
 namespace sluice {
 namespace {
@@ -335,9 +336,9 @@ LayerRecipe resolve_recipe(const Recipe& recipe, Mode mode, DispatchDtype overri
   }
   for (const auto& [field, value] :
        {std::pair{"s1 (w1, w3)", scales->s1}, {"s2 (w2)", scales->s2}}) {
-    check_argument(std::isnormal(value) && value > 0,
-                   "{}: static input scale {} = {} is not a positive normal number", layer_name,
-                   field, value);
+    check_argument(std::isnormal(value) && value > 0 && value < kScaleLimit,
+                   "{}: static input scale {} = {} is not a positive normal number below 2^118",
+                   layer_name, field, value);
   }
   layer.s1 = cast1 == casts.end() ? 0 : resolved_scale(*cast1, scales->s1);
   layer.s2 = resolved_scale(layer.gemm2, scales->s2);

@@ -196,8 +196,8 @@ TEST(Refusal, SmallestAndLargestScalesAreFine) {
   const TempDir dir;
   ModelFiles files;
   auto& bytes = files.tensor(0, "gate_proj.weight_scale_inv").bytes;
-  for (const auto& [i, value] : {std::pair{0, std::numeric_limits<float>::denorm_min()},
-                                 {1, std::numeric_limits<float>::max()}}) {
+  for (const auto& [i, value] :
+       {std::pair{0, std::numeric_limits<float>::denorm_min()}, {1, 0x1.fffffep117f}}) {
     std::memcpy(bytes.data() + 4 * i, &value, 4);
   }
   files.write(dir.path());

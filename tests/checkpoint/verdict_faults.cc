@@ -33,7 +33,10 @@ std::function<void(SpelledFiles&)> scales(std::set<int> which, std::function<flo
 /// Sets the scale [3, 1] of expert 1's gate.
 std::function<void(SpelledFiles&)> one_scale(float value) {
   return [=](SpelledFiles& f) {
-    std::memcpy(f.at(f.scales_name(1, 0)).bytes.data() + 7 * sizeof value, &value, sizeof value);
+    RawTensor& tensor = f.at(f.scales_name(1, 0));
+    const std::size_t size = tensor.dtype == "BF16" ? 2 : 4;  // The upper half of a float32.
+    std::memcpy(tensor.bytes.data() + 7 * size,
+                reinterpret_cast<const char*>(&value) + sizeof value - size, size);
   };
 }
 
@@ -181,16 +184,19 @@ Faults scale_faults() {
        [](SpelledFiles& f) {
          const bool has_offset = f.spelling.storage == Storage::kWords;
          codes([=](char, std::size_t) { return static_cast<char>(has_offset ? 0x88 : 0); })(f);
-         scales({0, 1, 2}, [](float) { return 2.8e38f; })(f);
+         scales({0, 1, 2}, [](float) { return 1e35f; })(f);
        }},
       {"scale-nan", one_scale(kNan)},
       {"scale-inf", one_scale(kInfinity)},
+      {"scale-large", one_scale(0x1p118f)},
       {"scale-zero", one_scale(0)},
       {"scale-negative", one_scale(-0.5f)},
       {"inputs-one", inputs(1, true)},
       {"input-one", inputs(1, false)},
       {"input-far",
        [](SpelledFiles& f) { f.at(input_name(f, 1, "w1")).bytes = f32_bytes({1e6f}); }},
+      {"inputs-large", inputs(1e30f, true)},
+      {"inputs-small", inputs(1e-30f, true)},
       {"input-pair",
        [](SpelledFiles& f) { f.at(input_name(f, 1, "w1")).bytes = f32_bytes({0.015f}); }},
       {"input-nan",

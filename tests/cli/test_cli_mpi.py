@@ -139,8 +139,12 @@ with tempfile.TemporaryDirectory() as folder:
     differences = {
         "checkpoint identity (config and headers)": ["--checkpoint", other],
         "low-latency recipe": ["--recipe", "static"],
-        "low-latency max_tokens_per_rank": ["--tokens", "5,0,3,7"],
         "routed_scaling_factor": ["--routed-scaling-factor", "2.5"],
+        "--tokens": ["--tokens", "5,0,3,7"],
+        "--routing": ["--routing", "zipf"],
+        "--seed": ["--seed", "2"],
+        "--repeat": ["--repeat", "4"],
+        "--prove": ["--prove"],
     }
     for field, arguments in differences.items():
         changed = [a for a in mpi]

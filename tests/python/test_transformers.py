@@ -211,7 +211,7 @@ def test_compressed_tensors_may_still_be_dequantized_by_transformers(models):
 REFUSED = {
     "biases": {"has_bias": True},
     "transposed": {"is_transposed": True},
-    "without a gate": {"has_gate": False},
+    "without a gate": {"has_gate": False, "gate_up_proj": None},
     "alternate": {"is_concatenated": False},
     "a norm after each": {"has_post_expert_norm": True},
     "GELU": {"act_fn": transformers.activations.ACT2FN["gelu"]},

@@ -282,7 +282,7 @@ TEST(DispatchPolicy, EachCastGetsTheScaleItUses) {
 }
 
 TEST(DispatchPolicy, BadScalesAreRefused) {
-  for (const float bad : {0.0f, -1.0f, 1e-42f, std::numeric_limits<float>::infinity(),
+  for (const float bad : {0.0f, -1.0f, 1e-42f, 0x1p118f, std::numeric_limits<float>::infinity(),
                           std::numeric_limits<float>::quiet_NaN()}) {
     EXPECT_THROW((void)resolve_recipe(parse_recipe("static"), Mode::kNormal, DispatchDtype::kAuto,
                                       StaticScales{.s1 = bad, .s2 = 1}, kLayer),

@@ -288,6 +288,8 @@ _buffers = Buffers()
 
 def _quantized(module: nn.Module) -> LocalLayer:
     """Made at the first call, and again when the weights have changed."""
+    if not module.has_gate:
+        _check_supported(module)  # Raises: there is no gate_up_proj to look at.
     parameters = [module.gate_up_proj, module.down_proj]
     layer = kept.find(module, parameters)
     if layer is not None:

@@ -13,12 +13,14 @@
 namespace sluice {
 namespace {
 
-/// Index of the first element that is not finite and positive; -1 if there is none. Bits of such
-/// numbers are 1 .. (infinity - 1), whatever their width.
-template <class Bits, Bits kInfinity>
+/// Index of the first element that is not positive and below kScaleLimit; -1 if there is none. Bits
+/// of such numbers are 1 .. (bits of the limit - 1), whatever their width.
+template <class Bits>
 std::int64_t find_bad_scale(const Bits* bits, std::int64_t count) noexcept {
+  constexpr auto kLimit =
+      static_cast<Bits>(std::bit_cast<std::uint32_t>(kScaleLimit) >> (32 - 8 * sizeof(Bits)));
   const auto is_bad = [](Bits b) {
-    return static_cast<Bits>(b - 1) >= static_cast<Bits>(kInfinity - 1);
+    return static_cast<Bits>(b - 1) >= static_cast<Bits>(kLimit - 1);
   };
   constexpr std::int64_t kBlock = 4096;
   for (std::int64_t begin = 0; begin < count; begin += kBlock) {
@@ -36,13 +38,14 @@ std::int64_t find_bad_scale(const Bits* bits, std::int64_t count) noexcept {
 void check_scales(const TensorRef& tensor, const TensorView& view) {
   const std::int64_t count = view.shape.num_elements();
   const bool is_f32 = view.dtype == DType::kFloat32;
-  const std::int64_t bad =
-      is_f32 ? find_bad_scale<std::uint32_t, 0x7f800000>(view.as<std::uint32_t>(), count)
-             : find_bad_scale<std::uint16_t, 0x7f80>(view.as<std::uint16_t>(), count);
+  const std::int64_t bad = is_f32 ? find_bad_scale(view.as<std::uint32_t>(), count)
+                                  : find_bad_scale(view.as<std::uint16_t>(), count);
   if (bad < 0) return;
   const float value = is_f32 ? view.as<float>()[bad] : bf16_to_float(view.as<std::uint16_t>()[bad]);
-  fail(ErrorCode::kCorruptFile, "{}: scale [{}, {}] = {} is not a positive finite number",
-       place(tensor), bad / view.dim(1), bad % view.dim(1), value);
+  const bool is_large = std::isfinite(value) && value > 0;
+  fail(is_large ? ErrorCode::kUnsupported : ErrorCode::kCorruptFile,
+       "{}: scale [{}, {}] = {} is not {}", place(tensor), bad / view.dim(1), bad % view.dim(1),
+       value, is_large ? "below 2^118" : "a positive finite number");
 }
 
 void keep_file(ExpertStorage& storage, const TensorRef& tensor) {

@@ -27,11 +27,12 @@ void check_part(const TensorRef& tensor, const PartSpec& spec,
 [[nodiscard]] float read_positive(const TensorRef& tensor, std::string_view what);
 
 /// [n, groups] scales: a view into the file, or a copy where they lie misaligned or are F16 (which
-/// float32 holds exactly). Throws: kCorruptFile for one that is not finite and positive.
+/// float32 holds exactly). Throws: kCorruptFile for one that is not finite and positive,
+/// kUnsupported for one of kScaleLimit or more.
 [[nodiscard]] TensorView load_scales(const TensorRef& tensor, std::int64_t n, std::int64_t groups,
                                      ExpertStorage& storage);
 
-/// The same of e8m0, whose NaN is refused.
+/// The same of e8m0: its NaN is corrupt.
 [[nodiscard]] TensorView load_e8m0(const TensorRef& tensor, std::int64_t n, std::int64_t groups,
                                    ExpertStorage& storage);
 
