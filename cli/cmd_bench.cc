@@ -291,7 +291,7 @@ void add_bench(Command& program, Output& output) {
       .one_of({"bf16", "f32"});
   command.add_option("--weight-format", options->weight_format,
                      "int4 | mxfp4, instead of the preset's");
-  command.add_option("--threads", options->threads, "CPU threads; default: all").range(1, 4096);
+  command.add_option("--threads", options->threads, "CPU threads; default: all").range(1, 1024);
   command.add_option("--repeat", options->repeats, "Timed repeats")
       .range(1, 100000)
       .shows_default();

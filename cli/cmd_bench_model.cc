@@ -102,7 +102,7 @@ void add_bench_model(Command& bench, Output& output) {
       .shows_default();
   command.add_option("--scale-dtype", options->scale_dtype, "Of int4 weights: bf16 (default) | f32")
       .one_of({"bf16", "f32"});
-  command.add_option("--threads", options->threads, "CPU threads; default: all").range(1, 4096);
+  command.add_option("--threads", options->threads, "CPU threads; default: all").range(1, 1024);
   command.add_option("--repeat", options->repeats, "Timed repeats")
       .range(1, 100000)
       .shows_default();

@@ -106,10 +106,11 @@ void print_report(const Options& options, const ConvertReport& r, double seconds
   } else if (!r.is_verified) {
     fmt::print("complete, not verified (--no-verify); checksums in SHA256SUMS\n");
   } else if (r.is_requantized) {
-    fmt::print(
-        "verified  {} weights, each within half a step or clipped; relative L2 {:.3f} %, "
-        "worst {:.3f} % ({})\n",
-        r.weights_compared, 100 * r.relative_error, 100 * r.worst_relative_error, r.worst_matrix);
+    fmt::print("verified  {} weights, each within half a step or clipped; relative L2 {:.3f} %{}\n",
+               r.weights_compared, 100 * r.relative_error,
+               r.worst_matrix.empty() ? ""
+                                      : fmt::format(", worst {:.3f} % ({})",
+                                                    100 * r.worst_relative_error, r.worst_matrix));
   } else {
     fmt::print("verified  {} weights: dequantized(source) == dequantized(result), bit for bit\n",
                r.weights_compared);

@@ -14,6 +14,7 @@
 #include "layers_option.h"
 #include "plan_hosts.h"
 #include "report.h"
+#include "run_slots.h"
 #include "scale_dtype.h"
 #include "sluice/checkpoint.h"
 #include "sluice/error.h"
@@ -177,6 +178,7 @@ class Planner {
 
 void plan_memory(const Options& options, Output& output) {
   const Subject subject = read_subject(options);
+  if (options.slots == 0) check_even(subject.geometry.num_experts, options.ranks);
   const Planner planner(options, subject);
   const ModelGeometry& g = subject.geometry;
   const char* const scales = to_string(subject.scale_dtypes.front());

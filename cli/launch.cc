@@ -106,7 +106,11 @@ void check_transport(const std::string& transport, const std::string& backend) {
 bool ran_as_processes(const std::string& transport, int num_ranks, milliseconds timeout,
                       Output& output) {
   if (transport != "ipc" || read_job_place()) return false;
-  output.exit_status = run_as_processes(num_ranks, 2 * timeout + kPatience);
+  output.exit_status =
+      run_as_processes(num_ranks, 2 * timeout + kPatience, [](int rank, int signal) {
+        fmt::print(stderr, "error: rank {}: signal {} ({}) ended its process\n", rank, signal,
+                   strsignal(signal));
+      });
   output.json_path.clear();
   return true;
 }

@@ -287,6 +287,12 @@ std::optional<int> Parser::parse(int argc, char** argv) {
   try {
     app_->parse(argc, argv);
   } catch (const CLI::ParseError& error) {
+    const std::vector<std::string> rest = app_->remaining(/*recurse=*/true);
+    if (error.get_exit_code() == static_cast<int>(CLI::ExitCodes::RequiredError) && !rest.empty()) {
+      fmt::print(stderr, "'{}' is no command\nRun with --help for more information.\n",
+                 rest.front());
+      return 2;
+    }
     return app_->exit(error) == 0 ? 0 : 2;
   }
   return std::nullopt;

@@ -52,11 +52,13 @@ void resolve_slots(const SlotOptions& options, int num_experts, LayerRunConfig& 
   if (options.rebalances && config.num_slots == 0) {
     refuse("--rebalance: needs slots that experts can move to; give --slots or --placement");
   }
-  if (config.num_slots == 0 && num_experts % config.num_ranks != 0) {
-    refuse("{} experts are not divisible by {} ranks; give --slots, at least {}", num_experts,
-           config.num_ranks,
-           (num_experts + config.num_ranks - 1) / config.num_ranks * config.num_ranks);
-  }
+  if (config.num_slots == 0) check_even(num_experts, config.num_ranks);
+}
+
+void check_even(int num_experts, int num_ranks) {
+  if (num_experts % num_ranks == 0) return;
+  refuse("{} experts are not divisible by {} ranks; give --slots, at least {}", num_experts,
+         num_ranks, (num_experts + num_ranks - 1) / num_ranks * num_ranks);
 }
 
 }  // namespace sluice::cli

@@ -18,4 +18,8 @@ struct SlotOptions {
 /// kInvalidArgument naming the option, and one that would help.
 void resolve_slots(const SlotOptions& options, int num_experts, LayerRunConfig& config);
 
+/// Of ranks without slots. Throws: kInvalidArgument if they do not divide the experts, naming how
+/// many --slots would do.
+void check_even(int num_experts, int num_ranks);
+
 }  // namespace sluice::cli

@@ -80,11 +80,11 @@ class W4afp8Target final : public TargetFormat {
            source);
     }
     if (spec.geometry.group_size == 128) return;
-    fail(
-        ErrorCode::kUnsupported,
-        "{}: weights in groups of {}; w4afp8 has groups of 128 (without a group size, a scale rule "
-        "quantizes them anew)",
-        source, spec.geometry.group_size);
+    fail(ErrorCode::kUnsupported,
+         "{}: weights in groups of {}; w4afp8 has groups of 128 (a scale rule, --scale amax7, "
+         "amax8 or "
+         "mse, quantizes them anew)",
+         source, spec.geometry.group_size);
   }
 
   [[nodiscard]] std::vector<SafetensorsEntry> tensors(const TargetSpec& spec) const override {

@@ -1,11 +1,11 @@
 // What a machine's numbers are called, and machines in files.
 #include <array>
 #include <cmath>
-#include <fstream>
-#include <iterator>
 #include <nlohmann/json.hpp>
+#include <string_view>
 
 #include "core/fail.h"
+#include "core/mmap.h"
 #include "sluice/lab/network_model.h"
 
 namespace sluice {
@@ -70,12 +70,9 @@ void set_parameter(MachineModel& machine, std::string_view name, double value) {
 }
 
 MachineModel read_machine(const std::filesystem::path& path) {
-  if (std::filesystem::is_directory(path)) {
-    fail(ErrorCode::kIo, "cannot read {}: it is a folder", path.string());
-  }
-  std::ifstream file(path);
-  if (!file) fail(ErrorCode::kIo, "cannot read {}", path.string());
-  const std::string text{std::istreambuf_iterator<char>(file), std::istreambuf_iterator<char>()};
+  const auto file = MappedFile::open(path);
+  const std::string_view text(reinterpret_cast<const char*>(file->bytes().data()),
+                              file->bytes().size());
   const auto json = nlohmann::json::parse(text, nullptr, false);
   const auto corrupt = [&](const std::string& what) {
     fail(ErrorCode::kCorruptFile, "{}: {}", path.string(), what);

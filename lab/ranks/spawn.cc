@@ -68,13 +68,16 @@ class Children {
   void add(pid_t pid) { pids_.push_back(pid), status_.push_back(-1); }
 
   /// Takes note of who has ended; true while somebody runs.
-  bool look() {
+  bool look(const std::function<void(int rank, int signal)>& on_signal) {
     bool running = false;
     for (std::size_t r = 0; r < pids_.size(); ++r) {
       if (status_[r] >= 0) continue;
       int status = 0;
       if (waitpid(pids_[r], &status, WNOHANG) == pids_[r]) {
         status_[r] = WIFEXITED(status) ? WEXITSTATUS(status) : kKilled;
+        if (WIFSIGNALED(status) && !ends_them_ && on_signal) {
+          on_signal(static_cast<int>(r), WTERMSIG(status));
+        }
       } else {
         running = true;
       }
@@ -82,6 +85,7 @@ class Children {
     return running;
   }
   void kill_rest() {
+    ends_them_ = true;
     for (std::size_t r = 0; r < pids_.size(); ++r) {
       if (status_[r] < 0) kill(pids_[r], SIGKILL);
     }
@@ -96,11 +100,13 @@ class Children {
  private:
   std::vector<pid_t> pids_;
   std::vector<int> status_;
+  bool ends_them_ = false;
 };
 
 }  // namespace
 
-int run_as_processes(int num_ranks, std::chrono::milliseconds patience) {
+int run_as_processes(int num_ranks, std::chrono::milliseconds patience,
+                     const std::function<void(int rank, int signal)>& on_signal) {
   const std::vector<std::string> words = own_arguments();
   setenv("SLUICE_WORLD_SIZE", std::to_string(num_ranks).c_str(), 1);
   setenv("SLUICE_JOB", random_token().c_str(), 1);
@@ -113,7 +119,7 @@ int run_as_processes(int num_ranks, std::chrono::milliseconds patience) {
   }
   using Clock = std::chrono::steady_clock;
   auto deadline = Clock::time_point::max();
-  while (children.look()) {
+  while (children.look(on_signal)) {
     if (children.worst() != 0 && deadline == Clock::time_point::max()) {
       deadline = Clock::now() + patience;
     }

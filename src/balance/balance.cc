@@ -25,8 +25,9 @@ void check(Rows rows, const BalanceConfig& c) {
   check_argument(c.num_ranks > 0, "num_ranks {} is not positive", c.num_ranks);
   check_argument(c.num_ranks <= BalanceConfig::kMaxRanks, "num_ranks {} exceeds {}", c.num_ranks,
                  int{BalanceConfig::kMaxRanks});
-  check_argument(c.num_slots > 0 && c.num_slots % c.num_ranks == 0,
-                 "num_slots {} is not a multiple of num_ranks {}", c.num_slots, c.num_ranks);
+  check_argument(c.num_slots > 0, "num_slots {} is not positive", c.num_slots);
+  check_argument(c.num_slots % c.num_ranks == 0, "num_slots {} is not a multiple of num_ranks {}",
+                 c.num_slots, c.num_ranks);
   check_argument(c.num_slots >= num_experts, "num_slots {} is less than num_experts {}",
                  c.num_slots, num_experts);
   check_argument(c.num_hosts > 0 && c.num_ranks % c.num_hosts == 0,

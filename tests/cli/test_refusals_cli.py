@@ -2,8 +2,10 @@
 """What `sluice` says when it refuses, and where it says it. usage: test_refusals_cli.py SLUICE"""
 import json
 import os
+import signal
 import subprocess
 import tempfile
+import time
 
 from program import SLUICE, check, finish, run
 
@@ -100,6 +102,9 @@ with tempfile.TemporaryDirectory() as folder:
             (("bench", "layer", "--hidden", "0"), "--hidden: '0' is not a whole"),
             (("bench", "exchange", "--hidden", "1073741824"), "--hidden: '1073741824' is not a whole"),
             (("plan", "--preset", "tiny", "--hosts", "2"), "16 ranks, 8 for each of --hosts 2, do not divide 8"),
+            (("plan", "--preset", "r1-layer", "--hosts", "2", "--machine", "/dev/zero"), "not a regular file"),
+            (("plan", "--preset", "tiny", "--ranks", "3"), "8 experts are not divisible by 3 ranks; give --slots, at"),
+            (("frob",), "'frob' is no command"), (("bench", "frob"), "'frob' is no command"),
             (("plan", "--preset", "tiny", "--memory", "nan"), "--memory 'nan' is not a size"),
             (("plan", "--preset", "tiny", "--memory", "inf"), "--memory 'inf' is not a size"),
             (("balance", "--counts", os.path.join(model, "config.json"), "--ranks", "2", "--slots", "8"),
@@ -107,8 +112,20 @@ with tempfile.TemporaryDirectory() as folder:
             (("accuracy", "--checkpoint", model, "--replay", os.path.join(model, "config.json")),
              "is no safetensors file, but JSON text")):
         r = run(*arguments)
-        check(f"{arguments[0]} refuses {arguments[-2:]}", r.returncode == 2 and why in r.stderr and not r.stdout
+        check(f"{arguments[0]} refuses {arguments[-2:]}", r.returncode in (2, 3) and why in r.stderr and not r.stdout
               and "corrupt" not in r.stderr, r)
+    # A process that a signal ends is named by whoever started it, also if nobody is left to say so.
+    for ranks in (1, 2):
+        job = subprocess.Popen([SLUICE, "run", "--checkpoint", model, "--transport", "ipc", "--ranks", str(ranks),
+                                "--repeat", "100000", "--tokens", "1"], stdout=subprocess.DEVNULL,
+                               stderr=subprocess.PIPE, text=True)
+        started = f"/proc/{job.pid}/task/{job.pid}/children"
+        while job.poll() is None and len(processes := open(started).read().split()) < ranks:
+            time.sleep(0.01)
+        os.kill(int(processes[-1]), signal.SIGKILL)
+        said = job.communicate(timeout=60)[1]
+        check(f"killed, of {ranks}", job.returncode == 4
+              and f"error: rank {ranks - 1}: signal 9 (Killed) ended its process" in said)
     # Sizes that no machine has room for are named, with what there is.
     for arguments, why in (
             (("exchange", "--ranks", "64", "--tokens", "1048576", "--repeat", "1", "--pairs", "1"),

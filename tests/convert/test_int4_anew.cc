@@ -183,7 +183,7 @@ TEST(Int4Anew, OnlyWhereItMustAndOnlyIfAskedFor) {
     EXPECT_FALSE(std::filesystem::exists(options.to));
   };
   ConvertOptions o = {.from = dir / "kimi", .to = dir / "to", .format = "w4afp8"};
-  refuse(o, ErrorCode::kUnsupported, {"groups of 32", "a scale rule quantizes them anew"});
+  refuse(o, ErrorCode::kUnsupported, {"groups of 32", "a scale rule, --scale amax7, amax8 or mse"});
   o.format = "compressed-tensors", o.scale_rule = ScaleRule::kAmax7;
   refuse(o, ErrorCode::kInvalidArgument, {"compressed-tensors, whose INT4", "are kept"});
   o = {
