@@ -24,8 +24,8 @@ void on_every_rank(int num_ranks, const std::function<void(int)>& body);
 /// SLUICE_JOB and SLUICE_SECRET, the last two fresh, and waits for all. Once one has failed the
 /// others have `patience` to say so themselves; then they are killed, stopped ones too. They end
 /// with this process, however it ends. Call before any thread is started. Returns the exit status
-/// of rank 0, or of the first other one that failed; 4 for a killed one. `on_signal` is told of each
-/// that a signal ended, other than those killed here. Throws: kIo with what the system said.
+/// of rank 0, or of the first other one that failed; 4 for a killed one. `on_signal` is told of
+/// each that a signal ended, other than those killed here. Throws: kIo with what the system said.
 [[nodiscard]] int run_as_processes(int num_ranks, std::chrono::milliseconds patience,
                                    const std::function<void(int rank, int signal)>& on_signal = {});
 
