@@ -85,9 +85,9 @@ TEST(Machine, IsReadFromAFile) {
   refused(R"({"base": "h200-ib400", "parameters": {"overlap": 2}})", "overlap 2 is not in 0 .. 1");
   refused(R"({"base": "h200-ib400", "parameters": {"overlap": "1"}})", "'overlap' is no number");
   EXPECT_THAT([&] { (void)read_machine(path + ".none"); },
-              ThrowsMessage<Error>(HasSubstr("cannot read")));
+              ThrowsMessage<Error>(HasSubstr("cannot open")));
   EXPECT_THAT([] { (void)read_machine(::testing::TempDir()); },
-              ThrowsMessage<Error>(HasSubstr("it is a folder")));
+              ThrowsMessage<Error>(HasSubstr("not a regular file")));
 }
 
 TEST(Machine, HasNoRateNearZero) {
