@@ -1,6 +1,7 @@
 #include "options.h"
 
 #include <fmt/core.h>
+#include <fmt/ranges.h>
 #include <unistd.h>
 
 #include <CLI/CLI.hpp>
@@ -287,10 +288,18 @@ std::optional<int> Parser::parse(int argc, char** argv) {
   try {
     app_->parse(argc, argv);
   } catch (const CLI::ParseError& error) {
+    // What it does not know is named before what it misses.
     const std::vector<std::string> rest = app_->remaining(/*recurse=*/true);
-    if (error.get_exit_code() == static_cast<int>(CLI::ExitCodes::RequiredError) && !rest.empty()) {
-      fmt::print(stderr, "'{}' is no command\nRun with --help for more information.\n",
-                 rest.front());
+    const auto code = static_cast<CLI::ExitCodes>(error.get_exit_code());
+    if ((code == CLI::ExitCodes::RequiredError || code == CLI::ExitCodes::ExtrasError) &&
+        !rest.empty()) {
+      const CLI::App* at = app_.get();
+      while (!at->get_subcommands().empty()) at = at->get_subcommands().front();
+      const std::string problem =
+          at->get_require_subcommand_min() > 0
+              ? fmt::format("'{}' is no command", rest.front())
+              : fmt::format("{} does not take: {}", at->get_name(), fmt::join(rest, " "));
+      fmt::print(stderr, "{}\nRun with --help for more information.\n", problem);
       return 2;
     }
     return app_->exit(error) == 0 ? 0 : 2;

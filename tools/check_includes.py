@@ -20,6 +20,7 @@ from standard_headers import Includes
 MODULES = [
     # name             path prefix             may include                                outside
     ("public",         "include/sluice/",      (),                                        ()),
+    ("host and device", "src/core/host_device.h", (),                                     ()),
     ("core",           "src/core/",            ("public",),                               ("posix",)),
     ("quant",          "src/quant/",           ("public", "core"),                        ()),
     # Reads JSON that may be hostile.
@@ -33,11 +34,11 @@ MODULES = [
     ("rails",          "src/transport/rails.h", ("public",),                              ()),
     ("transport",      "src/transport/",       ("public", "core", "device handles", "device memory", "nccl table", "rails"), ("posix",)),
     # What rows are: values that kernels take as arguments.
-    ("rows",           "src/backend/rows.h",   ("public",),                               ()),
+    ("rows",           "src/backend/rows.h",   ("public", "host and device"),             ()),
     # What is known of a backend before there is one; each backend's folder defines its own.
     ("traits",         "src/backend/traits.h", ("public",),                               ()),
     ("experts check",  "src/backend/check_experts", ("public", "core"),                   ()),
-    ("scale fault",    "src/backend/scale_fault.h", ("quant",),                           ()),
+    ("scale fault",    "src/backend/scale_fault.h", ("quant", "host and device"),         ()),
     # How work comes again, and whose turn it is.
     ("queued work",    "src/backend/queued_work.h", ("public",),                          ()),
     ("ops",            "src/backend/ops.h",    ("public", "core", "quant", "rows", "queued work"), ()),
@@ -55,10 +56,10 @@ MODULES = [
     # The factory: the one place that names concrete backends.
     ("backend",        "src/backend/",         ("public", "core", "traits", "ops", "cpu backend", "cuda backend"), ("cuda",)),
     # Which rank has a slot: a value for host code and kernels.
-    ("slot ranks",     "src/exchange/slot_ranks.h", (),                                    ()),
+    ("slot ranks",     "src/exchange/slot_ranks.h", ("host and device",),                 ()),
     # The order of a sum and what it refuses: the model of the network refuses the same.
     ("sum parts",      "src/exchange/sum_parts.h", ("public",),                            ()),
-    ("cuda exchange",  "src/exchange/cuda/",   ("public", "core", "quant", "ops", "ptx", "device handles", "rails", "slot ranks", "sum parts", "exchange",
+    ("cuda exchange",  "src/exchange/cuda/",   ("public", "core", "host and device", "quant", "ops", "ptx", "device handles", "rails", "slot ranks", "sum parts", "exchange",
                                                 "cuda support", "cuda carveout", "cuda formats"),
                                                                                           ("cuda",)),
     ("exchange",       "src/exchange/",        ("public", "core", "quant", "traits", "rows", "ops", "slot ranks", "sum parts"), ()),

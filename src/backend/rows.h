@@ -9,14 +9,9 @@
 #include <cstdint>
 #include <type_traits>
 
+#include "core/host_device.h"
 #include "sluice/quant.h"
 #include "sluice/recipe.h"
-
-#ifdef __CUDACC__
-#define SLUICE_HOST_DEVICE __host__ __device__
-#else
-#define SLUICE_HOST_DEVICE
-#endif
 
 namespace sluice {
 
@@ -153,5 +148,3 @@ static_assert(std::is_trivially_copyable_v<RowRanges> && std::is_trivially_copya
               std::is_trivially_copyable_v<EntrySums> && std::is_trivially_copyable_v<HomeRows>);
 
 }  // namespace sluice
-
-#undef SLUICE_HOST_DEVICE

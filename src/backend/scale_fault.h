@@ -3,13 +3,8 @@
 
 #include <cstdint>
 
+#include "core/host_device.h"
 #include "quant/scale_limit.h"
-
-#ifdef __CUDACC__
-#define SLUICE_HOST_DEVICE __host__ __device__
-#else
-#define SLUICE_HOST_DEVICE
-#endif
 
 namespace sluice {
 
@@ -26,5 +21,3 @@ SLUICE_HOST_DEVICE constexpr std::uint64_t scale_fault(int expert, PackedMatrix 
 }
 
 }  // namespace sluice
-
-#undef SLUICE_HOST_DEVICE

@@ -15,33 +15,31 @@ namespace {
 
 using Rows = std::span<const std::int64_t>;
 
+/// Whoever calls names these numbers in another way: BalanceConfig, Python or the command line.
 void check(Rows rows, const BalanceConfig& c) {
   const auto num_experts = static_cast<int>(rows.size());
-  check_argument(num_experts > 0, "rows_per_expert is empty");
+  check_argument(num_experts > 0, "rows of no experts are given");
   for (int e = 0; e < num_experts; ++e) {
     const std::int64_t n = rows[static_cast<std::size_t>(e)];
-    check_argument(n >= 0, "rows_per_expert: expert {} has {} rows", e, n);
+    check_argument(n >= 0, "expert {} has {} rows", e, n);
   }
-  check_argument(c.num_ranks > 0, "num_ranks {} is not positive", c.num_ranks);
-  check_argument(c.num_ranks <= BalanceConfig::kMaxRanks, "num_ranks {} exceeds {}", c.num_ranks,
-                 int{BalanceConfig::kMaxRanks});
-  check_argument(c.num_slots > 0, "num_slots {} is not positive", c.num_slots);
-  check_argument(c.num_slots % c.num_ranks == 0, "num_slots {} is not a multiple of num_ranks {}",
+  check_argument(c.num_ranks > 0 && c.num_ranks <= BalanceConfig::kMaxRanks,
+                 "{} ranks are not in [1, {}]", c.num_ranks, int{BalanceConfig::kMaxRanks});
+  check_argument(c.num_slots >= num_experts, "{} slots are fewer than {} experts", c.num_slots,
+                 num_experts);
+  check_argument(c.num_slots % c.num_ranks == 0, "{} slots are no multiple of {} ranks",
                  c.num_slots, c.num_ranks);
-  check_argument(c.num_slots >= num_experts, "num_slots {} is less than num_experts {}",
-                 c.num_slots, num_experts);
   check_argument(c.num_hosts > 0 && c.num_ranks % c.num_hosts == 0,
-                 "num_hosts {} does not divide num_ranks {}", c.num_hosts, c.num_ranks);
+                 "{} hosts do not divide {} ranks", c.num_hosts, c.num_ranks);
   if (c.num_groups == 0) return;
   check_argument(c.num_groups > 0 && num_experts % c.num_groups == 0,
-                 "num_groups {} does not divide num_experts {}", c.num_groups, num_experts);
+                 "{} groups do not divide {} experts", c.num_groups, num_experts);
   const int per_host = (c.num_groups + c.num_hosts - 1) / c.num_hosts;
   const int most = per_host * (num_experts / c.num_groups);
-  check_argument(
-      most <= c.num_slots / c.num_hosts,
-      "num_groups {}: a host has up to {} groups of {} experts, and num_slots {} gives it "
-      "{} slots",
-      c.num_groups, per_host, num_experts / c.num_groups, c.num_slots, c.num_slots / c.num_hosts);
+  check_argument(most <= c.num_slots / c.num_hosts,
+                 "{} groups: a host has up to {} of {} experts, and {} slots give it {}",
+                 c.num_groups, per_host, num_experts / c.num_groups, c.num_slots,
+                 c.num_slots / c.num_hosts);
 }
 
 /// How many replicas each of `experts` gets in `num_slots` slots: [num_experts], 0 for the others.
@@ -180,7 +178,7 @@ Placement balance(std::span<const std::int64_t> rows_per_expert, const BalanceCo
 std::vector<double> expected_rows(std::span<const std::int64_t> rows_per_expert,
                                   const Placement& placement) {
   check_argument(rows_per_expert.size() == static_cast<std::size_t>(placement.num_experts()),
-                 "rows_per_expert has {} experts, and the placement {}", rows_per_expert.size(),
+                 "rows of {} experts are given, and the placement has {}", rows_per_expert.size(),
                  placement.num_experts());
   std::vector<double> rows(static_cast<std::size_t>(placement.num_ranks()), 0.0);
   for (int s = 0; s < placement.num_slots(); ++s) {
@@ -204,9 +202,9 @@ double max_over_mean(std::span<const double> values) {
 }
 
 int count_moves(const Placement& from, const Placement& to) {
-  check_argument(from.num_experts() == to.num_experts(), "from has {} experts, to has {}",
+  check_argument(from.num_experts() == to.num_experts(), "placements of {} experts and of {}",
                  from.num_experts(), to.num_experts());
-  check_argument(from.num_ranks() == to.num_ranks(), "from has {} ranks, to has {}",
+  check_argument(from.num_ranks() == to.num_ranks(), "placements over {} ranks and over {}",
                  from.num_ranks(), to.num_ranks());
   int moves = 0;
   for (int r = 0; r < to.num_ranks(); ++r) {

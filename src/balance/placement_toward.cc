@@ -107,7 +107,7 @@ class NextPart {
 
 Placement placement_toward(const Placement& from, const Placement& to, int max_received) {
   const auto check_same = [](const char* what, int before, int after) {
-    check_argument(before == after, "from has {} {}, to has {}", before, what, after);
+    check_argument(before == after, "placements with {} {} and with {}", before, what, after);
   };
   check_same("experts", from.num_experts(), to.num_experts());
   check_same("ranks", from.num_ranks(), to.num_ranks());

@@ -43,7 +43,7 @@ constexpr Row kTable[] = {
     {Kind::kLayerTypes, "mlp_layer_types"},
     {Kind::kLayerPattern,
      "moe_layers moe_layers_enum moe_layer_end_index layers_block_type block_type "
-     "hybrid_override_pattern"},
+     "hybrid_override_pattern expert_layer_period expert_layer_offset"},
     {Kind::kModelType, "model_type"},
     {Kind::kArchitectures, "architectures"},
     {Kind::kLanguage, "text_config language_config llm_config"},
@@ -94,7 +94,9 @@ constexpr Row kTable[] = {
      "index_topk_freq index_topk_pattern index_skip_topk_offset index_share_for_mtp_iteration "
      "indexer_rope_interleave indexer_types compress_ratios compress_rope_theta "
      "linear_attn_config linear_conv_kernel_dim linear_key_head_dim linear_num_key_heads "
-     "linear_num_value_heads linear_value_head_dim mamba_ssm_dtype sparse_attention_config "
+     "linear_num_value_heads linear_value_head_dim mamba_ssm_dtype mamba_d_state mamba_d_conv "
+     "mamba_expand mamba_dt_rank mamba_conv_bias mamba_proj_bias use_mamba_kernels use_mambapy "
+     "use_associative_scan attn_layer_period attn_layer_offset sparse_attention_config "
      "rope_theta rope_scaling rope_parameters rope_interleave rope_type rope_local_base_freq "
      "rope_ratio rope_3d rotary_dim rotary_pct rotary_emb_base partial_rotary_factor "
      "rope_theta_swa no_rope_layers no_rope_layer_interval nope_layer_interval "

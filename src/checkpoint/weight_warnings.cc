@@ -41,8 +41,8 @@ double times_the_others(double value, std::vector<double> others, double most) {
   return is_within(ratio, most) ? 1 : ratio;
 }
 
-void check_codes(const WeightStats& s, const std::string& tensor, bool expects_minus_eight,
-                 Findings& out) {
+void warn_of_codes(const WeightStats& s, const std::string& tensor, bool expects_minus_eight,
+                   Findings& out) {
   if (s.are_all_zero()) {
     out.add(WarningKind::kZeroWeights, s.largest_scale, tensor,
             fmt::format("every weight looked at is 0, beside scales up to {:.4g}{}",
@@ -76,13 +76,13 @@ std::string remedy(const WeightStats& s) {
   return text.empty() ? text : text + "?";
 }
 
-void check_scales(const WeightStats& s, const std::string& tensor, Findings& out) {
+void warn_of_scales(const WeightStats& s, const std::string& tensor, Findings& out) {
   if (is_dead(s)) {
     out.add(WarningKind::kDeadScales, -s.largest_scale, tensor,
             fmt::format("largest scale is {:.4g}: a dead expert", s.largest_scale));
     return;
   }
-  if (s.are_all_zero()) return;  // Its scales mean nothing, and check_codes() names them.
+  if (s.are_all_zero()) return;  // Its scales mean nothing, and warn_of_codes() names them.
   if (s.largest_used_scale > s.median_scale * kFarScale) {
     out.add(WarningKind::kFarScale, s.largest_used_scale / s.median_scale, tensor,
             fmt::format("largest scale {:.4g} is far from the median {:.4g}", s.largest_used_scale,
@@ -97,7 +97,7 @@ void check_scales(const WeightStats& s, const std::string& tensor, Findings& out
 }
 
 /// The matrices of one expert beside each other; nothing where one is implausible by itself.
-void check_expert(const ExpertLook& look, const WeightNames& names, Findings& out) {
+void warn_of_expert(const ExpertLook& look, const WeightNames& names, Findings& out) {
   for (const WeightStats& s : look.matrices) {
     if (!is_comparable(s) || !is_within(s.size, kMostSize)) return;
   }
@@ -213,10 +213,10 @@ void check_weights(const std::vector<ExpertLook>& looks, const WeightNames& name
   for (const ExpertLook& look : looks) {
     for (std::size_t m = 0; m < look.matrices.size(); ++m) {
       const WeightStats& stats = look.matrices[m];
-      check_codes(stats, names.codes(look.layer, look.expert, m), expects_minus_eight, out);
-      check_scales(stats, names.scales(look.layer, look.expert, m), out);
+      warn_of_codes(stats, names.codes(look.layer, look.expert, m), expects_minus_eight, out);
+      warn_of_scales(stats, names.scales(look.layer, look.expert, m), out);
     }
-    check_expert(look, names, out);
+    warn_of_expert(look, names, out);
   }
   check_experts(looks, names, out);
   check_layers(looks, names, out);

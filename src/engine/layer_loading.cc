@@ -46,9 +46,9 @@ std::vector<int> experts_to_read(const Placement& placement, int rank) {
 }
 
 /// Names a file that could not be read, where `recipes` need the scales that it may hold.
-void check_scales(const Checkpoint& checkpoint, const LayerGroupConfig& config,
-                  const ModeRecipes& recipes, const ExpertWeights& shapes,
-                  const std::string& name) {
+void check_static_scales(const Checkpoint& checkpoint, const LayerGroupConfig& config,
+                         const ModeRecipes& recipes, const ExpertWeights& shapes,
+                         const std::string& name) {
   if (shapes.static_scales) return;
   const auto& warnings = checkpoint.warnings();
   const auto lost = std::ranges::find(warnings, "unreadable-file", &CheckpointWarning::kind);
@@ -92,7 +92,8 @@ std::vector<Layer> LayerGroup::add_layers(const Checkpoint& checkpoint, std::spa
     readers.push_back(
         std::make_unique<ExpertReader>(checkpoint, layers[i], experts_to_read(placement, rank()),
                                        traits_of(self.backend->device().kind).load_piece_bytes));
-    check_scales(checkpoint, self.config, recipes, readers.back()->shapes(), name_of(layers[i]));
+    check_static_scales(checkpoint, self.config, recipes, readers.back()->shapes(),
+                        name_of(layers[i]));
     agreed.push_back(self.agree(name_of(layers[i]), readers.back()->shapes(), checkpoint.identity(),
                                 recipes, placement));
   }

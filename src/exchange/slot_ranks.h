@@ -8,11 +8,7 @@
 
 #include <cstdint>
 
-#ifdef __CUDACC__
-#define SLUICE_HOST_DEVICE __host__ __device__
-#else
-#define SLUICE_HOST_DEVICE
-#endif
+#include "core/host_device.h"
 
 namespace sluice {
 
@@ -61,5 +57,3 @@ class ExpertPlacement {
 }
 
 }  // namespace sluice
-
-#undef SLUICE_HOST_DEVICE

@@ -95,14 +95,17 @@ Blame blame_for_break(const std::map<int, TcpDeparture>& gone, int self) {
 }  // namespace
 
 struct TcpLink::Impl {
-  Impl(const TcpConfig& config_in, milliseconds timeout)
-      : config(config_in), hub(config, first_socket(config, timeout)) {}
+  Impl(const TcpConfig& config_in, FileDescriptor socket)
+      : config(config_in),
+        listens_at(config.rank == 0 ? reachable_at(socket.get()) : ""),
+        hub(config, std::move(socket)) {}
 
   [[nodiscard]] Blame blame_for_delay(milliseconds timeout);
   [[noreturn]] void give_up(const std::string& place, milliseconds timeout);
   [[noreturn]] void break_off(const std::string& place, const Error& interruption);
 
   const TcpConfig config;
+  const std::string listens_at;  // Rank 0.
   std::optional<Error> failure;  // The first one; all later collectives are refused.
   TcpHub hub;
 };
@@ -143,6 +146,11 @@ void TcpLink::Impl::give_up(const std::string& place, milliseconds timeout) {
     blame = blame_for_break(gone, config.rank);
   } else {
     blame = blame_for_delay(timeout);
+    if (config.rank == 0 && hub.number() == 1) {  // The start: they may look for it elsewhere.
+      const std::string told =
+          config.addresses.empty() ? "" : fmt::format(", told {},", config.addresses[0]);
+      blame.text += fmt::format("; rank 0{} listens at {}", told, listens_at);
+    }
   }
   hub.give_up({.presence = Presence::kGaveUp, .blamed = blame.ranks});
   if (const int strangers = hub.num_strangers(); strangers > 0) {
@@ -161,7 +169,7 @@ void TcpLink::Impl::break_off(const std::string& place, const Error& interruptio
 
 TcpLink::TcpLink(const TcpConfig& config, milliseconds timeout) {
   const Deadline deadline = Clock::now() + timeout;
-  impl_.reset(new Impl(config, timeout));
+  impl_.reset(new Impl(config, first_socket(config, timeout)));
   impl_->hub.give({});
   if (!impl_->hub.take_all(deadline)) impl_->give_up(tcp_start_of(config.rank), timeout);
 }

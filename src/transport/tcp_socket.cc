@@ -1,5 +1,8 @@
 #include "transport/tcp_socket.h"
 
+#include <fmt/ranges.h>
+#include <ifaddrs.h>
+#include <net/if.h>
 #include <netdb.h>
 #include <netinet/in.h>
 #include <netinet/tcp.h>
@@ -98,12 +101,17 @@ FileDescriptor listener_at(const TcpEndpoint& endpoint) {
   return socket;
 }
 
-/// "10.1.2.3", for messages.
-std::string text_of(const TcpEndpoint& endpoint) {
+/// "10.1.2.3" or "fd00::1", for messages.
+std::string text_of(const sockaddr* address, socklen_t size) {
   char text[NI_MAXHOST] = {};
-  const int status = getnameinfo(reinterpret_cast<const sockaddr*>(&endpoint.address),
-                                 endpoint.size, text, sizeof(text), nullptr, 0, NI_NUMERICHOST);
-  return status == 0 ? text : fmt::format("family {}", int{endpoint.address.ss_family});
+  const int status = getnameinfo(address, size, text, sizeof(text), nullptr, 0, NI_NUMERICHOST);
+  return status == 0 ? text : fmt::format("family {}", int{address->sa_family});
+}
+
+/// "10.1.2.3" or "[fd00::1]", as it stands before a port.
+std::string host_of(const sockaddr* address) {
+  if (address->sa_family == AF_INET) return text_of(address, sizeof(sockaddr_in));
+  return "[" + text_of(address, sizeof(sockaddr_in6)) + "]";
 }
 
 /// Empty, with errno, if it cannot.
@@ -150,6 +158,19 @@ int try_to_connect(int socket, const TcpEndpoint& endpoint, Deadline deadline) {
     if (error != 0) return error;
   }
   return is_with_itself(socket) ? ECONNREFUSED : 0;
+}
+
+TcpEndpoint endpoint_of_listener(int socket) {
+  TcpEndpoint endpoint{.size = sizeof(sockaddr_storage)};
+  int listens = 0;
+  socklen_t listens_size = sizeof(listens);
+  const bool is_listener =
+      getsockopt(socket, SOL_SOCKET, SO_ACCEPTCONN, &listens, &listens_size) == 0 && listens != 0 &&
+      getsockname(socket, reinterpret_cast<sockaddr*>(&endpoint.address), &endpoint.size) == 0;
+  const int family = endpoint.address.ss_family;
+  check_argument(is_listener && (family == AF_INET || family == AF_INET6),
+                 "listener {} is no socket that listens over TCP", socket);
+  return endpoint;
 }
 
 }  // namespace
@@ -202,18 +223,35 @@ FileDescriptor listen_everywhere(int port) {
 }
 
 int port_of_listener(int socket) {
-  sockaddr_storage address{};
-  socklen_t size = sizeof(address);
-  int listens = 0;
-  socklen_t listens_size = sizeof(listens);
-  const bool is_listener =
-      getsockopt(socket, SOL_SOCKET, SO_ACCEPTCONN, &listens, &listens_size) == 0 && listens != 0 &&
-      getsockname(socket, reinterpret_cast<sockaddr*>(&address), &size) == 0;
-  check_argument(is_listener && (address.ss_family == AF_INET || address.ss_family == AF_INET6),
-                 "listener {} is no socket that listens over TCP", socket);
-  return ntohs(address.ss_family == AF_INET
-                   ? reinterpret_cast<const sockaddr_in&>(address).sin_port
-                   : reinterpret_cast<const sockaddr_in6&>(address).sin6_port);
+  const TcpEndpoint endpoint = endpoint_of_listener(socket);
+  return ntohs(endpoint.address.ss_family == AF_INET
+                   ? reinterpret_cast<const sockaddr_in&>(endpoint.address).sin_port
+                   : reinterpret_cast<const sockaddr_in6&>(endpoint.address).sin6_port);
+}
+
+std::vector<std::string> own_addresses() {
+  ifaddrs* list = nullptr;
+  if (getifaddrs(&list) != 0) return {};
+  const std::unique_ptr<ifaddrs, void (*)(ifaddrs*)> owner(list, freeifaddrs);
+  std::vector<std::string> near, far;
+  for (const ifaddrs* i = list; i != nullptr; i = i->ifa_next) {
+    if (i->ifa_addr == nullptr || (i->ifa_flags & IFF_UP) == 0) continue;
+    if (i->ifa_addr->sa_family != AF_INET && i->ifa_addr->sa_family != AF_INET6) continue;
+    const std::string host = host_of(i->ifa_addr);
+    // An address with a scope means something on its own host alone.
+    if (host.find('%') != std::string::npos) continue;
+    ((i->ifa_flags & IFF_LOOPBACK) != 0 ? near : far).push_back(host);
+  }
+  far.insert(far.end(), near.begin(), near.end());
+  return far;
+}
+
+std::string reachable_at(int listener) {
+  const TcpEndpoint endpoint = endpoint_of_listener(listener);
+  std::vector<std::string> hosts = {host_of(reinterpret_cast<const sockaddr*>(&endpoint.address))};
+  if (hosts[0] == "[::]" || hosts[0] == "0.0.0.0") hosts = own_addresses();
+  const std::string port = fmt::format(":{}", port_of_listener(listener));
+  return fmt::format("{}{}", fmt::join(hosts, port + ", "), port);
 }
 
 void send_at_once(int socket) {
@@ -234,7 +272,9 @@ Connected connect_to_any(std::span<const TcpEndpoint> endpoints, Deadline deadli
       return {std::move(socket), ""};
     }
     if (endpoints.size() > 1) {
-      result.reason += fmt::format("{}{} ", i == 0 ? "" : ", ", text_of(endpoints[i]));
+      result.reason += fmt::format(
+          "{}{} ", i == 0 ? "" : ", ",
+          text_of(reinterpret_cast<const sockaddr*>(&endpoints[i].address), endpoints[i].size));
     }
     result.reason += std::strerror(error);
   }

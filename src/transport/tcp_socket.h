@@ -5,6 +5,7 @@
 
 #include <span>
 #include <string>
+#include <vector>
 
 #include "core/file_descriptor.h"
 #include "transport/socket_io.h"
@@ -30,6 +31,13 @@ struct TcpAddress {
 
 /// The port that `socket` listens at. Throws: kInvalidArgument if it does not listen over TCP.
 [[nodiscard]] int port_of_listener(int socket);
+/// Where that is, for messages: "10.1.2.3:29501, 127.0.0.1:29501" of one at every address.
+/// Throws: as above.
+[[nodiscard]] std::string reachable_at(int listener);
+
+/// This host's, as they stand before a port: those that other hosts can reach, and then loopback
+/// ones. Of interfaces that are up; none, with errno, if the system does not say.
+[[nodiscard]] std::vector<std::string> own_addresses();
 
 /// Words that leave `socket` do not wait for an answer to earlier ones.
 void send_at_once(int socket);

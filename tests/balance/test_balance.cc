@@ -160,23 +160,24 @@ TEST(Balance, RefusesByFieldAndValue) {
   const Rows rows(8, 1);
   const BalanceConfig good{.num_ranks = 4, .num_slots = 8};
   EXPECT_EQ(refusal(rows, good), "not refused");
-  EXPECT_THAT(refusal({}, good), HasSubstr("rows_per_expert is empty"));
+  EXPECT_THAT(refusal({}, good), HasSubstr("rows of no experts"));
   EXPECT_THAT(refusal({1, -2}, good), HasSubstr("expert 1 has -2 rows"));
-  EXPECT_THAT(refusal(rows, {.num_ranks = 0, .num_slots = 8}), HasSubstr("num_ranks 0"));
+  EXPECT_THAT(refusal(rows, {.num_ranks = 0, .num_slots = 8}),
+              HasSubstr("0 ranks are not in [1, 4096]"));
   EXPECT_THAT(refusal(rows, {.num_ranks = 4097, .num_slots = 2 * 4097}),
-              HasSubstr("num_ranks 4097 exceeds 4096"));
+              HasSubstr("4097 ranks are not in [1, 4096]"));
   EXPECT_THAT(refusal(rows, {.num_ranks = 4, .num_slots = 10}),
-              HasSubstr("num_slots 10 is not a multiple of num_ranks 4"));
+              HasSubstr("10 slots are no multiple of 4 ranks"));
   EXPECT_THAT(refusal(rows, {.num_ranks = 2, .num_slots = 6}),
-              HasSubstr("num_slots 6 is less than num_experts 8"));
+              HasSubstr("6 slots are fewer than 8 experts"));
   EXPECT_THAT(refusal(rows, {.num_ranks = 4, .num_slots = 8, .num_hosts = 3}),
-              HasSubstr("num_hosts 3"));
+              HasSubstr("3 hosts do not divide 4 ranks"));
   EXPECT_THAT(refusal(rows, {.num_ranks = 4, .num_slots = 8, .num_groups = 3}),
-              HasSubstr("num_groups 3"));
+              HasSubstr("3 groups do not divide 8 experts"));
   // Three groups of four over two hosts: one of them has eight experts, and six slots.
   EXPECT_THAT(
       refusal(Rows(12, 1), {.num_ranks = 2, .num_slots = 12, .num_hosts = 2, .num_groups = 3}),
-      HasSubstr("num_slots 12 gives it 6 slots"));
+      HasSubstr("a host has up to 2 of 4 experts, and 12 slots give it 6"));
   EXPECT_THAT(refusal(rows, good, Placement::even(8, 4, 12)),
               HasSubstr("previous placement: num_slots 12, expected 8"));
   EXPECT_THAT(refusal(rows, good, Placement::even(7, 4, 8)), HasSubstr("num_experts 7"));

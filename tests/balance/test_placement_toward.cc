@@ -102,10 +102,12 @@ TEST(PlacementToward, RefusesByName) {
   };
   const Placement even = Placement::even(4, 2, 6);
   EXPECT_THAT(message(even, even, 0), HasSubstr("max_received 0 is less than 1"));
-  EXPECT_THAT(message(even, Placement::even(4, 2, 8), 1), HasSubstr("from has 6 slots, to has 8"));
-  EXPECT_THAT(message(even, Placement::even(4, 1, 6), 1), HasSubstr("from has 2 ranks, to has 1"));
+  EXPECT_THAT(message(even, Placement::even(4, 2, 8), 1),
+              HasSubstr("placements with 6 slots and with 8"));
+  EXPECT_THAT(message(even, Placement::even(4, 1, 6), 1),
+              HasSubstr("placements with 2 ranks and with 1"));
   EXPECT_THAT(message(even, Placement::even(5, 2, 6), 1),
-              HasSubstr("from has 4 experts, to has 5"));
+              HasSubstr("placements with 4 experts and with 5"));
 }
 
 }  // namespace

@@ -133,6 +133,13 @@ constexpr Family kFamilies[] = {
   "model_type": "mixtral", "hidden_size": 4096, "intermediate_size": 14336, "hidden_act": "silu",
   "num_local_experts": 8, "num_experts_per_tok": 2, "num_hidden_layers": 32,
   "output_router_logits": false, "router_aux_loss_coef": 0.02, "sliding_window": null})"},
+    {"Jamba", 16, 2, 4096, 14336, R"({
+  "model_type": "jamba", "hidden_size": 4096, "intermediate_size": 14336, "hidden_act": "silu",
+  "num_experts": 16, "num_experts_per_tok": 2, "num_hidden_layers": 32, "expert_layer_period": 2,
+  "expert_layer_offset": 1, "attn_layer_period": 8, "attn_layer_offset": 4, "use_mamba_kernels": true,
+  "mamba_d_state": 16, "mamba_d_conv": 4, "mamba_expand": 2, "mamba_dt_rank": 256,
+  "mamba_conv_bias": true, "mamba_proj_bias": false, "use_mambapy": false,
+  "use_associative_scan": true, "output_router_logits": false, "router_aux_loss_coef": 0.001})"},
     {"ERNIE-4.5", 64, 6, 2560, 1536, R"({
   "model_type": "ernie4_5_moe", "hidden_size": 2560, "intermediate_size": 12288,
   "moe_num_experts": 64, "moe_k": 6, "moe_intermediate_size": 1536, "moe_num_shared_experts": 2,

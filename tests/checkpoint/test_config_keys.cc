@@ -217,6 +217,7 @@ TEST(ConfigKeys, LayersThatAreNotThere) {
       // Which layers these mean is not read.
       {R"({"num_hidden_layers": 8, "moe_layers": [5]})", {}},
       {R"({"num_hidden_layers": 8, "hybrid_override_pattern": "M-M-MEMM"})", {}},
+      {R"({"num_hidden_layers": 8, "expert_layer_period": 2, "expert_layer_offset": 1})", {}},
   };
   for (const PatchRow& row : rows) expect_loads(row);
 }

@@ -177,7 +177,7 @@ with tempfile.TemporaryDirectory() as folder:
     wrong = {
         "num_slots 25 is no multiple of 4 ranks": ("--ranks", 4, "--slots", 25),
         "num_slots 12 is less than 16 experts": ("--ranks", 4, "--slots", 12),
-        "num_hosts 3 does not divide num_ranks 4": ("--ranks", 4, "--slots", 24, "--hosts", 3),
+        "3 hosts do not divide 4 ranks": ("--ranks", 4, "--slots", 24, "--hosts", 3),
         "layer 7: the last 7 steps of 6": ("--ranks", 4, "--slots", 24, "--window", 7),
         "num_slots 24, expected 32": ("--ranks", 4, "--slots", 32, "--previous", placement),
         "--slots is required": ("--ranks", 4),

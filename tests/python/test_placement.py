@@ -53,12 +53,13 @@ def test_hosts_keep_groups_together():
 
 
 def test_refusals_name_the_field():
-    for arguments, message in (((COUNTS, 4, 10), "num_slots 10"), ((COUNTS, 0, 8), "num_ranks 0"),
+    for arguments, message in (((COUNTS, 4, 10), "10 slots are no multiple of 4 ranks"),
+                               ((COUNTS, 0, 8), "0 ranks are not in"), ((COUNTS, 4, -2), "-2 slots are fewer than 8 experts"),
                                (([1, -1], 1, 2), "expert 1 has -1 rows")):
         with pytest.raises(sluice.Error, match=message) as error:
             sluice.balance(*arguments)
         assert error.value.code == "invalid_argument"
-    with pytest.raises(sluice.Error, match="num_hosts 3"):
+    with pytest.raises(sluice.Error, match="3 hosts do not divide 4 ranks"):
         sluice.balance(COUNTS, 4, 8, hosts=3)
     with pytest.raises(TypeError):
         sluice.balance(COUNTS, 4, 8, 2)

@@ -18,6 +18,7 @@ namespace {
 using namespace std::chrono_literals;
 using ::testing::AllOf;
 using ::testing::Contains;
+using ::testing::ContainsRegex;
 using ::testing::ElementsAre;
 using ::testing::HasSubstr;
 using ::testing::Not;
@@ -103,6 +104,19 @@ TEST(TcpMeeting, WithoutRankZeroNobodyStarts) {
   EXPECT_THAT(outcome.text, AllOf(HasSubstr("rank 1: after 300 ms still missing rank(s) 0"),
                                   HasSubstr(job.address + ": Connection refused")));
   EXPECT_THAT(outcome.ranks, ElementsAre(0));
+}
+
+// A wrong host in MASTER_ADDR: the others look for rank 0 there, and rank 0 waits here.
+TEST(TcpMeeting, WhomNobodyFindsSaysWhatItWasToldAndWhereItListens) {
+  const TcpJob job(2);
+  TcpConfig named = job.config(0);
+  named.addresses = {"rank-0.invalid:0"};
+  const TcpOutcome exact = start_rank(job.config(0), 300ms).get();
+  EXPECT_THAT(exact.text, HasSubstr("after 300 ms still missing rank(s) 1; rank 0, told " +
+                                    job.address + ", listens at " + job.address));
+  const TcpOutcome everywhere = start_rank(named, 300ms).get();
+  EXPECT_THAT(everywhere.text, HasSubstr("still missing rank(s) 1; rank 0, told rank-0.invalid:0"));
+  EXPECT_THAT(everywhere.text, ContainsRegex(R"(listens at .*127\.0\.0\.1:[1-9])"));
 }
 
 TEST(TcpMeeting, ALateRankIsWaitedFor) {

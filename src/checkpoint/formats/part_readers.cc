@@ -35,7 +35,7 @@ std::int64_t find_bad_scale(const Bits* bits, std::int64_t count) noexcept {
   return -1;
 }
 
-void check_scales(const TensorRef& tensor, const TensorView& view) {
+void check_stored_scales(const TensorRef& tensor, const TensorView& view) {
   const std::int64_t count = view.shape.num_elements();
   const bool is_f32 = view.dtype == DType::kFloat32;
   const std::int64_t bad = is_f32 ? find_bad_scale(view.as<std::uint32_t>(), count)
@@ -148,7 +148,7 @@ TensorView load_scales(const TensorRef& tensor, std::int64_t n, std::int64_t gro
     data = copy.data();
   }
   const TensorView view(data, dtype, {n, groups});
-  check_scales(tensor, view);
+  check_stored_scales(tensor, view);
   return view;
 }
 

@@ -8,15 +8,10 @@
 #include <cstddef>
 #include <cstdint>
 
+#include "core/host_device.h"
 #include "exchange/slot_ranks.h"
 #include "sluice/recipe.h"
 #include "transport/device.cuh"
-
-#ifdef __CUDACC__
-#define SLUICE_HOST_DEVICE __host__ __device__
-#else
-#define SLUICE_HOST_DEVICE
-#endif
 
 namespace sluice::cuda {
 
@@ -154,5 +149,3 @@ void launch_copy_rows(const SlotParams& slot, const std::uint16_t* expert_y, int
 void prepare_exchange_kernels();
 
 }  // namespace sluice::cuda
-
-#undef SLUICE_HOST_DEVICE
