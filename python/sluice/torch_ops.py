@@ -9,14 +9,20 @@ with a fake implementation that knows the shapes. Operators take numbers for the
 does not know; a module holds its object for as long as it lives. moe_forward is collective: it is
 marked as having side effects, so that no compiler drops it. There is no backward: whoever asks for a
 gradient through one of them gets an Error.
+
+An eager call that nothing of torch watches does without torch's dispatcher, whose trips through Python
+take longer than the rest of it.
 """
 
 import copy
 import itertools
+import re
 import weakref
 from typing import Any
 
 import torch
+from torch import Tensor, is_grad_enabled
+from torch.autograd import forward_ad
 
 from . import _core
 from ._error import Error
@@ -25,7 +31,76 @@ __all__ = ["ExpertsLayer", "MoeLayer"]
 
 _objects: dict[int, Any] = {}
 _numbers = itertools.count(1)
-_library = torch.library.Library("sluice", "DEF")
+_tensors_of: dict[str, int] = {}  # The first arguments of each operator, and its function.
+_run_of: dict[str, Any] = {}
+
+try:
+    from torch._C import _get_tracing_state, _len_torch_dispatch_stack, _len_torch_function_stack
+    from torch._C._functorch import maybe_current_level
+    from torch.autograd import _profiler_enabled
+except ImportError:  # Another torch: its dispatcher is asked always.
+
+    def _len_torch_dispatch_stack() -> int:
+        return 1
+
+
+def _is_for_dispatcher(tensor: Any) -> bool:
+    """What C++ refuses, and torch's dispatcher resolves or has another function for."""
+    return tensor is not None and (
+        tensor.layout is not torch.strided or tensor.device.type not in ("cpu", "cuda") or tensor.is_neg())
+
+
+def run_alone(run: Any, tensors: tuple, args: tuple) -> Any:
+    """run(*args), of which these are the tensors, if torch's dispatcher would do that alone; else NotImplemented."""
+    has_gradients = is_grad_enabled()
+    for tensor in tensors:
+        if type(tensor) is Tensor:
+            if has_gradients and tensor.requires_grad:
+                return NotImplemented
+        elif tensor is not None:
+            return NotImplemented
+    # A mode, a profiler, a transform as vmap or a tracer sees what goes through the dispatcher.
+    if (_len_torch_dispatch_stack() or _len_torch_function_stack() or _profiler_enabled()
+            or maybe_current_level() is not None or _get_tracing_state() is not None
+            or forward_ad._current_level >= 0):
+        return NotImplemented
+    try:
+        return run(*args)
+    except Error as error:
+        if error.code != "invalid_argument" or not any(map(_is_for_dispatcher, tensors)):
+            raise
+    return NotImplemented
+
+
+def _has_tangent(tensor: Any) -> bool:
+    return isinstance(tensor, Tensor) and forward_ad.unpack_dual(tensor).tangent is not None
+
+
+def _beside(autograd: Any, name: str) -> Any:
+    """Autograd's kernel of an operator dispatches again, from Python to Python: where nothing lies between, the
+    operator's function is called. Tangents of forward mode, which that kernel leaves out, are refused."""
+    run, num = _run_of[name], _tensors_of[name]
+
+    def kernel(keyset: Any, *args: Any) -> Any:
+        y = run_alone(run, args[:num], args)
+        if y is not NotImplemented:
+            return y
+        if forward_ad._current_level >= 0 and any(map(_has_tangent, args[:num])):
+            raise Error("unsupported", f"torch.ops.sluice.{name} has no forward-mode derivative: call it without "
+                                       "tangents, or take a layer of torch's where they are needed")
+        return autograd(keyset, *args)
+
+    return kernel
+
+
+class _Library(torch.library.Library):
+    def impl(self, op_name: Any, fn: Any, dispatch_key: Any = "", **options: Any) -> None:
+        if dispatch_key == "Autograd":
+            fn = _beside(fn, op_name)
+        super().impl(op_name, fn, dispatch_key, **options)
+
+
+_library = _Library("sluice", "DEF")
 
 
 def register(owner: Any, *objects: Any) -> int:
@@ -81,6 +156,7 @@ def _refusal_of(name: str) -> Any:
 def define(schema: str, run: Any, fake: Any, has_side_effect: bool = False, backward: Any = None) -> None:
     """Registers torch.ops.sluice.NAME; without `backward`, a gradient through it is refused."""
     name = schema.split("(", 1)[0]
+    _run_of[name], _tensors_of[name] = run, len(re.findall(r"Tensor\??[ ]\w", schema))
     _library.define(schema)
     _library.impl(name, run, "CompositeExplicitAutograd")
     torch.library.register_fake(f"sluice::{name}", fake, lib=_library)
@@ -153,7 +229,12 @@ class MoeLayer(Registered):
         self._hold(engine)
 
     def forward(self, x: Any, topk_idx: Any, topk_weights: Any) -> Any:
-        return torch.ops.sluice.moe_forward(x, topk_idx, topk_weights, self.number, self.mode)
+        args = x, topk_idx, topk_weights, self.number, self.mode
+        if not torch.compiler.is_compiling():
+            y = run_alone(_moe_forward, args[:3], args)
+            if y is not NotImplemented:
+                return y
+        return torch.ops.sluice.moe_forward(*args)
 
 
 class ExpertsLayer(Registered):
@@ -164,7 +245,12 @@ class ExpertsLayer(Registered):
         self._hold(experts, recipe)
 
     def forward(self, x: Any, x_scale: Any, num_rows: Any, expected_m: int = 0) -> Any:
-        return torch.ops.sluice.experts_masked(x, x_scale, num_rows, self.number, expected_m)
+        args = x, x_scale, num_rows, self.number, expected_m
+        if not torch.compiler.is_compiling():
+            rows = run_alone(_experts_masked, args[:3], args)
+            if rows is not NotImplemented:
+                return rows
+        return torch.ops.sluice.experts_masked(*args)
 
 
 def backend_number(backend: Any, owner: Any) -> int:

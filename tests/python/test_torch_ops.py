@@ -1,9 +1,11 @@
 """Operators of torch: schemas and fakes that torch's own checks accept, and torch.compile."""
 
+import contextlib
 import copy
 import gc
 import io
 import pickle
+import sys
 
 import numpy as np
 import pytest
@@ -13,6 +15,11 @@ import sluice
 
 torch = pytest.importorskip("torch", reason="torch is not installed")
 torch_ops = pytest.importorskip("sluice.torch_ops")
+forward_ad = torch.autograd.forward_ad
+FakeTensorMode = pytest.importorskip("torch._subclasses.fake_tensor").FakeTensorMode
+TorchDispatchMode = pytest.importorskip("torch.utils._python_dispatch").TorchDispatchMode
+TorchFunctionMode = torch.overrides.TorchFunctionMode
+make_fx = pytest.importorskip("torch.fx.experimental.proxy_tensor").make_fx
 
 DEVICES = [
     "cpu",
@@ -161,6 +168,114 @@ def test_a_gradient_is_refused(checkpoint, made):
             with mode():
                 y = call(leaf, idx, weights)
             assert not y.requires_grad and same(y, expected)
+
+
+def test_a_tangent_is_refused(made):
+    """Forward mode left it out, and what stood around the layer went on without it."""
+    _, engine, (x, idx, weights) = made
+    layer = torch_ops.MoeLayer(engine, "normal")
+    operator = torch.ops.sluice.moe_forward
+    for call in layer, lambda *a: operator(*a, layer.number, "normal"):
+        with forward_ad.dual_level():
+            dual = forward_ad.make_dual(x, torch.ones_like(x))
+            with pytest.raises(sluice.Error, match="moe_forward has no forward-mode derivative") as error:
+                call(dual, idx, weights)
+            assert error.value.code == "unsupported"
+            assert same(call(x, idx, weights), layer(x, idx, weights))
+        with pytest.raises(sluice.Error, match="no forward-mode derivative"):
+            torch.func.jvp(lambda t: t + call(t, idx, weights), (x,), (x,))
+
+
+def python_functions(call):
+    """Names of the functions of Python that a call goes through."""
+    names = []
+    sys.setprofile(lambda frame, event, _: names.append(frame.f_code.co_name) if event == "call" else None)
+    try:
+        call()
+    finally:
+        sys.setprofile(None)
+    return names
+
+
+@pytest.mark.parametrize("context", [contextlib.nullcontext, torch.no_grad, torch.inference_mode, torch.autocast])
+def test_an_eager_call_does_without_the_dispatcher(checkpoint, made, context):
+    """Each trip through it and back into Python takes as long as all else of the call."""
+    backend, engine, (x, idx, weights) = made
+    layer = torch_ops.MoeLayer(engine, "normal")
+    experts = sluice.repack(checkpoint.load_experts(LAYER, 0, 2), backend, max_rows=2 * TOKENS)
+    rows_layer = torch_ops.ExpertsLayer(experts, sluice.Recipe("direct-bf16"))
+    rows, num_rows = torch.stack([x, x]), torch.tensor([TOKENS, TOKENS], dtype=torch.int32, device=x.device)
+    expected, expected_rows = layer(x, idx, weights), rows_layer(rows, None, num_rows)
+    with context(x.device.type) if context is torch.autocast else context():
+        assert same(layer(x, idx, weights), expected) and same(rows_layer(rows, None, num_rows), expected_rows)
+        for call in lambda: layer(x, idx, weights), lambda: rows_layer(rows, None, num_rows):
+            names = python_functions(call)
+            assert "run_alone" in names and "__call__" not in names and "redispatch" not in names, names
+        names = python_functions(lambda: torch.ops.sluice.moe_forward(x, idx, weights, layer.number, "normal"))
+        assert "__call__" in names and "redispatch" not in names, names
+
+
+class Seen(TorchDispatchMode):
+    def __init__(self):
+        super().__init__()
+        self.names = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.names.append(func.name())
+        return func(*args, **(kwargs or {}))
+
+
+class SeenFunctions(TorchFunctionMode):
+    names = ()
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        self.names += (str(func),)
+        return func(*args, **(kwargs or {}))
+
+
+class Subclass(torch.Tensor):
+    @classmethod
+    def __torch_function__(cls, func, types, args=(), kwargs=None):
+        return super().__torch_function__(func, types, args, kwargs or {})
+
+
+def test_whoever_watches_sees_an_eager_call(made):
+    _, engine, (x, idx, weights) = made
+    layer = torch_ops.MoeLayer(engine, "normal")
+    y, name = layer(x, idx, weights), "sluice::moe_forward"
+    for mode in Seen(), SeenFunctions():
+        with mode:
+            assert same(layer(x, idx, weights), y)
+        assert any(name.replace("::", one) in seen for seen in mode.names for one in ("::", ".")), mode.names
+    with torch.profiler.profile() as profile:
+        layer(x, idx, weights)
+    assert name in [event.name for event in profile.events()]
+    graph = make_fx(layer)(x, idx, weights)
+    assert any(node.target is torch.ops.sluice.moe_forward.default for node in graph.graph.nodes)
+    assert same(graph(x, idx, weights), y)
+    with FakeTensorMode() as fake:
+        one = layer(*(fake.from_tensor(t) for t in (x, idx, weights)))
+    assert one.shape == y.shape and type(one) is not torch.Tensor
+    traced = torch.jit.trace(layer, (x, idx, weights), check_trace=False)
+    assert "sluice::moe_forward" in str(traced.graph) and same(traced(x, idx, weights), y)
+    two = torch.vmap(layer, in_dims=(0, None, None))(torch.stack([x, x]), idx, weights)
+    assert same(two[0], y) and same(two[1], y)
+
+
+def test_tensors_that_the_dispatcher_resolves(made):
+    """C++ refuses them, and the operator takes them."""
+    _, engine, (x, idx, weights) = made
+    layer = torch_ops.MoeLayer(engine, "normal")
+    y = layer(x, idx, weights)
+    assert same(layer(torch._neg_view(-x), idx, weights), y)
+    assert same(layer(x, idx, torch._neg_view(-weights)), y)
+    on_meta = layer(x.to("meta"), idx.to("meta"), weights.to("meta"))
+    assert on_meta.is_meta and on_meta.shape == y.shape
+    assert same(layer(torch.nn.Parameter(x, requires_grad=False), idx, weights), y)
+    assert same(layer(x.as_subclass(Subclass), idx, weights).as_subclass(torch.Tensor), y)
+    with pytest.raises(sluice.Error, match="x: expected C-contiguous") as error:
+        layer(x.t().contiguous().t(), idx, weights)
+    assert error.value.code == "invalid_argument"
 
 
 def test_objects_go_with_their_module(made):

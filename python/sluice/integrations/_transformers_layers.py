@@ -37,8 +37,7 @@ class LocalLayer:
             self._group.reserve(max(idx.numel(), 2 * self._group.max_entries))
         if self._first:
             idx = idx + self._first
-        routing = _core.Routing(idx.contiguous(), weights.float().contiguous())
-        return self._experts.forward(x.contiguous(), routing)
+        return self._experts.forward_topk(x.contiguous(), idx.contiguous(), weights.float().contiguous())
 
 
 class SplitLayer:
@@ -182,7 +181,9 @@ class SluiceExperts(torch_ops.Registered):
             raise Error("invalid_argument", "SluiceExperts without weights: only from_pretrained() loads them")
         if torch.compiler.is_compiling():
             return torch.ops.sluice.routed_experts(hidden_states, top_k_index, top_k_weights, self.number)
-        return Inference.apply(self._layer, hidden_states, top_k_index, top_k_weights)
+        tensors = hidden_states, top_k_index, top_k_weights
+        y = torch_ops.run_alone(self._layer.run, tensors, tensors)
+        return Inference.apply(self._layer, *tensors) if y is NotImplemented else y
 
     forward = run
 
