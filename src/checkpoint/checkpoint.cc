@@ -78,6 +78,13 @@ void CheckpointData::check_layer(int layer) const {
     fail(ErrorCode::kUnsupported, "{}: tensor {} is of all experts beside tensors of each{}",
          dir.string(), at->second, index.hint(layer));
   }
+  if (const auto at = index.strays.find(layer); at != index.strays.end()) {
+    fail(
+        ErrorCode::kUnsupported,
+        "{}: tensor {} lies among the routed experts and is not known; leaving it out could change "
+        "results",
+        dir.string(), at->second);
+  }
   check_nothing_else(dir, *format, g, tensors);
   std::vector<std::pair<MatrixLayout, PartSpec>> specs;
   for (const MatrixLayout& matrix : matrix_layouts(g)) {

@@ -23,6 +23,7 @@ constexpr std::string_view kContainers[] = {
     ".mlp.experts.",
     ".block_sparse_moe.experts.",
     ".ffn.experts.",
+    ".feed_forward.experts.",
 };
 constexpr std::pair<std::string_view, std::string_view> kStems[] = {
     {"gate_proj.", "w1."}, {"up_proj.", "w3."}, {"down_proj.", "w2."}};
@@ -159,6 +160,16 @@ std::optional<FusedName> parse_fused_name(std::string_view name) {
   const auto known = take_container(name);
   if (!known || !is_fused_part(name)) return std::nullopt;
   return FusedName{known->layer, name, known->prefix, known->container};
+}
+
+std::optional<int> layer_among_experts(std::string_view name) {
+  const auto known = take_container(name);
+  return known ? std::optional(known->layer) : std::nullopt;
+}
+
+bool is_routing(std::string_view name) noexcept {
+  return name.find(".experts.router.") != std::string_view::npos ||
+         name.find(".experts.gate.") != std::string_view::npos || name.ends_with("correction_bias");
 }
 
 bool is_bias(std::string_view name) noexcept {

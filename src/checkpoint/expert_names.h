@@ -60,6 +60,12 @@ struct FusedName {
 /// Empty if `name` is no such tensor under a known prefix and container.
 [[nodiscard]] std::optional<FusedName> parse_fused_name(std::string_view name);
 
+/// The layer of a tensor under a known prefix and container, whatever it is.
+[[nodiscard]] std::optional<int> layer_among_experts(std::string_view name);
+
+/// True of a tensor among the experts that says which of them a token takes.
+[[nodiscard]] bool is_routing(std::string_view name) noexcept;
+
 /// "gate_up_proj_bias", "down_proj.bias": no weights.
 [[nodiscard]] bool is_bias(std::string_view name) noexcept;
 

@@ -125,6 +125,8 @@ class IndexBuilder {
            .kind = "unreadable-file",
            .count = static_cast<int>(count)});
     }
+    unread_.report(index_, "unread-experts",
+                   "looks like a tensor of experts, whose name is not known; it is not read");
     predictions_.report(index_, "separate-prediction-layer",
                         "of a prediction layer with a number of its own (mtp.*); not loaded");
     return std::move(index_);
@@ -208,6 +210,10 @@ class IndexBuilder {
       if (const auto layer = fused_experts_layer(name)) {
         const auto [first, is_new] = index_.fused.emplace(*layer, name);
         if (!is_new && is_bias(first->second) && !is_bias(name)) first->second = name;
+      } else if (const auto own = layer_among_experts(name)) {
+        if (!is_routing(name)) index_.strays.emplace(*own, name);
+      } else if (!is_separate_prediction_layer(name)) {
+        unread_.add(tensor);
       }
       if (index_.unread.size() < kMaxNames) index_.unread.push_back(name);
     }
@@ -308,7 +314,7 @@ class IndexBuilder {
   StemKind stem_ = StemKind::kNone;
   /// Input scales read before the file that the index says they are in.
   std::set<std::string> provisional_;
-  Kind elsewhere_, unnamed_, input_scales_, predictions_;
+  Kind elsewhere_, unnamed_, input_scales_, predictions_, unread_;
   /// Files that the index does not name, and what is wrong with each.
   std::vector<std::pair<std::string, std::string>> unreadable_;
 };
@@ -324,34 +330,6 @@ const TensorRef* ExpertTensors::find(std::string_view part) const noexcept {
     if (p.name == part) return &p.tensor;
   }
   return nullptr;
-}
-
-std::string TensorIndex::hint(int layer) const {
-  if (has_empty_map) {
-    return fmt::format(
-        "; the weight_map of {} is empty, so no tensor counts; without the file, all of them would",
-        kIndexFile);
-  }
-  if (!fused.empty()) {
-    const auto own = fused.find(layer);
-    const std::string& name = (own == fused.end() ? fused.begin() : own)->second;
-    if (is_bias(name)) {
-      return fmt::format("; {} holds the biases of all experts, which are not supported", name);
-    }
-    return fmt::format(
-        "; {} holds the weights of all experts in one tensor, which is not supported: the file "
-        "does not say whether gate or up comes first in it; export the experts one by one "
-        "(...experts.E.gate_proj, up_proj, down_proj)",
-        name);
-  }
-  if (unread.empty() && !left_out.empty()) {
-    return fmt::format("; {} has {}, but {} does not name it", left_out.begin()->second,
-                       left_out.begin()->first, kIndexFile);
-  }
-  std::string text;
-  for (const std::string& name : unread) text += (text.empty() ? "" : ", ") + name;
-  if (!text.empty()) return "; names that look like experts' and are not known: " + text;
-  return "; no tensor's name has '.experts.' in it";
 }
 
 std::string place(const TensorRef& tensor) {

@@ -74,6 +74,8 @@ struct TensorIndex {
   /// biases where there are no weights like that.
   /// -1: the name does not tell the layer in a known place.
   std::map<int, std::string> fused;
+  /// Layers with a tensor that lies among the experts and belongs to none, with its name.
+  std::map<int, std::string> strays;
   /// Some names that look like experts' and were not read, for messages.
   std::vector<std::string> unread;
   /// Experts' tensors that the index does not name, with the file of each.

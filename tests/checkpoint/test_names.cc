@@ -24,8 +24,9 @@ using testing::TempDir;
 constexpr const char* kPrefixes[] = {"model.layers", "model.language_model.layers",
                                      "language_model.model.layers", "language_model.layers",
                                      "layers"};
-constexpr const char* kContainers[] = {"mlp.experts", "block_sparse_moe.experts", "ffn.experts"};
-/// 5 prefixes x 3 containers x 2 stems x 2 formats.
+constexpr const char* kContainers[] = {"mlp.experts", "block_sparse_moe.experts", "ffn.experts",
+                                       "feed_forward.experts"};
+/// 5 prefixes x 4 containers x 2 stems x 2 formats.
 TEST(Names, EverySpellingLoadsTheSameWeights) {
   int count = 0;
   for (const char* const prefix : kPrefixes) {
@@ -43,7 +44,7 @@ TEST(Names, EverySpellingLoadsTheSameWeights) {
       }
     }
   }
-  EXPECT_EQ(count, 60);
+  EXPECT_EQ(count, 80);
 }
 
 /// 6 containers of codes x 3 dtypes of scales.
@@ -232,6 +233,37 @@ TEST(Names, OtherExpertsAndEmptyTensorsAreLeftAlone) {
   files.add("0.safetensors", "model.layers.3.mlp.experts.e_score_correction_bias",
             {"U8", {1}, "x"});
   expect_loads(files);
+}
+
+/// A norm of the experts' outputs, a scale of each: without them the outputs would be others.
+TEST(Names, WhatLiesAmongTheExpertsIsNotLeftOut) {
+  for (const Storage storage : {Storage::kW4afp8, Storage::kWords}) {
+    for (const char* const name : {"post_expert_norm.weight", "scale", "weight_zero_point",
+                                   "00.gate_proj.weight", "expert_bias", "act_fn.alpha"}) {
+      SCOPED_TRACE(name);
+      SpelledFiles files(Spelling{.storage = storage});
+      files.add("0.safetensors", files.experts() + name, {"BF16", {1}, "ab"});
+      expect_refused(files, kUnsupported, {files.experts() + name});
+    }
+  }
+}
+
+TEST(Names, RoutingAmongTheExpertsIsLeftAlone) {
+  for (const char* const name : {"router.weight", "gate.weight", "e_score_correction_bias"}) {
+    SCOPED_TRACE(name);
+    SpelledFiles files;
+    files.add("0.safetensors", files.experts() + name, {"BF16", {1}, "ab"});
+    expect_loads(files);
+  }
+}
+
+TEST(Names, ExpertsUnderAnUnknownNameBesideKnownOnesAreAWarning) {
+  SpelledFiles files;
+  files.add("0.safetensors", "visual.blocks.0.mlp.experts.0.gate_proj.weight", {"U8", {1}, "x"});
+  files.add("0.safetensors", "visual.blocks.0.mlp.experts.0.up_proj.weight", {"U8", {1}, "x"});
+  expect_loads(files, 1,
+               "visual.blocks.0.mlp.experts.0.gate_proj.weight: in 0.safetensors: looks like a "
+               "tensor of experts, whose name is not known; it is not read (2 tensors like this)");
 }
 
 TEST(Names, PredictionLayersWithTheirOwnNumbersAreLeftOutWithAWarning) {
