@@ -248,9 +248,7 @@ void add_bench(Command& program, Output& output) {
       "experts",
       "GEMM1, activation, quantization and GEMM2 of one rank's experts; checked, then timed");
   const auto options = std::make_shared<Options>();
-  command.add_option("--backend", options->backend, "cpu | cuda")
-      .one_of({"cpu", "cuda"})
-      .shows_default();
+  command.add_backend_option(options->backend);
   command.add_option("--preset", options->preset, "Geometry").shows_default();
   command
       .add_option("--experts", options->experts, "Local experts, instead of the preset's; a list")

@@ -134,9 +134,7 @@ void add_bench_layer(Command& bench, Output& output) {
       "A layer over ranks of this host, beside its stage and its exchange; the rows of "
       "each token are summed with and without send_from_experts, compared, then timed");
   const auto options = std::make_shared<Options>();
-  command.add_option("--backend", options->backend, "cpu | cuda")
-      .one_of({"cpu", "cuda"})
-      .shows_default();
+  command.add_backend_option(options->backend);
   command
       .add_option("--transport", options->transport,
                   "inproc (ranks are threads, on CUDA streams of one process) | ipc (ranks are "

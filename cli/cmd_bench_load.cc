@@ -117,9 +117,7 @@ void add_bench_load(Command& bench, Output& output) {
   command.add_option("--rank", options->rank, "Whose experts are loaded")
       .range(0, 1023)
       .shows_default();
-  command.add_option("--backend", options->backend, "cpu | cuda")
-      .one_of({"cpu", "cuda"})
-      .shows_default();
+  command.add_backend_option(options->backend);
   command
       .add_option("--threads", options->threads,
                   "That read and repack; default: the cores, between 4 and 16")

@@ -89,9 +89,7 @@ void add_bench_model(Command& bench, Output& output) {
   Command command = bench.add_subcommand(
       "model", "All layers of a model in one graph, for several batch sizes; checked, then timed");
   const auto options = std::make_shared<Options>();
-  command.add_option("--backend", options->backend, "cpu | cuda")
-      .one_of({"cpu", "cuda"})
-      .shows_default();
+  command.add_backend_option(options->backend);
   command.add_option("--preset", options->preset, "Geometry of a layer").shows_default();
   command.add_option("--experts", options->experts, "Experts of a layer, instead of the preset's")
       .range(1, 512);

@@ -303,9 +303,7 @@ void add_run(Command& program, Output& output) {
       .range(0, 1 << 20);
   command.add_option("--mode", options->mode, "low-latency | normal").shows_default();
   command.add_option("--recipe", options->recipe, "What is rounded where").shows_default();
-  command.add_option("--backend", options->backend, "cpu | cuda")
-      .one_of({"cpu", "cuda"})
-      .shows_default();
+  command.add_backend_option(options->backend);
   command
       .add_option("--devices", options->devices,
                   "GPUs of each host to spread its ranks over; default: all there are")

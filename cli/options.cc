@@ -265,6 +265,10 @@ Option Command::add_flag(const char* name, bool& value, const char* help) {
   return Option(app_->add_flag(name, value, help));
 }
 
+void Command::add_backend_option(std::string& value) {
+  add_option("--backend", value, "cpu | cuda").one_of({"cpu", "cuda"}).shows_default();
+}
+
 void Command::on_parsed(std::function<void()> action) {
   app_->callback([app = app_, action = std::move(action)] {
     refuse_lost_files(app);

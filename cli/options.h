@@ -59,6 +59,7 @@ class Command {
   template <class Value>
   Option add_option(const char* name, Value& value, const char* help);
   Option add_flag(const char* name, bool& value, const char* help);
+  void add_backend_option(std::string& value);  ///< --backend
 
   /// Called by Parser::parse() when this sub-command was asked for.
   void on_parsed(std::function<void()> action);

@@ -83,18 +83,13 @@ const char* numpy_name(DType dtype) {
   switch (dtype) {
     case DType::kBFloat16:
       return "uint16";
-    case DType::kInt32:
-      return "int32";
-    case DType::kInt64:
-      return "int64";
-    case DType::kFloat32:
-      return "float32";
-    case DType::kFloat64:
-      return "float64";
-    case DType::kInt8:
-      return "int8";
-    default:
+    case DType::kFloat8E4M3:
+    case DType::kPackedInt4:
+    case DType::kPackedE2M1:
+    case DType::kFloat8E8M0:
       return "uint8";
+    default:
+      return to_string(dtype);
   }
 }
 

@@ -10,6 +10,7 @@
 #include "exchange/two_level_layout.h"
 #include "faulty_transport.h"
 #include "multirank/run_ranks.h"
+#include "support/disagreement.h"
 #include "support/scalar_backend.h"
 #include "two_level_model.h"
 
@@ -215,12 +216,7 @@ TEST(TwoLevelFaults, HostsAndPartsAreCompared) {
       if (transport.rank() == 1) change(c);
       (void)Exchange::create(c, transport, backend);
     });
-    for (const auto& f : failures) {
-      const auto failure = describe(f);
-      ASSERT_TRUE(failure) << field;
-      EXPECT_EQ(failure->code, ErrorCode::kTransport) << field;
-      EXPECT_THAT(failure->text, HasSubstr(field));
-    }
+    expect_disagreement(failures, field);
   };
   disagree(
       "ranks disagree on hosts: rank 0 has '2 hosts of 2 ranks', rank 1 has '4 hosts of 1 rank'",

@@ -9,6 +9,7 @@
 
 #include "layer/group_fixture.h"
 #include "multirank/run_ranks.h"
+#include "support/disagreement.h"
 #include "support/modes_and_wires.h"
 
 namespace sluice::testing {
@@ -209,18 +210,6 @@ TEST_F(LayerGroupTest, LayersOutliveTheirGroup) {
     group.reset();
     EXPECT_EQ(forward(kept, Mode::kLowLatency, load), expected);
   });
-}
-
-/// Every rank fails, and all name rank 1 and `field`.
-void expect_disagreement(const std::vector<std::exception_ptr>& failures, const char* field) {
-  for (const auto& f : failures) {
-    const auto failure = describe(f);
-    ASSERT_TRUE(failure) << field;
-    EXPECT_EQ(failure->code, ErrorCode::kTransport) << field;
-    EXPECT_THAT(failure->text, HasSubstr(field));
-    EXPECT_THAT(failure->text, HasSubstr("rank 1"));
-    EXPECT_THAT(failure->text, Not(HasSubstr("rank 2")));
-  }
 }
 
 TEST_F(LayerGroupTest, ADispatchedMayGoAfterItsLayerAndGroup) {

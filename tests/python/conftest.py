@@ -48,6 +48,15 @@ def gpu():
     return sluice.Backend("cuda")
 
 
+@pytest.fixture(params=["cpu", "cuda"])
+def device(request):
+    """Where tensors of torch are."""
+    torch = pytest.importorskip("torch", reason="torch is not installed")
+    if request.param == "cuda" and not torch.cuda.is_available():
+        pytest.skip("torch sees no CUDA device")
+    return request.param
+
+
 @pytest.fixture(params=[Numpy, Torch], ids=["numpy", "torch"])
 def space(request):
     """Arrays of either kind, on the CPU."""

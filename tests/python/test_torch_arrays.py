@@ -10,19 +10,7 @@ import sluice
 
 torch = pytest.importorskip("torch", reason="torch is not installed")
 
-DEVICES = [
-    "cpu",
-    pytest.param(
-        "cuda",
-        marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no CUDA device"),
-    ),
-]
 TOKENS = 6
-
-
-@pytest.fixture(params=DEVICES)
-def device(request):
-    return request.param
 
 
 @pytest.fixture()

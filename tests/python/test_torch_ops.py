@@ -21,19 +21,7 @@ TorchDispatchMode = pytest.importorskip("torch.utils._python_dispatch").TorchDis
 TorchFunctionMode = torch.overrides.TorchFunctionMode
 make_fx = pytest.importorskip("torch.fx.experimental.proxy_tensor").make_fx
 
-DEVICES = [
-    "cpu",
-    pytest.param(
-        "cuda",
-        marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no CUDA device"),
-    ),
-]
 TOKENS = 6
-
-
-@pytest.fixture(params=DEVICES)
-def device(request):
-    return request.param
 
 
 @pytest.fixture()

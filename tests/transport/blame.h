@@ -6,6 +6,7 @@
 
 #include <future>
 #include <optional>
+#include <utility>
 #include <vector>
 
 #include "sluice/error.h"
@@ -54,6 +55,14 @@ void blame_one(Ranks ranks, int num_ranks, int victim, int late, Fate fate) {
                        ends ? ", whose process has ended" : ", which left before this collective");
   }
   EXPECT_EQ(num_failed, num_ranks - 1);
+}
+
+/// For ranks 0 to 3, each of them as the victim. `Ranks` are made anew each time.
+template <class Ranks>
+void blame_each(Fate fate) {
+  for (const auto& [victim, late] : {std::pair(2, 3), {3, 1}, {0, 2}, {1, 3}}) {
+    blame_one(Ranks(), 4, victim, late, fate);
+  }
 }
 
 }  // namespace sluice::testing

@@ -79,15 +79,11 @@ struct IpcRanks {
 };
 
 TEST(IpcFaults, ARankThatLeavesIsNamedAndALateOneIsNot) {
-  for (const auto& [victim, late] : {std::pair(2, 3), {3, 1}, {0, 2}, {1, 3}}) {
-    blame_one(IpcRanks(), kRanks, victim, late, Fate::kLeaves);
-  }
+  blame_each<IpcRanks>(Fate::kLeaves);
 }
 
 TEST(IpcFaults, AnEndedProcessIsNamedAndALateRankIsNot) {
-  for (const auto& [victim, late] : {std::pair(2, 3), {3, 1}, {0, 2}, {1, 3}}) {
-    blame_one(IpcRanks(), kRanks, victim, late, Fate::kEnds);
-  }
+  blame_each<IpcRanks>(Fate::kEnds);
 }
 
 // Rank 3 waits less long than the others, for rank 2, which comes after that.

@@ -176,15 +176,11 @@ class TcpRanks {
 };
 
 TEST(TcpLink, ARankThatLeavesIsNamedAndALateOneIsNot) {
-  for (const auto& [victim, late] : {std::pair(2, 3), {3, 1}, {0, 2}, {1, 3}}) {
-    blame_one(TcpRanks(), kRanks, victim, late, Fate::kLeaves);
-  }
+  blame_each<TcpRanks>(Fate::kLeaves);
 }
 
 TEST(TcpLink, AnEndedProcessIsNamedAndALateRankIsNot) {
-  for (const auto& [victim, late] : {std::pair(2, 3), {3, 1}, {0, 2}, {1, 3}}) {
-    blame_one(TcpRanks(), kRanks, victim, late, Fate::kEnds);
-  }
+  blame_each<TcpRanks>(Fate::kEnds);
 }
 
 /// Rank `victim` is stopped before a collective that the others begin.

@@ -139,20 +139,25 @@ TEST(TcpMeeting, AnotherJobsProcessIsShutOutAndDisturbsNobody) {
   EXPECT_EQ(zero.get().text + one.get().text, "");
 }
 
+/// The first words of a rank 0 to whoever comes to `listener`, and what is said to them.
+void greet_and_hear(const FileDescriptor& listener, FileDescriptor& heard, Join& join) {
+  while (!heard) heard = FileDescriptor(accept4(listener.get(), nullptr, nullptr, SOCK_CLOEXEC));
+  const Hello hello{kTcpGreeting, new_nonce()};
+  ASSERT_EQ(send_all(heard.get(), std::as_bytes(std::span(&hello, 1)), Clock::now() + 5s),
+            Io::kDone);
+  ASSERT_EQ(
+      receive_all(heard.get(), std::as_writable_bytes(std::span(&join, 1)), Clock::now() + 5s),
+      Io::kDone);
+}
+
 // Rank 0 gave up waiting for others in the middle of this rank's handshake.
 TEST(TcpMeeting, ARankZeroThatLeavesIsNoRankZeroThatRefuses) {
   const TcpJob job(2);
   FileDescriptor listener = listen_over_tcp(job.address, Clock::now() + 5s);
   auto one = start_rank(job.config(1), 1s);
   FileDescriptor heard;
-  while (!heard) heard = FileDescriptor(accept4(listener.get(), nullptr, nullptr, SOCK_CLOEXEC));
-  const Hello hello{kTcpGreeting, new_nonce()};
   Join join{};
-  ASSERT_EQ(send_all(heard.get(), std::as_bytes(std::span(&hello, 1)), Clock::now() + 5s),
-            Io::kDone);
-  ASSERT_EQ(
-      receive_all(heard.get(), std::as_writable_bytes(std::span(&join, 1)), Clock::now() + 5s),
-      Io::kDone);
+  ASSERT_NO_FATAL_FAILURE(greet_and_hear(listener, heard, join));
   listener.reset();
   heard.reset();
   const TcpOutcome outcome = one.get();
@@ -183,14 +188,8 @@ TEST(TcpMeeting, WhatIsHeardOfAHandshakeIsOfNoUse) {
   FileDescriptor listener = listen_over_tcp(job.address, Clock::now() + 5s);
   auto one = start_rank(job.config(1), 5s);
   FileDescriptor heard;
-  while (!heard) heard = FileDescriptor(accept4(listener.get(), nullptr, nullptr, SOCK_CLOEXEC));
-  const Hello hello{kTcpGreeting, new_nonce()};
   Join join{};
-  ASSERT_EQ(send_all(heard.get(), std::as_bytes(std::span(&hello, 1)), Clock::now() + 5s),
-            Io::kDone);
-  ASSERT_EQ(
-      receive_all(heard.get(), std::as_writable_bytes(std::span(&join, 1)), Clock::now() + 5s),
-      Io::kDone);
+  ASSERT_NO_FATAL_FAILURE(greet_and_hear(listener, heard, join));
   const std::string sent(reinterpret_cast<const char*>(&join), sizeof(join));
   EXPECT_THAT(sent, Not(HasSubstr(job.secret)));
   // It cannot prove itself to rank 1 ...

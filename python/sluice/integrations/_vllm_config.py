@@ -127,22 +127,27 @@ class W4AFP8Config(Fp8Config):
         return W4AFP8Method(layer, prefix, *self._int4[prefix], _recipe())
 
 
-class SluiceConfig(CompressedTensorsConfig):
+class _Named:
+    """What is Sluice's in a configuration of vLLM's."""
+
+    @classmethod
+    def get_name(cls) -> str:
+        return "sluice"
+
+    @classmethod
+    def get_min_capability(cls) -> int:
+        return 90
+
+
+class SluiceConfig(_Named, CompressedTensorsConfig):
     """--quantization sluice: a checkpoint whose INT4 or MXFP4 experts Sluice computes as W4A8. This class is of
     compressed-tensors; from_config() gives another one for the other formats.
 
     Experts that the checkpoint leaves unquantized, and everything that is no expert, stay vLLM's.
     """
 
-    def get_name(self) -> str:
-        return "sluice"
-
     def get_supported_act_dtypes(self) -> list[torch.dtype]:
         return [torch.bfloat16]
-
-    @classmethod
-    def get_min_capability(cls) -> int:
-        return 90
 
     @classmethod
     def override_quantization_method(cls, hf_quant_cfg: Any, user_quant: str | None, **others: Any) -> str | None:
@@ -221,16 +226,8 @@ class SluiceConfig(CompressedTensorsConfig):
 _NAMES = "_weight", "_weight_scale"  # Of vLLM's own parameters for MXFP4, which the models' loaders fill.
 
 
-class SluiceMxfp4Config(Mxfp4Config):
+class SluiceMxfp4Config(_Named, Mxfp4Config):
     """Of Kimi-K3: vLLM's configuration of the model calls its compressed-tensors "mxfp4"."""
-
-    @classmethod
-    def get_name(cls) -> str:
-        return "sluice"
-
-    @classmethod
-    def get_min_capability(cls) -> int:
-        return 90
 
     def get_quant_method(self, layer: torch.nn.Module, prefix: str) -> Any:
         if isinstance(layer, RoutedExperts):
@@ -243,15 +240,7 @@ def _deepseek_v4_config() -> Any:
     """vLLM's class for DeepSeek-V4 with Sluice's experts. It is imported only for such a model."""
     theirs: Any = get_quantization_config("deepseek_v4_fp8")
 
-    class SluiceDeepseekV4Config(theirs):
-        @classmethod
-        def get_name(cls) -> str:
-            return "sluice"
-
-        @classmethod
-        def get_min_capability(cls) -> int:
-            return 90
-
+    class SluiceDeepseekV4Config(_Named, theirs):
         def get_quant_method(self, layer: torch.nn.Module, prefix: str) -> Any:
             if not isinstance(layer, RoutedExperts) or is_layer_skipped(
                     prefix=prefix, ignored_layers=self.ignored_layers, fused_mapping=self.packed_modules_mapping):

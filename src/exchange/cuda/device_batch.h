@@ -1,11 +1,27 @@
-// device_batch.h - where the rows of a dispatch lie in this rank's window, on one host and over
-// several.
+// device_batch.h - what dispatches on one host and over several share: whose slot is free, and where
+// the rows lie in this rank's window.
 #pragma once
 
+#include <algorithm>
+#include <vector>
+
+#include "backend/ops.h"
+#include "core/fail.h"
 #include "exchange/impl.h"
 #include "sluice/quant.h"
 
 namespace sluice {
+
+/// The lowest free slot. Its last use may have been on another stream.
+template <class Slot>
+[[nodiscard]] Slot& take_free(std::vector<Slot>& slots, Stream stream) {
+  const auto found = std::ranges::find(slots, false, &Slot::busy);
+  check_argument(found != slots.end(),
+                 "{} dispatches are in flight, num_in_flight is {}: combine or destroy one first",
+                 slots.size(), slots.size());
+  found->order->before(stream);
+  return *found;
+}
 
 /// Fills the route's batch and expert_y. `p` (cuda::SlotParams, cuda::RailSlot) has the offsets in
 /// `window` and the arrays beside it.

@@ -78,7 +78,6 @@ class DeviceExchange final : public Exchange::Impl {
   void share_window(Transport& transport);
   void make_slots();
   void meet();
-  [[nodiscard]] Slot& take_slot(Stream stream);
   void release(DeviceRoute& route) noexcept;
   [[nodiscard]] std::unique_ptr<DeviceRoute> send(TensorView x, const Routing& routing,
                                                   float static_scale, Stream stream, bool receive);
@@ -225,16 +224,6 @@ void DeviceExchange::check_stream(Stream stream) const {
                  ranks_in_process_, device.index);
 }
 
-/// The lowest free slot. Its last use may have been on another stream.
-Slot& DeviceExchange::take_slot(Stream stream) {
-  const auto found = std::ranges::find(slots_, false, &Slot::busy);
-  check_argument(found != slots_.end(),
-                 "{} dispatches are in flight, num_in_flight is {}: combine or destroy one first",
-                 slots_.size(), config.num_in_flight);
-  found->order->before(stream);
-  return *found;
-}
-
 void DeviceExchange::release(DeviceRoute& route) noexcept {
   Slot& slot = route.slot;
   slot.busy = false;
@@ -262,7 +251,7 @@ std::unique_ptr<DeviceExchange::DeviceRoute> DeviceExchange::send(TensorView x,
   throw_fault();
   check_stream(stream);
   use_device();
-  Slot& slot = take_slot(stream);
+  Slot& slot = take_free(slots_, stream);
   const std::int64_t num_tokens = x.dim(0);
   const DispatchSplit split = split_dispatch(num_tokens, config.hidden, config.wire, max_ctas_);
   SlotParams params = slot.params;

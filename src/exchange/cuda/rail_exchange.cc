@@ -213,15 +213,6 @@ void RailExchange::meet() {
   faults_.throw_failure();
 }
 
-RailExchange::Slot& RailExchange::take_slot(Stream stream) {
-  const auto found = std::ranges::find(slots_, false, &Slot::busy);
-  check_argument(found != slots_.end(),
-                 "{} dispatches are in flight, num_in_flight is {}: combine or destroy one first",
-                 slots_.size(), config.num_in_flight);
-  found->order->before(stream);
-  return *found;
-}
-
 /// A rank that drops a dispatch is still the relay of others.
 void RailExchange::release(RailRoute& route) noexcept {
   route.slot.busy = false;
@@ -248,7 +239,7 @@ std::unique_ptr<Dispatched::Route> RailExchange::dispatch_send(TensorView x, con
          "normal mode over {} cannot be captured: it waits for the sizes of what other hosts send",
          config.hosts.to_string());
   }
-  Slot& slot = take_slot(stream);
+  Slot& slot = take_free(slots_, stream);
   auto route = std::make_unique<RailRoute>(*this, slot, stream);
   const std::int64_t num_tokens = x.dim(0);
   route->params = slot.params;

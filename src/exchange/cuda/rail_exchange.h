@@ -77,7 +77,6 @@ class RailExchange final : public Exchange::Impl {
   void make_slots();
   void watch();
   void meet();
-  [[nodiscard]] Slot& take_slot(Stream stream);
   void release(RailRoute& route) noexcept;
   void exchange_pieces(Slot& slot, Stream stream);
   void exchange_records(Slot& slot, Stream stream);
