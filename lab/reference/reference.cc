@@ -7,6 +7,8 @@
 #include <limits>
 
 #include "core/fail.h"
+#include "core/unwatched.h"
+#include "quant/code_table.h"
 #include "quant/row_cast.h"
 #include "sluice/lab/parallel.h"
 #include "sluice/quant.h"
@@ -133,9 +135,29 @@ class RowLoss {
   double most_ = 0, mean_ = 0, squares_ = 0, mean_squares_ = 0;
 };
 
+/// Of the products of one group.
+struct GroupSums {
+  double sum = 0, magnitude = 0, flips = 0;
+};
+
+SLUICE_UNWATCHED GroupSums sum_group(const CodeTable& table, const std::uint8_t* codes,
+                                     std::int64_t begin, std::int64_t end, const double* value,
+                                     const double* deviation) {
+  GroupSums sums;
+  for (std::int64_t k = begin; k < end; ++k) {
+    const double w = table.value[codes[k / 2]][k % 2];
+    const double product = w * value[k];
+    sums.sum += product;
+    sums.magnitude += std::fabs(product);
+    sums.flips += std::fabs(w) * deviation[k];
+  }
+  return sums;
+}
+
 /// out[n] = sum_k w[n, k] * v[k], with what `model` allows and sum |w| deviation as its error.
 std::vector<Interval> multiply(const QuantMatrix& m, const QuantizedVector& v,
                                const ErrorModel& model) {
+  const CodeTable table(m.format);
   const std::int64_t num_groups = m.k() / m.group_size;
   std::vector<Interval> out(static_cast<std::size_t>(m.n()));
   const std::vector<double> peaks = step_peaks(v);
@@ -144,18 +166,12 @@ std::vector<Interval> multiply(const QuantMatrix& m, const QuantizedVector& v,
     double sum = 0, magnitude = 0, flips = 0;
     RowLoss lost;
     for (std::int64_t g = 0; g < num_groups; ++g) {
-      double group_sum = 0, group_magnitude = 0, group_flips = 0;
-      for (std::int64_t k = g * m.group_size; k < (g + 1) * m.group_size; ++k) {
-        const double w = code_value(m.format, codes, k);
-        const double product = w * v.value[static_cast<std::size_t>(k)];
-        group_sum += product;
-        group_magnitude += std::fabs(product);
-        group_flips += std::fabs(w) * v.deviation[static_cast<std::size_t>(k)];
-      }
+      const GroupSums group = sum_group(table, codes, g * m.group_size, (g + 1) * m.group_size,
+                                        v.value.data(), v.deviation.data());
       const double scale = scale_at(m, n, g);
-      sum += scale * group_sum;
-      magnitude += scale * group_magnitude;
-      flips += scale * group_flips;
+      sum += scale * group.sum;
+      magnitude += scale * group.magnitude;
+      flips += scale * group.flips;
       if (model.alignment > 0 && m.format == WeightFormat::kInt4) {
         const AccumulatorUnit unit{.format = m.format,
                                    .codes = codes,

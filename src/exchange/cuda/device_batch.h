@@ -1,5 +1,5 @@
-// device_batch.h - what dispatches on one host and over several share: whose slot is free, and where
-// the rows lie in this rank's window.
+// device_batch.h - what dispatches on one host and over several share: which slot is free, and
+// where the rows lie in this rank's window.
 #pragma once
 
 #include <algorithm>
