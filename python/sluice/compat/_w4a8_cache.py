@@ -21,6 +21,11 @@ def _owner_of(array: Any) -> Any:
     return array.untyped_storage()
 
 
+def _address_of(owner: Any) -> int:
+    """Of its memory, which may be another one later: a storage of torch can be freed and filled while it lives."""
+    return owner.ctypes.data if isinstance(owner, numpy.ndarray) else owner.data_ptr()
+
+
 def _place_of(array: Any) -> tuple:
     """Tells arrays apart that live at the same time; views of the same elements are the same."""
     if isinstance(array, numpy.ndarray):
@@ -48,10 +53,21 @@ def _is_same(first: Any, now: Any) -> bool:
 class _FirstCall:
     """The experts of some weights, and the arguments that they were made with."""
 
-    def __init__(self, experts: W4A8Experts, arguments: dict[str, Any]) -> None:
+    def __init__(self, experts: W4A8Experts, weights: tuple, arguments: dict[str, Any]) -> None:
         self.experts = experts
+        owners = [_owner_of(array) for array in weights]
+        self.memory = [(weakref.ref(owner), _address_of(owner)) for owner in owners]
         self._arguments = {name: _Array(value) if hasattr(value, "shape") else value
                            for name, value in arguments.items()}
+        self.finalizers: list[weakref.finalize] = []
+
+    def has_memory(self) -> bool:
+        """Whether the weights' memory is still theirs. If not, others may have come to its address."""
+        for remembered, address in self.memory:
+            owner = remembered()
+            if owner is None or _address_of(owner) != address:
+                return False
+        return True
 
     def check(self, arguments: dict[str, Any], backend: Any) -> None:
         """Refuses, by name, what differs: the experts were made with the first."""
@@ -71,22 +87,23 @@ class _SameObjects:
 
     def __init__(self, first: _FirstCall, arguments: tuple) -> None:
         self._first = weakref.ref(first)  # Gone when its weights are, or after forget().
-        self._arguments = [(weakref.ref(a), self._looks(a)) if hasattr(a, "data_ptr") else (None, a)
-                           for a in arguments]
-
-    @staticmethod
-    def _looks(tensor: Any) -> tuple:
-        return tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride()
+        self._arguments = [(weakref.ref(a), a.data_ptr(), a.dtype, a.shape, a.stride()) if hasattr(a, "data_ptr")
+                           else (None, a, None, None, None) for a in arguments]
 
     def experts(self, arguments: tuple) -> W4A8Experts | None:
         first = self._first()
         if first is None:
             return None
-        for (remembered, looks), given in zip(self._arguments, arguments):
+        for owner, address in first.memory:  # As has_memory(): these are storages of torch.
+            storage = owner()
+            if storage is None or storage.data_ptr() != address:
+                return None
+        for (remembered, place, dtype, shape, stride), given in zip(self._arguments, arguments):
             if remembered is None:
-                if given is not looks:
+                if given is not place:
                     return None
-            elif remembered() is not given or self._looks(given) != looks:
+            elif (remembered() is not given or given.data_ptr() != place or given.dtype != dtype
+                  or given.shape != shape or given.stride() != stride):
                 return None
         return first.experts
 
@@ -114,16 +131,30 @@ def experts_for(x: Any, w13: Any, w13_scale: Any, w2: Any, w2_scale: Any, a1_sca
     key = _key_of(w13, w2)
     with _lock:
         first = cache.get(key)
-        if first is not None:
+        if first is not None and first.has_memory():
             first.check(arguments, backend)
             _remember(first, objects)
             return first.experts
+        for place in list(cache):  # Weights that are freed may end while this goes on.
+            made = cache.get(place)
+            if made is not None and not made.has_memory():
+                _drop(place)
         experts = W4A8Experts(w13, w13_scale, w2, w2_scale, a1_scale=a1_scale, a2_scale=a2_scale,
                               activation=activation, backend=backend)
-        cache[key] = _FirstCall(experts, arguments)
+        first = cache[key] = _FirstCall(experts, (w13, w2), arguments)
         for array in (w13, w2):
-            weakref.finalize(_owner_of(array), cache.pop, key, None).atexit = False
+            end = weakref.finalize(_owner_of(array), _drop, key, weakref.ref(first))
+            end.atexit = False
+            first.finalizers.append(end)
     return experts
+
+
+def _drop(key: tuple, only: Any = None) -> None:
+    """What was made of the weights at a place; with `only`, if that is what lies there."""
+    if only is None or cache.get(key) is only():
+        dropped = cache.pop(key, None)
+        for end in dropped.finalizers if dropped is not None else ():
+            end.detach()
 
 
 def _remember(first: _FirstCall, objects: tuple) -> None:
@@ -138,4 +169,4 @@ def _remember(first: _FirstCall, objects: tuple) -> None:
 def forget(w13: Any, w2: Any) -> None:
     """Drops what was repacked of these: call it after changing weights or scales in place."""
     with _lock:
-        cache.pop(_key_of(w13, w2), None)
+        _drop(_key_of(w13, w2))
