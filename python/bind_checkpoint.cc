@@ -260,12 +260,16 @@ void bind_checkpoint(nb::module_& m) {
            "Checks headers and input scales of a whole layer, and no weights.")
       .def(
           "warnings",
-          [](const Checkpoint& c, int layer) {
+          [](const Checkpoint& c, std::optional<int> layer) {
             nb::list list;
-            for (const auto& w : c.warnings(layer)) list.append(text_of(w.tensor + ": " + w.text));
+            for (const auto& w : layer ? c.warnings(*layer) : c.warnings()) {
+              list.append(text_of(w.tensor + ": " + w.text));
+            }
             return nb::typed<nb::list, nb::str>(list);
           },
-          "layer"_a, "What loads but deserves a look, as text.")
+          "layer"_a = nb::none(),
+          "What loads but deserves a look, as text: of a layer, or of the checkpoint as a whole\n"
+          "(keys of config.json that are not known, layers that are missing).")
       .def("load_experts", &Checkpoint::load_experts, nb::call_guard<Released>(), "layer"_a,
            "first_expert"_a, "num_experts"_a,
            "ExpertWeights, mapped from the files.\n\n"

@@ -21,13 +21,50 @@ constexpr const char* kChecksums = "SHA256SUMS";
 /// Read in pieces of this size.
 constexpr std::size_t kPieceBytes = std::size_t{8} << 20;
 
+/// Python's numbers that JSON does not have, as strings and back.
+constexpr std::array<std::string_view, 3> kWords = {"NaN", "-Infinity", "Infinity"};
+
+/// No text of a model begins like this.
+std::string quoted(std::string_view word) {
+  return fmt::format("\"\\u0001number {}\"", word);
+}
+
+std::string with_words_quoted(std::string_view text) {
+  std::string out;
+  bool in_string = false;
+  for (std::size_t at = 0; at < text.size(); ++at) {
+    const char c = text[at];
+    if (in_string && c == '\\') out += text[at++];
+    if (c == '"') in_string = !in_string;
+    const auto word = std::ranges::find_if(
+        kWords, [&](std::string_view w) { return !in_string && text.substr(at).starts_with(w); });
+    if (word == kWords.end()) {
+      out += text[at];
+    } else {
+      out += quoted(*word);
+      at += word->size() - 1;
+    }
+  }
+  return out;
+}
+
+std::string with_words_bare(std::string text) {
+  for (const std::string_view word : kWords) {
+    const std::string from = quoted(word);
+    for (std::size_t at = 0; (at = text.find(from, at)) != text.npos; at += word.size()) {
+      text.replace(at, from.size(), word);
+    }
+  }
+  return text;
+}
+
 }  // namespace
 
 std::string converted_config(const fs::path& source, const nlohmann::ordered_json& quantization,
                              const std::string& expert_type) {
   const auto file = MappedFile::open(source / "config.json");
-  const auto* text = reinterpret_cast<const char*>(file->bytes().data());
-  auto config = nlohmann::ordered_json::parse(text, text + file->bytes().size());
+  auto config = nlohmann::ordered_json::parse(with_words_quoted(
+      {reinterpret_cast<const char*>(file->bytes().data()), file->bytes().size()}));
   // The objects that describe the language model; one that is null is none.
   std::vector<nlohmann::ordered_json*> parts{&config};
   for (const char* const name : {"text_config", "language_config", "llm_config"}) {
@@ -45,7 +82,7 @@ std::string converted_config(const fs::path& source, const nlohmann::ordered_jso
   }
   (*owner)["quantization_config"] = quantization;
   if (!expert_type.empty()) (*owner)["expert_dtype"] = expert_type;
-  return config.dump(2) + "\n";
+  return with_words_bare(config.dump(2)) + "\n";
 }
 
 void copy_small_files(const fs::path& source, const fs::path& target) {

@@ -492,8 +492,11 @@ class Checkpoint:
     def check(self, layer: int) -> None:
         """Checks headers and input scales of a whole layer, and no weights."""
 
-    def warnings(self, layer: int) -> list[str]:
-        """What loads but deserves a look, as text."""
+    def warnings(self, layer: int | None = None) -> list[str]:
+        """
+        What loads but deserves a look, as text: of a layer, or of the checkpoint as a whole
+        (keys of config.json that are not known, layers that are missing).
+        """
 
     def load_experts(self, layer: int, first_expert: int, num_experts: int) -> ExpertWeights:
         """

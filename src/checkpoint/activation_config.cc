@@ -26,11 +26,15 @@ constexpr std::array<std::string_view, 8> kFunctionKeys = {
 constexpr float kGptOssAlpha = 1.702f;
 
 /// Where a limit acts, by the beginning of the model type.
-constexpr std::array<std::string_view, 2> kBeforeSilu = {"deepseek", "glm"};
+constexpr std::array<std::string_view, 3> kBeforeSilu = {"deepseek", "glm", "hy_v4"};
 constexpr std::array<std::string_view, 2> kAfterSilu = {"step3p", "bailing"};
 /// Whose model code has a limit where config.json has no key for it.
 constexpr std::array<std::string_view, 5> kLimitByDefault = {"deepseek_v4", "glm5_next", "hy_v4",
                                                              "minimax_m3", "openai_privacy_filter"};
+
+/// Whose model code has another function than SiLU where config.json names none.
+constexpr std::array<std::string_view, 4> kNotSiluByDefault = {"gemma4", "diffusion_gemma", "grok",
+                                                               "nemotron_h"};
 
 template <class List>
 bool begins_with_any(std::string_view text, const List& list) {
@@ -76,6 +80,12 @@ class ActivationKeys {
       }
       found = here;
       first = fmt::format("{} = {}", key, name);
+    }
+    if (!found && begins_with_any(fields_.language_type, kNotSiluByDefault)) {
+      fail(ErrorCode::kUnsupported,
+           "{}: hidden_act is not given, and models of type '{}' then have another function than "
+           "silu by their own code: name it",
+           fields_.file, fields_.language_type);
     }
     return found.value_or(FunctionName::kSilu);
   }
@@ -144,7 +154,7 @@ class ActivationKeys {
 
  private:
   [[nodiscard]] JsonReader reader(std::string_view key, std::string_view value) const {
-    return {value, fmt::format("{}: {}", fields_.file, key)};
+    return {value, fmt::format("{}: {}", fields_.file, key), JsonReader::Dialect::kPython};
   }
 
   [[nodiscard]] const std::string* take(std::string_view key) {
@@ -160,7 +170,7 @@ class ActivationKeys {
         value == "\"none\"" || value == "\"None\"") {
       return true;
     }
-    JsonReader json(value, fields_.file);
+    JsonReader json(value, fields_.file, JsonReader::Dialect::kPython);
     switch (json.peek()) {
       case Json::kNumber:
         return json.number() == 0;
@@ -175,7 +185,7 @@ class ActivationKeys {
   }
 
   [[nodiscard]] bool names_silu(std::string_view value) const {
-    JsonReader json(value, fields_.file);
+    JsonReader json(value, fields_.file, JsonReader::Dialect::kPython);
     return json.peek() == Json::kString && function_named(json.string()) == FunctionName::kSilu;
   }
 
@@ -232,8 +242,8 @@ void read_silu(const ConfigFields& fields, ActivationKeys& keys, LayerActivation
     if (begins_with_any(fields.language_type, kAfterSilu))
       keys.refuse_after_silu(limits.key, value);
     keys.refuse(limits.key, value,
-                fmt::format("is a limit before SiLU in models of type deepseek* and glm*; what it "
-                            "is in those of type '{}' is not known",
+                fmt::format("is a limit before SiLU in models of type deepseek*, glm* and hy_v4*; "
+                            "what it is in those of type '{}' is not known",
                             fields.language_type));
   }
   out.by_layer.clear();

@@ -109,14 +109,15 @@ void read_other(JsonReader& json, const std::string& key, Kind kind, ConfigField
          "{}: {} = {} would change what routed experts compute, and is not supported", fields.file,
          key, shown_value(value));
   }
-  if (!is_suspicious(key)) {
+  const bool is_function = names_function(value);
+  if (!is_suspicious(key) && !is_function) {
     fields.unknown.push_back(key);
     return;
   }
   fail(ErrorCode::kUnsupported,
-       "{}: {} = {}: the key is not known, and its name sounds as though it changes what routed "
+       "{}: {} = {}: the key is not known, and its {} sounds as though it changes what routed "
        "experts compute; remove it if it does not",
-       fields.file, key, shown_value(value));
+       fields.file, key, shown_value(value), is_function ? "value" : "name");
 }
 
 ConfigFields read_object(JsonReader& json, const std::string& file, bool is_inner) {
@@ -192,7 +193,7 @@ void require_kind(JsonReader& json, JsonReader::Kind wanted, const char* descrip
 }
 
 ConfigFields read_config_fields(std::string_view text, const std::string& file) {
-  JsonReader json(text, file);
+  JsonReader json(text, file, JsonReader::Dialect::kPython);
   ConfigFields fields = read_object(json, file, false);
   json.finish();
   return fields;

@@ -31,7 +31,7 @@ constexpr Row kTable[] = {
      "num_selected_experts experts_per_token top_k_experts num_activated_experts"},
     {Kind::kScale,
      "routed_scaling_factor moe_routed_scaling_factor moe_router_topk_scaling_factor "
-     "moe_router_scaling_factor router_scaling_factor"},
+     "moe_router_scaling_factor router_scaling_factor route_scale"},
     {Kind::kNumLayers, "num_hidden_layers"},
     {Kind::kNumPrediction,
      "num_nextn_predict_layers num_mtp_layers num_mtp_modules mtp_num_hidden_layers "
@@ -54,7 +54,8 @@ constexpr Row kTable[] = {
      "mlp_bias use_bias use_mlp_bias moe_bias moe_use_bias expert_bias experts_bias "
      "use_experts_bias add_bias_linear ffn_bias zero_expert_num zero_expert_type "
      "n_zero_experts block_configs moe_layer_overrides compression_config "
-     "num_experts_per_layer moe_intermediate_sizes apply_router_weight_on_input"},
+     "num_experts_per_layer moe_intermediate_sizes apply_router_weight_on_input "
+     "moe_apply_router_weight_on_input per_layer_config"},
     // Routing: the caller hands over expert numbers and weights.
     {Kind::kIrrelevant,
      "scoring_func topk_method norm_topk_prob moe_renormalize renormalize n_group topk_group "
@@ -69,7 +70,8 @@ constexpr Row kTable[] = {
      "moe_capacity moe_world_size score_function scoring_function gate_type "
      "use_grouped_topk moe_use_grouped_topk num_hash_layers n_hash_layers hash_layers "
      "moe_router_group_topk use_router_weight_scaling use_qk_norm_router moe_router_fp32 "
-     "need_fp32_gate use_moe moe_multimodal_type router_n_groups"},
+     "need_fp32_gate use_moe moe_multimodal_type router_n_groups expert_selection_fn "
+     "router_hidden_size moe_router_logit_softcapping route_norm"},
     // Shared experts, dense layers and what lies around the experts.
     {Kind::kIrrelevant,
      "n_shared_experts num_shared_experts num_shared_expert moe_num_shared_experts "
@@ -79,7 +81,9 @@ constexpr Row kTable[] = {
      "intermediate_size_mlp dense_intermediate_size ffn_hidden_size "
      "latent_moe_use_norm use_mixed_mlp_moe moe_layer_recompute ep_size moe_ep_size "
      "moe_implementation experts_implementation _experts_implementation moe_backend "
-     "layer_types is_moe swiglu_limits_shared share_expert_swiglu_limit_list"},
+     "layer_types is_moe swiglu_limits_shared share_expert_swiglu_limit_list "
+     "shared_experts_intermediate_size shared_expert_combination_strategy "
+     "enable_moe_fp32_combine mlp_alpha_factor mlp_beta_factor"},
     // Attention, positions, state spaces.
     {Kind::kIrrelevant,
      "num_attention_heads num_key_value_heads head_dim attention_bias attention_dropout "
@@ -95,6 +99,7 @@ constexpr Row kTable[] = {
      "indexer_rope_interleave indexer_types compress_ratios compress_rope_theta "
      "linear_attn_config linear_conv_kernel_dim linear_key_head_dim linear_num_key_heads "
      "linear_num_value_heads linear_value_head_dim mamba_ssm_dtype mamba_d_state mamba_d_conv "
+     "mamba_hidden_act log_scaling_alpha log_scaling_n_floor time_step_limit "
      "mamba_expand mamba_dt_rank mamba_conv_bias mamba_proj_bias use_mamba_kernels use_mambapy "
      "use_associative_scan attn_layer_period attn_layer_offset sparse_attention_config "
      "rope_theta rope_scaling rope_parameters rope_interleave rope_type rope_local_base_freq "
@@ -214,7 +219,20 @@ bool is_suspicious(std::string_view key) {
                       "q_lora", "qk",        "conv",    "mamba",  "ssm",    "loss",  "mla"})) {
     return false;
   }
-  return has_any(lower, {"scale", "scaling", "bias", "latent", "clamp"});
+  // What bounds a value, and which half of gate and up comes first.
+  return has_any(lower, {"scale",       "scaling",   "bias",      "latent",    "clamp",
+                         "clip_",       "limit",     "softcap",   "gate_up",   "up_gate",
+                         "gate_first",  "up_first",  "gate_proj", "up_proj",   "down_proj",
+                         "linear_unit", "nonlinear", "act_func",  "interleav", "transpose"});
+}
+
+bool names_function(std::string_view value) {
+  std::string lower(value);
+  std::ranges::transform(lower, lower.begin(),
+                         [](unsigned char c) { return static_cast<char>(std::tolower(c)); });
+  if (lower == "\"situ\"") return true;
+  return lower.starts_with('"') && has_any(lower, {"\"gelu", "_gelu", "\"relu", "_relu", "\"geglu",
+                                                   "\"reglu", "\"mish", "\"swigluoai"});
 }
 
 bool is_off(std::string_view value) {

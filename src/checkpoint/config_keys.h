@@ -48,6 +48,9 @@ enum class ConfigKeyKind {
 /// True if the name of an unknown key sounds as though routed experts depended on it.
 [[nodiscard]] bool is_suspicious(std::string_view key);
 
+/// True of a JSON value that is the name of an activation other than SiLU: "gelu_pytorch_tanh".
+[[nodiscard]] bool names_function(std::string_view value);
+
 /// True of a JSON value that switches nothing on: null, false, 0, empty, "none".
 [[nodiscard]] bool is_off(std::string_view value);
 /// A JSON value for messages; long ones are cut.

@@ -136,11 +136,11 @@ void check_unknown_keys(const CheckpointData& data, Warnings& out) {
 
 /// Families whose experts are matrices gate, up and down, with an activation that
 /// activation_config.h reads. Names of their members begin like this.
-constexpr std::array<std::string_view, 25> kFamilies = {
-    "bailing_",  "deepseek",   "dots",    "ernie4_5", "exaone_moe", "gigachat", "glm",
-    "gpt_oss",   "granitemoe", "hunyuan", "hy_v",     "kimi",       "ling",     "llama4",
-    "longcat",   "mimo_",      "minimax", "mixtral",  "moonshot",   "olmoe",    "phimoe",
-    "qwen2_moe", "qwen3",      "solar_",  "step3"};
+constexpr std::array<std::string_view, 26> kFamilies = {
+    "bailing_", "deepseek",   "dots",    "ernie4_5", "exaone_moe", "gigachat", "glm",
+    "gpt_oss",  "granitemoe", "hunyuan", "hy_v",     "jamba",      "kimi",     "ling",
+    "llama4",   "longcat",    "mimo_",   "minimax",  "mixtral",    "moonshot", "olmoe",
+    "phimoe",   "qwen2_moe",  "qwen3",   "solar_",   "step3"};
 
 bool is_known_type(const std::string& type) {
   const std::vector<std::string> presets = preset_names();
@@ -180,6 +180,19 @@ void check_model(const CheckpointData& data, Warnings& out) {
   }
 }
 
+/// A layer multiplies its experts' outputs by the router's weights. Llama 4 does that to their
+/// inputs, whatever config.json says, which is another function.
+void check_router_weights(const CheckpointData& data, Warnings& out) {
+  const std::string& type = data.config.language_type;
+  if (!type.starts_with("llama4")) return;
+  out.push_back({.tensor = "config.json: model_type",
+                 .text = fmt::format("models of type '{}' multiply the experts' inputs by the "
+                                     "router's weights, and a layer their outputs: hand over x "
+                                     "times them, and weights of 1",
+                                     type),
+                 .kind = "weights-on-inputs"});
+}
+
 }  // namespace
 
 std::vector<CheckpointWarning> config_warnings(const CheckpointData& data) {
@@ -191,6 +204,7 @@ std::vector<CheckpointWarning> config_warnings(const CheckpointData& data) {
   check_targets(data, modules, result);
   check_unknown_keys(data, result);
   check_model(data, result);
+  check_router_weights(data, result);
   return result;
 }
 

@@ -27,8 +27,8 @@ void append_code_point(std::string& out, std::uint32_t code) {
 
 }  // namespace
 
-JsonReader::JsonReader(std::string_view text, std::string source)
-    : text_(text), source_(std::move(source)) {}
+JsonReader::JsonReader(std::string_view text, std::string source, Dialect dialect)
+    : text_(text), source_(std::move(source)), dialect_(dialect) {}
 
 void JsonReader::error(const std::string& what) const {
   fail(ErrorCode::kCorruptFile, "{}: JSON, byte {}: {}", source_, at_, what);
@@ -90,7 +90,7 @@ JsonReader::Kind JsonReader::peek() {
     case 'n':
       return Kind::kNull;
     default:
-      if (text_[at_] == '-' || is_digit(text_[at_])) return Kind::kNumber;
+      if (text_[at_] == '-' || is_digit(text_[at_]) || word_size() > 0) return Kind::kNumber;
       error("no value begins like this");
   }
 }
@@ -175,10 +175,23 @@ void JsonReader::append_escape(std::string& out) {
   append_code_point(out, code);
 }
 
+/// Of Python's number that is a word here; 0 if none is.
+std::size_t JsonReader::word_size() const noexcept {
+  if (dialect_ == Dialect::kStrict) return 0;
+  for (const std::string_view word : {"NaN", "Infinity", "-Infinity"}) {
+    if (text_.substr(at_, word.size()) == word) return word.size();
+  }
+  return 0;
+}
+
 /// -? (0 | [1-9][0-9]*) (. [0-9]+)? ([eE] [+-]? [0-9]+)?
 std::string_view JsonReader::number_text() {
   skip_space();
   const std::size_t begin = at_;
+  if (const std::size_t size = word_size()) {
+    at_ += size;
+    return text_.substr(begin, size);
+  }
   const auto digits = [&] {
     const std::size_t first = at_;
     while (at_ < text_.size() && is_digit(text_[at_])) ++at_;

@@ -5,8 +5,9 @@
 //   json.finish();
 //
 // Stricter than JSON itself: a key that occurs twice in one object is an error, nesting is limited,
-// strings must be valid UTF-8. Errors name the source and the byte. They are kCorruptFile, except
-// for JSON that is sound and beyond a limit of this reader, which is kUnsupported.
+// strings must be valid UTF-8. Python, which writes config.json, has the numbers NaN, Infinity and
+// -Infinity, too: a dialect. Errors name the source and the byte. They are kCorruptFile, except for
+// JSON that is sound and beyond a limit of this reader, which is kUnsupported.
 #pragma once
 
 #include <cstddef>
@@ -23,9 +24,10 @@ class JsonReader {
   static constexpr int kMaxDepth = 32;
 
   enum class Kind { kObject, kArray, kString, kNumber, kBool, kNull };
+  enum class Dialect { kStrict, kPython };
 
   /// Borrows `text` for its lifetime.
-  JsonReader(std::string_view text, std::string source);
+  JsonReader(std::string_view text, std::string source, Dialect dialect = Dialect::kStrict);
 
   /// What the next value is, judged by its first character.
   [[nodiscard]] Kind peek();
@@ -73,12 +75,14 @@ class JsonReader {
   void expect(char c);
   void literal(std::string_view word);
   [[nodiscard]] std::string_view number_text();
+  [[nodiscard]] std::size_t word_size() const noexcept;
   void append_escape(std::string& out);
   void append_utf8(std::string& out);
   [[nodiscard]] std::uint32_t hex4();
 
   std::string_view text_;
   std::string source_;
+  Dialect dialect_;
   std::size_t at_ = 0;
   int depth_ = 0;
 };

@@ -2,6 +2,7 @@
 #include <gmock/gmock.h>
 #include <gtest/gtest.h>
 
+#include <fstream>
 #include <string>
 #include <vector>
 
@@ -106,6 +107,19 @@ TEST(ConfigKeys, KeysThatWouldChangeResults) {
       {R"({"up_proj_bias": true})", {"up_proj_bias = true"}},
       {R"({"down_scale": [1, 2]})", {"down_scale = [1,2]"}},
       {R"({"MoEStyle": {"a": 1}})", {"MoEStyle = {"}},
+      {R"({"moe_apply_router_weight_on_input": true})", {"moe_apply_router_weight_on_input"}},
+      {R"({"up_first": true})", {"up_first = true", "its name sounds"}},
+      {R"({"gate_up_order": "interleaved"})", {"gate_up_order"}},
+      {R"({"gated_linear_unit": false})", {"gated_linear_unit = false"}},
+      {R"({"act_limit": 7.0})", {"act_limit = 7.0"}},
+      {R"({"clip_hidden": 3})", {"clip_hidden = 3"}},
+      {R"({"weight_transposed": true})", {"weight_transposed = true"}},
+      {R"({"interleaved_halves": true})", {"interleaved_halves = true"}},
+      // Nothing is wrong with these names.
+      {R"({"function": "gelu_new"})", {"function = \"gelu_new\"", "its value sounds"}},
+      {R"({"act": "quick_gelu"})", {"act = \"quick_gelu\""}},
+      {R"({"phi": "relu2"})", {"phi = \"relu2\""}},
+      {R"({"text_config": {"phi": "situ"}})", {"phi = \"situ\""}},
       // Activations that are not there.
       {R"({"swiglu_brand_new": 0.01})", {"swiglu_brand_new = 0.01"}},
       {R"({"activation_brand_new": 4.0})", {"activation_brand_new = 4.0"}},
@@ -150,6 +164,36 @@ TEST(ConfigKeys, ValuesThatAreNone) {
   for (const PatchRow& row : rows) expect_patch_refused(ErrorCode::kUnsupported, row);
 }
 
+/// As Python writes them, which is no JSON; where a number counts they are none.
+TEST(ConfigKeys, InfinityAndNaN) {
+  const std::pair<std::string, std::vector<std::string>> rows[] = {
+      {R"("time_step_limit": [0.0, Infinity], "mtp_loss_factor": NaN, "temperature": -Infinity)",
+       {}},
+      {R"("swiglu_limit": Infinity)", {"swiglu_limit = inf"}},
+      {R"("swiglu_limit": NaN)", {"swiglu_limit = nan"}},
+      {R"("n_routed_experts": Infinity)", {"n_routed_experts = Infinity is not a whole number"}},
+  };
+  for (const auto& [members, parts] : rows) {
+    SCOPED_TRACE(members);
+    ModelFiles files;
+    if (members.find("n_routed") != std::string::npos) files.config.erase("n_routed_experts");
+    files.config["x_last"] = 1;
+    const TempDir dir;
+    files.write(dir.path());
+    std::ofstream(dir / "config.json") << [&] {
+      std::string text = files.config.dump();
+      return text.replace(text.rfind("\"x_last\":1"), 10, members);
+    }();
+    if (parts.empty()) {
+      EXPECT_EQ(Checkpoint::open(dir.path()).load_experts(ModelFiles::kLayer, 0, 2).experts.size(),
+                2U);
+    } else {
+      testing::expect_error(ErrorCode::kUnsupported, parts,
+                            [&] { (void)Checkpoint::open(dir.path()); });
+    }
+  }
+}
+
 TEST(ConfigKeys, OffIsAsGoodAsAbsent) {
   for (const char* const key : {"mlp_bias", "use_bias", "zero_expert_num", "zero_expert_type",
                                 "block_configs", "moe_use_bias", "swiglu_limit"}) {
@@ -181,6 +225,13 @@ TEST(ConfigKeys, UnknownKeysAreNamed) {
       {R"({"rope_brand_bias": 2})", {"rope_brand_bias"}},
   };
   for (const PatchRow& row : rows) expect_loads(row);
+}
+
+/// What a model's code does without a key for it.
+TEST(ConfigKeys, RouterWeightsOnTheInputs) {
+  expect_loads({R"({"model_type": "llama4", "text_config": {"model_type": "llama4_text"}})",
+                {"config.json: model_type: models of type 'llama4_text' multiply the experts' "
+                 "inputs by the router's weights"}});
 }
 
 TEST(ConfigKeys, LatentWidth) {

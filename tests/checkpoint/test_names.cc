@@ -86,6 +86,14 @@ TEST(Names, ShapesThatContradictTheConfig) {
   const Spelling bytes = {.storage = Storage::kBytesOffset};
   expect_cases({
       {"w4afp8 scale", {}, reshape(true, {2, 128}), kUnsupported, {"[2, 128]", "transposed?"}},
+      {"ct groups",
+       kCt,
+       [](SpelledFiles& f) {
+         f.at(f.scales_name(1, 1)).shape = {128, 1};
+         f.at(f.scales_name(1, 1)).bytes.resize(std::size_t{128} * 4);
+       },
+       kUnsupported,
+       {"[128, 1]", "scales of groups of 256, and the configuration has 128"}},
       {"w4afp8 codes", {}, reshape(false, {64, 256}), kUnsupported, {"[64, 256]", "[128, 128]"}},
       {"ct scale", kCt, reshape(true, {2, 128}), kUnsupported, {"[2, 128]", "transposed?"}},
       {"ct words", kCt, reshape(false, {32, 128}), kUnsupported, {"[32, 128]", "transposed?"}},

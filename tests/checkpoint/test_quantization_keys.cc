@@ -77,6 +77,7 @@ TEST(QuantizationKeys, ThatChangeWhatWeightsMeanAreRefusedByName) {
   const std::vector<std::pair<std::string, std::string>> rows = {
       {R"({"zero_point": true})", "zero_point = true; only symmetric"},
       {R"({"symmetric": false})", "symmetric = false; only symmetric"},
+      {R"({"is_asym": true})", "is_asym = true"},
       {R"({"desc_act": true})", "desc_act = true"},
       {R"({"rotation": "hadamard"})", "rotation = \"hadamard\""},
       {R"({"hadamard": true})", "hadamard = true"},

@@ -2,6 +2,9 @@
 #include <gmock/gmock.h>
 #include <gtest/gtest.h>
 
+#include <fstream>
+#include <sstream>
+
 #include "convert_fixture.h"
 #include "core/sha256.h"
 #include "sluice/lab/synthetic.h"
@@ -126,6 +129,28 @@ TEST(Convert, KeepsTheNamesOfALanguageModelAmongOthers) {
   expect_error(ErrorCode::kUnsupported,
                {"tensor language_model.model.layers.3.mlp.experts.1.up_proj.weight_packed is"},
                [&] { (void)Checkpoint::open(dir / "missing"); });
+}
+
+/// Python's own numbers, which are no JSON, stay as they are; so do strings that look like them.
+TEST(Convert, KeepsInfinityAndNaN) {
+  const TempDir dir;
+  write_synthetic_checkpoint(small_spec("w4afp8"), dir / "from");
+  std::ostringstream text;
+  text << std::ifstream(dir / "from" / "config.json").rdbuf();
+  const std::string own = R"("time_step_limit": [0.0, Infinity, -Infinity],
+    "temperature": NaN, "prefix": "a \"NaN\\", )";
+  std::string changed = text.str();
+  changed.insert(changed.find('{') + 1, own);
+  std::ofstream(dir / "from" / "config.json") << changed;
+  (void)convert_checkpoint(
+      {.from = dir / "from", .to = dir / "to", .format = "compressed-tensors"});
+  std::ostringstream made;
+  made << std::ifstream(dir / "to" / "config.json").rdbuf();
+  for (const char* const part :
+       {"Infinity,", "-Infinity\n", R"("temperature": NaN,)", R"("prefix": "a \"NaN\\",)"}) {
+    EXPECT_THAT(made.str(), HasSubstr(part));
+  }
+  EXPECT_EQ(Checkpoint::open(dir / "to").geometry().num_experts, 4);
 }
 
 /// Converting changes what tensors hold, not how a family of models calls them.

@@ -1,5 +1,7 @@
 """Layers that go from the files straight to the backend: bits, progress, interruption, errors."""
 
+import shutil
+
 import numpy as np
 import pytest
 from conftest import on_every_rank
@@ -82,3 +84,11 @@ def test_local_experts_of_one_load(several, backend):
         assert (experts.first_expert, len(experts), experts.weight_bytes) == (1, 4, mapped.weight_bytes)
         assert np.array_equal(experts.forward(x, routing), mapped.forward(x, routing))
     assert group.load_stats()["prepared_bytes"] == sum(e.weight_bytes for e in loaded)
+
+
+def test_keys_that_are_not_known_are_warned_of(several, tmp_path):
+    shutil.copytree(several.path, tmp_path / "model")
+    config = tmp_path / "model" / "config.json"
+    config.write_text(config.read_text().replace("{", '{"brand_new": 1, ', 1))
+    texts = sluice.Checkpoint(tmp_path / "model").warnings()
+    assert len(texts) == 1 and "brand_new" in texts[0] and several.warnings() == []

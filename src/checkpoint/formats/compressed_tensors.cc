@@ -140,6 +140,19 @@ std::string text_of(const std::optional<std::int64_t>& value) {
   return value ? std::to_string(*value) : "null";
 }
 
+/// Of either kind of codes. The orders "weight" and "static", its older name, change how the
+/// quantizer works, not what it writes.
+void check_order(const QuantizationConfig& config, const std::string& at,
+                 const QuantizationArgs& weights) {
+  if (!weights.dynamic.empty() && weights.dynamic != "false") {
+    refuse(config, at + ".dynamic", "'" + weights.dynamic + "'", "weights are static");
+  }
+  if (!weights.actorder.empty() && weights.actorder != "weight" && weights.actorder != "static") {
+    refuse(config, at + ".actorder", "'" + weights.actorder + "'",
+           "groups reordered along K (g_idx) are not supported");
+  }
+}
+
 void check_weights(const QuantizationConfig& config, const std::string& at,
                    const QuantizationArgs& weights) {
   if (!weights.is_present) refuse(config, at, "null", "the experts' weights must be INT4");
@@ -160,11 +173,7 @@ void check_weights(const QuantizationConfig& config, const std::string& at,
     refuse(config, at + ".group_size", text_of(weights.group_size),
            "only 32 and 128 are supported");
   }
-  // "weight" and its older name "static" change how the quantizer works, not what it writes.
-  if (!weights.actorder.empty() && weights.actorder != "weight" && weights.actorder != "static") {
-    refuse(config, at + ".actorder", "'" + weights.actorder + "'",
-           "groups reordered along K (g_idx) are not supported");
-  }
+  check_order(config, at, weights);
 }
 
 /// True if the inputs have static scales. What is said of dynamic ones changes nothing here: the
@@ -207,19 +216,13 @@ Recognised recognise_mxfp4(const FormatClues& clues, const QuantizationGroup& gr
   if (weights.is_symmetric == false) {
     refuse(config, at + ".symmetric", "false", "MXFP4 has no zero points");
   }
-  if (!weights.dynamic.empty() && weights.dynamic != "false") {
-    refuse(config, at + ".dynamic", "'" + weights.dynamic + "'", "weights are static");
-  }
   // Nothing else says what the bytes of the scales mean.
   if (!weights.scale_dtype.empty() && weights.scale_dtype != "torch.uint8" &&
       weights.scale_dtype != "torch.float8_e8m0fnu") {
     refuse(config, at + ".scale_dtype", "'" + weights.scale_dtype + "'",
            "scales of MXFP4 are e8m0: 'torch.uint8' or 'torch.float8_e8m0fnu'");
   }
-  if (!weights.actorder.empty() && weights.actorder != "weight" && weights.actorder != "static") {
-    refuse(config, at + ".actorder", "'" + weights.actorder + "'",
-           "groups reordered along K (g_idx) are not supported");
-  }
+  check_order(config, at, weights);
   const QuantizationArgs& inputs = group.input_activations;
   if (check_inputs(config, name + ".input_activations", inputs)) {
     refuse(config, name + ".input_activations.dynamic", "'false'",

@@ -70,6 +70,12 @@ float read_scalar(const TensorRef& tensor) {
 std::string fitting_sizes(const std::vector<std::uint64_t>& shape, const PartSpec& spec,
                           const MatrixLayout& matrix) {
   if (shape.size() != 2 || spec.shape.size() != 2) return {};
+  const auto k = static_cast<std::uint64_t>(matrix.k);
+  if (spec.name.find("scale") != std::string::npos && shape[0] == spec.shape[0] &&
+      shape[0] == static_cast<std::uint64_t>(matrix.n) && shape[1] > 0 && k % shape[1] == 0) {
+    return fmt::format("; so many are scales of groups of {}, and the configuration has {}",
+                       k / shape[1], k / spec.shape[1]);
+  }
   const std::uint64_t sizes[] = {static_cast<std::uint64_t>(matrix.n),
                                  static_cast<std::uint64_t>(matrix.k)};
   std::uint64_t fitting[2];

@@ -16,15 +16,6 @@ namespace {
 
 using Kind = JsonReader::Kind;
 
-/// Fields of other kinds than expected are passed over: a format that needs one finds it missing.
-void read_string(JsonReader& json, std::string& out) {
-  if (json.peek() == Kind::kString) {
-    out = json.string();
-  } else {
-    json.skip();
-  }
-}
-
 [[noreturn]] void refuse_value(const std::string& file, std::string_view key,
                                std::string_view value, const char* description) {
   constexpr std::size_t kMaxLength = 60;
@@ -32,7 +23,7 @@ void read_string(JsonReader& json, std::string& out) {
        value.size() > kMaxLength ? "..." : "", description);
 }
 
-/// What decides which format it is must be a name, or not there.
+/// What says how codes are read must be a name, or not there.
 void read_name(JsonReader& json, std::string_view key, const std::string& file, std::string& out) {
   if (json.peek() == Kind::kNull) return json.skip();
   if (json.peek() != Kind::kString) refuse_value(file, key, json.raw(), "a name");
@@ -109,31 +100,34 @@ void read_other(JsonReader& json, const std::string& key, std::vector<OtherKey>&
   out.push_back({.key = key, .value = std::string(json.raw())});
 }
 
-void read_args(JsonReader& json, const std::string& file, QuantizationArgs& args) {
-  if (json.peek() != Kind::kObject) return json.skip();
+void read_args(JsonReader& json, std::string_view name, const std::string& file,
+               QuantizationArgs& args) {
+  if (json.peek() == Kind::kNull) return json.skip();
+  if (json.peek() != Kind::kObject) refuse_value(file, name, json.raw(), "an object");
   args.is_present = true;
   json.object([&](const std::string& key) {
+    const std::string at = fmt::format("{}.{}", name, key);
     if (key == "num_bits") {
-      read_count(json, key, file, args.num_bits);
+      read_count(json, at, file, args.num_bits);
     } else if (key == "group_size") {
-      read_count(json, key, file, args.group_size);
+      read_count(json, at, file, args.group_size);
     } else if (key == "type") {
-      read_string(json, args.type);
+      read_name(json, at, file, args.type);
     } else if (key == "strategy") {
-      read_string(json, args.strategy);
+      read_name(json, at, file, args.strategy);
     } else if (key == "scale_dtype") {
-      read_string(json, args.scale_dtype);
+      read_name(json, at, file, args.scale_dtype);
     } else if (key == "actorder") {
       if (json.peek() == Kind::kBool) {
         args.actorder = json.boolean() ? "group" : "";
       } else {
-        read_string(json, args.actorder);
+        read_name(json, at, file, args.actorder);
       }
     } else if (key == "dynamic") {
       if (json.peek() == Kind::kBool) {
         args.dynamic = json.boolean() ? "true" : "false";
       } else {
-        read_string(json, args.dynamic);
+        read_name(json, at, file, args.dynamic);
       }
     } else if (key == "symmetric" && json.peek() == Kind::kBool) {
       args.is_symmetric = json.boolean();
@@ -147,16 +141,17 @@ void read_groups(JsonReader& json, const std::string& file,
                  std::vector<QuantizationGroup>& groups) {
   if (json.peek() != Kind::kObject) return json.skip();
   json.object([&](const std::string& name) {
-    if (json.peek() != Kind::kObject) return json.skip();
+    const std::string at = "quantization_config.config_groups." + name;
+    if (json.peek() != Kind::kObject) refuse_value(file, at, json.raw(), "an object");
     QuantizationGroup& group = groups.emplace_back();
     group.name = name;
     json.object([&](const std::string& key) {
       if (key == "weights") {
-        read_args(json, file, group.weights);
+        read_args(json, at + ".weights", file, group.weights);
       } else if (key == "input_activations") {
-        read_args(json, file, group.input_activations);
+        read_args(json, at + ".input_activations", file, group.input_activations);
       } else if (key == "format") {
-        read_string(json, group.format);
+        read_name(json, at + ".format", file, group.format);
       } else if (key == "targets") {
         read_strings(json, group.targets);
       } else {
@@ -256,20 +251,21 @@ void read_quantization_config(JsonReader& json, QuantizationConfig& config) {
   if (json.peek() == Kind::kNull) return json.skip();
   config.is_present = true;
   json.object([&](const std::string& key) {
+    const std::string at = "quantization_config." + key;
     if (key == "quant_method") {
-      read_name(json, key, config.file, config.quant_method);
+      read_name(json, at, config.file, config.quant_method);
     } else if (key == "quant_algo") {
-      read_name(json, key, config.file, config.quant_algo);
+      read_name(json, at, config.file, config.quant_algo);
     } else if (key == "activation_scheme") {
-      read_string(json, config.activation_scheme);
+      read_name(json, at, config.file, config.activation_scheme);
     } else if (key == "format") {
-      read_string(json, config.format);
+      read_name(json, at, config.file, config.format);
     } else if (key == "expert_dtype") {
-      read_expert_type(json, key, config.file, config.expert_type);
+      read_expert_type(json, at, config.file, config.expert_type);
     } else if (key == "group_size" || key == "weight_group_size" || key == "q_group_size") {
       // Names of one number.
       std::optional<std::int64_t> size;
-      read_count(json, key, config.file, size);
+      read_count(json, at, config.file, size);
       if (size && config.group_size && *size != *config.group_size) {
         fail(ErrorCode::kUnsupported,
              "{}: quantization_config.{} = {} contradicts the other name of the group size, which "
@@ -278,7 +274,7 @@ void read_quantization_config(JsonReader& json, QuantizationConfig& config) {
       }
       if (size) config.group_size = size;
     } else if (key == "weight_block_size") {
-      read_block_size(json, key, config.file, config.weight_block_size);
+      read_block_size(json, at, config.file, config.weight_block_size);
     } else if (key == "config_groups") {
       read_groups(json, config.file, config.groups);
     } else if (key == "sparsity_config") {
@@ -304,11 +300,11 @@ void read_algo_config(std::string_view text, const std::string& file, Quantizati
     if (key != "quantization" || json.peek() != Kind::kObject) return json.skip();
     json.object([&](const std::string& inner) {
       if (inner == "quant_algo") {
-        read_name(json, inner, file, config.algo);
+        read_name(json, "quantization." + inner, file, config.algo);
       } else if (is_exclusion(inner)) {
         read_strings(json, config.exclusions);
       } else if (inner == "group_size") {
-        read_count(json, inner, file, config.algo_group_size);
+        read_count(json, "quantization." + inner, file, config.algo_group_size);
       } else if (inner == "quantized_layers") {
         read_quantized_layers(json, inner, file, config.algo_experts, config.algo_others);
       } else {

@@ -77,7 +77,7 @@ bool sounds_like_weights(std::string_view key) {
   std::ranges::transform(lower, lower.begin(),
                          [](unsigned char c) { return static_cast<char>(std::tolower(c)); });
   constexpr Names<32> kWords = {
-      "zero",      "symm",     "rotat", "rotation", "hadamard", "smooth",  "transform", "quarot",
+      "zero",      "sym",      "rotat", "rotation", "hadamard", "smooth",  "transform", "quarot",
       "spin",      "desc_act", "order", "g_idx",    "perm",     "spars",   "prun",      "codebook",
       "lut",       "low_rank", "lora",  "svd",      "encoding", "nibble",  "offset",    "transpose",
       "interleav", "layout",   "pack",  "double",   "residual", "outlier", "group",     "block"};
