@@ -17,6 +17,7 @@
 #include "run_slots.h"
 #include "scale_dtype.h"
 #include "sluice/checkpoint.h"
+#include "sluice/config.h"
 #include "sluice/error.h"
 #include "sluice/layer.h"
 
@@ -58,15 +59,21 @@ struct Subject {
   std::vector<CheckpointWarning> warnings = {};
 };
 
+/// `there`: the layers of `file` that have experts.
+void check_num_layers(const Options& options, const std::string& file,
+                      const std::vector<int>& there) {
+  if (static_cast<std::size_t>(options.num_layers) <= there.size()) return;
+  throw Error(ErrorCode::kInvalidArgument,
+              fmt::format("--num-layers {}: {} has {} layers with experts", options.num_layers,
+                          file, there.size()));
+}
+
 /// Those of `there` that the options name, by number or by how many; by default all.
 std::vector<int> layers_of(const Options& options, const std::vector<int>& there) {
   if (!options.layers.empty()) return parse_layers(options.layers, there);
   if (options.num_layers == 0) return there;
-  const auto count = static_cast<std::size_t>(options.num_layers);
-  if (count <= there.size()) return {there.begin(), there.begin() + static_cast<int>(count)};
-  throw Error(ErrorCode::kInvalidArgument,
-              fmt::format("--num-layers {}: {} has {} layers with experts", count,
-                          options.checkpoint, there.size()));
+  check_num_layers(options, options.checkpoint, there);
+  return {there.begin(), there.begin() + options.num_layers};
 }
 
 /// Each layer with the scales that it has.
@@ -93,6 +100,7 @@ Subject read_checkpoint(const Options& options) {
 /// else one. Throws: kInvalidArgument.
 std::size_t count_layers(const Options& options, const std::vector<int>& there) {
   if (options.layers.empty()) {
+    if (!there.empty()) check_num_layers(options, options.config, there);
     if (options.num_layers > 0) return static_cast<std::size_t>(options.num_layers);
     return std::max<std::size_t>(1, there.size());
   }
@@ -138,7 +146,7 @@ class Planner {
         num_slots_(options.slots),
         has_low_latency_(options.mode == "both" || parse_mode(options.mode) == Mode::kLowLatency),
         has_normal_(options.mode == "both" || parse_mode(options.mode) == Mode::kNormal) {
-    ModeRecipes recipes;
+    ModeRecipes recipes{.dispatch_dtype = read_environment().dispatch_dtype};
     if (has_low_latency_) recipes.low_latency = parse_recipe(options.recipe);
     if (has_normal_) recipes.normal = parse_recipe(options.recipe);
     for (const DType dtype : subject.scale_dtypes) {

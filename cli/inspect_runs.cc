@@ -5,6 +5,7 @@
 #include <algorithm>
 
 #include "report.h"
+#include "sluice/config.h"
 #include "sluice/error.h"
 #include "sluice/recipe.h"
 
@@ -87,7 +88,8 @@ std::vector<RankMemory> memory_by_ranks(const Checkpoint& checkpoint, DType scal
   config.low_latency.max_tokens_per_rank = kPlannedTokens;
   PlannedLayer layer{
       .weight_format = g.weight_format, .scale_dtype = scale_dtype, .group_size = g.group_size};
-  layer.recipes.low_latency = parse_recipe(kRecommendedRecipe);
+  layer.recipes = {.low_latency = parse_recipe(kRecommendedRecipe),
+                   .dispatch_dtype = read_environment().dispatch_dtype};
   const std::vector<PlannedLayer> layers(checkpoint.moe_layers().size(), layer);
   std::vector<RankMemory> result;
   for (int ranks = 1; ranks <= 64 && g.num_experts % ranks == 0; ranks *= 2) {

@@ -11,6 +11,7 @@
 #include "command.h"
 #include "report.h"
 #include "sluice/balance.h"
+#include "sluice/config.h"
 #include "sluice/error.h"
 #include "sluice/lab/network_model.h"
 #include "sluice/lab/workload.h"
@@ -222,6 +223,7 @@ void plan_exchange(Case& c, int num_slots) {
   config.sum_parts = layer.sum_parts;
   PlannedLayer planned{.weight_format = layer.geometry.weight_format,
                        .group_size = layer.geometry.group_size};
+  planned.recipes.dispatch_dtype = read_environment().dispatch_dtype;
   if (layer.mode == Mode::kLowLatency) {
     config.low_latency.max_tokens_per_rank = layer.tokens_per_rank;
     planned.recipes.low_latency = layer.recipe;

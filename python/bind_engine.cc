@@ -7,6 +7,7 @@
 #include <vector>
 
 #include "bindings.h"
+#include "sluice/config.h"
 #include "sluice/engine.h"
 
 namespace sluice::python {
@@ -32,7 +33,8 @@ nb::dict plan(const ModelGeometry& geometry, int num_ranks, int max_tokens_per_r
                 fmt::format("max_tokens_per_rank {} is not positive", max_tokens_per_rank));
   }
   const ModeRecipes recipes{.low_latency = recipe_or_none(low_latency),
-                            .normal = recipe_or_none(normal)};
+                            .normal = recipe_or_none(normal),
+                            .dispatch_dtype = read_environment().dispatch_dtype};
   LayerGroupConfig config{.geometry = geometry, .num_slots = num_slots};
   if (recipes.low_latency) config.low_latency = {max_tokens_per_rank, max_m};
   if (recipes.normal) config.normal.max_tokens_per_rank = max_tokens_per_rank;

@@ -30,8 +30,8 @@ void check_config(const LocalGroupConfig& c) {
   }
   check_argument(c.max_entries > 0 && c.max_entries <= kMaxRows,
                  "max_entries {} is not in [1, 2^30]", c.max_entries);
-  check_argument(std::isfinite(c.routed_scaling_factor), "routed_scaling_factor {} is not finite",
-                 c.routed_scaling_factor);
+  check_argument(std::isfinite(c.routed_scaling_factor) && c.routed_scaling_factor > 0,
+                 "routed_scaling_factor {} is not a positive float32", c.routed_scaling_factor);
 }
 
 void check_fits(const LocalGroupConfig& c, const ModelGeometry& geometry, const std::string& name) {

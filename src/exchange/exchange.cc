@@ -46,8 +46,8 @@ void check_config(const ExchangeConfig& c, int num_ranks) {
   check_argument(c.num_sms >= 0, "num_sms {} is negative", c.num_sms);
   check_argument(c.peer_timeout.count() > 0, "peer_timeout {} ms is not positive",
                  c.peer_timeout.count());
-  check_argument(std::isfinite(c.routed_scaling_factor), "routed_scaling_factor {} is not finite",
-                 c.routed_scaling_factor);
+  check_argument(std::isfinite(c.routed_scaling_factor) && c.routed_scaling_factor > 0,
+                 "routed_scaling_factor {} is not a positive float32", c.routed_scaling_factor);
   check_argument(c.hosts.num_ranks() == 0 || c.hosts.num_ranks() == num_ranks,
                  "hosts are of {} ranks, there are {}", c.hosts.num_ranks(), num_ranks);
   (void)SumParts(c, num_ranks);

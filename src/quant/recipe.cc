@@ -140,7 +140,7 @@ const char* conflict_of(const Recipe& recipe, WireFormat wire) {
   fail(ErrorCode::kInternal, "wire format {} does not exist", static_cast<int>(wire));
 }
 
-/// The recipe after SLUICE_DISPATCH_DTYPE. Throws: kUnsupported.
+/// The recipe with the wire that `dtype` asks for. Throws: kUnsupported.
 Recipe overridden(const Recipe& recipe, Mode mode, DispatchDtype dtype,
                   std::string_view layer_name) {
   const std::optional<WireFormat> wire = requested_wire(dtype);
@@ -149,7 +149,8 @@ Recipe overridden(const Recipe& recipe, Mode mode, DispatchDtype dtype,
       recipe.wire == WireFormat::kBf16 ? std::nullopt : with_wire(recipe, *wire);
   if (!other) {
     fail(ErrorCode::kUnsupported,
-         "SLUICE_DISPATCH_DTYPE={} cannot be honoured by recipe {} in {} mode ({}): {}",
+         "dispatch dtype {} (SLUICE_DISPATCH_DTYPE) cannot be honoured by recipe {} in {} mode "
+         "({}): {}",
          to_string(dtype), to_string(recipe), to_string(mode), layer_name,
          conflict_of(recipe, *wire));
   }

@@ -15,6 +15,7 @@
 #include "core/interruption.h"
 #include "sluice/transport.h"
 #include "transport/pages.h"
+#include "transport/parts.h"
 
 namespace sluice {
 namespace {
@@ -199,11 +200,7 @@ class InprocTransport final : public Transport {
       std::span<const std::byte> mine, std::chrono::milliseconds timeout) override {
     auto meeting =
         group_->meet(next_++, rank_, mine, "all_gather", timeout, [](Group::Meeting&) {});
-    for (std::size_t r = 0; r < meeting.parts.size(); ++r) {
-      if (meeting.parts[r].size() == mine.size()) continue;
-      fail(ErrorCode::kTransport, "all_gather: rank {} brought {} bytes, rank {} brought {}", rank_,
-           mine.size(), r, meeting.parts[r].size());
-    }
+    check_all_gather(meeting.parts, rank_);
     return std::move(meeting.parts);
   }
 

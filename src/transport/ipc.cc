@@ -18,6 +18,7 @@
 #include "sluice/transport.h"
 #include "transport/ipc_device.h"
 #include "transport/ipc_link.h"
+#include "transport/parts.h"
 
 namespace sluice {
 namespace {
@@ -234,11 +235,7 @@ class IpcTransport final : public Transport {
   [[nodiscard]] std::vector<std::vector<std::byte>> all_gather(std::span<const std::byte> mine,
                                                                milliseconds timeout) override {
     auto all = link_->gather(mine, "all_gather", timeout).parts;
-    for (std::size_t r = 0; r < all.size(); ++r) {
-      if (all[r].size() == mine.size()) continue;
-      fail(ErrorCode::kTransport, "all_gather: rank {} brought {} bytes, rank {} brought {}",
-           rank(), mine.size(), r, all[r].size());
-    }
+    check_all_gather(all, rank());
     return all;
   }
 

@@ -7,6 +7,7 @@
 #include "core/fail.h"
 #include "sluice/transport.h"
 #include "transport/mpi_link.h"
+#include "transport/parts.h"
 
 namespace sluice {
 namespace {
@@ -121,11 +122,7 @@ class MpiTransport final : public Transport {
   [[nodiscard]] std::vector<std::vector<std::byte>> all_gather(std::span<const std::byte> mine,
                                                                milliseconds timeout) override {
     auto all = gather(mine, "all_gather", timeout);
-    for (std::size_t r = 0; r < all.size(); ++r) {
-      if (all[r].size() == mine.size()) continue;
-      fail(ErrorCode::kTransport, "all_gather: rank {} brought {} bytes, rank {} brought {}",
-           rank(), mine.size(), r, all[r].size());
-    }
+    check_all_gather(all, rank());
     return all;
   }
 

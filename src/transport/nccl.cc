@@ -8,6 +8,7 @@
 #include "sluice/config.h"
 #include "transport/handshake.h"
 #include "transport/nccl_transport.h"
+#include "transport/parts.h"
 #include "transport/tcp_socket.h"
 
 namespace sluice {
@@ -114,11 +115,7 @@ std::vector<std::vector<std::byte>> NcclTransport::all_gather(std::span<const st
     fail_of_ranks(error.code(), error.ranks(), "{}: {}", error.what(),
                   rail_->names_of(error.ranks()));
   }
-  for (std::size_t r = 0; r < all.size(); ++r) {
-    if (all[r].size() == mine.size()) continue;
-    fail(ErrorCode::kTransport, "all_gather: rank {} brought {} bytes, rank {} brought {}", rank(),
-         mine.size(), r, all[r].size());
-  }
+  check_all_gather(all, rank());
   return all;
 }
 

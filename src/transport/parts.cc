@@ -34,4 +34,15 @@ std::vector<std::vector<std::byte>> unpack(std::span<const std::byte> all, int n
   return parts;
 }
 
+void check_all_gather(const std::vector<std::vector<std::byte>>& parts, int rank) {
+  const std::size_t mine = parts[static_cast<std::size_t>(rank)].size();
+  for (std::size_t r = 0; r < parts.size(); ++r) {
+    if (parts[r].size() == mine) continue;
+    fail(ErrorCode::kTransport,
+         "all_gather: rank {} brought {} bytes, rank {} brought {}: these ranks call different "
+         "functions, or run different builds of sluice",
+         rank, mine, r, parts[r].size());
+  }
+}
+
 }  // namespace sluice

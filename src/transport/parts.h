@@ -14,4 +14,8 @@ namespace sluice {
 [[nodiscard]] std::vector<std::vector<std::byte>> unpack(std::span<const std::byte> all,
                                                          int num_parts);
 
+/// Every rank brings as many bytes to an all_gather. Throws: kTransport, where `rank` sees another
+/// size than its own.
+void check_all_gather(const std::vector<std::vector<std::byte>>& parts, int rank);
+
 }  // namespace sluice

@@ -196,6 +196,7 @@ with tempfile.TemporaryDirectory() as folder:
                            (("--checkpoint", several, "--layers", "6"), "no experts in layer 6"),
                            (("--checkpoint", several, "--layers", ""), "--layers: is empty"),
                            (("--checkpoint", several, "--layers", "3", "--num-layers", "2"), "--num-layers 2 too"),
+                           (("--config", os.path.join(several, "config.json"), "--num-layers", "4"), "--num-layers 4: "),
                            (("--preset", "tiny", "--layers", "all"), "give --num-layers"),
                            (("--preset", "tiny", "--num-layers", "0"), "'0' is not a whole number in [1, "),
                            (("--preset", "tiny", "--num-layers", "2x"), "--num-layers")):
@@ -311,8 +312,14 @@ with tempfile.TemporaryDirectory() as folder:
     # The environment: honoured where GEMM1 sees the same bytes, refused by name where it would not.
     r = run("run", "--checkpoint", model, env={"SLUICE_DISPATCH_DTYPE": "bf16"})
     check("override honoured", r.returncode == 0 and "wire bf16" in r.stdout, r)
+    # A plan is of what that run would take.
+    sizes = []
+    for env in ({}, {"SLUICE_DISPATCH_DTYPE": "bf16"}):
+        run("plan", "--checkpoint", model, "--tokens", "64", "--json", report, env=env)
+        sizes.append(json.load(open(report))["exchange_bytes"])
+    check("plan takes the override", sizes[1] > 1.3 * sizes[0], sizes)
     r = run("run", "--checkpoint", model, env={"SLUICE_DISPATCH_DTYPE": "fp8-static"})
-    check("override refused", r.returncode == 2 and "SLUICE_DISPATCH_DTYPE=fp8-static" in r.stderr
+    check("override refused", r.returncode == 2 and "dispatch dtype fp8-static (SLUICE_DISPATCH_DTYPE)" in r.stderr
           and "direct" in r.stderr and "low-latency" in r.stderr, r)
     r = run("run", "--checkpoint", model, env={"SLUICE_DISPATCH_DTYPE": "int8"})
     check("override unknown", r.returncode == 2 and "int8" in r.stderr, r)

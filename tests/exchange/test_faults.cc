@@ -5,6 +5,7 @@
 #include <fmt/core.h>
 
 #include <chrono>
+#include <limits>
 
 #include "exchange/host_layout.h"
 #include "exchange_model.h"
@@ -343,6 +344,10 @@ TEST(Refusals, BadConfigurations) {
   EXPECT_THAT(refused([](auto& c) { c.max_tokens_per_rank = 0; }),
               HasSubstr("max_tokens_per_rank 0"));
   EXPECT_THAT(refused([](auto& c) { c.max_m = -1; }), HasSubstr("max_m -1"));
+  for (const float factor : {0.0f, -1.0f, std::numeric_limits<float>::infinity()}) {
+    EXPECT_THAT(refused([&](auto& c) { c.routed_scaling_factor = factor; }),
+                HasSubstr("not a positive float32"));
+  }
   EXPECT_THAT(refused([](auto& c) { c.mode = Mode::kNormal, c.max_m = 3; }), HasSubstr("max_m 3"));
   EXPECT_THAT(refused([](auto& c) { c.num_in_flight = 9; }), HasSubstr("num_in_flight 9"));
   EXPECT_THAT(refused([](auto& c) { c.peer_timeout = 0ms; }), HasSubstr("peer_timeout 0"));

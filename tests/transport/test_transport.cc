@@ -141,6 +141,19 @@ TEST(Transport, AnAbsentRankIsNamed) {
   }
 }
 
+TEST(Transport, ARankThatGathersOtherBytesIsNamed) {
+  const auto failures = try_ranks(3, [](Transport& transport) {
+    (void)transport.all_gather(pattern(transport.rank() == 1 ? 8 : 17, 1, 0), kTimeout);
+  });
+  for (const auto& f : failures) {
+    const auto failure = describe(f);
+    ASSERT_TRUE(failure);
+    EXPECT_EQ(failure->code, ErrorCode::kTransport);
+    EXPECT_THAT(failure->text, HasSubstr("rank 1 brought 8"));
+    EXPECT_THAT(failure->text, HasSubstr("different builds"));
+  }
+}
+
 TEST(Transport, WindowsOfDifferentSizesAreRefusedOnEveryRank) {
   const auto failures = try_ranks(3, [](Transport& transport) {
     (void)transport.make_window(transport.rank() == 1 ? 128 : 64, 2, kTimeout);
