@@ -70,6 +70,20 @@ const LayerTensors& CheckpointData::layer_tensors(int layer) const {
        is_fused || !index.unread.empty() ? index.hint(layer) : "");
 }
 
+/// An optional part of one expert that its fellows lack would be read as if it said nothing there.
+void CheckpointData::check_is_of_all(int layer, const PartSpec& spec) const {
+  const LayerTensors& tensors = layer_tensors(layer);
+  int with = -1, without = -1;
+  for (int e = 0; e < config.geometry.num_experts; ++e) {
+    (tensors.experts[static_cast<std::size_t>(e)].find(spec.name) ? with : without) = e;
+  }
+  if (with < 0 || without < 0) return;
+  fail(ErrorCode::kUnsupported,
+       "{}: tensor {} is missing, and {} is there; of a layer all experts have it, or none",
+       dir.string(), index.spelling.name(layer, without, spec.name),
+       index.spelling.name(layer, with, spec.name));
+}
+
 /// Headers only, of all experts: a checkpoint that lacks an expert of another rank is no good here.
 void CheckpointData::check_layer(int layer) const {
   const LayerTensors& tensors = layer_tensors(layer);
@@ -106,6 +120,9 @@ void CheckpointData::check_layer(int layer) const {
       }
       if (tensor) check_part(*tensor, spec, &matrix);
     }
+  }
+  for (const auto& [matrix, spec] : specs) {
+    if (spec.changes_weights) check_is_of_all(layer, spec);
   }
 }
 

@@ -34,6 +34,7 @@ struct CheckpointData {
   [[nodiscard]] const LayerTensors& layer_tensors(int layer) const;
   /// Names, dtypes and shapes of all experts of a layer. Throws: kCorruptFile, kUnsupported.
   void check_layer(int layer) const;
+  void check_is_of_all(int layer, const PartSpec& spec) const;
   /// One expert of a layer that check_layer() has seen, of the model's own widths. Throws: as
   /// Checkpoint::load_experts().
   [[nodiscard]] Expert load_expert(int layer, int expert, ExpertStorage& storage) const;

@@ -3,6 +3,7 @@
 #include <gtest/gtest.h>
 
 #include <fstream>
+#include <set>
 
 #include "checkpoint/formats/part_readers.h"
 #include "format_fixture.h"
@@ -295,21 +296,21 @@ TEST(Modelopt, RefusesByNameAPreQuantScaleThatCannotBeFolded) {
   const std::string name = name_of(1, "gate_proj.pre_quant_scale");
   std::vector<float> values(256, 2.0f);
   values[77] = 4.0f;
-  expect_refused(spec_of("modelopt-w4a8-awq"),
-                 [&](RawCheckpoint& raw) {
-                   raw.add(name, {"F32", {256}, f32_bytes(values)});
-                 },
-                 ErrorCode::kUnsupported, {".safetensors", name, "element 77 = 4", "exactly"});
-  expect_refused(spec_of("modelopt-w4a8-awq"),
-                 [&](RawCheckpoint& raw) {
-                   raw.add(name, {"F32", {256}, repeated(3, 256)});
-                 },
-                 ErrorCode::kUnsupported, {name, "element 0 = 3", "not a power of two"});
-  expect_refused(spec_of("modelopt-w4a8-awq"),
-                 [&](RawCheckpoint& raw) {
-                   raw.add(name, {"F32", {128}, repeated(1, 128)});
-                 },
-                 ErrorCode::kUnsupported, {name, "shape [128]", "[256]"});
+  const auto refused = [&](const std::set<int>& experts, const std::string& bytes,
+                           const std::vector<std::string>& parts) {
+    const auto add = [&](RawCheckpoint& raw) {
+      for (const int e : experts) {
+        raw.add(name_of(e, "gate_proj.pre_quant_scale"),
+                {"F32", {bytes.size() / 4}, e == 1 ? bytes : repeated(1, bytes.size() / 4)});
+      }
+    };
+    expect_refused(spec_of("modelopt-w4a8-awq"), add, ErrorCode::kUnsupported, parts);
+  };
+  refused({0, 1, 2}, f32_bytes(values), {".safetensors", name, "element 77 = 4", "exactly"});
+  refused({0, 1, 2}, repeated(3, 256), {name, "element 0 = 3", "not a power of two"});
+  refused({1}, repeated(1, 128), {name, "shape [128]", "[256]"});
+  // The weights of expert 2 would be read as if there were no such scale.
+  refused({0, 1}, repeated(2, 256), {name_of(2, "gate_proj.pre_quant_scale") + " is missing"});
 }
 
 TEST(Modelopt, RefusesConfigsThatItCannotHonour) {

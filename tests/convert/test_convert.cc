@@ -318,7 +318,10 @@ TEST(ConvertRefusal, WhatTheTargetCannotRepresent) {
   std::vector<float> smoothing(256, 1.0f);
   smoothing[9] = 1.5f;
   const std::string name = "model.layers.3.mlp.experts.2.up_proj.pre_quant_scale";
-  raw.add(name, {"F32", {256}, f32_bytes(smoothing)});
+  for (int e = 0; e < 4; ++e) {
+    raw.add(fmt::format("model.layers.3.mlp.experts.{}.up_proj.pre_quant_scale", e),
+            {"F32", {256}, f32_bytes(e == 2 ? smoothing : std::vector<float>(256, 1.0f))});
+  }
   raw.write(dir / "awq");
   expect_refused({.from = dir / "awq", .to = dir / "to", .format = "w4afp8"},
                  ErrorCode::kUnsupported, {".safetensors", name, "element 9 = 1.5"});

@@ -48,6 +48,7 @@ struct PartSpec {
   std::vector<std::string_view> dtypes;
   std::vector<std::uint64_t> shape;  ///< Empty: one number, of shape [] or [1].
   bool is_optional = false;
+  bool changes_weights = false;  ///< If it is optional: all experts of a layer have it, or none.
 };
 
 /// Row i of a matrix is row `first + i * step` of a tensor.

@@ -61,7 +61,8 @@ class ModeloptFormat final : public Format {
             {.name = matrix.part("pre_quant_scale"),
              .dtypes = {"F32", "BF16", "F16"},
              .shape = {k},
-             .is_optional = true}};
+             .is_optional = true,
+             .changes_weights = true}};
   }
 
   [[nodiscard]] std::string scale_part(const MatrixLayout& matrix) const override {
