@@ -2,6 +2,7 @@
 
 #include <memory>
 #include <string>
+#include <utility>
 
 #include "gil.h"
 #include "sluice/error.h"
@@ -67,6 +68,31 @@ void drop(ManagedTensor* tensor) {
   delete static_cast<Wrapped*>(tensor->context);  // NOLINT(cppcoreguidelines-owning-memory)
 }
 
+/// What a type of arrays has. `api` null: it is of no framework.
+struct TypeFacts {
+  PyTypeObject* type = nullptr;
+  const ExchangeApi* api = nullptr;
+  nb::object is_neg;  ///< Its method.
+};
+
+/// Of one type after the other: callers pass many arrays of the same one. The interpreter's lock
+/// guards this; a type stays alive while it is remembered.
+const TypeFacts& facts_of(nb::handle array) noexcept {
+  static TypeFacts& last = *new TypeFacts;  // NOLINT: interpreters end before static objects do.
+  PyTypeObject* const type = Py_TYPE(array.ptr());
+  if (type == last.type) return last;
+  // These may run code of Python, which may come here.
+  const ExchangeApi* const api = find_api(array.type());
+  nb::object is_neg = nb::steal(PyObject_GetAttrString(array.type().ptr(), "is_neg"));
+  PyErr_Clear();
+  Py_INCREF(reinterpret_cast<PyObject*>(type));
+  PyTypeObject* const before = std::exchange(last.type, type);
+  last.api = api;
+  std::swap(last.is_neg, is_neg);
+  Py_XDECREF(reinterpret_cast<PyObject*>(before));
+  return last;
+}
+
 bool may_be_part_of_complex(const nb::dlpack::dtype& dtype) noexcept {
   constexpr int kFloat = 2, kBfloat = 4, kComplex = 5;
   return dtype.code == kFloat || dtype.code == kBfloat || dtype.code == kComplex;
@@ -80,18 +106,7 @@ nb::dlpack::device to_dlpack(Device device) {
 }
 
 Framework Framework::of(nb::handle array) noexcept {
-  // One type after the other: callers pass many arrays of the same one. The interpreter's lock
-  // guards these; a type stays alive while it is remembered.
-  static PyTypeObject* last_type = nullptr;
-  static const ExchangeApi* last_api = nullptr;
-  PyTypeObject* const type = Py_TYPE(array.ptr());
-  if (type != last_type) {
-    last_api = find_api(array.type());
-    Py_INCREF(reinterpret_cast<PyObject*>(type));
-    Py_XDECREF(reinterpret_cast<PyObject*>(last_type));
-    last_type = type;
-  }
-  return Framework(last_api);
+  return Framework(facts_of(array).api);
 }
 
 bool Framework::import(nb::handle array, dltensor& tensor) const noexcept {
@@ -110,8 +125,14 @@ bool Framework::describe(nb::handle array, dltensor& tensor) const noexcept {
 
 bool is_negated(nb::handle array) noexcept {
   static PyObject* const name = PyUnicode_InternFromString("is_neg");
+  PyObject* const arguments[] = {nullptr, array.ptr()};
+  constexpr std::size_t kOne = 1 | PY_VECTORCALL_ARGUMENTS_OFFSET;
+  const TypeFacts& facts = facts_of(array);
+  // Of no framework: it may pass on the attributes of an array that has one.
+  const nb::object method = facts.api != nullptr ? facts.is_neg : nb::object();
   const nb::object answer =
-      nb::steal(PyObject_CallMethodObjArgs(array.ptr(), name, static_cast<PyObject*>(nullptr)));
+      nb::steal(method.is_valid() ? PyObject_Vectorcall(method.ptr(), arguments + 1, kOne, nullptr)
+                                  : PyObject_VectorcallMethod(name, arguments + 1, kOne, nullptr));
   if (!answer.is_valid()) PyErr_Clear();  // Of a framework that has nothing of the kind.
   return answer.ptr() == Py_True;
 }

@@ -44,13 +44,22 @@ class KernelChain {
 /// Orders the uses of what calls on several streams share.
 class StreamOrder {
  public:
+  /// What before() saw of its stream.
+  struct Seen {
+    unsigned long long capture = 0;  ///< 0: none is going on.
+  };
   virtual ~StreamOrder() = default;
   /// Work queued on `stream` from here on begins when everything has ended that the last after() on
   /// another stream covers. While a stream is captured, only uses in the same capture count: graphs
   /// are ordered by whoever launches them.
-  virtual void before(Stream stream) { (void)stream; }
+  virtual Seen before(Stream stream) {
+    (void)stream;
+    return {};
+  }
   /// Ends a use: covers what was queued on `stream` so far.
   virtual void after(Stream stream) { (void)stream; }
+  /// The same for what was queued since before() in one go, which asks the device no second time.
+  virtual void after(Stream stream, Seen seen) { (void)stream, (void)seen; }
 };
 
 }  // namespace sluice

@@ -180,9 +180,9 @@ void LocalExperts::forward(TensorView x, const Routing& routing, MutableTensorVi
   impl_->check(call);
   if (x.dim(0) == 0) return;
   StreamOrder& order = *impl_->group->order;
-  order.before(stream);
+  const StreamOrder::Seen seen = order.before(stream);
   impl_->queue(call, stream);
-  order.after(stream);
+  order.after(stream, seen);
 }
 
 void LocalExperts::forward_batch(const ExpertBatch& batch, MutableTensorView expert_y,
@@ -192,9 +192,9 @@ void LocalExperts::forward_batch(const ExpertBatch& batch, MutableTensorView exp
   const RowRanges rows = impl_->check(call, begin);
   if (rows.max_rows == 0) return;
   StreamOrder& order = *impl_->group->order;
-  order.before(stream);
+  const StreamOrder::Seen seen = order.before(stream);
   impl_->queue(call, rows, stream);
-  order.after(stream);
+  order.after(stream, seen);
 }
 
 struct LocalCall::Impl {
@@ -238,9 +238,9 @@ LocalCall LocalExperts::keep_batch(const ExpertBatch& batch, MutableTensorView e
 void LocalCall::run(Stream stream) {
   if (!impl_->work) return;
   StreamOrder& order = *impl_->group->order;
-  order.before(stream);
+  const StreamOrder::Seen seen = order.before(stream);
   impl_->work->queue(stream);
-  order.after(stream);
+  order.after(stream, seen);
 }
 
 LocalCall::LocalCall(std::unique_ptr<Impl> impl) noexcept : impl_(std::move(impl)) {}

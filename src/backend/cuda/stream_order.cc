@@ -43,22 +43,27 @@ class CudaStreamOrder final : public StreamOrder {
  public:
   explicit CudaStreamOrder(int index) : index_(index) {}
 
-  void before(Stream stream) override {
+  Seen before(Stream stream) override {
     SLUICE_CUDA_CHECK(cudaSetDevice(index_));
     const auto queue = static_cast<cudaStream_t>(stream.handle);
     const unsigned long long capture = capture_of(queue);
     const Use& last = capture == 0 ? outside_ : captured_;
-    if (!last.is_recorded || last.stream == queue || last.capture != capture) return;
-    SLUICE_CUDA_CHECK(cudaStreamWaitEvent(queue, last.event.get(), 0));
+    if (last.is_recorded && last.stream != queue && last.capture == capture) {
+      SLUICE_CUDA_CHECK(cudaStreamWaitEvent(queue, last.event.get(), 0));
+    }
+    return {capture};
   }
 
   void after(Stream stream) override {
     SLUICE_CUDA_CHECK(cudaSetDevice(index_));
+    after(stream, Seen{capture_of(static_cast<cudaStream_t>(stream.handle))});
+  }
+
+  void after(Stream stream, Seen seen) override {
     const auto queue = static_cast<cudaStream_t>(stream.handle);
-    const unsigned long long capture = capture_of(queue);
-    Use& use = capture == 0 ? outside_ : captured_;
+    Use& use = seen.capture == 0 ? outside_ : captured_;
     SLUICE_CUDA_CHECK(cudaEventRecord(use.event.get(), queue));
-    use.stream = queue, use.capture = capture, use.is_recorded = true;
+    use.stream = queue, use.capture = seen.capture, use.is_recorded = true;
   }
 
  private:
