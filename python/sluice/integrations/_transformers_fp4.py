@@ -47,9 +47,10 @@ def _repacked(module: nn.Module) -> _Layer:
     if not module.has_gate:
         _refuse(module, "experts without a gate matrix")
     tensors = [getattr(module, name).detach() for name in names]
-    layer = kept.find(module, tensors)
-    if layer is not None:
-        return layer
+    return kept.layer_of(module, tensors, lambda: _repack(module, names, tensors))
+
+
+def _repack(module: nn.Module, names: tuple, tensors: list[torch.Tensor]) -> _Layer:
     if module.has_bias:
         _refuse(module, "experts with biases")
     if tensors[0].dtype != torch.int8:
@@ -62,9 +63,7 @@ def _repacked(module: nn.Module) -> _Layer:
     _logger.warning_once(
         f"Sluice {__version__} computes {type(module).__name__}: MXFP4 experts as W4A8 (activations e4m3), "
         f"{activation}, recipe direct-bf16. transformers' own copy of the weights stays in memory.")
-    layer = _Layer(experts)
-    kept.keep(module, tensors, layer)
-    return layer
+    return _Layer(experts)
 
 
 def fp4_experts_forward(self: nn.Module, hidden_states: torch.Tensor, top_k_index: torch.Tensor,

@@ -1,7 +1,9 @@
 """Layers of Sluice that are made of a module's own weights: kept beside the module, for as long as those stay."""
 
 import functools
+import threading
 import weakref
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -33,9 +35,21 @@ class Kept:
 
     def __init__(self) -> None:
         self._layers: weakref.WeakKeyDictionary[nn.Module, tuple] = weakref.WeakKeyDictionary()
+        self._lock = threading.RLock()  # Held while a layer is made, so that two threads do not both do it.
 
-    def find(self, module: nn.Module, tensors: list[torch.Tensor]) -> Any:
-        """The layer that was made of these weights, or None: there is none, or they have changed."""
+    def layer_of(self, module: nn.Module, tensors: list[torch.Tensor], make: Callable[[], Any]) -> Any:
+        """The layer that was made of these weights, else what `make` gives now."""
+        layer = self._find(module, tensors)
+        if layer is None:
+            with self._lock:
+                layer = self._find(module, tensors)
+                if layer is None:
+                    layer = make()
+                    self._keep(module, tensors, layer)
+        return layer
+
+    def _find(self, module: nn.Module, tensors: list[torch.Tensor]) -> Any:
+        """None: there is no layer, or the weights have changed."""
         kept = self._layers.get(module)
         if kept is None or kept[0] != self._state(tensors):
             return None
@@ -43,7 +57,7 @@ class Kept:
         same = all(a is b if a is None or b is None else torch.equal(a, b) for a, b in zip(kept[1], now, strict=True))
         return kept[3] if same else None
 
-    def keep(self, module: nn.Module, tensors: list[torch.Tensor], layer: Any) -> None:
+    def _keep(self, module: nn.Module, tensors: list[torch.Tensor], layer: Any) -> None:
         # Tensors that are held keep their memory: no other weights get the same address meanwhile.
         held = [t.detach() for t in tensors]
         self._layers[module] = self._state(tensors), [_sample(t) for t in tensors], held, layer

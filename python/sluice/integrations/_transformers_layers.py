@@ -9,6 +9,7 @@ from transformers.distributed.expert_parallel import AutoEP, EPImplementation
 
 from .. import _core, torch_ops
 from .._error import Error
+from ..compat._w4a8_rooms import lock_of
 from ._transformers_activation import same_activation
 
 
@@ -22,10 +23,11 @@ def _refuse_other_tensors(x: torch.Tensor, device: torch.device) -> None:
 
 
 class LocalLayer:
-    """Experts [first, first + count) of one layer, and the group that they share memory in."""
+    """Experts [first, first + count) of one layer, and the group that they share memory in. Calls may come from several
+    threads: those on one backend take turns, on a GPU as long as a call takes the host."""
 
-    def __init__(self, group: Any, device: torch.device, experts: Any) -> None:
-        self._group, self._device, self._first = group, device, experts.first_expert
+    def __init__(self, group: Any, lock: Any, device: torch.device, experts: Any) -> None:
+        self._group, self._lock, self._device, self._first = group, lock, device, experts.first_expert
         self._experts = experts
         self.weight_bytes = experts.weight_bytes
 
@@ -33,11 +35,13 @@ class LocalLayer:
         """x [T, H] bfloat16, idx [T, K] int, weights [T, K] -> [T, H]. Ids count from the first expert
         here; other numbers are skipped."""
         _refuse_other_tensors(x, self._device)
-        if idx.numel() > self._group.max_entries:
-            self._group.reserve(max(idx.numel(), 2 * self._group.max_entries))
         if self._first:
             idx = idx + self._first
-        return self._experts.forward_topk(x.contiguous(), idx.contiguous(), weights.float().contiguous())
+        x, idx, weights = x.contiguous(), idx.contiguous(), weights.float().contiguous()
+        with self._lock:
+            if idx.numel() > self._group.max_entries:
+                self._group.reserve(max(idx.numel(), 2 * self._group.max_entries))
+            return self._experts.forward_topk(x, idx, weights)
 
 
 class SplitLayer:
@@ -84,12 +88,15 @@ class Buffers:
             self._backends[name] = _core.Backend(name, **ranks)
         return self._backends[name]
 
-    def local_group(self, device: torch.device, hidden: int, intermediate: int) -> Any:
-        key = "local", device, hidden, intermediate
+    def local_group(self, device: torch.device, hidden: int, intermediate: int) -> tuple[Any, Any]:
+        """And the lock under which it is called."""
+        key, backend = ("local", device, hidden, intermediate), self._backend(device)
+        lock = lock_of(backend)
         if key not in self._groups:
-            self._groups[key] = _core.LocalGroup(
-                self._backend(device), hidden=hidden, intermediate=intermediate, max_entries=1024)
-        return self._groups[key]
+            with lock:
+                self._groups[key] = _core.LocalGroup(
+                    backend, hidden=hidden, intermediate=intermediate, max_entries=1024)
+        return self._groups[key], lock
 
     def layer_group(self, device: torch.device, geometry: Any) -> Any:
         """Collective over the process group."""
@@ -171,9 +178,9 @@ class SluiceExperts(torch_ops.Registered):
             self._layer = SplitLayer(group.add_layer(checkpoint, layer=layer), process_group, device)
         else:
             geometry = checkpoint.geometry  # Whose widths are padded to multiples of 128.
-            group = buffers.local_group(device, geometry.hidden, geometry.intermediate)
+            group, lock = buffers.local_group(device, geometry.hidden, geometry.intermediate)
             experts, = group.add_layers(checkpoint, [layer], first=rank * self.num_experts, count=self.num_experts)
-            self._layer = LocalLayer(group, device, experts)
+            self._layer = LocalLayer(group, lock, device, experts)
         self._hold(self._layer)
 
     def run(self, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor) -> torch.Tensor:

@@ -290,10 +290,10 @@ def _quantized(module: nn.Module) -> LocalLayer:
     """Made at the first call, and again when the weights have changed."""
     if not module.has_gate:
         _check_supported(module)  # Raises: there is no gate_up_proj to look at.
-    parameters = [module.gate_up_proj, module.down_proj]
-    layer = kept.find(module, parameters)
-    if layer is not None:
-        return layer
+    return kept.layer_of(module, [module.gate_up_proj, module.down_proj], lambda: _quantize(module))
+
+
+def _quantize(module: nn.Module) -> LocalLayer:
     activation = _check_supported(module)
     _, rows, hidden = module.gate_up_proj.shape
     for name, width in ("hidden", hidden), ("intermediate", rows // 2):
@@ -306,10 +306,10 @@ def _quantized(module: nn.Module) -> LocalLayer:
     weights = _core.ExpertWeights.from_arrays(gate, up, _int4_of(module, "down_proj", module.down_proj),
                                                activation=activation)
     device = module.gate_up_proj.device
-    group = _buffers.local_group(device, hidden, rows // 2)
-    layer = LocalLayer(group, device, group.add_layer(weights, name=type(module).__name__))
-    kept.keep(module, parameters, layer)
-    return layer
+    group, lock = _buffers.local_group(device, hidden, rows // 2)
+    with lock:
+        experts = group.add_layer(weights, name=type(module).__name__)
+    return LocalLayer(group, lock, device, experts)
 
 
 def forget(module: nn.Module) -> None:
