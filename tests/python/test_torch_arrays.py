@@ -106,6 +106,31 @@ def test_views_of_negatives_are_refused_by_name(checkpoint, geometry, device, de
     refused("topk_weights", lambda: local.forward_topk(x, idx, negated(weights)))
     refused("x", lambda: local.forward_topk(negated(x), idx, weights))
     refused("x", lambda: sluice.quantize(device_backend, negated(x)))
+    # Of other types too, in turns: what a type answers is remembered.
+    class Subclass(torch.Tensor):
+        pass
+
+    class Passing:
+        """Of no framework, but of an array that has one."""
+
+        def __init__(self, tensor):
+            self.tensor = tensor
+
+        def __getattr__(self, name):
+            return getattr(self.tensor, name)
+
+        def __dlpack__(self, **options):
+            return self.tensor.__dlpack__(**options)
+
+        def __dlpack_device__(self):
+            return self.tensor.__dlpack_device__()
+
+    kinds = (lambda t: torch.nn.Parameter(t, requires_grad=False), lambda t: t.as_subclass(Subclass), Passing,
+             lambda t: t)
+    for _ in range(2):
+        for kind in kinds:
+            refused("topk_weights", lambda: local.forward_topk(x, idx, kind(negated(weights))))
+            assert torch.equal(bits_of(local.forward_topk(x, idx, kind(weights), out=out)), bits_of(y))
     # As it comes about: the imaginary part of a conjugate.
     part = torch.complex(weights[:1, :1].cpu(), weights[:1, :1].cpu()).conj().imag.to(device)
     assert torch.equal(part, -weights[:1, :1])
