@@ -149,6 +149,41 @@ def test_more_than_1024_tokens(space):
 
 
 @pytest.mark.parametrize("hook", [False, True], ids=["", "hook"])
+def test_entries_left_out_of_the_sum(space, hook):
+    """-1 where an expert was dispatched, as DeepEP's combine leaves it out; any other number is refused."""
+    made, counts = buffers(), COUNTS["ragged"]
+
+    def body(rank):
+        buffer, (x, idx, weights) = made[rank], tokens(rank, counts[rank])
+        left = idx.copy()
+        left[::2, 0] = -1
+        expected = expected_sum(x, idx, np.where(left < 0, np.float32(0), weights))
+        all_of_it = expected_sum(x, idx, weights)
+        assert len(x) == 0 or not np.array_equal(expected, all_of_it)
+        for shown in (left.astype(np.int64), left.astype(np.int32)):
+            recv, _, handle, _, received = buffer.low_latency_dispatch(
+                space.bf16(x), space.array(idx), CAPACITY, EXPERTS, use_fp8=False, return_recv_hook=hook)
+            if hook:
+                with pytest.raises(sluice.Error, match="handle: the hook of its dispatch was not called"):
+                    buffer.low_latency_combine(recv, space.array(idx), space.array(weights), handle)
+                received()
+            y = space.bf16(run_experts(space.bits(recv), rank))
+            if (rows := np.flatnonzero(idx[:, 1] >= 0)).size:
+                token, other = rows[0], idx.copy()
+                other[token, 1] = (idx[token, 1] + 1) % EXPERTS
+                text = rf"topk_idx: \[{token}, 1\] is {other[token, 1]}, dispatched was {idx[token, 1]}: expected"
+                with pytest.raises(sluice.Error, match=text):
+                    buffer.low_latency_combine(y, space.array(other), space.array(weights), handle)
+            nan = np.where(left < 0, np.float32("nan"), weights)  # A weight that nobody reads.
+            combined, _, _ = buffer.low_latency_combine(y, space.array(shown), space.array(nan), handle)
+            assert np.array_equal(space.bits(combined), expected)
+            again, _, _ = buffer.low_latency_combine(y, space.array(idx), space.array(weights), handle)
+            assert np.array_equal(space.bits(again), all_of_it)
+
+    on_every_rank(RANKS, body)
+
+
+@pytest.mark.parametrize("hook", [False, True], ids=["", "hook"])
 def test_waits_are_counted_for_each_rank(space, hook):
     """A rank that comes late is the one that the others' numbers show; they add up over calls."""
     made, late, pause = buffers(), 2, 0.15

@@ -94,6 +94,25 @@ def test_orders_of_weights(space, arrays, published, backend, call):
     refused(r"expert 2 up: scale \[\d+, 1\] = nan is not a finite number", w13, bad, w2, good)
 
 
+def test_scales_of_zero_and_below(space, arrays, published, backend, call):
+    """Taken as they are: engines' dummy weights have such."""
+    w13, s13, w2, s2 = published
+    expected = call(W4A8Experts(w13, s13, w2, s2, backend=backend))
+    turned = space.array(arrays[3] ^ np.uint16(0x8000) if arrays[3].dtype == np.uint16 else -arrays[3])
+    assert np.array_equal(call(W4A8Experts(w13, s13, w2, turned, backend=backend)), expected ^ 0x8000)
+    none = space.array(np.zeros_like(arrays[1]))
+    assert not np.any(call(W4A8Experts(w13, none, w2, s2, backend=backend)) & 0x7FFF)
+
+
+def test_arguments_of_other_kinds_are_named(published, backend, call):
+    for name, wrong in (("a1_scale", "1"), ("a2_scale", b"1"), ("a1_scale", [1.0])):
+        with pytest.raises(sluice.Error, match=f"^{name}: expected a number or an array of them, got {type(wrong).__name__}"):
+            W4A8Experts(*published, backend=backend, **{"a1_scale": 1.0, "a2_scale": 1.0, name: wrong})
+    if isinstance(published[0], np.ndarray):
+        with pytest.raises(sluice.Error, match="^topk_weights: expected dtype float32 .*, got float32 in foreign byte order"):
+            call(W4A8Experts(*published, backend=backend), weights=np.zeros((TOKENS, 2), ">f4"))
+
+
 @pytest.mark.parametrize("weight_layout", ["int4", "uint4b8", "uint4b8-transposed"])
 def test_in_the_memory_of_the_weights(space, arrays, backend, geometry, weight_layout):
     """An engine's parameters and the repacked weights are the same bytes, one after the other."""

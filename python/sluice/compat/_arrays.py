@@ -69,7 +69,7 @@ class NumpySpace:
             dtype, _NUMPY_TYPES[dtype])
 
     def dtype_of(self, array: Any) -> str:
-        return array.dtype.name
+        return array.dtype.name if array.dtype.isnative else f"{array.dtype.name} in foreign byte order"
 
     def of_list(self, values: list, dtype: str) -> Any:
         return numpy.array(values, _NUMPY_TYPES[dtype])
@@ -87,6 +87,9 @@ class NumpySpace:
 
     def copy(self, target: Any, source: Any) -> None:
         target[...] = source
+
+    def zero_where(self, array: Any, condition: Any) -> None:
+        array[condition] = 0
 
     def where(self, condition: Any, a: Any, b: Any) -> Any:
         return numpy.where(condition, a, b)
@@ -201,6 +204,9 @@ class TorchSpace:
 
     def copy(self, target: Any, source: Any) -> None:
         target.copy_(source)
+
+    def zero_where(self, array: Any, condition: Any) -> None:
+        array.masked_fill_(condition, 0)
 
     def where(self, condition: Any, a: Any, b: Any) -> Any:
         return self.torch.where(condition, a, b)

@@ -14,6 +14,8 @@ def _static_scale(name: str, scale: Any) -> float | None:
     """The largest of one or several; waits for the device."""
     if scale is None or isinstance(scale, int | float):
         return scale
+    if not hasattr(scale, "reshape"):
+        raise Error("invalid_argument", f"{name}: expected a number or an array of them, got {type(scale).__name__}")
     flat = scale.reshape(-1)
     if len(flat) == 0:
         raise Error("invalid_argument", f"{name}: expected at least one number, got none")

@@ -42,6 +42,7 @@ class Flight:
         self.topk_idx, self.topk_weights = topk_idx, topk_weights
         self._dispatched: Any = None
         self.is_received = False
+        self.is_filled = False  # Whether the caller's arrays have the rows.
 
     def depart(self, x: Any, receive: bool) -> None:
         self.queue.make_room(self)

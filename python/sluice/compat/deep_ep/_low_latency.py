@@ -87,6 +87,22 @@ def _once(body: Callable[[], None]) -> Callable[[], None]:
     return hook
 
 
+def _leave_out(flight: Any, topk_idx: Any) -> None:
+    """Gives entries of -1 the weight 0. Other numbers than those dispatched are refused where the host sees them.
+
+    On a GPU what was dispatched is not looked at again: that would take two kernels more in each call."""
+    space, dispatched = flight.queue.space, flight.topk_idx
+    if space.on_device and topk_idx.data_ptr() == dispatched.data_ptr() and topk_idx.dtype == dispatched.dtype \
+            and topk_idx.stride() == dispatched.stride():
+        return
+    is_left_out = topk_idx < 0
+    if not space.on_device and bool((wrong := (topk_idx != dispatched) & ~is_left_out).any()):
+        token, entry = (int(i) for i in numpy.argwhere(numpy.asarray(wrong))[0])
+        raise Error("invalid_argument", f"topk_idx: [{token}, {entry}] is {int(topk_idx[token, entry])}, dispatched was "
+                    f"{int(dispatched[token, entry])}: expected the same or -1")
+    space.zero_where(flight.topk_weights, is_left_out)
+
+
 class LowLatency:
     """Dispatch and combine in the masked layout."""
 
@@ -147,7 +163,11 @@ class LowLatency:
         check(space, "topk_idx", topk_idx, ("i64", "i32"), shape)
         check(space, "topk_weights", topk_weights, ("f32",), shape)
         waits = WaitStats("combine_wait_recv_cost_stats", wait_stats, flight.queue, self._num_ranks)
+        if not flight.is_filled:
+            raise Error("invalid_argument", "handle: the hook of its dispatch was not called, so no rows have come to "
+                        "combine: call it before the experts run")
         space.copy(flight.topk_weights, topk_weights)
+        _leave_out(flight, topk_idx)
         if zero_copy:
             rows = flight.expert_y() if space.on_device else handle.buffer
             if rows is None:
@@ -230,3 +250,4 @@ class _Received:
             space.copy(self._scale, space.exponents(scale) if self._ue8m0 else scale)
         if self._stats is not None:
             self._stats += self.count
+        self._flight.is_filled = True
