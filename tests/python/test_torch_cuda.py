@@ -233,6 +233,24 @@ def test_two_handles_in_flight(gpu, space, checkpoint, geometry):
             assert same(y, expected[i])
 
 
+def test_entries_left_out_of_the_sum(gpu, space, geometry):
+    """-1 in another tensor than the one that was dispatched; the host does not wait to look at other numbers."""
+    buffer, torch = Buffer(sluice.Transport.inproc(1)[0], backend=gpu), space.torch
+    x, idx, weights = workload(geometry, space)
+    left = idx.clone()
+    left[::2, 0] = -1
+    sums = []
+    for shown, w in ((left, torch.where(left < 0, float("nan"), weights)), (idx, torch.where(left < 0, 0, weights)),
+                     (idx.clone(), weights), (idx, weights)):
+        recv, _, handle, _, hook = buffer.low_latency_dispatch(
+            x, idx, TOKENS, geometry.num_experts, use_fp8=False, return_recv_hook=True)
+        with pytest.raises(sluice.Error, match="handle: the hook of its dispatch was not called"):
+            buffer.low_latency_combine(recv, idx, weights, handle)
+        hook()
+        sums.append(buffer.low_latency_combine(recv, shown, w, handle)[0].clone())
+    assert same(*sums[:2]) and same(*sums[2:]) and not same(*sums[1:3])
+
+
 def test_device_memory_does_not_grow(gpu, space, checkpoint, geometry):
     engine = one_rank_engine(checkpoint, gpu, TOKENS)
     x, idx, weights = workload(geometry, space)
