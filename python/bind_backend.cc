@@ -15,8 +15,8 @@ void bind_backend(nb::module_& m) {
                         nb::is_weak_referenceable())
       .def(
           "__init__",
-          [](PyBackend* self, std::string_view device, int num_threads, int local_rank,
-             int num_local_ranks) {
+          [](PyBackend* self, std::string_view device, Whole<"num_threads"> num_threads,
+             Whole<"local_rank"> local_rank, Whole<"num_local_ranks"> num_local_ranks) {
             std::unique_ptr<Backend> backend;
             {
               const Released released;

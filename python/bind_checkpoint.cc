@@ -270,10 +270,15 @@ void bind_checkpoint(nb::module_& m) {
           "layer"_a = nb::none(),
           "What loads but deserves a look, as text: of a layer, or of the checkpoint as a whole\n"
           "(keys of config.json that are not known, layers that are missing).")
-      .def("load_experts", &Checkpoint::load_experts, nb::call_guard<Released>(), "layer"_a,
-           "first_expert"_a, "num_experts"_a,
-           "ExpertWeights, mapped from the files.\n\n"
-           "Raises Error: invalid_argument for layer or range, corrupt_file, unsupported.")
+      .def(
+          "load_experts",
+          [](const Checkpoint& c, const Whole<"layer">& layer,
+             const Whole<"first_expert">& first_expert, const Whole<"num_experts">& num_experts) {
+            return c.load_experts(layer, first_expert, num_experts);
+          },
+          nb::call_guard<Released>(), "layer"_a, "first_expert"_a, "num_experts"_a,
+          "ExpertWeights, mapped from the files.\n\n"
+          "Raises Error: invalid_argument for layer or range, corrupt_file, unsupported.")
       .def("__repr__", [](const Checkpoint& c) {
         return text_of(fmt::format("<sluice.Checkpoint {} {}>", c.format(), c.path().string()));
       });

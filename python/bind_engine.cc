@@ -16,9 +16,12 @@ using namespace nb::literals;
 
 namespace {
 
-nb::dict plan(const ModelGeometry& geometry, int num_ranks, int max_tokens_per_rank,
-              const Name& low_latency, const Name& normal, int max_m, std::string_view scale_dtype,
-              std::string_view device, int num_layers, int num_slots) {
+nb::dict plan(const ModelGeometry& geometry, const Whole<"num_ranks">& given_ranks,
+              const Whole<"max_tokens_per_rank">& given_tokens, const Name& low_latency,
+              const Name& normal, const Whole<"max_m">& max_m, std::string_view scale_dtype,
+              std::string_view device, const Whole<"num_layers">& given_layers,
+              const Whole<"num_slots">& num_slots) {
+  const int num_ranks = given_ranks, max_tokens_per_rank = given_tokens, num_layers = given_layers;
   if (scale_dtype != "f32" && scale_dtype != "bf16") {
     throw Error(ErrorCode::kInvalidArgument,
                 fmt::format("scale_dtype '{}' is not f32 or bf16", scale_dtype));
@@ -74,11 +77,12 @@ void bind_engine(nb::module_& m) {
       .def(
           "__init__",
           [](PyEngine* self, const Checkpoint& checkpoint, nb::handle_t<PyTransport> transport,
-             nb::handle_t<PyBackend> backend, int layer, int max_tokens_per_rank,
-             const Name& low_latency, const Name& normal, int max_m, float routed_scaling_factor,
-             const Name& dispatch_dtype, std::optional<int> timeout_ms, int num_slots,
-             const std::optional<Placement>& placement, const std::vector<int>& hosts,
-             int sum_parts) {
+             nb::handle_t<PyBackend> backend, const Whole<"layer">& layer,
+             const Whole<"max_tokens_per_rank">& max_tokens_per_rank, const Name& low_latency,
+             const Name& normal, const Whole<"max_m">& max_m, float routed_scaling_factor,
+             const Name& dispatch_dtype, std::optional<int> timeout_ms,
+             const Whole<"num_slots">& num_slots, const std::optional<Placement>& placement,
+             const std::vector<int>& hosts, const Whole<"sum_parts">& sum_parts) {
             const ModeRecipes recipes = recipes_of(low_latency, normal, dispatch_dtype);
             init_engine(self, checkpoint, transport, backend,
                         {.layer = layer,

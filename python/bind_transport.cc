@@ -23,7 +23,8 @@ std::unique_ptr<PyTransport> owned(std::unique_ptr<Transport> transport) {
   return owner;
 }
 
-Ranks inproc(int num_ranks) {
+Ranks inproc(const Whole<"num_ranks">& given) {
+  const int num_ranks = given;
   if (num_ranks < 1 || num_ranks > 1024) {
     throw Error(ErrorCode::kInvalidArgument,
                 fmt::format("num_ranks {} is not in [1, 1024]", num_ranks));

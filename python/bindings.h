@@ -25,6 +25,7 @@
 #include "sluice/hosts.h"
 #include "sluice/layer.h"
 #include "sluice/transport.h"
+#include "whole.h"
 
 namespace sluice::python {
 

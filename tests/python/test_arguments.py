@@ -68,6 +68,29 @@ class Elsewhere:
         return self.array.__dlpack__()
 
 
+def test_whole_numbers_that_do_not_fit(geometry, checkpoint, backend):
+    """By name, as numbers out of range; what is no whole number is of a wrong type."""
+    limit, one = 2**31, sluice.Transport.inproc(1)[0]
+    for number in (limit, -limit - 1, 2**63, -(2**200), np.int64(2**40)):
+        text = f"{number} does not fit into 32 bits"
+        for name in ("num_threads", "local_rank", "num_local_ranks"):
+            refused(f"{name} {text}", sluice.Backend, "cpu", **{name: number})
+        refused(f"num_ranks {text}", sluice.Transport.inproc, number)
+        refused(f"layer {text}", checkpoint.load_experts, number, 0, 1)
+        refused(f"first_expert {text}", checkpoint.load_experts, 3, number, 1)
+        refused(f"num_experts {text}", checkpoint.load_experts, 3, 0, number)
+        for name in ("num_ranks", "max_tokens_per_rank", "max_m", "num_layers", "num_slots"):
+            refused(f"{name} {text}", sluice.plan, geometry, **{"num_ranks": 2, "max_tokens_per_rank": 4, name: number})
+        for name in ("layer", "max_tokens_per_rank", "max_m", "num_slots", "sum_parts"):
+            refused(f"{name} {text}", sluice.Engine, checkpoint, one, backend,
+                    **{"layer": 3, "max_tokens_per_rank": 4, name: number})
+    refused("num_threads of very many digits does not fit", sluice.Backend, "cpu", num_threads=10**5000)
+    refused(f"num_threads {limit - 1}", sluice.Backend, "cpu", num_threads=limit - 1)
+    for other in (1.0, "1", None, np.float32(1)):
+        with pytest.raises(TypeError):
+            sluice.Backend("cpu", num_threads=other)
+
+
 def test_x(engine, workload, routing, geometry):
     x = workload[0]
     forward = lambda a: sluice.moe_forward(engine, a, routing, mode="normal")  # noqa: E731
