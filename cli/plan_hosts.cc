@@ -7,6 +7,7 @@
 #include <cmath>
 #include <filesystem>
 #include <numeric>
+#include <set>
 
 #include "command.h"
 #include "report.h"
@@ -42,6 +43,7 @@ MachineModel resolve_machine(const HostsOptions& options) {
   }
   MachineModel machine =
       is_preset ? machine_preset(options.machine) : read_machine(options.machine);
+  std::set<std::string> names_set;
   for (const std::string& text : options.set) {
     const std::size_t equal = text.find('=');
     double value = 0;
@@ -51,7 +53,9 @@ MachineModel resolve_machine(const HostsOptions& options) {
     if (parsed.ec != std::errc() || parsed.ptr != end || !std::isfinite(value)) {
       refuse("--set '{}' is not NAME=NUMBER", text);
     }
-    set_parameter(machine, text.substr(0, equal), value);
+    const std::string name = text.substr(0, equal);
+    if (!names_set.insert(name).second) refuse("--set: {} is given twice", name);
+    set_parameter(machine, name, value);
   }
   return machine;
 }

@@ -128,8 +128,10 @@ ExchangeConfig resolved(ExchangeConfig config, int num_ranks) {
   check_config(config, num_ranks);
   if (config.mode == Mode::kLowLatency && config.max_m == 0) {
     const std::int64_t worst = std::int64_t{num_ranks} * config.max_tokens_per_rank;
-    check_argument(worst <= (1 << 30), "{} ranks x max_tokens_per_rank {}: set max_m", num_ranks,
-                   config.max_tokens_per_rank);
+    check_argument(worst <= (1 << 30),
+                   "max_tokens_per_rank {} of {} ranks: {} rows for an expert, at most 2^30: take "
+                   "fewer tokens, or set max_m where the library is called",
+                   config.max_tokens_per_rank, num_ranks, worst);
     config.max_m = static_cast<int>(worst);
   }
   return config;

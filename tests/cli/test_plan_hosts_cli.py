@@ -106,6 +106,7 @@ with tempfile.TemporaryDirectory() as folder:
         "push_gbytes_per_s 0 is not in 0.001 .. 1000000 GB/s": ("--hosts", 2, "--set", "push_gbytes_per_s=0"),
         "pull_gbytes_per_s 1e-320 is not in 0.001 .. 1000000 GB/s": ("--hosts", 2, "--set", "pull_gbytes_per_s=1e-320"),
         "parameter 'speed' is none of: network_gbytes_per_s": ("--hosts", 2, "--set", "speed=3"),
+        "--set: overlap is given twice": ("--hosts", 2, "--set", "overlap=1,network_gbytes_per_s=20,overlap=0"),
         "--set 'overlap' is not NAME=NUMBER": ("--hosts", 2, "--set", "overlap"),
         "--set 'overlap=x' is not NAME=NUMBER": ("--hosts", 2, "--set", "overlap=x"),
         "overlap 2 is not in 0 .. 1": ("--hosts", 2, "--set", "overlap=2"),

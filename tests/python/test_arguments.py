@@ -84,6 +84,9 @@ def test_whole_numbers_that_do_not_fit(geometry, checkpoint, backend):
         for name in ("layer", "max_tokens_per_rank", "max_m", "num_slots", "sum_parts"):
             refused(f"{name} {text}", sluice.Engine, checkpoint, one, backend,
                     **{"layer": 3, "max_tokens_per_rank": 4, name: number})
+    refused("max_tokens_per_rank 16777216 of 128 ranks: 2147483648 rows for an expert, at most 2^30",
+            sluice.Exchange.workspace_bytes, num_experts=128, num_topk=2, hidden=256, max_tokens_per_rank=1 << 24,
+            num_ranks=128)
     refused("num_threads of very many digits does not fit", sluice.Backend, "cpu", num_threads=10**5000)
     refused(f"num_threads {limit - 1}", sluice.Backend, "cpu", num_threads=limit - 1)
     for other in (1.0, "1", None, np.float32(1)):
