@@ -83,4 +83,21 @@ __device__ __forceinline__ std::uint32_t smem_descriptor(std::uint32_t address) 
 SLUICE_WGMMA_SHAPES(wgmma_m64k32, "e4m3")
 SLUICE_WGMMA_SHAPES(wgmma_m64k32_e5m2, "e5m2")
 
+#undef SLUICE_WGMMA_TEXT_4
+#undef SLUICE_WGMMA_TEXT_8
+#undef SLUICE_WGMMA_TEXT_16
+#undef SLUICE_WGMMA_TEXT_24
+#undef SLUICE_WGMMA_TEXT_32
+#undef SLUICE_WGMMA_TEXT_48
+#undef SLUICE_WGMMA_TEXT_64
+#undef SLUICE_WGMMA_SUMS_4
+#undef SLUICE_WGMMA_SUMS_8
+#undef SLUICE_WGMMA_SUMS_16
+#undef SLUICE_WGMMA_SUMS_24
+#undef SLUICE_WGMMA_SUMS_32
+#undef SLUICE_WGMMA_SUMS_48
+#undef SLUICE_WGMMA_SUMS_64
+#undef SLUICE_WGMMA
+#undef SLUICE_WGMMA_SHAPES
+
 }  // namespace sluice::cuda::ptx
