@@ -108,6 +108,7 @@ struct CaseChoice {
 inline const std::vector<int> kAllRows{0,  1,  3,   7,   8,   9,    16,   17, 63,
                                        64, 65, 127, 128, 129, 1000, 1024, 2,  0};
 inline const std::vector<int> kFewRows{0, 5, 0, 9, 33, 70, 0};
+inline const std::vector<int> kTurns{9, 40, 0, 64, 17, 130, 12, 33};
 inline const char* const kLimits[] = {"swiglu:limit=0.25", "swiglu-oai:alpha=1.702,limit=0.25",
                                       "situ:beta=0.5,linear_beta=0.25"};
 
@@ -117,6 +118,16 @@ inline std::vector<int> many_experts() {
   for (int e = 0; e < 160; ++e) many[e] = e % 4;
   many[9] = 70;
   return many;
+}
+
+/// So many token tiles that phases with short K take turns, also with all CTAs: one expert has
+/// several, some have none.
+inline std::vector<int> busy_experts() {
+  std::vector<int> busy(180);
+  for (int e = 0; e < 180; ++e) busy[e] = e % 9 == 4 ? 0 : 9 + e * 5 % 56;
+  busy[7] = 300;
+  busy[171] = 130;
+  return busy;
 }
 
 inline Case token(Case c) {
@@ -159,6 +170,8 @@ inline std::vector<Case> int4_cases(const CaseChoice& choice) {
   cases.push_back({3456, 128, many, 128, kBf16, k3, false, false});
   cases.push_back({3456, 256, many, 32, kF32, k7, true, false});
   cases.push_back({3456, 128, many, 128, kBf16, k7, false, true});
+  cases.push_back({640, 256, busy_experts(), 128, kBf16, k3, false, false});
+  cases.push_back({384, 128, busy_experts(), 32, kBf16, k7, true, false});
   for (const char* const fn : kLimits) {
     cases.push_back({384, 384, few, 128, kBf16, k3, false, false, fn});
     cases.push_back({1792, 256, few, 32, kF32, k7, true, false, fn});
@@ -171,7 +184,9 @@ inline std::vector<Case> int4_cases(const CaseChoice& choice) {
   cases.push_back(token({128, 128, few, 128, kBf16, k7, false, false}));
   cases.push_back(token({3456, 256, many, 128, kBf16, k3, true, false}));
   cases.push_back(token({384, 256, few, 32, kF32, k3, false, false, kLimits[0]}));
-  if (choice.is_tiny) cases.resize(7);  // all kinds of activation scales, both groups, both codes
+  // Few CTAs compute it in turns, row tiles without a stop.
+  cases.insert(cases.begin(), {640, 128, kTurns, 128, kBf16, k3, true, false});
+  if (choice.is_tiny) cases.resize(8);  // all kinds of activation scales, both groups, both codes
   if (!choice.is_short && !choice.is_tiny) {
     cases.push_back({1792, 384, all, 128, kBf16, k7, false, false});
     cases.push_back({3584, 1792, all, 128, kBf16, k3, true, false});
@@ -207,6 +222,7 @@ inline std::vector<Case> mxfp4_cases(const CaseChoice& choice) {
                           fp4(1792, 256, few, true, false, Spread::kMost, kLimits[2]),
                           token(fp4(1792, 384, few, false, false, Spread::kMost)),
                           fp4(3456, 128, many, false, false, Spread::kFew),
+                          fp4(384, 256, busy_experts(), true, false, Spread::kFew),
                           token(fp4(3456, 256, many, true, false, Spread::kOneFar, kLimits[0]))};
   if (choice.is_tiny) cases.resize(3);
   if (choice.is_short || choice.is_tiny) return cases;

@@ -14,6 +14,7 @@
 namespace sluice::cuda {
 
 inline constexpr int kMaxExperts = 512;
+inline constexpr int kMappedTiles = 512;     ///< Token tiles whose expert a table has.
 inline constexpr int kNumTokenBoxes = 5;     ///< Tensor maps for boxes of 8 << i tokens.
 inline constexpr int kSharedLimit = 232448;  ///< Dynamic shared memory of one CTA on sm_90.
 /// Arrivals of a warp where one lane speaks for it after __syncwarp(): of the scale warp when a
@@ -40,8 +41,12 @@ enum class XScale : int {
 
 /// One instantiation of the kernel.
 template <KernelConfig Size, WeightCode Code, ScaleType Scale, int Group, XScale X,
-          Activations Functions = Activations::kSwiglu, WeightFormat Format = WeightFormat::kInt4>
+          Activations Functions = Activations::kSwiglu, WeightFormat Format = WeightFormat::kInt4,
+          bool ShortK = false>
 struct Config {
+  /// The kernel of experts whose down has a short K, as tensor parallelism cuts them:
+  /// choose_kernel.cuh.
+  static constexpr bool kShortK = ShortK;
   /// The kernel of far matrices, and no others. It is for correctness: one size does.
   static constexpr bool kIsFar = Code == WeightCode::kE2M1Far;
   static_assert((Format == WeightFormat::kMxfp4) == (Code == WeightCode::kE2M1 || kIsFar));
@@ -97,10 +102,11 @@ struct Config {
   // NOTE: tiles of fewer steps are over before the one before has left (256 experts of 256, 64
   // rows: 318 us, and 308 by stores of the math warps).
   static constexpr int kFewestSteps = 8;
+  static constexpr int kMapped = kShortK ? kMappedTiles : 0;  // see expert_of
   static constexpr int kRowBytes =
       std::max(kMaxTokens * (kStagesRows ? kRowPitch : kHiddenPitch), kParkedAt + kParkedBytes);
   static constexpr int kFixedBytes =
-      kRowBytes + kMaxTokens * (4 * kMathWarps + 4) + 8 * kMaxExperts + 1024;
+      kRowBytes + kMaxTokens * (4 * kMathWarps + 4) + 8 * kMaxExperts + 2 * kMapped + 1024;
   static constexpr int kStagesThatFit = (kSharedLimit - kFixedBytes) / kStageBytes;
   static constexpr int kStages = kStagesThatFit < 9 ? kStagesThatFit : 9;
   static_assert(128 * kProducerRegisters + kMathThreads * kMathRegisters <=
@@ -186,6 +192,9 @@ struct Shared {
   std::uint64_t rows_full;   // `rows` has a finished tile
   std::uint64_t rows_empty;  // it has left
   Progress progress[C::kMathWarps];
+  // With kShortK, at the end so that all else lies where it lies in the other kernels:
+  int lead;  // token tiles by which phase 0 is ahead of phase 1: tickets.cuh
+  std::uint16_t expert_of[C::kMapped + 1];  // of the first token tiles
 };
 
 /// Position in a ring of stages: index and the parity its barriers are waited on.

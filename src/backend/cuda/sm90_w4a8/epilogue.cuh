@@ -56,22 +56,32 @@ __device__ __forceinline__ void stage_bf16(Shared<C>& s, const MathLane& lane,
   if constexpr (!C::kIsDecode) ptx::fence_proxy_async_shared();  // for bulk copies
 }
 
-/// bf16 rows: a thread's two rows are neighbouring channels, a warp writes whole 32-byte sectors.
-template <class C, int N>
-__device__ __forceinline__ void store_bf16(const Phase& phase, const TileInfo& t, int row_tile,
-                                           int pass, const MathLane& lane,
-                                           const float (&sum)[C::kSlabsPerWarpgroup][N / 2]) {
+/// Where a thread stores its sums of a tile of y.
+struct RowPlace {
+  std::uint16_t* out;  // its first channel of its first token
+  int num_tokens;      // from that one on
+};
+template <class C>
+__device__ __forceinline__ RowPlace row_place(const Phase& phase, const TileInfo& t, int row_tile,
+                                              int pass, const MathLane& lane) {
   const int first_slab = slab_of<C>(lane, pass, 0);
   const int channel = row_tile * kTileRows + first_slab * kSlabRows + lane.warp * 16 + 2 * lane.row;
-  std::uint16_t* out = phase.y + static_cast<long long>(t.row0 + lane.column) * phase.n + channel;
-  const int num_tokens = t.num_tokens - lane.column;
+  return {.out = phase.y + static_cast<long long>(t.row0 + lane.column) * phase.n + channel,
+          .num_tokens = t.num_tokens - lane.column};
+}
+
+/// bf16 rows: a thread's two rows are neighbouring channels, a warp writes whole 32-byte sectors.
+template <class C, int N>
+__device__ __forceinline__ void store_bf16(const Phase& phase, const RowPlace& place,
+                                           const float (&sum)[C::kSlabsPerWarpgroup][N / 2]) {
+  std::uint16_t* out = place.out;
   // One running pointer, since a pointer per token would spill. The slabs of a token one after the
   // other: both know then whether there is such a token.
 #pragma unroll
   for (int j = 0; j < N / 8; ++j) {
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
-      if (8 * j + i < num_tokens) {
+      if (8 * j + i < place.num_tokens) {
 #pragma unroll
         for (int b = 0; b < C::kSlabsPerWarpgroup; ++b) {
           *reinterpret_cast<std::uint32_t*>(out + i * phase.n + b * kSlabRows) =

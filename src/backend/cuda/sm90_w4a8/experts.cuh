@@ -51,8 +51,9 @@
 //           rows_full, rows_empty  a finished tile, math -> warp 3, and back. Tiles of y take this
 //                     way unless K is short, or rows leave for their homes
 //           sync[2 + e]  finished phase-0 tiles of expert e, release, by warp 3; warps 1 and 2
-//                     acquire before they fetch h. Tickets order all tiles; phase 1 waits only for
-//                     lower tickets, which running CTAs hold, so any number of resident CTAs makes
+//                     acquire before they fetch h. Tickets order all tiles, of phase 0 and then of
+//                     phase 1, or of both in turns (tickets.cuh); phase 1 waits only for lower
+//                     tickets, which running CTAs hold, so any number of resident CTAs makes
 //                     progress.
 //           A tile whose rows of x have one scale each ends with a stage that holds these alone.
 //           Between its wait and its arrive a role owns the bytes; no one else touches them.

@@ -10,6 +10,7 @@
 #include <vector>
 
 #include "backend/cuda/check.h"
+#include "backend/cuda/sm90_w4a8/choose_kernel.cuh"
 #include "backend/cuda/sm90_w4a8/config.cuh"
 #include "backend/cuda/w4a8.h"
 #include "sluice/error.h"
@@ -94,12 +95,6 @@ const Maps& maps_of(const Fp8RowsView& x, std::int64_t rows) {
     slot.key = key;
   }
   return slot.maps;
-}
-
-/// A value without an instantiation: another one is another argument of Config, chosen below.
-[[noreturn]] void refuse(const char* what, int value) {
-  throw Error(ErrorCode::kUnsupported,
-              std::string(what) + " " + std::to_string(value) + " has no CUDA kernel");
 }
 
 /// 1 / beta, or 0 for a kind without one.
@@ -209,86 +204,6 @@ void add_hidden(Params& p, const PackedWeights& weights, const RowRanges& rows,
   phase.h = h.codes;
   phase.h_scale = h.scale;
   phase.h_inv_static = h.scale == nullptr ? 1.0f / h.static_scale : 0.0f;
-}
-
-/// Plain SwiGLU is one with a limit that never acts.
-template <KernelConfig Size, WeightCode Code, XScale X>
-using Mxfp4 =
-    Config<Size, Code, ScaleType::kE8M0, 32, X, Activations::kOthers, WeightFormat::kMxfp4>;
-
-template <KernelConfig Size, WeightCode Code>
-void launch_mxfp4(const Params& p, XScale x, int num_ctas, cudaStream_t stream) {
-  switch (x) {
-    case XScale::kPerGroup:
-      return launch_kernel<Mxfp4<Size, Code, XScale::kPerGroup>>(p, num_ctas, stream);
-    case XScale::kPerRow:
-      return launch_kernel<Mxfp4<Size, Code, XScale::kPerRow>>(p, num_ctas, stream);
-    case XScale::kRowThenGroup:
-      return launch_kernel<Mxfp4<kUsual<Size>, Code, XScale::kRowThenGroup>>(p, num_ctas, stream);
-  }
-  refuse("activation scales", static_cast<int>(x));
-}
-
-template <KernelConfig Size, WeightCode Code, ScaleType Scale, int Group, XScale X>
-void launch_activations(const Params& p, int num_ctas, cudaStream_t stream) {
-  if (p.phase[0].activation.kind == ActivationKind::kSwiglu) {
-    launch_kernel<Config<Size, Code, Scale, Group, X, Activations::kSwiglu>>(p, num_ctas, stream);
-  } else {
-    launch_kernel<Config<Size, Code, Scale, Group, X, Activations::kOthers>>(p, num_ctas, stream);
-  }
-}
-
-template <KernelConfig Size, WeightCode Code, ScaleType Scale, int Group>
-void launch_x_scale(const Params& p, XScale x, int num_ctas, cudaStream_t stream) {
-  switch (x) {
-    case XScale::kPerGroup:
-      return launch_activations<Size, Code, Scale, Group, XScale::kPerGroup>(p, num_ctas, stream);
-    case XScale::kPerRow:
-      return launch_activations<Size, Code, Scale, Group, XScale::kPerRow>(p, num_ctas, stream);
-    case XScale::kRowThenGroup:
-      return launch_activations<kUsual<Size>, Code, Scale, Group, XScale::kRowThenGroup>(
-          p, num_ctas, stream);
-  }
-  refuse("activation scales", static_cast<int>(x));
-}
-
-template <KernelConfig Size, WeightCode Code, ScaleType Scale>
-void launch_group(const Params& p, int group, XScale x, int num_ctas, cudaStream_t stream) {
-  if (group == 128) {
-    launch_x_scale<Size, Code, Scale, 128>(p, x, num_ctas, stream);
-  } else {
-    launch_x_scale<Size, Code, Scale, 32>(p, x, num_ctas, stream);
-  }
-}
-
-template <KernelConfig Size, WeightCode Code>
-void launch_scale(const Params& p, const WeightShape& shape, XScale x, int num_ctas,
-                  cudaStream_t stream) {
-  if (shape.scale_type == ScaleType::kBf16) {
-    launch_group<Size, Code, ScaleType::kBf16>(p, shape.group, x, num_ctas, stream);
-  } else {
-    launch_group<Size, Code, ScaleType::kF32>(p, shape.group, x, num_ctas, stream);
-  }
-}
-
-template <KernelConfig Size>
-void launch_code(const Params& p, const PackedWeights& w, XScale x, int num_ctas,
-                 cudaStream_t stream) {
-  switch (w.code) {
-    case WeightCode::kOnesComplement:
-      return launch_scale<Size, WeightCode::kOnesComplement>(p, w.shape, x, num_ctas, stream);
-    case WeightCode::kSignMagnitude:
-      return launch_scale<Size, WeightCode::kSignMagnitude>(p, w.shape, x, num_ctas, stream);
-    case WeightCode::kE2M1:
-      return launch_mxfp4<Size, WeightCode::kE2M1>(p, x, num_ctas, stream);
-    case WeightCode::kE2M1Far: {  // Of each expert one of the two kernels does nothing.
-      Params chosen = p;
-      chosen.chooses = true;
-      launch_mxfp4<Size, WeightCode::kE2M1>(chosen, x, num_ctas, stream);
-      return launch_mxfp4<KernelConfig::kDecode, WeightCode::kE2M1Far>(chosen, x, num_ctas, stream);
-    }
-  }
-  refuse("weight code", static_cast<int>(w.code));
 }
 
 /// Where the scales of x meet the sums of a GEMM by itself.

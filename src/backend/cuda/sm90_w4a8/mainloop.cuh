@@ -86,10 +86,12 @@ __device__ __forceinline__ void multiply_slab_ahead(Shared<C>& s, Ring& ring, in
 }
 
 /// Two slabs, up to 64 columns: slab 0 is promoted while slab 1 is multiplied, slab 1 while slab 0
-/// of the next step is.
-template <class C, XScale X, int N>
+/// of the next step is. `between` runs after each step but the last, when its sums are there and
+/// the next step's first product is under way.
+template <class C, XScale X, int N, class Between>
 __device__ __forceinline__ void multiply_two_slabs(Shared<C>& s, Ring& ring, int steps,
-                                                   const MathLane& lane, float (&sum)[2][N / 2]) {
+                                                   const MathLane& lane, float (&sum)[2][N / 2],
+                                                   const Between& between) {
   float acc0[N / 2], acc1[N / 2], xs[2][N / 4];
   float2 ws0, ws1[2];
   Fragments f0, f1;
@@ -119,7 +121,10 @@ __device__ __forceinline__ void multiply_two_slabs(Shared<C>& s, Ring& ring, int
     const StageView v = view_stage(s, next_stage, lane);
     load(v, parity);
     multiply(acc0, f0, v.x);
-    if (!is_first) finish(1 - parity);
+    if (!is_first) {
+      finish(1 - parity);
+      between();
+    }
     stage = next_stage;
     multiply(acc1, f1, v.x);
     await<1>(acc0);
@@ -205,7 +210,7 @@ __device__ __forceinline__ void multiply_tile(Shared<C>& s, Ring& ring, int num_
   } else if constexpr (C::kSlabsPerWarpgroup == 1) {
     multiply_slab<C, X, N>(s, ring, num_steps, lane, sum);
   } else if constexpr (N <= 64) {
-    multiply_two_slabs<C, X, N>(s, ring, num_steps, lane, sum);
+    multiply_two_slabs<C, X, N>(s, ring, num_steps, lane, sum, [] {});
   } else {
     multiply_wide<C, X, N>(s, ring, num_steps, lane, sum);
   }

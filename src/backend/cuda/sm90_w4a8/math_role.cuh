@@ -55,6 +55,10 @@ __device__ __forceinline__ void meet_row_scales(Shared<C>& s, const Phase& phase
   }
 }
 
+template <class C>
+inline constexpr bool kRunsOn =
+    C::kShortK && !C::kIsDecode && C::kFormat == WeightFormat::kInt4 && C::kGroup == 128;
+
 /// A finished row tile leaves. `t`: what was published, `row_tile` of it.
 template <class C, XScale X, int N>
 __device__ __forceinline__ void finish_tile(Shared<C>& s, const Phase& phase, const TileInfo& t,
@@ -76,8 +80,37 @@ __device__ __forceinline__ void finish_tile(Shared<C>& s, const Phase& phase, co
   } else if (phase.home.origin != nullptr) {
     store_home<C, N>(s, phase, t, pass, again, sum);
   } else {
-    store_bf16<C, N>(phase, t, row_tile, pass, again, sum);
+    store_bf16<C, N>(phase, row_place<C>(phase, t, row_tile, pass, again), sum);
   }
+}
+
+/// Row tiles of y without a stop between them: one is stored while the next one's first product
+/// runs.
+template <class C, XScale X, int N>
+__device__ __forceinline__ void run_on(Shared<C>& s, const Phase& phase, const TileInfo& t,
+                                       const MathLane& lane, Ring& ring, float (&sum)[2][N / 2]) {
+  clear(sum[0]);
+  clear(sum[1]);
+  const int num_steps = phase.num_steps;
+  const bool has_last = has_slabs<C>(t, make_math_lane<C>());
+  RowPlace place = row_place<C>(phase, t, t.row_tile, 0, make_math_lane<C>());
+  int left = num_steps;
+  const auto leave = [&] {
+    if constexpr (X == XScale::kPerRow) meet_row_scales<C, N>(s, phase, ring, sum);
+    store_bf16<C, N>(phase, place, sum);
+    place.out += kTileRows;
+  };
+  multiply_two_slabs<C, X, N>(s, ring, num_steps * (t.row_tiles - (has_last ? 0 : 1)), lane, sum,
+                              [&] {
+                                if (--left > 0) return;
+                                leave();
+                                clear(sum[0]);
+                                clear(sum[1]);
+                                left = num_steps;
+                              });
+  leave();
+  if (has_last) return;
+  for (int k = 0; k < num_steps; ++k) release(s, acquire(s, ring));
 }
 
 /// The row tiles of a published tile.
@@ -93,21 +126,46 @@ __device__ __forceinline__ void compute_tile(Shared<C>& s, const Params& p, cons
   if constexpr (C::kPasses == 1) ask_for_origins();
   if constexpr (kStreams<C, N>) {
     clear(sum[0]);
-    int row_tile = t.row_tile;
     const int busy_tiles = t.row_tiles - (busy ? 0 : 1);
+    // Where K is short a row tile is over after two steps of math: what its store needs is kept.
+    const bool is_short = C::kShortK && phase.epilogue == Epilogue::kBf16 &&
+                          !stages_rows<C>(phase) && phase.home.origin == nullptr;
+    RowPlace place = row_place<C>(phase, t, t.row_tile, 0, make_math_lane<C>());
+    int row_tile = t.row_tile;
     if (busy_tiles > 0) {
       multiply_slab_ahead<C, X, N>(
           s, ring, phase.num_steps, busy_tiles, lane, sum, [&](float(&done)[1][N / 2]) {
-            finish_tile<C, X, N>(s, phase, t, row_tile++, 0, ring, true, done);
+            if (is_short) {
+              if constexpr (X == XScale::kPerRow) meet_row_scales<C, N>(s, phase, ring, done);
+              store_bf16<C, N>(phase, place, done);
+              place.out += kTileRows;
+            } else {
+              finish_tile<C, X, N>(s, phase, t, row_tile++, 0, ring, true, done);
+            }
           });
     }
     if (busy) return;
     for (int k = 0; k < phase.num_steps; ++k) release(s, acquire(s, ring));
-    finish_tile<C, X, N>(s, phase, t, row_tile, 0, ring, false, sum);
+    finish_tile<C, X, N>(s, phase, t, t.row_tile + busy_tiles, 0, ring, false, sum);
   } else if constexpr (C::kPasses == 1) {
-    multiply_tile<C, X, N>(s, ring, phase.num_steps, busy, lane, sum);
-    finish_tile<C, X, N>(s, phase, t, t.row_tile, 0, ring, has_slabs<C>(t, make_math_lane<C>()),
-                         sum);
+    if constexpr (kRunsOn<C>) {
+      if (t.row_tiles > 1) return run_on<C, X, N>(s, phase, t, lane, ring, sum);
+    }
+    if constexpr (N > kTogetherTokens<C>) {
+      multiply_tile<C, X, N>(s, ring, phase.num_steps, busy, lane, sum);
+      finish_tile<C, X, N>(s, phase, t, t.row_tile, 0, ring, has_slabs<C>(t, make_math_lane<C>()),
+                           sum);
+    } else {
+      // Asked again at each end: along K registers are for sums.
+      const auto has_rows = [&](int i) {
+        return i + 1 < t.row_tiles || has_slabs<C>(t, make_math_lane<C>());
+      };
+      int i = 0;
+      do {
+        multiply_tile<C, X, N>(s, ring, phase.num_steps, has_rows(i), lane, sum);
+        finish_tile<C, X, N>(s, phase, t, t.row_tile + i, 0, ring, has_rows(i), sum);
+      } while (++i < t.row_tiles);
+    }
   } else {
 #pragma unroll 1
     for (int pass = 0; pass < passes_of<C>(t.num_slabs); ++pass) {

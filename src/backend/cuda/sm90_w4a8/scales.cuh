@@ -71,28 +71,36 @@ __device__ __forceinline__ void fetch_tile_scales(Shared<C>& s, const Phase& pha
   }
 }
 
-/// The same where a tile runs along K in passes, as one run of so many times the steps: loops in a
-/// loop take registers that producers do not have.
+/// The same in prefill, where a tile may run along K several times: as one run of so many times the
+/// steps, since loops in a loop take registers that its producers do not have.
 template <class C>
-__device__ __forceinline__ void fetch_pass_scales(Shared<C>& s, const Phase& phase, int row0,
-                                                  int last_token, int passes, Ring& ring) {
+__device__ __forceinline__ void fetch_run_scales(Shared<C>& s, const Phase& phase, int row0,
+                                                 int last_token, int runs, Ring& ring) {
   const int lane = ptx::thread_index() % 32;
-  constexpr int kRows = C::kMaxTokens / 32;
+  constexpr int kRows = HeldScales<C>::kRows, kSteps = HeldScales<C>::kSteps;
   const int num_steps = phase.num_steps;
   const float* const rows = phase.x_scale + static_cast<long long>(row0) * num_steps;
   int at = 0;
-  for (int left = passes * num_steps; left > 0; --left) {
-    float value[kRows];
+  for (int left = runs * num_steps; left > 0; left -= kSteps) {
+    float value[kRows][kSteps];
 #pragma unroll
-    for (int i = 0; i < kRows; ++i)
-      value[i] = rows[min(lane + 32 * i, last_token) * num_steps + at];
-    if (++at == num_steps) at = 0;
-    wait_bounded(&s.empty[ring.stage], ring.parity ^ 1);
+    for (int j = 0; j < kSteps; ++j) {
 #pragma unroll
-    for (int i = 0; i < kRows; ++i) {
-      s.x_scale[ring.stage][scale_place<C>(lane) + 8 * i] = value[i];
+      for (int i = 0; i < kRows; ++i) {
+        value[i][j] = rows[min(lane + 32 * i, last_token) * num_steps + at];
+      }
+      if (++at == num_steps) at = 0;
     }
-    hand_over_scales(s, ring, lane);
+#pragma unroll
+    for (int j = 0; j < kSteps; ++j) {
+      if (j == left) break;
+      wait_bounded(&s.empty[ring.stage], ring.parity ^ 1);
+#pragma unroll
+      for (int i = 0; i < kRows; ++i) {
+        s.x_scale[ring.stage][scale_place<C>(lane) + 8 * i] = value[i][j];
+      }
+      hand_over_scales(s, ring, lane);
+    }
   }
 }
 
@@ -133,9 +141,9 @@ __device__ __forceinline__ void fetch_scales(Shared<C>& s, const Params& p, int 
     const Phase& phase = p.phase[t.phase];
     const bool has_none = C::kXScale == XScale::kPerRow || C::has_row_stage(t.phase);
     if (!has_none) wait_for_rows(p, t, lane, ready);
-    if constexpr (C::kPasses > 1) {
+    if constexpr (C::kPasses > 1 || (C::kShortK && !C::kIsDecode)) {
       if (!has_none) {
-        fetch_pass_scales(s, phase, t.row0, t.num_tokens - 1, passes_of<C>(t.num_slabs), ring);
+        fetch_run_scales(s, phase, t.row0, t.num_tokens - 1, runs_of<C>(t), ring);
         continue;
       }
     }
