@@ -72,8 +72,11 @@ std::optional<Named> agreed(const ConfigFields& fields, Kind kind, int low) {
 
 Named required(const ConfigFields& fields, Kind kind, const char* what) {
   if (const auto found = agreed(fields, kind, 1)) return *found;
-  fail(ErrorCode::kUnsupported, "{}: no key gives {}; the names known are {}", fields.file, what,
-       config_key_names(kind));
+  std::string unknown;  // One of them may be an object that has the key.
+  for (const std::string& key : fields.unknown) unknown += (unknown.empty() ? "" : ", ") + key;
+  fail(ErrorCode::kUnsupported, "{}: no key gives {}; the names known are {}{}", fields.file, what,
+       config_key_names(kind),
+       unknown.empty() ? "" : "; keys that are not known, nor looked into: " + unknown);
 }
 
 int next_multiple(int value, int unit) {

@@ -138,6 +138,8 @@ TEST(ConfigKeys, KeysThatWouldChangeResults) {
       {R"({"hidden_size": null})", {"no key gives the width", "hidden_size"}},
       {R"({"n_routed_experts": null})", {"routed experts", "n_routed_experts, num_experts"}},
       {R"({"num_experts_per_tok": null})", {"experts per token", "num_experts_per_token"}},
+      {R"({"n_routed_experts": null, "thinker_config": {"n_routed_experts": 2}})",
+       {"no key gives the number of routed experts", "nor looked into: thinker_config"}},
       {R"({"moe_intermediate_size": null})", {"experts' width", "moe_intermediate_size"}},
   };
   for (const PatchRow& row : rows) expect_patch_refused(ErrorCode::kUnsupported, row);
