@@ -209,8 +209,7 @@ __device__ __forceinline__ TileInfo find_tile(const Shared<C>& s, const Params& 
   const int local = ticket - s.tile_prefix[expert] * shape.row_tickets;
   const int row_ticket = C::kShortK && token_tiles == 1 ? local : local / token_tiles;
   const int row_tile = row_ticket * shape.row_tiles;
-  const int token_tile = C::kShortK ? local - row_ticket * token_tiles : local % token_tiles;
-  const int token0 = token_tile * C::kMaxTokens;
+  const int token0 = (local % token_tiles) * C::kMaxTokens;
   const int base =
       p.row_offset != nullptr ? static_cast<int>(p.row_offset[expert]) : expert * p.max_m;
   t.phase = phase;
