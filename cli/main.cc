@@ -6,6 +6,7 @@
 #include <string>
 
 #include "command.h"
+#include "lost_page.h"
 #include "report.h"
 #include "sluice/config.h"
 #include "sluice/error.h"
@@ -45,6 +46,7 @@ int status_of(const Output& output, const Body& body) {
 
 int main(int argc, char** argv) {
   sluice::cli::hold_standard_files();
+  sluice::cli::explain_lost_pages();
   // Ranks that share a GPU wait for each other inside kernels: each needs a hardware queue, and no
   // launch may stop to load a kernel. The CUDA runtime reads these before its first call.
   setenv("CUDA_DEVICE_MAX_CONNECTIONS", "32", /*overwrite=*/0);

@@ -211,6 +211,18 @@ class Checkpoint {
   std::unique_ptr<Impl> impl_;
 };
 
+/// A file that this process has mapped.
+struct MappedState {
+  const char* path = nullptr;  ///< As it was opened, of the file's own as long as it is mapped.
+  std::uint64_t bytes_mapped = 0;
+  std::uint64_t bytes_now = 0;
+};
+
+/// The file of a checkpoint whose mapping holds `address`, if any. A program's handler of SIGBUS
+/// calls this: the system sends it to whoever reads a mapped file that has become shorter, and no
+/// library can turn it into an error. Async-signal-safe.
+[[nodiscard]] std::optional<MappedState> find_mapped(const void* address) noexcept;
+
 /// What a model's config.json says, with or without tensors beside it.
 struct ModelDescription {
   ModelGeometry geometry;

@@ -6,7 +6,7 @@
 
 #include "checkpoint/safetensors.h"
 #include "core/fail.h"
-#include "core/mmap.h"
+#include "core/regular_file.h"
 #include "core/write_text.h"
 #include "sluice/lab/accuracy.h"
 #include "sluice/quant.h"
@@ -18,8 +18,8 @@ class Dump {
  public:
   explicit Dump(const std::filesystem::path& file)
       : name_(file.string()),
-        mapped_(MappedFile::open(file)),
-        header_(parse_safetensors_header(mapped_->bytes(), name_)) {}
+        bytes_(read_text(file)),
+        header_(parse_safetensors_header(std::as_bytes(std::span(bytes_)), name_)) {}
 
   /// A [rows, columns] tensor of one of two dtypes. Throws: naming the tensor and what is wrong.
   [[nodiscard]] const SafetensorsEntry& matrix(const char* tensor, const char* dtype,
@@ -43,7 +43,7 @@ class Dump {
   [[nodiscard]] std::vector<T> read(const SafetensorsEntry& entry) const {
     std::vector<T> values((entry.end - entry.begin) / sizeof(T));
     if (!values.empty()) {
-      std::memcpy(values.data(), mapped_->bytes().data() + header_.data_begin + entry.begin,
+      std::memcpy(values.data(), bytes_.data() + header_.data_begin + entry.begin,
                   values.size() * sizeof(T));
     }
     return values;
@@ -53,7 +53,7 @@ class Dump {
 
  private:
   std::string name_;
-  std::shared_ptr<const MappedFile> mapped_;
+  std::string bytes_;
   SafetensorsHeader header_;
 };
 

@@ -19,6 +19,7 @@
 #include "convert/target_format.h"
 #include "convert/verify.h"
 #include "core/fail.h"
+#include "core/regular_file.h"
 #include "core/threads.h"
 #include "core/write_text.h"
 #include "files/file_write.h"
@@ -195,8 +196,7 @@ bool Converter::is_made_by_another(ConvertReport& report) const {
   const auto holds = [&](const char* name, const std::string& text) {
     std::error_code problem;
     if (!fs::is_regular_file(target_dir_ / name, problem)) return false;
-    const auto file = MappedFile::open(target_dir_ / name);
-    return std::ranges::equal(file->bytes(), std::as_bytes(std::span(text)));
+    return read_text(target_dir_ / name) == text;
   };
   const bool is_made = holds("config.json", config_text()) && holds(kIndexName, plan_.index_text());
   if (!is_made) {
@@ -251,13 +251,14 @@ bool Converter::is_mine(const OutputJob& job) const {
 
 std::uint64_t Converter::digest_on_disk(const OutputJob& job) const {
   std::uint64_t digest = kDigestSeed;
+  std::vector<std::byte> buffer(kPieceBytes);
   for (const OutputPlace& place : job.places) {
-    const auto file = MappedFile::open(shard_path(place));
-    const auto bytes = file->bytes().subspan(place.offset, place.bytes);
-    for (std::size_t at = 0; at < bytes.size(); at += kPieceBytes) {
-      const auto piece = bytes.subspan(at, std::min(kPieceBytes, bytes.size() - at));
-      digest = digest_bytes(piece, digest);
-      MappedFile::release(piece);
+    const RegularFile file = RegularFile::open(shard_path(place));
+    for (std::uint64_t at = 0; at < place.bytes; at += buffer.size()) {
+      const std::size_t count = file.read(
+          place.offset + at, std::span(buffer).first(std::min(buffer.size(), place.bytes - at)),
+          shard_path(place));
+      digest = digest_bytes(std::span(buffer).first(count), digest);
     }
   }
   return digest;
@@ -269,13 +270,14 @@ std::uint64_t Converter::run_job(const OutputJob& job) {
 
 std::uint64_t Converter::copy_tensor(const OutputJob& job) const {
   const OutputPlace& place = job.places.front();
-  const auto bytes = job.tensor->bytes();
   std::uint64_t digest = kDigestSeed;
-  for (std::size_t at = 0; at < bytes.size(); at += kPieceBytes) {
-    const auto piece = bytes.subspan(at, std::min(kPieceBytes, bytes.size() - at));
+  std::vector<std::byte> buffer(std::min<std::uint64_t>(kPieceBytes, job.tensor->size()));
+  for (std::uint64_t at = 0; at < job.tensor->size(); at += kPieceBytes) {
+    const auto piece =
+        std::span(buffer).first(std::min<std::uint64_t>(kPieceBytes, job.tensor->size() - at));
+    read_tensor(*job.tensor, at, piece);
     write_at(shard_path(place), place.offset + at, piece);
     digest = digest_bytes(piece, digest);
-    MappedFile::release(piece);
   }
   return digest;
 }

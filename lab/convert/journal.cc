@@ -5,7 +5,7 @@
 #include <string_view>
 
 #include "core/fail.h"
-#include "core/mmap.h"
+#include "core/regular_file.h"
 #include "files/file_write.h"
 
 namespace sluice {
@@ -13,11 +13,6 @@ namespace {
 
 std::string head_line(std::uint64_t conversion) {
   return fmt::format("sluice-convert 2 {:016x}\n", conversion);
-}
-
-std::string read_all(const std::filesystem::path& path) {
-  const auto file = MappedFile::open(path);
-  return {reinterpret_cast<const char*>(file->bytes().data()), file->bytes().size()};
 }
 
 /// " <16 hexadecimal digits>"; false for anything else.
@@ -42,7 +37,7 @@ Journal::Journal(const std::filesystem::path& dir, std::uint64_t conversion)
     : path_(dir / kFileName) {
   const std::string head = head_line(conversion);
   if (!std::filesystem::exists(path_)) write_new_text(path_, head);
-  const std::string text = read_all(path_);
+  const std::string text = read_text(path_);
   if (!text.starts_with(head)) {
     fail(ErrorCode::kInvalidArgument,
          "{}: holds an unfinished conversion of another source or with other options; finish it as "
@@ -54,7 +49,7 @@ Journal::Journal(const std::filesystem::path& dir, std::uint64_t conversion)
 }
 
 std::map<std::size_t, Journal::Done> Journal::finished() const {
-  const std::string text = read_all(path_);
+  const std::string text = read_text(path_);
   std::map<std::size_t, Done> jobs;
   std::string_view rest = text;
   for (std::size_t end = 0; (end = rest.find('\n')) != std::string_view::npos;

@@ -7,7 +7,7 @@
 
 #include "convert/journal.h"
 #include "core/fail.h"
-#include "core/mmap.h"
+#include "core/regular_file.h"
 #include "core/sha256.h"
 #include "core/write_text.h"
 
@@ -62,9 +62,7 @@ std::string with_words_bare(std::string text) {
 
 std::string converted_config(const fs::path& source, const nlohmann::ordered_json& quantization,
                              const std::string& expert_type) {
-  const auto file = MappedFile::open(source / "config.json");
-  auto config = nlohmann::ordered_json::parse(with_words_quoted(
-      {reinterpret_cast<const char*>(file->bytes().data()), file->bytes().size()}));
+  auto config = nlohmann::ordered_json::parse(with_words_quoted(read_text(source / "config.json")));
   // The objects that describe the language model; one that is null is none.
   std::vector<nlohmann::ordered_json*> parts{&config};
   for (const char* const name : {"text_config", "language_config", "llm_config"}) {
@@ -118,15 +116,15 @@ void write_checksums(const fs::path& dir) {
   }
   std::ranges::sort(names);
   std::string text;
+  std::vector<std::byte> piece(kPieceBytes);
   for (const std::string& name : names) {
-    const auto file = MappedFile::open(dir / name);
+    const RegularFile file = RegularFile::open(dir / name);
     Sha256 hash;
-    const auto bytes = file->bytes();
-    for (std::size_t at = 0; at < bytes.size(); at += kPieceBytes) {
-      const auto piece = bytes.subspan(at, std::min(kPieceBytes, bytes.size() - at));
-      MappedFile::will_need(piece);
-      hash.update(piece);
-      MappedFile::release(piece);
+    for (std::uint64_t at = 0;;) {
+      const std::size_t got = file.read(at, piece, dir / name);
+      hash.update(std::span(piece).first(got));
+      if (got < piece.size()) break;
+      at += got;
     }
     text += fmt::format("{}  {}\n", to_hex(hash.finish()), name);
   }

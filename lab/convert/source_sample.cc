@@ -6,7 +6,6 @@
 #include <string>
 
 #include "core/fail.h"
-#include "core/mmap.h"
 
 namespace sluice {
 namespace {
@@ -14,15 +13,20 @@ namespace {
 constexpr std::size_t kPieceBytes = 4096;
 
 std::uint64_t sample_tensor(const TensorRef& tensor, std::uint64_t seed) {
-  const auto bytes = tensor.bytes();
-  if (bytes.size() <= 3 * kPieceBytes) {
-    seed = digest_bytes(bytes, seed);
+  const std::uint64_t size = tensor.size();
+  std::byte piece[3 * kPieceBytes];
+  const auto add = [&](std::uint64_t at, std::size_t bytes) {
+    const auto part = std::span(piece).first(bytes);
+    read_tensor(tensor, at, part);
+    seed = digest_bytes(part, seed);
+  };
+  if (size <= sizeof piece) {
+    add(0, size);
   } else {
-    seed = digest_bytes(bytes.first(kPieceBytes), seed);
-    seed = digest_bytes(bytes.subspan(bytes.size() / 2, kPieceBytes), seed);
-    seed = digest_bytes(bytes.last(kPieceBytes), seed);
+    for (const std::uint64_t at : {std::uint64_t{0}, size / 2, size - kPieceBytes}) {
+      add(at, kPieceBytes);
+    }
   }
-  tensor.release();
   return seed;
 }
 

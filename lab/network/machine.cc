@@ -5,7 +5,7 @@
 #include <string_view>
 
 #include "core/fail.h"
-#include "core/mmap.h"
+#include "core/regular_file.h"
 #include "sluice/lab/network_model.h"
 
 namespace sluice {
@@ -70,9 +70,7 @@ void set_parameter(MachineModel& machine, std::string_view name, double value) {
 }
 
 MachineModel read_machine(const std::filesystem::path& path) {
-  const auto file = MappedFile::open(path);
-  const std::string_view text(reinterpret_cast<const char*>(file->bytes().data()),
-                              file->bytes().size());
+  const std::string text = read_text(path);
   const auto json = nlohmann::json::parse(text, nullptr, false);
   const auto corrupt = [&](const std::string& what) {
     fail(ErrorCode::kCorruptFile, "{}: {}", path.string(), what);

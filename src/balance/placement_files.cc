@@ -9,7 +9,7 @@
 
 #include "checkpoint/json_reader.h"
 #include "core/fail.h"
-#include "core/mmap.h"
+#include "core/regular_file.h"
 #include "core/write_text.h"
 
 namespace sluice {
@@ -27,10 +27,7 @@ constexpr std::int64_t kMaxRows = std::int64_t{1} << 53;
 class FileReader {
  public:
   FileReader(const std::filesystem::path& path, std::string_view format)
-      : format_(format),
-        file_(MappedFile::open(path)),
-        json_({reinterpret_cast<const char*>(file_->bytes().data()), file_->bytes().size()},
-              path.string()) {}
+      : format_(format), text_(read_text(path)), json_(text_, path.string()) {}
 
   [[nodiscard]] JsonReader& json() { return json_; }
 
@@ -90,7 +87,7 @@ class FileReader {
   }
 
   std::string_view format_;
-  std::shared_ptr<const MappedFile> file_;
+  std::string text_;
   JsonReader json_;
   bool has_format_ = false;
 };

@@ -34,6 +34,15 @@ void check_nothing_else(const std::filesystem::path& dir, const Format& format,
   }
 }
 
+/// What follows reads the mapping.
+void check_files_are_whole(const ExpertTensors& expert) {
+  const MappedFile* last = nullptr;
+  for (const ExpertTensors::Part& part : expert.parts) {
+    if (part.tensor.file.get() != last) part.tensor.file->check_is_whole();
+    last = part.tensor.file.get();
+  }
+}
+
 }  // namespace
 
 NibbleEvidence canonical_nibbles(const QuantMatrix& matrix) {
@@ -173,6 +182,7 @@ void CheckpointData::require_codes() const {
 
 Expert CheckpointData::load_expert(int layer, int expert, ExpertStorage& storage) const {
   const ExpertTensors& tensors = layer_tensors(layer).experts[static_cast<std::size_t>(expert)];
+  check_files_are_whole(tensors);
   std::array<QuantMatrix, 3> matrices;
   std::size_t i = 0;
   for (const MatrixLayout& matrix : matrix_layouts(config.geometry)) {
@@ -196,6 +206,7 @@ Expert CheckpointData::load_expert(int layer, int expert, ExpertStorage& storage
 void CheckpointData::load_floats(int layer, int expert, const MatrixLayout& matrix,
                                  std::span<float> out) const {
   const ExpertTensors& tensors = layer_tensors(layer).experts[static_cast<std::size_t>(expert)];
+  check_files_are_whole(tensors);
   format->check_values(tensors, matrix);
   if (!format->weight_format()) return format->load_floats(tensors, matrix, out);
   ExpertStorage storage;

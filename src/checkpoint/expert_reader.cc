@@ -127,12 +127,8 @@ std::vector<TensorRef> ExpertReader::tensors(int index, MatrixRole role) const {
 }
 
 void ExpertReader::read(const TensorRef& tensor, std::uint64_t at, std::span<std::byte> bytes) {
-  const std::size_t got = tensor.file->read(tensor.data_begin + tensor.entry.begin + at, bytes);
-  bytes_read_.fetch_add(got, std::memory_order_relaxed);
-  if (got == bytes.size()) return;
-  fail(ErrorCode::kCorruptFile,
-       "{}: {} of its {} bytes are left in the file, which has been cut since it was opened",
-       place(tensor), at + got, tensor.size());
+  read_tensor(tensor, at, bytes);
+  bytes_read_.fetch_add(bytes.size(), std::memory_order_relaxed);
 }
 
 TensorView ExpertReader::read_scales(int index, MatrixRole role, std::span<std::byte> memory) {

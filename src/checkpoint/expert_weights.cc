@@ -1,3 +1,4 @@
+#include <optional>
 #include <span>
 
 #include "checkpoint/expert_storage.h"
@@ -35,6 +36,13 @@ void ExpertWeights::release_pages(int index) const noexcept {
       }
     }
   });
+}
+
+std::optional<MappedState> find_mapped(const void* address) noexcept {
+  const auto [file, bytes_now] = MappedFile::find(address);
+  if (file == nullptr) return std::nullopt;
+  return MappedState{
+      .path = file->path().c_str(), .bytes_mapped = file->bytes().size(), .bytes_now = bytes_now};
 }
 
 }  // namespace sluice

@@ -11,7 +11,7 @@
 #include "checkpoint/config_fields.h"
 #include "checkpoint/file_kind.h"
 #include "core/fail.h"
-#include "core/mmap.h"
+#include "core/regular_file.h"
 #include "sluice/quant.h"
 
 namespace sluice {
@@ -223,12 +223,6 @@ void warn_of_unknown(const ConfigFields& fields, ModelConfig& config) {
        .kind = "unknown-keys"});
 }
 
-std::string read_text(const std::filesystem::path& path) {
-  const auto file = MappedFile::open(path);
-  const auto bytes = file->bytes();
-  return {reinterpret_cast<const char*>(bytes.data()), bytes.size()};
-}
-
 }  // namespace
 
 std::string ModelConfig::dense_reason(int layer) const {
@@ -301,7 +295,8 @@ void check_widths(const ModelConfig& config, std::string_view format, int group_
 ModelConfig read_model_config(const std::filesystem::path& file) {
   const auto algo_file = file.parent_path() / "hf_quant_config.json";
   const std::string text = read_text(file);
-  if (!std::filesystem::exists(algo_file)) {
+  std::error_code ignored;
+  if (!std::filesystem::exists(algo_file, ignored)) {
     return parse_model_config({.text = text, .name = file.string()}, std::nullopt);
   }
   const std::string algo = read_text(algo_file);

@@ -17,6 +17,8 @@ namespace {
 static_assert(std::endian::native == std::endian::little, "tensors are stored little endian");
 
 constexpr std::uint64_t kLengthBytes = 8;
+/// More than kind_of_file() looks at.
+constexpr std::uint64_t kKindBytes = 512;
 
 struct DTypeBits {
   std::string_view name;
@@ -175,18 +177,39 @@ std::string to_string(std::span<const std::uint64_t> shape) {
   return text + "]";
 }
 
-SafetensorsHeader parse_safetensors_header(std::span<const std::byte> file,
-                                           const std::string& source) {
-  if (file.size() < kLengthBytes) {
+std::vector<std::byte> read_safetensors_head(const MappedFile& file) {
+  const std::uint64_t size = file.bytes().size();
+  std::vector<std::byte> head(std::min(size, kKindBytes));
+  const auto read_from = [&](std::size_t at) {
+    if (file.read(at, std::span(head).subspan(at)) == head.size() - at) return;
+    file.check_is_whole();
+    fail(ErrorCode::kCorruptFile, "{}: became shorter while its header was read",
+         file.path().string());
+  };
+  read_from(0);
+  if (size < kLengthBytes) return head;
+  std::uint64_t length = 0;
+  std::memcpy(&length, head.data(), sizeof length);
+  const std::size_t have = head.size();
+  if (length > std::min(kMaxSafetensorsHeaderBytes, size - kLengthBytes)) return head;
+  if (kLengthBytes + length <= have) return head;
+  head.resize(kLengthBytes + length);
+  read_from(have);
+  return head;
+}
+
+SafetensorsHeader parse_safetensors_header(std::span<const std::byte> head,
+                                           std::uint64_t file_bytes, const std::string& source) {
+  if (file_bytes < kLengthBytes) {
     fail(ErrorCode::kCorruptFile, "{}: {} bytes; a safetensors file has at least {}", source,
-         file.size(), kLengthBytes);
+         file_bytes, kLengthBytes);
   }
   std::uint64_t length = 0;
-  std::memcpy(&length, file.data(), sizeof length);
-  const std::uint64_t limit = std::min(kMaxSafetensorsHeaderBytes, file.size() - kLengthBytes);
+  std::memcpy(&length, head.data(), sizeof length);
+  const std::uint64_t limit = std::min(kMaxSafetensorsHeaderBytes, file_bytes - kLengthBytes);
   // No header is that long, but other files begin so.
   const std::string_view kind =
-      kind_of_file({reinterpret_cast<const char*>(file.data()), file.size()});
+      kind_of_file({reinterpret_cast<const char*>(head.data()), head.size()});
   if (length > limit && !kind.empty()) {
     fail(ErrorCode::kUnsupported, "{}: is no safetensors file, but {}", source, kind);
   }
@@ -195,10 +218,10 @@ SafetensorsHeader parse_safetensors_header(std::span<const std::byte> file,
          limit == kMaxSafetensorsHeaderBytes ? "the most that is accepted"
                                              : "what is left of the file; truncated?");
   }
-  const auto header = file.subspan(kLengthBytes, length);
+  const auto header = head.subspan(kLengthBytes, length);
   JsonReader json({reinterpret_cast<const char*>(header.data()), header.size()}, source);
   SafetensorsHeader result{.tensors = {}, .data_begin = kLengthBytes + length};
-  const std::uint64_t data_bytes = file.size() - result.data_begin;
+  const std::uint64_t data_bytes = file_bytes - result.data_begin;
   json.object([&](const std::string& key) {
     if (key == "__metadata__") {
       json.object([&](const std::string&) { (void)json.string(); });

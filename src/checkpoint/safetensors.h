@@ -13,6 +13,8 @@
 #include <string_view>
 #include <vector>
 
+#include "core/mmap.h"
+
 namespace sluice {
 
 /// Largest header accepted, as in the format's reference implementation.
@@ -39,10 +41,21 @@ struct SafetensorsHeader {
 /// "[4096, 3584]"
 [[nodiscard]] std::string to_string(std::span<const std::uint64_t> shape);
 
-/// `file` is the whole file, of which only the header is read.
+/// The length and the JSON, as far as the file has them, or the file's first bytes if it is of
+/// another kind: read, not mapped.
+/// Throws: kIo; kCorruptFile if the file has become shorter.
+[[nodiscard]] std::vector<std::byte> read_safetensors_head(const MappedFile& file);
+
+/// `head` has the header of a file of `file_bytes`, or all of the file.
 /// Throws: kCorruptFile naming `source`, the tensor, the value and its limit.
-[[nodiscard]] SafetensorsHeader parse_safetensors_header(std::span<const std::byte> file,
+[[nodiscard]] SafetensorsHeader parse_safetensors_header(std::span<const std::byte> head,
+                                                         std::uint64_t file_bytes,
                                                          const std::string& source);
+/// The same of a file that is all there.
+[[nodiscard]] inline SafetensorsHeader parse_safetensors_header(std::span<const std::byte> file,
+                                                                const std::string& source) {
+  return parse_safetensors_header(file, file.size(), source);
+}
 
 /// Lays out `tensors` back to back in the order given, filling in `begin` and `end`, and returns
 /// the file's first bytes (length and JSON), padded so that the data begins at a multiple of 8.

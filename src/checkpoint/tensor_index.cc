@@ -1,6 +1,7 @@
 #include "checkpoint/tensor_index.h"
 
 #include <algorithm>
+#include <cstring>
 #include <optional>
 #include <set>
 #include <string_view>
@@ -17,11 +18,9 @@ constexpr std::string_view kSuffix = kSafetensorsSuffix;
 constexpr std::size_t kMaxNames = 3;
 
 WeightMap read_weight_map(const std::filesystem::path& path, std::uint64_t& digest) {
-  const auto mapped = MappedFile::open(path);
-  const auto bytes = mapped->bytes();
-  digest = digest_bytes(bytes, digest);
-  return parse_weight_map({reinterpret_cast<const char*>(bytes.data()), bytes.size()},
-                          path.string());
+  const std::string text = read_text(path);
+  digest = digest_bytes(std::as_bytes(std::span(text)), digest);
+  return parse_weight_map(text, path.string());
 }
 
 /// Names of the *.safetensors files of `dir`, sorted.
@@ -35,6 +34,13 @@ std::vector<std::string> list_files(const std::filesystem::path& dir) {
   if (problem) fail(ErrorCode::kIo, "{}: cannot list: {}", dir.string(), problem.message());
   std::ranges::sort(names);
   return names;
+}
+
+/// Of an input scale: a few bytes.
+std::vector<std::byte> contents(const TensorRef& tensor) {
+  std::vector<std::byte> bytes(tensor.size());
+  read_tensor(tensor, 0, bytes);
+  return bytes;
 }
 
 /// What `error` says of the file at `path`, without the path in front.
@@ -58,10 +64,12 @@ class IndexBuilder {
   void add_file(const std::string& name, bool is_indexed) {
     const auto path = dir_ / name;
     std::shared_ptr<const MappedFile> file;
+    std::vector<std::byte> head;
     SafetensorsHeader header;
     try {
       file = MappedFile::open(path);
-      header = parse_safetensors_header(file->bytes(), path.string());
+      head = read_safetensors_head(*file);
+      header = parse_safetensors_header(head, file->bytes().size(), path.string());
     } catch (const Error& error) {
       if (is_indexed) throw;
       unreadable_.emplace_back(name, reason_of(error, path));
@@ -70,7 +78,7 @@ class IndexBuilder {
     index_.digest = digest_bytes(std::as_bytes(std::span(name)), index_.digest);
     const std::uint64_t size = file->bytes().size();
     index_.digest = digest_bytes(std::as_bytes(std::span(&size, 1)), index_.digest);
-    index_.digest = digest_bytes(file->bytes().first(header.data_begin), index_.digest);
+    index_.digest = digest_bytes(std::span(head).first(header.data_begin), index_.digest);
     index_.files.push_back(name);
     for (SafetensorsEntry& entry : header.tensors) {
       TensorRef tensor{file, std::move(entry), header.data_begin};
@@ -294,7 +302,7 @@ class IndexBuilder {
     // The same input scale in a shard and again in act_scales.safetensors does no harm.
     const bool is_same = is_input_scale(name->part) &&
                          other->tensor.entry.dtype == tensor.entry.dtype &&
-                         std::ranges::equal(other->tensor.bytes(), tensor.bytes());
+                         contents(other->tensor) == contents(tensor);
     const bool replaces = where == Place::kHere && provisional_.erase(tensor.entry.name) > 0;
     if (!is_same && !replaces && where != Place::kElsewhere) {
       fail(ErrorCode::kUnsupported, "{}: tensor {} is also in {}{}", path, tensor.entry.name,
@@ -337,6 +345,18 @@ std::string place(const TensorRef& tensor) {
   return fmt::format("{}: tensor {}{}", tensor.file->path().string(), tensor.entry.name, whose);
 }
 
+void read_tensor(const TensorRef& tensor, std::uint64_t at, std::span<std::byte> out) {
+  if (tensor.read_bytes != nullptr) {
+    std::memcpy(out.data(), tensor.read_bytes + at, out.size());
+    return;
+  }
+  const std::size_t got = tensor.file->read(tensor.data_begin + tensor.entry.begin + at, out);
+  if (got == out.size()) return;
+  fail(ErrorCode::kCorruptFile,
+       "{}: {} of its {} bytes are left in the file, which has been cut since it was opened",
+       place(tensor), at + got, tensor.size());
+}
+
 std::uint64_t digest_bytes(std::span<const std::byte> bytes, std::uint64_t seed) noexcept {
   for (const std::byte b : bytes) seed = (seed ^ static_cast<std::uint64_t>(b)) * 0x100000001b3U;
   return seed;
@@ -344,10 +364,11 @@ std::uint64_t digest_bytes(std::span<const std::byte> bytes, std::uint64_t seed)
 
 TensorIndex read_tensor_index(const std::filesystem::path& dir, int num_experts) {
   IndexBuilder builder(dir, num_experts);
+  std::error_code ignored;  // What cannot be looked at fails when it is opened.
   std::vector<std::string> files = list_files(dir);
   if (files.empty()) fail(ErrorCode::kIo, "{}: no *{} file", dir.string(), kSuffix);
   std::set<std::string> indexed(files.begin(), files.end());
-  if (const auto path = dir / kIndexFile; std::filesystem::exists(path)) {
+  if (const auto path = dir / kIndexFile; std::filesystem::exists(path, ignored)) {
     WeightMap map = read_weight_map(path, builder.digest());
     indexed.clear();
     for (const auto& [tensor, entry] : map) indexed.insert(entry.file);

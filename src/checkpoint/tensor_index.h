@@ -49,6 +49,10 @@ struct TensorRef {
 /// ", expert 17" behind it for a part of a tensor of all experts.
 [[nodiscard]] std::string place(const TensorRef& tensor);
 
+/// Copies out.size() bytes of a tensor from `at` on, of the file as it is now unless they were read
+/// before.   Throws: kIo; kCorruptFile naming file and tensor if the file has become shorter.
+void read_tensor(const TensorRef& tensor, std::uint64_t at, std::span<std::byte> out);
+
 /// What an expert has, by the canonical part of the name after "experts.17.": "gate_proj.weight"
 /// also where the file says "w1.weight". TensorRef::entry has the file's own name.
 struct ExpertTensors {

@@ -5,7 +5,8 @@
 //
 // The kernel's guess at what is read next is switched off (it would pull in bytes of experts that
 // belong to other ranks); will_need() says it instead. Threads: const functions from any thread.
-// A file that shrinks while it is mapped raises SIGBUS at the next access, as with any mapping.
+// A file that shrinks while it is mapped raises SIGBUS at the next access, as with any mapping:
+// check_is_whole() makes that unlikely, and find() lets a program's handler name the file.
 #pragma once
 
 #include <cstddef>
@@ -14,7 +15,7 @@
 #include <memory>
 #include <span>
 
-#include "core/file_descriptor.h"
+#include "core/regular_file.h"
 
 namespace sluice {
 
@@ -36,17 +37,31 @@ class MappedFile {
   /// were: fewer if the file has been cut since it was opened.   Throws: kIo.
   [[nodiscard]] std::size_t read(std::uint64_t at, std::span<std::byte> out) const;
 
+  /// Throws: kCorruptFile if the file is shorter now than bytes().   Cost: a system call.
+  void check_is_whole() const;
+
+  struct Found {
+    const MappedFile* file = nullptr;  ///< Null: none.
+    std::uint64_t bytes_now = 0;       ///< Of the file; 0 if the system does not tell.
+  };
+  /// Of all that are mapped, the one that holds `address`. Async-signal-safe.
+  [[nodiscard]] static Found find(const void* address) noexcept;
+
   /// Starts reading a part of bytes() in the background. A hint.
   static void will_need(std::span<const std::byte> part) noexcept;
   /// Gives back the whole pages inside a part of bytes(); a later access reads them again.
   static void release(std::span<const std::byte> part) noexcept;
 
  private:
-  MappedFile(std::filesystem::path path, FileDescriptor file,
+  MappedFile(std::filesystem::path path, RegularFile file,
              std::span<const std::byte> bytes) noexcept;
+  [[nodiscard]] std::uint64_t bytes_now() const noexcept;
   std::filesystem::path path_;
-  FileDescriptor file_;
+  RegularFile file_;
   std::span<const std::byte> bytes_;
+  // In the list of all of the process.
+  MappedFile* next_ = nullptr;
+  MappedFile* previous_ = nullptr;
 };
 
 }  // namespace sluice

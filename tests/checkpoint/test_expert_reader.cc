@@ -3,8 +3,11 @@
 #include <gtest/gtest.h>
 #include <unistd.h>
 
+#include <algorithm>
+#include <array>
 #include <atomic>
 #include <cmath>
+#include <filesystem>
 #include <limits>
 #include <thread>
 #include <vector>
@@ -96,6 +99,41 @@ TEST(ExpertReader, AFileThatIsCutAfterItWasOpenedIsNamed) {
                  [&] { (void)matrices.read(1, role); });
   }
   EXPECT_EQ(num_refused, 1U);
+}
+
+TEST(Checkpoint, ShardCutAfterItWasOpened) {
+  const TempDir dir;
+  ModelFiles files;
+  files.write(dir.path());
+  const Checkpoint checkpoint = Checkpoint::open(dir.path());
+  const auto shard = dir / ModelFiles::shard_name(0);
+  const std::uintmax_t whole = std::filesystem::file_size(shard);
+  {
+    // The byte whose page a handler of SIGBUS would ask for.
+    const ExpertWeights weights = checkpoint.load_experts(ModelFiles::kLayer, 0, 1);
+    const auto* const code = weights.experts.front().gate.codes.as<std::byte>();
+    const auto mapped = find_mapped(code);
+    ASSERT_TRUE(mapped);
+    EXPECT_EQ(std::filesystem::path(mapped->path), shard);
+    EXPECT_EQ(mapped->bytes_mapped, whole);
+    EXPECT_EQ(mapped->bytes_now, whole);
+    EXPECT_FALSE(find_mapped(&whole));
+    ASSERT_EQ(::truncate(shard.c_str(), 100), 0);
+    EXPECT_EQ(find_mapped(code)->bytes_now, 100U);
+  }
+  const auto refused = [&](const auto& call) {
+    expect_error(ErrorCode::kCorruptFile,
+                 {ModelFiles::shard_name(0), "has been cut since it was opened"}, call);
+  };
+  refused([&] { (void)checkpoint.load_experts(ModelFiles::kLayer, 0, 1); });
+  std::vector<float> floats(static_cast<std::size_t>(checkpoint.geometry().hidden) *
+                            static_cast<std::size_t>(checkpoint.geometry().intermediate));
+  refused([&] { checkpoint.load_floats(ModelFiles::kLayer, 0, MatrixRole::kGate, floats); });
+  const std::array layers{ModelFiles::kLayer};
+  const CheckpointReview review = checkpoint.review(layers);
+  EXPECT_TRUE(std::ranges::any_of(review.warnings, [](const CheckpointWarning& warning) {
+    return warning.kind == "unreadable";
+  }));
 }
 
 TEST(ExpertReader, ManyThreadsReadOneLayer) {

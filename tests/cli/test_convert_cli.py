@@ -197,7 +197,46 @@ def at_once(folder):
         shutil.rmtree(to, ignore_errors=True)
 
 
+def cut_while_it_is_read(folder):
+    """A shard that becomes shorter under a command: a message that names it, and no signal, wherever it is."""
+    whole, source, to = (os.path.join(folder, name) for name in ("large", "large-cut", "large-to"))
+    r = run("make-checkpoint", "--preset", "tiny", "--experts", "24", "--hidden", "1024", "--intermediate", "2048",
+            "--out", whole)
+    check("make large", r.returncode == 0, r)
+    shard = next(name for name in os.listdir(whole) if name.startswith("model-"))
+    work = os.path.join(folder, ".large-to.converting")
+    kinds = set()
+    for _ in range(20):
+        shutil.copytree(whole, source)
+        process = subprocess.Popen([SLUICE, "convert", "--from", source, "--to", to, "--format", "compressed-tensors",
+                                    "--no-verify"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        journal = os.path.join(work, "sluice-convert.journal")
+        while process.poll() is None and (not os.path.exists(journal) or os.path.getsize(journal) < 200):
+            time.sleep(0.001)
+        os.truncate(os.path.join(source, shard), 70000)
+        _, error = process.communicate(timeout=100)
+        is_over = process.returncode == 0  # It had read everything.
+        check(f"cut while it is read: exit {process.returncode}, {error}", is_over or process.returncode == 3
+              and error.startswith(f"sluice: corrupt file: {source}/{shard}: ") and error.count("\n") == 1
+              and "bytes are left" in error)
+        if not is_over:
+            kinds.add("by signal" if "it became shorter while it was read" in error else "by check")
+        for path in (source, to, work):
+            shutil.rmtree(path, ignore_errors=True)
+        if "by signal" in kinds:
+            break
+    check(f"cut while it is read: {kinds}", "by signal" in kinds)
+    # The signal of somebody else ends the program as it did.
+    process = subprocess.Popen([SLUICE, "bench", "experts", "--backend", "cpu"], stdout=subprocess.DEVNULL,
+                               stderr=subprocess.DEVNULL)
+    time.sleep(0.3)
+    process.send_signal(signal.SIGBUS)
+    check("SIGBUS from outside", process.wait(timeout=100) == -signal.SIGBUS)
+    shutil.rmtree(whole)
+
+
 with tempfile.TemporaryDirectory() as root:
+    cut_while_it_is_read(root)
     named_and_run(root)
     converted(root)
     at_once(root)

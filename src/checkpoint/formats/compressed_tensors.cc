@@ -83,12 +83,12 @@ class CompressedTensorsFormat final : public Format {
     const TensorRef* const optional = expert.find(matrix.part("weight_shape"));
     if (!optional) return;  // check_part() has held codes and scales against the config's sizes.
     const TensorRef& tensor = *optional;
-    std::int64_t shape[2];
+    std::int64_t shape[2] = {};
     if (tensor.entry.dtype == "I64") {
-      std::memcpy(shape, tensor.bytes().data(), sizeof shape);
+      read_tensor(tensor, 0, std::as_writable_bytes(std::span(shape)));
     } else {
-      std::int32_t narrow[2];
-      std::memcpy(narrow, tensor.bytes().data(), sizeof narrow);
+      std::int32_t narrow[2] = {};
+      read_tensor(tensor, 0, std::as_writable_bytes(std::span(narrow)));
       shape[0] = narrow[0], shape[1] = narrow[1];
     }
     if (shape[0] == matrix.n && shape[1] == matrix.k) return;
@@ -117,6 +117,7 @@ CompressedTensorsFormat::Codes find_codes(const FormatClues& clues, std::string&
   using Codes = CompressedTensorsFormat::Codes;
   const TensorRef* const gate = clues.first_gate("weight_packed");
   if (!gate || gate->entry.dtype != "U8") return Codes::kWords;
+  gate->file->check_is_whole();
   const NibbleEvidence nibbles = nibble_evidence(gate->bytes());
   if (nibbles.verdict == NibbleEvidence::Verdict::kNone) {
     fail(ErrorCode::kUnsupported,

@@ -56,12 +56,12 @@ void keep_file(ExpertStorage& storage, const TensorRef& tensor) {
 
 float read_scalar(const TensorRef& tensor) {
   if (tensor.entry.dtype == "F32") {
-    float value;
-    std::memcpy(&value, tensor.bytes().data(), sizeof value);
+    float value = 0;
+    read_tensor(tensor, 0, std::as_writable_bytes(std::span(&value, 1)));
     return value;
   }
-  std::uint16_t bits;
-  std::memcpy(&bits, tensor.bytes().data(), sizeof bits);
+  std::uint16_t bits = 0;
+  read_tensor(tensor, 0, std::as_writable_bytes(std::span(&bits, 1)));
   return tensor.entry.dtype == "F16" ? f16_to_float(bits) : bf16_to_float(bits);
 }
 

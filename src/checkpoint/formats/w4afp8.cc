@@ -105,6 +105,7 @@ std::optional<Recognised> recognise_w4afp8(const FormatClues& clues) {
   bool has_offset = false;
   const TensorRef* const gate = clues.first_gate("weight");
   if (gate && gate->entry.dtype == "U8") {
+    gate->file->check_is_whole();
     const NibbleEvidence nibbles = nibble_evidence(gate->bytes());
     if (nibbles.verdict == NibbleEvidence::Verdict::kNone) {
       fail(ErrorCode::kUnsupported,
