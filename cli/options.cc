@@ -210,7 +210,12 @@ Option Option::writable_file() {
     if (is_there && access(value.c_str(), W_OK) != 0) return value + " cannot be written";
     if (is_there && !std::filesystem::is_regular_file(path, ignored)) return "";  // A device.
     // A file is replaced by one that is made beside it, or beside what a link names.
-    const auto place = is_there ? std::filesystem::canonical(path, ignored) : path;
+    auto place = is_there ? std::filesystem::canonical(path, ignored) : path;
+    for (int links = 0; !is_there && links < 40; ++links) {
+      const auto next = std::filesystem::read_symlink(place, ignored);
+      if (ignored) break;
+      place = place.parent_path() / next;
+    }
     const std::string parent = place.has_parent_path() ? place.parent_path().string() : ".";
     if (!std::filesystem::is_directory(parent, ignored)) return "there is no folder " + parent;
     return access(parent.c_str(), W_OK) == 0 ? "" : "no file can be made in " + parent;

@@ -9,6 +9,7 @@
 #include <chrono>
 #include <cstdio>
 #include <cstring>
+#include <filesystem>
 #include <utility>
 
 namespace sluice::cli {
@@ -23,6 +24,9 @@ void print_error(const Error& error) {
 }
 
 Error error_of(const std::exception& error) {
+  if (dynamic_cast<const std::filesystem::filesystem_error*>(&error) != nullptr) {
+    return {ErrorCode::kIo, error.what()};
+  }
   if (std::ferror(stdout) == 0) return {ErrorCode::kInternal, error.what()};
   return {ErrorCode::kIo, fmt::format("standard output: {}", error.what())};
 }

@@ -87,7 +87,8 @@ class Converter {
         pool_(static_cast<int>(available_cores().size()), available_cores()) {}
 
   ConvertReport run() {
-    const bool is_new = !fs::exists(work_dir_);
+    std::error_code problem;  // Then WorkLock cannot make it, and says why.
+    const bool is_new = !fs::exists(work_dir_, problem);
     WorkLock lock(work_dir_);
     try {
       return run_in_work_dir(lock);

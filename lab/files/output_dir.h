@@ -5,8 +5,9 @@
 
 namespace sluice {
 
-/// `dir` as an absolute path with a file name ("DIR/" and "DIR" are the same place). Throws:
-/// kInvalidArgument if it exists and is not an empty directory, saying what is there.
+/// `dir` as an absolute path with a file name ("DIR/" and "DIR" are the same place), a link
+/// followed. Throws: kInvalidArgument if it exists and is not an empty directory, saying what is
+/// there, or is one that nothing can be renamed to: a mount point; kIo.
 [[nodiscard]] std::filesystem::path checked_target(const std::filesystem::path& dir);
 
 /// Renames a finished directory to its place, which must be absent or empty. Throws: kIo.

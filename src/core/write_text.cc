@@ -52,9 +52,14 @@ void write_text(const std::filesystem::path& path, std::string_view text) {
     if (problem != 0) fail_write(path, problem);
     return;
   }
-  // A link stays, and the file that it names is replaced.
+  // A link stays, and the file that it names is replaced, or made where that can be.
   std::error_code ignored;
-  const auto place = is_there ? std::filesystem::canonical(path, ignored) : path;
+  auto place = is_there ? std::filesystem::canonical(path, ignored) : path;
+  for (int links = 0; !is_there && links < 40; ++links) {
+    const auto next = std::filesystem::read_symlink(place, ignored);
+    if (ignored) break;
+    place = place.parent_path() / next;
+  }
   const auto temporary = temporary_beside(place.empty() ? path : place);
   const mode_t mode = is_there ? status.st_mode & 0777U : 0666U;
   FileDescriptor file(::open(temporary.c_str(), O_WRONLY | O_CREAT | O_EXCL | O_CLOEXEC, mode));

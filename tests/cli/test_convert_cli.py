@@ -235,7 +235,44 @@ def cut_while_it_is_read(folder):
     shutil.rmtree(whole)
 
 
+def places(folder):
+    """Links and names as places for a result: followed, or refused before anything is made."""
+    disk, source = os.path.join(folder, "disk"), os.path.join(folder, "places-from")
+    os.mkdir(disk)
+    check("make tiny", run("make-checkpoint", "--preset", "tiny", "--out", source).returncode == 0)
+    for name, arguments in (("a", ("make-checkpoint", "--preset", "tiny", "--out")),
+                            ("b", ("convert", "--from", source, "--format", "compressed-tensors", "--to"))):
+        link, real, dangling = (os.path.join(folder, name + end) for end in ("-link", "-real", "-dangling"))
+        os.mkdir(real)
+        os.symlink(real, link)
+        r = run(*arguments, link)
+        check(f"{name}: a link to an empty directory", r.returncode == 0 and os.path.islink(link)
+              and os.path.exists(os.path.join(real, "config.json")), r)
+        os.symlink(os.path.join(folder, "nowhere", "x"), dangling)
+        before = sorted(os.listdir(folder))
+        r = run(*arguments, dangling)
+        check(f"{name}: a link to nothing", r.returncode == 2 and "is a link to" in r.stderr, r)
+        r = run(*arguments, os.path.join(folder, "x" * 250))
+        check(f"{name}: a long name", r.returncode == 3 and "i/o error" in r.stderr and "too long" in r.stderr, r)
+        r = run(*arguments, "/dev/shm")
+        if not os.path.ismount("/dev/shm") or os.listdir("/dev/shm"):
+            print(f"{name}: /dev/shm is no empty mount point here")
+        else:
+            check(f"{name}: a mount point", r.returncode == 2 and "is a mount point" in r.stderr, r)
+        check(f"{name}: nothing made", sorted(os.listdir(folder)) == before)
+    target, link = os.path.join(disk, "j"), os.path.join(folder, "json-link")
+    os.symlink(target, link)
+    r = run("--json", link, "inspect", source)
+    check("--json onto a link to nothing yet", r.returncode == 0 and os.path.islink(link) and os.path.exists(target), r)
+    os.remove(link)
+    os.symlink(os.path.join(folder, "nowhere", "j"), link)
+    r = run("--json", link, "inspect", source)
+    check("--json onto a link to nowhere", r.returncode == 2 and "there is no folder" in r.stderr
+          and os.path.islink(link), r)
+
+
 with tempfile.TemporaryDirectory() as root:
+    places(root)
     cut_while_it_is_read(root)
     named_and_run(root)
     converted(root)
