@@ -43,7 +43,7 @@ MachineModel resolve_machine(const HostsOptions& options) {
   }
   MachineModel machine =
       is_preset ? machine_preset(options.machine) : read_machine(options.machine);
-  std::set<std::string> names_set;
+  std::set<std::string> given;
   for (const std::string& text : options.set) {
     const std::size_t equal = text.find('=');
     double value = 0;
@@ -54,7 +54,7 @@ MachineModel resolve_machine(const HostsOptions& options) {
       refuse("--set '{}' is not NAME=NUMBER", text);
     }
     const std::string name = text.substr(0, equal);
-    if (!names_set.insert(name).second) refuse("--set: {} is given twice", name);
+    if (!given.insert(name).second) refuse("--set: {} is given twice", name);
     set_parameter(machine, name, value);
   }
   return machine;

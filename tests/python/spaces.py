@@ -63,3 +63,13 @@ def as_bf16(values):
     """bf16 bits, ties to even; no NaN here."""
     u = values.astype(np.float32).view(np.uint32)
     return ((u + 0x7FFF + ((u >> 16) & 1)) >> 16).astype(np.uint16)
+
+
+SPACES = ["numpy", "torch", "cuda"]
+
+
+def space_of(kind):
+    """One of SPACES: arrays of either kind on the CPU, and tensors on a GPU."""
+    if kind == "cuda" and not has_gpu():
+        pytest.skip("no CUDA device")
+    return Numpy() if kind == "numpy" else Torch("cpu" if kind == "torch" else "cuda")

@@ -4,7 +4,7 @@ import gc
 
 import numpy as np
 import pytest
-from spaces import Numpy, Torch, has_gpu
+from spaces import SPACES, Numpy, space_of
 
 import sluice
 from sluice.compat import _w4a8_cache, w4a8
@@ -12,11 +12,9 @@ from sluice.compat import _w4a8_cache, w4a8
 TOKENS = 6
 
 
-@pytest.fixture(params=["numpy", "torch", "cuda"])
+@pytest.fixture(params=SPACES)
 def space(request):
-    if request.param == "cuda" and not has_gpu():
-        pytest.skip("no CUDA device")
-    return Numpy() if request.param == "numpy" else Torch("cpu" if request.param == "torch" else "cuda")
+    return space_of(request.param)
 
 
 @pytest.fixture()

@@ -6,7 +6,7 @@ import weakref
 
 import numpy as np
 import pytest
-from spaces import Numpy, Torch, as_bf16, as_float, has_gpu
+from spaces import SPACES, Numpy, Torch, as_bf16, as_float, space_of
 
 import sluice
 from sluice.compat import _w4a8_cache, _w4a8_rooms, w4a8
@@ -15,12 +15,9 @@ from sluice.compat.w4a8 import W4A8Experts
 TOKENS = 6
 
 
-@pytest.fixture(params=["numpy", "torch", "cuda"])
+@pytest.fixture(params=SPACES)
 def space(request):
-    """Arrays of either kind on the CPU, and tensors on a GPU."""
-    if request.param == "cuda" and not has_gpu():
-        pytest.skip("no CUDA device")
-    return Numpy() if request.param == "numpy" else Torch("cpu" if request.param == "torch" else "cuda")
+    return space_of(request.param)
 
 
 @pytest.fixture()

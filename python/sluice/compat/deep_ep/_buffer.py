@@ -213,7 +213,8 @@ class Buffer:
 
         x: as recv_x, bfloat16; not read with zero_copy. topk_idx: as dispatched, or -1 in entries to leave
         out, whose weight is then 0; other numbers are refused on the CPU and not looked at on a GPU.
-        topk_weights: [num_tokens, num_topk] float32. The hook of the dispatch must have been called. use_logfmt: accepted; rows stay bfloat16, which loses less.
+        topk_weights: [num_tokens, num_topk] float32. The hook of the dispatch must have been called.
+        use_logfmt: accepted; rows stay bfloat16, which loses less.
         combine_wait_recv_cost_stats: as dispatch's. With return_recv_hook, combined is filled by hook().
         A second combine of one handle routes again, at the price of a dispatch.
         """

@@ -18,7 +18,8 @@ namespace sluice::cuda {
 }
 
 /// Whether the experts are a slice for tensor parallelism: tiles of y are over after a few steps of
-/// math. Kernels for them: for up to 64 rows, bf16 scales of INT4, plain SwiGLU.
+/// math. There are kernels for up to 64 rows of MXFP4, and of INT4 with bf16 scales and plain
+/// SwiGLU.
 inline bool has_short_k(const Params& p) {
   constexpr int kFewSteps = 5;
   return p.num_phases == 2 && p.phase[1].num_steps < kFewSteps && p.phase[1].home.origin == nullptr;
